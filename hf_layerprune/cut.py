@@ -1,0 +1,322 @@
+"""Drop decoder layers of a model in memory, and put them back.
+
+A cut must leave exactly the model that `from_pretrained` would build from the rewritten config. So two empty
+models (on the meta device, no memory) are built, of the old config and of the new one, and compared layer by
+layer: the kept layers must be of the same make, and every attribute that differs (a layer index, a layer
+count, where shared keys and values come from) is carried over to the live model. A difference that is not an
+index or a count, such as a scale computed from the layer's position, would change the model on reload, so it
+is a refusal.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import families
+from .errors import CutError
+from .families.layout import DecoderStack, find_decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# The config attribute by which a cut model says what was done to it.
+MARKER = "layer_drop"
+
+# Attributes that may differ between a layer at its old and at its new place: where it stands, nothing else.
+_POSITIONAL = ("idx", "index", "layer_id", "layer_number", "layer_num", "num_layers", "num_hidden_layers", "n_layers", "seed")
+_ABSENT = object()
+
+
+class LayerCut:
+    """A cut that was made on a live model, with what it takes to undo it.
+
+    Args:
+        model (`PreTrainedModel`): The model, already cut.
+        cut (`families.Cut`): Which layers stayed.
+        undo (`list[Callable]`): Steps that restore the dense model, last first.
+        redo (`list[Callable]`): Steps that cut it again, in order.
+        dropped (`list[nn.Module]`): The dropped layers, where they were kept; empty otherwise.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cut: families.Cut,
+        undo: list[Callable[[], None]],
+        redo: list[Callable[[], None]],
+        dropped: list[nn.Module],
+    ) -> None:
+        self.model = model
+        self.cut = cut
+        self.dropped = dropped
+        self.active = True
+        self._undo = undo
+        self._redo = redo
+
+    @property
+    def reversible(self) -> bool:
+        """Whether the dropped layers are still held."""
+        return bool(self.dropped)
+
+    def restore(self) -> None:
+        """Put the dropped layers back: the model is dense again, to the last bit."""
+        if not self.reversible:
+            raise CutError(
+                "the dropped layers were not kept, so the dense model can't be restored; "
+                "prune with keep_dropped=True, or load the base again"
+            )
+        if self.active:
+            for step in reversed(self._undo):
+                step()
+            self.active = False
+
+    def reapply(self) -> None:
+        """Cut again after `restore`."""
+        if not self.active:
+            for step in self._redo:
+                step()
+            self.active = True
+
+
+def is_cut(config: PreTrainedConfig, drop_layers: Sequence[int], num_base_layers: int) -> bool:
+    """Whether the model of this config is what is left of a base after exactly this cut."""
+    marker = getattr(config, MARKER, None) or {}
+    return (
+        marker.get("num_base_layers") == num_base_layers
+        and marker.get("drop_layers") == sorted(drop_layers)
+        and families.layer_count(config) == num_base_layers - len(drop_layers)
+    )
+
+
+def cut_model_config(config: PreTrainedConfig, drop_layers: Sequence[int]) -> PreTrainedConfig:
+    """The config of the cut model, marked with what was dropped.
+
+    Args:
+        config (`PreTrainedConfig`): The base's config; it is not changed.
+        drop_layers (`Sequence[int]`): Base indices of the layers to drop.
+
+    Returns:
+        `PreTrainedConfig`: A new config.
+
+    Raises:
+        CutError: These layers can't be dropped.
+        UnsupportedModelError: The architecture is not proven.
+    """
+    families.check_supported(config)
+    cut = families.make_cut(config, list(drop_layers))
+    new = families.cut_config(config, cut)
+    setattr(new, MARKER, {"drop_layers": list(cut.drop), "num_base_layers": cut.num_layers})
+    return new
+
+
+def drop_layers(model: PreTrainedModel, layers: Sequence[int], *, keep_dropped: bool = False) -> LayerCut:
+    """Drop decoder layers of a live model, in place.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model; its modules, its config and the layer indices in it
+            change, its weights do not.
+        layers (`Sequence[int]`): Indices of the layers to drop.
+        keep_dropped (`bool`, defaults to `False`): Hold on to the dropped layers, outside of the module tree, so
+            that `LayerCut.restore` can put them back.
+
+    Returns:
+        `LayerCut`: What was done.
+
+    Raises:
+        CutError: These layers can't be dropped. The model is unchanged.
+        UnsupportedModelError: The architecture is not proven. The model is unchanged.
+    """
+    new_config = cut_model_config(model.config, layers)
+    cut = families.make_cut(model.config, list(layers))
+    stack = find_decoder_layers(model)
+    changes = _attribute_changes(model, new_config, stack, cut)
+
+    undo: list[Callable[[], None]] = []
+    redo: list[Callable[[], None]] = []
+    steps = [
+        *_slice_wide_tensors(model, cut),
+        _swap_layers(model, stack, cut),
+        *_swap_configs(model, new_config, cut),
+        *_set_attributes(changes),
+    ]
+    for do, back in steps:
+        do()
+        redo.append(do)
+        undo.append(back)
+    dropped = [stack.layers[i] for i in cut.drop] if keep_dropped else []
+    if not keep_dropped:
+        # The steps above hold the old list; without them nothing does, and its memory is free.
+        undo, redo = [], []
+    logger.info("dropped layers %s of %d from %s", list(cut.drop), cut.num_layers, stack.path)
+    return LayerCut(model, cut, undo, redo, dropped)
+
+
+Step = tuple[Callable[[], None], Callable[[], None]]
+
+
+def _swap_layers(model: PreTrainedModel, stack: DecoderStack, cut: families.Cut) -> Step:
+    parent = model.get_submodule(stack.parent_path) if stack.parent_path else model
+    old, new = stack.layers, nn.ModuleList(stack.layers[i] for i in cut.keep)
+    new.training = old.training
+    return (lambda: setattr(parent, stack.name, new)), (lambda: setattr(parent, stack.name, old))
+
+
+def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig, cut: families.Cut) -> list[Step]:
+    """Change every config object that modules hold, in place, since they are shared by reference."""
+    new_part = families.text_config(new_config)
+    live: dict[int, tuple[PreTrainedConfig, dict[str, Any]]] = {}
+    for config in [model.config, *(getattr(module, "config", None) for module in model.modules())]:
+        if not hasattr(config, "model_type") or id(config) in live:
+            continue
+        if type(config) is type(new_config):
+            # A composite keeps its own text section object, which is changed in its own right.
+            values = vars(new_config) if config is not families.text_config(config) else vars(new_part)
+            live[id(config)] = (config, dict(values))
+            part = families.text_config(config)
+            if part is not config:
+                for name, value in vars(config).items():
+                    if value is part:
+                        live[id(config)][1][name] = part
+                live[id(part)] = (part, dict(vars(new_part)))
+        elif type(config) is type(new_part) and families.layer_count(config) == cut.num_layers:
+            live[id(config)] = (config, dict(vars(new_part)))
+    steps = []
+    for config, values in live.values():
+        old = dict(vars(config))
+        steps.append((_replace_vars(config, values), _replace_vars(config, old)))
+    return steps
+
+
+def _replace_vars(target: Any, values: dict[str, Any]) -> Callable[[], None]:
+    def replace() -> None:
+        vars(target).clear()
+        vars(target).update(values)
+
+    return replace
+
+
+def _slice_wide_tensors(model: PreTrainedModel, cut: families.Cut) -> list[Step]:
+    steps: list[Step] = []
+    for wide, width in families.wide_tensors(model.config):
+        for name, parameter in list(model.named_parameters()):
+            if not f".{name}".endswith(f".{wide.suffix}"):
+                continue
+            if parameter.shape[wide.dim] != width * cut.num_layers:
+                raise CutError(f"{name} is {tuple(parameter.shape)}, not {cut.num_layers} layers of {width} wide")
+            index = torch.cat([torch.arange(i * width, (i + 1) * width) for i in cut.keep])
+            kept = parameter.detach().index_select(wide.dim, index.to(parameter.device)).contiguous()
+            new = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+            owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            steps.append((_setter(owner, leaf, new), _setter(owner, leaf, parameter)))
+            for size in ("embedding_dim", "out_features"):
+                if getattr(owner, size, None) == parameter.shape[wide.dim]:
+                    steps.append(
+                        (_setter(owner, size, new.shape[wide.dim]), _setter(owner, size, parameter.shape[wide.dim]))
+                    )
+    return steps
+
+
+def _setter(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    return lambda: setattr(owner, name, value)
+
+
+def _set_attributes(changes: list[tuple[nn.Module, str, Any]]) -> list[Step]:
+    steps: list[Step] = []
+    for module, name, value in changes:
+        steps.append((_setter(module, name, value), _setter(module, name, vars(module)[name])))
+    return steps
+
+
+def _empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of this config without weights, as `from_pretrained` builds it before it loads any."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    rng = torch.random.get_rng_state()
+    try:
+        with torch.device("meta"):
+            return type(model)(config)
+    finally:
+        torch.random.set_rng_state(rng)
+
+
+def _attribute_changes(
+    model: PreTrainedModel, new_config: PreTrainedConfig, stack: DecoderStack, cut: families.Cut
+) -> list[tuple[nn.Module, str, Any]]:
+    """Compare empty models of the old and the new config; see the module's docstring.
+
+    Returns:
+        `list[tuple[nn.Module, str, Any]]`: Module, attribute name and new value, to be set after the cut.
+    """
+    old, new = _empty_model(model, model.config), _empty_model(model, new_config)
+    live = dict(model.named_modules())
+    new_modules = dict(new.named_modules())
+    changes: list[tuple[nn.Module, str, Any]] = []
+    prefix = stack.path + "."
+    for name, before in old.named_modules():
+        layer, inner = None, ""
+        if name.startswith(prefix):
+            index, _, inner = name[len(prefix) :].partition(".")
+            layer = int(index)
+            if layer not in cut.new_index:
+                continue
+        target = name if layer is None else ".".join(filter(None, [prefix + str(cut.new_index[layer]), inner]))
+        after = new_modules.pop(target, None)
+        if after is None or type(before) is not type(after):
+            raise CutError(
+                f"{name} would come back as {type(after).__name__ if after is not None else 'nothing'} after a cut, "
+                f"not as {type(before).__name__}: this architecture builds it from its position"
+            )
+        if layer is not None:
+            _check_same_shapes(name, before, after)
+        for attribute, value in _differences(before, after):
+            if layer is not None and not _is_positional(attribute, vars(before)[attribute], value, cut):
+                raise CutError(
+                    f"{name}.{attribute} is computed from the layer's position: {vars(before)[attribute]!r} here, "
+                    f"{value!r} after a reload; this cut would change the model silently"
+                )
+            if name in live and attribute in vars(live[name]):
+                changes.append((live[name], attribute, value))
+    extra = [name for name in new_modules if name.startswith(prefix)]
+    if extra:
+        raise CutError(f"{extra[0]} would appear from nowhere after a reload: the kept layers would be built differently")
+    return changes
+
+
+def _is_positional(attribute: str, before: Any, after: Any, cut: families.Cut) -> bool:
+    """Whether two values say where a layer stands, or the same thing up to rounding, or are a rewritten config list."""
+    if isinstance(before, list) and len(before) == cut.num_layers:
+        return after == [before[i] for i in cut.keep]
+    if isinstance(before, float) and isinstance(after, float):
+        return math.isclose(before, after, rel_tol=1e-12)
+    return isinstance(after, int | None) and any(part in attribute for part in _POSITIONAL)
+
+
+def _check_same_shapes(name: str, before: nn.Module, after: nn.Module) -> None:
+    for kind in ("_parameters", "_buffers"):
+        old, new = getattr(before, kind), getattr(after, kind)
+        shapes = [{k: tuple(t.shape) for k, t in tensors.items() if t is not None} for tensors in (old, new)]
+        if shapes[0] != shapes[1]:
+            raise CutError(f"{name} has tensors {shapes[0]}, and {shapes[1]} after a reload at its new place")
+
+
+def _differences(before: nn.Module, after: nn.Module) -> list[tuple[str, Any]]:
+    """Plain attributes (numbers, strings, lists of them) in which two modules differ, with the second's value."""
+    plain = int | float | str | bool | list | tuple | type(None)
+    found = []
+    for name, value in vars(before).items():
+        other = vars(after).get(name, _ABSENT)
+        if isinstance(value, tuple) and isinstance(other, list):  # a JSON round trip makes lists of tuples
+            other = tuple(other)
+        if other is not _ABSENT and isinstance(value, plain) and isinstance(other, plain) and value != other:
+            found.append((name, other))
+    return found

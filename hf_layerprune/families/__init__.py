@@ -1,0 +1,201 @@
+"""The one table of architectures: where a decoder keeps its layers, and how a cut rewrites its config.
+
+No other part of the package names a model family. An architecture is accepted only if the matrix in
+`tests/test_matrix.py` proves it (docs/architectures.md); anything unknown is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CutError, UnsupportedModelError
+from .fields import COUNT_FIELDS, Cut, rewrite_fields
+from .special import SPECIAL, Family, WideTensor
+from .types import REFUSED, proven
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = [
+    "REFUSED",
+    "Cut",
+    "check_supported",
+    "cut_config",
+    "layer_count",
+    "make_cut",
+    "protected_layers",
+    "proven",
+    "text_config",
+    "wide_tensors",
+]
+
+# Names under which composite configs keep their language decoder.
+_TEXT_CONFIGS = ("text_config", "decoder")
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a config that describes the language decoder: the config itself, or its text section.
+
+    Args:
+        config (`PreTrainedConfig`): A model's config.
+
+    Returns:
+        `PreTrainedConfig`: The very object, not a copy, so that changing it changes the whole.
+    """
+    for name in _TEXT_CONFIGS:
+        part = getattr(config, name, None)
+        if hasattr(part, "model_type"):
+            return part
+    return config
+
+
+def _family(config: PreTrainedConfig) -> Family:
+    return SPECIAL.get(config.model_type, Family())
+
+
+def _count_field(config: PreTrainedConfig) -> str:
+    declared = _family(config).count_field
+    if declared is not None:
+        return declared
+    fields = config.to_dict()
+    for name in COUNT_FIELDS:
+        if isinstance(fields.get(name), int):
+            return name
+    raise UnsupportedModelError(f"the config of model type {config.model_type!r} has no layer count")
+
+
+def layer_count(config: PreTrainedConfig) -> int:
+    """How many decoder layers the config describes."""
+    part = text_config(config)
+    name = _count_field(part)
+    return getattr(part, name) if name else part.num_hidden_layers
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Refuse a model that is not proven to survive a cut.
+
+    Args:
+        config (`PreTrainedConfig`): The model's config.
+
+    Raises:
+        UnsupportedModelError: The model type is refused (with the reason) or unknown, or this very config turns
+            on something that a cut would change.
+    """
+    for part in (config, text_config(config)):
+        if reason := REFUSED.get(part.model_type):
+            raise UnsupportedModelError(f"model type {part.model_type!r} can't be pruned by layers: {reason}")
+    part = text_config(config)
+    if not {config.model_type, part.model_type} & proven():
+        raise UnsupportedModelError(
+            f"model type {part.model_type!r} is not among the {len(proven())} proven ones (docs/architectures.md); "
+            "refusing, since an unknown layout could change silently on reload"
+        )
+    family = _family(part)
+    if family.requires and (reason := family.requires(part.to_dict())):
+        raise UnsupportedModelError(f"this {part.model_type} model can't be pruned: {reason}")
+
+
+def protected_layers(config: PreTrainedConfig) -> dict[int, str]:
+    """Layers that this architecture can't lose, by base index, each with the reason."""
+    part = text_config(config)
+    protect = _family(part).protect
+    return protect(part.to_dict(), layer_count(part)) if protect else {}
+
+
+def wide_tensors(config: PreTrainedConfig) -> tuple[tuple[WideTensor, int], ...]:
+    """Tensors outside the layers that hold one slice a layer, each with the width of a slice."""
+    part = text_config(config)
+    return tuple((wide, width) for wide in _family(part).wide if (width := getattr(part, wide.width_field, None)))
+
+
+def make_cut(config: PreTrainedConfig, drop_layers: list[int] | tuple[int, ...]) -> Cut:
+    """Check a set of layers against a config.
+
+    Args:
+        config (`PreTrainedConfig`): The base's config.
+        drop_layers (`list[int]`): Base indices of the layers to drop, in any order.
+
+    Returns:
+        `Cut`: What stays.
+
+    Raises:
+        CutError: An index is out of range, given twice or protected, or nothing or everything would go.
+    """
+    n = layer_count(config)
+    if not drop_layers:
+        raise CutError("drop_layers is empty: nothing would be dropped; name at least one layer, or set drop")
+    for i in drop_layers:
+        if not 0 <= i < n:
+            raise CutError(f"drop_layers has {i}, but the model's layers are 0..{n - 1}")
+    if len(set(drop_layers)) != len(drop_layers):
+        twice = sorted({i for i in drop_layers if list(drop_layers).count(i) > 1})
+        raise CutError(f"drop_layers names {', '.join(map(str, twice))} more than once; name each layer once")
+    if len(drop_layers) == n:
+        raise CutError(f"drop_layers names all {n} layers of the model; at least one must stay")
+    protected = protected_layers(config)
+    for i in sorted(drop_layers):
+        if i in protected:
+            raise CutError(f"layer {i} of this {text_config(config).model_type} model can't be dropped: {protected[i]}")
+    gone = set(drop_layers)
+    return Cut(tuple(i for i in range(n) if i not in gone), n)
+
+
+def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:
+    """The config of the model that remains.
+
+    Args:
+        config (`PreTrainedConfig`): The base's config; it is not changed.
+        cut (`Cut`): Which layers stay.
+
+    Returns:
+        `PreTrainedConfig`: A new config of the same class, validated by its own class.
+
+    Raises:
+        CutError: The config's class can't describe the kept layers.
+        UnsupportedModelError: See `check_supported`.
+    """
+    check_supported(config)
+    new = copy.deepcopy(config)
+    old_part, part = text_config(config), text_config(new)
+    fields, family, count = old_part.to_dict(), _family(part), _count_field(part)
+    if family.check:
+        family.check(fields, cut)
+    changed = rewrite_fields(fields, cut, family.rules, skip=(count,))
+    if family.couple:
+        changed |= family.couple(fields, cut)
+    if count:
+        changed[count] = len(cut.keep)
+    rebuilt = _rebuild(old_part, fields | changed)
+    _check_kept(rebuilt, changed)
+    vars(part).clear()
+    vars(part).update(vars(rebuilt))
+    return new
+
+
+def _rebuild(old: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
+    """A config of the same class from new fields, with what `to_dict` leaves out carried over."""
+    try:
+        rebuilt = type(old).from_dict(copy.deepcopy(fields))
+        rebuilt.validate()
+    except Exception as error:  # each config class raises what it likes
+        reason = " ".join(str(error).split())
+        raise CutError(f"the kept layers make no valid {type(old).__name__}: {reason}") from error
+    # Run-time choices (attention and expert kernels, the resolved commit) are in no dictionary.
+    for name, value in vars(old).items():
+        if name.startswith("_") and name != "_heterogeneity_spec":
+            vars(rebuilt)[name] = value
+    return rebuilt
+
+
+def _check_kept(config: PreTrainedConfig, changed: dict[str, Any]) -> None:
+    """Refuse where the config class replaced what was written, as it would again on every reload."""
+    fields = config.to_dict()
+    for name, value in changed.items():
+        if name == "per_layer_config":  # normalised by the class; its values are checked by the layers themselves
+            continue
+        if fields.get(name) != value:
+            raise CutError(
+                f"{type(config).__name__} turns {name}={value!r} into {fields.get(name)!r}, "
+                "so the kept layers would come back changed"
+            )

@@ -1,0 +1,235 @@
+"""How each per-layer field of a model config changes when layers are dropped.
+
+One rule a field name. A rule takes the old value and a `Cut` (which layers stay, of how many) and returns
+the value that describes the same layers at their new positions, or raises `CutError` where no value does.
+Fields that only *seed* another, explicit field (a period from which `layer_types` was once computed) stay as
+they are: a saved config carries the explicit list, and the list wins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import CutError
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which decoder layers stay.
+
+    Args:
+        keep (`tuple[int, ...]`): Base indices of the layers that stay, ascending.
+        num_layers (`int`): How many layers the base has.
+    """
+
+    keep: tuple[int, ...]
+    num_layers: int
+
+    @property
+    def drop(self) -> tuple[int, ...]:
+        """Base indices of the layers that go, ascending."""
+        kept = set(self.keep)
+        return tuple(i for i in range(self.num_layers) if i not in kept)
+
+    @property
+    def new_index(self) -> dict[int, int]:
+        """Base index to new index, for the layers that stay."""
+        return {old: new for new, old in enumerate(self.keep)}
+
+
+Rule = Callable[[Any, Cut], Any]
+
+
+def select(value: Any, cut: Cut) -> Any:
+    """A list with one entry a layer: take the entries of the kept layers. A scalar holds for all layers."""
+    if not isinstance(value, list | tuple):
+        return value
+    if len(value) < cut.num_layers:
+        raise CutError(f"has {len(value)} entries for {cut.num_layers} layers")
+    # Some published configs carry longer lists than layers; only the first `num_layers` are ever read.
+    return [value[i] for i in cut.keep]
+
+
+def remap(value: Any, cut: Cut) -> Any:
+    """A set of layer indices: forget the dropped ones, renumber the rest."""
+    return None if value is None else [cut.new_index[i] for i in value if i in cut.new_index]
+
+
+def remap_one_based(value: Any, cut: Cut) -> Any:
+    """A set of layer numbers that start at 1."""
+    return None if value is None else [cut.new_index[i - 1] + 1 for i in value if i - 1 in cut.new_index]
+
+
+def remap_keys(value: Any, cut: Cut) -> Any:
+    """A mapping from layer index (an int, or digits) to something."""
+    if value is None:
+        return None
+    return {cut.new_index[int(k)]: v for k, v in value.items() if int(k) in cut.new_index}
+
+
+def count_below(value: Any, cut: Cut) -> Any:
+    """A threshold: layers below it differ from the rest. Count the kept layers below it."""
+    return None if value is None else sum(i < value for i in cut.keep)
+
+
+def count_last(value: Any, cut: Cut) -> Any:
+    """A number of layers, counted from the end: count the kept ones among them."""
+    return None if value is None else sum(i >= cut.num_layers - value for i in cut.keep)
+
+
+def spell_out_pattern(value: Any, cut: Cut) -> Any:
+    """A pattern that is repeated over the layers: write the kept layers out as one long pattern."""
+    return None if not value else [value[i % len(value)] for i in cut.keep]
+
+
+def spell_out_runs(value: Any, cut: Cut) -> Any:
+    """Nested runs `[[[kind, ...], repeats], ...]`: write the kept layers out as one run."""
+    if not value:
+        return value
+    flat = [kind for kinds, repeats in value for _ in range(repeats) for kind in kinds]
+    return [[[flat[i] for i in cut.keep], 1]]
+
+
+def rescale_depth(value: Any, cut: Cut) -> Any:
+    """A residual scale that is divided by the square root of the layer count: keep the quotient."""
+    return None if value is None else value / math.sqrt(cut.num_layers) * math.sqrt(len(cut.keep))
+
+
+def unchanged(value: Any, cut: Cut) -> Any:
+    """Not per layer, or only the seed of an explicit list that is rewritten."""
+    return value
+
+
+FIELDS: dict[str, Rule] = {
+    # One entry a layer.
+    "layer_types": select,
+    "mlp_layer_types": select,
+    "layers_block_type": select,
+    "no_rope_layers": select,
+    "indexer_types": select,
+    "num_attention_heads_per_layer": select,
+    "layer_rope_theta": select,
+    "attention_layers": select,
+    "activation_sparsity_pattern": select,
+    # Scalars in most families, one entry a layer in some.
+    "intermediate_size": select,
+    "num_experts": select,
+    "moe_topk": select,
+    "moe_intermediate_size": select,
+    "num_shared_expert": select,
+    # Layer indices.
+    "attn_layer_indices": remap,
+    "mlp_only_layers": remap,
+    "moe_layers": remap,
+    "cross_attention_layers": remap,
+    "full_attn_idxs": remap,
+    "hybrid_layer_ids": remap,
+    "local_layer_ids": remap,
+    "ple_layer_ids": remap_one_based,
+    # Keyed by layer index.
+    "per_layer_config": remap_keys,
+    # Thresholds and counts.
+    "first_k_dense_replace": count_below,
+    "num_dense_layers": count_below,
+    "max_window_layers": count_below,
+    "num_hash_layers": count_below,
+    "num_kv_shared_layers": count_last,
+    # Patterns.
+    "block_types": spell_out_pattern,
+    "attention_types": spell_out_runs,
+    "scale_depth": rescale_depth,
+    # Seeds of explicit lists.
+    "full_attention_interval": unchanged,
+    "global_attn_every_n_layers": unchanged,
+    "sliding_window_pattern": unchanged,
+    "_sliding_window_pattern": unchanged,
+    "no_rope_layer_interval": unchanged,
+    "interleave_moe_layer_step": unchanged,
+    "prefix_dense_sliding_window_pattern": unchanged,
+    "layer_group_size": unchanged,
+    "index_topk_freq": unchanged,
+    "index_topk_pattern": unchanged,
+    "index_skip_topk_offset": unchanged,
+    "hybrid_override_pattern": unchanged,
+    # Of other stacks than the decoder: encoders, multi-token prediction, per-layer embedding widths.
+    "encoder_layers": unchanged,
+    "num_encoder_layers": unchanged,
+    "num_nextn_predict_layers": unchanged,
+    "num_mtp_layers": unchanged,
+    "mtp_layer_types": unchanged,
+    "mtp_mlp_layer_types": unchanged,
+    "mtp_layers_block_type": unchanged,
+    "mtp_local_layer_ids": unchanged,
+    "vocab_size_per_layer_input": unchanged,
+    "hidden_size_per_layer_input": unchanged,
+    # Lists that say nothing of layers, whatever their length.
+    "architectures": unchanged,
+    "bos_token_id": unchanged,
+    "eos_token_id": unchanged,
+    "pad_token_id": unchanged,
+    "suppress_tokens": unchanged,
+    "begin_suppress_tokens": unchanged,
+    "time_step_limit": unchanged,
+    "mlp_multipliers": unchanged,
+    "ssm_multipliers": unchanged,
+    "axial_pos_shape": unchanged,
+    "axial_pos_embds_dim": unchanged,
+    "languages": unchanged,
+    "id2label": unchanged,
+    "label2id": unchanged,
+    "task_specific_params": unchanged,
+}
+
+# The fields that may hold the number of decoder layers, most specific first; a config has one of them.
+COUNT_FIELDS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def looks_per_layer(name: str, value: Any, num_layers: int) -> str | None:
+    """Why a field that no rule knows might describe layers one by one, or `None` where it does not look so."""
+    if isinstance(value, list | tuple) and len(value) == num_layers:
+        return f"is a list with one entry for each of the {num_layers} layers"
+    if isinstance(value, dict) and value and all(str(key).isdigit() and int(key) < num_layers for key in value):
+        return "is keyed by layer index"
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if is_number and "layer" in name and "layer_norm" not in name and "layernorm" not in name:
+        return "is a number that may count or index layers"
+    return None
+
+
+def rewrite_fields(fields: dict[str, Any], cut: Cut, rules: dict[str, Rule], skip: Sequence[str] = ()) -> dict[str, Any]:
+    """Apply the rules to a config in dictionary form.
+
+    Args:
+        fields (`dict[str, Any]`): A config's `to_dict()`.
+        cut (`Cut`): Which layers stay.
+        rules (`dict[str, Rule]`): Rules that go before `FIELDS`, by field name.
+        skip (`Sequence[str]`): Fields to leave alone (the layer count, which is set apart).
+
+    Returns:
+        `dict[str, Any]`: Only the fields whose value changes.
+
+    Raises:
+        CutError: A rule found no value for the kept layers, or an unknown field looks per-layer.
+    """
+    changed: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in skip:
+            continue
+        rule = rules.get(name) or FIELDS.get(name)
+        if rule is None:
+            if why := looks_per_layer(name, value, cut.num_layers):
+                raise CutError(
+                    f"config field {name!r} {why}, and it is not known how a cut changes it; "
+                    "refusing rather than guessing"
+                )
+            continue
+        try:
+            new = rule(value, cut)
+        except CutError as error:
+            raise CutError(f"config field {name!r}: {error}") from None
+        if new != value:
+            changed[name] = new
+    return changed

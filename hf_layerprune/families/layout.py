@@ -1,0 +1,107 @@
+"""Where a model keeps its decoder layers and the modules around them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import UnsupportedModelError
+from . import layer_count, text_config
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+# What the lists of whole layers are called. Lists of parts of layers (`attentions`, `ffns`) are not among them.
+_LIST_NAMES = ("layers", "layer", "h", "blocks", "block")
+# Towers for other senses than text may be as deep as the decoder.
+_NOT_TEXT = re.compile(r"vision|visual|image|img|audio|speech|video|encoder_decoder")
+_NORM_NAMES = (
+    "norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm", "output_layernorm", "embedding_norm",
+    "layer_norm", "layernorm", "out_norm",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DecoderStack:
+    """The decoder layers of a model.
+
+    Args:
+        path (`str`): The module list's full name in the model, such as `model.layers`.
+        layers (`nn.ModuleList`): The layers.
+    """
+
+    path: str
+    layers: nn.ModuleList
+
+    @property
+    def parent_path(self) -> str:
+        """Full name of the module that owns the list; empty for the model itself."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """The list's attribute name in its parent."""
+        return self.path.rpartition(".")[2]
+
+
+def find_decoder_layers(model: PreTrainedModel) -> DecoderStack:
+    """Find the list of decoder layers, also inside a multimodal model.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model.
+
+    Returns:
+        `DecoderStack`: Where the layers are.
+
+    Raises:
+        UnsupportedModelError: No list, or more than one, fits the layer count in the config.
+    """
+    from torch import nn
+
+    n = layer_count(model.config)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    for root in (decoder, model):
+        if not isinstance(root, nn.Module):
+            continue
+        inside = {id(module) for module in root.modules()}
+        found = [
+            (path, module)
+            for path, module in model.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and id(module) in inside
+            and path.rpartition(".")[2] in _LIST_NAMES
+            and len(module) == n
+        ]
+        if len(found) > 1:
+            found = [(path, module) for path, module in found if not _NOT_TEXT.search(path)]
+        # A list inside a layer of another list is a part of that layer.
+        found = [
+            (path, module) for path, module in found if not any(path.startswith(outer + ".") for outer, _ in found)
+        ]
+        if len(found) == 1:
+            return DecoderStack(*found[0])
+        if found:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has several lists of {n} layers: {', '.join(path for path, _ in found)}"
+            )
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no list of {n} decoder layers, as its config says; is it a "
+        f"{text_config(model.config).model_type} model, and do the model and its config belong together?"
+    )
+
+
+def find_final_norm(model: PreTrainedModel, stack: DecoderStack) -> str | None:
+    """Full name of the norm between the last decoder layer and the head, or `None` where there is none."""
+    parent = model.get_submodule(stack.parent_path) if stack.parent_path else model
+    for name in _NORM_NAMES:
+        if hasattr(parent, name) and next(getattr(parent, name).parameters(), None) is not None:
+            return f"{stack.parent_path}.{name}".lstrip(".")
+    return None
+
+
+def find_output_head(model: PreTrainedModel) -> str | None:
+    """Full name of the module that turns hidden states into logits, or `None` where there is none."""
+    head = model.get_output_embeddings()
+    return next((path for path, module in model.named_modules() if module is head), None) if head is not None else None

@@ -1,0 +1,216 @@
+"""Families whose layers depend on one another or on their position: what a cut must respect, family by family.
+
+A family that is not named here needs no more than the field rules of `fields.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import CutError
+from .fields import Cut, Rule, remap, unchanged
+
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class WideTensor:
+    """A tensor outside the layers that holds one slice a layer.
+
+    Args:
+        suffix (`str`): How the parameter's name ends.
+        dim (`int`): The dimension that is `num_layers * width` long.
+        width_field (`str`): The config field that holds `width`.
+    """
+
+    suffix: str
+    dim: int
+    width_field: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is special about a model type.
+
+    Args:
+        rules (`dict[str, Rule]`): Field rules that differ from the common ones.
+        couple (`Callable`, *optional*): Rewrites fields that only make sense together; returns the changed ones.
+        check (`Callable`, *optional*): Raises `CutError` for a set of layers that can't go.
+        protect (`Callable`, *optional*): Layers that can never go, with the reason.
+        requires (`Callable`, *optional*): A reason to refuse this config, or `None`.
+        wide (`tuple[WideTensor, ...]`): Tensors to slice along with the layers.
+        count_field (`str`, *optional*): The field with the layer count; `""` where a list's length is the count.
+    """
+
+    rules: dict[str, Rule] = field(default_factory=dict)
+    couple: Callable[[Fields, Cut], Fields] | None = None
+    check: Callable[[Fields, Cut], None] | None = None
+    protect: Callable[[Fields, int], dict[int, str]] | None = None
+    requires: Callable[[Fields], str | None] | None = None
+    wide: tuple[WideTensor, ...] = ()
+    count_field: str | None = None
+
+
+# --- mixtures of experts whose dense layers follow a period -------------------------------------------------
+
+
+def _sparse_step(fields: Fields, cut: Cut) -> Fields:
+    """`(i + 1) % decoder_sparse_step` picks the expert layers: list the dense ones instead, which says the same."""
+    step, listed = fields["decoder_sparse_step"], fields.get("mlp_only_layers") or []
+    dense = [i for i in range(cut.num_layers) if i in listed or (i + 1) % step]
+    return {"decoder_sparse_step": 1, "mlp_only_layers": remap(dense, cut)}
+
+
+SPARSE_STEP = Family(rules={"decoder_sparse_step": unchanged, "mlp_only_layers": unchanged}, couple=_sparse_step)
+
+
+def _refit(flags: list[bool], what: str, period: int, offset: int) -> tuple[int, int]:
+    """The period and offset that give these flags: the old ones where they still do, else the shortest that does."""
+    candidates = [(period, offset), *((p, o) for p in range(1, len(flags) + 1) for o in range(p))]
+    for p, o in candidates:
+        if all(flag == (i % p == o) for i, flag in enumerate(flags)):
+            return p, o
+    raise CutError(
+        f"{what} layers stand at a fixed period ({period}, offset {offset}), which is all that the config can say, "
+        f"and the kept layers no longer do; drop whole periods, or one layer of each"
+    )
+
+
+def _two_periods(fields: Fields, cut: Cut) -> Fields:
+    changed: Fields = {}
+    for kind, what in (("attn", "attention"), ("expert", "expert")):
+        names = f"{kind}_layer_period", f"{kind}_layer_offset"
+        period, offset = (fields[name] for name in names)
+        new = _refit([i % period == offset for i in cut.keep], what, period, offset)
+        changed.update(zip(names, new, strict=True))
+    return changed
+
+
+TWO_PERIODS = Family(
+    rules=dict.fromkeys(
+        ("attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset"), unchanged
+    ),
+    couple=_two_periods,
+)
+
+
+def _interval_between(fields: Fields, cut: Cut) -> Fields:
+    """Expert layers are every n-th one from a first to a last index."""
+    names = "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"
+    start, end, interval = (fields[name] for name in names)
+    end = cut.num_layers - 1 if end == -1 else end
+    flags = [(i + 1) % interval == 0 and start <= i <= end for i in cut.keep]
+    if not any(flags):
+        return dict(zip(names, (len(flags), len(flags), 1), strict=True))
+    first, last = flags.index(True), len(flags) - 1 - flags[::-1].index(True)
+    for n in (interval, *range(1, len(flags) + 1)):
+        if all(flag == ((i + 1) % n == 0 and first <= i <= last) for i, flag in enumerate(flags)):
+            return dict(zip(names, (first, last, n), strict=True))
+    raise CutError(f"expert layers stand at every {interval}th place, and the kept layers no longer do")
+
+
+INTERVAL_BETWEEN = Family(
+    rules=dict.fromkeys(("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"), unchanged),
+    couple=_interval_between,
+)
+
+# --- key-value sharing --------------------------------------------------------------------------------------
+
+
+def _sharing_check(fields: Fields, cut: Cut) -> None:
+    """The last layers read keys and values of the last layer of their type before them: it must stay."""
+    types, shared = fields["layer_types"], fields.get("num_kv_shared_layers") or 0
+    first = cut.num_layers - shared
+    for i in range(first, cut.num_layers):
+        if i not in cut.new_index:
+            continue
+        producer = first - 1 - types[:first][::-1].index(types[i])
+        if producer not in cut.new_index:
+            raise CutError(f"layer {producer} computes the keys and values that layer {i} reads; keep it, or drop both")
+
+
+def _full_attention_last(fields: Fields, cut: Cut) -> None:
+    _sharing_check(fields, cut)
+    types = fields["layer_types"]
+    if types[cut.keep[-1]] != "full_attention":
+        full = [i for i in range(cut.num_layers) if types[i] == "full_attention"]
+        raise CutError(
+            f"the last layer of this architecture always has full attention, and layer {cut.keep[-1]}, the last that "
+            f"would remain, has not; end the kept layers at one of {full} (protect_last=1 keeps the present last one)"
+        )
+
+
+_PER_LAYER_EMBEDDINGS = (
+    WideTensor("embed_tokens_per_layer.weight", 1, "hidden_size_per_layer_input"),
+    WideTensor("per_layer_model_projection.weight", 0, "hidden_size_per_layer_input"),
+)
+
+SHARED_KV = Family(check=_sharing_check, wide=_PER_LAYER_EMBEDDINGS)
+SHARED_KV_FULL_LAST = Family(check=_full_attention_last, wide=_PER_LAYER_EMBEDDINGS)
+
+# --- layers that only one place in the stack can hold --------------------------------------------------------
+
+
+def _first(reason: str) -> Callable[[Fields, int], dict[int, str]]:
+    return lambda fields, num_layers: {0: reason}
+
+
+def _last(reason: str) -> Callable[[Fields, int], dict[int, str]]:
+    return lambda fields, num_layers: {num_layers - 1: reason}
+
+
+def _ngram_layers(fields: Fields, num_layers: int) -> dict[int, str]:
+    reason = "it holds an n-gram table, whose hashes depend on how many such layers stand before it"
+    return {i - 1: reason for i in fields.get("ple_layer_ids") or []}
+
+
+# --- configs that turn a decoder into something that can't be cut --------------------------------------------
+
+
+def _must_be_decoder(fields: Fields) -> str | None:
+    if fields.get("is_decoder") or fields.get("is_causal"):
+        return None
+    return "it is an encoder (config.is_decoder is false), and only decoders are pruned; set is_decoder=True to use it as one"
+
+
+DECODER_ONLY = Family(requires=_must_be_decoder)
+
+
+def _scaled_by_index(fields: Fields) -> str | None:
+    if fields.get("scale_attn_by_inverse_layer_idx"):
+        return "scale_attn_by_inverse_layer_idx divides attention by the layer's index, which a cut changes"
+    return None
+
+
+def _random_attention(fields: Fields) -> str | None:
+    if fields.get("attention_type") == "block_sparse":
+        return 'attention_type="block_sparse" draws random blocks from the layer\'s index; use "original_full"'
+    return _must_be_decoder(fields)
+
+
+SPECIAL: dict[str, Family] = {
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "qwen3_next", "flint"), SPARSE_STEP),
+    "jamba": TWO_PERIODS,
+    "ernie4_5_moe": INTERVAL_BETWEEN,
+    "gemma3n_text": SHARED_KV,
+    "gemma4_text": SHARED_KV_FULL_LAST,
+    "gemma4_unified_text": SHARED_KV_FULL_LAST,
+    "modernbert-decoder": Family(protect=_first("it alone has no attention norm, as the embeddings are normalised")),
+    "zaya": Family(protect=_first("its router alone has no router before it to average with")),
+    "gpt_neox_japanese": Family(protect=_last("it alone has an output bias")),
+    "qwen4_exp_text": Family(protect=_ngram_layers),
+    "nemotron_h": Family(count_field=""),
+    "xlstm": Family(rules={"num_blocks": lambda value, cut: len(cut.keep)}),
+    "gpt2": Family(requires=_scaled_by_index),
+    "gpt-sw3": Family(requires=_scaled_by_index),
+    "big_bird": Family(requires=_random_attention),
+    **dict.fromkeys(
+        (
+            "bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+            "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+        ),
+        DECODER_ONLY,
+    ),
+}  # fmt: skip

@@ -1,0 +1,37 @@
+"""Which model types are refused, and why.
+
+`proven.txt` beside this file lists the others, one a line. `make docs` writes it, together with
+docs/architectures.md, from a run of the matrix, and `tests/test_matrix.py` holds both to the truth.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+
+REFUSED: dict[str, str] = {
+    "beam": "each layer scales its residual by its own index, so every layer above a cut would change on reload",
+    "blt": "it is four stacks of layers (patcher, encoder, global, decoder) that depend on one another",
+    "cpmant": "its generation with a cache differs from the one without, uncut as well, so a cut can't be proven",
+    "diffllama": "each layer derives its attention's lambda from its own index, so layers above a cut would change",
+    "gemma3n": "its vision tower needs timm, without which it was not proven; its text decoder, gemma3n_text, is",
+    "gemma4_assistant": "it drafts for another model and reads that model's key-value cache layer by layer",
+    "gemma4_unified_assistant": "it drafts for another model and reads that model's key-value cache layer by layer",
+    "hrm_text": "it runs two stacks of layers over and over in cycles, so there is no layer to drop",
+    "inkling2_text": "its residuals run over blocks of layers that are counted off by index",
+    "minimax": "its linear attention decays at a rate computed from the layer's index and the number of layers",
+    "musicgen": "it generates audio codes for a text encoder, and can't be loaded as a causal language model alone",
+    "musicgen_melody": "it generates audio codes for a text encoder, and can't be loaded as a causal language model alone",
+    "prophetnet": "its generation with a cache differs from the one without, uncut as well, so a cut can't be proven",
+    "reformer": "its reversible layers run forward and backward in one stack with a hashed attention",
+    "rwkv": "it halves the hidden states and rescales weights at every few layers, counted off by index",
+    "xlm": "it keeps attentions, norms and feed-forwards in parallel lists, not in layers",
+    "zamba": "its hybrid layers share one transformer block, stored with the first of them",
+    "zamba2": "its hybrid layers share transformer blocks, stored with the first of them",
+}
+
+
+@cache
+def proven() -> frozenset[str]:
+    """Model types that the matrix proves, with the text decoders inside multimodal ones."""
+    return frozenset(files(__package__).joinpath("proven.txt").read_text().split())
