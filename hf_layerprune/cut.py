@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,59 +32,77 @@ logger = logging.getLogger(__name__)
 # The config attribute by which a cut model says what was done to it.
 MARKER = "layer_drop"
 
-# Attributes that may differ between a layer at its old and at its new place: where it stands, nothing else.
-_POSITIONAL = ("idx", "index", "layer_id", "layer_number", "layer_num", "num_layers", "num_hidden_layers", "n_layers", "seed")
 _ABSENT = object()
 
+# Attributes that may differ between a layer at its old and at its new place: where it stands, nothing else.
+_POSITIONAL = (
+    "idx",
+    "index",
+    "layer_id",
+    "layer_number",
+    "layer_num",
+    "num_layers",
+    "num_hidden_layers",
+    "n_layers",
+    "seed",
+)
 
+
+@dataclass
+class _Change:
+    """One attribute of one object before and after a cut. Plain data, so that a model with a cut can be deep-copied."""
+
+    owner: Any
+    name: str
+    old: Any
+    new: Any
+
+    def apply(self, value: Any) -> None:
+        """Set the attribute past every property and hook, or remove it."""
+        if isinstance(self.owner, nn.Module):
+            setattr(self.owner, self.name, value)
+        elif value is _ABSENT:
+            vars(self.owner).pop(self.name, None)
+        else:
+            vars(self.owner)[self.name] = value
+
+
+@dataclass
 class LayerCut:
     """A cut that was made on a live model, with what it takes to undo it.
 
     Args:
-        model (`PreTrainedModel`): The model, already cut.
         cut (`families.Cut`): Which layers stayed.
-        undo (`list[Callable]`): Steps that restore the dense model, last first.
-        redo (`list[Callable]`): Steps that cut it again, in order.
         dropped (`list[nn.Module]`): The dropped layers, where they were kept; empty otherwise.
+        changes (`list[_Change]`): What was changed, in order; empty where the dropped layers were not kept.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        cut: families.Cut,
-        undo: list[Callable[[], None]],
-        redo: list[Callable[[], None]],
-        dropped: list[nn.Module],
-    ) -> None:
-        self.model = model
-        self.cut = cut
-        self.dropped = dropped
-        self.active = True
-        self._undo = undo
-        self._redo = redo
-
-    @property
-    def reversible(self) -> bool:
-        """Whether the dropped layers are still held."""
-        return bool(self.dropped)
+    cut: families.Cut
+    dropped: list[nn.Module]
+    changes: list[_Change]
+    active: bool = True
 
     def restore(self) -> None:
-        """Put the dropped layers back: the model is dense again, to the last bit."""
-        if not self.reversible:
+        """Put the dropped layers back: the model is dense again, to the last bit.
+
+        Raises:
+            CutError: The dropped layers were not kept.
+        """
+        if not self.dropped:
             raise CutError(
                 "the dropped layers were not kept, so the dense model can't be restored; "
                 "prune with keep_dropped=True, or load the base again"
             )
         if self.active:
-            for step in reversed(self._undo):
-                step()
+            for change in reversed(self.changes):
+                change.apply(change.old)
             self.active = False
 
     def reapply(self) -> None:
         """Cut again after `restore`."""
         if not self.active:
-            for step in self._redo:
-                step()
+            for change in self.changes:
+                change.apply(change.new)
             self.active = True
 
 
@@ -138,74 +157,55 @@ def drop_layers(model: PreTrainedModel, layers: Sequence[int], *, keep_dropped: 
     new_config = cut_model_config(model.config, layers)
     cut = families.make_cut(model.config, list(layers))
     stack = find_decoder_layers(model)
-    changes = _attribute_changes(model, new_config, stack, cut)
-
-    undo: list[Callable[[], None]] = []
-    redo: list[Callable[[], None]] = []
-    steps = [
+    attributes = _attribute_changes(model, new_config, stack, cut)
+    changes = [
         *_slice_wide_tensors(model, cut),
-        _swap_layers(model, stack, cut),
-        *_swap_configs(model, new_config, cut),
-        *_set_attributes(changes),
+        *_swap_layers(model, stack, cut),
+        *_swap_configs(model, new_config),
+        *attributes,
     ]
-    for do, back in steps:
-        do()
-        redo.append(do)
-        undo.append(back)
-    dropped = [stack.layers[i] for i in cut.drop] if keep_dropped else []
-    if not keep_dropped:
-        # The steps above hold the old list; without them nothing does, and its memory is free.
-        undo, redo = [], []
+    for change in changes:
+        change.apply(change.new)
     logger.info("dropped layers %s of %d from %s", list(cut.drop), cut.num_layers, stack.path)
-    return LayerCut(model, cut, undo, redo, dropped)
+    if keep_dropped:
+        return LayerCut(cut, [stack.layers[i] for i in cut.drop], changes)
+    return LayerCut(cut, [], [])  # the changes hold the old list of layers; without them its memory is free
 
 
-Step = tuple[Callable[[], None], Callable[[], None]]
-
-
-def _swap_layers(model: PreTrainedModel, stack: DecoderStack, cut: families.Cut) -> Step:
+def _swap_layers(model: PreTrainedModel, stack: DecoderStack, cut: families.Cut) -> list[_Change]:
     parent = model.get_submodule(stack.parent_path) if stack.parent_path else model
-    old, new = stack.layers, nn.ModuleList(stack.layers[i] for i in cut.keep)
-    new.training = old.training
-    return (lambda: setattr(parent, stack.name, new)), (lambda: setattr(parent, stack.name, old))
+    new = nn.ModuleList(stack.layers[i] for i in cut.keep)
+    new.training = stack.layers.training
+    return [_Change(parent, stack.name, stack.layers, new)]
 
 
-def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig, cut: families.Cut) -> list[Step]:
-    """Change every config object that modules hold, in place, since they are shared by reference."""
-    new_part = families.text_config(new_config)
-    live: dict[int, tuple[PreTrainedConfig, dict[str, Any]]] = {}
-    for config in [model.config, *(getattr(module, "config", None) for module in model.modules())]:
-        if not hasattr(config, "model_type") or id(config) in live:
+def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig) -> list[_Change]:
+    """Change every config object that modules hold, in place, since they are shared by reference.
+
+    Some modules hold a copy with a field or two of their own: only what the cut changes is changed.
+    """
+    old_part, new_part = families.text_config(model.config), families.text_config(new_config)
+    before, after = dict(vars(old_part)), vars(new_part)
+    delta = {
+        name: after.get(name, _ABSENT)
+        for name in before.keys() | after.keys()
+        if before.get(name, _ABSENT) != after.get(name, _ABSENT)
+    }
+    changes = [_Change(model.config, MARKER, getattr(model.config, MARKER, _ABSENT), getattr(new_config, MARKER))]
+    seen: set[int] = set()
+    for config in [old_part, *(getattr(module, "config", None) for module in model.modules())]:
+        if type(config) is not type(old_part) or id(config) in seen:
             continue
-        if type(config) is type(new_config):
-            # A composite keeps its own text section object, which is changed in its own right.
-            values = vars(new_config) if config is not families.text_config(config) else vars(new_part)
-            live[id(config)] = (config, dict(values))
-            part = families.text_config(config)
-            if part is not config:
-                for name, value in vars(config).items():
-                    if value is part:
-                        live[id(config)][1][name] = part
-                live[id(part)] = (part, dict(vars(new_part)))
-        elif type(config) is type(new_part) and families.layer_count(config) == cut.num_layers:
-            live[id(config)] = (config, dict(vars(new_part)))
-    steps = []
-    for config, values in live.values():
-        old = dict(vars(config))
-        steps.append((_replace_vars(config, values), _replace_vars(config, old)))
-    return steps
+        seen.add(id(config))
+        for name, value in delta.items():
+            own = vars(config).get(name, _ABSENT)
+            if name != MARKER and own == before.get(name, _ABSENT):
+                changes.append(_Change(config, name, own, value))
+    return changes
 
 
-def _replace_vars(target: Any, values: dict[str, Any]) -> Callable[[], None]:
-    def replace() -> None:
-        vars(target).clear()
-        vars(target).update(values)
-
-    return replace
-
-
-def _slice_wide_tensors(model: PreTrainedModel, cut: families.Cut) -> list[Step]:
-    steps: list[Step] = []
+def _slice_wide_tensors(model: PreTrainedModel, cut: families.Cut) -> list[_Change]:
+    changes: list[_Change] = []
     for wide, width in families.wide_tensors(model.config):
         for name, parameter in list(model.named_parameters()):
             if not f".{name}".endswith(f".{wide.suffix}"):
@@ -216,24 +216,12 @@ def _slice_wide_tensors(model: PreTrainedModel, cut: families.Cut) -> list[Step]
             kept = parameter.detach().index_select(wide.dim, index.to(parameter.device)).contiguous()
             new = nn.Parameter(kept, requires_grad=parameter.requires_grad)
             owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            steps.append((_setter(owner, leaf, new), _setter(owner, leaf, parameter)))
+            changes.append(_Change(owner, leaf, parameter, new))
+            old_size, new_size = parameter.shape[wide.dim], new.shape[wide.dim]
             for size in ("embedding_dim", "out_features"):
-                if getattr(owner, size, None) == parameter.shape[wide.dim]:
-                    steps.append(
-                        (_setter(owner, size, new.shape[wide.dim]), _setter(owner, size, parameter.shape[wide.dim]))
-                    )
-    return steps
-
-
-def _setter(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    return lambda: setattr(owner, name, value)
-
-
-def _set_attributes(changes: list[tuple[nn.Module, str, Any]]) -> list[Step]:
-    steps: list[Step] = []
-    for module, name, value in changes:
-        steps.append((_setter(module, name, value), _setter(module, name, vars(module)[name])))
-    return steps
+                if getattr(owner, size, None) == old_size:
+                    changes.append(_Change(owner, size, old_size, new_size))
+    return changes
 
 
 def _empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
@@ -251,16 +239,12 @@ def _empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrained
 
 def _attribute_changes(
     model: PreTrainedModel, new_config: PreTrainedConfig, stack: DecoderStack, cut: families.Cut
-) -> list[tuple[nn.Module, str, Any]]:
-    """Compare empty models of the old and the new config; see the module's docstring.
-
-    Returns:
-        `list[tuple[nn.Module, str, Any]]`: Module, attribute name and new value, to be set after the cut.
-    """
+) -> list[_Change]:
+    """Compare empty models of the old and the new config; see the module's docstring."""
     old, new = _empty_model(model, model.config), _empty_model(model, new_config)
     live = dict(model.named_modules())
     new_modules = dict(new.named_modules())
-    changes: list[tuple[nn.Module, str, Any]] = []
+    changes: list[_Change] = []
     prefix = stack.path + "."
     for name, before in old.named_modules():
         layer, inner = None, ""
@@ -271,6 +255,8 @@ def _attribute_changes(
                 continue
         target = name if layer is None else ".".join(filter(None, [prefix + str(cut.new_index[layer]), inner]))
         after = new_modules.pop(target, None)
+        if after is None and layer is None and next(before.parameters(), None) is None:
+            continue  # such as one rotary embedding a base frequency, where a frequency went with its layers
         if after is None or type(before) is not type(after):
             raise CutError(
                 f"{name} would come back as {type(after).__name__ if after is not None else 'nothing'} after a cut, "
@@ -285,10 +271,12 @@ def _attribute_changes(
                     f"{value!r} after a reload; this cut would change the model silently"
                 )
             if name in live and attribute in vars(live[name]):
-                changes.append((live[name], attribute, value))
+                changes.append(_Change(live[name], attribute, vars(live[name])[attribute], value))
     extra = [name for name in new_modules if name.startswith(prefix)]
     if extra:
-        raise CutError(f"{extra[0]} would appear from nowhere after a reload: the kept layers would be built differently")
+        raise CutError(
+            f"{extra[0]} would appear from nowhere after a reload: the kept layers would be built differently"
+        )
     return changes
 
 

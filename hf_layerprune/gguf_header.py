@@ -35,19 +35,8 @@ def _value_formats() -> dict[int, str]:
     # gguf imports numpy, so it is imported on first use.
     from gguf.constants import GGUFValueType as T
 
-    return {
-        T.UINT8: "B",
-        T.INT8: "b",
-        T.UINT16: "H",
-        T.INT16: "h",
-        T.UINT32: "I",
-        T.INT32: "i",
-        T.FLOAT32: "f",
-        T.BOOL: "?",
-        T.UINT64: "Q",
-        T.INT64: "q",
-        T.FLOAT64: "d",
-    }
+    kinds = (T.UINT8, T.INT8, T.UINT16, T.INT16, T.UINT32, T.INT32, T.UINT64, T.INT64, T.FLOAT32, T.FLOAT64, T.BOOL)
+    return dict(zip(map(int, kinds), "BbHhIiQqfd?", strict=True))
 
 
 @cache

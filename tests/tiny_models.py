@@ -27,7 +27,9 @@ _LAYER_COUNTS = dict.fromkeys(
 )
 SHRINK: dict[str, Any] = _LAYER_COUNTS | {
     # widths
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_size", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_size", "word_embed_proj_dim"), 32
+    ),
     **dict.fromkeys(("intermediate_size", "n_inner", "d_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim"), 48),
     **dict.fromkeys(("ffn_hidden_size", "dim_ff", "dff", "feed_forward_size", "intermediate_size_mlp"), 48),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 16),
@@ -93,8 +95,16 @@ _LINEAR = {"layer_types": _cycle("linear_attention", "full_attention", "linear_a
 _SMALL_VISION = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
 _SHARED_KV = {
     "num_kv_shared_layers": 3,
-    "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention", "full_attention",
-                    "full_attention", "sliding_attention", "full_attention"],
+    "layer_types": [
+        "full_attention",
+        "sliding_attention",
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+    ],
 }
 _DOTS = {
     "num_key_value_heads": 4,
@@ -104,10 +114,21 @@ _DOTS = {
     **_DENSE_AND_SPARSE,
 }
 _QWEN4 = {
-    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
-    "indexer_compress_ratio": 2, "hc_lowrank": 8, "hc_count": 2, "split_ngram_parts": 1, "ngram_vocab_size_base": 64,
-    "make_ngram_vocab_size_divisible_by": 8, "heads_per_ngram": 2, "ple_layer_ids": [2, 5], "ple_embed_dim": 32,
-    "eos_token_id": 2, "layer_types": _cycle("linear_attention", "linear_attention", "indexed_attention"),
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 2,
+    "hc_lowrank": 8,
+    "hc_count": 2,
+    "split_ngram_parts": 1,
+    "ngram_vocab_size_base": 64,
+    "make_ngram_vocab_size_divisible_by": 8,
+    "heads_per_ngram": 2,
+    "ple_layer_ids": [2, 5],
+    "ple_embed_dim": 32,
+    "eos_token_id": 2,
+    "layer_types": _cycle("linear_attention", "linear_attention", "indexed_attention"),
 }
 
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -148,7 +169,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
                     "topk_group": 1, "num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": _DOTS,
-    "dots3_note_vision": {"num_hidden_layers": 2, "pyramid_num_routed": [-1, -1]},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32, "num_hidden_layers": 2, "pyramid_num_routed": [-1, -1]},
     "ernie4_5_moe": {"moe_layer_start_index": 1, "moe_layer_end_index": 6, "moe_layer_interval": 2},
     "falcon_h1": {"mamba_d_ssm": 64},
     "fuyu": {"text_config": {"model_type": "persimmon", "hidden_size": 32, "intermediate_size": 48, "vocab_size": VOCAB,

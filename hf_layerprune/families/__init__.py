@@ -136,7 +136,9 @@ def make_cut(config: PreTrainedConfig, drop_layers: list[int] | tuple[int, ...])
     protected = protected_layers(config)
     for i in sorted(drop_layers):
         if i in protected:
-            raise CutError(f"layer {i} of this {text_config(config).model_type} model can't be dropped: {protected[i]}")
+            raise CutError(
+                f"layer {i} of this {text_config(config).model_type} model can't be dropped: {protected[i]}"
+            )
     gone = set(drop_layers)
     return Cut(tuple(i for i in range(n) if i not in gone), n)
 

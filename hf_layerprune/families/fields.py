@@ -199,7 +199,9 @@ def looks_per_layer(name: str, value: Any, num_layers: int) -> str | None:
     return None
 
 
-def rewrite_fields(fields: dict[str, Any], cut: Cut, rules: dict[str, Rule], skip: Sequence[str] = ()) -> dict[str, Any]:
+def rewrite_fields(
+    fields: dict[str, Any], cut: Cut, rules: dict[str, Rule], skip: Sequence[str] = ()
+) -> dict[str, Any]:
     """Apply the rules to a config in dictionary form.
 
     Args:

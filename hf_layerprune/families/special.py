@@ -128,7 +128,9 @@ def _sharing_check(fields: Fields, cut: Cut) -> None:
             continue
         producer = first - 1 - types[:first][::-1].index(types[i])
         if producer not in cut.new_index:
-            raise CutError(f"layer {producer} computes the keys and values that layer {i} reads; keep it, or drop both")
+            raise CutError(
+                f"layer {producer} computes the keys and values that layer {i} reads; keep it, or drop both"
+            )
 
 
 def _full_attention_last(fields: Fields, cut: Cut) -> None:
@@ -140,6 +142,16 @@ def _full_attention_last(fields: Fields, cut: Cut) -> None:
             f"the last layer of this architecture always has full attention, and layer {cut.keep[-1]}, the last that "
             f"would remain, has not; end the kept layers at one of {full} (protect_last=1 keeps the present last one)"
         )
+
+
+def _indexer_check(fields: Fields, cut: Cut) -> None:
+    """A layer with a shared indexer reads the tokens that the nearest earlier full one picked: that one must stay."""
+    types = fields.get("indexer_types") or []
+    for i in cut.keep:
+        if types[i : i + 1] == ["shared"]:
+            producer = max(j for j in range(i) if types[j] != "shared")
+            if producer not in cut.new_index:
+                raise CutError(f"layer {producer} picks the tokens that layer {i} attends to; keep it, or drop both")
 
 
 _PER_LAYER_EMBEDDINGS = (
@@ -197,6 +209,7 @@ SPECIAL: dict[str, Family] = {
     "gemma3n_text": SHARED_KV,
     "gemma4_text": SHARED_KV_FULL_LAST,
     "gemma4_unified_text": SHARED_KV_FULL_LAST,
+    **dict.fromkeys(("glm_moe_dsa", "hy_v4"), Family(check=_indexer_check)),
     "modernbert-decoder": Family(protect=_first("it alone has no attention norm, as the embeddings are normalised")),
     "zaya": Family(protect=_first("its router alone has no router before it to average with")),
     "gpt_neox_japanese": Family(protect=_last("it alone has an output bias")),

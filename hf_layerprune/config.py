@@ -1,0 +1,111 @@
+"""`LayerDropConfig`: which layers to drop, how to choose them, and what to tune afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from peft import PeftConfig, TaskType
+
+from .errors import CutError
+
+
+class LayerDropPeftType(StrEnum):
+    """The name of the method in PEFT's mappings, which are looked up by value. PEFT's own enum takes no newcomers."""
+
+    LAYER_DROP = "LAYER_DROP"
+
+
+@dataclass
+class LayerDropConfig(PeftConfig):
+    """
+    Configuration of a [`LayerDropModel`]: drop whole decoder layers, then tune the tail of what is left.
+
+    The defaults are the recipe of arXiv:2411.15558: drop the last 25 % of the layers, tune `lm_head` and the last
+    three layers that remain.
+
+    Args:
+        drop (`float` or `int`, defaults to 0.25):
+            How much to drop: a fraction of the layers, floored to whole ones (8 of 32, 6 of 26, 7 of 30), or a count.
+        drop_layers (`list[int]`, *optional*):
+            The very layers to drop, as indices in the base, `0` the first. Overrides `drop` and `criterion`. Once a
+            model is pruned, this always holds what was dropped, so that a saved config makes the same cut again.
+        criterion (`str`, defaults to `"reverse_order"`):
+            How layers are chosen: `"reverse_order"` or `"random"`.
+        protect_first (`int`, defaults to 0):
+            So many layers at the start are never chosen.
+        protect_last (`int`, defaults to 0):
+            So many layers at the end are never chosen.
+        contiguous (`bool`, defaults to `False`):
+            Whether the chosen layers must lie side by side.
+        seed (`int`, defaults to 42):
+            For a criterion that draws.
+        tune_layers (`int`, `"cut"` or `list[int]`, defaults to 3):
+            Which layers are tuned: so many at the end of what remains, `"cut"` for the layers beside each cut, or
+            indices in the base.
+        tune_lm_head (`bool`, defaults to `True`):
+            Whether `lm_head` is tuned. Where it is tied to the embeddings this unties it, which adds a matrix.
+        tune_final_norm (`bool`, defaults to `True`):
+            Whether the norm before `lm_head` is tuned, as the code of the paper does.
+        keep_dropped (`bool`, defaults to `False`):
+            Hold on to the dropped layers in memory, so that `disable_adapter()` gives the dense model.
+        target_modules (`str`, *optional*):
+            Set by the method; PEFT reads it. Leave it alone.
+        exclude_modules (`list[str]`, *optional*):
+            Set by nobody; PEFT reads it. Leave it alone.
+        modules_to_save (`list[str]`, *optional*):
+            Further modules to tune, by full name. After pruning it lists all that is tuned, by its name in the pruned
+            model.
+        num_base_layers (`int`, *optional*):
+            Recorded when the model is pruned: how many layers the base has.
+        base_commit (`str`, *optional*):
+            Recorded when the model is pruned: the commit of the base on the Hub, where it came from there.
+        untied_lm_head (`bool`, defaults to `False`):
+            Recorded when the model is pruned: whether the head was tied in the base and is not any more.
+    """
+
+    drop: float | int = field(
+        default=0.25,
+        metadata={"help": "Fraction of the layers to drop, floored to whole layers, or a number of them."},
+    )
+    drop_layers: list[int] | None = field(
+        default=None, metadata={"help": "Indices in the base of the layers to drop; overrides drop and criterion."}
+    )
+    criterion: str = field(default="reverse_order", metadata={"help": "How layers are chosen: reverse_order, random."})
+    protect_first: int = field(default=0, metadata={"help": "So many layers at the start are never chosen."})
+    protect_last: int = field(default=0, metadata={"help": "So many layers at the end are never chosen."})
+    contiguous: bool = field(default=False, metadata={"help": "Whether the chosen layers must lie side by side."})
+    seed: int = field(default=42, metadata={"help": "Seed of a criterion that draws."})
+    tune_layers: int | str | list[int] = field(
+        default=3,
+        metadata={"help": "So many last layers, 'cut' for the layers beside each cut, or indices in the base."},
+    )
+    tune_lm_head: bool = field(default=True, metadata={"help": "Whether lm_head is tuned (and untied, where tied)."})
+    tune_final_norm: bool = field(default=True, metadata={"help": "Whether the norm before lm_head is tuned."})
+    keep_dropped: bool = field(
+        default=False, metadata={"help": "Hold the dropped layers, so that disable_adapter() gives the dense model."}
+    )
+    target_modules: str | None = field(default=None, metadata={"help": "Set by the method; PEFT reads it."})
+    exclude_modules: list[str] | None = field(default=None, metadata={"help": "PEFT reads it."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to tune, by full name; after pruning, all that is tuned."}
+    )
+    num_base_layers: int | None = field(default=None, metadata={"help": "Recorded: layers of the base."})
+    base_commit: str | None = field(default=None, metadata={"help": "Recorded: commit of the base on the Hub."})
+    untied_lm_head: bool = field(default=False, metadata={"help": "Recorded: whether lm_head was untied."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = LayerDropPeftType.LAYER_DROP
+        self.task_type = self.task_type or TaskType.CAUSAL_LM
+        if self.task_type != TaskType.CAUSAL_LM:
+            raise CutError(f"task_type={self.task_type!r}: only causal language models are pruned, so leave it out")
+        if self.drop_layers is not None:
+            self.drop_layers = sorted(int(i) for i in self.drop_layers)
+        tune = self.tune_layers
+        if isinstance(tune, str) and tune.isdigit():  # from a command line
+            tune = self.tune_layers = int(tune)
+        is_count = isinstance(tune, int) and not isinstance(tune, bool) and tune >= 0
+        is_indices = isinstance(tune, list | tuple) and all(isinstance(i, int) for i in tune)
+        if not (is_count or is_indices or tune == "cut"):
+            raise CutError(f"tune_layers={tune!r} must be a number of last layers, 'cut', or a list of base indices")
