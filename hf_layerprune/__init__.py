@@ -1,0 +1,54 @@
+"""Drop whole decoder layers from Hugging Face language models.
+
+from hf_layerprune import LayerDropConfig, prune_with
+
+model = prune_with(LayerDropConfig(base_model_name_or_path="HuggingFaceTB/SmolLM2-135M-Instruct", drop=0.25))
+model.save_pretrained("adapter")  # small: the tuned tail and the plan
+model.merge_and_unload().save_pretrained("pruned")  # a plain transformers checkpoint, no plugin needed
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckpointError, CutError, LayerPruneError, UnsupportedModelError
+from .registration import register_when_peft_is_imported
+
+if TYPE_CHECKING:
+    from .adapter import LayerDropModel, prune_with
+    from .config import LayerDropConfig
+    from .cut import drop_layers
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "CutError",
+    "LayerDropConfig",
+    "LayerDropModel",
+    "LayerPruneError",
+    "UnsupportedModelError",
+    "drop_layers",
+    "prune_with",
+]
+
+# Loaded on first use: each of them imports torch.
+_LAZY = {
+    "LayerDropConfig": ".config",
+    "LayerDropModel": ".adapter",
+    "drop_layers": ".cut",
+    "prune_with": ".adapter",
+}
+
+register_when_peft_is_imported()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -8,6 +8,7 @@ from enum import StrEnum
 from peft import PeftConfig, TaskType
 
 from .errors import CutError
+from .registration import register
 
 
 class LayerDropPeftType(StrEnum):
@@ -109,3 +110,6 @@ class LayerDropConfig(PeftConfig):
         is_indices = isinstance(tune, list | tuple) and all(isinstance(i, int) for i in tune)
         if not (is_count or is_indices or tune == "cut"):
             raise CutError(f"tune_layers={tune!r} must be a number of last layers, 'cut', or a list of base indices")
+
+
+register()

@@ -1,0 +1,271 @@
+"""`LayerDropModel`, the PEFT tuner, and `prune_with`, the short way to it.
+
+What is tuned is wrapped by PEFT's own `ModulesToSaveWrapper`, which copies a module, trains and saves the copy
+under the module's plain name, and swaps it in on merge. So this tuner has no layer class of its own: it cuts
+the model in `_prepare_model`, names the modules to wrap, and puts the dense model back on request.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from . import families
+from .config import LayerDropConfig
+from .cut import LayerCut, drop_layers, is_cut
+from .errors import CutError, LayerPruneError
+from .families.layout import find_decoder_layers, find_output_head
+from .registration import register
+from .select import select_layers
+from .tail import tuned_modules
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Where a pruned base keeps what was done to it.
+_CUT = "_layer_drop_cut"
+_TIED = "_layer_drop_tied"
+
+
+class LayerDropModel(BaseTuner):
+    """Drops decoder layers of a causal language model, then tunes the tail of what is left.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The dense model. It is pruned in place.
+        config ([`LayerDropConfig`]): What to drop and what to tune.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+
+    Example:
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from hf_layerprune import LayerDropConfig
+
+        >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> model = get_peft_model(model, LayerDropConfig(drop=0.25, tune_lm_head=False))
+        >>> model.print_trainable_parameters()
+        ```
+    """
+
+    prefix: str = "layerdrop_"
+    tuner_layer_cls = BaseTunerLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT declares it so)
+
+    # --- resolving the config ----------------------------------------------------------------------------
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if not isinstance(config, LayerDropConfig):
+            raise LayerPruneError(f"a LayerDropConfig is needed, not a {type(config).__name__}")
+        _resolve_drop(config, self.model)
+        for name, other in self.peft_config.items():
+            if other is not config and other.drop_layers != config.drop_layers:
+                raise CutError(
+                    f"adapter {name!r} drops layers {other.drop_layers}, and the new one {config.drop_layers}: "
+                    "adapters on one base must share the cut; load the base again for another one"
+                )
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        model, n = self.model, peft_config.num_base_layers
+        gone = set(peft_config.drop_layers)
+        cut = families.Cut(tuple(i for i in range(n) if i not in gone), n)
+        stack = find_decoder_layers(model)
+        peft_config.modules_to_save = tuned_modules(model, peft_config, cut, stack) or None
+        peft_config.target_modules = DUMMY_TARGET_MODULES
+        peft_config.base_commit = peft_config.base_commit or getattr(model.config, "_commit_hash", None)
+        return peft_config
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Cut, unless this very cut was made before: by another adapter, or in the checkpoint."""
+        saved = None
+        if not is_cut(model.config, peft_config.drop_layers, peft_config.num_base_layers):
+            before = _count(model)
+            setattr(model, _CUT, drop_layers(model, peft_config.drop_layers, keep_dropped=peft_config.keep_dropped))
+            saved = before - _count(model)
+            logger.info("%d of %d parameters remain", _count(model), before)
+        if peft_config.tune_lm_head and _is_tied(model):
+            added = _untie(model)
+            if not peft_config.untied_lm_head:  # a saved config was told so when it was made
+                _tell_of_untying(added, saved)
+            peft_config.untied_lm_head = True
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        """Say nothing: a tied head is untied on purpose, see `_untie`."""
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise LayerPruneError("LayerDropConfig wraps no target modules; leave target_modules out")
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # PEFT's own expects a layer with one weight
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Keep the base's dtype: what is tuned are copies of its own modules, not new ones."""
+
+    # --- the dense model and back ------------------------------------------------------------------------
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        cut: LayerCut | None = getattr(self.model, _CUT, None)
+        if cut is None and not enabled:
+            raise CutError("this model was loaded without its dropped layers, so there is no dense model to return to")
+        if cut is not None:
+            cut.reapply() if enabled else cut.restore()
+        super()._enable_adapter_layers(enabled)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        # Dropped layers that are kept are in no module tree, so moves and casts must be passed on to them.
+        cut: LayerCut | None = getattr(self.model, _CUT, None)
+        for layer in cut.dropped if cut is not None and cut.active else ():
+            layer._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def _unload_and_optionally_merge(self, *args: Any, merge: bool = True, **kwargs: Any) -> nn.Module:
+        cut: LayerCut | None = getattr(self.model, _CUT, None)
+        if cut is not None:
+            cut.reapply()
+        if not merge:
+            # PEFT would keep the tuned copies here as well; unloading means the untuned cut.
+            for name, module in list(self.model.named_modules()):
+                if isinstance(module, ModulesToSaveWrapper):
+                    parent = self.model.get_submodule(name.rpartition(".")[0])
+                    setattr(parent, name.rpartition(".")[2], module.original_module)
+            if hasattr(self.model, _TIED):
+                _tie_again(self.model)
+        model = super()._unload_and_optionally_merge(*args, merge=merge, **kwargs)
+        for name in (_CUT, _TIED):
+            if hasattr(model, name):
+                delattr(model, name)
+        return model
+
+
+def _resolve_drop(config: LayerDropConfig, model: PreTrainedModel) -> None:
+    """Fill in `drop_layers` and `num_base_layers`, and refuse a config that was resolved for another base."""
+    families.check_supported(model.config)
+    n, cut = families.layer_count(model.config), getattr(model, _CUT, None)
+    if cut is not None:  # a second adapter: its settings are about the dense base
+        n = cut.cut.num_layers
+    if config.drop_layers is None:
+        config.drop_layers = select_layers(
+            n,
+            drop=config.drop,
+            criterion=config.criterion,
+            protect_first=config.protect_first,
+            protect_last=config.protect_last,
+            contiguous=config.contiguous,
+            seed=config.seed,
+            protected=families.protected_layers(model.config) if cut is None else (),
+        )
+    if config.num_base_layers is None:
+        config.num_base_layers = n
+    elif config.num_base_layers != n and not is_cut(model.config, config.drop_layers, config.num_base_layers):
+        raise CutError(
+            f"this config drops layers {config.drop_layers} of a base with {config.num_base_layers} layers, and the "
+            f"model has {n}; use it with its base ({config.base_model_name_or_path}), or make a new config"
+        )
+    if cut is None and config.num_base_layers == n:
+        families.make_cut(model.config, config.drop_layers)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# --- tied heads -----------------------------------------------------------------------------------------
+
+
+def _tied_configs(model: PreTrainedModel) -> list[Any]:
+    parts = {id(part): part for part in (model.config, families.text_config(model.config))}
+    return [part for part in parts.values() if getattr(part, "tie_word_embeddings", False)]
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", None) is not None
+
+
+def _untie(model: PreTrainedModel) -> int:
+    """Stop transformers from tying the head again. The tuned copy that PEFT makes has a weight of its own.
+
+    Returns:
+        `int`: How many parameters that adds.
+    """
+    configs = _tied_configs(model)
+    for config in configs:
+        config.tie_word_embeddings = False
+    head = find_output_head(model)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    forgotten = {name: tied.pop(name) for name in list(tied) if name == f"{head}.weight"}
+    setattr(model, _TIED, (configs, forgotten))
+    return model.get_output_embeddings().weight.numel()
+
+
+def _tell_of_untying(added: int, saved: int | None) -> None:
+    message = f"lm_head is tied to the embeddings; tuning it unties it, which adds {added:,} parameters"
+    if saved is not None and added >= saved:
+        logger.warning(
+            "%s, more than the %s that the dropped layers save: the pruned model is larger than its base. "
+            "Use tune_lm_head=False to keep the head tied.",
+            message,
+            f"{saved:,}",
+        )
+    else:
+        logger.warning("%s. Use tune_lm_head=False to keep it tied.", message)
+
+
+def _tie_again(model: PreTrainedModel) -> None:
+    configs, forgotten = getattr(model, _TIED)
+    for config in configs:
+        config.tie_word_embeddings = True
+    model.all_tied_weights_keys.update(forgotten)
+
+
+# --- the short way --------------------------------------------------------------------------------------
+
+
+def prune_with(
+    config: LayerDropConfig, model: PreTrainedModel | None = None, **from_pretrained_kwargs: Any
+) -> PeftModel:
+    """Prune a model and make its tail trainable.
+
+    Args:
+        config ([`LayerDropConfig`]): What to drop and what to tune. Its `drop_layers` is filled in.
+        model ([`~transformers.PreTrainedModel`], *optional*): The dense model, pruned in place. Without one, the base
+            named in `config.base_model_name_or_path` is loaded.
+        from_pretrained_kwargs: For loading the base: `dtype`, `device_map`, `attn_implementation`, `gguf_file`, ...
+
+    Returns:
+        [`~peft.PeftModel`]: The pruned model.
+
+    Raises:
+        CutError: These layers can't be dropped from this model.
+        UnsupportedModelError: The architecture is not one that is proven to survive a cut.
+    """
+    if model is None:
+        if not config.base_model_name_or_path:
+            raise LayerPruneError(
+                "there is nothing to prune: pass a model, or name one in LayerDropConfig(base_model_name_or_path=...)"
+            )
+        from .loading import load_base
+
+        if config.revision is not None:
+            from_pretrained_kwargs.setdefault("revision", config.revision)
+        model = load_base(config.base_model_name_or_path, **from_pretrained_kwargs)
+    elif from_pretrained_kwargs:
+        raise TypeError(f"{sorted(from_pretrained_kwargs)} are for loading a base, but a model was passed")
+    return get_peft_model(model, config)
+
+
+def tuned_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """The trainable parameters of a pruned model, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+register()

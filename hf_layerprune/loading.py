@@ -1,0 +1,97 @@
+"""Find and load a base: a Hub id, a folder, or a GGUF file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
+    """Tell a GGUF file from a folder or a Hub id.
+
+    Args:
+        base (`str` or `Path`): What the user named.
+        gguf_file (`str`, *optional*): A GGUF file inside it.
+
+    Returns:
+        `tuple[str, str | None]`: What `from_pretrained` takes, and the GGUF file in it.
+
+    Raises:
+        CheckpointError: A path that does not exist, or a folder without a config.
+    """
+    path = Path(base).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path} is a file; name a model folder, a Hub id, or a .gguf file")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if gguf_file is None and not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path} has no config.json, so it is not a model folder; name a folder that has one"
+            )
+        return str(path), gguf_file
+    looks_like_a_path = path.is_absolute() or str(base).startswith(("~", ".")) or str(base).count("/") > 1
+    if looks_like_a_path or path.suffix == ".gguf":
+        raise CheckpointError(
+            f"{path} does not exist; name a model folder, a .gguf file, or a Hub id such as org/name"
+        )
+    return str(base), gguf_file
+
+
+def load_config(base: str | Path, **kwargs: Any) -> PreTrainedConfig:
+    """Load only the config of a base.
+
+    Raises:
+        CheckpointError: There is no such model, or its config can't be read.
+    """
+    from transformers import AutoConfig
+
+    name, gguf_file = resolve_base(base, kwargs.pop("gguf_file", None))
+    if gguf_file is not None:
+        kwargs["gguf_file"] = gguf_file
+    try:
+        return AutoConfig.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"no model config at {base}: {_first_line(error)}") from error
+
+
+def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a base as a causal language model.
+
+    Args:
+        base (`str` or `Path`): A Hub id, a folder, or a GGUF file.
+        kwargs: For `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `revision`, `gguf_file`, ...
+
+    Returns:
+        `PreTrainedModel`: In evaluation mode.
+
+    Raises:
+        CheckpointError: There is no such model, or it can't be loaded.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    name, gguf_file = resolve_base(base, kwargs.pop("gguf_file", None))
+    if gguf_file is not None:
+        kwargs["gguf_file"] = gguf_file
+        # Packed weights can be neither tuned nor saved by transformers.
+        kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"can't load {base}: {_first_line(error)}") from error
+    if gguf_file is not None:
+        model.name_or_path = str(base)  # the file, not its folder, is the base
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 300 else text[:297] + "..."
