@@ -18,7 +18,7 @@ from torch import nn
 
 from . import families
 from .config import LayerDropConfig
-from .cut import LayerCut, drop_layers, is_cut
+from .cut import LayerCut, drop_layers
 from .errors import CutError, LayerPruneError
 from .families.layout import find_decoder_layers, find_output_head
 from .registration import register
@@ -87,7 +87,7 @@ class LayerDropModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Cut, unless this very cut was made before: by another adapter, or in the checkpoint."""
         saved = None
-        if not is_cut(model.config, peft_config.drop_layers, peft_config.num_base_layers):
+        if not families.is_cut(model.config, peft_config.drop_layers, peft_config.num_base_layers):
             before = _count(model)
             setattr(model, _CUT, drop_layers(model, peft_config.drop_layers, keep_dropped=peft_config.keep_dropped))
             saved = before - _count(model)
@@ -165,7 +165,7 @@ def _resolve_drop(config: LayerDropConfig, model: PreTrainedModel) -> None:
         )
     if config.num_base_layers is None:
         config.num_base_layers = n
-    elif config.num_base_layers != n and not is_cut(model.config, config.drop_layers, config.num_base_layers):
+    elif config.num_base_layers != n and not families.is_cut(model.config, config.drop_layers, config.num_base_layers):
         raise CutError(
             f"this config drops layers {config.drop_layers} of a base with {config.num_base_layers} layers, and the "
             f"model has {n}; use it with its base ({config.base_model_name_or_path}), or make a new config"

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The config attribute by which a cut model says what was done to it.
-MARKER = "layer_drop"
-
 _ABSENT = object()
 
 # Attributes that may differ between a layer at its old and at its new place: where it stands, nothing else.
@@ -106,37 +103,6 @@ class LayerCut:
             self.active = True
 
 
-def is_cut(config: PreTrainedConfig, drop_layers: Sequence[int], num_base_layers: int) -> bool:
-    """Whether the model of this config is what is left of a base after exactly this cut."""
-    marker = getattr(config, MARKER, None) or {}
-    return (
-        marker.get("num_base_layers") == num_base_layers
-        and marker.get("drop_layers") == sorted(drop_layers)
-        and families.layer_count(config) == num_base_layers - len(drop_layers)
-    )
-
-
-def cut_model_config(config: PreTrainedConfig, drop_layers: Sequence[int]) -> PreTrainedConfig:
-    """The config of the cut model, marked with what was dropped.
-
-    Args:
-        config (`PreTrainedConfig`): The base's config; it is not changed.
-        drop_layers (`Sequence[int]`): Base indices of the layers to drop.
-
-    Returns:
-        `PreTrainedConfig`: A new config.
-
-    Raises:
-        CutError: These layers can't be dropped.
-        UnsupportedModelError: The architecture is not proven.
-    """
-    families.check_supported(config)
-    cut = families.make_cut(config, list(drop_layers))
-    new = families.cut_config(config, cut)
-    setattr(new, MARKER, {"drop_layers": list(cut.drop), "num_base_layers": cut.num_layers})
-    return new
-
-
 def drop_layers(model: PreTrainedModel, layers: Sequence[int], *, keep_dropped: bool = False) -> LayerCut:
     """Drop decoder layers of a live model, in place.
 
@@ -154,8 +120,8 @@ def drop_layers(model: PreTrainedModel, layers: Sequence[int], *, keep_dropped: 
         CutError: These layers can't be dropped. The model is unchanged.
         UnsupportedModelError: The architecture is not proven. The model is unchanged.
     """
-    new_config = cut_model_config(model.config, layers)
-    cut = families.make_cut(model.config, list(layers))
+    cut = families.make_cut(model.config, layers)
+    new_config = families.cut_config(model.config, cut)
     stack = find_decoder_layers(model)
     attributes = _attribute_changes(model, new_config, stack, cut)
     changes = [
@@ -191,7 +157,14 @@ def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig) -> list[
         for name in before.keys() | after.keys()
         if before.get(name, _ABSENT) != after.get(name, _ABSENT)
     }
-    changes = [_Change(model.config, MARKER, getattr(model.config, MARKER, _ABSENT), getattr(new_config, MARKER))]
+    changes = [
+        _Change(
+            model.config,
+            families.MARKER,
+            getattr(model.config, families.MARKER, _ABSENT),
+            getattr(new_config, families.MARKER),
+        )
+    ]
     seen: set[int] = set()
     for config in [old_part, *(getattr(module, "config", None) for module in model.modules())]:
         if type(config) is not type(old_part) or id(config) in seen:
@@ -199,7 +172,7 @@ def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig) -> list[
         seen.add(id(config))
         for name, value in delta.items():
             own = vars(config).get(name, _ABSENT)
-            if name != MARKER and own == before.get(name, _ABSENT):
+            if name != families.MARKER and own == before.get(name, _ABSENT):
                 changes.append(_Change(config, name, own, value))
     return changes
 

@@ -18,7 +18,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from hf_layerprune import families
-from hf_layerprune.cut import MARKER, drop_layers, is_cut
+from hf_layerprune.cut import drop_layers
 from hf_layerprune.families.layout import find_decoder_layers
 
 from .tiny_models import EAGER, tiny_input, tiny_model
@@ -120,7 +120,11 @@ def prove_cut(dense: Any, dropped: Sequence[int]) -> None:
         families.text_config(config).validate()
         left = families.layer_count(config)
         _check("d", left == n - len(dropped), lambda: f"the saved config has {left} layers")
-        _check("d", is_cut(config, dropped, n), lambda: f"the saved config says {getattr(config, MARKER, None)}")
+        _check(
+            "d",
+            families.is_cut(config, dropped, n),
+            lambda: f"the saved config says {getattr(config, families.MARKER, None)}",
+        )
         # A text decoder of a multimodal model may have no auto class of its own.
         loader = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else type(dense)
         again, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **EAGER)

@@ -7,6 +7,7 @@ No other part of the package names a model family. An architecture is accepted o
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError, UnsupportedModelError
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = [
+    "MARKER",
     "REFUSED",
     "Cut",
     "check_supported",
     "cut_config",
+    "is_cut",
     "layer_count",
     "make_cut",
     "protected_layers",
@@ -29,6 +32,9 @@ __all__ = [
     "text_config",
     "wide_tensors",
 ]
+
+# The config attribute by which a cut model says what was done to it.
+MARKER = "layer_drop"
 
 # Names under which composite configs keep their language decoder.
 _TEXT_CONFIGS = ("text_config", "decoder")
@@ -109,12 +115,12 @@ def wide_tensors(config: PreTrainedConfig) -> tuple[tuple[WideTensor, int], ...]
     return tuple((wide, width) for wide in _family(part).wide if (width := getattr(part, wide.width_field, None)))
 
 
-def make_cut(config: PreTrainedConfig, drop_layers: list[int] | tuple[int, ...]) -> Cut:
+def make_cut(config: PreTrainedConfig, drop_layers: Sequence[int]) -> Cut:
     """Check a set of layers against a config.
 
     Args:
         config (`PreTrainedConfig`): The base's config.
-        drop_layers (`list[int]`): Base indices of the layers to drop, in any order.
+        drop_layers (`Sequence[int]`): Base indices of the layers to drop, in any order.
 
     Returns:
         `Cut`: What stays.
@@ -151,7 +157,8 @@ def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:
         cut (`Cut`): Which layers stay.
 
     Returns:
-        `PreTrainedConfig`: A new config of the same class, validated by its own class.
+        `PreTrainedConfig`: A new config of the same class, validated by its own class, with a `layer_drop` entry
+            that says what was dropped.
 
     Raises:
         CutError: The config's class can't describe the kept layers.
@@ -172,7 +179,18 @@ def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:
     _check_kept(rebuilt, changed)
     vars(part).clear()
     vars(part).update(vars(rebuilt))
+    setattr(new, MARKER, {"drop_layers": list(cut.drop), "num_base_layers": cut.num_layers})
     return new
+
+
+def is_cut(config: PreTrainedConfig, drop_layers: Sequence[int], num_base_layers: int) -> bool:
+    """Whether the model of this config is what is left of a base after exactly this cut."""
+    marker = getattr(config, MARKER, None) or {}
+    return (
+        marker.get("num_base_layers") == num_base_layers
+        and marker.get("drop_layers") == sorted(drop_layers)
+        and layer_count(config) == num_base_layers - len(drop_layers)
+    )
 
 
 def _rebuild(old: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:

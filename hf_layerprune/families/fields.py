@@ -98,6 +98,11 @@ def rescale_depth(value: Any, cut: Cut) -> Any:
     return None if value is None else value / math.sqrt(cut.num_layers) * math.sqrt(len(cut.keep))
 
 
+def none_left(value: Any, cut: Cut) -> Any:
+    """A number of extra layers that draft further tokens. They were trained on the dense model, and go with a cut."""
+    return 0 if isinstance(value, int) else value
+
+
 def unchanged(value: Any, cut: Cut) -> Any:
     """Not per layer, or only the seed of an explicit list that is rewritten."""
     return value
@@ -157,8 +162,8 @@ FIELDS: dict[str, Rule] = {
     # Of other stacks than the decoder: encoders, multi-token prediction, per-layer embedding widths.
     "encoder_layers": unchanged,
     "num_encoder_layers": unchanged,
-    "num_nextn_predict_layers": unchanged,
-    "num_mtp_layers": unchanged,
+    "num_nextn_predict_layers": none_left,
+    "num_mtp_layers": none_left,
     "mtp_layer_types": unchanged,
     "mtp_mlp_layer_types": unchanged,
     "mtp_layers_block_type": unchanged,

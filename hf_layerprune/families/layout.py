@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,39 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderStack:
         f"{type(model).__name__} has no list of {n} decoder layers, as its config says; is it a "
         f"{text_config(model.config).model_type} model, and do the model and its config belong together?"
     )
+
+
+def find_layer_prefix(names: Iterable[str], num_layers: int) -> str:
+    """Find how a checkpoint names its decoder layers, from the names of its tensors alone.
+
+    Args:
+        names (`Iterable[str]`): All tensor names.
+        num_layers (`int`): How many decoder layers the config describes.
+
+    Returns:
+        `str`: What stands before a layer's index, such as `model.layers.`. Indices of `num_layers` and above, which
+            some families use for layers that draft further tokens, may follow it too.
+
+    Raises:
+        UnsupportedModelError: No prefix, or more than one, has tensors for every layer.
+    """
+    indices: dict[str, set[int]] = {}
+    for name in names:
+        parts = name.split(".")
+        for position, part in enumerate(parts[:-1]):
+            if part in _LIST_NAMES and parts[position + 1].isdecimal():
+                indices.setdefault(".".join([*parts[: position + 1], ""]), set()).add(int(parts[position + 1]))
+                break  # a list further down is a part of a layer
+    found = [prefix for prefix, seen in indices.items() if seen >= set(range(num_layers))]
+    if len(found) > 1:
+        found = [prefix for prefix in found if not _NOT_TEXT.search(prefix)]
+    if len(found) != 1:
+        have = {prefix: len(seen) for prefix, seen in indices.items()}
+        raise UnsupportedModelError(
+            f"the config describes {num_layers} decoder layers, and the tensors are named for {have or 'no layers'}; "
+            "the weights and the config do not belong together, or the checkpoint is incomplete"
+        )
+    return found[0]
 
 
 def find_final_norm(model: PreTrainedModel, stack: DecoderStack) -> str | None:
