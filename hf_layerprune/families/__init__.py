@@ -23,6 +23,7 @@ __all__ = [
     "REFUSED",
     "Cut",
     "check_supported",
+    "count_field",
     "cut_config",
     "is_cut",
     "layer_count",
@@ -60,7 +61,8 @@ def _family(config: PreTrainedConfig) -> Family:
     return SPECIAL.get(config.model_type, Family())
 
 
-def _count_field(config: PreTrainedConfig) -> str:
+def count_field(config: PreTrainedConfig) -> str:
+    """The field that holds the layer count of a text config; empty where a list's length is the count."""
     declared = _family(config).count_field
     if declared is not None:
         return declared
@@ -74,7 +76,7 @@ def _count_field(config: PreTrainedConfig) -> str:
 def layer_count(config: PreTrainedConfig) -> int:
     """How many decoder layers the config describes."""
     part = text_config(config)
-    name = _count_field(part)
+    name = count_field(part)
     return getattr(part, name) if name else part.num_hidden_layers
 
 
@@ -167,7 +169,7 @@ def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:
     check_supported(config)
     new = copy.deepcopy(config)
     old_part, part = text_config(config), text_config(new)
-    fields, family, count = old_part.to_dict(), _family(part), _count_field(part)
+    fields, family, count = old_part.to_dict(), _family(part), count_field(part)
     if family.check:
         family.check(fields, cut)
     changed = rewrite_fields(fields, cut, family.rules, skip=(count,))

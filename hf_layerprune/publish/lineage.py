@@ -1,0 +1,127 @@
+"""`lineage.json`: where a model comes from, and what was done to it, one entry a station."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+FILE_NAME = "lineage.json"
+SCHEMA_VERSION = 1
+_PACKAGES = ("hf-layerprune", "torch", "transformers", "peft", "safetensors", "gguf")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_IDENTIFYING = (".safetensors", ".gguf", ".json")
+
+
+@dataclass
+class Lineage:
+    """The history of a model folder.
+
+    Args:
+        base (`dict[str, Any]`): `id` as the user named it, `commit` on the Hub or `None`, and `files`: the size and
+            the sha256 of each of its weight and config files.
+        entries (`list[dict[str, Any]]`): One for each station, oldest first.
+    """
+
+    base: dict[str, Any]
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, folder: Path) -> Lineage | None:
+        """Read the history of a folder, or `None` where it has none.
+
+        Raises:
+            CheckpointError: The file is not a lineage of a version that is known.
+        """
+        path = folder / FILE_NAME
+        if not path.is_file():
+            return None
+        try:
+            data = json.loads(path.read_text())
+            if data["schema_version"] != SCHEMA_VERSION:
+                raise CheckpointError(
+                    f"{path} has schema version {data['schema_version']}, and this version of hf-layerprune reads "
+                    f"{SCHEMA_VERSION}; use a newer one"
+                )
+            return cls(dict(data["base"]), list(data["entries"]))
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{path} is damaged ({error}); delete it to go on without the history") from error
+
+    def write(self, folder: Path) -> None:
+        """Write the history into a folder that is not yet under its final name."""
+        data = {"schema_version": SCHEMA_VERSION, "base": self.base, "entries": self.entries}
+        (folder / FILE_NAME).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def station(name: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Time a station and describe it.
+
+    Args:
+        name (`str`): What is done, such as `"prune"`.
+        settings (`dict[str, Any]`): All that decides the outcome.
+
+    Yields:
+        `dict[str, Any]`: The entry. The caller adds results to it; seconds and peak memory are filled in at the end.
+    """
+    entry: dict[str, Any] = {
+        "station": name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": settings,
+        "versions": _versions(),
+    }
+    start = time.perf_counter()
+    yield entry
+    entry["seconds"] = round(time.perf_counter() - start, 3)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    entry["peak_memory_bytes"] = peak if sys.platform == "darwin" else peak * 1024
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def fingerprint(path: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of the files that make a base what it is.
+
+    Args:
+        path (`Path`): A folder, or one file.
+
+    Returns:
+        `dict[str, dict[str, Any]]`: By file name. In the Hub's cache the hash of a large file is its blob's name, so
+            nothing is read.
+    """
+    paths = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _IDENTIFYING and p.is_file())
+    with ThreadPoolExecutor(2) as pool:  # hashing releases the interpreter lock
+        hashes = list(pool.map(_sha256, paths))
+    return {p.name: {"size": p.stat().st_size, "sha256": h} for p, h in zip(paths, hashes, strict=True)}
+
+
+def _sha256(path: Path) -> str:
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
+        return blob.name
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,401 @@
+"""The adapter's contract, on tiny models of several kinds."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune import (
+    CutError,
+    LayerDropConfig,
+    LayerPruneError,
+    UnsupportedModelError,
+    drop_layers,
+    families,
+    prune_with,
+)
+
+from .matrix import greedy
+from .tiny_models import EAGER, tiny_input, tiny_model
+
+# Plain and untied; tied with sliding windows; tied, with another layout; experts; a multimodal composite.
+TYPES = ("llama", "gemma3_text", "gpt2", "qwen3_moe", "gemma3")
+UNTIED = {"tie_word_embeddings": False}
+
+
+def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **EAGER).eval()
+    for parameter in model.parameters():  # see tests/matrix.py on alignment
+        parameter.data = parameter.data.clone()
+    return model
+
+
+@pytest.fixture(scope="module", params=TYPES)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_model(request.param).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_model("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tied")
+    tiny_model("gemma3_text").save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=tiny_input(), use_cache=False).logits
+
+
+@torch.no_grad()
+def shake(model: Any) -> None:
+    """Change all that is trainable, as training would."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.02 * torch.randn_like(parameter))
+
+
+def test_round_trip(base: Path, tmp_path: Path) -> None:
+    """Prune, tune, save; every way back gives the same logits, merged or not."""
+    plain_cut = load(base)
+    drop_layers(plain_cut, [6, 7])
+    cut = logits(plain_cut)
+    model = get_peft_model(load(base), LayerDropConfig(drop=0.25, keep_dropped=True))
+    assert torch.equal(logits(model), cut)
+    shake(model)
+    tuned = logits(model)
+    assert not torch.equal(tuned, cut)
+    model.save_pretrained(tmp_path / "adapter")
+
+    for again in (
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32, **EAGER),
+        PeftModel.from_pretrained(load(base), tmp_path / "adapter"),
+    ):
+        assert isinstance(again, PeftModel)
+        assert torch.equal(logits(again), tuned)
+        merged = again.merge_and_unload()
+        assert type(merged) is type(plain_cut)
+        assert torch.equal(logits(merged), tuned)
+        merged.save_pretrained(tmp_path / "merged")
+        assert torch.equal(logits(load(tmp_path / "merged")), tuned)
+
+    assert torch.equal(greedy(model, tiny_input(), True), greedy(model, tiny_input(), False))
+
+
+def test_dense_and_back(base: Path, tmp_path: Path) -> None:
+    """`disable_adapter` gives the dense model's exact logits; `unload` gives the untuned cut, tied as the base."""
+    dense = load(base)
+    before, was_tied = logits(dense), dense.config.tie_word_embeddings
+    config_before = families.text_config(dense.config).to_dict() | UNTIED
+    model = get_peft_model(dense, LayerDropConfig(drop_layers=[2, 3, 6], keep_dropped=True))
+    cut = logits(model)
+    shake(model)
+    tuned = logits(model)
+    for _ in range(2):
+        with model.disable_adapter():
+            assert torch.equal(logits(model), before)
+            assert families.text_config(model.get_base_model().config).to_dict() | UNTIED == config_before
+            assert torch.equal(greedy(model, tiny_input(), True), greedy(model, tiny_input(), False))
+        assert torch.equal(logits(model), tuned)
+    copied = copy.deepcopy(model)
+    with copied.disable_adapter():
+        assert torch.equal(logits(copied), before)
+        assert torch.equal(logits(model), tuned)  # the copy's layers are its own
+
+    plain = model.unload()
+    assert torch.equal(logits(plain), cut)
+    assert plain.config.tie_word_embeddings == was_tied
+    plain.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), cut)
+
+
+def test_what_trains_is_exact(base: Path) -> None:
+    """Gradients reach the tail and nothing else, and the frozen trunk builds no graph."""
+    model = get_peft_model(load(base), LayerDropConfig(drop=0.25))
+    config = model.peft_config["default"]
+    stack = config.modules_to_save[0].rpartition(".")[0]
+    assert config.modules_to_save[:3] == [f"{stack}.{i}" for i in (3, 4, 5)]
+    assert config.modules_to_save[-1] == "lm_head"
+    assert len(config.modules_to_save) == 5
+    reached: list[bool] = []
+    frozen = model.get_base_model().get_submodule(f"{stack}.2")
+    frozen.register_forward_hook(
+        lambda module, args, output: reached.append((output[0] if isinstance(output, tuple) else output).requires_grad)
+    )
+    ids = tiny_input()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert reached == [False]
+    for name, parameter in model.named_parameters():
+        in_tail = ".modules_to_save.default." in name
+        assert parameter.requires_grad == in_tail, name
+        assert (parameter.grad is not None) == in_tail or "expert" in name, name
+    inside = {name.split(".modules_to_save.")[0].removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}  # fmt: skip
+    assert inside == set(config.modules_to_save)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapter_file_holds_the_tail_in_the_base_dtype(base: Path, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = get_peft_model(load(base, dtype), LayerDropConfig(drop=0.25))
+    model.save_pretrained(tmp_path)
+    trainable = {name.replace(".modules_to_save.default", "") for name, p in model.named_parameters() if p.requires_grad}  # fmt: skip
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        saved = set(file.keys())
+        assert {file.get_tensor(name).dtype for name in saved} == {dtype}
+    assert saved == trainable
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LAYER_DROP"
+    assert config["drop_layers"] == [6, 7]
+    assert config["num_base_layers"] == 8
+    assert config["base_model_name_or_path"] == str(base)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tuned"),
+    [
+        ({"tune_layers": 1}, ["model.layers.4", "model.norm", "lm_head"]),
+        ({"tune_layers": "cut"}, ["model.layers.1", "model.layers.2", "model.layers.3", "model.norm", "lm_head"]),
+        ({"tune_layers": [0, 4], "tune_lm_head": False}, ["model.layers.0", "model.layers.2", "model.norm"]),
+        ({"tune_layers": 0, "tune_final_norm": False}, ["lm_head"]),
+        ({"tune_layers": 0, "tune_final_norm": False, "tune_lm_head": False}, None),
+        ({"tune_layers": 0, "tune_lm_head": False, "modules_to_save": ["model.embed_tokens"]}, ["model.norm", "model.embed_tokens"]),
+    ],
+)  # fmt: skip
+def test_what_to_tune(llama: Path, settings: dict[str, Any], tuned: list[str] | None, tmp_path: Path) -> None:
+    model = prune_with(LayerDropConfig(drop_layers=[2, 3, 5], **settings), load(llama))
+    assert model.peft_config["default"].modules_to_save == tuned
+    shake(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(llama), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_saved_config_repeats_the_cut(llama: Path, tmp_path: Path) -> None:
+    model = prune_with(LayerDropConfig(criterion="random", seed=7, drop=3), load(llama))
+    model.peft_config["default"].save_pretrained(tmp_path)
+    config = LayerDropConfig.from_pretrained(tmp_path)
+    config.seed = 8  # a saved cut is not drawn again
+    again = prune_with(config, load(llama))
+    assert again.peft_config["default"].drop_layers == model.peft_config["default"].drop_layers
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_never_pruned_twice(llama: Path, tmp_path: Path) -> None:
+    base = load(llama)
+    config = LayerDropConfig(drop=0.25)
+    model = prune_with(config, base)
+    shake(model)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert merged.config.num_hidden_layers == 6
+
+    # The same adapter on its own pruned checkpoint finds the cut made.
+    again = PeftModel.from_pretrained(load(tmp_path / "merged"), tmp_path / "adapter")
+    assert again.config.num_hidden_layers == 6
+    assert torch.equal(logits(again), logits(merged))
+    # So does the same config.
+    assert prune_with(config, load(tmp_path / "merged")).config.num_hidden_layers == 6
+    # Another base is refused, not cut.
+    other = prune_with(LayerDropConfig(drop=3), load(llama)).merge_and_unload()
+    with pytest.raises(CutError, match="of a base with 8 layers, and the model has 5"):
+        PeftModel.from_pretrained(other, tmp_path / "adapter")
+    assert other.config.num_hidden_layers == 5
+    # A new config prunes further, and says so.
+    further = prune_with(LayerDropConfig(drop=2), load(tmp_path / "merged"))
+    assert further.config.num_hidden_layers == 4
+    assert further.config.layer_drop == {"drop_layers": [4, 5], "num_base_layers": 6}
+
+
+def test_two_adapters_share_the_cut(llama: Path, tmp_path: Path) -> None:
+    model = prune_with(LayerDropConfig(drop=0.25), load(llama))
+    shake(model)
+    first = logits(model)
+    model.add_adapter("second", LayerDropConfig(drop=0.25, tune_layers=1))
+    model.set_adapter("second")
+    cut = load(llama)
+    drop_layers(cut, [6, 7])
+    assert torch.equal(logits(model), logits(cut))
+    shake(model)
+    second = logits(model)
+    model.save_pretrained(tmp_path)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+
+    again = PeftModel.from_pretrained(load(llama), tmp_path)
+    again.load_adapter(tmp_path / "second", "second")
+    again.set_adapter("second")
+    assert torch.equal(logits(again), second)
+
+    with pytest.raises(CutError, match=r"drops layers \[6, 7\], and the new one \[1\]"):
+        model.add_adapter("third", LayerDropConfig(drop_layers=[1]))
+
+
+def test_lora_on_top_of_merged(llama: Path, tmp_path: Path) -> None:
+    merged = prune_with(LayerDropConfig(drop=0.25), load(llama)).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    model = get_peft_model(merged, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    shake(model)
+    model.save_pretrained(tmp_path / "lora")
+    again = PeftModel.from_pretrained(load(tmp_path / "merged"), tmp_path / "lora")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_untying_is_told_and_kept(tied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        model = prune_with(LayerDropConfig(drop=1), load(tied))
+    assert "adds 4,096 parameters" in caplog.text
+    assert "tune_lm_head=False" in caplog.text
+    config = model.peft_config["default"]
+    assert config.untied_lm_head
+    assert not model.config.tie_word_embeddings
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert head is not embeddings
+    assert head.requires_grad
+    assert not embeddings.requires_grad
+    model.get_base_model().tie_weights()  # what transformers calls after a resize
+    assert model.get_output_embeddings().weight is head
+    shake(model)
+    model.save_pretrained(tmp_path)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        again = PeftModel.from_pretrained(load(tied), tmp_path)
+    assert "unties" not in caplog.text  # said once, when it was decided
+    assert torch.equal(again.get_output_embeddings().weight, head)
+
+    caplog.clear()
+    kept = prune_with(LayerDropConfig(drop=1, tune_lm_head=False), load(tied))
+    assert "unties" not in caplog.text
+    assert kept.get_output_embeddings().weight is kept.get_input_embeddings().weight
+    assert not kept.peft_config["default"].untied_lm_head
+
+
+def test_head_heavier_than_the_saving(tied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = load(tied)
+    base.resize_token_embeddings(4096)
+    with caplog.at_level(logging.WARNING):
+        prune_with(LayerDropConfig(drop=1), base)
+    assert "larger than its base" in caplog.text
+    assert "tune_lm_head=False" in caplog.text
+
+
+def test_disabling_without_the_layers_says_why(llama: Path) -> None:
+    model = prune_with(LayerDropConfig(drop=0.25), load(llama))
+    with pytest.raises(CutError, match="keep_dropped=True"), model.disable_adapter():
+        pass
+    assert model.config.num_hidden_layers == 6
+
+
+def test_kept_layers_follow_moves(llama: Path) -> None:
+    model = prune_with(LayerDropConfig(drop=0.25, keep_dropped=True), load(llama))
+    for parameter_dtype in (torch.float64, torch.float32):
+        model.to(parameter_dtype)
+        with model.disable_adapter():
+            assert {p.dtype for p in model.parameters()} == {parameter_dtype}
+            assert logits(model).dtype == parameter_dtype
+
+
+def test_unlisted_names_stay_out(llama: Path) -> None:
+    for bad, message in (
+        ({"target_modules": "q_proj"}, None),
+        ({"tune_layers": 7}, "only 6 layers remain"),
+        ({"tune_layers": [7]}, "layer 7 is dropped"),
+        ({"tune_layers": [8]}, r"model's layers are 0\.\.7"),
+        ({"tune_layers": -1}, "tune_layers=-1"),
+        ({"tune_layers": "all"}, "tune_layers='all'"),
+        ({"task_type": "SEQ_CLS"}, "only causal language models"),
+    ):
+        base = load(llama)
+        if message is None:
+            prune_with(LayerDropConfig(drop=0.25, **bad), base)  # a stray target is replaced, not obeyed
+            continue
+        with pytest.raises(CutError, match=message):
+            prune_with(LayerDropConfig(drop=0.25, **bad), base)
+        assert base.config.num_hidden_layers == 8, f"{bad} was refused after the cut"
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([], "nothing would be dropped"),
+        ([8], r"drop_layers has 8, but the model's layers are 0\.\.7"),
+        ([-1], r"drop_layers has -1"),
+        ([3, 3], "names 3 more than once"),
+        (list(range(8)), "at least one must stay"),
+    ],
+)
+def test_bad_cuts_change_nothing(llama: Path, layers: list[int], message: str) -> None:
+    base = load(llama)
+    before = logits(base)
+    with pytest.raises(CutError, match=message):
+        drop_layers(base, layers)
+    with pytest.raises(CutError, match=message):
+        prune_with(LayerDropConfig(drop_layers=layers), base)
+    assert torch.equal(logits(base), before)
+    assert base.config.num_hidden_layers == 8
+
+
+def test_model_and_config_disagree(llama: Path) -> None:
+    base = load(llama)
+    base.config.num_hidden_layers = 6
+    with pytest.raises(UnsupportedModelError, match="no list of 6 decoder layers"):
+        prune_with(LayerDropConfig(drop=1), base)
+
+
+def test_encoder_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    model.config.is_decoder = False
+    with pytest.raises(UnsupportedModelError, match="it is an encoder"):
+        prune_with(LayerDropConfig(drop=1), model)
+
+
+def test_unknown_per_layer_field_is_refused(llama: Path) -> None:
+    base = load(llama)
+    base.config.window_per_layer = [1, 2, 3, 4, 5, 6, 7, 8]
+    with pytest.raises(CutError, match="'window_per_layer' is a list with one entry for each of the 8 layers"):
+        prune_with(LayerDropConfig(drop=1), base)
+    assert base.config.num_hidden_layers == 8
+
+
+def test_positional_scale_is_refused() -> None:
+    from hf_layerprune.families import special
+
+    model = tiny_model("gpt2")
+    model.config.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(UnsupportedModelError, match="scale_attn_by_inverse_layer_idx"):
+        drop_layers(model, [2])
+    # And where no family rule knows of it, comparing empty models finds it.
+    patched = pytest.MonkeyPatch()
+    patched.delitem(special.SPECIAL, "gpt2")
+    with pytest.raises(CutError, match="computed from the layer's position"):
+        drop_layers(model, [2])
+    patched.undo()
+
+
+def test_prune_with_loads_the_base(llama: Path) -> None:
+    model = prune_with(LayerDropConfig(base_model_name_or_path=str(llama), drop=0.25), dtype=torch.float32, **EAGER)
+    assert model.config.num_hidden_layers == 6
+    assert model.peft_config["default"].base_model_name_or_path == str(llama)
+    with pytest.raises(LayerPruneError, match="nothing to prune"):
+        prune_with(LayerDropConfig())
+    with pytest.raises(LayerPruneError, match="does not exist"):
+        prune_with(LayerDropConfig(base_model_name_or_path="./nowhere"))
+    with pytest.raises(TypeError, match="dtype"):
+        prune_with(LayerDropConfig(), load(llama), dtype=torch.float32)

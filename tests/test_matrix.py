@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_layerprune import UnsupportedModelError, families
+from hf_layerprune.families.types import proven
+
+from .architectures import DOCUMENT, proven_types, render
+from .matrix import ProofError, prove, prove_cut
+from .tiny_models import MODEL_TYPES, tiny_config, tiny_model
+
+# One of each kind: plain, sliding windows, experts, shared keys and values, hybrids, index sets, old layouts,
+# a multimodal composite, a decoder out of an encoder-decoder, two cache slots a layer.
+REPRESENTATIVE = (
+    "llama", "gemma3_text", "qwen3_moe", "gemma3n_text", "jamba", "smollm3", "gpt2", "gemma3", "bart", "longcat_flash",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(t, marks=() if t in REPRESENTATIVE else pytest.mark.matrix)
+        for t in MODEL_TYPES
+        if t not in families.REFUSED
+    ],
+)
+def test_proven(model_type: str) -> None:
+    prove(model_type)
+
+
+@pytest.mark.parametrize("model_type", sorted(families.REFUSED))
+def test_refused(model_type: str) -> None:
+    config_class = CONFIG_MAPPING[model_type]
+    config = config_class.__new__(config_class)  # some can't even be made small
+    with pytest.raises(UnsupportedModelError, match=f"model type '{model_type}' can't be pruned by layers: "):
+        families.check_supported(config)
+
+
+def test_no_third_state() -> None:
+    assert set(MODEL_TYPES) == set(families.REFUSED) | (set(MODEL_TYPES) & proven())
+    assert not set(families.REFUSED) & proven()
+    assert len(set(MODEL_TYPES) & proven()) >= 150
+    assert proven() == set(proven_types())
+
+
+def test_document_is_current() -> None:
+    assert DOCUMENT.read_text() == render(), "docs/architectures.md is stale: run `make docs`"
+
+
+def test_unknown_type_is_refused() -> None:
+    config = tiny_config("llama")
+    type(config).model_type, before = "brand_new", type(config).model_type
+    try:
+        with pytest.raises(UnsupportedModelError, match="not among the"):
+            families.check_supported(config)
+    finally:
+        type(config).model_type = before
+
+
+class TestTheProofCanFail:
+    """The matrix is worth what it catches."""
+
+    def test_forgotten_list(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from hf_layerprune.families import fields
+
+        monkeypatch.setitem(fields.FIELDS, "no_rope_layers", lambda value, cut: value[: len(cut.keep)])
+        with pytest.raises((ProofError, families.CutError)):
+            prove_cut(tiny_model("smollm3"), (2, 3, 5))
+
+    def test_forgotten_threshold(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from hf_layerprune.families import fields
+
+        monkeypatch.setitem(fields.FIELDS, "first_k_dense_replace", fields.unchanged)
+        with pytest.raises((ProofError, families.CutError)):
+            prove_cut(tiny_model("deepseek_v3"), (0, 3, 5))
+
+    def test_forgotten_layer_index(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from hf_layerprune import cut
+
+        monkeypatch.setattr(cut, "_attribute_changes", lambda *args: [])
+        with pytest.raises((ProofError, IndexError)):
+            prove_cut(tiny_model("llama"), (2, 3, 5))
