@@ -10,7 +10,6 @@ of unsigned integers back as signed ones, leave out empty strings and arrays, an
 Here, everything that does not change is copied byte for byte, and so are all tensors, whatever their type.
 """
 
-import errno
 import logging
 import os
 import re
@@ -27,6 +26,9 @@ from typing import Any, BinaryIO, NamedTuple
 from tqdm.auto import tqdm
 
 from .errors import CheckpointError
+from .files import KERNEL_CHUNK as _CHUNK
+from .files import Copier as _Copier
+from .files import FileState, check_space, sync_folder, write_all, write_failed
 from .gguf_header import GGUFHeader, TensorInfo, pad, read_header
 from .gguf_layers import block_count_of, rewrite_metadata
 
@@ -35,9 +37,6 @@ logger = logging.getLogger(__name__)
 _FIXED_HEADER = struct.Struct("<4sIQQ")
 _LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
 _NUMBERED = re.compile(r"\.[0-9]+\.|^(blk|.*\.blk)\.")
-_CHUNK = 8 << 20
-# The errors by which copy_file_range says that it cannot serve these two files at all.
-_NO_COPY_RANGE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 
 
 class ByteRange(NamedTuple):
@@ -156,7 +155,7 @@ def cut_gguf(
         try:
             _write(file, plan, target, force, progress)
         except OSError as error:
-            raise CheckpointError(f"could not write {target}: {error.strerror or error}") from error
+            raise write_failed(target, error) from error
     return plan
 
 
@@ -285,15 +284,11 @@ def _check_target(plan: GGUFCutPlan, target: Path, force: bool) -> None:
         raise CheckpointError(f"{target} is the source itself; write to another file")
     if not force and os.path.lexists(target):
         raise CheckpointError(f"{target} exists; pass force=True to replace it, or name another file")
-    free = shutil.disk_usage(target.parent).free
-    if free < plan.target_bytes:
-        raise CheckpointError(
-            f"{target} needs {plan.target_bytes} bytes, and its disk has {free} free; make room or write elsewhere"
-        )
+    check_space(target, plan.target_bytes, shutil.disk_usage(target.parent).free)
 
 
 def _write(file: BinaryIO, plan: GGUFCutPlan, target: Path, force: bool, progress: bool) -> None:
-    before = os.fstat(file.fileno())
+    before = FileState.of(file.fileno())
     temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}.partial")
     try:
         with (
@@ -307,68 +302,23 @@ def _write(file: BinaryIO, plan: GGUFCutPlan, target: Path, force: bool, progres
                 disable=not progress,
             ) as bar,
         ):
-            copier = _Copier(file, output)
+            copier = _Copier(file.fileno(), output.fileno(), name=file.name, chunk=_CHUNK)
             for piece in plan.pieces:
                 if isinstance(piece, ByteRange):
-                    for count in copier.copy(piece):
+                    for count in copier.copy(*piece):
                         bar.update(count)
                 else:
-                    copier.write(piece)
+                    write_all(output.fileno(), piece)
                     bar.update(len(piece))
             os.fsync(output.fileno())
-        after = os.fstat(file.fileno())
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        if FileState.of(file.fileno()) != before:
             raise CheckpointError(f"{plan.source} changed while it was read; make sure that nothing else writes it")
         _publish(temporary, target, force)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
-    _sync_folder(target.parent)
-
-
-class _Copier:
-    def __init__(self, source: BinaryIO, output: BinaryIO) -> None:
-        self._source = source
-        self._output = output
-        self._by_kernel = hasattr(os, "copy_file_range")
-        self._buffer = memoryview(b"")
-
-    def copy(self, piece: ByteRange) -> Iterator[int]:
-        """Copy a range, yielding the size of each chunk that is done."""
-        offset, end = piece.offset, piece.offset + piece.length
-        while offset < end:
-            count = self._copy_chunk(offset, min(end - offset, _CHUNK))
-            offset += count
-            yield count
-
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[self._output.write(view) :]
-
-    def _copy_chunk(self, offset: int, length: int) -> int:
-        if self._by_kernel:
-            try:
-                count = os.copy_file_range(self._source.fileno(), self._output.fileno(), length, offset)
-            except OSError as error:
-                if error.errno not in _NO_COPY_RANGE:
-                    raise
-                count = 0
-            if count:
-                return count
-            # Not possible here, or the file has ended: reading tells which.
-            self._by_kernel = False
-        if not self._buffer:
-            self._buffer = memoryview(bytearray(_CHUNK))
-        self._source.seek(offset)
-        count = self._source.readinto(self._buffer[:length])
-        if not count:
-            raise CheckpointError(
-                f"{self._source.name} got shorter while it was read; make sure that nothing else writes it"
-            )
-        self.write(self._buffer[:count])
-        return count
+    sync_folder(target.parent)
 
 
 def _publish(temporary: Path, target: Path, force: bool) -> None:
@@ -385,12 +335,3 @@ def _publish(temporary: Path, target: Path, force: bool) -> None:
             temporary.unlink()
             return
     os.replace(temporary, target)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,0 +1,139 @@
+"""Repositories as `hub_server` serves them: files, commits, and a plain folder seen as a repository."""
+
+import hashlib
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+EPOCH = "2024-01-01T00:00:00.000Z"
+LFS_SUFFIXES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack", ".parquet", ".zip"}
+LFS_SIZE = 10 * 1024 * 1024
+
+
+class Refusal(Exception):
+    """An error answer, raised from anywhere below a route.
+
+    Args:
+        status (`int`): the status of the answer.
+        message (`str`): what is wrong.
+        code (`str`, *optional*): the `X-Error-Code`, by which the client tells errors apart.
+        body (`Mapping`, *optional*): what the body says beside the message.
+        headers (`str`): more headers, with `_` for `-`.
+    """
+
+    def __init__(
+        self, status: int, message: str, code: str | None = None, body: Mapping | None = None, **headers: str
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": message} | dict(body or {})
+        self.headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        self.headers |= {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+def tracked_by_lfs(name: str, size: int) -> bool:
+    """Whether a file is of LFS kind by its name or size."""
+    return Path(name).suffix in LFS_SUFFIXES or size >= LFS_SIZE
+
+
+def git_blob_id(content: bytes) -> str:
+    """What git calls a content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@dataclass(frozen=True)
+class RepoFile:
+    """One file of a repository, named the way git and git-lfs name it."""
+
+    path: Path
+    size: int
+    blob_id: str
+    sha256: str | None = None  # only of a file of LFS kind
+    pointer_size: int = 0
+
+    @property
+    def etag(self) -> str:
+        """The name under which a client caches the content."""
+        return self.sha256 or self.blob_id
+
+    @classmethod
+    def large(cls, path: Path, size: int, sha256: str) -> Self:
+        """Make a file of LFS kind."""
+        # What git stores of it is a pointer, so the blob id is the pointer's.
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
+        return cls(path, size, git_blob_id(pointer), sha256, len(pointer))
+
+    @classmethod
+    def read(cls, path: Path, size: int) -> Self:
+        """Hash a file."""
+        git, sha = hashlib.sha1(b"blob %d\0" % size), hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                git.update(chunk)
+                sha.update(chunk)
+        if tracked_by_lfs(path.name, size):
+            return cls.large(path, size, sha.hexdigest())
+        return cls(path, size, git.hexdigest())
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a repository held at one time."""
+
+    id: str
+    files: Mapping[str, RepoFile]
+    title: str = "initial commit"
+    message: str = ""
+    date: str = EPOCH
+    parent: str | None = None
+
+
+class Repo:
+    """A folder seen as a repository with one branch, ``main``, and one commit: what the folder holds now."""
+
+    sdk: str | None = None
+    tags: Mapping[str, str] = {}
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._hashed: dict[str, tuple[tuple[int, int], RepoFile]] = {}
+
+    @property
+    def branches(self) -> Mapping[str, str]:
+        """Branch to the id of its last commit."""
+        return {"main": tree_id(self._files())}
+
+    def at(self, revision: str) -> Commit | None:
+        """The commit that a branch, a tag or an id stands for."""
+        files = self._files()
+        return Commit(tree_id(files), files) if revision in ("main", tree_id(files)) else None
+
+    def large(self, sha256: str, name: str) -> RepoFile | None:
+        """A file of LFS kind by its content."""
+        file = self._files().get(name)
+        return file if file and file.sha256 == sha256 else None
+
+    def _files(self) -> dict[str, RepoFile]:
+        """List the files by their repository path; a file is only hashed again after it changed."""
+        found = {}
+        with self._lock:
+            for root, folders, names in os.walk(self.folder):
+                # What a clone or a download leaves beside the files, and the Hub's client never uploads.
+                folders[:] = [name for name in folders if name not in {".git", ".cache"}]
+                for path in (Path(root, name) for name in names):
+                    name, stat = path.relative_to(self.folder).as_posix(), path.stat()
+                    stamp = (stat.st_size, stat.st_mtime_ns)
+                    if name not in self._hashed or self._hashed[name][0] != stamp:
+                        self._hashed[name] = stamp, RepoFile.read(path, stat.st_size)
+                    found[name] = self._hashed[name][1]
+        return dict(sorted(found.items()))
+
+
+def tree_id(files: Mapping[str, RepoFile]) -> str:
+    """40 hex digits that change with any name or content: a folder's, or a served folder's only commit's."""
+    lines = (f"{name}\0{file.blob_id}\n" for name, file in files.items())
+    return hashlib.sha1("".join(lines).encode()).hexdigest()

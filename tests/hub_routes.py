@@ -1,0 +1,301 @@
+"""What `hub_server` answers who reads: the Hub's and its CDN's routes, and how a request is read and a body sent.
+
+A route is a line in a table at the end of this file and a method of the handler, which either sends an answer or
+raises `Refusal`.
+"""
+
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
+from pathlib import PurePosixPath
+from typing import BinaryIO
+from urllib.parse import parse_qs, quote, unquote
+
+from tests.hub_repo import EPOCH, Commit, Refusal, RepoFile, tree_id
+
+CHUNK = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answered request.
+
+    Args:
+        method (`str`): `GET`, `HEAD`, ...
+        path (`str`): the decoded path. A CDN path starts with `/cdn/` and, as a Hub path, ends with the file's name.
+        query (`str`): what followed the `?`.
+        range (`str`, *optional*): the `Range` header.
+        status (`int`): the status of the answer.
+        sent (`int`): bytes of the body that were written, errors' bodies included; 0 for `HEAD`.
+        authorized (`bool`): whether the request carried an `Authorization` header, good or not.
+    """
+
+    method: str
+    path: str
+    query: str
+    range: str | None
+    status: int
+    sent: int
+    authorized: bool
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One client's connection; `server` is the listener, which knows its `routes` and the `hub`."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes: do not let the second wait for an ACK
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+    def answer(self) -> None:
+        raw, _, self.query = self.path.partition("?")
+        self.decoded = unquote(raw)
+        self.unread = int(self.headers.get("Content-Length") or 0)
+        try:
+            if "Transfer-Encoding" in self.headers:
+                # Storage asks for the length beforehand, and it is the same client everywhere.
+                self.close_connection = True
+                raise Refusal(411, "Length Required")
+            if code := self.server.hub.take_status(self.command, self.decoded):
+                raise Refusal(code, f"Status {code}, as the test wished")
+            for method, pattern, action in self.server.routes:
+                if method in (self.command, {"HEAD": "GET"}.get(self.command)) and (match := pattern.fullmatch(raw)):
+                    found = {name: unquote(text) for name, text in match.groupdict("").items()}
+                    if (section := found.pop("section", "")) in ("datasets", "spaces"):
+                        found["repo"] = f"{section}/{found['repo']}"
+                    return action(self, **found)
+            raise Refusal(404, "No such route")
+        except Refusal as refusal:
+            self.send_json(refusal.body, refusal.status, refusal.headers)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
+
+    # What is asked
+
+    @property
+    def token(self) -> str | None:
+        kind, _, token = self.headers.get("Authorization", "").partition(" ")
+        return token if kind == "Bearer" else None
+
+    def flag(self, name: str) -> bool:
+        return parse_qs(self.query).get(name, [""])[-1].lower() in ("true", "1")
+
+    def body(self) -> Iterator[bytes]:
+        """Read the body, piece by piece."""
+        while self.unread:
+            if not (chunk := self.rfile.read(min(CHUNK, self.unread))):
+                raise ConnectionResetError("the client left within its request")
+            self.unread -= len(chunk)
+            yield chunk
+
+    def read_json(self) -> dict:
+        """Read the body as a JSON object."""
+        try:
+            value = json.loads(b"".join(self.body()) or b"{}")
+        except ValueError as error:
+            raise Refusal(400, f"The body is not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise Refusal(400, "The body is not a JSON object")
+        return value
+
+    # Routes
+
+    def info(self, repo: str, revision: str) -> None:
+        hub = self.server.hub
+        commit = hub.at(repo, self.token, revision or "main")
+        files, name = commit.files, repo.removeprefix("datasets/").removeprefix("spaces/")
+        siblings: list[dict] = [{"rfilename": name} for name in files]
+        if self.flag("blobs"):
+            for sibling, file in zip(siblings, files.values(), strict=True):
+                sibling |= {"size": file.size, "blobId": file.blob_id}
+                if file.sha256:
+                    sibling["lfs"] = {"sha256": file.sha256, "size": file.size, "pointerSize": file.pointer_size}
+        answer = {
+            "_id": hashlib.sha1(repo.encode()).hexdigest()[:24],
+            "id": name,
+            "author": name.rpartition("/")[0] or None,
+            "sha": commit.id,
+            "lastModified": commit.date,
+            "createdAt": EPOCH,
+            "private": repo in hub.private,
+            "gated": "manual" if repo in hub.gated else False,
+            "disabled": False,
+            "downloads": 0,
+            "likes": 0,
+            "tags": [],
+            "usedStorage": sum(file.size for file in files.values()),
+            "siblings": siblings,
+            **({"modelId": repo} if name == repo else {}),
+            **({"sdk": hub.repos[repo].sdk} if repo.startswith("spaces/") else {}),
+        }
+        if expand := parse_qs(self.query).get("expand"):
+            answer = {key: value for key, value in answer.items() if key in ("_id", "id", *expand)}
+        self.send_json(answer)
+
+    def tree(self, repo: str, revision: str, folder: str) -> None:
+        commit = self.server.hub.at(repo, self.token, revision)
+        files = commit.files
+        top = folder.strip("/") + "/" if folder.strip("/") else ""
+        inside = {name: file for name, file in files.items() if name.startswith(top)}
+        if not inside and top:
+            raise Refusal(404, "Entry not found", "EntryNotFound")
+        entries: dict[str, dict] = {}
+        for name, file in inside.items():
+            for parent in [part.as_posix() for part in PurePosixPath(name).parents][-2::-1]:
+                if parent.startswith(top) and parent not in entries:
+                    under = {name: file for name, file in files.items() if name.startswith(parent + "/")}
+                    entries[parent] = {"type": "directory", "oid": tree_id(under), "size": 0, "path": parent}
+            entries[name] = {"type": "file", "oid": file.blob_id, "size": file.size, "path": name}
+            if file.sha256:
+                entries[name]["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": file.pointer_size}
+        if not self.flag("recursive"):
+            entries = {path: entry for path, entry in entries.items() if "/" not in path.removeprefix(top)}
+        if self.flag("expand"):
+            # Of the whole repository, not of each file: nothing here needs to know more.
+            last = {"id": commit.id, "title": commit.title, "date": commit.date}
+            entries = {path: entry | {"lastCommit": last} for path, entry in entries.items()}
+        self.send_json(list(entries.values()))
+
+    def commits(self, repo: str, revision: str) -> None:
+        commit: Commit | None = self.server.hub.at(repo, self.token, revision)
+        answer = []
+        while commit:
+            author = [{"user": self.server.hub.user}]
+            words = {"title": commit.title, "message": commit.message}
+            answer.append({"id": commit.id, "authors": author, "date": commit.date, **words})
+            commit = self.server.hub.repos[repo].at(commit.parent) if commit.parent else None
+        self.send_json(answer)
+
+    def refs(self, repo: str) -> None:
+        found = self.server.hub.repo(repo, self.token)
+        answer: dict[str, list] = {"converts": []}
+        for key, folder, refs in (("branches", "heads", found.branches), ("tags", "tags", found.tags)):
+            answer[key] = [
+                {"name": name, "ref": f"refs/{folder}/{name}", "targetCommit": commit} for name, commit in refs.items()
+            ]
+        self.send_json(answer)
+
+    def resolve(self, repo: str, revision: str, name: str) -> None:
+        hub = self.server.hub
+        commit = hub.at(repo, self.token, revision, content=True)
+        headers = {"X-Repo-Commit": commit.id}
+        # Looked up, never joined to a folder: a path with dots leads nowhere.
+        if (file := commit.files.get(name)) is None:
+            raise Refusal(404, "Entry not found", "EntryNotFound", X_Repo_Commit=headers["X-Repo-Commit"])
+        if file.sha256:
+            headers |= {"X-Linked-Size": str(file.size), "X-Linked-Etag": f'"{file.sha256}"'}
+        if not file.sha256 or not hub.redirect_lfs:
+            return self.send_file(file, headers)
+        path = f"/cdn/{repo}/{file.sha256}/{name}"
+        headers["Location"] = f"{hub.cdn_endpoint}{quote(path)}?signature={hub.signature(path)}"
+        return self.send(302, headers | {"Accept-Ranges": "bytes"}, 0, iter(()))
+
+    def cdn(self, repo: str, sha256: str, name: str) -> None:
+        if self.headers.get("Authorization"):
+            # As a presigned storage URL does: the token was for the Hub, and the client has just given it away.
+            raise Refusal(400, "Only one auth mechanism allowed")
+        given = parse_qs(self.query).get("signature", [""])[0]
+        if not hmac.compare_digest(given.encode(), self.server.hub.signature(self.decoded).encode()):
+            raise Refusal(403, "SignatureDoesNotMatch")
+        found = self.server.hub.repos.get(repo)
+        if found is None or (file := found.large(sha256, name)) is None:
+            raise Refusal(404, "NoSuchKey")
+        self.send_file(file, {})
+
+    # Answers
+
+    def send_json(self, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        body = json.dumps(value).encode()
+        headers = {"Content-Type": "application/json; charset=utf-8"} | dict(headers or {})
+        self.send(status, headers, len(body), iter([body]))
+
+    def send_file(self, file: RepoFile, headers: dict[str, str]) -> None:
+        size = self.server.hub.size_served(self.decoded, file.size)
+        headers |= {
+            "ETag": f'"{file.etag}"',
+            "Accept-Ranges": "bytes",
+            "Content-Type": "application/octet-stream" if file.sha256 else "text/plain; charset=utf-8",
+        }
+        span = parse_range(self.headers.get("Range"), size) if self.command == "GET" else None
+        if span is None:
+            status, span = 200, range(size)
+        elif span:
+            status, headers["Content-Range"] = 206, f"bytes {span.start}-{span.stop - 1}/{size}"
+        else:
+            raise Refusal(416, "Range Not Satisfiable", Content_Range=f"bytes */{size}")
+        with file.path.open("rb") as opened:
+            opened.seek(span.start)
+            self.send(status, headers, len(span), read_chunks(opened, len(span)))
+
+    def send(self, status: int, headers: Mapping[str, str], length: int, chunks: Iterator[bytes]) -> None:
+        hub, asked = self.server.hub, self.headers
+        for _ in self.body() if "Transfer-Encoding" not in asked else ():
+            pass  # what an answer leaves unread would be taken for the next request
+        request = Request(self.command, self.decoded, self.query, asked["Range"], status, 0, "Authorization" in asked)
+        # Logged before a byte leaves, and each chunk counted before it is written, so that whoever has read an
+        # answer to its end finds it in the log.
+        add = hub.record(request)
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(length)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        left = hub.take_break(self.command, self.decoded, length)
+        for chunk in chunks:
+            part = chunk if left is None else chunk[:left]
+            add(len(part))
+            try:
+                self.wfile.write(part)
+            except OSError:
+                add(-len(part))
+                raise
+            if left is not None and (left := left - len(part)) == 0:
+                self.close_connection = True
+                return
+
+
+def parse_range(header: str | None, size: int) -> range | None:
+    """Positions that a `Range` header asks for: empty if there are none, `None` to send everything.
+
+    As RFC 9110 allows, a header that is malformed or lists several ranges is ignored.
+    """
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", (header or "").strip())
+    if match is None or match.groups() == ("", ""):
+        return None
+    first, last = match.groups()
+    if not first:
+        return range(max(size - int(last), 0), size)
+    if last and int(last) < int(first):
+        return None
+    return range(int(first), min(int(last) + 1, size) if last else size)
+
+
+def read_chunks(file: BinaryIO, length: int) -> Iterator[bytes]:
+    """Read `length` bytes in pieces."""
+    while length and (chunk := file.read(min(CHUNK, length))):
+        length -= len(chunk)
+        yield chunk
+
+
+Route = tuple[str, re.Pattern[str], Callable[..., None]]
+_REPO = "(?P<repo>[^/]+(?:/[^/]+)?)"
+# How the API and the other pages name a repository; what kind it is goes into the `section`.
+API = f"/api/(?P<section>models|datasets|spaces)/{_REPO}"
+PAGE = f"(?:/(?P<section>datasets|spaces))?/{_REPO}"
+# The method (GET answers HEAD too), the path as it arrives, still encoded, and the method of the handler.
+HUB_ROUTES: list[Route] = [
+    ("GET", re.compile(f"{API}(?:/revision/(?P<revision>[^/]+))?"), Handler.info),
+    ("GET", re.compile(f"{API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.*))?"), Handler.tree),
+    ("GET", re.compile(f"{API}/commits/(?P<revision>[^/]+)"), Handler.commits),
+    ("GET", re.compile(f"{API}/refs"), Handler.refs),
+    ("GET", re.compile(f"{PAGE}/resolve/(?P<revision>[^/]+)/(?P<name>.+)"), Handler.resolve),
+]
+CDN_ROUTES: list[Route] = [
+    ("GET", re.compile(f"/cdn{PAGE}/(?P<sha256>[0-9a-f]{{64}})/(?P<name>.+)"), Handler.cdn),
+]

@@ -1,0 +1,320 @@
+"""A small stand-in for the Hugging Face Hub: real HTTP on loopback, standard library only.
+
+    with HubServer({"org/name": folder}) as server:
+        subprocess.run([sys.executable, "-c", script], env=client_env(server, home), check=True)
+        assert server.bytes_served("model.safetensors") == size
+
+The unmodified ``huggingface_hub`` client, and everything built on it, reads repositories from plain folders through
+it; with a token from `writers` it also creates repositories and commits to them, in a folder that the server owns and
+removes. Models go by their id, others by ``datasets/org/name`` and ``spaces/org/name``. Like the real Hub it is two web servers. The Hub itself answers the API and small files. Files of LFS kind
+are redirected, with a signed URL, to a CDN on another port: another origin, so a client has to keep its token to
+itself. (On the same origin the client would follow a redirected ``HEAD`` and lose the ``X-Repo-Commit`` it needs.)
+"""
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Self
+
+from tests.hub_repo import Commit, Refusal, Repo
+from tests.hub_routes import CDN_ROUTES, HUB_ROUTES, Request, Route
+from tests.hub_writing import STORAGE_ROUTES, WRITING_ROUTES, WritingHandler
+from tests.hub_written import WrittenRepo
+
+
+@dataclass
+class _Fault:
+    suffix: str
+    prefix: str
+    method: str | None
+    value: int
+    left: int
+
+    def hits(self, method: str, path: str) -> bool:
+        return (
+            self.left > 0
+            and self.method in (None, method)
+            and path.startswith(self.prefix)
+            and path.endswith(self.suffix)
+        )
+
+
+class HubServer:
+    """Serve repositories out of folders, and those that clients make.
+
+    Args:
+        repos (`Mapping[str, Path]`): repository id to folder. The folder is read again at each request, and never
+            written.
+        private (`Collection[str]`): ids that do not exist for who has no token for them.
+        gated (`Collection[str]`): ids whose files are refused to who has no token for them; as on the Hub, anybody
+            may read what the API says about them.
+        tokens (`Mapping[str, Collection[str] | None]`): token to the ids that it opens; `None`: all of them.
+        writers (`Mapping[str, Collection[str] | None]`): token to the namespaces in which it may read and write
+            everything; `None`: in all of them. The other tokens are read-only.
+        redirect_lfs (`bool`): send files of LFS kind through the CDN, as the Hub does, or straight.
+    """
+
+    user = "somebody"  # whose tokens these all are
+
+    def __init__(
+        self,
+        repos: Mapping[str, Path] | None = None,
+        *,
+        private: Collection[str] = (),
+        gated: Collection[str] = (),
+        tokens: Mapping[str, Collection[str] | None] | None = None,
+        writers: Mapping[str, Collection[str] | None] | None = None,
+        redirect_lfs: bool = True,
+    ) -> None:
+        self.repos: dict[str, Repo] = {repo_id: Repo(Path(folder)) for repo_id, folder in (repos or {}).items()}
+        self.private, self.gated = set(private), set(gated)
+        self.tokens, self.writers = dict(tokens or {}), dict(writers or {})
+        self.redirect_lfs = redirect_lfs
+        self.endpoint = self.cdn_endpoint = ""
+        self._secret = secrets.token_bytes(16)
+        self._lock = threading.Lock()
+        self._created = 0
+        self.reset()
+
+    def __enter__(self) -> Self:
+        self._root = tempfile.TemporaryDirectory(prefix="hub-")
+        self._listeners = [
+            _Listener(self, HUB_ROUTES + WRITING_ROUTES),
+            _Listener(self, CDN_ROUTES + STORAGE_ROUTES),
+        ]
+        self.endpoint, self.cdn_endpoint = (f"http://127.0.0.1:{one.server_port}" for one in self._listeners)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for listener in self._listeners:
+            listener.stop()
+        self._root.cleanup()
+
+    # What was asked
+
+    @property
+    def log(self) -> list[Request]:
+        """The requests so far, in the order in which their answers began."""
+        with self._lock:
+            return list(self._log)
+
+    def bytes_served(self, path_suffix: str | None = None) -> int:
+        """Count the body bytes sent, in all or for the paths that end so (a file's Hub and CDN path both do)."""
+        return sum(request.sent for request in self.log if request.path.endswith(path_suffix or ""))
+
+    def reset(self) -> None:
+        """Forget the log and every fault."""
+        with self._lock:
+            self._log: list[Request] = []
+            self._statuses: list[_Fault] = []
+            self._breaks: list[_Fault] = []
+            self._truncated: dict[str, int] = {}
+
+    def record(self, request: Request) -> Callable[[int], None]:
+        """Log a request; the answer adds to its sent bytes."""
+        with self._lock:
+            log, index = self._log, len(self._log)
+            log.append(request)
+
+        def add(count: int) -> None:
+            with self._lock:
+                log[index] = replace(log[index], sent=log[index].sent + count)
+
+        return add
+
+    # Faults
+
+    def status(
+        self, path_suffix: str, code: int, times: int = 1, *, method: str | None = None, prefix: str = ""
+    ) -> None:
+        """Answer `times` requests with an error instead; `prefix="/cdn/"` or `"/api/"` narrows the paths down."""
+        with self._lock:
+            self._statuses.append(_Fault(path_suffix, prefix, method, code, times))
+
+    def fail_after(self, count: int, path_suffix: str, times: int = 1, *, prefix: str = "") -> None:
+        """Close the connection after `count` bytes of a body that has more, `times` times."""
+        with self._lock:
+            self._breaks.append(_Fault(path_suffix, prefix, None, count, times))
+
+    def truncate(self, path_suffix: str, size: int) -> None:
+        """Serve only a file's first `size` bytes, as if that were the file; what the API says of it stays."""
+        with self._lock:
+            self._truncated[path_suffix] = size
+
+    def take_status(self, method: str, path: str) -> int | None:
+        """Use up a status fault, if one is due."""
+        return self._take(self._statuses, lambda fault: fault.hits(method, path))
+
+    def take_break(self, method: str, path: str, length: int) -> int | None:
+        """Use up a broken connection, if one is due in a body of this length."""
+        return self._take(self._breaks, lambda fault: fault.value < length and fault.hits(method, path))
+
+    def _take(self, faults: list[_Fault], due: Callable[[_Fault], bool]) -> int | None:
+        with self._lock:
+            fault = next(filter(due, faults), None)
+            if fault is None:
+                return None
+            fault.left -= 1
+            return fault.value
+
+    def size_served(self, path: str, size: int) -> int:
+        """Size of a file as its body shows it."""
+        with self._lock:
+            return min([size, *(cut for suffix, cut in self._truncated.items() if path.endswith(suffix))])
+
+    # Access
+
+    def repo(self, repo_id: str, token: str | None) -> Repo:
+        """Look up a repository for who may know of it."""
+        found = self.repos.get(repo_id)
+        if found is None or (repo_id in self.private and not self._may_read(repo_id, token)):
+            # A private repository and a missing one look the same, and both look different to who is logged in.
+            raise Refusal(404 if self._knows(token) else 401, "Repository not found", "RepoNotFound")
+        return found
+
+    def at(self, repo_id: str, token: str | None, revision: str, content: bool = False) -> Commit:
+        """Look up a repository at a revision; `content` says that more than its files' names is wanted."""
+        found = self.repo(repo_id, token)
+        if content and repo_id in self.gated and not self._may_read(repo_id, token):
+            raise Refusal(403, f"Access to model {repo_id} is restricted and you are not in its list.", "GatedRepo")
+        if (commit := found.at(revision)) is None:
+            raise Refusal(404, "Invalid rev id", "RevisionNotFound")
+        return commit
+
+    def writable(self, repo_id: str, token: str | None) -> WrittenRepo:
+        """Look up a repository for who may write to it."""
+        self._log_in(token)
+        found = self.repo(repo_id, token)
+        if not self._may_write(repo_id, token):
+            raise Refusal(403, "Forbidden: you must use a write token to upload to a repository.")
+        if not isinstance(found, WrittenRepo):
+            raise Refusal(403, f"{repo_id} is a folder that is only served; create a repository to write to it")
+        return found
+
+    def create(
+        self, token: str | None, kind: str, namespace: str | None, name: str, private: bool, sdk: str | None
+    ) -> str:
+        """Create a repository; returns its id."""
+        repo_id = self._address(token, kind, namespace, name)
+        with self._lock:
+            if repo_id in self.repos:
+                url = f"{self.endpoint}/{repo_id}"
+                raise Refusal(409, f"You already created this {kind} repo: {repo_id}", body={"url": url})
+            self._created += 1  # an id may come again after it was deleted, while somebody still reads the old one
+            self.repos[repo_id] = WrittenRepo(Path(self._root.name, str(self._created)), sdk)
+            if private:
+                self.private.add(repo_id)
+        return repo_id
+
+    def delete(self, token: str | None, kind: str, namespace: str | None, name: str) -> None:
+        """Delete a repository."""
+        repo_id = self._address(token, kind, namespace, name)
+        with self._lock:
+            if self.repos.pop(repo_id, None) is None:
+                raise Refusal(404, "Repository not found", "RepoNotFound")
+            self.private.discard(repo_id)
+            self.gated.discard(repo_id)
+
+    def whoami(self, token: str | None) -> dict:
+        """Say whose a token is, and what it may do."""
+        self._log_in(token)
+        role = "write" if token in self.writers else "read"
+        orgs = [{"type": "org", "name": one, "roleInOrg": "write"} for one in self.writers.get(token) or ()]
+        auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": role}}
+        return {"type": "user", "name": self.user, "fullname": self.user, "orgs": orgs, "auth": auth}
+
+    def _address(self, token: str | None, kind: str, namespace: str | None, name: str) -> str:
+        """Id of a repository that a token is about to create or delete."""
+        self._log_in(token)
+        repo_id = {"dataset": "datasets/", "space": "spaces/"}.get(kind, "") + f"{namespace or self.user}/{name}"
+        if not self._may_write(repo_id, token):
+            where = f'the namespace "{namespace or self.user}"'
+            raise Refusal(403, f"You don't have the rights to create a {kind} under {where}")
+        return repo_id
+
+    def _log_in(self, token: str | None) -> None:
+        if token is None:
+            raise Refusal(401, "Invalid username or password.")
+        if not self._knows(token):
+            raise Refusal(401, "Invalid credentials in Authorization header")
+
+    def _knows(self, token: str | None) -> bool:
+        return token in self.tokens or token in self.writers
+
+    def _may_read(self, repo_id: str, token: str | None) -> bool:
+        opened = self.tokens.get(token, ())
+        return opened is None or repo_id in opened or self._may_write(repo_id, token)
+
+    def _may_write(self, repo_id: str, token: str | None) -> bool:
+        if token not in self.writers or "/" not in repo_id:
+            return False
+        namespaces = self.writers[token]
+        return namespaces is None or repo_id.split("/")[-2] in (self.user, *namespaces)
+
+    def signature(self, path: str) -> str:
+        """What opens a CDN path without a token."""
+        return hmac.new(self._secret, path.encode(), hashlib.sha256).hexdigest()
+
+
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(self, hub: HubServer, routes: list[Route]) -> None:
+        super().__init__(("127.0.0.1", 0), WritingHandler)
+        self.hub, self.routes = hub, routes
+        self._connections: set[socket.socket] = set()
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+
+    def process_request(self, request: socket.socket, client_address: tuple) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: socket.socket, client_address: tuple) -> None:
+        # A client that hung up is a test's business, not ours; anything else is a bug here and stays loud.
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+    def stop(self) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+        # Kept-alive connections have threads of their own, which would go on answering.
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def client_env(server: HubServer, home: Path, token: str | None = None) -> dict[str, str]:
+    """Environment of a process whose Hub is `server` and whose cache is under `home`, and nothing else's.
+
+    The client reads these when it is imported, so they only work on a fresh process.
+    """
+    ours = re.compile(r"(HF|HUGGING_?FACE|TRANSFORMERS|XDG_CACHE)_.*|.*_PROXY|DISABLE_TELEMETRY", re.IGNORECASE)
+    env = {name: value for name, value in os.environ.items() if not ours.fullmatch(name)}
+    return env | {
+        "HF_ENDPOINT": server.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "*",  # or else an operating system's own proxy settings apply
+        **({"HF_TOKEN": token} if token else {}),
+    }

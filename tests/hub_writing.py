@@ -1,0 +1,185 @@
+"""The routes of `hub_server` that change something, and those that a client asks on the way there."""
+
+import codecs
+import hmac
+import json
+import re
+from base64 import b64decode
+from urllib.parse import parse_qs, quote
+
+import yaml
+
+from tests.hub_repo import Refusal, tracked_by_lfs
+from tests.hub_routes import API, PAGE, Handler, Route
+
+_TEXT = re.compile(r"[^\x00-\x07\x0e-\x1a\x1c-\x1f]*")
+_COLORS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+
+
+class WritingHandler(Handler):
+    """A handler that also knows how to write."""
+
+    # Repositories
+
+    def whoami(self) -> None:
+        self.send_json(self.server.hub.whoami(self.token))
+
+    def create_repo(self) -> None:
+        asked = self.read_json()
+        kind = asked.get("type") or "model"
+        if kind not in ("model", "dataset", "space") or not re.fullmatch(r"[\w.-]{1,96}", asked.get("name") or ""):
+            raise Refusal(400, f"Invalid repository type or name: {kind} {asked.get('name')}")
+        if kind == "space" and asked.get("sdk") not in ("gradio", "docker", "static"):
+            raise Refusal(400, f"Invalid Space SDK: {asked.get('sdk')}")
+        private = asked.get("private") or asked.get("visibility") == "private"
+        repo = self.server.hub.create(
+            self.token, kind, asked.get("organization"), asked["name"], private, asked.get("sdk")
+        )
+        self.send_json({"url": f"{self.server.hub.endpoint}/{repo}", "name": repo, "private": bool(private)})
+
+    def delete_repo(self) -> None:
+        asked = self.read_json()
+        self.server.hub.delete(self.token, asked.get("type") or "model", asked.get("organization"), asked["name"])
+        self.send_json({})
+
+    def validate_yaml(self) -> None:
+        asked = self.read_json()
+        errors, warnings = check_card(asked["content"], asked.get("repoType") or "model")
+        body = {
+            key: [{"message": text} for text in texts] for key, texts in (("errors", errors), ("warnings", warnings))
+        }
+        if errors:
+            raise Refusal(400, "Invalid metadata in README.md", body=body)
+        self.send_json(body)
+
+    # Branches and tags
+
+    def create_branch(self, repo: str, name: str) -> None:
+        start = self.read_json().get("startingPoint") or "main"
+        self.server.hub.writable(repo, self.token).create_ref("branches", name, start)
+        self.send_json({})
+
+    def create_tag(self, repo: str, revision: str) -> None:
+        name = self.read_json()["tag"]
+        self.server.hub.writable(repo, self.token).create_ref("tags", name, revision)
+        self.send_json({})
+
+    def delete_ref(self, repo: str, kind: str, name: str) -> None:
+        self.server.hub.writable(repo, self.token).delete_ref({"branch": "branches", "tag": "tags"}[kind], name)
+        self.send_json({})
+
+    # Commits
+
+    def preupload(self, repo: str, revision: str) -> None:
+        self._no_pull_request()
+        commit = self.server.hub.writable(repo, self.token).at(revision)
+        if commit is None:
+            raise Refusal(404, "Invalid rev id", "RevisionNotFound")
+        answers = []
+        for asked in self.read_json()["files"]:
+            path, size, known = asked["path"], asked["size"], commit.files.get(asked["path"])
+            lfs = tracked_by_lfs(path, size) or not is_text(b64decode(asked["sample"]))
+            answers.append({"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False})
+            if known:
+                # With it the client leaves out of the commit what did not change.
+                answers[-1]["oid"] = known.etag
+        self.send_json({"files": answers})
+
+    def lfs_batch(self, repo: str) -> None:
+        hub, asked = self.server.hub, self.read_json()
+        written = hub.writable(repo, self.token)
+        if asked.get("operation") != "upload" or "basic" not in asked.get("transfers", ["basic"]):
+            raise Refusal(422, "Only uploads by the basic transfer are served")
+        objects = []
+        for one in asked["objects"]:
+            objects.append({"oid": one["oid"], "size": one["size"], "authenticated": True})
+            if written.large(one["oid"]) is None:
+                path = f"/upload/{repo}/{one['oid']}/{one['size']}"
+                href = f"{hub.cdn_endpoint}{quote(path)}?signature={hub.signature(path)}"
+                verify = f"{hub.endpoint}/api/lfs/{quote(repo)}/verify"
+                objects[-1]["actions"] = {"upload": {"href": href}, "verify": {"href": verify}}
+        self.send_json({"transfer": "basic", "objects": objects})
+
+    def upload(self, repo: str, sha256: str, size: str) -> None:
+        if self.headers.get("Authorization"):
+            raise Refusal(400, "Only one auth mechanism allowed")
+        given = parse_qs(self.query).get("signature", [""])[0]
+        if not hmac.compare_digest(given.encode(), self.server.hub.signature(self.decoded).encode()):
+            raise Refusal(403, "SignatureDoesNotMatch")
+        if (found := self.server.hub.repos.get(repo)) is None:
+            raise Refusal(404, "NoSuchKey")
+        found.receive(self.body(), sha256, int(size))
+        self.send(200, {"ETag": f'"{sha256}"'}, 0, iter(()))
+
+    def verify(self, repo: str) -> None:
+        asked = self.read_json()
+        file = self.server.hub.writable(repo, self.token).large(asked["oid"])
+        if file is None:
+            raise Refusal(404, f"There is no object {asked['oid']}")
+        if file.size != asked["size"]:
+            raise Refusal(400, f"Object {asked['oid']} has {file.size} bytes, not {asked['size']}")
+        self.send_json({})
+
+    def commit(self, repo: str, revision: str) -> None:
+        self._no_pull_request()
+        written = self.server.hub.writable(repo, self.token)
+        try:
+            lines = [json.loads(line) for line in b"".join(self.body()).splitlines() if line]
+        except ValueError as error:
+            raise Refusal(400, f"The body is not newline-delimited JSON: {error}") from error
+        made = written.commit(revision, lines)
+        url = f"{self.server.hub.endpoint}/{repo}/commit/{made.id}"
+        self.send_json({"success": True, "commitOid": made.id, "commitUrl": url, "hookOutput": ""})
+
+    def _no_pull_request(self) -> None:
+        if self.flag("create_pr"):
+            raise Refusal(400, "Pull requests are not served here")
+
+
+def is_text(sample: bytes) -> bool:
+    """Whether the start of a file looks like UTF-8 text; its last character may be cut."""
+    try:
+        return bool(_TEXT.fullmatch(codecs.getincrementaldecoder("utf-8")().decode(sample)))
+    except UnicodeDecodeError:
+        return False
+
+
+def check_card(content: str, kind: str) -> tuple[list[str], list[str]]:
+    """Errors and warnings about the metadata of a README, of the sort that the Hub gives."""
+    block = re.match(r"\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", content, re.DOTALL | re.MULTILINE)
+    try:
+        data = yaml.safe_load(block[1]) if block else None
+    except yaml.YAMLError as error:
+        return [f"Invalid YAML: {error}"], []
+    if data is None:
+        return [], ["empty or missing yaml metadata in repo card"]
+    if not isinstance(data, dict):
+        return ["The YAML metadata must be a mapping"], []
+    errors = []
+    if kind == "space":
+        if data.get("sdk") not in ("gradio", "docker", "static"):
+            errors.append('"sdk" must be one of [gradio, docker, static]')
+        for key in ("colorFrom", "colorTo"):
+            if data.get(key, "red") not in _COLORS:
+                errors.append(f'"{key}" must be one of {sorted(_COLORS)}')
+        if len(data.get("short_description") or "") > 60:
+            errors.append('"short_description" length must be less than or equal to 60 characters long')
+    return errors, []
+
+
+WRITING_ROUTES: list[Route] = [
+    ("GET", re.compile("/api/whoami-v2"), WritingHandler.whoami),
+    ("POST", re.compile("/api/repos/create"), WritingHandler.create_repo),
+    ("DELETE", re.compile("/api/repos/delete"), WritingHandler.delete_repo),
+    ("POST", re.compile("/api/validate-yaml"), WritingHandler.validate_yaml),
+    ("POST", re.compile(f"{API}/branch/(?P<name>[^/]+)"), WritingHandler.create_branch),
+    ("POST", re.compile(f"{API}/tag/(?P<revision>[^/]+)"), WritingHandler.create_tag),
+    ("DELETE", re.compile(f"{API}/(?P<kind>branch|tag)/(?P<name>[^/]+)"), WritingHandler.delete_ref),
+    ("POST", re.compile(f"{API}/preupload/(?P<revision>[^/]+)"), WritingHandler.preupload),
+    ("POST", re.compile(f"{API}/commit/(?P<revision>[^/]+)"), WritingHandler.commit),
+    ("POST", re.compile(rf"{PAGE}\.git/info/lfs/objects/batch"), WritingHandler.lfs_batch),
+    ("POST", re.compile(f"/api/lfs{PAGE}/verify"), WritingHandler.verify),
+]
+STORAGE_ROUTES: list[Route] = [
+    ("PUT", re.compile(rf"/upload{PAGE}/(?P<sha256>[0-9a-f]{{64}})/(?P<size>\d+)"), WritingHandler.upload),
+]

@@ -1,0 +1,179 @@
+"""A repository that `hub_server`'s clients write: contents by their hash on disk, and a history of commits."""
+
+import binascii
+import hashlib
+import os
+import tempfile
+import threading
+from base64 import b64decode
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+
+from tests.hub_repo import LFS_SIZE, LFS_SUFFIXES, Commit, Refusal, Repo, RepoFile, git_blob_id, tree_id
+
+
+class WrittenRepo(Repo):
+    """A repository with commits, branches and tags.
+
+    A content is written once, under its hash, and never changed, so that every commit stays readable. Contents come
+    before the commit that names them. A commit is one assignment at the end of `commit`, so a refused one, or one
+    whose client hung up, leaves no trace that a reader could see.
+
+    Args:
+        folder (`Path`): an empty folder, owned by the repository.
+        sdk (`str`, *optional*): of a Space.
+    """
+
+    def __init__(self, folder: Path, sdk: str | None = None) -> None:
+        self.folder, self.sdk = folder, sdk
+        self._lock = threading.RLock()
+        self._large: dict[str, RepoFile] = {}
+        self._commits: dict[str, Commit] = {}
+        self._branches: dict[str, str] = {}
+        self._tags: dict[str, str] = {}
+        folder.mkdir(parents=True)
+        # A new repository on the Hub has one commit, with this file.
+        rules = [f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES)]
+        self._record("main", {".gitattributes": self._keep("".join(rules).encode())}, "initial commit", "", None)
+
+    # Reading
+
+    @property
+    def branches(self) -> Mapping[str, str]:
+        with self._lock:
+            return dict(self._branches)
+
+    @property
+    def tags(self) -> Mapping[str, str]:  # type: ignore[override]
+        """Tag to the id of its commit."""
+        with self._lock:
+            return dict(self._tags)
+
+    def at(self, revision: str) -> Commit | None:
+        with self._lock:
+            return self._commits.get(self._branches.get(revision) or self._tags.get(revision) or revision)
+
+    def large(self, sha256: str, name: str = "") -> RepoFile | None:
+        with self._lock:
+            return self._large.get(sha256)
+
+    # Writing
+
+    def receive(self, chunks: Iterable[bytes], sha256: str, size: int) -> None:
+        """Take in a large content, or nothing of it if it is not what was announced."""
+        descriptor, name = tempfile.mkstemp(dir=self.folder)
+        try:
+            digest, length = hashlib.sha256(), 0
+            with os.fdopen(descriptor, "wb") as file:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    length += len(chunk)
+                    file.write(chunk)
+            if (digest.hexdigest(), length) != (sha256, size):
+                raise Refusal(400, f"Got {length} bytes with SHA256 {digest.hexdigest()}, not {size} with {sha256}")
+            with self._lock:
+                os.replace(name, self.folder / sha256)
+                self._large[sha256] = RepoFile.large(self.folder / sha256, size, sha256)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(name)
+
+    def commit(self, branch: str, lines: list[dict]) -> Commit:
+        """Commit to a branch, all or nothing.
+
+        Args:
+            branch (`str`): an existing branch.
+            lines (`list[dict]`): as in the body of the request: a header, then the operations in their order.
+        """
+        with self._lock:
+            if branch not in self._branches:
+                raise Refusal(404, "Invalid rev id", "RevisionNotFound")
+            head = self._commits[self._branches[branch]]
+            try:
+                header, *operations = ((line["key"], line["value"]) for line in lines)
+                if header[0] != "header" or not header[1]["summary"]:
+                    raise Refusal(400, "The first line must be a header with a summary")
+                if header[1].get("parentCommit", head.id) != head.id:
+                    raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+                files = dict(head.files)
+                for key, value in operations:
+                    self._apply(files, key, value)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise Refusal(400, f"Malformed commit: {error!r}") from error
+            if clash := next((str(up) for path in files for up in PurePosixPath(path).parents if str(up) in files), 0):
+                raise Refusal(400, f"{clash} is a file and can't be a folder as well")
+            return self._record(branch, files, header[1]["summary"], header[1].get("description", ""), head.id)
+
+    def create_ref(self, refs: str, name: str, start: str) -> None:
+        """Add to the `branches` or the `tags`."""
+        with self._lock:
+            known = {"branches": self._branches, "tags": self._tags}[refs]
+            if name in known:
+                raise Refusal(409, f"Reference already exists: {name}")
+            if (commit := self.at(start)) is None:
+                raise Refusal(404, "Invalid rev id", "RevisionNotFound")
+            known[name] = commit.id
+
+    def delete_ref(self, refs: str, name: str) -> None:
+        """Remove from the `branches` or the `tags`; the commits stay."""
+        with self._lock:
+            if (refs, name) == ("branches", "main"):
+                raise Refusal(403, "The main branch can't be deleted")
+            if {"branches": self._branches, "tags": self._tags}[refs].pop(name, None) is None:
+                raise Refusal(404, "Invalid rev id", "RevisionNotFound")
+
+    def _apply(self, files: dict[str, RepoFile], key: str, value: Mapping) -> None:
+        path = value["path"]
+        if key == "deletedFolder":
+            path = path.rstrip("/")
+        # Nothing here makes a file's path of it, but a client that downloads the repository will.
+        if not path or any(part in ("", ".", "..", ".git") for part in path.split("/")):
+            raise Refusal(400, f"Invalid path in repo: {path!r}")
+        match key:
+            case "file":
+                if value.get("encoding") != "base64":
+                    raise Refusal(400, f"Unknown encoding of {path}")
+                try:
+                    content = b64decode(value["content"], validate=True)
+                except binascii.Error as error:
+                    raise Refusal(400, f"{path} is not in base64: {error}") from error
+                if len(content) > LFS_SIZE:
+                    raise Refusal(400, f"{path} is larger than 10 MiB and must be uploaded through LFS")
+                files[path] = self._keep(content)
+            case "lfsFile":
+                file = self._large.get(value["oid"])
+                if value["algo"] != "sha256" or file is None or value.get("size", file.size) != file.size:
+                    raise Refusal(400, f"LFS pointer of {path} points to a file that does not exist")
+                files[path] = file
+            case "deletedFile":
+                if files.pop(path, None) is None:
+                    raise Refusal(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
+            case "deletedFolder":
+                inside = [name for name in files if name.startswith(path + "/")]
+                if not inside:
+                    raise Refusal(404, f"A folder with this name doesn't exist: {path}", "EntryNotFound")
+                for name in inside:
+                    del files[name]
+            case _:
+                raise Refusal(400, f"Unknown operation: {key}")
+
+    def _keep(self, content: bytes) -> RepoFile:
+        name = git_blob_id(content)
+        path = self.folder / name
+        if not path.exists():
+            path.with_suffix(".new").write_bytes(content)
+            path.with_suffix(".new").replace(path)
+        return RepoFile(path, len(content), name)
+
+    def _record(
+        self, branch: str, files: Mapping[str, RepoFile], title: str, message: str, parent: str | None
+    ) -> Commit:
+        files = dict(sorted(files.items()))
+        # The date stays out of the id, so that a test that does the same gets the same ids.
+        commit_id = hashlib.sha1("\0".join([tree_id(files), str(parent), title, message]).encode()).hexdigest()
+        date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+        self._commits[commit_id] = Commit(commit_id, files, title, message, date, parent)
+        self._branches[branch] = commit_id
+        return self._commits[commit_id]

@@ -1,0 +1,271 @@
+"""Cutting GGUF files: the real model, every rewrite of the metadata, and what happens when something goes wrong."""
+
+import errno
+import hashlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_layerprune.gguf_file as gguf_file
+from hf_layerprune.errors import CheckpointError
+from hf_layerprune.gguf_file import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
+from tests.gguf_makers import check_bytes, contents, make_gguf, smollm2
+
+TAIL = tuple(range(23, 30))
+MIDDLE = (3, 5, 12, 13, 20)
+IDS = torch.tensor([[1, 504, 3575, 282, 4649, 314, 7042, 30, 198, 2683]])
+
+# Runs the module without its package's __init__, which is free to import torch.
+BARE = f"""
+import sys, types
+package = types.ModuleType("hf_layerprune")
+package.__path__ = [{str(Path(gguf_file.__file__).parent)!r}]
+sys.modules["hf_layerprune"] = package
+from hf_layerprune.gguf_file import cut_gguf
+"""
+
+
+def cut(source: Path, drop, **options):
+    target = source.with_name("cut.gguf")
+    return target, cut_gguf(source, target, drop, progress=False, **options)
+
+
+def refused(match: str):
+    return pytest.raises(CheckpointError, match=match)
+
+
+@pytest.fixture(scope="module")
+def full_model():
+    torch.set_num_threads(1)
+    path = smollm2()
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logits_without(model, drop) -> torch.Tensor:
+    before = model.model.layers
+    kept = [layer for index, layer in enumerate(before) if index not in drop]
+    try:
+        model.model.layers = torch.nn.ModuleList(kept)
+        model.config.num_hidden_layers = len(kept)
+        for index, layer in enumerate(kept):
+            layer.self_attn.layer_idx = index
+        return model(IDS).logits
+    finally:
+        model.model.layers = before
+        model.config.num_hidden_layers = len(before)
+        for index, layer in enumerate(before):
+            layer.self_attn.layer_idx = index
+
+
+@pytest.mark.parametrize("drop", [TAIL, MIDDLE], ids=["tail", "middle"])
+def test_a_cut_smollm2_computes_what_the_model_without_those_layers_computes(full_model, tmp_path, drop):
+    plan = cut_gguf(smollm2(), tmp_path / "cut.gguf", drop, progress=False)
+    assert (plan.block_count, plan.dropped_layers, len(plan.kept_layers)) == (30, drop, 30 - len(drop))
+    assert plan.target_bytes == (tmp_path / "cut.gguf").stat().st_size < plan.source_bytes
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="cut.gguf", dtype=torch.float32).eval()
+    assert model.config.num_hidden_layers == len(model.model.layers) == 30 - len(drop)
+    with torch.no_grad():
+        logits = model(IDS).logits
+    assert torch.equal(logits, logits_without(full_model, drop))
+    assert not torch.equal(logits, logits_without(full_model, ()))
+
+
+def test_a_cut_smollm2_keeps_every_other_byte(tmp_path):
+    source = smollm2()
+    cut_gguf(source, tmp_path / "cut.gguf", MIDDLE, progress=False)
+    check_bytes(source, tmp_path / "cut.gguf", MIDDLE, {"llama.block_count"})
+    assert is_gguf(tmp_path / "cut.gguf")
+    assert gguf_layer_count(tmp_path / "cut.gguf") == 25
+
+
+def test_planning_and_cutting_need_little_memory_and_no_torch(tmp_path):
+    script = BARE + (
+        f"cut_gguf({str(smollm2())!r}, {str(tmp_path / 'cut.gguf')!r}, {list(MIDDLE)}, progress=False)\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "if sys.platform == 'linux': print(open('/proc/self/status').read())\n"
+    )
+    out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    if peak := re.search(r"VmHWM:\s+(\d+) kB", out):
+        # The interpreter with numpy takes 40 MB of this; the file has 98 MB.
+        assert int(peak[1]) < 70_000
+
+
+@pytest.mark.parametrize("alignment", [None, 64, 4096])
+@pytest.mark.parametrize("drop", [(0,), (5,), (1, 2, 4), (0, 1, 2, 3, 4)])
+def test_all_tensor_types_and_alignments_are_copied_exactly(tmp_path, alignment, drop):
+    source = make_gguf(tmp_path / "a.gguf", alignment=alignment)
+    target, plan = cut(source, drop)
+    check_bytes(source, target, drop, {"llama.block_count"})
+    assert plan.metadata_changes == {"llama.block_count": (6, 6 - len(drop))}
+    assert set(plan.tensor_names.values()) == set(contents(target)[1])
+    assert not set(plan.dropped_tensors) & set(plan.tensor_names)
+    # And the file is the one that the gguf library writes for a model without these layers.
+    kept = plan.kept_layers
+    model = make_gguf(tmp_path / "b.gguf", layers=len(kept), alignment=alignment, seeds=kept)
+    assert target.read_bytes() == model.read_bytes()
+
+
+@pytest.mark.parametrize("fault", [errno.EXDEV, errno.EOPNOTSUPP, None])
+def test_copying_works_without_the_kernels_help(tmp_path, monkeypatch, fault):
+    source = make_gguf(tmp_path / "a.gguf")
+    target, _ = cut(source, [2])
+    expected = target.read_bytes()
+
+    def refuse(*_):
+        raise OSError(fault, os.strerror(fault))
+
+    if fault is None:
+        monkeypatch.delattr(os, "copy_file_range")
+    else:
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    monkeypatch.setattr(gguf_file, "_CHUNK", 100)
+    cut(source, [2], force=True)
+    assert target.read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("drop", "match"),
+    [
+        ([30], r"^drop_layers has 30, but the model's layers are 0\.\.29$"),
+        ([-1], r"^drop_layers has -1, but the model's layers are 0\.\.29$"),
+        ([], "nothing would be dropped"),
+        (range(30), "all 30 layers; at least one must stay"),
+        ([3, 4, 3], "drop_layers has 3 twice"),
+        ([1.5], "drop_layers has 1.5, which is no layer index"),
+        ([True], "drop_layers has True, which is no layer index"),
+        ("12", "drop_layers has '1', which is no layer index"),
+    ],
+)
+def test_a_bad_list_of_layers_is_refused_in_one_line(tmp_path, drop, match):
+    with refused(match) as caught:
+        cut_gguf(smollm2(), tmp_path / "cut.gguf", drop, progress=False)
+    assert "\n" not in str(caught.value)
+    assert not os.listdir(tmp_path)
+
+
+def test_the_target_is_never_overwritten_unasked(tmp_path, monkeypatch):
+    source = make_gguf(tmp_path / "a.gguf")
+    (tmp_path / "cut.gguf").write_text("mine")
+    with refused("exists; pass force=True"):
+        cut(source, [1])
+    assert (tmp_path / "cut.gguf").read_text() == "mine"
+    cut(source, [1], force=True)
+    assert gguf_layer_count(tmp_path / "cut.gguf") == 5
+
+    (tmp_path / "cut.gguf").unlink()
+    check = gguf_file._check_target
+
+    def somebody_is_faster(plan, target, force):
+        check(plan, target, force)
+        target.write_text("theirs")
+
+    monkeypatch.setattr(gguf_file, "_check_target", somebody_is_faster)
+    with refused("has appeared meanwhile"):
+        cut(source, [1])
+    assert (tmp_path / "cut.gguf").read_text() == "theirs"
+    assert sorted(os.listdir(tmp_path)) == ["a.gguf", "cut.gguf"]
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+def test_the_source_is_never_the_target(tmp_path, link):
+    source = make_gguf(tmp_path / "a.gguf")
+    target = source
+    if link is not None:
+        target = tmp_path / "b.gguf"
+        link(source, target)
+    before = source.read_bytes()
+    with refused("is the source itself"):
+        cut_gguf(source, target, [1], force=True, progress=False)
+    assert source.read_bytes() == before
+
+
+def test_targets_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
+    source = make_gguf(tmp_path / "a.gguf")
+    with refused("no/such does not exist; make it first"):
+        cut_gguf(source, tmp_path / "no/such/cut.gguf", [1])
+    with refused("is a folder"):
+        cut_gguf(source, tmp_path, [1], force=True)
+    with refused("could not read .*: No such file"):
+        cut_gguf(tmp_path / "none.gguf", tmp_path / "cut.gguf", [1])
+    with refused("is not a file"):
+        plan_gguf_cut(tmp_path, [1])
+    monkeypatch.setattr(gguf_file.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with refused("needs [0-9]+ bytes, and its disk has 10 free"):
+        cut(source, [1])
+    assert os.listdir(tmp_path) == ["a.gguf"]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), MemoryError()]
+)
+def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, monkeypatch, error):
+    source = make_gguf(tmp_path / "a.gguf")
+
+    def fail(*_):
+        assert any(name.endswith(".partial") for name in os.listdir(tmp_path))
+        raise error
+
+    monkeypatch.setattr(gguf_file._Copier, "_copy_chunk", fail)
+    with pytest.raises(CheckpointError if isinstance(error, OSError) else type(error)):
+        cut(source, [1])
+    assert os.listdir(tmp_path) == ["a.gguf"]
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
+    source = make_gguf(tmp_path / "a.gguf")
+    sync = os.fsync
+    monkeypatch.setattr(gguf_file.os, "fsync", lambda fd: (sync(fd), os.utime(source, ns=(1, 1))))
+    with refused("changed while it was read"):
+        cut(source, [1])
+    assert os.listdir(tmp_path) == ["a.gguf"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_killed_cut_leaves_the_old_target_or_the_new_one(tmp_path):
+    def digest(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    source, target = smollm2(), tmp_path / "cut.gguf"
+    started = time.monotonic()
+    cut_gguf(source, target, MIDDLE, progress=False)
+    seconds = time.monotonic() - started
+    before, new = digest(source), digest(target)
+    old = hashlib.sha256(b"old").hexdigest()
+    call = f"cut_gguf({str(source)!r}, {str(target)!r}, {list(MIDDLE)}, force=True, progress=False)"
+    # The first call in a process imports gguf; the planning beforehand takes that out of the time to hit.
+    script = BARE + (
+        "from hf_layerprune.gguf_file import plan_gguf_cut\n"
+        f"plan_gguf_cut({str(source)!r}, [1])\nprint('go', flush=True)\n{call}\n"
+    )
+    chance = random.Random(0)
+    partial = 0
+    for round_ in range(10):
+        target.unlink(missing_ok=True)
+        if round_ % 2:
+            target.write_bytes(b"old")
+        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:
+            assert child.stdout.readline() == b"go\n"
+            if round_ < 5:
+                while child.poll() is None and not any(tmp_path.glob("*.partial")):
+                    pass
+                time.sleep(seconds * round_ / 10)
+            else:
+                time.sleep(chance.uniform(0, 1.2 * seconds))
+            child.kill()
+        assert (digest(target) if target.exists() else None) in {new, old if round_ % 2 else None}
+        for leftover in tmp_path.glob("*.partial"):
+            partial += 1
+            leftover.unlink()
+    assert digest(source) == before
+    assert partial, "no kill hit the writing"

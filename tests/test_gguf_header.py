@@ -1,0 +1,263 @@
+"""Hostile and damaged GGUF files: each is one clear error, at once, whatever the header claims."""
+
+import inspect
+import os
+import struct
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from gguf.constants import MODEL_ARCH_NAMES, Keys
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from hf_layerprune import gguf_tables as tables
+from hf_layerprune.errors import CheckpointError
+from hf_layerprune.gguf_file import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
+from tests.gguf_makers import ARCH_KEY, COUNT_KEY, make_gguf, number, raw_gguf, raw_info, raw_string, smollm2
+
+HUGE = 1 << 60
+GOOD_KEYS = (ARCH_KEY, COUNT_KEY)
+GOOD_INFOS = (raw_info("blk.0.w"), raw_info("blk.1.w", offset=32))
+DATA = bytes(64)
+
+
+def u32(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}I", *values)
+
+
+def u64(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}Q", *values)
+
+
+def key(name: str, kind: int, payload: bytes) -> bytes:
+    return raw_string(name) + u32(kind) + payload
+
+
+def with_key(*extra: bytes, **counts: int) -> bytes:
+    return raw_gguf([*GOOD_KEYS, *extra], GOOD_INFOS, DATA, **counts)
+
+
+def with_infos(*infos: bytes, **counts: int) -> bytes:
+    return raw_gguf(GOOD_KEYS, infos, DATA, **counts)
+
+
+def test_the_hand_made_file_is_good(tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(with_key())
+    assert gguf_layer_count(path) == 2
+    cut_gguf(path, tmp_path / "b.gguf", [0], progress=False)
+    assert gguf_layer_count(tmp_path / "b.gguf") == 1
+
+
+HOSTILE = {
+    "empty": (b"", "not a GGUF file"),
+    "bad magic": (b"GGML" + with_key()[4:], "not a GGUF file"),
+    "version 1": (raw_gguf(GOOD_KEYS, GOOD_INFOS, DATA, version=1), "version 1 is not supported"),
+    "version 0": (raw_gguf(GOOD_KEYS, GOOD_INFOS, DATA, version=0), "version 0 is not supported"),
+    "version 99": (raw_gguf(GOOD_KEYS, GOOD_INFOS, DATA, version=99), "version 99 is not supported"),
+    "big endian": (b"GGUF" + struct.pack(">IQQ", 3, 2, 2) + bytes(99), "big-endian"),
+    "only the magic": (b"GGUF", "file ends at byte 4, inside the version"),
+    "no counts": (with_key()[:12], "file ends at byte 12"),
+    "cut in the keys": (with_key()[:70], "file ends at byte 70"),
+    "cut in the tensor list": (with_key()[:150], "file ends at byte 150"),
+    "cut in the data": (with_key()[:-1], "tensor 'blk.1.w' would need 32 bytes at 32"),
+    "no data at all": (with_key()[:-64], "truncated or damaged"),
+    "2^60 keys": (with_key(key_count=HUGE), f"claims 2 tensors and {HUGE} metadata keys"),
+    "2^60 tensors": (with_key(tensor_count=HUGE), f"claims {HUGE} tensors"),
+    "more keys than there are": (with_key(key_count=50), "bytes long|file ends|UTF-8|unknown type|or is empty"),
+    "more tensors than there are": (with_key(tensor_count=50), "'' is there twice|file ends|not aligned"),
+    "2^60 byte key name": (raw_gguf([u64(HUGE)], (), bytes(99)), "the name of metadata key 0 claims"),
+    "2^60 byte string": (with_key(key("general.name", 8, u64(HUGE))), "inside the value of 'general.name'"),
+    "2^60 strings": (with_key(key("tokenizer.x", 9, u32(8) + u64(HUGE))), f"claims {HUGE} strings"),
+    "2^22 strings": (with_key(key("tokenizer.x", 9, u32(8) + u64(1 << 22))), "inside the value of 'tokenizer.x'"),
+    "2^60 byte item": (with_key(key("tokenizer.x", 9, u32(8) + u64(1, HUGE))), "inside the value of 'tokenizer.x'"),
+    "2^60 numbers": (with_key(key("tokenizer.x", 9, u32(4) + u64(HUGE))), "inside the value of 'tokenizer.x'"),
+    "nested arrays": (with_key(key("x", 9, u32(9) + u64(1) + u32(4) + u64(0))), "an array of type 9"),
+    "unknown value type": (with_key(key("x", 77, b"")), "unknown type 77"),
+    "unknown item type": (with_key(key("x", 9, u32(77) + u64(1))), "an array of type 77"),
+    "name of no text": (with_key(raw_string(b"\xff\xfe") + u32(0) + b"\0"), "not valid UTF-8"),
+    "empty key": (with_key(key("", 0, b"\0")), "or is empty"),
+    "key twice": (with_key(key("x", 0, b"\0"), key("x", 0, b"\1")), "'x' is there twice"),
+    "alignment 0": (with_key(key("general.alignment", 4, u32(0))), "general.alignment is not a power of two"),
+    "alignment 33": (with_key(key("general.alignment", 4, u32(33))), "general.alignment is not a power of two"),
+    "alignment 2^31": (with_key(key("general.alignment", 4, u32(1 << 31))), "general.alignment is not a power of two"),
+    "alignment as text": (with_key(key("general.alignment", 8, raw_string("32"))), "not a power of two"),
+    "no architecture": (raw_gguf([COUNT_KEY], GOOD_INFOS, DATA), "general.architecture is missing"),
+    "architecture a number": (raw_gguf([key("general.architecture", 4, u32(1))], (), b""), "architecture is missing"),
+    "not a model": (with_key(key("general.type", 8, raw_string("adapter"))), "general.type is 'adapter'"),
+    "no block_count": (raw_gguf([ARCH_KEY], GOOD_INFOS, DATA), "llama.block_count is missing"),
+    "block_count 0": (raw_gguf([ARCH_KEY, key("llama.block_count", 4, u32(0))], (), b""), "llama.block_count is 0"),
+    "block_count -1": (raw_gguf([ARCH_KEY, key("llama.block_count", 5, b"\xff" * 4)], (), b""), "cannot be negative"),
+    "block_count 2^60": (raw_gguf([ARCH_KEY, key("llama.block_count", 10, u64(HUGE))], (), b""), "only 1..4096"),
+    "block_count 1.5": (raw_gguf([ARCH_KEY, key("llama.block_count", 6, b"\0\0\xc0?")], (), b""), "one whole number"),
+    "too many dimensions": (with_infos(raw_info("blk.0.w", n_dims=1 << 31)), "claims 2147483648 dimensions"),
+    "2^60 values": (with_infos(raw_info("blk.0.w", (HUGE,))), "'blk.0.w' would need"),
+    "2^256 values": (with_infos(raw_info("blk.0.w", (2**64 - 1,) * 4)), "'blk.0.w' would need"),
+    "negative size": (with_infos(raw_info("blk.0.w", (2**64 - 8,))), "'blk.0.w' would need"),
+    "offset past the end": (with_infos(raw_info("blk.0.w", offset=HUGE)), "'blk.0.w' would need"),
+    "negative offset": (with_infos(raw_info("blk.0.w", offset=2**64 - 32)), "'blk.0.w' would need"),
+    "offset not aligned": (with_infos(raw_info("blk.0.w", offset=8)), "not aligned to 32 bytes"),
+    "overlap": (
+        with_infos(raw_info("blk.0.w", (16,)), raw_info("blk.1.w", offset=32)),
+        "'blk.0.w' and 'blk.1.w' over",
+    ),
+    "same place": (with_infos(raw_info("blk.0.w"), raw_info("blk.1.w")), "'blk.0.w' and 'blk.1.w' overlap"),
+    "unknown ggml type": (with_infos(raw_info("blk.0.w", kind=4)), "ggml type 4, unknown to the installed gguf"),
+    "half a block": (with_infos(raw_info("blk.0.w", (16,), kind=2)), "not whole blocks of 32"),
+    "tensor twice": (with_infos(raw_info("blk.0.w"), raw_info("blk.0.w", offset=32)), "'blk.0.w' is there twice"),
+    "2^60 byte tensor name": (with_infos(u64(HUGE)), "the name of tensor 0 claims"),
+    "beyond block_count": (with_infos(*GOOD_INFOS, raw_info("blk.99.w", (0,))), "beyond llama.block_count = 2"),
+    "huge layer number": (with_infos(*GOOD_INFOS, raw_info(f"blk.{10**30}.w", (0,))), "not like a decoder layer's"),
+    "layer x": (with_infos(*GOOD_INFOS, raw_info("blk.x.w", (0,))), "'blk.x.w' is numbered, and not like"),
+    "layer 01": (with_infos(*GOOD_INFOS, raw_info("blk.01.w", (0,))), "'blk.01.w' is numbered, and not like"),
+    "layer -1": (with_infos(*GOOD_INFOS, raw_info("blk.-1.w", (0,))), "'blk.-1.w' is numbered, and not like"),
+    "no layer": (with_infos(*GOOD_INFOS, raw_info("blk.w", (0,))), "'blk.w' is numbered, and not like"),
+    "text to upset a terminal": (
+        with_infos(*GOOD_INFOS, raw_info("blk.\x1b[2J\n.0.w" + "x" * 50, (0,))),
+        r"'blk.\\x1b\[2J\\n.0.w",
+    ),
+    "encoder": (with_infos(*GOOD_INFOS, raw_info("enc.blk.0.w", (0,))), "'enc.blk.0.w' is numbered"),
+    "other stack": (with_infos(*GOOD_INFOS, raw_info("posnet.0.w", (0,))), "'posnet.0.w' is numbered"),
+    "missing layer": (with_infos(GOOD_INFOS[0]), "layer 1 has no tensors, though llama.block_count is 2"),
+    "no tensors": (with_infos(), "layer 0 has no tensors"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_one_clear_error_at_once(tmp_path, name):
+    content, match = HOSTILE[name]
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=match) as caught:
+        cut_gguf(path, tmp_path / "cut.gguf", [0], progress=False)
+    assert time.monotonic() - started < 5
+    assert str(caught.value).isprintable()
+    assert str(path) in str(caught.value)
+    assert os.listdir(tmp_path) == ["bad.gguf"]
+
+
+def test_a_huge_file_of_zeros_does_not_hang(tmp_path):
+    path = tmp_path / "zeros.gguf"
+    path.write_bytes(raw_gguf([key("tokenizer.x", 9, u32(8) + u64((1 << 23) - 1))]))
+    os.truncate(path, 1 << 33)
+    started = time.monotonic()
+    with pytest.raises(CheckpointError):
+        gguf_layer_count(path)
+    assert time.monotonic() - started < 30
+
+
+FUZZ_BASE = with_key(
+    key("general.type", 8, raw_string("model")),
+    key("llama.attention.head_count", 9, u32(4) + u64(2) + u32(8, 8)),
+    key("llama.leading_dense_block_count", 10, u64(1)),
+    key("tokenizer.ggml.tokens", 9, u32(8) + u64(3) + raw_string("a") + raw_string("") + raw_string("bc")),
+)
+
+
+@given(st.data())
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_change_to_a_header_gets_past_the_checks_as_another_error(data):
+    damaged = bytearray(FUZZ_BASE)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(damaged) - 1))
+        new = data.draw(st.one_of(st.binary(max_size=12), st.sampled_from([u64(HUGE), u64(2**64 - 1), u32(9), b""])))
+        width = data.draw(st.sampled_from([0, 1, len(new)]))
+        damaged[at : at + width] = new
+        if not damaged:
+            break
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "a.gguf"), Path(folder, "b.gguf")
+        source.write_bytes(damaged)
+        started = time.monotonic()
+        try:
+            plan = cut_gguf(source, target, [1], progress=False)
+        except CheckpointError:
+            assert os.listdir(folder) == ["a.gguf"]
+        else:
+            # Whatever was accepted must come out as a file that is accepted too.
+            assert target.stat().st_size == plan.target_bytes
+            assert gguf_layer_count(target) == plan.block_count - 1
+        assert time.monotonic() - started < 5
+
+
+@given(st.binary(max_size=400))
+@example(b"GGUF")
+@settings(max_examples=200, deadline=None)
+def test_no_bytes_at_all_get_past_the_checks_as_another_error(content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.gguf")
+        path.write_bytes(b"GGUF" + u32(3) + content)
+        with pytest.raises(CheckpointError):
+            plan_gguf_cut(path, [0])
+
+
+def test_every_cut_short_of_the_real_header_is_refused(tmp_path):
+    # 100 lengths over the header, which is 1.8 MB of a 98 MB file.
+    with open(smollm2(), "rb") as file:
+        header = file.read(1_785_664)
+    path = tmp_path / "short.gguf"
+    for length in range(0, len(header) + 1, 17_856):
+        path.write_bytes(header[:length])
+        with pytest.raises(CheckpointError):
+            gguf_layer_count(path)
+
+
+def test_a_layer_that_only_predicts_further_tokens_may_be_missing(tmp_path):
+    path = make_gguf(
+        tmp_path / "a.gguf", "glm4moe", 3, number("glm4moe.nextn_predict_layers", 1), None, 3, layer_names=["0", "1"]
+    )
+    assert plan_gguf_cut(path, [1]).metadata_changes == {"glm4moe.block_count": (3, 2)}
+    assert plan_gguf_cut(path, [2]).metadata_changes == {
+        "glm4moe.block_count": (3, 2),
+        "glm4moe.nextn_predict_layers": (1, 0),
+    }
+
+
+def test_is_gguf_looks_at_the_first_bytes(tmp_path):
+    assert is_gguf(smollm2())
+    (tmp_path / "a.gguf").write_bytes(b"PK\3\4")
+    (tmp_path / "b.bin").write_bytes(b"GGUF")
+    assert not is_gguf(tmp_path / "a.gguf")
+    assert is_gguf(tmp_path / "b.bin")
+    assert not is_gguf(tmp_path)
+    assert not is_gguf(tmp_path / "none")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        assert not is_gguf(tmp_path / "pipe")
+        with pytest.raises(CheckpointError, match="is not a file"):
+            plan_gguf_cut(tmp_path / "pipe", [0])
+
+
+def _keys(holder: type) -> Iterator[str]:
+    for item in vars(holder).values():
+        if inspect.isclass(item):
+            yield from _keys(item)
+        elif isinstance(item, str) and item.startswith("{arch}."):
+            yield item.removeprefix("{arch}.")
+
+
+def test_the_tables_know_every_key_and_architecture_name_of_the_installed_gguf():
+    kinds = [
+        {"block_count"},
+        tables.PER_LAYER,
+        tables.LEADING,
+        tables.TRAILING,
+        set(tables.PERIODS) - tables.PER_LAYER,
+        tables.UNMOVED_FIRST,
+        tables.UNMOVED_ALL,
+        tables.ZERO_ONLY,
+        tables.ARRAYS,
+        tables.SCALARS,
+    ]
+    known = set().union(*kinds)
+    assert len(known) == sum(map(len, kinds)), "a key is in two tables"
+    assert {name for name in _keys(Keys) if "{" not in name} <= known, "a new gguf has new keys: sort them in"
+    assert tables.FIRST_SIZES_ALL | tables.TWO_KINDS <= tables.PER_LAYER
+    names = set(MODEL_ARCH_NAMES.values())
+    assert set(tables.ARCHITECTURES) <= names
+    assert set(tables.REFUSED) - names <= {"minimax-01", "nanbeige"}
+    assert not set(tables.ARCHITECTURES) & set(tables.REFUSED)
