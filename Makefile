@@ -29,7 +29,7 @@ matrix: $(STAMP)
 	$(BIN)/python -m pytest -n auto -m matrix
 
 docs: $(STAMP)
-	$(BIN)/python -m tests.architectures --write docs/architectures.md
+	$(BIN)/python -m tests.architectures --write
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -40,7 +40,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 demo: $(STAMP)
-	$(BIN)/python docs/demo.py
+	$(BIN)/python recipes/demo.py
 
 clean:
 	rm -rf $(VENV) demo_output .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,186 @@
+"""The prune station: read a base, drop layers, write a model folder (or a GGUF file) with its lineage."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import families
+from .errors import CheckpointError
+from .folders import new_folder
+from .gguf_file import cut_gguf, gguf_layer_count, is_gguf
+from .loading import load_base, load_config, resolve_base
+from .publish.lineage import Lineage, fingerprint, station
+from .select import select_layers
+from .select.spec import format_layers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PruneRequest:
+    """What to prune, and how.
+
+    Args:
+        base (`str`): A Hub id, a model folder, or a GGUF file.
+        output (`str`): The folder to write; or a `.gguf` file, for a base that is one.
+        drop (`float` or `int`, defaults to 0.25): A fraction of the layers, or a count.
+        drop_layers (`list[int]`, *optional*): These layers, whatever `drop` and `criterion` say.
+        criterion (`str`, defaults to `"reverse_order"`): How layers are chosen.
+        protect_first (`int`, defaults to 0): So many layers at the start are never chosen.
+        protect_last (`int`, defaults to 0): So many layers at the end are never chosen.
+        contiguous (`bool`, defaults to `False`): Whether the chosen layers must lie side by side.
+        seed (`int`, defaults to 42): For criteria that draw.
+        dtype (`str`, defaults to `"auto"`): Of the weights that are written; `"auto"` keeps the base's, and is
+            bfloat16 for a GGUF file that becomes a folder.
+        adapter (`bool`, defaults to `False`): Write a PEFT adapter in place of a whole model.
+        tune_layers (`int`, `"cut"` or `list[int]`, defaults to 3): Of the adapter, see `LayerDropConfig`.
+        tune_lm_head (`bool`, defaults to `True`): Of the adapter, see `LayerDropConfig`.
+        revision (`str`, *optional*): Branch, tag or commit of a base on the Hub.
+        force (`bool`, defaults to `False`): Replace an output that exists.
+    """
+
+    base: str
+    output: str
+    drop: float | int = 0.25
+    drop_layers: list[int] | None = None
+    criterion: str = "reverse_order"
+    protect_first: int = 0
+    protect_last: int = 0
+    contiguous: bool = False
+    seed: int = 42
+    dtype: str = "auto"
+    adapter: bool = False
+    tune_layers: int | str | list[int] = 3
+    tune_lm_head: bool = True
+    revision: str | None = None
+    force: bool = False
+
+    def layers_of(self, num_layers: int, protected: dict[int, str]) -> list[int]:
+        """The layers to drop from a base with so many."""
+        if self.drop_layers is not None:
+            return self.drop_layers
+        return select_layers(
+            num_layers,
+            drop=self.drop,
+            criterion=self.criterion,
+            protect_first=self.protect_first,
+            protect_last=self.protect_last,
+            contiguous=self.contiguous,
+            seed=self.seed,
+            protected=protected,
+        )
+
+    def settings(self, dropped: list[int]) -> dict[str, Any]:
+        """What decides the outcome, for the lineage."""
+        chosen = {"drop_layers": dropped}
+        if self.drop_layers is None:
+            chosen |= {"drop": self.drop, "criterion": self.criterion, "seed": self.seed}
+            chosen |= {"protect_first": self.protect_first, "protect_last": self.protect_last}
+            chosen |= {"contiguous": self.contiguous}
+        return chosen | {"dtype": self.dtype, "form": "adapter" if self.adapter else "model"}
+
+
+def prune_to(request: PruneRequest) -> str:
+    """Prune a base into a new folder or file.
+
+    Args:
+        request (`PruneRequest`): What to do.
+
+    Returns:
+        `str`: One line that says what was done.
+
+    Raises:
+        CutError: These layers can't be dropped.
+        UnsupportedModelError: The architecture is not proven.
+        CheckpointError: The base can't be read, or the output can't be written.
+    """
+    output = Path(request.output)
+    if output.suffix == ".gguf":
+        return _prune_gguf(request, Path(request.base), output)
+    config = load_config(request.base, revision=request.revision)
+    families.check_supported(config)
+    dropped = request.layers_of(families.layer_count(config), families.protected_layers(config))
+    cut = families.make_cut(config, dropped)
+    families.cut_config(config, cut)  # everything that can be refused is refused before a weight is read
+    with new_folder(output, force=request.force) as folder:
+        with station("prune", request.settings(list(cut.drop))) as entry:
+            write = _write_adapter if request.adapter else _write_model
+            commit = write(request, list(cut.drop), folder)
+        entry["layers"] = {"base": cut.num_layers, "left": len(cut.keep)}
+        _write_lineage(request, entry, commit, folder)
+    kind = "adapter that drops" if request.adapter else "dropped"
+    return f"{kind} layers {format_layers(cut.drop)} of {cut.num_layers}: {len(cut.keep)} left, in {output}"
+
+
+def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> str:
+    if not is_gguf(base):
+        raise CheckpointError(f"{base} is not a GGUF file, and only one can be written to {output}; name a folder")
+    if request.dtype != "auto" or request.adapter:
+        raise CheckpointError("a cut GGUF file keeps its types; leave out --dtype and --adapter, or name a folder")
+    dropped = request.layers_of(gguf_layer_count(base), {})
+    plan = cut_gguf(base, output, dropped, force=request.force)
+    left, n = len(plan.kept_layers), plan.block_count
+    return f"dropped layers {format_layers(plan.dropped_layers)} of {n}: {left} left, in {output}"
+
+
+def _dtype(request: PruneRequest, gguf: bool) -> Any:
+    import torch
+
+    name = "bfloat16" if request.dtype == "auto" and gguf else request.dtype
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _write_model(request: PruneRequest, dropped: list[int], folder: Path) -> str | None:
+    from .cut import drop_layers
+
+    _, gguf_file = resolve_base(request.base)
+    model = load_base(request.base, revision=request.revision, dtype=_dtype(request, gguf_file is not None))
+    drop_layers(model, dropped)
+    model.save_pretrained(folder)
+    _save_tokenizer(request, folder)
+    return getattr(model.config, "_commit_hash", None)
+
+
+def _save_tokenizer(request: PruneRequest, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    name, gguf_file = resolve_base(request.base)
+    kwargs = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        AutoTokenizer.from_pretrained(name, revision=request.revision, **kwargs).save_pretrained(folder)
+    except (OSError, ValueError) as error:
+        logger.warning("%s has no tokenizer that transformers can load (%s); none is written", request.base, error)
+
+
+def _write_adapter(request: PruneRequest, dropped: list[int], folder: Path) -> str | None:
+    from .adapter import prune_with
+    from .config import LayerDropConfig
+
+    config = LayerDropConfig(
+        base_model_name_or_path=request.base,
+        revision=request.revision,
+        drop_layers=dropped,
+        tune_layers=request.tune_layers,
+        tune_lm_head=request.tune_lm_head,
+    )
+    _, gguf_file = resolve_base(request.base)
+    model = prune_with(config, dtype=_dtype(request, gguf_file is not None))
+    model.save_pretrained(folder)
+    return config.base_commit
+
+
+def _write_lineage(request: PruneRequest, entry: dict[str, Any], commit: str | None, folder: Path) -> None:
+    source = Path(request.base).expanduser()
+    if not source.exists():
+        from huggingface_hub import snapshot_download
+
+        # What loading left in the cache; nothing more is fetched.
+        source = Path(snapshot_download(request.base, revision=commit or request.revision, local_files_only=True))
+    lineage = (Lineage.of(source) if source.is_dir() else None) or Lineage({})
+    if not lineage.base:
+        lineage.base = {"id": request.base, "commit": commit, "files": fingerprint(source)}
+    lineage.entries.append(entry)
+    lineage.write(folder)
