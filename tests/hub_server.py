@@ -194,7 +194,8 @@ class HubServer:
 
     def writable(self, repo_id: str, token: str | None) -> WrittenRepo:
         """Look up a repository for who may write to it."""
-        self._log_in(token)
+        # The client takes the Hub's plain 401 for a missing repository, but only over HTTPS; the code says it here.
+        self._log_in(token, "RepoNotFound")
         found = self.repo(repo_id, token)
         if not self._may_write(repo_id, token):
             raise Refusal(403, "Forbidden: you must use a write token to upload to a repository.")
@@ -243,9 +244,9 @@ class HubServer:
             raise Refusal(403, f"You don't have the rights to create a {kind} under {where}")
         return repo_id
 
-    def _log_in(self, token: str | None) -> None:
+    def _log_in(self, token: str | None, code: str | None = None) -> None:
         if token is None:
-            raise Refusal(401, "Invalid username or password.")
+            raise Refusal(401, "Invalid username or password.", code)
         if not self._knows(token):
             raise Refusal(401, "Invalid credentials in Authorization header")
 

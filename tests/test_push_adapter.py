@@ -1,0 +1,136 @@
+"""The adapter's way over the Hub: one process prunes and pushes, another one, which knows only the id, loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+from safetensors.torch import load, load_file
+
+from .hub_server import HubServer
+from .hub_written import WrittenRepo
+from .test_hub_server import asked, client
+
+SHARED = """
+import torch
+import hf_layerprune
+from huggingface_hub import HfApi
+from safetensors.torch import save_file
+from tests.tiny_models import EAGER, tiny_input, tiny_model
+
+torch.set_num_threads(1)
+
+@torch.no_grad()
+def logits(model):
+    for parameter in model.parameters():  # see tests/matrix.py on alignment
+        parameter.data = parameter.data.clone()
+    return model.eval()(input_ids=tiny_input(), use_cache=False).logits
+"""
+PUSH = """
+from hf_layerprune import LayerDropConfig, prune_with
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(128)}, unk_token="w0"))
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+tiny_model("llama").push_to_hub("org/base", max_shard_size="100KB")
+tokenizer.push_to_hub("org/base")
+out["base"] = HfApi().model_info("org/base").sha
+
+model = prune_with(LayerDropConfig(base_model_name_or_path="org/base", drop=0.25), **EAGER)
+found = {"cut": logits(model).clone()}
+torch.manual_seed(1)
+with torch.no_grad():
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+found["tuned"] = logits(model)
+save_file(found, PLACE + "/pushed.safetensors")
+tuned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+save_file({name.replace(".modules_to_save.default", ""): one.detach() for name, one in tuned.items()},
+          PLACE + "/tuned.safetensors")
+out["pushed"] = model.push_to_hub("org/adapter", commit_message="the tuned tail").oid
+out["types"] = sorted({str(one.dtype) for one in tuned.values()})
+"""
+PULL = """
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+auto = AutoPeftModelForCausalLM.from_pretrained("org/adapter", **EAGER)
+onto = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("org/base", **EAGER), "org/adapter")
+found = {"auto": logits(auto), "onto": logits(onto)}
+out["layers"] = [one.get_base_model().config.num_hidden_layers for one in (auto, onto)]
+out["words"] = len(AutoTokenizer.from_pretrained("org/base"))
+merged = auto.merge_and_unload()
+found["merged"] = logits(merged)
+merged.push_to_hub("org/pruned")
+found["plain"] = logits(AutoModelForCausalLM.from_pretrained("org/pruned", **EAGER))
+save_file(found, PLACE + "/pulled.safetensors")
+"""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    monkeypatch.chdir(Path(__file__).parents[1])  # the scripts import what is beside this file
+    with HubServer(tokens={"hf_read": None}, writers={"hf_write": None}) as server:
+        yield server
+
+
+def newest(hub: HubServer, repo: str) -> dict[str, bytes]:
+    written = hub.repos[repo]
+    assert isinstance(written, WrittenRepo)
+    return {name: file.path.read_bytes() for name, file in written.at("main").files.items()}
+
+
+def test_an_adapter_goes_over_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    place = f"PLACE = {str(tmp_path)!r}\n"
+    out = client(hub, tmp_path / "one", place + SHARED + PUSH, token="hf_write")
+    pushed = load_file(tmp_path / "pushed.safetensors")
+    assert not torch.equal(pushed["cut"], pushed["tuned"])
+
+    base = newest(hub, "org/base")
+    assert sum(name.endswith(".safetensors") for name in base) > 1
+    assert {"config.json", "model.safetensors.index.json", "README.md", "tokenizer.json"} <= set(base)
+
+    files = newest(hub, "org/adapter")
+    assert set(files) == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads(files["adapter_config.json"])
+    assert config["drop_layers"] == [6, 7]
+    assert config["num_base_layers"] == 8
+    assert config["base_model_name_or_path"] == "org/base"
+    assert config["base_commit"] == out["base"] == hub.repos["org/base"].at("main").id
+
+    kept, tuned = load(files["adapter_model.safetensors"]), load_file(tmp_path / "tuned.safetensors")
+    assert kept.keys() == tuned.keys()
+    assert all(torch.equal(kept[name], tuned[name]) and kept[name].dtype == tuned[name].dtype for name in tuned)
+    assert out["types"] == ["torch.float32"]
+    assert hub.repos["org/adapter"].at("main").id == out["pushed"]
+    assert hub.repos["org/adapter"].at("main").title == "the tuned tail"
+    assert len(asked(hub, "org/adapter/commit/main", "POST")) == 1
+
+    # Another machine, another cache, and nothing but the ids.
+    hub.reset()
+    out = client(hub, tmp_path / "two", place + SHARED + PULL, token="hf_write")
+    assert out == {"layers": [6, 6], "words": 128}
+    for name, found in load_file(tmp_path / "pulled.safetensors").items():
+        assert torch.equal(found, pushed["tuned"]), name
+    assert hub.bytes_served("adapter_model.safetensors") == len(files["adapter_model.safetensors"])
+
+
+def test_pushing_without_the_right_to(hub: HubServer, tmp_path: Path) -> None:
+    script = """
+    from hf_layerprune import LayerDropConfig, prune_with
+
+    model = prune_with(LayerDropConfig(drop=0.25), tiny_model("llama"))
+    for token in ("hf_read", False):
+        try:
+            model.push_to_hub("org/adapter", token=token)
+        except Exception as error:
+            out[str(token)] = error.response.status_code
+    """
+    assert client(hub, tmp_path, SHARED + dedent(script)) == {"hf_read": 403, "False": 401}
+    assert hub.repos == {}
