@@ -143,13 +143,14 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     left = anatomy.total - saved
     amount = f"{drop:.0%}" if isinstance(drop, float) else f"{drop} layers"
     lines.append(
-        f"A cut of {amount} drops {len(dropped)} layers and leaves {n - len(dropped)} of {n}: {left:,} parameters, "
+        f"A cut of {amount} drops {len(dropped)} layer{'s' if len(dropped) > 1 else ''} and leaves {n - len(dropped)} of {n}: {left:,} parameters, "
         f"{left / anatomy.total:.1%} of the base."
     )
     if anatomy.tied:
         untied = left + anatomy.embeddings
         lines.append(
             f"Tuning lm_head unties it, which adds {anatomy.embeddings:,}: {untied:,}, {untied / anatomy.total:.1%} of the "
-            f"base" + (" - more than the base itself; tune_lm_head=False keeps it tied." if untied > anatomy.total else ".")
+            f"base"
+            + (" - more than the base itself; tune_lm_head=False keeps it tied." if untied > anatomy.total else ".")
         )
     return "\n".join(lines)

@@ -18,7 +18,9 @@ def _drop(text: str) -> float | int:
     try:
         return int(text) if text.strip().isdecimal() else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a fraction such as 0.25 nor a number of layers") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a fraction such as 0.25 nor a number of layers"
+        ) from None
 
 
 def _layers(text: str) -> list[int]:
@@ -64,7 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights; auto keeps the base's")
     prune.add_argument("--adapter", action="store_true", help="write a PEFT adapter: the plan and the tuned tail")
     prune.add_argument(
-        "--tune-layers", type=_tune_layers, default=3, metavar="T", help="with --adapter: last T layers, cut, or 20-22 (3)"
+        "--tune-layers",
+        type=_tune_layers,
+        default=3,
+        metavar="T",
+        help="with --adapter: last T layers, cut, or 20-22 (3)",
     )
     prune.add_argument("--no-tune-lm-head", action="store_true", help="with --adapter: leave the head alone, and tied")
     prune.add_argument("--revision", help="branch, tag or commit of BASE on the Hub")

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import CheckpointError
 from .files import sync_folder, write_failed
 
@@ -17,12 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, *, force: bool = False, apart_from: Path | None = None) -> Iterator[Path]:
     """Make a folder under a temporary name, and give it its own when the block ends well.
 
     Args:
         target (`Path`): The folder to make.
         force (`bool`, defaults to `False`): Replace a folder that is there. It stays until the new one is complete.
+        apart_from (`Path`, *optional*): A base that must not be written to: the target may neither be it, nor lie in
+            it, nor hold it.
 
     Yields:
         `Path`: The folder to write into.
@@ -31,6 +35,10 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
         CheckpointError: The target is in the way, or writing fails. Nothing of the new folder is left.
     """
     target = target.expanduser().absolute()
+    if apart_from is not None and apart_from.exists():
+        base, here = apart_from.resolve(), target.resolve()
+        if base == here or base in here.parents or here in base.parents:
+            raise CheckpointError(f"{target} is the base, or lies in it, or holds it; name a folder apart from {base}")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise CheckpointError(f"{target} exists and is not a folder; name another one")
     if target.is_dir() and any(target.iterdir()) and not force:
@@ -51,6 +59,9 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise write_failed(target, error) from error
+    except SafetensorError as error:  # of its own kind, and no OSError, also when the disk is full
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"could not write {target}: {error}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -105,7 +105,7 @@ def prune_to(request: PruneRequest) -> str:
     dropped = request.layers_of(families.layer_count(config), families.protected_layers(config))
     cut = families.make_cut(config, dropped)
     families.cut_config(config, cut)  # everything that can be refused is refused before a weight is read
-    with new_folder(output, force=request.force) as folder:
+    with new_folder(output, force=request.force, apart_from=Path(request.base).expanduser()) as folder:
         with station("prune", request.settings(list(cut.drop))) as entry:
             write = _write_adapter if request.adapter else _write_model
             commit = write(request, list(cut.drop), folder)

@@ -58,7 +58,7 @@ def tuned_modules(
         `list[str]`: Layers first, then the final norm, then the head, then the config's own `modules_to_save`.
 
     Raises:
-        CutError: The model has no such module, or a name would also match another module.
+        CutError: The model has no such module, or its weights are quantised, or a name would also match another one.
     """
     names = [f"{stack.path}.{cut.new_index[i]}" for i in tuned_layers(cut, config.tune_layers)]
     if config.tune_final_norm and (norm := find_final_norm(model, stack)):
@@ -68,11 +68,34 @@ def tuned_modules(
         if head is None:
             raise CutError(f"{type(model).__name__} has no output head to tune; use tune_lm_head=False")
         names.append(head)
-    names += [name for name in config.modules_to_save or [] if name not in names]
-    all_names = [name for name, _ in model.named_modules()]
+    modules = dict(model.named_modules())
+    for asked in config.modules_to_save or []:
+        matches = [name for name in modules if name == asked or name.endswith(f".{asked}")]
+        if not matches:
+            raise CutError(f"modules_to_save has {asked!r}, but {type(model).__name__} has no such module")
+        names += [name for name in matches if name not in names]
+    _check_trainable(model, names)
     for name in names:
         # PEFT matches by the end of the name alone.
-        others = [other for other in all_names if other.endswith(name) and other != name and name in all_names]
+        others = [other for other in modules if other.endswith(name) and other != name and name in modules]
         if others:
             raise CutError(f"{name} can't be tuned alone: PEFT would also take {', '.join(others[:3])}")
     return names
+
+
+def _check_trainable(model: PreTrainedModel, names: list[str]) -> None:
+    """Refuse to tune packed weights: they have no gradient, and their copies would not be theirs to change."""
+    import torch
+
+    if not getattr(model, "is_quantized", False):
+        return
+    trainable = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    modules = dict(model.named_modules())
+    for name in names:
+        module = modules.get(name)
+        for tensor_name, tensor in [*module.named_parameters(), *module.named_buffers()] if module is not None else ():
+            if tensor.dtype not in trainable:
+                raise CutError(
+                    f"{name}.{tensor_name} is quantised ({str(tensor.dtype).removeprefix('torch.')}) and can't be "
+                    "tuned; load the base unquantised, or cut without tuning (hf-layerprune prune BASE OUTPUT)"
+                )

@@ -1,0 +1,308 @@
+"""The command line as a person meets it: what it prints, what it leaves behind, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_layerprune import drop_layers
+from hf_layerprune.cli import main
+
+from .tiny_models import EAGER, tiny_config, tiny_input, tiny_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model("qwen3_moe").save_pretrained(folder)
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@torch.no_grad()
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **EAGER).eval()
+    for parameter in model.parameters():  # see tests/matrix.py on alignment
+        parameter.data = parameter.data.clone()
+    return model(input_ids=tiny_input(), use_cache=False).logits
+
+
+@torch.no_grad()
+def expected(base: Path, layers: list[int]) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **EAGER).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    drop_layers(model, layers)
+    return model(input_ids=tiny_input(), use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    ("words", "layers"),
+    [
+        ([], [6, 7]),
+        (["--drop", "0.4"], [5, 6, 7]),
+        (["--drop", "3", "--protect-last", "1"], [4, 5, 6]),
+        (["--drop-layers", "1-2,6"], [1, 2, 6]),
+        (["--drop", "2", "--protect-first", "5", "--protect-last", "1", "--criterion", "random"], [5, 6]),
+    ],
+)
+def test_prune(
+    base: Path, tmp_path: Path, words: list[str], layers: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(base)
+    out = tmp_path / "deep" / "out"
+    assert main(["prune", str(base), str(out), *words]) == 0
+    assert f"{8 - len(layers)} left" in capsys.readouterr().out
+    assert torch.equal(logits(out), expected(base, layers))
+    assert snapshot(base) == before
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
+
+    lineage = json.loads((out / "lineage.json").read_text())
+    assert lineage["base"]["id"] == str(base)
+    assert set(lineage["base"]["files"]) == {"config.json", "generation_config.json", "model.safetensors"}
+    assert all(len(entry["sha256"]) == 64 for entry in lineage["base"]["files"].values())
+    (entry,) = lineage["entries"]
+    assert entry["station"] == "prune"
+    assert entry["settings"]["drop_layers"] == layers
+    assert entry["layers"] == {"base": 8, "left": 8 - len(layers)}
+    assert entry["seconds"] > 0
+    assert entry["peak_memory_bytes"] > 1e6
+    assert entry["versions"]["transformers"]
+
+
+def test_pruning_twice_keeps_the_history(base: Path, tmp_path: Path) -> None:
+    assert main(["prune", str(base), str(tmp_path / "a"), "--drop", "2"]) == 0
+    assert main(["prune", str(tmp_path / "a"), str(tmp_path / "b"), "--drop-layers", "0"]) == 0
+    lineage = json.loads((tmp_path / "b" / "lineage.json").read_text())
+    assert lineage["base"]["id"] == str(base)
+    assert [entry["settings"]["drop_layers"] for entry in lineage["entries"]] == [[6, 7], [0]]
+    assert torch.equal(logits(tmp_path / "b"), expected(base, [0, 6, 7]))
+
+
+def test_dtype(base: Path, tmp_path: Path) -> None:
+    assert main(["prune", str(base), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_adapter(base: Path, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    words = ["--adapter", "--drop-layers", "2,3,5", "--tune-layers", "1", "--no-tune-lm-head"]
+    assert main(["prune", str(base), str(tmp_path / "out"), *words]) == 0
+    assert {"adapter_config.json", "adapter_model.safetensors", "lineage.json"} <= set(os.listdir(tmp_path / "out"))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, **EAGER)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    with torch.no_grad():
+        assert torch.equal(model(tiny_input(), use_cache=False).logits, expected(base, [2, 3, 5]))
+    assert model.peft_config["default"].modules_to_save == ["model.layers.4", "model.norm"]
+
+
+def test_force_replaces_and_nothing_else_does(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    assert main(["prune", str(base), str(out)]) == 0  # an empty folder is no obstacle
+    first = snapshot(out)
+    assert main(["prune", str(base), str(out), "--drop", "3"]) == 1
+    error = capsys.readouterr().err
+    assert "is not empty; name another folder, or replace it with --force" in error
+    assert snapshot(out) == first
+    assert main(["prune", str(base), str(out), "--drop", "3", "--force"]) == 0
+    assert AutoConfig.from_pretrained(out).num_hidden_layers == 5
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("target", ["same", "inside", "link", "file"])
+def test_the_base_is_never_written(
+    base: Path, tmp_path: Path, target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(base)
+    link = tmp_path / "link"
+    link.symlink_to(base)
+    (tmp_path / "file").write_text("precious")
+    output = {"same": base, "inside": base / "pruned", "link": link, "file": tmp_path / "file"}[target]
+    assert main(["prune", str(base), str(output), "--force"]) == 1
+    assert capsys.readouterr().err.count("\n") <= 2
+    assert snapshot(base) == before
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def bad_bases(tmp_path: Path) -> dict[str, Path]:
+    empty, encoder, vision, broken = (tmp_path / name for name in ("empty", "encoder", "vision", "broken"))
+    empty.mkdir()
+    config = tiny_config("bert")
+    config.is_decoder = False
+    config.save_pretrained(encoder)
+    from transformers import ViTConfig
+
+    ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4).save_pretrained(vision)
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    text = tmp_path / "model.txt"
+    text.write_text("no model")
+    refused = tmp_path / "refused"
+    tiny_config("diffllama").save_pretrained(refused)
+    weightless = tmp_path / "weightless"
+    tiny_config("llama").save_pretrained(weightless)
+    return {
+        "empty": empty, "encoder": encoder, "vision": vision, "broken": broken, "text": text, "refused": refused,
+        "weightless": weightless, "absent": tmp_path / "absent",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("empty", "has no config.json"),
+        ("encoder", "it is an encoder"),
+        ("vision", "not among the"),
+        ("broken", "no model config at"),
+        ("text", "is a file; name a model folder"),
+        ("refused", "its attention's lambda"),
+        ("weightless", "weightless"),
+        ("absent", "does not exist"),
+    ],
+)
+def test_bad_base(tmp_path: Path, which: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = bad_bases(tmp_path)[which]
+    assert main(["prune", str(path), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()[-1]) < 600
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_no_network_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", "some-org/some-model", str(tmp_path / "out")]) == 1
+    assert "some-org/some-model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--drop", "1.5"], "drop=1.5 must be a fraction below 1"),
+        (["--drop", "0"], "drop=0 must be"),
+        (["--drop", "-3"], "drop=-3.0 must be"),
+        (["--drop", "nan"], "drop=nan must be"),
+        (["--drop", "0.05"], "less than one layer"),
+        (["--drop", "8"], "would drop all 8 layers"),
+        (["--drop", "many"], "neither a fraction"),
+        (["--drop-layers", "8"], "drop_layers has 8, but the model's layers are 0..7"),
+        (["--drop-layers", "0-7"], "all 8 layers"),
+        (["--drop-layers", "1,1"], "names layer 1 more than once"),
+        (["--drop-layers", "6-4"], "runs backwards"),
+        (["--drop-layers", ""], "is no layer and no range"),
+        (["--drop", "2", "--drop-layers", "1"], "not allowed with argument"),
+        (["--criterion", "vibes"], "criterion 'vibes' is unknown"),
+        (["--protect-first", "7"], "only 1 may"),
+        (["--protect-last", "-1"], "protect_last=-1"),
+        (["--adapter", "--tune-layers", "7"], "only 6 layers remain"),
+        (["--dtype", "int4"], "invalid choice"),
+    ],
+)
+def test_bad_words(
+    base: Path, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["prune", str(base), str(tmp_path / "out"), *words])
+    except SystemExit as error:  # argparse
+        code = error.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert os.listdir(tmp_path) == []
+
+
+WRITE_LIMIT = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+from hf_layerprune.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("form", [[], ["--dtype", "float16"], ["--adapter"]])
+def test_a_write_that_fails_leaves_nothing(base: Path, tmp_path: Path, form: list[str]) -> None:
+    """Writes fail half-way, as on a full disk."""
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE_LIMIT, "prune", str(base), str(tmp_path / "out"), *form],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "could not write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_killed_at_any_moment(base: Path, tmp_path: Path) -> None:
+    """After SIGKILL the output is absent or whole, and the next run clears up."""
+    out, seen = tmp_path / "out", set()
+    for delay in (0.02, 0.05, 0.1, 0.2, 0.4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", "import sys; from hf_layerprune.cli import main; sys.exit(main(sys.argv[1:]))",
+             "prune", str(base), str(out), "--dtype", "float32"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        # The interesting moments come after the imports: from the first file on.
+        while not list(tmp_path.glob(".out*")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        seen.add(out.exists())
+        if out.exists():
+            assert torch.equal(logits(out), expected(base, [6, 7]))
+            for path in sorted(out.iterdir()):
+                path.unlink()
+            out.rmdir()
+    assert main(["prune", str(base), str(out), "--dtype", "float32"]) == 0
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_inspect(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    assert main(["inspect", str(base)]) == 0
+    out = capsys.readouterr().out
+    assert f"{model.num_parameters():,}" in out
+    assert "drops 2 layers and leaves 6 of 8" in out
+    assert "model.layers" in out
+
+
+def test_inspect_of_what_cannot_be_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_config("diffllama").save_pretrained(tmp_path / "a")
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    assert "It can't be pruned: model type 'diffllama'" in capsys.readouterr().out
+    from transformers import ViTConfig
+
+    ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4).save_pretrained(tmp_path / "b")
+    assert main(["inspect", str(tmp_path / "b")]) == 1
+    assert "no causal language model" in capsys.readouterr().err
+
+
+def test_inspect_tells_of_tied_heads_and_protected_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_config("gpt_neox_japanese").save_pretrained(tmp_path / "a")
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    assert "layer 7 must stay: it alone has an output bias" in capsys.readouterr().out
+    tiny_config("gemma2").save_pretrained(tmp_path / "b")
+    assert main(["inspect", str(tmp_path / "b"), "--drop", "1"]) == 0
+    assert "tied to the embeddings" in capsys.readouterr().out
