@@ -150,10 +150,11 @@ def test_quantised_base_can_be_cut_but_not_tuned(base: Path, ids: torch.Tensor, 
         prune_with(LayerDropConfig(drop=0.25), model)
     assert model.config.num_hidden_layers == 30
     drop_layers(model, range(12, 19))
-    cut = logits(model, ids)
-    assert perplexity(model, ids) < 1000
+    # With gradients on: without them, bitsandbytes repacks weights for the CPU at the first pass, and saves those.
+    cut = model(ids, use_cache=False).logits
+    assert torch.nn.functional.cross_entropy(cut[0, :-1].float(), ids[0, 1:]).exp() < 1000
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(quantised(tmp_path), ids), cut)
+    assert torch.equal(quantised(tmp_path)(ids, use_cache=False).logits, cut)
 
 
 def test_adapter_of_the_real_model_is_a_peft_model(base: Path) -> None:
