@@ -19,15 +19,17 @@ from torch import nn
 from . import families
 from .config import LayerDropConfig
 from .cut import LayerCut, drop_layers
-from .errors import CutError, LayerPruneError
+from .errors import CheckpointError, CutError, LayerPruneError
 from .families.layout import find_decoder_layers, find_output_head
+from .lazy import SAVED, load_pruned
+from .loading import find_adapter, load_base, resolve_base
 from .registration import register
 from .select import select_layers
 from .tail import tuned_modules
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ class LayerDropModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if not isinstance(config, LayerDropConfig):
             raise LayerPruneError(f"a LayerDropConfig is needed, not a {type(config).__name__}")
-        _resolve_drop(config, self.model)
+        _resolve_drop(config, self.model.config, getattr(self.model, _CUT, None))
         for name, other in self.peft_config.items():
             if other is not config and other.drop_layers != config.drop_layers:
                 raise CutError(
@@ -75,18 +77,15 @@ class LayerDropModel(BaseTuner):
                 )
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
-        model, n = self.model, peft_config.num_base_layers
-        gone = set(peft_config.drop_layers)
-        cut = families.Cut(tuple(i for i in range(n) if i not in gone), n)
-        stack = find_decoder_layers(model)
-        peft_config.modules_to_save = tuned_modules(model, peft_config, cut, stack) or None
+        model, stack = self.model, find_decoder_layers(self.model)
+        peft_config.modules_to_save = tuned_modules(model, peft_config, _cut_of(peft_config), stack) or None
         peft_config.target_modules = DUMMY_TARGET_MODULES
         peft_config.base_commit = peft_config.base_commit or getattr(model.config, "_commit_hash", None)
         return peft_config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Cut, unless this very cut was made before: by another adapter, or in the checkpoint."""
-        saved = None
+        saved = getattr(model, SAVED, None)
         if not families.is_cut(model.config, peft_config.drop_layers, peft_config.num_base_layers):
             before = _count(model)
             setattr(model, _CUT, drop_layers(model, peft_config.drop_layers, keep_dropped=peft_config.keep_dropped))
@@ -140,16 +139,16 @@ class LayerDropModel(BaseTuner):
             if hasattr(self.model, _TIED):
                 _tie_again(self.model)
         model = super()._unload_and_optionally_merge(*args, merge=merge, **kwargs)
-        for name in (_CUT, _TIED):
+        for name in (_CUT, _TIED, SAVED):
             if hasattr(model, name):
                 delattr(model, name)
         return model
 
 
-def _resolve_drop(config: LayerDropConfig, model: PreTrainedModel) -> None:
+def _resolve_drop(config: LayerDropConfig, model_config: PreTrainedConfig, cut: LayerCut | None = None) -> None:
     """Fill in `drop_layers` and `num_base_layers`, and refuse a config that was resolved for another base."""
-    families.check_supported(model.config)
-    n, cut = families.layer_count(model.config), getattr(model, _CUT, None)
+    families.check_supported(model_config)
+    n = families.layer_count(model_config)
     if cut is not None:  # a second adapter: its settings are about the dense base
         n = cut.cut.num_layers
     if config.drop_layers is None:
@@ -161,17 +160,23 @@ def _resolve_drop(config: LayerDropConfig, model: PreTrainedModel) -> None:
             protect_last=config.protect_last,
             contiguous=config.contiguous,
             seed=config.seed,
-            protected=families.protected_layers(model.config) if cut is None else (),
+            protected=families.protected_layers(model_config) if cut is None else (),
         )
     if config.num_base_layers is None:
         config.num_base_layers = n
-    elif config.num_base_layers != n and not families.is_cut(model.config, config.drop_layers, config.num_base_layers):
+    elif config.num_base_layers != n and not families.is_cut(model_config, config.drop_layers, config.num_base_layers):
         raise CutError(
             f"this config drops layers {config.drop_layers} of a base with {config.num_base_layers} layers, and the "
             f"model has {n}; use it with its base ({config.base_model_name_or_path}), or make a new config"
         )
     if cut is None and config.num_base_layers == n:
-        families.make_cut(model.config, config.drop_layers)
+        families.make_cut(model_config, config.drop_layers)
+
+
+def _cut_of(config: LayerDropConfig) -> families.Cut:
+    """The cut that a resolved config describes."""
+    gone, n = set(config.drop_layers), config.num_base_layers
+    return families.Cut(tuple(i for i in range(n) if i not in gone), n)
 
 
 def _count(model: nn.Module) -> int:
@@ -238,13 +243,16 @@ def prune_with(
     Args:
         config ([`LayerDropConfig`]): What to drop and what to tune. Its `drop_layers` is filled in.
         model ([`~transformers.PreTrainedModel`], *optional*): The dense model, pruned in place. Without one, the base
-            named in `config.base_model_name_or_path` is loaded.
+            named in `config.base_model_name_or_path` is loaded, without ever reading the layers that go, unless
+            `keep_dropped` asks for them or the base is a GGUF file. A base that is an adapter of this method is
+            merged with its own base first.
         from_pretrained_kwargs: For loading the base: `dtype`, `device_map`, `attn_implementation`, `gguf_file`, ...
 
     Returns:
         [`~peft.PeftModel`]: The pruned model.
 
     Raises:
+        CheckpointError: The base can't be loaded.
         CutError: These layers can't be dropped from this model.
         UnsupportedModelError: The architecture is not one that is proven to survive a cut.
     """
@@ -253,14 +261,42 @@ def prune_with(
             raise LayerPruneError(
                 "there is nothing to prune: pass a model, or name one in LayerDropConfig(base_model_name_or_path=...)"
             )
-        from .loading import load_base
-
-        if config.revision is not None:
-            from_pretrained_kwargs.setdefault("revision", config.revision)
-        model = load_base(config.base_model_name_or_path, **from_pretrained_kwargs)
+        model = _load(config, from_pretrained_kwargs)
     elif from_pretrained_kwargs:
         raise TypeError(f"{sorted(from_pretrained_kwargs)} are for loading a base, but a model was passed")
     return get_peft_model(model, config)
+
+
+def _load(config: LayerDropConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load the base named in a config, cut if that can be."""
+    base = config.base_model_name_or_path
+    if config.revision is not None:
+        kwargs = {"revision": config.revision} | kwargs
+    if (adapter := find_adapter(base, **kwargs)) is not None:
+        return _load_merged(base, adapter, kwargs)
+    if config.keep_dropped or resolve_base(base, kwargs.get("gguf_file"))[1] is not None:
+        return load_base(base, **kwargs)
+
+    def still_to_drop(model_config: PreTrainedConfig) -> list[int]:
+        _resolve_drop(config, model_config)
+        done = families.is_cut(model_config, config.drop_layers, config.num_base_layers)
+        return [] if done else config.drop_layers
+
+    model = load_pruned(base, still_to_drop, **kwargs)
+    if hasattr(model, SAVED):
+        setattr(model, _CUT, LayerCut(_cut_of(config), [], []))
+    return model
+
+
+def _load_merged(base: str, adapter: PeftConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load an adapter of this method with its base, as one plain model."""
+    if not isinstance(adapter, LayerDropConfig):
+        raise CheckpointError(f"{base} is an adapter of another method ({adapter.peft_type}); merge it first")
+    where = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if kwargs.get(name)}
+    others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    model = PeftModel.from_pretrained(_load(adapter, others), base, **where).merge_and_unload()
+    model.name_or_path = model.config.name_or_path = base
+    return model
 
 
 def tuned_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:

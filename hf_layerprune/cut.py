@@ -123,7 +123,12 @@ def drop_layers(model: PreTrainedModel, layers: Sequence[int], *, keep_dropped: 
     cut = families.make_cut(model.config, layers)
     new_config = families.cut_config(model.config, cut)
     stack = find_decoder_layers(model)
-    attributes = _attribute_changes(model, new_config, stack, cut)
+    live = dict(model.named_modules())
+    attributes = [
+        _Change(live[name], attribute, vars(live[name])[attribute], value)
+        for name, attribute, value in rehearse(type(model), model.config, new_config, cut).attributes
+        if name in live and attribute in vars(live[name])
+    ]
     changes = [
         *_slice_wide_tensors(model, cut),
         *_swap_layers(model, stack, cut),
@@ -197,28 +202,41 @@ def _slice_wide_tensors(model: PreTrainedModel, cut: families.Cut) -> list[_Chan
     return changes
 
 
-def _empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of this config without weights, as `from_pretrained` builds it before it loads any."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    rng = torch.random.get_rng_state()
-    try:
-        with torch.device("meta"):
-            return type(model)(config)
-    finally:
-        torch.random.set_rng_state(rng)
+@dataclass(frozen=True)
+class Rehearsal:
+    """What comparing a model without weights of the old config with one of the new config shows.
+
+    Args:
+        saved (`int`): How many parameters the cut saves.
+        attributes (`list[tuple[str, str, Any]]`): Name of a module in the dense model, attribute, and the value that
+            it has after the cut.
+    """
+
+    saved: int
+    attributes: list[tuple[str, str, Any]]
 
 
-def _attribute_changes(
-    model: PreTrainedModel, new_config: PreTrainedConfig, stack: DecoderStack, cut: families.Cut
-) -> list[_Change]:
-    """Compare empty models of the old and the new config; see the module's docstring."""
-    old, new = _empty_model(model, model.config), _empty_model(model, new_config)
-    live = dict(model.named_modules())
+def rehearse(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut
+) -> Rehearsal:
+    """Compare empty models of the old and of the new config; see the module's docstring.
+
+    Args:
+        model_class (`type[PreTrainedModel]`): What the configs are configs of.
+        config (`PreTrainedConfig`): The base's.
+        new_config (`PreTrainedConfig`): What `families.cut_config` made of it.
+        cut (`families.Cut`): Which layers stay.
+
+    Returns:
+        `Rehearsal`: What the cut will change.
+
+    Raises:
+        CutError: A kept layer would be another one after a reload.
+    """
+    old, new = _empty_model(model_class, config), _empty_model(model_class, new_config)
     new_modules = dict(new.named_modules())
-    changes: list[_Change] = []
-    prefix = stack.path + "."
+    attributes: list[tuple[str, str, Any]] = []
+    prefix = find_decoder_layers(old).path + "."
     for name, before in old.named_modules():
         layer, inner = None, ""
         if name.startswith(prefix):
@@ -243,14 +261,25 @@ def _attribute_changes(
                     f"{name}.{attribute} is computed from the layer's position: {vars(before)[attribute]!r} here, "
                     f"{value!r} after a reload; this cut would change the model silently"
                 )
-            if name in live and attribute in vars(live[name]):
-                changes.append(_Change(live[name], attribute, vars(live[name])[attribute], value))
+            attributes.append((name, attribute, value))
     extra = [name for name in new_modules if name.startswith(prefix)]
     if extra:
         raise CutError(
             f"{extra[0]} would appear from nowhere after a reload: the kept layers would be built differently"
         )
-    return changes
+    return Rehearsal(old.num_parameters() - new.num_parameters(), attributes)
+
+
+def _empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of this config without weights, as `from_pretrained` builds it before it loads any."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if isinstance(getattr(part, "dtype", None), str):  # as saving leaves it; not every model can be built so
+            part.dtype = getattr(torch, part.dtype)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return model_class(config)
 
 
 def _is_positional(attribute: str, before: Any, after: Any, cut: families.Cut) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def load_config(base: str | Path, **kwargs: Any) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, **kwargs)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"no model config at {base}: {_first_line(error)}") from error
+        raise CheckpointError(f"no model config at {base}: {first_line(error)}") from error
 
 
 def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -76,22 +77,57 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         CheckpointError: There is no such model, or it can't be loaded.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.utils.hub import resolve_revision
 
     name, gguf_file = resolve_base(base, kwargs.pop("gguf_file", None))
+    lookup = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
     if gguf_file is not None:
         kwargs["gguf_file"] = gguf_file
         # Packed weights can be neither tuned nor saved by transformers.
         kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
+    else:
+        kwargs["use_safetensors"] = True  # a pickle can run code
     try:
+        commit = getattr(resolve_revision(name, kwargs.get("revision"), **lookup), "resolved", None)
         model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"can't load {base}: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"can't load {base}: {first_line(error)}") from error
+    if commit is not None:
+        model.config._commit_hash = commit
     if gguf_file is not None:
         model.name_or_path = str(base)  # the file, not its folder, is the base
     return model
 
 
-def _first_line(error: Exception) -> str:
+def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:
+    """The config of the adapter that a base is, or `None` where the base is a model.
+
+    Args:
+        base (`str` or `Path`): A Hub id or a folder.
+        kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`; others are ignored.
+
+    Returns:
+        `PeftConfig`, *optional*: What `adapter_config.json` says.
+    """
+    from peft import PeftConfig
+    from transformers.utils.hub import cached_file
+
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    path = Path(base).expanduser()
+    name = str(path) if path.exists() else str(base)
+    try:
+        for filename in ("config.json", "adapter_config.json"):
+            if cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **where) is not None:
+                return PeftConfig.from_pretrained(name, **where) if filename.startswith("adapter") else None
+    except (OSError, ValueError):
+        pass  # loading the base says what is wrong with it
+    return None
+
+
+def first_line(error: Exception) -> str:
+    """An error's message on one line of bounded length."""
     text = " ".join(str(error).split())
     return text if len(text) < 300 else text[:297] + "..."

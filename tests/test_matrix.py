@@ -78,6 +78,6 @@ class TestTheProofCanFail:
     def test_forgotten_layer_index(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from hf_layerprune import cut
 
-        monkeypatch.setattr(cut, "_attribute_changes", lambda *args: [])
+        monkeypatch.setattr(cut, "rehearse", lambda *args: cut.Rehearsal(0, []))
         with pytest.raises((ProofError, IndexError)):
             prove_cut(tiny_model("llama"), (2, 3, 5))

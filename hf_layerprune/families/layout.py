@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # What the lists of whole layers are called. Lists of parts of layers (`attentions`, `ffns`) are not among them.
 _LIST_NAMES = ("layers", "layer", "h", "blocks", "block")
 # Towers for other senses than text may be as deep as the decoder.
-_NOT_TEXT = re.compile(r"vision|visual|image|img|audio|speech|video|encoder_decoder")
+_NOT_TEXT = re.compile(r"vision|visual|image|img|audio|speech|video")
 _NORM_NAMES = (
     "norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm", "output_layernorm", "embedding_norm",
     "layer_norm", "layernorm", "out_norm",
@@ -117,6 +117,8 @@ def find_layer_prefix(names: Iterable[str], num_layers: int) -> str:
     found = [prefix for prefix, seen in indices.items() if seen >= set(range(num_layers))]
     if len(found) > 1:
         found = [prefix for prefix in found if not _NOT_TEXT.search(prefix)]
+    if len(found) > 1:  # of an encoder and a decoder, a causal language model is the decoder
+        found = [prefix for prefix in found if "decoder." in prefix]
     if len(found) != 1:
         have = {prefix: len(seen) for prefix, seen in indices.items()}
         raise UnsupportedModelError(

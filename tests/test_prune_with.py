@@ -1,0 +1,100 @@
+"""`prune_with` loads a base without the layers that it drops, and what it makes is a base again."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from hf_layerprune import CheckpointError, CutError, LayerDropConfig, lazy, prune_with
+from hf_layerprune.lazy import load_pruned
+from tests.matrix import cuts, logits
+from tests.test_lazy import DROP, aligned, cut_in_memory, save
+from tests.tiny_models import EAGER, tiny_input
+
+
+def config_of(folder: Path, **kwargs) -> LayerDropConfig:
+    return LayerDropConfig(base_model_name_or_path=str(folder), **kwargs)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gemma3n_text"])
+def test_prune_with_loads_cut_and_saves_plain(model_type, tmp_path, monkeypatch):
+    dense = save(model_type, tmp_path / "base")
+    monkeypatch.setattr("hf_layerprune.adapter.load_base", None)
+    drop = list(cuts(model_type, dense.config)["middle"])
+    model = prune_with(config_of(tmp_path / "base", drop_layers=drop), dtype=torch.float32, **EAGER)
+    reference = logits(cut_in_memory(dense, drop), tiny_input())
+    assert model.base_model.model.config.layer_drop == {"drop_layers": drop, "num_base_layers": 8}
+    assert torch.equal(logits(aligned(model), tiny_input()), reference)
+    with pytest.raises(CutError, match="dropped layers were not kept"), model.disable_adapter():
+        pass
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    tuned = logits(model, tiny_input())
+    assert not torch.equal(tuned, reference)
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "pruned")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", **EAGER)
+    assert torch.equal(logits(aligned(again), tiny_input()), tuned)
+    assert AutoConfig.from_pretrained(tmp_path / "pruned").layer_drop["drop_layers"] == drop
+
+    # Its own results are bases too: an adapter is merged, and a cut that is made already is not made twice.
+    own = LayerDropConfig.from_pretrained(tmp_path / "adapter")
+    for base in ("adapter", "pruned"):
+        own.base_model_name_or_path = str(tmp_path / base)
+        more = prune_with(own, **EAGER)
+        assert torch.equal(logits(aligned(more), tiny_input()), tuned)
+        assert more.peft_config["default"].base_model_name_or_path == str(tmp_path / base)
+
+
+def test_prune_with_cuts_a_pruned_base_further(tmp_path):
+    save("llama", tmp_path / "base")
+    load_pruned(tmp_path / "base", DROP).save_pretrained(tmp_path / "pruned")
+    model = prune_with(config_of(tmp_path / "pruned", drop=1), **EAGER)
+    assert model.config.layer_drop == {"drop_layers": [4], "num_base_layers": 5}
+
+
+def test_a_second_adapter_shares_the_cut(tmp_path):
+    save("llama", tmp_path)
+    model = prune_with(config_of(tmp_path), **EAGER)
+    model.add_adapter("second", LayerDropConfig(drop=0.25, tune_layers=1))
+    assert model.peft_config["second"].drop_layers == [6, 7]
+    assert model.config.num_hidden_layers == 6
+
+
+def test_keep_dropped_loads_all(tmp_path):
+    dense = save("llama", tmp_path)
+    model = prune_with(config_of(tmp_path, keep_dropped=True), **EAGER)
+    with model.disable_adapter():
+        assert torch.equal(logits(aligned(model), tiny_input()), logits(dense, tiny_input()))
+
+
+def test_prune_with_refuses_before_reading(tmp_path, monkeypatch):
+    save("llama", tmp_path / "base")
+    monkeypatch.setattr(lazy, "safe_open", None)
+    with pytest.raises(CutError, match="of a base with 12 layers"):
+        prune_with(config_of(tmp_path / "base", drop_layers=[1], num_base_layers=12))
+    edit = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(edit))
+    with pytest.raises(CheckpointError, match=r"adapter of another method \(.*LORA\); merge it first"):
+        prune_with(config_of(tmp_path / "lora"))
+
+
+def test_the_price_of_untying_is_known_without_the_dropped_weights(tmp_path, caplog):
+    config = LlamaConfig(
+        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
+        vocab_size=49152, tie_word_embeddings=True, dtype=torch.bfloat16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="hf_layerprune"):
+        prune_with(config_of(tmp_path))
+    assert "adds 28,311,552 parameters, more than the 24,780,672 that the dropped layers save" in caplog.text
