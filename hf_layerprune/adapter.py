@@ -299,9 +299,4 @@ def _load_merged(base: str, adapter: PeftConfig, kwargs: dict[str, Any]) -> PreT
     return model
 
 
-def tuned_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """The trainable parameters of a pruned model, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 register()
