@@ -28,7 +28,6 @@ from .select import select_layers
 from .tail import tuned_modules
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
