@@ -6,10 +6,12 @@ a temporary sibling of the target, bringing it to disk and renaming it.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import sys
 from collections.abc import Hashable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -21,6 +23,7 @@ KERNEL_CHUNK = 64 << 20
 BUFFER_CHUNK = 1 << 20
 # Two ranges can share blocks on disk where both start at the same place within a page.
 PAGE = 4096
+_SYNC_FILE_RANGE_WRITE = 2
 # The errors by which the kernel says that it can't copy between these two files in this way at all.
 _NOT_THIS_WAY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ENOTSOCK}
 
@@ -205,6 +208,31 @@ def write_all(output: int, data: bytes | memoryview) -> None:
     view = memoryview(data).cast("B")
     while view:
         view = view[os.write(output, view) :]
+
+
+class Writeback:
+    """Has the system write a growing file to disk while it grows, so that little is left to wait for at its end.
+
+    Args:
+        output (`int`): Descriptor of the file.
+    """
+
+    def __init__(self, output: int) -> None:
+        self._output = output
+        self._begun = self._written = 0
+        self._start = None
+        if sys.platform == "linux":
+            with suppress(OSError, AttributeError):
+                self._start = ctypes.CDLL(None).sync_file_range
+                self._start.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+
+    def add(self, count: int) -> None:
+        """Say that this many bytes more were written."""
+        self._written += count
+        if self._start and self._written - self._begun >= KERNEL_CHUNK:
+            # A hint: whether it is taken up changes nothing but the time.
+            self._start(self._output, self._begun, self._written - self._begun, _SYNC_FILE_RANGE_WRITE)
+            self._begun = self._written
 
 
 def check_space(target: Path, needed: int, free: int) -> None:

@@ -181,8 +181,33 @@ def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:
     _check_kept(rebuilt, changed)
     vars(part).clear()
     vars(part).update(vars(rebuilt))
+    _cut_quantization(config, new, cut)
     setattr(new, MARKER, {"drop_layers": list(cut.drop), "num_base_layers": cut.num_layers})
     return new
+
+
+def _cut_quantization(old: PreTrainedConfig, new: PreTrainedConfig, cut: Cut) -> None:
+    """Renumber the layers that quantisation settings name."""
+    from .quantization import rewrite_quantization
+
+    several_stacks = text_config(old) is not old
+    for old_part, part in {id(old): (old, new), id(text_config(old)): (text_config(old), text_config(new))}.values():
+        for name in ("quantization_config", "compression_config"):
+            settings = getattr(old_part, name, None)
+            if settings is None:
+                continue
+            fields = settings if isinstance(settings, dict) else settings.to_dict()
+            changed = rewrite_quantization(fields, cut, several_stacks=several_stacks)
+            if changed == fields:
+                changed = copy.deepcopy(settings)
+            elif not isinstance(settings, dict):
+                try:
+                    changed = type(settings).from_dict(changed)
+                except Exception as error:  # each quantiser's class raises what it likes
+                    raise CutError(
+                        f"{type(settings).__name__} can't hold the kept layers' settings: {error}"
+                    ) from error
+            setattr(part, name, changed)
 
 
 def is_cut(config: PreTrainedConfig, drop_layers: Sequence[int], num_base_layers: int) -> bool:

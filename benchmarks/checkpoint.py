@@ -1,0 +1,225 @@
+"""Time and peak memory of cutting a checkpoint on disk, against copying it and against other ways to cut it.
+
+    python benchmarks/checkpoint.py
+    python benchmarks/checkpoint.py --gb 8 --repeats 5 --mergekit /path/to/python
+
+Makes a bf16 Llama of random bytes (32 layers, shards of about 1 GB), drops 8 layers from it in several ways, one
+after the other in each round, and prints a markdown table. Every way runs as a process of its own, so that its peak
+memory is its own. Everything is removed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+LAYERS, DROP = 32, tuple(range(21, 29))
+VOCAB = 32_000
+
+CONFIG_ONLY = """
+import sys
+from transformers import AutoConfig
+AutoConfig.from_pretrained(sys.argv[1])
+"""
+OURS = """
+import sys, time
+from hf_layerprune.checkpoint import plan_cut, write_checkpoint
+from pathlib import Path
+plan = plan_cut(sys.argv[1], [int(i) for i in sys.argv[3].split(",")])
+started = time.perf_counter()
+write_checkpoint(plan, Path(sys.argv[2]), progress=False)
+print(time.perf_counter() - started)
+"""
+TRANSFORMERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+drop = {int(i) for i in sys.argv[3].split(",")}
+model.model.layers = torch.nn.ModuleList(l for i, l in enumerate(model.model.layers) if i not in drop)
+model.config.num_hidden_layers = len(model.model.layers)
+model.save_pretrained(sys.argv[2], max_shard_size="1GB")
+"""
+
+
+def llama_config(gb: float) -> dict:
+    """The config of a Llama whose bf16 weights take about `gb` billion bytes."""
+    width = 64
+    while 2 * (13 * LAYERS * width**2 + 2 * VOCAB * width) < gb * 1e9:
+        width += 64
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": width,
+        "intermediate_size": width * 7 // 2,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": width // 16,
+        "num_key_value_heads": width // 64,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+
+
+def tensor_shapes(config: dict) -> dict[str, list[int]]:
+    """Name and shape of every tensor, in the order in which they are saved."""
+    h, m, kv = config["hidden_size"], config["intermediate_size"], config["hidden_size"] // 4
+    shapes = {"model.embed_tokens.weight": [VOCAB, h]}
+    for i in range(LAYERS):
+        for name, shape in (
+            ("self_attn.q_proj", [h, h]), ("self_attn.k_proj", [kv, h]), ("self_attn.v_proj", [kv, h]),
+            ("self_attn.o_proj", [h, h]), ("mlp.gate_proj", [m, h]), ("mlp.up_proj", [m, h]), ("mlp.down_proj", [h, m]),
+            ("input_layernorm", [h]), ("post_attention_layernorm", [h]),
+        ):  # fmt: skip
+            shapes[f"model.layers.{i}.{name}.weight"] = shape
+    return shapes | {"model.norm.weight": [h], "lm_head.weight": [VOCAB, h]}
+
+
+def make_llama(folder: Path, gb: float, *, sparse: bool = False, shard_bytes: int = 1_000_000_000) -> None:
+    """Write a Llama checkpoint of a given size.
+
+    Args:
+        folder (`Path`): Where.
+        gb (`float`): Size of the weights in billions of bytes, roughly.
+        sparse (`bool`, *optional*, defaults to `False`): Leave holes instead of random bytes.
+        shard_bytes (`int`, *optional*): The most that goes into one file.
+    """
+    folder.mkdir(parents=True)
+    config = llama_config(gb)
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = tensor_shapes(config)
+    sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
+    shards: list[list[str]] = [[]]
+    for name in shapes:
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + sizes[name] > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    weight_map = {}
+    noise = os.urandom(16 << 20)
+    for number, names in enumerate(shards, 1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header, position = {"__metadata__": {"format": "pt"}}, 0
+        for name in sorted(names):  # as the safetensors library does
+            end = position + sizes[name]
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [position, end]}
+            weight_map[name], position = file_name, end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / file_name, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            if sparse:
+                file.truncate(8 + len(text) + position)
+            else:
+                for start in range(0, position, len(noise)):
+                    file.write(noise[: min(len(noise), position - start)])
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def mergekit_recipe(source: Path) -> str:
+    """A passthrough merge of the kept layers."""
+    runs = ((0, DROP[0]), (DROP[-1] + 1, LAYERS))
+    slices = "".join(f"  - sources: [{{model: {source}, layer_range: [{a}, {b}]}}]\n" for a, b in runs)
+    return f"slices:\n{slices}merge_method: passthrough\ndtype: bfloat16\n"
+
+
+def run(command: list[str]) -> tuple[float, float, str]:
+    """Run a command. Returns seconds, peak MB and what it printed."""
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        output = child.stdout.read()
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - started
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            errors.seek(0)
+            sys.exit(f"{' '.join(command)[:200]} failed:\n{errors.read().decode()[-2000:]}")
+    return seconds, usage.ru_maxrss / 1000, output
+
+
+def remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
+
+
+def measure(work: Path, repeats: int, mergekit: str | None) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and peak MB of each way, for each round."""
+    source, target, recipe = work / "base", work / "cut", work / "merge.yaml"
+    python, drop = sys.executable, ",".join(map(str, DROP))
+    recipe.write_text(mergekit_recipe(source))
+    # The bytes to keep, as one file.
+    run([python, "-c", OURS, str(source), str(target), drop])
+    kept = work / "kept"
+    with open(kept, "wb") as output:
+        for shard in sorted(target.glob("*.safetensors")):
+            with open(shard, "rb") as file:
+                shutil.copyfileobj(file, output, 16 << 20)
+    remove([target])
+    copied = str(target)
+    ways = {
+        "cp of the kept bytes": ["cp", str(kept), copied],
+        "cp, then sync": ["sh", "-c", f"cp '{kept}' '{copied}' && sync '{copied}'"],
+        "start-up: import transformers, read the config": [python, "-c", CONFIG_ONLY, str(source)],
+        "hf_layerprune, whole command": [python, "-c", OURS, str(source), copied, drop],
+        "transformers: load, slice, save": [python, "-c", TRANSFORMERS, str(source), copied, drop],
+    }
+    if mergekit:
+        ways["mergekit passthrough"] = [mergekit, "-m", "mergekit.scripts.run_yaml", str(recipe), copied]
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    results["hf_layerprune, copy alone"] = []
+    for number in range(repeats):
+        for name, command in ways.items():
+            remove([target])
+            os.sync()
+            seconds, peak, output = run(command)
+            results[name].append((seconds, peak))
+            if command[1:3] == ["-c", OURS]:
+                results["hf_layerprune, copy alone"].append((float(output), peak))
+            print(f"round {number + 1}: {name}: {seconds:.2f} s, {peak:.0f} MB", file=sys.stderr, flush=True)
+    return results
+
+
+def table(results: dict[str, list[tuple[float, float]]]) -> str:
+    """The results as a markdown table, with ratios of medians."""
+    median = {name: statistics.median(seconds for seconds, _ in runs) for name, runs in results.items()}
+    lines = ["| way | median s | min-max s | peak MB | x cp | x cp, then sync |", "|---|---|---|---|---|---|"]
+    for name, runs in results.items():
+        times = [seconds for seconds, _ in runs]
+        ratios = [median[name] / median[other] for other in ("cp of the kept bytes", "cp, then sync")]
+        lines.append(
+            f"| {name} | {median[name]:.2f} | {min(times):.2f}-{max(times):.2f} | "
+            f"{max(peak for _, peak in runs):.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=3, help="size of the base's weights in billions of bytes")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds, of which the median is taken")
+    parser.add_argument("--work", type=Path, help="a folder to work in; default: a temporary one")
+    parser.add_argument("--mergekit", metavar="PYTHON", help="a Python that has mergekit, to compare with it too")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.work, prefix="checkpoint-benchmark-") as folder:
+        work = Path(folder)
+        make_llama(work / "base", args.gb)
+        size = sum(path.stat().st_size for path in (work / "base").glob("*.safetensors"))
+        results = measure(work, args.repeats, args.mergekit)
+        kept = (work / "kept").stat().st_size
+    print(f"{size / 1e9:.2f} GB, {LAYERS} layers, to {kept / 1e9:.2f} GB, {LAYERS - len(DROP)} layers; ", end="")
+    print(f"warm cache, {args.repeats} rounds\n\n{table(results)}")
+
+
+if __name__ == "__main__":
+    main()

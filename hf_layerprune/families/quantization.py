@@ -1,0 +1,255 @@
+r"""How a cut changes the quantisation settings that name layers by index.
+
+Each quantiser has its own fields for it (skip lists, ignore patterns, targets, overrides a module), and new ones come
+up all the time, so no field is looked for by name: every text and every key of the settings is examined. A name
+(`model.layers.12.mlp.down_proj`) is renumbered, or removed with its layer. A pattern (`re:.*layers\.(0|31)\..*`,
+`model.layers.3*`) is resolved to the layers that it picks, and written again for the new indices. What can't be
+resolved exactly is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..errors import CutError
+from .fields import Cut
+from .layout import _LIST_NAMES, _NOT_TEXT
+
+# What sets a regular expression apart from a module's name, and from a name with wildcards.
+_REGEX = re.compile(r"[\\^$()|+{]")
+_WILD = re.compile(r"[*?\[]")
+# Words by which a multimodal model tells its decoder from its other stacks.
+_TEXT = re.compile(r"language|text|decoder|llm")
+_INDEX_TOKEN = re.compile(r"[0-9]|\\d|\[(?:[0-9-]|\\d)+\]")
+_QUANTIFIER = re.compile(r"(?:[*+?]|\{[0-9]*,?[0-9]*\})[?+]?")
+_SEPARATOR = r"\\\.|\.(?![*+?{])|\[\.\]"
+_ANY_DIGIT = re.compile(r"(?<!\{)(?<!,)(?:\\d|[0-9]+)")
+# A segment that is any index at all.
+_ANY_INDEX = re.compile(r"(?<=\\\.)(?:\\d|\[0-9\])\+(?=\\\.)")
+_WORD_END = re.compile(r"(?:^|[^\\A-Za-z0-9_])(?:\\b)?[A-Za-z_][A-Za-z0-9_]*$")
+_OWNER = re.compile(r"(?:(?<=\\b)|(?<!\\))(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_]*)(\\\.|\.|\[\.\])$")
+
+
+def rewrite_quantization(
+    quantization_config: dict[str, Any],
+    cut: Cut,
+    layer_list_names: Sequence[str] = _LIST_NAMES,
+    *,
+    several_stacks: bool = False,
+) -> dict[str, Any]:
+    """The quantisation settings of the model that remains.
+
+    Args:
+        quantization_config (`dict[str, Any]`): The settings; they are not changed.
+        cut (`Cut`): Which layers stay.
+        layer_list_names (`Sequence[str]`, *optional*): What a list of decoder layers may be called.
+        several_stacks (`bool`, *optional*, defaults to `False`): Whether the model has other layers besides its
+            decoder's. A pattern that may mean either is refused then.
+
+    Returns:
+        `dict[str, Any]`: New settings. Entries of dropped layers are gone, those of kept ones are renumbered.
+
+    Raises:
+        CutError: An entry picks layers in a way that can't be rewritten exactly.
+    """
+    return _Rewriter(cut, tuple(layer_list_names), several_stacks).walk(quantization_config, "")
+
+
+class _Rewriter:
+    def __init__(self, cut: Cut, names: tuple[str, ...], several_stacks: bool) -> None:
+        self._cut = cut
+        self._names = names
+        self._several_stacks = several_stacks
+        listed = "|".join(map(re.escape, names))
+        self._list = re.compile(rf"(?:(?<=\\b)|(?<![A-Za-z0-9_]))(?:{listed})(?:\\\.|\.|\[\.\])")
+
+    def walk(self, value: Any, where: str) -> Any:
+        if isinstance(value, dict):
+            return self._walk_dict(value, where)
+        if isinstance(value, list | tuple):
+            if "layer" in where.lower() and value and all(type(item) is int for item in value):
+                raise CutError(f"quantization_config field {where!r} may list layers by index; refusing to guess")
+            new: list[Any] = []
+            for item in value:
+                new += self._texts(item, where) if isinstance(item, str) else [self.walk(item, where)]
+            return new
+        if isinstance(value, str):
+            texts = self._texts(value, where)
+            if len(texts) != 1:
+                raise self._refuse(value, f"field {where!r} can hold one name only, and {len(texts)} would be needed")
+            return texts[0]
+        return value
+
+    def _walk_dict(self, value: dict[str, Any], where: str) -> dict[str, Any]:
+        if (
+            "layer" in where.lower()
+            and value
+            and all(re.fullmatch(r"[0-9]{1,9}", str(key)) and int(key) < self._cut.num_layers for key in value)
+        ):
+            return {str(self._cut.new_index[int(k)]): v for k, v in value.items() if int(k) in self._cut.new_index}
+        new: dict[str, Any] = {}
+        for key, item in value.items():
+            for text in self._texts(key, where) if isinstance(key, str) else [key]:
+                rewritten = self.walk(item, key if isinstance(key, str) else where)
+                if new.setdefault(text, rewritten) != rewritten:
+                    raise self._refuse(key, f"{text!r} would get two settings")
+        return new
+
+    def _texts(self, text: str, where: str) -> list[str]:
+        """What a text becomes: nothing where only dropped layers are meant, and several where a wildcard is spelt out."""
+        mark = next((mark for mark in ("re:", "+:", "-:") if text.startswith(mark)), "")
+        body = text[len(mark) :]
+        if mark or where == "dynamic" or _REGEX.search(body):
+            new = self._regex(text, body)
+            return [] if new is None else [mark + new]
+        if not any(char.isdecimal() for char in body):
+            return [text]
+        if "[" in body:
+            # A wildcard for one program and a regular expression for another; both pick the same layers.
+            if self._regex(text, body) == body:
+                return [text]
+            raise self._refuse(text, "it can be read as a wildcard and as a regular expression")
+        return self._name(text)
+
+    # --- names, with or without wildcards --------------------------------------------------------------------
+
+    def _name(self, text: str) -> list[str]:
+        parts = text.split(".")
+        for place, part in enumerate(parts[:-1]):
+            index, before = parts[place + 1], ".".join(parts[:place])
+            if part.lstrip("*") in self._names:
+                if index == "*" or not any(char.isdecimal() for char in index):
+                    continue
+                if _NOT_TEXT.search(before + part):
+                    return [text]
+                self._check_stack(text, before, place == 0 or "*" in before + part)
+                return self._numbered(text, parts, place + 1)
+            if re.fullmatch(r"[*?]*[0-9]+[*?]*", index) and (_WILD.search(part) or not part):
+                raise self._refuse(text, "its index may belong to a layer")
+        if re.fullmatch(r"[*?]+[0-9]+[*?]*", parts[0]):
+            raise self._refuse(text, "its index may belong to a layer")
+        return [text]
+
+    def _numbered(self, text: str, parts: list[str], place: int) -> list[str]:
+        head, index, tail = ".".join(parts[:place]), parts[place], parts[place + 1 :]
+        if len(index) < 10 and index.isascii() and index.isdecimal():
+            return [".".join([head, str(new), *tail]) for new in self._new([int(index)])]
+        if not re.fullmatch(r"[0-9]+\*", index):
+            raise self._refuse(text, f"{index!r} is no plain index")
+        # A star reaches over dots: it stands for more digits, and for whatever hangs below the layer.
+        found = self._new(i for i in range(self._cut.num_layers) if str(i).startswith(index[:-1]))
+        return [".".join([head, str(new), *rest]) for new in found for rest in (tail, ["*", *tail])]
+
+    # --- regular expressions ---------------------------------------------------------------------------------
+
+    def _regex(self, text: str, body: str) -> str | None:
+        out, rest, done, empty = "", "", 0, False
+        for match in self._list.finditer(body):
+            if match.end() < done or match.start() < done:
+                raise self._refuse(text, "it nests lists of layers")
+            end = self._index_end(body, match.end())
+            group, before = body[match.end() : end], body[: match.start()]
+            if group and not _NOT_TEXT.search(before):
+                new, some = self._group(text, before, group, body[end:])
+                empty |= not some
+            else:
+                new = group
+            out += body[done : match.end()] + new
+            # Letters in place of the index: what is left must have no other.
+            rest += body[done : match.end()] + ("x" if group else "")
+            done = end
+        out, rest = out + body[done:], rest + body[done:]
+        self._check_no_index(text, rest)
+        if empty and not ("|" in rest or "(?!" in rest or "(?<!" in rest):
+            return None
+        return out
+
+    def _index_end(self, body: str, start: int) -> int:
+        """Where a sub-pattern ends that matches digits only."""
+        position, depth, end = start, 0, start
+        while position < len(body):
+            if body.startswith("(?:", position):
+                position, depth = position + 3, depth + 1
+                continue
+            if body[position] == "(" and body[position + 1 : position + 2] != "?":
+                position, depth = position + 1, depth + 1
+                continue
+            if body[position] == "|" and depth:
+                position += 1
+                continue
+            if body[position] == ")" and depth:
+                position, depth = position + 1, depth - 1
+            elif token := _INDEX_TOKEN.match(body, position):
+                position = token.end()
+            else:
+                break
+            if quantifier := _QUANTIFIER.match(body, position):
+                position = quantifier.end()
+            if not depth:
+                end = position
+        return end
+
+    def _group(self, text: str, before: str, group: str, after: str) -> tuple[str, bool]:
+        try:
+            pattern = re.compile(group)
+        except (re.error, RecursionError) as error:
+            raise self._refuse(text, f"it is no regular expression ({error})") from None
+        layers = range(self._cut.num_layers)
+        exactly = [i for i in layers if pattern.fullmatch(str(i))]
+        begun = [i for i in layers if any(pattern.fullmatch(str(i)[:end]) for end in range(1, len(str(i)) + 1))]
+        if len(exactly) == len(layers):
+            return group, True
+        if after.startswith("$") or re.match(_SEPARATOR, after):
+            picked, close = exactly, ""
+        elif re.match(r"\.[*+]", after):
+            picked, close = begun, r"(?!\d)"
+        elif not after or after[0] in "|)":
+            if exactly != begun:
+                raise self._refuse(text, f"programs differ in whether it picks layers {exactly} or {begun}")
+            picked, close = exactly, r"(?!\d)"
+        else:
+            raise self._refuse(text, "what follows its layer index is not understood")
+        wild = not before.strip("^") or bool(re.search(r"[*+?\[(|]", before))
+        self._check_stack(text, before, wild)
+        new = self._new(picked)
+        if not new:
+            return "(?!)", False
+        return (str(new[0]) if len(new) == 1 else f"(?:{'|'.join(map(str, new))})") + close, True
+
+    def _check_no_index(self, text: str, rest: str) -> None:
+        """Digits are harmless inside a word (`w1`), or as the index of something that is no layer (`experts.0`)."""
+        rest = _ANY_INDEX.sub("x", rest)
+        for match in _ANY_DIGIT.finditer(rest):
+            before = rest[: match.start()]
+            if match[0] != r"\d" and _WORD_END.search(before):
+                continue
+            # Back to the start of the sub-pattern that the digit is a part of.
+            opened = re.sub(r"[\[(?:|0-9\\d-]+$", "", before) if before[-1:] in tuple("[(:|-0123456789") else before
+            if opened != before and _WORD_END.search(opened):
+                continue
+            owner = _OWNER.search(opened)
+            if owner and owner[1] not in self._names:
+                continue
+            named = self._list.search(rest)
+            if named and _NOT_TEXT.search(rest[: named.start()]):
+                continue
+            raise self._refuse(text, f"{match[0]!r} may pick layers by their index")
+
+    # --- common ----------------------------------------------------------------------------------------------
+
+    def _new(self, layers: Iterable[int]) -> list[int]:
+        return [self._cut.new_index[i] for i in layers if i in self._cut.new_index]
+
+    def _check_stack(self, text: str, before: str, wild: bool) -> None:
+        if self._several_stacks and wild and not _TEXT.search(before):
+            raise self._refuse(text, "it may mean layers of another stack than the decoder as well")
+
+    @staticmethod
+    def _refuse(text: str, why: str) -> CutError:
+        shown = repr(text if len(text) <= 200 else text[:197] + "...")
+        return CutError(
+            f"quantization_config names layers by {shown}, which can't be rewritten exactly for the kept layers: "
+            f"{why}; spell the modules out one by one in the base's config"
+        )

@@ -1,0 +1,183 @@
+"""Quantisation settings that name layers by index: rewritten exactly, or refused."""
+
+import copy
+import re
+from fnmatch import fnmatchcase
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AwqConfig, BitsAndBytesConfig
+
+from hf_layerprune import families
+from hf_layerprune.errors import CutError
+from hf_layerprune.families.fields import Cut
+from hf_layerprune.families.quantization import rewrite_quantization
+
+CUT = Cut((0, 1, 4, 5, 6, 10, 11), 12)  # 4 is 2 now, 5 is 3, 6 is 4, 10 is 5, 11 is 6
+
+
+def ignore(entry: str, **options) -> list[str]:
+    return rewrite_quantization({"ignore": [entry]}, CUT, **options)["ignore"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("lm_head", ["lm_head"]),
+        ("Linear", ["Linear"]),
+        ("model.layers.4.mlp.down_proj", ["model.layers.2.mlp.down_proj"]),
+        ("model.layers.4", ["model.layers.2"]),
+        ("model.layers.3.mlp", []),
+        ("model.layers.12.eh_proj", []),
+        ("transformer.h.10.attn", ["transformer.h.5.attn"]),
+        ("layers.4.mlp", ["layers.2.mlp"]),
+        ("model.layers.4.block_sparse_moe.experts.7.w1", ["model.layers.2.block_sparse_moe.experts.7.w1"]),
+        ("visual.blocks.3.mlp", ["visual.blocks.3.mlp"]),
+        ("model.vision_tower.encoder.layers.3.mlp", ["model.vision_tower.encoder.layers.3.mlp"]),
+        ("*.layers.4.*", ["*.layers.2.*"]),
+        ("*.layers.*.mlp", ["*.layers.*.mlp"]),
+        ("model.layers.10*", ["model.layers.5", "model.layers.5.*"]),
+        ("model.layers.12*", []),
+        ("re:.*lm_head", ["re:.*lm_head"]),
+        ("re:.*mlp\\.gate$", ["re:.*mlp\\.gate$"]),
+        (r"re:.*layers\.\d+\.mlp", [r"re:.*layers\.\d+\.mlp"]),
+        (r"re:.*layers\.[0-9]+\.mlp", [r"re:.*layers\.[0-9]+\.mlp"]),
+        (r"re:.*layers\..*\.mlp", [r"re:.*layers\..*\.mlp"]),
+        (r"re:.*\.\d+\.mlp", [r"re:.*\.\d+\.mlp"]),
+        (r"re:.*experts\.[0-3]\.w1", [r"re:.*experts\.[0-3]\.w1"]),
+        (r"re:.*layers\.4\.mlp", [r"re:.*layers\.2\.mlp"]),
+        (r"re:.*layers\.(4|5|3)\.mlp", [r"re:.*layers\.(?:2|3)\.mlp"]),
+        (r"re:.*layers\.(?:0|1)\.mlp", [r"re:.*layers\.(?:0|1)\.mlp"]),
+        (r"re:.*layers\.[0-3]\.mlp", [r"re:.*layers\.(?:0|1)\.mlp"]),
+        (r"re:.*layers\.1\d\.mlp", [r"re:.*layers\.(?:5|6)\.mlp"]),
+        (r"re:.*layers\.[23]\.mlp", []),
+        (r"re:.*layers\.3\.mlp|lm_head", [r"re:.*layers\.(?!)\.mlp|lm_head"]),
+        (r"re:.*layers\.1.*", [r"re:.*layers\.(?:1|5|6)(?!\d).*"]),
+        (r"^model\.layers\.(4|6)\.", [r"^model\.layers\.(?:2|4)\."]),
+    ],
+)
+def test_entries_are_rewritten(old, new):
+    assert ignore(old) == new
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        r"re:.*\.3\..*", r"re:.*(layers|h)\.3\.mlp", r"re:.*layers.*12", r"re:.*layers\.(?!4)\d+\.mlp", "*.10.mlp",
+        r"re:model\.layers\.1", "model.layers.[0-3].mlp", r"re:.*layers\.(4", "model.layers.1?.mlp", r"re:.*layers\.4[a-z]",
+    ],
+)  # fmt: skip
+def test_what_can_not_be_rewritten_exactly_is_refused_by_name(entry):
+    with pytest.raises(CutError, match=re.escape(repr(entry))) as caught:
+        ignore(entry)
+    assert "\n" not in str(caught.value)
+
+
+def test_patterns_that_may_mean_another_stack_are_refused_where_there_is_one():
+    for entry in ("layers.4.mlp", "*.layers.4.mlp", r"re:.*layers\.4\.mlp"):
+        with pytest.raises(CutError, match="another stack"):
+            ignore(entry, several_stacks=True)
+    for old, new in (
+        ("model.language_model.layers.4.mlp", ["model.language_model.layers.2.mlp"]),
+        (r"re:.*language_model.*layers\.4\.mlp", [r"re:.*language_model.*layers\.2\.mlp"]),
+        (r"re:.*layers\.\d+\.mlp", [r"re:.*layers\.\d+\.mlp"]),
+        (r"re:vision_tower.*layers\.4\.mlp", [r"re:vision_tower.*layers\.4\.mlp"]),
+        ("model.layers.4.mlp", ["model.layers.2.mlp"]),
+    ):
+        assert ignore(old, several_stacks=True) == new
+
+
+def test_every_place_is_looked_at():
+    old = {
+        "quant_method": "x", "bits": 4, "weight_block_size": [128, 128], "modules_to_not_convert": None,
+        "llm_int8_skip_modules": ["model.layers.3", "model.layers.4"],
+        "ignored_layers": ["model.layers.11.mlp"], "exclude": ["model.layers.2"],
+        "modules_in_block_to_quantize": [["self_attn.q_proj"], ["model.layers.5.mlp", "model.layers.3.mlp"]],
+        "config_groups": {"group_0": {"targets": ["Linear", "re:.*layers\\.4\\.mlp"], "weights": {"num_bits": 8}}},
+        "dynamic": {r"+:.*\.layers\.4\..*": {"bits": 8}, r"-:.*\.layers\.3\..*": {}, r".*\.layers\.5\..*": {"bits": 2}},
+        "modules": {"model.layers.10.q": {"bits": 8}, "model.layers.2.q": {"bits": 2}},
+        "bits_by_layer": {"4": 8, "3": 2},
+    }  # fmt: skip
+    before = copy.deepcopy(old)
+    new = rewrite_quantization(old, CUT)
+    assert old == before
+    assert new == old | {
+        "llm_int8_skip_modules": ["model.layers.2"],
+        "ignored_layers": ["model.layers.6.mlp"], "exclude": [],
+        "modules_in_block_to_quantize": [["self_attn.q_proj"], ["model.layers.3.mlp"]],
+        "config_groups": {"group_0": {"targets": ["Linear", "re:.*layers\\.2\\.mlp"], "weights": {"num_bits": 8}}},
+        "dynamic": {r"+:.*\.layers\.2\..*": {"bits": 8}, r".*\.layers\.3\..*": {"bits": 2}},
+        "modules": {"model.layers.5.q": {"bits": 8}},
+        "bits_by_layer": {"2": 8},
+    }  # fmt: skip
+    with pytest.raises(CutError, match="may list layers by index"):
+        rewrite_quantization({"skip_layers": [1, 2]}, CUT)
+    with pytest.raises(CutError, match="can hold one name only"):
+        rewrite_quantization({"block": "model.layers.3"}, CUT)
+    with pytest.raises(CutError, match="two settings"):
+        rewrite_quantization({"modules": {"layers.1*": 1, "layers.10": 2}}, CUT)
+
+
+def matched(entry: str, names: list[str]) -> list[bool]:
+    if entry.startswith("re:"):
+        return [bool(re.match(entry[3:], name)) for name in names]
+    return [fnmatchcase(name, entry) for name in names]
+
+
+INDEX = st.one_of(
+    st.integers(0, 11).map(str),
+    st.lists(st.integers(0, 11), min_size=1, max_size=4).map(lambda found: f"({'|'.join(map(str, found))})"),
+    st.tuples(st.integers(0, 4), st.integers(5, 9)).map(lambda ends: f"[{ends[0]}-{ends[1]}]"),
+    st.sampled_from(
+        [r"\d", r"\d+", "[0-9]{1,2}", "1[01]", "1\\d", "(?:[0-4]|1\\d)", ".*", "[13579]", "(1[01]|[2-7])"]
+    ),
+)
+BEFORE = st.sampled_from([".*", r"model\.", r".*\.", "^model\\.", r".*\b"])
+AFTER = st.sampled_from([r"\..*", r"\.mlp$", r"\.(mlp|attn)", ".*", r"\.mlp\.experts\.1\.w2", ".+mlp", "$", ""])
+
+
+@settings(max_examples=400, deadline=None)
+@given(BEFORE, INDEX, AFTER, st.sets(st.integers(0, 11), min_size=1, max_size=11))
+def test_a_rewritten_pattern_picks_the_same_layers(before, index, after, kept):
+    cut = Cut(tuple(sorted(kept)), 12)
+    entry = f"re:{before}layers\\.{index}{after}"
+    try:
+        new = rewrite_quantization({"ignore": [entry]}, cut)["ignore"]
+    except CutError:
+        return
+    for rest in ("", ".mlp", ".attn.q", ".mlp.experts.1.w2"):
+        old_names = [f"model.layers.{i}{rest}" for i in cut.keep]
+        new_names = [f"model.layers.{i}{rest}" for i in range(len(cut.keep))]
+        picked = [any(flags) for flags in zip(*(matched(item, new_names) for item in new), strict=True)]
+        assert (picked or [False] * len(kept)) == matched(entry, old_names), new
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("layersh.0123*?[]()|\\d+re:^$", max_size=30))
+def test_no_text_does_anything_but_fail_cleanly(text):
+    for entry in (text, f"re:{text}", f"model.layers.{text}", f"re:layers\\.{text}"):
+        try:
+            rewrite_quantization({"ignore": [entry], "dynamic": {entry: {}}}, CUT)
+        except CutError as error:
+            message = str(error)
+        else:
+            message = ""
+        assert "\n" not in message
+
+
+def test_the_config_of_a_cut_model_carries_it():
+    config = AutoConfig.for_model("llama", num_hidden_layers=12)
+    for value, name in (
+        (AwqConfig(modules_to_not_convert=["model.layers.4.mlp", "model.layers.3"]), "modules_to_not_convert"),
+        (BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["model.layers.4.mlp"]), "llm_int8_skip_modules"),
+    ):
+        for settings_ in (value, value.to_dict()):
+            config.quantization_config = settings_
+            new = families.cut_config(config, CUT)
+            assert type(new.quantization_config) is type(settings_)
+            fields = new.quantization_config if isinstance(settings_, dict) else new.quantization_config.to_dict()
+            assert fields[name] == ["model.layers.2.mlp"]
+            assert fields["quant_method"] == value.quant_method
+    config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
+    assert families.cut_config(config, CUT).quantization_config.to_dict() == config.quantization_config.to_dict()

@@ -1,0 +1,380 @@
+"""Whatever happens on the way, the target is absent, the old one or complete, and the base stays as it is."""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.checkpoint import make_llama
+from hf_layerprune import files
+from hf_layerprune.checkpoint import cut_checkpoint, plan_cut, replace, write
+from hf_layerprune.errors import CheckpointError
+
+from .test_checkpoint import assert_same, layer, sharded, tensors
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+
+
+def digest(folder: Path) -> str:
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+@pytest.fixture
+def base(tmp_path):
+    return sharded(tmp_path / "base")
+
+
+def cut(base: Path, target: Path, **options):
+    return cut_checkpoint(base, target, [1], progress=False, **options)
+
+
+def beside(target: Path) -> list[str]:
+    return sorted(path.name for path in target.parent.iterdir())
+
+
+def test_the_source_and_what_overlaps_with_it_is_no_target(base, tmp_path):
+    before = digest(base)
+    (tmp_path / "alias").symlink_to(base)
+    (tmp_path / "inside").symlink_to(base / "sub")
+    (base / "sub").mkdir()
+    (tmp_path / "file").write_text("mine")
+    (base / "sub/linked").symlink_to(tmp_path)
+    for target, match in (
+        (base, "is the source itself"),
+        (base / "." / "sub" / "..", "is the source itself"),
+        (tmp_path / "alias", "is a symbolic link"),
+        (tmp_path / "alias" / "cut", "is inside the source"),
+        (base / "cut", "is inside the source"),
+        (base / "a/b/c", "is inside the source"),
+        (tmp_path / "inside", "is a symbolic link"),
+        (tmp_path / "inside" / "cut", "is inside the source"),
+        (tmp_path, "is inside"),
+        (base / "sub/linked/base", "is the source itself"),
+        (Path("/"), "is inside"),
+        (tmp_path / "file", "is a file; name a folder"),
+        (tmp_path / "file/cut", "is a file, so"),
+    ):
+        with pytest.raises(CheckpointError, match=match) as caught:
+            cut(base, target, force=True)
+        assert "\n" not in str(caught.value)
+    (base / "sub/linked").unlink()
+    (base / "sub").rmdir()
+    assert digest(base) == before
+    assert beside(base) == ["alias", "base", "file", "inside"]
+
+
+def test_a_target_whose_files_the_source_links_to_is_not_replaced(base, tmp_path):
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in base.iterdir():
+        (links / path.name).symlink_to(path)
+    before = digest(base)
+    with pytest.raises(CheckpointError, match="is a link into"):
+        cut(links, base, force=True)
+    assert digest(base) == before
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_target_is_replaced_on_demand_only(base, tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(replace, "_exchange", lambda one, other: False)
+    target = tmp_path / "cut"
+    target.mkdir()
+    cut(base, target)  # an empty folder is no loss
+    new = digest(target)
+    (target / "config.json").write_text("old")
+    (target / "further").mkdir()
+    old = digest(target)
+    with pytest.raises(CheckpointError, match=r"exists and is not empty; pass force=True"):
+        cut(base, target)
+    assert digest(target) == old
+    cut(base, target, force=True)
+    assert digest(target) == new
+    assert not (target / "further").exists()
+    assert beside(target) == ["base", "cut"]
+
+
+def test_a_folder_that_is_no_model_is_never_replaced(base, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="holds no model, so it is not replaced"):
+        cut(base, tmp_path / "home", force=True)
+    assert (tmp_path / "home/thesis.txt").read_text() == "years of work"
+
+
+def test_a_target_that_appears_meanwhile_is_not_touched(base, tmp_path, monkeypatch):
+    target = tmp_path / "cut"
+    check = write._check_written
+
+    def somebody_is_faster(plan, folder):
+        check(plan, folder)
+        target.mkdir()
+        (target / "config.json").write_text("theirs")
+
+    monkeypatch.setattr(write, "_check_written", somebody_is_faster)
+    with pytest.raises(CheckpointError, match="has appeared meanwhile"):
+        cut(base, target)
+    assert [path.name for path in target.iterdir()] == ["config.json"]
+    assert beside(target) == ["base", "cut"]
+
+
+def test_missing_folders_above_the_target_are_made(base, tmp_path):
+    cut(base, tmp_path / "a/b/cut")
+    assert len(tensors(tmp_path / "a/b/cut")) == 2 + 3 * len(layer(0))
+
+
+def test_a_full_disk_is_foreseen(base, tmp_path, monkeypatch, caplog):
+    needed = plan_cut(base, [1]).target_bytes
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 1}))
+    with pytest.raises(CheckpointError, match=rf"needs {needed} bytes, and its disk has {needed - 1} free; make room"):
+        cut(base, tmp_path / "cut")
+    assert beside(base) == ["base"]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed}))
+    with caplog.at_level("INFO"):
+        cut(base, tmp_path / "cut")
+    assert f"keeping 3 of 4 layers; {needed} bytes to read and write" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "match"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), CheckpointError, "No space left on device; make room"),
+        (OSError(errno.EIO, "Input/output error"), CheckpointError, "could not write .*cut: Input/output error"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (MemoryError(), MemoryError, None),
+    ],
+)
+@pytest.mark.parametrize("where", ["copy", "sync", "publish"])
+def test_a_failure_on_the_way_leaves_nothing_behind(base, tmp_path, monkeypatch, raised, expected, match, where):
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/config.json").write_text("old")
+    before = digest(base), digest(tmp_path / "cut")
+
+    def fail(*args, **kwargs):
+        assert any(name.startswith(".cut.partial-") for name in beside(base))
+        raise raised
+
+    owner, name = {"copy": (files.Copier, "_copy_chunk"), "sync": (os, "fsync"), "publish": (os, "rename")}[where]
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(expected, match=match):
+        cut(base, tmp_path / "cut", force=True)
+    monkeypatch.undo()
+    assert (digest(base), digest(tmp_path / "cut")) == before
+    assert beside(base) == ["base", "cut"]
+
+
+@linux
+def test_a_real_refusal_of_the_kernel_is_one_clear_error(base, tmp_path):
+    """A limit on file sizes stands in for a full disk."""
+    script = (
+        "import resource, signal\nfrom hf_layerprune.checkpoint import *\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))\n"
+        f"cut_checkpoint({str(base)!r}, {str(tmp_path / 'cut')!r}, [1], progress=False)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith(
+        f"CheckpointError: could not write {tmp_path / 'cut'}: File too large"
+    )
+    assert beside(base) == ["base"]
+
+
+@pytest.mark.parametrize("fault", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, None])
+@pytest.mark.parametrize("also_sendfile", [False, True])
+def test_copying_works_without_the_kernels_help(base, tmp_path, monkeypatch, fault, also_sendfile):
+    cut(base, tmp_path / "cut")
+
+    def refuse(*_):
+        raise OSError(fault, os.strerror(fault))
+
+    for name in ("copy_file_range", "sendfile")[: 1 + also_sendfile]:
+        if fault is None:
+            monkeypatch.setattr(files, f"_{name}", lambda *_: 0)
+        else:
+            monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(files, "BUFFER_CHUNK", 100)
+    cut(base, tmp_path / "again")
+    assert digest(tmp_path / "cut") == digest(tmp_path / "again")
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(base, tmp_path, monkeypatch):
+    plan = plan_cut(base, [1])
+    shard = base / "model-00003-of-00004.safetensors"
+    os.utime(shard, ns=(1, 1))
+    with pytest.raises(CheckpointError, match=r"00003.*changed while it was read"):
+        write.write_checkpoint(plan, tmp_path / "cut", progress=False)
+    copy = files.LocalFile.copy_into
+
+    def shrinking(self, output, offset, length):
+        if self.path == shard:
+            os.truncate(shard, 500)
+        yield from copy(self, output, offset, length)
+
+    monkeypatch.setattr(files.LocalFile, "copy_into", shrinking)
+    with pytest.raises(CheckpointError, match=r"00003.*got shorter while it was read"):
+        cut(base, tmp_path / "cut")
+    assert beside(base) == ["base"]
+
+
+def test_nothing_is_written_through_a_link_that_lies_in_wait(base, tmp_path, monkeypatch):
+    (tmp_path / "precious").write_text("precious")
+    enter = replace.NewFolder.__enter__
+
+    def lay_in_wait(self):
+        enter(self)
+        (self.path / "model-00001-of-00003.safetensors").symlink_to(tmp_path / "precious")
+        return self
+
+    monkeypatch.setattr(replace.NewFolder, "__enter__", lay_in_wait)
+    with pytest.raises(CheckpointError, match="could not write"):
+        cut(base, tmp_path / "cut")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert beside(base) == ["base", "precious"]
+
+
+def test_what_killed_runs_left_is_removed_by_the_next_run_and_nothing_else(base, tmp_path):
+    for name in (".cut.partial-0123abcd", ".cut.old-0123abcd", ".other.partial-0123abcd", ".cut.partial-mine.txt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("left")
+    (tmp_path / ".cut.partial-89abcdef").symlink_to(base)
+    with pytest.raises(CheckpointError, match="was put back after a killed run; pass force=True"):
+        cut(base, tmp_path / "cut")
+    assert (tmp_path / "cut/config.json").read_text() == "left"
+    cut(base, tmp_path / "cut", force=True)
+    assert beside(base) == [".cut.partial-89abcdef", ".cut.partial-mine.txt", ".other.partial-0123abcd", "base", "cut"]
+
+
+@linux
+def test_a_run_that_is_still_at_work_is_left_alone(base, tmp_path):
+    with replace.NewFolder(tmp_path / "cut", False) as other:
+        with pytest.raises(CheckpointError, match="is being written by another process"):
+            cut(base, tmp_path / "cut")
+        assert other.path.is_dir()
+    assert beside(base) == ["base"]
+
+
+# Forks, since an import takes longer than a cut. The copying is slowed down here, and only here.
+KILLS = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+from hf_layerprune import files
+from hf_layerprune.checkpoint import cut_checkpoint, replace
+from tests.test_checkpoint_safety import digest
+
+base, target, rounds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+copy, sync = files.LocalFile.copy_into, os.fsync
+
+def slowly(self, output, offset, length):
+    for start in range(offset, offset + length, 400):
+        yield from copy(self, output, start, min(400, offset + length - start))
+        time.sleep(0.0005)
+
+def slow_sync(descriptor):
+    sync(descriptor)
+    time.sleep(0.002)
+
+files.LocalFile.copy_into, os.fsync = slowly, slow_sync
+if len(sys.argv) > 4:
+    replace._exchange = lambda one, other: False
+
+def once():
+    cut_checkpoint(base, target, [1], force=True, progress=False)
+
+once()
+def is_done():
+    return target.exists() and (target / "model.safetensors.index.json").exists()
+
+started = time.monotonic()
+once()
+seconds, new, source = time.monotonic() - started, digest(target), digest(base)
+chance, seen = random.Random(int(time.time())), {"none": 0, "old": 0, "new": 0, "partial": 0}
+for number in range(rounds):
+    if target.exists():
+        shutil.rmtree(target)
+    if number % 3:
+        target.mkdir()
+        (target / "config.json").write_text(f"old {number}")
+    old = digest(target) if target.exists() else None
+    child = os.fork()
+    if not child:
+        once()
+        os._exit(0)
+    if number % 2:
+        time.sleep(chance.uniform(0, 1.2 * seconds))
+    else:  # near the end, where the names change
+        while not any(target.parent.glob(".cut.partial-*/config.json")) and not is_done():
+            pass
+        time.sleep(chance.uniform(0, 0.02))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    seen["partial"] += any(target.parent.glob(".cut.partial-*"))
+    if len(sys.argv) > 4 and not target.exists() and (aside := list(target.parent.glob(".cut.old-*"))):
+        assert digest(aside[0]) == old  # the next run puts it back
+        state = old
+    else:
+        state = digest(target) if target.exists() else None
+    assert state in (old, new), f"round {number}: half a model"
+    seen["none" if state is None else "new" if state == new else "old"] += 1
+    assert digest(base) == source, f"round {number}: the base was written to"
+once()
+assert digest(target) == new
+print(seen)
+"""
+
+
+@linux
+@pytest.mark.parametrize(("rounds", "fallback"), [(60, []), (20, ["fallback"])], ids=["exchange", "two renames"])
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(base, tmp_path, rounds, fallback):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, str(base), str(tmp_path / "cut"), str(rounds), *fallback],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.replace("'", '"'))
+    assert seen["partial"] > rounds / 4, seen
+    assert all(seen.values()), seen
+    assert beside(base) == ["base", "cut"]
+    assert_same(
+        tensors(tmp_path / "cut"), {new: tensors(base)[old] for old, new in plan_cut(base, [1]).tensor_names.items()}
+    )
+
+
+PEAK = """
+import resource, sys
+from transformers import AutoConfig
+AutoConfig.from_pretrained(sys.argv[1])
+import tqdm.auto
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from hf_layerprune.checkpoint import cut_checkpoint
+cut_checkpoint(sys.argv[1], sys.argv[2], range(21, 29), progress=False)
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@linux
+def test_peak_memory_does_not_depend_on_the_size(tmp_path):
+    growth, peaks = [], []
+    for gb in (0.2, 1, 3):
+        base, target = tmp_path / "base", tmp_path / "cut"
+        make_llama(base, gb, sparse=True)
+        kept = plan_cut(base, range(21, 29)).weight_bytes
+        assert kept > 0.7 * gb * 1e9
+        out = subprocess.run(
+            [sys.executable, "-c", PEAK, str(base), str(target)], check=True, capture_output=True, text=True
+        ).stdout.split()
+        assert sum(path.stat().st_size for path in target.glob("*.safetensors")) == kept
+        for folder in (base, target):
+            subprocess.run(["rm", "-r", str(folder)], check=True)
+        growth.append((int(out[1]) - int(out[0])) / 1000)
+        peaks.append(int(out[1]) / 1000)
+    assert max(growth) < 60, growth
+    assert max(growth) - min(growth) < 10, growth
+    assert max(peaks) - min(peaks) < 20, peaks
