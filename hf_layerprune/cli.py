@@ -74,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--no-tune-lm-head", action="store_true", help="with --adapter: leave the head alone, and tied")
     prune.add_argument("--revision", help="branch, tag or commit of BASE on the Hub")
+    prune.add_argument("--link", action="store_true", help="hard-link weight files of a folder that stay as they are")
     prune.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
 
     inspect = commands.add_parser(
@@ -106,6 +107,7 @@ def _prune(args: argparse.Namespace) -> None:
             tune_layers=args.tune_layers,
             tune_lm_head=not args.no_tune_lm_head,
             revision=args.revision,
+            link=args.link,
             force=args.force,
         )
     )

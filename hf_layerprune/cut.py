@@ -270,6 +270,16 @@ def rehearse(
     return Rehearsal(old.num_parameters() - new.num_parameters(), attributes)
 
 
+def rehearse_config(config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut) -> Rehearsal:
+    """As `rehearse`, for the class that `AutoModelForCausalLM` makes of a config."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        part = families.text_config(new_config) if type(model.config) is not type(config) else new_config
+    return rehearse(type(model), model.config, part, cut)
+
+
 def _empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """A model of this config without weights, as `from_pretrained` builds it before it loads any."""
     config = copy.deepcopy(config)

@@ -1,6 +1,6 @@
 """Copying ranges of files without passing them through Python, and writing so that nothing is half written.
 
-Both kinds of checkpoint (`checkpoint/` for safetensors folders, `gguf_file.py`) are cut by copying byte ranges into
+Both kinds of checkpoint (`checkpoint/` for safetensors folders, `gguf/`) are cut by copying byte ranges into
 a temporary sibling of the target, bringing it to disk and renaming it.
 """
 

@@ -14,6 +14,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What a checkpoint is made of: never pickles, nor the same weights in other formats.
+_CHECKPOINT_FILES = [
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.safetensors",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
+
 
 def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
     """Tell a GGUF file from a folder or a Hub id.
@@ -99,6 +112,32 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     if gguf_file is not None:
         model.name_or_path = str(base)  # the file, not its folder, is the base
     return model
+
+
+def local_folder(base: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
+    """A base's safetensors checkpoint as a local folder, downloaded into the cache where it is not there yet.
+
+    Args:
+        base (`str` or `Path`): A folder or a Hub id.
+        revision (`str`, *optional*): Branch, tag or commit, on the Hub.
+
+    Returns:
+        `tuple[Path, str | None]`: The folder, and the commit for a base on the Hub.
+
+    Raises:
+        CheckpointError: There is no such model, or it can't be downloaded.
+    """
+    name, _ = resolve_base(base)
+    if Path(name).is_dir():
+        return Path(name), None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_CHECKPOINT_FILES))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise CheckpointError(f"can't get {base}: {first_line(error)}") from error
+    return folder, folder.name
 
 
 def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:

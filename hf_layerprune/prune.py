@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from . import families
+from .checkpoint import plan_cut
+from .checkpoint.write import fill
 from .errors import CheckpointError
 from .folders import new_folder
-from .gguf_file import cut_gguf, gguf_layer_count, is_gguf
-from .loading import load_base, load_config, resolve_base
+from .gguf import cut_gguf, gguf_layer_count, is_gguf
+from .loading import load_base, load_config, local_folder, resolve_base
 from .publish.lineage import Lineage, fingerprint, station
 from .select import select_layers
 from .select.spec import format_layers
@@ -39,6 +41,7 @@ class PruneRequest:
         tune_layers (`int`, `"cut"` or `list[int]`, defaults to 3): Of the adapter, see `LayerDropConfig`.
         tune_lm_head (`bool`, defaults to `True`): Of the adapter, see `LayerDropConfig`.
         revision (`str`, *optional*): Branch, tag or commit of a base on the Hub.
+        link (`bool`, defaults to `False`): Hard-link weight files that stay as they are.
         force (`bool`, defaults to `False`): Replace an output that exists.
     """
 
@@ -56,6 +59,7 @@ class PruneRequest:
     tune_layers: int | str | list[int] = 3
     tune_lm_head: bool = True
     revision: str | None = None
+    link: bool = False
     force: bool = False
 
     def layers_of(self, num_layers: int, protected: dict[int, str]) -> list[int]:
@@ -104,15 +108,24 @@ def prune_to(request: PruneRequest) -> str:
     families.check_supported(config)
     dropped = request.layers_of(families.layer_count(config), families.protected_layers(config))
     cut = families.make_cut(config, dropped)
-    families.cut_config(config, cut)  # everything that can be refused is refused before a weight is read
-    with new_folder(output, force=request.force, apart_from=Path(request.base).expanduser()) as folder:
+    from .cut import rehearse_config  # imports torch, which a cut GGUF file does without
+
+    # Everything that can be refused is refused before a weight is read.
+    rehearse_config(config, families.cut_config(config, cut), cut)
+    write = _adapter if request.adapter else _model if _needs_a_model(request) else _checkpoint
+    source = Path(request.base).expanduser()
+    with new_folder(output, force=request.force, apart_from=source) as folder:
         with station("prune", request.settings(list(cut.drop))) as entry:
-            write = _write_adapter if request.adapter else _write_model
             commit = write(request, list(cut.drop), folder)
         entry["layers"] = {"base": cut.num_layers, "left": len(cut.keep)}
         _write_lineage(request, entry, commit, folder)
     kind = "adapter that drops" if request.adapter else "dropped"
     return f"{kind} layers {format_layers(cut.drop)} of {cut.num_layers}: {len(cut.keep)} left, in {output}"
+
+
+def _needs_a_model(request: PruneRequest) -> bool:
+    """Whether weights change on the way, by another type or by unpacking, so that copying bytes is not enough."""
+    return request.dtype != "auto" or resolve_base(request.base)[1] is not None
 
 
 def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> str:
@@ -133,7 +146,15 @@ def _dtype(request: PruneRequest, gguf: bool) -> Any:
     return name if name == "auto" else getattr(torch, name)
 
 
-def _write_model(request: PruneRequest, dropped: list[int], folder: Path) -> str | None:
+def _checkpoint(request: PruneRequest, dropped: list[int], folder: Path) -> str | None:
+    """Copy the bytes that stay."""
+    source, commit = local_folder(request.base, request.revision)
+    fill(plan_cut(source, dropped), folder, link=request.link, name=Path(request.output).name)
+    return commit
+
+
+def _model(request: PruneRequest, dropped: list[int], folder: Path) -> str | None:
+    """Load the whole model, cut it, and save it."""
     from .cut import drop_layers
 
     _, gguf_file = resolve_base(request.base)
@@ -155,7 +176,8 @@ def _save_tokenizer(request: PruneRequest, folder: Path) -> None:
         logger.warning("%s has no tokenizer that transformers can load (%s); none is written", request.base, error)
 
 
-def _write_adapter(request: PruneRequest, dropped: list[int], folder: Path) -> str | None:
+def _adapter(request: PruneRequest, dropped: list[int], folder: Path) -> str | None:
+    """Save the plan and the tail that will be tuned."""
     from .adapter import prune_with
     from .config import LayerDropConfig
 
@@ -175,10 +197,7 @@ def _write_adapter(request: PruneRequest, dropped: list[int], folder: Path) -> s
 def _write_lineage(request: PruneRequest, entry: dict[str, Any], commit: str | None, folder: Path) -> None:
     source = Path(request.base).expanduser()
     if not source.exists():
-        from huggingface_hub import snapshot_download
-
-        # What loading left in the cache; nothing more is fetched.
-        source = Path(snapshot_download(request.base, revision=commit or request.revision, local_files_only=True))
+        source, _ = local_folder(request.base, commit or request.revision)
     lineage = (Lineage.of(source) if source.is_dir() else None) or Lineage({})
     if not lineage.base:
         lineage.base = {"id": request.base, "commit": commit, "files": fingerprint(source)}

@@ -12,7 +12,8 @@ import pytest
 
 from benchmarks.checkpoint import make_llama
 from hf_layerprune import files
-from hf_layerprune.checkpoint import cut_checkpoint, plan_cut, replace, write
+from hf_layerprune import folders as replace
+from hf_layerprune.checkpoint import cut_checkpoint, plan_cut, write
 from hf_layerprune.errors import CheckpointError
 
 from .test_checkpoint import assert_same, layer, sharded, tensors
@@ -266,7 +267,8 @@ KILLS = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 from hf_layerprune import files
-from hf_layerprune.checkpoint import cut_checkpoint, replace
+from hf_layerprune import folders as replace
+from hf_layerprune.checkpoint import cut_checkpoint
 from tests.test_checkpoint_safety import digest
 
 base, target, rounds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

@@ -6,7 +6,7 @@ import pytest
 from gguf import GGUFValueType as T
 
 from hf_layerprune.errors import CheckpointError
-from hf_layerprune.gguf_file import cut_gguf, plan_gguf_cut
+from hf_layerprune.gguf import cut_gguf, plan_gguf_cut
 from tests.gguf_makers import all_of, array, check_bytes, make_gguf, number, value
 
 

@@ -87,9 +87,10 @@ def test_layer_sets_round_trip(layers: set[int]) -> None:
 @given(st.text(alphabet="0123456789-, x٣", max_size=12))
 def test_parser_never_crashes(text: str) -> None:
     try:
-        assert parse_layers(text)
-    except CutError as error:
-        assert "\n" not in str(error)
+        layers = parse_layers(text)
+    except CutError:
+        return
+    assert layers
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..errors import CheckpointError
-from ..files import LocalFile, Source, Writeback, check_space, write_all, write_failed
+from ..files import LocalFile, Source, Writeback, check_space, write_all
+from ..folders import new_folder
 from .folder import INDEX, SINGLE, check_index, read_json
 from .header import read_header
 from .plan import CheckpointPlan, Rows, ShardPlan
-from .replace import NewFolder, check_target
 
 logger = logging.getLogger(__name__)
 
@@ -38,53 +38,63 @@ def write_checkpoint(
     Raises:
         CheckpointError: The target is in the way, the disk is too full, the source changed, or writing failed.
     """
-    try:
-        target = check_target(target, plan.source, force)
-        linked = _linkable(plan, target) if link else frozenset()
-        total = plan.target_bytes - sum(shard.size for shard in plan.shards if shard.target in linked)
-        home = next(folder for folder in target.parents if folder.is_dir())
-        free = shutil.disk_usage(home).free
-        logger.info(
-            "%s: keeping %d of %d layers; %d bytes to read and write, of %d, %d files to link; %d bytes free",
-            plan.source,
-            len(plan.cut.keep),
-            plan.cut.num_layers,
-            total,
-            plan.source_bytes,
-            len(linked),
-            free,
-        )
-        check_space(target, total, free)
-        with (
-            NewFolder(target, force) as folder,
-            tqdm(
-                total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=target.name, disable=not progress
-            ) as bar,
-        ):
-            for shard in plan.shards:
-                for count in _write_shard(plan, shard, folder.path, shard.target in linked):
-                    bar.update(count)
-            for name, _ in plan.companions:
-                for count in _write_companion(plan.source / name, folder.path / name):
-                    bar.update(count)
-            for name, content in plan.files.items():
-                with _NewFile(folder.path / name) as output:
-                    write_all(output.descriptor, content)
-                bar.update(len(content))
-            _check_written(plan, folder.path)
-            folder.publish()
-    except OSError as error:
-        raise write_failed(target, error) from error
+    with new_folder(target, force=force, apart_from=plan.source) as folder:
+        fill(plan, folder, link=link, progress=progress, name=target.name)
 
 
-def _linkable(plan: CheckpointPlan, target: Path) -> frozenset[str]:
+def fill(
+    plan: CheckpointPlan, folder: Path, *, link: bool = False, progress: bool = True, name: str | None = None
+) -> None:
+    """Follow a plan into a folder that is there, empty, and not yet under its final name.
+
+    Args:
+        plan (`CheckpointPlan`): What to write.
+        folder (`Path`): Where to.
+        link (`bool`, *optional*, defaults to `False`): Hard-link weight files that stay as they are.
+        progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
+        name (`str`, *optional*): What the progress bar calls it.
+
+    Raises:
+        CheckpointError: The disk is too full, or the source changed.
+        OSError: Writing failed.
+    """
+    linked = _linkable(plan, folder) if link else frozenset()
+    total = plan.target_bytes - sum(shard.size for shard in plan.shards if shard.target in linked)
+    free = shutil.disk_usage(folder).free
+    logger.info(
+        "%s: keeping %d of %d layers; %d bytes to read and write, of %d, %d files to link; %d bytes free",
+        plan.source,
+        len(plan.cut.keep),
+        plan.cut.num_layers,
+        total,
+        plan.source_bytes,
+        len(linked),
+        free,
+    )
+    check_space(folder.with_name(name or folder.name), total, free)
+    with tqdm(
+        total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name or folder.name, disable=not progress
+    ) as bar:
+        for shard in plan.shards:
+            for count in _write_shard(plan, shard, folder, shard.target in linked):
+                bar.update(count)
+        for companion, _ in plan.companions:
+            for count in _write_companion(plan.source / companion, folder / companion):
+                bar.update(count)
+        for file, content in plan.files.items():
+            with _NewFile(folder / file) as output:
+                write_all(output.descriptor, content)
+            bar.update(len(content))
+    _check_written(plan, folder)
+
+
+def _linkable(plan: CheckpointPlan, folder: Path) -> frozenset[str]:
     """The files that can be linked instead of copied."""
-    home = next(folder for folder in target.parents if folder.is_dir())
     for shard in plan.shards:
-        if (plan.source / shard.source).stat().st_dev != home.stat().st_dev:
+        if (plan.source / shard.source).stat().st_dev != folder.stat().st_dev:
             raise CheckpointError(
-                f"{plan.source / shard.source} and {target} are on different file systems, and a hard link can't reach "
-                "from one to the other; write to the same file system, or do without link=True"
+                f"{plan.source / shard.source} and {folder.parent} are on different file systems, and a hard link can't reach "
+                "from one to the other; write to the same file system, or do without --link (link=True)"
             )
     return frozenset(shard.target for shard in plan.shards if shard.whole)
 

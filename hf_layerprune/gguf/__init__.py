@@ -1,6 +1,6 @@
 """Drop decoder layers of a GGUF model file on disk, without dequantising and without torch.
 
-    from hf_layerprune.gguf_file import cut_gguf
+    from hf_layerprune.gguf import cut_gguf
 
     cut_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-101M.Q4_1.gguf", drop_layers=range(23, 30))
 
@@ -25,12 +25,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tqdm.auto import tqdm
 
-from .errors import CheckpointError
-from .files import KERNEL_CHUNK as _CHUNK
-from .files import Copier as _Copier
-from .files import FileState, check_space, sync_folder, write_all, write_failed
-from .gguf_header import GGUFHeader, TensorInfo, pad, read_header
-from .gguf_layers import block_count_of, rewrite_metadata
+from ..errors import CheckpointError
+from ..files import KERNEL_CHUNK as _CHUNK
+from ..files import Copier as _Copier
+from ..files import FileState, check_space, sync_folder, write_all, write_failed
+from .header import GGUFHeader, TensorInfo, pad, read_header
+from .layers import block_count_of, rewrite_metadata
 
 logger = logging.getLogger(__name__)
 

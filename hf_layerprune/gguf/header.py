@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from .errors import CheckpointError
-from .gguf_tables import MAX_LAYERS
+from ..errors import CheckpointError
+from ..families.gguf import MAX_LAYERS
 
 MAX_KEYS = 4096
 MAX_TENSORS = 1 << 18

@@ -1,6 +1,6 @@
 """Rewrite what a GGUF file says about its layers when some are dropped.
 
-`gguf_tables` says what each key means and which architectures are known. What is not in its tables is refused: a
+`families/gguf.py` says what each key means and which architectures are known. What is not in its tables is refused: a
 model that loads and quietly computes something else is the one outcome that must not happen.
 """
 
@@ -10,9 +10,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from .errors import CheckpointError
-from .gguf_header import GGUFHeader, KeyValue
-from .gguf_tables import (
+from ..errors import CheckpointError
+from ..families.gguf import (
     ARCHITECTURES,
     ARRAYS,
     FIRST_SIZES_ALL,
@@ -29,6 +28,7 @@ from .gguf_tables import (
     UNMOVED_FIRST,
     ZERO_ONLY,
 )
+from .header import GGUFHeader, KeyValue
 
 _NOT_ABOUT_LAYERS = ("general.", "tokenizer.", "split.", "quantize.", "diffusion.")
 _LAYER_WORDS = re.compile(r"layer|block|blk|every|interval|period|pattern|depth|stage|stack|loop|_step")
