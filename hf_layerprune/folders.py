@@ -73,10 +73,10 @@ def check_target(target: Path, source: Path | None, force: bool) -> Path:
     if target.is_symlink():
         raise CheckpointError(f"{named} is a symbolic link, and nothing is written through one; name a new folder")
     target = Path(os.path.realpath(target.parent)) / target.name
-    if not target.name:
-        raise CheckpointError(f"{named} can't be replaced; name a new folder")
     if source is not None and source.exists():
         _check_apart(named, target, source)
+    if not target.name:
+        raise CheckpointError(f"{named} can't be replaced; name a new folder")
     if os.path.lexists(target):
         if not target.is_dir():
             raise CheckpointError(f"{named} is a file; name a folder to make")

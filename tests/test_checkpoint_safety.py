@@ -95,7 +95,7 @@ def test_a_target_is_replaced_on_demand_only(base, tmp_path, monkeypatch, exchan
     (target / "config.json").write_text("old")
     (target / "further").mkdir()
     old = digest(target)
-    with pytest.raises(CheckpointError, match=r"exists and is not empty; pass force=True"):
+    with pytest.raises(CheckpointError, match=r"exists and is not empty; replace it with --force"):
         cut(base, target)
     assert digest(target) == old
     cut(base, target, force=True)
@@ -246,7 +246,7 @@ def test_what_killed_runs_left_is_removed_by_the_next_run_and_nothing_else(base,
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("left")
     (tmp_path / ".cut.partial-89abcdef").symlink_to(base)
-    with pytest.raises(CheckpointError, match="was put back after a killed run; pass force=True"):
+    with pytest.raises(CheckpointError, match="was put back after a killed run; replace it with --force"):
         cut(base, tmp_path / "cut")
     assert (tmp_path / "cut/config.json").read_text() == "left"
     cut(base, tmp_path / "cut", force=True)
@@ -314,7 +314,7 @@ for number in range(rounds):
     else:  # near the end, where the names change
         while not any(target.parent.glob(".cut.partial-*/config.json")) and not is_done():
             pass
-        time.sleep(chance.uniform(0, 0.02))
+        time.sleep(chance.uniform(0, 0.08))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     seen["partial"] += any(target.parent.glob(".cut.partial-*"))

@@ -120,7 +120,7 @@ def test_force_replaces_and_nothing_else_does(base: Path, tmp_path: Path, capsys
     first = snapshot(out)
     assert main(["prune", str(base), str(out), "--drop", "3"]) == 1
     error = capsys.readouterr().err
-    assert "is not empty; name another folder, or replace it with --force" in error
+    assert "exists and is not empty; replace it with --force" in error
     assert snapshot(out) == first
     assert main(["prune", str(base), str(out), "--drop", "3", "--force"]) == 0
     assert AutoConfig.from_pretrained(out).num_hidden_layers == 5
