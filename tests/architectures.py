@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hf_layerprune import families
 
-from .matrix import cuts, prove
+from .matrix import cuts, prove, prove_forms
 from .tiny_models import MODEL_TYPES, tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,8 @@ and, at an odd number of places that are not neighbours, in its middle, and each
    the last bit;
 2. both gave the logits of the dense model in which each dropped layer hands its input on unchanged;
 3. greedy generation gave the same tokens with the key-value cache and without it;
-4. the saved config passed transformers' own validation.
+4. the saved config passed transformers' own validation;
+5. the same cut made on disk, and the model loaded without the dropped layers, had the same tensors and logits.
 
 Single cuts of a proven type can still be refused, with a reason: where layers share keys and values, where a
 config can only describe a period, or where a layer can stand at one place only.
@@ -88,6 +89,7 @@ def _prove(model_type: str) -> tuple[str, str | None, float]:
     start = time.perf_counter()
     try:
         prove(model_type)
+        prove_forms(model_type)
     except Exception as error:
         return model_type, f"{type(error).__name__}: {error}", time.perf_counter() - start
     return model_type, None, time.perf_counter() - start

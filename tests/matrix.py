@@ -18,8 +18,10 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from hf_layerprune import families
+from hf_layerprune.checkpoint import cut_checkpoint
 from hf_layerprune.cut import drop_layers
 from hf_layerprune.families.layout import find_decoder_layers
+from hf_layerprune.lazy import load_pruned
 
 from .tiny_models import EAGER, tiny_input, tiny_model
 
@@ -125,19 +127,61 @@ def prove_cut(dense: Any, dropped: Sequence[int]) -> None:
             families.is_cut(config, dropped, n),
             lambda: f"the saved config says {getattr(config, families.MARKER, None)}",
         )
-        # A text decoder of a multimodal model may have no auto class of its own.
-        loader = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else type(dense)
-        again, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **EAGER)
-    for parameter in again.parameters():
-        # Weights in a mapped file are not aligned as fresh ones are, and some kernels round by alignment.
-        parameter.data = parameter.data.clone()
-    lost = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+        again, lost = load(folder, dense)
     _check("a", not lost, lambda: f"reload: {lost}")
-    reloaded = logits(again.eval(), ids)
+    reloaded = logits(again, ids)
     _check("a", torch.equal(mine, reloaded), lambda: f"off by {(mine - reloaded).abs().max()} after a reload")
     for name, candidate in (("in memory", model), ("reloaded", again)):
         tokens = [greedy(candidate, ids, use_cache).tolist() for use_cache in (True, False)]
         _check("c", tokens[0] == tokens[1], lambda: f"{name}: {tokens[0]} with cache, {tokens[1]} without")  # noqa: B023
+
+
+def load(folder: str, like: Any) -> tuple[Any, dict[str, Any]]:
+    """Load a model with plain transformers, in the class of another; and what the loader has to say."""
+    # A text decoder of a multimodal model may have no auto class of its own.
+    config_class = type(AutoConfig.from_pretrained(folder))
+    loader = AutoModelForCausalLM if config_class in MODEL_FOR_CAUSAL_LM_MAPPING else type(like)
+    model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **EAGER)
+    return realign(model), {
+        key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]
+    }
+
+
+def realign(model: Any) -> Any:
+    """Copy all weights to fresh memory.
+
+    Weights in a mapped file are not aligned as fresh ones are, and some kernels round by alignment.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model.eval()
+
+
+def prove_forms(model_type: str) -> None:
+    """Prove that a cut on disk, and a model loaded without the dropped layers, equal the cut in memory.
+
+    Raises:
+        ProofError: Logits or tensors differ.
+    """
+    ids = tiny_input()
+    with tempfile.TemporaryDirectory() as folder:
+        made = tiny_model(model_type, seed=SEED.get(model_type, 0))
+        made.save_pretrained(f"{folder}/dense")
+        for number, dropped in enumerate(cuts(model_type, made.config).values()):
+            in_memory, _ = load(f"{folder}/dense", made)
+            drop_layers(in_memory, dropped)
+            expected, tensors = logits(in_memory, ids), in_memory.state_dict()
+            cut_checkpoint(f"{folder}/dense", f"{folder}/cut{number}", dropped, progress=False)
+            on_disk, lost = load(f"{folder}/cut{number}", made)
+            _check("disk", not lost, lambda: f"{lost}")  # noqa: B023
+            lazy = realign(load_pruned(f"{folder}/dense", dropped, dtype=torch.float32, **EAGER))
+            for name, other in (("disk", on_disk), ("lazy", lazy)):
+                other_tensors = other.state_dict()
+                _check(name, other_tensors.keys() == tensors.keys(), lambda: "other tensors")
+                for key, tensor in tensors.items():
+                    _check(name, torch.equal(tensor, other_tensors[key]), lambda: f"{key} differs")  # noqa: B023
+                off = (logits(other, ids) - expected).abs().max().item()
+                _check(name, off == 0, lambda: f"logits are off by {off}")  # noqa: B023
 
 
 def prove(model_type: str) -> dict[str, tuple[int, ...]]:

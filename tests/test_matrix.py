@@ -7,7 +7,7 @@ from hf_layerprune import UnsupportedModelError, families
 from hf_layerprune.families.types import proven
 
 from .architectures import DOCUMENT, proven_types, render
-from .matrix import ProofError, prove, prove_cut
+from .matrix import ProofError, prove, prove_cut, prove_forms
 from .tiny_models import MODEL_TYPES, tiny_config, tiny_model
 
 # One of each kind: plain, sliding windows, experts, shared keys and values, hybrids, index sets, old layouts,
@@ -17,14 +17,19 @@ REPRESENTATIVE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "model_type",
-    [
-        pytest.param(t, marks=() if t in REPRESENTATIVE else pytest.mark.matrix)
-        for t in MODEL_TYPES
-        if t not in families.REFUSED
-    ],
-)
+PROVEN = [
+    pytest.param(t, marks=() if t in REPRESENTATIVE else pytest.mark.matrix)
+    for t in MODEL_TYPES
+    if t not in families.REFUSED
+]
+
+
+@pytest.mark.parametrize("model_type", PROVEN)
+def test_three_forms_agree(model_type: str) -> None:
+    prove_forms(model_type)
+
+
+@pytest.mark.parametrize("model_type", PROVEN)
 def test_proven(model_type: str) -> None:
     prove(model_type)
 
