@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What a checkpoint is made of: never pickles, nor the same weights in other formats.
-_CHECKPOINT_FILES = [
+CHECKPOINT_FILES = [
     "*.json",
     "*.jinja",
     "*.txt",
@@ -52,12 +52,28 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
                 f"{path} has no config.json, so it is not a model folder; name a folder that has one"
             )
         return str(path), gguf_file
-    looks_like_a_path = path.is_absolute() or str(base).startswith(("~", ".")) or str(base).count("/") > 1
-    if looks_like_a_path or path.suffix == ".gguf":
+    if _looks_like_a_path(str(base)) or path.suffix == ".gguf":
         raise CheckpointError(
             f"{path} does not exist; name a model folder, a .gguf file, or a Hub id such as org/name"
         )
     return str(base), gguf_file
+
+
+def is_hub_id(base: str | Path) -> bool:
+    """Whether a base is on the Hub rather than in the file system.
+
+    Args:
+        base (`str` or `Path`): What the user named.
+
+    Returns:
+        `bool`: Whether it is neither a file or folder that exists, nor looks like the path of one that doesn't.
+    """
+    path = Path(base).expanduser()
+    return not (isinstance(base, Path) or path.exists() or _looks_like_a_path(str(base)) or path.suffix == ".gguf")
+
+
+def _looks_like_a_path(base: str) -> bool:
+    return Path(base).is_absolute() or base.startswith(("~", ".")) or base.count("/") > 1
 
 
 def load_config(base: str | Path, **kwargs: Any) -> PreTrainedConfig:
@@ -112,32 +128,6 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     if gguf_file is not None:
         model.name_or_path = str(base)  # the file, not its folder, is the base
     return model
-
-
-def local_folder(base: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
-    """A base's safetensors checkpoint as a local folder, downloaded into the cache where it is not there yet.
-
-    Args:
-        base (`str` or `Path`): A folder or a Hub id.
-        revision (`str`, *optional*): Branch, tag or commit, on the Hub.
-
-    Returns:
-        `tuple[Path, str | None]`: The folder, and the commit for a base on the Hub.
-
-    Raises:
-        CheckpointError: There is no such model, or it can't be downloaded.
-    """
-    name, _ = resolve_base(base)
-    if Path(name).is_dir():
-        return Path(name), None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_CHECKPOINT_FILES))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise CheckpointError(f"can't get {base}: {first_line(error)}") from error
-    return folder, folder.name
 
 
 def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import families
 from .checkpoint import plan_cut
+from .checkpoint.settings import read_config
 from .checkpoint.write import fill
 from .errors import CheckpointError
 from .folders import new_folder
 from .gguf import cut_gguf, gguf_layer_count, is_gguf
-from .loading import load_base, load_config, local_folder, resolve_base
+from .loading import is_hub_id, load_base, load_config, resolve_base
 from .publish.lineage import Lineage, fingerprint, station
 from .select import select_layers
 from .select.spec import format_layers
+
+if TYPE_CHECKING:
+    from .checkpoint.remote import HubBase
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +108,8 @@ def prune_to(request: PruneRequest) -> str:
     output = Path(request.output)
     if output.suffix == ".gguf":
         return _prune_gguf(request, Path(request.base), output)
-    config = load_config(request.base, revision=request.revision)
+    hub = _hub_base(request)
+    config = read_config(hub.folder) if hub else load_config(request.base, revision=request.revision)
     families.check_supported(config)
     dropped = request.layers_of(families.layer_count(config), families.protected_layers(config))
     cut = families.make_cut(config, dropped)
@@ -112,13 +117,18 @@ def prune_to(request: PruneRequest) -> str:
 
     # Everything that can be refused is refused before a weight is read.
     rehearse_config(config, families.cut_config(config, cut), cut)
-    write = _adapter if request.adapter else _model if _needs_a_model(request) else _checkpoint
-    source = Path(request.base).expanduser()
+    source = hub.folder if hub else Path(request.base).expanduser()
     with new_folder(output, force=request.force, apart_from=source) as folder:
         with station("prune", request.settings(list(cut.drop))) as entry:
-            commit = write(request, list(cut.drop), folder)
+            if request.adapter or _needs_a_model(request):
+                commit = (_adapter if request.adapter else _model)(request, list(cut.drop), folder)
+            else:
+                # The same bytes of what stays: nothing is loaded, and of a base on the Hub nothing else is fetched.
+                plan = plan_cut(hub or source, cut.drop)
+                fill(plan, folder, link=request.link, name=output.name)
+                commit = hub.commit if hub else None
         entry["layers"] = {"base": cut.num_layers, "left": len(cut.keep)}
-        _write_lineage(request, entry, commit, folder)
+        _write_lineage(request, entry, commit, folder, hub)
     kind = "adapter that drops" if request.adapter else "dropped"
     return f"{kind} layers {format_layers(cut.drop)} of {cut.num_layers}: {len(cut.keep)} left, in {output}"
 
@@ -126,6 +136,15 @@ def prune_to(request: PruneRequest) -> str:
 def _needs_a_model(request: PruneRequest) -> bool:
     """Whether weights change on the way, by another type or by unpacking, so that copying bytes is not enough."""
     return request.dtype != "auto" or resolve_base(request.base)[1] is not None
+
+
+def _hub_base(request: PruneRequest) -> HubBase | None:
+    """The base, if it is on the Hub and its weights stay as they are."""
+    if request.adapter or _needs_a_model(request) or not is_hub_id(request.base):
+        return None
+    from .checkpoint.remote import HubBase
+
+    return HubBase.open(request.base, request.revision)
 
 
 def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> str:
@@ -144,13 +163,6 @@ def _dtype(request: PruneRequest, gguf: bool) -> Any:
 
     name = "bfloat16" if request.dtype == "auto" and gguf else request.dtype
     return name if name == "auto" else getattr(torch, name)
-
-
-def _checkpoint(request: PruneRequest, dropped: list[int], folder: Path) -> str | None:
-    """Copy the bytes that stay."""
-    source, commit = local_folder(request.base, request.revision)
-    fill(plan_cut(source, dropped), folder, link=request.link, name=Path(request.output).name)
-    return commit
 
 
 def _model(request: PruneRequest, dropped: list[int], folder: Path) -> str | None:
@@ -194,12 +206,20 @@ def _adapter(request: PruneRequest, dropped: list[int], folder: Path) -> str | N
     return config.base_commit
 
 
-def _write_lineage(request: PruneRequest, entry: dict[str, Any], commit: str | None, folder: Path) -> None:
-    source = Path(request.base).expanduser()
-    if not source.exists():
-        source, _ = local_folder(request.base, commit or request.revision)
+def _write_lineage(
+    request: PruneRequest, entry: dict[str, Any], commit: str | None, folder: Path, hub: HubBase | None
+) -> None:
+    if hub is None and is_hub_id(request.base):
+        from .checkpoint.remote import HubBase
+
+        hub = HubBase.open(request.base, commit or request.revision)
+    source = hub.folder if hub else Path(request.base).expanduser()
     lineage = (Lineage.of(source) if source.is_dir() else None) or Lineage({})
     if not lineage.base:
-        lineage.base = {"id": request.base, "commit": commit, "files": fingerprint(source)}
+        lineage.base = {
+            "id": request.base,
+            "commit": commit,
+            "files": hub.fingerprint() if hub else fingerprint(source),
+        }
     lineage.entries.append(entry)
     lineage.write(folder)

@@ -221,7 +221,10 @@ class Handler(BaseHTTPRequestHandler):
             "Accept-Ranges": "bytes",
             "Content-Type": "application/octet-stream" if file.sha256 else "text/plain; charset=utf-8",
         }
-        span = parse_range(self.headers.get("Range"), size) if self.command == "GET" else None
+        asked = self.server.hub.take_lies(self.command, self.decoded, asked=True).get(
+            "Range", self.headers.get("Range")
+        )
+        span = parse_range(asked, size) if self.command == "GET" else None
         if span is None:
             status, span = 200, range(size)
         elif span:
@@ -241,7 +244,8 @@ class Handler(BaseHTTPRequestHandler):
         # answer to its end finds it in the log.
         add = hub.record(request)
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(length)}.items():
+        lies = hub.take_lies(self.command, self.decoded)
+        for name, value in {**headers, "Content-Length": str(length), **lies}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":

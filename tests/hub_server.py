@@ -40,6 +40,7 @@ class _Fault:
     method: str | None
     value: int
     left: int
+    least: int = 0
 
     def hits(self, method: str, path: str) -> bool:
         return (
@@ -120,6 +121,7 @@ class HubServer:
             self._statuses: list[_Fault] = []
             self._breaks: list[_Fault] = []
             self._truncated: dict[str, int] = {}
+            self._lies: list[tuple[str, str, _Fault]] = []
 
     def record(self, request: Request) -> Callable[[int], None]:
         """Log a request; the answer adds to its sent bytes."""
@@ -142,15 +144,36 @@ class HubServer:
         with self._lock:
             self._statuses.append(_Fault(path_suffix, prefix, method, code, times))
 
-    def fail_after(self, count: int, path_suffix: str, times: int = 1, *, prefix: str = "") -> None:
-        """Close the connection after `count` bytes of a body that has more, `times` times."""
+    def fail_after(self, count: int, path_suffix: str, times: int = 1, *, prefix: str = "", least: int = 0) -> None:
+        """Close the connection after `count` bytes of a body that has more, and more than `least`, `times` times."""
         with self._lock:
-            self._breaks.append(_Fault(path_suffix, prefix, None, count, times))
+            self._breaks.append(_Fault(path_suffix, prefix, None, count, times, max(count, least)))
 
     def truncate(self, path_suffix: str, size: int) -> None:
         """Serve only a file's first `size` bytes, as if that were the file; what the API says of it stays."""
         with self._lock:
             self._truncated[path_suffix] = size
+
+    def lie(self, path_suffix: str, header: str, value: str, *, after: int = 0, prefix: str = "") -> None:
+        """Answer one `GET` request, when `after` others were answered, with another header than is true.
+
+        `"Range"` puts another range in place of the one that was asked for.
+        """
+        with self._lock:
+            self._lies.append((header, value, _Fault(path_suffix, prefix, "GET", after, 1)))
+
+    def take_lies(self, method: str, path: str, asked: bool = False) -> dict[str, str]:
+        """Use up the lies that are due about an answer's headers, or about those that were asked."""
+        found = {}
+        with self._lock:
+            for header, value, fault in self._lies:
+                if (header == "Range") != asked or not fault.hits(method, path):
+                    continue
+                if fault.value == 0:
+                    fault.left -= 1
+                    found[header] = value
+                fault.value -= 1
+        return found
 
     def take_status(self, method: str, path: str) -> int | None:
         """Use up a status fault, if one is due."""
@@ -158,7 +181,7 @@ class HubServer:
 
     def take_break(self, method: str, path: str, length: int) -> int | None:
         """Use up a broken connection, if one is due in a body of this length."""
-        return self._take(self._breaks, lambda fault: fault.value < length and fault.hits(method, path))
+        return self._take(self._breaks, lambda fault: fault.least < length and fault.hits(method, path))
 
     def _take(self, faults: list[_Fault], due: Callable[[_Fault], bool]) -> int | None:
         with self._lock:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,24 @@ class Weights:
     Args:
         headers (`dict[str, Header]`): The header of each file, by file name.
         index (`dict`, *optional*): The parsed index of a sharded checkpoint, or `None` for a single file.
+        skipped (`dict[str, int]`): Size of each file that was not opened, because the index says that it holds
+            nothing that stays.
     """
 
     headers: dict[str, Header]
     index: dict[str, Any] | None
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def skipped_tensors(self) -> list[str]:
+        """Names of the tensors in the files that were not opened."""
+        weight_map = self.index["weight_map"] if self.index is not None and self.skipped else {}
+        return [name for name, file in weight_map.items() if file in self.skipped]
+
+    @property
+    def size(self) -> int:
+        """Size of all the files."""
+        return sum(header.source.size for header in self.headers.values()) + sum(self.skipped.values())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -90,27 +104,44 @@ def open_weights(folder: Path) -> Iterator[Weights]:
 
 
 def _weight_files(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
-    single, index = folder / SINGLE, folder / INDEX
-    if os.path.lexists(index):
-        if os.path.lexists(single):
-            raise CheckpointError(
-                f"{folder} holds both {SINGLE} and {INDEX}, and loaders differ in which they read; remove one of them"
-            )
-        value = read_json(index)
-        return shard_names(value, str(index)), value
-    if os.path.lexists(single):
+    if find_weights(os.listdir(folder), str(folder)) == SINGLE:
         return [SINGLE], None
-    others = sorted(path.name for path in folder.iterdir() if path.name.endswith((".bin", ".pt", ".pth")))
+    value = read_json(folder / INDEX)
+    return shard_names(value, str(folder / INDEX)), value
+
+
+def find_weights(names: Collection[str], where: str) -> str:
+    """Tell from a list of files where a checkpoint keeps its weights.
+
+    Args:
+        names (`Collection[str]`): All files.
+        where (`str`): What to call their folder in errors.
+
+    Returns:
+        `str`: `SINGLE` or `INDEX`.
+
+    Raises:
+        CheckpointError: There are no safetensors weights, or more than one set.
+    """
+    if INDEX in names:
+        if SINGLE in names:
+            raise CheckpointError(
+                f"{where} holds both {SINGLE} and {INDEX}, and loaders differ in which they read; remove one of them"
+            )
+        return INDEX
+    if SINGLE in names:
+        return SINGLE
+    others = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
     if others:
         raise CheckpointError(
-            f"{folder} holds only pickled weights ({others[0]}), which can run code when they are read and are never "
+            f"{where} holds only pickled weights ({others[0]}), which can run code when they are read and are never "
             "opened here; convert them to safetensors first (load the model and save_pretrained it)"
         )
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder} holds an adapter, not a model; merge it into its base first")
-    stray = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
+    if "adapter_config.json" in names:
+        raise CheckpointError(f"{where} holds an adapter, not a model; merge it into its base first")
+    stray = sorted(name for name in names if name.endswith(".safetensors"))
     hint = f" ({stray[0]} is not named by an index)" if stray else ""
-    raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}; is the download complete?")
+    raise CheckpointError(f"{where} holds neither {SINGLE} nor {INDEX}{hint}; is the download complete?")
 
 
 def shard_names(index: dict[str, Any], where: str) -> list[str]:
@@ -199,15 +230,26 @@ def companions(folder: Path) -> list[tuple[str, int]]:
     return [(str(path.relative_to(folder)), path.stat().st_size) for path in found]
 
 
+def is_companion(name: str) -> bool:
+    """Whether a file, by its path relative to the model folder, is one that belongs to the model."""
+    folder, _, name = name.lower().rpartition("/")
+    if folder not in ("", *_SUBFOLDERS):
+        return False
+    return not (name.startswith((".", "consolidated", *_TRAINING)) or name in _NEVER or name.endswith(_WEIGHTS))
+
+
+def is_too_large(name: str, size: int) -> bool:
+    """Whether a companion is too large to be one; it is logged then."""
+    if size > _LARGE:
+        logger.warning("%s is left out: it has %d bytes, too many for a side file", name, size)
+    return size > _LARGE
+
+
 def _goes_along(path: Path) -> bool:
-    name = path.name.lower()
-    if name.startswith((".", "consolidated", *_TRAINING)) or name in _NEVER or name.endswith(_WEIGHTS):
+    if not is_companion(path.name):
         return False
     if path.is_symlink() and not path.exists():
         raise CheckpointError(f"{path} is a link to nothing; is the download complete?")
     if not path.is_file():
         return False
-    if path.stat().st_size > _LARGE:
-        logger.warning("%s is left out: it has %d bytes, too many for a side file", path, path.stat().st_size)
-        return False
-    return True
+    return not is_too_large(str(path), path.stat().st_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +22,8 @@ from .header import DTYPE_BITS, Header, Tensor, write_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from .ranges import RemoteFile
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +100,7 @@ class CheckpointPlan:
         tensor_names (`dict[str, str]`): Old name to new name, of every tensor that stays.
         dropped_tensors (`tuple[str, ...]`): Names of those that go.
         source_bytes (`int`): Size of the base's weight files.
+        remote (`Mapping[str, RemoteFile]`): The weight files that are not in the folder but on the Hub, by name.
     """
 
     source: Path
@@ -110,6 +113,7 @@ class CheckpointPlan:
     tensor_names: dict[str, str] = field(repr=False)
     dropped_tensors: tuple[str, ...] = field(repr=False)
     source_bytes: int
+    remote: Mapping[str, RemoteFile] = field(repr=False, default_factory=dict)
 
     @property
     def weight_bytes(self) -> int:
@@ -157,8 +161,9 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
         UnsupportedModelError: It is not clear where the decoder layers are.
     """
     tensors = [tensor for header in weights.headers.values() for tensor in header.tensors]
-    prefix = find_layer_prefix((tensor.name for tensor in tensors), cut.num_layers)
-    names, drafts = _new_names(tensors, prefix, config, cut)
+    found = [*(tensor.name for tensor in tensors), *weights.skipped_tensors]
+    prefix = find_layer_prefix(found, cut.num_layers)
+    names, drafts = _new_names(found, prefix, config, cut)
     if drafts:
         log = logger.info if _has_drafts(config) else logger.warning
         log("%d tensors beyond the %d decoder layers go too, such as %s", len(drafts), cut.num_layers, drafts[0])
@@ -167,21 +172,40 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
         file: [slicer.keep(tensor, names[tensor.name], header) for tensor in header.tensors if tensor.name in names]
         for file, header in weights.headers.items()
     }
-    kept = {file: found for file, found in kept.items() if found}
+    kept = {file: items for file, items in kept.items() if items}
     shards, weight_map = [], {}
-    for number, (file, found) in enumerate(kept.items(), 1):
+    for number, (file, items) in enumerate(kept.items(), 1):
         target = SINGLE if weights.index is None else _SHARD.format(number, len(kept))
-        shards.append(_shard(file, target, weights.headers[file], found))
-        weight_map |= {item.new.name: target for item in found}
-    dropped = tuple(tensor.name for tensor in tensors if tensor.name not in names)
+        shards.append(_shard(file, target, weights.headers[file], items))
+        weight_map |= {item.new.name: target for item in items}
+    dropped = tuple(name for name in found if name not in names)
     index = None
     if weights.index is not None:
         index = weights.index | {"weight_map": weight_map}
         if "metadata" in index:
-            index["metadata"] = _index_metadata(
-                index["metadata"], tensors, [item for k in kept.values() for item in k]
-            )
+            every = [item for items in kept.values() for item in items]
+            index["metadata"] = _index_metadata(index["metadata"], tensors, every, complete=not weights.skipped)
     return WeightsPlan(prefix, tuple(shards), index, names, dropped)
+
+
+def files_without(index: dict[str, Any], config: PreTrainedConfig, cut: families.Cut) -> set[str]:
+    """The files that hold nothing that stays, told from an index alone.
+
+    Args:
+        index (`dict`): The parsed index.
+        config (`PreTrainedConfig`): The base's config.
+        cut (`families.Cut`): Which layers stay.
+
+    Returns:
+        `set[str]`: File names.
+
+    Raises:
+        CheckpointError: A tensor has no plain layer index, or two would get the same name.
+        UnsupportedModelError: It is not clear where the decoder layers are.
+    """
+    weight_map = index["weight_map"]
+    names, _ = _new_names(weight_map, find_layer_prefix(weight_map, cut.num_layers), config, cut)
+    return set(weight_map.values()) - {weight_map[name] for name in names}
 
 
 # Config fields that count layers which draft further tokens; a cut sets them to zero.
@@ -193,14 +217,14 @@ def _has_drafts(config: PreTrainedConfig) -> bool:
 
 
 def _new_names(
-    tensors: Sequence[Tensor], prefix: str, config: PreTrainedConfig, cut: families.Cut
+    tensors: Iterable[str], prefix: str, config: PreTrainedConfig, cut: families.Cut
 ) -> tuple[dict[str, str], list[str]]:
     """Old name to new name of each tensor that stays, and the names of those that only draft further tokens."""
     has_drafts = _has_drafts(config)
     names: dict[str, str] = {}
     drafts: list[str] = []
-    for tensor in tensors:
-        name = new = tensor.name
+    for name in tensors:
+        new = name
         if name.startswith(prefix):
             index, dot, rest = name[len(prefix) :].partition(".")
             if index.isdecimal():
@@ -324,11 +348,22 @@ def merged(pieces: Sequence[Any] | Iterator[Any]) -> Iterator[Any]:
         yield last
 
 
-def _index_metadata(old: dict[str, Any], tensors: Sequence[Tensor], kept: Sequence[_Kept]) -> dict[str, Any]:
+# Elements of these types are parameters, one each.
+_PLAIN = {"F64", "F32", "F16", "BF16"}
+
+
+def _index_metadata(
+    old: dict[str, Any], tensors: Sequence[Tensor], kept: Sequence[_Kept], *, complete: bool
+) -> dict[str, Any]:
     new = dict(old)
     if "total_size" in new:
         new["total_size"] = sum(item.new.size for item in kept)
-    if "total_parameters" in new:
+    if "total_parameters" in new and not complete:
+        # Some of what goes was never looked at, so it can't be taken off; what stays is counted, where it can be.
+        del new["total_parameters"]
+        if all(item.new.dtype in _PLAIN for item in kept):
+            new["total_parameters"] = sum(item.new.elements for item in kept)
+    elif "total_parameters" in new:
         # Packed weights have fewer elements than parameters, so the old number is taken for right.
         gone = sum(tensor.elements for tensor in tensors) - sum(item.new.elements for item in kept)
         total = new["total_parameters"]

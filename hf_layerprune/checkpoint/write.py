@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
@@ -16,6 +17,9 @@ from ..folders import new_folder
 from .folder import INDEX, SINGLE, check_index, read_json
 from .header import read_header
 from .plan import CheckpointPlan, Rows, ShardPlan
+
+if TYPE_CHECKING:
+    from .download import Download
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +62,18 @@ def fill(
         CheckpointError: The disk is too full, or the source changed.
         OSError: Writing failed.
     """
+    if plan.remote:
+        from .download import Download
+
+        with Download(plan, folder.parent, name or folder.name) as download:
+            _fill(plan, folder, link, progress, name or folder.name, download)
+    else:
+        _fill(plan, folder, link, progress, name or folder.name, None)
+
+
+def _fill(
+    plan: CheckpointPlan, folder: Path, link: bool, progress: bool, name: str, download: Download | None
+) -> None:
     linked = _linkable(plan, folder) if link else frozenset()
     total = plan.target_bytes - sum(shard.size for shard in plan.shards if shard.target in linked)
     free = shutil.disk_usage(folder).free
@@ -71,11 +87,13 @@ def fill(
         len(linked),
         free,
     )
-    check_space(folder.with_name(name or folder.name), total, free)
-    with tqdm(
-        total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name or folder.name, disable=not progress
-    ) as bar:
+    check_space(folder.with_name(name), total - (download.done if download else 0), free)
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name, disable=not progress) as bar:
+        if download is not None:
+            download.fetch(bar.update)
         for shard in plan.shards:
+            if shard.source in plan.remote:
+                continue
             for count in _write_shard(plan, shard, folder, shard.target in linked):
                 bar.update(count)
         for companion, _ in plan.companions:
@@ -85,18 +103,22 @@ def fill(
             with _NewFile(folder / file) as output:
                 write_all(output.descriptor, content)
             bar.update(len(content))
+        if download is not None:
+            # Last: a run that is killed before has its downloads kept for the next one.
+            download.move_into(folder)
     _check_written(plan, folder)
 
 
 def _linkable(plan: CheckpointPlan, folder: Path) -> frozenset[str]:
     """The files that can be linked instead of copied."""
-    for shard in plan.shards:
+    shards = [shard for shard in plan.shards if shard.source not in plan.remote]
+    for shard in shards:
         if (plan.source / shard.source).stat().st_dev != folder.stat().st_dev:
             raise CheckpointError(
                 f"{plan.source / shard.source} and {folder.parent} are on different file systems, and a hard link can't reach "
                 "from one to the other; write to the same file system, or do without --link (link=True)"
             )
-    return frozenset(shard.target for shard in plan.shards if shard.whole)
+    return frozenset(shard.target for shard in shards if shard.whole)
 
 
 class _NewFile:
@@ -155,8 +177,6 @@ def copy_rows(source: Source, output: int, piece: Rows) -> Iterator[int]:
     Yields:
         `int`: The size of each chunk.
     """
-    import numpy as np
-
     at_once = _ROWS_CHUNK // piece.row_bytes
     if not at_once:
         for row in range(piece.rows):
@@ -166,10 +186,26 @@ def copy_rows(source: Source, output: int, piece: Rows) -> Iterator[int]:
     for row in range(0, piece.rows, at_once):
         count = min(at_once, piece.rows - row)
         data = source.read(piece.offset + row * piece.row_bytes, count * piece.row_bytes)
-        block = np.frombuffer(data, np.uint8).reshape(count, piece.row_bytes)
-        kept = np.concatenate([block[:, start : start + length] for start, length in piece.columns], axis=1)
-        write_all(output, memoryview(kept))
-        yield kept.nbytes
+        kept = take_columns(data, piece)
+        write_all(output, kept)
+        yield len(kept)
+
+
+def take_columns(data: bytes, piece: Rows) -> memoryview:
+    """Keep some columns of a stretch of rows.
+
+    Args:
+        data (`bytes`): Whole rows.
+        piece (`Rows`): The matrix and its columns.
+
+    Returns:
+        `memoryview`: What stays, row after row.
+    """
+    import numpy as np
+
+    block = np.frombuffer(data, np.uint8).reshape(-1, piece.row_bytes)
+    kept = np.concatenate([block[:, start : start + length] for start, length in piece.columns], axis=1)
+    return memoryview(kept).cast("B")
 
 
 def _write_companion(path: Path, target: Path) -> Iterator[int]:
