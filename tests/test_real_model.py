@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
 from hf_layerprune.cli import main
+from hf_layerprune.lazy import load_pruned
 from hf_layerprune.loading import load_base
 
 TEXT = (
@@ -89,6 +90,19 @@ def test_prune_save_reload_talk(base: Path, ids: torch.Tensor, tmp_path: Path) -
     assert both[0] == both[1]
 
 
+def test_three_forms_agree(base: Path, ids: torch.Tensor, tmp_path: Path) -> None:
+    in_memory = load(base)
+    drop_layers(in_memory, [3, 5, 12, 13, 20])
+    assert main(["prune", str(base), str(tmp_path / "on-disk"), "--drop-layers", "3,5,12-13,20"]) == 0
+    lazy = load_pruned(base, [3, 5, 12, 13, 20], dtype="auto")
+    assert lazy.dtype == torch.bfloat16
+    for other in (load(tmp_path / "on-disk"), lazy):
+        assert torch.equal(logits(other, ids), logits(in_memory, ids))
+    # The lineage names the files of the base by their hashes.
+    files = json.loads((tmp_path / "on-disk" / "lineage.json").read_text())["base"]["files"]
+    assert files["model.safetensors"]["size"] == (base / "model.safetensors").stat().st_size
+
+
 def test_head_outweighs_the_saving(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         model = prune_with(LayerDropConfig(base_model_name_or_path=str(base), drop=0.25), dtype=torch.bfloat16)
@@ -149,12 +163,16 @@ def test_quantised_base_can_be_cut_but_not_tuned(base: Path, ids: torch.Tensor, 
     with pytest.raises(CutError, match=r"is quantised \(uint8\) and can't be tuned; load the base unquantised"):
         prune_with(LayerDropConfig(drop=0.25), model)
     assert model.config.num_hidden_layers == 30
+    model.save_pretrained(tmp_path / "dense")
     drop_layers(model, range(12, 19))
     # With gradients on: without them, bitsandbytes repacks weights for the CPU at the first pass, and saves those.
     cut = model(ids, use_cache=False).logits
     assert torch.nn.functional.cross_entropy(cut[0, :-1].float(), ids[0, 1:]).exp() < 1000
-    model.save_pretrained(tmp_path)
-    assert torch.equal(quantised(tmp_path)(ids, use_cache=False).logits, cut)
+    model.save_pretrained(tmp_path / "cut")
+    assert torch.equal(quantised(tmp_path / "cut")(ids, use_cache=False).logits, cut)
+    # The packed bytes are cut as they are.
+    assert main(["prune", str(tmp_path / "dense"), str(tmp_path / "on-disk"), "--drop-layers", "12-18"]) == 0
+    assert torch.equal(quantised(tmp_path / "on-disk")(ids, use_cache=False).logits, cut)
 
 
 def test_adapter_of_the_real_model_is_a_peft_model(base: Path) -> None:
