@@ -327,7 +327,10 @@ def test_refused_bodies_do_not_spoil_the_connection(hub: HubServer) -> None:
     assert connection.getresponse().read() == b"{}"
     assert [one.method for one in hub.log] == ["POST"] * 3 + ["GET"]
 
-    connection.request("POST", "/api/repos/create", iter([b"{", b"}"]), encode_chunked=True)
+    # The head alone: the server answers and hangs up without reading a body.
+    connection.putrequest("POST", "/api/repos/create")
+    connection.putheader("Transfer-Encoding", "chunked")
+    connection.endheaders()
     assert connection.getresponse().status == 411
     connection.close()
 
