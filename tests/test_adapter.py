@@ -374,6 +374,18 @@ def test_unknown_per_layer_field_is_refused(llama: Path) -> None:
     assert base.config.num_hidden_layers == 8
 
 
+@pytest.mark.parametrize(
+    ("model_type", "attention"), [("bamba", [1, 4]), ("recurrent_gemma", [2, 5]), ("lfm2", [1, 4, 6])]
+)
+def test_a_hybrid_keeps_one_attention_layer(model_type: str, attention: list[int]) -> None:
+    model = tiny_model(model_type)
+    with pytest.raises(CutError, match=f"no attention layer would be left.*keep one of .{attention[0]}, "):
+        drop_layers(model, attention)
+    assert families.layer_count(model.config) == 8
+    drop_layers(model, attention[:-1])
+    assert torch.equal(greedy(model, tiny_input(), True), greedy(model, tiny_input(), False))
+
+
 def test_positional_scale_is_refused() -> None:
     from hf_layerprune.families import special
 

@@ -172,6 +172,7 @@ def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:
     fields, family, count = old_part.to_dict(), _family(part), count_field(part)
     if family.check:
         family.check(fields, cut)
+    _check_attention_left(old_part, cut)
     changed = rewrite_fields(fields, cut, family.rules, skip=(count,))
     if family.couple:
         changed |= family.couple(fields, cut)
@@ -218,6 +219,21 @@ def is_cut(config: PreTrainedConfig, drop_layers: Sequence[int], num_base_layers
         and marker.get("drop_layers") == sorted(drop_layers)
         and layer_count(config) == num_base_layers - len(drop_layers)
     )
+
+
+# Kinds of layers whose cache does not count tokens.
+_UNCOUNTED = {"linear_attention", "mamba", "conv", "recurrent", "moe", "mlp"}
+
+
+def _check_attention_left(part: PreTrainedConfig, cut: Cut) -> None:
+    """A hybrid's cache asks an attention layer how many tokens it holds: one must stay."""
+    kinds = getattr(part, "layer_types", None) or getattr(part, "layers_block_type", None) or []
+    counted = [i for i, kind in enumerate(kinds) if kind not in _UNCOUNTED]
+    if counted and not any(i in cut.new_index for i in counted):
+        raise CutError(
+            f"no attention layer would be left, and without one this {part.model_type} model can't generate with a "
+            f"cache; keep one of {counted}"
+        )
 
 
 def _rebuild(old: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
