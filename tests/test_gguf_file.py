@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_layerprune.gguf as gguf_file
-from hf_layerprune.errors import CheckpointError
+from hf_layerprune.errors import CheckpointError, CutError
 from hf_layerprune.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from tests.gguf_makers import check_bytes, contents, make_gguf, smollm2
 
@@ -148,7 +148,7 @@ def test_copying_works_without_the_kernels_help(tmp_path, monkeypatch, fault):
     ],
 )
 def test_a_bad_list_of_layers_is_refused_in_one_line(tmp_path, drop, match):
-    with refused(match) as caught:
+    with pytest.raises(CutError, match=match) as caught:
         cut_gguf(smollm2(), tmp_path / "cut.gguf", drop, progress=False)
     assert "\n" not in str(caught.value)
     assert not os.listdir(tmp_path)
@@ -157,7 +157,7 @@ def test_a_bad_list_of_layers_is_refused_in_one_line(tmp_path, drop, match):
 def test_the_target_is_never_overwritten_unasked(tmp_path, monkeypatch):
     source = make_gguf(tmp_path / "a.gguf")
     (tmp_path / "cut.gguf").write_text("mine")
-    with refused("exists; pass force=True"):
+    with refused("exists; replace it with --force"):
         cut(source, [1])
     assert (tmp_path / "cut.gguf").read_text() == "mine"
     cut(source, [1], force=True)

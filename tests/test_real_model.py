@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
 from hf_layerprune.cli import main
+from hf_layerprune.gguf import gguf_layer_count
 from hf_layerprune.lazy import load_pruned
 from hf_layerprune.loading import load_base
 
@@ -153,6 +154,35 @@ def test_command_line_from_gguf_to_folder(gguf: Path, ids: torch.Tensor, base: P
     assert "<|im_start|>user\nHello" in tokenizer.apply_chat_template(chat, tokenize=False)
     lineage = json.loads((out / "lineage.json").read_text())
     assert list(lineage["base"]["files"]) == [gguf.name]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--drop-layers", "30"], 2, "drop_layers has 30, but the model's layers are 0..29"),
+        (["--drop-layers", "0-29"], 2, "at least one must stay"),
+        (["--drop", "1.5"], 2, "drop=1.5 must be"),
+        (["--adapter"], 1, "leave out --dtype and --adapter"),
+    ],
+)
+def test_bad_words_for_a_gguf_file(
+    gguf: Path, tmp_path: Path, words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prune", str(gguf), str(tmp_path / "out.gguf"), *words]) == code
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_gguf_output_is_replaced_on_demand_only(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.gguf"
+    out.write_text("precious")
+    assert main(["prune", str(gguf), str(out)]) == 1
+    assert "exists; replace it with --force" in capsys.readouterr().err
+    assert out.read_text() == "precious"
+    assert main(["prune", str(gguf), str(out), "--force"]) == 0
+    assert gguf_layer_count(out) == 23
 
 
 def test_quantised_base_can_be_cut_but_not_tuned(base: Path, ids: torch.Tensor, tmp_path: Path) -> None:

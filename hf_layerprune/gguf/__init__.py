@@ -108,7 +108,8 @@ def plan_gguf_cut(source: str | os.PathLike[str], drop_layers: Sequence[int]) ->
         `GGUFCutPlan`: What stays, what changes, and how large the result will be.
 
     Raises:
-        CheckpointError: If the file is damaged or of an unknown kind, or if these layers cannot be dropped from it.
+        CheckpointError: If the file is damaged or of an unknown kind, or if the cut could not be exact.
+        CutError: If an index is out of range or named twice, or nothing or everything would go.
     """
     with _opened(Path(source)) as (_, header):
         return _plan(header, drop_layers)
@@ -139,6 +140,7 @@ def cut_gguf(
 
     Raises:
         CheckpointError: If the cut is refused, the target is in the way, the disk is too full, or writing fails.
+        CutError: If an index is out of range or named twice, or nothing or everything would go.
     """
     source, target = Path(source), Path(target)
     with _opened(source) as (file, header):
@@ -283,7 +285,7 @@ def _check_target(plan: GGUFCutPlan, target: Path, force: bool) -> None:
     if target.exists() and plan.source.samefile(target):
         raise CheckpointError(f"{target} is the source itself; write to another file")
     if not force and os.path.lexists(target):
-        raise CheckpointError(f"{target} exists; pass force=True to replace it, or name another file")
+        raise CheckpointError(f"{target} exists; replace it with --force (force=True), or name another file")
     check_space(target, plan.target_bytes, shutil.disk_usage(target.parent).free)
 
 
@@ -327,10 +329,12 @@ def _publish(temporary: Path, target: Path, force: bool) -> None:
         try:
             os.link(temporary, target)
         except FileExistsError:
-            raise CheckpointError(f"{target} has appeared meanwhile; pass force=True to replace it") from None
+            raise CheckpointError(f"{target} has appeared meanwhile; replace it with --force (force=True)") from None
         except OSError:
             if os.path.lexists(target):
-                raise CheckpointError(f"{target} has appeared meanwhile; pass force=True to replace it") from None
+                raise CheckpointError(
+                    f"{target} has appeared meanwhile; replace it with --force (force=True)"
+                ) from None
         else:
             temporary.unlink()
             return

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import CheckpointError
+from ..errors import CutError
 from ..families.gguf import (
     ARCHITECTURES,
     ARRAYS,
@@ -116,7 +116,7 @@ def check_drop_layers(drop_layers: Sequence[int], block_count: int) -> tuple[int
         `tuple[int, ...]`: The layers that stay, ascending.
 
     Raises:
-        CheckpointError: If an index is no whole number, out of range or there twice, or if none or all are named.
+        CutError: If an index is no whole number, out of range or there twice, or if none or all are named.
     """
     layers = f"0..{block_count - 1}"
     seen: set[int] = set()
@@ -126,16 +126,16 @@ def check_drop_layers(drop_layers: Sequence[int], block_count: int) -> tuple[int
         except TypeError:
             layer = None
         if layer is None or isinstance(item, bool):
-            raise CheckpointError(f"drop_layers has {item!r}, which is no layer index; name layers of {layers}")
+            raise CutError(f"drop_layers has {item!r}, which is no layer index; name layers of {layers}")
         if not 0 <= layer < block_count:
-            raise CheckpointError(f"drop_layers has {layer}, but the model's layers are {layers}")
+            raise CutError(f"drop_layers has {layer}, but the model's layers are {layers}")
         if layer in seen:
-            raise CheckpointError(f"drop_layers has {layer} twice; name each layer once")
+            raise CutError(f"drop_layers has {layer} twice; name each layer once")
         seen.add(layer)
     if not seen:
-        raise CheckpointError(f"drop_layers is empty, so nothing would be dropped; name layers of {layers}")
+        raise CutError(f"drop_layers is empty, so nothing would be dropped; name layers of {layers}")
     if len(seen) == block_count:
-        raise CheckpointError(f"drop_layers has all {block_count} layers; at least one must stay")
+        raise CutError(f"drop_layers has all {block_count} layers; at least one must stay")
     return tuple(layer for layer in range(block_count) if layer not in seen)
 
 
@@ -161,7 +161,7 @@ def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> Rewrite:
         header.fail(f"{arch}.nextn_predict_layers does not fit the {block_count} layers; the file is damaged")
     cut = _Cut(header, arch, block_count, main_count, kept)
     if not cut.kept_main:
-        raise CheckpointError(f"drop_layers has all of the decoder's layers 0..{main_count - 1}; one must stay")
+        raise CutError(f"drop_layers has all of the decoder's layers 0..{main_count - 1}; one must stay")
     _check_architecture(cut)
 
     entries: dict[str, bytes] = {}
