@@ -7,7 +7,7 @@ from hf_layerprune import UnsupportedModelError, families
 from hf_layerprune.families.types import proven
 
 from .architectures import DOCUMENT, proven_types, render
-from .matrix import ProofError, prove, prove_cut, prove_forms
+from .matrix import ProofError, cuts, prove, prove_cut, prove_forms
 from .tiny_models import MODEL_TYPES, tiny_config, tiny_model
 
 # One of each kind: plain, sliding windows, experts, shared keys and values, hybrids, index sets, old layouts,
@@ -65,6 +65,19 @@ def test_unknown_type_is_refused() -> None:
 
 class TestTheProofCanFail:
     """The matrix is worth what it catches."""
+
+    def test_no_list_looks_right_when_cut_short(self) -> None:
+        """Were a list truncated in place of selected from, the middle cut of every type would show it."""
+        for model_type in (t for t in MODEL_TYPES if t not in families.REFUSED):
+            config = tiny_config(model_type)
+            keep = families.make_cut(config, cuts(model_type, config)["middle"]).keep
+            for name, value in families.text_config(config).to_dict().items():
+                if (
+                    isinstance(value, list)
+                    and len(value) == families.layer_count(config)
+                    and value != value[:1] * len(value)
+                ):
+                    assert [value[i] for i in keep] != value[: len(keep)], f"{model_type}: {name}"
 
     def test_forgotten_list(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from hf_layerprune.families import fields

@@ -88,8 +88,17 @@ def _cycle(*kinds: str, n: int = LAYERS) -> list[str]:
 _MLA = {"num_key_value_heads": 4}
 _DECODER = {"is_decoder": True}
 _ENCODER_AS_DEEP = {"encoder_layers": LAYERS}  # the cache of these decoders is sized by the encoder
-_SLIDING = {"layer_types": _cycle("sliding_attention", "full_attention", "full_attention")}
-_DENSE_AND_SPARSE = {"mlp_layer_types": _cycle("dense", "sparse", "sparse")}
+# Not periodic: of a cycle, the layers that the middle cut keeps can look like the first ones, and a list that was cut
+# short in place of selected from would go unnoticed (tests/test_matrix.py holds every list against that).
+_ONE_OF_TWO = "01010111"
+
+
+def _mixed(first: str, second: str) -> list[str]:
+    return [(first, second)[int(digit)] for digit in _ONE_OF_TWO]
+
+
+_SLIDING = {"layer_types": _mixed("sliding_attention", "full_attention")}
+_DENSE_AND_SPARSE = {"mlp_layer_types": _mixed("dense", "sparse")}
 _SPARSE_STEP = {"decoder_sparse_step": 2, "mlp_only_layers": [1, 3]}
 _LINEAR = {"layer_types": _cycle("linear_attention", "full_attention", "linear_attention")}
 _SMALL_VISION = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
@@ -109,8 +118,8 @@ _SHARED_KV = {
 _DOTS = {
     "num_key_value_heads": 4,
     "head_dim": 16,
-    "layer_types": _cycle("indexed_attention", "sliding_attention", "sliding_attention"),
-    "per_layer_config": {i: {"kv_lora_rank": 16} for i in range(LAYERS) if i % 3},
+    "layer_types": _mixed("indexed_attention", "sliding_attention"),
+    "per_layer_config": {i: {"kv_lora_rank": 16} for i in range(LAYERS) if _ONE_OF_TWO[i] == "1"},
     **_DENSE_AND_SPARSE,
 }
 _QWEN4 = {
@@ -143,7 +152,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "prophetnet": {"num_encoder_layers": LAYERS},
     **{t: _MLA for t in ("deepseek_v3", "longcat_flash", "minicpm3", "youtu")},
     **{t: _MLA | _DENSE_AND_SPARSE for t in ("axk1", "axk2", "deepseek_v32", "glm4_moe_lite")},
-    **{t: _MLA | _DENSE_AND_SPARSE | {"indexer_types": _cycle("full", "shared", "full", "full")}
+    **{t: _MLA | _DENSE_AND_SPARSE | {"indexer_types": ["full", "shared"] * 3 + ["full", "full"]}
        for t in ("glm_moe_dsa", "hy_v4")},
     **{t: _MLA | _DENSE_AND_SPARSE | _LINEAR for t in ("bailing_hybrid", "kimi_linear")},
     **{t: _SLIDING for t in (
@@ -180,6 +189,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": _SHARED_KV,
     "git": {"vision_config": _SMALL_VISION | {"image_size": 32, "patch_size": 16}},
     "gpt_neo": {"attention_types": [[["global", "local"], 4]], "window_size": 6},
+    "hy_v3": _DENSE_AND_SPARSE,
+    "inkling_text": {"layer_types": _mixed("hybrid_sliding", "hybrid")},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": [1, 2] * 4},
     "jamba": {"num_hidden_layers": 12, "attn_layer_period": 4, "attn_layer_offset": 1, "expert_layer_period": 4,
