@@ -272,7 +272,7 @@ def _load(config: LayerDropConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
     if config.revision is not None:
         kwargs = {"revision": config.revision} | kwargs
     if (adapter := find_adapter(base, **kwargs)) is not None:
-        return _load_merged(base, adapter, kwargs)
+        return load_merged(base, adapter, kwargs)
     if config.keep_dropped or resolve_base(base, kwargs.get("gguf_file"))[1] is not None:
         return load_base(base, **kwargs)
 
@@ -287,7 +287,7 @@ def _load(config: LayerDropConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _load_merged(base: str, adapter: PeftConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
+def load_merged(base: str, adapter: PeftConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
     """Load an adapter of this method with its base, as one plain model."""
     if not isinstance(adapter, LayerDropConfig):
         raise CheckpointError(f"{base} is an adapter of another method ({adapter.peft_type}); merge it first")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import secrets
 import sys
 from collections.abc import Hashable, Iterator
 from contextlib import suppress
@@ -266,3 +267,27 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or as it was: a temporary sibling, brought to disk, and renamed.
+
+    Args:
+        path (`Path`): The file; its folder exists.
+        text (`str`): Its content.
+
+    Raises:
+        CheckpointError: The file system refused.
+    """
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise write_failed(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)

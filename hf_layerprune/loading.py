@@ -10,7 +10,7 @@ from .errors import CheckpointError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,66 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     if gguf_file is not None:
         model.name_or_path = str(base)  # the file, not its folder, is the base
     return model
+
+
+def load_model(model: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load what a user may call a model: a folder, a Hub id, an adapter of any PEFT method, or a GGUF file.
+
+    Args:
+        model (`str` or `Path`): A Hub id, a folder, or a GGUF file.
+        kwargs: For `from_pretrained`, see `load_base`. `revision` and `subfolder` are those of `model` itself.
+
+    Returns:
+        `PreTrainedModel`: A plain model in evaluation mode, adapters merged.
+
+    Raises:
+        CheckpointError: There is no such model, or it can't be loaded.
+    """
+    adapter = find_adapter(model, **kwargs)
+    if adapter is None:
+        return load_base(model, **kwargs)
+    if not adapter.base_model_name_or_path:
+        raise CheckpointError(f"{model} is an adapter that does not name its base; merge it first")
+    from peft import PeftModel
+
+    from .adapter import LayerDropConfig, load_merged
+
+    if isinstance(adapter, LayerDropConfig):
+        return load_merged(str(model), adapter, kwargs).eval()
+    where = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if kwargs.get(name)}
+    others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    base = load_base(adapter.base_model_name_or_path, revision=adapter.revision, **others)
+    return PeftModel.from_pretrained(base, str(model), **where).merge_and_unload().eval()
+
+
+def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder, a Hub id, an adapter (or else its base's), or a GGUF file.
+
+    Args:
+        model (`str` or `Path`): A Hub id, a folder, or a GGUF file.
+        kwargs: For `from_pretrained`: `revision`, `token`, ...
+
+    Returns:
+        `PreTrainedTokenizerBase`: The tokenizer.
+
+    Raises:
+        CheckpointError: It has none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    name, gguf_file = resolve_base(model) if not _is_adapter_folder(model) else (str(model), None)
+    gguf = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        return AutoTokenizer.from_pretrained(name, **gguf, **kwargs)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        adapter = find_adapter(model, **kwargs)
+        if adapter is not None and adapter.base_model_name_or_path:
+            return load_tokenizer(adapter.base_model_name_or_path)
+        raise CheckpointError(f"{model} has no tokenizer that can be loaded: {first_line(error)}") from error
+
+
+def _is_adapter_folder(model: str | Path) -> bool:
+    return Path(model).expanduser().joinpath("adapter_config.json").is_file()
 
 
 def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:

@@ -221,5 +221,4 @@ def _write_lineage(
             "commit": commit,
             "files": hub.fingerprint() if hub else fingerprint(source),
         }
-    lineage.entries.append(entry)
-    lineage.write(folder)
+    lineage.record(folder, entry)

@@ -22,9 +22,10 @@ from ..errors import CheckpointError
 
 FILE_NAME = "lineage.json"
 SCHEMA_VERSION = 1
-_PACKAGES = ("hf-layerprune", "torch", "transformers", "peft", "safetensors", "gguf")
+_PACKAGES = ("hf-layerprune", "torch", "transformers", "peft", "trl", "safetensors", "gguf", "lm-eval", "datasets")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_IDENTIFYING = (".safetensors", ".gguf", ".json")
+_WEIGHTS = (".safetensors", ".gguf")
+_IDENTIFYING = (*_WEIGHTS, ".json")
 
 
 @dataclass
@@ -63,6 +64,17 @@ class Lineage:
                 raise
             raise CheckpointError(f"{path} is damaged ({error}); delete it to go on without the history") from error
 
+    def known_weights(self) -> set[str]:
+        """The hashes of the base's weights and of what each station wrote, where it says so."""
+        known = {entry[key] for entry in self.entries for key in ("weights", "input_weights") if key in entry}
+        return known | ({weights_hash(self.base["files"])} if self.base.get("files") else set())
+
+    def record(self, folder: Path, entry: dict[str, Any]) -> None:
+        """Append a station's entry, with the hash of the weights that it wrote, and write the history."""
+        entry["weights"] = weights_hash(fingerprint(folder))
+        self.entries.append(entry)
+        self.write(folder)
+
     def write(self, folder: Path) -> None:
         """Write the history into a folder that is not yet under its final name."""
         data = {"schema_version": SCHEMA_VERSION, "base": self.base, "entries": self.entries}
@@ -84,16 +96,22 @@ def station(name: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "station": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings,
-        "versions": _versions(),
+        "versions": versions(),
     }
     start = time.perf_counter()
     yield entry
     entry["seconds"] = round(time.perf_counter() - start, 3)
+    entry["peak_memory_bytes"] = peak_rss()
+
+
+def peak_rss() -> int:
+    """The most memory in bytes that this process had resident so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    entry["peak_memory_bytes"] = peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide an outcome, of those that are installed."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -117,6 +135,20 @@ def fingerprint(path: Path) -> dict[str, dict[str, Any]]:
     with ThreadPoolExecutor(2) as pool:  # hashing releases the interpreter lock
         hashes = list(pool.map(_sha256, paths))
     return {p.name: {"size": p.stat().st_size, "sha256": h} for p, h in zip(paths, hashes, strict=True)}
+
+
+def weights_hash(files: dict[str, dict[str, Any]]) -> str:
+    """One hash for the weights of a model.
+
+    Args:
+        files (`dict[str, dict[str, Any]]`): Size and sha256 by file name, as `fingerprint` gives them.
+
+    Returns:
+        `str`: The sha256 over the names and hashes of all weight files. Other files don't count, and the same
+            weights in other shards have another hash.
+    """
+    lines = [f"{name} {entry['sha256']}\n" for name, entry in sorted(files.items()) if name.endswith(_WEIGHTS)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
