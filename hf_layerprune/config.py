@@ -32,15 +32,34 @@ class LayerDropConfig(PeftConfig):
             The very layers to drop, as indices in the base, `0` the first. Overrides `drop` and `criterion`. Once a
             model is pruned, this always holds what was dropped, so that a saved config makes the same cut again.
         criterion (`str`, defaults to `"reverse_order"`):
-            How layers are chosen: `"reverse_order"` or `"random"`.
-        protect_first (`int`, defaults to 0):
-            So many layers at the start are never chosen.
-        protect_last (`int`, defaults to 0):
-            So many layers at the end are never chosen.
+            How layers are chosen: `"reverse_order"`, `"random"`, `"magnitude_l1"`, `"magnitude_l2"`, `"taylor"`,
+            `"perplexity"`, `"block_influence"`, `"angular_distance"`, `"kl"`, `"repairability"`, or `"auto"`, which
+            short-lists, tries the best few, and says why it chose.
+        variant (`str`, defaults to `"published"`):
+            `"published"` computes a criterion as its own source defines it, `"paper"` as the code of arXiv:2411.15558
+            did.
+        steps (`int`, defaults to 1):
+            In how many rounds the layers are chosen, each scored on what the rounds before left. One is one-shot.
+        protect_first (`int`, *optional*):
+            So many layers at the start are never chosen. By default 4 for `"taylor"` and the magnitudes as published,
+            and 0 else.
+        protect_last (`int`, *optional*):
+            So many layers at the end are never chosen. By default 2 for `"taylor"` and the magnitudes as published, and
+            0 else.
         contiguous (`bool`, defaults to `False`):
             Whether the chosen layers must lie side by side.
+        calibration (`str`, defaults to `"self"`):
+            The text that a criterion or a repair looks at: `"self"` for text that the dense model writes itself, a
+            `.txt` or `.jsonl` file (`rows.jsonl:column`), or a data set on the Hub (`id:split:column`).
+        calibration_samples (`int`, defaults to 128):
+            So many rows of it.
+        calibration_length (`int`, defaults to 512):
+            So many tokens a row.
         seed (`int`, defaults to 42):
-            For a criterion that draws.
+            For whatever is drawn: layers, rows, text.
+        repair (`str`, *optional*):
+            What makes up for the dropped layers before anything is trained: `"linear"` folds a linear map, fitted to
+            the calibration set, into a weight in front of each cut; `"magnitude"` rescales.
         tune_layers (`int`, `"cut"` or `list[int]`, defaults to 3):
             Which layers are tuned: so many at the end of what remains, `"cut"` for the layers beside each cut, or
             indices in the base.
@@ -72,11 +91,32 @@ class LayerDropConfig(PeftConfig):
     drop_layers: list[int] | None = field(
         default=None, metadata={"help": "Indices in the base of the layers to drop; overrides drop and criterion."}
     )
-    criterion: str = field(default="reverse_order", metadata={"help": "How layers are chosen: reverse_order, random."})
-    protect_first: int = field(default=0, metadata={"help": "So many layers at the start are never chosen."})
-    protect_last: int = field(default=0, metadata={"help": "So many layers at the end are never chosen."})
+    criterion: str = field(
+        default="reverse_order", metadata={"help": "How layers are chosen, such as reverse_order, perplexity or auto."}
+    )
+    variant: str = field(
+        default="published",
+        metadata={"help": "published: a criterion as its source defines it; paper: as arXiv:2411.15558 computed it."},
+    )
+    steps: int = field(default=1, metadata={"help": "Rounds in which layers are chosen and scored anew."})
+    protect_first: int | None = field(
+        default=None, metadata={"help": "So many layers at the start are never chosen (the criterion's own default)."}
+    )
+    protect_last: int | None = field(
+        default=None, metadata={"help": "So many layers at the end are never chosen (the criterion's own default)."}
+    )
     contiguous: bool = field(default=False, metadata={"help": "Whether the chosen layers must lie side by side."})
-    seed: int = field(default=42, metadata={"help": "Seed of a criterion that draws."})
+    calibration: str = field(
+        default="self",
+        metadata={"help": "Text for criteria and repair: self, a .txt or .jsonl file, or id:split:column on the Hub."},
+    )
+    calibration_samples: int = field(default=128, metadata={"help": "Rows of the calibration set."})
+    calibration_length: int = field(default=512, metadata={"help": "Tokens in each of its rows."})
+    seed: int = field(default=42, metadata={"help": "Seed of whatever is drawn: layers, rows, text."})
+    repair: str | None = field(
+        default=None,
+        metadata={"help": "What makes up for dropped layers before training: linear, magnitude, or nothing."},
+    )
     tune_layers: int | str | list[int] = field(
         default=3,
         metadata={"help": "So many last layers, 'cut' for the layers beside each cut, or indices in the base."},
@@ -103,6 +143,10 @@ class LayerDropConfig(PeftConfig):
             raise CutError(f"task_type={self.task_type!r}: only causal language models are pruned, so leave it out")
         if self.drop_layers is not None:
             self.drop_layers = sorted(int(i) for i in self.drop_layers)
+        for name, choices in (("variant", ("published", "paper")), ("repair", (None, "linear", "magnitude"))):
+            if getattr(self, name) not in choices:
+                wanted = " or ".join(repr(choice) for choice in choices)
+                raise CutError(f"{name}={getattr(self, name)!r} is unknown; it may be {wanted}")
         tune = self.tune_layers
         if isinstance(tune, str) and tune.isdigit():  # from a command line
             tune = self.tune_layers = int(tune)

@@ -1,0 +1,354 @@
+"""Run a decoder layer by layer: many batches and many candidates through one layer before the next is touched.
+
+    walk = LayerWalk(model)
+    batches = [walk.begin(ids) for ids in rows.split(8)]
+    for i in range(walk.num_layers):
+        with walk.layer(i) as run:
+            for batch in batches:
+                batch.hidden = run(batch.hidden, batch)
+
+What a layer is called with (masks, rotary embeddings) is recorded from the model's own forward, in which every layer
+hands its input on, so nothing of a family is rebuilt here. Whether layers can be run one at a time is tried on a few
+tokens first: a model whose layers hand more to each other than hidden states is refused.
+
+Weights that are mapped from a file, as `from_pretrained` leaves them on a CPU, come in when a layer runs, and with
+`let_go` they leave memory after it; with `device`, a layer's weights are on that device only while it runs. So a model
+may be larger than memory, and each weight is read once a pass.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .errors import UnsupportedModelError
+from .families.layout import find_decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_MADV_DONTNEED = 4
+_PROBE_TOKENS = 8
+
+
+@dataclass
+class Batch:
+    """Rows that are on their way through the decoder.
+
+    Args:
+        input_ids (`torch.Tensor`): Token ids `[batch, seq]`.
+        hidden (`torch.Tensor`): The hidden states `[batch, seq, hidden]` that enter the next layer; at the start those
+            that enter the first.
+        calls (`list[tuple[tuple, dict]]`): What each layer is called with besides the hidden states.
+    """
+
+    input_ids: torch.Tensor
+    hidden: torch.Tensor
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class LayerWalk:
+    """A causal language model whose decoder layers are run one at a time.
+
+    Args:
+        model (`PreTrainedModel`): The model, in evaluation mode. It is left as it is.
+        device (`str` or `torch.device`, *optional*): Where a layer's weights are moved to while it runs. By default
+            layers run where they are.
+        let_go (`bool`, defaults to `False`): Whether weights that are mapped from a file leave memory after use. Only
+            for a model that nobody has changed since it was loaded: what was changed would be read from the file again.
+
+    Raises:
+        UnsupportedModelError: The model's layers can't be run one at a time.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, device: str | torch.device | None = None, let_go: bool = False
+    ) -> None:
+        self.model = model
+        self.stack = find_decoder_layers(model)
+        self.layers: nn.ModuleList = self.stack.layers
+        self.num_layers = len(self.layers)
+        self._device = torch.device(device) if device is not None else None
+        self._let_go = let_go
+        self._home = next(self.layers[0].parameters()).device
+        # `None` for a layer that returns a tensor, else how many values it returns.
+        self._returns: list[int | None] = [None] * self.num_layers
+        if self._device is not None and self._device != self._home:
+            self._move_surroundings()
+        self._try_out()
+
+    @property
+    def device(self) -> torch.device:
+        """Where hidden states are."""
+        return self._device or self._home
+
+    def begin(self, input_ids: torch.Tensor) -> Batch:
+        """Embed rows of tokens.
+
+        Args:
+            input_ids (`torch.Tensor`): Token ids `[batch, seq]`, without padding.
+
+        Returns:
+            `Batch`: With the hidden states that enter the first layer.
+        """
+        calls: list[Any] = [None] * self.num_layers
+        hidden: list[torch.Tensor] = []
+
+        def hand_on(index: int, before: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+            if not hidden:
+                hidden.append(before)
+            calls[index] = (args, kwargs)
+            return before
+
+        input_ids = input_ids.to(self.device)
+        with torch.no_grad(), self._replaced(hand_on):
+            # The head's work is thrown away, so it is asked for one position only.
+            self._forward(input_ids, logits_to_keep=1)
+        if any(call is None for call in calls):
+            raise self._refusal("not every layer is called")
+        return Batch(input_ids, hidden[0], calls)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Callable[[torch.Tensor, Batch], torch.Tensor]]:
+        """Bring in one layer.
+
+        Args:
+            index (`int`): Which one.
+
+        Yields:
+            `Callable`: Runs the layer: takes hidden states `[batch, seq, hidden]` and the batch that they belong to,
+                gives the hidden states that leave the layer. Gradients flow if they are switched on.
+        """
+        layer, returns = self.layers[index], self._returns[index]
+
+        def run(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+            args, kwargs = batch.calls[index]
+            output = layer(hidden, *args, **kwargs)
+            return output if returns is None else output[0]
+
+        with self._moved(layer):
+            yield run
+        if self._let_go:
+            release(layer)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and head, and whatever the model does to its logits.
+
+        Args:
+            hidden (`torch.Tensor`): Hidden states `[batch, seq, hidden]` that left the last layer.
+
+        Returns:
+            `torch.Tensor`: `[batch, seq, vocabulary]`.
+        """
+
+        def put_in(index: int, before: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+            return hidden if index == self.num_layers - 1 else before
+
+        with self._replaced(put_in):
+            return self._forward(torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device))
+
+    def token_losses(self, hidden: torch.Tensor, input_ids: torch.Tensor, chunk: int = 256) -> torch.Tensor:
+        """Negative log-likelihood of each token but the first, with the head run in chunks.
+
+        Args:
+            hidden (`torch.Tensor`): Hidden states `[batch, seq, hidden]` that left the last layer.
+            input_ids (`torch.Tensor`): Token ids `[batch, seq]`.
+            chunk (`int`, defaults to 256): So many positions of a row at a time.
+
+        Returns:
+            `torch.Tensor`: `[batch, seq - 1]`, float32.
+        """
+        rows = []
+        for states, labels in zip(hidden.split(1), input_ids.to(hidden.device).split(1), strict=True):
+            parts = [
+                F.cross_entropy(self.logits(piece)[0].float(), target[0], reduction="none")
+                for piece, target in zip(states[:, :-1].split(chunk, 1), labels[:, 1:].split(chunk, 1), strict=True)
+            ]
+            rows.append(torch.cat(parts))
+        return torch.stack(rows)
+
+    def token_divergences(
+        self, hidden: torch.Tensor, reference: torch.Tensor, chunk: int = 256
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """KL(reference || hidden) of each position's next-token distribution, and whether the top tokens agree.
+
+        Args:
+            hidden (`torch.Tensor`): Hidden states `[batch, seq, hidden]` that left the last layer.
+            reference (`torch.Tensor`): Those of the dense model, of the same shape.
+            chunk (`int`, defaults to 256): So many positions of a row at a time.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Both `[batch, seq]`; nats in float32, and booleans.
+        """
+        kls, agree = [], []
+        for states, wanted in zip(hidden.split(1), reference.split(1), strict=True):
+            parts = []
+            for piece, other in zip(states.split(chunk, 1), wanted.split(chunk, 1), strict=True):
+                p, q = self.logits(other)[0].float().log_softmax(-1), self.logits(piece)[0].float().log_softmax(-1)
+                parts.append(((p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)))
+            kls.append(torch.cat([kl for kl, _ in parts]))
+            agree.append(torch.cat([same for _, same in parts]))
+        return torch.stack(kls), torch.stack(agree)
+
+    # --- how it works ------------------------------------------------------------------------------------
+
+    def _forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.model(input_ids=input_ids, use_cache=False, return_dict=True, **kwargs).logits
+
+    @contextmanager
+    def _replaced(self, instead: Callable[[int, torch.Tensor, tuple, dict], torch.Tensor]) -> Iterator[None]:
+        """Call a function in place of every layer."""
+
+        def stub(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if args:
+                    hidden = instead(index, args[0], args[1:], kwargs)
+                else:
+                    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                    hidden = instead(index, kwargs["hidden_states"], (), others)
+                returns = self._returns[index]
+                return hidden if returns is None else (hidden, *[None] * (returns - 1))
+
+            return forward
+
+        own = [layer.__dict__.get("forward") for layer in self.layers]
+        for index, layer in enumerate(self.layers):
+            layer.forward = stub(index)
+        try:
+            yield
+        finally:
+            for layer, forward in zip(self.layers, own, strict=True):
+                del layer.forward
+                if forward is not None:  # a hook of accelerate's
+                    layer.forward = forward
+
+    def _try_out(self) -> None:
+        """Run a few tokens the usual way and layer by layer, and refuse a model for which that differs."""
+        ids = torch.arange(3, 3 + _PROBE_TOKENS)[None].to(self.device) % self.model.config.get_text_config().vocab_size
+        order: list[int] = []
+
+        def note(index: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                order.append(index)
+                self._returns[index] = len(output) if isinstance(output, tuple | list) else None
+                if self._let_go:
+                    release(module)
+
+            return hook
+
+        handles = [layer.register_forward_hook(note(index)) for index, layer in enumerate(self.layers)]
+        try:
+            with torch.no_grad(), self._moved(*self.layers) if self._streams else _nothing():
+                wanted = self._forward(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if order != list(range(self.num_layers)):
+            raise self._refusal("they are not run once each, in order")
+        try:
+            with torch.no_grad():
+                batch = self.begin(ids)
+                for index in range(self.num_layers):
+                    with self.layer(index) as run:
+                        batch.hidden = run(batch.hidden, batch)
+                found = self.logits(batch.hidden)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            raise self._refusal(f"run alone, one fails ({str(error).splitlines()[0][:120]})") from error
+        if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * _scale(wanted)):
+            raise self._refusal("they hand more to each other than hidden states")
+
+    def _refusal(self, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"the layers of {type(self.model).__name__} can't be run one at a time: {why}. Choose layers by a "
+            "criterion that needs no data (reverse_order, random, magnitude_l1, magnitude_l2), or name them yourself"
+        )
+
+    @property
+    def _streams(self) -> bool:
+        return self._device is not None and self._device != self._home
+
+    def _move_surroundings(self) -> None:
+        """Move all but the layers, for good."""
+        inside = {id(tensor) for layer in self.layers for tensor in (*layer.parameters(), *layer.buffers())}
+        for module in self.model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and id(tensor) not in inside and tensor.device != self._device:
+                        if tensors is module._parameters:
+                            tensor.data = tensor.data.to(self._device)
+                        else:
+                            tensors[name] = tensor.to(self._device)
+
+    @contextmanager
+    def _moved(self, *layers: nn.Module) -> Iterator[None]:
+        """Keep layers on the device while the block runs; their own tensors are put back after it."""
+        if not self._streams:
+            yield
+            return
+        tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
+        home = [tensor.data for tensor in tensors]
+        for tensor in tensors:
+            tensor.data = tensor.data.to(self._device)
+        try:
+            yield
+        finally:
+            for tensor, data in zip(tensors, home, strict=True):
+                tensor.data = data
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _scale(tensor: torch.Tensor) -> float:
+    return max(1.0, tensor.float().abs().max().item())
+
+
+def release(module: nn.Module) -> None:
+    """Let go of the memory of weights that are mapped from a file; they are read again when they are used again.
+
+    Args:
+        module (`nn.Module`): Its parameters and buffers, unchanged since they were loaded. Those that are in ordinary
+            memory are left alone.
+    """
+    if sys.platform != "linux":
+        return
+    spans = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.device.type == "cpu" and tensor.numel() and tensor.is_contiguous() and not tensor.is_meta
+    )
+    if not spans:
+        return
+    mapped = _file_mappings()
+    page = mmap.PAGESIZE
+    for start, end in spans:
+        start, end = -(-start // page) * page, end // page * page  # whole pages inside the tensor only
+        if start < end and any(low <= start and end <= high for low, high in mapped):
+            _madvise(start, end - start)
+
+
+def _file_mappings() -> list[tuple[int, int]]:
+    """Where weight files are mapped into this process. Letting go of any other memory would wipe it."""
+    found = []
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            if line.rstrip("\n").endswith(".safetensors"):
+                low, _, high = line.split(" ", 1)[0].partition("-")
+                found.append((int(low, 16), int(high, 16)))
+    return found
+
+
+def _madvise(start: int, length: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED)
