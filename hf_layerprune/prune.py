@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from .errors import CheckpointError
 from .folders import new_folder
 from .gguf import cut_gguf, gguf_layer_count, is_gguf
 from .loading import is_hub_id, load_base, load_config, resolve_base
+from .publish.declared import declared_by
+from .publish.licences import is_licence_file
 from .publish.lineage import Lineage, fingerprint, station
 from .select import select_layers
 from .select.spec import format_layers
@@ -220,5 +223,14 @@ def _write_lineage(
             "id": request.base,
             "commit": commit,
             "files": hub.fingerprint() if hub else fingerprint(source),
-        }
+        } | declared_by(hub or source)
+    if source.is_dir():
+        _copy_licence(source, folder)
     lineage.record(folder, entry)
+
+
+def _copy_licence(source: Path, folder: Path) -> None:
+    """Hand on the licence and its notices, where copying bytes has not done so."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and is_licence_file(path.name) and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)

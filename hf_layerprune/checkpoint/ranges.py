@@ -22,6 +22,7 @@ from ..loading import first_line
 
 if TYPE_CHECKING:
     from huggingface_hub.file_download import HfFileMetadata
+    from huggingface_hub.hf_api import RepoSibling
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,11 @@ class HubFile:
     size: int
     sha256: str | None = None
     blob_id: str | None = None
+
+    @classmethod
+    def of(cls, entry: RepoSibling) -> HubFile:
+        """What the client library says of a file."""
+        return cls(int(entry.size or 0), None if entry.lfs is None else entry.lfs.sha256, entry.blob_id)
 
 
 @dataclass

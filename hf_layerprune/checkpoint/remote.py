@@ -96,7 +96,7 @@ class HubBase:
         where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": bool(offline)}
         ask = partial(HfApi().resolve_revision, repo, revision=revision, **where)
         try:
-            commit = _ask(repo, revision, ask, patient=not offline).resolved
+            commit = ask_hub(repo, revision, ask, patient=not offline).resolved
         except BrokenDownloadError as error:
             reason = str(error).rstrip(".")
             raise CheckpointError(
@@ -106,8 +106,8 @@ class HubBase:
         if not offline:
             try:
                 ask = partial(HfApi().model_info, repo, revision=commit, files_metadata=True, token=token)
-                info = _ask(repo, revision, ask)
-                files = {one.rfilename: _entry(one) for one in info.siblings or ()}
+                info = ask_hub(repo, revision, ask)
+                files = {one.rfilename: HubFile.of(one) for one in info.siblings or ()}
             except BrokenDownloadError as error:
                 offline = str(error)
         if offline:
@@ -179,6 +179,20 @@ class HubBase:
             return stack.enter_context(LocalFile(path))
         return RemoteFile(self.repo, name, self.commit, entry, self.token)
 
+    def fetch_small(self, name: str) -> Path | None:
+        """Download a file that does not go along with a cut, such as the card.
+
+        Args:
+            name (`str`): Its path in the repository.
+
+        Returns:
+            `Path`, *optional*: Where it is, or `None` where the repository, or a cache without the Hub, lacks it.
+        """
+        if name not in self.files:
+            return None
+        where = {"token": self.token, "cache_dir": self.folder.parents[2], "local_files_only": bool(self.offline)}
+        return _download(self.repo, self.commit, [name], **where)[name]
+
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         """Size and sha256 of the files that make the base what it is, without downloading any of them.
 
@@ -203,11 +217,6 @@ class HubBase:
         return found
 
 
-def _entry(sibling: Any) -> HubFile:
-    lfs = sibling.lfs
-    return HubFile(int(sibling.size or 0), None if lfs is None else lfs.sha256, sibling.blob_id)
-
-
 def _is_small(repo: str, name: str, size: int) -> bool:
     """Whether a file is downloaded as it is."""
     if name in (CONFIG, INDEX):
@@ -217,7 +226,7 @@ def _is_small(repo: str, name: str, size: int) -> bool:
     return any(fnmatch(name, pattern) for pattern in CHECKPOINT_FILES) and not is_too_large(f"{repo}/{name}", size)
 
 
-def _ask(repo: str, revision: str | None, call: Callable[[], Any], *, patient: bool = True) -> Any:
+def ask_hub(repo: str, revision: str | None, call: Callable[[], Any], *, patient: bool = True) -> Any:
     """Ask the Hub something, a few times if need be."""
     failures = 0
     while True:
@@ -237,7 +246,7 @@ def _download(repo: str, commit: str, names: list[str], **where: Any) -> dict[st
 
     def get(name: str) -> Path:
         ask = partial(hf_hub_download, repo, name, revision=commit, **where)
-        return Path(_ask(repo, commit, ask, patient=not where["local_files_only"]))
+        return Path(ask_hub(repo, commit, ask, patient=not where["local_files_only"]))
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return dict(zip(names, pool.map(get, names), strict=True))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..files import write_text
 
 FILE_NAME = "lineage.json"
 SCHEMA_VERSION = 1
@@ -33,13 +34,16 @@ class Lineage:
     """The history of a model folder.
 
     Args:
-        base (`dict[str, Any]`): `id` as the user named it, `commit` on the Hub or `None`, and `files`: the size and
-            the sha256 of each of its weight and config files.
+        base (`dict[str, Any]`): `id` as the user named it, `commit` on the Hub or `None`, `files`: the size and the
+            sha256 of each of its weight and config files, and what its own card declares (see `declared.py`).
         entries (`list[dict[str, Any]]`): One for each station, oldest first.
+        published (`dict[str, str]`): Where this very model is on the Hub: `repo_id`, and `space` if it has one. What
+            is made of it is another model, so a station's entry empties this.
     """
 
     base: dict[str, Any]
     entries: list[dict[str, Any]] = field(default_factory=list)
+    published: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path) -> Lineage | None:
@@ -58,7 +62,7 @@ class Lineage:
                     f"{path} has schema version {data['schema_version']}, and this version of hf-layerprune reads "
                     f"{SCHEMA_VERSION}; use a newer one"
                 )
-            return cls(dict(data["base"]), list(data["entries"]))
+            return cls(dict(data["base"]), list(data["entries"]), dict(data.get("published", {})))
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -73,12 +77,15 @@ class Lineage:
         """Append a station's entry, with the hash of the weights that it wrote, and write the history."""
         entry["weights"] = weights_hash(fingerprint(folder))
         self.entries.append(entry)
+        self.published = {}
         self.write(folder)
 
     def write(self, folder: Path) -> None:
-        """Write the history into a folder that is not yet under its final name."""
-        data = {"schema_version": SCHEMA_VERSION, "base": self.base, "entries": self.entries}
-        (folder / FILE_NAME).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        """Write the history into a folder, whole or not at all."""
+        data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "base": self.base, "entries": self.entries}
+        if self.published:
+            data["published"] = self.published
+        write_text(folder / FILE_NAME, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager

@@ -1,0 +1,261 @@
+"""What the licence of a base asks of who publishes a pruned copy of it: one table, one row a licence.
+
+A pruned model is a modified copy, so its base's licence is its own. The rows say what the licence texts ask of such
+a copy, in short; they are no legal advice, and every card links the text. A licence that is not in the table is named
+as it is, and the card and the push say that its duties are not known here; none at all is never passed over.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+_FILES = re.compile(r"(LICENSE|LICENCE|NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
+NOTICE = "NOTICE"
+
+
+@dataclass(frozen=True)
+class Licence:
+    """One row of the table.
+
+    Args:
+        title (`str`): What the licence is called.
+        link (`str`, *optional*): Its text.
+        duties (`tuple[str, ...]`): What it asks of a modified copy that is published, one sentence each.
+        built_with (`str`, *optional*): Words that must be displayed.
+        prefix (`str`, *optional*): What the model's name must begin with.
+        notice (`str`, *optional*): A sentence that a file named NOTICE must hold.
+        needs_text (`bool`): Whether a copy of the licence must go along.
+        non_commercial (`bool`): Whether commercial use is ruled out.
+        forbidden (`str`, *optional*): Why a modified copy may not be published at all.
+    """
+
+    title: str
+    link: str | None = None
+    duties: tuple[str, ...] = ()
+    built_with: str | None = None
+    prefix: str | None = None
+    notice: str | None = None
+    needs_text: bool = False
+    non_commercial: bool = False
+    forbidden: str | None = None
+
+
+_COPY = "Pass a copy of the licence on with the model."
+_CHANGES = "Say that the files were changed. This card does."
+_RAIL = "Its use restrictions bind everyone who uses this model or what is made of it; pass them on."
+_BY = "Name the authors of the base, link the licence, and say what was changed. This card does."
+_NC = "No commercial use."
+_META_MAU = "Services with more than 700 million monthly users need a licence of their own from Meta."
+
+
+def _llama(version: str, *, name: str = "Llama", more: tuple[str, ...] = ()) -> Licence:
+    """A row of the Llama community licences from version 3 on, which differ in names only."""
+    called = f"{'Meta ' if version == '3' else ''}Llama {version}"
+    words = "Built with Meta Llama 3" if version == "3" else "Built with Llama"
+    page = {"3": "llama3/license", "4": "llama4/license"}.get(version, f"llama{version.replace('.', '_')}/license")
+    return Licence(
+        title=f"{called} Community License Agreement",
+        link=f"https://www.llama.com/{page}/",
+        duties=(
+            f"Display “{words}” prominently on a page about the model.",
+            f"Begin the model's name with “{name}”.",
+            "Pass on the agreement and a NOTICE file with Meta's attribution.",
+            "Keep to the Acceptable Use Policy, and hand it on.",
+            _META_MAU,
+            *more,
+        ),
+        built_with=words,
+        prefix=name,
+        notice=f"{called} is licensed under the {called} Community License, Copyright © Meta Platforms, Inc. "
+        "All Rights Reserved.",
+        needs_text=True,
+    )
+
+
+_EU = (
+    "For the multimodal models of this release, the licence grants no rights to persons domiciled in, or companies "
+    "with their principal place of business in, the European Union.",
+)
+_QWEN_NOTICE = "Qwen is licensed under the Qwen {} AGREEMENT, Copyright (c) Alibaba Cloud. All Rights Reserved."
+
+# By the identifier that cards use: `license`, or `license_name` where `license` is `other`.
+TABLE: dict[str, Licence] = {
+    "apache-2.0": Licence(
+        "Apache License 2.0", "https://www.apache.org/licenses/LICENSE-2.0",
+        (_COPY, _CHANGES, "Keep the notices of the base, and its NOTICE file if it has one."),
+    ),
+    "mit": Licence(
+        "MIT License", "https://opensource.org/license/mit", ("Pass on the copyright line and the licence text.",)
+    ),
+    "bsd-3-clause": Licence(
+        "BSD 3-Clause License", "https://opensource.org/license/bsd-3-clause",
+        ("Pass on the copyright line, the conditions and the disclaimer.", "Don't use the authors' names to endorse."),
+    ),
+    "cc0-1.0": Licence("CC0 1.0", "https://creativecommons.org/publicdomain/zero/1.0/"),
+    "cc-by-4.0": Licence("CC BY 4.0", "https://creativecommons.org/licenses/by/4.0/", (_BY,)),
+    "cc-by-sa-4.0": Licence(
+        "CC BY-SA 4.0", "https://creativecommons.org/licenses/by-sa/4.0/",
+        (_BY, "Publish what is made of it under the same licence."),
+    ),
+    "cc-by-nc-4.0": Licence(
+        "CC BY-NC 4.0", "https://creativecommons.org/licenses/by-nc/4.0/", (_BY, _NC), non_commercial=True
+    ),
+    "cc-by-nc-sa-4.0": Licence(
+        "CC BY-NC-SA 4.0", "https://creativecommons.org/licenses/by-nc-sa/4.0/",
+        (_BY, _NC, "Publish what is made of it under the same licence."), non_commercial=True,
+    ),
+    "cc-by-nd-4.0": Licence(
+        "CC BY-ND 4.0", "https://creativecommons.org/licenses/by-nd/4.0/",
+        forbidden="it forbids sharing a changed copy, and a pruned model is one",
+    ),
+    "cc-by-nc-nd-4.0": Licence(
+        "CC BY-NC-ND 4.0", "https://creativecommons.org/licenses/by-nc-nd/4.0/", (_NC,), non_commercial=True,
+        forbidden="it forbids sharing a changed copy, and a pruned model is one",
+    ),
+    "llama2": Licence(
+        "Llama 2 Community License Agreement", "https://ai.meta.com/llama/license/",
+        ("Pass on the agreement and a NOTICE file with Meta's attribution.",
+         "Keep to the Acceptable Use Policy, and hand it on.", _META_MAU,
+         "Don't use it, or what it writes, to improve other large language models than Llama 2 and its derivatives."),
+        notice="Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. "
+        "All Rights Reserved.",
+        needs_text=True,
+    ),
+    "llama3": _llama("3", name="Llama 3"),
+    "llama3.1": _llama("3.1"),
+    "llama3.2": _llama("3.2", more=_EU),
+    "llama3.3": _llama("3.3"),
+    "llama4": _llama("4", more=_EU),
+    "gemma": Licence(
+        "Gemma Terms of Use", "https://ai.google.dev/gemma/terms",
+        ("Pass on a copy of the terms and a NOTICE file.", _CHANGES,
+         "Bind whoever receives the model, by terms of your own, to the "
+         "[use restrictions](https://ai.google.dev/gemma/prohibited_use_policy) of section 3.2."),
+        notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+        needs_text=True,
+    ),
+    "tongyi-qianwen": Licence(
+        "Tongyi Qianwen License Agreement", "https://github.com/QwenLM/Qwen/blob/main/Tongyi%20Qianwen%20LICENSE%20AGREEMENT",
+        (_COPY, _CHANGES, "Pass on a NOTICE file with Alibaba Cloud's attribution.",
+         "Products with more than 100 million monthly users need a licence of their own from Alibaba Cloud."),
+        notice="Tongyi Qianwen is licensed under the Tongyi Qianwen LICENSE AGREEMENT, Copyright (c) Alibaba Cloud. "
+        "All Rights Reserved.",
+        needs_text=True,
+    ),
+    "qwen": Licence(
+        "Qwen License Agreement", "https://huggingface.co/Qwen/Qwen2.5-72B-Instruct/blob/main/LICENSE",
+        (_COPY, _CHANGES, "Pass on a NOTICE file with Alibaba Cloud's attribution.",
+         "Display “Built with Qwen” or “Improved using Qwen” prominently.",
+         "Products with more than 100 million monthly users need a licence of their own from Alibaba Cloud."),
+        built_with="Built with Qwen", notice=_QWEN_NOTICE.format("LICENSE"), needs_text=True,
+    ),
+    "qwen-research": Licence(
+        "Qwen Research License Agreement", "https://huggingface.co/Qwen/Qwen2.5-3B-Instruct/blob/main/LICENSE",
+        (_NC + " Research and evaluation only.", _COPY, _CHANGES,
+         "Pass on a NOTICE file with Alibaba Cloud's attribution.",
+         "Display “Built with Qwen” or “Improved using Qwen” prominently."),
+        built_with="Built with Qwen", notice=_QWEN_NOTICE.format("RESEARCH LICENSE"), needs_text=True,
+        non_commercial=True,
+    ),
+    "deepseek": Licence(
+        "DeepSeek License Agreement", "https://github.com/deepseek-ai/DeepSeek-LLM/blob/main/LICENSE-MODEL",
+        (_COPY, _CHANGES, _RAIL), needs_text=True,
+    ),
+    "falcon-llm-license": Licence(
+        "TII Falcon LLM License", "https://falconllm.tii.ae/falcon-terms-and-conditions.html",
+        (_COPY, _CHANGES, "Keep to the Acceptable Use Policy, and hand it on.",
+         "State that the model is built using Falcon LLM technology from the Technology Innovation Institute."),
+        built_with="Built using Falcon LLM technology from the Technology Innovation Institute", needs_text=True,
+    ),
+    "bigscience-bloom-rail-1.0": Licence(
+        "BigScience BLOOM RAIL 1.0", "https://huggingface.co/spaces/bigscience/license", (_COPY, _CHANGES, _RAIL),
+        needs_text=True,
+    ),
+    "bigscience-openrail-m": Licence(
+        "BigScience OpenRAIL-M", "https://www.licenses.ai/blog/2022/8/26/bigscience-open-rail-m-license",
+        (_COPY, _CHANGES, _RAIL), needs_text=True,
+    ),
+    "bigcode-openrail-m": Licence(
+        "BigCode OpenRAIL-M", "https://huggingface.co/spaces/bigcode/bigcode-model-license-agreement",
+        (_COPY, _CHANGES, _RAIL), needs_text=True,
+    ),
+    "openrail": Licence("an OpenRAIL licence", None, (_COPY, _CHANGES, _RAIL), needs_text=True),
+    "nvidia-open-model-license": Licence(
+        "NVIDIA Open Model License", "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license/",
+        (_COPY, "Pass on a NOTICE file with NVIDIA's attribution."),
+        notice="Licensed by NVIDIA Corporation under the NVIDIA Open Model License", needs_text=True,
+    ),
+}  # fmt: skip
+# Other spellings, as cards have them.
+_ALIASES = {
+    "tongyi-qianwen-license": "tongyi-qianwen",
+    "tongyi-qianwen-license-agreement": "tongyi-qianwen",
+    "tongyi-qianwen-research": "qwen-research",
+    "qwen-license": "qwen",
+    "qwen-license-agreement": "qwen",
+    "qwen-research-license": "qwen-research",
+    "deepseek-license": "deepseek",
+    "falcon": "falcon-llm-license",
+    "falcon2": "falcon-llm-license",
+    "falcon-2": "falcon-llm-license",
+    "falcon3": "falcon-llm-license",
+    "falcon-license": "falcon-llm-license",
+    "llama-2": "llama2",
+    "llama-3": "llama3",
+    "llama-3.1": "llama3.1",
+    "llama-3.2": "llama3.2",
+    "llama-3.3": "llama3.3",
+    "llama-4": "llama4",
+    "openrail++": "openrail",
+    "bigscience-openrail": "bigscience-openrail-m",
+}
+
+
+@dataclass(frozen=True)
+class LicenceFound:
+    """The licence of a base, as it declares it.
+
+    Args:
+        id (`str`, *optional*): `license` of the card, or `None` where the base declares none.
+        name (`str`, *optional*): `license_name`.
+        link (`str`, *optional*): `license_link`, or else the table's.
+        row (`Licence`, *optional*): Its row in the table, where it has one.
+    """
+
+    id: str | None = None
+    name: str | None = None
+    link: str | None = None
+    row: Licence | None = None
+
+    @classmethod
+    def of(cls, base: dict[str, Any]) -> LicenceFound:
+        """Look up what `lineage.json` records of its base."""
+        declared, name, link = (base.get(key) for key in ("license", "license_name", "license_link"))
+        if not declared and name:
+            declared = "other"
+        if declared in (None, "", "unknown"):
+            return cls()
+        key = _key(name) if declared == "other" and name else _key(declared)
+        row = TABLE.get(_ALIASES.get(key, key))
+        return cls(declared, name, link or (row.link if row else None), row)
+
+    @property
+    def known(self) -> bool:
+        """Whether the base declares a licence at all."""
+        return self.id is not None and (self.id != "other" or bool(self.name or self.link))
+
+    @property
+    def title(self) -> str:
+        """What to call it."""
+        return self.row.title if self.row else self.name or self.id or "unknown"
+
+
+def _key(text: str) -> str:
+    return re.sub(r"[\s_]+", "-", text.strip().lower())
+
+
+def is_licence_file(name: str) -> bool:
+    """Whether a file of a model folder is the licence, a notice or a use policy, which go along with every copy."""
+    return _FILES.fullmatch(name) is not None
