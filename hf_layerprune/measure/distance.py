@@ -1,0 +1,271 @@
+"""How far a model is from its base: divergence, agreement and perplexity on the same text, token by token.
+
+    found = distance(pruned, base, rows)
+    print(found.kl, found.top1_agreement, found.perplexity, found.base_perplexity)
+
+Both models see the same tokens in one pass. The layers before the first one that was dropped or changed are the same
+in both, so they run once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm.auto import tqdm
+
+from ..errors import LayerPruneError
+from .forward import SharedPrefix, SplitModel, evaluating, in_batches, positions_at_once
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text.
+
+    Standard errors are over windows, since the tokens of one are not independent.
+
+    Args:
+        perplexity (`float`): `exp(nll)`; infinite where that is too large for a float.
+        nll (`float`): Mean negative log-likelihood of a token, in nats.
+        nll_stderr (`float`, *optional*): Its standard error; `None` of a single window.
+        tokens (`int`): How many tokens were predicted: all but the first of each window.
+        windows (`int`): How many windows.
+        window_nll (`tuple[float, ...]`): The mean of each window, to pair with another model's.
+    """
+
+    perplexity: float
+    nll: float
+    nll_stderr: float | None
+    tokens: int
+    windows: int
+    window_nll: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a model is from its base on a text.
+
+    Standard errors are over windows, since the tokens of one are not independent.
+
+    Args:
+        kl (`float`): Mean over tokens of KL(base || model), in nats: how much likelihood the model loses, in place of
+            the base, where the base is right.
+        kl_stderr (`float`, *optional*): Its standard error; `None` of a single window.
+        top1_agreement (`float`): Share of tokens at which both find the same next token likeliest.
+        top1_agreement_stderr (`float`, *optional*): Its standard error.
+        perplexity (`float`): Of the model on the text, see [`Perplexity`].
+        base_perplexity (`float`): Of the base.
+        nll (`float`): Mean negative log-likelihood of a token under the model, in nats.
+        base_nll (`float`): The same under the base.
+        nll_stderr (`float`, *optional*): Standard error of `nll`.
+        base_nll_stderr (`float`, *optional*): Standard error of `base_nll`.
+        tokens (`int`): How many tokens were predicted: all but the first of each window.
+        windows (`int`): How many windows.
+        window_nll (`tuple[float, ...]`): The model's mean of each window.
+        base_window_nll (`tuple[float, ...]`): The base's.
+        shared_layers (`int`): How many leading layers were run once for both.
+    """
+
+    kl: float
+    kl_stderr: float | None
+    top1_agreement: float
+    top1_agreement_stderr: float | None
+    perplexity: float
+    base_perplexity: float
+    nll: float
+    base_nll: float
+    nll_stderr: float | None
+    base_nll_stderr: float | None
+    tokens: int
+    windows: int
+    window_nll: tuple[float, ...]
+    base_window_nll: tuple[float, ...]
+    shared_layers: int
+
+
+def perplexity(
+    model: PreTrainedModel, rows: torch.Tensor, *, batch_size: int = 1, progress: bool = False
+) -> Perplexity:
+    """Perplexity of a model on windows of a text.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model; its mode (training or evaluation) stays what it is.
+        rows (`torch.Tensor`): Token ids `[windows, length]`, without padding. A window is read on its own, and its
+            first token is not predicted.
+        batch_size (`int`, defaults to 1): Windows at once; half as many once memory runs out.
+        progress (`bool`, defaults to `False`): Show a bar.
+
+    Returns:
+        `Perplexity`: The mean over all predicted tokens.
+
+    Raises:
+        LayerPruneError: The rows are no such windows, or one does not fit into memory.
+    """
+    _check_rows(rows)
+    split = SplitModel(model)
+    nll: list[torch.Tensor] = []
+
+    def run(batch: torch.Tensor) -> None:
+        ids = batch.to(split.device)
+        decoded, sums = split.decode(ids), torch.zeros(len(ids), dtype=torch.float64)
+        for positions in _chunks(ids, _vocabulary(model)):
+            log_probs = torch.log_softmax(split.logits(ids, decoded, positions).float(), dim=-1)
+            sums += _nll(log_probs, ids, positions)
+        nll.append(sums)
+
+    with evaluating(model):
+        split.check(rows[0])
+        _run(rows, batch_size, run, progress, "perplexity")
+    return _perplexity(torch.cat(nll) / (rows.shape[1] - 1), rows)
+
+
+def distance(
+    model: PreTrainedModel,
+    base: PreTrainedModel,
+    rows: torch.Tensor,
+    *,
+    batch_size: int = 1,
+    progress: bool = False,
+) -> Distance:
+    """Distance of a model from its base on windows of a text.
+
+    Args:
+        model (`PreTrainedModel`): The pruned model; its mode (training or evaluation) stays what it is.
+        base (`PreTrainedModel`): What it was pruned from. Any layers at the start that both have in common, with
+            everything that comes before them, run once for both.
+        rows (`torch.Tensor`): Token ids `[windows, length]`, without padding. A window is read on its own, and its
+            first token is not predicted.
+        batch_size (`int`, defaults to 1): Windows at once; half as many once memory runs out.
+        progress (`bool`, defaults to `False`): Show a bar.
+
+    Returns:
+        `Distance`: Means over all predicted tokens.
+
+    Raises:
+        LayerPruneError: The rows are no such windows, the vocabularies differ, or a window does not fit into memory.
+    """
+    _check_rows(rows)
+    check_vocabularies(model, base)
+    ours, theirs = SplitModel(model), SplitModel(base)
+    prefix = SharedPrefix(base, model)
+    vocabulary = _vocabulary(model)
+    found: list[torch.Tensor] = []
+
+    def run(batch: torch.Tensor) -> None:
+        ids, base_ids = batch.to(ours.device), batch.to(theirs.device)
+        sums = torch.zeros(4, len(ids), dtype=torch.float64)
+        with prefix.shared():
+            base_decoded = theirs.decode(base_ids)
+            decoded = ours.decode(ids)
+        for positions in _chunks(ids, vocabulary):
+            p = torch.log_softmax(theirs.logits(base_ids, base_decoded, positions).to(ours.device).float(), dim=-1)
+            q = torch.log_softmax(ours.logits(ids, decoded, positions).float(), dim=-1)
+            sums[0] += _nll(q, ids, positions)
+            sums[1] += _nll(p, ids, positions)
+            predicted = _predicted(ids, positions)
+            p, q = p[:, :predicted], q[:, :predicted]
+            sums[2] += (p.argmax(-1) == q.argmax(-1)).sum(-1).cpu()
+            sums[3] += _kl(p, q).sum(-1, dtype=torch.float64).cpu()
+        found.append(sums)
+
+    with evaluating(model, base):
+        prefix.check(theirs, ours, rows[0])
+        _run(rows, batch_size, run, progress, "distance")
+    nll, base_nll, agreement, kl = torch.cat(found, dim=1) / (rows.shape[1] - 1)
+    mine, dense = _perplexity(nll, rows), _perplexity(base_nll, rows)
+    return Distance(
+        kl=kl.mean().item(),
+        kl_stderr=_stderr(kl),
+        top1_agreement=agreement.mean().item(),
+        top1_agreement_stderr=_stderr(agreement),
+        perplexity=mine.perplexity,
+        base_perplexity=dense.perplexity,
+        nll=mine.nll,
+        base_nll=dense.nll,
+        nll_stderr=mine.nll_stderr,
+        base_nll_stderr=dense.nll_stderr,
+        tokens=mine.tokens,
+        windows=mine.windows,
+        window_nll=mine.window_nll,
+        base_window_nll=dense.window_nll,
+        shared_layers=len(prefix),
+    )
+
+
+def check_vocabularies(model: PreTrainedModel, base: PreTrainedModel) -> None:
+    """Refuse to compare models that speak of other tokens.
+
+    Raises:
+        LayerPruneError: The vocabularies differ in size.
+    """
+    ours, theirs = _vocabulary(model), _vocabulary(base)
+    if ours != theirs:
+        raise LayerPruneError(
+            f"the model has a vocabulary of {ours} tokens and its base one of {theirs}, so they can't be compared token "
+            "by token; name the base that it was made from"
+        )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    return model.get_input_embeddings().weight.shape[0] if weight is None else weight.shape[0]
+
+
+def _check_rows(rows: torch.Tensor) -> None:
+    if rows.ndim != 2 or not len(rows) or rows.shape[1] < 2:
+        raise LayerPruneError(
+            f"rows of tokens must be [windows, length] with 2 tokens or more in a window, not {list(rows.shape)}; "
+            "the text may be too short for one window"
+        )
+
+
+def _run(rows: torch.Tensor, batch_size: int, run: object, progress: bool, name: str) -> None:
+    with tqdm(total=len(rows), desc=name, unit="window", disable=not progress) as bar:
+        for done in in_batches(rows, batch_size, run, "use shorter windows"):
+            bar.update(done)
+
+
+def _chunks(ids: torch.Tensor, vocabulary: int) -> list[slice]:
+    length = ids.shape[1]
+    size = positions_at_once(length, len(ids), vocabulary)
+    return [slice(start, min(start + size, length)) for start in range(0, length - 1, size)]
+
+
+def _predicted(ids: torch.Tensor, positions: slice) -> int:
+    """How many of some positions predict a token: the last of a window has none to predict."""
+    return min(positions.stop, ids.shape[1] - 1) - positions.start
+
+
+def _nll(log_probs: torch.Tensor, ids: torch.Tensor, positions: slice) -> torch.Tensor:
+    """Sums over some positions of the negative log-likelihood of what follows, one a row."""
+    predicted = _predicted(ids, positions)
+    targets = ids[:, positions.start + 1 : positions.start + 1 + predicted, None].to(log_probs.device)
+    return -log_probs[:, :predicted].gather(-1, targets).squeeze(-1).sum(-1, dtype=torch.float64).cpu()
+
+
+def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) `[batch, positions]` of log-probabilities, which are overwritten."""
+    difference = q.neg_().add_(p)
+    if p.amin().isneginf():  # what the base excludes adds nothing, though its logarithm is infinite
+        difference.masked_fill_(p.isneginf(), 0)
+    return p.exp_().mul_(difference).sum(-1)
+
+
+def _perplexity(window_nll: torch.Tensor, rows: torch.Tensor) -> Perplexity:
+    nll = window_nll.mean().item()
+    try:
+        value = math.exp(nll)
+    except OverflowError:
+        value = math.inf
+    tokens = len(rows) * (rows.shape[1] - 1)
+    return Perplexity(value, nll, _stderr(window_nll), tokens, len(rows), tuple(window_nll.tolist()))
+
+
+def _stderr(values: torch.Tensor) -> float | None:
+    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None

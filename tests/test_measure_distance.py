@@ -1,0 +1,227 @@
+"""Perplexity and distance equal the textbook, whatever is shared, split or halved on the way."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from hf_layerprune import LayerDropConfig, LayerPruneError, drop_layers, prune_with
+from hf_layerprune.families.layout import find_decoder_layers
+from hf_layerprune.measure import distance as module
+from hf_layerprune.measure.distance import distance, perplexity
+from hf_layerprune.measure.forward import in_batches, positions_at_once
+
+from .tiny_models import VOCAB, tiny_input, tiny_model
+
+ROWS = tiny_input(batch=5, length=24)
+
+
+def pruned(base: Any, layers: list[int]) -> Any:
+    model = copy.deepcopy(base)
+    drop_layers(model, layers)
+    return model
+
+
+@torch.no_grad()
+def log_probs(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=rows, use_cache=False).logits.double().log_softmax(-1)[:, :-1]
+
+
+def check(model: Any, base: Any, rows: torch.Tensor, **kwargs: Any) -> Any:
+    """Hold a distance against its definition, computed from whole logits."""
+    found = distance(model, base, rows, **kwargs)
+    p, q = log_probs(base, rows), log_probs(model, rows)
+    kl = (p.exp() * (p - q)).sum(-1)
+    nll = -q.gather(-1, rows[:, 1:, None]).squeeze(-1)
+    base_nll = -p.gather(-1, rows[:, 1:, None]).squeeze(-1)
+    assert found.kl == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert found.kl_stderr == pytest.approx(kl.mean(1).std().item() / len(rows) ** 0.5, rel=1e-3)
+    assert found.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item(), abs=1e-9)
+    assert found.window_nll == pytest.approx(nll.mean(1).tolist(), rel=1e-5)
+    assert found.base_window_nll == pytest.approx(base_nll.mean(1).tolist(), rel=1e-5)
+    assert found.perplexity == pytest.approx(nll.mean().exp().item(), rel=1e-5)
+    assert found.base_perplexity == pytest.approx(base_nll.mean().exp().item(), rel=1e-5)
+    assert found.nll_stderr == pytest.approx(nll.mean(1).std().item() / len(rows) ** 0.5, rel=1e-3)
+    assert found.tokens == len(rows) * (rows.shape[1] - 1)
+    return found
+
+
+def count_layers(model: Any) -> Counter[int]:
+    """Count how often each layer's own attention runs."""
+    counts: Counter[int] = Counter()
+    for i, layer in enumerate(find_decoder_layers(model).layers):
+        next(layer.children()).register_forward_hook(lambda *_, i=i: counts.update([i]))
+    return counts
+
+
+def test_perplexity_is_the_textbooks() -> None:
+    model = tiny_model("llama")
+    found = perplexity(model, ROWS)
+    with torch.no_grad():
+        losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in ROWS]
+    assert found.nll == pytest.approx(sum(losses) / 5, rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(sum(losses) / 5), rel=1e-6)
+    assert found.window_nll == pytest.approx(losses, rel=1e-6)
+    assert (found.tokens, found.windows) == (5 * 23, 5)
+
+
+# What families do around layers and head: soft-capped and scaled logits, hidden states in several streams, a norm after
+# the embeddings, learned positions, states in place of attention, layers that return tuples.
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gemma2", "cohere", "bloom", "gpt2", "mamba2", "qwen3_moe", "deepseek_v4", "xlstm"]
+)
+def test_distance_is_its_definition(model_type: str) -> None:
+    base = tiny_model(model_type)
+    assert check(pruned(base, [3, 4]), base, ROWS, batch_size=2).shared_layers == 3
+
+
+def test_shared_layers_run_once() -> None:
+    base = tiny_model("llama")
+    model = pruned(base, [3, 4])
+    ours, theirs = count_layers(model), count_layers(base)
+    found = distance(model, base, torch.cat([ROWS] * 4))
+    assert found.shared_layers == 3
+    assert set(theirs) == set(range(8))
+    # Once more whole and once by parts, to see that sharing changes nothing.
+    assert (theirs[0], ours[3], ours[0]) == (22, 22, 1)
+
+
+@pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_nothing_changed_is_shared(where: str) -> None:
+    base = tiny_model("llama")
+    model = pruned(base, [3, 4])
+    with torch.no_grad():
+        model.get_parameter(where).flatten()[-1].add_(0.5)
+    assert check(model, base, ROWS).shared_layers == (1 if "layers.1" in where else 0)
+
+
+def test_no_layer_of_another_kind_is_shared() -> None:
+    """Equal weights are not all: a window makes another layer of them."""
+    base = tiny_model("gemma2")
+    model = pruned(base, [5])
+    assert distance(model, base, ROWS).shared_layers == 5
+    layer = find_decoder_layers(model).layers[2]
+    layer.self_attn.sliding_window = 2
+    assert distance(model, base, ROWS).shared_layers == 2
+
+
+def test_only_the_head_changed() -> None:
+    base = tiny_model("llama")
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    assert check(model, base, ROWS).shared_layers == 8
+    same = distance(base, copy.deepcopy(base), ROWS)
+    assert (same.kl, same.top1_agreement) == (0, 1)
+
+
+def test_a_model_against_itself() -> None:
+    base = tiny_model("llama")
+    found = distance(base, base, ROWS)
+    assert (found.kl, found.top1_agreement, found.shared_layers) == (0, 1, 0)
+    assert found.perplexity == found.base_perplexity
+
+
+@pytest.mark.parametrize("size", [1, 7, 24])
+def test_chunks_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_model("gemma2")
+    model = pruned(base, [3, 4])
+    monkeypatch.setattr(module, "positions_at_once", lambda *_: size)
+    check(model, base, ROWS, batch_size=3)
+    assert perplexity(model, ROWS).nll == pytest.approx(-log_probs(model, ROWS).gather(-1, ROWS[:, 1:, None]).mean())
+
+
+def test_chunks_fit_the_budget() -> None:
+    assert positions_at_once(1024, 1, 49_152, 1 << 40) == 1024
+    assert positions_at_once(1024, 1, 256_000, 256 << 20) == 256
+    assert positions_at_once(1000, 1, 256_000, 256 << 20) == 256  # four chunks, of multiples of 32
+    assert positions_at_once(2048, 8, 256_000, 1) == 32
+    assert positions_at_once(20, 1, 100, 4000) == 20
+
+
+def test_a_peft_model() -> None:
+    base = tiny_model("llama")
+    tuned = prune_with(LayerDropConfig(drop_layers=[6, 7], tune_layers=2), copy.deepcopy(base))
+    lora = get_peft_model(pruned(base, [6, 7]), LoraConfig(target_modules=["q_proj"], layers_to_transform=[5]))
+    with torch.no_grad():
+        for parameter in [*tuned.parameters(), *lora.parameters()]:
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    assert check(tuned.eval(), base, ROWS).shared_layers == 4
+    assert check(lora.eval(), base, ROWS).shared_layers == 5
+
+
+def test_models_are_left_as_they_were() -> None:
+    base = tiny_model("llama")
+    model = pruned(base, [3, 4]).train()
+    model.lm_head.eval()
+    modes = [part.training for part in model.modules()]
+    before = log_probs(model, ROWS)
+    distance(model, base, ROWS)
+    perplexity(model, ROWS)
+    assert [part.training for part in model.modules()] == modes
+    assert torch.equal(log_probs(model, ROWS), before)
+    assert not any("forward" in vars(part) for part in [*model.modules(), *base.modules()])
+    assert not any(part._forward_hooks for part in [*model.modules(), *base.modules()])
+
+
+def test_ruined_models_have_numbers_too() -> None:
+    base = tiny_model("llama")
+    model = pruned(base, [6, 7])
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    found = distance(model, base, ROWS)
+    assert found.perplexity == math.inf
+    assert 700 < found.nll < math.inf
+    assert found.kl > 100
+
+
+def test_what_the_base_excludes_adds_nothing() -> None:
+    base = tiny_model("gpt2")
+    model = copy.deepcopy(base)
+    for one in (base, model):
+        one.lm_head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([0]), -math.inf))
+    found = distance(model, base, ROWS)
+    assert (found.kl, found.top1_agreement) == (0, 1)
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(0, 8, dtype=torch.long), torch.ones(8, dtype=torch.long), ROWS[:, :1]])
+def test_bad_rows(rows: torch.Tensor) -> None:
+    with pytest.raises(LayerPruneError, match=r"\[windows, length\]"):
+        perplexity(tiny_model("llama"), rows)
+
+
+def test_another_vocabulary() -> None:
+    base, other = tiny_model("llama"), tiny_model("llama")
+    other.resize_token_embeddings(VOCAB + 8)
+    with pytest.raises(LayerPruneError, match=f"a vocabulary of {VOCAB + 8} tokens and its base one of {VOCAB}"):
+        distance(other, base, ROWS)
+
+
+def test_batches_halve_where_memory_ends() -> None:
+    """The allocator is asked for what no machine has, so the errors are its own."""
+    tried = []
+
+    def run(batch: torch.Tensor) -> None:
+        tried.append(len(batch))
+        if len(batch) > 3:
+            torch.empty(1 << 60, dtype=torch.uint8)
+
+    assert list(in_batches(torch.zeros(10, 4), 8, run)) == [2, 2, 2, 2, 2]
+    assert tried == [8, 4, 2, 2, 2, 2, 2]
+
+
+def test_memory_that_fits_nothing() -> None:
+    def run(batch: torch.Tensor) -> None:
+        raise MemoryError
+
+    with pytest.raises(LayerPruneError, match="out of memory with a single text of 4 tokens; buy more"):
+        list(in_batches(torch.zeros(10, 4), 8, run, "buy more"))
+    with pytest.raises(RuntimeError, match="shape"):
+        list(in_batches(torch.zeros(10, 4), 8, lambda batch: batch @ batch))
