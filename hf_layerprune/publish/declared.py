@@ -1,4 +1,4 @@
-"""What a base says about itself: the licence and the languages, from its card or from a GGUF file's own keys.
+"""What a base says about itself: licence, languages, whether it chats; from its card or from a GGUF file's own keys.
 
 `prune` records it in `lineage.json` while the base is at hand, so that a card can be made later without the base.
 """
@@ -55,22 +55,35 @@ def declared_by(base: Path | HubBase) -> dict[str, Any]:
         base (`Path` or `HubBase`): A model folder, a GGUF file, or a repository.
 
     Returns:
-        `dict[str, Any]`: Of `license`, `license_name`, `license_link` and `language`, those that it declares.
+        `dict[str, Any]`: Of `license`, `license_name`, `license_link` and `language`, those that it declares; and
+            `chat`, where it has a chat template.
     """
     if not isinstance(base, Path):
         try:
             path = base.fetch_small(CARD)
         except CheckpointError as error:
             logger.warning("%s; its licence is not recorded", error)
-            return {}
-        found = _of_card(path) if path else {}
+            path = None
+        found = (_of_card(path) if path else {}) | _chat(base.folder)
         link = found.get("license_link")
         if link and "://" not in link:  # relative to the base's repository
             found["license_link"] = f"https://huggingface.co/{base.repo}/blob/{base.commit}/{link.removeprefix('./')}"
         return found
     if base.is_dir():
-        return _of_card(base / CARD)
+        return _of_card(base / CARD) | _chat(base)
     return _of_gguf(base)
+
+
+def _chat(folder: Path) -> dict[str, Any]:
+    """Whether a folder has a chat template: in a file of its own, or in the tokenizer's settings."""
+    settings = folder / "tokenizer_config.json"
+    try:
+        inside = (
+            settings.is_file() and settings.stat().st_size <= _MAX_CARD and '"chat_template"' in settings.read_text()
+        )
+    except (OSError, ValueError):
+        inside = False
+    return {"chat": True} if inside or (folder / "chat_template.jinja").is_file() else {}
 
 
 def _of_card(path: Path) -> dict[str, Any]:
@@ -109,4 +122,5 @@ def _of_gguf(path: Path) -> dict[str, Any]:
     names = {"license": "general.license", "license_name": "general.license.name"}
     names["license_link"] = "general.license.link"
     found = {field: keys[key].text for field, key in names.items() if key in keys and keys[key].text}
-    return {field: text.strip()[:_MAX_TEXT] for field, text in found.items()}
+    found = {field: text.strip()[:_MAX_TEXT] for field, text in found.items()}
+    return found | ({"chat": True} if "tokenizer.chat_template" in keys else {})

@@ -1,0 +1,200 @@
+"""A lineage, read: which layers of the base are left, and what each station did to which tensors."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from ..errors import CheckpointError
+from ..select.spec import format_layers
+from .escape import is_hub_name
+from .lineage import Lineage
+
+_LAYER = re.compile(r"(?P<before>.*?\b(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
+_MAX_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class Station:
+    """One entry of a lineage.
+
+    Args:
+        name (`str`): `prune`, `repair`, `heal`, ...
+        entry (`dict[str, Any]`): What `lineage.json` says.
+        changed (`frozenset[str]`): The tensors that it changed, by their names in the final model.
+    """
+
+    name: str
+    entry: dict[str, Any] = field(repr=False)
+    changed: frozenset[str]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decided the outcome."""
+        return self.entry.get("settings") or {}
+
+    @property
+    def data(self) -> list[dict[str, Any]]:
+        """The texts that were fitted or trained on."""
+        found = self.entry.get("data") or []
+        return [one for one in ([found] if isinstance(found, dict) else found) if isinstance(one, dict)]
+
+
+@dataclass(frozen=True)
+class History:
+    """What a lineage says, station by station.
+
+    Args:
+        lineage (`Lineage`): The lineage.
+        num_base_layers (`int`): How many decoder layers the base has.
+        kept (`tuple[int, ...]`): The base's indices of those that are left, in order.
+        stations (`tuple[Station, ...]`): What was done, oldest first.
+    """
+
+    lineage: Lineage = field(repr=False)
+    num_base_layers: int
+    kept: tuple[int, ...]
+    stations: tuple[Station, ...]
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """The base's indices of the layers that are gone."""
+        return tuple(i for i in range(self.num_base_layers) if i not in set(self.kept))
+
+    @property
+    def form(self) -> str:
+        """`model`, or `adapter` where only the plan and the tuned tail were saved."""
+        forms = [station.settings["form"] for station in self.stations if station.settings.get("form")]
+        return "adapter" if forms and forms[-1] == "adapter" else "model"
+
+    @property
+    def base_id(self) -> str:
+        """The base as the lineage names it; of a path on somebody's disk, only the last part."""
+        return base_name(self.lineage.base)
+
+    @property
+    def base_on_hub(self) -> str | None:
+        """The Hub id of the base, or of the model that a local base is a copy of; `None` where none is recorded."""
+        return hub_base(self.lineage.base)
+
+    def changed(self) -> dict[str, list[str]]:
+        """Every tensor that a station says it changed, with the names of those stations."""
+        found: dict[str, list[str]] = {}
+        for station in self.stations:
+            for name in sorted(station.changed):
+                found.setdefault(name, []).append(station.name)
+        return found
+
+    def layers_changed(self, station: str) -> set[int]:
+        """Base indices of the layers in which the stations of a name changed something."""
+        found = set()
+        for one in self.stations:
+            for match in map(_LAYER.fullmatch, one.changed if one.name == station else ()):
+                if match and int(match["index"]) < len(self.kept):
+                    found.add(self.kept[int(match["index"])])
+        return found
+
+    def commands(self) -> list[str]:
+        """The commands that make the model again, one a station that says so."""
+        return [command for station in self.stations if (command := self._command(station))]
+
+    def _command(self, station: Station) -> str | None:
+        told = station.entry.get("command")
+        if isinstance(told, str) and told.strip():
+            return told.strip()
+        if station.name != "prune" or not station.settings.get("drop_layers"):
+            return None
+        first = station is self.stations[0]
+        settings, base = station.settings, self.lineage.base
+        words = ["hf-layerprune", "prune", self.base_id if first else "previous", "pruned"]
+        words += ["--drop-layers", format_layers(settings["drop_layers"])]
+        if settings.get("dtype", "auto") != "auto":
+            words += ["--dtype", str(settings["dtype"])]
+        if settings.get("repair"):
+            words += ["--repair", str(settings["repair"])]
+        if settings.get("form") == "adapter":
+            words.append("--adapter")
+        if first and base.get("commit"):
+            words += ["--revision", str(base["commit"])]
+        return shlex.join(words)
+
+
+def base_name(base: dict[str, Any]) -> str:
+    """What to call a base in public: its Hub id, or the last part of its path."""
+    name = str(base.get("id") or "")
+    if base.get("commit") or (is_hub_name(name) and "/" in name):
+        return name
+    return PurePath(name.replace("\\", "/")).name or "the base"
+
+
+def hub_base(base: dict[str, Any]) -> str | None:
+    """The Hub id of a base, or of what it is a copy of."""
+    name = str(base.get("id") or "")
+    if base.get("commit") and is_hub_name(name):
+        return name
+    declared = base.get("hub_id")
+    return declared if isinstance(declared, str) and is_hub_name(declared) else None
+
+
+def is_local(base: dict[str, Any]) -> bool:
+    """Whether a base is named by more than one part of a path on somebody's disk."""
+    name = str(base.get("id") or "")
+    return not base.get("commit") and not is_hub_name(name) and PurePath(name.replace("\\", "/")).name != name
+
+
+def read_history(lineage: Lineage) -> History:
+    """Follow a lineage from the base to the model.
+
+    Args:
+        lineage (`Lineage`): The lineage.
+
+    Returns:
+        `History`: What was done.
+
+    Raises:
+        CheckpointError: It contradicts itself.
+    """
+    n: int | None = None
+    kept: list[int] = []
+    cuts: list[tuple[int, list[int]]] = []
+    for number, entry in enumerate(lineage.entries):
+        layers = entry.get("layers") or {}
+        if n is None and isinstance(layers.get("base"), int) and 0 < layers["base"] <= _MAX_LAYERS:
+            n, kept = layers["base"], list(range(layers["base"]))
+        if entry.get("station") != "prune":
+            continue
+        drop = (entry.get("settings") or {}).get("drop_layers") or []
+        if n is None or any(type(i) is not int or not 0 <= i < len(kept) for i in drop):
+            raise CheckpointError(f"lineage.json drops layers {drop} of {len(kept)}; it was edited, or is damaged")
+        stay = [i for i in range(len(kept)) if i not in set(drop)]
+        kept = [kept[i] for i in stay]
+        cuts.append((number, stay))
+        if layers.get("left", len(kept)) != len(kept):
+            raise CheckpointError(
+                f"lineage.json says that {layers['left']} layers were left and drops all but {len(kept)}; it was edited"
+            )
+    if n is None:
+        raise CheckpointError("lineage.json does not say how many layers the base has; prune the model again")
+    stations = []
+    for number, entry in enumerate(lineage.entries):
+        changed = frozenset(_through([stay for at, stay in cuts if at > number], entry.get("changed_tensors") or ()))
+        stations.append(Station(str(entry.get("station")), entry, changed))
+    return History(lineage, n, tuple(kept), tuple(stations))
+
+
+def _through(cuts: list[list[int]], names: list[str]) -> Iterator[str]:
+    """Names of tensors after further cuts; those whose layer went are left out."""
+    for name in names:
+        for stay in cuts:
+            match = _LAYER.fullmatch(name)
+            if match is None:
+                continue
+            if int(match["index"]) not in stay:
+                break
+            name = f"{match['before']}{stay.index(int(match['index']))}{match['after']}"
+        else:
+            yield name

@@ -1,0 +1,104 @@
+"""What got worse, and by how much: the sentences of a card's limits, each read off a measured number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from markupsafe import Markup
+
+from . import numbers
+from .escape import prose
+from .results import Cell, Results, Row, comparison
+
+# A text that is so much less likely than to the dense model is no longer predicted in any useful sense.
+_BROKEN = 10.0
+_WORSE = 1.02
+
+
+def limits(results: Results | None) -> list[Markup]:
+    """Say what a pruned model lost.
+
+    Args:
+        results (`Results`, *optional*): What was measured.
+
+    Returns:
+        `list[Markup]`: One sentence a number that got worse, and what the numbers can't tell.
+    """
+    own = results.own if results else None
+    if results is None or own is None:
+        return [Markup("Nothing was measured on this model. Measure it before you rely on it for anything.")]
+    rows = [row for row in results.table(["accuracy", "text", "distance"]) if own.weights in row.cells]
+    found = [*_accuracy(rows, own.weights), *_text(rows, own.weights, results)]
+    if unseen := _unseen(results, rows):
+        found.append(unseen)
+    return found
+
+
+def _accuracy(rows: list[Row], own: str) -> Iterator[Markup]:
+    same = []
+    for row in rows:
+        cell = row.cells[own]
+        if row.key[0] != "accuracy":
+            continue
+        task = prose(row.task)
+        if cell.noise:
+            same.append(task)
+        elif cell.change.startswith(numbers.MINUS):
+            guess = _is_guessing(cell)
+            end = f": no better than guessing, which gets {row.chance}" if guess else ""
+            yield Markup(
+                f"**{task}**: {prose(row.metric)} fell by {cell.change.lstrip(numbers.MINUS)} points, to "
+                f"{cell.value.partition(' ')[0]} %{end}."
+            )
+    if same:
+        yield Markup(
+            f"On {_listed(same)} no difference could be told from chance at this number of questions. "
+            "That is not the same as none."
+        )
+
+
+def _is_guessing(cell: Cell) -> bool:
+    record = cell.record
+    if "chance" not in record or not record.get("stderr"):
+        return False
+    return record["value"] - record["chance"] < 2 * record["stderr"]
+
+
+def _text(rows: list[Row], own: str, results: Results) -> Iterator[Markup]:
+    dense = results.dense.weights if results.dense else ""
+    for row in rows:
+        cell, kind, metric = row.cells[own], row.key[0], row.key[2]
+        if kind == "text" and "perplexity" in metric and dense in row.cells:
+            before, after = row.cells[dense].record["value"], cell.record["value"]
+            if after <= before * _WORSE:
+                continue
+            end = ". So much means that it hardly predicts text any more" if after > _BROKEN * before else ""
+            on = f" on {prose(row.task)}" if row.task else ""
+            yield Markup(
+                f"**Perplexity**{on} rose from {numbers.number(before)} to {numbers.number(after)}, "
+                f"{numbers.ratio(after / before)}{end}."
+            )
+        elif metric == "top1_agreement":
+            on = f" of {prose(row.task)}" if row.task else ""
+            other = numbers.percent(1 - cell.record["value"])
+            yield Markup(
+                f"At {other} % of the tokens{on} it finds another next token likeliest than the dense model does."
+            )
+
+
+def _unseen(results: Results, rows: list[Row]) -> Markup | None:
+    """How small a difference can be seen at all with so many questions."""
+    errors = []
+    for row in rows:
+        for cell in row.cells.values():
+            if row.key[0] == "accuracy" and results.dense and cell.change:
+                paired = comparison(results.metrics, cell.record, results.dense.weights)
+                errors += [paired["stderr"]] if paired and paired.get("stderr") else []
+    if not errors:
+        return None
+    least = numbers.percent(2 * max(errors))
+    return Markup(f"With so many questions a task, differences below about {least} points can't be seen.")
+
+
+def _listed(items: list[Markup]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

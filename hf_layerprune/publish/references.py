@@ -1,0 +1,62 @@
+"""What a card cites: the paper of the method, and the papers of what was used besides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A paper.
+
+    Args:
+        title (`str`): Its title.
+        authors (`str`): The first author, or all of them.
+        year (`int`): When it appeared.
+        arxiv (`str`): Its number there.
+    """
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str
+
+    def bibtex(self, key: str) -> str:
+        """An entry for a bibliography."""
+        fields = {
+            "title": self.title,
+            "author": self.authors,
+            "year": str(self.year),
+            "eprint": self.arxiv,
+            "archivePrefix": "arXiv",
+        }
+        width = max(map(len, fields))
+        lines = [f"  {name:<{width}} = {{{value}}}," for name, value in fields.items()]
+        return "\n".join([f"@misc{{{key},", *lines, "}"])
+
+
+METHOD = Reference(
+    "Reassessing Layer Pruning in LLMs: New Insights and Methods",
+    "Lu, Yao and Cheng, Hao and Fang, Yujie and Wang, Zeyu and Wei, Jiaheng and Xu, Dongwei and Xuan, Qi and "
+    "Yang, Xiaoniu and Zhu, Zhaowei",
+    2024,
+    "2411.15558",
+)
+# By the value of a station's setting.
+USED = {
+    ("criterion", "block_influence"): Reference(
+        "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", "Men, Xin and others", 2024,
+        "2403.03853",
+    ),
+    ("criterion", "angular_distance"): Reference(
+        "The Unreasonable Ineffectiveness of the Deeper Layers", "Gromov, Andrey and others", 2024, "2403.17887"
+    ),
+    ("criterion", "taylor"): Reference(
+        "Shortened LLaMA: Depth Pruning for Large Language Models with Comparison of Retraining Methods",
+        "Kim, Bo-Kyeong and others", 2024, "2402.02834",
+    ),
+    ("repair", "linear"): Reference(
+        "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block Linearization",
+        "Shopkhoev, Dmitriy and others", 2025, "2505.02819",
+    ),
+}  # fmt: skip
