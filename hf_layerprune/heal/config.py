@@ -1,0 +1,129 @@
+"""`HealConfig`: TRL's `SFTConfig`, and what healing adds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..errors import LayerPruneError
+
+try:
+    from trl import SFTConfig
+except ImportError as error:
+    raise LayerPruneError('training needs TRL: pip install "hf-layerprune[train]"') from error
+
+from .losses import DIRECTIONS
+
+LOSSES = ("ce", "kd", "ce+kd")
+CACHE_MODES = ("auto", "on", "off")
+
+
+@dataclass
+class HealConfig(SFTConfig):
+    """
+    Configuration of a [`HealTrainer`].
+
+    It is TRL's `SFTConfig` with three other defaults: no gradient checkpointing, which TRL switches on and which would
+    force gradients through all frozen layers; a learning rate that depends on what is trained; and a short warm-up.
+
+    Args:
+        method (`str`, defaults to `"auto"`):
+            What is trained: `"lm_head"`, `"lm_head+last3"` (also `1`, `2`, ...), `"last3"` (the head stays as it is),
+            `"cut"` or `"cut2"` (so many layers on each side of the cut), `"lora"`, `"qlora"`, `"full"`, or `"auto"`,
+            which goes by where the cut is.
+        learning_rate (`float`, *optional*):
+            AdamW's, at its peak. By default the method's own, see `hf_layerprune.heal.methods`.
+        loss (`str`, defaults to `"ce"`):
+            `"ce"` for cross-entropy on the data, `"kd"` for distillation from the dense model, `"ce+kd"` for both.
+        kd_share (`float`, defaults to 0.5):
+            Of `"ce+kd"`, what distillation counts; cross-entropy counts the rest.
+        kd_temperature (`float`, defaults to 1.0):
+            Temperature of both distributions in distillation.
+        kd_direction (`str`, defaults to `"forward"`):
+            `"forward"` for KL(teacher || student), `"reverse"` for KL(student || teacher).
+        kd_tokens (`str`, defaults to `"all"`):
+            `"all"` to learn from the teacher on every token, prompts included; `"completion"` only where
+            cross-entropy would count.
+        teacher (`str`, *optional*):
+            The dense model. By default what the model was pruned from.
+        cache (`str`, defaults to `"auto"`):
+            Whether the frozen layers' output is computed once and kept on disk: `"auto"` where that is exact, `"on"`
+            to be told if it is not, `"off"`.
+        cache_dir (`str`, *optional*):
+            Where. By default `cache` in the output folder. Processes on several machines must share it.
+        cache_batch_tokens (`int`, *optional*):
+            How many tokens go through the frozen layers at once. By default 4096 on a CPU and 32768 elsewhere.
+        keep_cache (`bool`, defaults to `False`):
+            Whether it stays there when training has ended.
+        float32_weights (`bool`, defaults to `True`):
+            Whether what is trained is held in float32 while it is trained in mixed precision: a small step on a
+            bfloat16 weight rounds to nothing.
+    """
+
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of AdamW. By default one that suits the method."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute the trained layers' activations, for memory. Frozen layers have none to keep."},
+    )
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Steps of linear warm-up, or below 1 the share of all steps."}
+    )
+    method: str = field(
+        default="auto",
+        metadata={"help": "What is trained: auto, lm_head, lastN, lm_head+lastN, cut, cutN, lora, qlora or full."},
+    )
+    loss: str = field(
+        default="ce",
+        metadata={"help": "ce (the data), kd (distillation from the dense model) or ce+kd.", "choices": list(LOSSES)},
+    )
+    kd_share: float = field(default=0.5, metadata={"help": "Of ce+kd, what distillation counts."})
+    kd_temperature: float = field(default=1.0, metadata={"help": "Temperature of distillation."})
+    kd_direction: str = field(
+        default="forward",
+        metadata={"help": "forward: KL(teacher || student); reverse.", "choices": list(DIRECTIONS)},
+    )
+    kd_tokens: str = field(
+        default="all",
+        metadata={"help": "Tokens that the teacher is heard on: all or completion.", "choices": ["all", "completion"]},
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "The dense model. By default what the model was pruned from."}
+    )
+    cache: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute the frozen layers once: auto (where that is exact), on or off.",
+            "choices": list(CACHE_MODES),
+        },
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for it. By default `cache` in the output folder."}
+    )
+    cache_batch_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens that go through the frozen layers at once."}
+    )
+    keep_cache: bool = field(default=False, metadata={"help": "Keep the cache when training has ended."})
+    float32_weights: bool = field(
+        default=True, metadata={"help": "Hold what is trained in float32 in mixed-precision training."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (
+            ("loss", LOSSES),
+            ("cache", CACHE_MODES),
+            ("kd_direction", DIRECTIONS),
+            ("kd_tokens", ("all", "completion")),
+        ):
+            if getattr(self, name) not in choices:
+                raise LayerPruneError(f"{name}={getattr(self, name)!r} is unknown; it may be {', '.join(choices)}")
+        if not 0 < self.kd_share <= 1:
+            raise LayerPruneError(f"kd_share={self.kd_share} must be above 0 and at most 1; use loss=ce for none")
+        if self.kd_temperature <= 0:
+            raise LayerPruneError(f"kd_temperature={self.kd_temperature} must be above 0")
+
+    @property
+    def distils(self) -> bool:
+        """Whether the dense model teaches."""
+        return "kd" in self.loss

@@ -1,0 +1,350 @@
+"""What a training run computes once: what leaves the frozen layers, and what the dense model makes of each row.
+
+One pass with the student, which then gives up its frozen layers; one with the teacher, which begins where the two part
+ways. Both are shared out among processes, and go on where they were after an interruption.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import families
+from ..errors import LayerPruneError
+from ..families import Cut
+from .frozen import Prefix, first_trained_layer
+from .losses import Head
+from .store import Column, StateStore, fill, hash_rows, hash_tensors
+from .teacher import Teacher
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from .trainer import HealTrainer
+
+logger = logging.getLogger(__name__)
+
+# What TRL's collator takes.
+_FED = ("input_ids", "labels", "seq_lengths")
+_CPU_TOKENS, _DEVICE_TOKENS = 4096, 32768
+# How far two ways to compute the same may lie apart, relative to the size of the result.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
+_HALF_TOLERANCE = 2e-2
+
+
+@dataclass
+class Precomputed:
+    """What was computed before training.
+
+    Args:
+        store (`StateStore`, *optional*): Where states of rows are.
+        prefix (`Prefix`, *optional*): The frozen layers, where they were taken out.
+        teacher_head (`Head`, *optional*): The dense model's, where it teaches.
+    """
+
+    store: StateStore | None = None
+    prefix: Prefix | None = None
+    teacher_head: Head | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """What each batch brings along."""
+        return ["prefix"] * (self.prefix is not None) + ["teacher"] * (self.teacher_head is not None)
+
+
+class StateCollator:
+    """Makes a batch as TRL does, and adds the states of its rows.
+
+    Args:
+        inner (`Callable`): TRL's collator.
+        padding_free (`bool`): Whether that puts rows one after the other.
+    """
+
+    def __init__(self, inner: Callable[[list[dict]], dict[str, Any]], padding_free: bool) -> None:
+        self.inner = inner
+        self.padding_free = padding_free
+        self.found: Precomputed | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Make a batch of rows."""
+        rows = [example["row"] for example in examples if "row" in example]
+        batch = self.inner([{name: value for name, value in e.items() if name != "row"} for e in examples])
+        if not rows:
+            return batch
+        batch["rows"] = torch.tensor(rows)
+        if self.found is not None and self.found.store is not None:
+            for column in self.found.columns:
+                states = self.found.store.read(column, rows)
+                batch[f"{column}_states"] = self.joined(states, batch["input_ids"].shape[1])
+        return batch
+
+    def joined(self, states: list[torch.Tensor], length: int) -> torch.Tensor:
+        """States of rows `[tokens, width]` as a batch `[batch, length, width]`."""
+        if self.padding_free:
+            states = [torch.cat(states)]
+        batch = states[0].new_zeros(len(states), length, states[0].shape[1])
+        for target, source in zip(batch, states, strict=True):
+            target[: len(source)] = source
+        return batch
+
+    def parted(self, batch: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+        """The reverse."""
+        if self.padding_free:
+            return list(batch[0, : sum(lengths)].split(list(lengths)))
+        return [states[:length] for states, length in zip(batch, lengths, strict=True)]
+
+
+def numbered(dataset: Dataset, first: int) -> Dataset:
+    """A data set with a column `row` that counts from `first`."""
+    return dataset.add_column("row", list(range(first, first + len(dataset))))
+
+
+def precompute(trainer: HealTrainer, teacher: PreTrainedModel | None = None) -> Precomputed:
+    """Compute what does not change.
+
+    Args:
+        trainer ([`HealTrainer`]): Before training.
+        teacher (`PreTrainedModel`, *optional*): The dense model, where it is loaded already.
+
+    Returns:
+        `Precomputed`: Where it is. The trainer's model has given up its frozen layers if those were computed.
+
+    Raises:
+        LayerPruneError: `cache="on"` and it can't be; or there is no teacher.
+        CheckpointError: The cache is of another model or other rows, or its disk is too small.
+    """
+    return _Run(trainer).run(teacher)
+
+
+class _Run:
+    """The passes of one trainer."""
+
+    def __init__(self, trainer: HealTrainer) -> None:
+        self.args = trainer.args
+        self.accelerator = trainer.accelerator
+        self.collator = trainer.data_collator
+        self.model = trainer.plain_model
+        self.device = trainer.args.device
+        self.datasets = trainer.numbered_datasets
+        self.lengths = [len(ids) for dataset in self.datasets for ids in dataset["input_ids"]]
+        self.main = trainer.accelerator.is_main_process
+        self.why_not = _why_not(trainer)
+
+    def run(self, teacher_model: PreTrainedModel | None) -> Precomputed:
+        args, found = self.args, Precomputed()
+        prefix = self._prefix() if args.cache != "off" else None
+        if prefix is None and args.cache == "on":
+            raise LayerPruneError(f"the frozen layers can't be computed once: {self.why_not}; use cache=auto or off")
+        if prefix is None and args.cache == "auto":
+            logger.warning("the frozen layers run in every step: %s", self.why_not)
+        if prefix is None and not args.distils:
+            return found
+        if not self.datasets:
+            raise LayerPruneError(f"loss={args.loss} needs rows that can be counted; use loss=ce with streamed data")
+        teacher = self._teacher(teacher_model, prefix) if args.distils else None
+        store = found.store = self._open(prefix, teacher)
+        if prefix is not None:
+            self._run_student(store, prefix, teacher)
+            self.accelerator.wait_for_everyone()
+            prefix.skip()
+            prefix.unload()
+            found.prefix = prefix
+        if teacher is not None:
+            self._run_teacher(store, teacher, prefix)
+            teacher.let_go(self.device, self.model.get_output_embeddings())
+            found.teacher_head = teacher.head
+            self.accelerator.wait_for_everyone()
+            if self.main:
+                store.forget("shared")
+        return found
+
+    # --- what can be computed ----------------------------------------------------------------------------
+
+    def _prefix(self) -> Prefix | None:
+        """The frozen layers, if their output can take their place; tried out on a few rows."""
+        if self.why_not:
+            return None
+        depth = first_trained_layer(self.model)
+        if depth == 0:
+            self.why_not = "there are none below the first trained parameter"
+            return None
+        self.model.to(self.device)
+        for needs_ids in (False, True):
+            prefix = Prefix(self.model, depth, needs_ids=needs_ids)
+            try:
+                self.why_not = self._try_out(prefix)
+            except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+                self.why_not = f"the model can't do without them ({str(error).splitlines()[0][:120]})"
+            prefix.restore()
+            if not self.why_not:
+                return prefix
+        return None
+
+    def _try_out(self, prefix: Prefix) -> str:
+        """Why the recorded states can't take the place of the layers, if so."""
+        rows = list(range(min(2, len(self.datasets[0]))))
+        inputs = self._inputs(rows)
+        with self._inference():
+            with prefix.recorded() as states:
+                wanted = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            recorded = states[prefix.depth]
+            with self._training():
+                again = prefix.run(**inputs)[prefix.depth]
+            if not _close(again, recorded):
+                return "what leaves them differs in training, as with dropout"
+            alone = prefix.run(**self._inputs(rows[:1]))[prefix.depth]
+            pair = [self.collator.parted(s, [self.lengths[rows[0]]])[0] for s in (alone, recorded[:1])]
+            if not _close(*pair):
+                return "what leaves them for a row depends on the rows beside it"
+            prefix.skip()
+            found = self.model.base_model(**prefix.put(recorded, inputs), use_cache=False).last_hidden_state
+        return "" if _close(found, wanted) else "layers hand more to each other than hidden states"
+
+    def _teacher(self, model: PreTrainedModel | None, prefix: Prefix | None) -> Teacher:
+        source = model if model is not None else self.args.teacher
+        if source is None:
+            raise LayerPruneError(f"loss={self.args.loss} needs the dense model; name it with --teacher")
+        kwargs = {"attn_implementation": self.model.config._attn_implementation}
+        return Teacher(self.model, _cut_of(self.model), source, prefix.depth if prefix is not None else 0, **kwargs)
+
+    # --- the passes --------------------------------------------------------------------------------------
+
+    def _open(self, prefix: Prefix | None, teacher: Teacher | None) -> StateStore:
+        columns = []
+        if prefix is not None:
+            columns.append(self._column("prefix", prefix, self._state_dtype(prefix)))
+        if teacher is not None:
+            source = hash_tensors([], teacher.fingerprint, self._settings())
+            columns.append(Column("teacher", teacher.width, teacher.dtype, source))
+        folder = Path(self.args.cache_dir or Path(self.args.output_dir) / "cache")
+        rows = "-".join(hash_rows(dataset) for dataset in self.datasets)
+        with self.accelerator.main_process_first():
+            return StateStore(folder, self.lengths, rows, columns, main=self.main)
+
+    def _column(self, name: str, prefix: Prefix, dtype: torch.dtype) -> Column:
+        source = hash_tensors(prefix.parameters(), prefix.depth, self._settings())
+        return Column(name, self.model.config.get_text_config().hidden_size, dtype, source)
+
+    def _settings(self) -> tuple[Any, ...]:
+        precision = self.accelerator.mixed_precision
+        return precision, str(self.model.dtype), self.model.config._attn_implementation, self.collator.padding_free
+
+    def _state_dtype(self, prefix: Prefix) -> torch.dtype:
+        with self._inference():
+            return prefix.run(**self._inputs([0]))[prefix.depth].dtype
+
+    def _run_student(self, store: StateStore, prefix: Prefix, teacher: Teacher | None) -> None:
+        shards = set(store.missing("prefix"))
+        depths = {"prefix": prefix.depth}
+        if teacher is not None and 0 < teacher.shared < prefix.depth and (untaught := store.missing("teacher")):
+            store.add(Column("shared", store.columns["prefix"].width, store.columns["prefix"].dtype, ""))
+            depths["shared"] = teacher.shared
+            shards |= set(store.missing("shared")) & set(untaught)
+
+        def run(rows: list[int]) -> dict[str, list[torch.Tensor]]:
+            states = prefix.run(tuple(depths.values()), **self._inputs(rows))
+            lengths = [self.lengths[row] for row in rows]
+            return {name: self.collator.parted(states[depth], lengths) for name, depth in depths.items()}
+
+        self._fill(store, list(depths), shards, run, "Frozen layers")
+
+    def _run_teacher(self, store: StateStore, teacher: Teacher, prefix: Prefix | None) -> None:
+        shards = store.missing("teacher")
+        if not shards:
+            return
+        column = "shared" if prefix is not None and teacher.shared < prefix.depth else "prefix"
+        with self._inference():
+            teacher.prepare(self._inputs([0]), self.device, needs_ids=prefix is not None and prefix.needs_ids)
+
+        def run(rows: list[int]) -> dict[str, list[torch.Tensor]]:
+            inputs, shared = self._inputs(rows), None
+            if teacher.shared:
+                states = store.read(column, rows)
+                shared = self.collator.joined(states, inputs["input_ids"].shape[1]).to(self.device)
+            states = teacher.states(inputs, shared).to(store.columns["teacher"].dtype)
+            return {"teacher": self.collator.parted(states, [self.lengths[row] for row in rows])}
+
+        self._fill(store, ["teacher"], shards, run, "Dense model")
+
+    def _fill(
+        self, store: StateStore, columns: list[str], shards: Iterable[int], run: Callable, description: str
+    ) -> None:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = [shard for shard in sorted(shards) if shard % world == rank]
+        usual = _CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS
+        tokens = self.args.cache_batch_tokens or usual
+        if self.collator.padding_free:  # one sequence of all rows: attention is as long as all of them
+            tokens = min(tokens, self.args.per_device_train_batch_size * (self.args.max_length or tokens))
+        with self._inference():
+            fill(store, columns, mine, run, tokens, description, show=self.main)
+
+    @contextmanager
+    def _inference(self) -> Any:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode(), self.accelerator.autocast():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    @contextmanager
+    def _training(self) -> Any:
+        self.model.train()
+        yield
+        self.model.eval()
+
+    def _inputs(self, rows: list[int]) -> dict[str, Any]:
+        """Some rows as the model takes them."""
+        batch = self.collator.inner([self._example(row) for row in rows])
+        moved = {name: v.to(self.device) if torch.is_tensor(v) else v for name, v in batch.items()}
+        moved.pop("labels", None)
+        return moved
+
+    def _example(self, row: int) -> dict[str, Any]:
+        for dataset in self.datasets:
+            if row < len(dataset):
+                return {name: value for name, value in dataset[row].items() if name in _FED}
+            row -= len(dataset)
+        raise IndexError(row)
+
+
+def _why_not(trainer: HealTrainer) -> str:
+    """What rules out that frozen layers are computed once, before any is looked at."""
+    args, parallel = trainer.args, trainer.accelerator.parallelism_config
+    model = trainer.plain_model
+    if not trainer.numbered_datasets:
+        return "the data are streamed, so rows can't be counted"
+    if args.neftune_noise_alpha is not None:
+        return "neftune_noise_alpha adds noise to what enters them"
+    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled):
+        return "the model or its sequences are split over devices"
+    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
+        return "the model is split over devices"
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "DeepSpeed ZeRO-3 has split the weights"
+    if trainer._is_vision_dataset:
+        return "rows have images"
+    return ""
+
+
+def _cut_of(model: PreTrainedModel) -> Cut | None:
+    marker = getattr(model.config, families.MARKER, None)
+    if not marker:
+        return None
+    gone, n = set(marker["drop_layers"]), marker["num_base_layers"]
+    return Cut(tuple(i for i in range(n) if i not in gone), n)
+
+
+def _close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    if found.shape != wanted.shape:
+        return False
+    tolerance = _TOLERANCE.get(wanted.dtype, _HALF_TOLERANCE)
+    return bool((found.float() - wanted.float()).norm() <= tolerance * wanted.float().norm())

@@ -1,0 +1,153 @@
+"""The dense model as teacher: its last hidden states for each training row, computed once.
+
+Up to the first layer that was dropped or changed it is the student, so its pass starts from what leaves the student's
+layers there. Only the last hidden states are kept, one vector a token; logits are had from them, chunk by chunk, with
+the dense model's head, when the loss needs them.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import CheckpointError, CutError
+from ..families import Cut
+from ..families.layout import find_decoder_layers
+from ..loading import load_base
+from .frozen import Prefix
+from .losses import Head
+from .store import hash_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+class Teacher:
+    """A dense model that is asked once.
+
+    Args:
+        student (`PreTrainedModel`): The pruned model, before anything was trained.
+        cut (`Cut`, *optional*): What was dropped from the dense model, where that is known.
+        source (`str` or `PreTrainedModel`): The dense model: a folder, a Hub id, a GGUF file, or loaded.
+        limit (`int`): So many of the student's layers are frozen, and no more can be shared.
+        from_pretrained_kwargs: For loading it: `revision`, `attn_implementation`, ...
+
+    Raises:
+        CheckpointError: It can't be loaded, or is not what the student was cut from.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        cut: Cut | None,
+        source: str | PreTrainedModel,
+        limit: int,
+        **from_pretrained_kwargs: Any,
+    ) -> None:
+        self._borrowed = not isinstance(source, str)
+        if isinstance(source, str):
+            logger.info("loading the dense model %s to learn from it", source)
+            # Not `student.dtype`: what is trained may be held in float32.
+            dtype = getattr(student.config, "dtype", None) or student.dtype
+            model = load_base(source, dtype=dtype, **from_pretrained_kwargs)
+        else:
+            model = source
+        self.model: PreTrainedModel | None = model.eval().requires_grad_(False)
+        layers = len(find_decoder_layers(model).layers)
+        if cut is not None and layers != cut.num_layers:
+            raise CheckpointError(
+                f"the teacher has {layers} layers, and this model was cut from one with {cut.num_layers}; "
+                "name the dense model with --teacher"
+            )
+        self.shared = shared_layers(student, model, min(limit, cut.drop[0]) if cut is not None else 0)
+        head = model.get_output_embeddings()
+        if head is None:
+            raise CutError(f"{type(model).__name__} has no output head, so it can't teach; use --loss ce")
+        self.head = Head.of(head, model.config)
+        self.dtype = model.dtype
+        self.width = self.head.weight.shape[1]
+        self.fingerprint = hash_tensors(model.named_parameters())
+        self._prefix: Prefix | None = None
+
+    def prepare(self, inputs: dict[str, torch.Tensor], device: torch.device, *, needs_ids: bool = False) -> None:
+        """Move what is needed to a device, and leave out what the student does already.
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`): A few rows as the model takes them.
+            device (`torch.device`): Where to.
+            needs_ids (`bool`, defaults to `False`): See [`Prefix`].
+        """
+        if self.shared:
+            self._prefix = Prefix(self.model, self.shared, needs_ids=needs_ids)
+            home = next(self.model.parameters()).device
+            self._prefix.run(**{name: value.to(home) for name, value in inputs.items()})
+            self._prefix.skip()
+            self._prefix.unload()
+        self.model.to(device)
+
+    def states(self, inputs: dict[str, torch.Tensor], shared: torch.Tensor | None = None) -> torch.Tensor:
+        """The last hidden states of some rows.
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`): The rows as the model takes them.
+            shared (`torch.Tensor`, *optional*): What leaves the shared layers, where there are any.
+
+        Returns:
+            `torch.Tensor`: `[batch, seq, hidden]`, behind the final norm, where the head begins.
+        """
+        if self._prefix is not None:
+            inputs = self._prefix.put(shared, inputs)
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+
+    def let_go(self, device: torch.device, student_head: torch.nn.Module) -> None:
+        """Keep only the head, on a device.
+
+        Args:
+            device (`torch.device`): Which one.
+            student_head (`torch.nn.Module`): The student's; where it is frozen and the same, there is one for both.
+        """
+        head, own = self.head, student_head.weight
+        if not own.requires_grad and own.shape == head.weight.shape and torch.equal(own.cpu(), head.weight.cpu()):
+            self.head = Head(own.detach(), head.bias, head.transform)
+        else:
+            self.head = Head(head.weight.detach().to(device), head.bias, head.transform)
+        if head.bias is not None:
+            self.head = Head(self.head.weight, head.bias.detach().to(device), head.transform)
+        if self._prefix is not None and self._borrowed:
+            self._prefix.restore()
+        self.model = self._prefix = None
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def shared_layers(student: PreTrainedModel, dense: PreTrainedModel, limit: int) -> int:
+    """How many layers at the start do the same in both models.
+
+    Args:
+        student (`PreTrainedModel`): The pruned model.
+        dense (`PreTrainedModel`): What it was cut from.
+        limit (`int`): More are not looked at.
+
+    Returns:
+        `int`: 0 where already what is in front of the layers differs.
+    """
+    mine, theirs = find_decoder_layers(student).layers, find_decoder_layers(dense).layers
+    if not _same(student.get_input_embeddings(), dense.get_input_embeddings()):
+        return 0
+    for depth in range(limit):
+        if not _same(mine[depth], theirs[depth]):
+            return depth
+    return limit
+
+
+def _same(mine: torch.nn.Module, theirs: torch.nn.Module) -> bool:
+    tensors, others = mine.state_dict(), theirs.state_dict()
+    return tensors.keys() == others.keys() and all(
+        torch.equal(tensor.cpu(), others[name].cpu()) for name, tensor in tensors.items()
+    )

@@ -1,0 +1,309 @@
+"""`HealTrainer`: TRL's `SFTTrainer`, with the frozen layers and the teacher taken out of the loop.
+
+Before the first step, the frozen layers and the teacher are run once over all rows ([`precompute`]). Then each batch
+brings what it found for its rows, and forward and backward touch the trained layers and the head alone. Everything
+else is TRL's and transformers': rows, packing, optimizers, checkpoints, resuming, logging, accelerate's engines.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from transformers.modeling_outputs import ModelOutput
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..errors import LayerPruneError
+from .config import HealConfig
+from .losses import Distillation, Head, Lesson, head_loss
+from .methods import parse_method
+from .precompute import Precomputed, StateCollator, numbered, precompute
+
+from trl import SFTTrainer  # isort: skip (`.config` says what to install where it is missing)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingStopped(LayerPruneError):
+    """Training can't go on."""
+
+
+@dataclass
+class _HealOutput(ModelOutput):
+    loss: torch.Tensor | None = None
+    ce: torch.Tensor | None = None
+    kd: torch.Tensor | None = None
+    correct: torch.Tensor | None = None
+
+
+class HealTrainer(SFTTrainer):
+    """Trains the tail of a pruned model.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The pruned model. What of it is trained is what requires gradients.
+        args ([`HealConfig`]): Everything that can be set.
+        teacher (`PreTrainedModel`, *optional*): The dense model, where it is loaded already; it is not changed, but
+            parts of it may end up on another device. By default `args.teacher`.
+        kwargs: What [`~trl.SFTTrainer`] takes: `train_dataset`, `eval_dataset`, `processing_class`, `peft_config`, ...
+    """
+
+    _tag_names = ["trl", "sft", "layer-pruning"]  # noqa: RUF012 (TRL declares it so)
+    # `compute_loss` divides by all tokens of a step, whatever the model says.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        args: HealConfig,
+        *,
+        teacher: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.router_aux_loss_coef is None:
+            args.router_aux_loss_coef = 0.0  # the routers in front of the trained layers have no say any more
+        if args.learning_rate is None:
+            method = parse_method("last1" if args.method == "auto" else args.method)
+            args.learning_rate = method.learning_rate(model.config.get_text_config().hidden_size)
+        super().__init__(model, args, **kwargs)
+        self._teacher_model = teacher
+        self._found = Precomputed()
+        self._hold_in_float32()
+        self._patch_forward()
+        self.numbered_datasets: list[Dataset] = []
+        self._number_rows()
+        self.data_collator = StateCollator(self.data_collator, self.padding_free)
+
+    @property
+    def plain_model(self) -> PreTrainedModel:
+        """The transformers model inside whatever is around it."""
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    # --- set-up ------------------------------------------------------------------------------------------
+
+    def _number_rows(self) -> None:
+        """Count the rows of all data sets through, so that each has a number; streamed ones can't be counted."""
+        several = isinstance(self.eval_dataset, dict)
+        sets = {"": self.train_dataset, **(self.eval_dataset if several else {"eval": self.eval_dataset})}
+        if not all(dataset is None or isinstance(dataset, Dataset) for dataset in sets.values()):
+            return
+        for name, dataset in sets.items():
+            if dataset is not None:
+                sets[name] = numbered(dataset, sum(map(len, self.numbered_datasets)))
+                self.numbered_datasets.append(sets[name])
+        self.train_dataset = sets.pop("")
+        self.eval_dataset = sets if several else sets["eval"]
+
+    def _hold_in_float32(self) -> None:
+        args = self.args
+        if not (args.float32_weights and (args.bf16 or args.fp16)) or self.is_deepspeed_enabled:
+            return  # DeepSpeed holds its own float32 copy
+        if getattr(self.model, "is_quantized", False):
+            return
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def _patch_forward(self) -> None:
+        """Let the model compute our loss inside its forward, where DDP and FSDP expect all of the work to be."""
+        model = self.plain_model
+        plain_forward = model.forward
+        config = model.config
+
+        def forward(self_: PreTrainedModel, *args: Any, heal: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+            if heal is None:
+                return plain_forward(*args, **kwargs)
+            hidden = self_.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+            keep = heal["keep"]
+            head = Head.of(self_.get_output_embeddings(), config)
+            lesson = self._lesson(heal, keep)
+            found = head_loss(hidden[keep], head, heal["labels"][keep], heal["ce_weight"], lesson)
+            return _HealOutput(found.loss, found.ce, found.kd, found.correct)
+
+        # `generate` and the trainer look at what a forward takes.
+        model.forward = types.MethodType(functools.wraps(type(model).forward)(forward), model)
+
+    def _lesson(self, heal: dict[str, Any], keep: torch.Tensor) -> Lesson | None:
+        if heal["teacher_states"] is None:
+            return None
+        distillation = Distillation(self.args.kd_temperature, self.args.kd_direction)
+        states = heal["teacher_states"][:, :-1][keep]
+        return Lesson(states, self._found.teacher_head, heal["kd_mask"][keep], heal["kd_weight"], distillation)
+
+    @property
+    def _leaves_loss_to_trl(self) -> bool:
+        """Whether a setting asks for a loss that only TRL computes."""
+        parallel = self.accelerator.parallelism_config
+        split = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled)
+        smoothed = self.label_smoother is not None or self.compute_loss_func is not None
+        asked = split or smoothed or self.args.loss_type != "nll" or self.aux_loss_enabled or self._is_vision_dataset
+        if asked and self.args.distils:
+            raise LayerPruneError(
+                f"loss={self.args.loss} can't be combined with loss_type, label smoothing, a router loss, images, or a "
+                "model split over devices; use loss=ce, or leave the others out"
+            )
+        return asked
+
+    # --- training ----------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; see [`~transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint to go on from; `True` for the last one in
+                the output folder, where there is one.
+            kwargs: Passed on.
+
+        Returns:
+            `TrainOutput`: What transformers' trainer returns.
+
+        Raises:
+            TrainingStopped: The loss or a weight is not a number any more.
+            CheckpointError: The cache is of another model or other rows, or its disk is too small.
+        """
+        if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir) is None:
+            logger.info("no checkpoint in %s yet: training starts from the beginning", self.args.output_dir)
+            resume_from_checkpoint = None
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._found = precompute(self, self._teacher_model)
+        self.data_collator.found = self._found
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.data_collator.found = None
+            if self._found.prefix is not None and not sharded:
+                self._found.prefix.restore()
+                self._found.prefix = None
+        if self._found.store is not None:
+            self._found.store.close()
+            if not self.args.keep_cache and self.is_world_process_zero():
+                shutil.rmtree(self._found.store.folder, ignore_errors=True)
+        return result
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one batch; a loss that is no number ends the training before it does harm."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            rows = inputs["rows"].tolist() if "rows" in inputs else []
+            where = f", in the batch of rows {', '.join(map(str, rows[:8]))}" if rows else ""
+            raise TrainingStopped(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}{where}; {self._way_back()}"
+            )
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        broken = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        if broken:
+            raise TrainingStopped(
+                f"{broken[0]} has a value that is not a number after step {self.state.global_step}; {self._way_back()}"
+            )
+        super()._save_checkpoint(model, trial)
+
+    def _way_back(self) -> str:
+        last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        kept = f"{last} is the last good checkpoint" if last else "no checkpoint was saved before"
+        return f"{kept}; try a smaller learning rate than {self.args.learning_rate:g}, or look at the data"
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the card is made from what was recorded and measured."""
+
+    # --- the loss ----------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """The loss of one batch; see [`~trl.SFTTrainer`]."""
+        inputs = dict(inputs)
+        inputs.pop("rows", None)
+        prefix, taught = inputs.pop("prefix_states", None), inputs.pop("teacher_states", None)
+        mode = "train" if self.model.training else "eval"
+        local = _counts([inputs], self.args).to(inputs["labels"].device)
+        tokens = _real_tokens(inputs)
+        if prefix is not None:
+            inputs = self._found.prefix.put(prefix, inputs)
+        if self._leaves_loss_to_trl or return_outputs:
+            count = None if num_items_in_batch is None else num_items_in_batch[0]
+            return super().compute_loss(model, inputs, return_outputs, count)
+        labels = inputs.pop("labels")[:, 1:]
+        kd_mask = _kd_mask(inputs, labels, self.args) if taught is not None else torch.zeros_like(labels, dtype=bool)
+        counts = local if num_items_in_batch is None else num_items_in_batch
+        share = 0.0 if taught is None else 1.0 if self.args.loss == "kd" else self.args.kd_share
+        heal = {
+            "labels": labels,
+            "keep": (labels != -100) | kd_mask,
+            "ce_weight": None if share == 1 else (1 - share) / counts[0].clamp(min=1),
+            "teacher_states": taught,
+            "kd_mask": kd_mask,
+            "kd_weight": share / counts[1].clamp(min=1),
+        }
+        outputs = model(**inputs, use_cache=False, heal=heal)
+        loss = outputs.loss
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
+        self._note(mode, outputs, local, tokens, taught is not None)
+        return loss
+
+    def _note(self, mode: str, outputs: Any, counts: torch.Tensor, tokens: torch.Tensor, taught: bool) -> None:
+        sums = torch.stack([outputs.ce, outputs.kd, outputs.correct, *counts, tokens.to(outputs.ce.device)]).detach()
+        ce, kd, correct, ce_count, kd_count, seen = self.accelerator.gather_for_metrics(sums[None]).sum(0).tolist()
+        metrics = self._metrics[mode]
+        metrics["mean_token_accuracy"].append(correct / max(ce_count, 1))
+        if taught:
+            metrics["ce"].append(ce / max(ce_count, 1))
+            metrics["kd"].append(kd / max(kd_count, 1))
+        if mode == "train":
+            self._total_train_tokens += int(seen)
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
+        """Labelled tokens and taught tokens of all batches of a step, `[2]`."""
+        if self._leaves_loss_to_trl:
+            count = super()._get_num_items_in_batch(batch_samples, device)
+            return None if count is None else torch.as_tensor(count, device=device).reshape(1)
+        counts = _counts(batch_samples, self.args).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        return counts
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "row" not in self._signature_columns:
+            self._signature_columns.append("row")
+
+
+def _counts(batches: list[dict[str, Any]], args: HealConfig) -> torch.Tensor:
+    """How many tokens of some batches have a label, and on how many the teacher is heard."""
+    counts = torch.zeros(2)
+    for batch in batches:
+        labels = batch["labels"][:, 1:]
+        counts += torch.stack([(labels != -100).sum(), _kd_mask(batch, labels, args).sum()]).to(counts)
+    return counts
+
+
+def _kd_mask(inputs: dict[str, Any], labels: torch.Tensor, args: HealConfig) -> torch.Tensor:
+    """On which positions the teacher is heard, `[batch, seq - 1]`: where a next token follows in the same text."""
+    if args.kd_tokens == "completion":
+        return labels != -100
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"][:, 1:] != 0
+    return inputs["position_ids"][:, 1:] != 0
+
+
+def _real_tokens(inputs: dict[str, Any]) -> torch.Tensor:
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"].sum()
+    return torch.tensor(inputs["position_ids"].shape[1])

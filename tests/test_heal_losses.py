@@ -1,0 +1,115 @@
+"""The chunked loss against the plain one, whose gradients autograd finds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from hf_layerprune.heal.losses import Distillation, Head, Lesson, LogitTransform, head_loss
+
+VOCABULARY, WIDTH = 11, 6
+
+
+def plain(
+    hidden: torch.Tensor, head: Head, labels: torch.Tensor, ce_weight: torch.Tensor | None, lesson: Lesson | None
+) -> torch.Tensor:
+    def logits(states: torch.Tensor, head: Head) -> torch.Tensor:
+        z = F.linear(states, head.weight, head.bias) * head.transform.scale
+        return z if head.transform.cap is None else head.transform.cap * torch.tanh(z / head.transform.cap)
+
+    z = logits(hidden, head)
+    loss = torch.zeros((), dtype=hidden.dtype)
+    if ce_weight is not None:
+        loss = loss + ce_weight * F.cross_entropy(z, labels, reduction="sum", ignore_index=-100)
+    if lesson is not None:
+        t = lesson.distillation.temperature
+        q, p = F.log_softmax(z / t, -1), F.log_softmax(logits(lesson.hidden, lesson.head) / t, -1)
+        first, second = (p, q) if lesson.distillation.direction == "forward" else (q, p)
+        kl = (first.exp() * (first - second)).sum(-1)
+        loss = loss + lesson.weight * t * t * (kl * lesson.mask).sum()
+    return loss
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    tokens=st.integers(1, 9),
+    chunk=st.integers(1, 9),
+    kind=st.sampled_from(["ce", "kd", "ce+kd"]),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    direction=st.sampled_from(["forward", "reverse"]),
+    cap=st.sampled_from([None, 3.0]),
+    scale=st.sampled_from([1.0, 0.25]),
+    bias=st.booleans(),
+)
+def test_loss_and_gradients_are_those_of_autograd(
+    seed: int,
+    tokens: int,
+    chunk: int,
+    kind: str,
+    temperature: float,
+    direction: str,
+    cap: float | None,
+    scale: float,
+    bias: bool,
+) -> None:
+    torch.manual_seed(seed)
+    transform = LogitTransform(scale, cap)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape)
+
+    hidden, weight = some(tokens, WIDTH).requires_grad_(), some(VOCABULARY, WIDTH).requires_grad_()
+    offset = some(VOCABULARY).requires_grad_() if bias else None
+    labels = torch.randint(-3, VOCABULARY, (tokens,))
+    labels[labels < 0] = -100
+    lesson = None
+    if "kd" in kind:
+        lesson = Lesson(
+            some(tokens, WIDTH + 2),
+            Head(some(VOCABULARY, WIDTH + 2), None, transform),
+            torch.rand(tokens) < 0.7,
+            torch.tensor(0.3),
+            Distillation(temperature, direction),
+        )
+    ce_weight = torch.tensor(0.7) if "ce" in kind else None
+    head = Head(weight, offset, transform)
+    found = head_loss(hidden, head, labels, ce_weight, lesson, chunk_bytes=4 * VOCABULARY * chunk)
+    wanted = plain(hidden, head, labels, ce_weight, lesson)
+    assert torch.allclose(found.loss, wanted, rtol=1e-4, atol=1e-5)
+    trained = [tensor for tensor in (hidden, weight, offset) if tensor is not None]
+    # The loss is scaled on its way back, as gradient accumulation and loss scaling do.
+    ours = torch.autograd.grad(3 * found.loss, trained)
+    autograd = torch.autograd.grad(3 * wanted, trained, allow_unused=True)
+    for mine, theirs in zip(ours, autograd, strict=True):
+        assert torch.allclose(mine, torch.zeros_like(mine) if theirs is None else theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_parts_are_sums_over_what_counts() -> None:
+    hidden, weight = torch.randn(5, WIDTH), torch.randn(VOCABULARY, WIDTH)
+    labels = (hidden @ weight.T).argmax(-1)
+    labels[1] = -100
+    labels[2] = (labels[2] + 1) % VOCABULARY
+    lesson = Lesson(hidden, Head(weight), torch.tensor([True] * 5), torch.tensor(1.0), Distillation(temperature=2.0))
+    found = head_loss(hidden, Head(weight), labels, torch.tensor(1.0), lesson)
+    assert found.correct == 3
+    assert found.kd.abs() < 1e-5  # the same distribution
+    assert torch.allclose(found.ce, F.cross_entropy(hidden @ weight.T, labels, reduction="sum"), rtol=1e-5)
+
+
+def test_bfloat16_compute_with_float32_weights() -> None:
+    hidden = torch.randn(40, 32).bfloat16().requires_grad_()
+    weight = (torch.randn(VOCABULARY, 32) / 6).requires_grad_()
+    labels = torch.randint(0, VOCABULARY, (40,))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head_loss(hidden, Head(weight), labels, torch.tensor(1 / 40))
+    found.loss.backward()
+    assert hidden.grad.dtype == torch.bfloat16
+    assert weight.grad.dtype == torch.float32
+    exact = F.cross_entropy(hidden.float() @ weight.T, labels)
+    assert found.loss.item() == pytest.approx(exact.item(), rel=1e-2)
+    wanted = torch.autograd.grad(exact, weight)[0]
+    assert (weight.grad - wanted).norm() < 0.02 * wanted.norm()
