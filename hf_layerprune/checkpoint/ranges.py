@@ -257,7 +257,7 @@ class RemoteFile:
         """Hold the head of an answer against what was asked."""
         status = response.status_code
         if status in _TRY_AGAIN:
-            raise _BreakError(f"the server answered {status}", _retry_after(response.headers.get("Retry-After")))
+            raise _BreakError(f"the server answered {status}", retry_after(response.headers.get("Retry-After")))
         if status in _GONE or 300 <= status < 400:
             raise _MovedError(f"status {status}")
         found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
@@ -324,7 +324,7 @@ class RemoteFile:
         self._etag = found.etag
 
 
-def _retry_after(value: str | None) -> float | None:
+def retry_after(value: str | None) -> float | None:
     """Seconds to wait, from a header that holds seconds or a date."""
     from email.utils import parsedate_to_datetime
 

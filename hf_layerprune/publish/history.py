@@ -72,6 +72,18 @@ class History:
         return "adapter" if forms and forms[-1] == "adapter" else "model"
 
     @property
+    def from_gguf(self) -> bool:
+        """Whether the base is a GGUF file, whose packed weights were unpacked."""
+        return str(self.lineage.base.get("id") or "").lower().endswith(".gguf")
+
+    @property
+    def dtype(self) -> str | None:
+        """The type that the weights were converted to on the way, or `None` where they kept the base's."""
+        told = [station.settings.get("dtype") for station in self.stations if station.name == "prune"]
+        found = [str(dtype) for dtype in told if dtype not in (None, "auto")]
+        return found[-1] if found else "bfloat16" if self.from_gguf else None
+
+    @property
     def base_id(self) -> str:
         """The base as the lineage names it; of a path on somebody's disk, only the last part."""
         return base_name(self.lineage.base)

@@ -14,12 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files import write_text
+from ..files import FileState, write_text
 
 FILE_NAME = "lineage.json"
 SCHEMA_VERSION = 1
@@ -140,7 +141,7 @@ def fingerprint(path: Path) -> dict[str, dict[str, Any]]:
     """
     paths = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _IDENTIFYING and p.is_file())
     with ThreadPoolExecutor(2) as pool:  # hashing releases the interpreter lock
-        hashes = list(pool.map(_sha256, paths))
+        hashes = list(pool.map(sha256_of, paths))
     return {p.name: {"size": p.stat().st_size, "sha256": h} for p, h in zip(paths, hashes, strict=True)}
 
 
@@ -158,9 +159,15 @@ def weights_hash(files: dict[str, dict[str, Any]]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file. It is read once as long as it does not change."""
     blob = path.resolve()
     if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
         return blob.name
+    return _hashed(blob, FileState.of(blob))
+
+
+@lru_cache(maxsize=1024)
+def _hashed(path: Path, state: FileState) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

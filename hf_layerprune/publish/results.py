@@ -27,10 +27,10 @@ _TASKS = {
     "gsm8k": "GSM8K",
 }  # fmt: skip
 _METRICS = {
-    "acc": "accuracy", "acc_norm": "accuracy, length-normalised", "perplexity": "perplexity",
+    "acc": "accuracy", "acc_norm": "normalised accuracy", "perplexity": "perplexity",
     "word_perplexity": "perplexity a word", "byte_perplexity": "perplexity a byte", "bits_per_byte": "bits a byte",
-    "nll": "nats a token", "kl": "KL from the dense model, nats a token",
-    "top1_agreement": "same next token as the dense model", "parameters": "parameters",
+    "nll": "nats a token", "kl": "KL from dense, nats a token",
+    "top1_agreement": "same next token as dense", "parameters": "parameters",
     "bytes_on_disk": "size on disk", "prefill_tokens_per_second": "reading, tokens a second",
     "decode_tokens_per_second": "writing, tokens a second", "time_to_first_token": "time to the first token",
     "load_seconds": "time to load", "peak_rss_bytes": "peak memory", "peak_cuda_bytes": "peak GPU memory",

@@ -1,0 +1,110 @@
+"""The tables of a card, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from ..select.spec import format_layers
+from . import numbers
+from .escape import code, hub_link, prose
+from .history import Station
+from .results import Column, Results, Row
+
+
+def table(header: Sequence[Any], align: str, rows: Sequence[Sequence[Any]]) -> Markup:
+    """A table without the columns that are empty.
+
+    Args:
+        header (`Sequence`): What stands over each column.
+        align (`str`): `l` or `r` for each column.
+        rows (`Sequence[Sequence]`): The cells; what is no `Markup` yet is escaped.
+
+    Returns:
+        `Markup`: The table, or nothing where there are no rows.
+    """
+    filled = [index for index in range(len(header)) if any(str(row[index]) for row in rows)]
+    if not filled:
+        return Markup("")
+    lines = [
+        [prose(header[index]) for index in filled],
+        [{"l": ":---", "r": "---:"}[align[index]] for index in filled],
+    ]
+    lines += [[prose(row[index]) for index in filled] for row in rows]
+    return Markup("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def results_table(rows: Sequence[Row], results: Results) -> Markup:
+    """One line a number, one column a stage, and below each number how far it is from the dense model's."""
+    columns = results.columns
+    header = ["", "n", "guessing", *(f"{one.role} (this)" if one.own else one.role for one in columns)]
+    lines = []
+    for row in rows:
+        name = f"{prose(row.metric)} {row.better}"
+        if row.task:
+            name = f"**{prose(row.task)}** {row.better}<br><sub>{prose(row.metric)}</sub>"
+        samples = f"{row.samples:,}" if row.samples else ""
+        lines.append([Markup(name), samples, row.chance, *(_cell(row, one) for one in columns)])
+    return table(header, "lrr" + "r" * len(columns), lines)
+
+
+def _cell(row: Row, column: Column) -> Markup:
+    cell = row.cells.get(column.weights)
+    if cell is None:
+        return Markup("")
+    # Numbers of ours, not text of others; never broken across lines.
+    value, change = (text.replace(" ", "\u00a0") for text in (cell.value, cell.change))
+    value = f"**{value}**" if column.own else value
+    if not change:
+        return Markup(value)
+    return Markup(f"{value}<br><sub>{f'*{change}*' if cell.noise else change}</sub>")
+
+
+def data_table(stations: Sequence[Station]) -> Markup:
+    """What was fitted or trained on."""
+    rows = []
+    for station in stations:
+        for one in station.data:
+            name = hub_link(str(one["id"]), "datasets") if one.get("id") else code(one.get("name", "unnamed"))
+            pin = one.get("revision") or one.get("sha256")
+            counts = [one.get(key) for key in ("rows", "tokens")]
+            rows.append(
+                [
+                    station.name,
+                    Markup(f"{name} {code(str(pin)[:12])}" if pin else name),
+                    f"{counts[0]:,}" if isinstance(counts[0], int) else "",
+                    numbers.count(counts[1]) if isinstance(counts[1], int) else "",
+                    one.get("license") or "",
+                ]
+            )
+    return table(["used to", "data", "rows", "tokens", "licence"], "llrrl", rows)
+
+
+def settings_table(station: Station) -> Markup:
+    """What a station was told, one line a setting."""
+    rows = [[code(name), code(value)] for name, value in station.settings.items() if value not in (None, "", [])]
+    return table([station.name, ""], "ll", rows[:60])
+
+
+def station_line(station: Station) -> Markup:
+    """One station in one line: what, how many tensors, how long."""
+    settings, entry = station.settings, station.entry
+    line = f"**{prose(station.name)}**"
+    if station.name == "prune":
+        line += f": layers {format_layers(settings.get('drop_layers') or ())} dropped"
+        if settings.get("criterion"):
+            line += f", chosen by {code(settings['criterion'])}"
+    elif settings.get("method"):
+        line += f": {code(settings['method'])}"
+    if station.changed:
+        line += f"; {len(station.changed)} tensor{'s' * (len(station.changed) > 1)} changed"
+    facts = []
+    if isinstance(entry.get("seconds"), int | float):
+        facts.append(numbers.seconds(entry["seconds"]))
+    if isinstance(entry.get("peak_memory_bytes"), int):
+        facts.append(f"{numbers.size(entry['peak_memory_bytes'])} of memory")
+    if entry.get("date"):
+        facts.append(prose(str(entry["date"])[:10]))
+    return Markup(f"{line} ({', '.join(facts)})" if facts else line)
