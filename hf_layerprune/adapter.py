@@ -8,6 +8,7 @@ the model in `_prepare_model`, names the modules to wrap, and puts the dense mod
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -21,9 +22,12 @@ from .config import LayerDropConfig
 from .cut import LayerCut, drop_layers
 from .errors import CheckpointError, CutError, LayerPruneError
 from .families.layout import find_decoder_layers, find_output_head
-from .lazy import SAVED, load_pruned
-from .loading import find_adapter, load_base, resolve_base
+from .lazy import SAVED, SOURCES, load_pruned
+from .loading import find_adapter, load_base, load_tokenizer, resolve_base
+from .mapped import copy_by_mapping
+from .prepare import Prepared, needs_dense, prepare
 from .registration import register
+from .repair.frozen import freeze, module_names, put, thaw
 from .select import select_layers
 from .tail import tuned_modules
 
@@ -35,6 +39,7 @@ logger = logging.getLogger(__name__)
 # Where a pruned base keeps what was done to it.
 _CUT = "_layer_drop_cut"
 _TIED = "_layer_drop_tied"
+_PREPARED = "_layer_drop_prepared"
 
 
 class LayerDropModel(BaseTuner):
@@ -44,6 +49,10 @@ class LayerDropModel(BaseTuner):
         model ([`~transformers.PreTrainedModel`]): The dense model. It is pruned in place.
         config ([`LayerDropConfig`]): What to drop and what to tune.
         adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+
+    Attributes:
+        prepared (`Prepared`, *optional*): What was computed from the dense model (which layers and why, the repair),
+            for the record.
 
     Example:
         ```py
@@ -74,10 +83,22 @@ class LayerDropModel(BaseTuner):
                     f"adapter {name!r} drops layers {other.drop_layers}, and the new one {config.drop_layers}: "
                     "adapters on one base must share the cut; load the base again for another one"
                 )
+        if needs_dense(config) and not hasattr(self.model, _PREPARED):
+            if families.is_cut(self.model.config, config.drop_layers, config.num_base_layers):
+                raise CutError(
+                    f"repair={config.repair!r} is fitted to the dense model, and this one is cut already; load the "
+                    "base again, or use repair=None"
+                )
+            setattr(self.model, _PREPARED, prepare(config, self.model, drop_layers=config.drop_layers))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         model, stack = self.model, find_decoder_layers(self.model)
-        peft_config.modules_to_save = tuned_modules(model, peft_config, _cut_of(peft_config), stack) or None
+        tuned = tuned_modules(model, peft_config, _cut_of(peft_config), stack)
+        if needs_dense(peft_config):
+            peft_config.repaired_modules = module_names(getattr(model, _PREPARED).repair, stack, _cut_of(peft_config))
+        # What a repair changed is saved as well; inside a tuned layer it is saved with the layer.
+        repaired = [name for name in peft_config.repaired_modules or () if not _inside(name, tuned)]
+        peft_config.modules_to_save = [*tuned, *repaired] or None
         peft_config.target_modules = DUMMY_TARGET_MODULES
         peft_config.base_commit = peft_config.base_commit or getattr(model.config, "_commit_hash", None)
         return peft_config
@@ -95,6 +116,22 @@ class LayerDropModel(BaseTuner):
             if not peft_config.untied_lm_head:  # a saved config was told so when it was made
                 _tell_of_untying(added, saved)
             peft_config.untied_lm_head = True
+        for name in set(peft_config.repaired_modules or ()) & set(peft_config.modules_to_save or ()):
+            module = model.get_submodule(name)
+            freeze(module.original_module if isinstance(module, ModulesToSaveWrapper) else module)
+        # PEFT copies what is tuned. Of a model that was loaded cut and not touched since, a copy costs nothing.
+        sources = model.__dict__.pop(SOURCES, {})
+        for name in peft_config.modules_to_save or () if sources else ():
+            copy_by_mapping(model.get_submodule(name), name, sources)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Wrap what is tuned, then give the copies what the repair fitted."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        prepared = model.__dict__.pop(_PREPARED, None)
+        if prepared is not None and prepared.repair is not None:
+            cut = _cut_of(self.peft_config[adapter_name])
+            put(prepared.repair, model, find_decoder_layers(model).path, cut, adapter_name)
+        self.prepared = prepared or getattr(self, "prepared", None)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
         """Say nothing: a tied head is untied on purpose, see `_untie`."""
@@ -141,6 +178,7 @@ class LayerDropModel(BaseTuner):
         for name in (_CUT, _TIED, SAVED):
             if hasattr(model, name):
                 delattr(model, name)
+        thaw(model)
         return model
 
 
@@ -155,8 +193,8 @@ def _resolve_drop(config: LayerDropConfig, model_config: PreTrainedConfig, cut: 
             n,
             drop=config.drop,
             criterion=config.criterion,
-            protect_first=config.protect_first,
-            protect_last=config.protect_last,
+            protect_first=config.protect_first or 0,
+            protect_last=config.protect_last or 0,
             contiguous=config.contiguous,
             seed=config.seed,
             protected=families.protected_layers(model_config) if cut is None else (),
@@ -176,6 +214,10 @@ def _cut_of(config: LayerDropConfig) -> families.Cut:
     """The cut that a resolved config describes."""
     gone, n = set(config.drop_layers), config.num_base_layers
     return families.Cut(tuple(i for i in range(n) if i not in gone), n)
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _count(model: nn.Module) -> int:
@@ -281,10 +323,47 @@ def _load(config: LayerDropConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
         done = families.is_cut(model_config, config.drop_layers, config.num_base_layers)
         return [] if done else config.drop_layers
 
+    prepared = look_at_dense(config, kwargs) if needs_dense(config) else None
     model = load_pruned(base, still_to_drop, **kwargs)
     if hasattr(model, SAVED):
         setattr(model, _CUT, LayerCut(_cut_of(config), [], []))
+    if prepared is not None:
+        setattr(model, _PREPARED, prepared)
     return model
+
+
+def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
+    """Fit what a config asks for to its base, of which only a layer at a time is in memory.
+
+    Args:
+        config ([`LayerDropConfig`]): What to do. Its `drop_layers` is filled in.
+        kwargs (`dict[str, Any]`): For loading the base.
+
+    Returns:
+        `Prepared`: The layers, the repair, and the record of both.
+
+    Raises:
+        CutError: The base is cut already, or the repair is impossible.
+    """
+    base = config.base_model_name_or_path
+    others = {name: value for name, value in kwargs.items() if name not in ("device_map", "dtype", "torch_dtype")}
+    model = load_base(base, dtype="auto", **others)
+    _resolve_drop(config, model.config)
+    if families.is_cut(model.config, config.drop_layers, config.num_base_layers):
+        raise CutError(f"repair={config.repair!r} is fitted to the dense model, and {base} is cut already")
+    tokens = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if kwargs.get(name)}
+    device = _accelerator()
+    return prepare(
+        config, model, load_tokenizer(base, **tokens), drop_layers=config.drop_layers, device=device, let_go=True
+    )
+
+
+def _accelerator() -> str | None:
+    """The device that layers run on, one at a time, if there is one."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return str(found) if found is not None else None
 
 
 def load_merged(base: str, adapter: PeftConfig, kwargs: dict[str, Any]) -> PreTrainedModel:

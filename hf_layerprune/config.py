@@ -82,6 +82,9 @@ class LayerDropConfig(PeftConfig):
             Recorded when the model is pruned: the commit of the base on the Hub, where it came from there.
         untied_lm_head (`bool`, defaults to `False`):
             Recorded when the model is pruned: whether the head was tied in the base and is not any more.
+        repaired_modules (`list[str]`, *optional*):
+            Recorded when the model is repaired: the modules whose weights changed, by their name in the pruned model.
+            They are saved with the adapter, and are not fitted again.
     """
 
     drop: float | int = field(
@@ -134,6 +137,9 @@ class LayerDropConfig(PeftConfig):
     num_base_layers: int | None = field(default=None, metadata={"help": "Recorded: layers of the base."})
     base_commit: str | None = field(default=None, metadata={"help": "Recorded: commit of the base on the Hub."})
     untied_lm_head: bool = field(default=False, metadata={"help": "Recorded: whether lm_head was untied."})
+    repaired_modules: list[str] | None = field(
+        default=None, metadata={"help": "Recorded: modules whose weights a repair changed, by name when pruned."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

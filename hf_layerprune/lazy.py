@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 # The attribute of a model loaded cut that says how many parameters its dropped layers have.
 SAVED = "_layer_drop_saved"
+# And the one that says where its parameters are mapped from, see `mapped.copy_by_mapping`.
+SOURCES = "_layer_drop_sources"
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _OURS = ("state_dict", "key_mapping", "gguf_file", "output_loading_info", "adapter_kwargs")
@@ -92,7 +94,7 @@ def load_pruned(
         saved = rehearse(model_class, config, pruned, cut).saved
 
     with ExitStack() as stack:
-        state = _open_slices(source, config, cut, variant, stack, disable_mmap)
+        state, origins = _open_slices(source, config, cut, variant, stack, disable_mmap)
         if kwargs.get("dtype", "auto") == "auto" and pruned.dtype is None:
             kwargs["dtype"] = _first_float_dtype(state.values())
         if is_deepspeed_zero3_enabled():  # its loader scatters tensors, and takes no slices
@@ -105,6 +107,7 @@ def load_pruned(
             raise CheckpointError(f"can't load {base} cut: {first_line(error)}") from error
     _check_complete(source, model, info, is_part=config is not whole)
 
+    setattr(model, SOURCES, origins)
     model.name_or_path = model.config.name_or_path = source.name
     model.config._commit_hash = source.commit
     if saved is not None:
@@ -213,17 +216,19 @@ def _open_slices(
     variant: str | None,
     stack: ExitStack,
     disable_mmap: bool | None,
-) -> dict[str, Any]:
-    """All tensors that stay, by their names in the pruned model, none of them read yet."""
+) -> tuple[dict[str, Any], dict[str, tuple[Path, str]]]:
+    """All tensors that stay, by their names in the pruned model, none of them read yet; and where each is stored."""
     # A mapping reserves memory for whole files on Windows, and can't be moved to a Mac's GPU.
     backend = "pread" if disable_mmap or sys.platform in ("win32", "darwin") else "mmap"
     opened: dict[str, Any] = {}
+    paths: dict[str, Path] = {}
 
     def handle(filename: str) -> Any:
         if filename not in opened:
             path = source.find(filename)
             if path is None:
                 raise CheckpointError(f"{source.name} has no {filename}, which holds weights that stay")
+            paths[filename] = Path(path)
             try:
                 opened[filename] = stack.enter_context(safe_open(path, framework="pt", backend=backend))
             except (SafetensorError, OSError) as error:
@@ -233,6 +238,7 @@ def _open_slices(
     files = _tensor_files(source, config, variant, handle)
     wide = families.wide_tensors(config)
     state: dict[str, Any] = {}
+    origins: dict[str, tuple[Path, str]] = {}
     for name, new_name in _kept_names(files, cut).items():
         try:
             piece = handle(files[name]).get_slice(name)
@@ -245,7 +251,9 @@ def _open_slices(
             if f".{name}".endswith(f".{tensor.suffix}"):
                 piece = _WideSlice(name, piece, tensor.dim, width, cut)
         state[new_name] = piece
-    return state
+        if backend == "mmap" and not isinstance(piece, _WideSlice):
+            origins[new_name] = (paths[files[name]], name)
+    return state, origins
 
 
 def _tensor_files(

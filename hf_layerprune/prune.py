@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import families
 from .checkpoint import plan_cut
+from .checkpoint.patch import patch_layers
 from .checkpoint.settings import read_config
 from .checkpoint.write import fill
-from .errors import CheckpointError
+from .errors import CheckpointError, CutError
 from .folders import new_folder
 from .gguf import cut_gguf, gguf_layer_count, is_gguf
 from .loading import is_hub_id, load_base, load_config, resolve_base
@@ -24,6 +25,8 @@ from .select.spec import format_layers
 
 if TYPE_CHECKING:
     from .checkpoint.remote import HubBase
+    from .config import LayerDropConfig
+    from .prepare import Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,10 @@ class PruneRequest:
         protect_last (`int`, defaults to 0): So many layers at the end are never chosen.
         contiguous (`bool`, defaults to `False`): Whether the chosen layers must lie side by side.
         seed (`int`, defaults to 42): For criteria that draw.
+        repair (`str`, *optional*): `"linear"` or `"magnitude"`, see `LayerDropConfig`.
+        calibration (`str`, defaults to `"self"`): The text that the repair looks at, see `LayerDropConfig`.
+        calibration_samples (`int`, defaults to 128): So many rows of it.
+        calibration_length (`int`, defaults to 512): So many tokens a row.
         dtype (`str`, defaults to `"auto"`): Of the weights that are written; `"auto"` keeps the base's, and is
             bfloat16 for a GGUF file that becomes a folder.
         adapter (`bool`, defaults to `False`): Write a PEFT adapter in place of a whole model.
@@ -61,6 +68,10 @@ class PruneRequest:
     protect_last: int = 0
     contiguous: bool = False
     seed: int = 42
+    repair: str | None = None
+    calibration: str = "self"
+    calibration_samples: int = 128
+    calibration_length: int = 512
     dtype: str = "auto"
     adapter: bool = False
     tune_layers: int | str | list[int] = 3
@@ -91,6 +102,8 @@ class PruneRequest:
             chosen |= {"drop": self.drop, "criterion": self.criterion, "seed": self.seed}
             chosen |= {"protect_first": self.protect_first, "protect_last": self.protect_last}
             chosen |= {"contiguous": self.contiguous}
+        if self.repair is not None:
+            chosen |= {"repair": self.repair}
         return chosen | {"dtype": self.dtype, "form": "adapter" if self.adapter else "model"}
 
 
@@ -120,16 +133,26 @@ def prune_to(request: PruneRequest) -> str:
 
     # Everything that can be refused is refused before a weight is read.
     rehearse_config(config, families.cut_config(config, cut), cut)
+    if request.repair and request.link:
+        raise CutError("--repair changes weights, and --link shares them with the base; leave one of them out")
     source = hub.folder if hub else Path(request.base).expanduser()
     with new_folder(output, force=request.force, apart_from=source) as folder:
         with station("prune", request.settings(list(cut.drop))) as entry:
             if request.adapter or _needs_a_model(request):
-                commit = (_adapter if request.adapter else _model)(request, list(cut.drop), folder)
+                make = _adapter if request.adapter else _model
+                commit, prepared = make(request, list(cut.drop), folder)
             else:
+                prepared = _prepare(request, list(cut.drop)) if request.repair else None
                 # The same bytes of what stays: nothing is loaded, and of a base on the Hub nothing else is fetched.
                 plan = plan_cut(hub or source, cut.drop)
                 fill(plan, folder, link=request.link, name=output.name)
                 commit = hub.commit if hub else None
+                if prepared is not None:
+                    values = {(cut.new_index[i], name): v for (i, name), v in prepared.repair.tensors.items()}
+                    changed = patch_layers(folder, len(cut.keep), values)
+                    prepared.record["repair"]["changed_tensors"] = changed
+        if prepared is not None:
+            entry |= prepared.record
         entry["layers"] = {"base": cut.num_layers, "left": len(cut.keep)}
         _write_lineage(request, entry, commit, folder, hub)
     kind = "adapter that drops" if request.adapter else "dropped"
@@ -153,8 +176,10 @@ def _hub_base(request: PruneRequest) -> HubBase | None:
 def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> str:
     if not is_gguf(base):
         raise CheckpointError(f"{base} is not a GGUF file, and only one can be written to {output}; name a folder")
-    if request.dtype != "auto" or request.adapter:
-        raise CheckpointError("a cut GGUF file keeps its types; leave out --dtype and --adapter, or name a folder")
+    if request.dtype != "auto" or request.adapter or request.repair:
+        raise CheckpointError(
+            "a cut GGUF file keeps its weights as they are; leave out --dtype, --adapter and --repair, or name a folder"
+        )
     dropped = request.layers_of(gguf_layer_count(base), {})
     plan = cut_gguf(base, output, dropped, force=request.force)
     left, n = len(plan.kept_layers), plan.block_count
@@ -168,16 +193,51 @@ def _dtype(request: PruneRequest, gguf: bool) -> Any:
     return name if name == "auto" else getattr(torch, name)
 
 
-def _model(request: PruneRequest, dropped: list[int], folder: Path) -> str | None:
+def _layer_drop_config(request: PruneRequest, dropped: list[int]) -> LayerDropConfig:
+    from .config import LayerDropConfig
+
+    return LayerDropConfig(
+        base_model_name_or_path=request.base,
+        revision=request.revision,
+        drop_layers=dropped,
+        seed=request.seed,
+        repair=request.repair,
+        calibration=request.calibration,
+        calibration_samples=request.calibration_samples,
+        calibration_length=request.calibration_length,
+        tune_layers=request.tune_layers,
+        tune_lm_head=request.tune_lm_head,
+    )
+
+
+def _prepare(request: PruneRequest, dropped: list[int]) -> Prepared:
+    """Fit the repair to a dense model of which only a layer at a time is in memory."""
+    from .adapter import look_at_dense
+
+    return look_at_dense(_layer_drop_config(request, dropped), {"revision": request.revision})
+
+
+def _model(request: PruneRequest, dropped: list[int], folder: Path) -> tuple[str | None, Prepared | None]:
     """Load the whole model, cut it, and save it."""
     from .cut import drop_layers
+    from .families.layout import find_decoder_layers
+    from .prepare import prepare
 
     _, gguf_file = resolve_base(request.base)
     model = load_base(request.base, revision=request.revision, dtype=_dtype(request, gguf_file is not None))
-    drop_layers(model, dropped)
+    prepared = None
+    if request.repair is not None:
+        prepared = prepare(_layer_drop_config(request, dropped), model, drop_layers=dropped)
+    cut = drop_layers(model, dropped).cut
+    if prepared is not None:
+        stack = find_decoder_layers(model)
+        prepared.repair.apply(stack.layers, cut.new_index)
+        prepared.record["repair"]["changed_tensors"] = [
+            f"{stack.path}.{cut.new_index[i]}.{name}" for i, name in sorted(prepared.repair.tensors)
+        ]
     model.save_pretrained(folder)
     _save_tokenizer(request, folder)
-    return getattr(model.config, "_commit_hash", None)
+    return getattr(model.config, "_commit_hash", None), prepared
 
 
 def _save_tokenizer(request: PruneRequest, folder: Path) -> None:
@@ -191,22 +251,18 @@ def _save_tokenizer(request: PruneRequest, folder: Path) -> None:
         logger.warning("%s has no tokenizer that transformers can load (%s); none is written", request.base, error)
 
 
-def _adapter(request: PruneRequest, dropped: list[int], folder: Path) -> str | None:
-    """Save the plan and the tail that will be tuned."""
+def _adapter(request: PruneRequest, dropped: list[int], folder: Path) -> tuple[str | None, Prepared | None]:
+    """Save the plan, the tail that will be tuned, and what the repair changed."""
     from .adapter import prune_with
-    from .config import LayerDropConfig
 
-    config = LayerDropConfig(
-        base_model_name_or_path=request.base,
-        revision=request.revision,
-        drop_layers=dropped,
-        tune_layers=request.tune_layers,
-        tune_lm_head=request.tune_lm_head,
-    )
+    config = _layer_drop_config(request, dropped)
     _, gguf_file = resolve_base(request.base)
     model = prune_with(config, dtype=_dtype(request, gguf_file is not None))
     model.save_pretrained(folder)
-    return config.base_commit
+    prepared = model.base_model.prepared
+    if prepared is not None:
+        prepared.record["repair"]["changed_modules"] = config.repaired_modules
+    return config.base_commit, prepared
 
 
 def _write_lineage(

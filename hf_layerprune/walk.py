@@ -18,9 +18,6 @@ may be larger than memory, and each weight is read once a pass.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,11 +29,11 @@ from torch.nn import functional as F
 
 from .errors import UnsupportedModelError
 from .families.layout import find_decoder_layers
+from .mapped import release
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_MADV_DONTNEED = 4
 _PROBE_TOKENS = 8
 
 
@@ -312,43 +309,3 @@ def _nothing() -> Iterator[None]:
 
 def _scale(tensor: torch.Tensor) -> float:
     return max(1.0, tensor.float().abs().max().item())
-
-
-def release(module: nn.Module) -> None:
-    """Let go of the memory of weights that are mapped from a file; they are read again when they are used again.
-
-    Args:
-        module (`nn.Module`): Its parameters and buffers, unchanged since they were loaded. Those that are in ordinary
-            memory are left alone.
-    """
-    if sys.platform != "linux":
-        return
-    spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
-        for tensor in (*module.parameters(), *module.buffers())
-        if tensor.device.type == "cpu" and tensor.numel() and tensor.is_contiguous() and not tensor.is_meta
-    )
-    if not spans:
-        return
-    mapped = _file_mappings()
-    page = mmap.PAGESIZE
-    for start, end in spans:
-        start, end = -(-start // page) * page, end // page * page  # whole pages inside the tensor only
-        if start < end and any(low <= start and end <= high for low, high in mapped):
-            _madvise(start, end - start)
-
-
-def _file_mappings() -> list[tuple[int, int]]:
-    """Where weight files are mapped into this process. Letting go of any other memory would wipe it."""
-    found = []
-    with open("/proc/self/maps") as maps:
-        for line in maps:
-            if line.rstrip("\n").endswith(".safetensors"):
-                low, _, high = line.split(" ", 1)[0].partition("-")
-                found.append((int(low, 16), int(high, 16)))
-    return found
-
-
-def _madvise(start: int, length: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED)

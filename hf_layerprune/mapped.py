@@ -1,0 +1,102 @@
+"""Weights that are mapped from safetensors files: letting go of their memory, and copies that cost none.
+
+`from_pretrained` leaves weights on a CPU as private mappings of their files: a page comes into memory when it is
+looked at, and becomes the process's own when it is written to.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import mmap
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+
+_MADV_DONTNEED = 4
+
+
+def release(module: nn.Module) -> None:
+    """Let go of the memory of weights that are mapped from a file; they are read again when they are used again.
+
+    Args:
+        module (`nn.Module`): Its parameters and buffers, unchanged since they were loaded. Those that are in ordinary
+            memory are left alone.
+    """
+    spans = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.device.type == "cpu" and tensor.numel() and tensor.is_contiguous() and not tensor.is_meta
+    )
+    if not spans:
+        return
+    mapped = file_mappings()
+    page = mmap.PAGESIZE
+    for start, end in spans:
+        start, end = -(-start // page) * page, end // page * page  # whole pages inside the tensor only
+        if start < end and any(low <= start and end <= high for low, high in mapped):
+            _madvise(start, end - start)
+
+
+def file_mappings() -> list[tuple[int, int]]:
+    """Where weight files are mapped into this process: first address and last. Empty but on Linux.
+
+    Letting go of any other memory would wipe it.
+    """
+    if sys.platform != "linux":
+        return []
+    found = []
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            if line.rstrip("\n").endswith(".safetensors"):
+                low, _, high = line.split(" ", 1)[0].partition("-")
+                found.append((int(low, 16), int(high, 16)))
+    return found
+
+
+def _madvise(start: int, length: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED)
+
+
+def copy_by_mapping(module: nn.Module, name: str, sources: Mapping[str, tuple[Path, str]]) -> bool:
+    """Let the next deep copy of a module map its weights anew in place of copying them.
+
+    Args:
+        module (`nn.Module`): The module.
+        name (`str`): Its full name in the model.
+        sources (`Mapping[str, tuple[Path, str]]`): By full name of a parameter: the file that it was mapped from, and
+            its name there.
+
+    Returns:
+        `bool`: Whether that can be: all its weights are mapped, as they are in the file.
+    """
+    parameters = dict(module.named_parameters())
+    full = {key: f"{name}.{key}" for key in parameters}
+    if not parameters or any(
+        full[key] not in sources or value.device.type != "cpu" for key, value in parameters.items()
+    ):
+        return False
+    mapped = file_mappings()
+    for value in parameters.values():
+        start, end = value.data_ptr(), value.data_ptr() + value.numel() * value.element_size()
+        if not any(low <= start and end <= high for low, high in mapped):
+            return False
+
+    def deep_copy(memo: dict[int, Any]) -> nn.Module:
+        del module.__dict__["__deepcopy__"]
+        for key, value in parameters.items():
+            path, stored = sources[full[key]]
+            with safe_open(path, framework="pt", backend="mmap") as file:
+                twin = file.get_tensor(stored)
+            if twin.dtype != value.dtype or twin.shape != value.shape:
+                twin = value.detach().clone()
+            memo[id(value)] = nn.Parameter(twin, requires_grad=value.requires_grad)
+        return copy.deepcopy(module, memo)
+
+    module.__dict__["__deepcopy__"] = deep_copy
+    return True

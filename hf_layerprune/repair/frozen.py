@@ -1,0 +1,67 @@
+"""Modules that a repair changed, as an adapter carries them: saved with it, and not trained.
+
+PEFT saves a module of its own and trains it, both through `ModulesToSaveWrapper`, which switches gradients on for
+whatever it copies. A repaired module refuses that, so the layers below the first trained one stay frozen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from .. import families
+from ..families.layout import DecoderStack
+from . import Repair
+
+
+class _Frozen:
+    """A module whose parameters never ask for gradients."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        return super().requires_grad_(False)
+
+
+def freeze(module: nn.Module) -> None:
+    """Let a module refuse to be trained. Copies of it refuse as well."""
+    if not isinstance(module, _Frozen):
+        module.__class__ = type(type(module).__name__, (_Frozen, type(module)), {})
+    module.requires_grad_(False)
+
+
+def thaw(model: nn.Module) -> None:
+    """Make modules that refuse to be trained plain ones again."""
+    for module in model.modules():
+        if isinstance(module, _Frozen):
+            module.__class__ = type(module).__mro__[2]
+
+
+def module_names(repair: Repair, stack: DecoderStack, cut: families.Cut) -> list[str]:
+    """Full names, in the pruned model, of the modules that a repair changes."""
+    return [f"{stack.path}.{cut.new_index[index]}.{name}" for index, name in repair.modules]
+
+
+def put(repair: Repair, model: nn.Module, stack_path: str, cut: families.Cut, adapter_name: str) -> None:
+    """Write the new weights into an adapter's copies of the modules; the originals stay as they are.
+
+    Args:
+        repair (`Repair`): The new weights.
+        model (`nn.Module`): The pruned model, with the adapter's wrappers in place.
+        stack_path (`str`): Full name of the list of decoder layers.
+        cut (`families.Cut`): Which layers stay.
+        adapter_name (`str`): Whose copies.
+    """
+    for (index, name), value in repair.tensors.items():
+        module: Any = model
+        *path, last = f"{stack_path}.{cut.new_index[index]}.{name}".split(".")
+        for part in path:
+            module = getattr(_copy(module, adapter_name), part)
+        module = _copy(module, adapter_name)
+        parameter: torch.Tensor = getattr(module, last)
+        parameter.data = value.to(parameter.device, parameter.dtype)
+
+
+def _copy(module: Any, adapter_name: str) -> Any:
+    return module.modules_to_save[adapter_name] if isinstance(module, ModulesToSaveWrapper) else module

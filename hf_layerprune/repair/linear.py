@@ -1,0 +1,98 @@
+"""The linear map that stands in for a dropped block, and how it is fitted.
+
+ReplaceMe (arXiv:2505.02819): let `Y + M` be the hidden states that enter the block, `M` the output of the last kept
+layer's MLP and `Y` all else, and `X` the hidden states that left the block in the dense model. The map `T` with
+`Y + M T` closest to `X` is folded into the MLP's output projection, so the model stays as small as the cut made it.
+
+With `T = I + D` the least-squares problem is `M D = X - (Y + M)`: `D` says what the block did. It is solved from
+normal equations that are summed batch by batch in float64, with a ridge on `D`, so that a stronger ridge leads back
+to the plain cut. The strength is the one that does best on rows that were held out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+STRENGTHS = tuple(10.0**k for k in range(-6, 4))
+
+
+class NormalEquations:
+    """Sums for a least-squares problem `features @ D = change`.
+
+    Args:
+        width (`int`): The hidden size.
+        device (`torch.device`): Where to sum.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        device = torch.device(device)
+        # Of the accelerators, Apple's knows no float64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.gram = torch.zeros(width, width, dtype=dtype, device=device)
+        self.moment = torch.zeros(width, width, dtype=dtype, device=device)
+        self.total = torch.zeros((), dtype=dtype, device=device)
+        self.tokens = 0
+
+    def add(self, features: torch.Tensor, change: torch.Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            features (`torch.Tensor`): `[..., hidden]`, what the map is applied to.
+            change (`torch.Tensor`): `[..., hidden]`, what it should give.
+        """
+        # Products of a batch in float32, sums over the batches in float64: the batches are what grows.
+        x, z = features.flatten(0, -2).float(), change.flatten(0, -2).float()
+        self.gram += (x.T @ x).to(self.gram)
+        self.moment += (x.T @ z).to(self.moment)
+        self.total += z.double().square().sum().to(self.total)
+        self.tokens += len(x)
+
+    def residual(self, solution: torch.Tensor) -> float:
+        """The sum of squares that a solution leaves, over these tokens."""
+        d = solution.to(self.gram)
+        return (self.total - 2 * (d * self.moment).sum() + (d * (self.gram @ d)).sum()).clamp(min=0).item()
+
+    def unexplained(self, solution: torch.Tensor) -> float:
+        """The share of the change that a solution leaves unexplained; 1 is the plain cut."""
+        total = self.total.item()
+        return self.residual(solution) / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted map.
+
+    Args:
+        change (`torch.Tensor`): `D`, `[hidden, hidden]`; the map is `I + D`.
+        strength (`float`): The ridge that was chosen, as a multiple of the mean squared feature.
+        unexplained (`float`): The share of what the block did that the map does not explain, on held-out rows.
+    """
+
+    change: torch.Tensor
+    strength: float
+    unexplained: float
+
+
+def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
+    """Solve with every strength of the ridge, and keep what does best on the held-out tokens.
+
+    Args:
+        fitted (`NormalEquations`): What to fit.
+        held_out (`NormalEquations`): What to judge by.
+
+    Returns:
+        `Fit`: The best map. Where none beats the plain cut, no change at all.
+    """
+    values, vectors = torch.linalg.eigh(fitted.gram)
+    values = values.clamp(min=0)
+    rotated = vectors.T @ fitted.moment
+    scale = values.mean().item() or 1.0
+    best = Fit(torch.zeros_like(fitted.moment), float("inf"), 1.0)
+    for strength in STRENGTHS:
+        change = vectors @ (rotated / (values + strength * scale)[:, None])
+        unexplained = held_out.unexplained(change)
+        if unexplained < best.unexplained:
+            best = Fit(change, strength, unexplained)
+    return best

@@ -1,0 +1,143 @@
+"""Find the linear modules of a decoder layer that write into the residual stream, by trying them out.
+
+A module is a writer when whatever is added to its output arrives in the layer's output as it is, times one number
+(the gain: 1 in most families, the residual multiplier in Granite). That is what lets a matrix behind it be folded into
+its weight. No family is named here: a norm behind the module (Gemma 2 and 3), a mixture of experts, or packed weights
+simply fail the trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..walk import Batch
+
+_TOLERANCE = 0.03  # bfloat16 keeps two to three digits
+_ROUNDING = 2e-3  # what of a gain of 1 is noise
+Run = Callable[[torch.Tensor, Batch], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A linear module whose output is added to the residual stream.
+
+    Args:
+        name (`str`): Its name inside the layer, such as `mlp.down_proj`.
+        module (`nn.Module`): An `nn.Linear` or a `Conv1D`.
+        gain (`float`): What its output is multiplied with on the way.
+    """
+
+    name: str
+    module: nn.Module
+    gain: float
+
+    def folded(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The module's parameters with a matrix behind it.
+
+        Args:
+            matrix (`torch.Tensor`): `[hidden, hidden]`, for row vectors: the new output is `output @ matrix`.
+
+        Returns:
+            `dict[str, torch.Tensor]`: By parameter name, on the CPU, in the dtype and shape of the module's own.
+        """
+        matrix = matrix.double().cpu()
+        weight = self.module.weight.detach().double().cpu()
+        transposed = isinstance(self.module, Conv1D)  # keeps its weight as [in, out]
+        new = {"weight": weight @ matrix if transposed else matrix.T @ weight}
+        if self.module.bias is not None:
+            new["bias"] = self.module.bias.detach().double().cpu() @ matrix
+        return {name: value.to(getattr(self.module, name).dtype).contiguous() for name, value in new.items()}
+
+
+@contextmanager
+def outputs(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+    """Look at, or change, a module's output while the block runs.
+
+    Args:
+        module (`nn.Module`): The module.
+        change (`Callable`): Takes the output; gives what to put in its place, or `None` to leave it.
+    """
+    handle = module.register_forward_hook(lambda module, args, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def find_writers(layer: nn.Module, run: Run, batch: Batch) -> list[Writer]:
+    """Find the modules that write into the residual stream.
+
+    Args:
+        layer (`nn.Module`): The decoder layer.
+        run (`Callable`): Runs it, see [`~walk.LayerWalk.layer`].
+        batch (`Batch`): A few tokens, with the hidden states that enter the layer.
+
+    Returns:
+        `list[Writer]`: The last to run first: the MLP's output projection, then the attention's. Empty where there
+            are none that a matrix can be folded into.
+    """
+    hidden = batch.hidden
+    order: list[tuple[str, nn.Module]] = []
+    handles = [
+        module.register_forward_hook(lambda module, args, output, name=name: order.append((name, module)))
+        for name, module in layer.named_modules()
+        if _is_plain_linear(module, hidden.shape[-1])
+    ]
+    try:
+        run(hidden, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len({name for name, _ in order}) != len(order):  # run more than once: experts, or shared weights
+        order = [(name, module) for name, module in order if sum(name == other for other, _ in order) == 1]
+
+    found: list[Writer] = []
+    for name, module in reversed(order):
+        with _silenced(found):  # what is behind it must not react
+            gain = _gain(module, run, batch)
+        if gain is not None:
+            found.append(Writer(name, module, gain))
+    return found
+
+
+def _is_plain_linear(module: nn.Module, hidden_size: int) -> bool:
+    if not (type(module) is nn.Linear or isinstance(module, Conv1D)) or not module.weight.is_floating_point():
+        return False
+    out = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
+    return out == hidden_size and module.weight.dtype.itemsize > 1
+
+
+@contextmanager
+def _silenced(writers: list[Writer]) -> Iterator[None]:
+    if not writers:
+        yield
+        return
+    with outputs(writers[0].module, torch.zeros_like), _silenced(writers[1:]):
+        yield
+
+
+def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:
+    """What the module's output is multiplied with on its way out, or `None` where it is not that simple."""
+    hidden = batch.hidden
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+    plain = run(hidden, batch).float()
+    gains = []
+    for scale in (1.0, 4.0):  # a norm behind the module would even out the difference
+        added = noise * scale * hidden.float().std().item()
+        with outputs(module, lambda output, added=added: output + added if output.shape == added.shape else None):
+            change = run(hidden, batch).float() - plain
+        added = added.float()
+        gain = ((change * added).sum() / added.square().sum()).item()
+        if (change - gain * added).norm() > _TOLERANCE * abs(gain) * added.norm() or gain == 0:
+            return None
+        gains.append(gain)
+    if abs(gains[0] - gains[1]) > _TOLERANCE * abs(gains[0]):
+        return None
+    return 1.0 if abs(gains[1] - 1) < _ROUNDING else gains[1]

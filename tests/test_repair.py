@@ -1,0 +1,297 @@
+"""The closed-form repair: what it fits, where it goes, and that all ways to a repaired model give the same one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
+from hf_layerprune.calibration import load_calibration
+from hf_layerprune.cli import main
+from hf_layerprune.repair import NormalEquations, blocks, find_writers, fit_repair, outputs, solve_ridge
+from hf_layerprune.walk import LayerWalk
+
+from .tiny_models import LAYERS, tiny_input, tiny_model
+
+DROP = [3, 4, 6]
+
+
+def calibration(model, samples=12, length=32):
+    return load_calibration("self", None, samples=samples, length=length, seed=1, model=model)
+
+
+@torch.no_grad()
+def states(model, ids):
+    """The hidden states that enter each layer, and those that leave the last."""
+    walk = LayerWalk(model)
+    batch = walk.begin(ids)
+    found = [batch.hidden]
+    for i in range(walk.num_layers):
+        with walk.layer(i) as run:
+            batch.hidden = run(batch.hidden, batch)
+        found.append(batch.hidden)
+    return found
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids).logits
+
+
+@pytest.fixture
+def base(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [
+        ("llama", ["mlp.down_proj", "self_attn.o_proj"]),
+        ("gpt2", ["mlp.c_proj", "attn.c_proj"]),
+        ("gpt_neox", ["mlp.dense_4h_to_h", "attention.dense"]),  # attention and MLP side by side
+        ("opt", ["fc2", "self_attn.out_proj"]),
+        ("granite", ["mlp.down_proj", "self_attn.o_proj"]),
+        ("gemma2", []),  # a norm behind each
+        ("mixtral", ["self_attn.o_proj"]),
+    ],
+)
+def test_writers_are_found_by_trying(model_type, names):
+    model = tiny_model(model_type)
+    walk = LayerWalk(model)
+    batch = walk.begin(tiny_input())
+    with walk.layer(0) as run:
+        found = find_writers(walk.layers[0], run, batch)
+    if model_type == "mixtral":  # its experts write too, and no single matrix stands for them
+        assert [writer.name for writer in found] == [] or names == [writer.name for writer in found]
+    else:
+        assert [writer.name for writer in found] == names
+    gain = getattr(model.config, "residual_multiplier", 1.0)
+    assert all(writer.gain == pytest.approx(gain, rel=1e-3) for writer in found)
+
+
+def test_normal_equations_agree_with_least_squares():
+    torch.manual_seed(0)
+    features, truth = torch.randn(400, 8), torch.randn(8, 8)
+    change = features @ truth + 0.01 * torch.randn(400, 8)
+    fitted, held_out = NormalEquations(8), NormalEquations(8)
+    for piece, wanted in zip(features[:300].split(50), change[:300].split(50), strict=True):
+        fitted.add(piece[None], wanted[None])
+    held_out.add(features[300:], change[300:])
+    fit = solve_ridge(fitted, held_out)
+    expected = torch.linalg.lstsq(features[:300].double(), change[:300].double()).solution
+    torch.testing.assert_close(fit.change, expected, rtol=1e-4, atol=1e-4)
+    left = (change[300:].double() - features[300:].double() @ fit.change).square().sum() / change[300:].square().sum()
+    assert fit.unexplained == pytest.approx(left.item(), rel=1e-3)
+
+
+def test_noise_is_not_fitted():
+    """Where the features say nothing of the change, the plain cut is kept."""
+    torch.manual_seed(0)
+    fitted, held_out = NormalEquations(16), NormalEquations(16)
+    fitted.add(torch.randn(20, 16), torch.randn(20, 16))
+    held_out.add(torch.randn(400, 16), torch.randn(400, 16))
+    fit = solve_ridge(fitted, held_out)
+    assert fit.unexplained <= 1
+    assert fit.change.norm() < 0.2
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "granite", "opt"])
+def test_linear_repair_brings_the_states_behind_the_cut_closer(model_type):
+    model = tiny_model(model_type)
+    ids = calibration(model, samples=40)
+    repair = fit_repair(model, [3, 4], ids)
+    unseen = tiny_input(seed=9, batch=4, length=32)
+    wanted = states(model, unseen)[5]
+    plain, repaired = copy.deepcopy(model), copy.deepcopy(model)
+    cut = drop_layers(plain, [3, 4]).cut
+    drop_layers(repaired, [3, 4])
+    repair.apply(LayerWalk(repaired).layers, cut.new_index)
+    before = (states(plain, unseen)[3] - wanted).square().sum()
+    after = (states(repaired, unseen)[3] - wanted).square().sum()
+    assert after < 0.95 * before
+    assert repair.cuts[0]["unexplained_share"] < 0.95
+
+
+def test_the_map_is_the_least_squares_map_and_nothing_else_changes():
+    model = tiny_model("llama")
+    ids = calibration(model, samples=40)
+    repair = fit_repair(model, [3, 4], ids)
+    assert list(repair.tensors) == [(2, "mlp.down_proj.weight")]
+
+    features = []
+    with outputs(model.model.layers[2].mlp.down_proj, lambda output: features.append(output)), torch.no_grad():
+        model(ids.input_ids)
+    found = states(model, ids.input_ids)
+    change = found[5] - found[3]
+    old, new = model.model.layers[2].mlp.down_proj.weight.double(), repair.tensors[2, "mlp.down_proj.weight"].double()
+    # new = (I + D)^T old, so a least-squares solution of the features gives the same matrix, up to the ridge
+    x, z = features[0].flatten(0, 1).double(), change.flatten(0, 1).double()
+    gram, moment = x.T @ x, x.T @ z
+    by_hand = torch.linalg.solve(gram + repair.cuts[0]["ridge"] * gram.diagonal().mean() * torch.eye(32), moment)
+    expected = (torch.eye(32).double() + by_hand).T @ old
+    assert (new - expected).norm() < 0.25 * (expected - old).norm()  # a fifth of the rows was held out
+
+
+def test_behind_a_repaired_cut_the_next_one_sees_the_repaired_states():
+    model = tiny_model("llama")
+    ids = calibration(model, samples=40)
+    both = fit_repair(model, [2, 5], ids)
+    alone = fit_repair(model, [5], ids)
+    assert list(both.tensors) == [(1, "mlp.down_proj.weight"), (4, "mlp.down_proj.weight")]
+    assert not torch.equal(both.tensors[4, "mlp.down_proj.weight"], alone.tensors[4, "mlp.down_proj.weight"])
+    repaired = copy.deepcopy(model)
+    cut = drop_layers(repaired, [2, 5]).cut
+    both.apply(LayerWalk(repaired).layers, cut.new_index)
+    plain = copy.deepcopy(model)
+    drop_layers(plain, [2, 5])
+    unseen = tiny_input(seed=9, batch=4, length=32)
+    wanted = states(model, unseen)[6]
+    assert (states(repaired, unseen)[4] - wanted).norm() < (states(plain, unseen)[4] - wanted).norm()
+
+
+def test_a_cut_at_the_tail_aims_at_the_state_before_the_final_norm():
+    model = tiny_model("llama")
+    ids = calibration(model, samples=40)
+    repair = fit_repair(model, [6, 7], ids)
+    repaired, plain = copy.deepcopy(model), copy.deepcopy(model)
+    cut = drop_layers(repaired, [6, 7]).cut
+    repair.apply(LayerWalk(repaired).layers, cut.new_index)
+    drop_layers(plain, [6, 7])
+    unseen = tiny_input(seed=9, batch=4, length=32)
+    wanted = states(model, unseen)[-1]
+    assert (states(repaired, unseen)[-1] - wanted).norm() < (states(plain, unseen)[-1] - wanted).norm()
+
+
+def test_magnitude_divides_what_is_added_behind_the_cut():
+    model = tiny_model("llama")
+    ids = calibration(model)
+    repair = fit_repair(model, [3, 4], ids, method="magnitude")
+    found = states(model, ids.input_ids)
+    ratio = (found[5].abs().sum(-1) / found[3].abs().sum(-1)).mean().item()
+    assert repair.cuts == [{"layers": [3, 4], "size_ratio": pytest.approx(ratio, rel=1e-4)}]
+    assert {index for index, _ in repair.tensors} == {5, 6, 7}
+    old = model.model.layers[6].self_attn.o_proj.weight
+    torch.testing.assert_close(repair.tensors[6, "self_attn.o_proj.weight"], old / ratio, rtol=1e-4, atol=1e-6)
+
+    # The same as scaling the states up in front of the cut, as its source does.
+    repaired, by_hand = copy.deepcopy(model), copy.deepcopy(model)
+    cut = drop_layers(repaired, [3, 4]).cut
+    repair.apply(LayerWalk(repaired).layers, cut.new_index)
+    drop_layers(by_hand, [3, 4])
+    by_hand.model.layers[3].register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            ((args[0] * ratio, *args[1:]), kwargs)
+            if args
+            else (args, kwargs | {"hidden_states": kwargs["hidden_states"] * ratio})
+        ),
+        with_kwargs=True,
+    )
+    unseen = tiny_input(seed=9)
+    torch.testing.assert_close(logits(repaired, unseen), logits(by_hand, unseen), rtol=1e-3, atol=1e-3)
+
+
+def test_magnitude_has_nothing_to_do_at_the_tail(caplog):
+    model = tiny_model("llama")
+    repair = fit_repair(model, [6, 7], calibration(model), method="magnitude")
+    assert not repair.tensors
+    assert "nothing to do" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model_type", "drop", "method", "message"),
+    [
+        ("llama", [0, 1], "linear", "layer 0 is dropped"),
+        ("gemma2", [3, 4], "linear", "nothing to fold its map into"),
+        ("gemma2", [3, 4], "magnitude", "can't rescale layer 5"),
+    ],
+)
+def test_what_cannot_be_repaired_is_refused(model_type, drop, method, message):
+    model = tiny_model(model_type)
+    with pytest.raises(CutError, match=message):
+        fit_repair(model, drop, calibration(model), method=method)
+
+
+@pytest.mark.parametrize("method", ["linear", "magnitude"])
+@pytest.mark.parametrize("tune_layers", [2, "cut"])
+def test_every_way_gives_the_same_repaired_model(base, tmp_path, method, tune_layers):
+    """From a live model, from a folder, and on disk; as an adapter that was saved and read back; merged."""
+    settings = {"drop_layers": DROP, "repair": method, "calibration_samples": 12, "calibration_length": 32}
+    settings |= {"tune_layers": tune_layers}
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    ids = tiny_input()
+    dense = AutoModelForCausalLM.from_pretrained(base)
+    dense_logits = logits(dense, ids)
+    config = LayerDropConfig(base_model_name_or_path=str(base), **settings)
+    live = get_peft_model(dense, LayerDropConfig(**settings, keep_dropped=True))
+    loaded = prune_with(config)
+    assert config.repaired_modules
+    torch.testing.assert_close(logits(live, ids), logits(loaded, ids), rtol=1e-4, atol=1e-4)
+    with live.disable_adapter():
+        torch.testing.assert_close(logits(live, ids), dense_logits, rtol=0, atol=0)
+
+    plain = prune_with(LayerDropConfig(base_model_name_or_path=str(base), **(settings | {"repair": None})))
+    assert not torch.allclose(logits(plain, ids), logits(loaded, ids), atol=1e-2)
+
+    loaded.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    assert torch.equal(logits(again, ids), logits(loaded, ids))
+    assert again.peft_config["default"].repaired_modules == config.repaired_modules
+
+    merged = loaded.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    words = ["--drop-layers", "3-4,6", "--repair", method, "--calibration-samples", "12", "--calibration-length", "32"]
+    assert main(["prune", str(base), str(tmp_path / "on-disk"), *words]) == 0
+    on_disk = AutoModelForCausalLM.from_pretrained(tmp_path / "on-disk")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert all(type(module).__module__.startswith(("torch", "transformers")) for module in saved.modules())
+    torch.testing.assert_close(logits(on_disk, ids), logits(saved, ids), rtol=1e-4, atol=1e-4)
+    for name, value in on_disk.state_dict().items():
+        torch.testing.assert_close(value, saved.state_dict()[name], rtol=1e-4, atol=1e-5)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+def test_a_repaired_module_is_saved_and_not_trained(base):
+    config = LayerDropConfig(
+        base_model_name_or_path=str(base),
+        drop_layers=[3, 4],
+        repair="linear",
+        tune_layers=1,
+        calibration_samples=12,
+        calibration_length=32,
+    )
+    model = prune_with(config)
+    assert config.repaired_modules == ["model.layers.2.mlp.down_proj"]
+    trained = {name.split("modules_to_save")[0] for name, value in model.named_parameters() if value.requires_grad}
+    assert not any("layers.2" in name for name in trained)
+    assert any(f"layers.{LAYERS - 3}" in name for name in trained)
+    model.set_adapter("default")
+    assert not any("layers.2" in name for name, value in model.named_parameters() if value.requires_grad)
+
+
+def test_the_lineage_says_what_a_repair_did(base, tmp_path):
+    import json
+
+    words = ["--drop-layers", "3-4", "--repair", "linear", "--calibration-samples", "12", "--calibration-length", "32"]
+    assert main(["prune", str(base), str(tmp_path / "out"), *words]) == 0
+    entry = json.loads((tmp_path / "out" / "lineage.json").read_text())["entries"][0]
+    assert entry["repair"]["changed_tensors"] == ["model.layers.2.mlp.down_proj.weight"]
+    assert entry["repair"]["cuts"][0]["layers"] == [3, 4]
+    assert entry["settings"]["repair"] == "linear"
+    assert len(entry["calibration"]["fingerprint"]) == 64
+
+
+def test_linked_files_are_never_patched(base, tmp_path, capsys):
+    assert main(["prune", str(base), str(tmp_path / "out"), "--repair", "linear", "--link"]) == 2
+    assert "--link" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_blocks():
+    assert blocks([6, 3, 4]) == [(3, 5), (6, 7)]
+    assert blocks([]) == []
