@@ -23,6 +23,7 @@ from .header import DTYPE_BITS, Header, Tensor, write_header
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from ..files import Source
     from .ranges import RemoteFile
 
 logger = logging.getLogger(__name__)
@@ -167,12 +168,7 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
     if drafts:
         log = logger.info if _has_drafts(config) else logger.warning
         log("%d tensors beyond the %d decoder layers go too, such as %s", len(drafts), cut.num_layers, drafts[0])
-    slicer = _Slicer(config, cut)
-    kept = {
-        file: [slicer.keep(tensor, names[tensor.name], header) for tensor in header.tensors if tensor.name in names]
-        for file, header in weights.headers.items()
-    }
-    kept = {file: items for file, items in kept.items() if items}
+    kept = _kept(weights, config, cut, names)
     shards, weight_map = [], {}
     for number, (file, items) in enumerate(kept.items(), 1):
         target = SINGLE if weights.index is None else _SHARD.format(number, len(kept))
@@ -186,6 +182,53 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
             every = [item for items in kept.values() for item in items]
             index["metadata"] = _index_metadata(index["metadata"], tensors, every, complete=not weights.skipped)
     return WeightsPlan(prefix, tuple(shards), index, names, dropped)
+
+
+class Origin(NamedTuple):
+    """Where a tensor of a cut checkpoint comes from: the base's file, the tensor as it will be, and its bytes there."""
+
+    source: Source
+    tensor: Tensor
+    pieces: tuple[Span | Rows, ...]
+
+
+def kept_tensors(weights: Weights, config: PreTrainedConfig, cut: families.Cut) -> dict[str, Origin]:
+    """Where each tensor of a cut checkpoint comes from.
+
+    Args:
+        weights (`Weights`): The base's files.
+        config (`PreTrainedConfig`): The base's config.
+        cut (`families.Cut`): Which layers stay.
+
+    Returns:
+        `dict[str, Origin]`: By the tensor's name after the cut.
+
+    Raises:
+        CheckpointError: Tensors do not fit the config, or two would get the same name.
+        UnsupportedModelError: It is not clear where the decoder layers are.
+    """
+    found = [
+        *(tensor.name for header in weights.headers.values() for tensor in header.tensors),
+        *weights.skipped_tensors,
+    ]
+    names, _ = _new_names(found, find_layer_prefix(found, cut.num_layers), config, cut)
+    return {
+        item.new.name: Origin(weights.headers[file].source, item.new, item.pieces)
+        for file, items in _kept(weights, config, cut, names).items()
+        for item in items
+    }
+
+
+def _kept(
+    weights: Weights, config: PreTrainedConfig, cut: families.Cut, names: dict[str, str]
+) -> dict[str, list[_Kept]]:
+    """What stays of each file, of those of which something does."""
+    slicer = _Slicer(config, cut)
+    kept = {
+        file: [slicer.keep(tensor, names[tensor.name], header) for tensor in header.tensors if tensor.name in names]
+        for file, header in weights.headers.items()
+    }
+    return {file: items for file, items in kept.items() if items}
 
 
 def files_without(index: dict[str, Any], config: PreTrainedConfig, cut: families.Cut) -> set[str]:

@@ -72,6 +72,8 @@ class HubBase:
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        *,
+        companions: bool = True,
     ) -> HubBase:
         """Resolve a repository, list it, and download its small files.
 
@@ -80,6 +82,8 @@ class HubBase:
             revision (`str`, *optional*): Branch, tag or commit.
             token (`str` or `bool`, *optional*): As the client library takes it; by default the user's own.
             cache_dir (`str` or `os.PathLike`, *optional*): The client library's cache, if it is not the usual one.
+            companions (`bool`, *optional*, defaults to `True`): Download tokenizer, chat template and the like, too,
+                and not only the config and the index.
 
         Returns:
             `HubBase`: Of what is in the cache, where the Hub can't be reached.
@@ -116,7 +120,11 @@ class HubBase:
         find_weights(files, repo)  # before anything is downloaded
         if CONFIG not in files:
             raise CheckpointError(f"{repo} has no {CONFIG}, so it is no model that can be cut; name another")
-        wanted = {name: files[name] for name in sorted(files) if _is_small(repo, name, files[name].size)}
+        wanted = {
+            name: files[name]
+            for name in sorted(files)
+            if name in (CONFIG, INDEX) or (companions and _is_small(repo, name, files[name].size))
+        }
         paths = _download(repo, commit, list(wanted), **where)
         for name, path in paths.items():
             if path.stat().st_size != wanted[name].size:
@@ -219,8 +227,6 @@ class HubBase:
 
 def _is_small(repo: str, name: str, size: int) -> bool:
     """Whether a file is downloaded as it is."""
-    if name in (CONFIG, INDEX):
-        return True
     if "\\" in name or "\0" in name or not is_companion(name):
         return False
     return any(fnmatch(name, pattern) for pattern in CHECKPOINT_FILES) and not is_too_large(f"{repo}/{name}", size)

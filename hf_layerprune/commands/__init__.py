@@ -9,4 +9,7 @@ from __future__ import annotations
 COMMANDS = (
     "prune",
     "inspect",
+    "card",
+    "push",
+    "verify",
 )

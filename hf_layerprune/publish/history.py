@@ -193,9 +193,20 @@ def read_history(lineage: Lineage) -> History:
         raise CheckpointError("lineage.json does not say how many layers the base has; prune the model again")
     stations = []
     for number, entry in enumerate(lineage.entries):
-        changed = frozenset(_through([stay for at, stay in cuts if at > number], entry.get("changed_tensors") or ()))
-        stations.append(Station(str(entry.get("station")), entry, changed))
+        later = [stay for at, stay in cuts if at > number]
+        for name, part in _parts(entry):
+            stations.append(Station(name, part, frozenset(_through(later, part.get("changed_tensors") or ()))))
     return History(lineage, n, tuple(kept), tuple(stations))
+
+
+def _parts(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """An entry, and the repair that was made on the way, as a station of its own."""
+    yield str(entry.get("station")), entry
+    repair = entry.get("repair")
+    if isinstance(repair, dict):
+        settings = {name: value for name, value in repair.items() if not name.startswith("changed")}
+        part = {"settings": settings, "changed_tensors": repair.get("changed_tensors")}
+        yield "repair", part | ({"data": [entry["calibration"]]} if isinstance(entry.get("calibration"), dict) else {})
 
 
 def _through(cuts: list[list[int]], names: list[str]) -> Iterator[str]:

@@ -71,8 +71,9 @@ def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """
     found = dict(ours)
     found |= {name: value for name, value in theirs.items() if name not in ours and name not in OURS}
-    if isinstance(theirs.get("tags"), list):
-        found["tags"] = [*ours["tags"], *(tag for tag in theirs["tags"] if tag not in ours["tags"])]
+    tags, more = ours.get("tags") or [], theirs.get("tags")
+    if isinstance(more, list):
+        found["tags"] = [*tags, *(tag for tag in more if tag not in tags)]
     return found
 
 

@@ -54,7 +54,8 @@ class Upload:
         files (`dict[str, Path]`): Where each of its files is here, by its path there.
         kind (`str`): `"model"`, `"space"` or `"dataset"`.
         sdk (`str`, *optional*): Of a Space that has to be made.
-        private (`bool`): Whether nobody else may see it. A public repository that is there is then refused.
+        private (`bool`): Whether nobody else may see it. A public repository that is there is then refused; without
+            it, a new one is what its owner's settings say.
         revision (`str`, *optional*): A branch, which is made where it is missing; or `refs/pr/N`.
         create_pr (`bool`): Propose the change instead of making it.
         message (`str`): The commit's title.
@@ -177,7 +178,12 @@ def _open(job: Upload, api: HfApi, user: dict[str, Any]) -> None:
         namespace = job.repo_id.rpartition("/")[0]
         known = {user.get("name"), *(one.get("name") for one in user.get("orgs") or ())}
         make = partial(
-            api.create_repo, job.repo_id, repo_type=job.kind, private=job.private, space_sdk=job.sdk, exist_ok=True
+            api.create_repo,
+            job.repo_id,
+            repo_type=job.kind,
+            private=job.private or None,
+            space_sdk=job.sdk,
+            exist_ok=True,
         )
         try:
             _patiently(make, job.repo_id)
