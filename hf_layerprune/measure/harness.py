@@ -1,0 +1,236 @@
+"""lm-evaluation-harness, in process, on a model that is loaded already.
+
+Each task is run by itself, so that a number depends on the model, the task and the batch size alone: the harness pads
+the questions of a batch to one length, and half precision rounds by length. It equals what its own command line prints
+for that task at that batch size.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+
+from ..errors import LayerPruneError
+from .forward import free_memory, is_out_of_memory
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# The harness's own default.
+SEED = 1234
+# What `auto` starts with. A processor gains nothing from more; a GPU's memory says where to stop.
+_AUTO = {"cpu": 8}
+_AUTO_ELSEWHERE = 64
+# The metrics that count questions.
+_ACCURACY = ("acc", "acc_norm", "acc_bytes", "exact_match", "f1", "mc1", "mc2", "em")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of a task.
+
+    Args:
+        value (`float`): The number.
+        stderr (`float`, *optional*): Its standard error, by the harness.
+        higher_is_better (`bool`, *optional*): Whether it is.
+        outcomes (`dict[str, float]`): What it is the mean of, by question; empty where it is no mean.
+    """
+
+    value: float
+    stderr: float | None
+    higher_is_better: bool | None
+    outcomes: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """What a model got in a task.
+
+    Args:
+        task (`str`): Its name.
+        scores (`dict[str, Score]`): By metric.
+        chance (`float`, *optional*): The accuracy of guessing, from the number of choices; `None` where one does not
+            choose.
+        samples (`int`): How many questions were asked.
+        shots (`int`): How many answered questions were shown before each.
+        version (`str` or `float`, *optional*): Of the task.
+        seconds (`float`): What it took.
+    """
+
+    task: str
+    scores: dict[str, Score]
+    chance: float | None
+    samples: int
+    shots: int
+    version: str | float | None
+    seconds: float
+
+
+class Harness:
+    """A model, ready for tasks.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        batch_size (`int` or `"auto"`, defaults to `"auto"`): Questions' choices at once. Where memory runs out, half as
+            many from then on.
+        progress (`bool`, defaults to `True`): Show a bar.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int | str = "auto",
+        *,
+        progress: bool = True,
+    ) -> None:
+        size = batch_size if batch_size != "auto" else _AUTO.get(model.device.type, _AUTO_ELSEWHERE)
+        with _quiet():
+            self._lm = _Halving(pretrained=model, tokenizer=tokenizer, batch_size=int(size))
+        self._lm.progress = progress
+
+    @property
+    def batch_size(self) -> int:
+        """How many choices go through the model at once, by now."""
+        return self._lm.batch_size
+
+    def run(self, name: str, task: Task | Group, *, limit: int | None = None, shots: int | None = None) -> TaskRun:
+        """Run one task, or group of tasks.
+
+        Args:
+            name (`str`): Its name.
+            task (`Task` or `Group`): The harness's object.
+            limit (`int`, *optional*): Only so many questions of each (sub)task.
+            shots (`int`, *optional*): So many answered questions before each; what the task says by default.
+
+        Returns:
+            `TaskRun`: The numbers.
+
+        Raises:
+            LayerPruneError: A single question does not fit into memory, or no question was asked.
+        """
+        start = time.perf_counter()
+        with _quiet(), torch.no_grad():
+            found = simple_evaluate(
+                model=self._lm, tasks=[task], limit=limit, num_fewshot=shots, task_manager=_Loaded()
+            )
+        seconds = time.perf_counter() - start
+        samples = _by_question(found["samples"])
+        if name not in found["results"] or not samples:
+            raise LayerPruneError(f"task {name} gave no result; leave it out")
+        return TaskRun(
+            task=name,
+            scores=_scores(found, name, samples),
+            chance=_chance(samples),
+            samples=len(samples),
+            shots=max((int(n) for n in found["n-shot"].values() if isinstance(n, int)), default=0),
+            version=_version(found["versions"].get(name)),
+            seconds=seconds,
+        )
+
+
+class _Loaded:
+    """Stands for the harness's task manager where the tasks are there: it is asked for nothing but them."""
+
+    def load(self, tasks: list[Task | Group]) -> dict[str, Any]:
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_defaults=False).load(tasks)
+
+    def __getattr__(self, name: str) -> Any:
+        return () if name.startswith("all_") else {}
+
+
+class _Halving(HFLM):
+    """Goes on with smaller batches where memory runs out. The longest questions come first, so little is done twice."""
+
+    progress = True
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        while True:
+            try:
+                return super()._loglikelihood_tokens(requests, disable_tqdm or not self.progress, override_bs)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.batch_size <= 1:
+                    raise LayerPruneError("out of memory with a single question; use a GPU with more of it") from error
+                self.batch_size_per_gpu = self.batch_size // 2
+            free_memory()
+            logger.warning("out of memory; going on with batches of %d", self.batch_size)
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        return super().loglikelihood_rolling(requests, disable_tqdm or not self.progress)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's notes on how it was called."""
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _by_question(samples: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The logged questions, by a name that is the same for every model."""
+    return {
+        f"{task}/{one['doc_id']}/{one['doc_hash'][:16]}": one
+        for task, rows in samples.items()
+        for one in rows
+        if one["filter"] == rows[0]["filter"]
+    }
+
+
+def _scores(found: dict[str, Any], name: str, samples: dict[str, dict[str, Any]]) -> dict[str, Score]:
+    results, better = found["results"][name], found["higher_is_better"].get(name, {})
+    scores: dict[str, Score] = {}
+    for key, value in results.items():
+        metric, _, which = key.partition(",")
+        if not which or metric.endswith("_stderr") or metric in scores or not isinstance(value, int | float):
+            continue
+        stderr = results.get(f"{metric}_stderr,{which}")
+        outcomes = {question: one[metric] for question, one in samples.items() if metric in one}
+        plain = all(isinstance(outcome, int | float) for outcome in outcomes.values())
+        is_mean = plain and outcomes and math.isclose(sum(outcomes.values()) / len(outcomes), value, abs_tol=1e-9)
+        scores[metric] = Score(
+            value=float(value),
+            stderr=float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
+            higher_is_better=better.get(metric),
+            outcomes={question: float(outcome) for question, outcome in outcomes.items()} if is_mean else {},
+        )
+    return scores
+
+
+def _chance(samples: dict[str, dict[str, Any]]) -> float | None:
+    """What guessing gets: the mean of one over the number of choices."""
+    choices = [len(one["arguments"]) for one in samples.values()]
+    if min(choices) < 2 or any("acc" not in one for one in samples.values()):
+        return None
+    return sum(1 / n for n in choices) / len(choices)
+
+
+def _version(version: Any) -> str | float | None:
+    return version if isinstance(version, str | int | float) else None
+
+
+def is_accuracy(metric: str) -> bool:
+    """Whether a metric is a share of questions."""
+    return metric in _ACCURACY

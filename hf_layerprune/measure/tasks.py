@@ -1,0 +1,352 @@
+"""Which tasks are measured: the harness's own by name, and files in a folder, which become tasks of the harness.
+
+    with task_set(["piqa", "mmlu"]) as tasks: ...              # names of lm-evaluation-harness; "paper" is eight of them
+    with task_set(None, Path("my-tasks")) as tasks: ...        # every *.jsonl in the folder
+
+A line of a `.jsonl` file is one question: `{"query": "...", "choices": ["...", "..."], "gold": 0}`. The model scores
+`query + " " + choice`; where every query of a file begins with "Question: ", "\\nAnswer:" follows the query. A YAML file
+of the same name may say otherwise in the harness's own words: `doc_to_text`, `target_delimiter`, `description`,
+`metadata`. A `.txt` file is a text, on which perplexity and distance are measured; named in `tasks`, it also becomes a
+task of the harness, which then gives its perplexity by words and bytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LayerPruneError
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+
+# The eight of arXiv:2411.15558: zero-shot, no chat template.
+PAPER = ("piqa", "hellaswag", "openbookqa", "arc_easy", "arc_challenge", "mmlu", "cmmlu", "winogrande")
+
+_SIDECAR_FIELDS = ("doc_to_text", "target_delimiter", "description", "metadata")
+_VERSION = 1.0
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """Multiple-choice questions in a file.
+
+    Args:
+        name (`str`): The file's name without `.jsonl`.
+        path (`Path`): The file.
+        rows (`list[dict]`): `query`, `choices` and `gold` of each question.
+        fields (`dict[str, Any]`): What the harness's YAML says of the prompt.
+    """
+
+    name: str
+    path: Path
+    rows: list[dict[str, Any]]
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LocalText:
+    """A text in a file.
+
+    Args:
+        name (`str`): The file's name without `.txt`.
+        path (`Path`): The file.
+        text (`str`): What it says.
+    """
+
+    name: str
+    path: Path
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        """Hash of its content."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Tasks that are ready to run: their data is there.
+
+    Args:
+        tasks (`dict[str, Task | Group]`): The harness's objects, by name.
+        datasets (`dict[str, str]`): Hub id of each one's data, or the sha256 of its file.
+        local (`frozenset[str]`): Those that are files.
+    """
+
+    tasks: dict[str, Task | Group] = field(default_factory=dict)
+    datasets: dict[str, str] = field(default_factory=dict)
+    local: frozenset[str] = frozenset()
+
+
+@contextmanager
+def task_set(names: Sequence[str] | None, folder: Path | None = None) -> Iterator[TaskSet]:
+    """Find and load tasks. Everything that is wrong with them is found here, before a model is loaded.
+
+    Args:
+        names (`Sequence[str]`, *optional*): Tasks, groups, tags or patterns of the harness, files of `folder` without
+            their extension, or `"paper"`. By default every `.jsonl` file of `folder`.
+        folder (`Path`, *optional*): A folder with files of tasks.
+
+    Yields:
+        `TaskSet`: The tasks, which can be run while this lasts.
+
+    Raises:
+        LayerPruneError: A task is unknown, its data can't be had, or a file is no task.
+    """
+    files = read_tasks(folder) if folder else {}
+    wanted = list(names) if names is not None else [name for name, one in files.items() if isinstance(one, LocalTask)]
+    wanted = [name for one in wanted for name in (PAPER if one == "paper" else (one,))]
+    wanted = list(dict.fromkeys(wanted))
+    if not wanted:
+        yield TaskSet()
+        return
+    require_harness()
+    ours = [name for name in wanted if name in files]
+    theirs = [name for name in wanted if name not in files]
+    with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as temporary:
+        for name in ours:
+            write_task(files[name], Path(temporary))
+        loaded = _load_named(theirs, list(files), folder) | _load_files(ours, Path(temporary))
+        hashes = {name: _sha256(files[name].path) for name in ours}
+        ids = {name: hashes.get(name) or _dataset(one) for name, one in loaded.items()}
+        yield TaskSet(loaded, ids, frozenset(ours))
+
+
+def require_harness() -> None:
+    """Raise where lm-evaluation-harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise LayerPruneError('tasks need lm-evaluation-harness: pip install "hf-layerprune[eval]"')
+
+
+# --- the harness's own ----------------------------------------------------------------------------------
+
+
+def _load_named(names: Sequence[str], files: Sequence[str], folder: Path | None) -> dict[str, Task | Group]:
+    if not names:
+        return {}
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    known = dict.fromkeys(manager.all_tasks)
+    found: dict[str, Task | Group] = {}
+    for name in names:
+        matches = [name] if name in known else manager.match_tasks([name])
+        if not matches:
+            raise LayerPruneError(_unknown(name, [*files, *known], folder))
+        for match in matches:
+            found |= _load(manager, match)
+    return found
+
+
+def _unknown(name: str, known: Sequence[str], folder: Path | None) -> str:
+    near = difflib.get_close_matches(name, ["paper", *known], n=3, cutoff=0.5)
+    where = f"neither a task of lm-evaluation-harness nor a file in {folder}" if folder else "no task of the harness"
+    return f"{name!r} is {where}; " + (f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists all")
+
+
+def _load(manager: Any, name: str) -> dict[str, Task | Group]:
+    try:
+        loaded = manager.load([name])
+    except Exception as error:  # whatever the Hub, `datasets` or a task's own code raise
+        raise LayerPruneError(
+            f"the data of task {name} can't be had ({_line(error)}); go online, or name files with --tasks-from FOLDER"
+        ) from error
+    groups = loaded.get("groups") or {}
+    return {name: groups[name]} if name in groups else dict(loaded["tasks"])
+
+
+def _dataset(task: Task | Group) -> str:
+    leaves = task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
+    return str(leaves[0].config.dataset_path) if leaves else ""
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def read_tasks(folder: Path) -> dict[str, LocalTask | LocalText]:
+    """Read all tasks and texts of a folder.
+
+    Args:
+        folder (`Path`): Where the files are.
+
+    Returns:
+        `dict[str, LocalTask | LocalText]`: By name, in alphabetical order.
+
+    Raises:
+        LayerPruneError: There are none, or one is damaged; the message names the line.
+    """
+    if not folder.is_dir():
+        raise LayerPruneError(f"{folder} is no folder; name one with .jsonl files (tasks) or .txt files (texts)")
+    found: dict[str, LocalTask | LocalText] = {}
+    for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.txt")]):
+        if path.stem in found:
+            raise LayerPruneError(f"{path} and {found[path.stem].path} have the same name; rename one")
+        found[path.stem] = read_task(path) if path.suffix == ".jsonl" else read_text(path)
+    if not found:
+        raise LayerPruneError(f"{folder} has no .jsonl file (a task) and no .txt file (a text)")
+    return found
+
+
+def read_task(path: Path) -> LocalTask:
+    """Read one file of questions.
+
+    Args:
+        path (`Path`): A `.jsonl` file.
+
+    Returns:
+        `LocalTask`: Its questions.
+
+    Raises:
+        LayerPruneError: A line is no question.
+    """
+    rows = []
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise LayerPruneError(f"{path}, line {number} is no JSON: {error}") from error
+        if (wrong := _wrong_with(row)) is not None:
+            raise LayerPruneError(f"{path}, line {number}: {wrong}")
+        rows.append({name: row[name] for name in ("query", "choices", "gold")})
+    if not rows:
+        raise LayerPruneError(f"{path} has no questions; put one on each line")
+    return LocalTask(path.stem, path, rows, _prompt(path, rows))
+
+
+def _wrong_with(row: Any) -> str | None:
+    if not isinstance(row, dict) or not {"query", "choices", "gold"} <= row.keys():
+        return 'a question is {"query": "...", "choices": ["...", "..."], "gold": 0}'
+    query, choices, gold = row["query"], row["choices"], row["gold"]
+    if not isinstance(query, str) or not query.strip():
+        return f"query is {query!r}, and must be a text that is not empty"
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
+        return "choices must be two texts or more, none of them empty"
+    if isinstance(gold, bool) or not isinstance(gold, int):
+        return f"gold is {gold!r}, and must be the number of the right choice, counted from 0"
+    if not 0 <= gold < len(choices):
+        return f"gold is {gold}, but the choices are 0..{len(choices) - 1}"
+    return None
+
+
+def _prompt(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    asks = all(row["query"].startswith("Question: ") for row in rows)
+    fields: dict[str, Any] = {"doc_to_text": "{{query}}\nAnswer:" if asks else "query"}
+    sidecar = path.with_suffix(".yaml")
+    if not sidecar.is_file():
+        return fields
+    import yaml
+
+    try:
+        said = yaml.safe_load(_read(sidecar))
+    except yaml.YAMLError as error:
+        raise LayerPruneError(f"{sidecar} is no YAML: {_line(error)}") from error
+    if not isinstance(said, dict):
+        raise LayerPruneError(f"{sidecar} must have fields such as doc_to_text, and has none")
+    for name in said:
+        if name not in _SIDECAR_FIELDS:
+            raise LayerPruneError(
+                f"{sidecar} has a field {name!r}, and only {', '.join(_SIDECAR_FIELDS)} can be set for a local task"
+            )
+    return fields | said
+
+
+def read_text(path: Path) -> LocalText:
+    """Read one file with a text.
+
+    Args:
+        path (`Path`): A `.txt` file.
+
+    Returns:
+        `LocalText`: The text.
+
+    Raises:
+        LayerPruneError: It is empty, or no UTF-8.
+    """
+    text = _read(path)
+    if not text.strip():
+        raise LayerPruneError(f"{path} is empty; a text is needed to measure perplexity on")
+    return LocalText(path.stem, path, text)
+
+
+def write_task(task: LocalTask | LocalText, folder: Path) -> Path:
+    """Write a file as a task of the harness: its rows, and a YAML file that names them.
+
+    Args:
+        task (`LocalTask` or `LocalText`): The task.
+        folder (`Path`): Where to write. `lm_eval run --include_path FOLDER --tasks NAME` runs it from there.
+
+    Returns:
+        `Path`: The YAML file.
+    """
+    import yaml
+
+    is_text = isinstance(task, LocalText)
+    data = folder / f"{task.name}.jsonl"
+    rows = [{"text": task.text}] if is_text else task.rows
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config: dict[str, Any] = {
+        "task": task.name,
+        "dataset_path": "json",
+        # The cache beside the files goes when they go.
+        "dataset_kwargs": {"data_files": {"test": str(data.resolve())}, "cache_dir": str(folder.resolve() / "cache")},
+        "test_split": "test",
+        "metadata": {"version": _VERSION},
+    }
+    if is_text:
+        metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+        config |= {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
+        config["metric_list"] = [{"metric": metric} for metric in metrics]
+    else:
+        config |= {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold"}
+        config["metric_list"] = [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+        ]
+        config |= task.fields
+    path = folder / f"{task.name}.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def _load_files(names: Sequence[str], folder: Path) -> dict[str, Task | Group]:
+    if not names:
+        return {}
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return {name: one for wanted in names for name, one in _load(manager, wanted).items()}
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LayerPruneError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}; convert it") from error
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _line(error: Exception) -> str:
+    from ..loading import first_line
+
+    return first_line(error)
