@@ -1,0 +1,232 @@
+"""Let models answer: streamed, seeded, measured, and stopped as soon as nobody listens.
+
+Models that answer at the same time take turns, token by token, and the clock of each one runs in its own turns only.
+So a speed is that of the model alone, and no answer slows down another one's figure.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from source import Source
+from torch import nn
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopPLogitsWarper,
+)
+
+if TYPE_CHECKING:
+    from weights import Models
+
+TICK = 0.05  # seconds between two looks at a growing answer
+
+
+class Stopped(Exception):
+    """Raised inside a model whose answer nobody waits for any more."""
+
+
+class Side:
+    """A model that answers.
+
+    Args:
+        name (`str`): How its maker named it.
+        model ([`~transformers.PreTrainedModel`]): The model.
+    """
+
+    def __init__(self, name: str, model: PreTrainedModel) -> None:
+        self.name, self.model = name, model.eval()
+        self.layers = model.config.get_text_config().num_hidden_layers
+        self.parameters = model.num_parameters()
+        self.tensors = {t.data_ptr(): t.nbytes for t in chain(model.parameters(), model.buffers())}
+        self.weights_bytes = sum(self.tensors.values())
+        self.shared_bytes = 0
+        for module in model.modules():
+            for layer in module if isinstance(module, nn.ModuleList) else ():
+                layer.register_forward_pre_hook(_stop_if_left)
+
+
+class Turns:
+    """A lock that goes to who has waited longest."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._line: deque[threading.Event] = deque()
+
+    def take(self) -> None:
+        """Wait for a turn."""
+        mine = threading.Event()
+        with self._lock:
+            self._line.append(mine)
+            if len(self._line) == 1:
+                mine.set()
+        mine.wait()
+
+    def leave(self) -> None:
+        """End a turn."""
+        with self._lock:
+            self._line.popleft()
+            if self._line:
+                self._line[0].set()
+
+
+TURNS = Turns()
+_here = threading.local()  # the answer that a thread is busy with
+
+
+def _stop_if_left(*_: Any) -> None:
+    """Before each layer: a long prompt is left as soon as the next word of an answer is."""
+    answer = getattr(_here, "answer", None)
+    if answer is not None and answer.stop.is_set():
+        raise Stopped
+
+
+class Draw(LogitsProcessor):
+    """Draws the next token, so that the highest score is the token drawn (the Gumbel-max trick).
+
+    `generate` takes no generator, and the global one is shared by all threads. With a generator of its own, an answer
+    depends on its seed and on nothing that goes on beside it.
+
+    Args:
+        seed (`int`): Of the generator.
+        device (`torch.device`): Where the scores are.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Add noise to the scores `[batch, vocabulary]`."""
+        noise = torch.empty_like(scores, dtype=torch.float32).exponential_(generator=self._generator)
+        return scores.float() - noise.log()
+
+
+class Answer(TextStreamer):
+    """One answer in the making: its text so far, and what it took.
+
+    Args:
+        side (`Side`): Who answers.
+        source (`Source`): Where the tokenizer is.
+        ids (`list[int]`): The prompt.
+        settings (`dict`): `temperature`, `top_p`, `max_tokens`, `seed`.
+    """
+
+    def __init__(self, side: Side, source: Source, ids: list[int], settings: dict[str, Any]) -> None:
+        super().__init__(source.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._side, self._ids, self._settings = side, ids, settings
+        self.text, self.tokens, self.seconds, self.first, self.cache_bytes = "", 0, 0.0, 0.0, 0
+        self.stop, self.done = threading.Event(), threading.Event()
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take in the next token, and let the others have a turn."""
+        self.seconds += time.perf_counter() - self._began
+        if not self.next_tokens_are_prompt:
+            self.tokens += value.numel()
+            self.first = self.first or self.seconds
+        super().put(value)
+        TURNS.leave()
+        TURNS.take()
+        self._began = time.perf_counter()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Take in the next words."""
+        self.text += text
+
+    def state(self) -> dict[str, Any]:
+        """The answer and its figures, as they are now."""
+        decoding = self.seconds - self.first
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "tokens_per_second": round((self.tokens - 1) / decoding, 2) if self.tokens > 1 and decoding else None,
+            "seconds_to_first_token": round(self.first, 3) if self.tokens else None,
+            "weights_bytes": self._side.weights_bytes,
+            "shared_bytes": self._side.shared_bytes,
+            "cache_bytes": self.cache_bytes,
+        }
+
+    def _run(self) -> None:
+        model, settings = self._side.model, self._settings
+        _here.answer = self
+        TURNS.take()
+        self._began = time.perf_counter()
+        try:
+            ids = torch.tensor([self._ids], device=model.device)
+            made = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=settings["max_tokens"],
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                logits_processor=_sampling(settings, model.device),
+                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                streamer=self,
+                return_dict_in_generate=True,
+            )
+            self.cache_bytes = _cache_bytes(made.past_key_values)
+        except Stopped:
+            pass
+        except Exception as error:  # the thread has nobody else to tell
+            self.error = error
+        finally:
+            TURNS.leave()
+            self.done.set()
+
+
+def _sampling(settings: dict[str, Any], device: torch.device) -> LogitsProcessorList:
+    if not settings["temperature"]:
+        return LogitsProcessorList()
+    steps = [TemperatureLogitsWarper(float(settings["temperature"]))]
+    if settings["top_p"] < 1:
+        steps.append(TopPLogitsWarper(float(settings["top_p"])))
+    return LogitsProcessorList([*steps, Draw(settings["seed"], device)])
+
+
+def _cache_bytes(cache: Any) -> int:
+    tensors = chain.from_iterable(vars(layer).values() for layer in getattr(cache, "layers", []))
+    return sum(tensor.nbytes for tensor in tensors if torch.is_tensor(tensor))
+
+
+def answer(models: Models, roles: list[str], ids: list[int], settings: dict[str, Any]) -> Iterator[list[dict]]:
+    """Let one or both models answer, and look at the answers while they grow.
+
+    When the caller stops listening, so do the models, within a layer.
+
+    Args:
+        models (`Models`): The models.
+        roles (`list[str]`): `"pruned"`, `"dense"` or both.
+        ids (`list[int]`): The prompt.
+        settings (`dict`): `temperature`, `top_p`, `max_tokens`, `seed`.
+
+    Yields:
+        `list[dict]`: The state of each answer, see `Answer.state`.
+    """
+    answers = [Answer(models.sides[role], models.source, ids, settings) for role in roles]
+    try:
+        for one in answers:
+            one.thread.start()
+        while not all(one.done.wait(TICK) for one in answers):
+            yield [one.state() for one in answers]
+        if error := next((one.error for one in answers if one.error), None):
+            raise error
+        yield [one.state() for one in answers]
+    finally:
+        for one in answers:
+            one.stop.set()
+        for one in answers:
+            if one.thread.ident:
+                one.thread.join()

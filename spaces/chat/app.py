@@ -1,0 +1,63 @@
+"""Chat with a pruned language model, and see what pruning cost.
+
+    MODEL_ID=me/pruned BASE_ID=me/dense python app.py
+
+Runs on a processor, on one GPU and on ZeroGPU. `MODEL_ID` is a Hub id or a folder, by default the first of `models` in
+README.md. `BASE_ID`, by default the second, is the dense model to compare with. A private model needs `HF_TOKEN`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+with suppress(ImportError):  # ZeroGPU patches torch, so this comes first
+    import spaces  # noqa: F401
+
+import chat
+import gradio as gr
+from huggingface_hub.repocard import metadata_load
+from page import failure, page
+from source import CannotLoad, Source
+from weights import ZERO_GPU, Models
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Serve the page."""
+    named = [*(metadata_load(HERE / "README.md") or {}).get("models", []), "", ""]
+    model, base = os.environ.get("MODEL_ID") or named[0], os.environ.get("BASE_ID") or named[1]
+    try:
+        if not model:
+            raise CannotLoad("Set the variable MODEL_ID to the id of a model on the Hub.")
+        chat.models = Models(Source(model, base))
+        demo = page(chat.models.source)
+        if ZERO_GPU:  # where weights are handed over to the GPU when the page starts
+            chat.models.load()
+        else:
+            threading.Thread(target=chat.models.load, daemon=True).start()
+    except CannotLoad as error:
+        demo = failure(model, str(error))
+    font, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
+    theme = gr.themes.Base(primary_hue="indigo", neutral_hue="zinc", font=font, font_mono=mono, radius_size="lg")
+    theme.set(
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_400",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+    )
+    demo.launch(
+        theme=theme,
+        css_paths=HERE / "style.css",
+        footer_links=["api"],
+        mcp_server=True,
+        show_error=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

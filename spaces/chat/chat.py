@@ -1,0 +1,250 @@
+"""What the page and the API call: from a conversation to a streamed answer with its figures."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+try:  # ZeroGPU lends a GPU for the time of a call
+    from spaces import GPU
+except ImportError:
+
+    def GPU(function: Any) -> Any:  # noqa: D103
+        return function
+
+
+import answers
+import gradio as gr
+from about import bytes_
+from source import Message, TooLong
+from weights import Models
+
+MAX_CHARACTERS = 40_000  # of a prompt; what fits in the model is counted in tokens, later
+MAX_TOKENS = 1024  # of an answer
+
+models: Models | None = None  # set once, at the start: ZeroGPU wants it to be a module's own
+
+
+@GPU
+def run(roles: list[str], ids: list[int], settings: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """What needs the GPU, and nothing else."""
+    yield from answers.answer(models, roles, ids, settings)
+
+
+# --- the page -------------------------------------------------------------------------------------------
+
+
+def reply(talk: list[dict], system: str, *numbers: float | None) -> Iterator[tuple[list[dict], str]]:
+    """Answer the last message of a conversation: the conversation with the answer so far, and its figures."""
+    check(system, text_of(talk[-1]))
+    settings = settings_of(*numbers)
+    for [state], note in converse(plain(talk), system, settings, ["pruned"]):
+        answer = [{"role": "assistant", "content": state["text"]}] if state["text"] else []
+        yield [*talk, *answer], small(figures(state), f"seed {settings['seed']}", note)
+    if not state["text"]:
+        raise gr.Error("The model ended its answer at once. Try another seed.", print_exception=False)
+
+
+def complete(text: str, *numbers: float | None) -> Iterator[tuple[str, str]]:
+    """Go on with a text: the text so far, and its figures."""
+    check(text)
+    settings = settings_of(*numbers)
+    for [state], _ in go_on(text, settings, ["pruned"]):
+        yield text + state["text"], small(figures(state), f"seed {settings['seed']}")
+
+
+def compare(prompt: str, system: str, *numbers: float | None) -> Iterator[tuple]:
+    """Let both models answer one prompt: conversation and figures of each, and a line on both."""
+    settings = settings_of(*numbers)
+    for states, note in both(prompt, system, settings):
+        sides: list[Any] = []
+        for state in states:
+            sides.append([{"role": "assistant", "content": state["text"]}])
+            sides.append(small(figures(state)) + small(memory(state)))
+        yield *sides, small(memory_of_both(states), f"seed {settings['seed']}", note)
+
+
+# --- the API and MCP ------------------------------------------------------------------------------------
+# Gradio makes their documentation from the signatures and these docstrings.
+
+
+def chat_api(
+    message: str,
+    history: list[dict[str, str]] = [],  # noqa: B006 (Gradio reads the default, and nobody writes to it)
+    system_prompt: str = "",
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_tokens: int = 256,
+    seed: int = -1,
+) -> str:
+    """
+    Ask the pruned model. The answer is streamed: each piece is the whole answer so far.
+
+    Args:
+        message: The question.
+        history: What was said before: messages with "role" and "content". The oldest are left out where they don't fit.
+        system_prompt: How the model should behave.
+        temperature: 0 for the likeliest word at each step; up to 2.
+        top_p: Draw from the likeliest words that make up this share.
+        max_tokens: The most tokens of the answer.
+        seed: The same seed gives the same answer; -1 draws one.
+    """
+    check(message, system_prompt)
+    settings = settings_of(temperature, top_p, max_tokens, seed)
+    talk = plain([*history, {"role": "user", "content": message}])
+    if models.source.chats:
+        pieces = converse(talk, system_prompt, settings, ["pruned"])
+    else:
+        pieces = go_on("\n".join(turn["content"] for turn in talk), settings, ["pruned"])
+    for [state], _ in pieces:
+        yield state["text"]
+
+
+def compare_api(
+    prompt: str,
+    system_prompt: str = "",
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_tokens: int = 256,
+    seed: int = -1,
+) -> dict[str, dict[str, Any]]:
+    """
+    Ask the pruned and the dense model the same question at once.
+
+    Args:
+        prompt: The question.
+        system_prompt: How the models should behave.
+        temperature: 0 for the likeliest word at each step; up to 2.
+        top_p: Draw from the likeliest words that make up this share.
+        max_tokens: The most tokens of an answer.
+        seed: The same seed gives the same answers; -1 draws one.
+
+    Returns:
+        For "pruned" and "dense": the text, its figures, and the bytes of weights and cache in memory.
+    """
+    for states, _ in both(prompt, system_prompt, settings_of(temperature, top_p, max_tokens, seed)):
+        yield dict(zip(("pruned", "dense"), states, strict=True))
+
+
+def about_api() -> dict[str, Any]:
+    """What is on record about the pruned model: its lineage, what was measured, and the metadata of its card."""
+    records = models.source.records
+    return {"model": records.model, "lineage": records.lineage, "metrics": records.metrics, "card": records.card}
+
+
+# --- what they are made of ------------------------------------------------------------------------------
+
+
+def check(*texts: str | None) -> None:
+    """Refuse what comes too early or is too long to look at.
+
+    Raises:
+        gr.Error: With a message for the user.
+    """
+    if "pruned" not in models.sides:
+        raise gr.Error(models.error or "The weights are still loading: try again in a moment.", print_exception=False)
+    if (length := sum(len(text or "") for text in texts)) > MAX_CHARACTERS:
+        raise gr.Error(
+            f"This prompt has {length:,} characters, and {MAX_CHARACTERS:,} are the limit. Shorten it.",
+            print_exception=False,
+        )
+
+
+def settings_of(temperature: float, top_p: float, max_tokens: int, seed: float | None) -> dict[str, Any]:
+    """The settings of an answer, each one brought within its limits. Without a seed, one is drawn."""
+    return {
+        "temperature": min(max(float(temperature), 0.0), 2.0),
+        "top_p": min(max(float(top_p), 0.01), 1.0),
+        "max_tokens": min(max(int(max_tokens), 1), most_tokens()),
+        "seed": secrets.randbelow(2**31) if seed is None or seed < 0 else int(seed) % 2**63,
+    }
+
+
+def most_tokens() -> int:
+    """The most tokens that an answer may have: no more than half of what the model reads."""
+    return min(MAX_TOKENS, models.source.context // 2)
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """The text of a message, whose content Gradio sends in parts."""
+    content = message["content"]
+    parts = content if isinstance(content, list) else [content]
+    return "\n".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
+
+
+def plain(talk: list[dict[str, Any]]) -> list[Message]:
+    """A conversation as chat templates want it: text for content, and the roles in turn."""
+    turns: list[Message] = []
+    for message in talk:
+        if turns and turns[-1]["role"] == message["role"]:  # an answer that was stopped before its first word
+            turns[-1]["content"] += f"\n\n{text_of(message)}"
+        else:
+            turns.append({"role": message["role"], "content": text_of(message)})
+    return turns
+
+
+Pieces = Iterator[tuple[list[dict[str, Any]], str]]
+
+
+def converse(talk: list[Message], system: str | None, settings: dict[str, Any], roles: list[str]) -> Pieces:
+    """Answer the last message: the answers' states, and a note on what no longer fits."""
+    if system and system.strip():
+        talk = [{"role": "system", "content": system.strip()}, *talk]
+    try:
+        ids, left_out = models.source.fit(talk, settings["max_tokens"])
+    except TooLong as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    note = f"the first {left_out} messages no longer fit and are left out" if left_out else ""
+    for states in run(roles, ids, settings):
+        yield states, note
+
+
+def go_on(text: str, settings: dict[str, Any], roles: list[str]) -> Pieces:
+    """Go on with a text, for models without a chat template."""
+    try:
+        ids = models.source.fit_text(text, settings["max_tokens"])
+    except TooLong as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    for states in run(roles, ids, settings):
+        yield states, ""
+
+
+def both(prompt: str, system: str | None, settings: dict[str, Any]) -> Pieces:
+    """Let both models answer one prompt."""
+    check(prompt, system)
+    if "dense" not in models.sides:
+        raise gr.Error(models.no_dense or "The dense model is still loading.", print_exception=False)
+    if models.source.chats:
+        yield from converse([{"role": "user", "content": prompt}], system, settings, ["pruned", "dense"])
+    else:
+        yield from go_on(prompt, settings, ["pruned", "dense"])
+
+
+def figures(state: dict[str, Any]) -> str:
+    """What an answer took, in one line."""
+    if not state["tokens"]:
+        return "reading the prompt …"
+    words = [f"{state['tokens']} tokens"]
+    if state["tokens_per_second"]:
+        words.append(f"{state['tokens_per_second']:.1f} tokens/s")
+    return " · ".join([*words, f"first token after {state['seconds_to_first_token']:.2f} s"])
+
+
+def memory(state: dict[str, Any]) -> str:
+    """What the model of an answer holds in memory, in one line."""
+    cache = f" · {bytes_(state['cache_bytes'])} of cache" if state["cache_bytes"] else ""
+    return f"{bytes_(state['weights_bytes'])} of weights{cache}"
+
+
+def memory_of_both(states: list[dict[str, Any]]) -> str:
+    """What both models hold together: less than their sum, where they share tensors."""
+    shared = states[0]["shared_bytes"]
+    total = bytes_(sum(state["weights_bytes"] for state in states) - shared)
+    return f"{total} of weights for both" + (f", of which they share {bytes_(shared)}" if shared else "")
+
+
+def small(*words: str) -> str:
+    """A line of small print, as HTML."""
+    return f"<p class='small'>{escape(' · '.join(word for word in words if word))}</p>"

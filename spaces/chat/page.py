@@ -1,0 +1,300 @@
+"""The page: what is where, and what happens on which event."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from html import escape
+from typing import Any
+
+import about
+import chat
+import gradio as gr
+from about import bytes_
+from source import Source
+from weights import DEVICE
+
+MAX_WAITING = 32  # questions in the queue; who comes after them is told to come back
+AT_ONCE = 4  # answers in the making: they take turns, so that a short one need not wait for a long one
+
+EXAMPLES = (
+    "What is the capital of France?",
+    "Write two sentences about a river.",
+    "Why is the sky blue?",
+)
+
+ANSWER: dict[str, Any] = {
+    "concurrency_id": "answer",
+    "concurrency_limit": AT_ONCE,
+    "api_visibility": "private",
+    "show_progress": "minimal",
+}
+QUICK: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+TALK: dict[str, Any] = {
+    "show_label": False,
+    "container": False,
+    "elem_classes": "talk",
+    "buttons": ["copy"],
+    "placeholder": " ",
+}
+BOX: dict[str, Any] = {
+    "show_label": False,
+    "container": False,
+    "max_lines": 8,
+    "submit_btn": True,
+    "interactive": False,
+    "elem_classes": "box",
+}
+# A box that was closed while the model wrote has lost the focus. On a phone the keyboard would jump up.
+FOCUS = "() => matchMedia('(hover: hover)').matches && document.querySelector('#%s textarea')?.focus()"
+
+
+# What Markdown takes for code, the rest of a block that is still being written included.
+CODE = re.compile(r"(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\n).|(?<=```).)+?(?<!`)(?P=ticks)(?!`)|```.*\Z", re.DOTALL)
+MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
+ESCAPED = re.compile(r"&lt;(?=[A-Za-z/!?])|&amp;(?=#?\w+;)")
+
+
+def shown(text: str) -> str:
+    """Take the meaning from what would be HTML, so that it is seen. Within code it has none."""
+    return outside_code(text, lambda part: MARKUP.sub(lambda found: {"<": "&lt;", "&": "&amp;"}[found[0]], part))
+
+
+def meant(text: str) -> str:
+    """The text that `shown` was given."""
+    return outside_code(text, lambda part: ESCAPED.sub(lambda found: {"&lt;": "<", "&amp;": "&"}[found[0]], part))
+
+
+def outside_code(text: str, change: Callable[[str], str]) -> str:
+    """Change a Markdown text where it is not code."""
+    parts, end = [], 0
+    for code in CODE.finditer(text):
+        parts += [change(text[end : code.start()]), code[0]]
+        end = code.end()
+    return "".join([*parts, change(text[end:])])
+
+
+def chatbot(**settings: Any) -> gr.Chatbot:
+    """A chatbot that shows HTML as it was written, in place of rendering or removing it.
+
+    What is text to the model is Markdown to the page. The change is made where one becomes the other, so that nothing
+    else has to know. (Not in a subclass: Gradio writes a file beside the source of one.)
+    """
+
+    def change(data: Any, how: Callable[[str], str]) -> Any:
+        for message in data.root if data is not None else ():
+            for part in message.content if isinstance(message.content, list) else ():
+                if getattr(part, "type", "") == "text":
+                    part.text = how(part.text)
+        return data
+
+    made = gr.Chatbot(**settings)
+    to_page, from_page = made.postprocess, made.preprocess
+    made.postprocess = lambda value: change(to_page(value), shown)
+    made.preprocess = lambda payload: from_page(change(payload, meant))
+    return made
+
+
+def page(source: Source) -> gr.Blocks:
+    """The page of a model whose small files are there; the weights may still be on their way.
+
+    Args:
+        source (`Source`): The model.
+
+    Returns:
+        `gr.Blocks`: The page, with its queue.
+    """
+    name = source.model.rstrip("/").rsplit("/", 1)[-1]
+    settings = settings_of_an_answer(source)
+    with gr.Blocks(title=name) as demo:
+        # First, so that no event of the page takes one of these names.
+        gr.api(chat.chat_api, api_name="chat", concurrency_id="answer", concurrency_limit=AT_ONCE)
+        gr.api(chat.compare_api, api_name="compare", concurrency_id="answer", concurrency_limit=AT_ONCE)
+        gr.api(chat.about_api, api_name="about", concurrency_limit=None)
+        state = gr.HTML(heading(name, status()), padding=False)
+        with gr.Tabs():
+            with gr.Tab("Chat" if source.chats else "Complete") as first:
+                box = chat_tab(settings) if source.chats else complete_tab(settings[1:])
+            with gr.Tab("Side by side") as second:
+                prompt, why = compare_tab(settings)
+            with gr.Tab("About this model") as third:
+                gr.HTML(about.page(source.records), padding=False)
+        with gr.Accordion("Settings", open=False, elem_id="settings") as panel, gr.Row():
+            for setting in settings:
+                setting.render()
+        for tab, visible in ((first, True), (second, True), (third, False)):
+            tab.select(lambda visible=visible: gr.update(visible=visible), None, panel, **QUICK)
+
+        async def watch() -> AsyncIterator[list[Any]]:
+            """Tell an open page how loading goes, until it is done."""
+            told, done = None, False
+            while not done:
+                done, ready, dense = (
+                    chat.models.done.is_set(),
+                    *(side in chat.models.sides for side in ("pruned", "dense")),
+                )
+                if told != (told := (done, ready, dense)):
+                    reason = "" if dense else chat.models.no_dense or "The dense model is still loading."
+                    yield [
+                        heading(name, status()),
+                        gr.update(interactive=ready),
+                        gr.update(interactive=dense),
+                        gr.update(value=chat.small(reason), visible=not dense),
+                    ]
+                await asyncio.sleep(0.2)
+
+        demo.load(
+            watch,
+            None,
+            [state, box, prompt, why],
+            concurrency_limit=None,
+            api_visibility="private",
+            show_progress="hidden",
+        )
+    return demo.queue(max_size=MAX_WAITING)
+
+
+def failure(model: str, message: str) -> gr.Blocks:
+    """The page of a model that can't be loaded."""
+    with gr.Blocks(title="No model") as demo:
+        gr.HTML(heading(model or "No model", f"<p class='failed' role='alert'>{escape(message)}</p>"), padding=False)
+    return demo
+
+
+def heading(name: str, below: str) -> str:
+    """The head of the page."""
+    return f"<h1>{escape(name)}</h1>{below}"
+
+
+def status() -> str:
+    """What there is to say about the weights."""
+    models = chat.models
+    if models.error:
+        return f"<p class='failed' role='alert'>{escape(models.error)}</p>"
+    if (side := models.sides.get("pruned")) is None:
+        return f"<p class='small' role='status'>Loading {bytes_(models.source.size)} of weights …</p>"
+    layers = models.source.records.layers()
+    count = (
+        f"{side.layers} of {layers[0]} layers" if layers and len(layers[1]) == side.layers else f"{side.layers} layers"
+    )
+    millions = side.parameters / 1e6
+    parameters = f"{millions:,.0f} M" if millions >= 1 else f"{side.parameters:,}"
+    dtype = str(side.model.dtype).removeprefix("torch.")
+    where = "on " + {"cpu": "CPU", "cuda": "GPU"}[DEVICE]
+    return chat.small(count, f"{parameters} parameters", dtype, where)
+
+
+def settings_of_an_answer(source: Source) -> list[Any]:
+    """The settings of an answer, not yet placed, beginning with those that the model's makers advise."""
+    advised, most = source.generation, chat.most_tokens()
+    each: dict[str, Any] = {"min_width": 220, "render": False}
+    return [
+        gr.Textbox("", label="System prompt", max_lines=8, visible=source.chats, min_width=600, render=False),
+        gr.Slider(0, 2, advised["temperature"], step=0.05, label="Temperature", **each),
+        gr.Slider(0.05, 1, advised["top_p"], step=0.05, label="Top-p", **each),
+        gr.Slider(1, most, min(256, most), step=1, label="Maximum of new tokens", **each),
+        gr.Number(-1, label="Seed (-1: another each time)", precision=0, minimum=-1, **each),
+    ]
+
+
+def chat_tab(settings: list[Any]) -> gr.Textbox:
+    """A chat with the pruned model; returns its box."""
+    talk = chatbot(
+        editable="user", height="max(14rem, 100dvh - 19.5rem)", examples=[{"text": text} for text in EXAMPLES], **TALK
+    )
+    box = gr.Textbox(label="Message", placeholder="Message", autofocus=True, elem_id="message", **BOX)
+    note = gr.HTML(padding=False, elem_classes="note")
+
+    def ask(message: str, said: list[dict]) -> tuple[Any, list[dict]]:
+        if not (message or "").strip():
+            raise gr.Error("Write a message first.", print_exception=False)
+        chat.check(message)
+        return gr.update(value=""), [*said, {"role": "user", "content": message}]
+
+    def again(said: list[dict], at: gr.RetryData) -> list[dict]:
+        return said[: index_of(at) + 1]
+
+    def edited(said: list[dict], at: gr.EditData) -> list[dict]:
+        return [*said[: index_of(at)], {"role": "user", "content": meant(at.value)}]
+
+    def undo(said: list[dict], at: gr.UndoData) -> tuple[list[dict], str]:
+        return said[: index_of(at)], chat.text_of(said[index_of(at)])
+
+    def example(chosen: gr.SelectData) -> list[dict]:
+        chat.check()
+        return [{"role": "user", "content": chosen.value["text"]}]
+
+    starts = [
+        box.submit(ask, [box, talk], [box, talk], **QUICK),
+        talk.retry(again, talk, talk, **QUICK),
+        talk.edit(edited, talk, talk, **QUICK),
+        talk.example_select(example, None, talk, **QUICK),
+    ]
+    streams(starts, chat.reply, [talk, *settings], [talk, note], box)
+    talk.undo(undo, talk, [talk, box], **QUICK)
+    talk.clear(lambda: "", None, note, **QUICK)
+    return box
+
+
+def index_of(at: gr.EventData) -> int:
+    """Which message an event is about."""
+    return at.index[0] if isinstance(at.index, list | tuple) else at.index
+
+
+def complete_tab(settings: list[Any]) -> gr.Textbox:
+    """A text that the pruned model goes on with; returns its box."""
+    box = gr.Textbox(
+        label="Text",
+        lines=10,
+        max_lines=24,
+        placeholder="Begin a text, and let the model go on.",
+        interactive=False,
+        submit_btn="Continue",
+        elem_id="message",
+    )
+    note = gr.HTML(padding=False, elem_classes="note")
+    before = gr.State("")
+    with gr.Row():
+        undo = gr.Button("Undo")
+        gr.ClearButton([box, note], value="Clear")
+    go = box.submit(lambda text: text, box, before, **QUICK)
+    streams([go], chat.complete, [box, *settings], [box, note], box)
+    undo.click(lambda text: text, before, box, **QUICK)
+    return box
+
+
+def compare_tab(settings: list[Any]) -> tuple[gr.Textbox, gr.HTML]:
+    """Both models side by side; returns their box, and where to say why it is closed."""
+    sides: list[Any] = []
+    why = gr.HTML(padding=False)
+    box = gr.Textbox(label="Prompt for both", placeholder="Ask both models", elem_id="prompt", **BOX)
+    note = gr.HTML(padding=False, elem_classes="note")
+    with gr.Row(elem_classes="sides"):
+        for label in ("Pruned", "Dense"):
+            with gr.Column(min_width=280):
+                gr.HTML(f"<h2>{label}</h2>", padding=False)
+                figures = gr.HTML(padding=False, elem_classes="note")
+                sides += [chatbot(height=None, **TALK), figures]
+
+    def ask(prompt: str) -> None:
+        if not (prompt or "").strip():
+            raise gr.Error("Write a message first.", print_exception=False)
+        chat.check(prompt)
+
+    streams([box.submit(ask, box, None, **QUICK)], chat.compare, [box, *settings], [*sides, note], box)
+    return box, why
+
+
+def streams(starts: list[Any], answer: Callable, inputs: list[Any], outputs: list[Any], box: gr.Textbox) -> None:
+    """Have an answer streamed after each of some events. Meanwhile a box is closed, and its button stops the answer."""
+    button = box.submit_btn
+    runs = []
+    for start in starts:
+        start.success(lambda: gr.update(interactive=False, submit_btn=False, stop_btn=True), None, box, **QUICK)
+        runs.append(start.success(answer, inputs, outputs, **ANSWER))
+        opened = runs[-1].then(
+            lambda: gr.update(interactive=True, submit_btn=button, stop_btn=False), None, box, **QUICK
+        )
+        opened.then(None, None, None, js=FOCUS % box.elem_id, api_visibility="private")
+    box.stop(None, None, None, cancels=runs, api_visibility="private")

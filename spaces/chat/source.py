@@ -1,0 +1,192 @@
+"""A model before any weight is read: its small files, which are enough to build the page, and its conversations."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+from pathlib import Path
+from typing import Any
+
+from about import Records
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from jinja2 import TemplateError
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils.hub import cached_file
+
+MAX_CONTEXT = int(os.environ.get("MAX_CONTEXT", 8192))  # tokens, where the model itself has room for as many
+
+Message = dict[str, str]
+
+
+class CannotLoad(Exception):
+    """A model that isn't there, or doesn't fit. The message is for the page."""
+
+
+class TooLong(Exception):
+    """A prompt that the model can't read. The message is for the page."""
+
+
+class Source:
+    """The small files of a model, which are enough to build the page.
+
+    Args:
+        model (`str`): A Hub id, a folder or a `.gguf` file; a whole model or an adapter.
+        base (`str`, *optional*): The dense model to compare with; by default that of an adapter.
+
+    Raises:
+        CannotLoad: They aren't there or can't be read.
+    """
+
+    def __init__(self, model: str, base: str | None = None) -> None:
+        self.model = model
+        try:
+            self.adapter = find_adapter(model)
+            self.base = base or (self.adapter.base_model_name_or_path if self.adapter else None)
+            whole = self.base if self.adapter else model
+            self.tokenizer = tokenizer_of(model, whole)
+            self.config = AutoConfig.from_pretrained(**named(whole)).get_text_config()
+            self.records = Records.of(named(model)["pretrained_model_name_or_path"])
+            self.size = weights_size(model)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise CannotLoad(explain(model, error)) from error
+        self.generation = advised(whole)
+        self.context = min(getattr(self.config, "max_position_embeddings", None) or MAX_CONTEXT, MAX_CONTEXT)
+
+    @property
+    def chats(self) -> bool:
+        """Whether the model has a chat template."""
+        return bool(self.tokenizer.chat_template)
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """A conversation as token ids, ready for the answer."""
+        template = self.tokenizer.apply_chat_template
+        try:
+            return template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        except TemplateError:
+            if messages[0]["role"] != "system":
+                raise
+            # Some templates know no system prompt: it goes in front of the first question.
+            system, first, *rest = messages
+            first = {**first, "content": f"{system['content']}\n\n{first['content']}"}
+            return template([first, *rest], add_generation_prompt=True, return_dict=True)["input_ids"]
+
+    def fit(self, messages: list[Message], max_tokens: int) -> tuple[list[int], int]:
+        """Leave out the oldest questions and their answers, until the rest and a new answer fit.
+
+        Args:
+            messages (`list[dict]`): The conversation; the last one is the question.
+            max_tokens (`int`): The most tokens that the answer may have.
+
+        Returns:
+            `tuple[list[int], int]`: Token ids, and how many messages were left out.
+
+        Raises:
+            TooLong: The question alone doesn't fit.
+        """
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        talk = messages[len(system) :]
+        starts = [i for i, message in enumerate(talk) if message["role"] == "user"]
+        room = self.context - max_tokens
+        # So many characters are never so few tokens, and counting the tokens of a book would take a while.
+        sizes = [0]
+        for message in reversed(talk):
+            sizes.append(sizes[-1] + len(message["content"]))
+        starts = [i for i in starts[:-1] if sizes[len(talk) - i] <= 16 * room] + starts[-1:]
+
+        def fits(start: int) -> bool:
+            return len(self.encode(system + talk[start:])) <= room
+
+        start = starts[min(bisect_left(starts, True, key=fits), len(starts) - 1)]
+        ids = self.encode(system + talk[start:])
+        if len(ids) > room:
+            raise TooLong(
+                f"This prompt has {len(ids):,} tokens. The model reads {self.context:,}, of which {max_tokens:,} are "
+                "kept for the answer: shorten the prompt or the system prompt, or lower the maximum of new tokens."
+            )
+        return ids, start
+
+    def fit_text(self, text: str, max_tokens: int) -> list[int]:
+        """A text to go on with, as token ids: its end, as far as it fits."""
+        ids = self.tokenizer(text)["input_ids"]
+        room = self.context - max_tokens
+        if len(ids) > room:
+            raise TooLong(f"This text has {len(ids):,} tokens, and {room:,} fit in front of {max_tokens:,} new ones.")
+        return ids
+
+
+def named(model: str) -> dict[str, str]:
+    """How `from_pretrained` wants a model named."""
+    if not model.endswith(".gguf"):
+        return {"pretrained_model_name_or_path": model}
+    path = Path(model)
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def advised(model: str) -> dict[str, float]:
+    """The settings that a model's makers advise, or some that do no harm."""
+    try:
+        config = GenerationConfig.from_pretrained(named(model)["pretrained_model_name_or_path"])
+    except (OSError, ValueError):
+        config = GenerationConfig()
+    return {"temperature": config.temperature or 0.6, "top_p": config.top_p or 0.9}
+
+
+def find_adapter(model: str) -> Any:
+    """The configuration of the adapter that a model is, or `None` for a whole one."""
+
+    def has(name: str) -> bool:
+        return cached_file(model, name, _raise_exceptions_for_missing_entries=False) is not None
+
+    if model.endswith(".gguf") or has("config.json") or not has("adapter_config.json"):
+        return None
+    from peft import PeftConfig
+
+    import hf_layerprune  # noqa: F401 (makes the method known to PEFT)
+
+    return PeftConfig.from_pretrained(model)
+
+
+def tokenizer_of(model: str, whole: str) -> Any:
+    """The tokenizer of a model, or else of its base."""
+    try:
+        return AutoTokenizer.from_pretrained(**named(model))
+    except (OSError, ValueError, KeyError):
+        if model == whole:
+            raise
+        return AutoTokenizer.from_pretrained(**named(whole))
+
+
+def weights_size(model: str) -> int:
+    """Bytes that the weights of a model take."""
+    if model.endswith(".gguf"):
+        return 4 * Path(model).stat().st_size  # unpacked: 16 bits for what can be as little as 4
+    folder = Path(model)
+    if not folder.is_dir():
+        try:
+            files = HfApi().model_info(model, files_metadata=True).siblings
+            return sum(file.size for file in files if file.rfilename.endswith(".safetensors"))
+        except (OSError, ValueError):  # no network, but perhaps a copy in the cache
+            folder = Path(snapshot_download(model, local_files_only=True, allow_patterns="*.safetensors"))
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def explain(model: str, error: BaseException) -> str:
+    """Why a model can't be loaded, and the way out."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return (
+            f"{model} is gated. Ask for access on its page, then give this Space a secret named HF_TOKEN "
+            "with a token that has it."
+        )
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return (
+            f"{model} is not on the Hub, or it is private. If it is private, give this Space a secret named HF_TOKEN "
+            "with a token that may read it."
+        )
+    if isinstance(error, ImportError) and "hf_layerprune" in str(error):
+        return f"{model} is an adapter, which needs hf-layerprune: add it to requirements.txt."
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{model} can't be loaded: {text if len(text) < 300 else text[:299] + '…'}"

@@ -1,0 +1,162 @@
+"""Load the pruned model, and the dense one beside it where there is room, sharing what they have in common."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import threading
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from about import bytes_
+from answers import Side
+from source import CannotLoad, Source, explain, named, weights_size
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
+
+ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEADROOM = 1.2  # weights, and what comes beside them: the cache of a conversation, activations
+
+
+class Models:
+    """The weights. They are loaded in the background, so that the page is there at once.
+
+    Args:
+        source (`Source`): Which model, and which base.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.sides: dict[str, Side] = {}
+        self.error: str | None = None
+        self.no_dense: str | None = None if source.base else "no dense model was named"
+        self.done = threading.Event()
+
+    def load(self) -> None:
+        """Load what fits, and say so in `sides`, `error` and `no_dense`."""
+        try:
+            self._load()
+        except Exception as error:  # whatever it is, the page has to tell
+            self.error = str(error) if isinstance(error, CannotLoad) else explain(self.source.model, error)
+            self.no_dense = self.error
+        self.done.set()
+
+    def _load(self) -> None:
+        source, adapter = self.source, self.source.adapter
+        dense_size = self._size_of_dense()
+        if adapter and adapter.peft_type == "LAYER_DROP" and dense_size is not None:
+            from peft import PeftModel
+
+            dense = load(source.base)
+            # The cut is made in a second tree of modules over the same tensors. Only what was tuned is there twice.
+            pruned = PeftModel.from_pretrained(same_weights(dense), source.model).merge_and_unload()
+            self.sides["pruned"] = Side(source.model, pruned)
+            self._add_dense(dense)
+            return
+        if HEADROOM * source.size > (free := free_bytes()):
+            raise CannotLoad(
+                f"{source.model} needs {bytes_(HEADROOM * source.size)}, and {bytes_(free)} are free here."
+            )
+        pruned = load_adapter(source.model) if adapter else load(source.model)
+        self.sides["pruned"] = Side(source.model, pruned)
+        if dense_size is not None:
+            try:
+                dense = load(source.base)
+            except (OSError, ValueError, RuntimeError) as error:
+                self.no_dense = explain(source.base, error)
+                return
+            share_equal_weights(pruned, dense, self._kept())
+            self.sides["pruned"] = Side(source.model, pruned)
+            self._add_dense(dense)
+
+    def _add_dense(self, model: PreTrainedModel) -> None:
+        dense = self.sides["dense"] = Side(self.source.base, model)
+        pruned = self.sides["pruned"]
+        shared = dense.tensors.keys() & pruned.tensors.keys()
+        dense.shared_bytes = pruned.shared_bytes = sum(dense.tensors[pointer] for pointer in shared)
+
+    def _size_of_dense(self) -> int | None:
+        """Size of the dense model, if there is one and room for it beside the pruned one."""
+        if not self.source.base:
+            return None
+        try:
+            size = weights_size(self.source.base)
+        except (OSError, ValueError) as error:
+            self.no_dense = explain(self.source.base, error)
+            return None
+        needed, free = HEADROOM * (size + self.source.size), free_bytes()
+        if needed > free:
+            self.no_dense = f"{self.source.base} beside it needs {bytes_(needed)}, and {bytes_(free)} are free here."
+            return None
+        return size
+
+    def _kept(self) -> list[int]:
+        """Which layer of the base each of the pruned model's was, as far as that is on record."""
+        layers = self.source.records.layers()
+        return layers[1] if layers else []
+
+
+def load(model: str) -> PreTrainedModel:
+    """Load a whole model onto the device."""
+    settings: dict[str, Any] = {"dtype": "auto"}
+    if DEVICE == "cpu" and AutoConfig.from_pretrained(**named(model)).dtype == torch.float16:
+        settings["dtype"] = torch.bfloat16  # which processors are fast at
+    if DEVICE != "cpu":
+        settings["device_map"] = DEVICE
+    if model.endswith(".gguf"):
+        settings |= {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+    else:
+        settings["use_safetensors"] = True  # a pickle can run code
+    return AutoModelForCausalLM.from_pretrained(**named(model), **settings)
+
+
+def load_adapter(model: str) -> PreTrainedModel:
+    """Load an adapter, merged. Of a base whose layers it drops, those are never read."""
+    from hf_layerprune.loading import load_model
+
+    return load_model(model, dtype="auto", **({} if DEVICE == "cpu" else {"device_map": DEVICE}))
+
+
+def same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A second tree of modules over the very same tensors."""
+    return copy.deepcopy(model, {id(t): t for t in chain(model.parameters(), model.buffers())})
+
+
+def share_equal_weights(pruned: PreTrainedModel, dense: PreTrainedModel, kept: list[int]) -> None:
+    """Let the pruned model use the dense one's tensors where they hold the same values, and drop its own.
+
+    Args:
+        pruned ([`~transformers.PreTrainedModel`]): The pruned model.
+        dense ([`~transformers.PreTrainedModel`]): Its base.
+        kept (`list[int]`): Which layer of the base each of the pruned model's layers was.
+    """
+    if ZERO_GPU:  # which moves each model's tensors on its own
+        return
+    originals, number = dict(dense.named_parameters()), dict(enumerate(kept))
+    for name, parameter in pruned.named_parameters():
+        layer = re.search(r"\.(\d+)\.", name)
+        if layer and int(layer[1]) in number:
+            name = f"{name[: layer.start(1)]}{number[int(layer[1])]}{name[layer.end(1) :]}"
+        original = originals.get(name)
+        if original is not None and original.dtype == parameter.dtype and torch.equal(original, parameter):
+            parameter.data = original.data
+
+
+def free_bytes() -> int:
+    """Memory that is left for weights."""
+    if ZERO_GPU:
+        return 60 << 30  # of the card that is lent for each call; this process has none
+    if DEVICE == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    free = psutil.virtual_memory().available
+    try:  # a container has a limit of its own
+        group = Path("/sys/fs/cgroup")
+        used = re.search(r"^anon (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        free = min(free, int((group / "memory.max").read_text()) - int(used[1]))
+    except (OSError, ValueError, TypeError):
+        pass
+    return free
