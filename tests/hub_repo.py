@@ -96,6 +96,7 @@ class Repo:
 
     sdk: str | None = None
     tags: Mapping[str, str] = {}
+    pulls: Mapping[str, str] = {}
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

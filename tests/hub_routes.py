@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
@@ -61,8 +62,12 @@ class Handler(BaseHTTPRequestHandler):
                 # Storage asks for the length beforehand, and it is the same client everywhere.
                 self.close_connection = True
                 raise Refusal(411, "Length Required")
-            if code := self.server.hub.take_status(self.command, self.decoded):
-                raise Refusal(code, f"Status {code}, as the test wished")
+            hub = self.server.hub
+            time.sleep(hub.take_delay(self.command, self.decoded))
+            hub.use_token(self.token)
+            if fault := hub.take_status(self.command, self.decoded):
+                headers = {name.replace("-", "_"): value for name, value in fault[1].items()}
+                raise Refusal(fault[0], f"Status {fault[0]}, as the test wished", **headers)
             for method, pattern, action in self.server.routes:
                 if method in (self.command, {"HEAD": "GET"}.get(self.command)) and (match := pattern.fullmatch(raw)):
                     found = {name: unquote(text) for name, text in match.groupdict("").items()}
@@ -87,7 +92,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def body(self) -> Iterator[bytes]:
         """Read the body, piece by piece."""
+        left = self.server.hub.take_hang_up(self.command, self.decoded) if self.unread else None
         while self.unread:
+            if left is not None and (left := left - CHUNK) < 0:
+                self.close_connection = True
+                raise ConnectionResetError("hung up within a request, as the test wished")
             if not (chunk := self.rfile.read(min(CHUNK, self.unread))):
                 raise ConnectionResetError("the client left within its request")
             self.unread -= len(chunk)
@@ -174,6 +183,11 @@ class Handler(BaseHTTPRequestHandler):
     def refs(self, repo: str) -> None:
         found = self.server.hub.repo(repo, self.token)
         answer: dict[str, list] = {"converts": []}
+        if self.flag("include_prs"):
+            answer["pullRequests"] = [
+                {"name": name.removeprefix("refs/"), "ref": name, "targetCommit": commit}
+                for name, commit in found.pulls.items()
+            ]
         for key, folder, refs in (("branches", "heads", found.branches), ("tags", "tags", found.tags)):
             answer[key] = [
                 {"name": name, "ref": f"refs/{folder}/{name}", "targetCommit": commit} for name, commit in refs.items()
@@ -240,6 +254,9 @@ class Handler(BaseHTTPRequestHandler):
         for _ in self.body() if "Transfer-Encoding" not in asked else ():
             pass  # what an answer leaves unread would be taken for the next request
         request = Request(self.command, self.decoded, self.query, asked["Range"], status, 0, "Authorization" in asked)
+        if hub.take_lost(self.command, self.decoded):
+            self.close_connection = True
+            raise ConnectionResetError("the answer is lost, as the test wished")
         # Logged before a byte leaves, and each chunk counted before it is written, so that whoever has read an
         # answer to its end finds it in the log.
         add = hub.record(request)

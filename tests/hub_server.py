@@ -22,7 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Self
@@ -41,6 +41,7 @@ class _Fault:
     value: int
     left: int
     least: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def hits(self, method: str, path: str) -> bool:
         return (
@@ -64,6 +65,7 @@ class HubServer:
         writers (`Mapping[str, Collection[str] | None]`): token to the namespaces in which it may read and write
             everything; `None`: in all of them. The other tokens are read-only.
         redirect_lfs (`bool`): send files of LFS kind through the CDN, as the Hub does, or straight.
+        one_kind_a_name (`bool`): answer that a name is taken where a repository of another kind has it.
     """
 
     user = "somebody"  # whose tokens these all are
@@ -77,11 +79,12 @@ class HubServer:
         tokens: Mapping[str, Collection[str] | None] | None = None,
         writers: Mapping[str, Collection[str] | None] | None = None,
         redirect_lfs: bool = True,
+        one_kind_a_name: bool = False,
     ) -> None:
         self.repos: dict[str, Repo] = {repo_id: Repo(Path(folder)) for repo_id, folder in (repos or {}).items()}
         self.private, self.gated = set(private), set(gated)
         self.tokens, self.writers = dict(tokens or {}), dict(writers or {})
-        self.redirect_lfs = redirect_lfs
+        self.redirect_lfs, self.one_kind_a_name = redirect_lfs, one_kind_a_name
         self.endpoint = self.cdn_endpoint = ""
         self._secret = secrets.token_bytes(16)
         self._lock = threading.Lock()
@@ -122,6 +125,11 @@ class HubServer:
             self._breaks: list[_Fault] = []
             self._truncated: dict[str, int] = {}
             self._lies: list[tuple[str, str, _Fault]] = []
+            self._delays: list[_Fault] = []
+            self._hang_ups: list[_Fault] = []
+            self._lost: list[_Fault] = []
+            self._garbled: list[_Fault] = []
+            self._expiring: dict[str, int] = {}
 
     def record(self, request: Request) -> Callable[[int], None]:
         """Log a request; the answer adds to its sent bytes."""
@@ -138,11 +146,69 @@ class HubServer:
     # Faults
 
     def status(
-        self, path_suffix: str, code: int, times: int = 1, *, method: str | None = None, prefix: str = ""
+        self,
+        path_suffix: str,
+        code: int,
+        times: int = 1,
+        *,
+        method: str | None = None,
+        prefix: str = "",
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         """Answer `times` requests with an error instead; `prefix="/cdn/"` or `"/api/"` narrows the paths down."""
         with self._lock:
-            self._statuses.append(_Fault(path_suffix, prefix, method, code, times))
+            self._statuses.append(_Fault(path_suffix, prefix, method, code, times, headers=headers or {}))
+
+    def delay(self, path_suffix: str, seconds: float, times: int = 1, *, prefix: str = "") -> None:
+        """Wait before answering `times` requests."""
+        with self._lock:
+            self._delays.append(_Fault(path_suffix, prefix, None, int(1000 * seconds), times))
+
+    def hang_up(self, path_suffix: str, count: int, times: int = 1, *, method: str = "PUT", prefix: str = "") -> None:
+        """Close the connection after `count` bytes of a request's body, `times` times."""
+        with self._lock:
+            self._hang_ups.append(_Fault(path_suffix, prefix, method, count, times))
+
+    def lose(self, path_suffix: str, times: int = 1, *, method: str | None = None, prefix: str = "") -> None:
+        """Do what `times` requests ask for, and close the connection in place of answering."""
+        with self._lock:
+            self._lost.append(_Fault(path_suffix, prefix, method, 0, times))
+
+    def garble(self, path_suffix: str = "", times: int = 1, *, prefix: str = "/upload/") -> None:
+        """Turn a bit of what `times` uploads bring, on the way."""
+        with self._lock:
+            self._garbled.append(_Fault(path_suffix, prefix, "PUT", 0, times))
+
+    def expire(self, token: str, after: int = 0) -> None:
+        """Let a token run out after so many more requests that carry it."""
+        with self._lock:
+            self._expiring[token] = after
+
+    def take_delay(self, method: str, path: str) -> float:
+        """Use up a delay, if one is due: seconds."""
+        return (self._take(self._delays, lambda fault: fault.hits(method, path)) or 0) / 1000
+
+    def take_hang_up(self, method: str, path: str) -> int | None:
+        """Use up a connection that ends within its request, if one is due."""
+        return self._take(self._hang_ups, lambda fault: fault.hits(method, path))
+
+    def take_lost(self, method: str, path: str) -> bool:
+        """Use up a lost answer, if one is due."""
+        return self._take(self._lost, lambda fault: fault.hits(method, path)) is not None
+
+    def take_garbled(self, method: str, path: str) -> bool:
+        """Use up a turned bit, if one is due."""
+        return self._take(self._garbled, lambda fault: fault.hits(method, path)) is not None
+
+    def use_token(self, token: str | None) -> None:
+        """Count a request with a token, and forget the token when it has run out."""
+        with self._lock:
+            if token not in self._expiring:
+                return
+            self._expiring[token] -= 1
+            if self._expiring[token] < 0:
+                self.tokens.pop(token, None)
+                self.writers.pop(token, None)
 
     def fail_after(self, count: int, path_suffix: str, times: int = 1, *, prefix: str = "", least: int = 0) -> None:
         """Close the connection after `count` bytes of a body that has more, and more than `least`, `times` times."""
@@ -175,9 +241,14 @@ class HubServer:
                 fault.value -= 1
         return found
 
-    def take_status(self, method: str, path: str) -> int | None:
-        """Use up a status fault, if one is due."""
-        return self._take(self._statuses, lambda fault: fault.hits(method, path))
+    def take_status(self, method: str, path: str) -> tuple[int, Mapping[str, str]] | None:
+        """Use up a status fault, if one is due: the status, and headers that go with it."""
+        with self._lock:
+            fault = next((fault for fault in self._statuses if fault.hits(method, path)), None)
+            if fault is None:
+                return None
+            fault.left -= 1
+            return fault.value, fault.headers
 
     def take_break(self, method: str, path: str, length: int) -> int | None:
         """Use up a broken connection, if one is due in a body of this length."""
@@ -226,13 +297,23 @@ class HubServer:
             raise Refusal(403, f"{repo_id} is a folder that is only served; create a repository to write to it")
         return found
 
+    def proposable(self, repo_id: str, token: str | None) -> WrittenRepo:
+        """Look up a repository for who may propose a change to it: whoever is logged in and may read it."""
+        self._log_in(token, "RepoNotFound")
+        found = self.repo(repo_id, token)
+        if not isinstance(found, WrittenRepo):
+            raise Refusal(403, f"{repo_id} is a folder that is only served; create a repository to write to it")
+        return found
+
     def create(
         self, token: str | None, kind: str, namespace: str | None, name: str, private: bool, sdk: str | None
     ) -> str:
         """Create a repository; returns its id."""
         repo_id = self._address(token, kind, namespace, name)
         with self._lock:
-            if repo_id in self.repos:
+            name = repo_id.removeprefix("datasets/").removeprefix("spaces/")
+            others = {name, f"datasets/{name}", f"spaces/{name}"} if self.one_kind_a_name else {repo_id}
+            if others & self.repos.keys():
                 url = f"{self.endpoint}/{repo_id}"
                 raise Refusal(409, f"You already created this {kind} repo: {repo_id}", body={"url": url})
             self._created += 1  # an id may come again after it was deleted, while somebody still reads the old one

@@ -9,8 +9,9 @@ from urllib.parse import parse_qs, quote
 
 import yaml
 
-from tests.hub_repo import Refusal, tracked_by_lfs
+from tests.hub_repo import EPOCH, Refusal, tracked_by_lfs
 from tests.hub_routes import API, PAGE, Handler, Route
+from tests.hub_written import WrittenRepo
 
 _TEXT = re.compile(r"[^\x00-\x07\x0e-\x1a\x1c-\x1f]*")
 _COLORS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
@@ -71,8 +72,7 @@ class WritingHandler(Handler):
     # Commits
 
     def preupload(self, repo: str, revision: str) -> None:
-        self._no_pull_request()
-        commit = self.server.hub.writable(repo, self.token).at(revision)
+        commit = self._writes_to(repo).at(revision)
         if commit is None:
             raise Refusal(404, "Invalid rev id", "RevisionNotFound")
         answers = []
@@ -87,7 +87,8 @@ class WritingHandler(Handler):
 
     def lfs_batch(self, repo: str) -> None:
         hub, asked = self.server.hub, self.read_json()
-        written = hub.writable(repo, self.token)
+        # Who may propose a change may also bring what it names; nobody sees it before a commit does.
+        written = hub.proposable(repo, self.token)
         if asked.get("operation") != "upload" or "basic" not in asked.get("transfers", ["basic"]):
             raise Refusal(422, "Only uploads by the basic transfer are served")
         objects = []
@@ -108,12 +109,15 @@ class WritingHandler(Handler):
             raise Refusal(403, "SignatureDoesNotMatch")
         if (found := self.server.hub.repos.get(repo)) is None:
             raise Refusal(404, "NoSuchKey")
-        found.receive(self.body(), sha256, int(size))
+        body = self.body()
+        if self.server.hub.take_garbled(self.command, self.decoded):
+            body = (bytes([chunk[0] ^ 1]) + chunk[1:] for chunk in body)
+        found.receive(body, sha256, int(size))
         self.send(200, {"ETag": f'"{sha256}"'}, 0, iter(()))
 
     def verify(self, repo: str) -> None:
         asked = self.read_json()
-        file = self.server.hub.writable(repo, self.token).large(asked["oid"])
+        file = self.server.hub.proposable(repo, self.token).large(asked["oid"])
         if file is None:
             raise Refusal(404, f"There is no object {asked['oid']}")
         if file.size != asked["size"]:
@@ -121,19 +125,40 @@ class WritingHandler(Handler):
         self.send_json({})
 
     def commit(self, repo: str, revision: str) -> None:
-        self._no_pull_request()
-        written = self.server.hub.writable(repo, self.token)
+        written = self._writes_to(repo)
         try:
             lines = [json.loads(line) for line in b"".join(self.body()).splitlines() if line]
         except ValueError as error:
             raise Refusal(400, f"The body is not newline-delimited JSON: {error}") from error
-        made = written.commit(revision, lines)
-        url = f"{self.server.hub.endpoint}/{repo}/commit/{made.id}"
-        self.send_json({"success": True, "commitOid": made.id, "commitUrl": url, "hookOutput": ""})
+        propose = self.flag("create_pr")
+        made = written.commit(revision, lines, propose=propose)
+        page = f"{self.server.hub.endpoint}/{repo}"
+        answer = {"success": True, "commitOid": made.id, "commitUrl": f"{page}/commit/{made.id}", "hookOutput": ""}
+        if propose:
+            answer["pullRequestUrl"] = f"{page}/discussions/{len(written.titles)}"
+        self.send_json(answer)
 
-    def _no_pull_request(self) -> None:
-        if self.flag("create_pr"):
-            raise Refusal(400, "Pull requests are not served here")
+    def _writes_to(self, repo: str) -> WrittenRepo:
+        """The repository that a request changes, or proposes to."""
+        hub = self.server.hub
+        return (hub.proposable if self.flag("create_pr") else hub.writable)(repo, self.token)
+
+    def discussions(self, repo: str) -> None:
+        found = self.server.hub.repo(repo, self.token)
+        kind, name = ("model", repo) if repo.count("/") < 2 else (repo.split("s/")[0], repo.split("/", 1)[1])
+        listed = [
+            {
+                "num": number,
+                "title": title,
+                "author": {"name": self.server.hub.user},
+                "createdAt": EPOCH,
+                "status": "open",
+                "repo": {"name": name, "type": kind},
+                "isPullRequest": True,
+            }
+            for number, title in enumerate(getattr(found, "titles", []), 1)
+        ]
+        self.send_json({"discussions": listed, "count": len(listed), "start": 0})
 
 
 def is_text(sample: bytes) -> bool:
@@ -172,6 +197,7 @@ WRITING_ROUTES: list[Route] = [
     ("POST", re.compile("/api/repos/create"), WritingHandler.create_repo),
     ("DELETE", re.compile("/api/repos/delete"), WritingHandler.delete_repo),
     ("POST", re.compile("/api/validate-yaml"), WritingHandler.validate_yaml),
+    ("GET", re.compile(f"{API}/discussions"), WritingHandler.discussions),
     ("POST", re.compile(f"{API}/branch/(?P<name>[^/]+)"), WritingHandler.create_branch),
     ("POST", re.compile(f"{API}/tag/(?P<revision>[^/]+)"), WritingHandler.create_tag),
     ("DELETE", re.compile(f"{API}/(?P<kind>branch|tag)/(?P<name>[^/]+)"), WritingHandler.delete_ref),

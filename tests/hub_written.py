@@ -33,6 +33,8 @@ class WrittenRepo(Repo):
         self._commits: dict[str, Commit] = {}
         self._branches: dict[str, str] = {}
         self._tags: dict[str, str] = {}
+        self._pulls: dict[str, str] = {}
+        self.titles: list[str] = []  # of the pull requests
         folder.mkdir(parents=True)
         # A new repository on the Hub has one commit, with this file.
         rules = [f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES)]
@@ -51,9 +53,16 @@ class WrittenRepo(Repo):
         with self._lock:
             return dict(self._tags)
 
+    @property
+    def pulls(self) -> Mapping[str, str]:  # type: ignore[override]
+        """`refs/pr/N` to the id of its last commit."""
+        with self._lock:
+            return dict(self._pulls)
+
     def at(self, revision: str) -> Commit | None:
         with self._lock:
-            return self._commits.get(self._branches.get(revision) or self._tags.get(revision) or revision)
+            refs = self._branches.get(revision) or self._tags.get(revision) or self._pulls.get(revision)
+            return self._commits.get(refs or revision)
 
     def large(self, sha256: str, name: str = "") -> RepoFile | None:
         with self._lock:
@@ -80,17 +89,18 @@ class WrittenRepo(Repo):
             with suppress(FileNotFoundError):
                 os.unlink(name)
 
-    def commit(self, branch: str, lines: list[dict]) -> Commit:
+    def commit(self, branch: str, lines: list[dict], *, propose: bool = False) -> Commit:
         """Commit to a branch, all or nothing.
 
         Args:
-            branch (`str`): an existing branch.
+            branch (`str`): an existing branch, or the `refs/pr/N` of a pull request.
             lines (`list[dict]`): as in the body of the request: a header, then the operations in their order.
+            propose (`bool`): open a pull request instead.
         """
         with self._lock:
-            if branch not in self._branches:
+            head = self.at(branch) if branch in self._branches or branch in self._pulls else None
+            if head is None:
                 raise Refusal(404, "Invalid rev id", "RevisionNotFound")
-            head = self._commits[self._branches[branch]]
             try:
                 header, *operations = ((line["key"], line["value"]) for line in lines)
                 if header[0] != "header" or not header[1]["summary"]:
@@ -104,7 +114,15 @@ class WrittenRepo(Repo):
                 raise Refusal(400, f"Malformed commit: {error!r}") from error
             if clash := next((str(up) for path in files for up in PurePosixPath(path).parents if str(up) in files), 0):
                 raise Refusal(400, f"{clash} is a file and can't be a folder as well")
+            if propose:
+                self.titles.append(header[1]["summary"])
+                branch = f"refs/pr/{len(self.titles)}"
             return self._record(branch, files, header[1]["summary"], header[1].get("description", ""), head.id)
+
+    def merge(self, number: int) -> None:
+        """Accept a pull request."""
+        with self._lock:
+            self._branches["main"] = self._pulls[f"refs/pr/{number}"]
 
     def create_ref(self, refs: str, name: str, start: str) -> None:
         """Add to the `branches` or the `tags`."""
@@ -175,5 +193,5 @@ class WrittenRepo(Repo):
         commit_id = hashlib.sha1("\0".join([tree_id(files), str(parent), title, message]).encode()).hexdigest()
         date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
         self._commits[commit_id] = Commit(commit_id, files, title, message, date, parent)
-        self._branches[branch] = commit_id
+        (self._pulls if branch.startswith("refs/pr/") else self._branches)[branch] = commit_id
         return self._commits[commit_id]

@@ -314,7 +314,7 @@ def test_a_commit_is_all_or_nothing(hub: HubServer) -> None:
     assert commit(header, file("x"), branch="nope")[0] == 404
     assert commit({"key": "header", "value": {"summary": "x", "parentCommit": "0" * 40}}, file("x"))[0] == 412
     assert call(hub.endpoint, "POST", "/api/models/org/raw/commit/main", b'{"key": ')[0] == 400
-    assert call(hub.endpoint, "POST", "/api/models/org/raw/commit/main?create_pr=1", b"")[0] == 400
+    assert call(hub.endpoint, "POST", "/api/models/org/raw/commit/main?create_pr=1", b"")[0] == 400  # says nothing
     assert contents(hub, "org/raw") == state
 
 

@@ -23,6 +23,8 @@ _UNSEEN = re.compile(
 )
 _SPECIAL = re.compile(r"([`*\[\]<>{}|~^$])")
 _UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")
+# What makes a heading, a list or a rule of the line that it begins.
+_START = re.compile(r"^(\d{1,9}(?=[.)](?:\s|$))|(?=[#+=-]))(.)")
 # What renderers turn into a link on sight.
 _LINK = re.compile(r"(?i)\b(https?|ftp|mailto)(?=:)|\bwww(?=\.)|(?<=\w)@(?=\w)")
 _MARK = re.compile(r"<!--|-->")
@@ -45,7 +47,7 @@ def prose(value: Any) -> Markup:
     if isinstance(value, Markup):
         return value
     text = plain(value).replace("&", "&amp;").replace("\\", "&#92;")
-    text = _UNDERSCORE.sub(r"\\_", _SPECIAL.sub(r"\\\1", text))
+    text = _START.sub(r"\1\\\2", _UNDERSCORE.sub(r"\\_", _SPECIAL.sub(r"\\\1", text)))
     return Markup(_LINK.sub(lambda match: match[0] + "<!-- -->" if match[0] != "@" else "&#64;", text))
 
 

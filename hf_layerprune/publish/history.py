@@ -72,6 +72,12 @@ class History:
         return "adapter" if forms and forms[-1] == "adapter" else "model"
 
     @property
+    def commit(self) -> str | None:
+        """The commit of the base on the Hub."""
+        found = self.lineage.base.get("commit")
+        return found if isinstance(found, str) and found else None
+
+    @property
     def from_gguf(self) -> bool:
         """Whether the base is a GGUF file, whose packed weights were unpacked."""
         return str(self.lineage.base.get("id") or "").lower().endswith(".gguf")
@@ -170,6 +176,7 @@ def read_history(lineage: Lineage) -> History:
     Raises:
         CheckpointError: It contradicts itself.
     """
+    _check_shape(lineage)
     n: int | None = None
     kept: list[int] = []
     cuts: list[tuple[int, list[int]]] = []
@@ -197,6 +204,23 @@ def read_history(lineage: Lineage) -> History:
         for name, part in _parts(entry):
             stations.append(Station(name, part, frozenset(_through(later, part.get("changed_tensors") or ()))))
     return History(lineage, n, tuple(kept), tuple(stations))
+
+
+def _check_shape(lineage: Lineage) -> None:
+    """Refuse what is no record of ours, whoever has written it."""
+    for entry in lineage.entries:
+        shapes = {"settings": dict, "layers": dict, "versions": dict, "changed_tensors": list, "repair": dict}
+        shapes |= {"station": str, "date": str, "weights": str}
+        wrong = (
+            [name for name, kind in shapes.items() if not isinstance(entry.get(name), kind | None)]
+            if isinstance(entry, dict)
+            else ["an entry"]
+        )
+        names = entry.get("changed_tensors") or () if not wrong else ()
+        if wrong or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(
+                f"lineage.json is damaged: {(wrong or ['changed_tensors'])[0]} is not what it should be"
+            )
 
 
 def _parts(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

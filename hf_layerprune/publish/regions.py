@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError
 
-_MARK = re.compile(r"<!-- hf-layerprune:(begin|end) ([a-z-]{1,30})(?: ([0-9a-f]{10}))? -->")
+# On a line of its own: what others say within a line is no mark.
+_MARK = re.compile(r"(?m)^<!-- hf-layerprune:(begin|end) ([a-z-]{1,30})(?: ([0-9a-f]{10}))? -->[ \t]*\r?$")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,289 @@
+"""What `hf-layerprune card` writes into a folder, and what it leaves as people wrote it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_layerprune import CheckpointError
+from hf_layerprune.cli import main
+from hf_layerprune.publish import numbers, regions
+from hf_layerprune.publish.declared import front_matter
+from hf_layerprune.publish.lineage import Lineage
+from hf_layerprune.publish.writing import write_card
+
+from .publish_records import lineage_of, measure_by_hand, metrics_of
+from .tiny_models import tiny_model
+
+
+def make(tmp_path: Path, **base: Any) -> Path:
+    """A folder with records and without weights, as `model_cards/` keeps them."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    lineage = lineage_of(**base)
+    lineage.write(folder)
+    metrics_of(lineage).write(folder)
+    return folder
+
+
+def test_card_of_a_pruned_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    tiny_model("llama").save_pretrained(base)
+    (base / "README.md").write_text("---\nlicense: mit\nlanguage: [en, no]\n---\n# Base\n")
+    (base / "LICENSE").write_text("Do as you like.\n")
+    assert main(["prune", str(base), str(out), "--drop", "2"]) == 0
+    lineage = Lineage.of(out)
+    assert (lineage.base["license"], lineage.base["language"]) == ("mit", ["en", "no"])
+    assert (out / "LICENSE").read_text() == "Do as you like.\n"
+    assert not (out / "README.md").exists()
+
+    assert main(["card", str(out)]) == 0
+    assert "wrote assets/layers.png, README.md" in capsys.readouterr().out
+    fields, body = front_matter((out / "README.md").read_text())
+    assert (fields["license"], fields["language"]) == ("mit", ["en", "no"])
+    assert "without 2 of its 8 decoder layers" in body
+    assert str(tmp_path) not in (out / "README.md").read_text()
+    assert main(["card", str(out)]) == 0
+    assert "is as it should be" in capsys.readouterr().out
+
+    measure_by_hand(out)
+    assert main(["card", str(out)]) == 0
+    assert "assets/accuracy.png" in capsys.readouterr().out
+    assert "model-index" in (out / "README.md").read_text()
+    assert sorted(path.name for path in (out / "assets").iterdir()) == ["accuracy.png", "layers.png"]
+
+    # Numbers of other weights, or none any more.
+    metrics = json.loads((out / "metrics.json").read_text())
+    (out / "metrics.json").write_text(json.dumps(metrics).replace(metrics["weights"], "0" * 64))
+    assert main(["card", str(out)]) == 1
+    assert "was measured on other weights" in capsys.readouterr().err
+    (out / "metrics.json").unlink()
+    assert main(["card", str(out)]) == 0
+    assert sorted(path.name for path in (out / "assets").iterdir()) == ["layers.png"]
+
+
+@pytest.mark.parametrize(("words", "fields"), [
+    (["--license", "mit"], {"license": "mit"}),
+    (["--license", "other", "--license-name", "house", "--license-link", "https://example.org/l"],
+     {"license": "other", "license_name": "house", "license_link": "https://example.org/l"}),
+    (["--base-model", "org/base"], {"id": "model.gguf", "hub_id": "org/base"}),
+])  # fmt: skip
+def test_what_only_the_user_knows(tmp_path: Path, words: list[str], fields: dict[str, str]) -> None:
+    folder = make(tmp_path, id="/data/model.gguf", commit=None, license=None)
+    (folder / "metrics.json").unlink()
+    assert main(["card", str(folder), *words]) == 0
+    assert fields.items() <= Lineage.of(folder).base.items()
+
+
+@pytest.mark.parametrize(("words", "code", "message"), [
+    (["--license-name", "x"], 2, "go with --license"),
+    (["--base-model", "no such id!"], 1, "is no Hub id"),
+    (["--base-model", "other/base"], 1, "not other/base"),
+])  # fmt: skip
+def test_bad_words(
+    tmp_path: Path, words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make(tmp_path)
+    assert main(["card", str(folder), *words]) == code
+    assert message in capsys.readouterr().err
+    assert not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "has no lineage.json"),
+    ("{", "is damaged"),
+    ('{"schema_version": 99}', "schema version 99"),
+    ('{"schema_version": 1, "base": {}, "entries": [3]}', "damaged"),
+    ('{"schema_version": 1, "base": {}, "entries": [{"station": "prune", "settings": []}]}', "settings is not"),
+    ('{"schema_version": 1, "base": {}, "entries": []}', "how many layers"),
+    ('{"schema_version": 1, "base": {}, "entries": [{"station": "prune", "layers": {"base": 4}, '
+     '"settings": {"drop_layers": [4]}}]}', "drops layers"),
+    ('{"schema_version": 1, "base": {}, "entries": [{"station": "prune", "layers": {"base": 4, "left": 4}, '
+     '"settings": {"drop_layers": [3]}}]}', "it was edited"),
+    ('{"schema_version": 1, "base": {}, "entries": [{"layers": {"base": 1e99}}]}', "how many layers"),
+])  # fmt: skip
+def test_records_that_say_nothing(
+    tmp_path: Path, content: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "lineage.json").write_text(content)
+    assert main(["card", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert main(["card", str(tmp_path / "absent")]) == 1
+    assert not (tmp_path / "README.md").exists()
+
+
+# Two authors.
+
+
+def test_what_people_write_stays(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    write_card(folder, weights=False)
+    card = folder / "README.md"
+    text = card.read_text()
+    text = text.replace("tags:\n", "widget:\n- text: Hello\ntags:\n- mine\n").replace("# SmolLM2", "# SmolLM2", 1)
+    first = "<!-- hf-layerprune:begin summary"
+    text = text.replace(first, f"Before all.\n\n{first}")
+    text = text.replace("end results -->\n", "end results -->\n\n## What I think\n\nIt *sings*.\n")
+    text += "\nLast words.\n"
+    card.write_text(text)
+    lineage = Lineage.of(folder)
+    lineage.entries[0]["settings"]["seed"] = 7
+    lineage.write(folder)
+    assert write_card(folder, weights=False) == ["README.md"]
+    fields, body = front_matter(card.read_text())
+    assert fields["widget"] == [{"text": "Hello"}]
+    assert fields["tags"] == ["layer-pruning", "depth-pruning", "hf_layerprune", "conversational", "mine"]
+    parts = regions.parse(body)
+    order = [part.region or part.text.strip() for part in parts]
+    assert order[0] == "Before all."
+    assert order[order.index("results") + 1] == "## What I think\n\nIt *sings*."
+    assert order[-1] == "Last words."
+    assert "seed: 7" in body
+    assert write_card(folder, weights=False) == []
+
+
+def test_what_people_write_inside_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make(tmp_path)
+    write_card(folder, weights=False)
+    card = folder / "README.md"
+    edited = card.read_text().replace("## Limits\n", "## Limits\n\nIt bites.\n")
+    card.write_text(edited)
+    with pytest.raises(CheckpointError, match=r"changed inside .*\(limits\)"):
+        write_card(folder, weights=False)
+    assert card.read_text() == edited
+    write_card(folder, weights=False, force=True)
+    assert "It bites." not in card.read_text()
+    broken = card.read_text().replace("<!-- hf-layerprune:end limits -->\n", "")
+    card.write_text(broken)
+    with pytest.raises(CheckpointError, match="without its other half"):
+        write_card(folder, weights=False)
+    assert card.read_text() == broken
+
+
+def test_a_card_of_somebody_else_is_kept_below(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    (folder / "README.md").write_text("---\nlicense: mit\nthumbnail: x.png\n---\n\n# My own card\n\nWords.\n")
+    write_card(folder, weights=False)
+    text = (folder / "README.md").read_text()
+    assert text.endswith("<!-- hf-layerprune:end citation -->\n\n# My own card\n\nWords.\n")
+    assert front_matter(text)[0]["license"] == "apache-2.0"
+    assert front_matter(text)[0]["thumbnail"] == "x.png"
+
+
+def test_a_template_that_nobody_filled_in_goes(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    folder = make(tmp_path)
+    ModelCard.from_template(ModelCardData(library_name="peft")).save(folder / "README.md")
+    write_card(folder, weights=False)
+    assert "Model Card for Model ID" not in (folder / "README.md").read_text()
+
+
+words = st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=40).map(str.strip)
+names = st.lists(st.sampled_from(["a", "b", "c", "d"]), unique=True)
+
+
+@given(old=names, new=st.lists(st.sampled_from(["a", "b", "c", "d"]), unique=True, min_size=1), theirs=st.lists(words))
+def test_merging_loses_nothing(old: list[str], new: list[str], theirs: list[str]) -> None:
+    pieces, between = [], iter(theirs)
+    for name in [None, *old]:
+        pieces += [regions.marked(name, f"old {name}")] if name else []
+        pieces += [text] if (text := next(between, "")) else []
+    before = regions.parse("\n\n".join(pieces))
+    merged = regions.merge(regions.parse("\n\n".join(regions.marked(name, f"new {name}") for name in new)), before)
+    after = regions.parse(merged)
+    assert [part.region for part in after if part.region] == new
+    assert all(part.text == f"new {part.region}" for part in after if part.region)
+    said = [" ".join(regions.theirs(parts)).split() for parts in (before, after)]
+    assert sorted(said[0]) == sorted(said[1])
+    assert regions.merge(after, after) == merged
+
+
+# The files beside it.
+
+
+def test_a_licence_that_asks_for_a_notice(tmp_path: Path) -> None:
+    folder = make(tmp_path, license="llama3.1")
+    assert "NOTICE" in write_card(folder, weights=False)
+    notice = (folder / "NOTICE").read_text()
+    assert notice.startswith("Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright ©")
+    assert "7 of its decoder layers were removed" in notice
+    assert "**Built with Llama**" in (folder / "README.md").read_text()
+    assert write_card(folder, weights=False) == []
+    (folder / "NOTICE").rename(folder / "NOTICE.txt")
+    (folder / "NOTICE.txt").write_text("Of the base.\n")
+    assert write_card(folder, weights=False) == ["NOTICE.txt"]
+    assert (folder / "NOTICE.txt").read_text().startswith("Of the base.\n\nLlama 3.1")
+
+
+def test_results_of_whole_benchmarks(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for record in metrics["results"]:
+        if record.get("task") == "piqa":
+            record |= {"settings": {}, "dataset": "ybisk/piqa"}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    assert ".eval_results/piqa.yaml" in write_card(folder, weights=False)
+    (folder / ".eval_results" / "mine.yaml").write_text("- dataset: {id: a/b, task_id: c}\n  value: 1\n")
+    metrics_of(Lineage.of(folder)).write(folder)  # of 200 questions again
+    assert ".eval_results/piqa.yaml" in write_card(folder, weights=False)
+    assert [path.name for path in (folder / ".eval_results").iterdir()] == ["mine.yaml"]
+
+
+def test_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (folder / "metrics.json").unlink()
+    assert main(["card", str(folder)]) == 1
+    assert 'pip install "hf-layerprune[plots]"' in capsys.readouterr().err
+    assert not (folder / "README.md").exists()
+    monkeypatch.undo()
+    write_card(folder, weights=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert write_card(folder, weights=False) == []  # the pictures that are there stay
+
+
+# Numbers.
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, min_value=-1e300, max_value=1e300))
+def test_numbers_stay_close(value: float) -> None:
+    text = numbers.number(value).replace(numbers.MINUS, "-").replace(",", "")
+    mantissa, _, power = text.partition(f" {numbers.TIMES} 10")
+    exponent = int(power.translate(str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-"))) if power else 0
+    assert float(f"{mantissa}e{exponent}") == pytest.approx(value, rel=0.06 if power else 0.006, abs=1e-300)
+    assert len(text) < 16
+
+
+@pytest.mark.parametrize(("made", "text"), [
+    (numbers.number(19.9), "19.9"),
+    (numbers.number(2.8e8), f"2.8 {numbers.TIMES} 10⁸"),
+    (numbers.number(9.99e5), "999,000"),
+    (numbers.count(134_515_008), "134.5 M"),
+    (numbers.count(8.03e9), "8.03 B"),
+    (numbers.count(999_999), "1.00 M"),
+    (numbers.size(269_060_552), "269.1 MB"),
+    (numbers.seconds(0.2887), "289 ms"),
+    (numbers.seconds(960), "16 min 00 s"),
+    (numbers.seconds(7_300), "2 h 01 min"),
+    (numbers.ratio(0.816), f"{numbers.TIMES} 0.82"),
+    (numbers.measured("acc", 0.474), "47.4"),
+    (numbers.measured("peak_rss_bytes", 8.12e8), "812.0 MB"),
+    (numbers.measured("time_to_first_token", 0.05), "50 ms"),
+    (numbers.measured("decode_tokens_per_second", 31.46), "31.5"),
+    (numbers.with_error("62.6", 62.6, 1.878, share=False), "62.6 ± 1.9"),
+    (numbers.with_error("67.0", 0.67, 0.0333, share=True), "67.0 ± 3.3"),
+])  # fmt: skip
+def test_how_numbers_are_written(made: str, text: str) -> None:
+    assert made == text

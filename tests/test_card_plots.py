@@ -1,0 +1,148 @@
+"""The pictures: what they say, that they can be read on light and on dark, and without seeing every colour."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hf_layerprune import LayerPruneError
+from hf_layerprune.publish import style
+from hf_layerprune.publish.history import read_history
+from hf_layerprune.publish.plots import layer_map, pictures, scores
+from hf_layerprune.publish.results import results_of
+
+from .publish_records import ROLES, lineage_of, metrics_of
+
+# White, and the dark pages of the Hub and of GitHub.
+PAGES = ("#ffffff", "#0b0f19", "#0d1117")
+# What is left of a colour (linear RGB) for who lacks one kind of cone: Machado, Oliveira and Fernandes (2009).
+LACKING = {
+    "none": np.eye(3),
+    "red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+def linear(colour: str) -> np.ndarray:
+    values = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def contrast(one: str, other: str) -> float:
+    light, dark = sorted((float(linear(c) @ [0.2126, 0.7152, 0.0722]) for c in (one, other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = np.array(to_xyz) @ np.clip(rgb, 0, 1) / [0.9505, 1, 1.089]
+    x, y, z = (np.cbrt(v) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, y, z))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_colours_can_be_read_on_light_and_dark() -> None:
+    for page in PAGES:
+        assert contrast(style.INK, page) >= 4.3, page
+        assert all(contrast(colour, page) >= 3 for colour in (*style.ROLE_COLOURS.values(), *style.CYCLE)), page
+
+
+@pytest.mark.parametrize("lacking", LACKING)
+def test_colours_can_be_told_apart(lacking: str) -> None:
+    seen = {role: lab(np.array(LACKING[lacking]) @ linear(colour)) for role, colour in style.ROLE_COLOURS.items()}
+    for one, other in itertools.combinations(seen, 2):
+        assert np.linalg.norm(seen[one] - seen[other]) > 15, (one, other)
+    assert len(set(style.ROLE_MARKERS.values())) == len(style.ROLE_MARKERS)
+
+
+def words(path: Path) -> list[str]:
+    """What stands in a picture: text stays text in an SVG file."""
+    return [text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    folder = tmp_path_factory.mktemp("pictures")
+    lineage = lineage_of()
+    lineage.entries[0]["scores"] = {"criterion": "block_influence", "layers": [0.1 * i for i in range(30)]}
+    found: dict[str, list[Path]] = {}
+    for name, draw in pictures(read_history(lineage), results_of(metrics_of(lineage))).items():
+        found[name] = [folder / f"{name}.{kind}" for kind in ("svg", "png")]
+        for path in found[name]:
+            draw(path)
+    return found
+
+
+def test_every_picture(drawn: dict[str, list[Path]]) -> None:
+    assert set(drawn) == {"layers", "scores", "accuracy", "tradeoff"}
+    from matplotlib.image import imread
+
+    for svg, png in drawn.values():
+        assert max(svg.stat().st_size, png.stat().st_size) < 64_000
+        pixels = imread(png)
+        assert pixels.shape[1] > 1000
+        assert pixels[0, 0, 3] == 0  # no ground of its own
+        assert (pixels[..., 3] > 0.5).mean() > 0.003  # and yet not empty
+
+
+def test_what_the_pictures_say(drawn: dict[str, list[Path]]) -> None:
+    layers = words(drawn["layers"][0])
+    assert [str(i) for i in range(30)] == layers[:30]
+    # Tensors of layers 10, 11 and 12 of the cut model were trained: 10, 11 and 19 of the base.
+    assert layers[30:] == ["kept as it was (20)", "dropped (7)", "trained (3)"]
+    accuracy = words(drawn["accuracy"][0])
+    assert {*ROLES, "PIQA", "ARC-Easy", "OpenBookQA", "guessing", "accuracy, %, with its standard error"} <= {
+        *accuracy
+    }
+    tradeoff = words(drawn["tradeoff"][0])
+    assert {"dense, 30 layers", "healed, 23 layers", "tokens a second, one sequence"} <= set(tradeoff)
+    assert "block_influence" in words(drawn["scores"][0])
+
+
+def test_the_same_records_give_the_same_picture(tmp_path: Path) -> None:
+    history = read_history(lineage_of())
+    for kind in ("svg", "png"):
+        for name in ("a", "b"):
+            layer_map(history, tmp_path / f"{name}.{kind}")
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+
+
+@pytest.mark.parametrize(("layers", "dropped"), [(2, [0]), (32, [31]), (126, list(range(50, 82)))])
+def test_stacks_of_all_heights(tmp_path: Path, layers: int, dropped: list[int]) -> None:
+    lineage = lineage_of(("dense", "cut"))
+    lineage.entries[0] |= {"layers": {"base": layers, "left": layers - len(dropped)}}
+    lineage.entries[0]["settings"]["drop_layers"] = dropped
+    layer_map(read_history(lineage), tmp_path / "map.svg")
+    shown = words(tmp_path / "map.svg")
+    assert shown[:layers] == [str(i) for i in range(layers)]
+    assert shown[layers:] == [f"kept as it was ({layers - len(dropped)})", f"dropped ({len(dropped)})"]
+
+
+@pytest.mark.parametrize("values", [[1.0] * 4, [0.0, 0.0, 0.0, 0.0], [1e-8, 1.0, 1e8, 3.0], [-1.0, 0.5, -2.0, 0.0]])
+def test_scores_of_any_kind(tmp_path: Path, values: list[float]) -> None:
+    scores(values, [1, 3], "a score", tmp_path / "scores.svg")
+    assert {"kept", "dropped", "a score"} <= set(words(tmp_path / "scores.svg"))
+
+
+def test_records_that_do_not_suffice_give_no_picture() -> None:
+    lineage = lineage_of(("dense", "cut"))
+    lineage.entries[0]["scores"] = {"criterion": "x", "layers": [1.0]}  # of another model
+    assert set(pictures(read_history(lineage), None)) == {"layers"}
+    alone = metrics_of(lineage, ("cut",))
+    assert set(pictures(read_history(lineage), results_of(alone))) == {"layers"}
+
+
+def test_nothing_half_drawn(tmp_path: Path) -> None:
+    def drawing(values: object) -> None:
+        with style.draw(tmp_path / "a.svg") as (_, axes):
+            axes.plot(values)
+
+    with pytest.raises(ValueError, match="could not be cast"):
+        drawing([[1, "x"], {}])
+    with pytest.raises(LayerPruneError, match="too many for a card"):
+        drawing(np.random.default_rng(0).random(60_000))
+    assert list(tmp_path.iterdir()) == []

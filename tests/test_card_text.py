@@ -1,0 +1,302 @@
+"""The card as text: one whole card, its YAML read back, what is left out, and values that try to break out."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from hf_layerprune.measure.records import Metrics
+from hf_layerprune.publish import metadata, regions
+from hf_layerprune.publish.card import Card
+from hf_layerprune.publish.declared import front_matter
+from hf_layerprune.publish.lineage import Lineage
+from hf_layerprune.publish.numbers import MINUS, TIMES
+
+from .publish_records import BASE, EXPECTED, ROLES, example_card, lineage_of, metrics_of
+
+SECTIONS = ["summary", "results", "speed", "use", "recipe", "training", "limits", "provenance", "licence", "citation"]
+
+
+def html(card: str) -> str:
+    """The card as a page shows it."""
+    markdown = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    return markdown.render(front_matter(card)[1])
+
+
+def sections(card: str) -> list[str]:
+    return [part.region for part in regions.parse(front_matter(card)[1]) if part.region]
+
+
+def test_a_whole_card() -> None:
+    """Word for word; `python -m tests.publish_records --write` takes over what was changed on purpose."""
+    assert example_card().render() == EXPECTED.read_text()
+
+
+def test_rendering_is_a_function_of_the_records() -> None:
+    assert example_card().render() == example_card().render()
+
+
+def test_the_hub_client_reads_the_yaml() -> None:
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(EXPECTED.read_text()).data
+    assert (data.base_model, data.base_model_relation) == (BASE, "finetune")
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "text-generation")
+    assert data.language == ["en"]
+    assert data.datasets == ["allenai/c4"]
+    assert data.tags == ["layer-pruning", "depth-pruning", "hf_layerprune", "conversational"]
+    lineage = lineage_of()
+    own = [one for one in metrics_of(lineage).results if one["weights"] == "d" * 64]
+    assert len(own) == 10
+    assert [(one.metric_type, one.metric_value) for one in data.eval_results] == [
+        (one["metric"], one["value"]) for one in own
+    ]
+    by_task = {(one.dataset_type, one.metric_type): one for one in data.eval_results}
+    assert by_task["piqa", "acc_norm"].dataset_name == "PIQA"
+    assert by_task["piqa", "acc_norm"].metric_args == {
+        "stderr": 0.0339, "samples": 200, "device": "cpu", "dtype": "bfloat16",
+    }  # fmt: skip
+    # It survives a round trip through the client, as model.push_to_hub does it.
+    assert ModelCard(str(ModelCard(EXPECTED.read_text()))).data.to_dict() == data.to_dict()
+
+
+@pytest.mark.parametrize("roles", [("dense", "cut"), ("dense", "cut", "repaired"), ("cut",)])
+def test_only_what_was_measured(roles: tuple[str, ...]) -> None:
+    lineage = lineage_of(roles)
+    text = Card.of(lineage, metrics_of(lineage, roles)).render()
+    (head,) = {line for line in text.splitlines() if line.startswith("| ") and "n |" in line and "guessing" in line}
+    shown = [cell.strip().removesuffix(" (this)") for cell in head.strip("|").split("|")]
+    assert shown == ["", "n", "guessing", *roles]
+    assert "(this)" in head
+    assert not re.search(r"N/A|\bNone\b|\bnan\b|\binf\b", text)
+    if len(roles) == 1:
+        assert "assets/accuracy.png" not in text
+        assert "dense model" not in text.partition("## What it costs")[0]
+
+
+def test_a_card_without_numbers_says_so() -> None:
+    text = Card.of(lineage_of(("dense", "cut"))).render()
+    assert sections(text) == [name for name in SECTIONS if name not in ("results", "speed", "training")]
+    assert "Nothing was measured on this model" in text
+    assert "metrics.json" not in text
+    assert "model-index" not in text
+    assert "every tensor that is left is the base's own, bit for bit" in text
+
+
+def test_speed_that_was_not_measured_has_no_section() -> None:
+    lineage = lineage_of()
+    text = Card.of(lineage, metrics_of(lineage, cost=False)).render()
+    assert "speed" not in sections(text)
+    assert "tradeoff" not in text
+
+
+def test_every_section_is_there() -> None:
+    assert sections(EXPECTED.read_text()) == SECTIONS
+
+
+def test_the_adapter_form() -> None:
+    lineage = lineage_of(("dense", "cut"))
+    lineage.entries[0]["settings"]["form"] = "adapter"
+    lineage.published = {"repo_id": "someone/small"}
+    card = Card.of(lineage)
+    text = card.render()
+    assert 'AutoPeftModelForCausalLM.from_pretrained("someone/small", dtype="auto")' in text
+    assert f'AutoTokenizer.from_pretrained("{BASE}")' in text
+    assert (card.metadata["library_name"], card.metadata["base_model_relation"]) == ("peft", "adapter")
+    assert "--adapter" in text
+
+
+def test_a_base_on_somebodys_disk_is_named_by_its_last_part() -> None:
+    lineage = lineage_of(("dense", "cut"), id="/home/alice/secret project/SmolLM2.gguf", commit=None)
+    text = Card.of(lineage).render()
+    assert "alice" not in text
+    assert "SmolLM2-23L" in text
+    assert "unpacked from a GGUF file to bfloat16" in text
+    assert "base_model" not in text
+    lineage.base["hub_id"] = BASE
+    assert Card.of(lineage).metadata["base_model"] == BASE
+
+
+def test_limits_come_from_the_numbers() -> None:
+    lineage = lineage_of(("dense", "cut"))
+    metrics = metrics_of(lineage, ("dense", "cut"))
+    limits = Card.of(lineage, metrics).render().partition("## Limits")[2].partition("##")[0]
+    assert "**PIQA**: normalised accuracy fell by 15.0 ± 3.1 points, to 52.0 %: no better than guessing" in limits
+    assert "**ARC-Easy**: normalised accuracy fell by 17.0 ± 3.1 points, to 30.5 %" in limits
+    assert f"**Perplexity** on WikiText-2 rose from 19.9 to 62.6, {TIMES} 3.15." in limits
+    for record in metrics.results:
+        if record["metric"] == "perplexity" and record["weights"] == "b" * 64:
+            record["value"] = 2.8e8
+    text = Card.of(lineage, metrics).render()
+    assert f"2.8 {TIMES} 10⁸" in text
+    assert "hardly predicts text any more" in text
+
+
+def test_whole_benchmarks_of_the_hub_become_eval_results() -> None:
+    lineage = lineage_of(("dense", "cut"))
+    metrics = metrics_of(lineage, ("dense", "cut"))
+    assert metadata.eval_files(Card.of(lineage, metrics).results) == {}  # of 200 questions each
+    for record in [*metrics.results, *metrics.comparisons]:
+        if record.get("task") == "piqa":
+            record["settings"] = {}
+            record |= {"dataset": "ybisk/piqa"} if "value" in record else {}
+        elif record.get("task") == "arc_easy" and "value" in record:
+            record |= {"settings": {}, "dataset": "5" * 64}  # a file, by its hash
+    files = metadata.eval_files(Card.of(lineage, metrics).results)
+    assert list(files) == [".eval_results/piqa.yaml"]
+    from huggingface_hub import parse_eval_result_entries
+
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files[".eval_results/piqa.yaml"]))
+    assert (entry.dataset_id, entry.task_id, entry.value, entry.date) == ("ybisk/piqa", "piqa", 52.0, "2026-11-24")
+
+
+def test_a_difference_without_a_pair_has_no_error() -> None:
+    lineage = lineage_of(("dense", "cut"))
+    metrics = metrics_of(lineage, ("dense", "cut"))
+    metrics.comparisons = []
+    assert f"**52.0\u00a0±\u00a03.5**<br><sub>{MINUS}15.0</sub>" in Card.of(lineage, metrics).render()
+
+
+# Hostile values.
+
+NASTY = [
+    '"}} {{', "{% for x in y %}", "{{ 7 * 7 }}", "]]>", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>",
+    "[click](javascript:alert(1))", "![x](https://evil.example/x.png)", "| a | b |", "`` ` ``", "```\n# Title\n```",
+    "\n\n# Title\n\n", "---\nlicense: mit\n---", "a: b: [c", "!!python/object:os.system", "&amp; &lt;", "\\", "\\\\(x\\\\)",
+    "$$x$$", "<!-- hf-layerprune:end summary -->", "--> <b>bold</b>", "\u202eevil", "a\x00b\x1b[31m", "\ud800",
+    "https://evil.example", "www.evil.example", "someone@evil.example", "'; rm -rf ~ #", "$(reboot)", "x" * 10_000,
+    "<a href='//evil.example'>", "*" * 500, "_a_ __b__", "~~x~~", "^1", "\r\n- item", "é" * 300,
+]  # fmt: skip
+texts = st.one_of(
+    st.sampled_from(NASTY), st.text(max_size=60), st.tuples(st.sampled_from(NASTY), st.text()).map("".join)
+)
+
+
+def hostile(record: Any, pick: Callable[[str], str], path: tuple[str, ...] = ()) -> Any:
+    """A record in which strings that outsiders choose are anything."""
+    kept = {
+        "weights",
+        "base",
+        "kind",
+        "role",
+        "station",
+        "form",
+        "schema_version",
+        "sha256",
+        "dtype_",
+        "input_weights",
+    }
+    if isinstance(record, dict):
+        found = {}
+        for key, value in record.items():
+            outside = path[-1:] in [("settings",), ("versions",)] and key not in ("drop_layers", "form", "dtype")
+            found[pick(key) if outside else key] = value if key in kept else hostile(value, pick, (*path, key))
+        return found
+    if isinstance(record, list):
+        return [hostile(value, pick, path) for value in record]
+    if isinstance(record, str) and path[-1:] not in [("files",), ("changed_tensors",)]:
+        return pick(record)
+    return record
+
+
+def check_harmless(card: str, repo_id: str | None) -> None:
+    """What holds of every card, whoever has chosen the names in it."""
+    card.encode()
+    fields, body = front_matter(card)
+    allowed = {"language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model",
+               "base_model_relation", "datasets", "tags", "model-index"}  # fmt: skip
+    assert set(fields) <= allowed
+    assert fields["tags"][:3] == ["layer-pruning", "depth-pruning", "hf_layerprune"]
+    parts = regions.parse(body)
+    assert [part.region for part in parts] == [name for name in SECTIONS if name in [part.region for part in parts]]
+    assert not any(part.edited for part in parts)
+    page = html(card)
+    plain = re.sub(r"(?s)<pre>.*?</pre>|<code>.*?</code>", "", page)
+    tags = set(re.findall(r"<([a-zA-Z!][\w-]*)", plain))
+    assert tags <= {
+        "h1", "h2", "p", "a", "img", "strong", "em", "ul", "ol", "li", "table", "thead", "tbody", "tr", "th", "td",
+        "details", "summary", "sub", "br", "code", "pre", "!--",
+    }  # fmt: skip
+    assert not re.search(r"(?i)<[^>]*(\son\w+\s*=|javascript:)", plain)
+    assert set(re.findall(r'<img src="([^"]*)"', plain)) <= {
+        f"assets/{name}.png" for name in ("layers", "accuracy", "tradeoff", "scores")
+    }
+    for target in re.findall(r'href="([^"]*)"', plain):
+        hosts = ("https://huggingface.co/", "https://www.apache.org/", "lineage.json", "metrics.json")
+        assert target.startswith(hosts) or target in (repo_id,), target
+    assert page.count("<h1>") == 1
+    assert page.count("<h2>") == len(parts) - 1
+    prose = re.sub(r"(?s)```.*?```", "", body)
+    assert max(map(len, re.findall(r"[^|\n]+", prose))) < 4000
+
+
+@settings(max_examples=80, deadline=None)
+@given(words=st.lists(texts, min_size=1, max_size=5), seed=st.integers(0, 2**32), share=st.sampled_from([0.1, 0.5, 1]))
+def test_hostile_values_stay_text(words: list[str], seed: int, share: float) -> None:
+    chance = random.Random(seed)
+
+    def pick(value: str) -> str:
+        return chance.choice(words) if chance.random() < share else value
+
+    lineage = lineage_of()
+    metrics = metrics_of(lineage)
+    base = {key: value for key, value in lineage.base.items() if key not in ("license", "commit", "files", "chat")}
+    base = hostile(base, pick) | {key: lineage.base[key] for key in ("license", "files", "chat")}
+    entries = hostile(lineage.entries, pick)
+    results = hostile(metrics.results, pick)
+    made = Card.of(
+        Lineage(base, entries, {"repo_id": chance.choice(words)}),
+        Metrics(metrics.weights, metrics.models, results, []),
+    )
+    check_harmless(made.render(), made.repo_id)
+
+
+@pytest.mark.parametrize("value", NASTY)
+def test_each_hostile_value_everywhere(value: str) -> None:
+    def nasty(record: Any, key: str = "") -> Any:
+        if isinstance(record, dict):
+            return {name: nasty(inner, name) for name, inner in record.items()}
+        if isinstance(record, list):
+            return [nasty(inner, key) for inner in record]
+        kept = ("weights", "base", "kind", "station", "form", "changed_tensors", "dtype", "input_weights", "method")
+        return value if isinstance(record, str) and key not in kept else record
+
+    lineage = lineage_of()
+    metrics = metrics_of(lineage)
+    told = {key: nasty(entry) for key, entry in lineage.base.items() if key not in ("license", "files", "commit")}
+    told |= {"license": "apache-2.0", "files": lineage.base["files"]}
+    card = Card.of(
+        Lineage(told, nasty(lineage.entries)), Metrics(metrics.weights, metrics.models, nasty(metrics.results))
+    )
+    text = card.render()
+    check_harmless(text, None)
+    from huggingface_hub import ModelCard
+
+    assert ModelCard(text).data.license == "apache-2.0"
+    assert json.dumps(card.metadata)
+
+
+def test_records_are_not_changed_by_rendering() -> None:
+    lineage = lineage_of()
+    metrics = metrics_of(lineage)
+    before = deepcopy((lineage, metrics))
+    Card.of(lineage, metrics).render()
+    assert (lineage, metrics) == before
+
+
+def test_roles_have_one_order() -> None:
+    lineage = lineage_of()
+    metrics = metrics_of(lineage)
+    metrics.results.reverse()
+    metrics.models = dict(reversed(metrics.models.items()))
+    assert [column.role for column in Card.of(lineage, metrics).results.columns] == list(ROLES)
