@@ -12,4 +12,5 @@ COMMANDS = (
     "card",
     "push",
     "verify",
+    "chat",
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from ..errors import CutError
+
 if TYPE_CHECKING:
     from ..publish.hub import Plan
 
@@ -24,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="R", help="to this branch, made where it is missing, or to refs/pr/N")
     parser.add_argument("--create-pr", action="store_true", help="propose the change instead of making it")
     parser.add_argument("--overwrite-card", action="store_true", help="write over what was changed in the Hub's card")
+    parser.add_argument("--space", metavar="REPO_ID", help="then publish a chat with the model as this Space")
+    parser.add_argument(
+        "--space-secret",
+        metavar="VARIABLE",
+        help="give the Space the token in this environment variable, to read a private model",
+    )
     parser.add_argument("--dry-run", action="store_true", help="list files, sizes and checks, and push nothing")
 
 
@@ -32,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from ..publish.hub import PushRequest, plan, push
+    from ..publish.space import check_id, secret_from
 
     request = PushRequest(
         folder=Path(args.model),
@@ -41,7 +50,13 @@ def run(args: argparse.Namespace) -> int:
         revision=args.revision,
         create_pr=args.create_pr,
         overwrite_card=args.overwrite_card,
+        space=args.space,
     )
+    if args.space and (args.revision or args.create_pr):
+        raise CutError("--space shows what is on the model's main; leave out --revision and --create-pr, or --space")
+    if args.space:
+        check_id(args.space)
+    secret = secret_from(args.space_secret)
     if args.dry_run:
         made = plan(request)
         print(_report(made))
@@ -55,7 +70,27 @@ def run(args: argparse.Namespace) -> int:
     else:
         gone = f", removed {', '.join(done.removed)}" if done.removed else ""
         print(f"pushed {len(done.added)} files{gone}: {done.pull_request or done.url} ({done.commit[:12]})")
+    if args.space:
+        _push_space(args, made, secret)
     return 0
+
+
+def _push_space(args: argparse.Namespace, made: Plan, secret: str | None) -> None:
+    import tempfile
+    from pathlib import Path
+
+    from ..publish.contents import find_model
+    from ..publish.space import build_space, push_space
+
+    model = find_model(Path(args.model).expanduser(), adapter_only=args.adapter_only)
+    with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
+        space = build_space(
+            Path(place, "space"), model_repo_id=args.repo_id, model=model, adapter=made.contents.is_adapter
+        )
+        done = push_space(space, args.space, private=args.private, secret=secret)
+    print(f"{'published' if done.added else 'unchanged'}: the Space {done.url}")
+    if args.private and secret is None:
+        print("the Space can't read a private model yet: add a token as its secret HF_TOKEN, or use --space-secret")
 
 
 def _report(made: Plan) -> str:
