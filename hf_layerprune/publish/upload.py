@@ -188,7 +188,7 @@ def _open(job: Upload, api: HfApi, user: dict[str, Any]) -> None:
         try:
             _patiently(make, job.repo_id)
         except HfHubHTTPError as error:
-            if error.response.status_code in (401, 403, 404) and namespace not in known:
+            if error.response.status_code in (403, 404) and namespace not in known:
                 raise PushError(
                     f"{user.get('name')} can't make {job.repo_id}: there is no organisation {namespace}, or this "
                     f"token may not write to it; yours are {', '.join(sorted(filter(None, known)))}"

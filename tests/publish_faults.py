@@ -1,0 +1,182 @@
+"""Pushing a model while the Hub fails in every way: run by `test_publish_faults.py` in a process of its own.
+
+Each case breaks something, pushes, mends it, and pushes again. What readers could see in between is noted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tests.hub_server import HubServer
+from tests.publish_child import TOKEN, finish, start
+
+if TYPE_CHECKING:
+    from hf_layerprune.publish.hub import PushRequest
+
+MANY = 9999
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to fail.
+
+    Args:
+        name (`str`): What fails.
+        fail (`Callable[[HubServer], object]`): Makes it fail.
+        error (`str`): What the push says; empty where it succeeds all the same.
+        again (`bool`): Whether a second push, with nothing failing any more, is expected to succeed.
+        known (`bool`): Whether the repository is there beforehand, with an older version of the model.
+    """
+
+    name: str
+    fail: Callable[[HubServer], object]
+    error: str = ""
+    again: bool = True
+    known: bool = False
+
+
+def _commit(hub: HubServer, code: int, times: int = 1, **headers: str) -> None:
+    hub.status(
+        "/commit/main", code, times, method="POST", headers={k.replace("_", "-"): v for k, v in headers.items()}
+    )
+
+
+UNREACHABLE = "run the same command again"
+CASES = [
+    # The Hub stumbles, and nobody notices.
+    Case("asking who: 500", lambda hub: hub.status("whoami-v2", 500)),
+    Case("looking for the repository: 503", lambda hub: hub.status("/api/models/org/model", 503)),
+    Case("making it: 500", lambda hub: hub.status("/repos/create", 500)),
+    Case("making it: the answer is lost", lambda hub: hub.lose("/repos/create")),
+    Case("listing it: 502", lambda hub: hub.status("/tree/", 502, prefix="/api/models/org/model/tree/")),
+    Case("checking the card: 429", lambda hub: hub.status("/validate-yaml", 429, headers={"Retry-After": "0"})),
+    Case("asking how to send: 500", lambda hub: hub.status("/preupload/main", 500)),
+    Case("asking how to send: 429", lambda hub: hub.status("/preupload/main", 429, headers={"Retry-After": "0"})),
+    Case("asking where to store: 503", lambda hub: hub.status("/objects/batch", 503)),
+    Case("storing: 500", lambda hub: hub.status("", 500, prefix="/upload/")),
+    Case("storing: 503 twice", lambda hub: hub.status("", 503, 2, prefix="/upload/")),
+    Case("storing: cut off in the middle", lambda hub: hub.hang_up("", 20_000, prefix="/upload/")),
+    Case("storing: the answer is lost", lambda hub: hub.lose("", prefix="/upload/")),
+    Case("committing: 500", lambda hub: _commit(hub, 500)),
+    Case("committing: 429", lambda hub: _commit(hub, 429, Retry_After="0")),
+    Case("committing: 504 twice", lambda hub: _commit(hub, 504, 2)),
+    Case("committing: done, but the answer is lost", lambda hub: hub.lose("/commit/main", method="POST")),
+    Case("committing again: done, but the answer is lost", lambda hub: hub.lose("/commit/main", method="POST"), known=True),
+    Case("everything is slow", lambda hub: hub.delay("", 0.05, MANY)),
+    Case("reading the card that is there: 500", lambda hub: hub.status("/README.md", 500), known=True),
+    # It stays broken: the push says so, and the next one goes on.
+    Case("asking who: 500 all the time", lambda hub: hub.status("whoami-v2", 500, MANY), UNREACHABLE),
+    Case("looking for the repository: 500 all the time",
+         lambda hub: hub.status("/api/models/org/model", 500, MANY), UNREACHABLE),
+    Case("asking how to send: 503 all the time", lambda hub: hub.status("/preupload/main", 503, MANY), UNREACHABLE),
+    Case("storing: 500 all the time", lambda hub: hub.status("", 500, MANY, prefix="/upload/"), UNREACHABLE),
+    Case("storing: cut off all the time", lambda hub: hub.hang_up("", 20_000, MANY, prefix="/upload/"), UNREACHABLE),
+    Case("storing: a bit is turned on the way", lambda hub: hub.garble(), "refused org/model"),
+    Case("storing: the address has run out", lambda hub: hub.status("", 403, MANY, prefix="/upload/"), "may not write"),
+    Case("committing: 503 all the time", lambda hub: _commit(hub, 503, MANY), UNREACHABLE),
+    Case("committing: 429 for an hour", lambda hub: _commit(hub, 429, MANY, Retry_After="3600"), "again in 3600 s"),
+    Case("committing: cut off all the time",
+         lambda hub: hub.hang_up("/commit/main", 0, MANY, method="POST"), "can't reach the Hub"),
+    Case("committing: somebody was faster", lambda hub: _commit(hub, 412), "somebody else has changed"),
+    Case("committing: 400", lambda hub: _commit(hub, 400), "refused org/model"),
+    Case("committing: 500 all the time, to what is there", lambda hub: _commit(hub, 500, MANY), UNREACHABLE, known=True),
+    Case("the card's YAML is refused", lambda hub: hub.status("/validate-yaml", 400, MANY), "README.md"),
+    # Who is allowed.
+    Case("the token is not known", lambda hub: hub.writers.clear(), "not valid, or has expired"),
+    Case("the token runs out after the first answer", lambda hub: hub.expire(TOKEN, 1), "not valid"),
+    Case("the token runs out while storing", lambda hub: hub.expire(TOKEN, 8), "not valid"),
+    Case("the token may only read", lambda hub: (hub.writers.clear(), hub.tokens.update({TOKEN: None})), "may only read"),
+    Case("the token is for another organisation",
+         lambda hub: hub.writers.update({TOKEN: ["team"]}), "no organisation org, or this token may not write"),
+    Case("the repository belongs to others", lambda hub: hub.writers.update({TOKEN: ["team"]}),
+         "somebody may not write to org/model", known=True),
+    Case("a paid plan is needed", lambda hub: hub.status("/repos/create", 402, MANY), "paid plan"),
+]  # fmt: skip
+
+
+def contents(hub: HubServer) -> dict[str, bytes] | None:
+    """What readers of main see, or `None` where there is no repository."""
+    repo = hub.repos.get("org/model")
+    if repo is None:
+        return None
+    return {name: file.path.read_bytes() for name, file in repo.at("main").files.items() if name != ".gitattributes"}
+
+
+def commits(hub: HubServer) -> int:
+    """How many commits main has, after the one that every repository begins with."""
+    repo, count = hub.repos.get("org/model"), -1
+    commit = repo.at("main") if repo else None
+    while commit:
+        count, commit = count + 1, repo.at(commit.parent) if commit.parent else None
+    return count
+
+
+def run(case: Case, hub: HubServer, request: PushRequest, older: PushRequest) -> dict[str, Any]:
+    """One case, from an empty Hub."""
+    from hf_layerprune.errors import LayerPruneError
+    from hf_layerprune.publish.hub import push
+
+    hub.reset()
+    hub.repos.pop("org/model", None)
+    hub.writers, hub.tokens = {TOKEN: None}, {}
+    if case.known:
+        push(older)
+        hub.reset()
+    before, found = contents(hub), {}
+    case.fail(hub)
+    begun = time.monotonic()
+    try:
+        push(request)
+        found["error"] = ""
+    except LayerPruneError as error:
+        found["error"] = str(error)
+    found["seconds"] = time.monotonic() - begun
+    after, made = contents(hub), commits(hub) - case.known
+    found["untouched"] = after == before or (before is None and after == {})
+    found["commits"] = made
+    stored = [one.path for one in hub.log if one.method == "PUT" and one.status == 200]
+    hub.reset()
+    hub.writers, hub.tokens = {TOKEN: None}, {}
+    push(request)
+    sent = [one.path for one in hub.log if one.method == "PUT" and one.status == 200]
+    found["sent twice"] = len(set(stored) & set(sent)) + len(sent) - len(set(sent))
+    found["commits in all"] = commits(hub) - case.known
+    here = {path.relative_to(request.folder).as_posix(): path.read_bytes()
+            for path in request.folder.rglob("*") if path.is_file()}  # fmt: skip
+    found["the same"] = contents(hub) == here
+    return found
+
+
+def main() -> None:
+    """All cases."""
+    hub, place = start()
+    from dataclasses import replace
+
+    from hf_layerprune.checkpoint import ranges
+    from hf_layerprune.publish import hub as publish
+    from hf_layerprune.publish import upload
+    from tests.publish_models import pruned_from_hub
+
+    upload.FIRST_WAIT = ranges.FIRST_WAIT = 0.02
+    _impatient()
+    folder = pruned_from_hub(hub, place, "model", drop=2)
+    other = pruned_from_hub(hub, place, "older", drop=3)
+    request = publish.PushRequest(folder, "org/model")
+    older = replace(request, folder=other)
+    finish({case.name: run(case, hub, request, older) for case in CASES})
+
+
+def _impatient() -> None:
+    """The client waits for seconds between its attempts; how long changes nothing here."""
+    from huggingface_hub.utils import _http
+
+    real = time.sleep
+    _http.time = type("time", (), {"sleep": staticmethod(lambda seconds: real(min(seconds, 0.02))),
+                                   "time": staticmethod(time.time)})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
