@@ -24,8 +24,8 @@ def release(module: nn.Module) -> None:
     """Let go of the memory of weights that are mapped from a file; they are read again when they are used again.
 
     Args:
-        module (`nn.Module`): Its parameters and buffers, unchanged since they were loaded. Those that are in ordinary
-            memory are left alone.
+        module (`nn.Module`): Its parameters and buffers. Those that are in ordinary memory, or in a file of which
+            anything was changed since it was loaded, are left alone.
     """
     spans = sorted(
         (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
@@ -43,18 +43,23 @@ def release(module: nn.Module) -> None:
 
 
 def file_mappings() -> list[tuple[int, int]]:
-    """Where weight files are mapped into this process: first address and last. Empty but on Linux.
+    """Where weight files are mapped into this process and unchanged: first address and last. Empty but on Linux.
 
     Letting go of any other memory would wipe it.
     """
     if sys.platform != "linux":
         return []
-    found = []
-    with open("/proc/self/maps") as maps:
+    found: list[tuple[int, int]] = []
+    where: tuple[int, int] | None = None
+    with open("/proc/self/smaps") as maps:
         for line in maps:
             if line.rstrip("\n").endswith(".safetensors"):
                 low, _, high = line.split(" ", 1)[0].partition("-")
-                found.append((int(low, 16), int(high, 16)))
+                where = int(low, 16), int(high, 16)
+            elif where is not None and line.startswith("Anonymous:"):
+                if line.split()[1] == "0":  # else a page was written to, and letting go of it would undo that
+                    found.append(where)
+                where = None
     return found
 
 

@@ -20,8 +20,8 @@ from transformers.masking_utils import sdpa_mask
 from .errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from tqdm import tqdm
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def write_text_with(
         model.eval()
         # None of the model's own: no repetition penalty, no end.
         model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=start[0])
-        with _fast_decoding(model), tqdm(total=draws.numel(), unit="token", desc="writing text", disable=None) as bar:
+        with fast_decoding(model), tqdm(total=draws.numel(), unit="token", desc="writing text", disable=None) as bar:
             for part in draws.split(_rows_at_once(model, length)):
                 prompt = torch.tensor([start] * len(part), device=model.device)
                 written = model.generate(
@@ -134,7 +134,7 @@ _GROUPED = "layerprune_grouped"
 
 
 @contextmanager
-def _fast_decoding(model: PreTrainedModel) -> Iterator[None]:
+def fast_decoding(model: PreTrainedModel) -> Iterator[None]:
     """On a CPU, torch's attention kernel takes ten times as long for a single token a row as two matrix products."""
     if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
         yield
@@ -166,9 +166,6 @@ def _grouped_attention(
     scores = (grouped @ key.transpose(2, 3)).float() * (width**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
         mask = attention_mask[..., : key.shape[2]]
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        else:
-            scores = scores + mask
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     output = scores.softmax(-1).to(value.dtype) @ value
     return output.view(batch, heads, 1, value.shape[-1]).transpose(1, 2).contiguous(), None
