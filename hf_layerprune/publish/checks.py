@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ..checkpoint.folder import read_json
 from ..errors import LayerPruneError
 from ..measure.records import Metrics
 from . import leaks, numbers
@@ -153,7 +152,7 @@ def _base(subject: Subject) -> Outcome:
             ),
         )
     if subject.contents.is_adapter:
-        config = json.loads((subject.folder / ADAPTER_CONFIG).read_text())
+        config = read_json(subject.folder / ADAPTER_CONFIG)
         name = str(config.get("base_model_name_or_path"))
         if not is_hub_name(name) or Path(name).exists():
             yield (
@@ -242,7 +241,7 @@ def _loading(subject: Subject) -> Outcome:
         yield WARNING, "there is no tokenizer, so nobody can use the model without the base's"
     if code := [name for name in files if name.endswith(".py")]:
         yield WARNING, f"{code[0]} is code that runs only for those who pass trust_remote_code"
-    config: dict[str, Any] = json.loads((subject.folder / "config.json").read_text())
+    config = read_json(subject.folder / "config.json")
     yield OK, f"{config.get('model_type')}, {', '.join(config.get('architectures') or ['no class named'])}"
 
 

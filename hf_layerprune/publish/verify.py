@@ -9,12 +9,11 @@ downloaded for it where the hash that the Hub lists can be computed from the bas
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from ..checkpoint.folder import read_json
 from ..checkpoint.settings import read_config
 from ..errors import CheckpointError, LayerPruneError
 from ..families import MARKER
@@ -177,11 +176,11 @@ def _check_config(place: Place, history: History, found: Verified) -> None:
         found.say(False, "config", f"{place.name} has no {name}" if path is None else f"{LINEAGE} has no cut")
         return
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
         told = fields if place.is_adapter else fields.get(MARKER) or {}
         dropped, of = told.get("drop_layers"), told.get("num_base_layers")
-    except (ValueError, AttributeError) as error:
-        found.say(False, "config", f"{name} can't be read: {error}")
+    except (LayerPruneError, AttributeError) as error:
+        found.say(False, "config", str(error))
         return
     settings, layers = cuts[-1]["settings"], cuts[-1].get("layers") or {}
     if dropped != sorted(settings["drop_layers"]) or of != layers.get("base"):
@@ -249,7 +248,7 @@ def _rules(place: Place, history: History) -> tuple[Callable[[str], str], Callab
     changed = history.changed()
     if not place.is_adapter:
         return lambda name: name, lambda name: name in changed
-    config: dict[str, Any] = json.loads(place.small(ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_json(place.small(ADAPTER_CONFIG))
     # An adapter holds what was tuned or repaired, and nothing else.
     modules = [*(config.get("modules_to_save") or ()), *(config.get("repaired_modules") or ())]
     prefixes = tuple(f"{module}." for module in modules)

@@ -1,0 +1,255 @@
+"""What is refused before anything is pushed, and what a dry run says. No Hub is asked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from hf_layerprune.cli import main
+from hf_layerprune.publish import leaks
+from hf_layerprune.publish.hub import PushRequest, plan
+from hf_layerprune.publish.licences import TABLE, LicenceFound
+from hf_layerprune.publish.writing import declare
+
+from .publish_records import measure_by_hand
+from .tiny_models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that has everything."""
+    place = tmp_path_factory.mktemp("checks")
+    tiny_model("llama").save_pretrained(place / "base", max_shard_size="100KB")
+    (place / "base" / "README.md").write_text("---\nlicense: mit\n---\n")
+    (place / "base" / "LICENSE").write_text("The MIT License\n")
+    (place / "base" / "tokenizer.json").write_text("{}")
+    assert main(["prune", str(place / "base"), str(place / "out"), "--drop", "2"]) == 0
+    declare(place / "out", base_model="org/base")
+    measure_by_hand(place / "out")
+    return place / "out"
+
+
+@pytest.fixture
+def folder(pruned: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pruned, tmp_path / "out"))
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refusals(folder: Path, repo_id: str = "org/small", **request: Any) -> str:
+    return " | ".join(check.text for check in plan(PushRequest(folder, repo_id, **request)).refusals)
+
+
+def warnings(folder: Path, repo_id: str = "org/small", **request: Any) -> str:
+    checks = plan(PushRequest(folder, repo_id, **request)).checks
+    return " | ".join(check.text for check in checks if check.level == "warning")
+
+
+def test_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "optimizer.pt").write_bytes(b"\x80")
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"")
+    before = snapshot(folder)
+    assert main(["push", str(folder), "org/small", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for name in ("README.md", "assets/layers.png", "config.json", "lineage.json", "metrics.json", "LICENSE"):
+        assert f" {name}\n" in out
+    assert "left out  optimizer.pt: may hold a pickle" in out
+    assert "left out  checkpoint-5/model.safetensors: in a folder that is no part" in out
+    assert "licence: MIT License" in out
+    assert "ready to push; nothing was pushed" in out
+    assert snapshot(folder) == before
+
+
+def test_weights_that_were_changed(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    tensors = load_file(path)
+    next(iter(tensors.values())).flatten()[0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    found = refusals(folder)
+    assert "the weights are not those that lineage.json tells of" in found
+    assert "was measured on other weights" in found
+    assert str(folder) in found  # as the user knows it
+
+
+@pytest.mark.parametrize(("break_it", "message"), [
+    (lambda f: [path.unlink() for path in f.glob("*.safetensors*")], "has no weights; a card without weights"),
+    (lambda f: next(f.glob("*-00001-*.safetensors")).unlink(), "does not exist; is the download complete?"),
+    (lambda f: (f / "extra.safetensors").write_bytes(next(f.glob("*.safetensors")).read_bytes()), "does not use"),
+    (lambda f: next(f.glob("*.safetensors")).write_bytes(b"1234567890"), "no sound safetensors file"),
+    (lambda f: (f / "notes.txt").symlink_to(f / "nowhere"), "is a link to nothing"),
+    (lambda f: (f / "config.json").write_text("{"), "no sound JSON"),
+])  # fmt: skip
+def test_broken_folders(folder: Path, break_it: Any, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    break_it(folder)
+    assert main(["push", str(folder), "org/small", "--dry-run"]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.out + captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_records_that_were_edited(folder: Path) -> None:
+    lineage = json.loads((folder / "lineage.json").read_text())
+    lineage["entries"][0]["settings"]["drop_layers"] = [5, 6, 7]
+    lineage["entries"][0]["layers"]["left"] = 5
+    (folder / "lineage.json").write_text(json.dumps(lineage))
+    assert "differ in how many layers are left; one of them was edited" in refusals(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "repo_id", "message"),
+    [
+        ({"license": None}, "org/small", "declares no licence"),
+        ({"license": "unknown"}, "org/small", "declares no licence"),
+        ({"license": "other"}, "org/small", "declares no licence"),
+        ({"license": "cc-by-nd-4.0"}, "org/small", "forbids sharing a changed copy"),
+        ({"license": "llama3.1"}, "org/small", "the model's name must begin with “Llama”"),
+        ({"license": "llama3"}, "org/Llama-small", "the model's name must begin with “Llama 3”"),
+        ({"license": "llama3.2"}, "llama/Small-Llama", "the model's name must begin with “Llama”"),
+    ],
+)
+def test_licences_that_refuse(folder: Path, fields: dict[str, Any], repo_id: str, message: str) -> None:
+    edit_base(folder, fields)
+    assert message in refusals(folder, repo_id)
+
+
+def edit_base(folder: Path, fields: dict[str, Any]) -> None:
+    lineage = json.loads((folder / "lineage.json").read_text())
+    lineage["base"] |= fields
+    (folder / "lineage.json").write_text(json.dumps(lineage))
+
+
+def test_licences_that_allow(folder: Path) -> None:
+    edit_base(folder, {"license": "llama3.1"})
+    (folder / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT")
+    assert refusals(folder, "org/Llama-small") == ""  # the push writes the NOTICE file
+    assert "NOTICE" in plan(PushRequest(folder, "org/Llama-small")).contents.files
+    assert not (folder / "NOTICE").exists()
+    (folder / "LICENSE").unlink()
+    assert "a copy of it goes along with the model" in refusals(folder, "org/Llama-small")
+    edit_base(folder, {"license": "other", "license_name": "qwen-research"})
+    (folder / "LICENSE").write_text("Qwen RESEARCH LICENSE AGREEMENT")
+    assert refusals(folder) == ""
+    assert "no commercial use" in warnings(folder)
+    edit_base(folder, {"license": "other", "license_name": "house rules", "license_link": "https://example.org/l"})
+    assert refusals(folder) == ""
+    assert "house rules: its duties are not known here; read it (https://example.org/l)" in warnings(folder)
+    edit_base(folder, {"license": None, "license_name": None, "license_link": None})
+    assert refusals(folder, private=True) == ""
+    assert "declares no licence" in warnings(folder, private=True)
+
+
+def test_every_licence_of_the_table() -> None:
+    for key, row in TABLE.items():
+        found = LicenceFound.of({"license": key} if key.count("-") < 2 else {"license": "other", "license_name": key})
+        assert found.row is row
+        assert found.known
+        assert row.title
+        assert row.forbidden or row.duties or key == "cc0-1.0"
+        assert all(duty.endswith(".") for duty in row.duties)
+        if row.built_with:
+            assert any(row.built_with in duty or "built using" in duty for duty in row.duties), key
+        if row.prefix:
+            assert any(f"“{row.prefix}”" in duty for duty in row.duties)
+        if row.non_commercial:
+            assert any("No commercial use" in duty for duty in row.duties)
+    assert LicenceFound.of({"license": "other", "license_name": "Tongyi Qianwen LICENSE AGREEMENT"}).row is not None
+    assert LicenceFound.of({"license": "Apache-2.0"}).row is TABLE["apache-2.0"]
+    assert LicenceFound.of({"license_name": "deepseek"}).row is TABLE["deepseek"]
+
+
+TOKENS = {
+    "a Hugging Face token": "hf_" + "aB3" * 12,
+    "a GitHub token": "ghp_" + "a1B2" * 9,
+    "an AWS key": "AKIA" + "ABCDEFGH12345678",
+    "a Google API key": "AIza" + "x" * 35,
+    "an OpenAI or Anthropic key": "sk-ant-" + "a1" * 20,
+    "a Slack token": "xoxb-" + "1234567890-abcdefghij",
+    "a Weights & Biases key": "WANDB_API_KEY=" + "0a" * 20,
+    "a private key": "-----BEGIN RSA PRIVATE KEY-----",
+    "a bearer token": "Authorization: Bearer " + "abc.DEF-" * 4,
+    "a password in an address": "https://me:hunter2@example.org/x",
+}
+
+
+@pytest.mark.parametrize("what", TOKENS)
+def test_tokens_stay_home(folder: Path, what: str) -> None:
+    (folder / "notes.txt").write_text("one\n" * 400_000 + f"key = '{TOKENS[what]}'\n")  # beyond the first chunk
+    found = refusals(folder)
+    assert f"notes.txt line 400001 holds what looks like {what}" in found
+    assert TOKENS[what] not in found
+
+
+@settings(max_examples=20, deadline=None)
+@given(before=st.text(max_size=50), after=st.text(max_size=50), where=st.integers(0, 3000))
+def test_a_token_is_found_wherever_it_is(
+    before: str, after: str, where: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "haystack.md"
+    token = TOKENS["a Hugging Face token"]
+    # Around the place where two chunks meet.
+    text = "x " * ((1 << 19) - 1500 + where) + f"{before} {token} {after}".replace("\0", "")
+    path.write_bytes(text.encode(errors="replace"))
+    assert [leak.what for leak in leaks.find_tokens([path])] == ["a Hugging Face token"]
+
+
+def test_what_is_no_token(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(
+        json.dumps({"hf_hub": "hf_transfer", "sha256": "0a" * 32, "url": "https://a.b/c@d"})
+    )
+    (tmp_path / "b.bin").write_bytes(b"\0" + TOKENS["an AWS key"].encode())
+    assert list(leaks.find_tokens(sorted(tmp_path.iterdir()))) == []
+
+
+def test_paths_of_somebodys_disk(folder: Path) -> None:
+    edit_base(folder, {"id": "/home/alice/models/llama", "hub_id": None})
+    assert "names the base by a path on your disk, /home/alice/models/llama" in refusals(folder)
+    declare(folder, base_model="org/base")
+    assert refusals(folder) == ""
+    (folder / "notes.txt").write_text("see /home/alice/work\n")
+    assert "notes.txt line 1 tells others the path /home/alice" in warnings(folder)
+
+
+def test_adapters(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = pruned.parent / "base"
+    assert main(["prune", str(base), str(tmp_path / "whole" / "adapter"), "--drop", "2", "--adapter"]) == 0
+    adapter = tmp_path / "whole" / "adapter"
+    declare(adapter, base_model="org/base")
+    assert "from which nobody else can load it" in refusals(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
+    assert refusals(adapter) == ""
+    files = plan(PushRequest(tmp_path / "whole", "org/small", adapter_only=True)).contents.files
+    assert {"adapter_model.safetensors", "adapter_config.json", "lineage.json", "README.md"} <= set(files)
+    assert main(["push", str(pruned), "org/small", "--adapter-only", "--dry-run"]) == 1
+    assert "holds no adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("repo_id", ["small", "a/b/c", "org/..", "org/a b", "-/x", ""])
+def test_names_that_are_none(folder: Path, repo_id: str) -> None:
+    assert "is no name for a repository" in refusals(folder, repo_id)
+
+
+def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file.gguf").write_bytes(b"GGUF")
+    (tmp_path / "empty").mkdir()
+    for name, message in (("file.gguf", "is a file"), ("absent", "does not exist"), ("empty", "has no lineage.json")):
+        assert main(["push", str(tmp_path / name), "org/x", "--dry-run"]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_without_measurements_it_can_be_pushed_and_says_so(folder: Path) -> None:
+    (folder / "metrics.json").unlink()
+    assert refusals(folder) == ""
+    assert "the card will say that nothing was measured" in warnings(folder)
