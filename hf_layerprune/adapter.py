@@ -23,7 +23,7 @@ from .cut import LayerCut, drop_layers
 from .errors import CheckpointError, CutError, LayerPruneError
 from .families.layout import find_decoder_layers, find_output_head
 from .lazy import SAVED, SOURCES, load_pruned
-from .loading import find_adapter, load_base, load_tokenizer, resolve_base
+from .loading import find_adapter, load_base, resolve_base
 from .mapped import copy_by_mapping
 from .prepare import Prepared, needs_dense, prepare
 from .registration import register
@@ -351,11 +351,7 @@ def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     _resolve_drop(config, model.config)
     if families.is_cut(model.config, config.drop_layers, config.num_base_layers):
         raise CutError(f"repair={config.repair!r} is fitted to the dense model, and {base} is cut already")
-    tokens = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if kwargs.get(name)}
-    device = _accelerator()
-    return prepare(
-        config, model, load_tokenizer(base, **tokens), drop_layers=config.drop_layers, device=device, let_go=True
-    )
+    return prepare(config, model, drop_layers=config.drop_layers, device=_accelerator(), let_go=True)
 
 
 def _accelerator() -> str | None:

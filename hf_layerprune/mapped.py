@@ -100,7 +100,7 @@ def copy_by_mapping(module: nn.Module, name: str, sources: Mapping[str, tuple[Pa
                 twin = file.get_tensor(stored)
             if twin.dtype != value.dtype or twin.shape != value.shape:
                 twin = value.detach().clone()
-            memo[id(value)] = nn.Parameter(twin, requires_grad=value.requires_grad)
+            memo[id(value)] = type(value)(twin, requires_grad=value.requires_grad)
         return copy.deepcopy(module, memo)
 
     module.__dict__["__deepcopy__"] = deep_copy

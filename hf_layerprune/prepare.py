@@ -76,12 +76,14 @@ def calibration_of(
     config: LayerDropConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> CalibrationSet:
     """The calibration set that a config names, for a model."""
-    from .calibration import load_calibration
+    from .calibration import SELF, load_calibration
     from .loading import load_tokenizer
 
+    if tokenizer is None and config.calibration != SELF:
+        tokenizer = load_tokenizer(model.name_or_path)
     return load_calibration(
         config.calibration,
-        tokenizer or load_tokenizer(model.name_or_path),
+        tokenizer,
         samples=config.calibration_samples,
         length=config.calibration_length,
         seed=config.seed,

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
-from hf_layerprune.calibration import load_calibration
+from hf_layerprune.calibration import CalibrationSet
 from hf_layerprune.cli import main
 from hf_layerprune.repair import NormalEquations, blocks, find_writers, fit_repair, outputs, solve_ridge
 from hf_layerprune.walk import LayerWalk
@@ -21,7 +21,7 @@ DROP = [3, 4, 6]
 
 
 def calibration(model, samples=12, length=32):
-    return load_calibration("self", None, samples=samples, length=length, seed=1, model=model)
+    return CalibrationSet.of(tiny_input(seed=1, batch=samples, length=length), "random")
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def base(tmp_path):
         ("opt", ["fc2", "self_attn.out_proj"]),
         ("granite", ["mlp.down_proj", "self_attn.o_proj"]),
         ("gemma2", []),  # a norm behind each
-        ("mixtral", ["self_attn.o_proj"]),
+        ("mixtral", []),  # experts write, and what attention writes passes through them as well
     ],
 )
 def test_writers_are_found_by_trying(model_type, names):
@@ -67,10 +67,7 @@ def test_writers_are_found_by_trying(model_type, names):
     batch = walk.begin(tiny_input())
     with walk.layer(0) as run:
         found = find_writers(walk.layers[0], run, batch)
-    if model_type == "mixtral":  # its experts write too, and no single matrix stands for them
-        assert [writer.name for writer in found] == [] or names == [writer.name for writer in found]
-    else:
-        assert [writer.name for writer in found] == names
+    assert [writer.name for writer in found] == names
     gain = getattr(model.config, "residual_multiplier", 1.0)
     assert all(writer.gain == pytest.approx(gain, rel=1e-3) for writer in found)
 
@@ -104,9 +101,9 @@ def test_noise_is_not_fitted():
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "granite", "opt"])
 def test_linear_repair_brings_the_states_behind_the_cut_closer(model_type):
     model = tiny_model(model_type)
-    ids = calibration(model, samples=40)
+    ids = calibration(model, samples=400)
     repair = fit_repair(model, [3, 4], ids)
-    unseen = tiny_input(seed=9, batch=4, length=32)
+    unseen = tiny_input(seed=9, batch=16, length=32)
     wanted = states(model, unseen)[5]
     plain, repaired = copy.deepcopy(model), copy.deepcopy(model)
     cut = drop_layers(plain, [3, 4]).cut
@@ -114,13 +111,13 @@ def test_linear_repair_brings_the_states_behind_the_cut_closer(model_type):
     repair.apply(LayerWalk(repaired).layers, cut.new_index)
     before = (states(plain, unseen)[3] - wanted).square().sum()
     after = (states(repaired, unseen)[3] - wanted).square().sum()
-    assert after < 0.95 * before
+    assert after < 0.9 * before
     assert repair.cuts[0]["unexplained_share"] < 0.95
 
 
 def test_the_map_is_the_least_squares_map_and_nothing_else_changes():
     model = tiny_model("llama")
-    ids = calibration(model, samples=40)
+    ids = calibration(model, samples=400)
     repair = fit_repair(model, [3, 4], ids)
     assert list(repair.tensors) == [(2, "mlp.down_proj.weight")]
 
@@ -140,7 +137,7 @@ def test_the_map_is_the_least_squares_map_and_nothing_else_changes():
 
 def test_behind_a_repaired_cut_the_next_one_sees_the_repaired_states():
     model = tiny_model("llama")
-    ids = calibration(model, samples=40)
+    ids = calibration(model, samples=400)
     both = fit_repair(model, [2, 5], ids)
     alone = fit_repair(model, [5], ids)
     assert list(both.tensors) == [(1, "mlp.down_proj.weight"), (4, "mlp.down_proj.weight")]
@@ -150,20 +147,20 @@ def test_behind_a_repaired_cut_the_next_one_sees_the_repaired_states():
     both.apply(LayerWalk(repaired).layers, cut.new_index)
     plain = copy.deepcopy(model)
     drop_layers(plain, [2, 5])
-    unseen = tiny_input(seed=9, batch=4, length=32)
+    unseen = tiny_input(seed=9, batch=16, length=32)
     wanted = states(model, unseen)[6]
     assert (states(repaired, unseen)[4] - wanted).norm() < (states(plain, unseen)[4] - wanted).norm()
 
 
 def test_a_cut_at_the_tail_aims_at_the_state_before_the_final_norm():
     model = tiny_model("llama")
-    ids = calibration(model, samples=40)
+    ids = calibration(model, samples=400)
     repair = fit_repair(model, [6, 7], ids)
     repaired, plain = copy.deepcopy(model), copy.deepcopy(model)
     cut = drop_layers(repaired, [6, 7]).cut
     repair.apply(LayerWalk(repaired).layers, cut.new_index)
     drop_layers(plain, [6, 7])
-    unseen = tiny_input(seed=9, batch=4, length=32)
+    unseen = tiny_input(seed=9, batch=16, length=32)
     wanted = states(model, unseen)[-1]
     assert (states(repaired, unseen)[-1] - wanted).norm() < (states(plain, unseen)[-1] - wanted).norm()
 

@@ -30,6 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protect-last", type=int, default=0, metavar="N", help="never choose the last N layers")
     parser.add_argument("--contiguous", action="store_true", help="choose layers that lie side by side")
     parser.add_argument("--seed", type=int, default=42, help="for --criterion random (42)")
+    parser.add_argument("--repair", choices=("linear", "magnitude"), help="make up for the cut in closed form")
+    parser.add_argument(
+        "--calibration",
+        default="self",
+        metavar="TEXT",
+        help="what criteria and repair look at: self, a .txt or .jsonl file, or id:split:column on the Hub (self)",
+    )
+    parser.add_argument("--calibration-samples", type=int, default=128, metavar="N", help="rows of it (128)")
+    parser.add_argument("--calibration-length", type=int, default=512, metavar="N", help="tokens a row (512)")
     parser.add_argument(
         "--dtype", choices=options.DTYPES, default="auto", help="of the weights; auto keeps the base's"
     )

@@ -194,13 +194,13 @@ class _Linear(_Fitter):
         for number, (batch, state, feature) in enumerate(zip(batches, self.student, self.features, strict=True)):
             sums = held_out if number % judging == judging - 1 else fitted
             change = batch.hidden.float() - state.float()
-            sums.add(feature.float() * self.writer.gain, change)
+            sums.add(feature.view_as(state).float() * self.writer.gain, change)
         fit = solve_ridge(fitted, held_out)
         identity = torch.eye(width, dtype=fit.change.dtype, device=fit.change.device)
         for name, value in self.writer.folded(identity + fit.change).items():
             self.tensors[first - 1, f"{self.writer.name}.{name}"] = value
         self.student = [
-            (state.float() + self.writer.gain * (feature.float() @ fit.change.float())).to(state.dtype)
+            (state.float() + self.writer.gain * (feature.view_as(state).float() @ fit.change.float())).to(state.dtype)
             for state, feature in zip(self.student, self.features, strict=True)
         ]
         self.features = []

@@ -1,7 +1,7 @@
 """Modules that a repair changed, as an adapter carries them: saved with it, and not trained.
 
 PEFT saves a module of its own and trains it, both through `ModulesToSaveWrapper`, which switches gradients on for
-whatever it copies. A repaired module refuses that, so the layers below the first trained one stay frozen.
+whatever it copies. The parameters of a repaired module refuse that, so the layers below the first trained one stay frozen.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..families.layout import DecoderStack
 from . import Repair
 
 
-class _Frozen:
-    """A module whose parameters never ask for gradients."""
+class _Frozen(nn.Parameter):
+    """A parameter that never asks for gradients, and neither do its copies."""
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         return super().requires_grad_(False)
@@ -26,16 +26,16 @@ class _Frozen:
 
 def freeze(module: nn.Module) -> None:
     """Let a module refuse to be trained. Copies of it refuse as well."""
-    if not isinstance(module, _Frozen):
-        module.__class__ = type(type(module).__name__, (_Frozen, type(module)), {})
-    module.requires_grad_(False)
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(module, name, _Frozen(parameter.data, requires_grad=False))
 
 
 def thaw(model: nn.Module) -> None:
     """Make modules that refuse to be trained plain ones again."""
     for module in model.modules():
-        if isinstance(module, _Frozen):
-            module.__class__ = type(module).__mro__[2]
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, _Frozen):
+                setattr(module, name, nn.Parameter(parameter.data, requires_grad=False))
 
 
 def module_names(repair: Repair, stack: DecoderStack, cut: families.Cut) -> list[str]:

@@ -42,11 +42,10 @@ class NormalEquations:
             features (`torch.Tensor`): `[..., hidden]`, what the map is applied to.
             change (`torch.Tensor`): `[..., hidden]`, what it should give.
         """
-        # Products of a batch in float32, sums over the batches in float64: the batches are what grows.
-        x, z = features.flatten(0, -2).float(), change.flatten(0, -2).float()
-        self.gram += (x.T @ x).to(self.gram)
-        self.moment += (x.T @ z).to(self.moment)
-        self.total += z.double().square().sum().to(self.total)
+        x, z = features.flatten(0, -2).to(self.gram), change.flatten(0, -2).to(self.gram)
+        self.gram += x.T @ x
+        self.moment += x.T @ z
+        self.total += z.square().sum()
         self.tokens += len(x)
 
     def residual(self, solution: torch.Tensor) -> float:

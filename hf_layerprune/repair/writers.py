@@ -131,7 +131,7 @@ def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:
     gains = []
     for scale in (1.0, 4.0):  # a norm behind the module would even out the difference
         added = noise * scale * hidden.float().std().item()
-        with outputs(module, lambda output, added=added: output + added if output.shape == added.shape else None):
+        with outputs(module, lambda output, added=added: _plus(output, added)):
             change = run(hidden, batch).float() - plain
         added = added.float()
         gain = ((change * added).sum() / added.square().sum()).item()
@@ -141,3 +141,8 @@ def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:
     if abs(gains[0] - gains[1]) > _TOLERANCE * abs(gains[0]):
         return None
     return 1.0 if abs(gains[1] - 1) < _ROUNDING else gains[1]
+
+
+def _plus(output: torch.Tensor, added: torch.Tensor) -> torch.Tensor | None:
+    """The sum, also where a family runs its linear modules on `[batch * seq, hidden]`; `None` for experts."""
+    return output + added.view_as(output) if output.numel() == added.numel() else None
