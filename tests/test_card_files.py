@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_layerprune import CheckpointError
+from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.cli import main
 from hf_layerprune.publish import numbers, regions
 from hf_layerprune.publish.declared import front_matter
@@ -138,7 +138,7 @@ def test_what_people_write_stays(tmp_path: Path) -> None:
     lineage = Lineage.of(folder)
     lineage.entries[0]["settings"]["seed"] = 7
     lineage.write(folder)
-    assert write_card(folder, weights=False) == ["README.md"]
+    assert write_card(folder, weights=False)[-1] == "README.md"
     fields, body = front_matter(card.read_text())
     assert fields["widget"] == [{"text": "Hello"}]
     assert fields["tags"] == ["layer-pruning", "depth-pruning", "hf_layerprune", "conversational", "mine"]
@@ -251,7 +251,10 @@ def test_without_matplotlib(
     monkeypatch.undo()
     write_card(folder, weights=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert write_card(folder, weights=False) == []  # the pictures that are there stay
+    assert write_card(folder, weights=False) == []  # the pictures are those of these records
+    (folder / "assets" / "layers.png").write_bytes(b"")
+    with pytest.raises(LayerPruneError, match="plots need matplotlib"):
+        write_card(folder, weights=False)
 
 
 # Numbers.

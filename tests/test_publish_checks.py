@@ -16,7 +16,7 @@ from hf_layerprune.cli import main
 from hf_layerprune.publish import leaks
 from hf_layerprune.publish.hub import PushRequest, plan
 from hf_layerprune.publish.licences import TABLE, LicenceFound
-from hf_layerprune.publish.writing import declare
+from hf_layerprune.publish.writing import declare, write_card
 
 from .publish_records import measure_by_hand
 from .tiny_models import tiny_model
@@ -33,6 +33,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["prune", str(place / "base"), str(place / "out"), "--drop", "2"]) == 0
     declare(place / "out", base_model="org/base")
     measure_by_hand(place / "out")
+    write_card(place / "out")
     return place / "out"
 
 
@@ -181,12 +182,19 @@ TOKENS = {
 }
 
 
-@pytest.mark.parametrize("what", TOKENS)
-def test_tokens_stay_home(folder: Path, what: str) -> None:
-    (folder / "notes.txt").write_text("one\n" * 400_000 + f"key = '{TOKENS[what]}'\n")  # beyond the first chunk
+def test_tokens_stay_home(folder: Path) -> None:
+    (folder / "notes.txt").write_text(
+        "one\n" * 400_000 + f"key = '{TOKENS['an AWS key']}'\n"
+    )  # beyond the first chunk
     found = refusals(folder)
-    assert f"notes.txt line 400001 holds what looks like {what}" in found
-    assert TOKENS[what] not in found
+    assert "notes.txt line 400001 holds what looks like an AWS key" in found
+    assert TOKENS["an AWS key"] not in found
+
+
+@pytest.mark.parametrize("what", TOKENS)
+def test_tokens_of_all_kinds(tmp_path: Path, what: str) -> None:
+    (tmp_path / "notes.txt").write_text(f"a line\nkey = '{TOKENS[what]}'\n")
+    assert [(leak.line, leak.what) for leak in leaks.find_tokens([tmp_path / "notes.txt"])] == [(2, what)]
 
 
 @settings(max_examples=20, deadline=None)

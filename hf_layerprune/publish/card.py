@@ -9,6 +9,7 @@ and every section stands between marks (`regions.py`), so that what people write
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from .references import METHOD, USED, Reference
 from .results import COST, QUALITY, Results, results_of
 
 TEMPLATE = "model_card.md.jinja"
+# Another number has every picture drawn anew.
+_DRAWING = 1
 _MAX_DATASETS = 50
 _MAX_SETTINGS = 60
 
@@ -107,6 +110,14 @@ class Card:
     def pictures(self) -> dict[str, Callable]:
         """What draws each picture, by its name."""
         return plots.pictures(self.history, self.results)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that the pictures are drawn from."""
+        records = [self.history.lineage.entries]
+        if self.results is not None:
+            records += [self.results.metrics.models, self.results.metrics.results]
+        return hashlib.sha256(json.dumps([_DRAWING, *records], sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def metadata(self) -> dict[str, Any]:

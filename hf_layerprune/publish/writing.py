@@ -7,12 +7,11 @@ README.md keeps what people wrote around our marks, and the YAML fields that the
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from pathlib import Path
 
-from ..errors import CheckpointError, LayerPruneError
+from ..errors import CheckpointError
 from ..files import write_text
 from ..measure.records import Metrics
 from . import metadata, regions
@@ -20,8 +19,7 @@ from .card import Card
 from .declared import CARD, front_matter
 from .licences import NOTICE, is_licence_file
 from .lineage import Lineage
-
-logger = logging.getLogger(__name__)
+from .stamps import stamp, stamped
 
 ASSETS = "assets"
 EVAL_RESULTS = ".eval_results"
@@ -192,22 +190,19 @@ def _write(folder: Path, name: str, text: str) -> list[str]:
 
 
 def _draw(card: Card, folder: Path) -> list[str]:
+    """Draw what is missing or was drawn from other records."""
     assets = folder / ASSETS
     changed: list[str] = []
-    wanted = card.pictures
+    wanted, digest = card.pictures, card.digest
     assets.mkdir(exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=assets, prefix=".drawing-") as place:
-            for name, draw in wanted.items():
-                new, path = Path(place, f"{name}.png"), assets / f"{name}.png"
+    with tempfile.TemporaryDirectory(dir=assets, prefix=".drawing-") as place:
+        for name, draw in wanted.items():
+            new, path = Path(place, f"{name}.png"), assets / f"{name}.png"
+            if stamped(path) != digest:
                 draw(new)
-                if not path.is_file() or path.read_bytes() != new.read_bytes():
-                    os.replace(new, path)
-                    changed.append(f"{ASSETS}/{name}.png")
-    except LayerPruneError as error:
-        if not all((assets / f"{name}.png").is_file() for name in wanted):
-            raise
-        logger.warning("the pictures stay as they are: %s", error)
+                stamp(new, digest)
+                os.replace(new, path)
+                changed.append(f"{ASSETS}/{name}.png")
     for name in PICTURES:
         if name not in wanted and (assets / f"{name}.png").is_file():
             (assets / f"{name}.png").unlink()
