@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -47,6 +47,7 @@ def compare(
     hashes: dict[str, str],
     reference: Reference,
     may_differ: Callable[[str], bool],
+    kept: Sequence[int],
     *,
     rename: Callable[[str], str] = lambda name: name,
     local: bool = True,
@@ -59,6 +60,7 @@ def compare(
         hashes (`dict[str, str]`): The sha256 of each of them, where reading a file costs more than hashing it anew.
         reference (`Reference`): What its tensors have to be.
         may_differ (`Callable[[str], bool]`): Which tensors a station says it changed.
+        kept (`Sequence[int]`): The base's indices of the model's layers.
         rename (`Callable[[str], str]`): From a tensor's name in the files to its name in the reference.
         local (`bool`): Whether reading the model costs no network.
         quick (`bool`): Compare names, types and shapes alone.
@@ -96,7 +98,8 @@ def compare(
             by_hash = not local and expected is not None and len(items) == len(header.tensors)
             if by_hash and _whole(header, items, expected, may_differ, found, bar.update):
                 continue
-            _one_by_one(header, items, reference, may_differ, found, bar.update)
+            wrong = _one_by_one(header, items, may_differ, found, bar.update)
+            found.wrong |= _explained(header, wrong, reference, kept)
     found.read = total
     return found
 
@@ -151,11 +154,12 @@ def _own(source: Source, header: Header, tensor: Tensor) -> Iterator[bytes]:
 def _one_by_one(
     header: Header,
     items: list[tuple[str, Tensor, Origin]],
-    reference: Reference,
     may_differ: Callable[[str], bool],
     found: Comparison,
     advance: Callable[[int], object],
-) -> None:
+) -> list[tuple[str, Tensor, str]]:
+    """Compare tensors, and return those that should not differ and do."""
+
     def difference(item: tuple[str, Tensor, Origin]) -> str | None:
         _, tensor, origin = item
         told = _difference(_own(header.source, header, tensor), _in_step(origin, tensor), tensor)
@@ -172,7 +176,7 @@ def _one_by_one(
             found.changed.append(name)
         else:
             wrong.append((name, tensor, told))
-    found.wrong |= _explained(header, wrong, reference)
+    return wrong
 
 
 def _in_step(origin: Origin, tensor: Tensor) -> Iterator[bytes]:
@@ -212,7 +216,9 @@ def _element(position: int, tensor: Tensor) -> str:
     return str(found[::-1])
 
 
-def _explained(header: Header, wrong: list[tuple[str, Tensor, str]], reference: Reference) -> dict[str, str]:
+def _explained(
+    header: Header, wrong: list[tuple[str, Tensor, str]], reference: Reference, kept: Sequence[int]
+) -> dict[str, str]:
     """What is wrong with each tensor; of a layer that is another layer of the base, once for all of them."""
     by_layer: dict[tuple[str, int], list[tuple[str, Tensor, str]]] = {}
     found = {}
@@ -224,8 +230,9 @@ def _explained(header: Header, wrong: list[tuple[str, Tensor, str]], reference: 
             by_layer.setdefault((match["prefix"], int(match["index"])), []).append((name, tensor, told))
     for (prefix, index), items in by_layer.items():
         other = _source_layer(header, prefix, items, reference.others)
+        here = kept[index] if index < len(kept) else index
         for name, _, told in items:
-            found[name] = told if other is None else f"is the base's layer {other}, in the place of layer {index}"
+            found[name] = told if other is None else f"is the base's layer {other}, in the place of layer {here}"
     return found
 
 

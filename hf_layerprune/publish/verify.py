@@ -137,7 +137,7 @@ def verify(
         with place.headers() as headers, open_reference(history, source) as reference:
             rename, may_differ = _rules(place, history)
             found.comparison = compare(
-                headers, hashes, reference, may_differ, rename=rename, local=place.local, quick=quick
+                headers, hashes, reference, may_differ, history.kept, rename=rename, local=place.local, quick=quick
             )
             _tied(found.comparison, reference, quick)
     except LayerPruneError as error:
@@ -215,8 +215,8 @@ def _check_base(source: Base, history: History, found: Verified) -> None:
     told = history.lineage.base.get("files") or {}
     differ = source.differences(told)
     where = f"{source.name} at {source.hub.commit[:12]}" if source.hub else source.name
-    if not told:
-        found.say(False, "base", f"{LINEAGE} has no hashes of the base's files")
+    if not any(name.endswith((".safetensors", ".gguf")) for name in told):
+        found.say(False, "base", f"{LINEAGE} has no hashes of the base's weights")
     elif differ:
         found.say(False, "base", f"{where} is not the base that {LINEAGE} names: {', '.join(differ[:3])} differ")
     else:

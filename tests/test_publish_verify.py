@@ -1,0 +1,347 @@
+"""`verify` says yes to what is what it says, and of what was tampered with, which and what."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_layerprune.cli import main
+from hf_layerprune.publish.lineage import Lineage, fingerprint, weights_hash
+from hf_layerprune.publish.verify import Verified, verify
+
+from .publish_records import measure_by_hand
+from .tiny_models import tiny_model
+
+Q3, Q4 = (f"model.layers.{i}.self_attn.q_proj.weight" for i in (3, 4))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of 8 layers, what is left of it without 2 and 5, and the same in one file."""
+    place = tmp_path_factory.mktemp("verify")
+    model = tiny_model("llama")
+    model.save_pretrained(place / "base", max_shard_size="100KB")
+    model.save_pretrained(place / "single")
+    for name in ("base", "single"):
+        assert main(["prune", str(place / name), str(place / f"{name}-cut"), "--drop-layers", "2,5"]) == 0
+    return place
+
+
+@pytest.fixture
+def cut(place: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(place / "single-cut", tmp_path / "cut"))
+
+
+def said(found: Verified, good: bool | None = None) -> str:
+    return "\n".join(f"{line.what}: {line.text}" for line in found.lines if good in (None, line.good))
+
+
+def edit(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], None], *, record: dict[str, Any] | None = None
+) -> None:
+    """Change tensors; with a record, as a station that says so."""
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    if record is not None:
+        Lineage.of(folder).record(folder, {"station": "heal", "settings": {}} | record)
+
+
+def claim(folder: Path) -> None:
+    """Make a folder's lineage say that its weights are those of its last station."""
+    lineage = Lineage.of(folder)
+    lineage.entries[-1]["weights"] = weights_hash(fingerprint(folder))
+    lineage.write(folder)
+
+
+def flip(folder: Path, name: str, element: int = 0, bit: int = 1) -> None:
+    """Turn one bit of one tensor in the file."""
+    from hf_layerprune.checkpoint.header import read_header
+    from hf_layerprune.files import LocalFile
+
+    path = folder / "model.safetensors"
+    with LocalFile(path) as file:
+        header = read_header(file)
+    (tensor,) = (tensor for tensor in header.tensors if tensor.name == name)
+    data = bytearray(path.read_bytes())
+    data[header.data_start + tensor.start + 4 * element] ^= bit
+    path.write_bytes(data)
+
+
+# Yes.
+
+
+@pytest.mark.parametrize("name", ["base-cut", "single-cut"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_plain_cut(place: Path, name: str, quick: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(place / name), *(["--quick"] if quick else [])]) == 0
+    out = capsys.readouterr().out
+    assert "layers 2,5 of 8 dropped, 6 left (prune)" in out
+    if quick:
+        assert "YES, so far: headers and hashes" in out
+    else:
+        assert "57 are the base's, to the last bit (" in out
+        assert out.splitlines()[-1] == f"YES: {place / name} is what it says"
+
+
+def test_with_numbers_and_after_a_second_cut(place: Path, tmp_path: Path) -> None:
+    assert main(["prune", str(place / "base-cut"), str(tmp_path / "again"), "--drop-layers", "0"]) == 0
+    measure_by_hand(tmp_path / "again")
+    found = verify(tmp_path / "again")
+    assert found.good, said(found)
+    assert "layers 0,2,5 of 8 dropped, 5 left (prune, prune)" in said(found)
+    assert "metrics: 2 numbers, of these weights" in said(found)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_moe", "gemma3n_text", "gpt2"])
+def test_other_architectures(model_type: str, tmp_path: Path) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "1,2"]) == 0
+    found = verify(tmp_path / "cut")
+    assert found.good, said(found)
+
+
+def test_weights_that_were_converted(place: Path, tmp_path: Path) -> None:
+    words = ["--drop-layers", "2,5", "--dtype", "bfloat16"]
+    assert main(["prune", str(place / "base"), str(tmp_path / "half"), *words]) == 0
+    found = verify(tmp_path / "half")
+    assert found.good, said(found)
+    assert "57 are those that the same cut of the base gives again" in said(found)
+    flip(tmp_path / "half", Q3)
+    claim(tmp_path / "half")
+    found = verify(tmp_path / "half")
+    assert f"tensors: {Q3} differs from the base's in 1 of" in said(found, False)
+
+
+def test_what_stations_changed_is_listed(cut: Path) -> None:
+    names = [Q3, "model.layers.3.mlp.down_proj.weight", "model.norm.weight"]
+
+    def train(tensors: dict[str, torch.Tensor]) -> None:
+        for name in names[1:]:
+            tensors[name] += 1
+
+    edit(cut, train, record={"changed_tensors": names})
+    found = verify(cut)
+    assert found.good, said(found)
+    assert "changed: heal: model.layers.3: mlp.down_proj.weight" in said(found)  # and not q_proj, which is the base's
+    assert "changed: heal: model.norm.weight" in said(found)
+    assert "55 are the base's" in said(found)
+    assert "2 were changed, as lineage.json says" in said(found)
+
+
+def test_names_follow_a_later_cut(cut: Path, tmp_path: Path) -> None:
+    edit(cut, lambda tensors: tensors[Q3].add_(1), record={"changed_tensors": [Q3]})
+    assert main(["prune", str(cut), str(tmp_path / "later"), "--drop-layers", "1"]) == 0
+    found = verify(tmp_path / "later")
+    assert found.good, said(found)
+    assert "changed: heal: model.layers.2: self_attn.q_proj.weight" in said(found)
+
+
+def test_a_head_that_came_apart_from_the_embeddings(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "base")
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop", "2"]) == 0
+    assert verify(tmp_path / "cut").good
+
+    def untie(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    edit(tmp_path / "cut", untie)
+    claim(tmp_path / "cut")
+    assert "tensors: lm_head.weight is no tensor of the base" in said(verify(tmp_path / "cut"), False)
+    lineage = Lineage.of(tmp_path / "cut")
+    lineage.record(tmp_path / "cut", {"station": "heal", "settings": {}, "changed_tensors": ["lm_head.weight"]})
+    found = verify(tmp_path / "cut")
+    assert found.good, said(found)
+
+
+def test_a_tied_head_that_the_base_stores_twice(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop", "2"]) == 0
+    edit(tmp_path / "cut", lambda tensors: tensors.pop("lm_head.weight"))  # as transformers saves it
+    claim(tmp_path / "cut")
+    found = verify(tmp_path / "cut")
+    assert found.good, said(found)
+
+
+def test_an_adapter(place: Path, tmp_path: Path) -> None:
+    words = ["--drop-layers", "2,5", "--adapter", "--tune-layers", "1"]
+    assert main(["prune", str(place / "base"), str(tmp_path / "small"), *words]) == 0
+    found = verify(tmp_path / "small")
+    assert found.good, said(found)
+    path = tmp_path / "small" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, path)
+    claim(tmp_path / "small")
+    found = verify(tmp_path / "small")
+    assert found.good, said(found)
+    assert f"{len(tensors)} were changed" in said(found)
+    save_file(tensors | {"base_model.model.model.layers.0.mlp.up_proj.weight": torch.ones(48, 32)}, path)
+    claim(tmp_path / "small")
+    found = verify(tmp_path / "small")
+    assert "tensors: model.layers.0.mlp.up_proj.weight differs from the base's" in said(found, False)
+
+
+def test_a_base_that_has_moved(place: Path, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lineage = Lineage.of(cut)
+    lineage.base["id"] = str(tmp_path / "gone")
+    lineage.write(cut)
+    found = verify(cut)
+    assert not found.good
+    assert "base: the base, gone, is not here; say where it is with --base" in said(found, False)
+    found = verify(cut, base=str(place / "single"))
+    assert found.good, said(found)
+
+
+# No.
+
+
+def test_one_bit(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(cut, Q3, element=33, bit=0x10)
+    assert main(["verify", str(cut)]) == 1
+    out = capsys.readouterr().out
+    assert "NO   weights   their hash is " in out
+    assert f"NO   tensors   {Q3} differs from the base's in 1 of 4,096 bytes, first in element [1, 1]" in out
+    assert out.splitlines()[-1].startswith("NO: ")
+    claim(cut)  # whoever edits the lineage, too, gets no further
+    assert main(["verify", str(cut)]) == 1
+    assert f"{Q3} differs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_one_bit_outside_the_layers(cut: Path, name: str) -> None:
+    flip(cut, name, element=1)
+    claim(cut)
+    assert said(verify(cut), False).startswith(f"tensors: {name} differs from the base's in 1 of")
+
+
+def test_two_layers_swapped(cut: Path) -> None:
+    def swap(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.3.")]:
+            other = name.replace(".3.", ".4.", 1)
+            tensors[name], tensors[other] = tensors[other], tensors[name]
+
+    edit(cut, swap)
+    claim(cut)
+    # Layers 3 and 4 are the base's 4 and 6.
+    assert said(verify(cut), False).splitlines() == [
+        "tensors: model.layers.3 is the base's layer 6, in the place of layer 4",
+        "tensors: model.layers.4 is the base's layer 4, in the place of layer 6",
+    ]
+
+
+def test_a_dropped_layer_in_the_place_of_another(place: Path, cut: Path) -> None:
+    dense = load_file(place / "single" / "model.safetensors")
+
+    def put(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.0.")]:
+            tensors[name] = dense[name.replace(".0.", ".5.", 1)].clone()
+
+    edit(cut, put)
+    claim(cut)
+    assert said(verify(cut), False) == "tensors: model.layers.0 is the base's layer 5, in the place of layer 0"
+
+
+def change_lineage(cut: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    data = json.loads((cut / "lineage.json").read_text())
+    change(data)
+    (cut / "lineage.json").write_text(json.dumps(data))
+
+
+def set_drop(data: dict[str, Any]) -> None:
+    data["entries"][0]["settings"]["drop_layers"] = [1, 5]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (set_drop, "config: config.json says that layers 2,5 of 8 dropped, and lineage.json says 1,5 of 8: one was edited"),
+    (set_drop, "tensors: model.layers.1 is the base's layer 1, in the place of layer 2"),
+    (lambda data: data["entries"][0].update(weights="0" * 64), "weights: their hash is "),
+    (lambda data: data["entries"].clear(), "lineage: lineage.json does not say how many layers the base has"),
+    (lambda data: data["entries"].append(data["entries"][0]), "lineage: lineage.json says that 6 layers were left"),
+    (lambda data: data["base"]["files"]["model.safetensors"].update(sha256="0" * 64), "is not the base that"),
+    (lambda data: data["base"]["files"].pop("model.safetensors"), "has no hashes of the base's weights"),
+    (lambda data: data["base"].pop("files"), "base: lineage.json has no hashes of the base's weights"),
+    (lambda data: data["base"].update(id="no/such/base"), "is not here"),
+    (lambda data: data.update(schema_version=2), "schema version 2"),
+    (lambda data: data["entries"][0]["layers"].update(base=9, left=7), "lineage.json"),
+])  # fmt: skip
+def test_an_edited_lineage(cut: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    change_lineage(cut, change)
+    found = verify(cut)
+    assert not found.good
+    assert message in said(found, False)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda cut: (cut / "lineage.json").unlink(), "has no lineage.json"),
+    (lambda cut: (cut / "model.safetensors").write_bytes(b"12345678"), "tensors: "),
+    (lambda cut: edit(cut, lambda tensors: tensors.pop(Q3)), f"tensors: {Q3} is missing"),
+    (lambda cut: edit(cut, lambda tensors: tensors.update(extra=torch.ones(1))), "tensors: extra is no tensor of"),
+    (lambda cut: edit(cut, lambda tensors: tensors.update({Q3: tensors[Q3].half()})),
+     f"tensors: {Q3} is F16[32, 32], and the base's is F32[32, 32]"),
+    (lambda cut: edit(cut, lambda tensors: tensors.update({Q3: tensors[Q3].reshape(16, 64)})), "is F32[16, 64], and"),
+])  # fmt: skip
+def test_other_damage(cut: Path, change: Callable[[Path], Any], message: str) -> None:
+    change(cut)
+    found = verify(cut)
+    assert not found.good
+    assert message in said(found, False)
+
+
+def test_an_edited_config(cut: Path) -> None:
+    config = json.loads((cut / "config.json").read_text())
+    config["rms_norm_eps"] = 0.5
+    (cut / "config.json").write_text(json.dumps(config))
+    assert said(verify(cut), False) == (
+        "config: config.json is not what the cut leaves of the base's: rms_norm_eps is 0.5 and was 1e-06"
+    )
+
+
+def test_numbers_of_other_weights(cut: Path) -> None:
+    measure_by_hand(cut)
+    assert verify(cut).good
+    metrics = (cut / "metrics.json").read_text()
+    own = json.loads(metrics)["weights"]
+    (cut / "metrics.json").write_text(metrics.replace(own, "0" * 64))
+    assert "metrics: metrics.json was measured on other weights" in said(verify(cut), False)
+
+
+def test_changes_that_no_station_tells_of(cut: Path) -> None:
+    edit(cut, lambda tensors: [tensors[name].add_(1) for name in (Q3, Q4)], record={"changed_tensors": [Q4]})
+    found = verify(cut)
+    assert not found.good
+    assert f"{Q3} differs from the base's in" in said(found, False)
+    assert Q4 not in said(found, False)
+
+
+def test_a_base_that_was_changed_since(place: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(place / "single", tmp_path / "base"))
+    assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "2,5"]) == 0
+    flip(base, "model.layers.2.mlp.up_proj.weight")  # of a dropped layer
+    found = verify(tmp_path / "cut")
+    assert not found.good
+    assert "is not the base that lineage.json names: model.safetensors differ" in said(found, False)
+    assert "57 are the base's" in said(found)
+
+
+@pytest.mark.parametrize("name", ["absent", "file.txt"])
+def test_no_model_at_all(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file.txt").write_text("")
+    assert main(["verify", str(tmp_path / name)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
