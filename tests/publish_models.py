@@ -21,7 +21,8 @@ def base_on_hub(hub: HubServer, place: Path, name: str = "org/base", card: str =
     if not folder.exists():
         tiny_model("llama").save_pretrained(folder, max_shard_size="100KB")
         words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(128)}, unk_token="w0"))
-        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2", pad_token="w0")
+        tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card)
         (folder / "LICENSE").write_text("The MIT License\n")
     hub.repos[name] = Repo(folder)

@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"nothing has changed: {done.pull_request or done.url} is at {done.commit[:12]} already")
     else:
         gone = f", removed {', '.join(done.removed)}" if done.removed else ""
-        print(f"pushed {len(done.added)} files{gone}: {done.pull_request or done.url} ({done.commit[:12]})")
+        print(
+            f"pushed {len(done.added)} file{'s' * (len(done.added) != 1)}{gone}: {done.pull_request or done.url} ({done.commit[:12]})"
+        )
     if args.space:
         _push_space(args, made, secret)
     return 0

@@ -126,7 +126,7 @@ def _weights(subject: Subject) -> Outcome:
         size = numbers.size(sum(contents.files[name] for name in contents.weights))
         yield (
             OK,
-            f"{len(contents.weights)} files, {size}, as {lineage.entries[-1].get('station')} left them ({own[:12]})",
+            f"{size} in {len(contents.weights)} file{'s' * (len(contents.weights) > 1)}, as {lineage.entries[-1].get('station')} left them ({own[:12]})",
         )
 
 

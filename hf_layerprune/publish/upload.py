@@ -113,7 +113,7 @@ def log_in(token: str | bool | None = None) -> tuple[HfApi, dict[str, Any]]:
     if not token:
         raise PushError("there is no token; log in with `hf auth login`, or set HF_TOKEN")
     api = HfApi(token=token)
-    with push_errors("the Hub", None):
+    with push_errors("", None):
         user = _patiently(api.whoami, "the Hub")
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PushError(
@@ -319,7 +319,7 @@ def push_errors(repo_id: str, user: dict[str, Any] | None, kind: str = "model") 
     """Turn what the client raises into one line that says what, where, and the way out.
 
     Args:
-        repo_id (`str`): The repository.
+        repo_id (`str`): The repository; empty where it is about the user alone.
         user (`dict[str, Any]`, *optional*): What the Hub says of the user.
         kind (`str`, *optional*, defaults to `"model"`): What the repository is.
 
@@ -338,7 +338,7 @@ def push_errors(repo_id: str, user: dict[str, Any] | None, kind: str = "model") 
         error = _cause(raised)
         if isinstance(error, httpx2.TransportError | errors.OfflineModeIsEnabled):
             raise UnreachableError(
-                f"can't reach the Hub for {repo_id} ({first_line(error)}); run the same command again: what has "
+                f"can't reach the Hub{f' for {repo_id}' if repo_id else ''} ({first_line(error)}); run the same command again: what has "
                 "arrived is not sent again"
             ) from raised
         if isinstance(error, errors.HFValidationError):
@@ -359,7 +359,7 @@ def _refused(error: Any, repo_id: str, user: dict[str, Any] | None, kind: str) -
         after = error.response.headers.get("Retry-After")
         later = f" in {after} s" if status == 429 and after else " later"
         return UnreachableError(
-            f"the Hub answers {status} for {repo_id}; run the same command again{later}: what has arrived is not sent "
+            f"the Hub answers {status}{f' for {repo_id}' if repo_id else ''}; run the same command again{later}: what has arrived is not sent "
             "again"
         )
     if isinstance(error, errors.RevisionNotFoundError):

@@ -1,0 +1,357 @@
+"""Models go over the Hub and come back: run by `test_publish_hub.py` in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.hub_server import HubServer
+from tests.publish_child import TOKEN, finish, start
+
+READER = "hf_reads_only_and_may_propose_0000"
+FOUND: dict[str, dict[str, Any]] = {}
+SCENARIOS: list[Callable[[HubServer, Path, dict[str, Any]], None]] = []
+
+
+def scenario(run: Callable[[HubServer, Path, dict[str, Any]], None]) -> Callable:
+    """Note a function that fills in what it found."""
+    SCENARIOS.append(run)
+    return run
+
+
+def cli(*words: object) -> tuple[int, str]:
+    """The command line: exit code, and what it printed."""
+    from hf_layerprune.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(word) for word in words])
+    return code, out.getvalue() + err.getvalue()
+
+
+def files(hub: HubServer, repo: str, revision: str = "main") -> dict[str, bytes]:
+    """What a repository holds."""
+    found = hub.repos[repo].at(revision).files
+    return {name: file.path.read_bytes() for name, file in found.items() if name != ".gitattributes"}
+
+
+def local(folder: Path) -> dict[str, bytes]:
+    """What a folder holds."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def head(hub: HubServer, repo: str) -> str:
+    """The newest commit."""
+    return hub.repos[repo].at("main").id
+
+
+def stored(hub: HubServer) -> int:
+    """How many files went to storage."""
+    return sum(one.method == "PUT" and one.status == 200 for one in hub.log)
+
+
+@scenario
+def push_and_load(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = place / "model"
+    out["first"] = cli("push", folder, "org/model")
+    out["same"] = files(hub, "org/model") == local(folder)
+    out["names"] = sorted(files(hub, "org/model"))
+    out["parent"] = hub.repos["org/model"].at(hub.repos["org/model"].at("main").parent).title
+    out["card"] = files(hub, "org/model")["README.md"].decode()
+    before = head(hub, "org/model")
+    hub.reset()
+    out["second"] = cli("push", folder, "org/model")
+    out["again"] = [head(hub, "org/model") == before, stored(hub)]
+    # What was pushed, through transformers.
+    model, here = (AutoModelForCausalLM.from_pretrained(name).eval() for name in ("org/model", folder))
+    ids = torch.tensor([[1, 5, 9, 17, 33, 60]])
+    out["logits"] = bool(torch.equal(model(ids).logits, here(ids).logits))
+    out["words"] = len(AutoTokenizer.from_pretrained("org/model"))
+
+
+@scenario
+def train_what_was_pushed(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    settings = SFTConfig(
+        output_dir=str(place / "trained"), max_steps=1, per_device_train_batch_size=1, report_to=[], use_cpu=True,
+        save_strategy="no", bf16=False, gradient_checkpointing=False, model_init_kwargs={"dtype": torch.float32},
+    )  # fmt: skip
+    rows = Dataset.from_dict({"text": ["w1 w2 w3 w4 w5 w6"] * 2})
+    trainer = SFTTrainer("org/model", args=settings, train_dataset=rows)
+    out["loss"] = trainer.train().training_loss
+
+
+@scenario
+def verify_what_was_pushed(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    # Another machine: its cache is empty, and it has no folder.
+    shutil.rmtree(place / "home", ignore_errors=True)
+    hub.reset()
+    out["yes"] = cli("verify", "org/model")
+    weights = [one for one in hub.log if one.path.endswith(".safetensors")]
+    out["of the model"] = sum(one.sent for one in weights if "/org/model/" in one.path)
+    out["of the base"] = sum(one.sent for one in weights if "/org/base/" in one.path)
+    out["kept"] = sum(path.stat().st_size for path in (place / "model").glob("*.safetensors"))
+    hub.reset()
+    out["quick"] = cli("verify", "org/model", "--quick")
+    out["quick bytes"] = hub.bytes_served(".safetensors")
+    commit = head(hub, "org/model")
+    _tamper(hub, place)
+    out["no"] = cli("verify", "org/model")
+    out["old"] = cli("verify", "org/model", "--revision", commit)
+    shutil.rmtree(place / "tampered")
+    cli("push", place / "model", "org/model")
+
+
+def _tamper(hub: HubServer, place: Path) -> None:
+    """Turn a bit of a weight file on the Hub, behind the records' back."""
+    from huggingface_hub import HfApi
+
+    from hf_layerprune.publish.lineage import Lineage, fingerprint, weights_hash
+
+    folder = Path(shutil.copytree(place / "model", place / "tampered"))
+    path = sorted(folder.glob("*.safetensors"))[1]
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+    lineage = Lineage.of(folder)
+    lineage.entries[-1]["weights"] = weights_hash(fingerprint(folder))
+    lineage.write(folder)
+    HfApi().upload_folder(repo_id="org/model", folder_path=folder)
+
+
+@scenario
+def a_newer_model(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    """Other weights in fewer files, and new numbers alone."""
+    older, folder = place / "older", place / "model"
+    cli("push", folder, "org/next")
+    hub.reset()
+    out["first"] = cli("push", older, "org/next")
+    out["same"] = files(hub, "org/next") == local(older)
+    metrics = json.loads((older / "metrics.json").read_text())
+    metrics["results"][1]["value"] = 0.42
+    (older / "metrics.json").write_text(json.dumps(metrics))
+    hub.reset()
+    out["numbers"] = cli("push", older, "org/next")
+    out["stored"] = [one.path.rpartition("/")[2] for one in hub.log if one.method == "PUT"]
+    out["card"] = "42.0" in files(hub, "org/next")["README.md"].decode()
+
+
+@scenario
+def branches_and_proposals(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    folder = place / "model"
+    out["branch"] = cli("push", folder, "org/side", "--revision", "try/1")
+    out["main"] = sorted(files(hub, "org/side"))
+    out["side"] = files(hub, "org/side", "try/1") == local(folder)
+    out["branch again"] = cli("push", folder, "org/side", "--revision", "try/1")
+
+    cli("push", place / "older", "org/open")
+    before = head(hub, "org/open")
+    hub.tokens[READER] = None
+    from huggingface_hub import HfApi
+
+    from hf_layerprune.publish import upload
+
+    # Somebody without rights proposes.
+    api = HfApi(token=READER)
+    job = upload.Upload("org/open", {"config.json": folder / "config.json"}, create_pr=True, message="Mine")
+    out["reader"] = upload.upload(job, api, {"name": "somebody"}).pull_request
+    out["proposed"] = cli("push", folder, "org/open", "--create-pr")
+    out["proposed again"] = cli("push", folder, "org/open", "--create-pr")
+    out["untouched"] = head(hub, "org/open") == before
+    out["pulls"] = sorted(hub.repos["org/open"].pulls)
+    hub.repos["org/open"].merge(2)
+    out["merged"] = files(hub, "org/open") == local(folder)
+    out["nothing to do"] = cli("push", folder, "org/open")
+    out["of nothing"] = cli("push", folder, "org/absent", "--create-pr")
+    out["no branch"] = cli("push", folder, "org/open", "--revision", "refs/pr/9")
+
+
+@scenario
+def private(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    folder = place / "model"
+    out["made"] = cli("push", folder, "org/secret", "--private")
+    out["private"] = "org/secret" in hub.private
+    out["again"] = cli("push", folder, "org/secret", "--private")
+    out["seen"] = cli("verify", "org/secret")
+    out["public"] = cli("push", folder, "org/model", "--private")
+
+
+@scenario
+def two_authors(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    """Somebody edits the card on its page."""
+    from huggingface_hub import HfApi
+
+    api, folder = HfApi(), Path(shutil.copytree(place / "model", place / "shared"))
+    cli("push", folder, "org/shared")
+
+    def edit(old: str, new: str) -> None:
+        text = files(hub, "org/shared")["README.md"].decode()
+        assert old in text
+        api.upload_file(
+            repo_id="org/shared", path_in_repo="README.md", path_or_fileobj=text.replace(old, new).encode()
+        )
+
+    edit("end summary -->\n", "end summary -->\n\nTry it on poems.\n")
+    edit("tags:\n", "widget:\n- text: Hi\ntags:\n- poems\n")
+    out["unchanged"] = cli("push", folder, "org/shared")
+    out["kept"] = files(hub, "org/shared")["README.md"].decode()
+    out["taken over"] = (folder / "README.md").read_bytes() == files(hub, "org/shared")["README.md"]
+    edit("poems.", "long poems.")
+    out["both"] = cli("push", folder, "org/shared")
+    edit("long poems.", "poems.")
+    edit("## Limits\n", "## Limits\n\n- None.\n")
+    before = head(hub, "org/shared")
+    out["inside"] = cli("push", folder, "org/shared")
+    out["safe"] = head(hub, "org/shared") == before
+    out["overwritten"] = cli("push", folder, "org/shared", "--overwrite-card")
+    out["after"] = files(hub, "org/shared")["README.md"].decode()
+
+
+@scenario
+def their_own_card(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    """A repository with a card before us, and one with the template that nobody filled in."""
+    from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+    api = HfApi()
+    for name, text in (
+        ("org/mine", "---\nthumbnail: x.png\n---\n# Mine\n\nWords.\n"),
+        ("org/plain", str(ModelCard.from_template(ModelCardData()))),
+    ):
+        api.create_repo(name)
+        api.upload_file(repo_id=name, path_in_repo="README.md", path_or_fileobj=text.encode())
+        api.upload_file(repo_id=name, path_in_repo="photo.jpg", path_or_fileobj=b"\xff\xd8\0")
+        folder = Path(shutil.copytree(place / "model", place / name.replace("/", "-")))
+        (folder / "README.md").unlink(missing_ok=True)
+        out[name] = cli("push", folder, name)
+        out[f"{name} card"] = files(hub, name)["README.md"].decode()
+        out[f"{name} photo"] = "photo.jpg" in files(hub, name)
+
+
+@scenario
+def the_libraries_push(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    """`model.push_to_hub` into a repository that has our card."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    import hf_layerprune  # noqa: F401  (tells PEFT of the method)
+    from hf_layerprune.publish.declared import front_matter
+
+    cli("push", place / "model", "org/libs")
+    before = files(hub, "org/libs")["README.md"].decode()
+    model = AutoModelForCausalLM.from_pretrained("org/libs")
+    model.push_to_hub("org/libs")
+    after = files(hub, "org/libs")["README.md"].decode()
+    out["model"] = [
+        front_matter(before)[0] == front_matter(after)[0],
+        front_matter(before)[1] == front_matter(after)[1],
+    ]
+    out["verified"] = cli("verify", "org/libs")
+
+    adapter = place / "adapter"
+    code = cli("prune", "org/base", adapter, "--drop", "2", "--adapter", "--tune-layers", "1")
+    out["adapter"] = [code, cli("push", adapter, "org/small", "--adapter-only")]
+    before = files(hub, "org/small")["README.md"].decode()
+    out["names"] = sorted(files(hub, "org/small"))
+    loaded = AutoPeftModelForCausalLM.from_pretrained("org/small")
+    out["layers"] = loaded.get_base_model().config.num_hidden_layers
+    out["small"] = cli("verify", "org/small")
+    loaded.push_to_hub("org/small")
+    after = files(hub, "org/small")["README.md"].decode()
+    out["peft"] = [
+        front_matter(before)[0] == front_matter(after)[0],
+        front_matter(before)[1] == front_matter(after)[1],
+    ]
+
+
+@scenario
+def verify_fails_clearly(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo("org/empty")
+    out["absent"] = cli("verify", "org/absent")
+    out["empty"] = cli("verify", "org/empty")
+    out["revision"] = cli("verify", "org/model", "--revision", "nope")
+    hub.gated.add("org/model")
+    hub.writers, hub.tokens = {}, {READER: []}
+    import os
+
+    os.environ["HF_TOKEN"] = READER
+    out["gated"] = cli("verify", "org/model")
+    os.environ["HF_TOKEN"] = TOKEN
+    hub.writers, hub.tokens = {TOKEN: None}, {}
+    hub.gated.clear()
+    hub.status(".safetensors", 503, 9999, prefix="/cdn/")
+    out["storage"] = cli("verify", "org/model")
+    hub.reset()
+    hub.fail_after(2000, ".safetensors", 3)
+    out["cut off"] = cli("verify", "org/model")
+    hub.reset()
+
+
+@scenario
+def words_that_fail(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    import os
+
+    folder = place / "model"
+    del os.environ["HF_TOKEN"]
+    out["no token"] = cli("push", folder, "org/none")
+    os.environ["HF_TOKEN"] = TOKEN
+    hub.one_kind_a_name = True
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo("org/taken", repo_type="space", space_sdk="gradio")
+    out["taken"] = cli("push", folder, "org/taken")
+    hub.one_kind_a_name = False
+    out["refused"] = cli("push", folder, "a name")
+    out["left alone"] = sorted(hub.repos.keys() & {"org/none", "org/taken"})
+
+
+@scenario
+def no_network(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    """Last, since the Hub does not come back."""
+    hub.__exit__()
+    before = local(place / "model")
+    out["push"] = cli("push", place / "model", "org/model")
+    out["folder"] = local(place / "model") == before
+    out["verify"] = cli("verify", "org/model")
+
+
+def main() -> None:
+    """All scenarios, in order."""
+    hub, place = start()
+    import time
+
+    from huggingface_hub.utils import _http
+
+    from hf_layerprune.checkpoint import ranges, remote
+    from hf_layerprune.publish import upload
+    from tests.publish_models import pruned_from_hub
+
+    real = time.sleep
+    _http.time = type(
+        "time", (), {"sleep": staticmethod(lambda s: real(min(s, 0.02))), "time": staticmethod(time.time)}
+    )
+    upload.FIRST_WAIT = ranges.FIRST_WAIT = remote.FIRST_WAIT = 0.02
+    pruned_from_hub(hub, place, "model", drop=2)
+    pruned_from_hub(hub, place, "older", drop=6)
+    for run in SCENARIOS:
+        out = FOUND.setdefault(run.__name__, {})
+        begun = time.monotonic()
+        run(hub, place, out)
+        out["seconds"] = round(time.monotonic() - begun, 2)
+    finish(FOUND)
+
+
+if __name__ == "__main__":
+    main()

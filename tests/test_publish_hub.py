@@ -1,0 +1,184 @@
+"""A model's way over the Hub: pushed by one commit, read back by the libraries, proven, edited by people, proposed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hf_layerprune.publish.declared import front_matter
+
+from .publish_child import run_child
+
+Found = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """All scenarios of `publish_flow.py`, and that none of them let the token into any log."""
+    return run_child("tests.publish_flow", tmp_path_factory.mktemp("flow"))
+
+
+def test_one_commit_has_everything(found: Found) -> None:
+    out = found["push_and_load"]
+    assert out["first"][0] == 0
+    assert "pushed 14 files: http://127.0.0.1" in out["first"][1]
+    assert out["same"]  # the folder got the card and the records that were published
+    assert {"README.md", "lineage.json", "metrics.json", "config.json", "tokenizer.json", "LICENSE"} <= {*out["names"]}
+    assert {"assets/layers.png", "assets/accuracy.png", "model.safetensors.index.json"} <= {*out["names"]}
+    assert out["parent"] == "initial commit"
+    fields, body = front_matter(out["card"])
+    assert (fields["base_model"], fields["license"], fields["language"]) == ("org/base", "mit", ["en"])
+    assert 'model="org/model"' in body
+    assert "hf-layerprune verify org/model" in body
+
+
+def test_a_second_push_changes_nothing(found: Found) -> None:
+    out = found["push_and_load"]
+    assert out["second"][0] == 0
+    assert "nothing has changed" in out["second"][1]
+    assert out["again"] == [True, 0]
+
+
+def test_the_libraries_load_it(found: Found) -> None:
+    assert found["push_and_load"]["logits"]
+    assert found["push_and_load"]["words"] == 128
+    assert 0 < found["train_what_was_pushed"]["loss"] < 20  # TRL
+    assert found["the_libraries_push"]["layers"] == 6  # PEFT, an adapter
+
+
+def test_verify_reads_headers_and_hashes_of_the_model(found: Found) -> None:
+    out = found["verify_what_was_pushed"]
+    assert out["yes"][0] == 0
+    assert "57 are the base's, to the last bit" in out["yes"][1]
+    # Of the model nothing but the heads of its three files; of the base, what stays of it.
+    assert out["of the model"] == 3 * 4096
+    assert abs(out["of the base"] - out["kept"]) < 20_000
+    assert out["quick"][0] == 0
+    assert out["quick bytes"] == 6 * 4096
+
+
+def test_verify_says_what_was_tampered_with(found: Found) -> None:
+    out = found["verify_what_was_pushed"]
+    assert out["no"][0] == 1
+    assert "self_attn.v_proj.weight differs from the base's in 1 of 2,048 bytes" in out["no"][1]
+    assert "metrics.json was measured on other weights" in out["no"][1]
+    assert out["old"][0] == 0  # the commit before
+
+
+def test_what_does_not_belong_to_the_new_model_goes(found: Found) -> None:
+    out = found["a_newer_model"]
+    assert out["first"][0] == 0
+    assert "removed model-00001-of-00003.safetensors" in out["first"][1]
+    assert out["same"]
+    # New numbers need no new weights.
+    assert "pushed 4 files" in out["numbers"][1]
+    assert len(out["stored"]) == 2  # pictures
+    assert out["card"]
+
+
+def test_a_branch(found: Found) -> None:
+    out = found["branches_and_proposals"]
+    assert "/org/side/tree/try/1" in out["branch"][1]
+    assert out["main"] == []
+    assert out["side"]
+    assert "nothing has changed" in out["branch again"][1]
+    assert "no such branch or pull request; check --revision" in out["no branch"][1]
+
+
+def test_a_pull_request(found: Found) -> None:
+    out = found["branches_and_proposals"]
+    assert out["reader"].endswith("/org/open/discussions/1")
+    assert "/org/open/discussions/2" in out["proposed"][1]
+    assert "nothing has changed" in out["proposed again"][1]
+    assert out["untouched"]
+    assert out["pulls"] == ["refs/pr/1", "refs/pr/2"]
+    assert out["merged"]
+    assert "nothing has changed" in out["nothing to do"][1]
+    assert "there is no model org/absent to propose anything to" in out["of nothing"][1]
+
+
+def test_private(found: Found) -> None:
+    out = found["private"]
+    assert out["made"][0] == 0
+    assert out["private"]
+    assert "nothing has changed" in out["again"][1]
+    assert out["seen"][0] == 0
+    assert out["public"][0] == 1
+    assert "org/model is there and public, and --private was asked for" in out["public"][1]
+
+
+def test_what_people_write_on_the_page_stays(found: Found) -> None:
+    out = found["two_authors"]
+    assert out["unchanged"][0] == 0
+    fields, body = front_matter(out["kept"])
+    assert "Try it on poems." in body
+    assert fields["widget"] == [{"text": "Hi"}]
+    assert fields["tags"][-1] == "poems"
+    assert out["taken over"]  # into the folder's card, too
+    assert out["both"][0] == 1
+    assert "bring them together" in out["both"][1]
+
+
+def test_what_people_write_inside_is_not_lost(found: Found) -> None:
+    out = found["two_authors"]
+    assert out["inside"][0] == 1
+    assert "was changed inside the section that hf-layerprune writes (limits)" in out["inside"][1]
+    assert "--overwrite-card" in out["inside"][1]
+    assert out["safe"]
+    assert out["overwritten"][0] == 0
+    assert "- None." not in out["after"]
+    assert "Try it on poems." in out["after"]
+
+
+def test_a_card_that_was_there_before(found: Found) -> None:
+    out = found["their_own_card"]
+    assert out["org/mine"][0] == out["org/plain"][0] == 0
+    fields, body = front_matter(out["org/mine card"])
+    assert fields["thumbnail"] == "x.png"
+    assert body.endswith("# Mine\n\nWords.\n")
+    assert "More Information Needed" not in out["org/plain card"]
+    assert out["org/mine photo"]
+
+
+def test_push_to_hub_of_the_libraries_leaves_our_card(found: Found) -> None:
+    out = found["the_libraries_push"]
+    assert out["model"] == [True, True]
+    assert out["peft"] == [True, True]
+    # What they pushed is not what the records tell of, and verify says so.
+    assert out["verified"][0] == 1
+    assert "they were changed since" in out["verified"][1]
+
+
+def test_an_adapter(found: Found) -> None:
+    out = found["the_libraries_push"]
+    assert [code for code, _ in out["adapter"]] == [0, 0]
+    assert {"adapter_config.json", "adapter_model.safetensors", "lineage.json", "README.md"} <= {*out["names"]}
+    assert not any(name.startswith("model") for name in out["names"])
+    assert out["small"][0] == 0
+    assert "11 are the base's" in out["small"][1]
+
+
+@pytest.mark.parametrize(("scenario", "what", "message"), [
+    ("words_that_fail", "no token", "there is no token; log in with `hf auth login`, or set HF_TOKEN"),
+    ("words_that_fail", "taken", "org/taken is taken: it is a space on the Hub, and no model; choose another name"),
+    ("words_that_fail", "refused", "'a name' is no name for a repository"),
+    ("no_network", "push", "can't reach the Hub"),
+    ("no_network", "verify", "can't reach the Hub for org/model"),
+    ("verify_fails_clearly", "absent", "org/absent is not on the Hub, or it is private"),
+    ("verify_fails_clearly", "empty", "org/empty has no lineage.json"),
+    ("verify_fails_clearly", "revision", "org/model has no revision 'nope'"),
+    ("verify_fails_clearly", "gated", "org/model is gated; ask for access on its page"),
+    ("verify_fails_clearly", "storage", "check the connection and run the command again"),
+])  # fmt: skip
+def test_clear_errors(found: Found, scenario: str, what: str, message: str) -> None:
+    code, said = found[scenario][what]
+    assert code == 1
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_nothing_is_left_where_nothing_was_pushed(found: Found) -> None:
+    assert found["words_that_fail"]["left alone"] == []
+    assert found["no_network"]["folder"]  # the model's own folder is as it was
+    assert found["verify_fails_clearly"]["cut off"][0] == 0  # a broken connection is taken up again
