@@ -124,10 +124,8 @@ def _weights(subject: Subject) -> Outcome:
         yield REFUSAL, f"config.json and {LINEAGE} differ in how many layers are left; one of them was edited"
     else:
         size = numbers.size(sum(contents.files[name] for name in contents.weights))
-        yield (
-            OK,
-            f"{size} in {len(contents.weights)} file{'s' * (len(contents.weights) > 1)}, as {lineage.entries[-1].get('station')} left them ({own[:12]})",
-        )
+        files = f"{len(contents.weights)} file{'s' * (len(contents.weights) > 1)}"
+        yield OK, f"{size} in {files}, as {lineage.entries[-1].get('station')} left them ({own[:12]})"
 
 
 def _metrics(subject: Subject) -> Outcome:
