@@ -18,7 +18,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..families.layout import find_decoder_layers, find_final_norm, find_output_head
-from ..walk import release
+from ..mapped import release
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +71,8 @@ class Prefix:
         self._layers = list(find_decoder_layers(model).layers[:depth])
         # `None` for a layer that returns a tensor, else how many values it returns.
         self._returns: list[int | None] = [None] * depth
-        self._hidden: list[tuple[nn.Module, dict, dict, torch.device]] = []
+        self._hidden: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+        self._device = model.get_input_embeddings().weight.device
         self._state: torch.Tensor | None = None
         self._skipping = False
 
@@ -178,33 +179,28 @@ class Prefix:
         That is the weights of the skipped layers, the embeddings, and what trained copies stand in for. What the rest
         of the model shares with them stays.
         """
-        model = self.model
-        originals = [m.original_module for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
-        parts = [*self._layers, *originals]
-        embeddings = model.get_input_embeddings()
-        elsewhere = {
+        wrappers = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        # Copies, such as of what a repair changed, are what the adapter saves.
+        copies = {id(module) for wrapper in wrappers for module in wrapper.modules_to_save.modules()}
+        parts = [*self._layers, *(wrapper.original_module for wrapper in wrappers)]
+        gone = {id(module): module for part in parts for module in part.modules() if id(module) not in copies}
+        embeddings = self.model.get_input_embeddings()
+        needed = {
             id(parameter)
-            for module in model.modules()
-            if module is not embeddings and not any(module is part for part in originals)
+            for module in self.model.modules()
+            if id(module) not in gone and module is not embeddings
             for parameter in module._parameters.values()
-            if parameter is not None
         }
-        if not self.needs_ids and not any(id(parameter) in elsewhere for parameter in embeddings.parameters()):
-            parts.append(embeddings)
-        for part in parts:
-            self._hide(part)
-
-    def _hide(self, part: nn.Module) -> None:
-        tensor = next((t for t in (*part.parameters(), *part.buffers())), None)
-        device = tensor.device if tensor is not None else torch.device("cpu")
-        holder = nn.Module()
-        holder._modules, holder._parameters = dict(part._modules), dict(part._parameters)
-        if device.type == "cpu":
-            release(holder)  # weights that are mapped from a file come back when they are used again
-        elif device.type != "meta":
-            holder.to("cpu")
-        self._hidden.append((part, holder._modules, holder._parameters, device))
-        part._modules, part._parameters = {}, {}
+        if not self.needs_ids and not any(id(p) in needed for p in embeddings._parameters.values()):
+            gone[id(embeddings)] = embeddings
+        for module in gone.values():
+            self._hidden.append((module, module._parameters, module._buffers))
+            module._parameters, module._buffers = {}, {}
+        self._move("cpu")
+        every = nn.Module()
+        hidden = [p for _, parameters, _ in self._hidden for p in parameters.values() if p is not None]
+        every._parameters = {str(i): parameter for i, parameter in enumerate(hidden)}
+        release(every)  # weights that are mapped from a file come back when they are used again
 
     def restore(self) -> None:
         """Make the model what it was, with what was trained since."""
@@ -212,8 +208,16 @@ class Prefix:
             for layer in self._layers:
                 del layer.forward
             self._skipping = False
-        for part, modules, parameters, device in reversed(self._hidden):
-            part._modules, part._parameters = modules, parameters
-            part.to(device)
+        self._move(self._device)
+        for module, parameters, buffers in self._hidden:
+            module._parameters, module._buffers = parameters, buffers
         self._hidden.clear()
         self._state = None
+
+    def _move(self, device: torch.device | str) -> None:
+        """Move what is hidden."""
+        for _, parameters, buffers in self._hidden:
+            for parameter in parameters.values():
+                if parameter is not None:
+                    parameter.data = parameter.data.to(device)
+            buffers.update({name: buffer.to(device) for name, buffer in buffers.items() if buffer is not None})

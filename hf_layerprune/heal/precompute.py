@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import families
 from ..errors import LayerPruneError
-from ..families import Cut
 from .frozen import Prefix, first_trained_layer
 from .losses import Head
 from .store import Column, StateStore, fill, hash_rows, hash_tensors
+from .student import cut_of
 from .teacher import Teacher
 
 if TYPE_CHECKING:
@@ -212,7 +211,9 @@ class _Run:
         if source is None:
             raise LayerPruneError(f"loss={self.args.loss} needs the dense model; name it with --teacher")
         kwargs = {"attn_implementation": self.model.config._attn_implementation}
-        return Teacher(self.model, _cut_of(self.model), source, prefix.depth if prefix is not None else 0, **kwargs)
+        return Teacher(
+            self.model, cut_of(self.model.config), source, prefix.depth if prefix is not None else 0, **kwargs
+        )
 
     # --- the passes --------------------------------------------------------------------------------------
 
@@ -333,14 +334,6 @@ def _why_not(trainer: HealTrainer) -> str:
     if trainer._is_vision_dataset:
         return "rows have images"
     return ""
-
-
-def _cut_of(model: PreTrainedModel) -> Cut | None:
-    marker = getattr(model.config, families.MARKER, None)
-    if not marker:
-        return None
-    gone, n = set(marker["drop_layers"]), marker["num_base_layers"]
-    return Cut(tuple(i for i in range(n) if i not in gone), n)
 
 
 def _close(found: torch.Tensor, wanted: torch.Tensor) -> bool:

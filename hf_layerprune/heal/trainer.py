@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
+import random
 import shutil
 import types
 from dataclasses import dataclass
@@ -74,11 +76,16 @@ class HealTrainer(SFTTrainer):
         if args.learning_rate is None:
             method = parse_method("last1" if args.method == "auto" else args.method)
             args.learning_rate = method.learning_rate(model.config.get_text_config().hidden_size)
+        rows = kwargs.get("train_dataset")
+        if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            _keep_inputs_without_gradients(model)
         super().__init__(model, args, **kwargs)
         self._teacher_model = teacher
         self._found = Precomputed()
         self._hold_in_float32()
         self._patch_forward()
+        self._check_rows(rows)
+        self._leave_out_unseen_rows()
         self.numbered_datasets: list[Dataset] = []
         self._number_rows()
         self.data_collator = StateCollator(self.data_collator, self.padding_free)
@@ -90,6 +97,39 @@ class HealTrainer(SFTTrainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     # --- set-up ------------------------------------------------------------------------------------------
+
+    def _check_rows(self, rows: Any) -> None:
+        """Refuse to train on nothing, and say what was cut."""
+        left, limit = self.train_dataset, self.args.max_length
+        if not isinstance(left, Dataset):
+            return
+        if len(left) == 0:
+            raise LayerPruneError(
+                f"none of the {len(rows)} training rows has a token to learn within max_length={limit}: all prompts "
+                "are longer; raise --max_length"
+            )
+        if limit is not None and not self.args.packing:
+            cut = sum(len(ids) >= limit for ids in left["input_ids"])
+            if cut or len(left) < len(rows):
+                logger.info(
+                    "of %d rows, %d fill max_length=%d, and may have been cut; %d are left out, since their prompts do",
+                    len(rows),
+                    cut,
+                    limit,
+                    len(rows) - len(left),
+                )
+
+    def _leave_out_unseen_rows(self) -> None:
+        """Where training ends before it has seen all rows, draw those that it will see: no others are computed."""
+        args, rows = self.args, self.train_dataset
+        if not isinstance(rows, Dataset):
+            return
+        a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seen = args.max_steps * a_step if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(rows))
+        if seen < len(rows):
+            logger.info("training ends after %d of %d rows; the others are left out", seen, len(rows))
+            drawn = random.Random(args.data_seed or args.seed).sample(range(len(rows)), seen)
+            self.train_dataset = rows.select(sorted(drawn))
 
     def _number_rows(self) -> None:
         """Count the rows of all data sets through, so that each has a number; streamed ones can't be counted."""
@@ -283,6 +323,14 @@ class HealTrainer(SFTTrainer):
         super()._set_signature_columns_if_needed()
         if "row" not in self._signature_columns:
             self._signature_columns.append("row")
+
+
+def _keep_inputs_without_gradients(model: Any) -> None:
+    """Checkpointing is switched on with gradients for what leaves the embeddings, which would then flow through all
+    frozen layers. Only the reentrant kind needs them.
+    """
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain.enable_input_require_grads = types.MethodType(lambda self: None, plain)
 
 
 def _counts(batches: list[dict[str, Any]], args: HealConfig) -> torch.Tensor:

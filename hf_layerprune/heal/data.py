@@ -1,0 +1,166 @@
+"""Training rows: read them from the Hub or from a file, and shape them into what TRL takes.
+
+Known shapes: `prompt` and `completion`; `messages` or `conversations`; `instruction`, `input` and `output` (Alpaca), or
+`instruction`, `context` and `response` (Dolly); `text`; and `input_ids`, which are left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError
+from ..loading import first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+TEMPLATES = ("auto", "chat", "alpaca")
+_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+# Columns of an instruction, of what it is about, and of its answer.
+_INSTRUCTIONS = (("instruction", "input", "output"), ("instruction", "context", "response"))
+_ROLES = {"human": "user", "gpt": "assistant"}
+_SHAPES = (
+    "prompt and completion, messages, conversations, instruction and output (input may be there), instruction and "
+    "response (context may be there), or text"
+)
+
+# The template of Stanford Alpaca, which the paper trains with.
+_ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+)
+_ALPACA_INPUT = ", paired with an input that provides further context"
+
+
+def load_rows(name: str, *, config: str | None = None, streaming: bool = False) -> DatasetDict:
+    """Read a data set.
+
+    Args:
+        name (`str`): A Hub id; a folder; or a `.json`, `.jsonl`, `.parquet` or `.csv` file, which becomes the split
+            `train`.
+        config (`str`, *optional*): The configuration of a data set on the Hub.
+        streaming (`bool`, defaults to `False`): Whether rows are read as they are needed.
+
+    Returns:
+        `DatasetDict`: Its splits.
+
+    Raises:
+        CheckpointError: There is no such data set, or it can't be read.
+    """
+    from datasets import load_dataset
+
+    path = Path(name).expanduser()
+    try:
+        if path.suffix in _BUILDERS:
+            if not path.is_file():
+                raise CheckpointError(f"data file {path} does not exist")
+            return load_dataset(_BUILDERS[path.suffix], data_files={"train": str(path)}, streaming=streaming)
+        return load_dataset(str(path) if path.is_dir() else name, name=config, streaming=streaming)
+    except CheckpointError:
+        raise
+    except Exception as error:  # each builder raises what it likes
+        raise CheckpointError(f"can't read data set {name}: {first_line(error)}") from error
+
+
+def pick_split(rows: DatasetDict, split: str, name: str) -> Dataset:
+    """One split of a data set.
+
+    Raises:
+        CheckpointError: It has none of that name.
+    """
+    if split not in rows:
+        raise CheckpointError(f"data set {name} has no split {split!r}; it has {', '.join(rows)}")
+    return rows[split]
+
+
+def shape_rows(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str = "auto",
+    name: str = "the data set",
+    text_field: str = "text",
+) -> Dataset:
+    """Shape rows into `prompt` and `completion`, or leave them as they are where TRL takes them so.
+
+    Args:
+        rows (`Dataset`): In one of the shapes of this module's docstring.
+        tokenizer (`PreTrainedTokenizerBase`): Says whether there is a chat template.
+        template (`str`, defaults to `"auto"`): For instructions: `"chat"` for the tokenizer's own template, `"alpaca"`
+            for the paper's, `"auto"` for the first of them that there is. Messages always go through the chat template.
+        name (`str`, *optional*): What to call the rows in errors.
+        text_field (`str`, *optional*): The column that holds plain text, where there is one.
+
+    Returns:
+        `Dataset`: With `prompt` and `completion`, `messages`, `text` or `input_ids`.
+
+    Raises:
+        CheckpointError: It has none of the shapes, or needs a chat template that is not there.
+    """
+    columns = rows.column_names or list(next(iter(rows)))
+    if template not in TEMPLATES:
+        raise CheckpointError(f"template={template!r} is unknown; it may be {', '.join(TEMPLATES)}")
+    chats = tokenizer.chat_template is not None
+    if "input_ids" in columns or {"prompt", "completion"} <= set(columns):
+        return rows
+    for conversation in ("messages", "conversations"):
+        if conversation in columns:
+            if not chats:
+                raise CheckpointError(f"{name} has {conversation}, and the tokenizer has no chat template for them")
+            return _split_conversations(rows, conversation, columns)
+    for question, about, answer in _INSTRUCTIONS:
+        if {question, answer} <= set(columns):
+            if template == "chat" and not chats:
+                raise CheckpointError("template=chat, and the tokenizer has no chat template; use template=alpaca")
+            make = _chat_row if template == "chat" or (template == "auto" and chats) else _alpaca_row
+            names = {"question": question, "about": about, "answer": answer}
+            return rows.map(_from_columns, fn_kwargs={"make": make, **names}, remove_columns=columns)
+    if text_field in columns:
+        return rows
+    raise CheckpointError(f"{name} has the columns {', '.join(columns)}, and training needs {_SHAPES}")
+
+
+def _from_columns(row: dict[str, Any], make: Callable, question: str, about: str, answer: str) -> dict[str, Any]:
+    return make(row[question], row.get(about) or "", row[answer])
+
+
+def _chat_row(instruction: str, about: str, answer: str) -> dict[str, Any]:
+    question = f"{instruction}\n\n{about}" if about else instruction
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
+
+
+def _alpaca_row(instruction: str, about: str, answer: str) -> dict[str, Any]:
+    head = _ALPACA.format(_ALPACA_INPUT if about else "") + f"### Instruction:\n{instruction}\n\n"
+    return {"prompt": head + (f"### Input:\n{about}\n\n" if about else "") + "### Response:\n", "completion": answer}
+
+
+def _message(part: dict[str, Any]) -> dict[str, Any]:
+    """A message as chat templates take it, also from ShareGPT's `{from, value}`."""
+    if "from" not in part:
+        return part
+    return {"role": _ROLES.get(part["from"], part["from"]), "content": part["value"]}
+
+
+def _split_conversations(rows: Dataset, column: str, columns: list[str]) -> Dataset:
+    """The last answer is the completion, and all before it is the prompt."""
+
+    def split(row: dict[str, Any]) -> dict[str, Any]:
+        messages = [_message(part) for part in row[column]]
+        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+        return {"prompt": messages[:last], "completion": messages[last : last + 1]}
+
+    def answers(row: dict[str, Any]) -> bool:
+        return bool(row["prompt"]) and row["completion"][0]["role"] == "assistant"
+
+    logger.info("of each conversation, the last answer is what is learned; what comes before it is the prompt")
+    shaped = rows.map(split, remove_columns=columns).filter(answers)
+    if hasattr(shaped, "__len__") and not len(shaped):
+        raise CheckpointError(f"no row of {column} has an answer of an assistant after something else")
+    return shaped

@@ -1,0 +1,197 @@
+"""Training rows that the dense model writes itself, and answers of a data set that it rewrites.
+
+Both are made in parts that are kept in a folder of their own, named by a hash of all that decides them: what was
+interrupted goes on, processes share the work, and the rows do not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..files import write_text
+from ..self_text import fast_decoding, write_text_with
+from .store import hash_tensors
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+SELF = "self"
+_ROWS_A_PART = 64
+_ANSWERS_A_PART = 32
+
+
+def write_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    count: int,
+    length: int,
+    seed: int,
+    share: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
+) -> Dataset:
+    """Let a model write its own training rows.
+
+    Every other part begins with an empty turn of a chat, through the chat template, and the others with the bare
+    beginning of a text; the model goes on from there, at temperature 1.
+
+    Args:
+        model (`PreTrainedModel`): The dense model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        folder (`Path`): Where parts are kept.
+        count (`int`): How many rows.
+        length (`int`): Tokens a row.
+        seed (`int`): Decides every token.
+        share (`tuple[int, int]`, *optional*): Which process this is, and of how many.
+        wait (`Callable`, *optional*): Waits for the other processes.
+
+    Returns:
+        `Dataset`: `input_ids` and `labels`; every token counts.
+    """
+    from datasets import Dataset
+
+    parts = -(-count // _ROWS_A_PART)
+    source = hash_tensors(model.named_parameters(), "rows", count, length, seed, str(tokenizer.chat_template))
+    folder = folder / source[:16]
+
+    def make(part: int) -> list[dict[str, Any]]:
+        size = min(_ROWS_A_PART, count - part * _ROWS_A_PART)
+        begins = tokenizer if part % 2 == 0 else None
+        ids = write_text_with(model, begins, size, length, seed + part)
+        return [{"input_ids": row} for row in ids.tolist()]
+
+    rows = _in_parts(folder, parts, make, share, wait)
+    logger.info("%d rows of %d tokens that the dense model wrote are in %s", count, length, folder)
+    return Dataset.from_list([{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows])
+
+
+def rewrite_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    folder: Path,
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    share: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
+) -> Dataset:
+    """Put a model's own answers in place of those of a data set (arXiv:2410.09982).
+
+    Args:
+        model (`PreTrainedModel`): The dense model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        rows (`Dataset`): With `prompt` and `completion`, text or messages.
+        folder (`Path`): Where parts are kept.
+        max_tokens (`int`): No answer is longer; rows whose answer would be are left out.
+        temperature (`float`): Of sampling; 0 for the most likely answer.
+        seed (`int`): Decides what is sampled.
+        share (`tuple[int, int]`, *optional*): Which process this is, and of how many.
+        wait (`Callable`, *optional*): Waits for the other processes.
+
+    Returns:
+        `Dataset`: With `prompt` and `completion`.
+
+    Raises:
+        CheckpointError: The rows have no prompts, or no answer came to its end.
+    """
+    from datasets import Dataset
+
+    if not {"prompt", "completion"} <= set(rows.column_names):
+        raise CheckpointError(
+            f"answers can be rewritten where there are prompts, and the rows have {', '.join(rows.column_names)}"
+        )
+    prompts = [_prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    # Prompts of about one length together, so that little of a batch is padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    settings = ("answers", prompts, max_tokens, temperature, seed)
+    folder = folder / hash_tensors(model.named_parameters(), *settings)[:16]
+
+    def make(part: int) -> list[dict[str, Any]]:
+        chosen = order[part * _ANSWERS_A_PART : (part + 1) * _ANSWERS_A_PART]
+        torch.manual_seed(seed + part)
+        answers = _answers(model, tokenizer, [prompts[i] for i in chosen], max_tokens, temperature)
+        return [{"row": i, "answer": answer} for i, answer in zip(chosen, answers, strict=True)]
+
+    found = _in_parts(folder, -(-len(order) // _ANSWERS_A_PART), make, share, wait)
+    answers = {entry["row"]: entry["answer"] for entry in found if entry["answer"]}
+    if not answers:
+        raise CheckpointError(f"no answer of the dense model ends within {max_tokens} tokens; allow more")
+    if len(answers) < len(rows):
+        logger.warning(
+            "%d of %d rows are left out: their answer would be longer than %d tokens",
+            len(rows) - len(answers),
+            len(rows),
+            max_tokens,
+        )
+    shaped = []
+    for i, answer in sorted(answers.items()):
+        row = rows[i]
+        plain = isinstance(row["prompt"], str)
+        completion = answer if plain else [{"role": "assistant", "content": answer}]
+        shaped.append({"prompt": row["prompt"], "completion": completion})
+    return Dataset.from_list(shaped)
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True).input_ids
+
+
+@torch.no_grad()
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_tokens: int,
+    temperature: float,
+) -> list[str]:
+    """One answer for each prompt; empty where it did not come to its end."""
+    longest = max(map(len, prompts))
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    settings = {"max_new_tokens": max_tokens, "pad_token_id": padding, "do_sample": False} | sampling
+    with fast_decoding(model):
+        made = model.generate(ids, attention_mask=mask, **settings)
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or [tokenizer.eos_token_id])
+    answers = []
+    for row in made[:, longest:].tolist():
+        ended = next((i for i, token in enumerate(row) if token in ends), None)
+        answers.append("" if ended is None else tokenizer.decode(row[:ended], skip_special_tokens=True).strip())
+    return answers
+
+
+def _in_parts(
+    folder: Path,
+    parts: int,
+    make: Callable[[int], list[dict[str, Any]]],
+    share: tuple[int, int],
+    wait: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """Make the parts that are not there yet, and read them all."""
+    from tqdm.auto import tqdm
+
+    rank, world = share
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"part-{part:05d}-of-{parts:05d}.jsonl" for part in range(parts)]
+    mine = [part for part in range(rank, parts, world) if not paths[part].is_file()]
+    for part in tqdm(mine, desc="The dense model writes", unit="part", disable=None if rank == 0 else True):
+        write_text(paths[part], "".join(json.dumps(row) + "\n" for row in make(part)))
+    wait()
+    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]

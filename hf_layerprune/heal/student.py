@@ -1,0 +1,192 @@
+"""The pruned model as it is trained: loaded, and wrapped by the adapter of a method."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import families
+from ..errors import CheckpointError, LayerPruneError
+from ..families import Cut
+from ..loading import CHECKPOINT_FILES, is_hub_id, load_base, load_config
+from ..publish.lineage import Lineage
+from .methods import Method, choose_method, lora_config, parse_method
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ..prune import PruneRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A pruned model on disk.
+
+    Args:
+        folder (`Path`): A whole model, not an adapter.
+        cut (`Cut`): What was dropped.
+        base (`str`, *optional*): What it was pruned from, where its history says so.
+        revision (`str`, *optional*): The commit of that.
+        repaired (`tuple[str, ...]`): Full names of the modules that a repair changed.
+    """
+
+    folder: Path
+    cut: Cut
+    base: str | None
+    revision: str | None
+    repaired: tuple[str, ...]
+
+    @classmethod
+    def at(cls, name: str | Path, revision: str | None = None) -> Student:
+        """Read what a pruned model says of itself.
+
+        Args:
+            name (`str` or `Path`): A folder, or a Hub id, which is downloaded.
+            revision (`str`, *optional*): Of a Hub id.
+
+        Returns:
+            `Student`: What it is.
+
+        Raises:
+            CheckpointError: It is no model that was pruned here.
+        """
+        folder = Path(name).expanduser()
+        if is_hub_id(name):
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=CHECKPOINT_FILES))
+        cut = cut_of(load_config(folder))
+        if cut is None:
+            raise CheckpointError(f"{name} is not a model that hf-layerprune has pruned")
+        lineage = Lineage.of(folder)
+        base = lineage.base if lineage is not None else {}
+        return cls(folder, cut, base.get("id"), base.get("commit"), _repaired(lineage))
+
+    @staticmethod
+    def made_by(request: PruneRequest, folder: Path) -> bool:
+        """Whether a folder holds what a request asks for, made by an earlier run.
+
+        Args:
+            request (`PruneRequest`): What is asked for.
+            folder (`Path`): Where it would be.
+
+        Returns:
+            `bool`: `False` where there is nothing yet.
+
+        Raises:
+            CheckpointError: It holds something else.
+        """
+        if not folder.exists():
+            return False
+        lineage = Lineage.of(folder)
+        entry = next(
+            (entry for entry in reversed(lineage.entries if lineage else []) if entry["station"] == "prune"), {}
+        )
+        found = entry.get("settings", {})
+        wanted = request.settings(sorted(request.drop_layers or found.get("drop_layers", [])))
+        calibration = entry.get("calibration", {})
+        same = [wanted == found, lineage is not None and lineage.base.get("id") == request.base]
+        if request.repair:
+            for name in ("samples", "length"):
+                same.append(calibration.get(name) == getattr(request, f"calibration_{name}"))
+            same.append(calibration.get("source") == request.calibration)
+        if not all(same):
+            raise CheckpointError(f"{folder} holds another cut than is asked for; name another folder, or remove it")
+        return True
+
+    def method(self, name: str) -> Method:
+        """The method of that name, or for `"auto"` the one that suits this model, with a word on why."""
+        if name != "auto":
+            return parse_method(name)
+        config = load_config(self.folder).get_text_config()
+        method, why = choose_method(self.cut, bool(getattr(config, "tie_word_embeddings", False)))
+        logger.info("method=auto is %s: %s", method.name, why)
+        return method
+
+
+def cut_of(config: PreTrainedConfig) -> Cut | None:
+    """What was dropped, as a pruned model's config says it; `None` for any other model."""
+    marker = getattr(config, families.MARKER, None)
+    if not marker:
+        return None
+    gone, n = set(marker["drop_layers"]), marker["num_base_layers"]
+    return Cut(tuple(i for i in range(n) if i not in gone), n)
+
+
+def load_student(student: Student, method: Method, **from_pretrained_kwargs: Any) -> PreTrainedModel:
+    """Load a pruned model for training.
+
+    Args:
+        student ([`Student`]): Which one.
+        method ([`Method`]): How it will be trained; `qlora` loads it in 4 bits.
+        from_pretrained_kwargs: `dtype`, `attn_implementation`, ...
+
+    Returns:
+        `PreTrainedModel`: The model.
+
+    Raises:
+        LayerPruneError: `qlora` without a CUDA GPU or bitsandbytes.
+    """
+    if method.kind == "qlora":
+        from_pretrained_kwargs["quantization_config"] = _four_bits()
+    model = load_base(student.folder, **from_pretrained_kwargs)
+    if method.kind == "tail" and student.base:
+        model.name_or_path = student.base  # PEFT writes this into the adapter, which is one of the base
+    return model
+
+
+def _four_bits() -> Any:
+    if not torch.cuda.is_available():
+        raise LayerPruneError("method=qlora needs a CUDA GPU, and there is none here; use method=lora")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise LayerPruneError('method=qlora needs bitsandbytes: pip install "hf-layerprune[quant]"') from None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def adapter_config(student: Student, method: Method, **lora: Any) -> PeftConfig | None:
+    """The adapter of a method.
+
+    One that trains whole layers is an adapter of the dense base: it names the cut, and holds what was trained and what
+    a repair changed. LoRA's is one of the pruned model, which is its base as it lies in its folder.
+
+    Args:
+        student ([`Student`]): The model.
+        method ([`Method`]): The method.
+        lora: Of LoRA: `r`, `alpha`, `dropout`, `target_modules`.
+
+    Returns:
+        `PeftConfig`, *optional*: For `get_peft_model`; `None` for `full`.
+    """
+    if method.kind == "full":
+        return None
+    if method.kind in ("lora", "qlora"):
+        return lora_config(**lora)
+    config = method.tail_config(student.cut, student.base or str(student.folder))
+    config.revision = student.revision
+    config.repaired_modules = list(student.repaired) or None
+    return config
+
+
+def _repaired(lineage: Lineage | None) -> tuple[str, ...]:
+    tensors = [
+        name
+        for entry in (lineage.entries if lineage is not None else ())
+        for name in (entry.get("repair") or {}).get("changed_tensors") or ()
+    ]
+    return tuple(sorted({name.rpartition(".")[0] for name in tensors}))

@@ -1,0 +1,367 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf-layerprune[train,eval,plots]",
+#     "trackio",
+# ]
+# ///
+
+"""
+Drop a quarter of a model's layers, and fine-tune the few that have to make up for them.
+
+# The paper's way (arXiv:2411.15558): the last layers go; head and last three layers are trained on instructions
+```bash
+accelerate launch --config_file recipes/accelerate/single_gpu.yaml recipes/sft_tail.py \
+    --model_name_or_path meta-llama/Llama-3.1-8B-Instruct \
+    --method lm_head+last3 \
+    --dataset_name yahma/alpaca-cleaned \
+    --output_dir Llama-3.1-6.3B-tail
+```
+
+# Closer to the dense model: repair in closed form, then distil from the dense model, on text that it writes itself
+```bash
+accelerate launch recipes/sft_tail.py \
+    --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
+    --drop_layers 12-18 \
+    --repair linear \
+    --loss kd \
+    --dataset_name self \
+    --output_dir SmolLM2-110M
+```
+
+# From a file of settings
+```bash
+accelerate launch recipes/sft_tail.py --config recipes/configs/paper_tail.yaml
+```
+
+Writes to the output folder: `pruned` (the model before training), `checkpoint-*`, `adapter`, and `model`, which plain
+transformers loads.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+try:
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+except ImportError:
+    sys.exit('error: this recipe needs TRL: pip install "hf-layerprune[train]"')
+
+from hf_layerprune.errors import CheckpointError, LayerPruneError
+from hf_layerprune.heal.config import HealConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from hf_layerprune.heal.student import Student
+    from hf_layerprune.heal.trainer import HealTrainer
+
+logger = logging.getLogger("hf_layerprune.recipe")
+
+
+@dataclass
+class CutArguments:
+    """What is dropped, and what makes up for it before training. A model that is pruned already stays as it is."""
+
+    drop: str = field(default="0.25", metadata={"help": "A fraction of the layers, or a number of them."})
+    drop_layers: str | None = field(default=None, metadata={"help": "The very layers to drop, such as 20-26,29."})
+    criterion: str = field(default="reverse_order", metadata={"help": "How layers are chosen."})
+    contiguous: bool = field(default=False, metadata={"help": "Whether they must lie side by side."})
+    repair: str | None = field(
+        default=None, metadata={"help": "linear or magnitude.", "choices": ["linear", "magnitude"]}
+    )
+    calibration: str = field(
+        default="self", metadata={"help": "Text for criterion and repair; self for the model's own."}
+    )
+    calibration_samples: int = field(default=128, metadata={"help": "Rows of it."})
+    calibration_length: int = field(default=512, metadata={"help": "Tokens in each."})
+
+
+@dataclass
+class RowArguments:
+    """How training rows are made. `--dataset_name self` lets the dense model write them."""
+
+    template: str = field(
+        default="auto",
+        metadata={
+            "help": "For instructions: chat, alpaca, or auto, which takes the chat template where there is one."
+        },
+    )
+    self_rows: int = field(default=512, metadata={"help": "Rows that the dense model writes."})
+    self_length: int = field(default=512, metadata={"help": "Tokens in each."})
+    rewrite_answers: bool = field(
+        default=False, metadata={"help": "Let the dense model answer the prompts of the data set anew."}
+    )
+    rewrite_max_tokens: int = field(default=256, metadata={"help": "Longer answers are left out."})
+    rewrite_temperature: float = field(default=0.0, metadata={"help": "0 for the most likely answer."})
+
+
+@dataclass
+class MeasureArguments:
+    """What is measured at the end."""
+
+    eval_tasks: str | None = field(default=None, metadata={"help": "Tasks, such as piqa,arc_easy; none by default."})
+    eval_limit: int | None = field(default=None, metadata={"help": "So many questions of each."})
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's, with the checkpoint's own type as the default."""
+
+    dtype: str | None = field(
+        default="auto",
+        metadata={"help": "Type of the weights.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
+
+
+def main(
+    script_args: ScriptArguments,
+    training_args: HealConfig,
+    model_args: ModelArguments,
+    dataset_args: DatasetMixtureConfig,
+    cut_args: CutArguments,
+    row_args: RowArguments,
+    measure_args: MeasureArguments,
+) -> None:
+    """Prune, repair, train, merge, measure, publish."""
+    from hf_layerprune.heal.student import adapter_config, load_student
+    from hf_layerprune.heal.trainer import HealTrainer
+    from hf_layerprune.loading import load_tokenizer
+    from hf_layerprune.publish.lineage import station
+
+    output = Path(training_args.output_dir)
+    if (output / "model").exists():
+        raise CheckpointError(f"{output / 'model'} exists already; name another --output_dir, or remove it")
+    hub = {"push": training_args.push_to_hub, "repo": training_args.hub_model_id}
+    training_args.push_to_hub = False  # the finished folder goes there, with its card, and not every checkpoint
+
+    student = prepare_student(model_args, cut_args, training_args)
+    method = student.method(training_args.method)
+    training_args.method = method.name
+    training_args.teacher = training_args.teacher or student.base
+    tokenizer = load_tokenizer(student.folder)
+    train_rows, test_rows, source = prepare_rows(
+        script_args, dataset_args, row_args, training_args, student, tokenizer
+    )
+
+    kwargs: dict[str, Any] = {"dtype": model_args.dtype, "trust_remote_code": training_args.trust_remote_code}
+    if model_args.attn_implementation:
+        kwargs["attn_implementation"] = model_args.attn_implementation
+    trainer = HealTrainer(
+        load_student(student, method, **kwargs),
+        training_args,
+        train_dataset=train_rows,
+        eval_dataset=test_rows,
+        processing_class=tokenizer,
+        peft_config=adapter_config(
+            student,
+            method,
+            r=model_args.lora_r,
+            alpha=model_args.lora_alpha,
+            dropout=model_args.lora_dropout,
+            target_modules=model_args.lora_target_modules,
+        ),
+    )
+    with station("heal", settings_of(training_args, method.name)) as entry:
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    entry |= {"data": [data_record(trainer, source)], "command": command()}
+    folder = save(trainer, student, entry)
+
+    if trainer.is_world_process_zero():
+        finish(folder, student, measure_args, hub)
+    trainer.end()
+
+
+def prepare_student(model_args: ModelArguments, cut_args: CutArguments, training_args: HealConfig) -> Student:
+    """The pruned model: made now, made by an earlier start of this run, or named by the user."""
+    from hf_layerprune.commands.options import drop
+    from hf_layerprune.heal.student import Student, cut_of
+    from hf_layerprune.loading import load_config
+    from hf_layerprune.prune import PruneRequest, prune_to
+    from hf_layerprune.select.spec import parse_layers
+
+    name = model_args.model_name_or_path
+    if name is None:
+        raise LayerPruneError("name the model with --model_name_or_path")
+    revision = None if model_args.model_revision == "main" else model_args.model_revision
+    if cut_of(load_config(name, revision=revision)) is not None:
+        if cut_args.drop_layers or cut_args.repair:
+            raise LayerPruneError(f"{name} is pruned already; leave --drop_layers and --repair out, or name its base")
+        return Student.at(name, revision)
+    folder = Path(training_args.output_dir) / "pruned"
+    request = PruneRequest(
+        base=name,
+        output=str(folder),
+        drop=drop(cut_args.drop),
+        drop_layers=parse_layers(cut_args.drop_layers) if cut_args.drop_layers else None,
+        criterion=cut_args.criterion,
+        contiguous=cut_args.contiguous,
+        seed=training_args.seed,
+        repair=cut_args.repair,
+        calibration=cut_args.calibration,
+        calibration_samples=cut_args.calibration_samples,
+        calibration_length=cut_args.calibration_length,
+        revision=revision,
+    )
+    with training_args.main_process_first(local=False, desc="pruning"):
+        if training_args.process_index == 0 and not Student.made_by(request, folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            logger.info("%s", prune_to(request))
+    return Student.at(folder)
+
+
+def prepare_rows(
+    script_args: ScriptArguments,
+    dataset_args: DatasetMixtureConfig,
+    row_args: RowArguments,
+    training_args: HealConfig,
+    student: Student,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[Dataset, Dataset | None, str]:
+    """Rows for training, rows for evaluation if asked for, and where they come from."""
+    from trl import get_dataset
+
+    from hf_layerprune.heal.data import load_rows, pick_split, shape_rows
+    from hf_layerprune.heal.self_data import SELF, rewrite_answers, write_rows
+
+    folder = Path(training_args.output_dir) / "self"
+    together = {
+        "share": (training_args.process_index, training_args.world_size),
+        "wait": _wait,
+        "seed": training_args.data_seed or training_args.seed,
+    }
+    name, test = script_args.dataset_name, None
+    if dataset_args.datasets:
+        name = "+".join(part.path for part in dataset_args.datasets)
+        splits = get_dataset(dataset_args)
+    elif name == SELF:
+        dense = _dense(training_args, student)
+        return (
+            write_rows(dense, tokenizer, folder, count=row_args.self_rows, length=row_args.self_length, **together),
+            None,
+            name,
+        )
+    elif name:
+        splits = load_rows(name, config=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    else:
+        raise LayerPruneError("name the training rows with --dataset_name; `self` lets the dense model write them")
+
+    def shaped(split: str) -> Dataset:
+        rows = pick_split(splits, split, name)
+        return shape_rows(rows, tokenizer, row_args.template, name, training_args.dataset_text_field)
+
+    train = shaped(script_args.dataset_train_split)
+    if row_args.rewrite_answers:
+        train = rewrite_answers(
+            _dense(training_args, student),
+            tokenizer,
+            train,
+            folder,
+            max_tokens=row_args.rewrite_max_tokens,
+            temperature=row_args.rewrite_temperature,
+            **together,
+        )
+    if training_args.eval_strategy != "no":
+        test = shaped(script_args.dataset_test_split)
+    return train, test, name
+
+
+def _dense(training_args: HealConfig, student: Student) -> Any:
+    from hf_layerprune.loading import load_base
+
+    if training_args.teacher is None:
+        raise LayerPruneError("the dense model is to write rows; name it with --teacher")
+    return load_base(training_args.teacher, dtype="auto").to(training_args.device)
+
+
+def _wait() -> None:
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
+
+
+def settings_of(args: HealConfig, method: str) -> dict[str, Any]:
+    """All that decides the outcome, for the history."""
+    names = (
+        "loss", "kd_share", "kd_temperature", "kd_direction", "kd_tokens", "learning_rate", "lr_scheduler_type",
+        "warmup_steps", "weight_decay", "max_grad_norm", "optim", "num_train_epochs", "max_steps",
+        "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_length", "packing",
+        "completion_only_loss", "bf16", "fp16", "float32_weights", "seed", "data_seed",
+    )  # fmt: skip
+    if not args.distils:
+        names = tuple(name for name in names if not name.startswith("kd_"))
+    plain = {name: getattr(args, name) for name in names}
+    return {"method": method} | {name: str(v) if hasattr(v, "value") else v for name, v in plain.items()}
+
+
+def data_record(trainer: HealTrainer, source: str) -> dict[str, Any]:
+    """What was trained on, for the history."""
+    from hf_layerprune.heal.store import hash_rows
+
+    record: dict[str, Any] = {"name": Path(source).name if Path(source).exists() else source}
+    if trainer.numbered_datasets:
+        rows = trainer.numbered_datasets[0]
+        record |= {"rows": len(rows), "tokens": sum(map(len, rows["input_ids"])), "sha256": hash_rows(rows)}
+    if record["name"] == source and "/" in source and "+" not in source:
+        record |= {"id": source}
+    return record
+
+
+def command() -> str:
+    """How this was run, without secrets and places."""
+    words, secret = [], False
+    for word in sys.argv[1:]:
+        if not secret and word not in ("--hub_token",):
+            words.append(Path(word).name if Path(word).is_absolute() else word)
+        secret = word == "--hub_token"
+    return shlex.join(["accelerate", "launch", "recipes/sft_tail.py", *words])
+
+
+def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
+    """Adapter and merged model, in all engines: what the trainer saves is merged into the model on disk."""
+    from hf_layerprune.heal.station import write_healed
+
+    output = Path(trainer.args.output_dir)
+    trained = output / ".trained"
+    trainer.save_model(str(trained))
+    if trainer.is_world_process_zero():
+        write_healed(student, trained, output / "model", entry, adapter=output / "adapter", force=True)
+        shutil.rmtree(trained, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return output / "model"
+
+
+def finish(folder: Path, student: Student, measure_args: MeasureArguments, hub: dict[str, Any]) -> None:
+    """Measure, write the card, push."""
+    logger.info("the model is in %s", folder)
+
+
+def make_parser() -> TrlParser:
+    """The command line."""
+    return TrlParser(
+        (
+            ScriptArguments,
+            HealConfig,
+            ModelArguments,
+            DatasetMixtureConfig,
+            CutArguments,
+            RowArguments,
+            MeasureArguments,
+        )
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hf_layerprune").setLevel(logging.INFO)
+    try:
+        main(*make_parser().parse_args_and_config())
+    except LayerPruneError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,412 @@
+"""The trainer against TRL's own, and with the frozen layers computed once against the same without."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from hf_layerprune.errors import CheckpointError, LayerPruneError
+from hf_layerprune.families import Cut
+from hf_layerprune.heal.config import HealConfig
+from hf_layerprune.heal.methods import parse_method
+from hf_layerprune.heal.trainer import HealTrainer, TrainingStopped
+
+from .heal_makers import dense_and_pruned, rows, word_tokenizer
+from .tiny_models import EAGER
+
+DROP = [5, 6]
+CUT = Cut(tuple(i for i in range(8) if i not in DROP), 8)
+TAIL = [6, 7]
+TAIL_CUT = Cut(tuple(range(6)), 8)
+
+
+class Bench:
+    """Makes trainers for one pruned model."""
+
+    def __init__(self, folder: Path, model_type: str = "llama", drop: list[int] = DROP) -> None:
+        self.folder = folder
+        self.cut = Cut(tuple(i for i in range(8) if i not in drop), 8)
+        self.dense, self.pruned = dense_and_pruned(model_type, folder, drop)
+
+    def trainer(
+        self,
+        method: str = "last2",
+        trl: bool = False,
+        rows_: Any = None,
+        eval_rows: Any = None,
+        peft_config: Any = None,
+        **settings: Any,
+    ) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(self.pruned, dtype=torch.float32, **EAGER)
+        arguments = {
+            "output_dir": str(self.folder / "out"),
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "bf16": False,
+            "report_to": [],
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "max_length": 32,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "warmup_steps": 0,
+            "gradient_checkpointing": False,
+        } | settings
+        common = {
+            "train_dataset": rows() if rows_ is None else rows_,
+            "eval_dataset": eval_rows,
+            "processing_class": word_tokenizer(),
+            "peft_config": peft_config or parse_method(method).tail_config(self.cut, str(self.folder / "dense")),
+        }
+        if trl:
+            return SFTTrainer(model, SFTConfig(**arguments), **common)
+        args = HealConfig(method=method, **arguments)
+        return HealTrainer(model, args, teacher=self.dense if args.distils else None, **common)
+
+    def losses(self, **settings: Any) -> list[float]:
+        trainer = self.trainer(**settings)
+        trainer.train()
+        return losses(trainer)
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def tuned(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("llama"))
+
+
+# --- the loss ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"packing": True}, {"completion_only_loss": False}, {"gradient_accumulation_steps": 2, "max_steps": 3}],
+)
+def test_cross_entropy_is_that_of_trl(llama: Bench, settings: dict[str, Any]) -> None:
+    theirs, ours = llama.trainer(trl=True, **settings), llama.trainer(**settings)
+    theirs.train()
+    ours.train()
+    assert losses(ours) == pytest.approx(losses(theirs), rel=2e-6)
+    assert losses(ours)[-1] != losses(ours)[0]
+    start = tuned(llama.trainer(**settings))
+    for name, parameter in tuned(theirs).items():
+        moved, apart = parameter - start[name], parameter - tuned(ours)[name]
+        assert apart.norm() < 1e-3 * moved.norm(), name  # Adam makes whole steps of the noise in tiny gradients
+    for log, other in zip(theirs.state.log_history, ours.state.log_history, strict=True):
+        assert log.get("mean_token_accuracy") == pytest.approx(other.get("mean_token_accuracy"))
+        assert log.get("num_tokens") == other.get("num_tokens")
+
+
+def test_distillation_brings_the_student_to_the_teacher(llama: Bench) -> None:
+    for direction in ("forward", "reverse"):
+        found = llama.losses(loss="kd", kd_direction=direction, max_steps=40, num_train_epochs=10)
+        assert found[-1] < 0.7 * found[0]
+    trainer = llama.trainer(loss="ce+kd", kd_share=0.25)
+    trainer.train()
+    for log in trainer.state.log_history[:-1]:
+        assert log["loss"] == pytest.approx(0.75 * log["ce"] + 0.25 * log["kd"], rel=1e-4)
+
+
+def test_teacher_on_completions_or_on_all_tokens(llama: Bench) -> None:
+    everywhere, completions = llama.losses(loss="kd"), llama.losses(loss="kd", kd_tokens="completion")
+    assert everywhere != completions
+    # Where all tokens are completion, there is no difference.
+    settings = {"loss": "kd", "completion_only_loss": False}
+    assert llama.losses(**settings) == pytest.approx(llama.losses(kd_tokens="completion", **settings))
+
+
+# --- computed once -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["last2", "lm_head", "lm_head+last1", "cut", "lm_head+cut2"])
+@pytest.mark.parametrize("loss", ["ce", "kd"])
+def test_computed_once_is_exactly_the_same(llama: Bench, method: str, loss: str) -> None:
+    settings = {"method": method, "loss": loss, "max_steps": -1, "num_train_epochs": 2}
+    without, once = llama.trainer(cache="off", **settings), llama.trainer(cache="on", **settings)
+    without.train()
+    once.train()
+    assert losses(once) == losses(without)
+    for name, parameter in tuned(without).items():
+        assert torch.equal(parameter, tuned(once)[name]), name
+    for (name, parameter), (_, other) in zip(
+        without.model.named_parameters(), once.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(parameter, other), name  # the model is whole again
+    assert not (llama.folder / "out" / "cache").exists()
+
+
+@pytest.mark.parametrize("settings", [{"packing": True}, {"dataloader_num_workers": 2}, {"pad_to_multiple_of": 8}])
+def test_computed_once_with_other_batches(llama: Bench, settings: dict[str, Any]) -> None:
+    assert llama.losses(cache="on", **settings) == pytest.approx(llama.losses(cache="off", **settings), rel=1e-6)
+
+
+def test_evaluation_during_training_uses_the_same_states(llama: Bench) -> None:
+    found = []
+    for cache in ("off", "on"):
+        evaluation = {"eval_rows": rows(6, seed=1), "eval_strategy": "steps", "eval_steps": 2}
+        trainer = llama.trainer(cache=cache, loss="ce+kd", **evaluation)
+        trainer.train()
+        found.append([log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log])
+    assert len(found[0]) == 3
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "qwen3", "mixtral", "gpt_neox", "granite"])
+def test_computed_once_in_other_families(model_type: str, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, model_type)
+    for loss in ("ce", "kd"):
+        without, once = (
+            bench.losses(cache="off", loss=loss, max_steps=4),
+            bench.losses(cache="on", loss=loss, max_steps=4),
+        )
+        assert once == pytest.approx(without, rel=1e-6)
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    settings = {"bf16": True, "learning_rate": 1e-3}
+    assert bench.losses(cache="on", **settings) == pytest.approx(bench.losses(cache="off", **settings), rel=1e-3)
+
+
+def test_trained_layers_alone_are_in_memory(llama: Bench) -> None:
+    seen: dict[str, Any] = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            seen["parameters"] = {name for name, p in model.named_parameters()}
+            seen["gradients"] = {name for name, p in model.named_parameters() if p.grad is not None}
+
+    trainer = llama.trainer("lm_head+last1", cache="on")
+    trainer.add_callback(Look())
+    trainer.train()
+    layer, norm, head = "model.layers.5.", "model.norm.", "lm_head."
+    assert all(any(part in name for part in (layer, norm, head)) for name in seen["parameters"])
+    assert all(".modules_to_save." in name for name in seen["parameters"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_layers_build_no_graph_without_the_cache(llama: Bench, checkpointing: bool) -> None:
+    trainer = llama.trainer(cache="off", gradient_checkpointing=checkpointing, max_steps=2)
+    grown: list[bool] = []
+    layers = trainer.plain_model.model.layers
+    layers[3].register_forward_hook(lambda module, args, output: grown.append(output.requires_grad))
+    trainer.train()
+    assert grown
+    assert not any(grown)
+    assert losses(trainer) == llama.losses(cache="off", max_steps=2)
+
+
+# --- where it can't be computed once -------------------------------------------------------------------
+
+
+def test_dropout_turns_it_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(tmp_path, "gpt2")  # its config drops a tenth of what leaves each block
+    with caplog.at_level(logging.WARNING, "hf_layerprune"):
+        assert len(bench.losses(max_steps=2)) == 2
+    assert "the frozen layers run in every step: what leaves them differs in training, as with dropout" in caplog.text
+    with pytest.raises(LayerPruneError, match="can't be computed once: what leaves them differs in training"):
+        bench.trainer(cache="on").train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha adds noise"),
+        ({"method": "last6"}, "there are none below the first trained parameter"),
+    ],
+)
+def test_what_else_turns_it_off(llama: Bench, settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(LayerPruneError, match=why):
+        llama.trainer(cache="on", **settings).train()
+
+
+def test_lora_has_no_frozen_layers_but_can_have_a_teacher(llama: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    from hf_layerprune.heal.methods import lora_config
+
+    lora = lora_config(r=4, alpha=8, dropout=0.0, target_modules=None)
+    trainer = llama.trainer("lora", peft_config=lora, loss="kd")
+    with caplog.at_level(logging.WARNING, "hf_layerprune"):
+        trainer.train()
+    assert "there are none below the first trained parameter" in caplog.text
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+# --- the cache on disk ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(llama: Bench, tmp_path: Path) -> Path:
+    llama.trainer(cache="on", cache_dir=str(tmp_path / "cache"), keep_cache=True, loss="kd").train()
+    return tmp_path / "cache"
+
+
+def test_cache_is_kept_and_used_again(llama: Bench, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert sorted(path.name for path in cache.iterdir()) == [
+        "manifest.json",
+        "prefix-00000-of-00001.safetensors",
+        "teacher-00000-of-00001.safetensors",
+    ]
+    assert load_file(cache / "prefix-00000-of-00001.safetensors")["states"].shape[1] == 32
+    # What is there is not computed again: other values in it show.
+    before = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    with caplog.at_level(logging.INFO, "hf_layerprune"):
+        llama.trainer(cache="on", cache_dir=str(cache), keep_cache=True, loss="kd").train()
+    assert "has all hidden states" in caplog.text
+    assert all(before[p.name] == p.stat().st_mtime_ns for p in cache.glob("*.safetensors"))
+
+
+def test_cache_of_another_model_is_refused(cache: Path, tmp_path: Path) -> None:
+    other = Bench(tmp_path / "other", drop=[1, 6])
+    with pytest.raises(CheckpointError, match=r"holds the prefix states of another model; delete it, or name another"):
+        other.trainer(cache="on", cache_dir=str(cache), loss="kd").train()
+
+
+def test_cache_of_other_rows_is_refused(llama: Bench, cache: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds the hidden states of other training rows"):
+        llama.trainer(cache="on", cache_dir=str(cache), rows_=rows(seed=5), loss="kd").train()
+
+
+def test_folder_of_something_else_is_refused(llama: Bench, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(CheckpointError, match="has other things in it"):
+        llama.trainer(cache="on", cache_dir=str(tmp_path)).train()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_damaged_shard(llama: Bench, cache: Path) -> None:
+    shard = cache / "prefix-00000-of-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"prefix-00000-of-00001\.safetensors can't be read"):
+        llama.trainer(cache="on", cache_dir=str(cache), loss="kd").train()
+
+
+# --- bad input -----------------------------------------------------------------------------------------
+
+
+def test_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(llama: Bench, tmp_path: Path) -> None:
+    trainer = llama.trainer(output_dir=str(tmp_path), save_strategy="steps", save_steps=2)
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+    trainer.add_callback(Break())
+    with pytest.raises(
+        TrainingStopped,
+        match=r"the loss is nan at step 4, in the batch of rows \d+(, \d+){3}; .*checkpoint-2 is the last good",
+    ):
+        trainer.train()
+    weights = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(llama: Bench, tmp_path: Path) -> None:
+    trainer = llama.trainer(output_dir=str(tmp_path), save_strategy="steps", save_steps=2)
+
+    class Break(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                next(p for p in model.parameters() if p.requires_grad).data.fill_(float("inf"))
+
+    trainer.add_callback(Break())
+    with pytest.raises(TrainingStopped, match="not a number after step 4"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_rows_that_are_all_too_long(llama: Bench) -> None:
+    with pytest.raises(
+        LayerPruneError, match=r"none of the 24 training rows has a token to learn within max_length=3"
+    ):
+        llama.trainer(max_length=3)
+
+
+def test_teacher_of_another_depth(llama: Bench) -> None:
+    trainer = llama.trainer(loss="kd")
+    trainer._teacher_model = AutoModelForCausalLM.from_pretrained(llama.pruned)
+    with pytest.raises(CheckpointError, match="the teacher has 6 layers, and this model was cut from one with 8"):
+        trainer.train()
+
+
+def test_no_teacher(llama: Bench) -> None:
+    trainer = llama.trainer(loss="kd")
+    trainer._teacher_model = None
+    with pytest.raises(LayerPruneError, match="needs the dense model; name it with --teacher"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("settings", [{"loss": "mse"}, {"kd_share": 0.0}, {"kd_temperature": 0.0}, {"cache": "yes"}])
+def test_settings_that_make_no_sense(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(LayerPruneError, match=next(iter(settings))):
+        HealConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+# --- resuming ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["off", "on"])
+def test_resumed_equals_uninterrupted(llama: Bench, tmp_path: Path, cache: str) -> None:
+    settings = {
+        "cache": cache,
+        "loss": "ce+kd",
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": -1,
+        "num_train_epochs": 2,
+    }
+    whole = llama.trainer(output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+    broken = llama.trainer(output_dir=str(tmp_path / "broken"), **settings)
+    broken.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = llama.trainer(output_dir=str(tmp_path / "broken"), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    for name, parameter in tuned(whole).items():
+        assert torch.equal(parameter, tuned(resumed)[name]), name
+
+
+def test_resuming_without_a_checkpoint_starts(llama: Bench, tmp_path: Path) -> None:
+    trainer = llama.trainer(output_dir=str(tmp_path))
+    trainer.train(resume_from_checkpoint=True)
+    assert len(losses(trainer)) == 6
+
+
+def test_checkpoint_is_an_adapter_of_the_base(llama: Bench, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    trainer = llama.trainer(output_dir=str(tmp_path), save_strategy="steps", save_steps=6)
+    trainer.model.name_or_path = str(llama.folder / "dense")
+    trainer.model.peft_config["default"].base_model_name_or_path = str(llama.folder / "dense")
+    trainer.train()
+    settings = json.loads((tmp_path / "checkpoint-6" / "adapter_config.json").read_text())
+    assert settings["drop_layers"] == DROP
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6", dtype=torch.float32, **EAGER).eval()
+    ids = torch.randint(3, 100, (2, 9))
+    with torch.no_grad():
+        assert torch.allclose(again(ids).logits, trainer.model.eval()(ids).logits, atol=1e-5)
