@@ -53,6 +53,14 @@ class WritingHandler(Handler):
             raise Refusal(400, "Invalid metadata in README.md", body=body)
         self.send_json(body)
 
+    def add_secret(self, repo: str) -> None:
+        asked = self.read_json()
+        written = self.server.hub.writable(repo, self.token)
+        if not repo.startswith("spaces/"):
+            raise Refusal(404, "Only a Space has secrets")
+        written.secrets[asked["key"]] = asked["value"]  # nobody reads it back, as on the Hub
+        self.send_json({})
+
     # Branches and tags
 
     def create_branch(self, repo: str, name: str) -> None:
@@ -197,6 +205,7 @@ WRITING_ROUTES: list[Route] = [
     ("POST", re.compile("/api/repos/create"), WritingHandler.create_repo),
     ("DELETE", re.compile("/api/repos/delete"), WritingHandler.delete_repo),
     ("POST", re.compile("/api/validate-yaml"), WritingHandler.validate_yaml),
+    ("POST", re.compile(f"{API}/secrets"), WritingHandler.add_secret),
     ("GET", re.compile(f"{API}/discussions"), WritingHandler.discussions),
     ("POST", re.compile(f"{API}/branch/(?P<name>[^/]+)"), WritingHandler.create_branch),
     ("POST", re.compile(f"{API}/tag/(?P<revision>[^/]+)"), WritingHandler.create_tag),

@@ -33,6 +33,7 @@ class WrittenRepo(Repo):
         self._commits: dict[str, Commit] = {}
         self._branches: dict[str, str] = {}
         self._tags: dict[str, str] = {}
+        self.secrets: dict[str, str] = {}  # of a Space
         self._pulls: dict[str, str] = {}
         self.titles: list[str] = []  # of the pull requests
         folder.mkdir(parents=True)

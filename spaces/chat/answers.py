@@ -126,7 +126,7 @@ class Answer(TextStreamer):
         self.text, self.tokens, self.seconds, self.first, self.cache_bytes = "", 0, 0.0, 0.0, 0
         self.stop, self.done = threading.Event(), threading.Event()
         self.error: Exception | None = None
-        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread = threading.Thread(target=self._run, name="answer", daemon=True)
 
     def put(self, value: torch.Tensor) -> None:
         """Take in the next token, and let the others have a turn."""

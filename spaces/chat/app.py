@@ -12,6 +12,7 @@ import os
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 with suppress(ImportError):  # ZeroGPU patches torch, so this comes first
@@ -27,21 +28,32 @@ from weights import ZERO_GPU, Models
 HERE = Path(__file__).parent
 
 
-def main() -> None:
-    """Serve the page."""
-    named = [*(metadata_load(HERE / "README.md") or {}).get("models", []), "", ""]
-    model, base = os.environ.get("MODEL_ID") or named[0], os.environ.get("BASE_ID") or named[1]
+def prepare(model: str, base: str | None = None) -> gr.Blocks:
+    """Make the page of a model, and have its weights loaded meanwhile.
+
+    Args:
+        model (`str`): A Hub id, a folder or a `.gguf` file; a model or an adapter.
+        base (`str`, *optional*): The dense model to compare with.
+
+    Returns:
+        `gr.Blocks`: The page; or one that says why there is no model.
+    """
     try:
         if not model:
             raise CannotLoad("Set the variable MODEL_ID to the id of a model on the Hub.")
         chat.models = Models(Source(model, base))
-        demo = page(chat.models.source)
-        if ZERO_GPU:  # where weights are handed over to the GPU when the page starts
-            chat.models.load()
-        else:
-            threading.Thread(target=chat.models.load, daemon=True).start()
+        made = page(chat.models.source)
     except CannotLoad as error:
-        demo = failure(model, str(error))
+        return failure(model, str(error))
+    if ZERO_GPU:  # where weights are handed over to the GPU when the page starts
+        chat.models.load()
+    else:
+        threading.Thread(target=chat.models.load, daemon=True).start()
+    return made
+
+
+def launch(made: gr.Blocks, **settings: Any) -> Any:
+    """Serve a page, and its tools over MCP."""
     font, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="indigo", neutral_hue="zinc", font=font, font_mono=mono, radius_size="lg")
     theme.set(
@@ -50,14 +62,11 @@ def main() -> None:
         input_placeholder_color="*neutral_500",
         input_placeholder_color_dark="*neutral_400",
     )
-    demo.launch(
-        theme=theme,
-        css_paths=HERE / "style.css",
-        footer_links=["api"],
-        mcp_server=True,
-        show_error=True,
-    )
+    look = {"theme": theme, "css_paths": HERE / "style.css", "footer_links": ["api"]}
+    return made.launch(**look, mcp_server=True, show_error=True, **settings)
 
 
 if __name__ == "__main__":
-    main()
+    # The front matter names the model first, and then its base.
+    names = [*(metadata_load(HERE / "README.md") or {}).get("models", []), "", ""]
+    launch(prepare(os.environ.get("MODEL_ID") or names[0], os.environ.get("BASE_ID") or names[1]))

@@ -1,4 +1,4 @@
-"""What the page and the API call: from a conversation to a streamed answer with its figures."""
+"""What the page and the API have in common, and the page's answers: from a conversation to a streamed answer with its figures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(roles: list[str], ids: list[int], settings: dict[str, Any]) -> Iterator[
     yield from answers.answer(models, roles, ids, settings)
 
 
-# --- the page -------------------------------------------------------------------------------------------
+# --- on the page ----------------------------------------------------------------------------------------
 
 
 def reply(talk: list[dict], system: str, *numbers: float | None) -> Iterator[tuple[list[dict], str]]:
@@ -66,75 +66,7 @@ def compare(prompt: str, system: str, *numbers: float | None) -> Iterator[tuple]
         yield *sides, small(memory_of_both(states), f"seed {settings['seed']}", note)
 
 
-# --- the API and MCP ------------------------------------------------------------------------------------
-# Gradio makes their documentation from the signatures and these docstrings.
-
-
-def chat_api(
-    message: str,
-    history: list[dict[str, str]] = [],  # noqa: B006 (Gradio reads the default, and nobody writes to it)
-    system_prompt: str = "",
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    max_tokens: int = 256,
-    seed: int = -1,
-) -> str:
-    """
-    Ask the pruned model. The answer is streamed: each piece is the whole answer so far.
-
-    Args:
-        message: The question.
-        history: What was said before: messages with "role" and "content". The oldest are left out where they don't fit.
-        system_prompt: How the model should behave.
-        temperature: 0 for the likeliest word at each step; up to 2.
-        top_p: Draw from the likeliest words that make up this share.
-        max_tokens: The most tokens of the answer.
-        seed: The same seed gives the same answer; -1 draws one.
-    """
-    check(message, system_prompt)
-    settings = settings_of(temperature, top_p, max_tokens, seed)
-    talk = plain([*history, {"role": "user", "content": message}])
-    if models.source.chats:
-        pieces = converse(talk, system_prompt, settings, ["pruned"])
-    else:
-        pieces = go_on("\n".join(turn["content"] for turn in talk), settings, ["pruned"])
-    for [state], _ in pieces:
-        yield state["text"]
-
-
-def compare_api(
-    prompt: str,
-    system_prompt: str = "",
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    max_tokens: int = 256,
-    seed: int = -1,
-) -> dict[str, dict[str, Any]]:
-    """
-    Ask the pruned and the dense model the same question at once.
-
-    Args:
-        prompt: The question.
-        system_prompt: How the models should behave.
-        temperature: 0 for the likeliest word at each step; up to 2.
-        top_p: Draw from the likeliest words that make up this share.
-        max_tokens: The most tokens of an answer.
-        seed: The same seed gives the same answers; -1 draws one.
-
-    Returns:
-        For "pruned" and "dense": the text, its figures, and the bytes of weights and cache in memory.
-    """
-    for states, _ in both(prompt, system_prompt, settings_of(temperature, top_p, max_tokens, seed)):
-        yield dict(zip(("pruned", "dense"), states, strict=True))
-
-
-def about_api() -> dict[str, Any]:
-    """What is on record about the pruned model: its lineage, what was measured, and the metadata of its card."""
-    records = models.source.records
-    return {"model": records.model, "lineage": records.lineage, "metrics": records.metrics, "card": records.card}
-
-
-# --- what they are made of ------------------------------------------------------------------------------
+# --- for the page and the API ---------------------------------------------------------------------------
 
 
 def check(*texts: str | None) -> None:

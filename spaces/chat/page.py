@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 import about
+import api
 import chat
 import gradio as gr
 from about import bytes_
@@ -50,8 +51,12 @@ BOX: dict[str, Any] = {
 FOCUS = "() => matchMedia('(hover: hover)').matches && document.querySelector('#%s textarea')?.focus()"
 
 
-# What Markdown takes for code, the rest of a block that is still being written included.
-CODE = re.compile(r"(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\n).|(?<=```).)+?(?<!`)(?P=ticks)(?!`)|```.*\Z", re.DOTALL)
+# What Markdown takes for code: a block between fences, which may still be being written, or a piece of a line.
+CODE = re.compile(
+    r"^ {0,3}(?P<fence>`{3,})[^`\n]*\n.*?(?:\n {0,3}(?P=fence)`*[ \t]*$|\Z)"
+    r"|(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\n).){1,500}?(?<!`)(?P=ticks)(?!`)",
+    re.DOTALL | re.MULTILINE,
+)
 MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
 ESCAPED = re.compile(r"&lt;(?=[A-Za-z/!?])|&amp;(?=#?\w+;)")
 
@@ -109,9 +114,9 @@ def page(source: Source) -> gr.Blocks:
     settings = settings_of_an_answer(source)
     with gr.Blocks(title=name) as demo:
         # First, so that no event of the page takes one of these names.
-        gr.api(chat.chat_api, api_name="chat", concurrency_id="answer", concurrency_limit=AT_ONCE)
-        gr.api(chat.compare_api, api_name="compare", concurrency_id="answer", concurrency_limit=AT_ONCE)
-        gr.api(chat.about_api, api_name="about", concurrency_limit=None)
+        gr.api(api.chat, api_name="chat", concurrency_id="answer", concurrency_limit=AT_ONCE)
+        gr.api(api.compare, api_name="compare", concurrency_id="answer", concurrency_limit=AT_ONCE)
+        gr.api(api.about, api_name="about", concurrency_limit=None)
         state = gr.HTML(heading(name, status()), padding=False)
         with gr.Tabs():
             with gr.Tab("Chat" if source.chats else "Complete") as first:

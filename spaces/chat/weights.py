@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 
 ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CONTAINER = Path("/sys/fs/cgroup")
 HEADROOM = 1.2  # weights, and what comes beside them: the cache of a conversation, activations
 
 
@@ -154,9 +155,8 @@ def free_bytes() -> int:
         return torch.cuda.mem_get_info()[0]
     free = psutil.virtual_memory().available
     try:  # a container has a limit of its own
-        group = Path("/sys/fs/cgroup")
-        used = re.search(r"^anon (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        free = min(free, int((group / "memory.max").read_text()) - int(used[1]))
+        used = re.search(r"^anon (\d+)$", (CONTAINER / "memory.stat").read_text(), re.MULTILINE)
+        free = min(free, int((CONTAINER / "memory.max").read_text()) - int(used[1]))
     except (OSError, ValueError, TypeError):
         pass
     return free

@@ -1,0 +1,75 @@
+"""What a program can ask, through `gradio_client` or as tools over MCP.
+
+Gradio makes the documentation of both from the names, signatures and docstrings here. Where it says `-> str`, one is
+what each piece of a stream is.
+"""
+
+from typing import Any
+
+import chat as talk
+
+# No `from __future__ import annotations`: Gradio reads the types as they are.
+
+
+def chat(
+    message: str,
+    history: list[dict[str, str]] = [],  # noqa: B006 (Gradio reads the default, and nobody writes to it)
+    system_prompt: str = "",
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_tokens: int = 256,
+    seed: int = -1,
+) -> str:
+    """
+    Ask the pruned model. The answer is streamed: each piece is the whole answer so far.
+
+    Args:
+        message: The question.
+        history: What was said before: messages with "role" and "content". The oldest are left out where they don't fit.
+        system_prompt: How the model should behave.
+        temperature: 0 for the likeliest word at each step; up to 2.
+        top_p: Draw from the likeliest words that make up this share.
+        max_tokens: The most tokens of the answer.
+        seed: The same seed gives the same answer; -1 draws one.
+    """
+    talk.check(message, system_prompt)
+    settings = talk.settings_of(temperature, top_p, max_tokens, seed)
+    turns = talk.plain([*history, {"role": "user", "content": message}])
+    if talk.models.source.chats:
+        pieces = talk.converse(turns, system_prompt, settings, ["pruned"])
+    else:
+        pieces = talk.go_on("\n".join(turn["content"] for turn in turns), settings, ["pruned"])
+    for [state], _ in pieces:
+        yield state["text"]
+
+
+def compare(
+    prompt: str,
+    system_prompt: str = "",
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_tokens: int = 256,
+    seed: int = -1,
+) -> dict[str, dict[str, Any]]:
+    """
+    Ask the pruned and the dense model the same question at once.
+
+    Args:
+        prompt: The question.
+        system_prompt: How the models should behave.
+        temperature: 0 for the likeliest word at each step; up to 2.
+        top_p: Draw from the likeliest words that make up this share.
+        max_tokens: The most tokens of an answer.
+        seed: The same seed gives the same answers; -1 draws one.
+
+    Returns:
+        For "pruned" and "dense": the text, its figures, and the bytes of weights and cache in memory.
+    """
+    for states, _ in talk.both(prompt, system_prompt, talk.settings_of(temperature, top_p, max_tokens, seed)):
+        yield dict(zip(("pruned", "dense"), states, strict=True))
+
+
+def about() -> dict[str, Any]:
+    """What is on record about the pruned model: its lineage, what was measured, and the metadata of its card."""
+    records = talk.models.source.records
+    return {"model": records.model, "lineage": records.lineage, "metrics": records.metrics, "card": records.card}

@@ -1,0 +1,209 @@
+"""The chat over the wire: `gradio_client`, MCP, many clients at once, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from mcp import ClientSession
+from mcp.client.streamable_http import streamablehttp_client
+
+from tests.chat_models import NASTY, pruned_model, tiny_chat_model
+from tests.chat_server import answers_under_way, served
+
+import chat  # isort: skip
+import page  # isort: skip
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("chat")
+    base = tiny_chat_model(folder / "base")
+    with served(pruned_model(base, folder / "pruned"), base) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url: str) -> Client:
+    return Client(url, verbose=False)
+
+
+def soon(condition: Callable[[], bool], seconds: float) -> float:
+    """Wait for something, and say how long it took."""
+    start = time.perf_counter()
+    while not condition():
+        assert time.perf_counter() - start < seconds
+        time.sleep(0.005)
+    return time.perf_counter() - start
+
+
+def test_endpoints_have_the_names_and_words_that_people_rely_on(client: Client) -> None:
+    found = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(found) == {"/chat", "/compare", "/about"}
+    names = [one["parameter_name"] for one in found["/chat"]["parameters"]]
+    assert names == ["message", "history", "system_prompt", "temperature", "top_p", "max_tokens", "seed"]
+    assert [one["parameter_has_default"] for one in found["/chat"]["parameters"]] == [False] + [True] * 6
+    assert found["/chat"]["returns"][0]["type"] == {"type": "string"}
+
+
+def test_an_answer_is_streamed_and_seeded(client: Client) -> None:
+    job = client.submit("ba be", max_tokens=200, seed=5, api_name="/chat")
+    final = job.result(timeout=60)
+    pieces = job.outputs()
+    assert len(pieces) > 2
+    assert all(final.startswith(piece.rstrip()) for piece in pieces)
+    assert client.predict("ba be", max_tokens=200, seed=5, api_name="/chat") == final
+    assert client.predict("ba be", max_tokens=200, seed=6, api_name="/chat") != final
+    # To a program, HTML is text like any other.
+    assert any(word in final for word in NASTY)
+
+
+def test_history_and_system_prompt_reach_the_model(client: Client) -> None:
+    def ask(**more: object) -> str:
+        return client.predict("bi", temperature=0, max_tokens=20, api_name="/chat", **more)
+
+    history = [{"role": "user", "content": "ba"}, {"role": "assistant", "content": "bu"}]
+    source = chat.models.source
+    for more, said in (
+        ({}, []),
+        ({"history": history}, history),
+        ({"system_prompt": "do"}, [{"role": "system", "content": "do"}]),
+    ):
+        ids = source.encode([*said, {"role": "user", "content": "bi"}])
+        settings = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 20, "seed": 0}
+        assert ask(**more) == list(chat.run(["pruned"], ids, settings))[-1][0]["text"]
+
+
+def test_both_models_at_once(client: Client) -> None:
+    found = client.predict("ba be", max_tokens=30, seed=5, api_name="/compare")
+    assert set(found) == {"pruned", "dense"}
+    assert found["pruned"]["text"] == client.predict("ba be", max_tokens=30, seed=5, api_name="/chat")
+    assert found["dense"]["text"] != found["pruned"]["text"]
+    for state in found.values():
+        assert state["tokens"] == 30
+        assert state["tokens_per_second"] > 0
+        assert 0 < state["seconds_to_first_token"] < 10
+    assert found["pruned"]["weights_bytes"] < found["dense"]["weights_bytes"]
+    assert found["pruned"]["shared_bytes"] > 0.99 * found["pruned"]["weights_bytes"]
+    # 6 and 8 layers of the same prompt and as many words.
+    assert 8 * found["pruned"]["cache_bytes"] == 6 * found["dense"]["cache_bytes"]
+
+
+def test_records_are_those_of_the_repository(client: Client) -> None:
+    found = client.predict(api_name="/about")
+    assert found["lineage"] == json.loads(Path(found["model"], "lineage.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"message": "x" * 100_000}, "100,000 characters, and 40,000 are the limit"),
+        ({"message": "ba", "system_prompt": "x" * 100_000}, "100,002 characters"),
+        ({"message": "ba " * 10_000}, "has 10,004 tokens. The model reads 4,096, of which 256 are kept"),
+    ],
+)
+def test_a_prompt_that_is_too_long_gets_a_clear_limit(client: Client, asked: dict, message: str) -> None:
+    with pytest.raises(AppError, match=message.replace(".", r"\.")):
+        client.predict(**asked, api_name="/chat")
+
+
+def test_a_client_that_cancels_frees_the_model_within_a_second(client: Client) -> None:
+    job = client.submit("ba", max_tokens=1024, api_name="/chat")
+    soon(lambda: len(job.outputs()) > 1, 30)
+    assert answers_under_way() == 1
+    job.cancel()
+    assert soon(lambda: answers_under_way() == 0, 1) < 1
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "compare"])
+def test_a_client_whose_connection_breaks_frees_the_model_within_a_second(url: str, endpoint: str) -> None:
+    with httpx.Client(base_url=url, timeout=30) as http:
+        payload = {"data": ["ba", [], "", 1.0, 1.0, 1024, 3]} if endpoint == "chat" else {"data": ["ba", "", 1, 1, 1024, 3]}
+        event = http.post(f"gradio_api/call/{endpoint}", json=payload).json()["event_id"]
+        with http.stream("GET", f"gradio_api/call/{endpoint}/{event}") as stream:
+            lines = stream.iter_lines()
+            while not next(lines).startswith("data:"):
+                pass
+            assert answers_under_way() == {"chat": 1, "compare": 2}[endpoint]
+        # The connection is closed here, with most of the answer to come.
+        assert soon(lambda: answers_under_way() == 0, 1) < 1
+
+
+def test_twenty_clients_get_their_own_answers(url: str) -> None:
+    with ThreadPoolExecutor(20) as pool:
+        clients = list(pool.map(lambda _: Client(url, verbose=False), range(20)))
+        jobs = [one.submit(f"ba {'be ' * n}", max_tokens=24, seed=n, api_name="/chat") for n, one in enumerate(clients)]
+        most = 0
+        while not all(job.done() for job in jobs):
+            most = max(most, answers_under_way())
+            time.sleep(0.002)
+    assert 1 < most <= page.AT_ONCE
+    for n, job in enumerate(jobs):
+        ids = chat.models.source.encode([{"role": "user", "content": f"ba {'be ' * n}"}])
+        settings = {"temperature": 0.6, "top_p": 0.9, "max_tokens": 24, "seed": n}
+        alone = list(chat.run(["pruned"], ids, settings))[-1][0]["text"]
+        pieces = job.outputs()
+        assert pieces[-1] == alone
+        assert all(alone.startswith(piece.rstrip()) for piece in pieces)
+
+
+def test_the_queue_is_bounded(url: str) -> None:
+    most = page.AT_ONCE + page.MAX_WAITING
+    with httpx.Client(base_url=url, timeout=60) as http:
+        held, codes = [], []
+        for n in range(most + 8):
+            body = {"data": ["ba", [], "", 1.0, 1.0, 1024, n], "fn_index": 0, "session_hash": f"session{n}"}
+            answer = http.post("gradio_api/queue/join", json=body)
+            codes.append(answer.status_code)
+            if answer.status_code == 200:
+                held.append((f"session{n}", answer.json()["event_id"]))
+        assert codes.count(503) >= 1
+        assert set(codes) == {200, 503}
+        assert page.MAX_WAITING <= codes.count(200) <= most + 4
+        assert "full" in answer.text.lower()
+        for session, event in reversed(held):
+            http.post("gradio_api/cancel", json={"session_hash": session, "fn_index": 0, "event_id": event})
+        soon(lambda: answers_under_way() == 0, 20)
+    assert Client(url, verbose=False).predict("ba", max_tokens=3, seed=1, api_name="/chat")
+
+
+def test_tools_over_mcp(url: str) -> None:
+    async def use() -> tuple[dict, str, dict]:
+        async with (
+            streamablehttp_client(f"{url}gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+            asked = await session.call_tool("chat", {"message": "ba be", "max_tokens": 9, "seed": 5})
+            compared = await session.call_tool("compare", {"prompt": "ba be", "max_tokens": 9, "seed": 5})
+            assert not asked.isError
+            assert not compared.isError
+            return tools, asked.content[0].text, compared.content[0].text
+
+    tools, answer, both = asyncio.run(use())
+    assert set(tools) == {"chat", "compare", "about"}
+    assert "Ask the pruned model" in tools["chat"].description
+    assert "The question" in tools["chat"].inputSchema["properties"]["message"]["description"]
+    assert answer == Client(url, verbose=False).predict("ba be", max_tokens=9, seed=5, api_name="/chat")
+    assert answer in both
+
+
+def test_nobody_is_answered_while_the_weights_load(tmp_path: Path) -> None:
+    # Last in this file: the page that the other tests use shares what is asked here.
+    base = tiny_chat_model(tmp_path / "base")
+    with served(base, loaded=False) as url:
+        chat.models.done.wait(60)
+        chat.models.sides.clear()
+        chat.models.done = threading.Event()
+        with pytest.raises(AppError, match="still loading"):
+            Client(url, verbose=False).predict("ba", api_name="/chat")

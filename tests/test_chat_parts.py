@@ -1,0 +1,416 @@
+"""The chat's parts, without a page: conversations that fit, seeded draws, shared tensors, HTML as text, the records."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+import tests.chat_server  # noqa: F401 (makes the Space's files importable)
+from tests.chat_models import TEMPLATE, pruned_model, tiny_chat_model
+from tests.publish_records import lineage_of, metrics_of
+
+import about  # isort: skip
+import answers  # isort: skip
+import chat  # isort: skip
+import page  # isort: skip
+import source  # isort: skip
+import weights  # isort: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_chat_model(tmp_path_factory.mktemp("chat") / "base", context=256)
+
+
+@pytest.fixture(scope="module")
+def pruned(base: Path) -> Path:
+    return pruned_model(base, base.with_name("pruned"))
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path) -> Path:
+    return pruned_model(base, base.with_name("adapter"), "--adapter")
+
+
+@pytest.fixture(scope="module")
+def models(base: Path, pruned: Path) -> Any:
+    found = weights.Models(source.Source(str(pruned), str(base)))
+    found.load()
+    assert found.error is None
+    return found
+
+
+def load(model: Path, base: Path | None = None) -> Any:
+    found = weights.Models(source.Source(str(model), str(base) if base else None))
+    found.load()
+    return found
+
+
+def talk(*turns: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+HOT = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 24, "seed": 7}
+
+
+def final(models: Any, roles: list[str], ids: list[int], **changed: Any) -> list[dict[str, Any]]:
+    return list(answers.answer(models, roles, ids, HOT | changed))[-1]
+
+
+# --- conversations --------------------------------------------------------------------------------------
+
+
+def test_history_comes_in_parts() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    said = [
+        {"role": "user", "content": parts, "metadata": None},
+        {"role": "assistant", "content": "three"},
+        {"role": "user", "content": [{"type": "text", "text": "four"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "five"}],
+        },  # the answer was stopped before its first word
+    ]
+    assert chat.plain(said) == talk("one\ntwo", "three", "four\n\nfive")
+
+
+@pytest.mark.parametrize("turns", [1, 3, 9, 41])
+@pytest.mark.parametrize("system", ["", "be bi"])
+def test_the_oldest_messages_make_room(pruned: Path, turns: int, system: str) -> None:
+    found = source.Source(str(pruned))
+    said = talk(*(f"ba be {'bi ' * 8}" for _ in range(turns)))
+    before = [{"role": "system", "content": system}] if system else []
+    ids, left_out = found.fit(before + said, 56)
+    assert left_out % 2 == 0  # a question goes with its answer
+    assert ids == found.encode(before + said[left_out:])
+    assert len(ids) <= 256 - 56
+    if left_out:
+        assert len(found.encode(before + said[left_out - 2 :])) > 256 - 56
+    else:
+        assert turns < 41
+
+
+def test_a_question_that_is_too_long_is_refused_with_its_length(pruned: Path) -> None:
+    found = source.Source(str(pruned))
+    with pytest.raises(source.TooLong, match=r"has 504 tokens\. The model reads 256, of which 56 are kept"):
+        found.fit(talk("ba " * 500), 56)
+    with pytest.raises(source.TooLong, match="has 500 tokens, and 200 fit in front of 56 new ones"):
+        found.fit_text("ba " * 500, 56)
+
+
+def test_a_history_as_long_as_a_book_takes_no_time(pruned: Path) -> None:
+    found = source.Source(str(pruned))
+    counted = []
+    encode = found.encode
+    found.encode = lambda messages: counted.append(sum(len(m["content"]) for m in messages)) or encode(messages)
+    ids, left_out = found.fit(talk("ba " * 1_000_000, "be", *["bi"] * 399), 56)
+    assert left_out >= 2
+    assert len(ids) <= 200
+    assert sum(counted) < 100_000
+
+
+def test_a_template_without_a_system_role(pruned: Path) -> None:
+    found = source.Source(str(pruned))
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    found.tokenizer.chat_template = refusing
+    system = [{"role": "system", "content": "be"}]
+    assert found.encode(system + talk("ba", "bu", "bi")) == found.encode(talk("be\n\nba", "bu", "bi"))
+
+
+# --- HTML -----------------------------------------------------------------------------------------------
+
+
+@given(st.text("<>&;`abl/!#1 \n", max_size=60) | st.text(max_size=40))
+@settings(max_examples=400, deadline=None)
+def test_what_is_shown_is_what_was_meant(text: str) -> None:
+    assert page.meant(page.shown(text)) == text
+
+
+@given(st.text("<>&;abl/!#1 \n", max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_nothing_outside_code_opens_a_tag(text: str) -> None:
+    assert page.MARKUP.search(page.shown(text).replace("&lt;", ".").replace("&amp;", ".")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<b>x</b>", "&lt;b>x&lt;/b>"),
+        ("a < b && c", "a < b && c"),
+        ("&lt;", "&amp;lt;"),
+        ("`<b>` <b>", "`<b>` &lt;b>"),
+        ("``a ` <b>`` <b>", "``a ` <b>`` &lt;b>"),
+        ("```html\n<b>\n```\n<b>", "```html\n<b>\n```\n&lt;b>"),
+        ("```html\n<b>\n\n<i>", "```html\n<b>\n\n<i>"),  # still being written
+        ("a ` <b>", "a ` &lt;b>"),
+        ("<!-- x", "&lt;!-- x"),
+    ],
+)
+def test_html_loses_its_meaning_outside_code(text: str, expected: str) -> None:
+    assert page.shown(text) == expected
+
+
+def test_many_backticks_take_no_time() -> None:
+    for text in ("`" * 40_000, "` `` ``` " * 4_000, "".join("`" * n + " " for n in range(280))):
+        assert page.meant(page.shown(text)) == text
+
+
+# --- answers --------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_that_of_plain_transformers(models: Any) -> None:
+    ids = models.source.encode(talk("ba be"))
+    model = models.sides["pruned"].model
+    made = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :]
+    [state] = final(models, ["pruned"], ids, temperature=0)
+    assert state["text"] == models.source.tokenizer.decode(made, skip_special_tokens=True)
+    assert state["tokens"] == 24
+    assert state["tokens_per_second"] > 0
+    assert state["seconds_to_first_token"] > 0
+    # Keys and values of 6 layers, for all tokens but the last: 2 heads of 8 numbers with 4 bytes each.
+    assert state["cache_bytes"] == 2 * 6 * (len(ids) + 23) * 2 * 8 * 4
+
+
+def test_a_seed_decides_whatever_goes_on_beside(models: Any) -> None:
+    ids = models.source.encode(talk("ba be"))
+    alone = [final(models, ["pruned"], ids, seed=seed)[0]["text"] for seed in range(4)]
+    assert len(set(alone)) == 4
+    found: dict[int, str] = {}
+
+    def ask(seed: int) -> None:
+        found[seed] = final(models, ["pruned", "dense"], ids, seed=seed)[0]["text"]
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [found[seed] for seed in range(4)] == alone
+
+
+def test_draws_have_the_probabilities_of_the_scores() -> None:
+    scores = torch.tensor([[0.5, 1.5, -1.0, float("-inf"), 0.0]])
+    draw = answers.Draw(3, torch.device("cpu"))
+    counts = torch.zeros(5)
+    for _ in range(4000):
+        counts[draw(None, scores).argmax()] += 1
+    expected = scores.softmax(-1)[0]
+    assert counts[3] == 0
+    # Three standard errors of each share.
+    assert ((counts / 4000 - expected).abs() <= 3 * (expected * (1 - expected) / 4000).sqrt()).all()
+
+
+def test_turns_go_round() -> None:
+    turns, order = answers.Turns(), []
+
+    def work(name: str) -> None:
+        turns.take()
+        ready.wait()
+        for _ in range(5):
+            order.append(name)
+            turns.leave()
+            turns.take()
+        turns.leave()
+
+    ready = threading.Event()
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    while len(turns._line) < 3:
+        pass
+    ready.set()
+    for thread in threads:
+        thread.join(10)
+    first = order[:3]
+    assert sorted(first) == ["a", "b", "c"]
+    assert order == first * 5
+
+
+def test_who_stops_listening_frees_the_model_within_a_prompt(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt is one pass through all layers, which takes long where it is long."""
+    side, seen = models.sides["pruned"], []
+    second = side.model.model.layers[1]
+    going = threading.Event()
+
+    def slow(*_: Any) -> None:
+        seen.append(1)
+        going.set()
+        threading.Event().wait(0.3)
+
+    hook = second.register_forward_pre_hook(slow)
+    third = side.model.model.layers[2].register_forward_pre_hook(lambda *_: seen.append(2), prepend=False)
+    try:
+        under_way = answers.answer(models, ["pruned"], models.source.encode(talk("ba")), HOT)
+        next(under_way)
+        assert going.wait(5)
+        under_way.close()
+    finally:
+        hook.remove()
+        third.remove()
+    assert seen == [1]
+    assert final(models, ["pruned"], models.source.encode(talk("ba")))[0]["tokens"] == 24
+
+
+def test_an_error_while_answering_is_raised_and_holds_nothing_up(models: Any) -> None:
+    hook = models.sides["dense"].model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            final(models, ["pruned", "dense"], [5, 6])
+    finally:
+        hook.remove()
+    assert final(models, ["pruned", "dense"], [5, 6])[1]["tokens"] == 24
+
+
+# --- weights --------------------------------------------------------------------------------------------
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(8, 24)[None], use_cache=False).logits
+
+
+@pytest.mark.parametrize("form", ["pruned", "adapter"])
+def test_what_both_models_have_is_there_once(form: str, base: Path, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(form)
+    found = load(folder, base if form == "pruned" else None)
+    pruned, dense = found.sides["pruned"], found.sides["dense"]
+    plain = [AutoModelForCausalLM.from_pretrained(one) for one in (request.getfixturevalue("pruned"), base)]
+    assert torch.equal(logits(pruned.model), logits(plain[0]))
+    assert torch.equal(logits(dense.model), logits(plain[1]))
+    together = pruned.weights_bytes + dense.weights_bytes - pruned.shared_bytes
+    own = {"pruned": 0, "adapter": weights.weights_size(str(folder))}[form]
+    rotary = 2 * 16  # each model keeps the little that is computed and no parameter
+    assert dense.weights_bytes <= together <= dense.weights_bytes + own + rotary
+
+
+def test_tensors_that_differ_stay_apart(base: Path, pruned: Path, tmp_path: Path) -> None:
+    healed = AutoModelForCausalLM.from_pretrained(pruned)
+    with torch.no_grad():
+        healed.model.layers[5].mlp.down_proj.weight.add_(0.01)
+    healed.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "lineage.json"):
+        (tmp_path / name).write_bytes((pruned / name).read_bytes())
+    found = load(tmp_path, base)
+    size = healed.model.layers[5].mlp.down_proj.weight.nbytes
+    assert found.sides["pruned"].weights_bytes - found.sides["pruned"].shared_bytes == pytest.approx(size, abs=256)
+    assert torch.equal(logits(found.sides["pruned"].model), logits(healed))
+
+
+def test_the_dense_side_is_off_where_it_has_no_room(
+    base: Path, pruned: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = weights.weights_size(str(pruned))
+    monkeypatch.setattr(weights, "free_bytes", lambda: int(1.5 * size))
+    found = load(pruned, base)
+    assert set(found.sides) == {"pruned"}
+    assert found.error is None
+    assert "base beside it needs" in found.no_dense
+    assert set(load(adapter).sides) == {"pruned"}
+    monkeypatch.setattr(weights, "free_bytes", lambda: size)
+    found = load(pruned, base)
+    assert not found.sides
+    assert "pruned needs" in found.error
+    assert "are free here" in found.error
+
+
+def test_a_container_has_a_limit_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = weights.free_bytes()
+    assert machine > 0
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.stat").write_text("file 5\nanon 400000\n")
+    monkeypatch.setattr(weights, "CONTAINER", tmp_path)
+    assert weights.free_bytes() == 600_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert weights.free_bytes() > 600_000
+
+
+@pytest.mark.parametrize("damage", ["weights", "config", "nothing there"])
+def test_a_model_that_cannot_be_loaded_says_why(pruned: Path, tmp_path: Path, damage: str) -> None:
+    for path in pruned.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    if damage == "weights":
+        (tmp_path / "model.safetensors").write_bytes(b"nonsense")
+        assert f"{tmp_path} can't be loaded: " in load(tmp_path).error
+    elif damage == "config":
+        (tmp_path / "config.json").write_text("{")
+        with pytest.raises(source.CannotLoad, match="can't be loaded: "):
+            source.Source(str(tmp_path))
+    else:
+        with pytest.raises(source.CannotLoad, match="nobody/nothing can't be loaded: "):
+            source.Source("nobody/nothing")
+
+
+# --- records --------------------------------------------------------------------------------------------
+
+
+def records(tmp_path: Path, readme: str = "") -> about.Records:
+    lineage = lineage_of()
+    (tmp_path / "lineage.json").write_text(
+        json.dumps({"schema_version": 1, "base": lineage.base, "entries": lineage.entries})
+    )
+    metrics_of(lineage).write(tmp_path)
+    if readme:
+        (tmp_path / "README.md").write_text(readme)
+    return about.Records.of(str(tmp_path))
+
+
+def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
+    found = records(tmp_path, "---\nlicense: apache-2.0\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n---\n")
+    text = about.page(found)
+    assert text.count('class="kept"') == 23
+    assert text.count('class="gone"') == 7
+    assert "Layer 12: dropped" in text
+    assert "Layer 19: kept" in text
+    assert "dropped: 12-18" in text
+    for role in ("dense", "cut", "repaired", "healed"):
+        assert f'<th scope="col">{role}<br>' in text
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    for result in metrics["results"]:
+        if result["kind"] == "accuracy":
+            assert f"{100 * result['value']:.1f} %" in text
+    assert 'href="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"' in text
+    assert "Licence: apache-2.0" in text
+
+
+def test_a_second_cut_counts_the_layers_that_the_first_left() -> None:
+    cuts = [
+        {"station": "prune", "settings": {"drop_layers": [0, 1]}, "layers": {"base": 6, "left": 4}},
+        {"station": "prune", "settings": {"drop_layers": [0, 3]}, "layers": {"base": 4, "left": 2}},
+    ]
+    assert about.Records("m", {"entries": cuts}).layers() == (6, [3, 4])
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_ranges_name_each_layer_once(layers: set[int]) -> None:
+    text = about.ranges(sorted(layers))
+    found = set()
+    for part in text.split(", ") if layers else ():
+        first, _, last = part.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    assert found == layers
+
+
+def test_a_model_without_records_has_a_page(tmp_path: Path) -> None:
+    text = about.page(about.Records.of(str(tmp_path)))
+    assert "not on record" in text
+    assert "Nothing was measured" in text
+    assert "the card names none" in text
+
+
+def test_records_can_hold_no_html(tmp_path: Path) -> None:
+    found = records(tmp_path, "---\nlicense: <script>\n---\n")
+    found.lineage["base"]["id"] = "<img src=x>"
+    found.lineage["entries"][0]["settings"]["criterion"] = "<img src=x>"
+    found.metrics["results"][0]["task"] = "<img src=x>"
+    found.metrics["models"][found.metrics["weights"]]["name"] = "<img src=x>"
+    text = about.page(found)
+    assert "<img" not in text
+    assert "<script" not in text
