@@ -9,6 +9,7 @@ from __future__ import annotations
 COMMANDS = (
     "prune",
     "inspect",
+    "eval",
     "card",
     "push",
     "verify",

@@ -45,6 +45,11 @@ class Perplexity:
     windows: int
     window_nll: tuple[float, ...]
 
+    @property
+    def perplexity_stderr(self) -> float | None:
+        """Standard error of the perplexity, to first order."""
+        return None if self.nll_stderr is None else self.perplexity * self.nll_stderr
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -86,6 +91,18 @@ class Distance:
     window_nll: tuple[float, ...]
     base_window_nll: tuple[float, ...]
     shared_layers: int
+
+    @property
+    def of_model(self) -> Perplexity:
+        """The model's perplexity."""
+        return Perplexity(self.perplexity, self.nll, self.nll_stderr, self.tokens, self.windows, self.window_nll)
+
+    @property
+    def of_base(self) -> Perplexity:
+        """The base's perplexity."""
+        return Perplexity(
+            self.base_perplexity, self.base_nll, self.base_nll_stderr, self.tokens, self.windows, self.base_window_nll
+        )
 
 
 def perplexity(

@@ -34,8 +34,8 @@ SEED = 1234
 # What `auto` starts with. A processor gains nothing from more; a GPU's memory says where to stop.
 _AUTO = {"cpu": 8}
 _AUTO_ELSEWHERE = 64
-# The metrics that count questions.
-_ACCURACY = ("acc", "acc_norm", "acc_bytes", "exact_match", "f1", "mc1", "mc2", "em")
+# The metrics of a text; all others are of questions.
+_OF_TEXT = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
 @dataclass(frozen=True)
@@ -231,6 +231,6 @@ def _version(version: Any) -> str | float | None:
     return version if isinstance(version, str | int | float) else None
 
 
-def is_accuracy(metric: str) -> bool:
-    """Whether a metric is a share of questions."""
-    return metric in _ACCURACY
+def kind_of(metric: str) -> str:
+    """What `metrics.json` calls the kind of a metric."""
+    return "text" if metric in _OF_TEXT else "accuracy"

@@ -49,7 +49,15 @@ class Metrics:
         Raises:
             CheckpointError: The file does not follow the schema.
         """
-        path = folder / FILE_NAME
+        return cls.read(folder / FILE_NAME)
+
+    @classmethod
+    def read(cls, path: Path) -> Metrics | None:
+        """Read a file of numbers, or `None` where there is none.
+
+        Raises:
+            CheckpointError: The file does not follow the schema.
+        """
         if not path.is_file():
             return None
         try:
@@ -109,6 +117,14 @@ class Metrics:
         Raises:
             CheckpointError: They don't follow the schema.
         """
+        self.write_file(folder / FILE_NAME)
+
+    def write_file(self, path: Path) -> None:
+        """Write the numbers into a file of any name, whole or not at all.
+
+        Raises:
+            CheckpointError: They don't follow the schema.
+        """
         data = {
             "schema_version": SCHEMA_VERSION,
             "weights": self.weights,
@@ -116,8 +132,8 @@ class Metrics:
             "results": self.results,
             "comparisons": self.comparisons,
         }
-        _validate(data, folder / FILE_NAME)
-        write_text(folder / FILE_NAME, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        _validate(data, path)
+        write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _key(record: dict[str, Any]) -> str:

@@ -1,10 +1,10 @@
-"""Which tasks are measured: the harness's own by name, and files in a folder, which become tasks of the harness.
+r"""Which tasks are measured: the harness's own by name, and files in a folder, which become tasks of the harness.
 
     with task_set(["piqa", "mmlu"]) as tasks: ...              # names of lm-evaluation-harness; "paper" is eight of them
     with task_set(None, Path("my-tasks")) as tasks: ...        # every *.jsonl in the folder
 
 A line of a `.jsonl` file is one question: `{"query": "...", "choices": ["...", "..."], "gold": 0}`. The model scores
-`query + " " + choice`; where every query of a file begins with "Question: ", "\\nAnswer:" follows the query. A YAML file
+`query + " " + choice`; where every query of a file begins with "Question: ", "\nAnswer:" follows the query. A YAML file
 of the same name may say otherwise in the harness's own words: `doc_to_text`, `target_delimiter`, `description`,
 `metadata`. A `.txt` file is a text, on which perplexity and distance are measured; named in `tasks`, it also becomes a
 task of the harness, which then gives its perplexity by words and bytes.

@@ -1,0 +1,159 @@
+"""Differences between a model and its base over the same questions or the same windows of a text.
+
+Two models that answer the same questions make many of the same mistakes, so the difference of their scores is known far
+better than either score. Every difference here is paired, with its standard error and a test of whether it is there at
+all: exact McNemar for right and wrong answers, paired t for everything else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# Of a base that guesses, nothing can be kept: its margin over chance must be so many standard errors.
+_MARGIN = 2
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a number differs from the base's.
+
+    Args:
+        difference (`float`): The value less the base's.
+        stderr (`float`, *optional*): Standard error of the paired difference.
+        share (`float`, *optional*): The value over the base's.
+        share_of_margin (`float`, *optional*): The value's margin over chance, over the base's; `None` where the base
+            is not clearly better than chance.
+        test (`str`, *optional*): `"mcnemar_exact"` or `"paired_t"`.
+        p_value (`float`, *optional*): The chance of a difference as large as this between models that are equally
+            good.
+        samples (`int`, *optional*): How many pairs.
+    """
+
+    difference: float
+    stderr: float | None = None
+    share: float | None = None
+    share_of_margin: float | None = None
+    test: str | None = None
+    p_value: float | None = None
+    samples: int | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """What is known, under the names of `metrics.json`."""
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in known.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+def compare_values(value: float, base: float) -> Comparison:
+    """Compare two numbers of which nothing more is known.
+
+    Args:
+        value (`float`): The model's.
+        base (`float`): The base's.
+
+    Returns:
+        `Comparison`: Difference and share.
+    """
+    return Comparison(value - base, share=value / base if base else None)
+
+
+def compare_answers(ours: Sequence[float], theirs: Sequence[float], chance: float | None = None) -> Comparison:
+    """Compare scores by question.
+
+    Args:
+        ours (`Sequence[float]`): The model's score of each question: 1 for a right answer and 0 for a wrong one, or
+            anything between.
+        theirs (`Sequence[float]`): The base's, of the same questions in the same order.
+        chance (`float`, *optional*): What guessing gets.
+
+    Returns:
+        `Comparison`: Of the means.
+    """
+    mean, base = sum(ours) / len(ours), sum(theirs) / len(theirs)
+    difference, stderr = _paired(ours, theirs)
+    if set(ours) | set(theirs) <= {0, 1}:
+        gained = sum(a > b for a, b in zip(ours, theirs, strict=True))
+        lost = sum(a < b for a, b in zip(ours, theirs, strict=True))
+        test, p_value = "mcnemar_exact", mcnemar(gained, lost)
+    else:
+        test, p_value = "paired_t", paired_t(ours, theirs)
+    kept = None
+    if chance is not None:
+        error = _stderr(theirs)
+        if error is not None and base - chance > _MARGIN * error:
+            kept = (mean - chance) / (base - chance)
+    share = mean / base if base else None
+    return Comparison(difference, stderr, share, kept, test if p_value is not None else None, p_value, len(ours))
+
+
+def compare_windows(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
+    """Compare a text's negative log-likelihoods by window.
+
+    Args:
+        ours (`Sequence[float]`): The model's mean of each window.
+        theirs (`Sequence[float]`): The base's, of the same windows.
+
+    Returns:
+        `Comparison`: Of the means.
+    """
+    difference, stderr = _paired(ours, theirs)
+    p_value, base = paired_t(ours, theirs), sum(theirs)
+    test = "paired_t" if p_value is not None else None
+    return Comparison(difference, stderr, sum(ours) / base if base else None, None, test, p_value, len(ours))
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact McNemar test, two-sided.
+
+    Args:
+        gained (`int`): Questions that the model gets right and the base wrong.
+        lost (`int`): Questions that the base gets right and the model wrong.
+
+    Returns:
+        `float`: The chance that a fair coin falls as unevenly. 1 where the models never differ.
+    """
+    n = gained + lost
+    # Whole numbers throughout: the tail has no rounding, however many questions there are.
+    term, tail = 1, 0
+    for k in range(min(gained, lost) + 1):
+        tail += term
+        term = term * (n - k) // (k + 1)
+    return min(1.0, 2 * tail / (1 << n))
+
+
+def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
+    """Student's t test on paired differences, two-sided.
+
+    Args:
+        ours (`Sequence[float]`): The model's numbers.
+        theirs (`Sequence[float]`): The base's.
+
+    Returns:
+        `float`, *optional*: The chance of a mean difference as large; `None` of fewer than two pairs, or where numbers
+            are not finite.
+    """
+    difference, stderr = _paired(ours, theirs)
+    if stderr is None or not math.isfinite(difference) or not math.isfinite(stderr):
+        return None
+    if stderr == 0:
+        return 1.0 if difference == 0 else 0.0
+    # Regularised incomplete beta function: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.1.
+    import mpmath
+
+    freedom, t = len(ours) - 1, difference / stderr
+    return float(mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True))
+
+
+def _paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return math.fsum(differences) / len(differences), _stderr(differences)
+
+
+def _stderr(values: Sequence[float]) -> float | None:
+    n = len(values)
+    if n < 2:
+        return None
+    mean = math.fsum(values) / n
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)

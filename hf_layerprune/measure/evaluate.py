@@ -1,0 +1,381 @@
+"""The measure station: run tasks and texts on a model and its base, and write the numbers beside the model.
+
+metrics = evaluate(EvalRequest("pruned", base="org/base", tasks=("paper",)))
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, LayerPruneError
+from .answers import Answers
+from .compare import Comparison, compare_answers, compare_values, compare_windows
+from .records import Metrics
+from .store import Store, now
+from .subject import Subject, describe_device, describe_dtype, identify
+from .tasks import LocalText, TaskSet, read_tasks, task_set
+from .texts import WIKITEXT2, Text, check_fits, check_same_tokens, find_text, windows
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .distance import Distance, Perplexity
+    from .harness import TaskRun
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to measure, and how.
+
+    Args:
+        model (`str`): A Hub id, a model folder, an adapter's folder, or a GGUF file.
+        base (`str`, *optional*): What to stand the numbers beside: the dense model.
+        tasks (`tuple[str, ...]`, *optional*): See [`~measure.tasks.task_set`]; `()` for none. By default every task in
+            `tasks_from`, or else the paper's eight.
+        tasks_from (`Path`, *optional*): A folder with files of tasks and texts.
+        texts (`tuple[str, ...]`, *optional*): Files, or `"wikitext2"`; `()` for none. By default every text in
+            `tasks_from`, or else WikiText-2 where the tasks are the default too.
+        limit (`int`, *optional*): Only so many questions of each task; of a group, of each of its tasks.
+        num_fewshot (`int`, *optional*): So many answered questions before each; by default what the task says, which is
+            none for the paper's.
+        batch_size (`int` or `"auto"`, defaults to `"auto"`): Of questions' choices.
+        length (`int`, defaults to 1024): Tokens in a window of a text.
+        windows (`int`, *optional*, defaults to 64): So many windows of each text, from its start; `None` for all.
+        dtype (`str`, defaults to `"auto"`): Of the weights; `"auto"` is the checkpoint's.
+        device (`str`, defaults to `"auto"`): See [`~measure.subject.Subject.load`].
+        revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
+        base_revision (`str`, *optional*): The same of the base.
+        output (`Path`, *optional*): The file to write in place of `metrics.json` in the model's folder.
+        history (`tuple[Path, ...]`): Folders of earlier stations of this model, whose numbers are taken over.
+        answers (`Path`, *optional*): A folder that keeps answers by question, see `answers.py`.
+        force (`bool`, defaults to `False`): Replace numbers of other weights.
+        progress (`bool`, defaults to `True`): Show bars.
+    """
+
+    model: str
+    base: str | None = None
+    tasks: tuple[str, ...] | None = None
+    tasks_from: Path | None = None
+    texts: tuple[str, ...] | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int | str = "auto"
+    length: int = 1024
+    windows: int | None = 64
+    dtype: str = "auto"
+    device: str = "auto"
+    revision: str | None = None
+    base_revision: str | None = None
+    output: Path | None = None
+    history: tuple[Path, ...] = ()
+    answers: Path | None = None
+    force: bool = False
+    progress: bool = True
+
+    def wanted_tasks(self) -> tuple[str, ...] | None:
+        """The tasks by name; `None` for all in the folder."""
+        if self.tasks is not None or self.tasks_from is not None:
+            return self.tasks
+        return ("paper",) if self.texts is None else ()
+
+    def wanted_texts(self) -> list[Text]:
+        """The texts."""
+        if self.texts is not None:
+            return [find_text(name) for name in self.texts]
+        if self.tasks_from is not None:
+            found = read_tasks(self.tasks_from).values()
+            return [Text.of(one) for one in found if isinstance(one, LocalText)]
+        return [find_text(WIKITEXT2)] if self.tasks is None else []
+
+
+def evaluate(request: EvalRequest) -> Metrics:
+    """Measure a model, and its base if there is one.
+
+    Everything that can be refused is refused before a model is loaded, and what was measured is written at once, task
+    by task.
+
+    Args:
+        request (`EvalRequest`): What to measure.
+
+    Returns:
+        `Metrics`: The numbers, with those that the file held before.
+
+    Raises:
+        CheckpointError: A model can't be read, or numbers belong to other weights.
+        LayerPruneError: A task or text can't be had, or the model and its base can't be compared.
+    """
+    for name in ("limit", "length", "windows"):
+        if (value := getattr(request, name)) is not None and value < 1:
+            raise LayerPruneError(f"--{name} is {value}, and must be 1 or more")
+    model = identify(request.model, request.revision)
+    base = identify(request.base, request.base_revision) if request.base else None
+    if base is not None and base.weights == model.weights:
+        raise LayerPruneError(f"{request.model} and {request.base} have the same weights; name another base")
+    store = Store.open(model, base, output=request.output, history=request.history, force=request.force)
+    texts = request.wanted_texts()
+    tokenizer = model.tokenizer()
+    rows = {text.name: _rows(text, tokenizer, request, model, base) for text in texts}
+    with task_set(request.wanted_tasks(), request.tasks_from) as tasks:
+        if not tasks.tasks and not texts:
+            raise LayerPruneError("there is nothing to measure: name tasks, or texts")
+        _Evaluation(request, store, model, base, tokenizer, tasks).run(texts, rows)
+    return store.metrics
+
+
+def _rows(
+    text: Text, tokenizer: PreTrainedTokenizerBase, request: EvalRequest, model: Subject, base: Subject | None
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """A text as windows, and what to record of them."""
+    rows, begun = windows(text.text, tokenizer, request.length, request.windows)
+    if (vocabulary := model.vocabulary()) is not None:
+        check_fits(rows, vocabulary)
+        theirs = base.vocabulary() if base else None
+        if theirs is not None and theirs != vocabulary:
+            raise LayerPruneError(
+                f"{model.name} has a vocabulary of {vocabulary} tokens and {base.name} one of {theirs}, so they can't be "
+                "compared token by token; name the base that the model was made from, or leave the texts out"
+            )
+    if base is not None:
+        try:
+            check_same_tokens(tokenizer, base.tokenizer(), text.text)
+        except CheckpointError:
+            logger.info("%s has no tokenizer of its own, and reads what the model's makes", base.name)
+    settings = {"length": request.length, "windows": len(rows), "starts_with_bos": begun}
+    return rows, settings
+
+
+class _Evaluation:
+    """One run over all tasks and texts."""
+
+    def __init__(
+        self,
+        request: EvalRequest,
+        store: Store,
+        model: Subject,
+        base: Subject | None,
+        tokenizer: PreTrainedTokenizerBase,
+        tasks: TaskSet,
+    ) -> None:
+        self.request, self.store, self.tasks = request, store, tasks
+        self.model, self.base, self.tokenizer = model, base, tokenizer
+        self.answers = Answers(request.answers)
+        self.where: dict[str, dict[str, str]] = {}
+
+    def run(self, texts: list[Text], rows: dict[str, tuple[torch.Tensor, dict[str, Any]]]) -> None:
+        """Measure everything."""
+        live: PreTrainedModel | None = self._load(self.model)
+        ours = self._run_tasks(self.model, live)
+        if self.base is None:
+            for text in texts:
+                self._perplexity(text, live, *rows[text.name])
+            return
+        if not texts:
+            live = None  # the two need not be in memory at once
+        dense = self._load(self.base)
+        self._compare_tasks(ours, self._run_tasks(self.base, dense))
+        for text in texts:
+            self._distance(text, live, dense, *rows[text.name])
+
+    def _load(self, subject: Subject) -> PreTrainedModel:
+        model = subject.load(self.request.dtype, self.request.device)
+        self.store.add_model(subject, model)
+        self.where[subject.weights] = {"dtype": describe_dtype(model), "device": describe_device(model)}
+        return model
+
+    # --- tasks ----------------------------------------------------------------------------------------------
+
+    def _run_tasks(self, subject: Subject, model: PreTrainedModel) -> dict[str, TaskRun]:
+        if not self.tasks.tasks:
+            return {}
+        from .harness import Harness
+
+        tokenizer = self.tokenizer if subject is self.model else self._base_tokenizer()
+        harness, runs = None, {}
+        for name, task in self.tasks.tasks.items():
+            key = self._key(subject, name)
+            run = self.answers.find(key)
+            if run is None:
+                harness = harness or Harness(model, tokenizer, self.request.batch_size, progress=self.request.progress)
+                logger.info("%s: %s", subject.name, name)
+                run = harness.run(name, task, limit=self.request.limit, shots=self.request.num_fewshot)
+                self.answers.keep(key, run)
+            runs[name] = run
+            self.store.add(results=self._task_records(subject, name, run))
+        return runs
+
+    def _base_tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return self.base.tokenizer()
+        except CheckpointError:
+            return self.tokenizer
+
+    def _key(self, subject: Subject, name: str) -> dict[str, Any]:
+        versions = self.store.versions
+        return {
+            "weights": subject.weights,
+            "task": name,
+            "dataset": self.tasks.datasets[name],
+            "limit": self.request.limit,
+            "num_fewshot": self.request.num_fewshot,
+            "batch_size": self.request.batch_size,
+            "versions": {name: versions.get(name) for name in ("lm-eval", "transformers", "torch")},
+            **self.where[subject.weights],
+        }
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        settings: dict[str, Any] = {"batch_size": self.request.batch_size, "chat_template": False}
+        if self.request.limit is not None:
+            settings["limit"] = self.request.limit
+        if name in self.tasks.local:
+            settings["local_file"] = True
+        return settings
+
+    def _task_records(self, subject: Subject, name: str, run: TaskRun) -> list[dict[str, Any]]:
+        from .harness import SEED, kind_of
+
+        records = []
+        for metric, score in run.scores.items():
+            record = {
+                "weights": subject.weights,
+                "kind": kind_of(metric),
+                "task": name,
+                "metric": metric,
+                "value": score.value,
+                "stderr": score.stderr,
+                "higher_is_better": score.higher_is_better,
+                "chance": run.chance if metric in ("acc", "acc_norm") else None,
+                "samples": run.samples,
+                "shots": run.shots,
+                "seed": SEED,
+                "task_version": run.version,
+                "dataset": self.tasks.datasets[name],
+                "settings": self._settings(name),
+                "seconds": round(run.seconds, 3),
+                **self.where[subject.weights],
+            }
+            records.append(record)
+        return records
+
+    def _compare_tasks(self, ours: dict[str, TaskRun], theirs: dict[str, TaskRun]) -> None:
+        from .harness import kind_of
+
+        for name, run in ours.items():
+            for metric, score in run.scores.items():
+                other = theirs[name].scores.get(metric)
+                if other is None:
+                    continue
+                if score.outcomes and score.outcomes.keys() == other.outcomes.keys():
+                    questions = list(score.outcomes)
+                    found = compare_answers(
+                        [score.outcomes[q] for q in questions],
+                        [other.outcomes[q] for q in questions],
+                        run.chance if metric in ("acc", "acc_norm") else None,
+                    )
+                else:
+                    found = compare_values(score.value, other.value)
+                self._add_comparison(kind_of(metric), name, metric, self._settings(name), found)
+
+    # --- texts ----------------------------------------------------------------------------------------------
+
+    def _perplexity(self, text: Text, model: PreTrainedModel, rows: torch.Tensor, settings: dict[str, Any]) -> None:
+        from .distance import perplexity
+
+        start = perf_counter()
+        found = perplexity(model, rows, progress=self.request.progress)
+        self.store.add(results=self._text_records(self.model, text, found, settings, perf_counter() - start))
+
+    def _distance(
+        self,
+        text: Text,
+        model: PreTrainedModel,
+        base: PreTrainedModel,
+        rows: torch.Tensor,
+        settings: dict[str, Any],
+    ) -> None:
+        from .distance import distance
+
+        start = perf_counter()
+        found = distance(model, base, rows, progress=self.request.progress)
+        seconds = perf_counter() - start
+        mine, dense = found.of_model, found.of_base
+        results = self._text_records(self.model, text, mine, settings, seconds)
+        results += self._text_records(self.base, text, dense, settings, seconds)
+        results += self._distance_records(text, found, settings, seconds)
+        self.store.add(results=results)
+        pairs = {
+            "nll": compare_windows(mine.window_nll, dense.window_nll),
+            "perplexity": compare_values(mine.perplexity, dense.perplexity),
+        }
+        for metric, comparison in pairs.items():
+            self._add_comparison("text", text.name, metric, settings, comparison)
+
+    def _text_records(
+        self, subject: Subject, text: Text, found: Perplexity, settings: dict[str, Any], seconds: float
+    ) -> list[dict[str, Any]]:
+        values = {"perplexity": (found.perplexity, found.perplexity_stderr), "nll": (found.nll, found.nll_stderr)}
+        return self._of_text(subject, "text", text, values, found.tokens, settings, seconds)
+
+    def _distance_records(
+        self, text: Text, found: Distance, settings: dict[str, Any], seconds: float
+    ) -> list[dict[str, Any]]:
+        values = {
+            "kl": (found.kl, found.kl_stderr),
+            "top1_agreement": (found.top1_agreement, found.top1_agreement_stderr),
+        }
+        return self._of_text(self.model, "distance", text, values, found.tokens, settings, seconds)
+
+    def _of_text(
+        self,
+        subject: Subject,
+        kind: str,
+        text: Text,
+        values: dict[str, tuple[float, float | None]],
+        tokens: int,
+        settings: dict[str, Any],
+        seconds: float,
+    ) -> list[dict[str, Any]]:
+        records = []
+        for metric, (value, stderr) in values.items():
+            if not math.isfinite(value):
+                logger.warning("%s: %s of %s is %s, which is not recorded", subject.name, metric, text.name, value)
+                continue
+            record = {
+                "weights": subject.weights,
+                "kind": kind,
+                "task": text.name,
+                "metric": metric,
+                "value": value,
+                "stderr": stderr,
+                "unit": {"nll": "nats per token", "kl": "nats per token"}.get(metric),
+                "higher_is_better": metric == "top1_agreement",
+                "samples": tokens,
+                "dataset": text.dataset,
+                "settings": settings,
+                "seconds": round(seconds, 3),
+                **self.where[subject.weights],
+            }
+            records.append(record)
+        return records
+
+    def _add_comparison(self, kind: str, task: str, metric: str, settings: dict[str, Any], found: Comparison) -> None:
+        if not math.isfinite(found.difference):
+            return
+        record = {
+            "weights": self.model.weights,
+            "base": self.base.weights,
+            "kind": kind,
+            "task": task,
+            "metric": metric,
+            "settings": settings,
+            **found.fields(),
+            "date": now(),
+        }
+        self.store.add(comparisons=[record])

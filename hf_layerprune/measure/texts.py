@@ -1,0 +1,164 @@
+"""Texts as windows of tokens, for perplexity and distance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import LayerPruneError
+from .tasks import LocalText, read_text
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+# A text that papers on pruning measure on, as it is published: the rows of the test split, an empty line between them.
+WIKITEXT2 = "wikitext2"
+_WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+# So much of a text is looked at to tell whether two tokenizers are the same.
+_SAMPLE = 20_000
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to measure on.
+
+    Args:
+        name (`str`): What to call it.
+        text (`str`): What it says.
+        dataset (`str`): Hub id of where it comes from, or the sha256 of its content.
+    """
+
+    name: str
+    text: str
+    dataset: str
+
+    @classmethod
+    def of(cls, one: LocalText) -> Text:
+        """A text from a file."""
+        return cls(one.name, one.text, one.sha256)
+
+
+def find_text(name: str) -> Text:
+    """Find a text by name.
+
+    Args:
+        name (`str`): A file, or `"wikitext2"`.
+
+    Returns:
+        `Text`: The text.
+
+    Raises:
+        LayerPruneError: There is no such text, or it can't be fetched.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return Text.of(read_text(path))
+    if name == WIKITEXT2:
+        return Text(WIKITEXT2, _wikitext2(), _WIKITEXT2[0])
+    raise LayerPruneError(f"there is no text {name}; name a file, or {WIKITEXT2}")
+
+
+def _wikitext2() -> str:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise LayerPruneError(
+            f'{WIKITEXT2} is fetched with datasets: pip install "hf-layerprune[eval]"; or name a file with --text'
+        ) from error
+    repo, config, split = _WIKITEXT2
+    try:
+        rows = load_dataset(repo, config, split=split)
+    except Exception as error:  # whatever the Hub, its client and `datasets` raise
+        from ..loading import first_line
+
+        raise LayerPruneError(f"{WIKITEXT2} can't be had ({first_line(error)}); name a file with --text") from error
+    return "\n\n".join(rows["text"])
+
+
+def tokenise(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """All tokens `[tokens]` of a text, without special tokens."""
+    # A text is longer than any model's context on purpose, of which the tokenizer would warn.
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+
+
+def windows(
+    text: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None = None
+) -> tuple[torch.Tensor, bool]:
+    """Cut a text into windows that follow each other.
+
+    Args:
+        text (`str`): The text.
+        tokenizer (`PreTrainedTokenizerBase`): Where it begins texts with a token of its own, every window does, since a
+            model that was trained so predicts badly without.
+        length (`int`): Tokens in a window.
+        most (`int`, *optional*): So many windows at most, from the start.
+
+    Returns:
+        `tuple[torch.Tensor, bool]`: Token ids `[windows, length]`, and whether each begins with a token of the
+            tokenizer's own. What is left over at the end of the text is not used.
+
+    Raises:
+        LayerPruneError: The text is too short for one window.
+    """
+    import torch
+
+    begin = begins_with(tokenizer)
+    own = length - (begin is not None)
+    if own < 2:
+        raise LayerPruneError(f"a window of {length} tokens is too short; give --length 2 or more")
+    if most is not None:  # no character is more than a few tokens, and few tokens are long: a start is enough
+        text = text[: most * length * 64]
+    ids = tokenise(text, tokenizer)
+    count = len(ids) // own
+    if not count:
+        raise LayerPruneError(
+            f"the text has {len(ids)} tokens, and one window has {length}; name a longer text, or give --length {len(ids)}"
+        )
+    rows = ids[: count * own].view(count, own)[:most]
+    if begin is not None:
+        rows = torch.cat([torch.full((len(rows), 1), begin), rows], dim=1)
+    return rows, begin is not None
+
+
+def begins_with(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that a tokenizer puts before every text, or `None`."""
+    with_it = tokenizer("a").input_ids
+    without = tokenizer("a", add_special_tokens=False).input_ids
+    return with_it[0] if len(with_it) > len(without) and with_it[0] != without[0] else None
+
+
+def check_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, text: str) -> None:
+    """Refuse to compare models that read a text as other tokens.
+
+    Args:
+        ours (`PreTrainedTokenizerBase`): The model's tokenizer.
+        theirs (`PreTrainedTokenizerBase`): The base's.
+        text (`str`): The text that both will read.
+
+    Raises:
+        LayerPruneError: They differ on it.
+    """
+    sample = text[:_SAMPLE]
+    if ours(sample, verbose=False).input_ids != theirs(sample, verbose=False).input_ids:
+        raise LayerPruneError(
+            "the tokenizers of the model and of its base read the text as other tokens, so the models can't be compared "
+            "token by token; name the base that the model was made from"
+        )
+
+
+def check_fits(rows: torch.Tensor, vocabulary: int) -> None:
+    """Refuse tokens that a model does not have.
+
+    Args:
+        rows (`torch.Tensor`): Token ids.
+        vocabulary (`int`): How many the model has.
+
+    Raises:
+        LayerPruneError: There are others.
+    """
+    if (highest := int(rows.max())) >= vocabulary:
+        raise LayerPruneError(
+            f"the tokenizer makes token {highest}, and the model knows {vocabulary}; its tokenizer is another model's"
+        )
