@@ -88,6 +88,11 @@ class LayerWalk:
         """Where hidden states are."""
         return self._device or self._home
 
+    @property
+    def reads_weights_anew(self) -> bool:
+        """Whether each pass over the layers has to bring their weights in again."""
+        return self._let_go or self._streams
+
     def begin(self, input_ids: torch.Tensor) -> Batch:
         """Embed rows of tokens.
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 
-def reverse_order(num_layers: int, seed: int) -> list[int]:
-    """All layers from the last to the first."""
+def order(num_layers: int, count: int, seed: int, variant: str = "published") -> list[int]:
+    """All layers, the last first."""
     return list(range(num_layers - 1, -1, -1))

@@ -1,0 +1,60 @@
+"""Angular distance between the states at the two ends of a block (Gromov et al., arXiv:2403.17887, section 3.2).
+
+`arccos(cos(x_l, x_l+n)) / pi`, at the last token of each row, its mean over the rows. One pass scores every block of
+every length, since all it keeps is a token a row at each layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from ..walk import Batch
+from .passes import Observer
+from .scores import Scores
+
+
+class AngularDistance(Observer):
+    """Keeps the last token of each row at every layer.
+
+    Args:
+        variant (`str`): There is only the published one.
+        num_layers (`int`): How many layers the base has.
+    """
+
+    def __init__(self, variant: str, num_layers: int) -> None:
+        self.variant = variant
+
+    def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
+        """The states before the first layer."""
+        self.alive = tuple(alive)
+        self.ends = [self._last(batches)]
+
+    def end(self, index: int, batches: Sequence[Batch]) -> None:
+        """The states behind a layer."""
+        self.ends.append(self._last(batches))
+
+    @staticmethod
+    def _last(batches: Sequence[Batch]) -> torch.Tensor:
+        return F.normalize(torch.cat([batch.hidden[:, -1].double().cpu() for batch in batches]), dim=-1)
+
+    def scores(self) -> Scores:
+        """By block."""
+        points = torch.stack(self.ends)  # [layers + 1, rows, hidden]
+        cosines = torch.einsum("ard,brd->abr", points, points).clamp(-1, 1)
+        distances = (cosines.arccos() / torch.pi).mean(-1)
+        n = len(self.alive)
+        blocks = {
+            self.alive[start:end]: distances[start, end].item()
+            for start in range(n)
+            for end in range(start + 1, n + 1)
+            if end - start < n
+        }
+        return Scores("angular_distance", self.variant, self.alive, blocks=blocks)
+
+
+def observer(name: str, variant: str, num_layers: int) -> AngularDistance:
+    """Who looks on."""
+    return AngularDistance(variant, num_layers)

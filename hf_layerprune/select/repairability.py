@@ -1,0 +1,129 @@
+"""Repairability: the share of what a block does that no linear map makes up for.
+
+For a block of layers, the map of `repair/linear.py` is fitted to what the block adds to the states, from the output of
+the last module in front of it that writes into them; the score is what that map leaves unexplained on held-out tokens.
+All blocks are fitted in one pass. A block at the very start has nothing in front of it, and so no score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..repair import Fit, NormalEquations, Writer, find_writers, solve_ridge
+from ..repair.writers import outputs
+from ..walk import Batch
+from .passes import Observer
+from .scores import Scores
+
+_HELD_OUT = 5  # every fifth batch judges
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """The map for one block.
+
+    Args:
+        block (`tuple[int, ...]`): The layers that it stands in for.
+        before (`int`): The layer whose output it changes.
+        writer (`Writer`): The module of that layer.
+        fit (`Fit`): The map, in float32.
+    """
+
+    block: tuple[int, ...]
+    before: int
+    writer: Writer
+    fit: Fit
+
+    @contextmanager
+    def applied(self, layer: nn.Module) -> Iterator[None]:
+        """Run the layer as if the map were folded into it."""
+        change = self.fit.change
+
+        def correct(output: torch.Tensor) -> torch.Tensor:
+            return (output.float() + output.float() @ change.to(output.device)).to(output.dtype)
+
+        with outputs(self.writer.module, correct):
+            yield
+
+
+class Repairability(Observer):
+    """Fits the map of every block of some lengths.
+
+    Args:
+        variant (`str`): There is only ours.
+        lengths (`Collection[int]`): Of how many layers.
+        keep (`bool`, defaults to `False`): Whether to keep the maps, in `fits`.
+    """
+
+    def __init__(self, variant: str, lengths: Collection[int], *, keep: bool = False) -> None:
+        self.variant, self.lengths, self.keep = variant, sorted(lengths), keep
+        self.fits: dict[tuple[int, ...], BlockFit] = {}
+        self.shares: dict[tuple[int, ...], float] = {}
+
+    def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
+        """Nothing is in front of the first layer."""
+        self.alive = tuple(alive)
+        self.position = {layer: position for position, layer in enumerate(alive)}
+        # By the position at which a block would start: the module in front of it, its outputs, the states there.
+        self.starts: dict[int, tuple[Writer, list[torch.Tensor], list[torch.Tensor]]] = {}
+
+    @contextmanager
+    def watch(self, index: int, layer: nn.Module, run: object, probe: Batch) -> Iterator[None]:
+        """Keep the outputs of the module that a map would be folded into."""
+        writers = find_writers(layer, run, probe)
+        self.writer, self.features = (writers[0] if writers else None), []
+        if self.writer is None:
+            yield
+            return
+        with outputs(self.writer.module, lambda output: self.features.append(output)):
+            yield
+
+    def end(self, index: int, batches: Sequence[Batch]) -> None:
+        """Fit the blocks that end here, and remember where others may start."""
+        last = self.position[index]
+        for length in self.lengths:
+            start = last + 1 - length
+            if start in self.starts:
+                self._fit(self.alive[start : last + 1], self.alive[start - 1], self.starts[start], batches)
+        self.starts.pop(last + 1 - max(self.lengths), None)
+        if self.writer is not None:
+            self.starts[last + 1] = (self.writer, self.features, [batch.hidden for batch in batches])
+
+    def _fit(
+        self,
+        block: tuple[int, ...],
+        before: int,
+        start: tuple[Writer, list[torch.Tensor], list[torch.Tensor]],
+        batches: Sequence[Batch],
+    ) -> None:
+        writer, features, states = start
+        width = states[0].shape[-1]
+        fitted, held_out = (NormalEquations(width, states[0].device) for _ in range(2))
+        judging = max(2, min(_HELD_OUT, len(batches)))
+        for number, (feature, state, batch) in enumerate(zip(features, states, batches, strict=True)):
+            feature, change = feature.view_as(state).float() * writer.gain, batch.hidden.float() - state.float()
+            if len(batches) == 1:  # one batch is all there is: its last rows judge
+                rows = max(1, len(state) // _HELD_OUT)
+                fitted.add(feature[:-rows], change[:-rows])
+                held_out.add(feature[-rows:], change[-rows:])
+            else:
+                (held_out if number % judging == judging - 1 else fitted).add(feature, change)
+        fit = solve_ridge(fitted, held_out)
+        self.shares[block] = fit.unexplained
+        if self.keep:
+            self.fits[block] = BlockFit(block, before, writer, Fit(fit.change.float(), fit.strength, fit.unexplained))
+
+    def scores(self) -> Scores:
+        """By block."""
+        if not self.shares:
+            raise UnsupportedModelError(
+                "no layer of this model has an output projection that a linear map could be folded into (a norm, or a "
+                "mixture of experts, stands behind each), so repairability has nothing to say; use kl or perplexity"
+            )
+        return Scores("repairability", self.variant, self.alive, blocks=self.shares)

@@ -1,0 +1,84 @@
+"""What a criterion found: a number for each layer, or for each block, and the less the sooner it goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import CheckpointError
+from .registry import CRITERIA
+from .sets import block_sums, lowest_block, lowest_layers
+from .spec import format_layers
+
+
+@dataclass
+class Scores:
+    """The scores of one criterion.
+
+    Args:
+        criterion (`str`): Its name.
+        variant (`str`): `"published"` or `"paper"`.
+        alive (`tuple[int, ...]`): The layers that were there, as indices in the base.
+        layers (`list[float | None]`, *optional*): By index in the base; `None` for a layer without a score. Not
+            there for a criterion of blocks.
+        blocks (`dict[tuple[int, ...], float]`): By the layers of a block.
+    """
+
+    criterion: str
+    variant: str
+    alive: tuple[int, ...]
+    layers: list[float | None] | None = None
+    blocks: dict[tuple[int, ...], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number."""
+        for i, score in enumerate(self.layers or ()):
+            if score is not None and not math.isfinite(score):
+                raise CheckpointError(
+                    f"{self.criterion} gives layer {i} the score {score}: what the layer does to the calibration set "
+                    "is beyond what numbers of this dtype hold; load the model in bfloat16 or float32"
+                )
+        for block, score in self.blocks.items():
+            if not math.isfinite(score):
+                raise CheckpointError(
+                    f"{self.criterion} gives layers {format_layers(block)} the score {score}: what is left without "
+                    "them is beyond what numbers of this dtype hold; load the model in bfloat16 or float32"
+                )
+
+    def pick(self, count: int, free: Collection[int], contiguous: bool = False) -> list[int]:
+        """The layers to drop.
+
+        Args:
+            count (`int`): How many.
+            free (`Collection[int]`): Which may go.
+            contiguous (`bool`, defaults to `False`): Whether they must lie side by side; a criterion of blocks takes
+                it so anyway.
+
+        Returns:
+            `list[int]`: Ascending.
+        """
+        if self.layers is not None and not contiguous:
+            return lowest_layers(self.layers, count, free)
+        scored = {block: score for block, score in self.blocks.items() if len(block) == count}
+        if not scored and self.layers is not None:
+            scored = block_sums(self.layers, self.alive, count)
+        return lowest_block(scored, count, free)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        found: dict[str, Any] = {"variant": self.variant, "unit": CRITERIA[self.criterion].unit}
+        if self.layers is not None:
+            found["layers"] = self.layers
+        if self.blocks:
+            found["blocks"] = [
+                {"start": block[0], "length": len(block), "score": score}
+                | ({} if _is_run(block) else {"layers": list(block)})
+                for block, score in sorted(self.blocks.items(), key=lambda item: (len(item[0]), item[0]))
+            ]
+        return found
+
+
+def _is_run(block: Sequence[int]) -> bool:
+    return list(block) == list(range(block[0], block[0] + len(block)))

@@ -1,0 +1,137 @@
+"""From scores to a set of layers: how many, which of them may go, and whether they must lie side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from fractions import Fraction
+
+from ..errors import CutError
+
+
+def drop_count(drop: float | int, num_layers: int) -> int:
+    """How many layers a `drop` setting means.
+
+    Args:
+        drop (`float` or `int`): A fraction between 0 and 1, floored to whole layers as in arXiv:2411.15558
+            (0.25 is 8 of 32, 6 of 26, 7 of 30), or a count.
+        num_layers (`int`): How many layers the model has.
+
+    Returns:
+        `int`: At least 1, and less than `num_layers`.
+
+    Raises:
+        CutError: The setting is out of range, or means no layer or all of them.
+    """
+    if isinstance(drop, bool) or not isinstance(drop, int | float) or not math.isfinite(drop) or drop <= 0:
+        raise CutError(f"drop={drop!r} must be a fraction between 0 and 1, or a number of layers")
+    if isinstance(drop, int):
+        if drop >= num_layers:
+            raise CutError(f"drop={drop} would drop all {num_layers} layers of the model; at least one must stay")
+        return drop
+    if drop >= 1:
+        raise CutError(f"drop={drop} must be a fraction below 1, or a whole number of layers such as drop={int(drop)}")
+    count = math.floor(Fraction(str(drop)) * num_layers)  # exact: 0.3 * 10 is 3, not 2.9999999999999996
+    if count == 0:
+        raise CutError(
+            f"drop={drop} of {num_layers} layers is less than one layer; the smallest useful drop is {1 / num_layers:.3g}"
+        )
+    return count
+
+
+def free_layers(
+    num_layers: int, count: int, protect_first: int, protect_last: int, protected: Collection[int] = ()
+) -> set[int]:
+    """The layers that may go.
+
+    Args:
+        num_layers (`int`): How many there are.
+        count (`int`): How many should go.
+        protect_first (`int`): Layers at the start that must stay.
+        protect_last (`int`): Layers at the end that must stay.
+        protected (`Collection[int]`): Further layers that must stay, as the architecture demands.
+
+    Returns:
+        `set[int]`: Base indices, `count` or more.
+
+    Raises:
+        CutError: A setting is out of range, or more layers would go than may.
+    """
+    for name, value in (("protect_first", protect_first), ("protect_last", protect_last)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise CutError(f"{name}={value!r} must be a number of layers, 0 or more")
+    free = {i for i in range(protect_first, num_layers - protect_last) if i not in protected}
+    if count > len(free):
+        raise CutError(
+            f"{count} of {num_layers} layers should go, but only {len(free)} may "
+            f"(protect_first={protect_first}, protect_last={protect_last}, by architecture {sorted(protected)})"
+        )
+    return free
+
+
+def neighbours(layers: Sequence[int], length: int) -> list[tuple[int, ...]]:
+    """Every block of so many layers that lie side by side in a list."""
+    return [tuple(layers[start : start + length]) for start in range(len(layers) - length + 1)]
+
+
+def lowest_layers(scores: Sequence[float | None], count: int, free: Collection[int]) -> list[int]:
+    """The layers with the lowest scores; of two alike, the first.
+
+    Args:
+        scores (`Sequence[float | None]`): By layer. What has no score stays.
+        count (`int`): How many.
+        free (`Collection[int]`): Which may go.
+
+    Returns:
+        `list[int]`: Ascending.
+
+    Raises:
+        CutError: Too few of the layers have a score.
+    """
+    ranked = sorted((score, i) for i, score in enumerate(scores) if score is not None and i in free)
+    if len(ranked) < count:
+        raise CutError(f"{count} layers should go, but only {len(ranked)} of those that may have a score")
+    return sorted(i for _, i in ranked[:count])
+
+
+def lowest_block(scores: Mapping[tuple[int, ...], float], count: int, free: Collection[int]) -> list[int]:
+    """The block with the lowest score; of two alike, the first.
+
+    Args:
+        scores (`Mapping[tuple[int, ...], float]`): By the layers of the block.
+        count (`int`): Of so many layers.
+        free (`Collection[int]`): Which layers may go.
+
+    Returns:
+        `list[int]`: Ascending.
+
+    Raises:
+        CutError: No such block may go.
+    """
+    ranked = sorted(
+        (score, block) for block, score in scores.items() if len(block) == count and all(i in free for i in block)
+    )
+    if not ranked:
+        raise CutError(f"no {count} neighbouring layers may all go; the layers that may are {sorted(free)}")
+    return list(ranked[0][1])
+
+
+def block_sums(scores: Sequence[float | None], layers: Sequence[int], count: int) -> dict[tuple[int, ...], float]:
+    """Blocks of neighbouring layers by the sum of their layers' scores, for a criterion that scores single layers."""
+    return {
+        block: sum(scores[i] for i in block)
+        for block in neighbours(layers, count)
+        if all(scores[i] is not None for i in block)
+    }
+
+
+def rounds(count: int, steps: int) -> list[int]:
+    """How many layers go in each round: as even as can be, the larger shares first.
+
+    Raises:
+        CutError: `steps` is no number of rounds.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise CutError(f"steps={steps!r} must be a number of rounds, 1 or more")
+    steps = min(steps, count)
+    return [count // steps + (i < count % steps) for i in range(steps)]

@@ -1,0 +1,200 @@
+"""Try cuts out: the loss of the model without some layers, and its divergence from the dense one, for many cuts at once.
+
+Cuts that have dropped the same layers so far share their states, so a cut costs only what comes behind its first
+dropped layer. All cuts advance together, so each layer is brought in once a pass; the rows go through in as many passes
+as the memory for states demands, in one for small sets. At the end the head runs once for each cut and a few positions
+at a time, and the dense model's distribution is computed once for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..calibration import CalibrationSet
+from ..walk import Batch, LayerWalk
+from .passes import batch_rows, not_finite
+
+Change = Callable[[nn.Module], AbstractContextManager]
+Key = tuple[object, ...]
+_HEAD_TOKENS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A set of layers to try the model without.
+
+    Args:
+        drop (`tuple[int, ...]`): The layers, ascending; none is the dense model.
+        changes (`Mapping[int, Callable]`): By layer that stays: a context in which it runs changed, for a repair.
+    """
+
+    drop: tuple[int, ...]
+    changes: Mapping[int, Change] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What a cut does to the model.
+
+    Args:
+        loss (`float`): Mean negative log-likelihood of a token, in nats.
+        kl (`float`, *optional*): Mean KL(dense || cut) of the next-token distribution, over all positions, in nats.
+    """
+
+    loss: float
+    kl: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss) if self.loss < 709 else math.inf
+
+
+@torch.no_grad()
+def try_cuts(
+    walk: LayerWalk, calibration: CalibrationSet, cuts: Sequence[Cut], *, kl: bool = True, memory: int | None = None
+) -> list[Outcome]:
+    """Run a model without some of its layers.
+
+    Args:
+        walk (`LayerWalk`): The dense model.
+        calibration (`CalibrationSet`): The text.
+        cuts (`Sequence[Cut]`): What to try.
+        kl (`bool`, defaults to `True`): Whether to compare with the dense model.
+        memory (`int`, *optional*): So many bytes for hidden states; by default a part of what is free where a pass has
+            to read weights anew, and little where it does not.
+
+    Returns:
+        `list[Outcome]`: One for each cut.
+    """
+    tracks = [*cuts, Cut(())] if kl else list(cuts)
+    rows = rows_per_pass(walk, calibration, tracks, memory)
+    parts = calibration.input_ids.split(rows)
+    sums = torch.zeros(len(cuts), 2, dtype=torch.float64)
+    tokens = torch.zeros(2, dtype=torch.float64)
+    runs = walk.num_layers * len(parts)
+    with tqdm(total=runs, desc=f"trying {len(cuts)} cuts", unit="layer", disable=None) as bar:
+        for part in parts:
+            batches = [walk.begin(ids) for ids in part.split(batch_rows(calibration))]
+            states = _advance(walk, batches, tracks, bar)
+            for number, batch in enumerate(batches):
+                found = _compare(walk, batch.input_ids, [state[number] for state in states], len(cuts), kl)
+                sums += found.double().cpu()
+                tokens += torch.tensor([batch.input_ids[:, 1:].numel(), batch.input_ids.numel()])
+    means = (sums / tokens).tolist()
+    return [Outcome(loss, divergence if kl else None) for loss, divergence in means]
+
+
+def rows_per_pass(walk: LayerWalk, calibration: CalibrationSet, cuts: Sequence[Cut], memory: int | None = None) -> int:
+    """How many rows go through the model together."""
+    samples, length = calibration.input_ids.shape
+    if memory is None:
+        memory = _memory_for_states(walk)
+    width, size = walk.model.config.get_text_config().hidden_size, walk.model.dtype.itemsize
+    most = max(_alive_keys(walk.num_layers, cuts))
+    rows = memory // (most * length * width * size)
+    small = batch_rows(calibration)
+    return max(1, min(samples, rows // small * small if rows >= small else rows))
+
+
+def layer_runs(num_layers: int, cuts: Sequence[Cut]) -> int:
+    """How many times a layer is run on each row, for a cost estimate."""
+    total = 0
+    keys: list[Key] = [()] * len(cuts)
+    for i in range(num_layers):
+        moves = [_next(key, i, cut) for key, cut in zip(keys, cuts, strict=True)]
+        total += len({(key, new) for key, (new, runs) in zip(keys, moves, strict=True) if runs})
+        keys = [new for new, _ in moves]
+    return total
+
+
+def _memory_for_states(walk: LayerWalk) -> int:
+    if walk.device.type == "cuda":
+        return torch.cuda.mem_get_info(walk.device)[0] // 3
+    # Where weights stay in memory, more passes cost nothing, and small ones stay in the cache.
+    return psutil.virtual_memory().available // 8 if walk.reads_weights_anew else 256 << 20
+
+
+def _alive_keys(num_layers: int, cuts: Sequence[Cut]) -> list[int]:
+    keys: list[Key] = [()] * len(cuts)
+    found = [1]
+    for i in range(num_layers):
+        keys = [_next(key, i, cut)[0] for key, cut in zip(keys, cuts, strict=True)]
+        found.append(len(set(keys)) + 1)  # one more while it is computed
+    return found
+
+
+def _next(key: Key, index: int, cut: Cut) -> tuple[Key, bool]:
+    """What tells a cut's states from others behind a layer, and whether the layer is run."""
+    if index in cut.drop:
+        return (*key, index), False
+    if index in cut.changes:
+        return (*key, (index, id(cut))), True
+    return key, True
+
+
+def _advance(
+    walk: LayerWalk, batches: Sequence[Batch], cuts: Sequence[Cut], bar: tqdm
+) -> list[Sequence[torch.Tensor]]:
+    """Take all cuts through all layers; the states that leave the last, by cut and batch."""
+    keys: list[Key] = [()] * len(cuts)
+    states: dict[Key, list[torch.Tensor]] = {(): [batch.hidden for batch in batches]}
+    for batch in batches:
+        batch.hidden = None
+    for i in range(walk.num_layers):
+        new: dict[Key, list[torch.Tensor]] = {}
+        moves = [_next(key, i, cut) for key, cut in zip(keys, cuts, strict=True)]
+        todo = {after: (before, cut) for before, (after, runs), cut in zip(keys, moves, cuts, strict=True) if runs}
+        for before, (after, runs) in zip(keys, moves, strict=True):
+            if not runs:
+                new[after] = states[before]
+        left = {key: sum(before == key for before, _ in todo.values()) for key in states}
+        if todo:
+            with walk.layer(i) as run:
+                for after, (before, cut) in todo.items():
+                    left[before] -= 1
+                    source = states[before]
+                    with cut.changes[i](walk.layers[i]) if i in cut.changes else nullcontext():
+                        new[after] = [run(state, batch) for state, batch in zip(source, batches, strict=True)]
+                    if not all(torch.isfinite(state).all() for state in new[after]):
+                        raise not_finite(i, walk.layers[i], new[after][0].dtype)
+                    if not left[before]:
+                        del states[before], source
+        states, keys = new, [after for after, _ in moves]
+        bar.update()
+    return [states[key] for key in keys]
+
+
+def _compare(
+    walk: LayerWalk, input_ids: torch.Tensor, states: Sequence[torch.Tensor], cuts: int, kl: bool
+) -> torch.Tensor:
+    """Summed losses and divergences `[cuts, 2]` of a batch; with `kl`, the dense model's states are the last."""
+    sums = torch.zeros(cuts, 2, dtype=torch.float32 if walk.device.type == "mps" else torch.float64)
+    sums = sums.to(walk.device)
+    length = input_ids.shape[1]
+    for row, ids in enumerate(input_ids):
+        for start in range(0, length, _HEAD_TOKENS):
+            end = min(start + _HEAD_TOKENS, length)
+            targets = ids[start + 1 : end + 1]
+            if kl:
+                dense = walk.logits(states[-1][row : row + 1, start:end])[0].float()
+                dense_norm = dense.logsumexp(-1)
+                p = (dense - dense_norm[:, None]).exp_()
+            for number in range(cuts):
+                logits = walk.logits(states[number][row : row + 1, start:end])[0].float()
+                norm = logits.logsumexp(-1)
+                chosen = logits[: len(targets)].gather(-1, targets[:, None])[:, 0]
+                sums[number, 0] += (norm[: len(targets)] - chosen).sum(dtype=sums.dtype)
+                if kl:
+                    # log p - log q = (dense - logits) - (their norms); p sums to one.
+                    gap = torch.linalg.vecdot(p, dense - logits)
+                    sums[number, 1] += (gap - dense_norm + norm).sum(dtype=sums.dtype)
+    return sums
