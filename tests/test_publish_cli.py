@@ -1,0 +1,67 @@
+"""`hf layerprune card`, `push` and `verify`, through the Hub's own command line; and that they start without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hf_layerprune.cli import main
+
+from .tiny_models import tiny_model
+
+
+def test_hf_layerprune(tmp_path: Path) -> None:
+    scripts = Path(sys.executable).parent
+    home = tmp_path / "home"
+    extension = home / ".local" / "share" / "hf" / "extensions" / "hf-layerprune"
+    extension.mkdir(parents=True)
+    manifest = {
+        "owner": "someone",
+        "repo": "hf-layerprune",
+        "repo_id": "someone/hf-layerprune",
+        "short_name": "layerprune",
+        "executable_path": str(scripts / "hf-layerprune"),
+        "type": "python",
+        "installed_at": "2026-01-01T00:00:00+00:00",
+    }
+    (extension / "manifest.json").write_text(json.dumps(manifest))
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    model = tmp_path / "model"
+    assert main(["prune", str(tmp_path / "base"), str(model), "--drop", "2"]) == 0
+    environment = os.environ | {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+
+    def hf(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [str(scripts / "hf"), "layerprune", *words]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+    done = hf("card", str(model), "--license", "mit")
+    assert done.returncode == 0, done.stderr
+    assert (model / "README.md").is_file()
+    done = hf("push", str(model), "someone/small", "--dry-run")
+    assert done.returncode == 1
+    assert "names the base by a path on your disk" in done.stdout
+    done = hf("verify", str(model))
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-1] == f"YES: {model} is what it says"
+    data = bytearray((model / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (model / "model.safetensors").write_bytes(data)
+    done = hf("verify", str(model))
+    assert done.returncode == 1
+    assert "differs from the base's in 1 of" in done.stdout
+
+
+def test_what_needs_no_torch_imports_none(tmp_path: Path) -> None:
+    """Help, and the rooms of a card, which a page or a Space may use without torch."""
+    script = """
+import sys
+from hf_layerprune.cli import build_parser
+build_parser()
+from hf_layerprune.publish import card, escape, leaks, licences, lineage, plots, regions, style, tables
+assert not {"torch", "transformers", "matplotlib"} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
