@@ -34,11 +34,11 @@ def chat(
     """
     talk.check(message, system_prompt)
     settings = talk.settings_of(temperature, top_p, max_tokens, seed)
-    turns = talk.plain([*history, {"role": "user", "content": message}])
+    turns = [*history, {"role": "user", "content": message}]
     if talk.models.source.chats:
         pieces = talk.converse(turns, system_prompt, settings, ["pruned"])
     else:
-        pieces = talk.go_on("\n".join(turn["content"] for turn in turns), settings, ["pruned"])
+        pieces = talk.go_on("\n".join(turn["content"] for turn in talk.plain(turns)), settings, ["pruned"])
     for [state], _ in pieces:
         yield state["text"]
 

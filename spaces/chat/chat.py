@@ -40,7 +40,7 @@ def reply(talk: list[dict], system: str, *numbers: float | None) -> Iterator[tup
     """Answer the last message of a conversation: the conversation with the answer so far, and its figures."""
     check(system, text_of(talk[-1]))
     settings = settings_of(*numbers)
-    for [state], note in converse(plain(talk), system, settings, ["pruned"]):
+    for [state], note in converse(talk, system, settings, ["pruned"]):
         answer = [{"role": "assistant", "content": state["text"]}] if state["text"] else []
         yield [*talk, *answer], small(figures(state), f"seed {settings['seed']}", note)
     if not state["text"]:
@@ -120,14 +120,22 @@ def plain(talk: list[dict[str, Any]]) -> list[Message]:
 Pieces = Iterator[tuple[list[dict[str, Any]], str]]
 
 
-def converse(talk: list[Message], system: str | None, settings: dict[str, Any], roles: list[str]) -> Pieces:
-    """Answer the last message: the answers' states, and a note on what no longer fits."""
-    if system and system.strip():
-        talk = [{"role": "system", "content": system.strip()}, *talk]
+def fitted(talk: list[dict[str, Any]], system: str | None, max_tokens: float) -> tuple[list[int], int]:
+    """A conversation as token ids, and how many messages had to be left out.
+
+    Raises:
+        gr.Error: The last message alone is too long.
+    """
+    said = [{"role": "system", "content": system.strip()}] if system and system.strip() else []
     try:
-        ids, left_out = models.source.fit(talk, settings["max_tokens"])
+        return models.source.fit(said + plain(talk), int(max_tokens))
     except TooLong as error:
         raise gr.Error(str(error), print_exception=False) from error
+
+
+def converse(talk: list[dict[str, Any]], system: str | None, settings: dict[str, Any], roles: list[str]) -> Pieces:
+    """Answer the last message: the answers' states, and a note on what no longer fits."""
+    ids, left_out = fitted(talk, system, settings["max_tokens"])
     note = f"the first {left_out} messages no longer fit and are left out" if left_out else ""
     for states in run(roles, ids, settings):
         yield states, note

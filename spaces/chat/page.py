@@ -32,6 +32,8 @@ ANSWER: dict[str, Any] = {
     "show_progress": "minimal",
 }
 QUICK: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+# What may be refused goes through the queue, where an error reaches the page with its message.
+CHECKED: dict[str, Any] = QUICK | {"queue": True, "concurrency_limit": None}
 TALK: dict[str, Any] = {
     "show_label": False,
     "container": False,
@@ -211,35 +213,51 @@ def chat_tab(settings: list[Any]) -> gr.Textbox:
     box = gr.Textbox(label="Message", placeholder="Message", autofocus=True, elem_id="message", **BOX)
     note = gr.HTML(padding=False, elem_classes="note")
 
-    def ask(message: str, said: list[dict]) -> tuple[Any, list[dict]]:
-        if not (message or "").strip():
-            raise gr.Error("Write a message first.", print_exception=False)
-        chat.check(message)
-        return gr.update(value=""), [*said, {"role": "user", "content": message}]
+    system, _, _, most, _ = settings
 
-    def again(said: list[dict], at: gr.RetryData) -> list[dict]:
-        return said[: index_of(at) + 1]
+    def ask(message: str, said: list[dict], system: str, max_tokens: float) -> tuple[Any, list[dict]]:
+        check(message)
+        said = [*said, {"role": "user", "content": message}]
+        chat.fitted(said, system, max_tokens)  # or else the message stays in the box
+        return closed(value=""), said
 
-    def edited(said: list[dict], at: gr.EditData) -> list[dict]:
-        return [*said[: index_of(at)], {"role": "user", "content": meant(at.value)}]
+    def again(said: list[dict], at: gr.RetryData) -> tuple[Any, list[dict]]:
+        chat.check()
+        return closed(), said[: index_of(at) + 1]
+
+    def edited(said: list[dict], at: gr.EditData) -> tuple[Any, list[dict]]:
+        check(at.value)
+        return closed(), [*said[: index_of(at)], {"role": "user", "content": meant(at.value)}]
 
     def undo(said: list[dict], at: gr.UndoData) -> tuple[list[dict], str]:
         return said[: index_of(at)], chat.text_of(said[index_of(at)])
 
-    def example(chosen: gr.SelectData) -> list[dict]:
+    def example(chosen: gr.SelectData) -> tuple[Any, list[dict]]:
         chat.check()
-        return [{"role": "user", "content": chosen.value["text"]}]
+        return closed(), [{"role": "user", "content": chosen.value["text"]}]
 
     starts = [
-        box.submit(ask, [box, talk], [box, talk], **QUICK),
-        talk.retry(again, talk, talk, **QUICK),
-        talk.edit(edited, talk, talk, **QUICK),
-        talk.example_select(example, None, talk, **QUICK),
+        box.submit(ask, [box, talk, system, most], [box, talk], **CHECKED),
+        talk.retry(again, talk, [box, talk], **CHECKED),
+        talk.edit(edited, talk, [box, talk], **CHECKED),
+        talk.example_select(example, None, [box, talk], **CHECKED),
     ]
     streams(starts, chat.reply, [talk, *settings], [talk, note], box)
     talk.undo(undo, talk, [talk, box], **QUICK)
     talk.clear(lambda: "", None, note, **QUICK)
     return box
+
+
+def check(message: str | None) -> None:
+    """Refuse an empty message, and what `chat.check` does."""
+    if not (message or "").strip():
+        raise gr.Error("Write a message first.", print_exception=False)
+    chat.check(message)
+
+
+def closed(**more: Any) -> Any:
+    """A box while the model writes: its button stops that."""
+    return gr.update(interactive=False, submit_btn=False, stop_btn=True, **more)
 
 
 def index_of(at: gr.EventData) -> int:
@@ -263,8 +281,12 @@ def complete_tab(settings: list[Any]) -> gr.Textbox:
     with gr.Row():
         undo = gr.Button("Undo")
         gr.ClearButton([box, note], value="Clear")
-    go = box.submit(lambda text: text, box, before, **QUICK)
-    streams([go], chat.complete, [box, *settings], [box, note], box)
+
+    def go_on(text: str) -> tuple[Any, str]:
+        check(text)
+        return closed(), text
+
+    streams([box.submit(go_on, box, [box, before], **CHECKED)], chat.complete, [box, *settings], [box, note], box)
     undo.click(lambda text: text, before, box, **QUICK)
     return box
 
@@ -282,24 +304,19 @@ def compare_tab(settings: list[Any]) -> tuple[gr.Textbox, gr.HTML]:
                 figures = gr.HTML(padding=False, elem_classes="note")
                 sides += [chatbot(height=None, **TALK), figures]
 
-    def ask(prompt: str) -> None:
-        if not (prompt or "").strip():
-            raise gr.Error("Write a message first.", print_exception=False)
-        chat.check(prompt)
+    def ask(prompt: str) -> Any:
+        check(prompt)
+        return closed()
 
-    streams([box.submit(ask, box, None, **QUICK)], chat.compare, [box, *settings], [*sides, note], box)
+    streams([box.submit(ask, box, box, **CHECKED)], chat.compare, [box, *settings], [*sides, note], box)
     return box, why
 
 
 def streams(starts: list[Any], answer: Callable, inputs: list[Any], outputs: list[Any], box: gr.Textbox) -> None:
-    """Have an answer streamed after each of some events. Meanwhile a box is closed, and its button stops the answer."""
+    """Have an answer streamed after each of some events, which close a box; then open it again."""
     button = box.submit_btn
-    runs = []
-    for start in starts:
-        start.success(lambda: gr.update(interactive=False, submit_btn=False, stop_btn=True), None, box, **QUICK)
-        runs.append(start.success(answer, inputs, outputs, **ANSWER))
-        opened = runs[-1].then(
-            lambda: gr.update(interactive=True, submit_btn=button, stop_btn=False), None, box, **QUICK
-        )
+    runs = [start.success(answer, inputs, outputs, **ANSWER) for start in starts]
+    for ended in [how for run in runs for how in (run.then, run.failure)]:
+        opened = ended(lambda: gr.update(interactive=True, submit_btn=button, stop_btn=False), None, box, **QUICK)
         opened.then(None, None, None, js=FOCUS % box.elem_id, api_visibility="private")
     box.stop(None, None, None, cancels=runs, api_visibility="private")
