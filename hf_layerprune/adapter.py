@@ -25,7 +25,7 @@ from .families.layout import find_decoder_layers, find_output_head
 from .lazy import SAVED, SOURCES, load_pruned
 from .loading import find_adapter, load_base, resolve_base
 from .mapped import copy_by_mapping
-from .prepare import Prepared, needs_dense, prepare
+from .prepare import Prepared, chooses, needs_dense, prepare
 from .registration import register
 from .repair.frozen import freeze, module_names, put, thaw
 from .select import select_layers
@@ -76,7 +76,10 @@ class LayerDropModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if not isinstance(config, LayerDropConfig):
             raise LayerPruneError(f"a LayerDropConfig is needed, not a {type(config).__name__}")
-        _resolve_drop(config, self.model.config, getattr(self.model, _CUT, None))
+        cut = getattr(self.model, _CUT, None)
+        if chooses(config) and not hasattr(self.model, _PREPARED):
+            setattr(self.model, _PREPARED, _choose(config, self.model, cut))
+        _resolve_drop(config, self.model.config, cut)
         for name, other in self.peft_config.items():
             if other is not config and other.drop_layers != config.drop_layers:
                 raise CutError(
@@ -89,7 +92,7 @@ class LayerDropModel(BaseTuner):
                     f"repair={config.repair!r} is fitted to the dense model, and this one is cut already; load the "
                     "base again, or use repair=None"
                 )
-            setattr(self.model, _PREPARED, prepare(config, self.model, drop_layers=config.drop_layers))
+            setattr(self.model, _PREPARED, prepare(config, self.model))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         model, stack = self.model, find_decoder_layers(self.model)
@@ -182,6 +185,19 @@ class LayerDropModel(BaseTuner):
         return model
 
 
+def _choose(config: LayerDropConfig, model: PreTrainedModel, cut: LayerCut | None = None, **how: Any) -> Prepared:
+    """Fill in `drop_layers` by a criterion that looks at the dense model."""
+    families.check_supported(model.config)
+    if cut is not None:
+        raise CutError(
+            f"criterion {config.criterion!r} looks at the dense model, and this one is cut already; name its layers "
+            f"with drop_layers={sorted(set(range(cut.cut.num_layers)) - set(cut.cut.keep))}, or load the base again"
+        )
+    prepared = prepare(config, model, **how)
+    config.drop_layers = prepared.drop_layers
+    return prepared
+
+
 def _resolve_drop(config: LayerDropConfig, model_config: PreTrainedConfig, cut: LayerCut | None = None) -> None:
     """Fill in `drop_layers` and `num_base_layers`, and refuse a config that was resolved for another base."""
     families.check_supported(model_config)
@@ -193,8 +209,9 @@ def _resolve_drop(config: LayerDropConfig, model_config: PreTrainedConfig, cut: 
             n,
             drop=config.drop,
             criterion=config.criterion,
-            protect_first=config.protect_first or 0,
-            protect_last=config.protect_last or 0,
+            variant=config.variant,
+            protect_first=config.protect_first,
+            protect_last=config.protect_last,
             contiguous=config.contiguous,
             seed=config.seed,
             protected=families.protected_layers(model_config) if cut is None else (),
@@ -308,7 +325,12 @@ def prune_with(
     return get_peft_model(model, config)
 
 
-def _load(config: LayerDropConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
+def prune_prepared(config: LayerDropConfig, prepared: Prepared | None, **from_pretrained_kwargs: Any) -> PeftModel:
+    """As `prune_with`, for a config whose layers and repair have been computed before, by `look_at_dense`."""
+    return get_peft_model(_load(config, from_pretrained_kwargs, prepared), config)
+
+
+def _load(config: LayerDropConfig, kwargs: dict[str, Any], prepared: Prepared | None = None) -> PreTrainedModel:
     """Load the base named in a config, cut if that can be."""
     base = config.base_model_name_or_path
     if config.revision is not None:
@@ -316,14 +338,18 @@ def _load(config: LayerDropConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
     if (adapter := find_adapter(base, **kwargs)) is not None:
         return load_merged(base, adapter, kwargs)
     if config.keep_dropped or resolve_base(base, kwargs.get("gguf_file"))[1] is not None:
-        return load_base(base, **kwargs)
+        model = load_base(base, **kwargs)
+        if prepared is not None:
+            setattr(model, _PREPARED, prepared)
+        return model
 
     def still_to_drop(model_config: PreTrainedConfig) -> list[int]:
         _resolve_drop(config, model_config)
         done = families.is_cut(model_config, config.drop_layers, config.num_base_layers)
         return [] if done else config.drop_layers
 
-    prepared = look_at_dense(config, kwargs) if needs_dense(config) else None
+    if prepared is None and needs_dense(config):
+        prepared = look_at_dense(config, kwargs)
     model = load_pruned(base, still_to_drop, **kwargs)
     if hasattr(model, SAVED):
         setattr(model, _CUT, LayerCut(_cut_of(config), [], []))
@@ -348,10 +374,13 @@ def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     base = config.base_model_name_or_path
     others = {name: value for name, value in kwargs.items() if name not in ("device_map", "dtype", "torch_dtype")}
     model = load_base(base, dtype="auto", **others)
+    how = {"device": _accelerator(), "let_go": True}
+    if chooses(config):
+        return _choose(config, model, **how)
     _resolve_drop(config, model.config)
     if families.is_cut(model.config, config.drop_layers, config.num_base_layers):
         raise CutError(f"repair={config.repair!r} is fitted to the dense model, and {base} is cut already")
-    return prepare(config, model, drop_layers=config.drop_layers, device=_accelerator(), let_go=True)
+    return prepare(config, model, **how)
 
 
 def _accelerator() -> str | None:

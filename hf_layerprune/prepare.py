@@ -6,9 +6,13 @@ Both look at the same model and the same calibration set, so they share them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from . import families
+from .errors import CheckpointError
+from .select import find_criterion, needs_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,9 +39,14 @@ class Prepared:
     record: dict[str, Any]
 
 
+def chooses(config: LayerDropConfig) -> bool:
+    """Whether the layers are still to be chosen, by a criterion that looks at the dense model."""
+    return config.drop_layers is None and needs_model(config.criterion)
+
+
 def needs_dense(config: LayerDropConfig) -> bool:
     """Whether anything has to be computed from the dense model before this config's cut can be made."""
-    return config.repair is not None and config.repaired_modules is None
+    return chooses(config) or (config.repair is not None and config.repaired_modules is None)
 
 
 def prepare(
@@ -45,30 +54,57 @@ def prepare(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    drop_layers: Collection[int],
     device: str | None = None,
     let_go: bool = False,
 ) -> Prepared:
-    """Fit what the config asks for.
+    """Choose the layers and fit the repair, as far as the config asks for it.
 
     Args:
-        config (`LayerDropConfig`): What to do.
+        config (`LayerDropConfig`): What to do. It is left as it is.
         model (`PreTrainedModel`): The dense model. It is left as it is.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer; loaded from where the model came from by
             default.
-        drop_layers (`Collection[int]`): The layers that go.
         device (`str`, *optional*): Where layers run, see [`~walk.LayerWalk`].
         let_go (`bool`, defaults to `False`): Whether mapped weights leave memory after use, see [`~walk.LayerWalk`].
 
     Returns:
         `Prepared`: The layers, the repair, and the record of both.
     """
-    from .repair import fit_repair
     from .walk import LayerWalk
 
-    calibration = calibration_of(config, model, tokenizer)
-    repair = fit_repair(LayerWalk(model, device=device, let_go=let_go), list(drop_layers), calibration, config.repair)
-    record = {"calibration": calibration.record(), "repair": {"method": repair.method, "cuts": repair.cuts}}
+    walk = calibration = repair = None
+    record: dict[str, Any] = {}
+    if config.repair is not None or find_criterion(config.criterion).needs == "text":
+        walk = LayerWalk(model, device=device, let_go=let_go)
+        calibration = calibration_of(config, model, tokenizer)
+        record["calibration"] = calibration.record()
+    drop_layers = config.drop_layers
+    if drop_layers is None:
+        from .select import choose_layers
+
+        start = time.perf_counter()
+        choice = choose_layers(
+            walk or model,
+            calibration,
+            drop=config.drop,
+            criterion=config.criterion,
+            variant=config.variant,
+            steps=config.steps,
+            protect_first=config.protect_first,
+            protect_last=config.protect_last,
+            contiguous=config.contiguous,
+            seed=config.seed,
+            repair=config.repair,
+            protected=families.protected_layers(model.config),
+        )
+        logger.info("%s", choice.why)
+        drop_layers = choice.drop_layers
+        record["selection"] = choice.record() | {"seconds": round(time.perf_counter() - start, 3)}
+    if config.repair is not None:
+        from .repair import fit_repair
+
+        repair = fit_repair(walk, drop_layers, calibration, config.repair)
+        record["repair"] = {"method": repair.method, "cuts": repair.cuts}
     return Prepared(list(drop_layers), repair, record)
 
 
@@ -79,8 +115,12 @@ def calibration_of(
     from .calibration import SELF, load_calibration
     from .loading import load_tokenizer
 
-    if tokenizer is None and config.calibration != SELF:
-        tokenizer = load_tokenizer(model.name_or_path)
+    if tokenizer is None:
+        try:
+            tokenizer = load_tokenizer(model.name_or_path)
+        except CheckpointError:
+            if config.calibration != SELF:  # a model can write without one
+                raise
     return load_calibration(
         config.calibration,
         tokenizer,

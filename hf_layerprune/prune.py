@@ -20,7 +20,7 @@ from .loading import is_hub_id, load_base, load_config, resolve_base
 from .publish.declared import declared_by
 from .publish.licences import is_licence_file
 from .publish.lineage import Lineage, fingerprint, station
-from .select import select_layers
+from .select import find_criterion, needs_model, select_layers
 from .select.spec import format_layers
 
 if TYPE_CHECKING:
@@ -41,12 +41,15 @@ class PruneRequest:
         drop (`float` or `int`, defaults to 0.25): A fraction of the layers, or a count.
         drop_layers (`list[int]`, *optional*): These layers, whatever `drop` and `criterion` say.
         criterion (`str`, defaults to `"reverse_order"`): How layers are chosen.
-        protect_first (`int`, defaults to 0): So many layers at the start are never chosen.
-        protect_last (`int`, defaults to 0): So many layers at the end are never chosen.
+        variant (`str`, defaults to `"published"`): See `LayerDropConfig`.
+        steps (`int`, defaults to 1): In how many rounds layers are chosen.
+        protect_first (`int`, *optional*): So many layers at the start are never chosen.
+        protect_last (`int`, *optional*): So many layers at the end are never chosen.
         contiguous (`bool`, defaults to `False`): Whether the chosen layers must lie side by side.
         seed (`int`, defaults to 42): For criteria that draw.
         repair (`str`, *optional*): `"linear"` or `"magnitude"`, see `LayerDropConfig`.
-        calibration (`str`, defaults to `"self"`): The text that the repair looks at, see `LayerDropConfig`.
+        calibration (`str`, defaults to `"self"`): The text that a criterion and the repair look at, see
+            `LayerDropConfig`.
         calibration_samples (`int`, defaults to 128): So many rows of it.
         calibration_length (`int`, defaults to 512): So many tokens a row.
         dtype (`str`, defaults to `"auto"`): Of the weights that are written; `"auto"` keeps the base's, and is
@@ -64,8 +67,10 @@ class PruneRequest:
     drop: float | int = 0.25
     drop_layers: list[int] | None = None
     criterion: str = "reverse_order"
-    protect_first: int = 0
-    protect_last: int = 0
+    variant: str = "published"
+    steps: int = 1
+    protect_first: int | None = None
+    protect_last: int | None = None
     contiguous: bool = False
     seed: int = 42
     repair: str | None = None
@@ -80,6 +85,11 @@ class PruneRequest:
     link: bool = False
     force: bool = False
 
+    @property
+    def looks_at_model(self) -> bool:
+        """Whether the layers are chosen by a criterion that looks at the dense model."""
+        return self.drop_layers is None and needs_model(self.criterion)
+
     def layers_of(self, num_layers: int, protected: dict[int, str]) -> list[int]:
         """The layers to drop from a base with so many."""
         if self.drop_layers is not None:
@@ -88,6 +98,7 @@ class PruneRequest:
             num_layers,
             drop=self.drop,
             criterion=self.criterion,
+            variant=self.variant,
             protect_first=self.protect_first,
             protect_last=self.protect_last,
             contiguous=self.contiguous,
@@ -99,8 +110,11 @@ class PruneRequest:
         """What decides the outcome, for the lineage."""
         chosen = {"drop_layers": dropped}
         if self.drop_layers is None:
-            chosen |= {"drop": self.drop, "criterion": self.criterion, "seed": self.seed}
-            chosen |= {"protect_first": self.protect_first, "protect_last": self.protect_last}
+            first, last = find_criterion(self.criterion).protection(
+                self.variant, self.protect_first, self.protect_last
+            )
+            chosen |= {"drop": self.drop, "criterion": self.criterion, "variant": self.variant, "seed": self.seed}
+            chosen |= {"steps": self.steps, "protect_first": first, "protect_last": last}
             chosen |= {"contiguous": self.contiguous}
         if self.repair is not None:
             chosen |= {"repair": self.repair}
@@ -127,7 +141,13 @@ def prune_to(request: PruneRequest) -> str:
     hub = _hub_base(request)
     config = read_config(hub.folder) if hub else load_config(request.base, revision=request.revision)
     families.check_supported(config)
-    dropped = request.layers_of(families.layer_count(config), families.protected_layers(config))
+    prepared = None
+    if request.looks_at_model:
+        # The repair looks at the same model and the same text, so it is fitted here as well.
+        prepared = _prepare(request, None)
+        dropped = prepared.drop_layers
+    else:
+        dropped = request.layers_of(families.layer_count(config), families.protected_layers(config))
     cut = families.make_cut(config, dropped)
     from .cut import rehearse_config  # imports torch, which a cut GGUF file does without
 
@@ -140,14 +160,15 @@ def prune_to(request: PruneRequest) -> str:
         with station("prune", request.settings(list(cut.drop))) as entry:
             if request.adapter or _needs_a_model(request):
                 make = _adapter if request.adapter else _model
-                commit, prepared = make(request, list(cut.drop), folder)
+                commit, prepared = make(request, list(cut.drop), folder, prepared)
             else:
-                prepared = _prepare(request, list(cut.drop)) if request.repair else None
+                if prepared is None and request.repair:
+                    prepared = _prepare(request, list(cut.drop))
                 # The same bytes of what stays: nothing is loaded, and of a base on the Hub nothing else is fetched.
                 plan = plan_cut(hub or source, cut.drop)
                 fill(plan, folder, link=request.link, name=output.name)
                 commit = hub.commit if hub else None
-                if prepared is not None:
+                if prepared is not None and prepared.repair is not None:
                     values = {(cut.new_index[i], name): v for (i, name), v in prepared.repair.tensors.items()}
                     changed = patch_layers(folder, len(cut.keep), values)
                     prepared.record["repair"]["changed_tensors"] = changed
@@ -180,7 +201,10 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> str:
         raise CheckpointError(
             "a cut GGUF file keeps its weights as they are; leave out --dtype, --adapter and --repair, or name a folder"
         )
-    dropped = request.layers_of(gguf_layer_count(base), {})
+    if request.looks_at_model:
+        dropped = _prepare(request, None).drop_layers  # looks at the dequantised model
+    else:
+        dropped = request.layers_of(gguf_layer_count(base), {})
     plan = cut_gguf(base, output, dropped, force=request.force)
     left, n = len(plan.kept_layers), plan.block_count
     return f"dropped layers {format_layers(plan.dropped_layers)} of {n}: {left} left, in {output}"
@@ -193,13 +217,20 @@ def _dtype(request: PruneRequest, gguf: bool) -> Any:
     return name if name == "auto" else getattr(torch, name)
 
 
-def _layer_drop_config(request: PruneRequest, dropped: list[int]) -> LayerDropConfig:
+def _layer_drop_config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig:
     from .config import LayerDropConfig
 
     return LayerDropConfig(
         base_model_name_or_path=request.base,
         revision=request.revision,
         drop_layers=dropped,
+        drop=request.drop,
+        criterion=request.criterion,
+        variant=request.variant,
+        steps=request.steps,
+        protect_first=request.protect_first,
+        protect_last=request.protect_last,
+        contiguous=request.contiguous,
         seed=request.seed,
         repair=request.repair,
         calibration=request.calibration,
@@ -210,14 +241,16 @@ def _layer_drop_config(request: PruneRequest, dropped: list[int]) -> LayerDropCo
     )
 
 
-def _prepare(request: PruneRequest, dropped: list[int]) -> Prepared:
-    """Fit the repair to a dense model of which only a layer at a time is in memory."""
+def _prepare(request: PruneRequest, dropped: list[int] | None) -> Prepared:
+    """Choose the layers, where none are given, and fit the repair, from a dense model walked layer by layer."""
     from .adapter import look_at_dense
 
     return look_at_dense(_layer_drop_config(request, dropped), {"revision": request.revision})
 
 
-def _model(request: PruneRequest, dropped: list[int], folder: Path) -> tuple[str | None, Prepared | None]:
+def _model(
+    request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None
+) -> tuple[str | None, Prepared | None]:
     """Load the whole model, cut it, and save it."""
     from .cut import drop_layers
     from .families.layout import find_decoder_layers
@@ -225,11 +258,10 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path) -> tuple[str
 
     _, gguf_file = resolve_base(request.base)
     model = load_base(request.base, revision=request.revision, dtype=_dtype(request, gguf_file is not None))
-    prepared = None
-    if request.repair is not None:
-        prepared = prepare(_layer_drop_config(request, dropped), model, drop_layers=dropped)
+    if prepared is None and request.repair is not None:
+        prepared = prepare(_layer_drop_config(request, dropped), model)
     cut = drop_layers(model, dropped).cut
-    if prepared is not None:
+    if prepared is not None and prepared.repair is not None:
         stack = find_decoder_layers(model)
         prepared.repair.apply(stack.layers, cut.new_index)
         prepared.record["repair"]["changed_tensors"] = [
@@ -251,16 +283,18 @@ def _save_tokenizer(request: PruneRequest, folder: Path) -> None:
         logger.warning("%s has no tokenizer that transformers can load (%s); none is written", request.base, error)
 
 
-def _adapter(request: PruneRequest, dropped: list[int], folder: Path) -> tuple[str | None, Prepared | None]:
+def _adapter(
+    request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None
+) -> tuple[str | None, Prepared | None]:
     """Save the plan, the tail that will be tuned, and what the repair changed."""
-    from .adapter import prune_with
+    from .adapter import prune_prepared
 
     config = _layer_drop_config(request, dropped)
     _, gguf_file = resolve_base(request.base)
-    model = prune_with(config, dtype=_dtype(request, gguf_file is not None))
+    model = prune_prepared(config, prepared, dtype=_dtype(request, gguf_file is not None))
     model.save_pretrained(folder)
     prepared = model.base_model.prepared
-    if prepared is not None:
+    if prepared is not None and prepared.repair is not None:
         prepared.record["repair"]["changed_modules"] = config.repaired_modules
     return config.base_commit, prepared
 

@@ -23,22 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fraction of the layers, or a number of them (0.25)",
     )
     which.add_argument("--drop-layers", type=options.layers, metavar="L", help="these layers, such as 20-26,29")
-    parser.add_argument(
-        "--criterion", default="reverse_order", metavar="C", help="reverse_order or random (reverse_order)"
-    )
-    parser.add_argument("--protect-first", type=int, default=0, metavar="N", help="never choose the first N layers")
-    parser.add_argument("--protect-last", type=int, default=0, metavar="N", help="never choose the last N layers")
+    options.add_criterion(parser)
     parser.add_argument("--contiguous", action="store_true", help="choose layers that lie side by side")
-    parser.add_argument("--seed", type=int, default=42, help="for --criterion random (42)")
-    parser.add_argument("--repair", choices=("linear", "magnitude"), help="make up for the cut in closed form")
     parser.add_argument(
-        "--calibration",
-        default="self",
-        metavar="TEXT",
-        help="what criteria and repair look at: self, a .txt or .jsonl file, or id:split:column on the Hub (self)",
+        "--steps", type=int, default=1, metavar="N", help="choose in N rounds, scored anew each time (1)"
     )
-    parser.add_argument("--calibration-samples", type=int, default=128, metavar="N", help="rows of it (128)")
-    parser.add_argument("--calibration-length", type=int, default=512, metavar="N", help="tokens a row (512)")
+    parser.add_argument("--seed", type=int, default=42, help="for whatever is drawn: layers, rows, text (42)")
+    parser.add_argument("--repair", choices=("linear", "magnitude"), help="make up for the cut in closed form")
+    options.add_calibration(parser)
     parser.add_argument(
         "--dtype", choices=options.DTYPES, default="auto", help="of the weights; auto keeps the base's"
     )
@@ -69,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
             drop=args.drop,
             drop_layers=args.drop_layers,
             criterion=args.criterion,
+            variant=args.variant,
+            steps=args.steps,
             protect_first=args.protect_first,
             protect_last=args.protect_last,
             contiguous=args.contiguous,
