@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 
     from hf_layerprune.heal.student import Student
     from hf_layerprune.heal.trainer import HealTrainer
+    from hf_layerprune.publish.hub import PushRequest
 
 logger = logging.getLogger("hf_layerprune.recipe")
 
@@ -72,7 +73,11 @@ class CutArguments:
 
     drop: str = field(default="0.25", metadata={"help": "A fraction of the layers, or a number of them."})
     drop_layers: str | None = field(default=None, metadata={"help": "The very layers to drop, such as 20-26,29."})
-    criterion: str = field(default="reverse_order", metadata={"help": "How layers are chosen."})
+    criterion: str = field(
+        default="reverse_order", metadata={"help": "How layers are chosen, such as block_influence or auto."}
+    )
+    protect_first: int | None = field(default=None, metadata={"help": "So many layers at the start are never chosen."})
+    protect_last: int | None = field(default=None, metadata={"help": "So many layers at the end are never chosen."})
     contiguous: bool = field(default=False, metadata={"help": "Whether they must lie side by side."})
     repair: str | None = field(
         default=None, metadata={"help": "linear or magnitude.", "choices": ["linear", "magnitude"]}
@@ -108,6 +113,10 @@ class MeasureArguments:
     """What is measured at the end."""
 
     eval_tasks: str | None = field(default=None, metadata={"help": "Tasks, such as piqa,arc_easy; none by default."})
+    eval_texts: str | None = field(
+        default=None, metadata={"help": "Texts for perplexity and distance: wikitext2, files."}
+    )
+    eval_from: str | None = field(default=None, metadata={"help": "A folder with files of tasks and texts."})
     eval_limit: int | None = field(default=None, metadata={"help": "So many questions of each."})
 
 
@@ -139,8 +148,7 @@ def main(
     output = Path(training_args.output_dir)
     if (output / "model").exists():
         raise CheckpointError(f"{output / 'model'} exists already; name another --output_dir, or remove it")
-    hub = {"push": training_args.push_to_hub, "repo": training_args.hub_model_id}
-    training_args.push_to_hub = False  # the finished folder goes there, with its card, and not every checkpoint
+    hub = push_request(training_args, output / "model")
 
     student = prepare_student(model_args, cut_args, training_args)
     method = student.method(training_args.method)
@@ -175,8 +183,21 @@ def main(
     folder = save(trainer, student, entry)
 
     if trainer.is_world_process_zero():
-        finish(folder, student, measure_args, hub)
+        finish(folder, training_args.teacher, measure_args, hub)
     trainer.end()
+
+
+def push_request(training_args: HealConfig, folder: Path) -> PushRequest | None:
+    """Where the model goes in the end, if `--push_to_hub`: the finished folder with its card, not every checkpoint."""
+    if not training_args.push_to_hub:
+        return None
+    from hf_layerprune.publish.hub import PushRequest
+
+    training_args.push_to_hub = False
+    if not training_args.hub_model_id:
+        raise LayerPruneError("--push_to_hub needs to know where to: --hub_model_id NAMESPACE/NAME")
+    private = bool(training_args.hub_private_repo)
+    return PushRequest(folder, training_args.hub_model_id, private=private, token=training_args.hub_token)
 
 
 def prepare_student(model_args: ModelArguments, cut_args: CutArguments, training_args: HealConfig) -> Student:
@@ -202,6 +223,8 @@ def prepare_student(model_args: ModelArguments, cut_args: CutArguments, training
         drop=drop(cut_args.drop),
         drop_layers=parse_layers(cut_args.drop_layers) if cut_args.drop_layers else None,
         criterion=cut_args.criterion,
+        protect_first=cut_args.protect_first,
+        protect_last=cut_args.protect_last,
         contiguous=cut_args.contiguous,
         seed=training_args.seed,
         repair=cut_args.repair,
@@ -226,9 +249,7 @@ def prepare_rows(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Dataset, Dataset | None, str]:
     """Rows for training, rows for evaluation if asked for, and where they come from."""
-    from trl import get_dataset
-
-    from hf_layerprune.heal.data import load_rows, pick_split, shape_rows
+    from hf_layerprune.heal.data import load_mixture, load_rows, pick_split, shape_rows
     from hf_layerprune.heal.self_data import SELF, rewrite_answers, write_rows
 
     folder = Path(training_args.output_dir) / "self"
@@ -240,7 +261,7 @@ def prepare_rows(
     name, test = script_args.dataset_name, None
     if dataset_args.datasets:
         name = "+".join(part.path for part in dataset_args.datasets)
-        splits = get_dataset(dataset_args)
+        splits = load_mixture(dataset_args)
     elif name == SELF:
         dense = _dense(training_args, student)
         return (
@@ -298,7 +319,7 @@ def settings_of(args: HealConfig, method: str) -> dict[str, Any]:
     if not args.distils:
         names = tuple(name for name in names if not name.startswith("kd_"))
     plain = {name: getattr(args, name) for name in names}
-    return {"method": method} | {name: str(v) if hasattr(v, "value") else v for name, v in plain.items()}
+    return {"method": method} | {name: getattr(v, "value", v) for name, v in plain.items()}
 
 
 def data_record(trainer: HealTrainer, source: str) -> dict[str, Any]:
@@ -338,9 +359,37 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
     return output / "model"
 
 
-def finish(folder: Path, student: Student, measure_args: MeasureArguments, hub: dict[str, Any]) -> None:
+def finish(folder: Path, base: str | None, measure_args: MeasureArguments, hub: PushRequest | None) -> None:
     """Measure, write the card, push."""
+    from hf_layerprune.publish.writing import write_card
+
+    if measure_args.eval_tasks or measure_args.eval_texts or measure_args.eval_from:
+        from hf_layerprune.measure.evaluate import EvalRequest, evaluate
+
+        evaluate(
+            EvalRequest(
+                str(folder),
+                base=base,
+                tasks=_names(measure_args.eval_tasks),
+                tasks_from=Path(measure_args.eval_from) if measure_args.eval_from else None,
+                texts=_names(measure_args.eval_texts),
+                limit=measure_args.eval_limit,
+            )
+        )
+    try:
+        write_card(folder)
+    except LayerPruneError as error:  # such as a licence that only the user knows; the model is done all the same
+        logger.warning("no card is written yet: %s (hf-layerprune card %s)", error, folder)
     logger.info("the model is in %s", folder)
+    if hub is not None:
+        from hf_layerprune.publish.hub import push
+
+        _, done = push(hub)
+        logger.info("pushed to %s", done.url)
+
+
+def _names(words: str | None) -> tuple[str, ...] | None:
+    return tuple(word.strip() for word in words.split(",")) if words else None
 
 
 def make_parser() -> TrlParser:

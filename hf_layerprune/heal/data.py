@@ -17,6 +17,7 @@ from ..loading import first_line
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase
+    from trl import DatasetMixtureConfig
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,27 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
         raise
     except Exception as error:  # each builder raises what it likes
         raise CheckpointError(f"can't read data set {name}: {first_line(error)}") from error
+
+
+def load_mixture(mixture: DatasetMixtureConfig) -> DatasetDict:
+    """Read a mixture of data sets, as TRL does.
+
+    Args:
+        mixture (`DatasetMixtureConfig`): Which ones, and how much of each.
+
+    Returns:
+        `DatasetDict`: Its splits, `train` and, where a part is held out, `test`.
+
+    Raises:
+        CheckpointError: One can't be read, or they don't fit together.
+    """
+    from trl import get_dataset
+
+    try:
+        return get_dataset(mixture)
+    except Exception as error:  # each builder raises what it likes
+        names = ", ".join(part.path for part in mixture.datasets)
+        raise CheckpointError(f"can't read the mixture of {names}: {first_line(error)}") from error
 
 
 def pick_split(rows: DatasetDict, split: str, name: str) -> Dataset:

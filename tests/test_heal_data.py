@@ -1,0 +1,120 @@
+"""Training rows, in all the shapes that people have them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from hf_layerprune.errors import CheckpointError
+from hf_layerprune.heal.data import load_rows, pick_split, shape_rows
+
+from .heal_makers import word_tokenizer
+
+CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+ALPACA = [
+    {"instruction": "Add.", "input": "1 2", "output": "3"},
+    {"instruction": "Say hi.", "input": "", "output": "hi"},
+]
+
+
+def tokenizer(chat: bool) -> Any:
+    made = word_tokenizer()
+    made.chat_template = CHAT if chat else None
+    return made
+
+
+def shaped(rows: list[dict[str, Any]], chat: bool = False, **settings: Any) -> list[dict[str, Any]]:
+    return shape_rows(Dataset.from_list(rows), tokenizer(chat), **settings).to_list()
+
+
+def test_alpaca_rows_by_the_papers_template() -> None:
+    for made in (shaped(ALPACA), shaped(ALPACA, chat=True, template="alpaca")):
+        assert made == [
+            {
+                "prompt": "Below is an instruction that describes a task, paired with an input that provides further "
+                "context. Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n"
+                "### Input:\n1 2\n\n### Response:\n",
+                "completion": "3",
+            },
+            {
+                "prompt": "Below is an instruction that describes a task. Write a response that appropriately "
+                "completes the request.\n\n### Instruction:\nSay hi.\n\n### Response:\n",
+                "completion": "hi",
+            },
+        ]
+
+
+def test_instructions_as_chats() -> None:
+    dolly = [{"instruction": "Add.", "context": "1 2", "response": "3", "category": "sums"}]
+    assert (
+        shaped(dolly, chat=True)
+        == shaped(ALPACA[:1], chat=True)
+        == [
+            {
+                "prompt": [{"role": "user", "content": "Add.\n\n1 2"}],
+                "completion": [{"role": "assistant", "content": "3"}],
+            }
+        ]
+    )
+
+
+def test_of_a_conversation_the_last_answer_is_learned() -> None:
+    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    expected = [{"prompt": messages[:4], "completion": messages[4:5]}]
+    assert shaped([{"messages": messages}, {"messages": messages[:2]}], chat=True) == expected
+    sharegpt = [{"from": {"user": "human", "assistant": "gpt"}.get(role, role), "value": text} for role, text in turns]
+    assert shaped([{"conversations": sharegpt}], chat=True) == expected
+
+
+@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}, {"input_ids": [1, 2]}])
+def test_what_trl_takes_is_left_alone(row: dict[str, Any]) -> None:
+    assert shaped([row]) == [row]
+
+
+def test_another_name_for_text() -> None:
+    assert shaped([{"content": "a"}], text_field="content") == [{"content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        (
+            [{"question": "a", "answers": "b"}],
+            {},
+            "my rows has the columns question, answers, and training needs prompt",
+        ),
+        ([{"messages": [{"role": "user", "content": "a"}]}], {}, "the tokenizer has no chat template for them"),
+        ([{"messages": [{"role": "user", "content": "a"}]}], {"chat": True}, "no row of messages has an answer"),
+        (ALPACA, {"template": "chat"}, "no chat template; use template=alpaca"),
+        (ALPACA, {"template": "vicuna"}, "template='vicuna' is unknown"),
+    ],
+)
+def test_rows_that_can_not_be_used(rows: list[dict[str, Any]], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        shaped(rows, name="my rows", **settings)
+
+
+def test_files(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(ALPACA))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ALPACA))
+    Dataset.from_list(ALPACA).to_parquet(tmp_path / "c.parquet")
+    Dataset.from_list(ALPACA).to_csv(tmp_path / "d.csv")
+    for name in ("a.json", "b.jsonl", "c.parquet"):
+        assert pick_split(load_rows(str(tmp_path / name)), "train", name).to_list() == ALPACA
+    assert load_rows(str(tmp_path / "d.csv"))["train"]["output"] == ["3", "hi"]
+
+
+def test_files_that_can_not_be_read(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"data file .*none\.json does not exist"):
+        load_rows(str(tmp_path / "none.json"))
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"can't read data set .*bad\.json"):
+        load_rows(str(tmp_path / "bad.json"))
+    (tmp_path / "a.json").write_text(json.dumps(ALPACA))
+    with pytest.raises(CheckpointError, match=r"has no split 'test'; it has train"):
+        pick_split(load_rows(str(tmp_path / "a.json")), "test", "a.json")

@@ -1,0 +1,125 @@
+"""Methods by name: what they train, how fast, and which one is chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import get_peft_model
+
+from hf_layerprune import CutError, drop_layers
+from hf_layerprune.families import Cut
+from hf_layerprune.heal.frozen import first_trained_layer
+from hf_layerprune.heal.methods import choose_method, parse_method
+
+from .tiny_models import tiny_model
+
+
+def cut(drop: list[int], n: int = 8) -> Cut:
+    return Cut(tuple(i for i in range(n) if i not in drop), n)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "lm_head", "last", "beside"),
+    [
+        ("lm_head", "tail", True, 0, 0),
+        ("lm_head+last3", "tail", True, 3, 0),
+        ("last12", "tail", False, 12, 0),
+        ("cut", "tail", False, 0, 1),
+        ("lm_head+cut2", "tail", True, 0, 2),
+        ("lora", "lora", False, 0, 0),
+        ("qlora", "qlora", False, 0, 0),
+        ("full", "full", False, 0, 0),
+    ],
+)
+def test_names(name: str, kind: str, lm_head: bool, last: int, beside: int) -> None:
+    method = parse_method(name)
+    assert (method.kind, method.lm_head, method.last, method.beside) == (kind, lm_head, last, beside)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "head", "last", "last0", "lm_head+", "last1+last2", "lora+last1", "cut0", "LAST1"]
+)
+def test_other_names(name: str) -> None:
+    with pytest.raises(CutError, match="is unknown; it may be auto, lm_head"):
+        parse_method(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "drop", "layers"),
+    [
+        ("last3", [6, 7], [3, 4, 5]),
+        ("last3", [5, 6], [3, 4, 7]),
+        ("cut", [3, 4], [2, 5]),
+        ("cut2", [3, 4], [1, 2, 5, 6]),
+        ("cut2", [1, 5], [0, 2, 3, 4, 6, 7]),
+        ("cut", [6, 7], [5]),
+        ("cut3", [0], [1, 2, 3]),
+        ("lm_head", [6, 7], []),
+    ],
+)
+def test_layers_in_the_base(name: str, drop: list[int], layers: list[int]) -> None:
+    assert parse_method(name).layers(cut(drop)) == layers
+
+
+@given(drop=st.sets(st.integers(0, 7), min_size=1, max_size=7), beside=st.integers(1, 4))
+def test_layers_beside_a_cut_stay_and_touch_it(drop: set[int], beside: int) -> None:
+    found = parse_method(f"cut{beside}").layers(cut(sorted(drop)))
+    assert not set(found) & drop
+    kept = [i for i in range(8) if i not in drop]
+    for i in found:
+        others = kept[: kept.index(i)], kept[kept.index(i) + 1 :]
+        # With so many kept layers or fewer between them, there is a dropped one before or behind.
+        assert any(sum(d < k < i for k in others[0]) < beside for d in drop if d < i) or any(
+            sum(i < k < d for k in others[1]) < beside for d in drop if d > i
+        )
+
+
+def test_more_layers_than_there_are() -> None:
+    with pytest.raises(CutError, match="trains the last 7 layers, but only 6 remain"):
+        parse_method("last7").layers(cut([6, 7]))
+
+
+def test_the_method_that_suits() -> None:
+    assert choose_method(cut([6, 7]), tied=False)[0].name == "lm_head+last3"
+    assert choose_method(cut([6, 7]), tied=True)[0].name == "last3"
+    assert choose_method(cut([3, 4]), tied=True)[0].name == "cut2"
+    assert "inside the model" in choose_method(cut([3, 4]), tied=False)[1]
+    assert choose_method(cut([2, 3, 4, 5, 6, 7]), tied=True)[0].name == "last2"
+
+
+def test_learning_rates() -> None:
+    tail, lora = parse_method("lm_head+last3"), parse_method("lora")
+    assert lora.learning_rate(576) == lora.learning_rate(4096) == 2e-4
+    assert tail.learning_rate(4096) == pytest.approx(2.4e-5, rel=0.02)
+    assert tail.learning_rate(576) / tail.learning_rate(4096) == pytest.approx(4096 / 576)
+
+
+@pytest.mark.parametrize(
+    ("name", "drop", "first"),
+    [
+        ("last2", [5, 6], 4),
+        ("lm_head", [6, 7], 6),
+        ("cut", [3, 4], 2),
+        ("last6", [6, 7], 0),
+        ("lm_head+last1", [6, 7], 5),
+    ],
+)
+def test_first_trained_layer(name: str, drop: list[int], first: int) -> None:
+    model = tiny_model("llama")
+    drop_layers(model, drop)
+    peft = get_peft_model(model, parse_method(name).tail_config(cut(drop), None))
+    assert first_trained_layer(peft.get_base_model()) == first
+
+
+def test_first_trained_layer_where_something_before_the_layers_is_trained() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    model.model.layers[7].requires_grad_(True)
+    assert first_trained_layer(model) == 0
+    tied = tiny_model("gemma2").requires_grad_(False)
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight
+    tied.lm_head.weight.requires_grad_(True)
+    assert first_trained_layer(tied) == 0
+    assert torch.is_grad_enabled()

@@ -1,0 +1,292 @@
+"""`recipes/sft_tail.py`: from a base to a healed model, alone and with company, killed and resumed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune import drop_layers
+from hf_layerprune.errors import CheckpointError, LayerPruneError
+from hf_layerprune.publish.lineage import Lineage
+
+from .heal_makers import rows, word_tokenizer
+from .tiny_models import EAGER, tiny_model
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "sft_tail.py"
+SETTINGS = {
+    "drop_layers": "3,4",
+    "method": "last2",
+    "loss": "ce+kd",
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 0.01,
+    "max_length": 32,
+    "logging_steps": 1,
+    "attn_implementation": "eager",
+    "use_cpu": "true",
+    "bf16": "false",
+    "report_to": "none",
+    "disable_tqdm": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe") / "base"
+    tiny_model("llama").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    rows(32).to_json(folder.parent / "rows.jsonl")
+    return folder
+
+
+def words(base: Path, output: Path, **settings: Any) -> list[str]:
+    named = {"model_name_or_path": base, "dataset_name": base.parent / "rows.jsonl", "output_dir": output}
+    return [part for name, value in (named | SETTINGS | settings).items() for part in (f"--{name}", str(value))]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def launch(base: Path, output: Path, *launcher: str, **settings: Any) -> str:
+    command = [sys.executable, *launcher, str(RECIPE), *words(base, output, **settings)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def losses(log: str) -> list[float]:
+    return [float(value) for value in re.findall(r"'loss': '([\d.e-]+)'", log)]
+
+
+@pytest.fixture(scope="module")
+def healed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A whole run of one process, and what it said."""
+    output = tmp_path_factory.mktemp("healed") / "run"
+    return output, launch(base, output, save_steps=4, save_strategy="steps")
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("sft_tail", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sft_tail"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(recipe: ModuleType, arguments: list[str]) -> None:
+    recipe.main(*recipe.make_parser().parse_args_and_config(arguments))
+
+
+# --- what it makes -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_adapter_and_model_are_the_same_healed_model(base: Path, healed: tuple[Path, str]) -> None:
+    output, log = healed
+    assert sorted(path.name for path in output.iterdir() if path.is_dir()) == [
+        "adapter", "checkpoint-12", "checkpoint-16", "checkpoint-4", "checkpoint-8", "model", "pruned",
+    ]  # fmt: skip
+    found = losses(log)
+    assert len(found) == 16
+    assert sum(found[-4:]) < sum(found[:4])
+    ids = torch.randint(3, 100, (2, 9))
+    model = AutoModelForCausalLM.from_pretrained(output / "model", **EAGER).eval()
+    assert model.config.num_hidden_layers == 6
+    adapter = AutoPeftModelForCausalLM.from_pretrained(output / "adapter", **EAGER).eval()
+    assert adapter.peft_config["default"].base_model_name_or_path == str(base)
+    assert torch.allclose(model(ids).logits, adapter(ids).logits, atol=1e-6)
+    pruned = AutoModelForCausalLM.from_pretrained(output / "pruned", **EAGER).eval()
+    assert not torch.allclose(model(ids).logits, pruned(ids).logits, atol=1e-2)
+
+
+def test_history_says_what_was_done(healed: tuple[Path, str]) -> None:
+    output, _ = healed
+    entries = Lineage.of(output / "model").entries
+    assert [entry["station"] for entry in entries] == ["prune", "heal"]
+    entry = entries[1]
+    before, after = (load_file(output / name / "model.safetensors") for name in ("pruned", "model"))
+    changed = sorted(name for name in after if not torch.equal(after[name], before[name]))
+    assert entry["changed_tensors"] == changed
+    assert {name.split(".")[2] for name in changed if "layers" in name} == {"4", "5"}
+    assert entry["settings"]["method"] == "last2"
+    assert entry["settings"]["learning_rate"] == 0.01
+    assert entry["data"][0]["rows"] == 32
+    assert re.fullmatch(r"[0-9a-f]{64}", entry["data"][0]["sha256"])
+    assert entry["layers"] == {"base": 8, "left": 6}
+    assert str(output.parent) not in json.dumps(entry)
+
+
+# --- with company --------------------------------------------------------------------------------------
+
+
+def test_two_processes_learn_what_one_does(base: Path, healed: tuple[Path, str], tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    log = launch(base, tmp_path / "run", *launcher, per_device_train_batch_size=2)
+    assert losses(log) == pytest.approx(losses(healed[1]), rel=1e-3)  # as printed, in four digits
+    mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "run", healed[0]))
+    for name, tensor in theirs.items():
+        assert torch.allclose(mine[name], tensor, atol=1e-4), name
+
+
+# --- killed --------------------------------------------------------------------------------------------
+
+
+def test_killed_and_resumed_is_as_if_nothing_had_been(base: Path, healed: tuple[Path, str], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = [sys.executable, str(RECIPE), *words(base, output, save_steps=4, save_strategy="steps")]
+    running = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 200
+    while not (output / "checkpoint-8" / "trainer_state.json").exists():
+        assert running.poll() is None, running.stdout.read().decode()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    assert not (output / "model").exists()
+    launch(base, output, save_steps=4, save_strategy="steps", resume_from_checkpoint="true")
+    mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (output, healed[0]))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+
+
+# --- other ways to begin and to train ------------------------------------------------------------------
+
+
+def test_a_model_that_is_pruned_already(
+    recipe: ModuleType, base: Path, healed: tuple[Path, str], tmp_path: Path
+) -> None:
+    settings = {"drop_layers": "", "max_steps": 2, "method": "auto", "loss": "kd", "template": "alpaca"}
+    arguments = words(healed[0] / "pruned", tmp_path / "run", dataset_name=base.parent / "rows.jsonl", **settings)
+    place = arguments.index("--drop_layers")
+    run(recipe, arguments[:place] + arguments[place + 2 :])
+    assert not (tmp_path / "run" / "pruned").exists()
+    entry = Lineage.of(tmp_path / "run" / "model").entries[-1]
+    assert entry["settings"]["method"] == "cut2"
+    assert {name.split(".")[2] for name in entry["changed_tensors"]} == {"1", "2", "3", "4"}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_methods_that_are_no_tail(recipe: ModuleType, base: Path, tmp_path: Path, method: str) -> None:
+    run(recipe, words(base, tmp_path / "run", method=method, max_steps=3, loss="ce"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", **EAGER)
+    assert model.config.num_hidden_layers == 6
+    changed = Lineage.of(tmp_path / "run" / "model").entries[-1]["changed_tensors"]
+    assert ("model.embed_tokens.weight" in changed) == (method == "full")
+    assert "model.layers.0.self_attn.q_proj.weight" in changed
+    assert (tmp_path / "run" / "adapter").exists() == (method == "lora")
+
+
+def test_rows_that_the_dense_model_writes(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
+    settings = {"dataset_name": "self", "self_rows": 8, "self_length": 12, "loss": "kd", "max_steps": 2}
+    run(recipe, words(base, tmp_path / "run", **settings))
+    record = Lineage.of(tmp_path / "run" / "model").entries[-1]["data"][0]
+    assert (record["name"], record["rows"], record["tokens"]) == ("self", 8, 96)
+
+
+def test_repaired_first(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
+    settings = {"repair": "linear", "calibration_samples": 8, "calibration_length": 16, "max_steps": 2}
+    run(recipe, words(base, tmp_path / "run", **settings))
+    prune, heal = Lineage.of(tmp_path / "run" / "model").entries
+    assert prune["repair"]["changed_tensors"] == ["model.layers.2.mlp.down_proj.weight"]
+    assert "model.layers.2.mlp.down_proj.weight" not in heal["changed_tensors"]
+    ids = torch.randint(3, 100, (1, 9))
+    adapter = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter", **EAGER).eval()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", **EAGER).eval()
+    with torch.no_grad():
+        assert torch.allclose(adapter(ids).logits, model(ids).logits, atol=1e-6)
+
+
+# --- bad input -----------------------------------------------------------------------------------------
+
+
+def test_one_line_for_an_error(base: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(RECIPE), *words(base, tmp_path / "run", dataset_name=tmp_path / "none.jsonl")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: data file ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "last9"}, "trains the last 9 layers, but only 6 remain"),
+        ({"method": "head"}, "method='head' is unknown"),
+        ({"method": "qlora"}, "method=qlora needs a CUDA GPU, and there is none here; use method=lora"),
+        ({"drop_layers": "3-12"}, r"drop_layers has 8, but the model's layers are 0\.\.7"),
+        ({"model_name_or_path": "/nowhere"}, "/nowhere does not exist"),
+        ({"max_length": 2}, "none of the 32 training rows has a token to learn within max_length=2"),
+        ({"dataset_test_split": "test", "eval_strategy": "steps"}, "has no split 'test'; it has train"),
+    ],
+)
+def test_bad_settings(recipe: ModuleType, base: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayerPruneError, match=message):
+        run(recipe, words(base, tmp_path / "run", **settings))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_output_of_another_run(recipe: ModuleType, base: Path, healed: tuple[Path, str]) -> None:
+    with pytest.raises(CheckpointError, match="model exists already; name another --output_dir, or remove it"):
+        run(recipe, words(base, healed[0]))
+
+
+def test_pruned_folder_of_another_cut(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    drop_layers(model, [5, 6])
+    (tmp_path / "run").mkdir()
+    model.save_pretrained(tmp_path / "run" / "pruned")
+    with pytest.raises(CheckpointError, match="holds another cut than is asked for"):
+        run(recipe, words(base, tmp_path / "run"))
+
+
+# --- files of settings ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_settings_files_are_understood(recipe: ModuleType, path: Path) -> None:
+    on_a_cpu = ["--use_cpu", "true", "--fp16", "false", "--bf16", "false"]
+    _, training, model, data, cut, row, _ = recipe.make_parser().parse_args_and_config(
+        ["--config", str(path), *on_a_cpu]
+    )
+    assert model.model_name_or_path
+    assert training.output_dir == path.stem
+    if path.stem.startswith("paper"):
+        assert (training.learning_rate, training.num_train_epochs, row.template) == (1e-5, 2, "alpaca")
+        assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 64
+        assert (cut.drop, cut.criterion, training.loss) == ("0.25", "reverse_order", "ce")
+        assert data.datasets
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_engine_files_are_understood(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(path)).mixed_precision == "bf16"
+    assert yaml.safe_load(path.read_text())["num_machines"] == 1
+
+
+def test_script_header_names_what_it_needs() -> None:
+    import tomllib
+
+    header = re.search(r"(?m)^# /// script\n((?:^#.*\n)+?)^# ///$", RECIPE.read_text())
+    settings = tomllib.loads("\n".join(line.removeprefix("#").strip() for line in header[1].splitlines()))
+    assert any(name.startswith("hf-layerprune[") and "train" in name for name in settings["dependencies"])
