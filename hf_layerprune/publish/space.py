@@ -203,9 +203,10 @@ def check_id(name: str) -> None:
 
 def _base_of(model: Path) -> str | None:
     """The dense base of a model, if it is on the Hub."""
+    from .history import hub_base
+
     lineage = Lineage.of(model)
-    base = (lineage.base.get("id") if lineage else None) or ""
-    return base if is_hub_id(base) and _REPO_ID.fullmatch(base) else None
+    return hub_base(lineage.base) if lineage else None
 
 
 def _local_base_of(model: Path) -> str | None:

@@ -55,9 +55,9 @@ class Records:
     @property
     def base(self) -> str | None:
         """What the model was cut from, as its maker named it."""
-        named = self.card.get("base_model")
+        named, base = self.card.get("base_model"), self.lineage.get("base", {})
         named = named[0] if isinstance(named, list) and named else named
-        return named or self.lineage.get("base", {}).get("id")
+        return named or base.get("hub_id") or base.get("id")
 
     def layers(self) -> tuple[int, list[int]] | None:
         """How many layers the base has, and which of them are left, as indices in the base."""

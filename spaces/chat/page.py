@@ -49,6 +49,7 @@ BOX: dict[str, Any] = {
     "interactive": False,
     "elem_classes": "box",
 }
+SMALL: dict[str, Any] = {"size": "sm", "scale": 0, "min_width": 96}
 # A box that was closed while the model wrote has lost the focus. On a phone the keyboard would jump up.
 FOCUS = "() => matchMedia('(hover: hover)').matches && document.querySelector('#%s textarea')?.focus()"
 
@@ -279,8 +280,8 @@ def complete_tab(settings: list[Any]) -> gr.Textbox:
     note = gr.HTML(padding=False, elem_classes="note")
     before = gr.State("")
     with gr.Row():
-        undo = gr.Button("Undo")
-        gr.ClearButton([box, note], value="Clear")
+        undo = gr.Button("Undo", **SMALL)
+        gr.ClearButton([box, note], value="Clear", **SMALL)
 
     def go_on(text: str) -> tuple[Any, str]:
         check(text)
