@@ -9,7 +9,9 @@ from __future__ import annotations
 COMMANDS = (
     "prune",
     "inspect",
+    "rank",
     "eval",
+    "bench",
     "card",
     "push",
     "verify",

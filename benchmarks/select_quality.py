@@ -1,0 +1,205 @@
+"""Which criterion picks the best layers? Every criterion on one model, judged on a text that none of them saw.
+
+    python benchmarks/select_quality.py --model MODEL --report wikitext2-valid.txt --calibration self
+    python benchmarks/select_quality.py --model MODEL --report wikitext2-valid.txt --calibration alpaca.jsonl
+
+For each criterion: the layers that it drops, then KL to the dense model and perplexity after the cut, and after the
+cut and the linear repair. Then every contiguous block the same way, and how well cheap scores rank the repaired blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_layerprune.calibration import CalibrationSet, load_calibration
+from hf_layerprune.errors import CutError
+from hf_layerprune.loading import load_base, load_tokenizer
+from hf_layerprune.repair import fit_repair
+from hf_layerprune.select import ALL, Scores, choose_layers, drop_count, score_layers
+from hf_layerprune.select.auto import _changes
+from hf_layerprune.select.passes import run_pass
+from hf_layerprune.select.repairability import Repairability
+from hf_layerprune.select.sets import neighbours
+from hf_layerprune.select.spec import format_layers
+from hf_layerprune.select.trials import Cut, Outcome, try_cuts
+from hf_layerprune.walk import LayerWalk
+
+
+def first(calibration: CalibrationSet, rows: int) -> CalibrationSet:
+    return CalibrationSet.of(calibration.input_ids[:rows], calibration.source)
+
+
+def spearman(x: list[float], y: list[float]) -> float:
+    ranks = torch.tensor([x, y]).argsort(1).argsort(1).double()
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def numbers(outcome: Outcome) -> dict[str, float]:
+    return {"kl": outcome.kl, "perplexity": outcome.perplexity}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--report", required=True, help="text to report on")
+    parser.add_argument("--calibration", default="self")
+    parser.add_argument("--drop", type=float, default=0.25)
+    parser.add_argument("--length", type=int, default=512, help="tokens a row")
+    parser.add_argument("--fit-rows", type=int, default=64, help="rows for the maps and the cheap criteria")
+    parser.add_argument("--try-rows", type=int, default=16, help="rows for perplexity and KL")
+    parser.add_argument("--report-rows", type=int, default=12)
+    parser.add_argument("--output", type=Path, default=Path("select_quality.json"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    model, tokenizer = load_base(args.model, dtype="auto"), load_tokenizer(args.model)
+    text = load_calibration(args.calibration, tokenizer, samples=args.fit_rows, length=args.length, model=model)
+    report = load_calibration(
+        args.report, tokenizer, samples=args.report_rows, length=args.length, seed=7, model=model
+    )
+    walk = LayerWalk(model)
+    n = walk.num_layers
+    count = drop_count(args.drop, n)
+    few = first(text, args.try_rows)
+    found: dict[str, Any] = {"calibration": text.record(), "report": report.record(), "count": count, "criteria": {}}
+
+    def save() -> None:
+        args.output.write_text(json.dumps(found, indent=1))
+
+    sets: dict[tuple[int, ...], list[str]] = {}
+
+    def chose(name: str, drop: list[int], seconds: float) -> None:
+        sets.setdefault(tuple(drop), []).append(name)
+        found["criteria"][name] = {"layers": format_layers(drop), "seconds": round(seconds, 1)}
+        print(f"{name:32} {format_layers(drop):24} {seconds:.0f} s", flush=True)
+        save()
+
+    # Every criterion's choice.
+    free = set(range(n))
+    scores: dict[str, Scores] = {}
+    for variant in ("published", "paper"):
+        names = [name for name in ALL if name not in ("perplexity", "kl")]
+        if variant == "paper":
+            # Taylor's sums differ by a factor only, and by which layers are protected.
+            chose("taylor (paper)", scores["taylor"].pick(count, free), 0)
+            names = ["random", "magnitude_l1", "magnitude_l2", "block_influence"]
+        start = time.process_time()
+        scores = score_layers(walk, text, names, variant=variant, drop=count)
+        seconds = time.process_time() - start
+        for name in names:
+            kept = {
+                i
+                for i in free
+                if not (
+                    variant == "published"
+                    and scores[name].criterion in ("taylor", "magnitude_l1", "magnitude_l2")
+                    and (i < 4 or i >= n - 2)
+                )
+            }
+            chose(
+                name if variant == "published" else f"{name} (paper)",
+                scores[name].pick(count, kept),
+                seconds / len(names),
+            )
+            if name == "repairability":
+                found["shares"] = {format_layers(b): s for b, s in scores[name].blocks.items()}
+    start = time.process_time()
+    tried = score_layers(walk, few, ["perplexity", "kl"], drop=count, lengths=[count])
+    seconds = time.process_time() - start
+    for name in ("perplexity", "kl"):
+        chose(name, tried[name].pick(count, free), seconds / 4)
+        chose(f"{name}, contiguous", tried[name].pick(count, free, contiguous=True), seconds / 4)
+    found["raw_kl"] = {format_layers(b): s for b, s in tried["kl"].blocks.items()}
+    for repair in (None, "linear"):
+        start = time.process_time()
+        choice = choose_layers(walk, text, drop=count, criterion="auto", repair=repair)
+        chose(f"auto, repair={repair}", choice.drop_layers, time.process_time() - start)
+        found[f"auto_{repair}"] = choice.record()
+        print("  ", choice.why, flush=True)
+    start = time.process_time()
+    greedy = choose_layers(walk, first(text, 4), drop=count, criterion="kl", steps=count)
+    chose("kl, one after the other", greedy.drop_layers, time.process_time() - start)
+
+    # What each choice does to the model, on the other text.
+    cuts, repaired, without = [Cut(drop) for drop in sets], [], []
+    for drop in sets:
+        try:
+            repaired.append(Cut(drop, _changes(fit_repair(walk, drop, text, "linear"))))
+        except CutError as error:
+            without.append(drop)
+            print(f"{format_layers(drop)}: {error}", flush=True)
+    outcomes = try_cuts(walk, report, [*cuts, *repaired, Cut(())])
+    dense = outcomes.pop()
+    after = {cut.drop: outcome for cut, outcome in zip(repaired, outcomes[len(cuts) :], strict=True)}
+    found["dense"] = numbers(dense)
+    print(
+        f"\ndense perplexity {dense.perplexity:.2f}\n\n| criterion | layers | KL, cut | perplexity, cut | KL, repaired | perplexity, repaired |\n|---|---|---|---|---|---|"
+    )
+    for cut, outcome in zip(cuts, outcomes, strict=False):
+        for name in sets[cut.drop]:
+            entry = found["criteria"][name]
+            entry |= {"cut": numbers(outcome), "repaired": numbers(after[cut.drop]) if cut.drop in after else None}
+            fixed = f"{after[cut.drop].kl:.3f} | {after[cut.drop].perplexity:.1f}" if cut.drop in after else "- | -"
+            print(
+                f"| {name} | {entry['layers']} | {outcome.kl:.3f} | {outcome.perplexity:.3g} | {fixed} |", flush=True
+            )
+    save()
+
+    # Every block, and what ranks the repaired ones.
+    observer = Repairability("published", {count}, keep=True)
+    run_pass(walk, text, [observer])
+    blocks = [block for block in neighbours(range(n), count) if block[0]]
+    folded = [Cut(block, {observer.fits[block].before: observer.fits[block].applied}) for block in blocks]
+    cheap = {
+        name: try_cuts(walk, first(text, rows), folded)
+        for name, rows in (("repaired KL, 2 rows", 2), ("repaired KL, 8 rows", 8))
+    }
+    truth = try_cuts(walk, report, [*[Cut(block) for block in blocks], *folded])
+    raw, fixed = truth[: len(blocks)], truth[len(blocks) :]
+    shares, kls = [observer.shares[block] for block in blocks], [tried["kl"].blocks[block] for block in blocks]
+    predictors = {
+        "raw KL": kls,
+        "unexplained share": shares,
+        "raw KL x share": [k * s for k, s in zip(kls, shares, strict=True)],
+        **{name: [outcome.kl for outcome in outcomes] for name, outcomes in cheap.items()},
+    }
+    wanted = [outcome.kl for outcome in fixed]
+    best = min(range(len(blocks)), key=wanted.__getitem__)
+    found["blocks"] = [
+        {"layers": format_layers(block), "cut": numbers(a), "repaired": numbers(b), "share": s, "raw_kl": k}
+        for block, a, b, s, k in zip(blocks, raw, fixed, shares, kls, strict=True)
+    ]
+    found["predictors"] = {}
+    print(
+        f"\nbest repaired block: {format_layers(blocks[best])}\n\n| score | rank correlation with repaired KL | its choice | that choice's repaired KL | and perplexity |\n|---|---|---|---|---|"
+    )
+    for name, values in predictors.items():
+        pick = min(range(len(blocks)), key=values.__getitem__)
+        found["predictors"][name] = {
+            "spearman": spearman(values, wanted),
+            "pick": format_layers(blocks[pick]),
+            "values": values,
+        }
+        print(
+            f"| {name} | {spearman(values, wanted):.2f} | {format_layers(blocks[pick])} | {wanted[pick]:.3f} | {fixed[pick].perplexity:.1f} |",
+            flush=True,
+        )
+    save()
+    print(
+        "\n| block | KL, cut | perplexity, cut | share | KL, repaired | perplexity, repaired |\n|---|---|---|---|---|---|"
+    )
+    for block in found["blocks"]:
+        print(
+            f"| {block['layers']} | {block['cut']['kl']:.2f} | {block['cut']['perplexity']:.3g} | {block['share']:.2f} | {block['repaired']['kl']:.3f} | {block['repaired']['perplexity']:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What scoring will cost, before it starts: counted in runs of a layer, timed on one batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..calibration import CalibrationSet
+from ..repair import NormalEquations
+from ..walk import LayerWalk
+from .passes import batch_rows
+from .registry import find_criterion
+from .sets import neighbours
+from .trials import Cut, layer_runs, rows_per_pass
+
+_HEAD_TOKENS = 256
+# A layer's backward pass runs it once more and then computes gradients for its input and its weights.
+_BACKWARD = 3
+_TRIED = {"perplexity", "kl"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a call of `score_layers` will take.
+
+    Args:
+        layers (`int`): Runs of one layer, each on all rows.
+        heads (`int`): Runs of the head, each on all rows.
+        passes (`int`): How often every weight is brought in.
+        seconds (`float`): All of it, by the time that one batch took.
+    """
+
+    layers: int
+    heads: int
+    passes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} runs of a layer and {self.heads} of the head over all rows, in {self.passes} "
+            f"{'pass' if self.passes == 1 else 'passes'} over the weights: about {_readable(self.seconds)}"
+        )
+
+
+@torch.no_grad()
+def estimate(
+    walk: LayerWalk,
+    samples: int,
+    length: int,
+    criteria: Sequence[str],
+    *,
+    count: int,
+    lengths: Collection[int] | None = None,
+) -> Cost:
+    """Count and time the work of `score_layers`.
+
+    Args:
+        walk (`LayerWalk`): The dense model.
+        samples (`int`): Rows of the calibration set.
+        length (`int`): Tokens a row.
+        criteria (`Sequence[str]`): Names.
+        count (`int`): How many layers should go.
+        lengths (`Collection[int]`, *optional*): Of blocks, see `score_layers`.
+
+    Returns:
+        `Cost`: An estimate.
+    """
+    n, names = walk.num_layers, {name for name in criteria if find_criterion(name).needs == "text"}
+    layers = heads = passes = 0
+    if names - _TRIED - {"taylor"}:
+        layers, passes = n, 1
+    if "taylor" in names:
+        layers, heads, passes = layers + n * (1 + _BACKWARD), heads + _BACKWARD, passes + 2
+    fits = 0
+    if "repairability" in names:
+        fits = sum(n - size for size in lengths or [count])
+    text = CalibrationSet.of(torch.arange(samples * length).view(samples, length) % 100 + 3, "an estimate")
+    if names & _TRIED:
+        sets = [*((i,) for i in range(n)), *(b for size in lengths or () for b in neighbours(range(n), size))]
+        cuts = [Cut(layers) for layers in dict.fromkeys(sets)] + [Cut(())]
+        layers, heads = layers + layer_runs(n, cuts), heads + len(cuts)
+        passes += -(-samples // rows_per_pass(walk, text, cuts))
+    if not layers:
+        return Cost(0, 0, 0, 0.0)
+    rows = batch_rows(text)
+    batch = walk.begin(text.input_ids[:rows])
+    with walk.layer(0) as run:
+        run(batch.hidden, batch)
+        layer = _timed(lambda: run(batch.hidden, batch), walk.device)
+    piece = batch.hidden[:1, : min(_HEAD_TOKENS, length)]
+    walk.logits(piece)
+    head = _timed(lambda: walk.logits(piece).float().logsumexp(-1), walk.device)
+    seconds = layers * layer * samples / rows + heads * head * samples * length / piece.shape[1]
+    if fits:
+        sums = NormalEquations(batch.hidden.shape[-1], walk.device)
+        states = batch.hidden.float()
+        seconds += fits * _timed(lambda: sums.add(states, states), walk.device) * samples / rows
+    return Cost(layers, heads, passes, seconds)
+
+
+def _timed(work: object, device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def _readable(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
