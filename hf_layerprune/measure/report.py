@@ -88,7 +88,7 @@ def _value(record: dict[str, Any]) -> str:
     text = number(record["metric"], record["value"])
     if "stderr" in record:
         return f"{text} ± {_error(record['metric'], record['stderr'], record['value'])}"
-    if "spread" in record:
+    if record.get("samples", 1) > 1 and "spread" in record:
         return f"{text} [{' to '.join(number(record['metric'], value) for value in record['spread'])}]"
     return text
 

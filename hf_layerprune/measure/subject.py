@@ -33,6 +33,7 @@ class Subject:
         lineage (`Lineage`, *optional*): Its history.
         folder (`Path`, *optional*): Its folder, where it is a local one.
         revision (`str`, *optional*): The commit on the Hub.
+        bytes_on_disk (`int`): The size of its weight files; of an adapter, without those of its base.
     """
 
     source: str
@@ -42,6 +43,7 @@ class Subject:
     lineage: Lineage | None = None
     folder: Path | None = None
     revision: str | None = None
+    bytes_on_disk: int = 0
 
     def load(self, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
         """Load the model.
@@ -110,8 +112,12 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
     if is_hub_id(source):
         return _on_hub(str(source), revision)
     path = Path(source).expanduser()
+    if not path.exists():
+        raise CheckpointError(
+            f"{source} does not exist; name a model folder, a .gguf file, or a Hub id such as org/name"
+        )
     if not (path / "adapter_config.json").is_file():
-        resolve_base(path)  # says what is wrong with a path
+        resolve_base(path)  # says what is wrong with what is no model
     files = fingerprint(path)
     if path.is_dir() and not any(name.endswith(".safetensors") for name in files):
         raise CheckpointError(f"{path} has no safetensors weights; save it with save_pretrained")
@@ -123,6 +129,7 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
         role=_role(lineage),
         lineage=lineage,
         folder=path if path.is_dir() else None,
+        bytes_on_disk=_size(files),
     )
 
 
@@ -138,7 +145,9 @@ def _on_hub(repo: str, revision: str | None) -> Subject:
         if "sha256" not in entry:  # a small file that is not of LFS kind
             entry["sha256"] = sha256_of(_download(repo, name, hub.commit))
     lineage = Lineage.of(hub.folder)
-    return Subject(repo, repo, weights_hash(files), _role(lineage), lineage, revision=hub.commit)
+    return Subject(
+        repo, repo, weights_hash(files), _role(lineage), lineage, revision=hub.commit, bytes_on_disk=_size(files)
+    )
 
 
 def _adapter_on_hub(repo: str, revision: str | None, adapter: PeftConfig) -> Subject:
@@ -153,7 +162,9 @@ def _adapter_on_hub(repo: str, revision: str | None, adapter: PeftConfig) -> Sub
         lineage = Lineage.of(_download(repo, "lineage.json", commit).parent)
     except (EntryNotFoundError, LocalEntryNotFoundError, CheckpointError):
         lineage = None
-    return Subject(repo, repo, weights_hash(files), _role(lineage), lineage, revision=commit)
+    return Subject(
+        repo, repo, weights_hash(files), _role(lineage), lineage, revision=commit, bytes_on_disk=_size(files)
+    )
 
 
 def _download(repo: str, name: str, revision: str | None) -> Path:
@@ -165,6 +176,10 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
         from ..loading import first_line
 
         raise CheckpointError(f"can't get {name} of {repo}: {first_line(error)}") from error
+
+
+def _size(files: dict[str, dict[str, Any]]) -> int:
+    return sum(entry["size"] for name, entry in files.items() if name.endswith((".safetensors", ".gguf")))
 
 
 def _role(lineage: Lineage | None) -> str:

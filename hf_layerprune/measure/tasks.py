@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from ..errors import LayerPruneError
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
 
 # The eight of arXiv:2411.15558: zero-shot, no chat template.
 PAPER = ("piqa", "hellaswag", "openbookqa", "arc_easy", "arc_challenge", "mmlu", "cmmlu", "winogrande")
@@ -134,9 +136,7 @@ def require_harness() -> None:
 def _load_named(names: Sequence[str], files: Sequence[str], folder: Path | None) -> dict[str, Task | Group]:
     if not names:
         return {}
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
+    manager = _all_tasks()
     known = dict.fromkeys(manager.all_tasks)
     found: dict[str, Task | Group] = {}
     for name in names:
@@ -146,6 +146,14 @@ def _load_named(names: Sequence[str], files: Sequence[str], folder: Path | None)
         for match in matches:
             found |= _load(manager, match)
     return found
+
+
+@cache
+def _all_tasks() -> TaskManager:
+    """The harness's index of its tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _unknown(name: str, known: Sequence[str], folder: Path | None) -> str:

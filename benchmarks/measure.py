@@ -1,0 +1,150 @@
+"""The instruments held against others: lm-eval's own command line and a textbook loop, for numbers and for time.
+
+    python benchmarks/measure.py --model FOLDER --data FOLDER            (or HF_LAYERPRUNE_DATA=FOLDER)
+
+For each task file in the data folder: accuracy and its standard error as `hf-layerprune eval` and as `lm_eval run` give
+them, at the same batch size, which must be equal to the last digit; and the time of the two commands, in turns. For
+each text: perplexity against a loop over `model(ids, labels=ids).loss`, and the time of one pass over the model and a
+pruned copy of it, layers shared, against one pass over each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from hf_layerprune.measure.tasks import LocalTask, LocalText, read_tasks, write_task
+
+
+def run(command: list[str]) -> float:
+    """Seconds that a command takes, in a process of its own."""
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return time.perf_counter() - start
+
+
+def ours(model: Path, data: Path, task: str, limit: int, batch: str, out: Path) -> tuple[float, dict[str, Any]]:
+    """Run `hf-layerprune eval`."""
+    target = out / "ours.json"
+    target.unlink(missing_ok=True)
+    code = "import sys; from hf_layerprune.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "eval", str(model), "--tasks-from", str(data), "--tasks", task]
+    command += ["--limit", str(limit), "--batch-size", batch, "--dtype", "bfloat16", "--device", "cpu"]
+    seconds = run([*command, "--text", "none", "--output", str(target)])
+    found = json.loads(target.read_text())["results"]
+    return seconds, {one["metric"]: (one["value"], one["stderr"]) for one in found}
+
+
+def theirs(model: Path, yaml: Path, task: str, limit: int, batch: str, out: Path) -> tuple[float, dict[str, Any]]:
+    """Run `lm_eval`."""
+    folder = out / "theirs"
+    for old in folder.rglob("results*.json"):
+        old.unlink()
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--include_path", str(yaml), "--tasks", task]
+    command += ["--model_args", f"pretrained={model},dtype=bfloat16", "--device", "cpu", "--output_path", str(folder)]
+    seconds = run([*command, "--limit", str(limit), "--batch_size", batch])
+    (path,) = folder.rglob("results*.json")
+    found = json.loads(path.read_text())["results"][task]
+    return seconds, {
+        metric: (found[f"{metric},none"], found[f"{metric}_stderr,none"]) for metric in ("acc", "acc_norm")
+    }
+
+
+def compare_tasks(args: argparse.Namespace, tasks: list[LocalTask], folder: Path) -> None:
+    """Numbers and time of both commands."""
+    print(
+        "| task | questions | batch | acc, ours | acc, lm-eval | acc_norm, ours | acc_norm, lm-eval | same | s, ours | s, lm-eval |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for task in tasks:
+        write_task(task, folder)
+        n = min(args.limit, len(task.rows))
+        for batch in args.batch_sizes:
+            times: dict[str, list[float]] = {"ours": [], "theirs": []}
+            for _ in range(args.repeats):
+                seconds, mine = ours(args.model, args.data, task.name, n, batch, folder)
+                times["ours"].append(seconds)
+                seconds, other = theirs(args.model, folder, task.name, n, batch if batch != "auto" else "1", folder)
+                times["theirs"].append(seconds)
+            same = "yes" if mine == other else "no"
+            cells = [
+                f"{value!r} ± {error:.4f}"
+                for pair in zip(mine.values(), other.values(), strict=True)
+                for value, error in pair
+            ]
+            spent = [f"{statistics.median(one):.1f}" for one in times.values()]
+            shown = batch if batch != "auto" else "auto / 1"
+            print(f"| {task.name} | {n} | {shown} | {' | '.join(cells)} | {same} | {' | '.join(spent)} |", flush=True)
+
+
+def compare_text(args: argparse.Namespace, text: LocalText) -> None:
+    """Perplexity against the textbook, and what sharing layers saves."""
+    import torch
+
+    from hf_layerprune import drop_layers
+    from hf_layerprune.loading import load_model, load_tokenizer
+    from hf_layerprune.measure.distance import distance, perplexity
+    from hf_layerprune.measure.texts import windows
+
+    model, cut = (load_model(args.model, dtype=torch.bfloat16) for _ in range(2))
+    n = model.config.num_hidden_layers
+    first = n * 2 // 5
+    drop_layers(cut, range(first, first + n // 4))
+    rows, _ = windows(text.text, load_tokenizer(args.model), args.length, args.windows)
+    with torch.no_grad():
+        losses = [model(row[None], labels=row[None]).loss.double().item() for row in rows]
+    expected = math.exp(sum(losses) / len(losses))
+    times: dict[str, list[float]] = {"both at once": [], "one after the other": []}
+    for _ in range(args.repeats):
+        start = time.perf_counter()
+        found = distance(cut, model, rows)
+        times["both at once"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        alone = perplexity(cut, rows), perplexity(model, rows)
+        times["one after the other"].append(time.perf_counter() - start)
+    assert found.nll == alone[0].nll
+    print(f"\n{text.name}: {len(rows)} windows of {args.length} tokens, {found.shared_layers} of {n} layers shared")
+    print(
+        f"perplexity {found.base_perplexity:.9f}, textbook {expected:.9f}: {found.base_perplexity / expected - 1:+.1e}"
+    )
+    for name, seconds in times.items():
+        print(f"{name}: {statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder with the model")
+    parser.add_argument(
+        "--data", type=Path, default=os.environ.get("HF_LAYERPRUNE_DATA"), help="folder with task files"
+    )
+    parser.add_argument("--limit", type=int, default=1000, help="questions of each task")
+    parser.add_argument(
+        "--batch-sizes", nargs="+", default=["8", "auto"], help="auto is held against lm-eval's own, 1"
+    )
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each")
+    parser.add_argument("--length", type=int, default=1024, help="tokens in a window")
+    parser.add_argument("--windows", type=int, default=8, help="windows of each text")
+    args = parser.parse_args()
+    if args.data is None:
+        parser.error("name a folder with --data, or in HF_LAYERPRUNE_DATA")
+    files = read_tasks(args.data).values()
+    with tempfile.TemporaryDirectory() as folder:
+        compare_tasks(args, [one for one in files if isinstance(one, LocalTask)], Path(folder))
+    for one in files:
+        if isinstance(one, LocalText):
+            compare_text(args, one)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""How fast models read and write, each in its turn, so that whatever slows the machine down slows all of them.
+
+runs = time_models({"dense": dense, "pruned": pruned}, [Workload(1, 128, 32)], repeats=5)
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm.auto import tqdm
+
+from .cost import read_prompt
+from .forward import evaluating, free_memory, is_out_of_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is read and written at once.
+
+    Args:
+        batch (`int`): How many texts.
+        prompt_tokens (`int`): Tokens in each prompt.
+        new_tokens (`int`): Tokens that are written after each.
+    """
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One run of a workload, in seconds.
+
+    Args:
+        prefill (`float`): Reading the prompts, with logits for their last token.
+        first_token (`float`): Until `generate` has the first token.
+        decode (`float`): From the first token to the last.
+    """
+
+    prefill: float
+    first_token: float
+    decode: float
+
+    def metrics(self, work: Workload) -> dict[str, float]:
+        """The numbers of a run, under the names of `metrics.json`."""
+        found = {
+            "prefill_tokens_per_second": work.batch * work.prompt_tokens / self.prefill,
+            "time_to_first_token": self.first_token,
+        }
+        if work.new_tokens > 1:
+            found["decode_tokens_per_second"] = work.batch * (work.new_tokens - 1) / self.decode
+        return found
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """A number, measured several times.
+
+    Args:
+        values (`tuple[float, ...]`): One a repeat, in the order in which they were taken.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The median."""
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The lowest and the highest."""
+        return min(self.values), max(self.values)
+
+
+class _Clock:
+    """A streamer that notes when each token was there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """Called with the prompt, then with each token, once it is in the machine's own memory."""
+        self.times.append(perf_counter())
+
+    def end(self) -> None:
+        """Called at the end."""
+
+
+def time_models(
+    models: Mapping[str, PreTrainedModel],
+    workloads: Sequence[Workload],
+    *,
+    repeats: int = 5,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[Workload, dict[str, list[Timing]]]:
+    """Time models on the same prompts, in turns.
+
+    Args:
+        models (`Mapping[str, PreTrainedModel]`): By name.
+        workloads (`Sequence[Workload]`): What to time. One that does not fit into memory is left out, with a warning.
+        repeats (`int`, defaults to 5): Timed runs of each, after one that is not.
+        seed (`int`, defaults to 0): Of the prompts, which are drawn from the whole vocabulary.
+        progress (`bool`, defaults to `False`): Show a bar.
+
+    Returns:
+        `dict[Workload, dict[str, list[Timing]]]`: One timing a repeat. Those of the same repeat were taken side by side.
+    """
+    vocabulary = min(model.get_input_embeddings().weight.shape[0] for model in models.values())
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[Workload, dict[str, list[Timing]]] = {}
+    names = list(models)
+    with (
+        evaluating(*models.values()),
+        tqdm(
+            total=len(workloads) * (repeats + 1) * len(names), desc="timing", unit="run", disable=not progress
+        ) as bar,
+    ):
+        for work in workloads:
+            ids = torch.randint(vocabulary, (work.batch, work.prompt_tokens), generator=generator)
+            timings: dict[str, list[Timing]] = {name: [] for name in names}
+            try:
+                for repeat in range(repeats + 1):
+                    # Who goes first takes turns too.
+                    for name in names if repeat % 2 else names[::-1]:
+                        timings[name].append(time_once(models[name], ids, work))
+                        bar.update()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                logger.warning("out of memory with %d x %d tokens, which are left out", work.batch, work.prompt_tokens)
+                free_memory()
+                continue
+            found[work] = {name: runs[1:] for name, runs in timings.items()}
+    return found
+
+
+def time_once(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> Timing:
+    """Run a workload once.
+
+    Args:
+        model (`PreTrainedModel`): In evaluation mode.
+        ids (`torch.Tensor`): The prompts `[batch, prompt_tokens]`.
+        work (`Workload`): The workload.
+
+    Returns:
+        `Timing`: What it took.
+    """
+    ids = ids.to(model.device)
+    synchronise(model)
+    start = perf_counter()
+    read_prompt(model, ids)
+    synchronise(model)
+    prefill = perf_counter() - start
+    clock = _Clock()
+    start = perf_counter()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=work.new_tokens,
+        min_new_tokens=work.new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        streamer=clock,
+    )
+    synchronise(model)
+    _, first, *_ = clock.times  # the prompt is put, then each token
+    return Timing(prefill, first - start, clock.times[-1] - first)
+
+
+def synchronise(model: PreTrainedModel) -> None:
+    """Wait until a GPU has done what it was told."""
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize()

@@ -1,0 +1,80 @@
+"""Small models that can be measured: they have a tokenizer, and a history."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .tiny_models import randomize
+
+LAYERS, WIDTH = 8, 32
+
+
+def byte_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token a byte, and three of its own."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: i + 3 for i, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512
+    )
+
+
+def write_model(folder: Path, *, seed: int = 0, vocabulary: int = 259, bos: bool = False) -> Path:
+    """A random Llama of eight layers with its tokenizer."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=vocabulary, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    randomize(model, seed)
+    model.save_pretrained(folder)
+    byte_tokenizer(bos).save_pretrained(folder)
+    return folder
+
+
+def write_tasks(folder: Path, questions: int = 24) -> Path:
+    """Three tasks, of two to four choices each, and a text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    words = [
+        "the",
+        "river",
+        "rises",
+        "in",
+        "spring",
+        "and",
+        "people",
+        "walk",
+        "along",
+        "the",
+        "valley",
+        "to",
+        "school",
+    ]
+
+    def some(n: int) -> str:
+        return " ".join(draw.choices(words, k=n))
+
+    import json
+
+    for name, begin, choices in (("asked", "Question: ", 4), ("begun", "", 2), ("mixed", "", 0)):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for _ in range(questions):
+                n = choices or draw.choice([2, 3, 4])
+                row = {"query": begin + some(5), "choices": [some(draw.randint(1, 4)) for _ in range(n)]}
+                file.write(json.dumps(row | {"gold": draw.randrange(n)}) + "\n")
+    (folder / "words.txt").write_text("\n".join(some(12) for _ in range(60)) + "\n")
+    return folder

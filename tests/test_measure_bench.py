@@ -1,0 +1,192 @@
+"""`hf-layerprune bench`: what is timed, what is counted, and what is written of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_layerprune import LayerPruneError, drop_layers
+from hf_layerprune.cli import main
+from hf_layerprune.loading import load_model
+from hf_layerprune.measure.bench import BenchRequest, bench
+from hf_layerprune.measure.cost import cache_bytes, decode_bytes, prefill_flops
+from hf_layerprune.measure.probe import Probe, probe
+from hf_layerprune.measure.records import Metrics
+from hf_layerprune.measure.speed import Workload, time_models
+
+from .measure_models import write_model
+from .tiny_models import tiny_model
+
+SMALL = {"batch_sizes": (1, 2), "prompt_lengths": (8, 32), "new_tokens": 4, "repeats": 3, "progress": False}
+TIMED = ("prefill_tokens_per_second", "time_to_first_token", "decode_tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture
+def cut(base: Path, tmp_path: Path) -> Path:
+    assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "4-7"]) == 0
+    return tmp_path / "cut"
+
+
+def test_dense_and_pruned_side_by_side(base: Path, cut: Path) -> None:
+    found = bench(BenchRequest(str(cut), base=str(base), load_repeats=1, **SMALL))
+    ours = found.weights
+    (dense,) = set(found.models) - {ours}
+    assert Metrics.of(cut) == found
+    for weights, folder in ((ours, cut), (dense, base)):
+        assert found.find(weights, "bytes_on_disk")["value"] == (folder / "model.safetensors").stat().st_size
+        assert found.find(weights, "parameters")["value"] == load_model(folder).num_parameters()
+        # Of float32 keys and values of two heads of eight each.
+        layers = found.models[weights]["layers"]
+        assert found.find(weights, "kv_cache_bytes_per_token")["value"] == layers * 2 * 2 * 8 * 4
+        for metric in ("load_seconds", "peak_rss_bytes"):
+            record = found.find(weights, metric)
+            assert record["spread"][0] <= record["value"] <= record["spread"][1]
+        assert 50e6 < found.find(weights, "peak_rss_bytes")["value"] < 5e9
+        for batch in (1, 2):
+            for length in (8, 32):
+                for metric in TIMED:
+                    record = found.find(weights, metric, batch=batch, prompt_tokens=length, new_tokens=4)
+                    low, high = record["spread"]
+                    assert 0 < low <= record["value"] <= high
+                    assert record["samples"] == 3
+                    assert record["settings"]["threads"] == torch.get_num_threads()
+                    assert {"dtype", "device", "versions", "date", "unit"} <= record.keys()
+    by_metric = {one["metric"]: one for one in found.comparisons}
+    assert by_metric["parameters"]["share"] < 1
+    assert by_metric["kv_cache_bytes_per_token"]["share"] == 0.5
+    for metric in TIMED:
+        assert {"share", "theoretical_share", "p_value", "samples"} <= by_metric[metric].keys()
+    # Half of the layers gone: theory promises up to twice the speed, and half the wait.
+    assert 1 < by_metric["prefill_tokens_per_second"]["theoretical_share"] < 2
+    assert 1 < by_metric["decode_tokens_per_second"]["theoretical_share"] < 2
+    assert 0.5 < by_metric["time_to_first_token"]["theoretical_share"] < 1
+
+
+def test_operations_are_counted() -> None:
+    """Against a count by hand: two for each weight of a matrix and token, attention, and the head for one token."""
+    model = tiny_model("llama")
+    batch, length, width, layers = 2, 24, 32, 8
+    weights = sum(p.numel() for name, p in model.model.layers.named_parameters() if p.ndim == 2)
+    attention = layers * 2 * 2 * batch * length * length * width
+    expected = 2 * batch * length * weights + attention + 2 * batch * model.lm_head.weight.numel()
+    assert prefill_flops(model, batch, length) == expected
+    cut = tiny_model("llama")
+    drop_layers(cut, [1, 2, 5, 6])
+    head = 2 * batch * model.lm_head.weight.numel()
+    assert prefill_flops(cut, batch, length) - head == (expected - head) / 2
+
+
+def test_the_processors_own_attention_is_counted() -> None:
+    eager = tiny_model("llama")
+    sdpa = tiny_model("llama")
+    sdpa.set_attn_implementation("sdpa")
+    assert prefill_flops(sdpa, 1, 32) == prefill_flops(eager, 1, 32)
+
+
+def test_bytes_are_counted() -> None:
+    model = tiny_model("llama")
+    table = model.model.embed_tokens.weight.numel() * 4
+    everything = sum(p.numel() for p in model.parameters()) * 4
+    assert cache_bytes(model) == 8 * 2 * 2 * 8 * 4
+    assert decode_bytes(model, 3, 10) == everything - table + 3 * 10 * cache_bytes(model)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert decode_bytes(model, 1, 0) == everything - table  # a tied table is read as the head
+    assert cache_bytes(tiny_model("mamba2")) == 0
+
+
+def test_turns_and_times() -> None:
+    """The models alternate, who is first alternates too, and each run reads once and writes what it should."""
+    models = {"a": tiny_model("llama"), "b": tiny_model("llama", seed=1)}
+    seen: list[tuple[str, tuple[int, ...]]] = []
+    for name, model in models.items():
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: seen.append((name, tuple(kwargs["input_ids"].shape))), with_kwargs=True
+        )
+    found = time_models(models, [Workload(2, 16, 5)], repeats=2)
+    run = [(2, 16), (2, 16), (2, 1), (2, 1), (2, 1), (2, 1)]
+    order = [name for name, _ in seen[:: len(run)]]
+    assert order == ["b", "a", "a", "b", "b", "a"]
+    assert [shape for _, shape in seen] == run * 6
+    (timings,) = found.values()
+    assert {name: len(runs) for name, runs in timings.items()} == {"a": 2, "b": 2}
+    for timing in timings["a"]:
+        assert min(timing.prefill, timing.first_token, timing.decode) > 0
+        assert timing.metrics(Workload(2, 16, 5))["decode_tokens_per_second"] == pytest.approx(2 * 4 / timing.decode)
+
+
+def test_what_does_not_fit_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama")
+
+    def forget(module: Any, args: Any, kwargs: Any) -> None:
+        if len(kwargs["input_ids"]) > 1:
+            torch.empty(1 << 60, dtype=torch.uint8)
+
+    model.register_forward_pre_hook(forget, with_kwargs=True)
+    found = time_models({"a": model}, [Workload(2, 8, 2), Workload(1, 8, 2)], repeats=1)
+    assert list(found) == [Workload(1, 8, 2)]
+    assert "out of memory with 2 x 8 tokens" in caplog.text
+
+
+def test_loading_in_a_process_of_its_own(base: Path) -> None:
+    found = probe(Probe(str(base), None, "auto", "cpu", 1, 8, 2))
+    assert 0 < found.load_seconds < 60
+    assert 50e6 < found.idle_rss_bytes <= found.peak_rss_bytes
+    assert found.peak_cuda_bytes is None
+    with pytest.raises(LayerPruneError, match=r"loading ./nowhere in a process of its own failed: .*does not exist"):
+        probe(Probe("./nowhere", None, "auto", "cpu", 1, 8, 2))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--prompt-lengths", "0"], 2, "no number of 1 or more"),
+        (["--batch-sizes", "1,x"], 2, "'x' is no number"),
+        (["--load-repeats", "-1"], 1, "load_repeats is -1"),
+        (
+            ["--prompt-lengths", "510", "--load-repeats", "0"],
+            1,
+            "base reads 512 tokens, and prompts with what follows",
+        ),
+        (["--base", "SAME"], 1, "have the same weights"),
+    ],
+)
+def test_bad_words(base: Path, words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", str(base), "--quiet", *(str(base) if word == "SAME" else word for word in words)]
+    if code == 2:
+        with pytest.raises(SystemExit):
+            main(words)
+    else:
+        assert main(words) == code
+    assert message in capsys.readouterr().err
+    assert not (base / "metrics.json").exists()
+
+
+def test_the_table(base: Path, cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(cut, cut.parent / "other")
+    words = [
+        "--batch-sizes",
+        "1",
+        "--prompt-lengths",
+        "8",
+        "--new-tokens",
+        "3",
+        "--repeats",
+        "2",
+        "--load-repeats",
+        "0",
+    ]
+    assert main(["bench", str(cut), "--base", str(base), "--quiet", *words]) == 0
+    out = capsys.readouterr().out
+    assert "cut:      cut, 4 layers" in out
+    (line,) = (line for line in out.splitlines() if "decode_tokens_per_second" in line)
+    assert "(batch 1, prompt 8, new 3)" in line
+    assert "theory" in line

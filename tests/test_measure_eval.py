@@ -1,0 +1,395 @@
+"""`hf-layerprune eval`: its numbers are the harness's and the textbook's, and belong to the weights beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from scipy import stats
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune import CheckpointError, LayerPruneError
+from hf_layerprune.cli import main
+from hf_layerprune.loading import load_model, load_tokenizer
+from hf_layerprune.measure.evaluate import EvalRequest, evaluate
+from hf_layerprune.measure.harness import Harness
+from hf_layerprune.measure.records import Metrics
+from hf_layerprune.measure.subject import identify
+from hf_layerprune.measure.tasks import read_tasks, task_set, write_task
+from hf_layerprune.publish.lineage import Lineage, fingerprint, station, weights_hash
+
+from .measure_models import write_model, write_tasks
+
+NAMES = ("asked", "begun", "mixed")
+SMALL = {"length": 64, "windows": 8, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def cut_once(base: Path) -> Path:
+    folder = base.parent / "cut-once"
+    assert main(["prune", str(base), str(folder), "--drop-layers", "3-4"]) == 0
+    return folder
+
+
+@pytest.fixture
+def cut(cut_once: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(cut_once, tmp_path / "cut"))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def measure(model: Path | str, folder: Path | None, **more: Any) -> Metrics:
+    return evaluate(EvalRequest(str(model), tasks_from=folder, **SMALL | more))
+
+
+# --- the numbers are right ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def printed(base: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the harness's own command line gives, with the same files."""
+    folder = tmp_path_factory.mktemp("harness")
+    for task in read_tasks(tasks).values():
+        write_task(task, folder)
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={base}"]
+    command += ["--include_path", str(folder), "--tasks", ",".join([*NAMES, "words"]), "--batch_size", "1"]
+    command += ["--device", "cpu", "--output_path", str(folder / "out"), "--limit", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (found,) = (folder / "out").rglob("results*.json")
+    return json.loads(found.read_text())["results"]
+
+
+def test_numbers_are_those_of_the_harness_own_command(
+    base: Path, tasks: Path, printed: dict[str, Any], tmp_path: Path
+) -> None:
+    """To the last digit, for three tasks and a text."""
+    found = measure(
+        base, tasks, tasks=(*NAMES, "words"), texts=(), limit=20, batch_size=1, output=tmp_path / "metrics.json"
+    )
+    weights = found.weights
+    for task in NAMES:
+        for metric in ("acc", "acc_norm"):
+            record = found.find(weights, metric, task)
+            assert record["value"] == printed[task][f"{metric},none"]
+            assert record["stderr"] == printed[task][f"{metric}_stderr,none"]
+            assert record["samples"] == printed[task]["sample_len"] == 20
+    assert found.find(weights, "word_perplexity", "words")["value"] == printed["words"]["word_perplexity,none"]
+    assert found.find(weights, "bits_per_byte", "words")["value"] == printed["words"]["bits_per_byte,none"]
+    assert found.find(weights, "bits_per_byte", "words")["kind"] == "text"
+
+
+def test_perplexity_is_the_textbooks(base: Path, tasks: Path, tmp_path: Path) -> None:
+    found = measure(base, tasks, tasks=(), output=tmp_path / "metrics.json")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), load_tokenizer(base)
+    ids = tokenizer((tasks / "words.txt").read_text(), return_tensors="pt").input_ids[0]
+    losses = []
+    with torch.no_grad():
+        for i in range(8):
+            window = ids[None, 64 * i : 64 * (i + 1)]
+            losses.append(model(window, labels=window).loss.item())
+    record = found.find(found.weights, "perplexity", "words")
+    assert record["value"] == pytest.approx(math.exp(sum(losses) / 8), rel=1e-6)
+    assert record["samples"] == 8 * 63
+    assert record["settings"] == {"length": 64, "windows": 8, "starts_with_bos": False}
+
+
+def test_beside_the_dense_model(base: Path, cut: Path, tasks: Path) -> None:
+    found = measure(cut, tasks, base=str(base))
+    ours, dense = found.weights, weights_hash(fingerprint(base))
+    assert {one["role"] for one in found.models.values()} == {"cut", "dense"}
+    assert found.models[ours]["layers"] == 6
+    assert found.models[dense]["layers"] == 8
+    for task, chance in (("asked", 0.25), ("begun", 0.5)):
+        mine, theirs = found.find(ours, "acc", task), found.find(dense, "acc", task)
+        assert mine["chance"] == theirs["chance"] == chance
+        (compared,) = (one for one in found.comparisons if (one.get("task"), one["metric"]) == (task, "acc"))
+        assert compared["difference"] == pytest.approx(mine["value"] - theirs["value"])
+        assert compared["test"] == "mcnemar_exact"
+        assert compared["samples"] == mine["samples"] == 24
+        assert 0 <= compared["p_value"] <= 1
+    assert 0.25 < found.find(ours, "acc", "mixed")["chance"] < 0.5
+    kl, nll = found.find(ours, "kl", "words"), found.find(ours, "nll", "words")
+    assert kl["value"] > 0
+    assert kl["kind"] == "distance"
+    assert 0 < found.find(ours, "top1_agreement", "words")["value"] < 1
+    (compared,) = (one for one in found.comparisons if one["metric"] == "nll")
+    assert compared["difference"] == pytest.approx(nll["value"] - found.find(dense, "nll", "words")["value"])
+    assert compared["test"] == "paired_t"
+    assert found.find(dense, "kl", "words") is None
+    # The file says the same, and every number says how it came about.
+    assert Metrics.of(cut) == found
+    for record in found.results:
+        assert {"value", "samples", "dataset", "dtype", "device", "date", "versions", "seconds"} <= record.keys()
+        assert record["versions"]["lm-eval"]
+    for record in (one for one in found.results if one["kind"] == "accuracy"):
+        assert {"stderr", "shots", "seed", "task_version"} <= record.keys()
+
+
+def test_the_paired_difference_is_over_the_same_questions(base: Path, cut: Path, tasks: Path) -> None:
+    """Held against the harness's own log of each question."""
+    found = measure(cut, tasks, base=str(base), tasks=("asked",), texts=())
+    right = []
+    with task_set(["asked"], tasks) as loaded:
+        for folder in (cut, base):
+            harness = Harness(load_model(folder), load_tokenizer(folder), 8, progress=False)
+            right.append(list(harness.run("asked", loaded.tasks["asked"]).scores["acc"].outcomes.values()))
+    (compared,) = (one for one in found.comparisons if one["metric"] == "acc")
+    differences = [a - b for a, b in zip(*right, strict=True)]
+    assert compared["difference"] == pytest.approx(sum(differences) / 24)
+    assert compared["stderr"] == pytest.approx(stats.sem(differences))
+    gained, lost = differences.count(1), differences.count(-1)
+    assert gained + lost > 0
+    assert compared["p_value"] == pytest.approx(stats.binomtest(gained, gained + lost).pvalue)
+
+
+# --- what can be measured -----------------------------------------------------------------------------------
+
+
+def test_an_adapter(base: Path, tasks: Path, tmp_path: Path) -> None:
+    """One of ours and one of another method; its numbers are those of the merged model."""
+    ours = tmp_path / "ours"
+    words = ["--drop-layers", "6-7", "--adapter", "--no-tune-lm-head"]
+    assert main(["prune", str(base), str(ours), *words]) == 0
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter.add_(0.05 if parameter.requires_grad else 0)
+    lora.save_pretrained(tmp_path / "lora")
+    for folder, layers in ((ours, 6), (tmp_path / "lora", 8)):
+        load_model(folder).save_pretrained(tmp_path / "merged")
+        shutil.copy(base / "tokenizer.json", tmp_path / "merged")
+        shutil.copy(base / "tokenizer_config.json", tmp_path / "merged")
+        output = tmp_path / f"{folder.name}.json"
+        merged = measure(tmp_path / "merged", tasks, tasks=("asked",), output=tmp_path / "merged.json", force=True)
+        found = measure(folder, tasks, tasks=("asked",), output=output)
+        assert found.models[found.weights]["layers"] == layers
+        assert [one["value"] for one in found.results] == [one["value"] for one in merged.results]
+        shutil.rmtree(tmp_path / "merged")
+    assert identify(ours).role == "cut"
+
+
+# --- numbers belong to weights ------------------------------------------------------------------------------
+
+
+def test_numbers_are_added_and_replaced(cut: Path, tasks: Path) -> None:
+    measure(cut, tasks, tasks=("asked",), texts=())
+    first = Metrics.of(cut).results
+    measure(cut, tasks, tasks=("begun",), texts=())
+    assert Metrics.of(cut).results[:2] == first
+    assert len(Metrics.of(cut).results) == 4
+    measure(cut, tasks, tasks=("asked", "begun"), texts=())
+    assert len(Metrics.of(cut).results) == 4
+    measure(cut, tasks, tasks=("asked",), texts=(), limit=5)
+    assert len(Metrics.of(cut).results) == 6  # fewer questions are another number
+
+
+def test_numbers_of_other_weights_are_refused(cut: Path, tasks: Path) -> None:
+    measure(cut, tasks, tasks=("asked",), texts=())
+    before = (cut / "metrics.json").read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(cut)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model.save_pretrained(cut)
+    with pytest.raises(CheckpointError, match=r"holds numbers of other weights .*--force.*--output"):
+        measure(cut, tasks, tasks=("begun",), texts=())
+    assert (cut / "metrics.json").read_bytes() == before
+    found = measure(cut, tasks, tasks=("begun",), texts=(), force=True)
+    assert {one["task"] for one in Metrics.of(cut).results} == {"begun"}
+    assert found.weights == weights_hash(fingerprint(cut))
+
+
+def test_a_base_that_the_history_does_not_know(base: Path, cut: Path, tasks: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", seed=1)
+    with pytest.raises(
+        CheckpointError, match=r"the history of cut does not know the weights of other .*--output FILE"
+    ):
+        measure(cut, tasks, base=str(other))
+    found = measure(cut, tasks, base=str(other), output=tmp_path / "both.json", tasks=("asked",), texts=())
+    assert len(found.comparisons) == 2
+    (cut / "lineage.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no lineage\.json that says it was made from base"):
+        measure(cut, tasks, base=str(base))
+    with pytest.raises(LayerPruneError, match="have the same weights"):
+        measure(cut, tasks, base=str(cut))
+    assert not (cut / "metrics.json").exists()
+
+
+def test_numbers_of_earlier_stations_are_taken_over(base: Path, cut: Path, tasks: Path, tmp_path: Path) -> None:
+    measure(cut, tasks, base=str(base), tasks=("asked",), texts=())
+    healed = Path(shutil.copytree(cut, tmp_path / "healed"))
+    (healed / "metrics.json").unlink()
+    model = AutoModelForCausalLM.from_pretrained(healed)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    model.save_pretrained(healed)
+    with station("heal", {}) as entry:
+        pass
+    Lineage.of(healed).record(healed, entry)
+    found = measure(healed, tasks, tasks=("asked",), texts=(), history=(cut,))
+    assert sorted(one["role"] for one in found.models.values()) == ["cut", "dense", "healed"]
+    assert len([one for one in found.results if one["metric"] == "acc"]) == 3
+    assert {one["weights"] for one in found.comparisons} == {weights_hash(fingerprint(cut))}
+    found.check_belongs(healed, Lineage.of(healed))
+    stranger = write_model(tmp_path / "stranger", seed=3)
+    measure(stranger, tasks, tasks=("asked",), texts=())
+    with pytest.raises(CheckpointError, match=r"is no earlier station of healed"):
+        measure(healed, tasks, tasks=("asked",), texts=(), history=(stranger,))
+    with pytest.raises(CheckpointError, match=r"has no metrics\.json; measure it with"):
+        measure(healed, tasks, tasks=("asked",), texts=(), history=(base,))
+
+
+@pytest.mark.parametrize(
+    ("entry", "role"),
+    [
+        ({"station": "prune"}, "cut"),
+        ({"station": "prune", "repair": {"kind": "linear"}}, "repaired"),
+        ({"station": "repair"}, "repaired"),
+        ({"station": "heal"}, "healed"),
+    ],
+)
+def test_roles(cut: Path, entry: dict[str, Any], role: str) -> None:
+    lineage = Lineage.of(cut)
+    lineage.record(cut, entry)
+    assert identify(cut).role == role
+
+
+# --- going on, and going wrong ------------------------------------------------------------------------------
+
+
+def test_no_question_is_asked_twice(base: Path, cut: Path, tasks: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers"
+    first = measure(cut, tasks, base=str(base), texts=(), answers=answers)
+    files = sorted(answers.iterdir())
+    assert len(files) == 6
+    stamps = [path.stat().st_mtime_ns for path in files]
+    (cut / "metrics.json").unlink()
+    again = measure(cut, tasks, base=str(base), texts=(), answers=answers)
+    strip = [{name: value for name, value in one.items() if name != "date"} for one in again.comparisons]
+    assert strip == [{name: value for name, value in one.items() if name != "date"} for one in first.comparisons]
+    assert [path.stat().st_mtime_ns for path in sorted(answers.iterdir())] == stamps
+    measure(cut, tasks, texts=(), answers=answers, limit=3)
+    assert len(list(answers.iterdir())) == 9
+    files[0].write_text("{")
+    measure(cut, tasks, base=str(base), texts=(), answers=answers)
+    assert json.loads(files[0].read_text())["run"]["samples"] == 24
+
+
+def test_batches_halve_where_memory_ends(
+    base: Path, tasks: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that asks for more memory than there is, for more than two texts at once, with the allocator's error."""
+    model = load_model(base)
+    sizes = []
+
+    def forget(module: Any, args: Any, kwargs: Any) -> None:
+        ids = args[0] if args else kwargs["input_ids"]
+        sizes.append(len(ids))
+        if len(ids) > 2:
+            torch.empty(1 << 60, dtype=torch.uint8)
+
+    with task_set(["asked"], tasks) as loaded:
+        plain = Harness(model, load_tokenizer(base), 2, progress=False).run("asked", loaded.tasks["asked"])
+        model.register_forward_pre_hook(forget, with_kwargs=True)
+        harness = Harness(model, load_tokenizer(base), 8, progress=False)
+        halved = harness.run("asked", loaded.tasks["asked"])
+        assert harness.batch_size == 2
+        assert sizes[:3] == [8, 4, 2]
+        assert "going on with batches of 4" in caplog.text
+        assert halved.scores == plain.scores
+        model.register_forward_pre_hook(lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+        with pytest.raises(LayerPruneError, match="out of memory with a single question"):
+            harness.run("asked", loaded.tasks["asked"])
+
+
+def test_a_model_without_a_tokenizer(base: Path, tasks: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(base / name, folder)
+    with pytest.raises(CheckpointError, match="has no tokenizer that can be loaded; copy the tokenizer's files"):
+        measure(folder, tasks)
+
+
+def test_another_vocabulary(base: Path, tasks: Path, tmp_path: Path) -> None:
+    """Refused before a weight is read; without texts, answers can still be compared."""
+    wide = write_model(tmp_path / "wide", vocabulary=300)
+    more = {"base": str(base), "output": tmp_path / "metrics.json"}
+    with pytest.raises(LayerPruneError, match="wide has a vocabulary of 300 tokens and base one of 259"):
+        measure(wide, tasks, **more)
+    assert measure(wide, tasks, tasks=("asked",), texts=(), **more).comparisons
+    bos = write_model(tmp_path / "bos", bos=True, seed=2)
+    with pytest.raises(LayerPruneError, match="read the text as other tokens"):
+        measure(bos, tasks, base=str(base), output=tmp_path / "bos.json")
+    small = write_model(tmp_path / "small", vocabulary=90)
+    with pytest.raises(LayerPruneError, match="its tokenizer is another model's"):
+        measure(small, tasks, output=tmp_path / "small.json")
+
+
+def test_ruined_models_are_recorded(base: Path, tasks: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A perplexity beyond all numbers is left out, and what can be said of it is not."""
+    ruined = Path(shutil.copytree(base, tmp_path / "ruined"))
+    model = AutoModelForCausalLM.from_pretrained(ruined)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1e5)
+    model.save_pretrained(ruined)
+    found = measure(ruined, tasks, base=str(base), tasks=(), output=tmp_path / "metrics.json")
+    assert found.find(found.weights, "perplexity", "words") is None
+    assert found.find(found.weights, "nll", "words")["value"] > 700
+    assert "perplexity of words is inf, which is not recorded" in caplog.text
+    assert any(one["metric"] == "nll" for one in found.comparisons)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--tasks", "askd"], 1, "did you mean asked"),
+        (["--tasks", "none", "--text", "none"], 1, "nothing to measure"),
+        (["--tasks", "none", "--text", "missing.txt"], 1, "there is no text missing.txt"),
+        (["--length", "100000"], 1, "one window has 100000"),
+        (["--device", "gpu"], 1, "'gpu' is no device"),
+        (["--device", "cuda:7"], 1, "so there is no cuda:7"),
+        (["--output", "nowhere/metrics.json"], 1, "nowhere does not exist"),
+        (["--output", "."], 1, ". is a folder; name a file"),
+        (["--tasks-from", "nowhere"], 1, "nowhere is no folder"),
+        (["--base", "./nowhere"], 1, "nowhere does not exist"),
+        (["--base", "org/nowhere"], 1, "org/nowhere"),
+    ],
+)
+def test_bad_words(
+    base: Path, tasks: Path, words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", str(base), "--quiet", "--tasks-from", str(tasks), *words]
+    assert main(command) == code
+    assert message in capsys.readouterr().err
+    assert not (base / "metrics.json").exists()
+
+
+def test_the_table(base: Path, cut: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tasks-from", str(tasks), "--length", "64", "--windows", "4", "--limit", "12", "--quiet"]
+    assert main(["eval", str(cut), "--base", str(base), *words]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].startswith("dense:    base, 8 layers")
+    assert out.splitlines()[1].startswith("cut:      cut, 6 layers")
+    rows = {tuple(line.split()[:2]): line for line in out.splitlines()[3:] if line}
+    assert ("asked", "acc") in rows
+    assert rows["asked", "acc"].count("±") == 3
+    assert "kl" in rows["words", "kl"]
+    assert "McNemar" in out
+    assert max(map(len, out.split("\n\n")[1].splitlines())) < 140

@@ -1,0 +1,106 @@
+"""Measuring what is on the Hub: models, adapters, benchmarks and texts, each at one commit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_layerprune.cli import main
+from hf_layerprune.measure.records import Metrics
+from hf_layerprune.publish.lineage import fingerprint, weights_hash
+
+from .hub_server import HubServer, client_env
+from .measure_datasets import write_datasets
+from .measure_models import write_model
+
+SIX = ("piqa", "hellaswag", "openbookqa", "arc_easy", "arc_challenge", "winogrande")
+
+# One process that measures everything, since the client library reads its settings when it is imported.
+WORKER = """
+import json, sys
+from pathlib import Path
+from hf_layerprune.errors import LayerPruneError
+from hf_layerprune.measure.evaluate import EvalRequest, evaluate
+for line in sys.stdin:
+    order = json.loads(line)
+    try:
+        if "output" in order:
+            order["output"] = Path(order["output"])
+        evaluate(EvalRequest(**{k: tuple(v) if isinstance(v, list) else v for k, v in order.items()}, progress=False))
+        print(json.dumps({}), flush=True)
+    except LayerPruneError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+"""
+
+
+def ask(server: HubServer, home: Path, *orders: dict[str, Any]) -> list[dict[str, Any]]:
+    said = "".join(json.dumps(order) + "\n" for order in orders)
+    command = [sys.executable, "-c", WORKER]
+    done = subprocess.run(command, env=client_env(server, home), input=said, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def repos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("hub")
+    base = write_model(root / "base")
+    assert main(["prune", str(base), str(root / "cut"), "--drop-layers", "3-4"]) == 0
+    return {"org/base": base, "org/cut": root / "cut"} | write_datasets(root / "datasets")
+
+
+def test_six_of_the_papers_tasks_and_wikitext2(repos: dict[str, Path], tmp_path: Path) -> None:
+    """Without one local file: the models, the data and the text come from the Hub."""
+    with HubServer(repos) as server:
+        order = {"model": "org/cut", "base": "org/base", "output": str(tmp_path / "metrics.json"), "length": 64}
+        answers = ask(
+            server,
+            tmp_path / "home",
+            order | {"tasks": SIX, "texts": ["wikitext2"], "windows": 4},
+            {"model": "org/base", "tasks": ["piqa"], "texts": [], "revision": "no-such-branch"},
+            {"model": "org/none", "tasks": ["piqa"], "texts": []},
+        )
+    assert answers[0] == {}
+    assert "no-such-branch" in answers[1]["error"]
+    assert "org/none" in answers[2]["error"]
+    found = Metrics.read(tmp_path / "metrics.json")
+    # The hashes are those of the files, though nobody looked at them there.
+    assert found.weights == weights_hash(fingerprint(repos["org/cut"]))
+    assert weights_hash(fingerprint(repos["org/base"])) in found.models
+    assert found.models[found.weights] | {"parameters": 0} == {
+        "role": "cut", "name": "org/cut", "layers": 6, "parameters": 0,
+    }  # fmt: skip
+    for task in SIX:
+        record = found.find(found.weights, "acc", task)
+        assert (record["samples"], record["shots"]) == (4, 0)
+        assert record["settings"]["chat_template"] is False
+        assert record["chance"] == (0.5 if task in ("piqa", "winogrande") else 0.25)
+        assert (found.find(found.weights, "acc_norm", task) is None) == (task == "winogrande")
+    assert found.find(found.weights, "acc", "arc_easy")["dataset"] == "allenai/ai2_arc"
+    assert found.find(found.weights, "kl", "wikitext2")["dataset"] == "Salesforce/wikitext"
+    assert len([one for one in found.comparisons if one.get("test") == "mcnemar_exact"]) == 11
+
+
+def test_an_adapter_on_the_hub(repos: dict[str, Path], tmp_path: Path) -> None:
+    with HubServer(repos) as server:
+        words = ["prune", "org/base", str(tmp_path / "adapter"), "--drop-layers", "6-7", "--adapter"]
+        command = [sys.executable, "-m", "hf_layerprune.cli", *words, "--no-tune-lm-head"]
+        code = "import sys; from hf_layerprune.cli import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, *words, "--no-tune-lm-head"]
+        env = client_env(server, tmp_path / "home")
+        subprocess.run(command, env=env, check=True, capture_output=True)
+    adapter = tmp_path / "adapter"
+    with HubServer(repos | {"org/adapter": adapter}) as server:
+        order = {"model": "org/adapter", "base": "org/base", "output": str(tmp_path / "metrics.json")}
+        (answer,) = ask(server, tmp_path / "home2", order | {"tasks": ["piqa"], "texts": []})
+    assert answer == {}
+    found = Metrics.read(tmp_path / "metrics.json")
+    assert found.weights == weights_hash(fingerprint(adapter))
+    assert found.models[found.weights]["layers"] == 6
+    assert found.models[found.weights]["role"] == "cut"
+    assert found.find(found.weights, "acc", "piqa")

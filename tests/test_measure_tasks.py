@@ -1,0 +1,190 @@
+"""Files of tasks and texts: what they mean, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_layerprune import LayerPruneError
+from hf_layerprune.measure import tasks
+from hf_layerprune.measure.tasks import PAPER, LocalTask, LocalText, read_task, read_tasks, task_set, write_task
+from hf_layerprune.measure.texts import begins_with, check_same_tokens, find_text, windows
+
+from .measure_models import byte_tokenizer, write_tasks
+
+QUESTION = {"query": "Question: Is it so?", "choices": ["yes", "no"], "gold": 0}
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_a_folder_of_tasks(tmp_path: Path) -> None:
+    write_tasks(tmp_path)
+    found = read_tasks(tmp_path)
+    assert list(found) == ["asked", "begun", "mixed", "words"]
+    assert isinstance(found["asked"], LocalTask)
+    assert isinstance(found["words"], LocalText)
+    assert found["asked"].fields["doc_to_text"] == "{{query}}\nAnswer:"
+    assert found["begun"].fields["doc_to_text"] == "query"
+
+
+def test_the_harness_asks_what_the_file_says(tmp_path: Path) -> None:
+    write(tmp_path / "one.jsonl", QUESTION, {"query": "Question: {{7*7}}?", "choices": ["49", "7 {% x"], "gold": 1})
+    write(tmp_path / "two.jsonl", {"query": "12", "choices": ["34", "[5]", "6"], "gold": 2})
+    with task_set(None, tmp_path) as found:
+        asked = {}
+        for name, task in found.tasks.items():
+            task.build_all_requests(rank=0, world_size=1)
+            asked[name] = [request.args for request in task.instances]
+    text = "Question: {{7*7}}?\nAnswer:"
+    assert asked["one"][:2] == [("Question: Is it so?\nAnswer:", " yes"), ("Question: Is it so?\nAnswer:", " no")]
+    assert asked["one"][2:] == [(text, " 49"), (text, " 7 {% x")]
+    assert asked["two"] == [("12", " 34"), ("12", " [5]"), ("12", " 6")]
+    assert found.local == {"one", "two"}
+    assert all(len(dataset) == 64 for dataset in found.datasets.values())
+
+
+def test_a_file_beside_it_sets_the_prompt(tmp_path: Path) -> None:
+    write(tmp_path / "one.jsonl", QUESTION)
+    (tmp_path / "one.yaml").write_text(
+        'doc_to_text: "Q {{query}} A"\ntarget_delimiter: ": "\nmetadata: {version: 7}\n'
+    )
+    with task_set(["one"], tmp_path) as found:
+        task = found.tasks["one"]
+        task.build_all_requests(rank=0, world_size=1)
+        assert task.instances[1].args == ("Q Question: Is it so? A", ": no")
+        assert task.VERSION == 7
+
+
+def test_the_yaml_is_the_harness_own(tmp_path: Path) -> None:
+    """What `lm_eval run --include_path` reads."""
+    (tmp_path / "out").mkdir()
+    path = write_task(read_task(write(tmp_path / "one.jsonl", QUESTION)), tmp_path / "out")
+    said = yaml.safe_load(path.read_text())
+    assert said["task"] == "one"
+    assert said["output_type"] == "multiple_choice"
+    assert Path(said["dataset_kwargs"]["data_files"]["test"]).is_absolute()
+    assert [one["metric"] for one in said["metric_list"]] == ["acc", "acc_norm"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is no JSON"),
+        ("[]", r'a question is \{"query"'),
+        ({"query": "a", "choices": ["b", "c"]}, "a question is"),
+        (QUESTION | {"gold": 2}, r"line 2: gold is 2, but the choices are 0\.\.1"),
+        (QUESTION | {"gold": -1}, r"gold is -1, but the choices are 0\.\.1"),
+        (QUESTION | {"gold": "0"}, "gold is '0', and must be the number of the right choice"),
+        (QUESTION | {"gold": True}, "gold is True, and must be the number"),
+        (QUESTION | {"query": " "}, "query is ' ', and must be a text"),
+        (QUESTION | {"choices": ["a"]}, "two texts or more"),
+        (QUESTION | {"choices": ["a", ""]}, "none of them empty"),
+        (QUESTION | {"choices": "ab"}, "two texts or more"),
+    ],
+)
+def test_bad_lines(tmp_path: Path, line: Any, message: str) -> None:
+    path = write(tmp_path / "bad.jsonl", QUESTION, line)
+    with pytest.raises(LayerPruneError, match=message) as caught:
+        read_task(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no .jsonl file"),
+        ({"a.jsonl": ""}, "a.jsonl has no questions"),
+        ({"a.txt": " \n"}, "a.txt is empty"),
+        ({"a.txt": b"\xff\xfe"}, "a.txt is no UTF-8 text: invalid start byte at byte 0"),
+        ({"a.txt": "text", "a.jsonl": json.dumps(QUESTION)}, "have the same name"),
+        ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "task: x"}, "a field 'task', and only doc_to_text"),
+        ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "[1]"}, "must have fields"),
+        ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "doc_to_text: !function os.system"}, "a.yaml is no YAML"),
+    ],
+)
+def test_bad_folders(tmp_path: Path, files: dict[str, str | bytes], message: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(LayerPruneError, match=message):
+        read_tasks(tmp_path)
+    with pytest.raises(LayerPruneError, match="is no folder"):
+        read_tasks(tmp_path / "nowhere")
+
+
+@given(st.text(), st.lists(st.text(), max_size=4), st.integers() | st.booleans() | st.none() | st.text(max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_any_line_is_a_question_or_refused(tmp_path_factory: pytest.TempPathFactory, query, choices, gold) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    good = bool(query.strip()) and len(choices) >= 2 and all(choice.strip() for choice in choices)
+    good = good and type(gold) is int and 0 <= gold < len(choices)
+    write(path, {"query": query, "choices": choices, "gold": gold})
+    if not good:
+        with pytest.raises(LayerPruneError):
+            read_task(path)
+        return
+    assert read_task(path).rows == [{"query": query, "choices": choices, "gold": gold}]
+
+
+def test_names_of_the_harness(tmp_path: Path) -> None:
+    """The paper's eight are there, and an unknown name has neighbours."""
+    write_tasks(tmp_path)
+    for name, near in (("hellaswagg", "hellaswag"), ("arc_eesy", "arc_easy"), ("aksed", "asked"), ("papper", "paper")):
+        message = f"'{name}' is neither a task of lm-evaluation-harness nor a file in .*; did you mean .*{near}"
+        with pytest.raises(LayerPruneError, match=message), task_set(["asked", name], tmp_path):
+            pass
+    with pytest.raises(LayerPruneError, match="'§§§' is no task of the harness; lm-eval ls tasks"), task_set(["§§§"]):
+        pass
+    manager = tasks._all_tasks()
+    assert set(PAPER) <= set(manager.all_tasks)
+    assert {"mmlu", "cmmlu"} <= set(manager.all_groups)
+
+
+def test_tasks_whose_data_is_far_away() -> None:
+    message = "the data of task piqa can't be had .*; go online, or name files with --tasks-from FOLDER"
+    with pytest.raises(LayerPruneError, match=message), task_set(["paper"]):
+        pass
+
+
+# --- texts --------------------------------------------------------------------------------------------------
+
+
+def test_windows_follow_each_other(tmp_path: Path) -> None:
+    text = "".join(chr(97 + i % 26) for i in range(1000))
+    tokenizer = byte_tokenizer()
+    rows, begun = windows(text, tokenizer, 64)
+    assert (rows.shape, begun) == ((15, 64), False)
+    assert tokenizer.decode(rows.flatten()) == text[: 15 * 64]
+    few, _ = windows(text, tokenizer, 64, 3)
+    assert few.equal(rows[:3])
+
+
+def test_windows_begin_as_the_tokenizer_does() -> None:
+    tokenizer = byte_tokenizer(bos=True)
+    assert begins_with(tokenizer) == 1
+    rows, begun = windows("abcdefgh" * 10, tokenizer, 9)
+    assert begun
+    assert rows.shape == (10, 9)
+    assert set(rows[:, 0].tolist()) == {1}
+    assert tokenizer.decode(rows[3, 1:]) == "abcdefgh"
+
+
+def test_bad_texts(tmp_path: Path) -> None:
+    with pytest.raises(LayerPruneError, match="the text has 5 tokens, and one window has 64"):
+        windows("short", byte_tokenizer(), 64)
+    with pytest.raises(LayerPruneError, match="too short; give --length"):
+        windows("short", byte_tokenizer(), 1)
+    with pytest.raises(LayerPruneError, match=r"there is no text nowhere\.txt; name a file, or wikitext2"):
+        find_text("nowhere.txt")
+    with pytest.raises(LayerPruneError, match=r"wikitext2 can't be had .*name a file with --text"):
+        find_text("wikitext2")
+    with pytest.raises(LayerPruneError, match="as other tokens"):
+        check_same_tokens(byte_tokenizer(), byte_tokenizer(bos=True), "some text")
