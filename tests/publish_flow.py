@@ -223,6 +223,8 @@ def their_own_card(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     """A repository with a card before us, and one with the template that nobody filled in."""
     from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+    from hf_layerprune.publish.writing import EVAL_MARK
+
     api = HfApi()
     for name, text in (
         ("org/mine", "---\nthumbnail: x.png\n---\n# Mine\n\nWords.\n"),
@@ -231,11 +233,16 @@ def their_own_card(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
         api.create_repo(name)
         api.upload_file(repo_id=name, path_in_repo="README.md", path_or_fileobj=text.encode())
         api.upload_file(repo_id=name, path_in_repo="photo.jpg", path_or_fileobj=b"\xff\xd8\0")
+        api.upload_file(repo_id=name, path_in_repo=".eval_results/theirs.yaml", path_or_fileobj=b"[]\n")
+        api.upload_file(
+            repo_id=name, path_in_repo=".eval_results/ours.yaml", path_or_fileobj=f"{EVAL_MARK}[]\n".encode()
+        )
         folder = Path(shutil.copytree(place / "model", place / name.replace("/", "-")))
         (folder / "README.md").unlink(missing_ok=True)
         out[name] = cli("push", folder, name)
         out[f"{name} card"] = files(hub, name)["README.md"].decode()
-        out[f"{name} photo"] = "photo.jpg" in files(hub, name)
+        out[f"{name} others"] = sorted({"photo.jpg", ".eval_results/theirs.yaml", ".eval_results/ours.yaml"}
+                                       & files(hub, name).keys())  # fmt: skip
 
 
 @scenario

@@ -138,7 +138,7 @@ def test_a_card_that_was_there_before(found: Found) -> None:
     assert fields["thumbnail"] == "x.png"
     assert body.endswith("# Mine\n\nWords.\n")
     assert "More Information Needed" not in out["org/plain card"]
-    assert out["org/mine photo"]
+    assert out["org/mine others"] == [".eval_results/theirs.yaml", "photo.jpg"]
 
 
 def test_push_to_hub_of_the_libraries_leaves_our_card(found: Found) -> None:

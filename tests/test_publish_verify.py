@@ -345,3 +345,31 @@ def test_no_model_at_all(tmp_path: Path, name: str, capsys: pytest.CaptureFixtur
     (tmp_path / "file.txt").write_text("")
     assert main(["verify", str(tmp_path / name)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_was_unpacked_from_gguf(tmp_path: Path) -> None:
+    """Four layers of the real model, packed in 4 bits: no bytes to compare, so the cut is made again."""
+    from hf_layerprune.gguf import cut_gguf
+
+    from .gguf_makers import smollm2
+
+    cut_gguf(smollm2(), tmp_path / "small.gguf", range(4, 30), progress=False)
+    assert main(["prune", str(tmp_path / "small.gguf"), str(tmp_path / "cut"), "--drop-layers", "1"]) == 0
+    found = verify(tmp_path / "cut")
+    assert found.good, said(found)
+    assert "small.gguf: layers 1 of 4 dropped, 3 left (prune)" in said(found)
+    assert "29 are those that the same cut of the base gives again, to the last bit" in said(found)
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit(tmp_path / "cut", lambda tensors: tensors[name].view(torch.int16)[0, 0].bitwise_xor_(1))
+    claim(tmp_path / "cut")
+    assert f"tensors: {name} differs from the base's in 1 of" in said(verify(tmp_path / "cut"), False)
+
+
+def test_what_a_repair_changed(cut: Path) -> None:
+    edit(cut, lambda tensors: tensors[Q3].add_(1))
+    claim(cut)
+    assert not verify(cut).good
+    change_lineage(cut, lambda data: data["entries"][0].update(repair={"method": "linear", "changed_tensors": [Q3]}))
+    found = verify(cut)
+    assert found.good, said(found)
+    assert "changed: repair: model.layers.3: self_attn.q_proj.weight" in said(found)

@@ -25,7 +25,7 @@ from .checks import REFUSAL, Check, Subject, run_checks
 from .contents import Contents, find_model, is_ours, list_contents
 from .declared import CARD, front_matter
 from .upload import PushError, Upload, Uploaded, log_in, push_errors, upload
-from .writing import ASSETS, EVAL_RESULTS, compose, declare, is_generic, read_card, write_card
+from .writing import ASSETS, EVAL_MARK, EVAL_RESULTS, compose, declare, is_generic, read_card, write_card
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -124,7 +124,7 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
             revision=request.revision,
             create_pr=request.create_pr,
             message=MESSAGE,
-            removable=is_ours,
+            removable=lambda name: is_ours(name) and not _somebodys_result(name, request, api),
         )
         done = upload(job, api, user)
         _bring_home(staging, folder)
@@ -167,8 +167,11 @@ def _link(folder: Path, staging: Path) -> None:
             continue
         try:
             target.symlink_to(path.resolve())
-        except OSError:  # where links are not allowed
-            shutil.copyfile(path, target)
+        except OSError:  # where symbolic links are not allowed
+            try:
+                os.link(path, target)
+            except OSError:
+                shutil.copyfile(path, target)
 
 
 def _bring_home(staging: Path, folder: Path) -> None:
@@ -190,7 +193,7 @@ def _bring_home(staging: Path, folder: Path) -> None:
 
 def _take_over_card(request: PushRequest, staging: Path, api: HfApi) -> None:
     """Keep what people have written into the card on the Hub."""
-    remote = _remote_card(request, api)
+    remote = _remote_text(CARD, request, api)
     if remote is None or is_generic(remote) or request.overwrite_card:
         return
     where = f"README.md of {request.repo_id}"
@@ -215,13 +218,18 @@ def _take_over_card(request: PushRequest, staging: Path, api: HfApi) -> None:
         write_text(staging / CARD, text)
 
 
-def _remote_card(request: PushRequest, api: HfApi) -> str | None:
+def _somebodys_result(name: str, request: PushRequest, api: HfApi) -> bool:
+    """Whether a result on the Hub's leaderboards is not of our making."""
+    return name.startswith(f"{EVAL_RESULTS}/") and not (_remote_text(name, request, api) or "").startswith(EVAL_MARK)
+
+
+def _remote_text(name: str, request: PushRequest, api: HfApi) -> str | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     with push_errors(request.repo_id, None), tempfile.TemporaryDirectory() as place:
         try:
-            path = hf_hub_download(request.repo_id, CARD, revision=request.revision, token=api.token, local_dir=place)
+            path = hf_hub_download(request.repo_id, name, revision=request.revision, token=api.token, local_dir=place)
         except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
             return None
         return Path(path).read_text(encoding="utf-8", errors="replace")

@@ -25,7 +25,7 @@ ASSETS = "assets"
 EVAL_RESULTS = ".eval_results"
 # What we draw, and may remove again.
 PICTURES = ("layers", "scores", "accuracy", "tradeoff")
-_EVAL_MARK = "# by hf-layerprune, from metrics.json\n"
+EVAL_MARK = "# by hf-layerprune, from metrics.json\n"
 # Cards that a library has made of its template say nothing that anybody wrote.
 _GENERIC = ("# Model Card for Model ID", "[More Information Needed]")
 
@@ -104,6 +104,8 @@ def declare(
             base |= {"id": base_name(base), "hub_id": base_model}
         elif base_model != base.get("id"):
             raise CheckpointError(f"the base is {base['id']} at commit {base['commit'][:12]}, not {base_model}")
+    if published and published.get("repo_id") != lineage.published.get("repo_id"):
+        lineage.published = {}  # a Space of the model elsewhere is none of it here
     lineage.base, lineage.published = base, lineage.published | (published or {})
     if (lineage.base, lineage.published) != before:
         lineage.write(folder)
@@ -232,9 +234,9 @@ def _eval_results(card: Card, folder: Path) -> list[str]:
     place, changed = folder / EVAL_RESULTS, []
     for path in sorted(place.glob("*.yaml")) if place.is_dir() else ():
         name = f"{EVAL_RESULTS}/{path.name}"
-        if name not in wanted and (_text(path) or "").startswith(_EVAL_MARK):
+        if name not in wanted and (_text(path) or "").startswith(EVAL_MARK):
             path.unlink()
             changed.append(name)
     for name, text in wanted.items():
-        changed += _write(folder, name, _EVAL_MARK + text)
+        changed += _write(folder, name, EVAL_MARK + text)
     return changed

@@ -1,0 +1,81 @@
+"""Model cards of the models that were really made here, from their records.
+
+python -m model_cards               write every card anew
+python -m model_cards --check       say which card is not what its records give
+python -m model_cards --take DIR    take over the records of a model that was made, and write its card
+
+What the weights were is in the records; the weights themselves are not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from hf_layerprune.errors import CheckpointError, LayerPruneError
+from hf_layerprune.publish.history import is_local
+from hf_layerprune.publish.lineage import Lineage
+from hf_layerprune.publish.writing import compose, read_card, write_card
+
+HERE = Path(__file__).parent
+RECORDS = ("lineage.json", "metrics.json")
+
+
+def models() -> list[Path]:
+    """The folders with records."""
+    return sorted(path.parent for path in HERE.glob("*/lineage.json"))
+
+
+def take(folder: Path) -> Path:
+    """Take over the records of a model.
+
+    Args:
+        folder (`Path`): The folder of a model that was made.
+
+    Returns:
+        `Path`: Where its records are now.
+
+    Raises:
+        CheckpointError: They are not complete, don't belong to its weights, or name the base by a path.
+    """
+    read_card(folder)
+    lineage = Lineage.of(folder)
+    if is_local(lineage.base):
+        raise CheckpointError(f"{folder} names its base by a path; hf-layerprune card {folder} --base-model ORG/NAME")
+    target = HERE / folder.resolve().name
+    target.mkdir(exist_ok=True)
+    for name in RECORDS:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} has no {name}; measure the model first")
+        shutil.copyfile(folder / name, target / name)
+    return target
+
+
+def main() -> int:
+    """Write or check the cards."""
+    parser = argparse.ArgumentParser(prog="python -m model_cards", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a card would change")
+    parser.add_argument("--take", type=Path, metavar="DIR", help="take over the records of this model first")
+    args = parser.parse_args()
+    if args.take:
+        take(args.take)
+    stale = False
+    for folder in models():
+        if args.check:
+            text = (folder / "README.md").read_text(encoding="utf-8")
+            same = compose(read_card(folder, weights=False), text) == text
+            stale |= not same
+            print(f"{folder.name}: {'as its records say' if same else 'not what its records give'}")
+        else:
+            changed = write_card(folder, weights=False)
+            print(f"{folder.name}: {', '.join(changed) or 'as it should be'}")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except LayerPruneError as error:
+        sys.exit(f"model_cards: {error}")
