@@ -41,7 +41,8 @@ def lineage_of(roles: tuple[str, ...] = ROLES, **base: Any) -> Lineage:
     if "repaired" in roles:
         prune["repair"] = {"method": "linear", "changed_tensors": ["model.layers.11.mlp.down_proj.weight"]}
         prune["settings"]["repair"] = "linear"
-        prune["calibration"] = {"name": "allenai/c4", "id": "allenai/c4", "revision": "1588ec45" * 5, "rows": 96}
+        prune["calibration"] = {"source": "allenai/c4:validation:text", "samples": 96, "length": 512, "seed": 42,
+                                "fingerprint": "1588ec45" * 8}  # fmt: skip
         prune["weights"] = "c" * 64
     if "healed" in roles:
         entries.append({

@@ -68,7 +68,8 @@ def words(path: Path) -> list[str]:
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     folder = tmp_path_factory.mktemp("pictures")
     lineage = lineage_of()
-    lineage.entries[0]["scores"] = {"criterion": "block_influence", "layers": [0.1 * i for i in range(30)]}
+    told = {"unit": "1 - cosine", "layers": [0.1 * i for i in range(29)] + [None]}
+    lineage.entries[0]["selection"] = {"criterion": "block_influence", "why": "the lowest", "scores": told}
     found: dict[str, list[Path]] = {}
     for name, draw in pictures(read_history(lineage), results_of(metrics_of(lineage))).items():
         found[name] = [folder / f"{name}.{kind}" for kind in ("svg", "png")]
@@ -100,7 +101,7 @@ def test_what_the_pictures_say(drawn: dict[str, list[Path]]) -> None:
     }
     tradeoff = words(drawn["tradeoff"][0])
     assert {"dense, 30 layers", "healed, 23 layers", "tokens a second, one sequence"} <= set(tradeoff)
-    assert "block_influence" in words(drawn["scores"][0])
+    assert "block influence" in words(drawn["scores"][0])
 
 
 def test_the_same_records_give_the_same_picture(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_scores_of_any_kind(tmp_path: Path, values: list[float]) -> None:
 
 def test_records_that_do_not_suffice_give_no_picture() -> None:
     lineage = lineage_of(("dense", "cut"))
-    lineage.entries[0]["scores"] = {"criterion": "x", "layers": [1.0]}  # of another model
+    lineage.entries[0]["selection"] = {"criterion": "x", "scores": {"layers": [1.0]}}  # of another model
     assert set(pictures(read_history(lineage), None)) == {"layers"}
     alone = metrics_of(lineage, ("cut",))
     assert set(pictures(read_history(lineage), results_of(alone))) == {"layers"}

@@ -103,7 +103,8 @@ class Card:
     @property
     def datasets(self) -> list[str]:
         """Hub ids of the data sets that were fitted or trained on."""
-        named = [str(one.get("id", "")) for station in self.history.stations for one in station.data]
+        fitted = [one for one in self.history.stations if one.name != "prune" or one.entry.get("repair")]
+        named = [str(one.get("id", "")) for station in fitted for one in station.data]
         return list(dict.fromkeys(name for name in named if escape.is_hub_name(name)))[:_MAX_DATASETS]
 
     @property
@@ -155,6 +156,7 @@ def _context(card: Card) -> dict[str, Any]:
         "cost": results.table(COST) if results else [],
         "means": _means(results),
         "noise": any(cell.noise for row in results.rows for cell in row.cells.values()) if results else False,
+        "gap": _gap(history),
         "trained": [station for station in history.stations if station.data],
         "versions": _versions(history),
         "limits": limits(results),
@@ -165,6 +167,12 @@ def _context(card: Card) -> dict[str, Any]:
         "measured_with": _measured_with(results),
         "model_id": card.repo_id or f"path/to/{card.name}",
     }
+
+
+def _gap(history: History) -> str:
+    """What closed the gap that the dropped layers left, in words."""
+    methods = [str(one.settings.get("method")) for one in history.stations if one.name == "repair"]
+    return {"linear": "a linear map", "magnitude": "a rescaling"}.get(methods[-1] if methods else "", "a repair")
 
 
 def _means(results: Results | None) -> list[Markup]:

@@ -41,7 +41,9 @@ class Station:
     def data(self) -> list[dict[str, Any]]:
         """The texts that were fitted or trained on."""
         found = self.entry.get("data") or []
-        return [one for one in ([found] if isinstance(found, dict) else found) if isinstance(one, dict)]
+        found = [one for one in ([found] if isinstance(found, dict) else found) if isinstance(one, dict)]
+        calibration = self.entry.get("calibration")
+        return found + ([_calibration(calibration)] if isinstance(calibration, dict) else [])
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,26 @@ class History:
         if settings.get("dtype", "auto") != "auto":
             words += ["--dtype", str(settings["dtype"])]
         if settings.get("repair"):
-            words += ["--repair", str(settings["repair"])]
+            words += ["--repair", str(settings["repair"]), *_calibration_words(station.entry.get("calibration"))]
         if settings.get("form") == "adapter":
             words.append("--adapter")
         if first and base.get("commit"):
             words += ["--revision", str(base["commit"])]
         return shlex.join(words)
+
+
+def _calibration_words(record: Any) -> list[str]:
+    """The words of the command line for a calibration set, where it is not the usual one."""
+    if not isinstance(record, dict):
+        return []
+    source = str(record.get("source", "self"))
+    local = PurePath(source.replace("\\", "/")).name if source.startswith(("/", "~", ".")) else source
+    usual = {"calibration": "self", "calibration-samples": 128, "calibration-length": 512, "seed": 42}
+    names = ("source", "samples", "length", "seed")
+    told = {flag: local if name == "source" else record.get(name) for flag, name in zip(usual, names, strict=True)}
+    return [
+        word for flag, value in told.items() if value not in (None, usual[flag]) for word in (f"--{flag}", str(value))
+    ]
 
 
 def base_name(base: dict[str, Any]) -> str:
@@ -185,6 +201,8 @@ def read_history(lineage: Lineage) -> History:
         if n is None and isinstance(layers.get("base"), int) and 0 < layers["base"] <= _MAX_LAYERS:
             n, kept = layers["base"], list(range(layers["base"]))
         if entry.get("station") != "prune":
+            if n is not None and layers.get("left", len(kept)) != len(kept):
+                raise CheckpointError("lineage.json does not say which layers were dropped; prune with hf-layerprune")
             continue
         drop = (entry.get("settings") or {}).get("drop_layers") or []
         if n is None or any(type(i) is not int or not 0 <= i < len(kept) for i in drop):
@@ -229,8 +247,24 @@ def _parts(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     repair = entry.get("repair")
     if isinstance(repair, dict):
         settings = {name: value for name, value in repair.items() if not name.startswith("changed")}
-        part = {"settings": settings, "changed_tensors": repair.get("changed_tensors")}
-        yield "repair", part | ({"data": [entry["calibration"]]} if isinstance(entry.get("calibration"), dict) else {})
+        yield "repair", {"settings": settings, "changed_tensors": repair.get("changed_tensors")}
+
+
+def _calibration(record: dict[str, Any]) -> dict[str, Any]:
+    """A calibration set, as the card lists data."""
+    source = str(record.get("source") or "")
+    name, _, part = source.partition(":")
+    found: dict[str, Any] = {"name": PurePath(source.replace("\\", "/")).name or "unnamed"}
+    if source == "self":
+        found["name"] = "text that the dense model wrote itself"
+    elif "/" in name and is_hub_name(name):
+        found |= {"id": name, "name": name} | ({"split": part} if part else {})
+    samples, length = record.get("samples"), record.get("length")
+    if isinstance(samples, int) and isinstance(length, int):
+        found |= {"rows": samples, "tokens": samples * length}
+    if isinstance(record.get("fingerprint"), str):
+        found["sha256"] = record["fingerprint"]
+    return found
 
 
 def _through(cuts: list[list[int]], names: list[str]) -> Iterator[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from .escape import plain
 from .history import History
 from .results import Column, Results, Row
 from .style import CYCLE, FAINT, INK, ROLE_COLOURS, ROLE_MARKERS, draw, grid
@@ -140,28 +142,27 @@ def tradeoff(results: Results, speed: Row, path: Path) -> None:
         grid(axes, "both")
 
 
-def scores(values: Sequence[float], dropped: Sequence[int], label: str, path: Path) -> None:
+def scores(values: Sequence[float | None], dropped: Sequence[int], label: str, path: Path) -> None:
     """Draw a criterion's scores, layer by layer, and which layers were dropped for them.
 
     Args:
-        values (`Sequence[float]`): One score a layer of the base.
+        values (`Sequence[float]`): One score a layer of the base; `None` where it has none.
         dropped (`Sequence[int]`): The layers that went.
         label (`str`): What the scores are.
         path (`Path`): The picture to write.
     """
-    gone = set(dropped)
+    gone, known = set(dropped), {i: value for i, value in enumerate(values) if value is not None}
     with draw(path, width=7.2, height=2.3) as (_, axes):
         for name, chosen, colour in (
-            ("kept", [i for i in range(len(values)) if i not in gone], CYCLE[4]),
-            ("dropped", sorted(gone & set(range(len(values)))), ROLE_COLOURS["cut"]),
+            ("kept", [i for i in known if i not in gone], CYCLE[4]),
+            ("dropped", [i for i in known if i in gone], ROLE_COLOURS["cut"]),
         ):
             style = {"facecolor": "none", "edgecolor": colour, "lw": 1.2, "ls": (0, (2, 1.4))}
             axes.bar(
-                chosen, [values[i] for i in chosen], 0.78, label=name,
+                chosen, [known[i] for i in chosen], 0.78, label=name,
                 **(style if name == "dropped" else {"color": colour}),
             )  # fmt: skip
-        positive = [value for value in values if value > 0]
-        if len(positive) == len(values) and max(positive) > 1000 * min(positive):
+        if known and min(known.values()) > 0 and max(known.values()) > 1000 * min(known.values()):
             axes.set_yscale("log")
         axes.set_xlabel("decoder layer of the base")
         axes.set_ylabel(label)
@@ -193,9 +194,9 @@ def pictures(history: History, results: Results | None) -> dict[str, Callable[[P
         `dict[str, Callable[[Path], None]]`: What draws each of them, by its name.
     """
     found: dict[str, Callable[[Path], None]] = {"layers": lambda path: layer_map(history, path)}
-    told = next((station.entry["scores"] for station in history.stations if _is_scores(station.entry, history)), None)
+    told = next(filter(None, (_scores_of(station.entry, history) for station in history.stations)), None)
     if told is not None:
-        found["scores"] = lambda path: scores(told["layers"], history.dropped, str(told["criterion"])[:60], path)
+        found["scores"] = lambda path: scores(told[1], history.dropped, told[0], path)
     if results is None or len(results.columns) < 2:
         return found
     rows = [row for row in results.table(["accuracy"]) if len(row.cells) > 1]
@@ -211,13 +212,14 @@ def _both(columns: Sequence[Column], speed: Row) -> list[str]:
     return [column.weights for column in columns if column.weights in speed.cells]
 
 
-def _is_scores(entry: dict, history: History) -> bool:
-    told = entry.get("scores")
-    if not isinstance(told, dict) or entry.get("station") != "prune" or "criterion" not in told:
-        return False
-    values = told.get("layers")
-    return (
-        isinstance(values, list)
-        and len(values) == history.num_base_layers
-        and all(isinstance(value, int | float) and abs(value) < 1e300 for value in values)
-    )
+def _scores_of(entry: dict[str, Any], history: History) -> tuple[str, list[float | None]] | None:
+    """What the layers were chosen by: the criterion, and its score of each layer of the base."""
+    selection = entry.get("selection")
+    told = selection.get("scores") if isinstance(selection, dict) else None
+    values = told.get("layers") if isinstance(told, dict) else None
+    if not isinstance(values, list) or len(values) != history.num_base_layers:
+        return None
+    if not all(value is None or (isinstance(value, int | float) and abs(value) < 1e300) for value in values):
+        return None
+    name = plain(selection.get("criterion", "score"), 40).replace("_", " ")
+    return name.replace("$", ""), values

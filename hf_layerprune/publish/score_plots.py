@@ -11,7 +11,7 @@ from ..select.scores import Scores
 from .style import CYCLE, FAINT, INK, ROLE_COLOURS, draw, grid
 
 _COLUMNS = 2
-_DROPPED = {"facecolor": "none", "edgecolor": ROLE_COLOURS["cut"], "lw": 1.2, "ls": (0, (2, 1.4))}
+_DROPPED = {"facecolor": "#d55e002e", "edgecolor": ROLE_COLOURS["cut"], "lw": 1.2, "ls": (0, (2, 1.4))}
 
 
 def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], path: Path) -> None:

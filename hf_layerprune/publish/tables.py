@@ -72,7 +72,7 @@ def data_table(stations: Sequence[Station]) -> Markup:
             counts = [one.get(key) for key in ("rows", "tokens")]
             rows.append(
                 [
-                    station.name,
+                    _use(station),
                     Markup(f"{name} {code(str(pin)[:12])}" if pin else name),
                     f"{counts[0]:,}" if isinstance(counts[0], int) else "",
                     numbers.count(counts[1]) if isinstance(counts[1], int) else "",
@@ -80,6 +80,14 @@ def data_table(stations: Sequence[Station]) -> Markup:
                 ]
             )
     return table(["used to", "data", "rows", "tokens", "licence"], "llrrl", rows)
+
+
+def _use(station: Station) -> str:
+    """What a station used its data for."""
+    if station.name != "prune":
+        return station.name
+    uses = {"selection": "choose layers", "repair": "repair"}
+    return " and ".join(words for name, words in uses.items() if station.entry.get(name)) or station.name
 
 
 def settings_table(station: Station) -> Markup:
@@ -94,7 +102,10 @@ def station_line(station: Station) -> Markup:
     line = f"**{prose(station.name)}**"
     if station.name == "prune":
         line += f": layers {format_layers(settings.get('drop_layers') or ())} dropped"
-        if settings.get("criterion"):
+        selection = entry.get("selection")
+        if isinstance(selection, dict) and selection.get("why"):
+            line += f" ({prose(selection['why'])})"
+        elif settings.get("criterion"):
             line += f", chosen by {code(settings['criterion'])}"
     elif settings.get("method"):
         line += f": {code(settings['method'])}"
@@ -107,4 +118,4 @@ def station_line(station: Station) -> Markup:
         facts.append(f"{numbers.size(entry['peak_memory_bytes'])} of memory")
     if entry.get("date"):
         facts.append(prose(str(entry["date"])[:10]))
-    return Markup(f"{line} ({', '.join(facts)})" if facts else line)
+    return Markup(f"{line}. <sub>{', '.join(facts)}</sub>" if facts else line)

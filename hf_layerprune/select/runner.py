@@ -51,7 +51,10 @@ class Choice:
 
     def record(self) -> dict[str, Any]:
         """For the lineage."""
-        return {"criterion": self.criterion, "why": self.why} | self.details
+        found = {"criterion": self.criterion, "why": self.why} | self.details
+        if len(self.scores) == 1 and self.scores[0].layers is not None:  # in one round: what the choice was made by
+            found["scores"] = self.scores[0].record()
+        return found
 
 
 def score_layers(
