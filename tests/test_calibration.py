@@ -1,0 +1,251 @@
+"""Calibration sets: files, data sets on the Hub, and text that a model writes itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune import CheckpointError, CutError
+from hf_layerprune.calibration import CalibrationSet, check_vocabulary, load_calibration
+from hf_layerprune.self_text import write_text_with
+
+from .hub_server import HubServer, client_env
+from .measure_models import byte_tokenizer, write_model
+from .tiny_models import tiny_model
+
+TEXT = "".join(f"Line {i} of a running text.\n" for i in range(200))
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def model(base: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base).eval()
+
+
+def test_a_running_text_is_cut_into_rows(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(TEXT)
+    found = load_calibration(str(path), tokenizer, samples=8, length=64, seed=1)
+    whole = tokenizer(TEXT).input_ids
+    windows = [whole[start : start + 64] for start in range(0, len(whole), 64)]
+    assert found.input_ids.shape == (8, 64)
+    positions = [windows.index(row) for row in found.input_ids.tolist()]
+    assert positions == sorted(set(positions))
+    assert positions != list(range(8)), "rows are drawn from the whole text"
+    assert found.record() == {
+        "source": str(path), "samples": 8, "length": 64, "seed": 1, "fingerprint": found.fingerprint,
+    }  # fmt: skip
+    again = load_calibration(str(path), tokenizer, samples=8, length=64, seed=1)
+    other = load_calibration(str(path), tokenizer, samples=8, length=64, seed=2)
+    assert again.fingerprint == found.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_documents_are_joined(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{kind}"
+    rows = [{"text": "no", "output": f"answer number {i}"} for i in range(100)]
+    path.write_text(json.dumps(rows) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    found = load_calibration(f"{path}:output", tokenizer, samples=4, length=80)
+    documents = {f"answer number {i}" for i in range(100)}
+    for row in found.input_ids.tolist():
+        whole = tokenizer.decode(row).split("</s>")[1:-1]
+        assert len(whole) >= 3
+        assert set(whole) <= documents
+    assert load_calibration(str(path), tokenizer, samples=1, length=80).input_ids.shape == (1, 80)
+
+
+def test_chats(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for _ in range(20)))
+    with pytest.raises(CheckpointError, match="no chat template"):
+        load_calibration(f"{path}:messages", tokenizer, samples=1, length=20)
+    talker = byte_tokenizer()
+    talker.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}"
+    found = load_calibration(f"{path}:messages", talker, samples=1, length=64)
+    assert "<s>user: hello<s>assistant: good day<s>user" in talker.decode(found.input_ids[0])
+
+
+@given(st.integers(2, 40), st.integers(1, 9), st.floats(0.01, 0.99))
+def test_split_and_batches(rows: int, size: int, held_out: float) -> None:
+    found = CalibrationSet.of(torch.arange(rows * 3).view(rows, 3), "numbers")
+    rest, held = found.split(held_out)
+    assert torch.equal(torch.cat([rest.input_ids, held.input_ids]), found.input_ids)
+    assert len(rest) >= 1
+    assert len(held) >= 1
+    assert rest.fingerprint != held.fingerprint
+    assert torch.equal(torch.cat(list(found.batches(size))), found.input_ids)
+    assert max(len(batch) for batch in found.batches(size)) <= size
+
+
+def test_fingerprint_is_of_tokens_and_shape() -> None:
+    ids = torch.arange(12)
+    one, two = CalibrationSet.of(ids.view(3, 4), "a"), CalibrationSet.of(ids.view(4, 3), "a")
+    assert one.fingerprint != two.fingerprint
+    assert one.fingerprint == CalibrationSet.of(ids.view(3, 4).to(torch.int32), "b").fingerprint
+    with pytest.raises(CutError, match="one calibration row"):
+        CalibrationSet.of(ids[None], "a").split(0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b" \n\n ", "is empty"),
+        ("a.txt", b"\x89PNG\r\n\x1a\n\xff\xd8", "no text in UTF-8"),
+        ("a.txt", b"text\0text", "binary"),
+        ("a.bin", b"\xff\xfe\x00", "no text in UTF-8"),
+        ("a.txt", b"short", "too short: 6 tokens make 0 rows of 64"),
+        ("a.txt", b"x" * 200, "use calibration_samples=3"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', "line 2 of .* is no JSON"),
+        ("a.jsonl", b'{"body": "a", "title": "b"}\n', "has no text in 'text', it has body, title"),
+        ("a.jsonl", b"[1]\n", "it has a list"),
+        ("a.json", b'{"text": "a"}', "is no list of rows"),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}', "name it .jsonl"),
+    ],
+)
+def test_bad_files(name: str, content: bytes, message: str, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_calibration(str(tmp_path / name), tokenizer, samples=5, length=64)
+
+
+def test_bad_settings(tokenizer: Any, model: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nothing\.txt does not exist"):
+        load_calibration(str(tmp_path / "nothing.txt"), tokenizer)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_calibration("./no/such/folder", tokenizer)
+    for settings in ({"samples": 0}, {"samples": True}, {"length": 1}, {"length": 8.0}):
+        with pytest.raises(CutError, match="calibration_"):
+            load_calibration("self", tokenizer, model=model, **settings)
+    with pytest.raises(CutError, match="no model is at hand"):
+        load_calibration("self", tokenizer)
+    with pytest.raises(CutError, match="more than the 512 positions"):
+        load_calibration("self", tokenizer, model=model, length=513)
+
+
+def test_tokens_of_another_model(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("zebra " * 100)
+    with pytest.raises(CheckpointError, match="vocabulary ends at 127"):
+        load_calibration(str(tmp_path / "a.txt"), tokenizer, samples=1, length=20, model=tiny_model("llama"))
+    check_vocabulary(CalibrationSet.of(torch.full((1, 4), 127), "last"), tiny_model("llama"))
+
+
+# --- text that the model writes itself ------------------------------------------------------------------
+
+
+def test_a_model_writes(model: Any, tokenizer: Any) -> None:
+    habits, mode = model.generation_config, model.training
+    state = torch.random.get_rng_state()
+    found = load_calibration("self", tokenizer, samples=6, length=24, seed=3, model=model)
+    assert found.input_ids.shape == (6, 24)
+    assert (found.input_ids[:, 0] == 1).all(), "a text begins with the token that begins texts"
+    assert len({tuple(row) for row in found.input_ids.tolist()}) == 6
+    assert (
+        load_calibration("self", tokenizer, samples=6, length=24, seed=3, model=model).fingerprint == found.fingerprint
+    )
+    assert (
+        load_calibration("self", tokenizer, samples=6, length=24, seed=4, model=model).fingerprint != found.fingerprint
+    )
+    assert model.generation_config is habits
+    assert model.training == mode
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_batch_size_does_not_matter(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = write_text_with(model, tokenizer, 5, 20, 0)
+    monkeypatch.setattr("hf_layerprune.self_text._AT_ONCE", 2)
+    assert torch.equal(write_text_with(model, tokenizer, 5, 20, 0), found)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "qwen3_moe", "mamba2"])
+def test_what_is_written_follows_the_models_distribution(model_type: str) -> None:
+    """Decoded with a cache and our attention; judged by one plain forward pass over what was written."""
+    model = tiny_model(model_type)
+    if model_type in ("llama", "qwen3_moe"):
+        model.set_attn_implementation("sdpa")
+    rows = write_text_with(model, None, 48, 12, 0)
+    draws = torch.rand(48, 11, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cumulative = model(rows, use_cache=False).logits[:, :-1].float().softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(cumulative, draws[..., None] * cumulative[..., -1:])[..., 0]
+    # A draw on the edge between two tokens may fall either way.
+    assert (expected == rows[:, 1:]).float().mean() > 0.99
+
+
+def test_an_end_of_text_does_not_end_a_row(model: Any) -> None:
+    rows = write_text_with(model, None, 64, 64, 0)
+    assert ((rows[:, 1:-1] == EOS).sum(1) > 0).any()
+    assert (rows[:, 1:] != 0).float().mean() > 0.9, "nothing is padding"
+
+
+def test_a_chat_begins_with_an_empty_turn(model: Any) -> None:
+    talker = byte_tokenizer()
+    talker.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    rows = write_text_with(model, talker, 3, 16, 0)
+    assert all(talker.decode(row).startswith("<s>user: ") for row in rows)
+
+
+def test_padding_of_the_vocabulary_is_not_written(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "wide", vocabulary=300))
+    assert write_text_with(model, byte_tokenizer(), 32, 32, 0).max() < 259
+    assert write_text_with(model, None, 32, 32, 0).max() >= 259
+
+
+# --- the Hub --------------------------------------------------------------------------------------------
+
+WORKER = """
+import sys
+from hf_layerprune.calibration import load_calibration
+from hf_layerprune.errors import LayerPruneError
+from tests.measure_models import byte_tokenizer
+for source in sys.argv[1:]:
+    try:
+        found = load_calibration(source, byte_tokenizer(), samples=4, length=32, seed=5)
+        print("found", byte_tokenizer().decode(found.input_ids[0]).replace("\\n", " "))
+    except LayerPruneError as error:
+        print("error", error)
+"""
+
+
+def test_a_data_set_on_the_hub(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        rows = [{"text": f"{split} text {i}", "other": f"{split} other {i}", "number": i} for i in range(50)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = ("org/rows", "org/rows:validation:other", "org/rows:train:number", "org/rows:nosuch", "org/none")
+    with HubServer({"datasets/org/rows": folder}) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", WORKER, *sources],
+            env=client_env(server, tmp_path / "home"), capture_output=True, text=True, cwd=Path(__file__).parents[1],
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("found", "error"))]
+    assert "train text" in lines[0]
+    assert "validation" not in lines[0]
+    assert "alidation other" in lines[1]
+    assert "don't measure on it" in done.stderr
+    assert "no text in 'number', it has text, other, number" in lines[2]
+    assert lines[3].startswith("error can't read calibration org/rows:nosuch")
+    assert lines[4].startswith("error can't read calibration org/none")
