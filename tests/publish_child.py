@@ -45,7 +45,7 @@ def finish(found: Any) -> None:
     Path(sys.argv[1], "found.json").write_text(json.dumps(found))
 
 
-def run_child(module: str, place: Path, timeout: float = 300) -> Any:
+def run_child(module: str, place: Path, timeout: float = 600) -> Any:
     """Run a module in a process of its own.
 
     Args:

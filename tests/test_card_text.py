@@ -81,7 +81,8 @@ def test_only_what_was_measured(roles: tuple[str, ...]) -> None:
     assert not re.search(r"N/A|\bNone\b|\bnan\b|\binf\b", text)
     if len(roles) == 1:
         assert "assets/accuracy.png" not in text
-        assert "dense model" not in text.partition("## What it costs")[0]
+        assert "dense model" not in text.partition("## Limits")[0]
+        assert "It was not measured beside its base" in text
 
 
 def test_a_card_without_numbers_says_so() -> None:

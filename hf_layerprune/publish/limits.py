@@ -27,8 +27,9 @@ def limits(results: Results | None) -> list[Markup]:
     own = results.own if results else None
     if results is None or own is None:
         return [Markup("Nothing was measured on this model. Measure it before you rely on it for anything.")]
+    beside = [] if results.dense else [Markup("It was not measured beside its base, so what it lost is not known.")]
     rows = [row for row in results.table(["accuracy", "text", "distance"]) if own.weights in row.cells]
-    found = [*_accuracy(rows, own.weights), *_text(rows, own.weights, results)]
+    found = [*beside, *_accuracy(rows, own.weights), *_text(rows, own.weights, results)]
     if unseen := _unseen(results, rows):
         found.append(unseen)
     return found
