@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test fast matrix docs lint format demo clean
+.PHONY: install test heavy cards fast matrix docs lint format demo clean
 
 install: $(STAMP)
 
@@ -20,16 +20,23 @@ $(STAMP): pyproject.toml
 
 # One worker a core; every worker runs torch on one thread (tests/conftest.py).
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not heavy'
+
+# Browsers, servers and several training processes: one after the other, with the machine to themselves.
+heavy: $(STAMP)
+	$(BIN)/python -m pytest -m heavy
 
 fast: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not matrix'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not matrix and not heavy'
 
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -n auto -m matrix
 
 docs: $(STAMP)
 	$(BIN)/python -m tests.architectures --write
+
+cards: $(STAMP)
+	$(BIN)/python -m model_cards
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -41,7 +41,6 @@ transformers loads.
 from __future__ import annotations
 
 import logging
-import shlex
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -140,6 +139,7 @@ def main(
     measure_args: MeasureArguments,
 ) -> None:
     """Prune, repair, train, merge, measure, publish."""
+    from hf_layerprune.heal.station import describe_command, describe_rows, settings_of
     from hf_layerprune.heal.student import adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
     from hf_layerprune.loading import load_tokenizer
@@ -177,9 +177,10 @@ def main(
             target_modules=model_args.lora_target_modules,
         ),
     )
-    with station("heal", settings_of(training_args, method.name)) as entry:
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    entry |= {"data": [data_record(trainer, source)], "command": command()}
+    with station("heal", settings_of(training_args)) as entry:
+        trainer.train(resume_from_checkpoint=checkpoint_of(training_args))
+    entry |= {"data": describe_rows(trainer.numbered_datasets, source)}
+    entry |= {"command": describe_command(["accelerate", "launch", "recipes/sft_tail.py"], sys.argv[1:])}
     folder = save(trainer, student, entry)
 
     if trainer.is_world_process_zero():
@@ -198,6 +199,16 @@ def push_request(training_args: HealConfig, folder: Path) -> PushRequest | None:
         raise LayerPruneError("--push_to_hub needs to know where to: --hub_model_id NAMESPACE/NAME")
     private = bool(training_args.hub_private_repo)
     return PushRequest(folder, training_args.hub_model_id, private=private, token=training_args.hub_token)
+
+
+def checkpoint_of(training_args: HealConfig) -> str | None:
+    """Where to go on: the folder that was named, or for `true` the newest checkpoint of this run, if it has one."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    asked = str(training_args.resume_from_checkpoint or "")
+    if asked.lower() != "true":
+        return None if asked.lower() in ("", "false", "none") else asked
+    return get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
 
 
 def prepare_student(model_args: ModelArguments, cut_args: CutArguments, training_args: HealConfig) -> Student:
@@ -306,43 +317,6 @@ def _wait() -> None:
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()
-
-
-def settings_of(args: HealConfig, method: str) -> dict[str, Any]:
-    """All that decides the outcome, for the history."""
-    names = (
-        "loss", "kd_share", "kd_temperature", "kd_direction", "kd_tokens", "learning_rate", "lr_scheduler_type",
-        "warmup_steps", "weight_decay", "max_grad_norm", "optim", "num_train_epochs", "max_steps",
-        "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_length", "packing",
-        "completion_only_loss", "bf16", "fp16", "float32_weights", "seed", "data_seed",
-    )  # fmt: skip
-    if not args.distils:
-        names = tuple(name for name in names if not name.startswith("kd_"))
-    plain = {name: getattr(args, name) for name in names}
-    return {"method": method} | {name: getattr(v, "value", v) for name, v in plain.items()}
-
-
-def data_record(trainer: HealTrainer, source: str) -> dict[str, Any]:
-    """What was trained on, for the history."""
-    from hf_layerprune.heal.store import hash_rows
-
-    record: dict[str, Any] = {"name": Path(source).name if Path(source).exists() else source}
-    if trainer.numbered_datasets:
-        rows = trainer.numbered_datasets[0]
-        record |= {"rows": len(rows), "tokens": sum(map(len, rows["input_ids"])), "sha256": hash_rows(rows)}
-    if record["name"] == source and "/" in source and "+" not in source:
-        record |= {"id": source}
-    return record
-
-
-def command() -> str:
-    """How this was run, without secrets and places."""
-    words, secret = [], False
-    for word in sys.argv[1:]:
-        if not secret and word not in ("--hub_token",):
-            words.append(Path(word).name if Path(word).is_absolute() else word)
-        secret = word == "--hub_token"
-    return shlex.join(["accelerate", "launch", "recipes/sft_tail.py", *words])
 
 
 def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
+from gguf import GGUFWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -68,8 +71,6 @@ def write_tasks(folder: Path, questions: int = 24) -> Path:
     def some(n: int) -> str:
         return " ".join(draw.choices(words, k=n))
 
-    import json
-
     for name, begin, choices in (("asked", "Question: ", 4), ("begun", "", 2), ("mixed", "", 0)):
         with (folder / f"{name}.jsonl").open("w") as file:
             for _ in range(questions):
@@ -78,3 +79,48 @@ def write_tasks(folder: Path, questions: int = 24) -> Path:
                 file.write(json.dumps(row | {"gold": draw.randrange(n)}) + "\n")
     (folder / "words.txt").write_text("\n".join(some(12) for _ in range(60)) + "\n")
     return folder
+
+
+def write_gguf(path: Path, *, layers: int = 4, seed: int = 0) -> Path:
+    """A random Llama as a GGUF file, with a tokenizer of one token a byte."""
+    random_ = np.random.default_rng(seed)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<pad>", "<s>", "</s>", *alphabet, "th"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(512)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+
+    def add(name: str, *shape: int) -> None:
+        values = random_.standard_normal(shape) / shape[-1] ** 0.5 if len(shape) > 1 else np.ones(shape)
+        writer.add_tensor(name, values.astype(np.float32))
+
+    add("token_embd.weight", len(tokens), WIDTH)
+    add("output_norm.weight", WIDTH)
+    for i in range(layers):
+        for name, rows, columns in (
+            ("attn_q", WIDTH, WIDTH), ("attn_k", WIDTH // 2, WIDTH), ("attn_v", WIDTH // 2, WIDTH),
+            ("attn_output", WIDTH, WIDTH), ("ffn_gate", 64, WIDTH), ("ffn_up", 64, WIDTH), ("ffn_down", WIDTH, 64),
+        ):  # fmt: skip
+            add(f"blk.{i}.{name}.weight", rows, columns)
+        add(f"blk.{i}.attn_norm.weight", WIDTH)
+        add(f"blk.{i}.ffn_norm.weight", WIDTH)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -127,7 +127,9 @@ def test_a_client_that_cancels_frees_the_model_within_a_second(client: Client) -
 @pytest.mark.parametrize("endpoint", ["chat", "compare"])
 def test_a_client_whose_connection_breaks_frees_the_model_within_a_second(url: str, endpoint: str) -> None:
     with httpx.Client(base_url=url, timeout=30) as http:
-        payload = {"data": ["ba", [], "", 1.0, 1.0, 1024, 3]} if endpoint == "chat" else {"data": ["ba", "", 1, 1, 1024, 3]}
+        payload = (
+            {"data": ["ba", [], "", 1.0, 1.0, 1024, 3]} if endpoint == "chat" else {"data": ["ba", "", 1, 1, 1024, 3]}
+        )
         event = http.post(f"gradio_api/call/{endpoint}", json=payload).json()["event_id"]
         with http.stream("GET", f"gradio_api/call/{endpoint}/{event}") as stream:
             lines = stream.iter_lines()
@@ -141,7 +143,9 @@ def test_a_client_whose_connection_breaks_frees_the_model_within_a_second(url: s
 def test_twenty_clients_get_their_own_answers(url: str) -> None:
     with ThreadPoolExecutor(20) as pool:
         clients = list(pool.map(lambda _: Client(url, verbose=False), range(20)))
-        jobs = [one.submit(f"ba {'be ' * n}", max_tokens=24, seed=n, api_name="/chat") for n, one in enumerate(clients)]
+        jobs = [
+            one.submit(f"ba {'be ' * n}", max_tokens=24, seed=n, api_name="/chat") for n, one in enumerate(clients)
+        ]
         most = 0
         while not all(job.done() for job in jobs):
             most = max(most, answers_under_way())

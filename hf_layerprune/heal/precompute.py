@@ -145,6 +145,11 @@ class _Run:
             logger.warning("the frozen layers run in every step: %s", self.why_not)
         if prefix is None and not args.distils:
             return found
+        if _is_split_by_deepspeed(self.model):
+            raise LayerPruneError(
+                f"loss={args.loss} needs the dense model whole, and DeepSpeed ZeRO-3 splits what is loaded; use ZeRO-2, "
+                "FSDP or DDP, or loss=ce"
+            )
         if not self.datasets:
             raise LayerPruneError(f"loss={args.loss} needs rows that can be counted; use loss=ce with streamed data")
         teacher = self._teacher(teacher_model, prefix) if args.distils else None
@@ -329,11 +334,15 @@ def _why_not(trainer: HealTrainer) -> str:
         return "the model or its sequences are split over devices"
     if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
         return "the model is split over devices"
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if _is_split_by_deepspeed(model):
         return "DeepSpeed ZeRO-3 has split the weights"
     if trainer._is_vision_dataset:
         return "rows have images"
     return ""
+
+
+def _is_split_by_deepspeed(model: PreTrainedModel) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _close(found: torch.Tensor, wanted: torch.Tensor) -> bool:

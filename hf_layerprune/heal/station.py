@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,14 @@ from safetensors import safe_open
 from ..folders import new_folder
 from ..loading import load_base, load_tokenizer
 from ..publish.lineage import Lineage, fingerprint
+from .store import hash_rows
 from .student import Student
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel
+
+    from .config import HealConfig
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +62,7 @@ def write_healed(
                 _save_tokenizer(student, folder)
         merged: PreTrainedModel = model.merge_and_unload()
     else:
-        merged = load_base(trained, dtype=load_base_dtype(student))
+        merged = load_base(trained, dtype=weights_dtype(student))
     merged.name_or_path = merged.config.name_or_path = str(student.folder)
     lineage = Lineage.of(student.folder) or Lineage(
         {"id": str(student.folder), "commit": None, "files": fingerprint(student.folder)}
@@ -72,7 +77,63 @@ def write_healed(
     return output
 
 
-def load_base_dtype(student: Student) -> torch.dtype:
+_DECIDING = (
+    "method", "loss", "kd_share", "kd_temperature", "kd_direction", "kd_tokens", "learning_rate", "lr_scheduler_type",
+    "warmup_steps", "weight_decay", "max_grad_norm", "optim", "num_train_epochs", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_length", "packing",
+    "completion_only_loss", "bf16", "fp16", "float32_weights", "seed", "data_seed",
+)  # fmt: skip
+
+
+def settings_of(args: HealConfig) -> dict[str, Any]:
+    """All settings that decide the outcome, for the history."""
+    names = [name for name in _DECIDING if args.distils or not name.startswith("kd_")]
+    return {name: getattr(value := getattr(args, name), "value", value) for name in names}
+
+
+def describe_rows(datasets: Sequence[Dataset], source: str) -> list[dict[str, Any]]:
+    """What was trained on, for the history.
+
+    Args:
+        datasets (`Sequence[Dataset]`): Prepared rows, those of the training set first; empty where they were streamed.
+        source (`str`): Where they come from: a Hub id or several with a `+` between them, a file, or `"self"`.
+
+    Returns:
+        `list[dict]`: One entry for each source; the first holds the counts and the hash of all rows.
+    """
+    records: list[dict[str, Any]] = []
+    for name in source.split("+"):
+        local = Path(name).expanduser().exists()
+        records.append(
+            {"name": Path(name).name if local else name} | ({} if local or "/" not in name else {"id": name})
+        )
+    if datasets:
+        ids = datasets[0]["input_ids"]
+        records[0] |= {"rows": len(ids), "tokens": sum(map(len, ids)), "sha256": hash_rows(datasets[0])}
+    return records
+
+
+def describe_command(launcher: Sequence[str], words: Sequence[str]) -> str:
+    """How a run was started, without secrets and places.
+
+    Args:
+        launcher (`Sequence[str]`): What stands before the arguments.
+        words (`Sequence[str]`): The arguments.
+
+    Returns:
+        `str`: One line for a shell.
+    """
+    kept, secret = [], False
+    for word in words:
+        name = word.partition("=")[0]
+        is_token = name.startswith("--") and name.endswith("token")
+        if not secret and not is_token:
+            kept.append(Path(word).name if Path(word).is_absolute() else word)
+        secret = is_token and "=" not in word
+    return shlex.join([*launcher, *kept])
+
+
+def weights_dtype(student: Student) -> torch.dtype:
     """The type of a pruned model's weights on disk."""
     return next(tensor.dtype for _, tensor in _tensors(student.folder))
 
