@@ -67,7 +67,7 @@ def environment() -> dict[str, str]:
 
 def launch(base: Path, output: Path, *launcher: str, **settings: Any) -> str:
     command = [sys.executable, *launcher, str(RECIPE), *words(base, output, **settings)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -154,7 +154,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(base: Path, healed: tuple[
     output = tmp_path / "run"
     command = [sys.executable, str(RECIPE), *words(base, output, save_steps=4, save_strategy="steps")]
     running = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 800
     while not (output / "checkpoint-8" / "trainer_state.json").exists():
         assert running.poll() is None, running.stdout.read().decode()[-3000:]
         assert time.monotonic() < deadline
@@ -220,7 +220,7 @@ def test_repaired_first(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
 
 def test_one_line_for_an_error(base: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(RECIPE), *words(base, tmp_path / "run", dataset_name=tmp_path / "none.jsonl")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: data file ")
     assert "Traceback" not in done.stderr

