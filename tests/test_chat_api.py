@@ -1,16 +1,13 @@
-"""The chat over the wire: `gradio_client`, MCP, many clients at once, and clients that leave."""
+"""The chat over the wire: `gradio_client` and MCP."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
@@ -18,10 +15,9 @@ from mcp import ClientSession
 from mcp.client.streamable_http import streamablehttp_client
 
 from tests.chat_models import NASTY, pruned_model, tiny_chat_model
-from tests.chat_server import answers_under_way, served
+from tests.chat_server import served
 
 import chat  # isort: skip
-import page  # isort: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +31,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def client(url: str) -> Client:
     return Client(url, verbose=False)
-
-
-def soon(condition: Callable[[], bool], seconds: float) -> float:
-    """Wait for something, and say how long it took."""
-    start = time.perf_counter()
-    while not condition():
-        assert time.perf_counter() - start < seconds
-        time.sleep(0.005)
-    return time.perf_counter() - start
 
 
 def test_endpoints_have_the_names_and_words_that_people_rely_on(client: Client) -> None:
@@ -114,70 +101,6 @@ def test_records_are_those_of_the_repository(client: Client) -> None:
 def test_a_prompt_that_is_too_long_gets_a_clear_limit(client: Client, asked: dict, message: str) -> None:
     with pytest.raises(AppError, match=message.replace(".", r"\.")):
         client.predict(**asked, api_name="/chat")
-
-
-def test_a_client_that_cancels_frees_the_model_within_a_second(client: Client) -> None:
-    job = client.submit("ba", max_tokens=1024, api_name="/chat")
-    soon(lambda: len(job.outputs()) > 1, 30)
-    assert answers_under_way() == 1
-    job.cancel()
-    assert soon(lambda: answers_under_way() == 0, 1) < 1
-
-
-@pytest.mark.parametrize("endpoint", ["chat", "compare"])
-def test_a_client_whose_connection_breaks_frees_the_model_within_a_second(url: str, endpoint: str) -> None:
-    with httpx.Client(base_url=url, timeout=30) as http:
-        payload = (
-            {"data": ["ba", [], "", 1.0, 1.0, 1024, 3]} if endpoint == "chat" else {"data": ["ba", "", 1, 1, 1024, 3]}
-        )
-        event = http.post(f"gradio_api/call/{endpoint}", json=payload).json()["event_id"]
-        with http.stream("GET", f"gradio_api/call/{endpoint}/{event}") as stream:
-            lines = stream.iter_lines()
-            while not next(lines).startswith("data:"):
-                pass
-            assert answers_under_way() == {"chat": 1, "compare": 2}[endpoint]
-        # The connection is closed here, with most of the answer to come.
-        assert soon(lambda: answers_under_way() == 0, 1) < 1
-
-
-def test_twenty_clients_get_their_own_answers(url: str) -> None:
-    with ThreadPoolExecutor(20) as pool:
-        clients = list(pool.map(lambda _: Client(url, verbose=False), range(20)))
-        jobs = [
-            one.submit(f"ba {'be ' * n}", max_tokens=24, seed=n, api_name="/chat") for n, one in enumerate(clients)
-        ]
-        most = 0
-        while not all(job.done() for job in jobs):
-            most = max(most, answers_under_way())
-            time.sleep(0.002)
-    assert 1 < most <= page.AT_ONCE
-    for n, job in enumerate(jobs):
-        ids = chat.models.source.encode([{"role": "user", "content": f"ba {'be ' * n}"}])
-        settings = {"temperature": 0.6, "top_p": 0.9, "max_tokens": 24, "seed": n}
-        alone = list(chat.run(["pruned"], ids, settings))[-1][0]["text"]
-        pieces = job.outputs()
-        assert pieces[-1] == alone
-        assert all(alone.startswith(piece.rstrip()) for piece in pieces)
-
-
-def test_the_queue_is_bounded(url: str) -> None:
-    most = page.AT_ONCE + page.MAX_WAITING
-    with httpx.Client(base_url=url, timeout=60) as http:
-        held, codes = [], []
-        for n in range(most + 8):
-            body = {"data": ["ba", [], "", 1.0, 1.0, 1024, n], "fn_index": 0, "session_hash": f"session{n}"}
-            answer = http.post("gradio_api/queue/join", json=body)
-            codes.append(answer.status_code)
-            if answer.status_code == 200:
-                held.append((f"session{n}", answer.json()["event_id"]))
-        assert codes.count(503) >= 1
-        assert set(codes) == {200, 503}
-        assert page.MAX_WAITING <= codes.count(200) <= most + 4
-        assert "full" in answer.text.lower()
-        for session, event in reversed(held):
-            http.post("gradio_api/cancel", json={"session_hash": session, "fn_index": 0, "event_id": event})
-        soon(lambda: answers_under_way() == 0, 20)
-    assert Client(url, verbose=False).predict("ba", max_tokens=3, seed=1, api_name="/chat")
 
 
 def test_tools_over_mcp(url: str) -> None:
