@@ -20,14 +20,14 @@ $(STAMP): pyproject.toml
 
 # One worker a core; every worker runs torch on one thread (tests/conftest.py).
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not heavy'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not heavy and not space'
 
 # Browsers, servers and several training processes: one after the other, with the machine to themselves.
 heavy: $(STAMP)
-	$(BIN)/python -m pytest -m heavy
+	$(BIN)/python -m pytest -m 'heavy or space'
 
 fast: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not matrix and not heavy'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not matrix and not heavy and not space'
 
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -n auto -m matrix
