@@ -1,7 +1,7 @@
 """How the project's plots look: one palette, one set of marks, transparent, and the same file from the same numbers.
 
     with draw(folder / "scores.svg", width=7.2, height=2.6) as (figure, axes):
-        axes.bar(range(30), scores, color=role_colour("dense"))
+        axes.bar(range(30), scores, color=ROLE_COLOURS["dense"])
         axes.set_ylabel("block influence")
 
 A card is read on white and on near black, and a picture in it doesn't learn which. So the ground is transparent and
@@ -81,11 +81,6 @@ _RC: dict[str, Any] = {
     # The same numbers give the same file.
     "svg.hashsalt": "hf_layerprune",
 }
-
-
-def role_colour(role: str) -> str:
-    """The colour of a role of `metrics.json`; that of `"model"` for one it does not know."""
-    return ROLE_COLOURS.get(role, ROLE_COLOURS["model"])
 
 
 @contextmanager
