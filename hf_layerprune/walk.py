@@ -259,6 +259,8 @@ class LayerWalk:
         try:
             with torch.no_grad():
                 batch = self.begin(ids)
+                if batch.hidden.shape[:-1] != ids.shape:
+                    raise self._refusal("they hand on several streams of states")
                 for index in range(self.num_layers):
                     with self.layer(index) as run:
                         batch.hidden = run(batch.hidden, batch)

@@ -111,7 +111,7 @@ def choose(
         candidates.append(Candidate(_one_after_the_other(walk, _first(judging, _GREEDY_ROWS), count, free), "greedy"))
     elif not blocks:
         lowest_block({}, count, free)  # says that there is none
-    candidates = list({candidate.drop: candidate for candidate in candidates}.values())
+    candidates = list({candidate.drop: candidate for candidate in reversed(candidates)}.values())[::-1]
     logger.info("short list: %s", "; ".join(format_layers(candidate.drop) for candidate in candidates))
     _judge(walk, candidates, fitting, judging, repair)
     candidates.sort(key=lambda candidate: candidate.outcome.kl)

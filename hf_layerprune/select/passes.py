@@ -99,13 +99,15 @@ def run_pass(
 
 
 @torch.no_grad()
-def read_weights(layers: Sequence[nn.Module], observers: Sequence[Observer], *, let_go: bool = False) -> None:
+def read_weights(
+    layers: Sequence[nn.Module], observers: Sequence[Observer], alive: Sequence[int], *, let_go: bool = False
+) -> None:
     """Show the weights alone, for observers that need no states, and for models that can't be walked."""
-    for i, layer in enumerate(layers):
+    for i in alive:
         for observer in observers:
-            observer.weights(i, layer)
+            observer.weights(i, layers[i])
         if let_go:
-            release(layer)
+            release(layers[i])
 
 
 def not_finite(index: int, layer: nn.Module, dtype: torch.dtype) -> CheckpointError:

@@ -236,9 +236,8 @@ class _Work:
         if any(observer.needs_states for observer in observers.values()):
             run_pass(self.walk, self.text(criteria[0].name), list(observers.values()), self.alive)
         elif observers:
-            read_weights(
-                _layers(self.model), list(observers.values()), let_go=getattr(self.model, "reads_weights_anew", False)
-            )
+            let_go = isinstance(self.model, LayerWalk) and self.model.reads_weights_anew
+            read_weights(_layers(self.model), list(observers.values()), self.alive, let_go=let_go)
         return {name: observer.scores() for name, observer in observers.items()}
 
     def _observer(self, criterion: Criterion) -> Observer:

@@ -1,0 +1,369 @@
+"""Choosing layers: shared passes, rounds, blocks, auto, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from hf_layerprune import CheckpointError, CutError, LayerDropConfig, UnsupportedModelError, prune_with
+from hf_layerprune.calibration import CalibrationSet
+from hf_layerprune.cut import drop_layers
+from hf_layerprune.repair import fit_repair
+from hf_layerprune.select import ALL, choose_layers, score_layers
+from hf_layerprune.select.auto import HELD_OUT
+from hf_layerprune.select.cost import estimate
+from hf_layerprune.select.scores import Scores
+from hf_layerprune.select.sets import block_sums, lowest_block, lowest_layers, neighbours, rounds
+from hf_layerprune.select.trials import Cut, layer_runs, try_cuts
+from hf_layerprune.walk import LayerWalk
+
+from .tiny_models import LAYERS, VOCAB, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def text() -> CalibrationSet:
+    return CalibrationSet.of(torch.randint(3, VOCAB, (8, 16), generator=torch.Generator().manual_seed(3)), "random")
+
+
+@torch.no_grad()
+def measured(model: Any, dense: Any, ids: torch.Tensor) -> tuple[float, float]:
+    """Loss, and KL to the dense model."""
+    logits, wanted = model(ids).logits.double(), dense(ids).logits.double().log_softmax(-1)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+    return loss, (wanted.exp() * (wanted - logits.log_softmax(-1))).sum(-1).mean().item()
+
+
+def without(layers: tuple[int, ...]) -> Any:
+    model = tiny_model("llama")
+    if layers:
+        drop_layers(model, list(layers))
+    return model
+
+
+# --- trials ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", [None, 1, 20_000])
+def test_any_cuts_in_any_memory(model: Any, text: CalibrationSet, memory: int | None) -> None:
+    drops = [(0,), (7,), (2, 3, 4), (1, 3, 6), (1, 3), (), (2, 3, 5, 6, 7)]
+    found = try_cuts(LayerWalk(model), text, [Cut(drop) for drop in drops], memory=memory)
+    for drop, outcome in zip(drops, found, strict=True):
+        loss, kl = measured(without(drop), model, text.input_ids)
+        assert outcome.loss == pytest.approx(loss, rel=1e-5)
+        assert outcome.kl == pytest.approx(kl, rel=1e-4, abs=1e-7)
+
+
+def test_cuts_share_what_is_before_them() -> None:
+    n = 30
+    every = [Cut((i,)) for i in range(n)]
+    assert layer_runs(n, [Cut(())]) == n
+    assert layer_runs(n, every) == n * (n - 1) // 2 + n - 1
+    assert layer_runs(n, [Cut((3, 5)), Cut((3, 6))]) == 3 + 1 + 1 + 1 + 2 * (n - 7)
+    assert layer_runs(n, [Cut((3,)), Cut((3,))]) == n - 1
+
+
+def test_a_repair_is_tried_as_it_would_be_folded(model: Any, text: CalibrationSet) -> None:
+    from hf_layerprune.select.auto import _changes
+
+    repair = fit_repair(model, [3, 4], text, "linear")
+    (outcome,) = try_cuts(LayerWalk(model), text, [Cut((3, 4), _changes(repair))])
+    cut = tiny_model("llama")
+    plan = drop_layers(cut, [3, 4]).cut
+    repair.apply(cut.model.layers, plan.new_index)
+    loss, kl = measured(cut, model, text.input_ids)
+    assert (outcome.loss, outcome.kl) == pytest.approx((loss, kl), rel=1e-4)
+    assert try_cuts(LayerWalk(model), text, [Cut(())])[0].kl == pytest.approx(0, abs=1e-7), "the model is as it was"
+
+
+# --- all criteria ---------------------------------------------------------------------------------------
+
+
+def test_all_at_once_is_each_alone(model: Any, text: CalibrationSet) -> None:
+    together = score_layers(model, text)
+    assert list(together) == list(ALL)
+    for name in ALL:
+        alone = score_layers(model, text, [name])[name]
+        assert (together[name].layers or []) == pytest.approx(alone.layers or [], rel=1e-6)
+        assert together[name].blocks == pytest.approx(alone.blocks, rel=1e-6)
+
+
+def test_all_read_each_layer_a_few_times(model: Any, text: CalibrationSet) -> None:
+    """One pass for all that look on, one for perplexity and KL together, two for Taylor."""
+    walk, visits = LayerWalk(model), [0] * LAYERS
+    layer = walk.layer
+
+    def counted(index: int) -> Any:
+        visits[index] += 1
+        return layer(index)
+
+    walk.layer = counted
+    score_layers(walk, text)
+    assert visits == [4] * LAYERS
+
+
+@pytest.mark.parametrize("criterion", ["block_influence", "perplexity", "kl", "taylor", "magnitude_l2", "angular_distance", "repairability"])  # fmt: skip
+def test_rounds_score_what_is_left(criterion: str, model: Any, text: CalibrationSet) -> None:
+    choice = choose_layers(
+        model, text, drop=3, criterion=criterion, steps=3, protect_first=0, protect_last=0, variant="published"
+    )
+    assert len(choice.scores) == 3
+    assert "in 3 rounds" in choice.why
+    gone: list[int] = []
+    for found in choice.scores:
+        assert list(found.alive) == [i for i in range(LAYERS) if i not in gone]
+        # By hand: the model without what went before, scored anew; its indices are those that are left.
+        left = [i for i in range(LAYERS) if i not in gone]
+        fresh = score_layers(without(tuple(gone)), text, [criterion], drop=1)[criterion] if gone else found
+        if found.layers is not None and criterion != "kl":
+            values = (
+                {left[i]: score for i, score in enumerate(fresh.layers)} if gone else dict(enumerate(found.layers))
+            )
+            assert {i: s for i, s in enumerate(found.layers) if s is not None} == pytest.approx(values, rel=1e-4)
+        (layer,) = found.pick(1, set(left))
+        gone = sorted([*gone, layer])
+    assert gone == choice.drop_layers
+
+
+def test_greedy_kl_is_to_the_dense_model(model: Any, text: CalibrationSet) -> None:
+    choice = choose_layers(model, text, drop=2, criterion="kl", steps=2)
+    first = lowest_layers(choice.scores[0].layers, 1, range(LAYERS))[0]
+    for i, score in enumerate(choice.scores[1].layers):
+        if i != first:
+            _, kl = measured(without(tuple(sorted((first, i)))), model, text.input_ids)
+            assert score == pytest.approx(kl, rel=1e-4)
+
+
+def test_contiguous_tries_blocks(model: Any, text: CalibrationSet) -> None:
+    choice = choose_layers(model, text, drop=3, criterion="perplexity", contiguous=True)
+    losses = {block: measured(without(block), model, text.input_ids)[0] for block in neighbours(range(LAYERS), 3)}
+    assert tuple(choice.drop_layers) == min(losses, key=losses.__getitem__)
+    summed = choose_layers(model, text, drop=3, criterion="block_influence", contiguous=True)
+    layers = summed.scores[0].layers
+    assert sum(layers[i] for i in summed.drop_layers) == min(sum(layers[i : i + 3]) for i in range(LAYERS - 2))
+
+
+def test_protection_is_the_sources_own(model: Any, text: CalibrationSet) -> None:
+    for criterion in ("taylor", "magnitude_l1", "magnitude_l2"):
+        assert set(choose_layers(model, text, drop=2, criterion=criterion).drop_layers) == {4, 5}
+        free = choose_layers(model, text, drop=2, criterion=criterion, protect_first=0, protect_last=0)
+        paper = choose_layers(model, text, drop=2, criterion=criterion, variant="paper")
+        assert len(free.drop_layers) == len(paper.drop_layers) == 2
+        layers = free.scores[0].layers
+        assert free.drop_layers == lowest_layers(layers, 2, range(LAYERS))
+        with pytest.raises(CutError, match="only 2 may"):
+            choose_layers(model, text, drop=3, criterion=criterion)
+    assert 7 not in choose_layers(model, text, drop=7, criterion="block_influence", variant="paper").drop_layers
+
+
+def test_the_papers_draw() -> None:
+    """Seed 42 of the code of arXiv:2411.15558: the layers that stay are drawn."""
+    from random import Random
+
+    from hf_layerprune.select import select_layers
+
+    kept = Random(42).sample(list(range(32)), 24)
+    assert select_layers(32, criterion="random", variant="paper") == sorted(set(range(32)) - set(kept))
+
+
+# --- auto -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repair", [None, "linear", "magnitude"])
+def test_auto_picks_the_best_of_its_short_list(repair: str | None, model: Any, text: CalibrationSet) -> None:
+    choice = choose_layers(model, text, drop=3, repair=repair)
+    short = choice.details["short_list"]
+    assert short[0]["layers"] in choice.why
+    assert [c["kl"] for c in short] == sorted(c["kl"] for c in short)
+    fitting, judging = text.split(HELD_OUT)
+    cut = tiny_model("llama")
+    plan = drop_layers(cut, choice.drop_layers).cut
+    if repair:
+        fit_repair(model, choice.drop_layers, fitting, repair).apply(cut.model.layers, plan.new_index)
+    _, kl = measured(cut, model, judging.input_ids)
+    assert short[0]["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-5)
+    assert choose_layers(model, text, drop=3, repair=repair).drop_layers == choice.drop_layers
+    block = choose_layers(model, text, drop=3, repair=repair, contiguous=True).drop_layers
+    assert block == list(range(block[0], block[0] + 3))
+    if repair == "linear":
+        assert 0 not in choice.drop_layers
+
+
+def test_auto_finds_the_layers_that_do_nothing(text: CalibrationSet) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for i in (2, 3, 4):
+            for name in ("mlp.down_proj", "self_attn.o_proj"):
+                model.model.layers[i].get_submodule(name).weight.mul_(1e-3)
+    for criterion in ("auto", "kl", "block_influence", "angular_distance"):
+        assert choose_layers(model, text, drop=3, criterion=criterion).drop_layers == [2, 3, 4]
+
+
+def test_auto_needs_rows_and_layers(model: Any, text: CalibrationSet) -> None:
+    few = CalibrationSet.of(text.input_ids[:3], "few")
+    with pytest.raises(CutError, match="raise calibration_samples"):
+        choose_layers(model, few)
+    with pytest.raises(CutError, match="looks at text"):
+        choose_layers(model)
+    with pytest.raises(CutError, match="no 4 neighbouring"):
+        choose_layers(model, text, drop=4, contiguous=True, protected=[3, 4])
+    found = choose_layers(model, text, drop=4, protected=[3])
+    assert 3 not in found.drop_layers
+
+
+# --- bad input ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"criterion": "perplexty"}, "did you mean perplexity"),
+        ({"criterion": "BLOCK-influence"}, "did you mean block_influence"),
+        ({"criterion": "??"}, "there are reverse_order, random"),
+        ({"criterion": "kl", "steps": 0}, "steps=0"),
+        ({"criterion": "kl", "steps": 2, "contiguous": True}, "steps and contiguous"),
+        ({"criterion": "kl", "drop": 8}, "at least one must stay"),
+        ({"criterion": "kl", "protect_first": -1}, "protect_first=-1"),
+        ({"criterion": "kl", "variant": "mine"}, "variant='mine'"),
+    ],
+)
+def test_bad_settings(kwargs: dict[str, Any], message: str, model: Any, text: CalibrationSet) -> None:
+    with pytest.raises(CutError, match=message):
+        choose_layers(model, text, **{"drop": 3} | kwargs)
+
+
+def test_no_text(model: Any) -> None:
+    for criterion in ("taylor", "kl", "block_influence"):
+        with pytest.raises(CutError, match="looks at text"):
+            choose_layers(model, criterion=criterion)
+    assert choose_layers(model, drop=2, criterion="magnitude_l1").drop_layers == [4, 5]
+    assert choose_layers(model, drop=2, criterion="reverse_order").drop_layers == [6, 7]
+
+
+def test_tokens_of_another_model(model: Any) -> None:
+    other = CalibrationSet.of(torch.full((4, 8), VOCAB), "other")
+    for criterion in ("block_influence", "taylor", "perplexity", "auto"):
+        with pytest.raises(CheckpointError, match="belongs to another model"):
+            choose_layers(model, other, criterion=criterion)
+
+
+@pytest.mark.parametrize("criterion", ["block_influence", "taylor", "kl", "perplexity", "repairability", "auto"])
+def test_damaged_weights_are_named(criterion: str, text: CalibrationSet) -> None:
+    model = tiny_model("llama")
+    walk = LayerWalk(model)
+    with torch.no_grad():
+        model.model.layers[5].mlp.up_proj.weight[3, 4] = math.nan
+    with pytest.raises(CheckpointError, match=r"layer 5 has weights that are not finite, in mlp\.up_proj\.weight"):
+        choose_layers(walk, text, drop=2, criterion=criterion, protect_first=0, protect_last=0)
+    if criterion == "taylor":
+        with pytest.raises(CheckpointError, match="magnitude_l1 gives layer 5 the score nan"):
+            choose_layers(walk, drop=2, criterion="magnitude_l1")
+
+
+def test_states_beyond_the_dtype_are_named(text: CalibrationSet) -> None:
+    model = tiny_model("llama").half()
+    walk = LayerWalk(model)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(6e4)
+    with pytest.raises(CheckpointError, match=r"leave layer 2 are not finite in float16.*bfloat16"):
+        choose_layers(walk, text, drop=2, criterion="kl")
+
+
+def test_experts_and_norms_have_no_repairability(text: CalibrationSet) -> None:
+    for model_type in ("gemma2", "mixtral"):
+        with pytest.raises(UnsupportedModelError, match="repairability has nothing to say"):
+            choose_layers(tiny_model(model_type), text, drop=3, criterion="repairability")
+    with pytest.raises(CutError, match="works for none of the layers"):
+        choose_layers(tiny_model("gemma2"), text, drop=3, repair="linear")
+
+
+def test_layers_that_cannot_be_walked_still_have_weights(text: CalibrationSet) -> None:
+    model = tiny_model("gemma3n_text")
+    assert len(choose_layers(model, drop=2, criterion="magnitude_l1", protect_first=0).drop_layers) == 2
+    with pytest.raises(UnsupportedModelError, match="one at a time"):
+        choose_layers(model, text, drop=2, criterion="kl")
+
+
+# --- from the config ------------------------------------------------------------------------------------
+
+
+def test_a_config_chooses(model: Any, text: CalibrationSet, tmp_path: Path) -> None:
+    config = LayerDropConfig(
+        criterion="block_influence", drop=3, calibration_samples=6, calibration_length=12, tune_lm_head=False
+    )
+    pruned = prune_with(config, tiny_model("llama"))
+    assert len(config.drop_layers) == 3
+    assert pruned.config.num_hidden_layers == LAYERS - 3
+    record = pruned.base_model.prepared.record
+    assert record["calibration"]["samples"] == 6
+    assert record["selection"]["criterion"] == "block_influence"
+    assert "lowest block_influence" in record["selection"]["why"]
+    pruned.save_pretrained(tmp_path / "adapter")
+    again = LayerDropConfig.from_pretrained(tmp_path / "adapter")
+    assert again.drop_layers == config.drop_layers
+    other = LayerDropConfig(criterion="kl", drop=3, tune_lm_head=False)
+    with pytest.raises(CutError, match="cut already; name its layers with drop_layers="):
+        pruned.add_adapter("second", other)
+
+
+# --- arithmetic -----------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 60), st.integers(1, 70))
+def test_rounds_are_even(count: int, steps: int) -> None:
+    shares = rounds(count, steps)
+    assert sum(shares) == count
+    assert len(shares) == min(count, steps)
+    assert max(shares) - min(shares) <= 1
+
+
+@given(st.lists(st.floats(-1e6, 1e6) | st.none(), min_size=2, max_size=20), st.data())
+def test_the_lowest_are_picked(scores: list[float | None], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(scores) - 1))
+    free = data.draw(st.sets(st.integers(0, len(scores) - 1)))
+    able = [i for i in sorted(free) if scores[i] is not None]
+    if len(able) < count:
+        with pytest.raises(CutError, match="have a score"):
+            lowest_layers(scores, count, free)
+        return
+    picked = lowest_layers(scores, count, free)
+    assert set(picked) <= set(able)
+    assert max(scores[i] for i in picked) <= min((scores[i] for i in able if i not in picked), default=math.inf)
+    blocks = block_sums(scores, range(len(scores)), count)
+    allowed = [block for block in blocks if set(block) <= free]
+    if allowed:
+        assert blocks[tuple(lowest_block(blocks, count, free))] == min(blocks[block] for block in allowed)
+
+
+@settings(deadline=None)
+@given(st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(0, 7))
+def test_scores_are_numbers(value: float, layer: int) -> None:
+    layers = [1.0] * 8
+    layers[layer] = value
+    with pytest.raises(CheckpointError, match=f"layer {layer} the score"):
+        Scores("kl", "published", tuple(range(8)), layers=layers)
+    with pytest.raises(CheckpointError, match="layers 2-3 the score"):
+        Scores("kl", "published", tuple(range(8)), blocks={(2, 3): value})
+
+
+def test_a_cost_is_said(model: Any) -> None:
+    walk = LayerWalk(model)
+    cost = estimate(walk, 8, 16, ["perplexity"], count=3)
+    assert cost.layers == LAYERS * (LAYERS - 1) // 2 + LAYERS - 1 + 1
+    assert cost.heads == LAYERS + 1
+    assert cost.seconds > 0
+    assert "passes over the weights" in str(cost) or "pass over the weights" in str(cost)
+    assert estimate(walk, 8, 16, ["reverse_order", "magnitude_l1"], count=3).layers == 0
+    more = estimate(walk, 8, 16, ALL, count=3, lengths=[2, 3])
+    assert more.layers > cost.layers + LAYERS * 5
