@@ -26,7 +26,7 @@ from hf_layerprune.measure.subject import identify
 from hf_layerprune.measure.tasks import read_tasks, task_set, write_task
 from hf_layerprune.publish.lineage import Lineage, fingerprint, station, weights_hash
 
-from .measure_models import write_model, write_tasks
+from .measure_models import write_gguf, write_model, write_tasks
 
 NAMES = ("asked", "begun", "mixed")
 SMALL = {"length": 64, "windows": 8, "progress": False}
@@ -183,6 +183,28 @@ def test_an_adapter(base: Path, tasks: Path, tmp_path: Path) -> None:
         assert [one["value"] for one in found.results] == [one["value"] for one in merged.results]
         shutil.rmtree(tmp_path / "merged")
     assert identify(ours).role == "cut"
+
+
+def test_a_gguf_file(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Alone, when its numbers are only shown; and as the base of what was cut from it."""
+    path = write_gguf(tmp_path / "tiny.gguf")
+    words = ["--tasks-from", str(tasks), "--tasks", "asked", "--text", "none", "--limit", "8", "--quiet"]
+    assert main(["eval", str(path), *words]) == 0
+    assert capsys.readouterr().out.startswith("model:    tiny.gguf, 4 layers")
+    assert sorted(tmp_path.iterdir()) == [path]
+    assert main(["prune", str(path), str(tmp_path / "cut"), "--drop-layers", "1"]) == 0
+    assert main(["eval", str(tmp_path / "cut"), "--base", str(path), *words]) == 0
+    found = Metrics.of(tmp_path / "cut")
+    dense = weights_hash(fingerprint(path))
+    assert found.models[dense] | {"parameters": 0} == {
+        "role": "dense", "name": "tiny.gguf", "layers": 4, "parameters": 0,
+    }  # fmt: skip
+    assert found.find(dense, "acc", "asked")["dtype"] == "bfloat16"
+    # The same as the model that it unpacks to.
+    model, tokenizer = load_model(path, dtype=torch.bfloat16), load_tokenizer(path)
+    with task_set(["asked"], tasks) as loaded:
+        run = Harness(model, tokenizer, "auto", progress=False).run("asked", loaded.tasks["asked"], limit=8)
+    assert run.scores["acc"].value == found.find(dense, "acc", "asked")["value"]
 
 
 # --- numbers belong to weights ------------------------------------------------------------------------------

@@ -13,11 +13,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+import lm_eval.api.task
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from ..errors import LayerPruneError
 from .forward import free_memory, is_out_of_memory
@@ -126,7 +129,7 @@ class Harness:
         start = time.perf_counter()
         with _quiet(), torch.no_grad():
             found = simple_evaluate(
-                model=self._lm, tasks=[task], limit=limit, num_fewshot=shots, task_manager=_Loaded()
+                model=self._lm, tasks=[task], limit=limit, num_fewshot=shots, task_manager=_no_tasks()
             )
         seconds = time.perf_counter() - start
         samples = _by_question(found["samples"])
@@ -143,16 +146,10 @@ class Harness:
         )
 
 
-class _Loaded:
-    """Stands for the harness's task manager where the tasks are there: it is asked for nothing but them."""
-
-    def load(self, tasks: list[Task | Group]) -> dict[str, Any]:
-        from lm_eval.tasks import TaskManager
-
-        return TaskManager(include_defaults=False).load(tasks)
-
-    def __getattr__(self, name: str) -> Any:
-        return () if name.startswith("all_") else {}
+@cache
+def _no_tasks() -> TaskManager:
+    """The tasks are there already; without this, the harness would look through all of its own for each."""
+    return TaskManager(include_defaults=False)
 
 
 class _Halving(HFLM):
@@ -173,20 +170,25 @@ class _Halving(HFLM):
             free_memory()
             logger.warning("out of memory; going on with batches of %d", self.batch_size)
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        return super().loglikelihood(requests, disable_tqdm or not self.progress)
+
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
         return super().loglikelihood_rolling(requests, disable_tqdm or not self.progress)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's notes on how it was called."""
+    """Without the harness's notes on how it was called, and its bars for what takes no time."""
     log = logging.getLogger("lm_eval")
-    level = log.level
+    level, bar = log.level, lm_eval.api.task.tqdm
     log.setLevel(logging.ERROR)
+    lm_eval.api.task.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:
         log.setLevel(level)
+        lm_eval.api.task.tqdm = bar
 
 
 def _by_question(samples: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
