@@ -100,6 +100,8 @@ def prepare(
         logger.info("%s", choice.why)
         drop_layers = choice.drop_layers
         record["selection"] = choice.record() | {"seconds": round(time.perf_counter() - start, 3)}
+        if len(choice.scores) == 1 and choice.scores[0].layers is not None:
+            record["scores"] = {"criterion": config.criterion, "layers": choice.scores[0].layers}
     if config.repair is not None:
         from .repair import fit_repair
 

@@ -238,8 +238,7 @@ def _write(ranking: Ranking, request: RankRequest, num_layers: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "scores.json", json.dumps(ranking.record, indent=1, allow_nan=False) + "\n")
     try:
-        for path in draw_ranking(ranking.scores, ranking.drops, num_layers, folder):
-            logger.info("wrote %s", path)
+        draw_ranking(ranking.scores, ranking.drops, num_layers, folder)
     except LayerPruneError as error:
         logger.warning("%s; the scores are in %s", error, folder / "scores.json")
 

@@ -134,7 +134,12 @@ def _heat_map(found: Scores, drops: Sequence[int], path: Path) -> None:
     norm = LogNorm() if _spread(found.blocks.values()) > 300 else None
     with draw(path, width=7.2, height=1.2 + min(3.6, 0.14 * most + 0.6)) as (figure, axes):
         mesh = axes.pcolormesh(
-            [i - 0.5 for i in range(n + 1)], [k + 0.5 for k in range(most + 1)], cells, cmap="cividis", norm=norm
+            [i - 0.5 for i in range(n + 1)],
+            [k + 0.5 for k in range(most + 1)],
+            cells,
+            cmap="cividis",
+            norm=norm,
+            rasterized=True,  # thousands of cells would make a heavy SVG
         )
         # The best start of every length, and the block that would go.
         for length in range(1, most + 1):

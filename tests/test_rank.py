@@ -1,0 +1,164 @@
+"""`hf-layerprune rank`, and `prune` by a criterion that looks at the model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune.cli import main
+from hf_layerprune.publish.lineage import Lineage
+from hf_layerprune.rank import draw_ranking
+from hf_layerprune.select import ALL
+from hf_layerprune.select.report import report
+from hf_layerprune.select.scores import Scores
+
+from .measure_models import LAYERS, write_model
+
+FEW = ["--calibration-samples", "8", "--calibration-length", "16"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "notes.txt"
+    path.write_text("".join(f"Line {i} of a running text.\n" for i in range(100)))
+    return path
+
+
+def numbers(value: Any) -> list[float]:
+    if isinstance(value, dict | list):
+        return [n for part in (value.values() if isinstance(value, dict) else value) for n in numbers(part)]
+    return [value] if isinstance(value, float) else []
+
+
+def test_all_criteria(
+    base: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    words = ["rank", str(base), str(tmp_path / "out"), "--criterion", "all,auto", "--calibration", str(text), *FEW]
+    # Eight layers are few: what Taylor and magnitude protect by default leaves two.
+    assert main([*words, "--drop", "2", "--lengths", "1-3"]) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert set(found["criteria"]) == {*ALL, "auto"}
+    assert found["calibration"]["samples"] == 8
+    assert found["calibration"]["source"] == str(text)
+    assert len(found["calibration"]["fingerprint"]) == 64
+    assert (found["num_layers"], found["count"], found["seed"]) == (LAYERS, 2, 42)
+    assert found["protect"]["taylor"] == [0, 1, 2, 3, 6, 7]
+    assert found["protect"]["kl"] == []
+    assert all(math.isfinite(number) for number in numbers(found))
+    for name, entry in found["criteria"].items():
+        assert len(entry["drop_layers"]) == 2
+        assert f"\n{name} " in f"\n{out}"
+    for name in ("perplexity", "kl", "repairability"):
+        assert {block["length"] for block in found["criteria"][name]["blocks"]} == {1, 2, 3}
+    assert found["criteria"]["perplexity"]["layers"] == [
+        block["score"] for block in found["criteria"]["perplexity"]["blocks"] if block["length"] == 1
+    ]
+    said = [record.message for record in caplog.records]
+    assert "runs of a layer" in said[0], "what it will cost is said before"
+    pictures = {path.name for path in (tmp_path / "out").iterdir()} - {"scores.json"}
+    names = ("choices", "scores", *(f"blocks-{n}" for n in ("angular_distance", "perplexity", "kl", "repairability")))
+    assert pictures == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+
+    assert main([*words, "--drop", "2"]) == 1
+    assert "exists" in capsys.readouterr().err
+    again = ["rank", str(base), str(tmp_path / "out"), "--criterion", "block_influence", "--force", *FEW]
+    assert main([*again, "--calibration", str(text)]) == 0
+    assert set(json.loads((tmp_path / "out" / "scores.json").read_text())["criteria"]) == {"block_influence"}
+
+
+def test_without_output_or_text(base: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["rank", str(base), "--criterion", "magnitude_l1,reverse_order", "--drop", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "reverse_order  6-7" in out
+    assert "writing text" not in err
+    assert main(["rank", str(base), "--criterion", "kl", *FEW]) == 0
+    assert "kl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--criterion", "tailor"], 2, "did you mean taylor?"),
+        (["--drop", "3", "--criterion", "taylor"], 2, "only 2 may"),
+        (["--lengths", "8", "--criterion", "kl", *FEW], 2, "blocks of 8 layers"),
+        (["--calibration", "no.txt", "--criterion", "kl"], 1, "no.txt does not exist"),
+        (["--device", "tpu9", "--criterion", "kl", *FEW], 2, "device 'tpu9' can't be used"),
+    ],
+)
+def test_bad_words(words: list[str], code: int, message: str, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rank", str(base), *words]) == code
+    err = capsys.readouterr().err.strip().splitlines()
+    assert message in err[-1]
+    assert "Traceback" not in "".join(err)
+
+
+def test_prune_by_a_criterion(base: Path, text: Path, tmp_path: Path) -> None:
+    words = ["--calibration", str(text), *FEW, "--drop", "2"]
+    for form, more in (("plain", []), ("repaired", ["--repair", "linear"]), ("adapter", ["--adapter"]), ("half", ["--dtype", "float16"])):  # fmt: skip
+        out = tmp_path / form
+        assert main(["prune", str(base), str(out), "--criterion", "auto", *words, *more]) == 0
+        (entry,) = Lineage.of(out).entries
+        assert entry["settings"]["criterion"] == "auto"
+        assert entry["selection"]["why"].startswith("layers ")
+        assert entry["selection"]["repair"] == ("linear" if form == "repaired" else None)
+        assert entry["calibration"]["source"] == str(text)
+        assert ("repair" in entry) == (form == "repaired")
+        dropped = entry["settings"]["drop_layers"]
+        assert len(dropped) == 2
+        if form != "adapter":
+            model = AutoModelForCausalLM.from_pretrained(out)
+            assert model.config.num_hidden_layers == LAYERS - 2
+        else:
+            assert json.loads((out / "adapter_config.json").read_text())["drop_layers"] == dropped
+
+
+def test_the_lineage_has_the_scores(base: Path, text: Path, tmp_path: Path) -> None:
+    words = ["--calibration", str(text), *FEW, "--drop", "2", "--criterion", "block_influence"]
+    assert main(["prune", str(base), str(tmp_path / "cut"), *words]) == 0
+    (entry,) = Lineage.of(tmp_path / "cut").entries
+    scores = entry["scores"]["layers"]
+    assert len(scores) == LAYERS
+    assert sorted(range(LAYERS), key=scores.__getitem__)[:2] == sorted(
+        entry["settings"]["drop_layers"], key=scores.__getitem__
+    )
+    assert entry["settings"]["steps"] == 1
+    assert entry["selection"]["seconds"] > 0
+
+
+def test_a_report_of_layers_without_score() -> None:
+    scores = {"block_influence": Scores("block_influence", "paper", (0, 1, 2), layers=[0.25, 1e-9, None])}
+    lines = report(scores, {"block_influence": [1]}).splitlines()
+    assert any(line.split() == ["1", "1e-09*"] for line in lines)
+    assert any(line.split() == ["2", "-"] for line in lines)
+
+
+def test_pictures_of_many_layers(tmp_path: Path) -> None:
+    """As many as a 70B model has: each picture stays light."""
+    n = 80
+    alive = tuple(range(n))
+    scores = {
+        "kl": Scores("kl", "published", alive, layers=[10.0 ** -(i % 7) for i in alive]),
+        "angular_distance": Scores(
+            "angular_distance", "published", alive,
+            blocks={alive[s : s + k]: (s + k) / 160 for k in range(1, n) for s in range(n - k + 1)},
+        ),
+    }  # fmt: skip
+    drops = {"kl": list(range(60, 80)), "angular_distance": list(range(20))}
+    written = draw_ranking(scores, drops, n, tmp_path)
+    assert {path.suffix for path in written} == {".png", ".svg"}
+    assert all(1000 < path.stat().st_size < 256 * 1024 for path in written)
