@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -45,6 +46,12 @@ SETTINGS = {
     "report_to": "none",
     "disable_tqdm": "true",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect_quickly() -> None:
+    """Each training run collects garbage, which takes long among all that has been imported."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from pathlib import Path
@@ -86,6 +87,12 @@ def tuned(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _collect_quickly() -> None:
+    """Each training run collects garbage, which takes long among all that has been imported."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("llama"))
@@ -167,15 +174,11 @@ def test_evaluation_during_training_uses_the_same_states(llama: Bench) -> None:
     assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "qwen3", "mixtral", "gpt_neox", "granite"])
+@pytest.mark.parametrize("model_type", ["gemma2", "mixtral", "gpt_neox", "granite"])
 def test_computed_once_in_other_families(model_type: str, tmp_path: Path) -> None:
     bench = Bench(tmp_path, model_type)
-    for loss in ("ce", "kd"):
-        without, once = (
-            bench.losses(cache="off", loss=loss, max_steps=4),
-            bench.losses(cache="on", loss=loss, max_steps=4),
-        )
-        assert once == pytest.approx(without, rel=1e-6)
+    without, once = (bench.losses(cache=cache, loss="ce+kd", max_steps=4) for cache in ("off", "on"))
+    assert once == pytest.approx(without, rel=1e-6)
 
 
 def test_bfloat16(tmp_path: Path) -> None:
