@@ -130,6 +130,8 @@ class Card:
         """The papers of what was used besides the method itself."""
         keys = [(name, str(value)) for station in self.history.stations for name, value in station.settings.items()]
         keys += [(station.name, str(station.settings.get("method"))) for station in self.history.stations]
+        chosen = [station.entry.get("selection") for station in self.history.stations]
+        keys += [("criterion", str(one.get("criterion"))) for one in chosen if isinstance(one, dict)]
         return list(dict.fromkeys(USED[key] for key in keys if key in USED))
 
     def body(self) -> str:

@@ -46,7 +46,7 @@ def _accuracy(rows: list[Row], own: str) -> Iterator[Markup]:
             same.append(task)
         elif cell.change.startswith(numbers.MINUS):
             guess = _is_guessing(cell)
-            end = f": no better than guessing, which gets {row.chance}" if guess else ""
+            end = f", which can't be told from guessing ({row.chance} %)" if guess else ""
             yield Markup(
                 f"**{task}**: {prose(row.metric)} fell by {cell.change.lstrip(numbers.MINUS)} points, to "
                 f"{cell.value.partition(' ')[0]} %{end}."

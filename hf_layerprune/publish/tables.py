@@ -104,7 +104,8 @@ def station_line(station: Station) -> Markup:
         line += f": layers {format_layers(settings.get('drop_layers') or ())} dropped"
         selection = entry.get("selection")
         if isinstance(selection, dict) and selection.get("why"):
-            line += f" ({prose(selection['why'])})"
+            why = str(selection["why"])
+            line += f" ({prose(why.partition(': ')[2] if why.startswith('layers ') else why)})"
         elif settings.get("criterion"):
             line += f", chosen by {code(settings['criterion'])}"
     elif settings.get("method"):
