@@ -84,7 +84,9 @@ def tensor_shapes(config: dict) -> dict[str, list[int]]:
     return shapes | {"model.norm.weight": [h], "lm_head.weight": [VOCAB, h]}
 
 
-def make_llama(folder: Path, gb: float, *, sparse: bool = False, shard_bytes: int = 1_000_000_000) -> None:
+def make_llama(
+    folder: Path, gb: float, *, sparse: bool = False, shard_bytes: int = 1_000_000_000, noise: bytes | None = None
+) -> None:
     """Write a Llama checkpoint of a given size.
 
     Args:
@@ -92,6 +94,8 @@ def make_llama(folder: Path, gb: float, *, sparse: bool = False, shard_bytes: in
         gb (`float`): Size of the weights in billions of bytes, roughly.
         sparse (`bool`, *optional*, defaults to `False`): Leave holes instead of random bytes.
         shard_bytes (`int`, *optional*): The most that goes into one file.
+        noise (`bytes`, *optional*): What the weights are filled with, again and again; random bytes by default, which
+            are no numbers to compute with.
     """
     folder.mkdir(parents=True)
     config = llama_config(gb)
@@ -104,7 +108,7 @@ def make_llama(folder: Path, gb: float, *, sparse: bool = False, shard_bytes: in
             shards.append([])
         shards[-1].append(name)
     weight_map = {}
-    noise = os.urandom(16 << 20)
+    noise = os.urandom(16 << 20) if noise is None else noise
     for number, names in enumerate(shards, 1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header, position = {"__metadata__": {"format": "pt"}}, 0
