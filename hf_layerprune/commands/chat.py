@@ -23,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Chat."""
-    from ..publish.space import serve
+    import os
+    import subprocess
 
-    return serve(args.model, args.base, port=args.port, host=args.host)
+    from ..publish.space import local_run
+
+    words, environment = local_run(args.model, args.base, port=args.port, host=args.host)
+    if os.name == "posix":  # no process between the terminal and the page: what ends this one ends the page
+        os.execve(words[0], words, environment)
+    return subprocess.call(words, env=environment)

@@ -2,7 +2,6 @@
 
     build_space(Path("space"), model_repo_id="me/pruned", model=Path("pruned"))
     push_space(Path("space"), "me/pruned-chat")
-    serve("pruned", base="dense")
 
 The Space is `spaces/chat/`, as it is, with the model's name in its front matter. It needs nothing of this package,
 unless the model is an adapter.
@@ -16,7 +15,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -134,8 +132,10 @@ def push_space(
     return done
 
 
-def serve(model: str, base: str | None = None, *, port: int | None = None, host: str | None = None) -> int:
-    """Serve the Space on this machine, until it is interrupted.
+def local_run(
+    model: str, base: str | None = None, *, port: int | None = None, host: str | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """How to serve the Space on this machine.
 
     Args:
         model (`str`): A Hub id, a folder or a GGUF file; a model or an adapter.
@@ -145,7 +145,7 @@ def serve(model: str, base: str | None = None, *, port: int | None = None, host:
         host (`str`, *optional*): The address; by default this machine's own.
 
     Returns:
-        `int`: What the page's process returned.
+        `tuple[list[str], dict[str, str]]`: The words of a process, and its environment.
 
     Raises:
         CheckpointError: There is no such model, or Gradio is missing.
@@ -154,15 +154,10 @@ def serve(model: str, base: str | None = None, *, port: int | None = None, host:
     if missing:
         raise CheckpointError(f'the chat needs {" and ".join(missing)}: pip install "hf-layerprune[space]"')
     base = _model_there_is(base) if base else _local_base_of(Path(model).expanduser())
-    environment = {"MODEL_ID": _model_there_is(model), "BASE_ID": base or ""}
+    environment = os.environ | {"MODEL_ID": _model_there_is(model), "BASE_ID": base or ""}
     environment |= {"GRADIO_SERVER_PORT": str(port)} if port else {}
     environment |= {"GRADIO_SERVER_NAME": host} if host else {}
-    with subprocess.Popen([sys.executable, str(space_source() / "app.py")], env=os.environ | environment) as process:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:  # the page's process had it too, and ends
-                continue
+    return [sys.executable, str(space_source() / "app.py")], environment
 
 
 def _model_there_is(model: str) -> str:
