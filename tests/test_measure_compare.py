@@ -27,7 +27,7 @@ FINITE = st.floats(-1e3, 1e3, allow_nan=False)
 @settings(max_examples=200, deadline=None)
 def test_mcnemar_is_the_binomial_test(gained: int, lost: int) -> None:
     expected = stats.binomtest(gained, gained + lost, 0.5).pvalue if gained + lost else 1.0
-    assert mcnemar(gained, lost) == pytest.approx(expected, rel=1e-8, abs=1e-300)
+    assert mcnemar(gained, lost) == pytest.approx(expected, rel=1e-8, abs=1e-200)  # scipy's is 0 far out
 
 
 @given(st.lists(st.tuples(FINITE, FINITE), min_size=2, max_size=40))

@@ -114,6 +114,11 @@ def station(name: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def peak_rss() -> int:
     """The most memory in bytes that this process had resident so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # on Linux `ru_maxrss` starts at the parent's
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
