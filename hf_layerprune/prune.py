@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from .checkpoint.patch import patch_layers
 from .checkpoint.settings import read_config
 from .checkpoint.write import fill
 from .errors import CheckpointError, CutError
-from .folders import new_folder
+from .folders import check_target, new_folder
 from .gguf import cut_gguf, gguf_layer_count, is_gguf
 from .loading import is_hub_id, load_base, load_config, resolve_base
 from .publish.declared import declared_by
@@ -138,7 +139,11 @@ def prune_to(request: PruneRequest) -> str:
     output = Path(request.output)
     if output.suffix == ".gguf":
         return _prune_gguf(request, Path(request.base), output)
+    if request.repair and request.link:
+        raise CutError("--repair changes weights, and --link shares them with the base; leave one of them out")
     hub = _hub_base(request)
+    source = hub.folder if hub else Path(request.base).expanduser()
+    check_target(output.expanduser(), source, request.force)  # before minutes are spent on choosing layers
     config = read_config(hub.folder) if hub else load_config(request.base, revision=request.revision)
     families.check_supported(config)
     prepared = None
@@ -153,9 +158,6 @@ def prune_to(request: PruneRequest) -> str:
 
     # Everything that can be refused is refused before a weight is read.
     rehearse_config(config, families.cut_config(config, cut), cut)
-    if request.repair and request.link:
-        raise CutError("--repair changes weights, and --link shares them with the base; leave one of them out")
-    source = hub.folder if hub else Path(request.base).expanduser()
     with new_folder(output, force=request.force, apart_from=source) as folder:
         with station("prune", request.settings(list(cut.drop))) as entry:
             if request.adapter or _needs_a_model(request):
@@ -201,6 +203,8 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> str:
         raise CheckpointError(
             "a cut GGUF file keeps its weights as they are; leave out --dtype, --adapter and --repair, or name a folder"
         )
+    if os.path.lexists(output) and not request.force:
+        raise CheckpointError(f"{output} exists; replace it with --force, or name another file")
     if request.looks_at_model:
         dropped = _prepare(request, None).drop_layers  # looks at the dequantised model
     else:

@@ -178,7 +178,7 @@ def main(
         ),
     )
     with station("heal", settings_of(training_args)) as entry:
-        trainer.train(resume_from_checkpoint=checkpoint_of(training_args))
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     entry |= {"data": describe_rows(trainer.numbered_datasets, source)}
     entry |= {"command": describe_command(["accelerate", "launch", "recipes/sft_tail.py"], sys.argv[1:])}
     folder = save(trainer, student, entry)
@@ -199,16 +199,6 @@ def push_request(training_args: HealConfig, folder: Path) -> PushRequest | None:
         raise LayerPruneError("--push_to_hub needs to know where to: --hub_model_id NAMESPACE/NAME")
     private = bool(training_args.hub_private_repo)
     return PushRequest(folder, training_args.hub_model_id, private=private, token=training_args.hub_token)
-
-
-def checkpoint_of(training_args: HealConfig) -> str | None:
-    """Where to go on: the folder that was named, or for `true` the newest checkpoint of this run, if it has one."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    asked = str(training_args.resume_from_checkpoint or "")
-    if asked.lower() != "true":
-        return None if asked.lower() in ("", "false", "none") else asked
-    return get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
 
 
 def prepare_student(model_args: ModelArguments, cut_args: CutArguments, training_args: HealConfig) -> Student:

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from hf_layerprune.cli import main
 
+from .hf_extension import HfExtension
 from .tiny_models import tiny_model
 
 
 def test_hf_layerprune(tmp_path: Path) -> None:
-    scripts = Path(sys.executable).parent
-    home = tmp_path / "home"
-    extension = home / ".local" / "share" / "hf" / "extensions" / "hf-layerprune"
-    extension.mkdir(parents=True)
-    manifest = {
-        "owner": "someone",
-        "repo": "hf-layerprune",
-        "repo_id": "someone/hf-layerprune",
-        "short_name": "layerprune",
-        "executable_path": str(scripts / "hf-layerprune"),
-        "type": "python",
-        "installed_at": "2026-01-01T00:00:00+00:00",
-    }
-    (extension / "manifest.json").write_text(json.dumps(manifest))
+    hf = HfExtension(tmp_path / "home")
     tiny_model("llama").save_pretrained(tmp_path / "base")
     model = tmp_path / "model"
     assert main(["prune", str(tmp_path / "base"), str(model), "--drop", "2"]) == 0
-    environment = os.environ | {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
-
-    def hf(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [str(scripts / "hf"), "layerprune", *words]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
     done = hf("card", str(model), "--license", "mit")
     assert done.returncode == 0, done.stderr

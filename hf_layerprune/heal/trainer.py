@@ -211,6 +211,8 @@ class HealTrainer(SFTTrainer):
             TrainingStopped: The loss or a weight is not a number any more.
             CheckpointError: The cache is of another model or other rows, or its disk is too small.
         """
+        if str(resume_from_checkpoint).lower() in ("true", "false"):  # from a command line
+            resume_from_checkpoint = str(resume_from_checkpoint).lower() == "true"
         if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir) is None:
             logger.info("no checkpoint in %s yet: training starts from the beginning", self.args.output_dir)
             resume_from_checkpoint = None
