@@ -186,7 +186,9 @@ def _documents(source: str, seed: int) -> Iterator[str | list[dict[str, Any]]]:
     path = Path(name).expanduser()
     if path.suffix in (".txt", ".json", ".jsonl") or path.is_file():
         if not path.is_file():
-            raise CheckpointError(f"calibration file {path} does not exist")
+            raise CheckpointError(
+                f"calibration file {path} does not exist; name one that does, a data set on the Hub, or self"
+            )
         documents = _rows(path, column or "text") if path.suffix in (".json", ".jsonl") else _text(path)
         Random(seed).shuffle(documents)
         yield from documents
