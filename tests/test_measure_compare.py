@@ -40,6 +40,8 @@ def test_paired_t_is_scipys(pairs: list[tuple[float, float]]) -> None:
         or len(set(differences)) == 1
     ):
         return  # scipy loses all digits there
+    if max(map(abs, differences)) < 1e-100:
+        return  # and squares of these are zero
     expected = stats.ttest_rel(ours, theirs)
     assert paired_t(ours, theirs) == pytest.approx(expected.pvalue, rel=1e-5, abs=1e-12)
 
