@@ -22,7 +22,7 @@ from hf_layerprune.errors import CutError
 from hf_layerprune.loading import load_base, load_tokenizer
 from hf_layerprune.repair import fit_repair
 from hf_layerprune.select import ALL, Scores, choose_layers, drop_count, score_layers
-from hf_layerprune.select.auto import _changes
+from hf_layerprune.select.auto import changes_of
 from hf_layerprune.select.passes import run_pass
 from hf_layerprune.select.repairability import Repairability
 from hf_layerprune.select.sets import neighbours
@@ -131,7 +131,7 @@ def main() -> None:
     cuts, repaired, without = [Cut(drop) for drop in sets], [], []
     for drop in sets:
         try:
-            repaired.append(Cut(drop, _changes(fit_repair(walk, drop, text, "linear"))))
+            repaired.append(Cut(drop, changes_of(fit_repair(walk, drop, text, "linear"))))
         except CutError as error:
             without.append(drop)
             print(f"{format_layers(drop)}: {error}", flush=True)

@@ -59,7 +59,8 @@ class LayerDropConfig(PeftConfig):
             For whatever is drawn: layers, rows, text.
         repair (`str`, *optional*):
             What makes up for the dropped layers before anything is trained: `"linear"` folds a linear map, fitted to
-            the calibration set, into a weight in front of each cut; `"magnitude"` rescales.
+            the calibration set, into a weight in front of each cut; `"refit"` fits that weight itself anew, which
+            explains more and wants more text; `"magnitude"` rescales.
         tune_layers (`int`, `"cut"` or `list[int]`, defaults to 3):
             Which layers are tuned: so many at the end of what remains, `"cut"` for the layers beside each cut, or
             indices in the base.
@@ -118,7 +119,7 @@ class LayerDropConfig(PeftConfig):
     seed: int = field(default=42, metadata={"help": "Seed of whatever is drawn: layers, rows, text."})
     repair: str | None = field(
         default=None,
-        metadata={"help": "What makes up for dropped layers before training: linear, magnitude, or nothing."},
+        metadata={"help": "What makes up for dropped layers before training: linear, refit, magnitude, or nothing."},
     )
     tune_layers: int | str | list[int] = field(
         default=3,
@@ -149,7 +150,7 @@ class LayerDropConfig(PeftConfig):
             raise CutError(f"task_type={self.task_type!r}: only causal language models are pruned, so leave it out")
         if self.drop_layers is not None:
             self.drop_layers = sorted(int(i) for i in self.drop_layers)
-        for name, choices in (("variant", ("published", "paper")), ("repair", (None, "linear", "magnitude"))):
+        for name, choices in (("variant", ("published", "paper")), ("repair", (None, "linear", "refit", "magnitude"))):
             if getattr(self, name) not in choices:
                 wanted = " or ".join(repr(choice) for choice in choices)
                 raise CutError(f"{name}={getattr(self, name)!r} is unknown; it may be {wanted}")

@@ -20,7 +20,7 @@ from .gguf import cut_gguf, gguf_layer_count, is_gguf
 from .loading import is_hub_id, load_base, load_config, resolve_base
 from .publish.declared import declared_by
 from .publish.licences import is_licence_file
-from .publish.lineage import Lineage, fingerprint, station
+from .publish.lineage import Lineage, fingerprint, station, weights_hash
 from .select import find_criterion, needs_model, select_layers
 from .select.spec import format_layers
 
@@ -48,7 +48,7 @@ class PruneRequest:
         protect_last (`int`, *optional*): So many layers at the end are never chosen.
         contiguous (`bool`, defaults to `False`): Whether the chosen layers must lie side by side.
         seed (`int`, defaults to 42): For criteria that draw.
-        repair (`str`, *optional*): `"linear"` or `"magnitude"`, see `LayerDropConfig`.
+        repair (`str`, *optional*): `"linear"`, `"refit"` or `"magnitude"`, see `LayerDropConfig`.
         calibration (`str`, defaults to `"self"`): The text that a criterion and the repair look at, see
             `LayerDropConfig`.
         calibration_samples (`int`, defaults to 128): So many rows of it.
@@ -171,6 +171,7 @@ def prune_to(request: PruneRequest) -> str:
                 fill(plan, folder, link=request.link, name=output.name)
                 commit = hub.commit if hub else None
                 if prepared is not None and prepared.repair is not None:
+                    _note_plain_cut(prepared, folder)
                     values = {(cut.new_index[i], name): v for (i, name), v in prepared.repair.tensors.items()}
                     changed = patch_layers(folder, len(cut.keep), values)
                     prepared.record["repair"]["changed_tensors"] = changed
@@ -266,6 +267,8 @@ def _model(
         prepared = prepare(_layer_drop_config(request, dropped), model)
     cut = drop_layers(model, dropped).cut
     if prepared is not None and prepared.repair is not None:
+        model.save_pretrained(folder)
+        _note_plain_cut(prepared, folder)
         stack = find_decoder_layers(model)
         prepared.repair.apply(stack.layers, cut.new_index)
         prepared.record["repair"]["changed_tensors"] = [
@@ -274,6 +277,11 @@ def _model(
     model.save_pretrained(folder)
     _save_tokenizer(request, folder)
     return getattr(model.config, "_commit_hash", None), prepared
+
+
+def _note_plain_cut(prepared: Prepared, folder: Path) -> None:
+    """Note what the weights were before their repair, so that the numbers of that cut can stand beside."""
+    prepared.record["repair"]["input_weights"] = weights_hash(fingerprint(folder))
 
 
 def _save_tokenizer(request: PruneRequest, folder: Path) -> None:

@@ -79,7 +79,8 @@ class CutArguments:
     protect_last: int | None = field(default=None, metadata={"help": "So many layers at the end are never chosen."})
     contiguous: bool = field(default=False, metadata={"help": "Whether they must lie side by side."})
     repair: str | None = field(
-        default=None, metadata={"help": "linear or magnitude.", "choices": ["linear", "magnitude"]}
+        default=None,
+        metadata={"help": "linear, refit or magnitude.", "choices": ["linear", "refit", "magnitude"]},
     )
     calibration: str = field(
         default="self", metadata={"help": "Text for criterion and repair; self for the model's own."}

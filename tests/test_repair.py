@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
 from hf_layerprune.calibration import CalibrationSet
 from hf_layerprune.cli import main
-from hf_layerprune.repair import NormalEquations, blocks, find_writers, fit_repair, outputs, solve_ridge
+from hf_layerprune.repair import FITTED, METHODS, NormalEquations, blocks, find_writers, fit_repair, solve_ridge
+from hf_layerprune.repair.writers import inputs, outputs
 from hf_layerprune.walk import LayerWalk
 
 from .tiny_models import LAYERS, tiny_input, tiny_model
@@ -98,11 +99,12 @@ def test_noise_is_not_fitted():
     assert fit.change.norm() < 0.2
 
 
+@pytest.mark.parametrize("method", FITTED)
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "granite", "opt"])
-def test_linear_repair_brings_the_states_behind_the_cut_closer(model_type):
+def test_a_fitted_repair_brings_the_states_behind_the_cut_closer(model_type, method):
     model = tiny_model(model_type)
     ids = calibration(model, samples=400)
-    repair = fit_repair(model, [3, 4], ids)
+    repair = fit_repair(model, [3, 4], ids, method)
     unseen = tiny_input(seed=9, batch=16, length=32)
     wanted = states(model, unseen)[5]
     plain, repaired = copy.deepcopy(model), copy.deepcopy(model)
@@ -133,6 +135,26 @@ def test_the_map_is_the_least_squares_map_and_nothing_else_changes():
     by_hand = torch.linalg.solve(gram + repair.cuts[0]["ridge"] * gram.diagonal().mean() * torch.eye(32), moment)
     expected = (torch.eye(32).double() + by_hand).T @ old
     assert (new - expected).norm() < 0.25 * (expected - old).norm()  # a fifth of the rows was held out
+
+
+def test_refit_is_the_least_squares_projection():
+    model = tiny_model("llama")
+    ids = calibration(model, samples=400)
+    repair = fit_repair(model, [3, 4], ids, "refit")
+    assert list(repair.tensors) == [(2, "mlp.down_proj.weight")]
+    assert repair.cuts[0]["unexplained_share"] < fit_repair(model, [3, 4], ids).cuts[0]["unexplained_share"]
+
+    entered = []
+    projection = model.model.layers[2].mlp.down_proj
+    with inputs(projection, entered.append), torch.no_grad():
+        model(ids.input_ids)
+    found = states(model, ids.input_ids)
+    x, z = entered[0].flatten(0, 1).double(), (found[5] - found[3]).flatten(0, 1).double()
+    gram = x.T @ x
+    ridge = repair.cuts[0]["ridge"] * gram.diagonal().mean() * torch.eye(len(gram))
+    by_hand = torch.linalg.solve(gram + ridge, x.T @ z).T
+    change = repair.tensors[2, "mlp.down_proj.weight"].double() - projection.weight.double()
+    assert (change - by_hand).norm() < 0.25 * by_hand.norm()  # a fifth of the rows was held out
 
 
 def test_behind_a_repaired_cut_the_next_one_sees_the_repaired_states():
@@ -204,6 +226,7 @@ def test_magnitude_has_nothing_to_do_at_the_tail(caplog):
     ("model_type", "drop", "method", "message"),
     [
         ("llama", [0, 1], "linear", "layer 0 is dropped"),
+        ("llama", [0, 1], "refit", "layer 0 is dropped"),
         ("gemma2", [3, 4], "linear", "nothing to fold its map into"),
         ("gemma2", [3, 4], "magnitude", "can't rescale layer 5"),
     ],
@@ -214,7 +237,7 @@ def test_what_cannot_be_repaired_is_refused(model_type, drop, method, message):
         fit_repair(model, drop, calibration(model), method=method)
 
 
-@pytest.mark.parametrize("method", ["linear", "magnitude"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tune_layers", [2, "cut"])
 def test_every_way_gives_the_same_repaired_model(base, tmp_path, method, tune_layers):
     """From a live model, from a folder, and on disk; as an adapter that was saved and read back; merged."""

@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, default=1, metavar="N", help="choose in N rounds, scored anew each time (1)"
     )
     parser.add_argument("--seed", type=int, default=42, help="for whatever is drawn: layers, rows, text (42)")
-    parser.add_argument("--repair", choices=("linear", "magnitude"), help="make up for the cut in closed form")
+    parser.add_argument(
+        "--repair", choices=("linear", "refit", "magnitude"), help="make up for the cut in closed form"
+    )
     options.add_calibration(parser)
     parser.add_argument(
         "--dtype", choices=options.DTYPES, default="auto", help="of the weights; auto keeps the base's"

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lengths", type=options.layers, metavar="L", help="score blocks of so many layers, such as 1-8 (those of D)"
     )
     parser.add_argument("--contiguous", action="store_true", help="drop layers that lie side by side")
-    parser.add_argument("--repair", choices=("linear", "magnitude"), help="what auto takes into account")
+    parser.add_argument("--repair", choices=("linear", "refit", "magnitude"), help="what auto takes into account")
     options.add_calibration(parser)
     parser.add_argument("--seed", type=int, default=42, help="for whatever is drawn: layers, rows, text (42)")
     parser.add_argument("--dtype", choices=options.DTYPES, default="auto", help="of the weights; auto: as they are")

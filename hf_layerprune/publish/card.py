@@ -174,7 +174,8 @@ def _context(card: Card) -> dict[str, Any]:
 def _gap(history: History) -> str:
     """What closed the gap that the dropped layers left, in words."""
     methods = [str(one.settings.get("method")) for one in history.stations if one.name == "repair"]
-    return {"linear": "a linear map", "magnitude": "a rescaling"}.get(methods[-1] if methods else "", "a repair")
+    words = {"linear": "a linear map", "refit": "a refitted projection", "magnitude": "a rescaling"}
+    return words.get(methods[-1] if methods else "", "a repair")
 
 
 def _means(results: Results | None) -> list[Markup]:

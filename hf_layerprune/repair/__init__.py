@@ -23,14 +23,27 @@ from ..families.layout import find_final_norm
 from ..walk import Batch, LayerWalk
 from .linear import Fit, NormalEquations, solve_ridge
 from .magnitude import SizeRatio, scaled_writers
-from .writers import Writer, find_writers, outputs
+from .writers import Writer, find_writers, inputs, outputs, swapped
 
 if TYPE_CHECKING:
     from ..calibration import CalibrationSet
 
-__all__ = ["METHODS", "Fit", "NormalEquations", "Repair", "Writer", "find_writers", "fit_repair", "solve_ridge"]
+__all__ = [
+    "FITTED",
+    "METHODS",
+    "Fit",
+    "NormalEquations",
+    "Repair",
+    "Writer",
+    "find_writers",
+    "fit_repair",
+    "solve_ridge",
+    "swapped",
+]
 
-METHODS = ("linear", "magnitude")
+# Those that change the projection in front of a cut, and so need a layer there.
+FITTED = ("linear", "refit")
+METHODS = (*FITTED, "magnitude")
 logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 32
@@ -42,7 +55,7 @@ class Repair:
     """New values for some weights of the layers that stay.
 
     Args:
-        method (`str`): `"linear"` or `"magnitude"`.
+        method (`str`): One of `METHODS`.
         tensors (`dict[tuple[int, str], torch.Tensor]`): By the layer's index in the base and the parameter's name in
             the layer, such as `(11, "mlp.down_proj.weight")`; in the dtype and shape of the old ones, on the CPU.
         cuts (`list[dict]`): What was fitted at each cut, for the record.
@@ -98,8 +111,9 @@ def fit_repair(
         drop_layers (`Sequence[int]`): The layers that are, or will be, dropped.
         calibration (`CalibrationSet`): Rows `[samples, seq]`; a fifth of them is held out to choose the ridge.
         method (`str`, defaults to `"linear"`): `"linear"`: the ridge map of ReplaceMe (arXiv:2505.02819, section 3),
-            folded into the output projection of the MLP in front of each cut. `"magnitude"`: the rescaling of
-            Prune&Comp (arXiv:2507.18212).
+            folded into the output projection of the MLP in front of each cut. `"refit"`: that projection itself, by
+            the same least squares from what enters it, which is wider than what leaves it and so explains more; it
+            wants more tokens than it has inputs. `"magnitude"`: the rescaling of Prune&Comp (arXiv:2507.18212).
 
     Returns:
         `Repair`: The new weights. [`~Repair.apply`] puts them in place.
@@ -110,14 +124,14 @@ def fit_repair(
     """
     walk = model if isinstance(model, LayerWalk) else LayerWalk(model)
     cuts = blocks(drop_layers)
-    if cuts and cuts[0][0] == 0 and method == "linear":
+    if cuts and cuts[0][0] == 0 and method in FITTED:
         raise CutError(
-            'repair="linear" changes the layer in front of a cut, and layer 0 is dropped; keep layer 0 '
+            f'repair="{method}" changes the layer in front of a cut, and layer 0 is dropped; keep layer 0 '
             '(protect_first=1), or use repair="magnitude"'
         )
     if method == "magnitude" and find_final_norm(walk.model, walk.stack) is None:
         raise CutError('repair="magnitude" needs a norm before the head, and this model has none; use repair="linear"')
-    fitter = _Linear(walk, cuts) if method == "linear" else _Magnitude(walk, cuts)
+    fitter = _Linear(walk, cuts, method) if method in FITTED else _Magnitude(walk, cuts)
     size = max(1, min(8, len(calibration.input_ids) // _HELD_OUT))
     if len(calibration.input_ids) < 2:
         raise CutError(
@@ -164,9 +178,19 @@ class _Fitter:
 
 
 class _Linear(_Fitter):
-    """Fits the map at each cut; from the first cut on, the repaired model's own states go along."""
+    """Fits what stands in for each block; from the first cut on, the repaired model's own states go along.
 
-    student: list[torch.Tensor] | None = None
+    Args:
+        walk (`LayerWalk`): The dense model.
+        cuts (`list[tuple[int, int]]`): Blocks of dropped layers.
+        method (`str`): `"linear"`, from what the projection gives, or `"refit"`, from what enters it.
+    """
+
+    def __init__(self, walk: LayerWalk, cuts: list[tuple[int, int]], method: str) -> None:
+        super().__init__(walk, cuts)
+        self.method = method
+        self.look = outputs if method == "linear" else inputs
+        self.student: list[torch.Tensor] | None = None
 
     def step(self, i: int, run: Any, batches: list[Batch], probe: Batch) -> None:
         if i in self.dropped:
@@ -178,36 +202,41 @@ class _Linear(_Fitter):
         writers = find_writers(self.walk.layers[i], run, probe)
         if not writers:
             raise CutError(
-                f'repair="linear" has nothing to fold its map into: no output projection of layer {i} writes into the '
-                "hidden states directly (a norm, or a mixture of experts, stands in between); use repair=None and tune "
-                'the layers beside the cut (tune_layers="cut")'
+                f'repair="{self.method}" has nothing to fold its map into: no output projection of layer {i} writes '
+                "into the hidden states directly (a norm, or a mixture of experts, stands in between); use "
+                'repair=None and tune the layers beside the cut (tune_layers="cut")'
             )
-        self.writer, self.features = writers[0], []
-        states = self.student if self.student is not None else [batch.hidden for batch in batches]
-        with outputs(self.writer.module, lambda output: self.features.append(output)):
-            self.student = [run(state, batch) for state, batch in zip(states, batches, strict=True)]
+        self.writer = writers[0]
+        # The layer is run again when the block has ended, so that nothing as wide as an MLP is kept for all rows.
+        if self.student is None:
+            self.student = [batch.hidden for batch in batches]
 
     def leave(self, first: int, end: int, batches: list[Batch]) -> None:
-        width = batches[0].hidden.shape[-1]
-        fitted, held_out = (NormalEquations(width, self.walk.device) for _ in range(2))
+        writer, features = self.writer, []
+        fitted = held_out = None
         judging = max(2, min(_HELD_OUT, len(batches)))
-        for number, (batch, state, feature) in enumerate(zip(batches, self.student, self.features, strict=True)):
-            sums = held_out if number % judging == judging - 1 else fitted
-            change = batch.hidden.float() - state.float()
-            sums.add(feature.view_as(state).float() * self.writer.gain, change)
+        with self.walk.layer(first - 1) as run, self.look(writer.module, features.append):
+            for number, (batch, entering) in enumerate(zip(batches, self.student, strict=True)):
+                state = run(entering, batch).float()
+                change, feature = batch.hidden.float() - state, features.pop()
+                feature = feature.view(*state.shape[:-1], feature.shape[-1]).float() * writer.gain
+                if fitted is None:
+                    sizes = feature.shape[-1], self.walk.device, state.shape[-1]
+                    fitted, held_out = NormalEquations(*sizes), NormalEquations(*sizes)
+                (held_out if number % judging == judging - 1 else fitted).add(feature, change)
         fit = solve_ridge(fitted, held_out)
-        identity = torch.eye(width, dtype=fit.change.dtype, device=fit.change.device)
-        for name, value in self.writer.folded(identity + fit.change).items():
-            self.tensors[first - 1, f"{self.writer.name}.{name}"] = value
-        self.student = [
-            (state.float() + self.writer.gain * (feature.view_as(state).float() @ fit.change.float())).to(state.dtype)
-            for state, feature in zip(self.student, self.features, strict=True)
-        ]
-        self.features = []
+        if self.method == "linear":
+            new = writer.folded(torch.eye(len(fit.change)).to(fit.change) + fit.change)
+        else:
+            new = writer.moved(fit.change)
+        new = {f"{writer.name}.{name}": value for name, value in new.items()}
+        self.tensors |= {(first - 1, name): value for name, value in new.items()}
+        with self.walk.layer(first - 1) as run, swapped(self.walk.layers[first - 1], new):
+            self.student = [run(state, batch) for state, batch in zip(self.student, batches, strict=True)]
         self.records.append(
             {
                 "layers": [first, end - 1],
-                "folded_into": f"{first - 1}.{self.writer.name}",
+                "folded_into": f"{first - 1}.{writer.name}",
                 "ridge": fit.strength if fit.strength != float("inf") else None,
                 "unexplained_share": round(fit.unexplained, 4),
                 "tokens": fitted.tokens,

@@ -1,4 +1,4 @@
-"""The linear map that stands in for a dropped block, and how it is fitted.
+"""What stands in for a dropped block, and how it is fitted: a linear map, or the projection in front of it anew.
 
 ReplaceMe (arXiv:2505.02819): let `Y + M` be the hidden states that enter the block, `M` the output of the last kept
 layer's MLP and `Y` all else, and `X` the hidden states that left the block in the dense model. The map `T` with
@@ -7,6 +7,9 @@ layer's MLP and `Y` all else, and `X` the hidden states that left the block in t
 With `T = I + D` the least-squares problem is `M D = X - (Y + M)`: `D` says what the block did. It is solved from
 normal equations that are summed batch by batch in float64, with a ridge on `D`, so that a stronger ridge leads back
 to the plain cut. The strength is the one that does best on rows that were held out.
+
+`M` is itself a product, `A W`, of what enters that projection and its weight, and `A` is wider than `M`: for `refit`
+the same problem is solved for a change of `W`, `A D = X - (Y + M)`, which a map behind `M` is a special case of.
 """
 
 from __future__ import annotations
@@ -22,16 +25,17 @@ class NormalEquations:
     """Sums for a least-squares problem `features @ D = change`.
 
     Args:
-        width (`int`): The hidden size.
+        width (`int`): How wide the features are.
         device (`torch.device`): Where to sum.
+        outputs (`int`, *optional*): How wide the change is; as wide as the features by default.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, device: torch.device | str = "cpu", outputs: int | None = None) -> None:
         device = torch.device(device)
         # Of the accelerators, Apple's knows no float64.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.gram = torch.zeros(width, width, dtype=dtype, device=device)
-        self.moment = torch.zeros(width, width, dtype=dtype, device=device)
+        self.moment = torch.zeros(width, outputs or width, dtype=dtype, device=device)
         self.total = torch.zeros((), dtype=dtype, device=device)
         self.tokens = 0
 
@@ -39,7 +43,7 @@ class NormalEquations:
         """Add tokens.
 
         Args:
-            features (`torch.Tensor`): `[..., hidden]`, what the map is applied to.
+            features (`torch.Tensor`): `[..., width]`, what the map is applied to.
             change (`torch.Tensor`): `[..., hidden]`, what it should give.
         """
         x, z = features.flatten(0, -2).to(self.gram), change.flatten(0, -2).to(self.gram)
@@ -64,7 +68,7 @@ class Fit:
     """A fitted map.
 
     Args:
-        change (`torch.Tensor`): `D`, `[hidden, hidden]`; the map is `I + D`.
+        change (`torch.Tensor`): `D`, `[width, hidden]`.
         strength (`float`): The ridge that was chosen, as a multiple of the mean squared feature.
         unexplained (`float`): The share of what the block did that the map does not explain, on held-out rows.
     """

@@ -8,7 +8,7 @@ simply fail the trial.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -54,6 +54,20 @@ class Writer:
             new["bias"] = self.module.bias.detach().double().cpu() @ matrix
         return {name: value.to(getattr(self.module, name).dtype).contiguous() for name, value in new.items()}
 
+    def moved(self, change: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The module's parameters with something added to its weight.
+
+        Args:
+            change (`torch.Tensor`): `[in, hidden]`: the new output is `output + input @ change`.
+
+        Returns:
+            `dict[str, torch.Tensor]`: By parameter name, on the CPU, in the dtype and shape of the module's own.
+        """
+        change = change.double().cpu()
+        weight = self.module.weight.detach()
+        new = weight.double().cpu() + (change if isinstance(self.module, Conv1D) else change.T)
+        return {"weight": new.to(weight.dtype).contiguous()}
+
 
 @contextmanager
 def outputs(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
@@ -68,6 +82,30 @@ def outputs(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | N
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def inputs(module: nn.Module, look: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Look at a module's input while the block runs."""
+    handle = module.register_forward_pre_hook(lambda module, args: look(args[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def swapped(layer: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Run a layer with other values for some of its parameters, by name, while the block runs."""
+    parameters = {name: layer.get_parameter(name) for name in values}
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = values[name].to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
 
 
 @torch.no_grad()

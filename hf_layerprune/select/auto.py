@@ -3,7 +3,7 @@
 What counts is how far the model that the cut leaves, repaired where a repair will follow, is from the dense one: KL of
 the next token, on text that nothing was fitted to. So that is what the short list is drawn up by as well, on few rows:
 
-1. Every block of the wanted length is tried on a few held-out rows. Where the linear repair will follow, one pass over
+1. Every block of the wanted length is tried on a few held-out rows. Where a fitted repair will follow, one pass over
    the other rows has fitted the map of every block before, and each block is tried with its map. All blocks advance
    through the model together, so this costs about as much as running the model once for each three blocks.
 2. If the layers need not lie side by side: the layers are also removed one after the other, each time the one whose
@@ -17,17 +17,16 @@ docs/experiments.md has the comparison.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..calibration import CalibrationSet, check_vocabulary
 from ..errors import CutError
-from ..repair import Repair, fit_repair
+from ..repair import FITTED, Repair, fit_repair, swapped
 from ..walk import LayerWalk
 from .passes import run_pass
 from .repairability import BlockFit, Repairability
@@ -86,7 +85,7 @@ def choose(
         count (`int`): How many layers go.
         free (`Collection[int]`): Which may.
         contiguous (`bool`, defaults to `False`): Whether they must lie side by side.
-        repair (`str`, *optional*): What will make up for them: `"linear"`, `"magnitude"` or nothing.
+        repair (`str`, *optional*): What will make up for them: `"linear"`, `"refit"`, `"magnitude"` or nothing.
 
     Returns:
         `Choice`: The layers, and why.
@@ -98,7 +97,7 @@ def choose(
     if len(calibration) < 4:
         raise CutError("criterion 'auto' holds a quarter of the calibration rows out; raise calibration_samples to 4")
     fitting, judging = calibration.split(HELD_OUT)
-    free = {i for i in free if i} if repair == "linear" else set(free)  # the map needs a layer in front
+    free = {i for i in free if i} if repair in FITTED else set(free)  # the map needs a layer in front
     blocks = [block for block in neighbours(range(walk.num_layers), count) if all(i in free for i in block)]
     looked_at: list[Scores] = []
     candidates: list[Candidate] = []
@@ -133,7 +132,7 @@ def _try_blocks(
 ) -> Scores:
     """KL of every block, on a few rows, with its map where the linear repair will follow."""
     fits: dict[tuple[int, ...], BlockFit] = {}
-    if repair == "linear":
+    if repair in FITTED:
         observer = Repairability("published", {len(blocks[0])}, keep=True)
         run_pass(walk, fitting, [observer])
         fits = observer.fits
@@ -175,7 +174,7 @@ def _judge(
         changes = {}
         if repair is not None:
             try:
-                changes = _changes(fit_repair(walk, candidate.drop, fitting, repair))
+                changes = changes_of(fit_repair(walk, candidate.drop, fitting, repair))
             except CutError:  # nothing to fold a map into in front of one of its cuts
                 candidates.remove(candidate)
                 continue
@@ -187,32 +186,17 @@ def _judge(
         candidate.outcome = outcome
 
 
-def _changes(repair: Repair) -> dict[int, Any]:
+def changes_of(repair: Repair) -> dict[int, Any]:
+    """What a repair does to the layers that it changes, as [`~trials.Cut`] takes it."""
     by_layer: dict[int, dict[str, torch.Tensor]] = {}
     for (index, name), value in repair.tensors.items():
         by_layer.setdefault(index, {})[name] = value
-    return {index: _swapped(values) for index, values in by_layer.items()}
-
-
-def _swapped(values: dict[str, torch.Tensor]) -> Any:
-    @contextmanager
-    def change(layer: nn.Module) -> Iterator[None]:
-        parameters = {name: layer.get_parameter(name) for name in values}
-        own = {name: parameter.data for name, parameter in parameters.items()}
-        try:
-            for name, parameter in parameters.items():
-                parameter.data = values[name].to(parameter.device, parameter.dtype)
-            yield
-        finally:
-            for name, parameter in parameters.items():
-                parameter.data = own[name]
-
-    return change
+    return {index: partial(swapped, values=values) for index, values in by_layer.items()}
 
 
 def _why(ranked: list[Candidate], repair: str | None, judging: CalibrationSet) -> str:
     best = ranked[0]
-    state = {None: "cut", "linear": "cut and linear repair", "magnitude": "cut and rescaling"}[repair]
+    state = f"cut and {repair} repair" if repair else "cut"
     found = f"layers {format_layers(best.drop)} ({best.found_by}): after the {state}, KL to the dense model is "
     found += f"{best.outcome.kl:.3g} nats on {len(judging)} held-out rows"
     if len(ranked) > 1:
