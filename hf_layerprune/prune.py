@@ -20,7 +20,7 @@ from .gguf import cut_gguf, gguf_layer_count, is_gguf
 from .loading import is_hub_id, load_base, load_config, resolve_base
 from .publish.declared import declared_by
 from .publish.licences import is_licence_file
-from .publish.lineage import Lineage, fingerprint, station, weights_hash
+from .publish.lineage import Lineage, fingerprint, passing_weights_hash, station
 from .select import find_criterion, needs_model, select_layers
 from .select.spec import format_layers
 
@@ -281,7 +281,7 @@ def _model(
 
 def _note_plain_cut(prepared: Prepared, folder: Path) -> None:
     """Note what the weights were before their repair, so that the numbers of that cut can stand beside."""
-    prepared.record["repair"]["input_weights"] = weights_hash(fingerprint(folder))
+    prepared.record["repair"]["input_weights"] = passing_weights_hash(folder)
 
 
 def _save_tokenizer(request: PruneRequest, folder: Path) -> None:

@@ -277,6 +277,20 @@ def test_numbers_of_earlier_stations_are_taken_over(base: Path, cut: Path, tasks
         measure(healed, tasks, tasks=("asked",), texts=(), history=(base,))
 
 
+@pytest.mark.parametrize("words", [[], ["--dtype", "bfloat16"]])
+def test_a_cut_stands_beside_its_repair(base: Path, tasks: Path, tmp_path: Path, words: list[str]) -> None:
+    """Both ways to a repaired model note the weights of the plain cut, though nobody ever sees them."""
+    plain, repaired = tmp_path / "plain", tmp_path / "repaired"
+    cut = ["--drop-layers", "3-4", *words]
+    small = ["--calibration-samples", "4", "--calibration-length", "32"]
+    assert main(["prune", str(base), str(plain), *cut]) == 0
+    assert main(["prune", str(base), str(repaired), *cut, "--repair", "linear", *small]) == 0
+    measure(plain, tasks, base=str(base), tasks=("asked",), texts=())
+    found = measure(repaired, tasks, base=str(base), tasks=("asked",), texts=(), history=(plain,))
+    assert sorted(one["role"] for one in found.models.values()) == ["cut", "dense", "repaired"]
+    found.check_belongs(repaired, Lineage.of(repaired))
+
+
 @pytest.mark.parametrize(
     ("entry", "role"),
     [

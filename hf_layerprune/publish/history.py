@@ -16,6 +16,8 @@ from .lineage import Lineage
 
 _LAYER = re.compile(r"(?P<before>.*?\b(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
 _MAX_LAYERS = 10_000
+# What a repair's record says besides how it was made.
+_NO_SETTINGS = ("changed_tensors", "changed_modules", "input_weights")
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ def _parts(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield str(entry.get("station")), entry
     repair = entry.get("repair")
     if isinstance(repair, dict):
-        settings = {name: value for name, value in repair.items() if not name.startswith("changed")}
+        settings = {name: value for name, value in repair.items() if name not in _NO_SETTINGS}
         yield "repair", {"settings": settings, "changed_tensors": repair.get("changed_tensors")}
 
 

@@ -70,8 +70,9 @@ class Lineage:
             raise CheckpointError(f"{path} is damaged ({error}); delete it to go on without the history") from error
 
     def known_weights(self) -> set[str]:
-        """The hashes of the base's weights and of what each station wrote, where it says so."""
-        known = {entry[key] for entry in self.entries for key in ("weights", "input_weights") if key in entry}
+        """The hashes of the base's weights and of what each station wrote or repaired, where it says so."""
+        parts = [part for entry in self.entries for part in (entry, entry.get("repair")) if isinstance(part, dict)]
+        known = {part[key] for part in parts for key in ("weights", "input_weights") if key in part}
         return known | ({weights_hash(self.base["files"])} if self.base.get("files") else set())
 
     def record(self, folder: Path, entry: dict[str, Any]) -> None:
@@ -164,6 +165,20 @@ def weights_hash(files: dict[str, dict[str, Any]]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def passing_weights_hash(folder: Path) -> str:
+    """The hash of a folder's weights that are about to be changed in place.
+
+    Args:
+        folder (`Path`): A model folder.
+
+    Returns:
+        `str`: As `weights_hash` gives it. It isn't remembered by the file's time of change, which may not move
+            between this reading and the change.
+    """
+    paths = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS)
+    return weights_hash({path.name: {"sha256": _read_hash(path)} for path in paths})
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file. It is read once as long as it does not change."""
     blob = path.resolve()
@@ -174,5 +189,9 @@ def sha256_of(path: Path) -> str:
 
 @lru_cache(maxsize=1024)
 def _hashed(path: Path, state: FileState) -> str:
+    return _read_hash(path)
+
+
+def _read_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
