@@ -146,7 +146,7 @@ def test_history_says_what_was_done(healed: tuple[Path, str]) -> None:
 
 
 def test_two_processes_learn_what_one_does(base: Path, healed: tuple[Path, str], tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")  # on a port that is free
     log = launch(base, tmp_path / "run", *launcher, per_device_train_batch_size=2)
     assert losses(log) == pytest.approx(losses(healed[1]), rel=1e-3)  # as printed, in four digits
     mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "run", healed[0]))
