@@ -47,10 +47,13 @@ def lineage_of(roles: tuple[str, ...] = ROLES, **base: Any) -> Lineage:
     if "healed" in roles:
         entries.append({
             "station": "heal", "date": "2026-11-24T11:00:00+00:00", "versions": VERSIONS, "seconds": 960,
-            "settings": {"method": "cut", "loss": "kd", "learning_rate": 2e-4, "epochs": 2},
+            "settings": {"method": "cut", "loss": "kd", "learning_rate": 2e-4, "lr_scheduler_type": "cosine",
+                         "num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+                         "world_size": 1, "max_length": 256, "weight_decay": 0.0, "seed": 42},
             "data": [{"name": "alpaca_en_demo.json", "rows": 999, "tokens": 68_000, "sha256": "e" * 64,
                       "license": "cc-by-nc-4.0"}],
-            "command": "accelerate launch recipes/sft_tail.py --config recipes/configs/smollm2.yaml",
+            "command": "accelerate launch recipes/sft_tail.py --model_name_or_path repaired --method cut --loss kd "
+                       "--dataset_name alpaca_en_demo.json --output_dir healed",
             "changed_tensors": [f"model.layers.{i}.mlp.down_proj.weight" for i in (10, 11, 12)],
             "input_weights": prune["weights"], "weights": "d" * 64,
         })  # fmt: skip

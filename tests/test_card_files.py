@@ -47,7 +47,7 @@ def test_card_of_a_pruned_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "wrote assets/layers.png, README.md" in capsys.readouterr().out
     fields, body = front_matter((out / "README.md").read_text())
     assert (fields["license"], fields["language"]) == ("mit", ["en", "no"])
-    assert "without 2 of its 8 decoder layers" in body
+    assert "without layers 6-7: 6 of 8 decoder layers are left" in body
     assert str(tmp_path) not in (out / "README.md").read_text()
     assert main(["card", str(out)]) == 0
     assert "is as it should be" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shlex
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -19,6 +20,7 @@ from hf_layerprune.measure.records import Metrics
 from hf_layerprune.publish import metadata, regions
 from hf_layerprune.publish.card import Card
 from hf_layerprune.publish.declared import front_matter
+from hf_layerprune.publish.history import read_history
 from hf_layerprune.publish.lineage import Lineage
 from hf_layerprune.publish.numbers import MINUS, TIMES
 
@@ -74,10 +76,10 @@ def test_the_hub_client_reads_the_yaml() -> None:
 def test_only_what_was_measured(roles: tuple[str, ...]) -> None:
     lineage = lineage_of(roles)
     text = Card.of(lineage, metrics_of(lineage, roles)).render()
-    (head,) = {line for line in text.splitlines() if line.startswith("| ") and "n |" in line and "guessing" in line}
-    shown = [cell.strip().removesuffix(" (this)") for cell in head.strip("|").split("|")]
-    assert shown == ["", "n", "guessing", *roles]
-    assert "(this)" in head
+    (head,) = {line for line in text.splitlines() if line.startswith("| ") and "chance | n |" in line}
+    shown = [cell.strip().removesuffix("<br><sub>this\u00a0model</sub>") for cell in head.strip("|").split("|")]
+    assert shown == ["", *roles, "chance", "n"]
+    assert "this\u00a0model" in head
     assert not re.search(r"N/A|\bNone\b|\bnan\b|\binf\b", text)
     if len(roles) == 1:
         assert "assets/accuracy.png" not in text
@@ -128,12 +130,57 @@ def test_a_base_on_somebodys_disk_is_named_by_its_last_part() -> None:
     assert Card.of(lineage).metadata["base_model"] == BASE
 
 
+def test_the_commands_fit_together() -> None:
+    """Each takes the folder that the one before it writes, and none is wider than a page."""
+    lineage = lineage_of()
+    commands = read_history(lineage).commands()
+    words = [shlex.split(command.replace("\\\n", "")) for command in commands]
+    assert [line[:2] for line in words] == [["hf-layerprune", "prune"], ["accelerate", "launch"]]
+    assert words[0][2] == BASE
+    assert words[0][3] == words[1][words[1].index("--model_name_or_path") + 1] == "repaired"
+    assert words[0][-2:] == ["--revision", lineage.base["commit"]]
+    assert max(map(len, "\n".join(commands).splitlines())) <= 82
+    # A recipe that is given the base prunes it, too.
+    lineage.entries[1]["command"] = (
+        f"accelerate launch recipes/sft_tail.py --model_name_or_path {BASE} --drop_layers 12-18"
+    )
+    assert [command.split()[0] for command in read_history(lineage).commands()] == ["accelerate"]
+    # Pruned twice, of a copy of the base; and of a file with other weights than the Hub's.
+    lineage = lineage_of(("dense", "cut"), id="copy", commit=None, hub_id=BASE)
+    again = deepcopy(lineage.entries[0])
+    again |= {"layers": {"base": 23, "left": 22}, "settings": {"drop_layers": [3]}}
+    lineage.entries.append(again)
+    assert [command.split()[2:4] for command in read_history(lineage).commands()] == [
+        [BASE, "pruned"],
+        ["pruned", "pruned-again"],
+    ]
+    lineage.base["id"] = "model.gguf"
+    assert read_history(lineage).commands()[0].split()[2] == "model.gguf"
+
+
+def test_the_base_is_named_as_it_was_read() -> None:
+    def provenance(**base: Any) -> str:
+        text = Card.of(lineage_of(("dense", "cut", "repaired"), **base)).render()
+        return text.partition("## Check it")[2].partition("## Licence")[0]
+
+    assert f"The base is `{BASE}` at commit `7e27bd9f9532`;" in provenance()
+    assert f"The base is a local copy of `{BASE}`;" in provenance(id="dense", commit=None, hub_id=BASE)
+    assert "The base is `dense`;" in provenance(id="dense", commit=None)
+    unpacked = "The base is `model.Q4_1.gguf`, unpacked to bfloat16;"
+    assert unpacked in provenance(id="model.Q4_1.gguf", commit=None, hub_id=BASE)
+
+
+def test_versions_are_those_of_the_last_station() -> None:
+    for roles in (("dense", "cut"), ("dense", "cut", "repaired"), ROLES):
+        assert "\npython 3.11.7, hf-layerprune 0.1.0," in Card.of(lineage_of(roles)).render()
+
+
 def test_limits_come_from_the_numbers() -> None:
     lineage = lineage_of(("dense", "cut"))
     metrics = metrics_of(lineage, ("dense", "cut"))
     limits = Card.of(lineage, metrics).render().partition("## Limits")[2].partition("##")[0]
     assert (
-        "**PIQA**: normalised accuracy fell by 15.0 ± 3.1 points, to 52.0 %, which can't be told from guessing (50.0 %)"
+        "**PIQA**: normalised accuracy fell by 15.0 ± 3.1 points, to 52.0 %, which can't be told from chance (50.0 %)"
         in limits
     )
     assert "**ARC-Easy**: normalised accuracy fell by 17.0 ± 3.1 points, to 30.5 %" in limits

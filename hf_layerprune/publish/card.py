@@ -31,7 +31,7 @@ from .results import COST, QUALITY, Results, results_of
 
 TEMPLATE = "model_card.md.jinja"
 # Another number has every picture drawn anew.
-_DRAWING = 1
+_DRAWING = 2
 _MAX_DATASETS = 50
 _MAX_SETTINGS = 60
 
@@ -158,14 +158,15 @@ def _context(card: Card) -> dict[str, Any]:
         "cost": results.table(COST) if results else [],
         "means": _means(results),
         "noise": any(cell.noise for row in results.rows for cell in row.cells.values()) if results else False,
+        "chances": any(row.chance for row in results.table(QUALITY)) if results else False,
         "gap": _gap(history),
         "trained": [station for station in history.stations if station.data],
         "versions": _versions(history),
         "limits": limits(results),
         "pictures": card.pictures,
-        "dropped": format_layers(history.dropped),
+        "dropped": format_layers(history.dropped).replace(",", ", "),
         "done": [station.name for station in history.stations],
-        "method": METHOD,
+        "papers": [reference.bibtex() for reference in (METHOD, *card.references)],
         "measured_with": _measured_with(results),
         "model_id": card.repo_id or f"path/to/{card.name}",
     }
@@ -188,7 +189,7 @@ def _means(results: Results | None) -> list[Markup]:
 
 
 def _versions(history: History) -> str:
-    found = history.stations[-1].entry.get("versions") if history.stations else None
+    found = history.lineage.entries[-1].get("versions") if history.lineage.entries else None
     return ", ".join(f"{name} {number}" for name, number in found.items()) if isinstance(found, dict) else ""
 
 
@@ -257,7 +258,7 @@ def _environment() -> jinja2.Environment:
         "with_error": _with_error,
         "results_table": tables.results_table,
         "data_table": tables.data_table,
-        "settings_table": tables.settings_table,
+        "training_table": tables.training_table,
     }
     return environment
 
@@ -269,4 +270,5 @@ def _region(name: str, caller: Callable[[], str]) -> Markup:
 
 def _with_error(value: float, stderr: float | None) -> Markup:
     text = numbers.percent(value)
-    return Markup(numbers.with_error(text, value, stderr, share=True) if stderr else text)
+    text = numbers.with_error(text, value, stderr, share=True) if stderr else text
+    return Markup(text.replace(" ", "\u00a0"))

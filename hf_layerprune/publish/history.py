@@ -16,6 +16,7 @@ from .lineage import Lineage
 
 _LAYER = re.compile(r"(?P<before>.*?\b(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
 _MAX_LAYERS = 10_000
+_LINE = 80
 # What a repair's record says besides how it was made.
 _NO_SETTINGS = ("changed_tensors", "changed_modules", "input_weights")
 
@@ -121,18 +122,39 @@ class History:
         return found
 
     def commands(self) -> list[str]:
-        """The commands that make the model again, one a station that says so."""
-        return [command for station in self.stations if (command := self._command(station))]
+        """The commands that make the model again, one a station that says so, each calling a folder what the next
+        one calls it.
+        """
+        found, source = [], None
+        for number, station in enumerate(self.stations):
+            told = station.entry.get("command")
+            if isinstance(told, str) and told.strip():
+                found.append(_folded(_split(told)))
+            elif station.name == "prune" and station.settings.get("drop_layers"):
+                output = self._taken_up(number) or ("pruned" if source is None else f"{source}-again")
+                if output not in self._names:  # a recipe that begins with the base prunes it, too
+                    found.append(_folded(self._prune(station, source, output)))
+                source = output
+        return found
 
-    def _command(self, station: Station) -> str | None:
-        told = station.entry.get("command")
-        if isinstance(told, str) and told.strip():
-            return told.strip()
-        if station.name != "prune" or not station.settings.get("drop_layers"):
-            return None
-        first = station is self.stations[0]
+    @property
+    def _names(self) -> set[str | None]:
+        """How the base may be called."""
+        return {self.base_id, self.base_on_hub}
+
+    def _taken_up(self, number: int) -> str | None:
+        """What the command that follows a station calls the model that it is given."""
+        for station in self.stations[number + 1 :]:
+            words = _split(str(station.entry.get("command") or ""))
+            if "--model_name_or_path" in words[:-1]:
+                return words[words.index("--model_name_or_path") + 1]
+        return None
+
+    def _prune(self, station: Station, source: str | None, output: str) -> list[str]:
         settings, base = station.settings, self.lineage.base
-        words = ["hf-layerprune", "prune", self.base_id if first else "previous", "pruned"]
+        # Whoever has no copy of the base takes it from the Hub; a GGUF file is other weights than those there.
+        start = self.base_id if self.from_gguf or not self.base_on_hub else self.base_on_hub
+        words = ["hf-layerprune", "prune", source or start, output]
         words += ["--drop-layers", format_layers(settings["drop_layers"])]
         if settings.get("dtype", "auto") != "auto":
             words += ["--dtype", str(settings["dtype"])]
@@ -140,9 +162,29 @@ class History:
             words += ["--repair", str(settings["repair"]), *_calibration_words(station.entry.get("calibration"))]
         if settings.get("form") == "adapter":
             words.append("--adapter")
-        if first and base.get("commit"):
+        if source is None and base.get("commit"):
             words += ["--revision", str(base["commit"])]
-        return shlex.join(words)
+        return words
+
+
+def _split(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError:  # a quote without its other half
+        return command.split()
+
+
+def _folded(words: list[str]) -> str:
+    """A command on lines that a page shows whole, each but the last ending in a backslash."""
+    lines = [""]
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        text = shlex.quote(word)
+        option = word.startswith("--")
+        room = _LINE - (len(shlex.quote(after)) + 1 if option and not after.startswith("--") else 0)
+        if option and len(lines[-1]) + len(text) + 1 > room:
+            lines.append("    ")
+        lines[-1] += text if not lines[-1].strip() else f" {text}"
+    return " \\\n".join(lines)
 
 
 def _calibration_words(record: Any) -> list[str]:

@@ -45,20 +45,20 @@ def _accuracy(rows: list[Row], own: str) -> Iterator[Markup]:
         if cell.noise:
             same.append(task)
         elif cell.change.startswith(numbers.MINUS):
-            guess = _is_guessing(cell)
-            end = f", which can't be told from guessing ({row.chance} %)" if guess else ""
+            chance = _is_chance(cell)
+            end = f", which can't be told from chance ({row.chance} %)" if chance else ""
             yield Markup(
                 f"**{task}**: {prose(row.metric)} fell by {cell.change.lstrip(numbers.MINUS)} points, to "
                 f"{cell.value.partition(' ')[0]} %{end}."
             )
     if same:
         yield Markup(
-            f"On {_listed(same)} no difference could be told from chance at this number of questions. "
+            f"On {_listed(same)} no difference could be told from noise at this number of questions. "
             "That is not the same as none."
         )
 
 
-def _is_guessing(cell: Cell) -> bool:
+def _is_chance(cell: Cell) -> bool:
     record = cell.record
     if "chance" not in record or not record.get("stderr"):
         return False

@@ -11,8 +11,8 @@ from .history import History
 from .results import Column, Results, Row
 from .style import CYCLE, FAINT, INK, ROLE_COLOURS, ROLE_MARKERS, draw, grid
 
-# Tiles a row of the layer map: a row of so many is as wide as a card's column.
-_ROW = 32
+# At most so many tiles in a row of the layer map: their numbers can be read on a phone.
+_ROW = 16
 _DARK = "#0b0f19"
 _LIGHT = "#ffffff"
 
@@ -29,7 +29,7 @@ def layer_map(history: History, path: Path) -> None:
     n, kept = history.num_base_layers, set(history.kept)
     repaired, healed = history.layers_changed("repair"), history.layers_changed("heal")
     rows = -(-n // _ROW)
-    columns = min(n, _ROW)
+    columns = -(-n // rows)
     shown: list[str] = []
 
     def style(i: int) -> tuple[str, str, str, str]:
@@ -42,9 +42,9 @@ def layer_map(history: History, path: Path) -> None:
             return "repaired", ROLE_COLOURS["repaired"], "none", _LIGHT
         return "dense", ROLE_COLOURS["dense"], "none", _LIGHT
 
-    with draw(path, width=7.2, height=0.4 + 0.42 * rows) as (figure, axes):
+    with draw(path, width=7.2, height=0.4 + 0.4 * rows) as (figure, axes):
         for i in range(n):
-            x, y = i % _ROW, -1.5 * (i // _ROW)
+            x, y = i % columns, -1.32 * (i // columns)
             kind, fill, edge, ink = style(i)
             shown += [kind] if kind not in shown else []
             box = FancyBboxPatch(
@@ -52,7 +52,7 @@ def layer_map(history: History, path: Path) -> None:
                 linewidth=1.2, linestyle=(0, (2, 1.4)) if kind == "cut" else "-",
             )  # fmt: skip
             axes.add_patch(box)
-            axes.text(x + 0.5, y + 0.53, str(i), ha="center", va="center", fontsize=8, color=ink)
+            axes.text(x + 0.5, y + 0.53, str(i), ha="center", va="center", fontsize=10, color=ink)
         counts = {
             "dense": f"kept as it was ({len(kept - healed - repaired)})",
             "cut": f"dropped ({n - len(kept)})",
@@ -70,13 +70,13 @@ def layer_map(history: History, path: Path) -> None:
             handles=handles, loc="outside lower left", ncols=len(handles), handlelength=1.1, handletextpad=0.5,
             columnspacing=1.8, borderaxespad=0.2,
         )  # fmt: skip
-        axes.set_xlim(-0.05, max(columns, 16) + 0.05)
-        axes.set_ylim(-1.5 * (rows - 1) - 0.08, 1.2)
+        axes.set_xlim(-0.05, max(columns, 12) + 0.05)
+        axes.set_ylim(-1.32 * (rows - 1) - 0.08, 1.2)
         axes.axis("off")
 
 
 def accuracy(results: Results, rows: Sequence[Row], path: Path) -> None:
-    """Draw the accuracies of all stages with their standard errors, one line a task, and what guessing gets.
+    """Draw the accuracies of all stages with their standard errors, one line a task, and what chance gets.
 
     Args:
         results (`Results`): What was measured.
@@ -101,7 +101,7 @@ def accuracy(results: Results, rows: Sequence[Row], path: Path) -> None:
                 axes.plot([100 * chance] * 2, [position - 0.42, position + 0.42], color=INK, lw=1.2, ls=(0, (1, 1.5)))
                 if position == 0:
                     axes.annotate(
-                        "guessing", (100 * chance, position - 0.46), ha="center", va="bottom", fontsize=8, color=INK
+                        "chance", (100 * chance, position - 0.46), ha="center", va="bottom", fontsize=8, color=INK
                     )
         axes.set_yticks(range(len(rows)), [row.task for row in rows])
         axes.set_ylim(len(rows) - 0.45, -0.75)
@@ -133,12 +133,12 @@ def tradeoff(results: Results, speed: Row, path: Path) -> None:
                 x, y, xerr=[[max(0, x - low)], [max(0, high - x)]], yerr=100 * (stderr or 0), **_mark(column.role)
             )
             axes.annotate(
-                f"{column.role}, {column.layers} layers", (max(x, high), y), xytext=(7, 0),
-                textcoords="offset points", fontsize=9, color=ROLE_COLOURS[column.role], va="center",
+                f"{column.role}, {column.layers} layers", (x, y), xytext=(6, 5),
+                textcoords="offset points", fontsize=9, color=ROLE_COLOURS[column.role],
             )  # fmt: skip
         axes.set_xlabel("tokens a second, one sequence")
         axes.set_ylabel("mean accuracy, %")
-        axes.margins(x=0.25, y=0.2)
+        axes.margins(x=0.2, y=0.2)
         grid(axes, "both")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -21,7 +22,13 @@ class Reference:
     year: int
     arxiv: str
 
-    def bibtex(self, key: str) -> str:
+    @property
+    def key(self) -> str:
+        """What a bibliography calls it: `lu2024reassessing`."""
+        words = [word for word in re.findall(r"\w+", self.title.lower()) if word not in ("a", "an", "the")]
+        return f"{self.authors.partition(',')[0].lower()}{self.year}{words[0]}"
+
+    def bibtex(self) -> str:
         """An entry for a bibliography."""
         fields = {
             "title": self.title,
@@ -32,7 +39,7 @@ class Reference:
         }
         width = max(map(len, fields))
         lines = [f"  {name:<{width}} = {{{value}}}," for name, value in fields.items()]
-        return "\n".join([f"@misc{{{key},", *lines, "}"])
+        return "\n".join([f"@misc{{{self.key},", *lines, "}"])
 
 
 METHOD = Reference(

@@ -37,7 +37,7 @@ ROLE_COLOURS = {
     "healed": "#12a583",
     "model": "#c15bb0",
 }
-ROLE_MARKERS = {"dense": "s", "cut": "X", "repaired": "D", "healed": "o", "model": "^"}
+ROLE_MARKERS = {"dense": "s", "cut": "v", "repaired": "D", "healed": "o", "model": "^"}
 # For series that are no roles, such as criteria.
 CYCLE = ("#2b73d1", "#d55e00", "#12a583", "#c15bb0", "#656b78")
 # A picture that is heavier than this has too many points for its size.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from markupsafe import Markup
@@ -12,6 +13,15 @@ from . import numbers
 from .escape import code, hub_link, prose
 from .history import Station
 from .results import Column, Results, Row
+
+_NBSP = "\u00a0"
+# What a reader wants to know of a training run first.
+_TRAINING = {
+    "method": "what is trained", "loss": "loss", "kd_direction": "direction of the divergence",
+    "learning_rate": "learning rate", "lr_scheduler_type": "schedule", "optim": "optimiser",
+    "num_train_epochs": "epochs", "max_steps": "steps", "rows_a_step": "rows a step",
+    "max_length": "tokens a row, at most", "seed": "seed",
+}  # fmt: skip
 
 
 def table(header: Sequence[Any], align: str, rows: Sequence[Sequence[Any]]) -> Markup:
@@ -39,15 +49,17 @@ def table(header: Sequence[Any], align: str, rows: Sequence[Sequence[Any]]) -> M
 def results_table(rows: Sequence[Row], results: Results) -> Markup:
     """One line a number, one column a stage, and below each number how far it is from the dense model's."""
     columns = results.columns
-    header = ["", "n", "guessing", *(f"{one.role} (this)" if one.own else one.role for one in columns)]
+    # The values come first: a phone shows two or three columns of a table, and the rest on demand.
+    roles = [Markup(f"{prose(one.role)}<br><sub>this{_NBSP}model</sub>" if one.own else one.role) for one in columns]
+    header = ["", *roles, "chance", "n"]
     lines = []
     for row in rows:
-        name = f"{prose(row.metric)} {row.better}"
+        name = f"{prose(row.metric)}{_NBSP}{row.better}"
         if row.task:
-            name = f"**{prose(row.task)}** {row.better}<br><sub>{prose(row.metric)}</sub>"
+            name = f"**{prose(row.task)}**{_NBSP}{row.better}<br><sub>{prose(row.metric)}</sub>"
         samples = f"{row.samples:,}" if row.samples else ""
-        lines.append([Markup(name), samples, row.chance, *(_cell(row, one) for one in columns)])
-    return table(header, "lrr" + "r" * len(columns), lines)
+        lines.append([Markup(name), *(_cell(row, one) for one in columns), row.chance, samples])
+    return table(header, "l" + "r" * (len(columns) + 2), lines)
 
 
 def _cell(row: Row, column: Column) -> Markup:
@@ -55,7 +67,7 @@ def _cell(row: Row, column: Column) -> Markup:
     if cell is None:
         return Markup("")
     # Numbers of ours, not text of others; never broken across lines.
-    value, change = (text.replace(" ", "\u00a0") for text in (cell.value, cell.change))
+    value, change = (text.replace(" ", _NBSP) for text in (cell.value, cell.change))
     value = f"**{value}**" if column.own else value
     if not change:
         return Markup(value)
@@ -90,10 +102,14 @@ def _use(station: Station) -> str:
     return " and ".join(words for name, words in uses.items() if station.entry.get(name)) or station.name
 
 
-def settings_table(station: Station) -> Markup:
-    """What a station was told, one line a setting."""
-    rows = [[code(name), code(value)] for name, value in station.settings.items() if value not in (None, "", [])]
-    return table([station.name, ""], "ll", rows[:60])
+def training_table(station: Station) -> Markup:
+    """The settings of a training run that say most of it; all of them are in the list of settings."""
+    told = station.settings
+    each = [told.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")]
+    if all(isinstance(number, int) for number in each):
+        told = told | {"rows_a_step": prod(each)}
+    rows = [[words, code(told[name])] for name, words in _TRAINING.items() if told.get(name) not in (None, "", [], -1)]
+    return table([station.name, ""], "ll", rows)
 
 
 def station_line(station: Station) -> Markup:
