@@ -158,18 +158,22 @@ def test_two_processes_learn_what_one_does(base: Path, healed: tuple[Path, str],
 
 
 def test_killed_and_resumed_is_as_if_nothing_had_been(base: Path, healed: tuple[Path, str], tmp_path: Path) -> None:
-    output = tmp_path / "run"
+    """Killed while it writes a checkpoint: it goes on from the one before."""
+    output, half = tmp_path / "run", tmp_path / "run" / "checkpoint-8"
     command = [sys.executable, str(RECIPE), *words(base, output, save_steps=4, save_strategy="steps")]
     running = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 800
-    while not (output / "checkpoint-8" / "trainer_state.json").exists():
+    while not half.exists():
         assert running.poll() is None, running.stdout.read().decode()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.001)
     running.send_signal(signal.SIGKILL)
     running.communicate()
     assert not (output / "model").exists()
-    launch(base, output, save_steps=4, save_strategy="steps", resume_from_checkpoint="true")
+    (half / "trainer_state.json").write_text("")  # wherever in the writing the kill came
+    log = launch(base, output, save_steps=4, save_strategy="steps", resume_from_checkpoint="true")
+    assert f"{half} is not whole and is passed over" in log
+    assert len(losses(log)) == 12  # of the 16 steps
     mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (output, healed[0]))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())

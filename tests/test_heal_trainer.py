@@ -18,7 +18,7 @@ from hf_layerprune.errors import CheckpointError, LayerPruneError
 from hf_layerprune.families import Cut
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.methods import parse_method
-from hf_layerprune.heal.trainer import HealTrainer, TrainingStopped
+from hf_layerprune.heal.trainer import HealTrainer, TrainingStopped, last_checkpoint
 
 from .heal_makers import dense_and_pruned, rows, word_tokenizer
 from .tiny_models import EAGER
@@ -398,6 +398,16 @@ def test_resuming_without_a_checkpoint_starts(llama: Bench, tmp_path: Path) -> N
     trainer = llama.trainer(output_dir=str(tmp_path))
     trainer.train(resume_from_checkpoint=True)
     assert len(losses(trainer)) == 6
+
+
+def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert last_checkpoint(tmp_path / "nothing") is None
+    for name, state in (("8", "{}"), ("12", None), ("16", '{"global_'), ("9-old", "{}"), ("x1", "{}")):
+        (tmp_path / f"checkpoint-{name}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+    assert [record.message.partition(" ")[0][-3:] for record in caplog.records] == ["-16", "-12"]
 
 
 def test_checkpoint_is_an_adapter_of_the_base(llama: Bench, tmp_path: Path) -> None:

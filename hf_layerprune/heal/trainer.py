@@ -8,9 +8,11 @@ else is TRL's and transformers': rows, packing, optimizers, checkpoints, resumin
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import math
 import random
+import re
 import shutil
 import types
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from transformers.modeling_outputs import ModelOutput
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import LayerPruneError
 from .config import HealConfig
@@ -46,6 +48,26 @@ class _HealOutput(ModelOutput):
     ce: torch.Tensor | None = None
     kd: torch.Tensor | None = None
     correct: torch.Tensor | None = None
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint; one that was being written when its run was killed is passed over.
+
+    Args:
+        folder (`str` or `Path`): The output folder of a run.
+
+    Returns:
+        `str` or `None`: Its folder.
+    """
+    named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*"))
+    for _, path in sorted(((int(match[1]), path) for match, path in named if match), reverse=True):
+        try:  # transformers writes this file last
+            json.loads((path / TRAINER_STATE_NAME).read_text())
+        except (OSError, ValueError):
+            logger.warning("%s is not whole and is passed over", path)
+        else:
+            return str(path)
+    return None
 
 
 class HealTrainer(SFTTrainer):
@@ -200,8 +222,8 @@ class HealTrainer(SFTTrainer):
         """Train; see [`~transformers.Trainer.train`].
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint to go on from; `True` for the last one in
-                the output folder, where there is one.
+            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint to go on from; `True` for the last whole
+                one in the output folder, where there is one.
             kwargs: Passed on.
 
         Returns:
@@ -213,9 +235,10 @@ class HealTrainer(SFTTrainer):
         """
         if str(resume_from_checkpoint).lower() in ("true", "false"):  # from a command line
             resume_from_checkpoint = str(resume_from_checkpoint).lower() == "true"
-        if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir) is None:
-            logger.info("no checkpoint in %s yet: training starts from the beginning", self.args.output_dir)
-            resume_from_checkpoint = None
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                logger.info("no checkpoint in %s yet: training starts from the beginning", self.args.output_dir)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._found = precompute(self, self._teacher_model)
         self.data_collator.found = self._found
@@ -252,7 +275,7 @@ class HealTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
 
     def _way_back(self) -> str:
-        last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        last = last_checkpoint(self.args.output_dir)
         kept = f"{last} is the last good checkpoint" if last else "no checkpoint was saved before"
         return f"{kept}; try a smaller learning rate than {self.args.learning_rate:g}, or look at the data"
 
