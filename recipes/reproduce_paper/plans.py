@@ -1,0 +1,377 @@
+"""From a row's YAML file to what has to be done for it. Nothing here imports torch.
+
+rows = read_rows()                                        # by name, such as table1/llama-taylor
+plan = make_plan(rows["table1/llama-taylor"], Options())  # what is pruned, trained and measured, in full
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_layerprune.errors import LayerPruneError
+from hf_layerprune.measure.tasks import PAPER
+from hf_layerprune.select.registry import CRITERIA
+
+HERE = Path(__file__).parent
+ROWS = HERE / "rows"
+CONFIGS = HERE.parent / "configs"
+# What of a file of recipes/configs is said by the row instead.
+_BY_THE_ROW = ("model_name_or_path", "drop", "criterion", "datasets", "test_split_size", "output_dir")
+# Numbers of the paper that a row can hold, besides those by task.
+FIGURES = ("mean", "wikitext2", "ptb", "trainable_millions", "memory_gb", "seconds")
+
+
+class UsageError(LayerPruneError):
+    """Words that make no sense."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table of the paper.
+
+    Args:
+        name (`str`): Its file below `rows/`, without `.yaml`.
+        model (`str`): One of `models` in `defaults.yaml`.
+        method (`str`): One of `methods`.
+        paper (`dict[str, Any]`): The paper's numbers: those of `FIGURES`, `tasks` by name, and `removed` layers.
+        criterion (`str`, *optional*): How layers are chosen; none where nothing is dropped.
+        drop (`float`, *optional*): Which share of the layers, in place of that in `defaults.yaml`.
+        per_step (`int`, *optional*): So many layers a step, with training after each; all at once by default.
+        calibration_samples (`int`, *optional*): In place of that in `defaults.yaml`.
+        data (`str`, defaults to `"alpaca"`): One of `data`.
+        texts (`tuple[str, ...]`): Texts on which perplexity is measured.
+        corrected (`dict[str, float]`): Numbers of the paper that are known to be wrong, put right.
+        notes (`str`): What else a reader should know.
+    """
+
+    name: str
+    model: str
+    method: str
+    paper: dict[str, Any]
+    criterion: str | None = None
+    drop: float | None = None
+    per_step: int | None = None
+    calibration_samples: int | None = None
+    data: str = "alpaca"
+    texts: tuple[str, ...] = ()
+    corrected: dict[str, float] = field(default_factory=dict)
+    notes: str = ""
+
+    def figures(self) -> dict[str, float]:
+        """The paper's numbers by name, those of tasks among them, put right where one is known to be wrong."""
+        plain = {name: self.paper[name] for name in FIGURES if name in self.paper}
+        return plain | self.paper.get("tasks", {}) | self.corrected
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user changes on all rows.
+
+    Args:
+        models (`dict[str, str]`): Where models are, by their word; `"*"` puts another model in place of all of them.
+        mistakes (`tuple[str, ...]`): Mistakes of the paper's code that are turned on.
+        limit (`int`, *optional*): So many questions of each task.
+        tasks_from (`str`, *optional*): A folder with files of tasks, in place of the paper's eight.
+        texts (`dict[str, str]`): Files of texts by name; one that a row does not ask for is measured all the same.
+        windows (`int`, *optional*): So many windows of each text.
+        calibration (`str`, *optional*): Another text for criteria.
+        data (`str`, *optional*): A file of training rows in place of each row's data set.
+        max_steps (`int`, *optional*): So many steps of training.
+        settings (`dict[str, Any]`): Other settings of `recipes/sft_tail.py`.
+    """
+
+    models: dict[str, str] = field(default_factory=dict)
+    mistakes: tuple[str, ...] = ()
+    limit: int | None = None
+    tasks_from: str | None = None
+    texts: dict[str, str] = field(default_factory=dict)
+    windows: int | None = None
+    calibration: str | None = None
+    data: str | None = None
+    max_steps: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def differences(self) -> list[str]:
+        """What keeps the numbers from being the paper's: words for a person, none for a run in full."""
+        found = []
+        if "*" in self.models:
+            found.append(f"model {Path(self.models['*']).name}")
+        if self.data:
+            found.append(f"trained on {Path(self.data).name}")
+        if self.max_steps:
+            found.append(f"{self.max_steps} steps")
+        found += [f"{name}={value}" for name, value in self.settings.items()]
+        if self.calibration:
+            found.append(f"criteria look at {Path(self.calibration).name}")
+        if self.tasks_from:
+            found.append("tasks from files")
+        if self.limit:
+            found.append(f"{self.limit} questions a task")
+        if self.windows:
+            found.append(f"{self.windows} windows a text")
+        found += [f"{name} is {Path(source).name}" for name, source in self.texts.items() if Path(source).stem != name]
+        return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides a row's numbers.
+
+    Args:
+        model (`str`): The base.
+        cut (`dict[str, Any]`, *optional*): Fields of `PruneRequest`; none where nothing is dropped.
+        per_step (`int`, *optional*): See [`Row`].
+        tune (`dict[str, Any]`, *optional*): Settings of `recipes/sft_tail.py`; none where nothing is trained.
+        data (`dict[str, Any]`, *optional*): Where training rows come from, see `data.py`.
+        evaluate (`dict[str, Any]`): Fields of `EvalRequest`, with `texts` by name, and `merged_in_4_bits`.
+        mistakes (`tuple[str, ...]`): Those that are on and concern the row.
+        differences (`tuple[str, ...]`): What keeps the numbers from being the paper's.
+    """
+
+    model: str
+    cut: dict[str, Any] | None
+    per_step: int | None
+    tune: dict[str, Any] | None
+    data: dict[str, Any] | None
+    evaluate: dict[str, Any]
+    mistakes: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """A hash of all that decides the numbers: rows with the same one share a run."""
+        return digest([self.model, self.cut, self.per_step, self.tune, self.data, self.evaluate])
+
+    @property
+    def folder_name(self) -> str:
+        """The name of the run's folder."""
+        parts = [Path(self.model).name, (self.cut or {}).get("criterion", "dense"), (self.tune or {}).get("method")]
+        return re.sub(r"[^\w.-]+", "_", "-".join(part for part in parts if part)) + f"-{self.key[:10]}"
+
+    @property
+    def cut_name(self) -> str:
+        """The name of the folder of a cut that is made at once, which runs share."""
+        key = digest([self.model, self.cut])
+        return re.sub(r"[^\w.-]+", "_", f"{Path(self.model).name}-{self.cut['criterion']}") + f"-{key[:10]}"
+
+
+def digest(value: Any) -> str:
+    """A hash of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def defaults() -> dict[str, Any]:
+    """What `defaults.yaml` says."""
+    return yaml.safe_load((HERE / "defaults.yaml").read_text(encoding="utf-8"))
+
+
+def read_rows(folder: Path = ROWS) -> dict[str, Row]:
+    """Read all rows.
+
+    Args:
+        folder (`Path`): Where their files are.
+
+    Returns:
+        `dict[str, Row]`: By name, in alphabetical order.
+
+    Raises:
+        UsageError: A file is no row.
+    """
+    paths = sorted(folder.rglob("*.yaml"), key=lambda path: path.as_posix().lower())
+    return {row.name: row for row in (read_row(path, folder) for path in paths)}
+
+
+def read_row(path: Path, folder: Path = ROWS) -> Row:
+    """Read one row.
+
+    Raises:
+        UsageError: The file is no row; the message names the field.
+    """
+    try:
+        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(said, dict):
+        raise UsageError(f"{path} must have fields such as model and method, and has none")
+    known = {one.name for one in fields(Row)} - {"name"}
+    for name in said:
+        if name not in known:
+            raise UsageError(f"{path} has a field {name!r}; a row may have {', '.join(sorted(known))}")
+    for name in ("model", "method", "paper"):
+        if name not in said:
+            raise UsageError(f"{path} has no {name!r}")
+    said["texts"] = tuple(said.get("texts", ()))
+    row = Row(name=path.relative_to(folder).with_suffix("").as_posix(), **said)
+    _check(row, path)
+    return row
+
+
+def _check(row: Row, path: Path) -> None:
+    common = defaults()
+    for name, value, choices in (
+        ("model", row.model, common["models"]),
+        ("method", row.method, common["methods"]),
+        ("data", row.data, common["data"]),
+        ("criterion", row.criterion, [None, *CRITERIA]),
+        *(("tasks", task, PAPER) for task in row.paper.get("tasks", {})),
+        *(("paper", figure, (*FIGURES, "tasks", "removed")) for figure in row.paper),
+        *(("corrected", figure, row.paper) for figure in row.corrected),
+    ):
+        if value not in choices:
+            raise UsageError(f"{path}: {name} has {value!r}, and knows {', '.join(map(str, choices))}")
+    if row.criterion is None and row.method != "none":
+        raise UsageError(f"{path}: only a model of which layers were dropped is trained; name a criterion")
+    for name, number in row.figures().items():
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise UsageError(f"{path}: {name} is {number!r}, and must be a number")
+
+
+def choose_rows(rows: dict[str, Row], patterns: list[str], matching: str | None) -> dict[str, Row]:
+    """Pick rows by name.
+
+    Args:
+        rows (`dict[str, Row]`): All of them.
+        patterns (`list[str]`): Names, or patterns as of a shell: `table1/llama-*`; a table alone is all of its rows.
+        matching (`str`, *optional*): A regular expression that is found in the name.
+
+    Returns:
+        `dict[str, Row]`: Those that either picks; all where neither is given.
+
+    Raises:
+        UsageError: A pattern picks none.
+    """
+    if not patterns and matching is None:
+        return rows
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = [name for name in rows if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}/")]
+        if not found:
+            tables = ", ".join(dict.fromkeys(name.partition("/")[0] for name in rows))
+            raise UsageError(f"no row is called {pattern}; the tables are {tables}, and --list shows their rows")
+        chosen |= set(found)
+    if matching is not None:
+        try:
+            expression = re.compile(matching)
+        except re.error as error:
+            raise UsageError(f"--rows-matching {matching} is no regular expression: {error}") from error
+        found = [name for name in rows if expression.search(name)]
+        if not found:
+            raise UsageError(f"no row's name has {matching} in it; --list shows all")
+        chosen |= set(found)
+    return {name: row for name, row in rows.items() if name in chosen}
+
+
+def concerning(row: Row) -> list[str]:
+    """The mistakes of the paper's code that a row can be made with."""
+    return [
+        name
+        for name, mistake in defaults()["mistakes"].items()
+        if all(getattr(row, what) in values for what, values in mistake["concerns"].items())
+    ]
+
+
+def make_plan(row: Row, options: Options) -> Plan:
+    """Work out what has to be done for a row.
+
+    Args:
+        row (`Row`): The row.
+        options (`Options`): What the user changes.
+
+    Returns:
+        `Plan`: In full.
+
+    Raises:
+        UsageError: There is no such mistake or model.
+    """
+    common = defaults()
+    for name in options.mistakes:
+        if name not in common["mistakes"]:
+            raise UsageError(f"there is no mistake {name!r}; there are {', '.join(common['mistakes'])}, and all")
+    for word in options.models:
+        if word not in ("*", *common["models"]):
+            raise UsageError(f"no row has a model {word!r}; they have {', '.join(common['models'])}")
+    mistakes = [name for name in concerning(row) if name in options.mistakes]
+    changes = [common["mistakes"][name] for name in mistakes]
+    model = options.models.get(row.model) or options.models.get("*") or common["models"][row.model]
+    plan = Plan(
+        model=model,
+        cut=_cut(row, options, changes),
+        per_step=row.per_step,
+        tune=_tune(row, options, changes),
+        data=_data(row, options, changes),
+        evaluate=_evaluate(row, options, changes),
+        mistakes=tuple(mistakes),
+        differences=tuple(options.differences()),
+    )
+    return plan if plan.tune is not None else replace(plan, data=None)
+
+
+def _cut(row: Row, options: Options, changes: list[dict[str, Any]]) -> dict[str, Any] | None:
+    if row.criterion is None:
+        return None
+    cut = {**defaults()["cut"], "criterion": row.criterion}
+    if row.drop is not None:
+        cut["drop"] = row.drop
+    for change in changes:
+        cut |= change.get("cut", {})
+    if row.calibration_samples is not None:
+        cut["calibration_samples"] = row.calibration_samples
+    if options.calibration is not None:
+        cut["calibration"] = options.calibration
+        cut["calibration_samples"] = row.calibration_samples or defaults()["cut"]["calibration_samples"]
+    if CRITERIA[row.criterion].needs != "text":
+        cut = {name: value for name, value in cut.items() if not name.startswith("calibration")}
+    return cut
+
+
+def _tune(row: Row, options: Options, changes: list[dict[str, Any]]) -> dict[str, Any] | None:
+    common = defaults()
+    method = common["methods"][row.method]
+    if method is None:
+        return None
+    settings = yaml.safe_load((CONFIGS / method["settings"]).read_text(encoding="utf-8"))
+    settings = {name: value for name, value in settings.items() if name not in _BY_THE_ROW}
+    settings |= common["tune"] | common["data"][row.data].get("tune", {}) | method.get("change", {})
+    for change in changes:
+        settings |= change.get("tune", {})
+    if options.max_steps is not None:
+        # The same shape of the schedule: the paper warms up in 100 of some 1,555 steps.
+        warm_up = round(options.max_steps * 100 / 1555)
+        settings |= {"max_steps": options.max_steps, "warmup_steps": warm_up, "eval_strategy": "no"}
+        settings |= {"load_best_model_at_end": False, "save_steps": max(1, options.max_steps // 2), "logging_steps": 1}
+    settings |= options.settings
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _data(row: Row, options: Options, changes: list[dict[str, Any]]) -> dict[str, Any]:
+    data = {name: value for name, value in defaults()["data"][row.data].items() if name != "tune"}
+    for change in changes:
+        data |= change.get("data", {})
+    if options.data is not None:
+        data["name"] = str(Path(options.data).resolve())
+    return data
+
+
+def _evaluate(row: Row, options: Options, changes: list[dict[str, Any]]) -> dict[str, Any]:
+    evaluate = dict(defaults()["evaluate"])
+    for change in changes:
+        evaluate |= change.get("evaluate", {})
+    if options.tasks_from is not None:
+        evaluate |= {"tasks": None, "tasks_from": str(Path(options.tasks_from).resolve())}
+    if options.limit is not None:
+        evaluate["limit"] = options.limit
+    if options.windows is not None:
+        evaluate["windows"] = options.windows
+    wanted = {name: options.texts.get(name, name) for name in row.texts}
+    texts = wanted | {name: str(Path(source).resolve()) for name, source in options.texts.items()}
+    return evaluate | {"texts": texts}

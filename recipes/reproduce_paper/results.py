@@ -1,0 +1,227 @@
+"""Results of rows: the file that holds them, and the table that a person reads.
+
+results = Results.read(Path("results.json"))
+results.add(row, plan, found)    # written at once, whole or not at all
+print(markdown(rows, results))
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from plans import FIGURES, Plan, Row, UsageError, defaults
+
+from hf_layerprune.files import write_text
+
+SCHEMA_VERSION = 1
+NOT_RUN = "not run"
+_UNITS = {"trainable_millions": "trained, millions", "memory_gb": "GPU memory, GB", "seconds": "training, s"}
+# Figures that have no standard error here, and depend on the machine.
+_OF_THE_MACHINE = ("memory_gb", "seconds")
+_SHARES = ("mean",)
+
+
+@dataclass
+class Results:
+    """What rows gave.
+
+    Args:
+        path (`Path`): The file.
+        runs (`dict[str, dict]`): Numbers by the key of a plan.
+        rows (`dict[str, str]`): The key of the plan that a row was last run with.
+    """
+
+    path: Path
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Read results; there are none where there is no file.
+
+        Raises:
+            UsageError: The file is no file of results.
+        """
+        if not path.is_file():
+            return cls(path)
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+            if said["schema_version"] != SCHEMA_VERSION:
+                raise UsageError(f"{path} has schema version {said['schema_version']}, not {SCHEMA_VERSION}")
+            return cls(path, said["runs"], said["rows"])
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(
+                f"{path} is damaged ({error}); remove it, and runs that are there are read again"
+            ) from error
+
+    def of(self, row: Row) -> dict[str, Any] | None:
+        """What a row gave when it was last run."""
+        return self.runs.get(self.rows.get(row.name, ""))
+
+    def has(self, row: Row, plan: Plan) -> bool:
+        """Whether a row is done by this plan. A run that another row has made counts."""
+        if plan.key not in self.runs:
+            return False
+        if self.rows.get(row.name) != plan.key:
+            self.rows[row.name] = plan.key
+            self.write()
+        return True
+
+    def add(self, row: Row, plan: Plan, found: dict[str, Any]) -> None:
+        """Keep what a plan gave, and write."""
+        self.runs[plan.key] = found | {
+            "model": Path(plan.model).name if Path(plan.model).exists() else plan.model,
+            "mistakes": list(plan.mistakes),
+            "differences": list(plan.differences),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self.rows[row.name] = plan.key
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, whole or not at all."""
+        said = {"schema_version": SCHEMA_VERSION, "rows": self.rows, "runs": self.runs}
+        write_text(self.path, json.dumps(said, indent=1, ensure_ascii=False) + "\n")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One number of the paper beside ours.
+
+    Args:
+        figure (`str`): What it is: one of `FIGURES`, or a task.
+        paper (`float`, *optional*): The paper's, put right where it is known to be wrong.
+        ours (`float`, *optional*): Ours.
+        stderr (`float`, *optional*): The standard error of ours.
+        printed (`float`, *optional*): What the paper printed, where that is known to be wrong.
+    """
+
+    figure: str
+    paper: float | None
+    ours: float | None = None
+    stderr: float | None = None
+    printed: float | None = None
+
+    @property
+    def difference(self) -> float | None:
+        """Ours less the paper's."""
+        return None if self.ours is None or self.paper is None else self.ours - self.paper
+
+    @property
+    def within(self) -> bool | None:
+        """Whether the difference is within one standard error of ours; `None` where that can't be said."""
+        if self.difference is None or not self.stderr:
+            return None
+        return abs(self.difference) <= self.stderr
+
+
+def lines_of(row: Row, found: dict[str, Any] | None) -> list[Line]:
+    """A row's numbers, the paper's beside ours; then ours of which the paper has none."""
+    values, wanted = (found or {}).get("values", {}), row.figures()
+    names = list(wanted) + [name for name in values if name not in wanted and name not in _UNITS]
+    return [
+        Line(
+            name,
+            wanted.get(name),
+            values.get(name, {}).get("value"),
+            values.get(name, {}).get("stderr"),
+            row.paper[name] if name in row.corrected else None,
+        )
+        for name in names
+    ]
+
+
+def describe(line: Line, found: dict[str, Any] | None) -> list[str]:
+    """A line as cells: figure, the paper's, ours, the difference, whether it is within the standard error."""
+    paper = "" if line.paper is None else _number(line.figure, line.paper)
+    if line.printed is not None:
+        paper += f" (printed: {_number(line.figure, line.printed)})"
+    ours = NOT_RUN if found is None else ""
+    if line.ours is not None:
+        ours = _number(line.figure, line.ours) + (f" ± {_number(line.figure, line.stderr)}" if line.stderr else "")
+    difference = "" if line.difference is None else _number(line.figure, line.difference, sign=True)
+    return [_UNITS.get(line.figure, line.figure), paper, ours, difference, _verdict(line, found)]
+
+
+def _verdict(line: Line, found: dict[str, Any] | None) -> str:
+    if found is None or line.difference is None:
+        return ""
+    if found["differences"]:
+        return "not the same run"
+    if line.figure in _OF_THE_MACHINE:
+        return "another machine"
+    if line.within is None:
+        return ""
+    return "yes" if line.within else f"no, {abs(line.difference) / line.stderr:.1f} s.e."
+
+
+def _number(figure: str, value: float, sign: bool = False) -> str:
+    plus = "+" if sign else ""
+    if figure in ("trainable_millions", "memory_gb", "wikitext2", "ptb") or (figure not in FIGURES and abs(value) > 1):
+        return f"{value:{plus}.2f}" if abs(value) < 1e5 else f"{value:{plus}.2e}"
+    return f"{value:{plus},.0f}" if figure == "seconds" else f"{value:{plus}.4f}"
+
+
+def removed(row: Row, found: dict[str, Any] | None) -> str:
+    """The layers that were dropped, ours and the paper's."""
+    ours, theirs = (found or {}).get("removed", ""), str(row.paper.get("removed", ""))
+    if not theirs or (found or {}).get("differences"):
+        return ours
+    return f"{ours}{' ' if ours else ''}({'as' if ours == theirs else 'paper:'} {'the paper' if ours == theirs else theirs})"
+
+
+def markdown(rows: dict[str, Row], results: Results) -> str:
+    """All tables as one Markdown text.
+
+    Args:
+        rows (`dict[str, Row]`): Which rows.
+        results (`Results`): What they gave.
+
+    Returns:
+        `str`: A heading and a table for each table of the paper; how often a row is not run; how runs differ from the
+            paper's.
+    """
+    found = {name: results.of(row) for name, row in rows.items()}
+    done = sum(one is not None for one in found.values())
+    text = [
+        "# The paper's tables, and ours",
+        "",
+        f"Reassessing Layer Pruning in LLMs (arXiv:2411.15558). {done} of {len(rows)} rows were run. The difference is "
+        "ours less the paper's; it is within the standard error where it is no larger than that of ours.",
+    ]
+    ways = dict.fromkeys(tuple(one["differences"]) for one in found.values() if one and one["differences"])
+    for way in ways:
+        text += ["", f"Not the same run as the paper's: {'; '.join(way)}."]
+    for table in dict.fromkeys(name.partition("/")[0] for name in rows):
+        head = ["row", "layers dropped", "figure", "paper", "ours", "difference", "within s.e.", "mistakes on"]
+        text += ["", f"## {table.replace('table', 'Table ')}", "", _cells(head), "|" + "---|" * len(head)]
+        for name, row in rows.items():
+            if name.startswith(f"{table}/"):
+                text += _row_lines(name, row, found[name])
+    notes = [(name, row.notes) for name, row in rows.items() if row.notes]
+    text += ["", "## Notes", "", *(f"- `{name}`: {note}" for name, note in notes)] if notes else []
+    return "\n".join(text) + "\n"
+
+
+def _row_lines(name: str, row: Row, found: dict[str, Any] | None) -> list[str]:
+    lines = []
+    for number, line in enumerate(lines_of(row, found)):
+        first = [f"`{name.partition('/')[2]}`", removed(row, found)] if number == 0 else ["", ""]
+        last = [", ".join(found["mistakes"]) or "none"] if found and number == 0 else [""]
+        lines.append(_cells([*first, *describe(line, found), *last]))
+    return lines
+
+
+def _cells(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def mistakes_text() -> str:
+    """The mistakes of the paper's code, as a list for a terminal."""
+    return "\n".join(f"{name}: {' '.join(said['what'].split())}" for name, said in defaults()["mistakes"].items())

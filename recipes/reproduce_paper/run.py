@@ -1,0 +1,286 @@
+r"""Run rows of the paper's tables: prune, train, measure, and stand our numbers beside the paper's.
+
+    python recipes/reproduce_paper/run.py --list
+    python recipes/reproduce_paper/run.py table1/llama-taylor table7
+    python recipes/reproduce_paper/run.py 'table1/llama-*' --mistakes all
+    python recipes/reproduce_paper/run.py table1 --model ./SmolLM2-135M-Instruct --data rows.json --max-steps 8 \
+        --tasks-from my-tasks --limit 100 --calibration text.txt
+
+A row is one file below rows/. What was done is not done again: start the same command again after a break. Results go
+into results.json and results.md in the output folder after each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from plans import Options, Plan, Row, UsageError, choose_rows, concerning, defaults, make_plan, read_rows
+from results import NOT_RUN, Results, describe, lines_of, markdown, mistakes_text
+
+from hf_layerprune.errors import LayerPruneError
+from hf_layerprune.files import write_text
+
+if os.name == "posix":
+    import fcntl
+
+logger = logging.getLogger("hf_layerprune.reproduce_paper")
+OUTPUT = Path("reproduce_paper_output")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    rows = parser.add_argument_group("which rows")
+    rows.add_argument("rows", nargs="*", metavar="ROW", help="names, tables or patterns: table7, 'table1/llama-*'")
+    rows.add_argument("--rows", nargs="+", default=[], dest="more_rows", metavar="ROW", help="the same")
+    rows.add_argument("--rows-matching", metavar="REGEX", help="rows whose name has this in it")
+    rows.add_argument("--all", action="store_true", help="every row")
+    what = parser.add_argument_group("what to do")
+    what.add_argument("--list", action="store_true", help="show rows, how far they are, and the paper's numbers")
+    what.add_argument("--plan", action="store_true", help="show all settings of the rows, and do nothing")
+    what.add_argument("--table", action="store_true", help="print the table of results, and do nothing")
+    what.add_argument("--list-mistakes", action="store_true", help="show the mistakes of the paper's code")
+    how = parser.add_argument_group("how")
+    how.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER", help=f"where everything goes ({OUTPUT})")
+    how.add_argument("--accelerate-config", type=Path, metavar="FILE", help="for accelerate launch")
+    how.add_argument("--device", default="auto", help="what is measured on (auto)")
+    how.add_argument("--keep-models", action="store_true", help="keep the weights of rows that are done")
+    how.add_argument(
+        "--mistakes",
+        default="",
+        metavar="NAMES",
+        help="mistakes of the paper's code to repeat, with a comma between them, or all (none)",
+    )
+    small = parser.add_argument_group("at another size", "The numbers are then not the paper's, and are marked so.")
+    small.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="a folder or Hub id for all rows; llama-3.1-8b=FOLDER says where one of the paper's own models is",
+    )
+    small.add_argument("--limit", type=_count, metavar="N", help="so many questions of each task")
+    small.add_argument(
+        "--tasks-from", type=Path, metavar="FOLDER", help="files of tasks, in place of the paper's eight"
+    )
+    small.add_argument("--text", action="append", default=[], metavar="[NAME=]FILE", help="a text for perplexity")
+    small.add_argument("--windows", type=_count, metavar="N", help="so many windows of each text")
+    small.add_argument("--calibration", metavar="TEXT", help="a text for criteria: self, a file, or one on the Hub")
+    small.add_argument("--data", type=Path, metavar="FILE", help="training rows, in place of each row's own")
+    small.add_argument("--max-steps", type=_count, metavar="N", help="so many steps of training")
+    small.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of recipes/sft_tail.py"
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
+    return int(text)
+
+
+def read_options(args: argparse.Namespace) -> Options:
+    """What the words say that is changed on all rows.
+
+    Raises:
+        UsageError: A file is not there, or a word makes no sense.
+    """
+    for path, what in (
+        (args.tasks_from, Path.is_dir),
+        (args.data, Path.is_file),
+        (args.accelerate_config, Path.is_file),
+    ):
+        if path is not None and not what(path):
+            raise UsageError(f"{path} does not exist, or is not what is needed there")
+    models = {}
+    for word in args.model:
+        name, mark, source = word.partition("=")
+        models |= {name: source} if mark else {"*": name}
+    texts = {}
+    for word in args.text:
+        name, mark, source = word.partition("=")
+        source = source if mark else name
+        if not Path(source).is_file():
+            raise UsageError(f"the text {source} does not exist")
+        texts[name if mark else Path(source).stem] = source
+    settings: dict[str, Any] = {}
+    for word in args.set:
+        name, mark, value = word.partition("=")
+        if not mark:
+            raise UsageError(f"--set {word} must be NAME=VALUE, such as max_length=128")
+        settings[name] = yaml.safe_load(value)
+    named = tuple(name.strip() for name in args.mistakes.split(",") if name.strip())
+    return Options(
+        models={name: os.path.abspath(source) if Path(source).is_dir() else source for name, source in models.items()},
+        mistakes=tuple(defaults()["mistakes"]) if named == ("all",) else named,
+        limit=args.limit,
+        tasks_from=str(args.tasks_from) if args.tasks_from else None,
+        texts=texts,
+        windows=args.windows,
+        calibration=args.calibration,
+        data=str(args.data) if args.data else None,
+        max_steps=args.max_steps,
+        settings=settings,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        `int`: 0; 1 where a row failed; 2 for words that make no sense.
+    """
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("hf_layerprune").setLevel(logging.INFO)
+    try:
+        return _act(args)
+    except UsageError as error:
+        return _fail(error, 2)
+    except (LayerPruneError, OSError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on from here", 130)
+
+
+def _act(args: argparse.Namespace) -> int:
+    if args.list_mistakes:
+        print(mistakes_text())
+        return 0
+    patterns = [*args.rows, *args.more_rows]
+    rows = choose_rows(read_rows(), patterns, args.rows_matching)
+    plans = {name: make_plan(row, options) for options in [read_options(args)] for name, row in rows.items()}
+    results = Results.read(args.output / "results.json")
+    if args.list:
+        print(_list(rows, plans, results, args.output))
+    elif args.plan:
+        print(yaml.safe_dump({name: _plain(plan) for name, plan in plans.items()}, sort_keys=False), end="")
+    elif args.table:
+        print(markdown(rows, results), end="")
+    elif not patterns and args.rows_matching is None and not args.all:
+        raise UsageError("name rows, or give --all; --list shows what there is")
+    else:
+        return _run(args, rows, plans)
+    return 0
+
+
+def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan]) -> int:
+    args.output.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    failed = {}
+    with _locked(args.output) as hold:
+        results = Results.read(args.output / "results.json")
+        left = {name: plan for name, plan in plans.items() if not results.has(rows[name], plan)}
+        logger.info("%d rows: %d are done, %d are left", len(rows), len(rows) - len(left), len(left))
+        if left:
+            from settings_check import check_settings
+            from stations import Runner
+
+            check_settings({name: plan.tune for name, plan in left.items() if plan.tune is not None})
+            runner = Runner(
+                args.output,
+                engine=args.accelerate_config,
+                device=args.device,
+                keep_models=args.keep_models,
+                hold=hold,
+            )
+        while left:
+            name, plan = next(iter(left.items()))
+            del left[name]
+            if not results.has(rows[name], plan):
+                logger.info("\n%s", name)
+                try:
+                    results.add(rows[name], plan, runner.run(plan))
+                except LayerPruneError as error:
+                    failed[name] = error
+                    logger.error("%s failed: %s", name, " ".join(str(error).split()))
+                    continue
+            runner.clean(plan, {other.cut_name for other in left.values() if other.cut is not None})
+            write_text(args.output / "results.md", markdown(read_rows(), results))
+            print(_report(rows[name], results), flush=True)
+    write_text(args.output / "results.md", markdown(read_rows(), results))
+    for name, error in failed.items():
+        _fail(f"{name} failed: {error}", 1)
+    return 1 if failed else 0
+
+
+def _report(row: Row, results: Results) -> str:
+    found = results.of(row)
+    cells = [describe(line, found) for line in lines_of(row, found)]
+    width = max(len(one[0]) for one in cells)
+    lines = [f"{row.name}: layers {found['removed']} dropped" if found.get("removed") else row.name]
+    for figure, paper, ours, difference, verdict in cells:
+        said = f"  {figure:{width}}  ours {ours or 'none':18}" + (f"  paper {paper}" if paper else "")
+        lines.append(
+            (said + (f"  {difference}" if difference else "") + (f"  ({verdict})" if verdict else "")).rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _list(rows: dict[str, Row], plans: dict[str, Plan], results: Results, output: Path) -> str:
+    width = max(map(len, rows))
+    lines = []
+    for name, row in rows.items():
+        plan, found = plans[name], results.of(row)
+        if plan.key in results.runs:
+            status, found = "done", results.runs[plan.key]
+        elif (output / "runs" / plan.folder_name).is_dir():
+            status, found = "half done", None
+        else:
+            status = NOT_RUN if found is None else "done, with other settings"
+        line = lines_of(row, found)[0]
+        figure, paper, ours, difference, verdict = describe(line, found)
+        said = f"{name:{width}}  {status:10}  {figure} {paper}" + (f", ours {ours} ({difference})" if found else "")
+        lines.append(
+            said
+            + (f" {verdict}" if verdict else "")
+            + (f"  [{', '.join(concerning(row))}]" if concerning(row) else "")
+        )
+    return "\n".join(
+        [*lines, "", f"{len(rows)} rows; in brackets the mistakes of the paper's code that concern a row"]
+    )
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+    said = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[int | None]:
+    """Keep other runs out of an output folder, as long as this process and those that it started live."""
+    if os.name != "posix":
+        yield None
+        return
+    descriptor = os.open(output / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LayerPruneError(
+                f"another run is at work in {output}; wait for it, or name another --output"
+            ) from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"run.py: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
