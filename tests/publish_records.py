@@ -97,9 +97,13 @@ def metrics_of(lineage: Lineage, roles: tuple[str, ...] = ROLES, *, cost: bool =
                                          "stderr": round(values[index] * 0.03, 4), "samples": 16_384})  # fmt: skip
         if cost:
             size = {"kind": "size", "metric": "bytes_on_disk", "value": 2 * parameters, "unit": "bytes"}
-            speed = {"kind": "speed", "metric": "decode_tokens_per_second", "value": _SPEED[index], "samples": 5,
-                     "spread": [_SPEED[index] - 0.9, _SPEED[index] + 0.7], "higher_is_better": True}  # fmt: skip
-            results += [common | size, common | speed]
+            results.append(common | size)
+            for batch in (1, 4):
+                value = batch * _SPEED[index]
+                run = {"batch": batch, "prompt_tokens": 512, "new_tokens": 32, "threads": 2}
+                speed = {"kind": "speed", "metric": "decode_tokens_per_second", "value": value, "samples": 5,
+                         "settings": run, "spread": [value - 0.9, value + 0.7], "higher_is_better": True}  # fmt: skip
+                results.append(common | speed)
         metrics.add(results=results, comparisons=differences)
     return metrics
 

@@ -59,7 +59,7 @@ def test_the_hub_client_reads_the_yaml() -> None:
     assert data.tags == ["layer-pruning", "depth-pruning", "hf_layerprune", "conversational"]
     lineage = lineage_of()
     own = [one for one in metrics_of(lineage).results if one["weights"] == "d" * 64]
-    assert len(own) == 10
+    assert len(own) == 11
     assert [(one.metric_type, one.metric_value) for one in data.eval_results] == [
         (one["metric"], one["value"]) for one in own
     ]
@@ -101,6 +101,26 @@ def test_speed_that_was_not_measured_has_no_section() -> None:
     text = Card.of(lineage, metrics_of(lineage, cost=False)).render()
     assert "speed" not in sections(text)
     assert "tradeoff" not in text
+
+
+def test_each_speed_says_of_which_run_it_is() -> None:
+    speed = example_card().render().partition("## What it saves")[2].partition("## Use it")[0]
+    main, _, every = speed.partition("<details>")
+    assert main.count("| writing, tokens a second") == 1
+    assert "medians of n runs: a batch of 1, a prompt of 512 tokens, 32 new ones, 2 threads." in main
+    rows = [line for line in every.splitlines() if line.startswith("| writing, tokens a second")]
+    assert [re.search(r"<sub>(a batch of \d)", row)[1] for row in rows] == ["a batch of 1", "a batch of 4"]
+    assert "**126**" in rows[1]
+
+
+def test_nats_beside_a_perplexity_are_told_below() -> None:
+    lineage = lineage_of()
+    metrics = metrics_of(lineage)
+    nats = [one | {"metric": "nll", "value": 3.5} for one in metrics.results if one["metric"] == "perplexity"]
+    metrics.add(results=nats)
+    main, _, every = Card.of(lineage, metrics).render().partition("## What it costs")[2].partition("<details>")
+    assert "nats a token</sub>" not in main.replace("KL from dense, nats a token", "")
+    assert "<sub>nats a token</sub>" in every
 
 
 def test_every_section_is_there() -> None:

@@ -156,8 +156,11 @@ def _context(card: Card) -> dict[str, Any]:
         "quality": results.table(QUALITY) if results else [],
         "every": results.table(QUALITY, every=True) if results else [],
         "cost": results.table(COST) if results else [],
+        "every_cost": results.table(COST, every=True) if results else [],
+        "timed": _timed(results),
         "means": _means(results),
-        "noise": any(cell.noise for row in results.rows for cell in row.cells.values()) if results else False,
+        "noise": _has_noise(results, QUALITY),
+        "scatter": _has_noise(results, COST),
         "chances": any(row.chance for row in results.table(QUALITY)) if results else False,
         "gap": _gap(history),
         "trained": [station for station in history.stations if station.data],
@@ -186,6 +189,22 @@ def _means(results: Results | None) -> list[Markup]:
     if not means or None in pair:
         return []
     return [_with_error(*means[column.weights]) for column in pair]
+
+
+def _has_noise(results: Results | None, kinds: tuple[str, ...]) -> bool:
+    """Whether a table has differences that are noise."""
+    rows = results.table(kinds, every=True) if results else []
+    return any(cell.noise for row in rows for cell in row.cells.values())
+
+
+def _timed(results: Results | None) -> str:
+    """What the runs were that were timed: what all of them share."""
+    if results is None or not results.usual_run:
+        return ""
+    records = [cell.record for row in results.rows if row.run for cell in row.cells.values()]
+    threads = {record["settings"].get("threads") for record in records if record.get("device") == "cpu"}
+    on = [f"{max(threads)} thread{'s' * (max(threads) > 1)}"] if len(threads) == 1 and None not in threads else []
+    return ", ".join([tables.run_words(results.usual_run), *on])
 
 
 def _versions(history: History) -> str:

@@ -104,7 +104,7 @@ def eval_results(results: Results | None) -> list[Any]:
                 task_name=plain(row.task) if row.task else "Text generation",
                 dataset_type=plain(dataset if is_hub_name(dataset) else task or kind),
                 dataset_name=plain(row.task or _measured_on(record, kind)),
-                dataset_args={"num_few_shot": record["shots"]} if "shots" in record else None,
+                dataset_args={"num_few_shot": record["shots"]} if "shots" in record else dict(row.run) or None,
                 metric_type=plain(metric),
                 metric_name=plain(row.metric),
                 metric_value=record["value"],

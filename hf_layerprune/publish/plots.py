@@ -9,7 +9,7 @@ from typing import Any
 from .escape import plain
 from .history import History
 from .results import Column, Results, Row
-from .style import CYCLE, FAINT, INK, ROLE_COLOURS, ROLE_MARKERS, draw, grid
+from .style import CYCLE, FAINT, INK, ROLE_COLOURS, ROLE_MARKERS, WIDE, draw, grid
 
 # At most so many tiles in a row of the layer map: their numbers can be read on a phone.
 _ROW = 16
@@ -162,7 +162,7 @@ def scores(values: Sequence[float | None], dropped: Sequence[int], label: str, p
                 chosen, [known[i] for i in chosen], 0.78, label=name,
                 **(style if name == "dropped" else {"color": colour}),
             )  # fmt: skip
-        if known and min(known.values()) > 0 and max(known.values()) > 1000 * min(known.values()):
+        if known and min(known.values()) > 0 and max(known.values()) > WIDE * min(known.values()):
             axes.set_yscale("log")
         axes.set_xlabel("decoder layer of the base")
         axes.set_ylabel(label)

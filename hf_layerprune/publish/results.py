@@ -18,6 +18,8 @@ from . import numbers
 ROLES = ("dense", "cut", "repaired", "healed", "model")
 QUALITY = ("accuracy", "text", "distance")
 COST = ("size", "speed", "memory")
+# Settings of a run that is timed, and how they are told.
+RUN = {"batch": "a batch of {}", "prompt_tokens": "a prompt of {} tokens", "new_tokens": "{} new ones"}
 # A difference is called noise above this.
 SIGNIFICANT = 0.05
 _TASKS = {
@@ -87,6 +89,7 @@ class Row:
         chance (`str`): What guessing gets; empty where that has no meaning.
         cells (`dict[str, Cell]`): By the weights of the column.
         key (`tuple[str, ...]`): `kind`, `task`, `metric`, as in `metrics.json`.
+        run (`tuple[tuple[str, int], ...]`): Of a speed, at which batch size and lengths: `RUN` and its numbers.
     """
 
     task: str
@@ -96,6 +99,7 @@ class Row:
     chance: str
     cells: dict[str, Cell]
     key: tuple[str, str, str]
+    run: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,14 +127,22 @@ class Results:
         return next((column for column in self.columns if column.role == "dense"), None)
 
     def table(self, kinds: Iterable[str], *, every: bool = False) -> list[Row]:
-        """The rows of some kinds; of a task with plain and length-normalised accuracy, only the latter unless
-        `every`.
+        """The rows of some kinds. Unless `every`, without those that say again what another one says: plain accuracy
+        beside the length-normalised one, nats beside a perplexity, and speeds of other runs than `usual_run`.
         """
         rows = [row for row in self.rows if row.key[0] in tuple(kinds)]
         if every:
             return rows
-        normed = {(row.key[1], row.samples) for row in rows if row.key[2] == "acc_norm"}
-        return [row for row in rows if row.key[2] != "acc" or (row.key[1], row.samples) not in normed]
+        told = {(row.key[1], row.key[2], row.samples) for row in rows}
+        again = {"acc": "acc_norm", "nll": "perplexity"}
+        rows = [row for row in rows if (row.key[1], again.get(row.key[2]), row.samples) not in told]
+        return [row for row in rows if row.run in ((), self.usual_run)]
+
+    @property
+    def usual_run(self) -> tuple[tuple[str, int], ...]:
+        """The run that stands for all: of the smallest batch, and in that with the longest prompt."""
+        runs = [row.run for row in self.rows if row.run]
+        return max(runs, key=lambda run: (-dict(run).get("batch", 0), dict(run).get("prompt_tokens", 0)), default=())
 
     def mean_accuracy(self) -> dict[str, tuple[float, float | None]]:
         """Mean and standard error over the tasks that every column has, by weights; empty with less than two tasks."""
@@ -194,7 +206,7 @@ def _row(by_weights: dict[str, dict[str, Any]], columns: list[Column], dense: Co
     higher = sample.get("higher_is_better")
     if higher is None:
         higher = not any(part in metric for part in _LOWER)
-    chance = sample.get("chance")
+    chance, settings = sample.get("chance"), sample.get("settings") or {}
     return Row(
         task=_TASKS.get(task, task),
         metric=_METRICS.get(metric, metric.replace("_", " ")),
@@ -203,6 +215,7 @@ def _row(by_weights: dict[str, dict[str, Any]], columns: list[Column], dense: Co
         chance="" if chance is None else numbers.measured(metric, chance, kind),
         cells=cells,
         key=(kind, task, metric),
+        run=tuple((name, settings[name]) for name in RUN if isinstance(settings.get(name), int)),
     )
 
 

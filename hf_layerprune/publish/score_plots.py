@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..select.registry import CRITERIA
 from ..select.scores import Scores
-from .style import CYCLE, FAINT, INK, ROLE_COLOURS, draw, grid
+from .style import CYCLE, FAINT, INK, ROLE_COLOURS, WIDE, draw, grid
 
 _COLUMNS = 2
 _DROPPED = {"facecolor": "#d55e002e", "edgecolor": ROLE_COLOURS["cut"], "lw": 1.2, "ls": (0, (2, 1.4))}
@@ -35,7 +35,7 @@ def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], p
             axes.bar(kept, [values[i] for i in kept], 0.78, color=CYCLE[4], label="kept")
             chosen = [i for i in values if i in gone]
             axes.bar(chosen, [values[i] for i in chosen], 0.78, label="would be dropped", **_DROPPED)
-            if _spread(values.values()) > 300:
+            if _spread(values.values()) > WIDE:
                 axes.set_yscale("log")
             criterion = CRITERIA[found.criterion]
             axes.set_title(criterion.name + (" (paper)" if found.variant == "paper" else ""), fontsize=9.5, pad=5)
@@ -113,7 +113,7 @@ def _bars(found: Scores, drops: Sequence[int], length: int, path: Path) -> None:
         if chosen in starts:
             axes.bar([chosen], [starts[chosen]], 0.78, label="would be dropped", **_DROPPED)
             axes.legend(ncols=1, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
-        if _spread(starts.values()) > 300:
+        if _spread(starts.values()) > WIDE:
             axes.set_yscale("log")
         axes.set_title(found.criterion, pad=6)
         axes.set_xlabel(f"first layer of the block of {length}")

@@ -40,6 +40,9 @@ ROLE_COLOURS = {
 ROLE_MARKERS = {"dense": "s", "cut": "v", "repaired": "D", "healed": "o", "model": "^"}
 # For series that are no roles, such as criteria.
 CYCLE = ("#2b73d1", "#d55e00", "#12a583", "#c15bb0", "#656b78")
+# Scores that differ by more than this factor are drawn on a logarithmic axis: on a plain one, a first layer that
+# changes everything hides what tells the others apart.
+WIDE = 30
 # A picture that is heavier than this has too many points for its size.
 MAX_BYTES = 256 * 1024
 

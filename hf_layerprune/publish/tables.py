@@ -12,7 +12,7 @@ from ..select.spec import format_layers
 from . import numbers
 from .escape import code, hub_link, prose
 from .history import Station
-from .results import Column, Results, Row
+from .results import RUN, Column, Results, Row
 
 _NBSP = "\u00a0"
 # What a reader wants to know of a training run first.
@@ -53,8 +53,11 @@ def results_table(rows: Sequence[Row], results: Results) -> Markup:
     roles = [Markup(f"{prose(one.role)}<br><sub>this{_NBSP}model</sub>" if one.own else one.role) for one in columns]
     header = ["", *roles, "chance", "n"]
     lines = []
+    several = len({row.run for row in rows if row.run}) > 1
     for row in rows:
         name = f"{prose(row.metric)}{_NBSP}{row.better}"
+        if several and row.run:
+            name += f"<br><sub>{run_words(row.run)}</sub>"
         if row.task:
             name = f"**{prose(row.task)}**{_NBSP}{row.better}<br><sub>{prose(row.metric)}</sub>"
         samples = f"{row.samples:,}" if row.samples else ""
@@ -72,6 +75,11 @@ def _cell(row: Row, column: Column) -> Markup:
     if not change:
         return Markup(value)
     return Markup(f"{value}<br><sub>{f'*{change}*' if cell.noise else change}</sub>")
+
+
+def run_words(run: Sequence[tuple[str, int]]) -> str:
+    """At which batch size and lengths a speed was measured."""
+    return ", ".join(RUN[name].format(f"{number:,}") for name, number in run)
 
 
 def data_table(stations: Sequence[Station]) -> Markup:
