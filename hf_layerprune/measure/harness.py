@@ -17,6 +17,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import lm_eval.api.task
+import lm_eval.evaluator
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -179,16 +180,20 @@ class _Halving(HFLM):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's notes on how it was called, and its bars for what takes no time."""
+    """Without the harness's notes on how it was called, and its bars for what takes no time.
+
+    Also without its survey of the machine, which asks pip and others for seconds after each task, and is not read here.
+    """
     log = logging.getLogger("lm_eval")
-    level, bar = log.level, lm_eval.api.task.tqdm
+    level, bar, survey = log.level, lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info
     log.setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = partial(bar, disable=True)
+    lm_eval.evaluator.add_env_info = lambda results: None
     try:
         yield
     finally:
         log.setLevel(level)
-        lm_eval.api.task.tqdm = bar
+        lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info = bar, survey
 
 
 def _by_question(samples: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
