@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import tests.chat_server  # noqa: F401 (makes the Space's files importable)
+from hf_layerprune.publish import numbers, results
 from tests.chat_models import TEMPLATE, pruned_model, tiny_chat_model
 from tests.publish_records import lineage_of, metrics_of
 
 import about  # isort: skip
 import answers  # isort: skip
 import chat  # isort: skip
+import measured  # isort: skip
 import page  # isort: skip
 import source  # isort: skip
 import weights  # isort: skip
@@ -372,12 +375,39 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
     assert "dropped: 12-18" in text
     for role in ("dense", "cut", "repaired", "healed"):
         assert f'<th scope="col">{role}<br>' in text
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    for result in metrics["results"]:
-        if result["kind"] == "accuracy":
-            assert f"{100 * result['value']:.1f} %" in text
     assert 'href="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"' in text
     assert "Licence: apache-2.0" in text
+
+
+def test_the_numbers_are_those_of_the_card(tmp_path: Path) -> None:
+    """Two programs render the same records; what one says in a cell of its tables, the other one says."""
+    lineage = lineage_of()
+    metrics = metrics_of(lineage)
+    metrics.add(results=[one | {"metric": "nll"} for one in metrics.results if one["metric"] == "perplexity"])
+    metrics.write(tmp_path)
+    text = measured.table(json.loads((tmp_path / "metrics.json").read_text()))
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr.*?</tr>", text.partition("<tbody>")[2])]
+    found = results.results_of(metrics)
+    wanted = [row for kinds in (results.QUALITY, results.COST) for row in found.table(kinds)]
+    assert len(rows) == len(wanted)
+    for row, expected in zip(rows, wanted, strict=True):
+        cells = [expected.cells.get(column.weights) for column in found.columns]
+        for said, cell in zip(row, cells, strict=True):
+            value, _, change = re.sub(r"</?(small|em)>", "", said).partition("<br>")
+            assert (value, change) == ((cell.value, cell.change) if cell else ("", ""))
+            assert ("<em>" in said) == bool(cell and cell.noise)
+    names = {"_TASKS": measured.TASKS, "_METRICS": measured.METRICS, "_LOWER": measured.LOWER}
+    names |= {"RUN": measured.RUN, "ROLES": measured.ROLES, "SIGNIFICANT": measured.NOISE}
+    assert {name: getattr(results, name) for name in names} == names
+    assert Path(measured.figures.__file__).read_text() == Path(numbers.__file__).read_text()
+
+
+def test_damaged_numbers_are_no_reason_to_show_nothing(tmp_path: Path) -> None:
+    found = records(tmp_path)
+    del found.metrics["results"][0]["metric"]
+    text = about.page(found)
+    assert "is damaged" in text
+    assert "dropped: 12-18" in text
 
 
 def test_a_second_cut_counts_the_layers_that_the_first_left() -> None:

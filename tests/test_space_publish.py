@@ -20,8 +20,8 @@ from tests.chat_models import pruned_model, tiny_chat_model
 from tests.hub_server import HubServer, client_env
 
 FILES = {
-    "README.md", "about.py", "answers.py", "api.py", "app.py", "chat.py", "page.py", "requirements.txt", "source.py",
-    "style.css", "weights.py",
+    "README.md", "about.py", "answers.py", "api.py", "app.py", "chat.py", "figures.py", "measured.py", "page.py",
+    "requirements.txt", "source.py", "style.css", "weights.py",
 }  # fmt: skip
 
 

@@ -1,8 +1,7 @@
 """The page "About this model": the records of the model's repository, as HTML.
 
 The records are the files that its card is made of: `lineage.json` (where the weights come from and what was done to
-them), `metrics.json` (what was measured) and the metadata of `README.md`. They are shown, not interpreted: no number
-here is computed from anything but one record.
+them), `metrics.json` (what was measured) and the metadata of `README.md`. The numbers are written as there.
 """
 
 from __future__ import annotations
@@ -14,18 +13,12 @@ from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.repocard import metadata_load
+from measured import table
 from transformers.utils.hub import cached_file
 
-ROLES = ("dense", "cut", "repaired", "healed", "model")
-KINDS = {
-    "accuracy": "Accuracy",
-    "text": "Text",
-    "distance": "Distance from the dense model",
-    "speed": "Speed",
-    "memory": "Memory",
-    "size": "Size",
-}
-COLUMNS = 16  # cells in a row of the layer map: readable on a phone
+COLUMNS = 16  # at most so many cells in a row of the layer map: readable on a phone
+# Settings that say nothing.
+USUAL = (("dtype", "auto"), ("form", "model"))
 
 
 @dataclass
@@ -86,16 +79,17 @@ def layer_map(records: Records) -> str:
     gone = sorted(set(range(total)) - set(left))
     size, gap = 24, 4
     rows = -(-total // COLUMNS)
+    columns = -(-total // rows)
     cells = []
     for layer in range(total):
-        x, y = layer % COLUMNS * (size + gap) + 1, layer // COLUMNS * (size + gap) + 1
+        x, y = layer % columns * (size + gap) + 1, layer // columns * (size + gap) + 1
         state, what = ("kept", "kept") if layer in left else ("gone", "dropped")
         cells.append(
             f'<g class="{state}"><title>Layer {layer}: {what}</title>'
             f'<rect x="{x}" y="{y}" width="{size}" height="{size}" rx="4"/>'
             f'<text x="{x + size / 2}" y="{y + size / 2}">{layer}</text></g>'
         )
-    width, height = min(total, COLUMNS) * (size + gap) - gap + 2, rows * (size + gap) - gap + 2
+    width, height = columns * (size + gap) - gap + 2, rows * (size + gap) - gap + 2
     words = f"{len(left)} of {total} layers left; dropped: {ranges(gone)}"
     return (
         f"<h2>{len(left)} of {total} layers</h2>"
@@ -105,36 +99,30 @@ def layer_map(records: Records) -> str:
     )
 
 
+def at_a_glance(records: Records) -> str:
+    """What an empty page shows; nothing where no layers are on record."""
+    if (layers := records.layers()) is None:
+        return ""
+    total, left = layers
+    gone = sorted(set(range(total)) - set(left))
+    base = escape(str(records.base or "the base").rsplit("/", 1)[-1])
+    word = "layers" if len(gone) > 1 else "layer"
+    rows = -(-total // COLUMNS)
+    columns = -(-total // rows)
+    cells = [f'<span class="{"kept" if layer in left else "gone"}"></span>' for layer in range(total)]
+    # No SVG, from which a chatbot takes the attributes that scale it.
+    stack = "".join(f"<div>{''.join(cells[row * columns : (row + 1) * columns])}</div>" for row in range(rows))
+    return f'<div class="glance">{stack}<p>{base} without {word} {ranges(gone)}</p></div>'
+
+
 def measured(metrics: dict[str, Any]) -> str:
     """One table of all results, a column for each model that was measured."""
     if not metrics.get("results"):
         return "<h2>Measured</h2><p>Nothing was measured yet.</p>"
-    models = sorted(metrics["models"].items(), key=lambda item: ROLES.index(item[1]["role"]))
-    models = [(key, model) for key, model in models if any(r["weights"] == key for r in metrics["results"])]
-    rows: dict[tuple, dict[str, dict]] = {}
-    for result in metrics["results"]:
-        rows.setdefault(_row(result), {})[result["weights"]] = result
-    compared = {(_row(one), one["weights"]): one for one in metrics["comparisons"]}
-
-    head = "".join(f'<th scope="col">{escape(model["role"])}<br>{model["layers"]} layers</th>' for _, model in models)
-    body = ""
-    for kind, title in KINDS.items():
-        lines = [(row, found) for row, found in rows.items() if row[0] == kind]
-        if lines:
-            body += f'<tr><th scope="rowgroup" colspan="{len(models) + 1}">{title}</th></tr>'
-        for row, found in lines:
-            cells = "".join(f"<td>{_cell(found.get(key), compared.get((row, key)))}</td>" for key, _ in models)
-            body += f'<tr><th scope="row">{_label(next(iter(found.values())))}</th>{cells}</tr>'
-    results = metrics["results"]
-    settings = {name: sorted({str(r[name]) for r in results if name in r}) for name in ("dtype", "device")}
-    dates = sorted(r["date"][:10] for r in results)
-    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    where = "; ".join(", ".join(values) for values in settings.values() if values)
-    return (
-        f'<h2>Measured</h2><div class="scroll"><table><thead><tr><td></td>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-        f"<p>± is one standard error; in brackets, the difference from the dense model. {escape(where)}; {when}.</p>"
-    )
+    try:
+        return f"<h2>Measured</h2>{table(metrics)}"
+    except (KeyError, TypeError, ValueError, AttributeError):  # whoever wrote it, it is not as it should be
+        return "<h2>Measured</h2><p>The <code>metrics.json</code> of this repository is damaged.</p>"
 
 
 def history(lineage: dict[str, Any]) -> str:
@@ -146,7 +134,7 @@ def history(lineage: dict[str, Any]) -> str:
         settings = ", ".join(
             f"{name.replace('_', ' ')} {_short(value)}"
             for name, value in entry["settings"].items()
-            if value not in (None, False, "", [], {})
+            if value not in (None, False, "", [], {}) and (name, value) not in USUAL
         )
         seconds = f", {entry['seconds']:,.0f} s" if entry.get("seconds", 0) >= 1 else ""
         items.append(
@@ -192,52 +180,6 @@ def bytes_(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:.0f} bytes"
-
-
-def _row(record: dict[str, Any]) -> tuple:
-    """What results of several models have in common when they answer the same question."""
-    return (
-        record["kind"],
-        record.get("task"),
-        record["metric"],
-        json.dumps(record.get("settings", {}), sort_keys=True),
-    )
-
-
-def _label(result: dict[str, Any]) -> str:
-    words = [result["task"]] if "task" in result else []
-    words.append(result["metric"].removesuffix("_bytes").replace("_", " "))
-    notes = [f"n = {result['samples']:,}"] if "samples" in result else []
-    if result["kind"] == "accuracy" and "chance" in result:
-        notes.append(f"chance {100 * result['chance']:.0f} %")
-    notes += [f"{name.replace('_', ' ')} {_short(value)}" for name, value in result.get("settings", {}).items()]
-    small = f"<br><small>{escape(', '.join(notes))}</small>" if notes else ""
-    return f"{escape(', '.join(words))}{small}"
-
-
-def _cell(result: dict[str, Any] | None, comparison: dict[str, Any] | None) -> str:
-    if result is None:
-        return ""
-    text = _number(result["value"], result) + _error(result)
-    if comparison is not None:
-        sign = "+" if comparison["difference"] > 0 else "\N{MINUS SIGN}" if comparison["difference"] < 0 else "±"
-        difference = _number(abs(comparison["difference"]), result, difference=True)
-        text += f"<br><small>({sign}{difference}{_error(comparison)})</small>"
-    return text
-
-
-def _error(record: dict[str, Any]) -> str:
-    return f" ± {_number(record['stderr'], record, difference=True)}" if "stderr" in record else ""
-
-
-def _number(value: float, record: dict[str, Any], difference: bool = False) -> str:
-    if record["kind"] == "accuracy":
-        return f"{100 * value:.1f}" + ("" if difference else " %")
-    if record["metric"].endswith("bytes") or record.get("unit") == "bytes" or "bytes_on" in record["metric"]:
-        return bytes_(value)
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    unit = record.get("unit", "")
-    return text if difference or unit in ("", record["metric"]) else f"{text} {escape(unit)}"
 
 
 def _short(value: Any) -> str:

@@ -123,7 +123,11 @@ def page(source: Source) -> gr.Blocks:
         state = gr.HTML(heading(name, status()), padding=False)
         with gr.Tabs():
             with gr.Tab("Chat" if source.chats else "Complete") as first:
-                box = chat_tab(settings) if source.chats else complete_tab(settings[1:])
+                box = (
+                    chat_tab(settings, about.at_a_glance(source.records))
+                    if source.chats
+                    else complete_tab(settings[1:])
+                )
             with gr.Tab("Side by side") as second:
                 prompt, why = compare_tab(settings)
             with gr.Tab("About this model") as third:
@@ -206,10 +210,13 @@ def settings_of_an_answer(source: Source) -> list[Any]:
     ]
 
 
-def chat_tab(settings: list[Any]) -> gr.Textbox:
-    """A chat with the pruned model; returns its box."""
+def chat_tab(settings: list[Any], glance: str) -> gr.Textbox:
+    """A chat with the pruned model, which begins with a glance at it; returns its box."""
     talk = chatbot(
-        editable="user", height="max(14rem, 100dvh - 19.5rem)", examples=[{"text": text} for text in EXAMPLES], **TALK
+        editable="user",
+        height="max(14rem, 100dvh - 19.5rem)",
+        examples=[{"text": text} for text in EXAMPLES],
+        **TALK | {"placeholder": glance or " "},
     )
     box = gr.Textbox(label="Message", placeholder="Message", autofocus=True, elem_id="message", **BOX)
     note = gr.HTML(padding=False, elem_classes="note")

@@ -1,0 +1,108 @@
+"""How measured numbers are written for people."""
+
+from __future__ import annotations
+
+import math
+
+MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+_SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+# Accuracies and agreements are shares, shown in percent.
+_SHARES = ("acc", "agreement", "exact_match", "em", "f1")
+
+
+def is_share(metric: str, kind: str | None = None) -> bool:
+    """Whether a metric lies between 0 and 1 and is shown in percent."""
+    return kind == "accuracy" or any(part in _SHARES for part in metric.split("_"))
+
+
+def number(value: float) -> str:
+    """Three significant digits; powers of ten where nobody counts zeros."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e6 or size < 1e-3:
+        mantissa, _, power = f"{value:.1e}".partition("e")
+        exponent = int(power)
+        return f"{mantissa} {TIMES} 10{str(exponent).translate(_SUPERSCRIPTS)}".replace("-", MINUS)
+    if size >= 1000:
+        return f"{value:,.0f}".replace("-", MINUS)
+    digits = max(0, 2 - math.floor(math.log10(size)))
+    return f"{value:.{digits}f}".replace("-", MINUS)
+
+
+def percent(value: float) -> str:
+    """A share, without its sign."""
+    return f"{100 * value:.1f}".replace("-", MINUS)
+
+
+def count(value: float) -> str:
+    """A number of parameters or tokens."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size * 0.9995:
+            digits = 2 if abs(value) < 10 * size else 1
+            return f"{value / size:.{digits}f} {unit}"
+    return f"{value:.0f}"
+
+
+def size(value: float) -> str:
+    """A number of bytes, in the decimal units of disks."""
+    for unit_size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(value) >= unit_size * 0.9995:
+            return f"{value / unit_size:.{2 if abs(value) < 10 * unit_size else 1}f} {unit}"
+    return f"{value:.0f} B"
+
+
+def with_error(text: str, value: float, stderr: float, *, share: bool) -> str:
+    """A value and its standard error, to the same decimal."""
+    if share:
+        return f"{text} ± {percent(stderr)}"
+    decimals = len(text.partition(".")[2]) if TIMES not in text else -1
+    error = f"{stderr:.{decimals}f}" if decimals >= 0 and abs(value) < 1000 else ""
+    return f"{text} ± {error if error.strip('0.') else number(stderr)}"
+
+
+def seconds(value: float) -> str:
+    """A length of time."""
+    if value < 1:
+        return f"{1000 * value:.3g} ms"
+    if value < 120:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 120:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def signed(text: str, value: float) -> str:
+    """A difference with its sign, from how its amount is written."""
+    return text if text.startswith(MINUS) or value < 0 else f"+{text}"
+
+
+def ratio(value: float) -> str:
+    """How many times as much."""
+    return f"{TIMES} {value:.2f}" if 0.01 <= value < 100 else f"{TIMES} {number(value)}"
+
+
+def measured(metric: str, value: float, kind: str | None = None, unit: str | None = None) -> str:
+    """A value of a metric.
+
+    Args:
+        metric (`str`): Its name, as in `metrics.json`.
+        value (`float`): The value.
+        kind (`str`, *optional*): Its kind, as there.
+        unit (`str`, *optional*): Its unit, as there.
+
+    Returns:
+        `str`: The text, with the unit where the metric's name does not say it.
+    """
+    if is_share(metric, kind):
+        return percent(value)
+    if "bytes" in metric or unit in ("bytes", "B"):
+        return size(value)
+    if metric == "parameters":
+        return count(value)
+    if "second" not in metric.partition("per_second")[0] and "per_second" in metric:
+        return number(value)
+    if metric.endswith("seconds") or metric.startswith("time_") or unit in ("s", "seconds"):
+        return seconds(value)
+    return number(value)
