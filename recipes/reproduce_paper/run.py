@@ -17,6 +17,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,9 +204,9 @@ def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan])
                 logger.info("\n%s", name)
                 try:
                     results.add(rows[name], plan, runner.run(plan))
-                except LayerPruneError as error:
-                    failed[name] = error
-                    logger.error("%s failed: %s", name, " ".join(str(error).split()))
+                except Exception as error:  # one row must not keep the others from being run
+                    failed[name] = _explain(error, runner.folder(plan))
+                    logger.error("%s failed: %s", name, failed[name])
                     continue
             runner.clean(plan, {other.cut_name for other in left.values() if other.cut is not None})
             write_text(args.output / "results.md", markdown(read_rows(), results))
@@ -214,6 +215,14 @@ def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan])
     for name, error in failed.items():
         _fail(f"{name} failed: {error}", 1)
     return 1 if failed else 0
+
+
+def _explain(error: Exception, folder: Path) -> str:
+    """One line; where the error is none of ours, the rest goes into a file."""
+    if isinstance(error, LayerPruneError | OSError):
+        return " ".join(str(error).split())
+    write_text(folder / "error.txt", "".join(traceback.format_exception(error)))
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (see {folder / 'error.txt'})"
 
 
 def _report(row: Row, results: Results) -> str:

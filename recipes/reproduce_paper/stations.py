@@ -24,6 +24,8 @@ from typing import Any
 
 import yaml
 from plans import HERE, Plan, digest
+from training import engine_settings, remove_broken_checkpoints, trained_parameters
+from training_rows import prepare_rows
 
 from hf_layerprune import families
 from hf_layerprune.errors import LayerPruneError
@@ -31,7 +33,8 @@ from hf_layerprune.files import write_text
 from hf_layerprune.loading import load_config, load_tokenizer
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.records import Metrics
-from hf_layerprune.measure.tasks import PAPER
+from hf_layerprune.measure.tasks import PAPER, task_set
+from hf_layerprune.measure.texts import find_text
 from hf_layerprune.prune import PruneRequest, prune_to
 from hf_layerprune.publish.lineage import Lineage
 from hf_layerprune.select.spec import format_layers
@@ -65,6 +68,7 @@ class Runner:
         hold: int | None = None,
     ) -> None:
         self.output, self.device, self.keep_models, self.hold = output, device, keep_models, hold
+        self._checked: set[str] = set()
         self.engine = engine or ENGINES / ("single_gpu.yaml" if has_accelerator() else "cpu.yaml")
 
     def folder(self, plan: Plan) -> Path:
@@ -87,16 +91,13 @@ class Runner:
         folder = self.folder(plan)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "plan.json", json.dumps(_plain(plan), indent=2) + "\n")
+        self._check(plan)
         found: dict[str, Any] = {"values": {}}
         model, rounds = plan.model, []
         if plan.cut is not None:
             model, rounds = self._make(plan, folder)
-            kept = list(range(rounds[0]["layers"]))
-            for one in rounds:  # each round counts the layers that the one before has left
-                gone = {kept[i] for i in one["dropped"]}
-                kept = [i for i in kept if i not in gone]
-            found["removed"] = format_layers(set(range(rounds[0]["layers"])) - set(kept))
-            found["left"] = len(kept)
+            gone = dropped_of_base(rounds)
+            found |= {"removed": format_layers(gone), "left": rounds[0]["layers"] - len(gone)}
         if plan.tune is not None:
             millions = rounds[-1]["trainable"] / 1e6
             found["values"]["trainable_millions"] = {"value": millions}
@@ -123,6 +124,19 @@ class Runner:
         for path in [folder / "merged_in_4_bits", *(folder.glob("round-*/*"))]:
             if path.is_dir():
                 shutil.rmtree(path)
+
+    def _check(self, plan: Plan) -> None:
+        """Find out before hours of training whether there is all that is needed: rows, tasks and texts."""
+        if plan.tune is not None:
+            self._rows(plan)
+        said = plan.evaluate
+        key = digest([said["tasks"], said.get("tasks_from"), said["texts"]])
+        if key in self._checked:
+            return
+        for source in said["texts"].values():
+            find_text(source)
+        with task_set(said["tasks"], Path(said["tasks_from"]) if "tasks_from" in said else None):
+            self._checked.add(key)
 
     # --- prune and train --------------------------------------------------------------------------------------
 
@@ -173,10 +187,9 @@ class Runner:
             return
         heal.mkdir(parents=True, exist_ok=True)
         engine = yaml.safe_load(self.engine.read_text(encoding="utf-8"))
-        rows = self._rows(plan, pruned)
         settings = plan.tune | {
             "model_name_or_path": str(pruned),
-            "dataset_name": str(rows),
+            "dataset_name": str(self._rows(plan)),
             "output_dir": str(heal),
             "resume_from_checkpoint": "true",
         }
@@ -216,14 +229,12 @@ class Runner:
             said = last[-1].removeprefix("error: ") if last else f"it ended with code {running.returncode}"
             raise LayerPruneError(f"training failed: {said} (log: {log})")
 
-    def _rows(self, plan: Plan, pruned: Path) -> Path:
-        from training_rows import prepare_rows
-
+    def _rows(self, plan: Plan) -> Path:
         by_tokens = "longest" in plan.data or "whole_sequence" in plan.data
         key = digest([plan.data, plan.model if by_tokens else None])
         folder = self.output / "data" / f"{Path(plan.data['name']).stem}-{key[:10]}"
         if not folder.is_dir():
-            prepare_rows(plan.data, folder, load_tokenizer(pruned))
+            prepare_rows(plan.data, folder, load_tokenizer(plan.model))
         return folder
 
     def _describe(self, plan: Plan, pruned: Path, place: Path) -> dict[str, Any]:
@@ -285,6 +296,15 @@ class Runner:
         return merged
 
 
+def dropped_of_base(rounds: list[dict[str, Any]]) -> list[int]:
+    """The layers that all rounds dropped, as the base counts them; each round counts those that the last one left."""
+    kept = list(range(rounds[0]["layers"]))
+    for one in rounds:
+        gone = {kept[i] for i in one["dropped"]}
+        kept = [i for i in kept if i not in gone]
+    return sorted(set(range(rounds[0]["layers"])) - set(kept))
+
+
 def values_of(metrics: Metrics, plan: Plan) -> dict[str, dict[str, float]]:
     """The numbers that tables of the paper have: accuracy by task and its mean, perplexity by text.
 
@@ -312,60 +332,6 @@ def values_of(metrics: Metrics, plan: Plan) -> dict[str, dict[str, float]]:
             if one["metric"] == "perplexity" and one["task"] == Path(source).stem and same:
                 found[name] = {key: one[key] for key in ("value", "stderr") if key in one}
     return found | tasks
-
-
-def engine_settings(settings: dict[str, Any], engine: dict[str, Any], accelerator: bool) -> dict[str, Any]:
-    """What has to change for the machine, so that the same is computed.
-
-    Args:
-        settings (`dict[str, Any]`): Of the training.
-        engine (`dict[str, Any]`): accelerate's configuration.
-        accelerator (`bool`): Whether there is a GPU or the like.
-
-    Returns:
-        `dict[str, Any]`: Settings to replace.
-
-    Raises:
-        LayerPruneError: The batch can't be shared by so many processes.
-    """
-    changed: dict[str, Any] = {}
-    if not accelerator:
-        changed = {"use_cpu": True, "fp16": False}  # float16 is for GPUs
-        if not settings.get("bf16"):
-            changed["bf16"] = False
-    processes, steps = int(engine.get("num_processes") or 1), settings.get("gradient_accumulation_steps", 1)
-    if processes > 1:
-        if steps % processes:
-            raise LayerPruneError(
-                f"{processes} processes can't share {steps} batches a step; use a number of processes that divides it"
-            )
-        changed["gradient_accumulation_steps"] = steps // processes
-    return changed
-
-
-def remove_broken_checkpoints(heal: Path) -> None:
-    """Remove checkpoints that were being written when a run was killed; their state is written last."""
-    for path in heal.glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.info("%s is incomplete, and removed", path)
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def trained_parameters(heal: Path) -> int:
-    """How many parameters were trained: those of the adapter, or of all that changed where there is none."""
-    from safetensors import safe_open
-
-    adapter = heal / "adapter" / "adapter_model.safetensors"
-    if adapter.is_file():
-        with safe_open(adapter, framework="pt") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    changed, total = set(Lineage.of(heal / "model").entries[-1]["changed_tensors"]), 0
-    for path in (heal / "model").glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in changed & set(file.keys()))
-    return total
 
 
 def has_accelerator() -> bool:

@@ -1,0 +1,69 @@
+"""Around a run of `recipes/sft_tail.py`: what the machine asks for, what a killed run leaves, what was trained."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from hf_layerprune.errors import LayerPruneError
+from hf_layerprune.publish.lineage import Lineage
+
+logger = logging.getLogger("hf_layerprune.reproduce_paper")
+
+
+def engine_settings(settings: dict[str, Any], engine: dict[str, Any], accelerator: bool) -> dict[str, Any]:
+    """What has to change for the machine, so that the same is computed.
+
+    Args:
+        settings (`dict[str, Any]`): Of the training.
+        engine (`dict[str, Any]`): accelerate's configuration.
+        accelerator (`bool`): Whether there is a GPU or the like.
+
+    Returns:
+        `dict[str, Any]`: Settings to replace.
+
+    Raises:
+        LayerPruneError: The batch can't be shared by so many processes.
+    """
+    changed: dict[str, Any] = {}
+    if not accelerator:
+        changed = {"use_cpu": True, "fp16": False}  # float16 is for GPUs
+        if not settings.get("bf16"):
+            changed["bf16"] = False
+    processes, steps = int(engine.get("num_processes") or 1), settings.get("gradient_accumulation_steps", 1)
+    if processes > 1:
+        if steps % processes:
+            raise LayerPruneError(
+                f"{processes} processes can't share {steps} batches a step; use a number of processes that divides it"
+            )
+        changed["gradient_accumulation_steps"] = steps // processes
+    return changed
+
+
+def remove_broken_checkpoints(heal: Path) -> None:
+    """Remove checkpoints that were being written when a run was killed; their state is written last."""
+    for path in heal.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.info("%s is incomplete, and removed", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def trained_parameters(heal: Path) -> int:
+    """How many parameters were trained: those of the adapter, or of all that changed where there is none."""
+    adapter = heal / "adapter" / "adapter_model.safetensors"
+    if adapter.is_file():
+        with safe_open(adapter, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    changed, total = set(Lineage.of(heal / "model").entries[-1]["changed_tensors"]), 0
+    for path in (heal / "model").glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in changed & set(file.keys()))
+    return total
