@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import gc
 import os
+from pathlib import Path
 
 # Before anything imports transformers: no network, no progress bars, no telemetry.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests run one process a core, and so do the processes that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 from hypothesis import settings
 
-# Tests run one process a core.
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -27,18 +31,24 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-# What starts browsers, servers or several training processes, and waits for them: it needs a core to itself.
-HEAVY = (
-    "test_chat_browser",
-    "test_chat_load",
-    "test_chat_real",
-    "test_heal_recipe",
-    "test_measure_bench",
-    "test_measure_hub",
-)
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as it is published, a bfloat16 checkpoint with its tokenizer. Nobody writes to it.
+
+    Unpacking it takes a while, so the workers of a run share one.
+    """
+    from .gguf_makers import unpack_smollm2
+
+    here = tmp_path_factory.getbasetemp()
+    shared = here.parent if "PYTEST_XDIST_WORKER" in os.environ else here
+    folder = shared / "smollm2"
+    with FileLock(shared / "smollm2.lock"):
+        if not folder.exists():
+            unpack_smollm2(shared / "smollm2.part").rename(folder)
+    return folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.stem in HEAVY:
-            item.add_marker("heavy")
+def pytest_collection_finish() -> None:
+    # What was imported so far stays: garbage collections, of which training runs ask for many, need not look at it.
+    gc.collect()
+    gc.freeze()

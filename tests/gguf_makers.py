@@ -27,6 +27,19 @@ def smollm2() -> Path:
     return path
 
 
+def unpack_smollm2(folder: Path) -> Path:
+    """Write the real model as a bfloat16 checkpoint with its tokenizer."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from hf_layerprune.loading import load_base
+
+    packed = smollm2()
+    load_base(packed, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name).save_pretrained(folder)
+    return folder
+
+
 def make_gguf(
     path: Path,
     arch: str = "llama",

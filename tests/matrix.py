@@ -1,9 +1,10 @@
-"""The proof that a model type survives a cut: four checks, for a cut at the tail and one in the middle.
+"""The proof that a model type survives a cut: five checks, for a cut at the tail and one in the middle.
 
 (a) the cut model in memory and the same model saved and reloaded give the same logits, to the last bit;
 (b) both equal the dense model in which each dropped layer hands its input on unchanged;
-(c) greedy generation with the key-value cache and without it give the same tokens;
-(d) the saved config is valid to its own class, and says what was dropped.
+(c) greedy generation with the key-value cache, of both, and without it give the same tokens;
+(d) the saved config is valid to its own class, and says what was dropped;
+(e) the same cut made on disk, and the model loaded without the dropped layers, have the same tensors and logits.
 """
 
 from __future__ import annotations
@@ -95,11 +96,17 @@ def _check(name: str, holds: bool, detail: Callable[[], str]) -> None:
         raise ProofError(f"({name}) {detail()}")
 
 
-def prove_cut(dense: Any, dropped: Sequence[int]) -> None:
+def prove_cut(dense: Any, dropped: Sequence[int], saved: str | None = None) -> None:
     """Prove one cut of one model.
 
+    Args:
+        dense (`Any`): The model.
+        dropped (`Sequence[int]`): The layers that go.
+        saved (`str`, *optional*): The folder of the model. With it, the cut is also made on disk, and loaded without
+            the dropped layers.
+
     Raises:
-        ProofError: One of the four checks does not hold.
+        ProofError: One of the checks does not hold.
     """
     ids = tiny_input()
     n = families.layer_count(dense.config)
@@ -131,9 +138,29 @@ def prove_cut(dense: Any, dropped: Sequence[int]) -> None:
     _check("a", not lost, lambda: f"reload: {lost}")
     reloaded = logits(again, ids)
     _check("a", torch.equal(mine, reloaded), lambda: f"off by {(mine - reloaded).abs().max()} after a reload")
+    without_cache = greedy(again, ids, use_cache=False).tolist()
     for name, candidate in (("in memory", model), ("reloaded", again)):
-        tokens = [greedy(candidate, ids, use_cache).tolist() for use_cache in (True, False)]
-        _check("c", tokens[0] == tokens[1], lambda: f"{name}: {tokens[0]} with cache, {tokens[1]} without")  # noqa: B023
+        with_cache = greedy(candidate, ids, use_cache=True).tolist()
+        _check("c", with_cache == without_cache, lambda: f"{name}: {with_cache} with cache, {without_cache} without")  # noqa: B023
+    if saved is not None:
+        _prove_forms(saved, dropped, model, mine)
+
+
+def _prove_forms(saved: str, dropped: Sequence[int], model: Any, expected: torch.Tensor) -> None:
+    """Check (e): of a model in a folder, a cut on disk and a model loaded without the layers equal the cut in memory."""
+    tensors = model.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        cut_checkpoint(saved, f"{folder}/cut", dropped, progress=False)
+        on_disk, lost = load(f"{folder}/cut", model)
+    _check("e", not lost, lambda: f"cut on disk: {lost}")
+    lazy = realign(load_pruned(saved, dropped, dtype=torch.float32, **EAGER))
+    for name, other in (("cut on disk", on_disk), ("loaded without the layers", lazy)):
+        other_tensors = other.state_dict()
+        _check("e", other_tensors.keys() == tensors.keys(), lambda: f"{name}: other tensors")  # noqa: B023
+        for key, tensor in tensors.items():
+            _check("e", torch.equal(tensor, other_tensors[key]), lambda: f"{name}: {key} differs")  # noqa: B023
+        off = (logits(other, tiny_input()) - expected).abs().max().item()
+        _check("e", off == 0, lambda: f"{name}: logits are off by {off}")  # noqa: B023
 
 
 def load(folder: str, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -157,37 +184,16 @@ def realign(model: Any) -> Any:
     return model.eval()
 
 
-def prove_forms(model_type: str) -> None:
-    """Prove that a cut on disk, and a model loaded without the dropped layers, equal the cut in memory.
-
-    Raises:
-        ProofError: Logits or tensors differ.
-    """
-    ids = tiny_input()
-    with tempfile.TemporaryDirectory() as folder:
-        made = tiny_model(model_type, seed=SEED.get(model_type, 0))
-        made.save_pretrained(f"{folder}/dense")
-        for number, dropped in enumerate(cuts(model_type, made.config).values()):
-            in_memory, _ = load(f"{folder}/dense", made)
-            drop_layers(in_memory, dropped)
-            expected, tensors = logits(in_memory, ids), in_memory.state_dict()
-            cut_checkpoint(f"{folder}/dense", f"{folder}/cut{number}", dropped, progress=False)
-            on_disk, lost = load(f"{folder}/cut{number}", made)
-            _check("disk", not lost, lambda: f"{lost}")  # noqa: B023
-            lazy = realign(load_pruned(f"{folder}/dense", dropped, dtype=torch.float32, **EAGER))
-            for name, other in (("disk", on_disk), ("lazy", lazy)):
-                other_tensors = other.state_dict()
-                _check(name, other_tensors.keys() == tensors.keys(), lambda: "other tensors")
-                for key, tensor in tensors.items():
-                    _check(name, torch.equal(tensor, other_tensors[key]), lambda: f"{key} differs")  # noqa: B023
-                off = (logits(other, ids) - expected).abs().max().item()
-                _check(name, off == 0, lambda: f"logits are off by {off}")  # noqa: B023
-
-
 def prove(model_type: str) -> dict[str, tuple[int, ...]]:
-    """Prove a model type, or raise. Returns the cuts that it was proven on."""
+    """Prove a model type, or raise.
+
+    Returns:
+        `dict[str, tuple[int, ...]]`: The cuts that it was proven on.
+    """
     dense = tiny_model(model_type, seed=SEED.get(model_type, 0))
     proven = cuts(model_type, dense.config)
-    for dropped in proven.values():
-        prove_cut(dense, dropped)
+    with tempfile.TemporaryDirectory() as folder:
+        dense.save_pretrained(folder)
+        for dropped in proven.values():
+            prove_cut(dense, dropped, folder)
     return proven

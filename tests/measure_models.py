@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, quants
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -81,8 +81,8 @@ def write_tasks(folder: Path, questions: int = 24) -> Path:
     return folder
 
 
-def write_gguf(path: Path, *, layers: int = 4, seed: int = 0) -> Path:
-    """A random Llama as a GGUF file, with a tokenizer of one token a byte."""
+def write_gguf(path: Path, *, layers: int = 4, seed: int = 0, packed: GGMLQuantizationType | None = None) -> Path:
+    """A random Llama as a GGUF file, with a tokenizer of one token a byte; its matrices in float32, or packed."""
     random_ = np.random.default_rng(seed)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<pad>", "<s>", "</s>", *alphabet, "th"]
@@ -107,7 +107,11 @@ def write_gguf(path: Path, *, layers: int = 4, seed: int = 0) -> Path:
 
     def add(name: str, *shape: int) -> None:
         values = random_.standard_normal(shape) / shape[-1] ** 0.5 if len(shape) > 1 else np.ones(shape)
-        writer.add_tensor(name, values.astype(np.float32))
+        values = values.astype(np.float32)
+        if packed is not None and len(shape) > 1:
+            writer.add_tensor(name, quants.quantize(values, packed), raw_dtype=packed)
+        else:
+            writer.add_tensor(name, values)
 
     add("token_embd.weight", len(tokens), WIDTH)
     add("output_norm.weight", WIDTH)

