@@ -2,6 +2,7 @@
 
 The head is run over a chunk of tokens at a time, and each chunk's gradients are taken before its logits are let go: one
 product for the student's logits, two for the gradients, one for the teacher's logits, and nothing is computed twice.
+Logits are kept in the type in which they were multiplied, and their gradients take their place.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-# A chunk's logits in float32 take about so many bytes. A few such buffers are alive at a time.
+# A chunk's logits take about so many bytes. Two such buffers are alive at a time, with a teacher.
 CHUNK_BYTES = 64 * 2**20
+# On a CPU, what is computed of a chunk's logits in float32 goes through so few at a time that they stay in the cache.
+_CACHED_BYTES = 2**20
 
 DIRECTIONS = ("forward", "reverse")
 
@@ -132,6 +135,10 @@ class Lesson:
     weight: torch.Tensor
     distillation: Distillation
 
+    def raw_logits(self, part: slice) -> torch.Tensor:
+        """What the teacher's head gives for some of the tokens."""
+        return F.linear(self.hidden[part].to(self.head.weight.dtype), self.head.weight, self.head.bias)
+
 
 def head_loss(
     hidden: torch.Tensor,
@@ -183,24 +190,30 @@ class _HeadLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.zeros(weight.shape, device=device, dtype=torch.float32) if wants_weight else None
         d_bias = torch.zeros(bias.shape, device=device, dtype=torch.float32) if wants_bias else None
-        size = max(1, chunk_bytes // (4 * weight.shape[0]))
+        size = max(1, chunk_bytes // (dtype.itemsize * weight.shape[0]))
+        rows = max(1, _CACHED_BYTES // (4 * weight.shape[0])) if device.type == "cpu" else size
         with torch.autocast(device.type, enabled=False):
             matrix = weight.to(dtype)
             offset = bias.to(dtype) if bias is not None else None
             for start in range(0, hidden.shape[0], size):
-                part = slice(start, start + size)
+                part = slice(start, min(start + size, hidden.shape[0]))
                 states = hidden[part].to(dtype)
-                logits = transform.forward(F.linear(states, matrix, offset))
-                capped = logits.clone() if transform.cap is not None else None
-                gradient = _chunk(logits, labels[part], ce_weight, lesson, part, sums)
-                gradient = transform.backward(gradient, capped)
+                raw = F.linear(states, matrix, offset)
+                taught = None if lesson is None else lesson.raw_logits(part)
+                for first in range(0, len(raw), rows):  # the gradient takes the place of the logits
+                    piece = slice(first, min(first + rows, len(raw)))
+                    few = slice(start + piece.start, start + piece.stop)
+                    logits = transform.forward(raw[piece])
+                    capped = logits.clone() if transform.cap is not None else None
+                    wanted = None if taught is None else taught[piece]
+                    gradient = _gradient(logits, labels[few], ce_weight, lesson, wanted, few, sums)
+                    raw[piece] = transform.backward(gradient, capped)
                 if wants_bias:
-                    d_bias += gradient.sum(0)
-                gradient = gradient.to(dtype)
+                    d_bias += raw.sum(0, dtype=d_bias.dtype)
                 if wants_hidden:
-                    d_hidden[part] = (gradient @ matrix).to(hidden.dtype)
+                    d_hidden[part] = (raw @ matrix).to(hidden.dtype)
                 if wants_weight:
-                    d_weight += gradient.T @ states
+                    d_weight += raw.T @ states
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
         ctx.mark_non_differentiable(sums.ce, sums.kd, sums.correct)
@@ -228,47 +241,64 @@ class _Sums:
     correct: torch.Tensor
 
 
-def _chunk(
+def _gradient(
     logits: torch.Tensor,
     labels: torch.Tensor,
     ce_weight: torch.Tensor | None,
     lesson: Lesson | None,
+    taught: torch.Tensor | None,
     part: slice,
     sums: _Sums,
 ) -> torch.Tensor:
-    """Add a chunk's losses to the sums, and give the gradient of its logits, which may be overwritten."""
+    """Add some tokens' losses to the sums, and give the gradient of their logits, in the logits' own memory.
+
+    With z the logits less their largest and Q the sum of exp(z), log q = z - log Q; the same for the teacher's y and P.
+    """
     counted = labels != -100
     targets = torch.where(counted, labels, 0)[:, None]
-    sums.correct += ((logits.argmax(-1) == targets[:, 0]) & counted).sum()
-    gradient = None if lesson is None else _taught(logits, lesson, part, sums)
-    log_q = torch.log_softmax(logits, -1)
-    ce = -log_q.gather(-1, targets)[:, 0].mul_(counted).sum()
+    largest, best = logits.max(-1, keepdim=True)
+    sums.correct += ((best == targets)[:, 0] & counted).sum()
+    z = logits.sub_(largest)
+    of_target = z.gather(-1, targets)
+    ce_rows = counted[:, None] * (0.0 if ce_weight is None else ce_weight)
+    if lesson is None:
+        q = z.exp_()
+        total = q.sum(-1, keepdim=True)
+        gradient = q.mul_(ce_rows / total)
+    else:
+        t = lesson.distillation.temperature
+        own = None
+        if t != 1.0:
+            own = z.exp()
+            total = own.sum(-1, keepdim=True)
+            z.div_(t)
+        y = lesson.head.transform.forward(taught)
+        y = y.sub_(y.amax(-1, keepdim=True)).div_(t)
+        gap = y - z
+        p, q = y.exp_(), z.exp_()
+        p_total, q_total = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
+        norms = (q_total.log() - p_total.log())[:, 0]
+        mask = lesson.mask[part]
+        kd_rows = (mask * (lesson.weight * t))[:, None]
+        if t == 1.0:
+            total, shared = q_total, ce_rows
+        else:
+            shared = 0.0
+        if lesson.distillation.direction == "forward":  # d KL(p || q) / dz = (q - p) / t
+            kl = torch.linalg.vecdot(p, gap) / p_total[:, 0] + norms
+            gradient = q.mul_((kd_rows + shared) / q_total).addcmul_(p, kd_rows / p_total, value=-1)
+        else:  # d KL(q || p) / dz = q * (log q - log p - KL) / t, in which the norms cancel
+            mean = (torch.linalg.vecdot(q, gap) / q_total[:, 0])[:, None]
+            kl = -mean[:, 0] - norms
+            gradient = gap.neg_().add_(mean).mul_(kd_rows).add_(shared).mul_(q.div_(q_total))
+        if own is not None and ce_weight is not None:
+            gradient.add_(own.mul_(ce_rows / total))
+        kl = kl.mul_(mask).sum() * t**2
+        sums.kd += kl
+        sums.loss += kl * lesson.weight
+    ce = ((total.log() - of_target) * counted[:, None]).sum()
     sums.ce += ce
-    if ce_weight is None:
-        return gradient
-    sums.loss += ce * ce_weight
-    weights = (counted * ce_weight)[:, None]
-    own = log_q.exp_().mul_(weights)
-    own.scatter_add_(-1, targets, -weights.to(own.dtype))
-    return own if gradient is None else gradient.add_(own)
-
-
-def _taught(logits: torch.Tensor, lesson: Lesson, part: slice, sums: _Sums) -> torch.Tensor:
-    """The same for the divergence from the teacher alone."""
-    t, head = lesson.distillation.temperature, lesson.head
-    states = lesson.hidden[part].to(head.weight.dtype)
-    log_p = torch.log_softmax(head.transform.forward(F.linear(states, head.weight, head.bias)).div_(t), -1)
-    log_q = torch.log_softmax(logits / t, -1)
-    difference = log_p - log_q
-    if lesson.distillation.direction == "forward":  # d KL(p || q) / dz = (q - p) / t
-        p = log_p.exp_()
-        kl = torch.linalg.vecdot(p, difference)
-        gradient = log_q.exp_().sub_(p)
-    else:  # d KL(q || p) / dz = q * (log q - log p - KL) / t
-        q = log_q.exp_()
-        kl = -torch.linalg.vecdot(q, difference)
-        gradient = q.mul_(difference.add_(kl[:, None]).neg_())
-    kl = kl.mul_(lesson.mask[part]).sum() * t**2
-    sums.kd += kl
-    sums.loss += kl * lesson.weight
-    return gradient.mul_((lesson.mask[part] * lesson.weight * t)[:, None])
+    if ce_weight is not None:
+        sums.loss += ce * ce_weight
+        gradient.scatter_add_(-1, targets, -ce_rows.to(gradient.dtype))
+    return gradient
