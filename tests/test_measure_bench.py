@@ -21,6 +21,7 @@ from hf_layerprune.measure.speed import Workload, time_models
 from .measure_models import write_model
 from .tiny_models import tiny_model
 
+pytestmark = pytest.mark.processes
 SMALL = {"batch_sizes": (1, 2), "prompt_lengths": (8, 32), "new_tokens": 4, "repeats": 3, "progress": False}
 TIMED = ("prefill_tokens_per_second", "time_to_first_token", "decode_tokens_per_second")
 

@@ -18,6 +18,7 @@ from .hub_server import HubServer, client_env
 from .measure_datasets import write_datasets
 from .measure_models import write_model
 
+pytestmark = pytest.mark.processes
 SIX = ("piqa", "hellaswag", "openbookqa", "arc_easy", "arc_challenge", "winogrande")
 
 # One process that measures everything, since the client library reads its settings when it is imported.
