@@ -3,6 +3,7 @@
 python -m model_cards               write every card anew
 python -m model_cards --check       say which card is not what its records give
 python -m model_cards --take DIR    take over the records of a model that was made, and write its card
+python -m model_cards --make WORK --data DATA    make and measure all of them in WORK first (see make.py)
 
 What the weights were is in the records; the weights themselves are not kept.
 """
@@ -18,6 +19,8 @@ from hf_layerprune.errors import CheckpointError, LayerPruneError
 from hf_layerprune.publish.history import is_local
 from hf_layerprune.publish.lineage import Lineage
 from hf_layerprune.publish.writing import compose, read_card, write_card
+
+from .make import make
 
 HERE = Path(__file__).parent
 RECORDS = ("lineage.json", "metrics.json")
@@ -58,7 +61,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m model_cards", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a card would change")
     parser.add_argument("--take", type=Path, metavar="DIR", help="take over the records of this model first")
+    parser.add_argument("--make", type=Path, metavar="WORK", help="make and measure the models in this folder first")
+    parser.add_argument(
+        "--data", type=Path, metavar="DATA", help="with --make: the folder of the questions and the text"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=200, metavar="N", help="with --make: questions a task, 0: all (200)"
+    )
+    parser.add_argument("--rows", type=int, default=96, metavar="N", help="with --make: rows to train on (96)")
     args = parser.parse_args()
+    if args.make:
+        if not args.data:
+            parser.error("--make needs --data")
+        for folder in make(args.make, args.data, limit=args.limit, rows=args.rows):
+            take(folder)
     if args.take:
         take(args.take)
     stale = False

@@ -16,7 +16,7 @@ from hf_layerprune.cli import main
 from hf_layerprune.publish import numbers, regions
 from hf_layerprune.publish.declared import front_matter
 from hf_layerprune.publish.lineage import Lineage
-from hf_layerprune.publish.writing import write_card
+from hf_layerprune.publish.writing import declare, write_card
 
 from .publish_records import lineage_of, measure_by_hand, metrics_of
 from .tiny_models import tiny_model
@@ -81,9 +81,20 @@ def test_what_only_the_user_knows(tmp_path: Path, words: list[str], fields: dict
     assert fields.items() <= Lineage.of(folder).base.items()
 
 
+def test_a_name_until_it_is_on_the_hub(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    (folder / "metrics.json").unlink()  # of weights that are not here
+    assert main(["card", str(folder), "--name", "SmolLM2-small"]) == 0
+    assert "\n# SmolLM2-small\n" in (folder / "README.md").read_text()
+    declare(folder, published={"repo_id": "org/other"})
+    write_card(folder, weights=False)
+    assert "\n# other\n" in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize(("words", "code", "message"), [
     (["--license-name", "x"], 2, "go with --license"),
     (["--base-model", "no such id!"], 1, "is no Hub id"),
+    (["--name", "org/model"], 1, "is no name for a model"),
     (["--base-model", "other/base"], 1, "not other/base"),
 ])  # fmt: skip
 def test_bad_words(

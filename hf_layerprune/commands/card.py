@@ -14,6 +14,7 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The words of the command."""
     parser.add_argument("model", metavar="MODEL", help="a model folder that prune has written")
+    parser.add_argument("--name", metavar="N", help="what the model is called, until it is on the Hub (BASE-23L)")
     parser.add_argument("--base-model", metavar="ID", help="Hub id of the base, where MODEL was made of a local copy")
     parser.add_argument(
         "--license", metavar="L", help="the base's licence, such as apache-2.0, where it declares none"
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
         license_name=args.license_name,
         license_link=args.license_link,
         base_model=args.base_model,
+        name=args.name,
     )
     changed = write_card(folder, force=args.force)
     print(f"wrote {', '.join(changed)} in {folder}" if changed else f"{folder / 'README.md'} is as it should be")

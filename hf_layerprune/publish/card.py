@@ -74,7 +74,7 @@ class Card:
         published = {key: value for key, value in lineage.published.items() if escape.is_hub_name(str(value))}
         repo_id = published.get("repo_id")
         base = history.base_on_hub or history.base_id.removesuffix(".gguf")
-        name = repo_id or f"{base.rpartition('/')[2]}-{len(history.kept)}L"
+        name = repo_id or published.get("name") or f"{base.rpartition('/')[2]}-{len(history.kept)}L"
         return cls(
             name=name.rpartition("/")[2],
             repo_id=repo_id,

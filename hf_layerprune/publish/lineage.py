@@ -38,8 +38,8 @@ class Lineage:
         base (`dict[str, Any]`): `id` as the user named it, `commit` on the Hub or `None`, `files`: the size and the
             sha256 of each of its weight and config files, and what its own card declares (see `declared.py`).
         entries (`list[dict[str, Any]]`): One for each station, oldest first.
-        published (`dict[str, str]`): Where this very model is on the Hub: `repo_id`, and `space` if it has one. What
-            is made of it is another model, so a station's entry empties this.
+        published (`dict[str, str]`): What this very model is called: `repo_id` on the Hub, and `space` if it has one;
+            or else a `name`. What is made of it is another model, so a station's entry empties this.
     """
 
     base: dict[str, Any]

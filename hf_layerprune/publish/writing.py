@@ -69,6 +69,7 @@ def declare(
     license_name: str | None = None,
     license_link: str | None = None,
     base_model: str | None = None,
+    name: str | None = None,
     published: dict[str, str] | None = None,
 ) -> Lineage:
     """Record what nobody but the user knows: the base's licence or Hub id, or where the model is published.
@@ -80,13 +81,14 @@ def declare(
         license_link (`str`, *optional*): Where its text is.
         base_model (`str`, *optional*): The Hub id of the base, or of the model that a local base is a copy of. The
             base is then no longer named by its path.
+        name (`str`, *optional*): What the model is called, as long as it is not on the Hub.
         published (`dict[str, str]`, *optional*): `repo_id`, and `space`.
 
     Returns:
         `Lineage`: What the folder's lineage says now.
 
     Raises:
-        CheckpointError: The folder has no lineage, or the base is no Hub id.
+        CheckpointError: The folder has no lineage, the base is no Hub id, or the name can't be one on the Hub.
     """
     from .escape import is_hub_name
     from .history import base_name
@@ -106,6 +108,10 @@ def declare(
             raise CheckpointError(f"the base is {base['id']} at commit {base['commit'][:12]}, not {base_model}")
     if published and published.get("repo_id") != lineage.published.get("repo_id"):
         lineage.published = {}  # a Space of the model elsewhere is none of it here
+    if name is not None:
+        if not is_hub_name(name) or "/" in name:
+            raise CheckpointError(f"{name!r} is no name for a model; use letters, digits, - _ and . only")
+        published = {"name": name} | (published or {})
     lineage.base, lineage.published = base, lineage.published | (published or {})
     if (lineage.base, lineage.published) != before:
         lineage.write(folder)
