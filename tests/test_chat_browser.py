@@ -318,6 +318,20 @@ def test_what_no_longer_fits_is_said(visit: Callable[..., Visit]) -> None:
         here.answered()
     expect(here.page.get_by_text("the first 2 messages no longer fit and are left out")).to_be_visible()
     assert len(here.said("user")) == 3  # they can still be read
+    # What scrolls by does so below the button that clears all.
+    clear, talk = (here.page.locator(f".talk {part}").first.bounding_box() for part in (".top-panel", ".bubble-wrap"))
+    assert clear["y"] + clear["height"] <= talk["y"] + 1
+
+
+def test_an_empty_page_begins_with_a_glance_at_the_model(visit: Callable[..., Visit]) -> None:
+    here = visit().ready()
+    expect(here.page.get_by_text("base without layers 3-4")).to_be_visible()
+    assert here.page.locator(".glance .kept").count() == 6
+    assert here.page.locator(".glance .gone").count() == 2
+    here.send("ba")
+    here.until(lambda: bool(here.said("bot")))
+    assert here.page.locator(".glance").count() == 0
+    here.stop()
 
 
 def test_keyboard_only(visit: Callable[..., Visit]) -> None:

@@ -410,6 +410,17 @@ def test_damaged_numbers_are_no_reason_to_show_nothing(tmp_path: Path) -> None:
     assert "dropped: 12-18" in text
 
 
+def test_a_glance_at_a_model(tmp_path: Path) -> None:
+    found = records(tmp_path)
+    text = about.at_a_glance(found)
+    assert [len(re.findall("<span", row)) for row in text.split("</div>")[:2]] == [15, 15]
+    assert re.findall(r'class="(kept|gone)"', text) == ["kept"] * 12 + ["gone"] * 7 + ["kept"] * 11
+    assert "SmolLM2-135M-Instruct without layers 12-18" in text
+    found.card["base_model"] = "<img src=x>"
+    assert "<img" not in about.at_a_glance(found)
+    assert about.at_a_glance(about.Records("m")) == ""
+
+
 def test_a_second_cut_counts_the_layers_that_the_first_left() -> None:
     cuts = [
         {"station": "prune", "settings": {"drop_layers": [0, 1]}, "layers": {"base": 6, "left": 4}},
