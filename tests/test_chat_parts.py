@@ -1,9 +1,7 @@
-"""The chat's parts, without a page: conversations that fit, seeded draws, shared tensors, HTML as text, the records."""
+"""The chat's parts, without a page: conversations that fit, seeded draws, shared tensors, HTML as text."""
 
 from __future__ import annotations
 
-import json
-import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import tests.chat_server  # noqa: F401 (makes the Space's files importable)
-from hf_layerprune.publish import numbers, results
 from tests.chat_models import TEMPLATE, pruned_model, tiny_chat_model
-from tests.publish_records import lineage_of, metrics_of
 
-import about  # isort: skip
 import answers  # isort: skip
 import chat  # isort: skip
-import measured  # isort: skip
 import page  # isort: skip
 import source  # isort: skip
 import weights  # isort: skip
@@ -349,109 +343,3 @@ def test_a_model_that_cannot_be_loaded_says_why(pruned: Path, tmp_path: Path, da
     else:
         with pytest.raises(source.CannotLoad, match="nobody/nothing can't be loaded: "):
             source.Source("nobody/nothing")
-
-
-# --- records --------------------------------------------------------------------------------------------
-
-
-def records(tmp_path: Path, readme: str = "") -> about.Records:
-    lineage = lineage_of()
-    (tmp_path / "lineage.json").write_text(
-        json.dumps({"schema_version": 1, "base": lineage.base, "entries": lineage.entries})
-    )
-    metrics_of(lineage).write(tmp_path)
-    if readme:
-        (tmp_path / "README.md").write_text(readme)
-    return about.Records.of(str(tmp_path))
-
-
-def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
-    found = records(tmp_path, "---\nlicense: apache-2.0\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n---\n")
-    text = about.page(found)
-    assert text.count('class="kept"') == 23
-    assert text.count('class="gone"') == 7
-    assert "Layer 12: dropped" in text
-    assert "Layer 19: kept" in text
-    assert "dropped: 12-18" in text
-    for role in ("dense", "cut", "repaired", "healed"):
-        assert f'<th scope="col">{role}<br>' in text
-    assert 'href="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"' in text
-    assert "Licence: apache-2.0" in text
-
-
-def test_the_numbers_are_those_of_the_card(tmp_path: Path) -> None:
-    """Two programs render the same records; what one says in a cell of its tables, the other one says."""
-    lineage = lineage_of()
-    metrics = metrics_of(lineage)
-    metrics.add(results=[one | {"metric": "nll"} for one in metrics.results if one["metric"] == "perplexity"])
-    metrics.write(tmp_path)
-    text = measured.table(json.loads((tmp_path / "metrics.json").read_text()))
-    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr.*?</tr>", text.partition("<tbody>")[2])]
-    found = results.results_of(metrics)
-    wanted = [row for kinds in (results.QUALITY, results.COST) for row in found.table(kinds)]
-    assert len(rows) == len(wanted)
-    for row, expected in zip(rows, wanted, strict=True):
-        cells = [expected.cells.get(column.weights) for column in found.columns]
-        for said, cell in zip(row, cells, strict=True):
-            value, _, change = re.sub(r"</?(small|em)>", "", said).partition("<br>")
-            assert (value, change) == ((cell.value, cell.change) if cell else ("", ""))
-            assert ("<em>" in said) == bool(cell and cell.noise)
-    names = {"_TASKS": measured.TASKS, "_METRICS": measured.METRICS, "_LOWER": measured.LOWER}
-    names |= {"RUN": measured.RUN, "ROLES": measured.ROLES, "SIGNIFICANT": measured.NOISE}
-    assert {name: getattr(results, name) for name in names} == names
-    assert Path(measured.figures.__file__).read_text() == Path(numbers.__file__).read_text()
-
-
-def test_damaged_numbers_are_no_reason_to_show_nothing(tmp_path: Path) -> None:
-    found = records(tmp_path)
-    del found.metrics["results"][0]["metric"]
-    text = about.page(found)
-    assert "is damaged" in text
-    assert "dropped: 12-18" in text
-
-
-def test_a_glance_at_a_model(tmp_path: Path) -> None:
-    found = records(tmp_path)
-    text = about.at_a_glance(found)
-    assert [len(re.findall("<span", row)) for row in text.split("</div>")[:2]] == [15, 15]
-    assert re.findall(r'class="(kept|gone)"', text) == ["kept"] * 12 + ["gone"] * 7 + ["kept"] * 11
-    assert "SmolLM2-135M-Instruct without layers 12-18" in text
-    found.card["base_model"] = "<img src=x>"
-    assert "<img" not in about.at_a_glance(found)
-    assert about.at_a_glance(about.Records("m")) == ""
-
-
-def test_a_second_cut_counts_the_layers_that_the_first_left() -> None:
-    cuts = [
-        {"station": "prune", "settings": {"drop_layers": [0, 1]}, "layers": {"base": 6, "left": 4}},
-        {"station": "prune", "settings": {"drop_layers": [0, 3]}, "layers": {"base": 4, "left": 2}},
-    ]
-    assert about.Records("m", {"entries": cuts}).layers() == (6, [3, 4])
-
-
-@given(st.sets(st.integers(0, 60)))
-def test_ranges_name_each_layer_once(layers: set[int]) -> None:
-    text = about.ranges(sorted(layers))
-    found = set()
-    for part in text.split(", ") if layers else ():
-        first, _, last = part.partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
-    assert found == layers
-
-
-def test_a_model_without_records_has_a_page(tmp_path: Path) -> None:
-    text = about.page(about.Records.of(str(tmp_path)))
-    assert "not on record" in text
-    assert "Nothing was measured" in text
-    assert "the card names none" in text
-
-
-def test_records_can_hold_no_html(tmp_path: Path) -> None:
-    found = records(tmp_path, "---\nlicense: <script>\n---\n")
-    found.lineage["base"]["id"] = "<img src=x>"
-    found.lineage["entries"][0]["settings"]["criterion"] = "<img src=x>"
-    found.metrics["results"][0]["task"] = "<img src=x>"
-    found.metrics["models"][found.metrics["weights"]]["name"] = "<img src=x>"
-    text = about.page(found)
-    assert "<img" not in text
-    assert "<script" not in text
