@@ -245,14 +245,13 @@ def test_what_no_longer_fits_is_said(visit: Callable[..., Visit]) -> None:
 
 
 def test_an_empty_page_begins_with_a_glance_at_the_model(visit: Callable[..., Visit]) -> None:
-    here = visit().ready()
+    here = visit().ready().set(tokens=4)
     expect(here.page.get_by_text("base without layers 3-4")).to_be_visible()
     assert here.page.locator(".glance .kept").count() == 6
     assert here.page.locator(".glance .gone").count() == 2
     here.send("ba")
-    here.until(lambda: bool(here.said("bot")))
+    here.answered()
     assert here.page.locator(".glance").count() == 0
-    here.stop()
 
 
 def test_keyboard_only(visit: Callable[..., Visit]) -> None:
