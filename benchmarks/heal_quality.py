@@ -216,8 +216,25 @@ def training_rows(
     if arm.rows in ("alpaca", "both"):
         from heal_speed import prepared  # its neighbour in this folder
 
-        parts.append(Dataset.from_list(prepared(tokenizer, json.loads((data / ROWS).read_text()), args.length)))
+        alpaca = json.loads((data / ROWS).read_text())
+        if arm.loss == "kd":  # the teacher is heard on all tokens, so rows need no borders, and no padding
+            documents = [row["input_ids"] for row in prepared(tokenizer, alpaca, 1 << 20)]
+            parts.append(windows(documents, args.length, args.seed))
+        else:
+            parts.append(Dataset.from_list(prepared(tokenizer, alpaca, args.length)))
     return concatenate_datasets(parts).shuffle(seed=args.seed), seconds
+
+
+def windows(documents: list[list[int]], length: int, seed: int) -> Any:
+    """Documents one after the other, in no order, as rows of so many tokens."""
+    import random
+
+    from datasets import Dataset
+
+    random.Random(seed).shuffle(documents)
+    ids = [token for document in documents for token in document]
+    rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    return Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
 
 
 def measure(model: Path, base: Path, data: Path, work: Path, args: argparse.Namespace) -> dict[str, float]:

@@ -57,6 +57,10 @@ def test_other_names(name: str) -> None:
         ("cut", [6, 7], [5]),
         ("cut3", [0], [1, 2, 3]),
         ("lm_head", [6, 7], []),
+        ("behind", [3, 4], [2, 5, 6, 7]),
+        ("behind2", [2, 5], [0, 1, 3, 4, 6, 7]),
+        ("behind", [0], [1, 2, 3, 4, 5, 6, 7]),
+        ("behind3", [6, 7], [3, 4, 5]),
     ],
 )
 def test_layers_in_the_base(name: str, drop: list[int], layers: list[int]) -> None:

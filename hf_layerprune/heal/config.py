@@ -31,8 +31,8 @@ class HealConfig(SFTConfig):
     Args:
         method (`str`, defaults to `"auto"`):
             What is trained: `"lm_head"`, `"lm_head+last3"` (also `1`, `2`, ...), `"last3"` (the head stays as it is),
-            `"cut"` or `"cut2"` (so many layers on each side of the cut), `"lora"`, `"qlora"`, `"full"`, or `"auto"`,
-            which goes by where the cut is.
+            `"cut"` or `"cut2"` (so many layers on each side of the cut), `"behind2"` (so many in front of the cut, and
+            all behind it), `"lora"`, `"qlora"`, `"full"`, or `"auto"`, which goes by where the cut is.
         learning_rate (`float`, *optional*):
             AdamW's, at its peak. By default the method's own, see `hf_layerprune.heal.methods`.
         loss (`str`, defaults to `"ce"`):
@@ -74,7 +74,7 @@ class HealConfig(SFTConfig):
     )
     method: str = field(
         default="auto",
-        metadata={"help": "What is trained: auto, lm_head, lastN, lm_head+lastN, cut, cutN, lora, qlora or full."},
+        metadata={"help": "What is trained: auto, lm_head, lastN, lm_head+lastN, cutN, behindN, lora, qlora or full."},
     )
     loss: str = field(
         default="ce",

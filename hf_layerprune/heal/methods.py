@@ -2,7 +2,8 @@
 
 `lm_head`, `lm_head+last1`, `lm_head+last2`, `lm_head+last3` (the paper's ways: the head, the final norm, and so many of
 the last layers), `lastN` (the same with the head left alone, so that a tied one stays tied), `cut` or `cutN` (so many
-layers on each side of a cut), `lora`, `qlora`, `full`, and `auto`.
+layers on each side of a cut), `behind` or `behindN` (so many layers in front of the first cut, and all behind it),
+`lora`, `qlora`, `full`, and `auto`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..config import LayerDropConfig
 
-NAMES = "auto, lm_head, lastN, lm_head+lastN, cut, cutN, lm_head+cutN, lora, qlora, full"
+NAMES = "auto, lm_head, lastN, lm_head+lastN, cutN, lm_head+cutN, behindN, lora, qlora, full"
 
 # Adam's step does not shrink with a layer's width, and what a layer can take does: its best learning rate falls about
 # as one over the width (arXiv:2203.03466). These are right for the tails of SmolLM2-135M, 576 wide, where they were
@@ -40,6 +41,8 @@ class Method:
         lm_head (`bool`, defaults to `False`): Whether the head is trained.
         last (`int`, defaults to 0): So many layers at the end of what remains.
         beside (`int`, defaults to 0): So many layers on each side of each cut.
+        behind (`int`, defaults to 0): So many layers in front of the first cut, and all behind it. Gradients go through
+            all of these anyway to reach the cut.
     """
 
     name: str
@@ -47,11 +50,12 @@ class Method:
     lm_head: bool = False
     last: int = 0
     beside: int = 0
+    behind: int = 0
 
     @property
     def final_norm(self) -> bool:
         """Whether the norm before the head is trained: with the head or the last layers, as the paper's code does."""
-        return self.lm_head or self.last > 0
+        return self.lm_head or self.last > 0 or self.behind > 0
 
     def layers(self, cut: Cut) -> list[int]:
         """Which layers are trained whole, as indices in the base.
@@ -72,6 +76,9 @@ class Method:
             place = sum(kept < dropped for kept in cut.keep)
             chosen |= set(cut.keep[max(0, place - self.beside) : place])
             chosen |= set(cut.keep[place : place + self.beside])
+        if self.behind:
+            first = sum(kept < cut.drop[0] for kept in cut.keep)
+            chosen |= set(cut.keep[max(0, first - self.behind) :])
         return sorted(chosen)
 
     def learning_rate(self, hidden_size: int) -> float:
@@ -121,14 +128,14 @@ def parse_method(name: str) -> Method:
     """
     if name in ("lora", "qlora", "full"):
         return Method(name, name)
-    found = {"lm_head": 0, "last": 0, "cut": 0}
+    found = {"lm_head": 0, "last": 0, "cut": 0, "behind": 0}
     for part in name.split("+"):
-        match = re.fullmatch(r"(lm_head)|(last)([1-9]\d*)|(cut)([1-9]\d*)?", part)
+        match = re.fullmatch(r"(lm_head)|(last)([1-9]\d*)|(cut|behind)([1-9]\d*)?", part)
         kind = match and (match[1] or match[2] or match[4])
         if not kind or found[kind]:
             raise CutError(f"method={name!r} is unknown; it may be {NAMES}, where N is a number of layers")
         found[kind] = int(match[3] or match[5] or 1)
-    return Method(name, "tail", bool(found["lm_head"]), found["last"], found["cut"])
+    return Method(name, "tail", bool(found["lm_head"]), found["last"], found["cut"], found["behind"])
 
 
 def choose_method(cut: Cut, tied: bool) -> tuple[Method, str]:
