@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -40,9 +40,11 @@ def test_import_is_light(code: str) -> None:
 
 def test_help_is_quick() -> None:
     def seconds() -> float:
-        start = time.perf_counter()
+        """Of the processor, so that a busy machine is no failure."""
+        start = os.times()
         assert run("from hf_layerprune.cli import main; main(['prune', '--help'])").returncode == 0
-        return time.perf_counter() - start
+        end = os.times()
+        return end.children_user + end.children_system - start.children_user - start.children_system
 
     assert min(seconds() for _ in range(3)) < 0.5
 

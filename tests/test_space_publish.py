@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -35,10 +37,47 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hub(folder: Path) -> Iterator[HubServer]:
     with HubServer({"org/base": folder / "base"}, writers={"hf_write": ["org"]}) as server:
         yield server
+
+
+# A process that pushes as it is told, a line of JSON at a time. The client library reads its settings when it is
+# imported, so it can't be the tests' own process; a fresh one each time would be slow.
+WORKER = """
+import contextlib, io, json, os, sys
+from hf_layerprune.cli import main
+for line in sys.stdin:
+    order = json.loads(line)
+    os.environ.update(order["env"])
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["push", *order["words"]])
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
+@dataclass
+class Pushed:
+    """What a push did and said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def push(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pushed]]:
+    env = client_env(hub, tmp_path_factory.mktemp("home"), "hf_write")
+    with subprocess.Popen([sys.executable, "-c", WORKER], env=env, stdin=-1, stdout=-1, text=True) as process:
+
+        def ask(*words: str, **more: str) -> Pushed:
+            print(json.dumps({"words": words, "env": more}), file=process.stdin, flush=True)
+            return Pushed(*json.loads(process.stdout.readline()))
+
+        yield ask
+        process.stdin.close()
 
 
 def front_matter(space: Path) -> dict:
@@ -116,15 +155,10 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         secret_from("NOT_SET")
 
 
-def push(hub: HubServer, home: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    script = "import sys; from hf_layerprune.cli import main; sys.exit(main())"
-    env = client_env(hub, home, "hf_write") | more
-    return subprocess.run([sys.executable, "-c", script, "push", *words], env=env, capture_output=True, text=True)
-
-
-def test_push_a_model_and_its_space(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+def test_push_a_model_and_its_space(hub: HubServer, push: Callable[..., Pushed], folder: Path) -> None:
+    hub.reset()
     words = [str(folder / "pruned"), "org/pruned", "--space", "org/pruned-chat"]
-    done = push(hub, tmp_path, *words)
+    done = push(*words)
     assert done.returncode == 0, done.stderr
     assert "published: the Space" in done.stdout
     space = hub.repos["spaces/org/pruned-chat"]
@@ -136,21 +170,21 @@ def test_push_a_model_and_its_space(hub: HubServer, folder: Path, tmp_path: Path
     assert "spaces/org/pruned-chat" in hub.repos["org/pruned"].at("main").files["README.md"].path.read_text()
     assert not space.secrets
     assert not [one for one in hub.log if one.path.endswith("/secrets")]
-    again = push(hub, tmp_path, *words)
+    again = push(*words)
     assert "unchanged: the Space" in again.stdout
     assert space.at("main").id == head.id
 
 
 def test_a_private_model_and_the_token_that_its_space_reads_it_with(
-    hub: HubServer, folder: Path, tmp_path: Path
+    hub: HubServer, push: Callable[..., Pushed], folder: Path
 ) -> None:
     words = [str(folder / "pruned"), "org/secret", "--private", "--space", "org/secret-chat"]
-    done = push(hub, tmp_path, *words)
+    done = push(*words)
     assert done.returncode == 0, done.stderr
     assert {"org/secret", "spaces/org/secret-chat"} <= hub.private
     assert "the Space can't read a private model yet" in done.stdout
     assert not hub.repos["spaces/org/secret-chat"].secrets
-    done = push(hub, tmp_path, *words, "--space-secret", "READ_TOKEN", READ_TOKEN="hf_only_read")
+    done = push(*words, "--space-secret", "READ_TOKEN", READ_TOKEN="hf_only_read")
     assert done.returncode == 0, done.stderr
     assert hub.repos["spaces/org/secret-chat"].secrets == {"HF_TOKEN": "hf_only_read"}
     assert "hf_only_read" not in done.stdout + done.stderr
@@ -167,12 +201,13 @@ def test_a_private_model_and_the_token_that_its_space_reads_it_with(
     ],
 )
 def test_words_that_make_no_sense_push_nothing(
-    hub: HubServer, folder: Path, tmp_path: Path, words: list[str], message: str
+    hub: HubServer, push: Callable[..., Pushed], folder: Path, words: list[str], message: str
 ) -> None:
-    done = push(hub, tmp_path, str(folder / "pruned"), "org/pruned", *words)
+    before = set(hub.repos)
+    done = push(str(folder / "pruned"), "org/never", *words)
     assert done.returncode == 2
     assert message in done.stderr
-    assert set(hub.repos) == {"org/base"}
+    assert set(hub.repos) == before
 
 
 def test_the_source_is_found() -> None:

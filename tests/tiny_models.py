@@ -187,6 +187,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma3n_text": _SHARED_KV | {"intermediate_size": [32, 48] * 4, "activation_sparsity_pattern": [0.5, 0.0] * 4},
     "gemma4_text": _SHARED_KV,
     "gemma4_unified_text": _SHARED_KV,
+    "gemma4_unified_vision": {"mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32},
     "git": {"vision_config": _SMALL_VISION | {"image_size": 32, "patch_size": 16}},
     "gpt_neo": {"attention_types": [[["global", "local"], 4]], "window_size": 6},
     "hy_v3": _DENSE_AND_SPARSE,
@@ -227,10 +228,13 @@ def tiny_config(model_type: str):
     config_class = CONFIG_MAPPING[model_type]
     overrides = dict(OVERRIDES.get(model_type, {}))
     for name, part in config_class.sub_configs.items():
-        if part.__name__ != "AutoConfig" and not hasattr(overrides.get(name), "model_type"):
+        if part.__name__ == "AutoConfig":  # any class at all: that of the default
+            part = type(getattr(config_class(), name))
+        if part is not type(None) and not hasattr(overrides.get(name), "model_type"):
             base = _SMALL_VISION if name in ("vision_config", "audio_config") else {}
             own = OVERRIDES.get(part.model_type, {}) | (overrides.get(name) or {})
-            overrides[name] = _small(part, {k: v for k, v in base.items() if k in part().to_dict()} | own)
+            small = _small(part, {k: v for k, v in base.items() if k in part().to_dict()} | own)
+            overrides[name] = {"model_type": part.model_type} | small
     return config_class(**_small(config_class, overrides))
 
 
