@@ -29,7 +29,7 @@ def test_one_commit_has_everything(found: Found) -> None:
     assert out["parent"] == "initial commit"
     fields, body = front_matter(out["card"])
     assert (fields["base_model"], fields["license"], fields["language"]) == ("org/base", "mit", ["en"])
-    assert 'model="org/model"' in body
+    assert 'model = "org/model"' in body
     assert "hf-layerprune verify org/model" in body
 
 
