@@ -179,7 +179,6 @@ def _act(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan]) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = {}
     with _locked(args.output) as hold:
         results = Results.read(args.output / "results.json")
@@ -292,4 +291,5 @@ def _fail(error: object, code: int) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what it started, as Ctrl-C does
     sys.exit(main())
