@@ -39,7 +39,7 @@ class Arm:
     Args:
         drop_layers: Which layers go, such as `12-18`; empty for `criterion`.
         criterion: Chooses them.
-        repair: `linear`, or empty for none.
+        repair: `linear` or `refit`, or empty for none.
         method: What is trained, see `hf_layerprune.heal.methods`; empty for nothing.
         loss: `ce` or `kd`.
         rows: `alpaca`, `self` (written by the dense model), or `both`.
@@ -65,14 +65,15 @@ def arms(best: Arm) -> dict[str, Arm]:
         "no training": replace(best, method=""),
         "no training, no repair": replace(best, method="", repair=""),
         "no repair": replace(best, repair=""),
+        "linear repair": replace(best, repair="linear"),
         "no teacher": replace(best, loss="ce"),
         "reverse KL": replace(best, kd_direction="reverse"),
         "rows: self": replace(best, rows="self"),
-        "rows: alpaca": replace(best, rows="alpaca"),
+        "rows: both": replace(best, rows="both"),
         "trained: last3": replace(best, method="last3"),
         "trained: head (untied) and last3": replace(best, method="lm_head+last3"),
-        "trained: cut": replace(best, method="cut"),
-        "trained: cut3": replace(best, method="cut3"),
+        "trained: cut2": replace(best, method="cut2"),
+        "trained: cut4": replace(best, method="cut4"),
         "trained: LoRA": replace(best, method="lora"),
         "trained: all": replace(best, method="full"),
         "dropped: the last": replace(best, drop_layers="", method="last3"),
@@ -98,6 +99,7 @@ def run(arm: Arm, base: Path, data: Path, folder: Path, args: argparse.Namespace
         drop_layers=parse_layers(arm.drop_layers) if arm.drop_layers else None,
         criterion=arm.criterion,
         repair=arm.repair or None,
+        calibration=str(plain_text(data, folder.parent)) if args.calibration == "alpaca" else args.calibration,
     )
     prune_to(request)
     found: dict[str, Any] = {"prune_seconds": round(time.process_time() - start, 1)}
@@ -225,6 +227,16 @@ def training_rows(
     return concatenate_datasets(parts).shuffle(seed=args.seed), seconds
 
 
+def plain_text(data: Path, folder: Path) -> Path:
+    """The training rows as text, for the repair to look at."""
+    path = folder / "alpaca.jsonl"
+    if not path.exists():
+        rows = json.loads((data / ROWS).read_text())
+        texts = ["\n".join((row["instruction"], row["input"], row["output"])) for row in rows]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
 def windows(documents: list[list[int]], length: int, seed: int) -> Any:
     """Documents one after the other, in no order, as rows of so many tokens."""
     import random
@@ -282,9 +294,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--self-rows", type=int, help="rows that the dense model writes; 12 a minute by default")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--calibration", default="alpaca", help="for criterion and repair: alpaca, self, or a text")
     parser.add_argument("--limit", type=int, default=200, help="questions of each task")
     parser.add_argument("--windows", type=int, default=16, help="windows of 1,024 tokens of the text")
-    for name, value in asdict(Arm("12-18", repair="linear", method="cut2", loss="kd", rows="both")).items():
+    for name, value in asdict(Arm("12-18", repair="refit", method="behind2", loss="kd")).items():
         parser.add_argument(f"--ours-{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()

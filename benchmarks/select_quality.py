@@ -4,7 +4,7 @@
     python benchmarks/select_quality.py --model MODEL --report wikitext2-valid.txt --calibration alpaca.jsonl
 
 For each criterion: the layers that it drops, then KL to the dense model and perplexity after the cut, and after the
-cut and the linear repair. Then every contiguous block the same way, and how well cheap scores rank the repaired blocks.
+cut and each fitted repair. Then every contiguous block the same way, and how well cheap scores rank the repaired blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from hf_layerprune.calibration import CalibrationSet, load_calibration
 from hf_layerprune.errors import CutError
 from hf_layerprune.loading import load_base, load_tokenizer
-from hf_layerprune.repair import fit_repair
+from hf_layerprune.repair import FITTED, fit_repair
 from hf_layerprune.select import ALL, Scores, choose_layers, drop_count, score_layers
 from hf_layerprune.select.auto import changes_of
 from hf_layerprune.select.passes import run_pass
@@ -117,7 +117,7 @@ def main() -> None:
         chose(name, tried[name].pick(count, free), seconds / 4)
         chose(f"{name}, contiguous", tried[name].pick(count, free, contiguous=True), seconds / 4)
     found["raw_kl"] = {format_layers(b): s for b, s in tried["kl"].blocks.items()}
-    for repair in (None, "linear"):
+    for repair in (None, *FITTED):
         start = time.process_time()
         choice = choose_layers(walk, text, drop=count, criterion="auto", repair=repair)
         chose(f"auto, repair={repair}", choice.drop_layers, time.process_time() - start)
@@ -128,28 +128,29 @@ def main() -> None:
     chose("kl, one after the other", greedy.drop_layers, time.process_time() - start)
 
     # What each choice does to the model, on the other text.
-    cuts, repaired, without = [Cut(drop) for drop in sets], [], []
+    cuts, repaired = [Cut(drop) for drop in sets], {}
     for drop in sets:
-        try:
-            repaired.append(Cut(drop, changes_of(fit_repair(walk, drop, text, "linear"))))
-        except CutError as error:
-            without.append(drop)
-            print(f"{format_layers(drop)}: {error}", flush=True)
-    outcomes = try_cuts(walk, report, [*cuts, *repaired, Cut(())])
+        for method in FITTED:
+            try:
+                repaired[drop, method] = Cut(drop, changes_of(fit_repair(walk, drop, text, method)))
+            except CutError as error:
+                print(f"{format_layers(drop)}: {error}", flush=True)
+    outcomes = try_cuts(walk, report, [*cuts, *repaired.values(), Cut(())])
     dense = outcomes.pop()
-    after = {cut.drop: outcome for cut, outcome in zip(repaired, outcomes[len(cuts) :], strict=True)}
+    after = dict(zip(repaired, outcomes[len(cuts) :], strict=True))
     found["dense"] = numbers(dense)
-    print(
-        f"\ndense perplexity {dense.perplexity:.2f}\n\n| criterion | layers | KL, cut | perplexity, cut | KL, repaired | perplexity, repaired |\n|---|---|---|---|---|---|"
-    )
+    heads = " | ".join(f"KL, {name} | perplexity, {name}" for name in ("cut", *FITTED))
+    print(f"\ndense perplexity {dense.perplexity:.2f}\n\n| criterion | layers | {heads} |")
+    print("|---" * (2 * len(FITTED) + 4) + "|")
     for cut, outcome in zip(cuts, outcomes, strict=False):
         for name in sets[cut.drop]:
             entry = found["criteria"][name]
-            entry |= {"cut": numbers(outcome), "repaired": numbers(after[cut.drop]) if cut.drop in after else None}
-            fixed = f"{after[cut.drop].kl:.3f} | {after[cut.drop].perplexity:.1f}" if cut.drop in after else "- | -"
-            print(
-                f"| {name} | {entry['layers']} | {outcome.kl:.3f} | {outcome.perplexity:.3g} | {fixed} |", flush=True
-            )
+            ways = {"cut": outcome} | {m: after[cut.drop, m] for m in FITTED if (cut.drop, m) in after}
+            entry |= {way: numbers(one) for way, one in ways.items()}
+            cells = [
+                f"{ways[w].kl:.3f} | {ways[w].perplexity:.3g}" if w in ways else "- | -" for w in ("cut", *FITTED)
+            ]
+            print(f"| {name} | {entry['layers']} | {' | '.join(cells)} |", flush=True)
     save()
 
     # Every block, and what ranks the repaired ones.
