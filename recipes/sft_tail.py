@@ -263,7 +263,7 @@ def prepare_rows(
     name, test = script_args.dataset_name, None
     if dataset_args.datasets:
         name = "+".join(part.path for part in dataset_args.datasets)
-        splits = load_mixture(dataset_args)
+        splits = load_mixture(dataset_args, training_args.data_seed or training_args.seed)
     elif name == SELF:
         dense = _dense(training_args, student)
         return (

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 from hf_layerprune.errors import CheckpointError
-from hf_layerprune.heal.data import load_rows, pick_split, shape_rows
+from hf_layerprune.heal.data import load_mixture, load_rows, pick_split, shape_rows
 
 from .heal_makers import word_tokenizer
 
@@ -118,3 +118,20 @@ def test_files_that_can_not_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(ALPACA))
     with pytest.raises(CheckpointError, match=r"has no split 'test'; it has train"):
         pick_split(load_rows(str(tmp_path / "a.json")), "test", "a.json")
+
+
+def test_what_a_mixture_holds_out_is_drawn_by_the_seed(tmp_path: Path) -> None:
+    from trl import DatasetMixtureConfig
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(60)))
+
+    def held_out(seed: int) -> list[str]:
+        part = {"path": "json", "data_files": str(path)}
+        splits = load_mixture(DatasetMixtureConfig(datasets=[part], test_split_size=0.25), seed)
+        assert set(splits["train"]["text"]) | set(splits["test"]["text"]) == {str(i) for i in range(60)}
+        return list(splits["test"]["text"])
+
+    assert len(held_out(1)) == 15
+    assert held_out(1) == held_out(1)
+    assert held_out(1) != held_out(2)

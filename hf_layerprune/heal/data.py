@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +69,12 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
         raise CheckpointError(f"can't read data set {name}: {first_line(error)}") from error
 
 
-def load_mixture(mixture: DatasetMixtureConfig) -> DatasetDict:
-    """Read a mixture of data sets, as TRL does.
+def load_mixture(mixture: DatasetMixtureConfig, seed: int = 42) -> DatasetDict:
+    """Read a mixture of data sets, as TRL does; what is held out is drawn by a seed, so that all processes agree.
 
     Args:
         mixture (`DatasetMixtureConfig`): Which ones, and how much of each.
+        seed (`int`, defaults to 42): Decides which rows are held out.
 
     Returns:
         `DatasetDict`: Its splits, `train` and, where a part is held out, `test`.
@@ -83,7 +85,11 @@ def load_mixture(mixture: DatasetMixtureConfig) -> DatasetDict:
     from trl import get_dataset
 
     try:
-        return get_dataset(mixture)
+        splits = get_dataset(replace(mixture, test_split_size=None))  # TRL draws the held-out rows without a seed
+        if mixture.test_split_size is None:
+            return splits
+        (rows,) = splits.values()
+        return rows.train_test_split(test_size=mixture.test_split_size, seed=seed)
     except Exception as error:  # each builder raises what it likes
         names = ", ".join(part.path for part in mixture.datasets)
         raise CheckpointError(f"can't read the mixture of {names}: {first_line(error)}") from error

@@ -43,7 +43,8 @@ def write_healed(
         output (`Path`): The folder to write.
         entry (`dict[str, Any]`): The station's, see [`~publish.lineage.station`]; it gets the names of the tensors
             that changed.
-        adapter (`Path`, *optional*): Where to write the adapter, where it is one, in the model's own type.
+        adapter (`Path`, *optional*): Where to write the adapter, where it is one, in the model's own type. A model that
+            was cut more than once has none.
         force (`bool`, defaults to `False`): Whether folders that exist are replaced.
 
     Returns:
@@ -56,7 +57,14 @@ def write_healed(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(load_base(student.folder, dtype="auto"), str(trained))
-        if adapter is not None:
+        if adapter is not None and student.cut_again:
+            logger.warning(
+                "%s was cut from a model that had been cut before, so what was trained is no adapter of %s; only the "
+                "whole model is written",
+                student.folder,
+                student.base,
+            )
+        elif adapter is not None:
             with new_folder(adapter, force=force, apart_from=student.folder) as folder:
                 model.save_pretrained(folder)
                 _save_tokenizer(student, folder)

@@ -35,6 +35,8 @@ class Student:
         base (`str`, *optional*): What it was pruned from, where its history says so.
         revision (`str`, *optional*): The commit of that.
         repaired (`tuple[str, ...]`): Full names of the modules that a repair changed.
+        cut_again (`bool`, defaults to `False`): Whether what was cut here had been cut or healed before. Then it is no
+            adapter of the base.
     """
 
     folder: Path
@@ -42,6 +44,7 @@ class Student:
     base: str | None
     revision: str | None
     repaired: tuple[str, ...]
+    cut_again: bool = False
 
     @classmethod
     def at(cls, name: str | Path, revision: str | None = None) -> Student:
@@ -67,7 +70,9 @@ class Student:
             raise CheckpointError(f"{name} is not a model that hf-layerprune has pruned")
         lineage = Lineage.of(folder)
         base = lineage.base if lineage is not None else {}
-        return cls(folder, cut, base.get("id"), base.get("commit"), _repaired(lineage))
+        cuts = [entry for entry in (lineage.entries if lineage else ()) if entry["station"] == "prune"]
+        again = len(cuts) > 1
+        return cls(folder, cut, base.get("id"), base.get("commit"), _repaired(lineage), again)
 
     @staticmethod
     def made_by(request: PruneRequest, folder: Path) -> bool:
@@ -137,7 +142,7 @@ def load_student(student: Student, method: Method, **from_pretrained_kwargs: Any
     if method.kind == "qlora":
         from_pretrained_kwargs["quantization_config"] = _four_bits()
     model = load_base(student.folder, **from_pretrained_kwargs)
-    if method.kind == "tail" and student.base:
+    if method.kind == "tail" and student.base and not student.cut_again:
         model.name_or_path = student.base  # PEFT writes this into the adapter, which is one of the base
     return model
 
@@ -177,8 +182,9 @@ def adapter_config(student: Student, method: Method, **lora: Any) -> PeftConfig 
         return None
     if method.kind in ("lora", "qlora"):
         return lora_config(**lora)
-    config = method.tail_config(student.cut, student.base or str(student.folder))
-    config.revision = student.revision
+    base = None if student.cut_again else student.base
+    config = method.tail_config(student.cut, base or str(student.folder))
+    config.revision = student.revision if base else None
     config.repaired_modules = list(student.repaired) or None
     return config
 

@@ -1,0 +1,43 @@
+"""From what was trained to a whole model folder, also where the model had been cut before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune.heal.methods import parse_method
+from hf_layerprune.heal.station import write_healed
+from hf_layerprune.heal.student import Student, adapter_config, load_student
+from hf_layerprune.prune import PruneRequest, prune_to
+from hf_layerprune.publish.lineage import station
+
+from .measure_models import write_model
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_only_a_model_that_was_cut_once_is_an_adapter_of_its_base(tmp_path: Path, rounds: int) -> None:
+    write_model(tmp_path / "0")
+    ids = torch.arange(3, 43)[None]
+    for number in range(rounds):
+        prune_to(PruneRequest(str(tmp_path / f"{number}"), str(tmp_path / f"{number + 1}"), drop_layers=[2]))
+    student = Student.at(tmp_path / f"{rounds}")
+    assert student.cut_again == (rounds > 1)
+    method = parse_method("last1")
+    model = get_peft_model(load_student(student, method), adapter_config(student, method))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+        wanted = model(ids).logits
+    model.save_pretrained(tmp_path / "trained")
+    with station("heal", {}) as entry:
+        pass
+    write_healed(student, tmp_path / "trained", tmp_path / "healed", entry, adapter=tmp_path / "adapter")
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")(ids).logits
+    torch.testing.assert_close(found, wanted)
+    assert (tmp_path / "adapter").exists() == (rounds == 1)
