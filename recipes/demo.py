@@ -128,9 +128,9 @@ def main() -> None:
     prune = [bin_folder / "hf-layerprune", "prune", base]
     run(*prune, tail, "--drop", "0.25")
     small = ["--calibration-samples", "48", "--calibration-length", "256"]
-    run(*prune, repaired, "--drop-layers", middle, "--repair", "linear", *small)
+    run(*prune, repaired, "--drop-layers", middle, "--repair", "refit", *small)
     recipe = {
-        "--model_name_or_path": repaired, "--method": "cut2", "--loss": "kd", "--dataset_name": "self",
+        "--model_name_or_path": repaired, "--method": "behind2", "--loss": "kd", "--dataset_name": "self",
         "--self_rows": args.rows, "--self_length": 256, "--per_device_train_batch_size": 4, "--num_train_epochs": 2,
         "--gradient_accumulation_steps": 1, "--logging_steps": 12, "--report_to": "none", "--output_dir": healed,
     }  # fmt: skip
