@@ -37,4 +37,4 @@ class HfExtension:
     def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run one command."""
         command = [str(self._scripts / "hf"), "layerprune", *words]
-        return subprocess.run(command, capture_output=True, text=True, env=self._environment, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, env=self._environment, timeout=600)

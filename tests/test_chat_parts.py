@@ -247,7 +247,7 @@ def test_who_stops_listening_frees_the_model_within_a_prompt(models: Any, monkey
     try:
         under_way = answers.answer(models, ["pruned"], models.source.encode(talk("ba")), HOT)
         next(under_way)
-        assert going.wait(5)
+        assert going.wait(60)
         under_way.close()
     finally:
         hook.remove()

@@ -74,7 +74,7 @@ class Client:
 
     def stop(self) -> None:
         self._process.stdin.close()
-        assert self._process.wait(30) == 0
+        assert self._process.wait(600) == 0
         self._process.stdout.close()
 
 

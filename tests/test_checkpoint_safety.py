@@ -338,7 +338,7 @@ print(seen)
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new(base, tmp_path, rounds, fallback):
     done = subprocess.run(
         [sys.executable, "-c", KILLS, str(base), str(tmp_path / "cut"), str(rounds), *fallback],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.replace("'", '"'))

@@ -245,7 +245,7 @@ def test_a_write_that_fails_leaves_nothing(base: Path, tmp_path: Path, form: lis
     """Writes fail half-way, as on a full disk."""
     done = subprocess.run(
         [sys.executable, "-c", WRITE_LIMIT, "prune", str(base), str(tmp_path / "out"), *form],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "could not write" in done.stderr

@@ -46,7 +46,7 @@ def client(server: HubServer, home: Path, script: str, token: str | None = None)
     """Run a script that leaves its findings in `out`, as a user's process would run it."""
     script = f"import json\nout = {{}}\n{dedent(script)}\nprint(json.dumps(out))"
     env = client_env(server, home, token)
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -365,7 +365,7 @@ def test_only_shards_that_stay_are_downloaded(tmp_path):
         for kwargs in ({}, {"local_files_only": True}):
             done = subprocess.run(
                 [sys.executable, "-c", CLIENT, repr(kwargs)],
-                env=client_env(hub, tmp_path / "home"), capture_output=True, text=True, timeout=100,
+                env=client_env(hub, tmp_path / "home"), capture_output=True, text=True, timeout=600,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
             commit, name, total = done.stdout.split()[-3:]

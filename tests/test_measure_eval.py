@@ -70,7 +70,7 @@ def printed(base: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={base}"]
     command += ["--include_path", str(folder), "--tasks", ",".join([*NAMES, "words"]), "--batch_size", "1"]
     command += ["--device", "cpu", "--output_path", str(folder / "out"), "--limit", "20"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     (found,) = (folder / "out").rglob("results*.json")
     return json.loads(found.read_text())["results"]

@@ -44,5 +44,5 @@ build_parser()
 from hf_layerprune.publish import card, escape, leaks, licences, lineage, plots, regions, style, tables
 assert not {"torch", "transformers", "matplotlib"} & sys.modules.keys()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

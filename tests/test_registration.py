@@ -10,7 +10,7 @@ KNOWN = "import peft.mapping as m; assert 'LAYER_DROP' in m.PEFT_TYPE_TO_TUNER_M
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize(
