@@ -45,10 +45,21 @@ class Model:
 
 LAST = Model("SmolLM2-135M-23L-last", ("--drop", "0.25"))
 CUT = Model("SmolLM2-135M-23L-cut", ("--drop-layers", MIDDLE))
-REPAIRED = Model("SmolLM2-135M-23L-repaired", ("--drop-layers", MIDDLE, "--repair", "linear"), beside=(CUT.name,))
+REPAIRED = Model("SmolLM2-135M-23L-repaired", ("--drop-layers", MIDDLE, "--repair", "refit"), beside=(CUT.name,))
 HEALED = Model(
     "SmolLM2-135M-23L-healed",
-    ("--method", "cut2", "--loss", "kd", "--dataset_name", "self", "--self_length", "256", "--num_train_epochs", "2"),
+    (
+        "--method",
+        "behind2",
+        "--loss",
+        "kd",
+        "--dataset_name",
+        "self",
+        "--self_length",
+        "256",
+        "--num_train_epochs",
+        "2",
+    ),
     of=REPAIRED.name,
     beside=(CUT.name, REPAIRED.name),
 )
