@@ -156,7 +156,7 @@ def main() -> None:
     # Every block, and what ranks the repaired ones.
     observer = Repairability("published", {count}, keep=True)
     run_pass(walk, text, [observer])
-    blocks = [block for block in neighbours(range(n), count) if block[0]]
+    blocks = [block for block in neighbours(range(n), count) if block in observer.fits]
     folded = [Cut(block, {observer.fits[block].before: observer.fits[block].applied}) for block in blocks]
     cheap = {
         name: try_cuts(walk, first(text, rows), folded)

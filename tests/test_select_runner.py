@@ -75,10 +75,10 @@ def test_cuts_share_what_is_before_them() -> None:
 
 
 def test_a_repair_is_tried_as_it_would_be_folded(model: Any, text: CalibrationSet) -> None:
-    from hf_layerprune.select.auto import _changes
+    from hf_layerprune.select.auto import changes_of
 
     repair = fit_repair(model, [3, 4], text, "linear")
-    (outcome,) = try_cuts(LayerWalk(model), text, [Cut((3, 4), _changes(repair))])
+    (outcome,) = try_cuts(LayerWalk(model), text, [Cut((3, 4), changes_of(repair))])
     cut = tiny_model("llama")
     plan = drop_layers(cut, [3, 4]).cut
     repair.apply(cut.model.layers, plan.new_index)

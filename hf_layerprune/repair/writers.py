@@ -166,9 +166,11 @@ def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:
     hidden = batch.hidden
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
     plain = run(hidden, batch).float()
+    # Beside what the layer gives: a first layer's input can be so much smaller that rounding would swallow the noise.
+    size = max(hidden.float().std().item(), plain.std().item())
     gains = []
     for scale in (1.0, 4.0):  # a norm behind the module would even out the difference
-        added = noise * scale * hidden.float().std().item()
+        added = noise * scale * size
         with outputs(module, lambda output, added=added: _plus(output, added)):
             change = run(hidden, batch).float() - plain
         added = added.float()
