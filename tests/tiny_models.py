@@ -65,7 +65,7 @@ SHRINK: dict[str, Any] = _LAYER_COUNTS | {
     # state spaces and linear attention
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "mamba_chunk_size", "chunk_size"), 8),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"), 4),
-    **dict.fromkeys(("mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(("mamba_head_dim", "linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 8),
     "mamba_d_head": 16,
     "mamba_n_groups": 1,
     "linear_num_key_heads": 2,
