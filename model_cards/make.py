@@ -56,9 +56,9 @@ HEALED = Model(
         "--dataset_name",
         "self",
         "--self_length",
-        "256",
+        "512",
         "--num_train_epochs",
-        "2",
+        "3",
     ),
     of=REPAIRED.name,
     beside=(CUT.name, REPAIRED.name),
@@ -73,7 +73,7 @@ def make(work: Path, data: Path, *, limit: int, rows: int) -> list[Path]:
         work (`Path`): Where to.
         data (`Path`): Questions and a text.
         limit (`int`): How many questions of each task; 0 for all.
-        rows (`int`): How many rows of 256 tokens the healed model is trained on.
+        rows (`int`): How many rows of 512 tokens the healed model is trained on.
 
     Returns:
         `list[Path]`: Their folders.
@@ -121,7 +121,7 @@ def train(start: Path, folder: Path, words: tuple[str, ...], rows: int) -> None:
     cpu = not torch.accelerator.is_available()
     run(
         BIN / "accelerate", "launch", "--num_processes", 1, *(["--cpu"] if cpu else []), recipe,
-        "--model_name_or_path", start, *words, "--self_rows", rows, "--per_device_train_batch_size", 4,
+        "--model_name_or_path", start, *words, "--self_rows", rows, "--per_device_train_batch_size", 2,
         "--gradient_accumulation_steps", 1, "--logging_steps", 12, "--report_to", "none",
         *(["--use_cpu", "true"] if cpu else []), "--output_dir", place,
     )  # fmt: skip

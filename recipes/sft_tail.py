@@ -298,11 +298,13 @@ def prepare_rows(
 
 
 def _dense(training_args: HealConfig, student: Student) -> Any:
+    from hf_layerprune.heal.station import weights_dtype
     from hf_layerprune.loading import load_base
 
     if training_args.teacher is None:
         raise LayerPruneError("the dense model is to write rows; name it with --teacher")
-    return load_base(training_args.teacher, dtype="auto").to(training_args.device)
+    # In the student's type: a packed GGUF file has none of its own, and would be unpacked to float32.
+    return load_base(training_args.teacher, dtype=weights_dtype(student)).to(training_args.device)
 
 
 def _wait() -> None:
