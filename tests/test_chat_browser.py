@@ -62,7 +62,7 @@ def url(folder: Path) -> Iterator[str]:
 def unhurried() -> None:
     """Let the models take their time, so that there is some for people to do something."""
     for side in chat.models.sides.values():
-        side.model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+        side.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
 
 
 @pytest.fixture
