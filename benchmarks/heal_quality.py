@@ -308,13 +308,17 @@ def main() -> None:
     chosen = list(every) if args.arms == ["all"] else args.arms
     if unknown := [name for name in chosen if name not in every]:
         sys.exit(f"there is no arm {unknown[0]!r}; there are: {', '.join(every)}")
-    args.work.mkdir(parents=True, exist_ok=True)
+    (args.work / "metrics").mkdir(parents=True, exist_ok=True)
     base = dense(args)
     if args.arm:
         folder = args.work / args.arm.replace(" ", "-").replace(":", "").replace(",", "")
-        folder.mkdir()
-        found = run(every[args.arm], base, args.data, folder, args)
-        (folder / "run.json").write_text(json.dumps(found))
+        done = folder / "run.json"
+        if done.exists():  # made before, and to be measured again
+            found = json.loads(done.read_text())
+        else:
+            folder.mkdir()
+            found = run(every[args.arm], base, args.data, folder, args)
+            done.write_text(json.dumps(found))
         found |= measure(folder / "model", base, args.data, args.work, args)
         (folder / "result.json").write_text(json.dumps({"arm": asdict(every[args.arm])} | found, indent=1))
         return
