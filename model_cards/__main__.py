@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument(
         "--limit", type=int, default=200, metavar="N", help="with --make: questions a task, 0: all (200)"
     )
-    parser.add_argument("--rows", type=int, default=128, metavar="N", help="with --make: rows to train on (128)")
+    parser.add_argument("--rows", type=int, default=64, metavar="N", help="with --make: rows to train on (64)")
     args = parser.parse_args()
     if args.make:
         if not args.data:

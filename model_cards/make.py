@@ -45,7 +45,11 @@ class Model:
 
 LAST = Model("SmolLM2-135M-23L-last", ("--drop", "0.25"))
 CUT = Model("SmolLM2-135M-23L-cut", ("--drop-layers", MIDDLE))
-REPAIRED = Model("SmolLM2-135M-23L-repaired", ("--drop-layers", MIDDLE, "--repair", "refit"), beside=(CUT.name,))
+REPAIRED = Model(
+    "SmolLM2-135M-23L-repaired",
+    ("--drop-layers", MIDDLE, "--repair", "refit", "--calibration-samples", "64"),
+    beside=(CUT.name,),
+)
 HEALED = Model(
     "SmolLM2-135M-23L-healed",
     (
