@@ -20,6 +20,8 @@ QUALITY = ("accuracy", "text", "distance")
 COST = ("size", "speed", "memory")
 # Settings of a run that is timed, and how they are told.
 RUN = {"batch": "a batch of {}", "prompt_tokens": "a prompt of {} tokens", "new_tokens": "{} new ones"}
+# What a packed file says of its format rather than of the model.
+OF_THE_FORMAT = ("bytes_on_disk", "load_seconds", "peak_rss_bytes")
 # A difference is called noise above this.
 SIGNIFICANT = 0.05
 _TASKS = {
@@ -126,6 +128,11 @@ class Results:
         """The column of the base."""
         return next((column for column in self.columns if column.role == "dense"), None)
 
+    @property
+    def packed(self) -> bool:
+        """Whether the dense model was measured as a GGUF file, and this one was not."""
+        return _is_packed(self.metrics, self.dense)
+
     def table(self, kinds: Iterable[str], *, every: bool = False) -> list[Row]:
         """The rows of some kinds. Unless `every`, without those that say again what another one says: plain accuracy
         beside the length-normalised one, nats beside a perplexity, and speeds of other runs than `usual_run`.
@@ -177,7 +184,8 @@ def results_of(metrics: Metrics | None) -> Results | None:
             [record["kind"], record.get("task"), record["metric"], record.get("settings")], sort_keys=True
         )
         grouped.setdefault(key, {})[record["weights"]] = record
-    rows = [_row(by_weights, columns, dense, metrics) for by_weights in grouped.values()]
+    packed = _is_packed(metrics, dense)
+    rows = [_row(by_weights, columns, dense, metrics, packed) for by_weights in grouped.values()]
     order = {kind: index for index, kind in enumerate((*QUALITY, *COST))}
     rows = sorted((row for row in rows if row.cells), key=lambda row: order[row.key[0]])
     return Results(columns, rows, metrics)
@@ -194,10 +202,25 @@ def _columns(metrics: Metrics) -> Iterator[Column]:
             yield Column(role, weights, model["layers"], model["parameters"], own)
 
 
-def _row(by_weights: dict[str, dict[str, Any]], columns: list[Column], dense: Column | None, metrics: Metrics) -> Row:
+def _is_packed(metrics: Metrics, dense: Column | None) -> bool:
+    """Whether the dense model was a GGUF file, and this one is not."""
+    names = [
+        metrics.models[weights]["name"]
+        for weights in (dense.weights if dense else "", metrics.weights)
+        if weights in metrics.models
+    ]
+    return [name.endswith(".gguf") for name in names] == [True, False]
+
+
+def _row(
+    by_weights: dict[str, dict[str, Any]], columns: list[Column], dense: Column | None, metrics: Metrics, packed: bool
+) -> Row:
     sample = next(iter(by_weights.values()))
     kind, task, metric = sample["kind"], sample.get("task", ""), sample["metric"]
     base = by_weights.get(dense.weights) if dense else None
+    # A packed file and an unpacked one are no measure of each other.
+    if packed and metric in OF_THE_FORMAT:
+        base = None
     cells = {
         column.weights: _cell(by_weights[column.weights], base, metrics)
         for column in columns
