@@ -17,6 +17,7 @@ from .lineage import Lineage
 _LAYER = re.compile(r"(?P<before>.*?\b(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
 _MAX_LAYERS = 10_000
 _LINE = 80
+OWN_TEXT = "text that the dense model wrote itself"
 # What a repair's record says besides how it was made.
 _NO_SETTINGS = ("changed_tensors", "changed_modules", "input_weights")
 
@@ -45,6 +46,7 @@ class Station:
         """The texts that were fitted or trained on."""
         found = self.entry.get("data") or []
         found = [one for one in ([found] if isinstance(found, dict) else found) if isinstance(one, dict)]
+        found = [one | {"name": OWN_TEXT} if one.get("name") == "self" else one for one in found]
         calibration = self.entry.get("calibration")
         return found + ([_calibration(calibration)] if isinstance(calibration, dict) else [])
 
@@ -300,7 +302,7 @@ def _calibration(record: dict[str, Any]) -> dict[str, Any]:
     name, _, part = source.partition(":")
     found: dict[str, Any] = {"name": PurePath(source.replace("\\", "/")).name or "unnamed"}
     if source == "self":
-        found["name"] = "text that the dense model wrote itself"
+        found["name"] = OWN_TEXT
     elif "/" in name and is_hub_name(name):
         found |= {"id": name, "name": name} | ({"split": part} if part else {})
     samples, length = record.get("samples"), record.get("length")

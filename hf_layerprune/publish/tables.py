@@ -116,6 +116,7 @@ def training_table(station: Station) -> Markup:
     each = [told.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")]
     if all(isinstance(number, int) for number in each):
         told = told | {"rows_a_step": prod(each)}
+    told = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in told.items()}
     rows = [[words, code(told[name])] for name, words in _TRAINING.items() if told.get(name) not in (None, "", [], -1)]
     return table([station.name, ""], "ll", rows)
 
