@@ -18,8 +18,8 @@ may be larger than memory, and each weight is read once a pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -112,8 +112,7 @@ class LayerWalk:
             return before
 
         input_ids = input_ids.to(self.device)
-        with torch.no_grad(), self._replaced(hand_on):
-            # The head's work is thrown away, so it is asked for one position only.
+        with torch.no_grad(), self._replaced(hand_on), self._headless():
             self._forward(input_ids, logits_to_keep=1)
         if any(call is None for call in calls):
             raise self._refusal("not every layer is called")
@@ -222,16 +221,15 @@ class LayerWalk:
 
             return forward
 
-        own = [layer.__dict__.get("forward") for layer in self.layers]
-        for index, layer in enumerate(self.layers):
-            layer.forward = stub(index)
-        try:
+        with _called_instead(self.layers, [stub(index) for index in range(self.num_layers)]):
             yield
-        finally:
-            for layer, forward in zip(self.layers, own, strict=True):
-                del layer.forward
-                if forward is not None:  # a hook of accelerate's
-                    layer.forward = forward
+
+    def _headless(self) -> AbstractContextManager[None]:
+        """Leave the head's product, which nobody will look at, uncomputed: for a few rows it takes long, and on some
+        CPUs ten times the memory of its weights.
+        """
+        head = self.model.get_output_embeddings()
+        return _called_instead([] if head is None else [head], [lambda hidden, *args, **kwargs: hidden])
 
     def _try_out(self) -> None:
         """Run a few tokens the usual way and layer by layer, and refuse a model for which that differs."""
@@ -307,6 +305,21 @@ class LayerWalk:
         finally:
             for tensor, data in zip(tensors, home, strict=True):
                 tensor.data = data
+
+
+@contextmanager
+def _called_instead(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Call functions in place of modules."""
+    own = [module.__dict__.get("forward") for module in modules]
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            del module.forward
+            if forward is not None:  # a hook of accelerate's
+                module.forward = forward
 
 
 @contextmanager

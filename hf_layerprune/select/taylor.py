@@ -29,6 +29,7 @@ from .passes import batch_rows, not_finite
 from .scores import Scores
 
 _HEAD_TOKENS = 256
+_WEIGHT_ROWS = 256
 _PAPER_BATCH = 10
 
 
@@ -95,18 +96,30 @@ def _backward(
                 down[number], *found = torch.autograd.grad(
                     output, [hidden, *weights], down[number].to(output.dtype), allow_unused=True
                 )
-                del output
-                for k, gradient in enumerate(found):
-                    if gradient is not None:
-                        sums[k] = gradient.float() if sums[k] is None else sums[k].add_(gradient)
+                del output, hidden
+                for k in range(len(weights)):
+                    gradient, found[k] = found[k], None
+                    if gradient is None:
+                        continue
+                    if sums[k] is not None:
+                        sums[k].add_(gradient)
+                    else:  # there is nothing to add to a single batch's
+                        sums[k] = gradient if len(batches) == 1 else gradient.float()
+                    del gradient
         finally:
             for weight in weights:
                 weight.requires_grad_(False)
         return sum(
-            (weight.detach().float() * gradient).abs().sum(dtype=torch.float64).item()
+            _sum_of_products(weight.detach(), gradient)
             for weight, gradient in zip(weights, sums, strict=True)
             if gradient is not None
         )
+
+
+def _sum_of_products(weight: torch.Tensor, gradient: torch.Tensor) -> float:
+    """`sum |W * G|`, a few rows at a time: in float32 a whole product would take twice the weights."""
+    pieces = zip(weight.split(_WEIGHT_ROWS), gradient.split(_WEIGHT_ROWS), strict=True)
+    return sum((w.float() * g).abs().sum(dtype=torch.float64).item() for w, g in pieces)
 
 
 def _loss_gradient(walk: LayerWalk, batch: Batch, tokens: int) -> torch.Tensor:
