@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 64 * 2**20
 # On a CPU, what is computed of a chunk's logits in float32 goes through so few at a time that they stay in the cache.
 _CACHED_BYTES = 2**20
+# Rows of the gradient of the head that are multiplied at a time there.
+_WORDS = 8192
 
 DIRECTIONS = ("forward", "reverse")
 
@@ -192,6 +194,8 @@ class _HeadLoss(torch.autograd.Function):
         d_bias = torch.zeros(bias.shape, device=device, dtype=torch.float32) if wants_bias else None
         size = max(1, chunk_bytes // (dtype.itemsize * weight.shape[0]))
         rows = max(1, _CACHED_BYTES // (4 * weight.shape[0])) if device.type == "cpu" else size
+        # On a CPU the whole product takes twice the time of its parts, and memory to turn it over.
+        words = _WORDS if device.type == "cpu" else weight.shape[0]
         with torch.autocast(device.type, enabled=False):
             matrix = weight.to(dtype)
             offset = bias.to(dtype) if bias is not None else None
@@ -213,7 +217,8 @@ class _HeadLoss(torch.autograd.Function):
                 if wants_hidden:
                     d_hidden[part] = (raw @ matrix).to(hidden.dtype)
                 if wants_weight:
-                    d_weight += raw.T @ states
+                    for tokens, out in zip(raw.split(words, 1), d_weight.split(words), strict=True):
+                        out += tokens.T @ states
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
         ctx.mark_non_differentiable(sums.ce, sums.kd, sums.correct)
