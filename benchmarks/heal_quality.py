@@ -164,7 +164,7 @@ def heal(arm: Arm, base: Path, data: Path, folder: Path, args: argparse.Namespac
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
         save_strategy="no",
-        logging_steps=10,
+        logging_steps=1,
         seed=args.seed,
     )
     trainer = Timed(
@@ -190,7 +190,7 @@ def heal(arm: Arm, base: Path, data: Path, folder: Path, args: argparse.Namespac
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch, 2),
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "losses": [log[0]["loss"], log[-1]["loss"]],
+        "losses": [entry["loss"] for entry in log[:: max(1, len(log) - 1)]],
         "peak_gb": round(entry["peak_memory_bytes"] / 1e9, 2),
     }
 
