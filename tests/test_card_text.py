@@ -231,6 +231,25 @@ def test_whole_benchmarks_of_the_hub_become_eval_results() -> None:
     assert (entry.dataset_id, entry.task_id, entry.value, entry.date) == ("ybisk/piqa", "piqa", 52.0, "2026-11-24")
 
 
+def test_a_packed_base_is_no_measure_of_size() -> None:
+    lineage = lineage_of(("dense", "cut"))
+
+    def cost(name: str) -> str:
+        metrics = metrics_of(lineage, ("dense", "cut"))
+        metrics.models[metrics.weights]["name"] = "SmolLM2-23L"
+        next(model for model in metrics.models.values() if model["role"] == "dense")["name"] = name
+        return Card.of(lineage, metrics).render().partition("## What it saves")[2].partition("\n## ")[0]
+
+    def row(text: str) -> str:
+        return next(line for line in text.splitlines() if line.startswith("| size on disk"))
+
+    assert f"{TIMES}\u00a00.82" in row(cost("SmolLM2"))
+    assert "GGUF" not in cost("SmolLM2")
+    assert TIMES not in row(cost("SmolLM2.Q4_1.gguf"))
+    assert f"{TIMES}\u00a01." in cost("SmolLM2.Q4_1.gguf")  # speeds are compared all the same
+    assert "The dense model lay in a GGUF file" in cost("SmolLM2.Q4_1.gguf")
+
+
 def test_a_difference_without_a_pair_has_no_error() -> None:
     lineage = lineage_of(("dense", "cut"))
     metrics = metrics_of(lineage, ("dense", "cut"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from hf_layerprune.heal import losses
 from hf_layerprune.heal.losses import Distillation, Head, Lesson, LogitTransform, head_loss
 
 VOCABULARY, WIDTH = 11, 6
@@ -44,6 +47,7 @@ def plain(
     cap=st.sampled_from([None, 3.0]),
     scale=st.sampled_from([1.0, 0.25]),
     bias=st.booleans(),
+    words=st.sampled_from([1, 4, 8192]),
 )
 def test_loss_and_gradients_are_those_of_autograd(
     seed: int,
@@ -55,6 +59,7 @@ def test_loss_and_gradients_are_those_of_autograd(
     cap: float | None,
     scale: float,
     bias: bool,
+    words: int,
 ) -> None:
     torch.manual_seed(seed)
     transform = LogitTransform(scale, cap)
@@ -77,7 +82,8 @@ def test_loss_and_gradients_are_those_of_autograd(
         )
     ce_weight = torch.tensor(0.7) if "ce" in kind else None
     head = Head(weight, offset, transform)
-    found = head_loss(hidden, head, labels, ce_weight, lesson, chunk_bytes=4 * VOCABULARY * chunk)
+    with mock.patch.object(losses, "_WORDS", words):
+        found = head_loss(hidden, head, labels, ce_weight, lesson, chunk_bytes=4 * VOCABULARY * chunk)
     wanted = plain(hidden, head, labels, ce_weight, lesson)
     assert torch.allclose(found.loss, wanted, rtol=1e-4, atol=1e-5)
     trained = [tensor for tensor in (hidden, weight, offset) if tensor is not None]

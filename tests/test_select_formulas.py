@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from hf_layerprune import drop_layers
 from hf_layerprune.calibration import CalibrationSet
 from hf_layerprune.families.layout import find_decoder_layers
-from hf_layerprune.select import score_layers
+from hf_layerprune.select import score_layers, taylor
 
 from .tiny_models import LAYERS, VOCAB, tiny_model
 
@@ -159,6 +159,16 @@ def test_formula(
     assert len({score for score in found.layers if score is not None}) > LAYERS // 2
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("rows", [5, ROWS])
+def test_taylor_in_parts(model: Any, text: CalibrationSet, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights a few rows at a time, and one batch or several."""
+    monkeypatch.setattr(taylor, "_WEIGHT_ROWS", 7)
+    ids = text.input_ids[:rows]
+    for variant in ("published", "paper"):
+        found = score_layers(model, CalibrationSet.of(ids, "random"), ["taylor"], variant=variant)["taylor"]
+        assert found.layers == pytest.approx(naive_taylor(variant)(model, ids), rel=1e-5)
 
 
 def test_angular_distance(model: Any, text: CalibrationSet) -> None:

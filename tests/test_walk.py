@@ -44,6 +44,19 @@ def test_same_logits(model_type: str) -> None:
         assert torch.equal(model(ids, use_cache=False).logits, expected)
 
 
+def test_states_need_no_head() -> None:
+    model = tiny_model("llama")
+    walk = LayerWalk(model)
+    called: list[object] = []
+    model.lm_head.register_forward_hook(lambda *args: called.append(args))
+    own = model.lm_head.forward
+    batch = walk.begin(tiny_input(length=20))
+    # A module's hooks run whatever stands in for its forward: the product is what must not be there.
+    assert [output.shape[-1] for _, _, output in called] == [model.config.hidden_size]
+    assert model.lm_head.forward == own
+    assert walk.logits(batch.hidden).shape[-1] == model.config.vocab_size
+
+
 def test_several_batches_of_several_lengths() -> None:
     model = tiny_model("gemma2")
     walk = LayerWalk(model)
