@@ -264,8 +264,9 @@ def test_a_run_that_is_still_at_work_is_left_alone(base, tmp_path):
 
 # Forks, since an import takes longer than a cut. The copying is slowed down here, and only here.
 KILLS = """
-import os, random, shutil, signal, sys, time
+import os, random, shutil, signal, sys, threading, time
 from pathlib import Path
+from tqdm.auto import tqdm
 from hf_layerprune import files
 from hf_layerprune import folders as replace
 from hf_layerprune.checkpoint import cut_checkpoint
@@ -306,15 +307,17 @@ for number in range(rounds):
         target.mkdir()
         (target / "config.json").write_text(f"old {number}")
     old = digest(target) if target.exists() else None
-    child = os.fork()
+    began, child = time.monotonic(), os.fork()
     if not child:
+        # tqdm's own lock is a semaphore that forks share: a child killed with it would stop all later ones.
+        tqdm.set_lock(threading.RLock())
         once()
         os._exit(0)
     if number % 2:
         time.sleep(chance.uniform(0, 1.2 * seconds))
     else:  # near the end, where the names change
         while not any(target.parent.glob(".cut.partial-*/config.json")) and not is_done():
-            pass
+            assert time.monotonic() - began < 60, f"round {number}: neither begun nor ended"
         time.sleep(chance.uniform(0, 0.08))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
