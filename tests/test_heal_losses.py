@@ -106,11 +106,12 @@ def test_parts_are_sums_over_what_counts() -> None:
     assert torch.allclose(found.ce, F.cross_entropy(hidden @ weight.T, labels, reduction="sum"), rtol=1e-5)
 
 
-def test_bfloat16_compute_with_float32_weights() -> None:
+@pytest.mark.parametrize("words", [7, 4096])
+def test_bfloat16_compute_with_float32_weights(words: int) -> None:
     hidden = torch.randn(40, 32).bfloat16().requires_grad_()
     weight = (torch.randn(VOCABULARY, 32) / 6).requires_grad_()
     labels = torch.randint(0, VOCABULARY, (40,))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), mock.patch.object(losses, "_WORDS", words):
         found = head_loss(hidden, Head(weight), labels, torch.tensor(1 / 40))
     found.loss.backward()
     assert hidden.grad.dtype == torch.bfloat16
@@ -119,3 +120,36 @@ def test_bfloat16_compute_with_float32_weights() -> None:
     assert found.loss.item() == pytest.approx(exact.item(), rel=1e-2)
     wanted = torch.autograd.grad(exact, weight)[0]
     assert (weight.grad - wanted).norm() < 0.02 * wanted.norm()
+    wanted = torch.autograd.grad(F.cross_entropy(hidden.float() @ weight.T, labels), hidden)[0]
+    assert (hidden.grad - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_gradient_added_up_at_once() -> None:
+    """Over several batches, as gradient accumulation does, in chunks, with one matrix of memory less."""
+    hidden = torch.randn(2, 30, WIDTH).requires_grad_()
+    weights = [torch.randn(VOCABULARY, WIDTH).requires_grad_()]
+    weights.append(weights[0].detach().clone().requires_grad_())
+    labels = torch.randint(0, VOCABULARY, (2, 30))
+    for weight, accumulate in zip(weights, (False, True), strict=True):
+        for states, words in zip(hidden, labels, strict=True):
+            found = head_loss(
+                states, Head(weight), words, torch.tensor(0.5), chunk_bytes=4 * VOCABULARY * 8, accumulate=accumulate
+            )
+            found.loss.backward()
+    assert torch.allclose(weights[0].grad, weights[1].grad, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        head_loss(hidden[0], Head(weights[1]), labels[0], torch.tensor(0.5), accumulate=True)
+    assert torch.allclose(weights[0].grad, weights[1].grad, rtol=1e-5, atol=1e-6)  # nothing without gradients
+
+
+def test_gradient_added_up_is_never_wrongly_scaled() -> None:
+    weight = torch.randn(VOCABULARY, WIDTH).requires_grad_()
+    hidden, labels = torch.randn(3, WIDTH), torch.zeros(3, dtype=torch.long)
+    with pytest.raises(RuntimeError, match=r"multiplied by 0\.5"):
+        (head_loss(hidden, Head(weight), labels, torch.tensor(1.0), accumulate=True).loss / 2).backward()
+    waited_for = torch.randn(VOCABULARY, WIDTH).requires_grad_()
+    seen = []
+    waited_for.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
+    (head_loss(hidden, Head(waited_for), labels, torch.tensor(1.0), accumulate=True).loss / 2).backward()
+    assert len(seen) == 1  # as autograd does it, where somebody waits
+    assert torch.equal(seen[0], waited_for.grad)

@@ -7,6 +7,7 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_layerprune.errors import CheckpointError, LayerPruneError
 from hf_layerprune.families import Cut
 from hf_layerprune.heal.config import HealConfig
+from hf_layerprune.heal.losses import HeadLoss, head_loss
 from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.trainer import HealTrainer, TrainingStopped, last_checkpoint
 
@@ -103,7 +105,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"packing": True}, {"completion_only_loss": False}, {"gradient_accumulation_steps": 2, "max_steps": 3}],
+    [
+        {},
+        {"packing": True},
+        {"completion_only_loss": False},
+        {"gradient_accumulation_steps": 2, "max_steps": 3},
+        {"gradient_accumulation_steps": 3, "max_steps": 3, "method": "lm_head+last1", "max_grad_norm": 0.1},
+    ],
 )
 def test_cross_entropy_is_that_of_trl(llama: Bench, settings: dict[str, Any]) -> None:
     theirs, ours = llama.trainer(trl=True, **settings), llama.trainer(**settings)
@@ -118,6 +126,19 @@ def test_cross_entropy_is_that_of_trl(llama: Bench, settings: dict[str, Any]) ->
     for log, other in zip(theirs.state.log_history, ours.state.log_history, strict=True):
         assert log.get("mean_token_accuracy") == pytest.approx(other.get("mean_token_accuracy"))
         assert log.get("num_tokens") == other.get("num_tokens")
+
+
+def test_gradient_of_the_head_is_added_up_in_training_alone(llama: Bench) -> None:
+    trainer = llama.trainer(method="lm_head+last1", eval_rows=rows(), eval_strategy="steps", eval_steps=2)
+    seen = []
+
+    def spy(*args: Any, accumulate: bool, **kwargs: Any) -> HeadLoss:
+        seen.append((trainer.model.training, accumulate))
+        return head_loss(*args, accumulate=accumulate, **kwargs)
+
+    with mock.patch("hf_layerprune.heal.trainer.head_loss", spy):
+        trainer.train()
+    assert set(seen) == {(True, True), (False, False)}
 
 
 def test_distillation_brings_the_student_to_the_teacher(llama: Bench) -> None:

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-# A chunk's logits take about so many bytes. Two such buffers are alive at a time, with a teacher.
-CHUNK_BYTES = 64 * 2**20
+# A chunk's logits take about so many bytes. Two such buffers are alive at a time, with a teacher. On a device, adding
+# each chunk's gradient to that of a trained head is much of the work, and larger chunks make fewer of it.
+CHUNK_BYTES, DEVICE_CHUNK_BYTES = 64 * 2**20, 256 * 2**20
 # On a CPU, what is computed of a chunk's logits in float32 goes through so few at a time that they stay in the cache.
 _CACHED_BYTES = 2**20
-# Rows of the gradient of the head that are multiplied at a time there.
+# Rows of the head that are cast, and rows of its gradient that are multiplied, at a time there.
 _WORDS = 8192
 
 DIRECTIONS = ("forward", "reverse")
@@ -148,7 +149,9 @@ def head_loss(
     labels: torch.Tensor,
     ce_weight: torch.Tensor | None,
     lesson: Lesson | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
+    *,
+    accumulate: bool = False,
 ) -> HeadLoss:
     """Weighted cross-entropy and divergence from a teacher, summed over tokens.
 
@@ -159,13 +162,35 @@ def head_loss(
         ce_weight (`torch.Tensor`, *optional*): What the cross-entropy of a labelled token counts, a number. Without
             one, cross-entropy is only reported.
         lesson (`Lesson`, *optional*): The teacher's side.
-        chunk_bytes (`int`, *optional*): About how large a chunk's logits may be.
+        chunk_bytes (`int`, *optional*): About how large a chunk's logits may be. By default 64 MiB on a CPU and 256 MiB
+            elsewhere.
+        accumulate (`bool`, defaults to `False`): Add the gradient of the head's weights to their `grad` at once, which
+            spares a second matrix of their size. Only where `backward` follows, and follows on this very loss: if it
+            was multiplied by anything, `backward` raises a `RuntimeError`.
 
     Returns:
         `HeadLoss`: The loss and its parts.
     """
+    chunk_bytes = chunk_bytes or (CHUNK_BYTES if hidden.device.type == "cpu" else DEVICE_CHUNK_BYTES)
+    into = None
+    if accumulate and takes_gradient(head.weight):
+        into = head.weight.grad
+        if into is None:
+            into = head.weight.grad = torch.zeros_like(head.weight)
     return HeadLoss(
-        *_HeadLoss.apply(hidden, head.weight, head.bias, head.transform, labels, ce_weight, lesson, chunk_bytes)
+        *_HeadLoss.apply(hidden, head.weight, head.bias, head.transform, labels, ce_weight, lesson, chunk_bytes, into)
+    )
+
+
+def takes_gradient(weight: torch.Tensor) -> bool:
+    """Whether nobody but `grad` waits for a weight's gradient: a float32 leaf without hooks, with gradients on."""
+    hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
+    return (
+        torch.is_grad_enabled()
+        and weight.requires_grad
+        and weight.is_leaf
+        and weight.dtype == torch.float32
+        and not hooks
     )
 
 
@@ -183,6 +208,7 @@ class _HeadLoss(torch.autograd.Function):
         ce_weight: torch.Tensor | None,
         lesson: Lesson | None,
         chunk_bytes: int,
+        into: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         device = hidden.device
         autocast = torch.is_autocast_enabled(device.type)
@@ -190,19 +216,22 @@ class _HeadLoss(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         sums = _Sums(*torch.zeros(4, device=device).unbind())
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros(weight.shape, device=device, dtype=torch.float32) if wants_weight else None
+        d_weight = into
+        if wants_weight and into is None:
+            d_weight = torch.zeros(weight.shape, device=device, dtype=torch.float32)
         d_bias = torch.zeros(bias.shape, device=device, dtype=torch.float32) if wants_bias else None
         size = max(1, chunk_bytes // (dtype.itemsize * weight.shape[0]))
         rows = max(1, _CACHED_BYTES // (4 * weight.shape[0])) if device.type == "cpu" else size
         # On a CPU the whole product takes twice the time of its parts, and memory to turn it over.
         words = _WORDS if device.type == "cpu" else weight.shape[0]
         with torch.autocast(device.type, enabled=False):
-            matrix = weight.to(dtype)
+            # Elsewhere casting it for each chunk would take as long as the products.
+            matrix = _Matrix(weight.detach() if device.type == "cpu" else weight.to(dtype), dtype, words)
             offset = bias.to(dtype) if bias is not None else None
             for start in range(0, hidden.shape[0], size):
                 part = slice(start, min(start + size, hidden.shape[0]))
                 states = hidden[part].to(dtype)
-                raw = F.linear(states, matrix, offset)
+                raw = matrix.logits(states, offset)
                 taught = None if lesson is None else lesson.raw_logits(part)
                 for first in range(0, len(raw), rows):  # the gradient takes the place of the logits
                     piece = slice(first, min(first + rows, len(raw)))
@@ -215,11 +244,12 @@ class _HeadLoss(torch.autograd.Function):
                 if wants_bias:
                     d_bias += raw.sum(0, dtype=d_bias.dtype)
                 if wants_hidden:
-                    d_hidden[part] = (raw @ matrix).to(hidden.dtype)
+                    d_hidden[part] = matrix.back(raw).to(hidden.dtype)
                 if wants_weight:
                     for tokens, out in zip(raw.split(words, 1), d_weight.split(words), strict=True):
                         out += tokens.T @ states
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.save_for_backward(d_hidden, d_weight if into is None else None, d_bias)
+        ctx.accumulated = into is not None
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
         ctx.mark_non_differentiable(sums.ce, sums.kd, sums.correct)
         return sums.loss, sums.ce, sums.kd, sums.correct
@@ -228,12 +258,47 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
+        if ctx.accumulated and d_loss != 1:
+            raise RuntimeError(
+                f"the head's gradient was added up, and the loss multiplied by {d_loss.item()} after that"
+            )
         return (
             None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype),
             None if d_weight is None else d_weight.mul_(d_loss).to(weight_dtype),
             None if d_bias is None else d_bias.mul_(d_loss).to(bias_dtype),
-            *(None,) * 5,
+            *(None,) * 6,
         )
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """The head's weights as factors of another type; of float32 weights no copy is made as a whole.
+
+    Args:
+        weight (`torch.Tensor`): `[vocabulary, hidden]`.
+        dtype (`torch.dtype`): In which it is multiplied.
+        words (`int`): How many of its rows are cast at a time.
+    """
+
+    weight: torch.Tensor
+    dtype: torch.dtype
+    words: int
+
+    def logits(self, states: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
+        """`[tokens, hidden]` to `[tokens, vocabulary]`."""
+        if self.weight.dtype == self.dtype:
+            return F.linear(states, self.weight, offset)
+        raw = states.new_empty(len(states), len(self.weight))
+        for rows, out in zip(self.weight.split(self.words), raw.split(self.words, 1), strict=True):
+            out.copy_(states @ rows.to(self.dtype).T)
+        return raw if offset is None else raw.add_(offset)
+
+    def back(self, gradient: torch.Tensor) -> torch.Tensor:
+        """`[tokens, vocabulary]` to `[tokens, hidden]`."""
+        if self.weight.dtype == self.dtype:
+            return gradient @ self.weight
+        parts = zip(gradient.split(self.words, 1), self.weight.split(self.words), strict=True)
+        return sum((some @ rows.to(self.dtype)).float() for some, rows in parts)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import TRAINER_STATE_NAME
@@ -189,7 +190,8 @@ class HealTrainer(SFTTrainer):
             keep = heal["keep"]
             head = Head.of(self_.get_output_embeddings(), config)
             lesson = self._lesson(heal, keep)
-            found = head_loss(hidden[keep], head, heal["labels"][keep], heal["ce_weight"], lesson)
+            labels, accumulate = heal["labels"][keep], self._owns_gradients and torch.is_grad_enabled()
+            found = head_loss(hidden[keep], head, labels, heal["ce_weight"], lesson, accumulate=accumulate)
             return _HealOutput(found.loss, found.ce, found.kd, found.correct)
 
         # `generate` and the trainer look at what a forward takes.
@@ -215,6 +217,18 @@ class HealTrainer(SFTTrainer):
                 "model split over devices; use loss=ce, or leave the others out"
             )
         return asked
+
+    @property
+    def _owns_gradients(self) -> bool:
+        """Whether a gradient may be added up before `backward`: one process that neither scales nor compiles."""
+        accelerator = self.accelerator
+        plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
+        return (
+            plain
+            and self.model.training
+            and not self.args.torch_compile
+            and accelerator.gradient_accumulation_steps == 1
+        )
 
     # --- training ----------------------------------------------------------------------------------------
 
