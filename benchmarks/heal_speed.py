@@ -8,7 +8,8 @@ process of its own, in turn; the times after 1, 2, 3 epochs are of one run, and 
 step. Peak memory is the largest resident set, and how far that lies above the imports.
 
 - `ours`: `HealTrainer`. Frozen weights bfloat16, trained ones float32, bfloat16 autocast.
-- `ours-uncached`: the same with `cache="off"`.
+- `ours-checkpointed`: the same with gradient checkpointing, as TRL has it by default.
+- `ours-uncached`: `ours` with `cache="off"`.
 - `trl-default`: `SFTTrainer` as it comes: weights float32, bfloat16 autocast, gradient checkpointing.
 - `trl-tuned`: `SFTTrainer`, gradient checkpointing off, all weights bfloat16: the fastest by hand.
 - `paper`: transformers' `Trainer` on all logits, weights float32, autocast (bfloat16: a CPU has no float16), no
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WAYS = ("ours", "trl-default", "trl-tuned", "paper", "ours-uncached")
+WAYS = ("ours", "trl-default", "trl-tuned", "paper", "ours-checkpointed", "ours-uncached")
 LAST = 3
 
 
@@ -145,7 +146,11 @@ def ours(model: Any, arguments: dict[str, Any], common: dict[str, Any], way: str
     from hf_layerprune.heal.trainer import HealTrainer
 
     method = f"lm_head+last{LAST}"
-    args = HealConfig(**arguments, method=method, cache="off" if way == "ours-uncached" else "on")
+    arguments |= {
+        "gradient_checkpointing": way == "ours-checkpointed",
+        "cache": "off" if way == "ours-uncached" else "on",
+    }
+    args = HealConfig(**arguments, method=method)
     peft_config = parse_method(method).tail_config(cut_of(model.config), None)
     return HealTrainer(model, args, peft_config=peft_config, **common)
 
@@ -182,6 +187,8 @@ class Shape:
         frozen, tail = (self.layers - LAST) * self.layer, LAST * self.layer
         if way == "ours":
             return frozen / epochs + 3 * tail + 3 * self.head * labelled
+        if way == "ours-checkpointed":
+            return frozen / epochs + 4 * tail + 3 * self.head * labelled
         if way == "ours-uncached":
             return frozen + 3 * tail + 3 * self.head * labelled
         if way == "trl-default":  # every layer: forward twice, gradients of inputs; of weights in the tail
