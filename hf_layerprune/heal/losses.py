@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # A chunk's logits take about so many bytes. Two such buffers are alive at a time, with a teacher. On a device, adding
 # each chunk's gradient to that of a trained head is much of the work, and larger chunks make fewer of it.
-CHUNK_BYTES, DEVICE_CHUNK_BYTES = 64 * 2**20, 256 * 2**20
+CHUNK_BYTES, DEVICE_CHUNK_BYTES = 32 * 2**20, 256 * 2**20
 # On a CPU, what is computed of a chunk's logits in float32 goes through so few at a time that they stay in the cache.
 _CACHED_BYTES = 2**20
 # Rows of the head that are cast, and rows of its gradient that are multiplied, at a time there.
@@ -162,7 +162,7 @@ def head_loss(
         ce_weight (`torch.Tensor`, *optional*): What the cross-entropy of a labelled token counts, a number. Without
             one, cross-entropy is only reported.
         lesson (`Lesson`, *optional*): The teacher's side.
-        chunk_bytes (`int`, *optional*): About how large a chunk's logits may be. By default 64 MiB on a CPU and 256 MiB
+        chunk_bytes (`int`, *optional*): About how large a chunk's logits may be. By default 32 MiB on a CPU and 256 MiB
             elsewhere.
         accumulate (`bool`, defaults to `False`): Add the gradient of the head's weights to their `grad` at once, which
             spares a second matrix of their size. Only where `backward` follows, and follows on this very loss: if it
