@@ -200,6 +200,13 @@ class LayerWalk:
             agree.append(torch.cat([same for _, same in parts]))
         return torch.stack(kls), torch.stack(agree)
 
+    def rest(self) -> None:
+        """Let the embeddings and the head leave memory too, while layers run; they come back when they are used."""
+        if self._let_go:
+            for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+                if module is not None:
+                    release(module)
+
     # --- how it works ------------------------------------------------------------------------------------
 
     def _forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -267,6 +274,7 @@ class LayerWalk:
             raise self._refusal(f"run alone, one fails ({str(error).splitlines()[0][:120]})") from error
         if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * _scale(wanted)):
             raise self._refusal("they hand more to each other than hidden states")
+        self.rest()
 
     def _refusal(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(

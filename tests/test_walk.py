@@ -113,6 +113,30 @@ def test_weights_from_a_file_are_let_go(tmp_path: Path) -> None:
         assert torch.equal(model(ids).logits, expected)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_embeddings_and_head_are_let_go_while_layers_run(tmp_path: Path) -> None:
+    """In a small model they are most of it."""
+    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "model", vocabulary=30_000)).eval()
+    size = model.get_output_embeddings().weight.nbytes
+
+    def resident() -> int:
+        maps = Path("/proc/self/smaps").read_text().split("VmFlags:")
+        return sum(int(part.split("Rss:")[1].split()[0]) * 1024 for part in maps if f"{tmp_path}/" in part)
+
+    walk = LayerWalk(model, let_go=True)
+    assert resident() < 0.5 * size
+    with torch.no_grad():
+        batch = walk.begin(torch.arange(30_000)[None, ::50])
+        assert resident() > 0.5 * size, "the comparison means something"
+        walk.rest()
+        assert resident() < 0.5 * size
+        found = walk.logits(batch.hidden)
+        assert resident() > 0.5 * size
+        walk.rest()
+        assert resident() < 0.5 * size
+        assert torch.equal(walk.logits(batch.hidden), found)
+
+
 def test_changed_weights_are_kept(tmp_path: Path) -> None:
     """Weights in ordinary memory must not be wiped with those that are mapped."""
     model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "model")).eval()

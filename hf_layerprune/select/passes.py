@@ -77,6 +77,7 @@ def run_pass(
     alive = range(walk.num_layers) if alive is None else alive
     batches = [walk.begin(ids) for ids in calibration.batches(batch_rows(calibration))]
     probe = walk.begin(calibration.input_ids[:1, :_PROBE_TOKENS])
+    walk.rest()
     for observer in observers:
         observer.begin(alive, batches)
     for i in tqdm(alive, desc="looking at the dense model", unit="layer", disable=None):

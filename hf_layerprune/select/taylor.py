@@ -57,6 +57,7 @@ def score(
     parts = calibration.input_ids.split(_PAPER_BATCH if variant == "paper" else batch_rows(calibration))
     with _frozen(walk.model):
         batches = [walk.begin(ids) for ids in parts]
+        walk.rest()
         entering: list[list[torch.Tensor]] = []
         with tqdm(total=2 * len(alive), desc="taylor", unit="layer", disable=None) as bar:
             for i in alive:
@@ -72,6 +73,7 @@ def score(
                 _loss_gradient(walk, batch, batch.input_ids[:, 1:].numel() if variant == "paper" else total)
                 for batch in batches
             ]
+            walk.rest()
             found: list[float | None] = [None] * walk.num_layers
             for i in reversed(alive):
                 found[i] = _backward(walk, i, batches, entering.pop(), down)
