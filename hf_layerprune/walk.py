@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from .errors import UnsupportedModelError
 from .families.layout import find_decoder_layers
@@ -156,49 +155,6 @@ class LayerWalk:
 
         with self._replaced(put_in):
             return self._forward(torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device))
-
-    def token_losses(self, hidden: torch.Tensor, input_ids: torch.Tensor, chunk: int = 256) -> torch.Tensor:
-        """Negative log-likelihood of each token but the first, with the head run in chunks.
-
-        Args:
-            hidden (`torch.Tensor`): Hidden states `[batch, seq, hidden]` that left the last layer.
-            input_ids (`torch.Tensor`): Token ids `[batch, seq]`.
-            chunk (`int`, defaults to 256): So many positions of a row at a time.
-
-        Returns:
-            `torch.Tensor`: `[batch, seq - 1]`, float32.
-        """
-        rows = []
-        for states, labels in zip(hidden.split(1), input_ids.to(hidden.device).split(1), strict=True):
-            parts = [
-                F.cross_entropy(self.logits(piece)[0].float(), target[0], reduction="none")
-                for piece, target in zip(states[:, :-1].split(chunk, 1), labels[:, 1:].split(chunk, 1), strict=True)
-            ]
-            rows.append(torch.cat(parts))
-        return torch.stack(rows)
-
-    def token_divergences(
-        self, hidden: torch.Tensor, reference: torch.Tensor, chunk: int = 256
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """KL(reference || hidden) of each position's next-token distribution, and whether the top tokens agree.
-
-        Args:
-            hidden (`torch.Tensor`): Hidden states `[batch, seq, hidden]` that left the last layer.
-            reference (`torch.Tensor`): Those of the dense model, of the same shape.
-            chunk (`int`, defaults to 256): So many positions of a row at a time.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Both `[batch, seq]`; nats in float32, and booleans.
-        """
-        kls, agree = [], []
-        for states, wanted in zip(hidden.split(1), reference.split(1), strict=True):
-            parts = []
-            for piece, other in zip(states.split(chunk, 1), wanted.split(chunk, 1), strict=True):
-                p, q = self.logits(other)[0].float().log_softmax(-1), self.logits(piece)[0].float().log_softmax(-1)
-                parts.append(((p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)))
-            kls.append(torch.cat([kl for kl, _ in parts]))
-            agree.append(torch.cat([same for _, same in parts]))
-        return torch.stack(kls), torch.stack(agree)
 
     def rest(self) -> None:
         """Let the embeddings and the head leave memory too, while layers run; they come back when they are used."""

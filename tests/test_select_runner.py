@@ -16,7 +16,7 @@ from hf_layerprune import CheckpointError, CutError, LayerDropConfig, Unsupporte
 from hf_layerprune.calibration import CalibrationSet
 from hf_layerprune.cut import drop_layers
 from hf_layerprune.repair import fit_repair
-from hf_layerprune.select import ALL, choose_layers, score_layers
+from hf_layerprune.select import ALL, choose_layers, score_layers, trials
 from hf_layerprune.select.auto import HELD_OUT
 from hf_layerprune.select.cost import estimate
 from hf_layerprune.select.scores import Scores
@@ -55,8 +55,14 @@ def without(layers: tuple[int, ...]) -> Any:
 # --- trials ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", [None, 1, 20_000])
-def test_any_cuts_in_any_memory(model: Any, text: CalibrationSet, memory: int | None) -> None:
+@pytest.mark.parametrize(
+    ("memory", "head_tokens", "cached_logits"), [(None, 256, 1 << 18), (1, 5, 1), (20_000, 7, 300), (None, 256, 300)]
+)
+def test_any_cuts_in_any_memory(
+    model: Any, text: CalibrationSet, memory: int | None, head_tokens: int, cached_logits: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(trials, "_HEAD_TOKENS", head_tokens)
+    monkeypatch.setattr(trials, "_CACHED_LOGITS", cached_logits)
     drops = [(0,), (7,), (2, 3, 4), (1, 3, 6), (1, 3), (), (2, 3, 5, 6, 7)]
     found = try_cuts(LayerWalk(model), text, [Cut(drop) for drop in drops], memory=memory)
     for drop, outcome in zip(drops, found, strict=True):

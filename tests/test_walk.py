@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import UnsupportedModelError
@@ -70,21 +69,6 @@ def test_several_batches_of_several_lengths() -> None:
         for batch, part in zip(batches, parts, strict=True):
             expected = model(part, use_cache=False).logits
             assert torch.allclose(walk.logits(batch.hidden), expected, rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_losses_and_divergences_in_chunks() -> None:
-    model, other, ids = tiny_model("gemma2"), tiny_model("gemma2", seed=1), tiny_input(length=19)
-    walk = LayerWalk(model)
-    hidden = [walk.begin(ids).hidden, other.get_input_embeddings()(ids)]
-    logits = [walk.logits(states).double() for states in hidden]
-    losses = F.cross_entropy(logits[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(2, 18)
-    p, q = logits[1].log_softmax(-1), logits[0].log_softmax(-1)
-    for chunk in (1, 5, 18, 64):
-        assert torch.allclose(walk.token_losses(hidden[0], ids, chunk).double(), losses, rtol=1e-4, atol=1e-5)
-        kl, agree = walk.token_divergences(hidden[0], hidden[1], chunk)
-        assert torch.allclose(kl.double(), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
-        assert torch.equal(agree, p.argmax(-1) == q.argmax(-1))
 
 
 def test_gradients_flow() -> None:
