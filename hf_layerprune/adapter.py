@@ -25,7 +25,8 @@ from .families.layout import find_decoder_layers, find_output_head
 from .lazy import SAVED, SOURCES, load_pruned
 from .loading import find_adapter, load_base, resolve_base
 from .mapped import copy_by_mapping
-from .prepare import Prepared, chooses, needs_dense, prepare
+from .precision import in_fast_precision
+from .prepare import Prepared, chooses, needs_dense, prepare, runs_dense
 from .registration import register
 from .repair.frozen import freeze, module_names, put, thaw
 from .select import select_layers
@@ -374,13 +375,21 @@ def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     base = config.base_model_name_or_path
     others = {name: value for name, value in kwargs.items() if name not in ("device_map", "dtype", "torch_dtype")}
     model = load_base(base, dtype="auto", **others)
+    types = [{name: p.dtype for name, p in layer.named_parameters()} for layer in find_decoder_layers(model).layers]
     how = {"device": _accelerator(), "let_go": True}
+    if how["device"] is None and runs_dense(config):
+        in_fast_precision(model)
     if chooses(config):
-        return _choose(config, model, **how)
-    _resolve_drop(config, model.config)
-    if families.is_cut(model.config, config.drop_layers, config.num_base_layers):
-        raise CutError(f"repair={config.repair!r} is fitted to the dense model, and {base} is cut already")
-    return prepare(config, model, **how)
+        prepared = _choose(config, model, **how)
+    else:
+        _resolve_drop(config, model.config)
+        if families.is_cut(model.config, config.drop_layers, config.num_base_layers):
+            raise CutError(f"repair={config.repair!r} is fitted to the dense model, and {base} is cut already")
+        prepared = prepare(config, model, **how)
+    if prepared.repair is not None:
+        new = prepared.repair.tensors
+        new |= {(i, name): value.to(types[i].get(name, value.dtype)) for (i, name), value in new.items()}
+    return prepared
 
 
 def _accelerator() -> str | None:

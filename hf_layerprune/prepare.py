@@ -49,6 +49,11 @@ def needs_dense(config: LayerDropConfig) -> bool:
     return chooses(config) or (config.repair is not None and config.repaired_modules is None)
 
 
+def runs_dense(config: LayerDropConfig) -> bool:
+    """Whether text has to go through the dense model for that."""
+    return config.repair is not None or find_criterion(config.criterion).needs == "text"
+
+
 def prepare(
     config: LayerDropConfig,
     model: PreTrainedModel,
@@ -74,7 +79,7 @@ def prepare(
 
     walk = calibration = repair = None
     record: dict[str, Any] = {}
-    if config.repair is not None or find_criterion(config.criterion).needs == "text":
+    if runs_dense(config):
         walk = LayerWalk(model, device=device, let_go=let_go)
         calibration = calibration_of(config, model, tokenizer)
         record["calibration"] = calibration.record()

@@ -47,7 +47,8 @@ class RankRequest:
         calibration_samples (`int`, defaults to 128): So many rows of it.
         calibration_length (`int`, defaults to 512): So many tokens a row.
         seed (`int`, defaults to 42): For whatever is drawn.
-        dtype (`str`, defaults to `"auto"`): Of the weights.
+        dtype (`str`, defaults to `"auto"`): Of the weights; `"auto"` is the base's, or float32 on a CPU that has no
+            fast products of 16 bits.
         device (`str`, defaults to `"auto"`): Where layers run, one at a time: `"cpu"`, `"cuda"`, ...
         revision (`str`, *optional*): Branch, tag or commit of a base on the Hub.
         force (`bool`, defaults to `False`): Replace a ranking that is there.
@@ -217,12 +218,16 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, 
 def _walk(request: RankRequest, model: Any, walk: type[LayerWalk]) -> LayerWalk:
     import torch
 
+    from .precision import in_fast_precision
+
     device = request.device
     if device == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = str(found) if found is not None else "cpu"
     try:
         device = torch.device(device)
+        if request.dtype == "auto" and device.type == "cpu":
+            in_fast_precision(model)
         return walk(model, device=None if device.type == "cpu" else device, let_go=True)
     except (RuntimeError, AssertionError) as error:
         raise CutError(f"device {request.device!r} can't be used: {str(error).splitlines()[0]}") from error

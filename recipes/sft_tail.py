@@ -300,11 +300,13 @@ def prepare_rows(
 def _dense(training_args: HealConfig, student: Student) -> Any:
     from hf_layerprune.heal.station import weights_dtype
     from hf_layerprune.loading import load_base
+    from hf_layerprune.precision import in_fast_precision
 
     if training_args.teacher is None:
         raise LayerPruneError("the dense model is to write rows; name it with --teacher")
     # In the student's type: a packed GGUF file has none of its own, and would be unpacked to float32.
-    return load_base(training_args.teacher, dtype=weights_dtype(student)).to(training_args.device)
+    dense = load_base(training_args.teacher, dtype=weights_dtype(student)).to(training_args.device)
+    return in_fast_precision(dense)
 
 
 def _wait() -> None:

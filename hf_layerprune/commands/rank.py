@@ -27,7 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repair", choices=("linear", "refit", "magnitude"), help="what auto takes into account")
     options.add_calibration(parser)
     parser.add_argument("--seed", type=int, default=42, help="for whatever is drawn: layers, rows, text (42)")
-    parser.add_argument("--dtype", choices=options.DTYPES, default="auto", help="of the weights; auto: as they are")
+    parser.add_argument(
+        "--dtype",
+        choices=options.DTYPES,
+        default="auto",
+        help="of the weights; auto: as they are, where the processor is fast in it",
+    )
     parser.add_argument(
         "--device", default="auto", metavar="D", help="where layers run, one at a time: cpu, cuda, ... (a GPU if any)"
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from ..errors import LayerPruneError
+from ..precision import slow_in_16_bits
 
 try:
     from trl import SFTConfig
@@ -24,9 +27,9 @@ class HealConfig(SFTConfig):
     """
     Configuration of a [`HealTrainer`].
 
-    It is TRL's `SFTConfig` with four other defaults: no gradient checkpointing, which TRL switches on and which would
-    force gradients through all frozen layers; a learning rate that depends on what is trained; a short warm-up; and, on
-    a CPU, rows padded to a multiple of 64.
+    It is TRL's `SFTConfig` with other defaults: no gradient checkpointing, which TRL switches on and which would force
+    gradients through all frozen layers; a learning rate that depends on what is trained; a short warm-up; on a CPU, rows
+    padded to a multiple of 64; and float32 in place of mixed precision on a CPU without fast products of bfloat16.
 
     Args:
         method (`str`, defaults to `"auto"`):
@@ -59,7 +62,8 @@ class HealConfig(SFTConfig):
             Whether it stays there when training has ended.
         float32_weights (`bool`, defaults to `True`):
             Whether what is trained is held in float32 while it is trained in mixed precision: a small step on a
-            bfloat16 weight rounds to nothing.
+            bfloat16 weight rounds to nothing. Without mixed precision, on a CPU without fast products of bfloat16, the
+            whole model is.
     """
 
     learning_rate: float | None = field(
@@ -112,6 +116,9 @@ class HealConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        on_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None and not self.fp16 and on_cpu and slow_in_16_bits():
+            self.bf16 = False
         left_to_us = self.pad_to_multiple_of == "auto" and not (self.packing or self.padding_free)
         super().__post_init__()
         if left_to_us and self.pad_to_multiple_of is None and self.device.type == "cpu":

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import LayerPruneError
+from ..precision import in_fast_precision
 from .config import HealConfig
 from .losses import Distillation, Head, Lesson, head_loss
 from .methods import parse_method
@@ -78,7 +79,7 @@ class HealTrainer(SFTTrainer):
         model (`PreTrainedModel` or `PeftModel`): The pruned model. What of it is trained is what requires gradients.
         args ([`HealConfig`]): Everything that can be set.
         teacher (`PreTrainedModel`, *optional*): The dense model, where it is loaded already; it is not changed, but
-            parts of it may end up on another device. By default `args.teacher`.
+            parts of it may end up on another device, and on some CPUs in float32. By default `args.teacher`.
         kwargs: What [`~trl.SFTTrainer`] takes: `train_dataset`, `eval_dataset`, `processing_class`, `peft_config`, ...
     """
 
@@ -100,6 +101,10 @@ class HealTrainer(SFTTrainer):
             method = parse_method("last1" if args.method == "auto" else args.method)
             args.learning_rate = method.learning_rate(model.config.get_text_config().hidden_size)
         rows = kwargs.get("train_dataset")
+        if args.float32_weights and not (args.bf16 or args.fp16) and args.device.type == "cpu":
+            for one in (model, teacher):
+                if one is not None:
+                    in_fast_precision(one)
         if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             _keep_inputs_without_gradients(model)
         super().__init__(model, args, **kwargs)

@@ -59,14 +59,18 @@ class Subject:
         """
         import torch
 
+        from ..precision import warn_if_slow
+
         kwargs: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
-        if dtype == "auto" and self.source.endswith(".gguf"):
-            dtype = "bfloat16"
-        kwargs["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+        name = "bfloat16" if dtype == "auto" and self.source.endswith(".gguf") else dtype
+        kwargs["dtype"] = name if name == "auto" else getattr(torch, name)
         device = pick_device(device)
         if device != "cpu":
             kwargs["device_map"] = "auto" if device == "all" else {"": device}
-        return load_model(self.source, **kwargs)
+        model = load_model(self.source, **kwargs)
+        if dtype == "auto":
+            warn_if_slow(model, "--dtype float32 is faster, and needs twice the memory")
+        return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load its tokenizer.

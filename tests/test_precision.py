@@ -1,0 +1,153 @@
+"""On a CPU that multiplies 16 bits slowly, what computes much does so in float32; what is written stays as it was."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune import LayerDropConfig, precision, prune_with
+from hf_layerprune.heal.config import HealConfig
+from hf_layerprune.heal.station import write_healed
+from hf_layerprune.heal.student import Student, adapter_config, load_student
+from hf_layerprune.heal.trainer import HealTrainer
+from hf_layerprune.measure.evaluate import EvalRequest, evaluate
+from hf_layerprune.precision import in_fast_precision
+from hf_layerprune.prune import PruneRequest, prune_to
+from hf_layerprune.publish.lineage import station
+from hf_layerprune.rank import RankRequest, rank
+
+from .heal_makers import rows, word_tokenizer
+from .measure_models import write_model, write_tasks
+from .tiny_models import tiny_input, tiny_model
+
+TYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=[True, False], ids=["slow", "fast"])
+def slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """What the CPU says of itself."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: not request.param)
+    return request.param
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A folder in bfloat16, with a tokenizer."""
+    folder = write_model(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_model_is_changed_where_that_is_faster(slow: bool, dtype: torch.dtype) -> None:
+    model = in_fast_precision(tiny_model("llama").to(dtype))
+    assert model.dtype == (torch.float32 if slow else dtype)
+    wanted = tiny_model("llama").to(dtype).to(model.dtype)
+    assert torch.equal(model(tiny_input()).logits, wanted(tiny_input()).logits)
+    if slow:
+        assert model.config.dtype == torch.float32
+        assert model.get_output_embeddings().weight.dtype == torch.float32
+
+
+def test_a_model_in_float32_stays(slow: bool) -> None:
+    model = tiny_model("llama")
+    before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
+    in_fast_precision(model)
+    assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("slow", [True], indirect=True)
+def test_where_memory_is_short_it_stays_and_that_is_said(
+    slow: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: memory)
+    with caplog.at_level(logging.WARNING, "hf_layerprune"):
+        model = in_fast_precision(tiny_model("llama").bfloat16())
+    assert model.dtype == torch.bfloat16
+    assert "not enough memory" in caplog.text
+
+
+def test_repair_and_ranking(slow: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("hf_layerprune.walk.LayerWalk._try_out", lambda walk: seen.append(walk.model.dtype))
+    computes_in = torch.float32 if slow else torch.bfloat16
+    small = {"calibration": "self", "calibration_samples": 8, "calibration_length": 32}
+    prune_to(PruneRequest(str(base), str(tmp_path / "cut"), drop_layers=[1], repair="linear", **small))
+    model = prune_with(LayerDropConfig(base_model_name_or_path=str(base), drop_layers=[1], repair="linear", **small))
+    rank(RankRequest(str(base), criteria=["block_influence"], **small))
+    assert seen == [computes_in] * 3
+    rank(RankRequest(str(base), criteria=["block_influence"], dtype="bfloat16", **small))
+    assert seen[-1] == torch.bfloat16
+    assert model.dtype == torch.bfloat16
+    before, after = stored(base), stored(tmp_path / "cut")
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(after[name], before[name])
+    assert all(torch.equal(after[name], before[name]) for name in after if ".layers.0." in name and "mlp" not in name)
+
+
+@pytest.mark.parametrize("method", ["last1", "lm_head+last1", "full"])
+def test_training(slow: bool, base: Path, tmp_path: Path, method: str) -> None:
+    prune_to(PruneRequest(str(base), str(tmp_path / "cut"), drop_layers=[1]))
+    student = Student.at(tmp_path / "cut")
+    way = student.method(method)
+    args = HealConfig(
+        str(tmp_path / "run"), method=way.name, loss="kd", teacher=str(base), max_steps=2, use_cpu=True, report_to=[],
+        save_strategy="no", disable_tqdm=True, per_device_train_batch_size=2, learning_rate=1e-2,
+    )  # fmt: skip
+    assert args.bf16 == (not slow)
+    lora: dict[str, Any] = {"r": 4, "alpha": 4, "dropout": 0.0, "target_modules": None}
+    trainer = HealTrainer(
+        load_student(student, way, dtype="auto"),
+        args,
+        train_dataset=rows(8),
+        processing_class=word_tokenizer(),
+        peft_config=adapter_config(student, way, **lora),
+    )
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert {p.dtype for p in frozen} <= {torch.float32 if slow else torch.bfloat16}
+    with station("heal", {}) as entry:
+        trainer.train()
+    assert trainer._found.teacher_head.weight.dtype == (torch.float32 if slow else torch.bfloat16)
+    trainer.save_model(str(tmp_path / "trained"))
+    write_healed(student, tmp_path / "trained", tmp_path / "healed", entry)
+    before, after = stored(tmp_path / "cut"), stored(tmp_path / "healed")
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_what_the_user_says_counts(slow: bool, tmp_path: Path) -> None:
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": []}
+    assert HealConfig(**settings, bf16=True).bf16 is True
+    assert HealConfig(**settings, bf16=False).bf16 is False
+
+
+def test_measuring_says_it(slow: bool, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tasks = write_tasks(tmp_path / "tasks")
+    request = {
+        "tasks_from": tasks,
+        "tasks": ("asked",),
+        "limit": 2,
+        "progress": False,
+        "output": tmp_path / "out.json",
+    }
+    with caplog.at_level(logging.WARNING, "hf_layerprune"):
+        evaluate(EvalRequest(str(base), **request))
+    assert ("--dtype float32 is faster" in caplog.text) == slow
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "hf_layerprune"):
+        evaluate(EvalRequest(str(base), dtype="bfloat16", force=True, **request))
+    assert "is faster" not in caplog.text
