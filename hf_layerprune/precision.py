@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING
 
@@ -26,14 +27,19 @@ def slow_in_16_bits() -> bool:
 
 
 def warn_if_slow(model: PreTrainedModel, instead: str) -> None:
-    """Say that a model will be slow in its type, where it is on a CPU that has no fast products of it.
+    """Say that a model will be slow in its type, where it is on a CPU that has no fast products of it; once.
 
     Args:
         model (`PreTrainedModel`): The model.
         instead (`str`): What to do about it.
     """
     if model.dtype in (torch.bfloat16, torch.float16) and model.device.type == "cpu" and slow_in_16_bits():
-        logger.warning("this CPU has no fast products of %s, so this is slow; %s", _name(model.dtype), instead)
+        _warn_once(f"this CPU has no fast products of {_name(model.dtype)}, so this is slow; {instead}")
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def _name(dtype: torch.dtype) -> str:
