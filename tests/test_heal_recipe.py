@@ -292,7 +292,8 @@ def test_settings_files_are_understood(recipe: ModuleType, path: Path) -> None:
 def test_engine_files_are_understood(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
-    assert load_config_from_file(str(path)).mixed_precision == "bf16"
+    # On a CPU the recipe decides, by what the CPU is fast in.
+    assert load_config_from_file(str(path)).mixed_precision == ("no" if path.stem == "cpu" else "bf16")
     assert yaml.safe_load(path.read_text())["num_machines"] == 1
 
 
