@@ -375,17 +375,18 @@ def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     base = config.base_model_name_or_path
     others = {name: value for name, value in kwargs.items() if name not in ("device_map", "dtype", "torch_dtype")}
     model = load_base(base, dtype="auto", **others)
+    families.check_supported(model.config)
+    choosing = chooses(config)
+    if not choosing:
+        _resolve_drop(config, model.config)
+        if families.is_cut(model.config, config.drop_layers, config.num_base_layers):
+            raise CutError(f"repair={config.repair!r} is fitted to the dense model, and {base} is cut already")
+    # The new weights are stored in the types of the old ones, whatever they are computed in.
     types = [{name: p.dtype for name, p in layer.named_parameters()} for layer in find_decoder_layers(model).layers]
     how = {"device": _accelerator(), "let_go": True}
     if how["device"] is None and runs_dense(config):
         in_fast_precision(model)
-    if chooses(config):
-        prepared = _choose(config, model, **how)
-    else:
-        _resolve_drop(config, model.config)
-        if families.is_cut(model.config, config.drop_layers, config.num_base_layers):
-            raise CutError(f"repair={config.repair!r} is fitted to the dense model, and {base} is cut already")
-        prepared = prepare(config, model, **how)
+    prepared = (_choose if choosing else prepare)(config, model, **how)
     if prepared.repair is not None:
         new = prepared.repair.tensors
         new |= {(i, name): value.to(types[i].get(name, value.dtype)) for (i, name), value in new.items()}

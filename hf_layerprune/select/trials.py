@@ -189,7 +189,10 @@ def _compare(
             for number in range(cuts):
                 logits = walk.logits(states[number][row : row + 1, start:end])[0]
                 for piece in _pieces(logits):
-                    sums[number] += _sums(logits[piece].float(), targets[piece], reference, piece).to(sums.dtype)
+                    losses, divergences = _of_tokens(logits[piece].float(), targets[piece], reference, piece)
+                    sums[number, 0] += losses.sum(dtype=sums.dtype)
+                    if divergences is not None:
+                        sums[number, 1] += divergences.sum(dtype=sums.dtype)
     return sums
 
 
@@ -205,15 +208,17 @@ class _Reference:
             torch.sub(self.logits[piece], self.norms[piece, None], out=self.probabilities[piece]).exp_()
 
 
-def _sums(logits: torch.Tensor, targets: torch.Tensor, reference: _Reference | None, piece: slice) -> torch.Tensor:
-    """Loss and divergence `[2]`, summed over some tokens; the last of a row has no target."""
+def _of_tokens(
+    logits: torch.Tensor, targets: torch.Tensor, reference: _Reference | None, piece: slice
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Losses and divergences of some tokens; the last of a row has no target."""
     norms = logits.logsumexp(-1)
     losses = norms[: len(targets)] - logits[: len(targets)].gather(-1, targets[:, None])[:, 0]
     if reference is None:
-        return torch.stack([losses.sum(), losses.new_zeros(())])
+        return losses, None
     # log p - log q = (dense - logits) - (their norms); p sums to one.
     gaps = torch.linalg.vecdot(reference.probabilities[piece], reference.logits[piece] - logits)
-    return torch.stack([losses.sum(), (gaps - reference.norms[piece] + norms).sum()])
+    return losses, gaps - reference.norms[piece] + norms
 
 
 def _pieces(logits: torch.Tensor) -> Iterator[slice]:
