@@ -33,7 +33,7 @@ AutoConfig.from_pretrained(sys.argv[1])
 """
 OURS = """
 import sys, time
-from hf_layerprune.checkpoint import plan_cut, write_checkpoint
+from hf_layerprune.cut.disk import plan_cut, write_checkpoint
 from pathlib import Path
 plan = plan_cut(sys.argv[1], [int(i) for i in sys.argv[3].split(",")])
 started = time.perf_counter()

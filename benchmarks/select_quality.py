@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
-from hf_layerprune.calibration import CalibrationSet, load_calibration
+from hf_layerprune.calibration.rows import CalibrationSet, load_calibration
 from hf_layerprune.errors import CutError
-from hf_layerprune.loading import load_base, load_tokenizer
+from hf_layerprune.layer_ranges import format_layers
 from hf_layerprune.repair import FITTED, fit_repair
+from hf_layerprune.runtime.loading import load_base, load_tokenizer
+from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import ALL, Scores, choose_layers, drop_count, score_layers
 from hf_layerprune.select.auto import changes_of
 from hf_layerprune.select.passes import run_pass
 from hf_layerprune.select.repairability import Repairability
 from hf_layerprune.select.sets import neighbours
-from hf_layerprune.select.spec import format_layers
 from hf_layerprune.select.trials import Cut, Outcome, try_cuts
-from hf_layerprune.walk import LayerWalk
 
 
 def first(calibration: CalibrationSet, rows: int) -> CalibrationSet:

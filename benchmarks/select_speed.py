@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hf_layerprune.calibration import CalibrationSet, load_calibration
-from hf_layerprune.cut import drop_layers
-from hf_layerprune.loading import load_base, load_tokenizer
-from hf_layerprune.publish.lineage import peak_rss
+from hf_layerprune.calibration.rows import CalibrationSet, load_calibration
+from hf_layerprune.cut.memory import drop_layers
+from hf_layerprune.records.lineage import peak_rss
+from hf_layerprune.runtime.loading import load_base, load_tokenizer
+from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import choose_layers, score_layers
-from hf_layerprune.walk import LayerWalk
 
 LENGTH_OF_BLOCK = 7
 _STEPS = 3

@@ -12,13 +12,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .adapter.registration import register_when_peft_is_imported
 from .errors import CheckpointError, CutError, LayerPruneError, UnsupportedModelError
-from .registration import register_when_peft_is_imported
 
 if TYPE_CHECKING:
-    from .adapter import LayerDropModel, prune_with
-    from .config import LayerDropConfig
-    from .cut import drop_layers
+    from .adapter.config import LayerDropConfig
+    from .adapter.model import LayerDropModel, prune_with
+    from .cut.memory import drop_layers
 
 __version__ = "0.1.0"
 
@@ -35,10 +35,10 @@ __all__ = [
 
 # Loaded on first use: each of them imports torch.
 _LAZY = {
-    "LayerDropConfig": ".config",
-    "LayerDropModel": ".adapter",
-    "drop_layers": ".cut",
-    "prune_with": ".adapter",
+    "LayerDropConfig": ".adapter.config",
+    "LayerDropModel": ".adapter.model",
+    "drop_layers": ".cut.memory",
+    "prune_with": ".adapter.model",
 }
 
 register_when_peft_is_imported()

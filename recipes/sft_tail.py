@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
     from hf_layerprune.heal.student import Student
     from hf_layerprune.heal.trainer import HealTrainer
-    from hf_layerprune.publish.hub import PushRequest
+    from hf_layerprune.publish.hub.push import PushRequest
 
 logger = logging.getLogger("hf_layerprune.recipe")
 
@@ -144,8 +144,8 @@ def main(
     from hf_layerprune.heal.station import describe_command, describe_rows, settings_of
     from hf_layerprune.heal.student import adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
-    from hf_layerprune.loading import load_tokenizer
-    from hf_layerprune.publish.lineage import station
+    from hf_layerprune.records.lineage import station
+    from hf_layerprune.runtime.loading import load_tokenizer
 
     output = Path(training_args.output_dir)
     if (output / "model").exists():
@@ -194,7 +194,7 @@ def push_request(training_args: HealConfig, folder: Path) -> PushRequest | None:
     """Where the model goes in the end, if `--push_to_hub`: the finished folder with its card, not every checkpoint."""
     if not training_args.push_to_hub:
         return None
-    from hf_layerprune.publish.hub import PushRequest
+    from hf_layerprune.publish.hub.push import PushRequest
 
     training_args.push_to_hub = False
     if not training_args.hub_model_id:
@@ -207,9 +207,9 @@ def prepare_student(model_args: ModelArguments, cut_args: CutArguments, training
     """The pruned model: made now, made by an earlier start of this run, or named by the user."""
     from hf_layerprune.commands.options import drop
     from hf_layerprune.heal.student import Student, cut_of
-    from hf_layerprune.loading import load_config
-    from hf_layerprune.prune import PruneRequest, prune_to
-    from hf_layerprune.select.spec import parse_layers
+    from hf_layerprune.layer_ranges import parse_layers
+    from hf_layerprune.runtime.loading import load_config
+    from hf_layerprune.stages.prune import PruneRequest, prune_to
 
     name = model_args.model_name_or_path
     if name is None:
@@ -299,8 +299,8 @@ def prepare_rows(
 
 def _dense(training_args: HealConfig, student: Student) -> Any:
     from hf_layerprune.heal.station import weights_dtype
-    from hf_layerprune.loading import load_base
-    from hf_layerprune.precision import in_fast_precision
+    from hf_layerprune.runtime.loading import load_base
+    from hf_layerprune.runtime.precision import in_fast_precision
 
     if training_args.teacher is None:
         raise LayerPruneError("the dense model is to write rows; name it with --teacher")
@@ -331,7 +331,7 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
 
 def finish(folder: Path, base: str | None, measure_args: MeasureArguments, hub: PushRequest | None) -> None:
     """Measure, write the card, push."""
-    from hf_layerprune.publish.writing import write_card
+    from hf_layerprune.publish.card.writing import write_card
 
     if measure_args.eval_tasks or measure_args.eval_texts or measure_args.eval_from:
         from hf_layerprune.measure.evaluate import EvalRequest, evaluate
@@ -352,7 +352,7 @@ def finish(folder: Path, base: str | None, measure_args: MeasureArguments, hub: 
         logger.warning("no card is written yet: %s (hf-layerprune card %s)", error, folder)
     logger.info("the model is in %s", folder)
     if hub is not None:
-        from hf_layerprune.publish.hub import push
+        from hf_layerprune.publish.hub.push import push
 
         _, done = push(hub)
         logger.info("pushed to %s", done.url)

@@ -32,7 +32,7 @@ def unpack_smollm2(folder: Path) -> Path:
     import torch
     from transformers import AutoTokenizer
 
-    from hf_layerprune.loading import load_base
+    from hf_layerprune.runtime.loading import load_base
 
     packed = smollm2()
     load_base(packed, dtype=torch.bfloat16).save_pretrained(folder)

@@ -19,10 +19,10 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from hf_layerprune import families
-from hf_layerprune.checkpoint import cut_checkpoint
-from hf_layerprune.cut import drop_layers
+from hf_layerprune.cut.disk import cut_checkpoint
+from hf_layerprune.cut.lazy import load_pruned
+from hf_layerprune.cut.memory import drop_layers
 from hf_layerprune.families.layout import find_decoder_layers
-from hf_layerprune.lazy import load_pruned
 
 from .tiny_models import EAGER, tiny_input, tiny_model
 

@@ -14,7 +14,7 @@ from tests.hub_server import HubServer
 from tests.publish_child import TOKEN, finish, start
 
 if TYPE_CHECKING:
-    from hf_layerprune.publish.hub import PushRequest
+    from hf_layerprune.publish.hub.push import PushRequest
 
 MANY = 9999
 
@@ -117,7 +117,7 @@ def commits(hub: HubServer) -> int:
 def run(case: Case, hub: HubServer, request: PushRequest, older: PushRequest) -> dict[str, Any]:
     """One case, from an empty Hub."""
     from hf_layerprune.errors import LayerPruneError
-    from hf_layerprune.publish.hub import push
+    from hf_layerprune.publish.hub.push import push
 
     hub.reset()
     hub.repos.pop("org/model", None)
@@ -155,9 +155,9 @@ def main() -> None:
     hub, place = start()
     from dataclasses import replace
 
-    from hf_layerprune.checkpoint import ranges
-    from hf_layerprune.publish import hub as publish
-    from hf_layerprune.publish import upload
+    from hf_layerprune.cut import ranges
+    from hf_layerprune.publish.hub import push as publish
+    from hf_layerprune.publish.hub import upload
     from tests.publish_models import pruned_from_hub
 
     upload.FIRST_WAIT = ranges.FIRST_WAIT = 0.02

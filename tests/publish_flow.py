@@ -117,7 +117,7 @@ def _tamper(hub: HubServer, place: Path) -> None:
     """Turn a bit of a weight file on the Hub, behind the records' back."""
     from huggingface_hub import HfApi
 
-    from hf_layerprune.publish.lineage import Lineage, fingerprint, weights_hash
+    from hf_layerprune.records.lineage import Lineage, fingerprint, weights_hash
 
     folder = Path(shutil.copytree(place / "model", place / "tampered"))
     path = sorted(folder.glob("*.safetensors"))[1]
@@ -160,7 +160,7 @@ def branches_and_proposals(hub: HubServer, place: Path, out: dict[str, Any]) -> 
     hub.tokens[READER] = None
     from huggingface_hub import HfApi
 
-    from hf_layerprune.publish import upload
+    from hf_layerprune.publish.hub import upload
 
     # Somebody without rights proposes.
     api = HfApi(token=READER)
@@ -223,7 +223,7 @@ def their_own_card(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     """A repository with a card before us, and one with the template that nobody filled in."""
     from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-    from hf_layerprune.publish.writing import EVAL_MARK
+    from hf_layerprune.publish.card.writing import EVAL_MARK
 
     api = HfApi()
     for name, text in (
@@ -252,7 +252,7 @@ def the_libraries_push(hub: HubServer, place: Path, out: dict[str, Any]) -> None
     from transformers import AutoModelForCausalLM
 
     import hf_layerprune  # noqa: F401  (tells PEFT of the method)
-    from hf_layerprune.publish.declared import front_matter
+    from hf_layerprune.records.declared import front_matter
 
     cli("push", place / "model", "org/libs")
     before = files(hub, "org/libs")["README.md"].decode()
@@ -341,8 +341,8 @@ def main() -> None:
 
     from huggingface_hub.utils import _http
 
-    from hf_layerprune.checkpoint import ranges, remote
-    from hf_layerprune.publish import upload
+    from hf_layerprune.cut import ranges, remote
+    from hf_layerprune.publish.hub import upload
     from tests.publish_models import pruned_from_hub
 
     real = time.sleep

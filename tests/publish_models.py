@@ -31,7 +31,7 @@ def base_on_hub(hub: HubServer, place: Path, name: str = "org/base", card: str =
 
 def pruned_from_hub(hub: HubServer, place: Path, name: str, drop: int = 2, **request: object) -> Path:
     """Prune the base on the Hub into a folder, with numbers."""
-    from hf_layerprune.prune import PruneRequest, prune_to
+    from hf_layerprune.stages.prune import PruneRequest, prune_to
     from tests.publish_records import measure_by_hand
 
     base_on_hub(hub, place)

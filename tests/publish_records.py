@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_layerprune.measure.records import Metrics
-from hf_layerprune.publish.card import Card
-from hf_layerprune.publish.lineage import Lineage, fingerprint, weights_hash
+from hf_layerprune.publish.card.render import Card
+from hf_layerprune.records.lineage import Lineage, fingerprint, weights_hash
+from hf_layerprune.records.metrics import Metrics
 
 EXPECTED = Path(__file__).with_name("card_expected.md")
 ROLES = ("dense", "cut", "repaired", "healed")

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import CheckpointError, CutError
-from hf_layerprune.calibration import CalibrationSet, check_vocabulary, load_calibration
-from hf_layerprune.self_text import write_text_with
+from hf_layerprune.calibration.rows import CalibrationSet, check_vocabulary, load_calibration
+from hf_layerprune.calibration.self_text import write_text_with
 
 from .hub_server import HubServer, client_env
 from .measure_models import byte_tokenizer, write_model
@@ -174,7 +174,7 @@ def test_a_model_writes(model: Any, tokenizer: Any) -> None:
 
 def test_batch_size_does_not_matter(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = write_text_with(model, tokenizer, 5, 20, 0)
-    monkeypatch.setattr("hf_layerprune.self_text._AT_ONCE", 2)
+    monkeypatch.setattr("hf_layerprune.calibration.self_text._AT_ONCE", 2)
     assert torch.equal(write_text_with(model, tokenizer, 5, 20, 0), found)
 
 
@@ -216,7 +216,7 @@ def test_padding_of_the_vocabulary_is_not_written(tmp_path: Path) -> None:
 
 WORKER = """
 import sys
-from hf_layerprune.calibration import load_calibration
+from hf_layerprune.calibration.rows import load_calibration
 from hf_layerprune.errors import LayerPruneError
 from tests.measure_models import byte_tokenizer
 for source in sys.argv[1:]:

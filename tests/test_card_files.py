@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.cli import main
-from hf_layerprune.publish import numbers, regions
-from hf_layerprune.publish.declared import front_matter
-from hf_layerprune.publish.lineage import Lineage
-from hf_layerprune.publish.writing import declare, write_card
+from hf_layerprune.publish.card import numbers, regions
+from hf_layerprune.publish.card.writing import declare, write_card
+from hf_layerprune.records.declared import front_matter
+from hf_layerprune.records.lineage import Lineage
 
 from .publish_records import lineage_of, measure_by_hand, metrics_of
 from .tiny_models import tiny_model

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from hf_layerprune import LayerPruneError
-from hf_layerprune.publish import style
-from hf_layerprune.publish.history import read_history
-from hf_layerprune.publish.plots import layer_map, pictures, scores
-from hf_layerprune.publish.results import results_of
+from hf_layerprune.publish.card import style
+from hf_layerprune.publish.card.plots import layer_map, pictures, scores
+from hf_layerprune.publish.card.results import results_of
+from hf_layerprune.records.history import read_history
 
 from .publish_records import ROLES, lineage_of, metrics_of
 

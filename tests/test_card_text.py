@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from hf_layerprune.measure.records import Metrics
-from hf_layerprune.publish import metadata, regions
-from hf_layerprune.publish.card import Card
-from hf_layerprune.publish.declared import front_matter
-from hf_layerprune.publish.history import read_history
-from hf_layerprune.publish.lineage import Lineage
-from hf_layerprune.publish.numbers import MINUS, TIMES
+from hf_layerprune.publish.card import metadata, regions
+from hf_layerprune.publish.card.numbers import MINUS, TIMES
+from hf_layerprune.publish.card.render import Card
+from hf_layerprune.records.declared import front_matter
+from hf_layerprune.records.history import read_history
+from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.records.metrics import Metrics
 
 from .publish_records import BASE, EXPECTED, ROLES, example_card, lineage_of, metrics_of
 

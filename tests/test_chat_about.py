@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tests.chat_server  # noqa: F401 (makes the Space's files importable)
-from hf_layerprune.publish import numbers, results
+from hf_layerprune.publish.card import numbers, results
 from tests.publish_records import lineage_of, metrics_of
 
 import about  # isort: skip

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from hf_layerprune.checkpoint import cut_checkpoint, plan_cut
-from hf_layerprune.cut import drop_layers
+from hf_layerprune.cut.disk import cut_checkpoint, plan_cut
+from hf_layerprune.cut.memory import drop_layers
 from hf_layerprune.errors import CheckpointError, CutError, UnsupportedModelError
 
 from .matrix import cuts, logits
@@ -329,7 +329,7 @@ def test_slices_of_wide_tensors_are_exact_whatever_the_chunk(tmp_path, monkeypat
     old = tensors(tmp_path / "base")["model.embed_tokens_per_layer.weight"]
     wanted = old.reshape(old.shape[0], 8, -1)[:, [0, 3, 4, 5, 7]].reshape(old.shape[0], -1)
     for chunk in (8 << 20, 3 * old.shape[1] * 4, 100):
-        monkeypatch.setattr("hf_layerprune.checkpoint.write._ROWS_CHUNK", chunk)
+        monkeypatch.setattr("hf_layerprune.cut.write._ROWS_CHUNK", chunk)
         cut_checkpoint(tmp_path / "base", tmp_path / "cut", dropped, force=True, progress=False)
         assert torch.equal(tensors(tmp_path / "cut")["model.embed_tokens_per_layer.weight"], wanted)
 

@@ -17,9 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.checkpoint import make_llama
-from hf_layerprune.checkpoint import cut_checkpoint
-from hf_layerprune.checkpoint.download import _joined, _missing
-from hf_layerprune.publish.lineage import fingerprint
+from hf_layerprune.cut.disk import cut_checkpoint
+from hf_layerprune.cut.download import _joined, _missing
+from hf_layerprune.records.lineage import fingerprint
 
 from .hub_server import HubServer, Request, client_env
 from .tiny_models import EAGER, tiny_input, tiny_model
@@ -32,7 +32,7 @@ TOKEN = "hf_good"
 # imported, so it can't be the tests' own process; a fresh one each time would be slow.
 WORKER = """
 import json, sys, traceback
-from hf_layerprune.checkpoint import cut_checkpoint, download, ranges
+from hf_layerprune.cut.disk import cut_checkpoint, download, ranges
 from hf_layerprune.errors import LayerPruneError
 ranges.FIRST_WAIT, download.CHUNK, download.ROWS_CHUNK = 0.02, 1 << 18, 1 << 12
 for line in sys.stdin:
@@ -315,7 +315,7 @@ def test_a_failed_run_is_taken_up(hub: HubServer, client: Client, big_cut: dict[
 
 KILLED = """
 import os, signal, sys
-from hf_layerprune.checkpoint import cut_checkpoint, download
+from hf_layerprune.cut.disk import cut_checkpoint, download
 download.CHUNK = 1 << 16
 left, record = int(sys.argv[3]), download.Download._record
 def killing(*args):

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.checkpoint import make_llama
-from hf_layerprune import files
-from hf_layerprune import folders as replace
-from hf_layerprune.checkpoint import cut_checkpoint, plan_cut, write
+from hf_layerprune.cut import write
+from hf_layerprune.cut.disk import cut_checkpoint, plan_cut
 from hf_layerprune.errors import CheckpointError
+from hf_layerprune.files import copy as files
+from hf_layerprune.files import folders as replace
 
 from .test_checkpoint import assert_same, layer, sharded, tensors
 
@@ -177,7 +178,7 @@ def test_a_failure_on_the_way_leaves_nothing_behind(base, tmp_path, monkeypatch,
 def test_a_real_refusal_of_the_kernel_is_one_clear_error(base, tmp_path):
     """A limit on file sizes stands in for a full disk."""
     script = (
-        "import resource, signal\nfrom hf_layerprune.checkpoint import *\n"
+        "import resource, signal\nfrom hf_layerprune.cut.disk import *\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))\n"
         f"cut_checkpoint({str(base)!r}, {str(tmp_path / 'cut')!r}, [1], progress=False)\n"
     )
@@ -269,7 +270,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from hf_layerprune import files
 from hf_layerprune import folders as replace
-from hf_layerprune.checkpoint import cut_checkpoint
+from hf_layerprune.cut.disk import cut_checkpoint
 from tests.test_checkpoint_safety import digest
 
 base, target, rounds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -359,7 +360,7 @@ from transformers import AutoConfig
 AutoConfig.from_pretrained(sys.argv[1])
 import tqdm.auto
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-from hf_layerprune.checkpoint import cut_checkpoint
+from hf_layerprune.cut.disk import cut_checkpoint
 cut_checkpoint(sys.argv[1], sys.argv[2], range(21, 29), progress=False)
 print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

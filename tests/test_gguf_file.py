@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import hf_layerprune.gguf as gguf_file
+import hf_layerprune.cut.gguf as gguf_file
+from hf_layerprune.cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from hf_layerprune.errors import CheckpointError, CutError
-from hf_layerprune.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from tests.gguf_makers import check_bytes, contents, make_gguf, smollm2
 
 MIDDLE = (3, 5, 12, 13, 20)
@@ -29,7 +29,7 @@ import sys, types
 package = types.ModuleType("hf_layerprune")
 package.__path__ = [{str(Path(gguf_file.__file__).parents[1])!r}]
 sys.modules["hf_layerprune"] = package
-from hf_layerprune.gguf import cut_gguf
+from hf_layerprune.cut.gguf import cut_gguf
 """
 
 
@@ -244,7 +244,7 @@ def test_a_killed_cut_leaves_the_old_target_or_the_new_one(tmp_path):
     call = f"cut_gguf({str(source)!r}, {str(target)!r}, {list(MIDDLE)}, force=True, progress=False)"
     # The first call in a process imports gguf; the planning beforehand takes that out of the time to hit.
     script = BARE + (
-        "from hf_layerprune.gguf import plan_gguf_cut\n"
+        "from hf_layerprune.cut.gguf import plan_gguf_cut\n"
         f"plan_gguf_cut({str(source)!r}, [1])\nprint('go', flush=True)\n{call}\n"
     )
     chance = random.Random(0)

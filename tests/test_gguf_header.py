@@ -13,9 +13,9 @@ from gguf.constants import MODEL_ARCH_NAMES, Keys
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from hf_layerprune.cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.families import gguf as tables
-from hf_layerprune.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from tests.gguf_makers import ARCH_KEY, COUNT_KEY, make_gguf, number, raw_gguf, raw_info, raw_string, smollm2
 
 HUGE = 1 << 60

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from gguf import GGUFValueType as T
 
+from hf_layerprune.cut.gguf import cut_gguf, plan_gguf_cut
 from hf_layerprune.errors import CheckpointError, CutError
-from hf_layerprune.gguf import cut_gguf, plan_gguf_cut
 from tests.gguf_makers import all_of, array, check_bytes, make_gguf, number, value
 
 

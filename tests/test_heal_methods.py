@@ -10,8 +10,8 @@ from peft import get_peft_model
 
 from hf_layerprune import CutError, drop_layers
 from hf_layerprune.families import Cut
-from hf_layerprune.heal.frozen import first_trained_layer
 from hf_layerprune.heal.methods import choose_method, parse_method
+from hf_layerprune.runtime.prefix import first_trained_layer
 
 from .tiny_models import tiny_model
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_layerprune import drop_layers
 from hf_layerprune.errors import CheckpointError, LayerPruneError
-from hf_layerprune.publish.lineage import Lineage
+from hf_layerprune.records.lineage import Lineage
 
 from .heal_makers import rows, word_tokenizer
 from .tiny_models import EAGER, tiny_model

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.station import write_healed
 from hf_layerprune.heal.student import Student, adapter_config, load_student
-from hf_layerprune.prune import PruneRequest, prune_to
-from hf_layerprune.publish.lineage import station
+from hf_layerprune.records.lineage import station
+from hf_layerprune.stages.prune import PruneRequest, prune_to
 
 from .measure_models import write_model
 

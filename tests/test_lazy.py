@@ -12,16 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hf_layerprune import (
-    CheckpointError,
-    CutError,
-    LayerDropConfig,
-    UnsupportedModelError,
-    drop_layers,
-    lazy,
-    prune_with,
-)
-from hf_layerprune.lazy import load_pruned
+from hf_layerprune import CheckpointError, CutError, LayerDropConfig, UnsupportedModelError, drop_layers, prune_with
+from hf_layerprune.cut import lazy
+from hf_layerprune.cut.lazy import load_pruned
 from tests.hub_server import HubServer, client_env
 from tests.matrix import cuts, logits
 from tests.tiny_models import EAGER, tiny_config, tiny_input, tiny_model
@@ -351,7 +344,7 @@ def test_no_such_weights(tmp_path):
 
 CLIENT = """
 import sys, torch
-from hf_layerprune.lazy import load_pruned
+from hf_layerprune.cut.lazy import load_pruned
 torch.set_num_threads(1)
 model = load_pruned("org/tiny", [2, 6, 7], attn_implementation="eager", **eval(sys.argv[1]))
 print(model.config._commit_hash, model.name_or_path, sum(p.double().sum().item() for p in model.parameters()))

@@ -89,7 +89,7 @@ class TestTheProofCanFail:
             prove_cut(tiny_model("deepseek_v3"), (0, 3, 5))
 
     def test_forgotten_layer_index(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from hf_layerprune import cut
+        from hf_layerprune.cut import memory as cut
 
         monkeypatch.setattr(cut, "rehearse", lambda *args: cut.Rehearsal(0, []))
         with pytest.raises((ProofError, IndexError)):

@@ -15,7 +15,7 @@ from hf_layerprune import LayerDropConfig, LayerPruneError, drop_layers, prune_w
 from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.measure import distance as module
 from hf_layerprune.measure.distance import distance, perplexity
-from hf_layerprune.measure.forward import in_batches, positions_at_once
+from hf_layerprune.runtime.forward import in_batches, positions_at_once
 
 from .tiny_models import VOCAB, tiny_input, tiny_model
 

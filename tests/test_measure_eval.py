@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.cli import main
-from hf_layerprune.loading import load_model, load_tokenizer
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.harness import Harness
-from hf_layerprune.measure.records import Metrics
 from hf_layerprune.measure.subject import identify
 from hf_layerprune.measure.tasks import read_tasks, task_set, write_task
-from hf_layerprune.publish.lineage import Lineage, fingerprint, station, weights_hash
+from hf_layerprune.records.lineage import Lineage, fingerprint, station, weights_hash
+from hf_layerprune.records.metrics import Metrics
+from hf_layerprune.runtime.loading import load_model, load_tokenizer
 
 from .measure_models import write_gguf, write_model, write_tasks
 

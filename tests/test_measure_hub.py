@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from hf_layerprune.cli import main
-from hf_layerprune.measure.records import Metrics
-from hf_layerprune.publish.lineage import fingerprint, weights_hash
+from hf_layerprune.records.lineage import fingerprint, weights_hash
+from hf_layerprune.records.metrics import Metrics
 
 from .hub_server import HubServer, client_env
 from .measure_datasets import write_datasets

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hf_layerprune.errors import CheckpointError
-from hf_layerprune.publish.lineage import Lineage
-from hf_layerprune.publish.writing import PICTURES, compose, read_card
+from hf_layerprune.publish.card.writing import PICTURES, compose, read_card
+from hf_layerprune.records.lineage import Lineage
 from model_cards import __main__ as command
 from model_cards import make
 

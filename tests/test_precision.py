@@ -11,16 +11,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import LayerDropConfig, precision, prune_with
+from hf_layerprune import LayerDropConfig, prune_with
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.station import write_healed
 from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.heal.trainer import HealTrainer
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
-from hf_layerprune.precision import in_fast_precision
-from hf_layerprune.prune import PruneRequest, prune_to
-from hf_layerprune.publish.lineage import station
-from hf_layerprune.rank import RankRequest, rank
+from hf_layerprune.records.lineage import station
+from hf_layerprune.runtime import precision
+from hf_layerprune.runtime.precision import in_fast_precision
+from hf_layerprune.stages.prune import PruneRequest, prune_to
+from hf_layerprune.stages.rank import RankRequest, rank
 
 from .heal_makers import rows, word_tokenizer
 from .measure_models import write_model, write_tasks
@@ -80,7 +81,7 @@ def test_where_memory_is_short_it_stays_and_that_is_said(
 
 def test_repair_and_ranking(slow: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("hf_layerprune.walk.LayerWalk._try_out", lambda walk: seen.append(walk.model.dtype))
+    monkeypatch.setattr("hf_layerprune.runtime.walk.LayerWalk._try_out", lambda walk: seen.append(walk.model.dtype))
     computes_in = torch.float32 if slow else torch.bfloat16
     small = {"calibration": "self", "calibration_samples": 8, "calibration_length": 32}
     prune_to(PruneRequest(str(base), str(tmp_path / "cut"), drop_layers=[1], repair="linear", **small))

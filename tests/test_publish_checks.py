@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hf_layerprune.cli import main
-from hf_layerprune.publish import leaks
-from hf_layerprune.publish.hub import PushRequest, plan
-from hf_layerprune.publish.licences import TABLE, LicenceFound
-from hf_layerprune.publish.writing import declare, write_card
+from hf_layerprune.publish.card.writing import declare, write_card
+from hf_layerprune.publish.hub import leaks
+from hf_layerprune.publish.hub.push import PushRequest, plan
+from hf_layerprune.records.licences import TABLE, LicenceFound
 
 from .publish_records import measure_by_hand
 from .tiny_models import tiny_model

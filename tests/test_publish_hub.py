@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hf_layerprune.publish.declared import front_matter
+from hf_layerprune.records.declared import front_matter
 
 from .publish_child import run_child
 

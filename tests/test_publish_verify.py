@@ -14,8 +14,8 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
 from hf_layerprune.cli import main
-from hf_layerprune.publish.lineage import Lineage, fingerprint, weights_hash
-from hf_layerprune.publish.verify import Verified, verify
+from hf_layerprune.publish.verify.verdict import Verified, verify
+from hf_layerprune.records.lineage import Lineage, fingerprint, weights_hash
 
 from .measure_models import write_gguf
 from .publish_records import measure_by_hand
@@ -66,8 +66,8 @@ def claim(folder: Path) -> None:
 
 def flip(folder: Path, name: str, element: int = 0, bit: int = 1) -> None:
     """Turn one bit of one tensor in the file."""
-    from hf_layerprune.checkpoint.header import read_header
-    from hf_layerprune.files import LocalFile
+    from hf_layerprune.cut.header import read_header
+    from hf_layerprune.files.copy import LocalFile
 
     path = folder / "model.safetensors"
     with LocalFile(path) as file:

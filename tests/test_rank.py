@@ -11,11 +11,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune.cli import main
-from hf_layerprune.publish.lineage import Lineage
-from hf_layerprune.rank import draw_ranking
+from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.select import ALL
 from hf_layerprune.select.report import report
 from hf_layerprune.select.scores import Scores
+from hf_layerprune.stages.rank import draw_ranking
 
 from .measure_models import LAYERS, write_model
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
 from hf_layerprune.cli import main
-from hf_layerprune.gguf import gguf_layer_count
-from hf_layerprune.lazy import load_pruned
+from hf_layerprune.cut.gguf import gguf_layer_count
+from hf_layerprune.cut.lazy import load_pruned
 
 from .gguf_makers import smollm2
 

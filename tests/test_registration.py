@@ -19,8 +19,8 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
         "import hf_layerprune, peft",
         "import peft, hf_layerprune",
         "from hf_layerprune import LayerDropConfig",
-        "from hf_layerprune.config import LayerDropConfig",
-        "from hf_layerprune.adapter import LayerDropModel",
+        "from hf_layerprune.adapter.config import LayerDropConfig",
+        "from hf_layerprune.adapter.model import LayerDropModel",
     ],
 )
 def test_peft_knows_the_method(imports: str) -> None:

@@ -10,11 +10,11 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
-from hf_layerprune.calibration import CalibrationSet
+from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
 from hf_layerprune.repair import FITTED, METHODS, NormalEquations, blocks, find_writers, fit_repair, solve_ridge
 from hf_layerprune.repair.writers import inputs, outputs
-from hf_layerprune.walk import LayerWalk
+from hf_layerprune.runtime.walk import LayerWalk
 
 from .tiny_models import LAYERS, tiny_input, tiny_model
 

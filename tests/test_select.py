@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_layerprune import CutError
+from hf_layerprune.layer_ranges import format_layers, parse_layers
 from hf_layerprune.select import CRITERIA, drop_count, needs_model, select_layers
-from hf_layerprune.select.spec import format_layers, parse_layers
 
 
 @pytest.mark.parametrize(("drop", "layers", "count"), [(0.25, 32, 8), (0.25, 26, 6), (0.25, 30, 7), (0.3, 10, 3), (0.29, 100, 29), (5, 32, 5)])  # fmt: skip

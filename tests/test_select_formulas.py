@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_layerprune import drop_layers
-from hf_layerprune.calibration import CalibrationSet
+from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.select import score_layers, taylor
 

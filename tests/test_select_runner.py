@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from hf_layerprune import CheckpointError, CutError, LayerDropConfig, UnsupportedModelError, prune_with
-from hf_layerprune.calibration import CalibrationSet
-from hf_layerprune.cut import drop_layers
+from hf_layerprune.calibration.rows import CalibrationSet
+from hf_layerprune.cut.memory import drop_layers
 from hf_layerprune.repair import fit_repair
+from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import ALL, choose_layers, score_layers, trials
 from hf_layerprune.select.auto import HELD_OUT
 from hf_layerprune.select.cost import estimate
 from hf_layerprune.select.scores import Scores
 from hf_layerprune.select.sets import block_sums, lowest_block, lowest_layers, neighbours, rounds
 from hf_layerprune.select.trials import Cut, layer_runs, try_cuts
-from hf_layerprune.walk import LayerWalk
 
 from .tiny_models import LAYERS, VOCAB, tiny_model
 

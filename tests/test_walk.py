@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import UnsupportedModelError
-from hf_layerprune.walk import LayerWalk
+from hf_layerprune.runtime.walk import LayerWalk
 
 from .measure_models import write_model
 from .tiny_models import LAYERS, tiny_input, tiny_model
@@ -135,11 +135,11 @@ def test_changed_weights_are_kept(tmp_path: Path) -> None:
 
 STREAM = """
 import json, sys, torch
-from hf_layerprune.calibration import CalibrationSet
-from hf_layerprune.loading import load_base
+from hf_layerprune.calibration.rows import CalibrationSet
+from hf_layerprune.runtime.loading import load_base
 from hf_layerprune.select import score_layers
-from hf_layerprune.walk import LayerWalk
-from hf_layerprune.publish.lineage import peak_rss
+from hf_layerprune.runtime.walk import LayerWalk
+from hf_layerprune.records.lineage import peak_rss
 torch.set_num_threads(1)
 ids = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(0))
 names = ["block_influence", "perplexity", "magnitude_l1", "taylor"]

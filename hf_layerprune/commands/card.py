@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ..errors import CutError
-    from ..publish.writing import declare, write_card
+    from ..publish.card.writing import declare, write_card
 
     if (args.license_name or args.license_link) and not args.license:
         raise CutError("--license-name and --license-link go with --license (other, where it is no well-known one)")

@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Inspect."""
-    from ..anatomy import inspect_config, report
-    from ..loading import load_config
+    from ..runtime.loading import load_config
+    from ..stages.inspect import inspect_config, report
 
     config = load_config(args.model, revision=args.revision)
     print(report(args.model, inspect_config(config), args.drop))

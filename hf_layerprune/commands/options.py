@@ -22,7 +22,7 @@ def drop(text: str) -> float | int:
 
 def layers(text: str) -> list[int]:
     """A set of layers such as `20-26,29`, for argparse."""
-    from ..select.spec import parse_layers
+    from ..layer_ranges import parse_layers
 
     try:
         return parse_layers(text)

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prune."""
-    from ..prune import PruneRequest, prune_to
+    from ..stages.prune import PruneRequest, prune_to
 
     result = prune_to(
         PruneRequest(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..errors import CutError
 
 if TYPE_CHECKING:
-    from ..publish.hub import Plan
+    from ..publish.hub.push import Plan
 
 HELP = "publish a model on the Hub"
 DESCRIPTION = (
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Push."""
     from pathlib import Path
 
-    from ..publish.hub import PushRequest, plan, push
+    from ..publish.hub.push import PushRequest, plan, push
     from ..publish.space import check_id, secret_from
 
     request = PushRequest(
@@ -81,7 +81,7 @@ def _push_space(args: argparse.Namespace, made: Plan, secret: str | None) -> Non
     import tempfile
     from pathlib import Path
 
-    from ..publish.contents import find_model
+    from ..publish.hub.contents import find_model
     from ..publish.space import build_space, push_space
 
     model = find_model(Path(args.model).expanduser(), adapter_only=args.adapter_only)
@@ -96,7 +96,7 @@ def _push_space(args: argparse.Namespace, made: Plan, secret: str | None) -> Non
 
 
 def _report(made: Plan) -> str:
-    from ..publish.numbers import size
+    from ..publish.card.numbers import size
 
     lines = [f"{size(count):>10}  {name}" for name, count in made.contents.files.items()]
     lines.append(f"{size(made.contents.size):>10}  in {len(made.contents.files)} files")

@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Rank."""
-    from ..rank import RankRequest, rank
     from ..select import ALL
+    from ..stages.rank import RankRequest, rank
 
     names = [part.strip() for part in args.criterion.split(",") if part.strip()]
     criteria = [name for part in names for name in (ALL if part == "all" else (part,))]

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify."""
-    from ..publish.verify import verify
+    from ..publish.verify.verdict import verify
 
     found = verify(args.model, base=args.base, revision=args.revision, quick=args.quick)
     for line in found.lines:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import LayerPruneError
-from ..precision import slow_in_16_bits
+from ..runtime.precision import slow_in_16_bits
 
 try:
     from trl import SFTConfig

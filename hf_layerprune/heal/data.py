@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from ..loading import first_line
+from ..runtime.loading import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

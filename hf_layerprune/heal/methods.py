@@ -18,7 +18,7 @@ from ..families import Cut
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from ..config import LayerDropConfig
+    from ..adapter.config import LayerDropConfig
 
 NAMES = "auto, lm_head, lastN, lm_head+lastN, cutN, lm_head+cutN, behindN, lora, qlora, full"
 
@@ -102,7 +102,7 @@ class Method:
         Returns:
             `LayerDropConfig`: For `get_peft_model` on the pruned model.
         """
-        from ..config import LayerDropConfig
+        from ..adapter.config import LayerDropConfig
 
         return LayerDropConfig(
             base_model_name_or_path=base,

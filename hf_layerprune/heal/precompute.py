@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import LayerPruneError
-from .frozen import Prefix, first_trained_layer
+from ..runtime.prefix import Prefix, first_trained_layer
 from .losses import Head
 from .store import Column, StateStore, fill, hash_rows, hash_tensors
 from .student import cut_of

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..calibration.self_text import fast_decoding, write_text_with
 from ..errors import CheckpointError
-from ..files import write_text
-from ..self_text import fast_decoding, write_text_with
+from ..files.copy import write_text
 from .store import hash_tensors
 
 if TYPE_CHECKING:

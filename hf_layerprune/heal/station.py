@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from ..folders import new_folder
-from ..loading import load_base, load_tokenizer
-from ..publish.lineage import Lineage, fingerprint
+from ..files.folders import new_folder
+from ..records.lineage import Lineage, fingerprint
+from ..runtime.loading import load_base, load_tokenizer
 from .store import hash_rows
 from .student import Student
 
@@ -41,7 +41,7 @@ def write_healed(
         student ([`Student`]): What was trained.
         trained (`Path`): What the trainer saved: an adapter, or a whole model.
         output (`Path`): The folder to write.
-        entry (`dict[str, Any]`): The station's, see [`~publish.lineage.station`]; it gets the names of the tensors
+        entry (`dict[str, Any]`): The station's, see [`~records.lineage.station`]; it gets the names of the tensors
             that changed.
         adapter (`Path`, *optional*): Where to write the adapter, where it is one, in the model's own type. A model that
             was cut more than once has none.

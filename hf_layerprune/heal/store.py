@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError
-from ..files import check_space, write_failed, write_text
+from ..files.copy import check_space, write_failed, write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset

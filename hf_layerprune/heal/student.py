@@ -12,15 +12,15 @@ import torch
 from .. import families
 from ..errors import CheckpointError, LayerPruneError
 from ..families import Cut
-from ..loading import CHECKPOINT_FILES, is_hub_id, load_base, load_config
-from ..publish.lineage import Lineage
+from ..records.lineage import Lineage
+from ..runtime.loading import CHECKPOINT_FILES, is_hub_id, load_base, load_config
 from .methods import Method, choose_method, lora_config, parse_method
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..prune import PruneRequest
+    from ..stages.prune import PruneRequest
 
 logger = logging.getLogger(__name__)
 

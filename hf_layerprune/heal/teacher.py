@@ -16,8 +16,8 @@ import torch
 from ..errors import CheckpointError, CutError
 from ..families import Cut
 from ..families.layout import find_decoder_layers
-from ..loading import load_base
-from .frozen import Prefix
+from ..runtime.loading import load_base
+from ..runtime.prefix import Prefix
 from .losses import Head
 from .store import hash_tensors
 

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import LayerPruneError
-from ..precision import in_fast_precision
+from ..runtime.precision import in_fast_precision
 from .config import HealConfig
 from .losses import Distillation, Head, Lesson, head_loss
 from .methods import parse_method

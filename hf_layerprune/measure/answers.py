@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_text
+from ..files.copy import write_text
 
 if TYPE_CHECKING:
     from .harness import TaskRun

@@ -16,10 +16,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import LayerPruneError
+from ..records.metrics import Metrics
 from .compare import compare_values, compare_windows
 from .cost import cache_bytes, decode_bytes, prefill_flops
 from .probe import Probe, Probed, probe
-from .records import Metrics
 from .speed import Repeats, Timing, Workload, time_models
 from .store import Store, now
 from .subject import Subject, describe_device, describe_dtype, identify, pick_device

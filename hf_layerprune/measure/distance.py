@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import LayerPruneError
-from .forward import SharedPrefix, SplitModel, evaluating, in_batches, positions_at_once
+from ..runtime.forward import SharedPrefix, SplitModel, evaluating, in_batches, positions_at_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,9 +13,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, LayerPruneError
+from ..records.metrics import Metrics
 from .answers import Answers
 from .compare import Comparison, compare_answers, compare_values, compare_windows
-from .records import Metrics
 from .store import Store, now
 from .subject import Subject, describe_device, describe_dtype, identify
 from .tasks import LocalText, TaskSet, read_tasks, task_set

@@ -24,7 +24,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from ..errors import LayerPruneError
-from .forward import free_memory, is_out_of_memory
+from ..runtime.forward import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group

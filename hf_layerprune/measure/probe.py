@@ -114,7 +114,7 @@ def highest_rss() -> int:
     status = Path("/proc/self/status")
     if status.exists():  # what `getrusage` says starts at the parent's peak on Linux
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
-    from ..publish.lineage import peak_rss
+    from ..records.lineage import peak_rss
 
     return peak_rss()
 

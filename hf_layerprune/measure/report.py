@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from .records import Metrics
+from ..records.metrics import Metrics
 
 _ROLES = ("dense", "cut", "repaired", "healed", "model")
 _SHARES = ("acc", "acc_norm", "top1_agreement", "exact_match", "f1")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
+from ..runtime.forward import evaluating, free_memory, is_out_of_memory
 from .cost import read_prompt
-from .forward import evaluating, free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

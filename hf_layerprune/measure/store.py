@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, LayerPruneError
 from ..families import layer_count
-from ..publish.lineage import fingerprint, versions, weights_hash
-from .records import FILE_NAME, Metrics
+from ..records.lineage import fingerprint, versions, weights_hash
+from ..records.metrics import FILE_NAME, Metrics
 from .subject import Subject
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, LayerPruneError
-from ..loading import find_adapter, is_hub_id, load_config, load_model, load_tokenizer, resolve_base
-from ..publish.lineage import Lineage, fingerprint, sha256_of, weights_hash
+from ..records.lineage import Lineage, fingerprint, sha256_of, weights_hash
+from ..runtime.loading import find_adapter, is_hub_id, load_config, load_model, load_tokenizer, resolve_base
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -28,7 +28,7 @@ class Subject:
     Args:
         source (`str`): As the user named it.
         name (`str`): Its Hub id, or the name of its folder or file.
-        weights (`str`): The hash of its weights, see [`~publish.lineage.weights_hash`].
+        weights (`str`): The hash of its weights, see [`~records.lineage.weights_hash`].
         role (`str`): `"cut"`, `"repaired"` or `"healed"` by the last station in its history; `"model"` without one.
         lineage (`Lineage`, *optional*): Its history.
         folder (`Path`, *optional*): Its folder, where it is a local one.
@@ -59,7 +59,7 @@ class Subject:
         """
         import torch
 
-        from ..precision import warn_if_slow
+        from ..runtime.precision import warn_if_slow
 
         kwargs: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
         name = "bfloat16" if dtype == "auto" and self.source.endswith(".gguf") else dtype
@@ -141,7 +141,7 @@ def _on_hub(repo: str, revision: str | None) -> Subject:
     adapter = find_adapter(repo, revision=revision)
     if adapter is not None:
         return _adapter_on_hub(repo, revision, adapter)
-    from ..checkpoint.remote import HubBase
+    from ..cut.remote import HubBase
 
     hub = HubBase.open(repo, revision)
     files = hub.fingerprint()
@@ -177,7 +177,7 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
     except OSError as error:
-        from ..loading import first_line
+        from ..runtime.loading import first_line
 
         raise CheckpointError(f"can't get {name} of {repo}: {first_line(error)}") from error
 

@@ -355,6 +355,6 @@ def _sha256(path: Path) -> str:
 
 
 def _line(error: Exception) -> str:
-    from ..loading import first_line
+    from ..runtime.loading import first_line
 
     return first_line(error)

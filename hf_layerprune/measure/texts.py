@@ -71,7 +71,7 @@ def _wikitext2() -> str:
     try:
         rows = load_dataset(repo, config, split=split)
     except Exception as error:  # whatever the Hub, its client and `datasets` raise
-        from ..loading import first_line
+        from ..runtime.loading import first_line
 
         raise LayerPruneError(f"{WIKITEXT2} can't be had ({first_line(error)}); name a file with --text") from error
     return "\n\n".join(rows["text"])

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, CutError
-from ..folders import new_folder
-from ..loading import is_hub_id, resolve_base
-from .lineage import Lineage
-from .upload import Upload, Uploaded, log_in, push_errors, upload
+from ..files.folders import new_folder
+from ..records.lineage import Lineage
+from ..runtime.loading import is_hub_id, resolve_base
+from .hub.upload import Upload, Uploaded, log_in, push_errors, upload
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def check_id(name: str) -> None:
 
 def _base_of(model: Path) -> str | None:
     """The dense base of a model, if it is on the Hub."""
-    from .history import hub_base
+    from ..records.history import hub_base
 
     lineage = Lineage.of(model)
     return hub_base(lineage.base) if lineage else None

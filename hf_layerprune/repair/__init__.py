@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from ..errors import CutError
 from ..families.layout import find_final_norm
-from ..walk import Batch, LayerWalk
+from ..runtime.walk import Batch, LayerWalk
 from .linear import Fit, NormalEquations, solve_ridge
 from .magnitude import SizeRatio, scaled_writers
 from .writers import Writer, find_writers, inputs, outputs, swapped
 
 if TYPE_CHECKING:
-    from ..calibration import CalibrationSet
+    from ..calibration.rows import CalibrationSet
 
 __all__ = [
     "FITTED",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import CutError
-from ..walk import Batch
+from ..runtime.walk import Batch
 from .writers import Run, Writer, _silenced, find_writers
 
 _TOLERANCE = 0.05

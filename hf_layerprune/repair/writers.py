@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..walk import Batch
+from ..runtime.walk import Batch
 
 _TOLERANCE = 0.03  # bfloat16 keeps two to three digits
 _ROUNDING = 2e-3  # what of a gain of 1 is noise
@@ -114,7 +114,7 @@ def find_writers(layer: nn.Module, run: Run, batch: Batch) -> list[Writer]:
 
     Args:
         layer (`nn.Module`): The decoder layer.
-        run (`Callable`): Runs it, see [`~walk.LayerWalk.layer`].
+        run (`Callable`): Runs it, see [`~runtime.walk.LayerWalk.layer`].
         batch (`Batch`): A few tokens, with the hidden states that enter the layer.
 
     Returns:

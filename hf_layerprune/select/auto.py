@@ -24,16 +24,16 @@ from typing import Any
 
 import torch
 
-from ..calibration import CalibrationSet, check_vocabulary
+from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError
+from ..layer_ranges import format_layers
 from ..repair import FITTED, Repair, fit_repair, swapped
-from ..walk import LayerWalk
+from ..runtime.walk import LayerWalk
 from .passes import run_pass
 from .repairability import BlockFit, Repairability
 from .runner import Choice
 from .scores import Scores
 from .sets import lowest_block, lowest_layers, neighbours
-from .spec import format_layers
 from .trials import Cut, Outcome, try_cuts
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from ..walk import Batch
+from ..runtime.walk import Batch
 from .passes import Observer
 from .scores import Scores
 

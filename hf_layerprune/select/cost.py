@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..calibration import CalibrationSet
+from ..calibration.rows import CalibrationSet
 from ..repair import NormalEquations
-from ..walk import LayerWalk
+from ..runtime.walk import LayerWalk
 from .passes import batch_rows
 from .registry import find_criterion
 from .sets import neighbours

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..walk import Batch
+from ..runtime.walk import Batch
 from .passes import Observer
 from .scores import Scores
 

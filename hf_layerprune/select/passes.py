@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..calibration import CalibrationSet
+from ..calibration.rows import CalibrationSet
 from ..errors import CheckpointError
-from ..walk import Batch, LayerWalk, release
+from ..runtime.walk import Batch, LayerWalk, release
 from .scores import Scores
 
 # Tokens of a batch: enough to keep a processor busy, few enough that what a layer holds while it runs stays small.

@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..repair import Fit, NormalEquations, Writer, find_writers, solve_ridge
 from ..repair.writers import outputs
-from ..walk import Batch
+from ..runtime.walk import Batch
 from .passes import Observer
 from .scores import Scores
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..layer_ranges import format_layers
 from .registry import CRITERIA
 from .scores import Scores
-from .spec import format_layers
 
 _BEST_BLOCKS = 3
 

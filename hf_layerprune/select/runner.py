@@ -11,16 +11,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..calibration import CalibrationSet, check_vocabulary
+from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError
-from ..walk import LayerWalk
+from ..layer_ranges import format_layers
+from ..runtime.walk import LayerWalk
 from . import ALL, CRITERIA, drop_count, find_criterion
 from .passes import Observer, read_weights, run_pass
 from .registry import VARIANTS, Criterion
 from .repairability import Repairability
 from .scores import Scores
 from .sets import free_layers, neighbours, rounds
-from .spec import format_layers
 from .trials import Cut, try_cuts
 
 if TYPE_CHECKING:

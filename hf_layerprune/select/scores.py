@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import CheckpointError
+from ..layer_ranges import format_layers
 from .registry import CRITERIA
 from .sets import block_sums, lowest_block, lowest_layers
-from .spec import format_layers
 
 
 @dataclass

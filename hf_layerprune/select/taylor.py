@@ -21,9 +21,9 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..calibration import CalibrationSet
+from ..calibration.rows import CalibrationSet
 from ..errors import CutError
-from ..walk import Batch, LayerWalk
+from ..runtime.walk import Batch, LayerWalk
 from .magnitude import weight_matrices
 from .passes import batch_rows, not_finite
 from .scores import Scores

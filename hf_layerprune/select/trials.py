@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..calibration import CalibrationSet
-from ..walk import Batch, LayerWalk
+from ..calibration.rows import CalibrationSet
+from ..runtime.walk import Batch, LayerWalk
 from .passes import batch_rows, not_finite
 
 Change = Callable[[nn.Module], AbstractContextManager]

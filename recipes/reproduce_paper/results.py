@@ -15,7 +15,7 @@ from typing import Any
 
 from plans import FIGURES, Plan, Row, UsageError, defaults
 
-from hf_layerprune.files import write_text
+from hf_layerprune.files.copy import write_text
 
 SCHEMA_VERSION = 1
 NOT_RUN = "not run"

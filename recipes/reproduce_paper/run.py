@@ -28,7 +28,7 @@ from plans import Options, Plan, Row, UsageError, choose_rows, concerning, defau
 from results import NOT_RUN, Results, describe, lines_of, markdown, mistakes_text
 
 from hf_layerprune.errors import LayerPruneError
-from hf_layerprune.files import write_text
+from hf_layerprune.files.copy import write_text
 
 if os.name == "posix":
     import fcntl

@@ -29,15 +29,15 @@ from training_rows import prepare_rows
 
 from hf_layerprune import families
 from hf_layerprune.errors import LayerPruneError
-from hf_layerprune.files import write_text
-from hf_layerprune.loading import load_config, load_tokenizer
+from hf_layerprune.files.copy import write_text
+from hf_layerprune.layer_ranges import format_layers
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
-from hf_layerprune.measure.records import Metrics
 from hf_layerprune.measure.tasks import PAPER, task_set
 from hf_layerprune.measure.texts import find_text
-from hf_layerprune.prune import PruneRequest, prune_to
-from hf_layerprune.publish.lineage import Lineage
-from hf_layerprune.select.spec import format_layers
+from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.records.metrics import Metrics
+from hf_layerprune.runtime.loading import load_config, load_tokenizer
+from hf_layerprune.stages.prune import PruneRequest, prune_to
 
 logger = logging.getLogger("hf_layerprune.reproduce_paper")
 
@@ -279,7 +279,7 @@ class Runner:
         """The model as the paper measured QLoRA: what was learned merged into weights in 4 bits."""
         from peft import PeftModel
 
-        from hf_layerprune.folders import new_folder
+        from hf_layerprune.files.folders import new_folder
         from hf_layerprune.heal.methods import parse_method
         from hf_layerprune.heal.student import Student, load_student
 

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 from hf_layerprune.errors import LayerPruneError
-from hf_layerprune.publish.lineage import Lineage
+from hf_layerprune.records.lineage import Lineage
 
 logger = logging.getLogger("hf_layerprune.reproduce_paper")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_layerprune.errors import CheckpointError
-from hf_layerprune.folders import new_folder
+from hf_layerprune.files.folders import new_folder
 from hf_layerprune.heal.data import load_rows, pick_split, shape_rows
 
 if TYPE_CHECKING:

@@ -1,0 +1,101 @@
+"""Which modules of a pruned model are tuned, by full name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from .. import families
+from ..errors import CutError
+from ..families.layout import DecoderStack, find_final_norm, find_output_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .config import LayerDropConfig
+
+
+def tuned_layers(cut: families.Cut, tune_layers: int | str | Collection[int]) -> list[int]:
+    """Which layers are tuned, as indices in the base.
+
+    Args:
+        cut (`families.Cut`): Which layers stay.
+        tune_layers (`int`, `"cut"` or `list[int]`): See `LayerDropConfig`.
+
+    Returns:
+        `list[int]`: Base indices, ascending; all of them stay.
+
+    Raises:
+        CutError: More layers than remain, or a layer that is dropped or does not exist.
+    """
+    if tune_layers == "cut":
+        beside = {neighbour for i in cut.drop for neighbour in (i - 1, i + 1)}
+        return sorted(beside & set(cut.keep))
+    if isinstance(tune_layers, int):
+        if tune_layers > len(cut.keep):
+            raise CutError(f"tune_layers={tune_layers}, but only {len(cut.keep)} layers remain")
+        return list(cut.keep[len(cut.keep) - tune_layers :])
+    for i in tune_layers:
+        if not 0 <= i < cut.num_layers:
+            raise CutError(f"tune_layers has {i}, but the model's layers are 0..{cut.num_layers - 1}")
+        if i not in cut.new_index:
+            raise CutError(f"tune_layers has {i}, but layer {i} is dropped; name layers that remain")
+    return sorted(set(tune_layers))
+
+
+def tuned_modules(
+    model: PreTrainedModel, config: LayerDropConfig, cut: families.Cut, stack: DecoderStack
+) -> list[str]:
+    """Full names, in the pruned model, of all modules that are tuned.
+
+    Args:
+        model (`PreTrainedModel`): The model, before or after the cut.
+        config (`LayerDropConfig`): What to tune.
+        cut (`families.Cut`): Which layers stay.
+        stack (`DecoderStack`): Where the layers are.
+
+    Returns:
+        `list[str]`: Layers first, then the final norm, then the head, then the config's own `modules_to_save`.
+
+    Raises:
+        CutError: The model has no such module, or its weights are quantised, or a name would also match another one.
+    """
+    names = [f"{stack.path}.{cut.new_index[i]}" for i in tuned_layers(cut, config.tune_layers)]
+    if config.tune_final_norm and (norm := find_final_norm(model, stack)):
+        names.append(norm)
+    if config.tune_lm_head:
+        head = find_output_head(model)
+        if head is None:
+            raise CutError(f"{type(model).__name__} has no output head to tune; use tune_lm_head=False")
+        names.append(head)
+    modules = dict(model.named_modules())
+    for asked in config.modules_to_save or []:
+        matches = [name for name in modules if name == asked or name.endswith(f".{asked}")]
+        if not matches:
+            raise CutError(f"modules_to_save has {asked!r}, but {type(model).__name__} has no such module")
+        names += [name for name in matches if name not in names]
+    _check_trainable(model, names)
+    for name in names:
+        # PEFT matches by the end of the name alone.
+        others = [other for other in modules if other.endswith(name) and other != name and name in modules]
+        if others:
+            raise CutError(f"{name} can't be tuned alone: PEFT would also take {', '.join(others[:3])}")
+    return names
+
+
+def _check_trainable(model: PreTrainedModel, names: list[str]) -> None:
+    """Refuse to tune packed weights: they have no gradient, and their copies would not be theirs to change."""
+    import torch
+
+    if not getattr(model, "is_quantized", False):
+        return
+    trainable = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    modules = dict(model.named_modules())
+    for name in names:
+        module = modules.get(name)
+        for tensor_name, tensor in [*module.named_parameters(), *module.named_buffers()] if module is not None else ():
+            if tensor.dtype not in trainable:
+                raise CutError(
+                    f"{name}.{tensor_name} is quantised ({str(tensor.dtype).removeprefix('torch.')}) and can't be "
+                    "tuned; load the base unquantised, or cut without tuning (hf-layerprune prune BASE OUTPUT)"
+                )

@@ -1,0 +1,1 @@
+"""Rows of tokens that criteria and repairs look at."""

@@ -1,0 +1,310 @@
+"""Calibration sets: rows of tokens that a criterion or a repair looks at.
+
+    calibration = load_calibration("self", tokenizer, model=model)             # text that the dense model writes
+    calibration = load_calibration("notes.txt", tokenizer, samples=64)         # a local text
+    calibration = load_calibration("rows.jsonl:output", tokenizer)             # a column of a local file
+    calibration = load_calibration("allenai/c4@en:train:text", tokenizer)      # a column of a data set on the Hub
+
+Rows are windows without padding: documents are put behind each other, an end-of-text token between them, and the
+windows that are used are drawn by a seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import CheckpointError, CutError, LayerPruneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+SELF = "self"
+_HELD_BACK = ("test", "validation", "valid", "dev")
+# How many times the tokens that are needed are looked through, so that rows are not all from the first documents.
+_POOL = 4
+# Characters of a running text that are tokenised at once; rows of a streamed data set that are shuffled at a time.
+_PIECE = 1 << 16
+_BUFFER = 1000
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Rows of tokens.
+
+    Args:
+        input_ids (`torch.Tensor`): `[samples, length]`, int64, without padding.
+        source (`str`): Where they come from, as it was asked for.
+        fingerprint (`str`): sha256 over the exact tokens and their shape.
+        seed (`int`, defaults to 42): What drew them.
+    """
+
+    input_ids: torch.Tensor
+    source: str
+    fingerprint: str
+    seed: int = 42
+
+    @classmethod
+    def of(cls, input_ids: torch.Tensor, source: str, seed: int = 42) -> CalibrationSet:
+        """Make a set of rows of tokens `[samples, length]`."""
+        input_ids = input_ids.to(torch.int64).cpu().contiguous()
+        digest = hashlib.sha256(f"{tuple(input_ids.shape)}".encode() + input_ids.numpy().astype("<i8").tobytes())
+        return cls(input_ids, source, digest.hexdigest(), seed)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def batches(self, size: int) -> Iterator[torch.Tensor]:
+        """The rows, so many at a time."""
+        yield from self.input_ids.split(size)
+
+    def split(self, held_out: float) -> tuple[CalibrationSet, CalibrationSet]:
+        """Set a share of the rows apart.
+
+        Args:
+            held_out (`float`): The share, between 0 and 1; at least one row stays on either side.
+
+        Returns:
+            `tuple[CalibrationSet, CalibrationSet]`: The rest, and the rows that are held out.
+
+        Raises:
+            CutError: There are fewer than two rows.
+        """
+        if len(self) < 2:
+            raise CutError("one calibration row can't be split; raise calibration_samples")
+        count = min(len(self) - 1, max(1, round(held_out * len(self))))
+        return tuple(
+            CalibrationSet.of(part, self.source, self.seed)
+            for part in self.input_ids.split([len(self) - count, count])
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What the lineage says of the set."""
+        samples, length = self.input_ids.shape
+        return {
+            "source": self.source,
+            "samples": samples,
+            "length": length,
+            "seed": self.seed,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def load_calibration(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    samples: int = 128,
+    length: int = 512,
+    seed: int = 42,
+    model: PreTrainedModel | None = None,
+) -> CalibrationSet:
+    """Make a calibration set.
+
+    Args:
+        source (`str`): `"self"`, a `.txt`, `.json` or `.jsonl` file (`rows.jsonl:column`, `text` by default), or
+            `id[@config][:split[:column]]` of a data set on the Hub (split `train` and column `text` by default). A
+            column holds text, or chats as lists of messages.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The model's. `"self"` does without, and then begins with the
+            bare beginning of a text rather than with an empty turn of a chat.
+        samples (`int`, defaults to 128): How many rows.
+        length (`int`, defaults to 512): How many tokens a row.
+        seed (`int`, defaults to 42): Draws the rows, or the text.
+        model (`PreTrainedModel`, *optional*): The dense model: it writes the text for `"self"`, and its vocabulary
+            must hold every token.
+
+    Returns:
+        `CalibrationSet`: The rows.
+
+    Raises:
+        CheckpointError: The text can't be read, is empty, or too short.
+        CutError: The settings make no sense.
+    """
+    for name, value, least in (("calibration_samples", samples, 1), ("calibration_length", length, 2)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise CutError(f"{name}={value!r} must be a whole number, {least} or more")
+    if model is not None:
+        _check_length(model, length)
+    if source == SELF:
+        if model is None:
+            raise CutError('calibration="self" is text that the dense model writes, and no model is at hand')
+        from .self_text import write_text_with
+
+        return CalibrationSet.of(write_text_with(model, tokenizer, samples, length, seed), source, seed)
+    if tokenizer is None:
+        raise CutError(f"calibration={source!r} needs the model's tokenizer")
+    ids = _tokens(_documents(source, seed), tokenizer, samples * length * _POOL)
+    rows = len(ids) // length
+    if rows < samples:
+        raise CheckpointError(
+            f"calibration {source} is too short: {len(ids):,} tokens make {rows} rows of {length}, and {samples} are "
+            f"asked for; use calibration_samples={rows or 1}, a smaller calibration_length, or more text"
+        )
+    chosen = sorted(Random(seed).sample(range(rows), samples))
+    calibration = CalibrationSet.of(torch.tensor(ids[: rows * length]).view(rows, length)[chosen], source, seed)
+    check_vocabulary(calibration, model)
+    return calibration
+
+
+def check_vocabulary(calibration: CalibrationSet, model: PreTrainedModel | None) -> None:
+    """Refuse tokens that a model does not know.
+
+    Raises:
+        CheckpointError: A token is outside the model's embeddings.
+    """
+    if model is None:
+        return
+    size, largest = model.get_input_embeddings().weight.shape[0], int(calibration.input_ids.max())
+    if largest >= size:
+        raise CheckpointError(
+            f"the calibration set has token {largest}, and the model's vocabulary ends at {size - 1}; the tokenizer "
+            "belongs to another model"
+        )
+
+
+def _check_length(model: PreTrainedModel, length: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < length:
+        raise CutError(f"calibration_length={length} is more than the {limit} positions that the model knows")
+
+
+# --- text from files and data sets ----------------------------------------------------------------------
+
+
+def _documents(source: str, seed: int) -> Iterator[str | list[dict[str, Any]]]:
+    name, _, column = source.partition(":")
+    path = Path(name).expanduser()
+    if path.suffix in (".txt", ".json", ".jsonl") or path.is_file():
+        if not path.is_file():
+            raise CheckpointError(
+                f"calibration file {path} does not exist; name one that does, a data set on the Hub, or self"
+            )
+        documents = _rows(path, column or "text") if path.suffix in (".json", ".jsonl") else _text(path)
+        Random(seed).shuffle(documents)
+        yield from documents
+    elif name.startswith((".", "/", "~")) and not path.is_dir():
+        raise CheckpointError(
+            f"calibration {name} does not exist; name a .txt or .jsonl file, a data set on the Hub, or self"
+        )
+    else:
+        yield from _data_set(source, seed)
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"calibration file {path} is no text in UTF-8 ({error.reason} at {error.start})"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"calibration file {path} can't be read: {error.strerror or error}") from error
+    if "\0" in text:
+        raise CheckpointError(f"calibration file {path} is binary; name a text")
+    if not text.strip():
+        raise CheckpointError(f"calibration file {path} is empty")
+    return text
+
+
+def _text(path: Path) -> list[str]:
+    """A running text, in pieces so long that it matters little where they end."""
+    pieces, piece, size = [], [], 0
+    for line in _read(path).splitlines(keepends=True):
+        piece.append(line)
+        size += len(line)
+        if size >= _PIECE:
+            pieces.append("".join(piece))
+            piece, size = [], 0
+    return pieces + (["".join(piece)] if piece else [])
+
+
+def _rows(path: Path, column: str) -> list[str | list[dict[str, Any]]]:
+    text = _read(path)
+    found = []
+    for where, row in _json_array(path, text) if path.suffix == ".json" else _json_lines(path, text):
+        if not isinstance(row, dict) or not _is_document(row.get(column)):
+            has = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise CheckpointError(
+                f"{where} of {path} has no text in {column!r}, it has {has}; name the column: {path}:COLUMN"
+            )
+        found.append(row[column])
+    return found
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except ValueError as error:
+                raise CheckpointError(f"line {number} of {path} is no JSON: {error}") from error
+
+
+def _json_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON: {error}; is it JSON lines? Then name it .jsonl") from error
+    if not isinstance(rows, list):
+        raise CheckpointError(f"{path} is no list of rows; write one row a line and name it .jsonl")
+    for number, row in enumerate(rows):
+        yield f"row {number}", row
+
+
+def _is_document(value: Any) -> bool:
+    """Whether it is a text, or a chat as a list of messages."""
+    return isinstance(value, str) or (
+        isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+    )
+
+
+def _data_set(source: str, seed: int) -> Iterator[str | list[dict[str, Any]]]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise LayerPruneError('data sets on the Hub need datasets; pip install "hf-layerprune[eval]"') from None
+    name, _, rest = source.partition(":")
+    split, _, column = rest.partition(":")
+    name, _, config = name.partition("@")
+    split, column = split or "train", column or "text"
+    if split.partition("[")[0] in _HELD_BACK:
+        logger.warning("calibration looks at the %s split of %s: don't measure on it afterwards", split, name)
+    try:
+        # Streamed, so that a web-sized data set costs what is looked at.
+        for row in load_dataset(name, config or None, split=split, streaming=True).shuffle(seed, buffer_size=_BUFFER):
+            if not _is_document(row.get(column)):
+                raise CheckpointError(
+                    f"{name} has no text in {column!r}, it has {', '.join(row)}; name the column: {name}:{split}:COLUMN"
+                )
+            yield row[column]
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever stands between us and a data set; the library raises many kinds
+        raise CheckpointError(f"can't read calibration {source}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _tokens(
+    documents: Iterator[str | list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, enough: int
+) -> list[int]:
+    ids: list[int] = []
+    between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for document in documents:
+        if isinstance(document, str):
+            ids += tokenizer(document, add_special_tokens=False, verbose=False).input_ids + between
+        elif tokenizer.chat_template is None:
+            raise CheckpointError("the calibration set has chats, and the tokenizer has no chat template; name a text")
+        else:
+            ids += tokenizer.apply_chat_template(document, return_dict=True).input_ids
+        if len(ids) >= enough:
+            break
+    return ids

@@ -1,0 +1,171 @@
+"""Text that a model writes itself: calibration without a data set.
+
+Sampled at temperature 1 from an empty turn of a chat, as in Magpie (arXiv:2406.08464), or from the beginning of a text
+where the tokenizer has no chat template. An end of text does not end a row: what the model says next follows it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, LogitsProcessor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_AT_ONCE = 128
+_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+@torch.no_grad()
+def write_text_with(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, samples: int, length: int, seed: int
+) -> torch.Tensor:
+    """Sample rows of text from a model.
+
+    Args:
+        model (`PreTrainedModel`): Whose text it is. It is left as it was.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Gives the beginning, and the tokens that are used at all.
+        samples (`int`): How many rows.
+        length (`int`): How many tokens a row, its beginning among them.
+        seed (`int`): Decides every token; how many rows are written at once does not.
+
+    Returns:
+        `torch.Tensor`: Token ids `[samples, length]`.
+
+    Raises:
+        UnsupportedModelError: The model can't generate.
+    """
+    from tqdm import tqdm
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    start = _beginning(model, tokenizer)[: length - 1]
+    # Rows that differ only in numerical noise of a batch's size still draw the same numbers.
+    draws = torch.rand(samples, length - len(start), generator=torch.Generator().manual_seed(seed))
+    size = model.config.get_text_config().vocab_size
+    known = min(size, len(tokenizer)) if tokenizer is not None else size  # the rest pads the embeddings
+    rows, was_training, habits = [], model.training, model.generation_config
+    try:
+        model.eval()
+        # None of the model's own: no repetition penalty, no end.
+        model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=start[0])
+        with fast_decoding(model), tqdm(total=draws.numel(), unit="token", desc="writing text", disable=None) as bar:
+            for part in draws.split(_rows_at_once(model, length)):
+                prompt = torch.tensor([start] * len(part), device=model.device)
+                written = model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=part.shape[1],
+                    do_sample=False,  # the processor below has drawn before the largest is taken
+                    logits_processor=LogitsProcessorList([_Draw(part.to(model.device), len(start), known, bar)]),
+                )
+                rows.append(written.cpu())
+    except (AttributeError, NotImplementedError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} can't write its own calibration text ({str(error)[:120]}); name a text with "
+            "calibration="
+        ) from error
+    finally:
+        model.generation_config = habits
+        model.train(was_training)
+    return torch.cat(rows)
+
+
+class _Draw(LogitsProcessor):
+    """Draws a token for each row, and leaves it as the only one that is possible."""
+
+    def __init__(self, draws: torch.Tensor, start: int, known: int, bar: tqdm) -> None:
+        self.draws, self.start, self.known, self.bar = draws, start, known, bar
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        cumulative = scores[:, : self.known].float().softmax(-1).cumsum(-1)
+        draw = self.draws[:, input_ids.shape[1] - self.start, None] * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, draw).clamp_(max=self.known - 1)
+        self.bar.update(len(input_ids))
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0)
+
+
+def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """An empty turn of a user, or how a text begins."""
+    if tokenizer is not None and tokenizer.chat_template is not None:
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+        before, found, _ = chat.partition(_MARK)
+        if found and before:
+            return tokenizer(before, add_special_tokens=False).input_ids
+    config = model.config.get_text_config()
+    for token in (config.bos_token_id, config.eos_token_id):
+        if isinstance(token, int | list):
+            return [token if isinstance(token, int) else token[0]]
+    return [0]
+
+
+def _rows_at_once(model: PreTrainedModel, length: int) -> int:
+    """As many rows as half of the free memory holds."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1) or 1
+    shared = (getattr(config, "num_key_value_heads", heads) or heads) / heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # Keys and values, twice while the cache grows, and a few copies of the logits.
+    cache = 4 * config.num_hidden_layers * heads * shared * width * length * model.dtype.itemsize
+    row = cache + 4 * 4 * config.vocab_size
+    free = psutil.virtual_memory().available if model.device.type == "cpu" else _free_on(model.device)
+    return int(max(1, min(_AT_ONCE, free // 2 // row)))
+
+
+def _free_on(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 8 << 30
+
+
+# --- decoding on a CPU ----------------------------------------------------------------------------------
+
+_GROUPED = "layerprune_grouped"
+
+
+@contextmanager
+def fast_decoding(model: PreTrainedModel) -> Iterator[None]:
+    """On a CPU, torch's attention kernel takes ten times as long for a single token a row as two matrix products."""
+    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
+        yield
+        return
+    AttentionInterface.register(_GROUPED, _grouped_attention)
+    AttentionMaskInterface.register(_GROUPED, sdpa_mask)
+    model.set_attn_implementation(_GROUPED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def _grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one new token to all before it; anything else is left to transformers' own."""
+    batch, heads, length, width = query.shape
+    if length > 1 or heads % key.shape[1] or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    # Query heads that share a key are the rows of one product.
+    grouped = query.view(batch, key.shape[1], heads // key.shape[1], width)
+    scores = (grouped @ key.transpose(2, 3)).float() * (width**-0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        mask = attention_mask[..., : key.shape[2]]
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    output = scores.softmax(-1).to(value.dtype) @ value
+    return output.view(batch, heads, 1, value.shape[-1]).transpose(1, 2).contiguous(), None

@@ -1,0 +1,1 @@
+"""Drop decoder layers and renumber what is left: in memory, in safetensors files, in GGUF files."""

@@ -1,0 +1,158 @@
+"""Drop decoder layers of a safetensors checkpoint on disk: rename and copy bytes, without building a model.
+
+    from hf_layerprune.cut.disk import cut_checkpoint
+
+    cut_checkpoint("Llama-3.1-8B", "Llama-3.1-6B", drop_layers=range(21, 29))
+    cut_checkpoint("meta-llama/Llama-3.1-8B", "Llama-3.1-6B", drop_layers=range(21, 29))
+
+First a plan is made from headers, index and configs alone (`folder.py`, `header.py`, `settings.py`, `plan.py`), and
+everything that can be refused is refused; then a loop copies (`write.py`). Of a base on the Hub (`remote.py`) only the
+byte ranges of what stays are fetched (`ranges.py`, `download.py`). Tensors keep their bytes, whatever their type:
+quantised checkpoints are cut in the same way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import families
+from ..errors import CheckpointError, CutError
+from .folder import CONFIG, INDEX, companions, open_weights, read_json
+from .plan import CheckpointPlan, plan_weights
+from .settings import config_fields, quantiser_files, read_config, to_bytes
+from .write import write_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .remote import HubBase
+
+__all__ = ["CheckpointPlan", "cut_checkpoint", "plan_cut", "write_checkpoint"]
+
+
+def plan_cut(
+    source: str | os.PathLike[str] | HubBase,
+    drop_layers: Sequence[int],
+    config: PreTrainedConfig | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> CheckpointPlan:
+    """Plan a cut from headers, index and config, and refuse it if it could not be exact. Writes nothing.
+
+    Args:
+        source (`str`, `os.PathLike` or `HubBase`): The base's folder, with safetensors weights, or its Hub id. Of a
+            base on the Hub the config, the small files and the weights' headers are fetched.
+        drop_layers (`Sequence[int]`): Base indices of the layers to drop.
+        config (`PreTrainedConfig`, *optional*): The base's config, where the caller has it already.
+        revision (`str`, *optional*): Branch, tag or commit of a base on the Hub.
+        token (`str` or `bool`, *optional*): For the Hub, as its client takes it; by default the user's own.
+        cache_dir (`str` or `os.PathLike`, *optional*): The Hub client's cache, if it is not the usual one.
+
+    Returns:
+        `CheckpointPlan`: What stays, under which name, and what it will cost.
+
+    Raises:
+        CheckpointError: The base is damaged, incomplete, its parts do not belong together, or it can't be reached.
+        CutError: These layers can't be dropped from this model.
+        UnsupportedModelError: The architecture is not one that is proven to survive a cut.
+    """
+    for layer in drop_layers:
+        if type(layer) is not int:
+            raise CutError(f"drop_layers has {layer!r}, which is no layer index")
+    hub = _on_the_hub(source, revision, token, cache_dir)
+    source = hub.folder if hub else Path(source)
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is no folder; name a model folder with a config.json and safetensors weights")
+    try:
+        config_file = read_json(source / CONFIG)
+        config = read_config(source) if config is None else config
+        cut = families.make_cut(config, drop_layers)
+        new_config = families.cut_config(config, cut)
+        files = {CONFIG: to_bytes(config_fields(config_file, new_config, cut.num_layers))}
+        files |= quantiser_files(source, cut, families.text_config(config) is not config)
+        with hub.open_weights(config, cut) if hub else open_weights(source) as weights:
+            planned = plan_weights(weights, config, cut)
+            source_bytes = weights.size
+            remote = hub.remote_files(weights) if hub else {}
+        if planned.index is not None:
+            files[INDEX] = to_bytes(planned.index)
+        found = hub.companions if hub else companions(source)
+        others = tuple((name, size) for name, size in found if name not in files)
+    except OSError as error:
+        raise CheckpointError(f"could not read {source}: {error.strerror or error}") from error
+    return CheckpointPlan(
+        source=source,
+        cut=cut,
+        config=new_config,
+        layer_prefix=planned.layer_prefix,
+        shards=planned.shards,
+        files=files,
+        companions=others,
+        tensor_names=planned.tensor_names,
+        dropped_tensors=planned.dropped_tensors,
+        source_bytes=source_bytes,
+        remote=remote,
+    )
+
+
+def _on_the_hub(
+    source: str | os.PathLike[str] | HubBase,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+) -> HubBase | None:
+    from ..runtime.loading import is_hub_id
+
+    if isinstance(source, str) and is_hub_id(source):
+        from .remote import HubBase
+
+        return HubBase.open(source, revision, token, cache_dir)
+    return None if isinstance(source, str | os.PathLike) else source
+
+
+def cut_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    drop_layers: Sequence[int],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    link: bool = False,
+    progress: bool = True,
+) -> CheckpointPlan:
+    """Write a copy of a safetensors checkpoint without some of its layers.
+
+    The copy is written to a temporary folder beside the target, brought to disk and renamed, so the target is absent,
+    the old one, or complete, whenever the process dies. The source is only read. Of a base on the Hub only what stays
+    is fetched, and what was fetched before a failure is kept beside the target for the next run.
+
+    Args:
+        source (`str` or `os.PathLike`): The base's folder, with safetensors weights, or its Hub id.
+        target (`str` or `os.PathLike`): The folder to make.
+        drop_layers (`Sequence[int]`): Base indices of the layers to drop.
+        revision (`str`, *optional*): Branch, tag or commit of a base on the Hub.
+        token (`str` or `bool`, *optional*): For the Hub, as its client takes it; by default the user's own.
+        cache_dir (`str` or `os.PathLike`, *optional*): The Hub client's cache, if it is not the usual one.
+        force (`bool`, *optional*, defaults to `False`): Replace the target if it is a model folder already.
+        link (`bool`, *optional*, defaults to `False`): Hard-link weight files that stay as they are instead of
+            copying them. They are then one file with the base's: whoever writes into one changes both.
+        progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
+
+    Returns:
+        `CheckpointPlan`: What was done.
+
+    Raises:
+        CheckpointError: The source is damaged, the target is in the way, the disk is too full, or writing failed.
+        CutError: These layers can't be dropped from this model.
+        UnsupportedModelError: The architecture is not one that is proven to survive a cut.
+    """
+    plan = plan_cut(source, drop_layers, revision=revision, token=token, cache_dir=cache_dir)
+    write_checkpoint(plan, Path(target), force=force, link=link, progress=progress)
+    return plan

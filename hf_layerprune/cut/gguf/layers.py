@@ -1,0 +1,300 @@
+"""Rewrite what a GGUF file says about its layers when some are dropped.
+
+`families/gguf.py` says what each key means and which architectures are known. What is not in its tables is refused: a
+model that loads and quietly computes something else is the one outcome that must not happen.
+"""
+
+import operator
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from ...errors import CutError
+from ...families.gguf import (
+    ARCHITECTURES,
+    ARRAYS,
+    FIRST_SIZES_ALL,
+    LEADING,
+    MAX_LAYERS,
+    PER_LAYER,
+    PER_LAYER_UNPREFIXED,
+    PERIODS,
+    REFUSED,
+    SCALARS,
+    TRAILING,
+    TWO_KINDS,
+    UNMOVED_ALL,
+    UNMOVED_FIRST,
+    ZERO_ONLY,
+)
+from .header import GGUFHeader, KeyValue
+
+_NOT_ABOUT_LAYERS = ("general.", "tokenizer.", "split.", "quantize.", "diffusion.")
+_LAYER_WORDS = re.compile(r"layer|block|blk|every|interval|period|pattern|depth|stage|stack|loop|_step")
+
+
+class Rewrite(NamedTuple):
+    """The decoded plan for the metadata of one cut."""
+
+    architecture: str
+    block_count: int
+    kept: tuple[int, ...]
+    entries: dict[str, bytes]
+    changes: dict[str, tuple[Any, Any]]
+
+
+class _Cut(NamedTuple):
+    header: GGUFHeader
+    architecture: str
+    block_count: int
+    main_count: int
+    kept: tuple[int, ...]
+
+    @property
+    def kept_main(self) -> int:
+        return bisect_left(self.kept, self.main_count)
+
+
+def architecture_of(header: GGUFHeader) -> str:
+    """Name the architecture of a GGUF model file.
+
+    Args:
+        header (`GGUFHeader`): The file's header.
+
+    Returns:
+        `str`: The value of `general.architecture`.
+
+    Raises:
+        CheckpointError: If the file names none, is not a model, or is one part of a split model.
+    """
+    kind = header.keys.get("general.type")
+    if kind is not None and kind.text != "model":
+        header.fail(f"this is not a model: general.type is {kind.text!r}; name the model's own GGUF file")
+    split = header.keys.get("split.count")
+    if split is not None and _whole_number(header, split) > 1:
+        header.fail(
+            f"this is one of {_whole_number(header, split)} parts of a split model; join them first with "
+            "`llama-gguf-split --merge FIRST_PART OUTPUT`"
+        )
+    entry = header.keys.get("general.architecture")
+    if entry is None or not entry.text:
+        header.fail("general.architecture is missing, so this is no model that can be cut")
+    return entry.text
+
+
+def block_count_of(header: GGUFHeader) -> int:
+    """Count the layers of a GGUF model file.
+
+    Args:
+        header (`GGUFHeader`): The file's header.
+
+    Returns:
+        `int`: The value of `{arch}.block_count`, which counts next-token-prediction layers too.
+
+    Raises:
+        CheckpointError: If the count is missing or makes no sense.
+    """
+    key = f"{architecture_of(header)}.block_count"
+    entry = header.keys.get(key)
+    if entry is None:
+        header.fail(f"{key} is missing, so the layers cannot be counted")
+    count = _whole_number(header, entry)
+    if not 0 < count <= MAX_LAYERS:
+        header.fail(f"{key} is {count}, and only 1..{MAX_LAYERS} makes sense; the file is damaged")
+    return count
+
+
+def check_drop_layers(drop_layers: Sequence[int], block_count: int) -> tuple[int, ...]:
+    """Check a list of layers to drop and turn it into the layers to keep.
+
+    Args:
+        drop_layers (`Sequence[int]`): Indices of the layers to drop, in any order.
+        block_count (`int`): How many layers the model has.
+
+    Returns:
+        `tuple[int, ...]`: The layers that stay, ascending.
+
+    Raises:
+        CutError: If an index is no whole number, out of range or there twice, or if none or all are named.
+    """
+    layers = f"0..{block_count - 1}"
+    seen: set[int] = set()
+    for item in drop_layers:
+        try:
+            layer = operator.index(item)
+        except TypeError:
+            layer = None
+        if layer is None or isinstance(item, bool):
+            raise CutError(f"drop_layers has {item!r}, which is no layer index; name layers of {layers}")
+        if not 0 <= layer < block_count:
+            raise CutError(f"drop_layers has {layer}, but the model's layers are {layers}")
+        if layer in seen:
+            raise CutError(f"drop_layers has {layer} twice; name each layer once")
+        seen.add(layer)
+    if not seen:
+        raise CutError(f"drop_layers is empty, so nothing would be dropped; name layers of {layers}")
+    if len(seen) == block_count:
+        raise CutError(f"drop_layers has all {block_count} layers; at least one must stay")
+    return tuple(layer for layer in range(block_count) if layer not in seen)
+
+
+def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> Rewrite:
+    """Work out every metadata entry that changes when layers are dropped.
+
+    Args:
+        header (`GGUFHeader`): The file's header.
+        drop_layers (`Sequence[int]`): Indices of the layers to drop.
+
+    Returns:
+        `Rewrite`: The layers that stay, and the new bytes of each entry that changes.
+
+    Raises:
+        CheckpointError: If the architecture, a key or the set of layers is one that cannot be cut exactly.
+    """
+    arch = architecture_of(header)
+    block_count = block_count_of(header)
+    kept = check_drop_layers(drop_layers, block_count)
+    trailing = header.keys.get(f"{arch}.nextn_predict_layers")
+    main_count = block_count - (0 if trailing is None else _whole_number(header, trailing))
+    if not 0 < main_count <= block_count:
+        header.fail(f"{arch}.nextn_predict_layers does not fit the {block_count} layers; the file is damaged")
+    cut = _Cut(header, arch, block_count, main_count, kept)
+    if not cut.kept_main:
+        raise CutError(f"drop_layers has all of the decoder's layers 0..{main_count - 1}; one must stay")
+    _check_architecture(cut)
+
+    entries: dict[str, bytes] = {}
+    changes: dict[str, tuple[Any, Any]] = {}
+    for entry in header.keys.values():
+        after = _new_value(cut, entry)
+        if isinstance(after, list):
+            changes[entry.key] = (entry.values(), tuple(entry.values()[index] for index in after))
+            entries[entry.key] = entry.with_items(after)
+        elif after is not None and after != entry.values()[0]:
+            changes[entry.key] = (entry.values()[0], after)
+            entries[entry.key] = entry.with_number(after)
+    return Rewrite(arch, block_count, kept, entries, changes)
+
+
+def _check_architecture(cut: _Cut) -> None:
+    rule = ARCHITECTURES.get(cut.architecture)
+    if rule is None:
+        reason = REFUSED.get(cut.architecture, "nobody has checked yet what it ties to a layer's index")
+        cut.header.fail(
+            f"the GGUF architecture {cut.architecture!r} cannot be cut in this format: {reason}; "
+            "cut the model's safetensors checkpoint instead and convert that"
+        )
+    for counts in rule.counts:
+        if (cut.main_count in counts) != (cut.kept_main in counts):
+            cut.header.fail(
+                f"llama.cpp reads a {cut.architecture} file of {cut.main_count} layers differently from one of "
+                f"{cut.kept_main}; drop another number of layers, or cut the safetensors checkpoint instead"
+            )
+    gate = cut.header.keys.get(f"{cut.architecture}.{rule.only_if}") if rule.only_if else None
+    if not rule.period or (rule.only_if and (gate is None or not _whole_number(cut.header, gate))):
+        return
+    period = rule.period
+    entry = cut.header.keys.get(f"{cut.architecture}.{rule.period_key}")
+    if entry is not None and not entry.is_array:
+        period = _whole_number(cut.header, entry)
+    # An array of flags describes the layers too, but readers older than the array go by the fixed period.
+    _check_turns(cut, period, lambda layer, n: (layer + 1) % n == 0, f"every {cut.architecture} model")
+
+
+def _check_turns(cut: _Cut, period: int, picked: Callable[[int, int], bool], source: str) -> None:
+    if not period:
+        return
+    kept = cut.kept[: cut.kept_main]
+    for new, old in enumerate(kept):
+        if picked(new, period) != picked(old, period):
+            first = next(index for index, layer in enumerate(cut.kept) if index != layer)
+            first -= first % period
+            last = min(first + period, cut.main_count) - 1
+            cut.header.fail(
+                f"layers take turns in groups of {period} ({source}), and layer {old}, which would become layer "
+                f"{new}, would change its kind; drop whole groups, for example {first}..{last}"
+            )
+    kinds = {picked(layer, period) for layer in range(cut.main_count)}
+    if kinds != {picked(layer, period) for layer in kept}:
+        cut.header.fail(f"layers take turns in groups of {period} ({source}), and only one kind would be left")
+
+
+def _new_value(cut: _Cut, entry: KeyValue) -> int | list[int] | None:
+    """The entry's new number, the array items to keep, or `None` to copy it as it is."""
+    header, key = cut.header, entry.key
+    if key in PER_LAYER_UNPREFIXED:
+        return _per_layer(cut, entry) if entry.is_array else None
+    if key.startswith("general.tensor_extra."):
+        header.fail(f"{key} lists tensors by name, and rewriting it is not supported")
+    if key.startswith(_NOT_ABOUT_LAYERS):
+        return None
+    suffix = key.removeprefix(f"{cut.architecture}.")
+    if suffix == key:
+        return _unknown(cut, entry)
+    if suffix == "block_count":
+        return len(cut.kept)
+    if suffix in PER_LAYER and entry.is_array:
+        indices = _per_layer(cut, entry)
+        before, after = entry.values(), [entry.values()[index] for index in indices]
+        if suffix == "deepstack_mapping" and max(before) >= 0:
+            header.fail(f"{key} feeds image features to certain layers, so the cut would change what they see")
+        if suffix in FIRST_SIZES_ALL and before[0] != after[0]:
+            header.fail(
+                f"{key} is {before[0]} in the first layer, and readers size the whole model by it; after this cut the "
+                f"first layer would have {after[0]}, so keep layer 0"
+            )
+        if suffix in TWO_KINDS and {value != 0 for value in before} != {value != 0 for value in after}:
+            header.fail(f"{key} tells two kinds of layers apart, and only one would be left; keep a layer of each")
+        return indices
+    if suffix in PERIODS:
+        _check_turns(cut, _whole_number(header, entry), PERIODS[suffix], key)
+    elif suffix in LEADING:
+        return bisect_left(cut.kept, _whole_number(header, entry))
+    elif suffix in TRAILING:
+        return len(cut.kept) - cut.kept_main
+    elif suffix in UNMOVED_FIRST or suffix in UNMOVED_ALL:
+        number = _whole_number(header, entry)
+        still = number if suffix in UNMOVED_FIRST else len(cut.kept) * bool(number)
+        if cut.kept[:still] != tuple(range(still)):
+            header.fail(f"{key} is {number} and ties layers to their index; drop only layers from {still} on")
+    elif suffix in ZERO_ONLY:
+        if _whole_number(header, entry):
+            header.fail(f"{key} is not 0, and what it says about the layers cannot be rewritten for a cut")
+    elif suffix in SCALARS or suffix in PER_LAYER:
+        if entry.is_array:
+            return _unknown(cut, entry)
+    elif suffix not in ARRAYS:
+        return _unknown(cut, entry)
+    return None
+
+
+def _per_layer(cut: _Cut, entry: KeyValue) -> list[int]:
+    if not entry.is_numeric or entry.count not in (cut.block_count, cut.main_count):
+        cut.header.fail(
+            f"{entry.key} should have one number for each of the {cut.block_count} layers, and is an array of "
+            f"{entry.count}{'' if entry.is_numeric else ' strings'}; the file is damaged or of an unknown kind"
+        )
+    return list(cut.kept if entry.count == cut.block_count else cut.kept[: cut.kept_main])
+
+
+def _unknown(cut: _Cut, entry: KeyValue) -> None:
+    if entry.is_array:
+        suspect = entry.count in (cut.block_count, cut.main_count)
+    else:
+        suspect = entry.is_integer and entry.values()[0] == cut.block_count
+    if suspect or _LAYER_WORDS.search(entry.key):
+        cut.header.fail(
+            f"{entry.key} may say something about the layers, and it is not known how to rewrite it; "
+            "remove it with gguf-editor-gui or gguf-new-metadata if it does not matter, or cut the safetensors "
+            "checkpoint instead"
+        )
+
+
+def _whole_number(header: GGUFHeader, entry: KeyValue) -> int:
+    if not entry.is_integer:
+        header.fail(f"{entry.key} should be one whole number; the file is damaged or of an unknown kind")
+    number = entry.values()[0]
+    if number < 0:
+        header.fail(f"{entry.key} is {number}, and cannot be negative; the file is damaged")
+    return number

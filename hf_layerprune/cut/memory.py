@@ -1,0 +1,322 @@
+"""Drop decoder layers of a model in memory, and put them back.
+
+A cut must leave exactly the model that `from_pretrained` would build from the rewritten config. So two empty
+models (on the meta device, no memory) are built, of the old config and of the new one, and compared layer by
+layer: the kept layers must be of the same make, and every attribute that differs (a layer index, a layer
+count, where shared keys and values come from) is carried over to the live model. A difference that is not an
+index or a count, such as a scale computed from the layer's position, would change the model on reload, so it
+is a refusal.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .. import families
+from ..errors import CutError
+from ..families.layout import DecoderStack, find_decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_ABSENT = object()
+
+# Attributes that may differ between a layer at its old and at its new place: where it stands, nothing else.
+_POSITIONAL = (
+    "idx",
+    "index",
+    "layer_id",
+    "layer_number",
+    "layer_num",
+    "num_layers",
+    "num_hidden_layers",
+    "n_layers",
+    "seed",
+)
+
+
+@dataclass
+class _Change:
+    """One attribute of one object before and after a cut. Plain data, so that a model with a cut can be deep-copied."""
+
+    owner: Any
+    name: str
+    old: Any
+    new: Any
+
+    def apply(self, value: Any) -> None:
+        """Set the attribute past every property and hook, or remove it."""
+        if isinstance(self.owner, nn.Module):
+            setattr(self.owner, self.name, value)
+        elif value is _ABSENT:
+            vars(self.owner).pop(self.name, None)
+        else:
+            vars(self.owner)[self.name] = value
+
+
+@dataclass
+class LayerCut:
+    """A cut that was made on a live model, with what it takes to undo it.
+
+    Args:
+        cut (`families.Cut`): Which layers stayed.
+        dropped (`list[nn.Module]`): The dropped layers, where they were kept; empty otherwise.
+        changes (`list[_Change]`): What was changed, in order; empty where the dropped layers were not kept.
+    """
+
+    cut: families.Cut
+    dropped: list[nn.Module]
+    changes: list[_Change]
+    active: bool = True
+
+    def restore(self) -> None:
+        """Put the dropped layers back: the model is dense again, to the last bit.
+
+        Raises:
+            CutError: The dropped layers were not kept.
+        """
+        if not self.dropped:
+            raise CutError(
+                "the dropped layers were not kept, so the dense model can't be restored; "
+                "prune with keep_dropped=True, or load the base again"
+            )
+        if self.active:
+            for change in reversed(self.changes):
+                change.apply(change.old)
+            self.active = False
+
+    def reapply(self) -> None:
+        """Cut again after `restore`."""
+        if not self.active:
+            for change in self.changes:
+                change.apply(change.new)
+            self.active = True
+
+
+def drop_layers(model: PreTrainedModel, layers: Sequence[int], *, keep_dropped: bool = False) -> LayerCut:
+    """Drop decoder layers of a live model, in place.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model; its modules, its config and the layer indices in it
+            change, its weights do not.
+        layers (`Sequence[int]`): Indices of the layers to drop.
+        keep_dropped (`bool`, defaults to `False`): Hold on to the dropped layers, outside of the module tree, so
+            that `LayerCut.restore` can put them back.
+
+    Returns:
+        `LayerCut`: What was done.
+
+    Raises:
+        CutError: These layers can't be dropped. The model is unchanged.
+        UnsupportedModelError: The architecture is not proven. The model is unchanged.
+    """
+    cut = families.make_cut(model.config, layers)
+    new_config = families.cut_config(model.config, cut)
+    stack = find_decoder_layers(model)
+    live = dict(model.named_modules())
+    attributes = [
+        _Change(live[name], attribute, vars(live[name])[attribute], value)
+        for name, attribute, value in rehearse(type(model), model.config, new_config, cut).attributes
+        if name in live and attribute in vars(live[name])
+    ]
+    changes = [
+        *_slice_wide_tensors(model, cut),
+        *_swap_layers(model, stack, cut),
+        *_swap_configs(model, new_config),
+        *attributes,
+    ]
+    for change in changes:
+        change.apply(change.new)
+    logger.info("dropped layers %s of %d from %s", list(cut.drop), cut.num_layers, stack.path)
+    if keep_dropped:
+        return LayerCut(cut, [stack.layers[i] for i in cut.drop], changes)
+    return LayerCut(cut, [], [])  # the changes hold the old list of layers; without them its memory is free
+
+
+def _swap_layers(model: PreTrainedModel, stack: DecoderStack, cut: families.Cut) -> list[_Change]:
+    parent = model.get_submodule(stack.parent_path) if stack.parent_path else model
+    new = nn.ModuleList(stack.layers[i] for i in cut.keep)
+    new.training = stack.layers.training
+    return [_Change(parent, stack.name, stack.layers, new)]
+
+
+def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig) -> list[_Change]:
+    """Change every config object that modules hold, in place, since they are shared by reference.
+
+    Some modules hold a copy with a field or two of their own: only what the cut changes is changed.
+    """
+    old_part, new_part = families.text_config(model.config), families.text_config(new_config)
+    before, after = dict(vars(old_part)), vars(new_part)
+    delta = {
+        name: after.get(name, _ABSENT)
+        for name in before.keys() | after.keys()
+        if before.get(name, _ABSENT) != after.get(name, _ABSENT)
+    }
+    changes = [
+        _Change(
+            model.config,
+            families.MARKER,
+            getattr(model.config, families.MARKER, _ABSENT),
+            getattr(new_config, families.MARKER),
+        )
+    ]
+    seen: set[int] = set()
+    for config in [old_part, *(getattr(module, "config", None) for module in model.modules())]:
+        if type(config) is not type(old_part) or id(config) in seen:
+            continue
+        seen.add(id(config))
+        for name, value in delta.items():
+            own = vars(config).get(name, _ABSENT)
+            if name != families.MARKER and own == before.get(name, _ABSENT):
+                changes.append(_Change(config, name, own, value))
+    return changes
+
+
+def _slice_wide_tensors(model: PreTrainedModel, cut: families.Cut) -> list[_Change]:
+    changes: list[_Change] = []
+    for wide, width in families.wide_tensors(model.config):
+        for name, parameter in list(model.named_parameters()):
+            if not f".{name}".endswith(f".{wide.suffix}"):
+                continue
+            if parameter.shape[wide.dim] != width * cut.num_layers:
+                raise CutError(f"{name} is {tuple(parameter.shape)}, not {cut.num_layers} layers of {width} wide")
+            index = torch.cat([torch.arange(i * width, (i + 1) * width) for i in cut.keep])
+            kept = parameter.detach().index_select(wide.dim, index.to(parameter.device)).contiguous()
+            new = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+            owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            changes.append(_Change(owner, leaf, parameter, new))
+            old_size, new_size = parameter.shape[wide.dim], new.shape[wide.dim]
+            for size in ("embedding_dim", "out_features"):
+                if getattr(owner, size, None) == old_size:
+                    changes.append(_Change(owner, size, old_size, new_size))
+    return changes
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What comparing a model without weights of the old config with one of the new config shows.
+
+    Args:
+        saved (`int`): How many parameters the cut saves.
+        attributes (`list[tuple[str, str, Any]]`): Name of a module in the dense model, attribute, and the value that
+            it has after the cut.
+    """
+
+    saved: int
+    attributes: list[tuple[str, str, Any]]
+
+
+def rehearse(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut
+) -> Rehearsal:
+    """Compare empty models of the old and of the new config; see the module's docstring.
+
+    Args:
+        model_class (`type[PreTrainedModel]`): What the configs are configs of.
+        config (`PreTrainedConfig`): The base's.
+        new_config (`PreTrainedConfig`): What `families.cut_config` made of it.
+        cut (`families.Cut`): Which layers stay.
+
+    Returns:
+        `Rehearsal`: What the cut will change.
+
+    Raises:
+        CutError: A kept layer would be another one after a reload.
+    """
+    old, new = _empty_model(model_class, config), _empty_model(model_class, new_config)
+    new_modules = dict(new.named_modules())
+    attributes: list[tuple[str, str, Any]] = []
+    prefix = find_decoder_layers(old).path + "."
+    for name, before in old.named_modules():
+        layer, inner = None, ""
+        if name.startswith(prefix):
+            index, _, inner = name[len(prefix) :].partition(".")
+            layer = int(index)
+            if layer not in cut.new_index:
+                continue
+        target = name if layer is None else ".".join(filter(None, [prefix + str(cut.new_index[layer]), inner]))
+        after = new_modules.pop(target, None)
+        if after is None and layer is None and next(before.parameters(), None) is None:
+            continue  # such as one rotary embedding a base frequency, where a frequency went with its layers
+        if after is None or type(before) is not type(after):
+            raise CutError(
+                f"{name} would come back as {type(after).__name__ if after is not None else 'nothing'} after a cut, "
+                f"not as {type(before).__name__}: this architecture builds it from its position"
+            )
+        if layer is not None:
+            _check_same_shapes(name, before, after)
+        for attribute, value in _differences(before, after):
+            if layer is not None and not _is_positional(attribute, vars(before)[attribute], value, cut):
+                raise CutError(
+                    f"{name}.{attribute} is computed from the layer's position: {vars(before)[attribute]!r} here, "
+                    f"{value!r} after a reload; this cut would change the model silently"
+                )
+            attributes.append((name, attribute, value))
+    extra = [name for name in new_modules if name.startswith(prefix)]
+    if extra:
+        raise CutError(
+            f"{extra[0]} would appear from nowhere after a reload: the kept layers would be built differently"
+        )
+    return Rehearsal(old.num_parameters() - new.num_parameters(), attributes)
+
+
+def rehearse_config(config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut) -> Rehearsal:
+    """As `rehearse`, for the class that `AutoModelForCausalLM` makes of a config."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        part = families.text_config(new_config) if type(model.config) is not type(config) else new_config
+    return rehearse(type(model), model.config, part, cut)
+
+
+def _empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of this config without weights, as `from_pretrained` builds it before it loads any."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if isinstance(getattr(part, "dtype", None), str):  # as saving leaves it; not every model can be built so
+            part.dtype = getattr(torch, part.dtype)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return model_class(config)
+
+
+def _is_positional(attribute: str, before: Any, after: Any, cut: families.Cut) -> bool:
+    """Whether two values say where a layer stands, or the same thing up to rounding, or are a rewritten config list."""
+    if isinstance(before, list) and len(before) == cut.num_layers:
+        return after == [before[i] for i in cut.keep]
+    if isinstance(before, float) and isinstance(after, float):
+        return math.isclose(before, after, rel_tol=1e-12)
+    return isinstance(after, int | None) and any(part in attribute for part in _POSITIONAL)
+
+
+def _check_same_shapes(name: str, before: nn.Module, after: nn.Module) -> None:
+    for kind in ("_parameters", "_buffers"):
+        old, new = getattr(before, kind), getattr(after, kind)
+        shapes = [{k: tuple(t.shape) for k, t in tensors.items() if t is not None} for tensors in (old, new)]
+        if shapes[0] != shapes[1]:
+            raise CutError(f"{name} has tensors {shapes[0]}, and {shapes[1]} after a reload at its new place")
+
+
+def _differences(before: nn.Module, after: nn.Module) -> list[tuple[str, Any]]:
+    """Plain attributes (numbers, strings, lists of them) in which two modules differ, with the second's value."""
+    plain = int | float | str | bool | list | tuple | type(None)
+    found = []
+    for name, value in vars(before).items():
+        other = vars(after).get(name, _ABSENT)
+        if isinstance(value, tuple) and isinstance(other, list):  # a JSON round trip makes lists of tuples
+            other = tuple(other)
+        if other is not _ABSENT and isinstance(value, plain) and isinstance(other, plain) and value != other:
+            found.append((name, other))
+    return found

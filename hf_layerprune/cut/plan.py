@@ -1,0 +1,417 @@
+"""Planning a cut of a safetensors checkpoint: which bytes go where, under which name.
+
+Nothing here reads a tensor or writes a file. A plan is made from headers, an index and configs alone, and whatever can
+be refused is refused here; `write.py` then follows it without looking left or right.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .. import families
+from ..errors import CheckpointError
+from ..families.layout import find_layer_prefix
+from ..files.copy import PAGE
+from .folder import SINGLE, Weights
+from .header import DTYPE_BITS, Header, Tensor, write_header
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from ..files.copy import Source
+    from .ranges import RemoteFile
+
+logger = logging.getLogger(__name__)
+
+_SHARD = "model-{:05d}-of-{:05d}.safetensors"
+
+
+class Span(NamedTuple):
+    """A range of a source file that is copied as it is."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A matrix in a source file of which only some columns are copied, row by row.
+
+    Args:
+        offset (`int`): Where it starts.
+        rows (`int`): How many rows it has.
+        row_bytes (`int`): How long a row is.
+        columns (`tuple[Span, ...]`): What to keep of each row.
+    """
+
+    offset: int
+    rows: int
+    row_bytes: int
+    columns: tuple[Span, ...]
+
+    @property
+    def length(self) -> int:
+        """How many bytes are kept."""
+        return self.rows * sum(span.length for span in self.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One file to write.
+
+    Args:
+        source (`str`): Name of the file that it comes from.
+        version (`Hashable`): What tells whether that file is still the one that was planned for.
+        target (`str`): Name of the file to write.
+        header (`bytes`): Its first bytes.
+        pieces (`tuple[Span | Rows, ...]`): What follows, in order.
+        whole (`bool`): Whether the source file stays as it is, byte for byte.
+    """
+
+    source: str
+    version: Hashable
+    target: str
+    header: bytes = field(repr=False)
+    pieces: tuple[Span | Rows, ...] = field(repr=False)
+    whole: bool
+
+    @property
+    def size(self) -> int:
+        """How many bytes the file will have."""
+        return len(self.header) + sum(piece.length for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPlan:
+    """Everything that a cut will do, known before the first byte is written.
+
+    Args:
+        source (`Path`): The base's folder.
+        cut (`families.Cut`): Which layers stay.
+        config (`PreTrainedConfig`): The config of what remains.
+        layer_prefix (`str`): What stands before a layer's index in a tensor's name.
+        shards (`tuple[ShardPlan, ...]`): The weight files to write.
+        files (`dict[str, bytes]`): The small files whose content changes.
+        companions (`tuple[tuple[str, int], ...]`): The files that are copied as they are, with their sizes.
+        tensor_names (`dict[str, str]`): Old name to new name, of every tensor that stays.
+        dropped_tensors (`tuple[str, ...]`): Names of those that go.
+        source_bytes (`int`): Size of the base's weight files.
+        remote (`Mapping[str, RemoteFile]`): The weight files that are not in the folder but on the Hub, by name.
+    """
+
+    source: Path
+    cut: families.Cut
+    config: PreTrainedConfig = field(repr=False)
+    layer_prefix: str
+    shards: tuple[ShardPlan, ...]
+    files: dict[str, bytes] = field(repr=False)
+    companions: tuple[tuple[str, int], ...]
+    tensor_names: dict[str, str] = field(repr=False)
+    dropped_tensors: tuple[str, ...] = field(repr=False)
+    source_bytes: int
+    remote: Mapping[str, RemoteFile] = field(repr=False, default_factory=dict)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weight files to write."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def target_bytes(self) -> int:
+        """Size of everything to write."""
+        return self.weight_bytes + sum(map(len, self.files.values())) + sum(size for _, size in self.companions)
+
+
+class _Kept(NamedTuple):
+    """A tensor that stays: as it was, as it will be (without its place), and the bytes to take."""
+
+    old: Tensor
+    new: Tensor
+    pieces: tuple[Span | Rows, ...]
+
+
+@dataclass(frozen=True)
+class WeightsPlan:
+    """The part of a plan that is about weights."""
+
+    layer_prefix: str
+    shards: tuple[ShardPlan, ...]
+    index: dict[str, Any] | None
+    tensor_names: dict[str, str]
+    dropped_tensors: tuple[str, ...]
+
+
+def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) -> WeightsPlan:
+    """Plan the weight files of a cut.
+
+    Args:
+        weights (`Weights`): The base's files.
+        config (`PreTrainedConfig`): The base's config.
+        cut (`families.Cut`): Which layers stay.
+
+    Returns:
+        `WeightsPlan`: What to write.
+
+    Raises:
+        CheckpointError: Tensors do not fit the config, or two would get the same name.
+        UnsupportedModelError: It is not clear where the decoder layers are.
+    """
+    tensors = [tensor for header in weights.headers.values() for tensor in header.tensors]
+    found = [*(tensor.name for tensor in tensors), *weights.skipped_tensors]
+    prefix = find_layer_prefix(found, cut.num_layers)
+    names, drafts = _new_names(found, prefix, config, cut)
+    if drafts:
+        log = logger.info if _has_drafts(config) else logger.warning
+        log("%d tensors beyond the %d decoder layers go too, such as %s", len(drafts), cut.num_layers, drafts[0])
+    kept = _kept(weights, config, cut, names)
+    shards, weight_map = [], {}
+    for number, (file, items) in enumerate(kept.items(), 1):
+        target = SINGLE if weights.index is None else _SHARD.format(number, len(kept))
+        shards.append(_shard(file, target, weights.headers[file], items))
+        weight_map |= {item.new.name: target for item in items}
+    dropped = tuple(name for name in found if name not in names)
+    index = None
+    if weights.index is not None:
+        index = weights.index | {"weight_map": weight_map}
+        if "metadata" in index:
+            every = [item for items in kept.values() for item in items]
+            index["metadata"] = _index_metadata(index["metadata"], tensors, every, complete=not weights.skipped)
+    return WeightsPlan(prefix, tuple(shards), index, names, dropped)
+
+
+class Origin(NamedTuple):
+    """Where a tensor of a cut checkpoint comes from: the base's file, the tensor as it will be, and its bytes there."""
+
+    source: Source
+    tensor: Tensor
+    pieces: tuple[Span | Rows, ...]
+
+
+def kept_tensors(weights: Weights, config: PreTrainedConfig, cut: families.Cut) -> dict[str, Origin]:
+    """Where each tensor of a cut checkpoint comes from.
+
+    Args:
+        weights (`Weights`): The base's files.
+        config (`PreTrainedConfig`): The base's config.
+        cut (`families.Cut`): Which layers stay.
+
+    Returns:
+        `dict[str, Origin]`: By the tensor's name after the cut.
+
+    Raises:
+        CheckpointError: Tensors do not fit the config, or two would get the same name.
+        UnsupportedModelError: It is not clear where the decoder layers are.
+    """
+    found = [
+        *(tensor.name for header in weights.headers.values() for tensor in header.tensors),
+        *weights.skipped_tensors,
+    ]
+    names, _ = _new_names(found, find_layer_prefix(found, cut.num_layers), config, cut)
+    return {
+        item.new.name: Origin(weights.headers[file].source, item.new, item.pieces)
+        for file, items in _kept(weights, config, cut, names).items()
+        for item in items
+    }
+
+
+def _kept(
+    weights: Weights, config: PreTrainedConfig, cut: families.Cut, names: dict[str, str]
+) -> dict[str, list[_Kept]]:
+    """What stays of each file, of those of which something does."""
+    slicer = _Slicer(config, cut)
+    kept = {
+        file: [slicer.keep(tensor, names[tensor.name], header) for tensor in header.tensors if tensor.name in names]
+        for file, header in weights.headers.items()
+    }
+    return {file: items for file, items in kept.items() if items}
+
+
+def files_without(index: dict[str, Any], config: PreTrainedConfig, cut: families.Cut) -> set[str]:
+    """The files that hold nothing that stays, told from an index alone.
+
+    Args:
+        index (`dict`): The parsed index.
+        config (`PreTrainedConfig`): The base's config.
+        cut (`families.Cut`): Which layers stay.
+
+    Returns:
+        `set[str]`: File names.
+
+    Raises:
+        CheckpointError: A tensor has no plain layer index, or two would get the same name.
+        UnsupportedModelError: It is not clear where the decoder layers are.
+    """
+    weight_map = index["weight_map"]
+    names, _ = _new_names(weight_map, find_layer_prefix(weight_map, cut.num_layers), config, cut)
+    return set(weight_map.values()) - {weight_map[name] for name in names}
+
+
+# Config fields that count layers which draft further tokens; a cut sets them to zero.
+_DRAFT_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
+
+
+def _has_drafts(config: PreTrainedConfig) -> bool:
+    return any(getattr(families.text_config(config), name, None) for name in _DRAFT_COUNTS)
+
+
+def _new_names(
+    tensors: Iterable[str], prefix: str, config: PreTrainedConfig, cut: families.Cut
+) -> tuple[dict[str, str], list[str]]:
+    """Old name to new name of each tensor that stays, and the names of those that only draft further tokens."""
+    has_drafts = _has_drafts(config)
+    names: dict[str, str] = {}
+    drafts: list[str] = []
+    for name in tensors:
+        new = name
+        if name.startswith(prefix):
+            index, dot, rest = name[len(prefix) :].partition(".")
+            if index.isdecimal():
+                layer = int(index)
+                if not dot or index != str(layer):
+                    raise CheckpointError(f"tensor {name!r} has no plain layer index; save the checkpoint again")
+                if layer >= cut.num_layers:
+                    drafts.append(name)
+                if layer not in cut.new_index:
+                    continue
+                new = f"{prefix}{cut.new_index[layer]}.{rest}"
+        elif has_drafts and "mtp" in name.split("."):
+            drafts.append(name)
+            continue
+        names[name] = new
+    if len(set(names.values())) < len(names):
+        raise CheckpointError("two tensors would get the same name; save the checkpoint again")
+    return names, drafts
+
+
+class _Slicer:
+    """Takes a tensor as it is, or the kept layers' slices of one that holds a slice a layer."""
+
+    def __init__(self, config: PreTrainedConfig, cut: families.Cut) -> None:
+        self._cut = cut
+        self._wide = families.wide_tensors(config)
+
+    def keep(self, tensor: Tensor, name: str, header: Header) -> _Kept:
+        start = header.data_start + tensor.start
+        for wide, width in self._wide:
+            stem = wide.suffix.rpartition(".")[0]
+            dotted = f".{tensor.name}"
+            if dotted.endswith("." + wide.suffix):
+                return self._sliced(tensor, name, start, wide.dim, width)
+            if f".{stem}." in dotted:
+                raise CheckpointError(
+                    f"tensor {tensor.name!r} goes with one that holds a slice for each layer, and it is not known how "
+                    "to slice it; start from a checkpoint in which that tensor is not quantised"
+                )
+        return _Kept(tensor, _renamed(tensor, name), (Span(start, tensor.size),))
+
+    def _sliced(self, tensor: Tensor, name: str, start: int, dim: int, width: int) -> _Kept:
+        shape, n = tensor.shape, self._cut.num_layers
+        if len(shape) <= dim or shape[dim] != n * width:
+            raise CheckpointError(
+                f"tensor {tensor.name!r} has the shape {list(shape)}, and the config wants {n} layers of {width} along "
+                f"dimension {dim}; the weights and the config do not belong together, or that tensor is quantised"
+            )
+        bits = DTYPE_BITS[tensor.dtype] * math.prod(shape[dim + 1 :]) * width
+        if bits % 8:
+            raise CheckpointError(f"tensor {tensor.name!r} of type {tensor.dtype} can't be sliced at whole bytes")
+        slice_bytes, rows = bits // 8, math.prod(shape[:dim])
+        columns = tuple(merged(Span(i * slice_bytes, slice_bytes) for i in self._cut.keep))
+        pieces: tuple[Span | Rows, ...] = (Rows(start, rows, n * slice_bytes, columns),)
+        if rows == 1:
+            pieces = tuple(Span(start + offset, length) for offset, length in columns)
+        new_shape = (*shape[:dim], len(self._cut.keep) * width, *shape[dim + 1 :])
+        size = sum(piece.length for piece in pieces)
+        return _Kept(tensor, Tensor(name, tensor.dtype, new_shape, 0, size), pieces)
+
+
+def _renamed(tensor: Tensor, name: str) -> Tensor:
+    return Tensor(name, tensor.dtype, tensor.shape, tensor.start, tensor.end)
+
+
+def _alignment(tensor: Tensor) -> int:
+    return max(1, DTYPE_BITS[tensor.dtype] // 8)
+
+
+def _in_order(kept: list[_Kept]) -> list[_Kept]:
+    """The order of the source, unless a tensor would lose the alignment that it had there by it."""
+    position = 0
+    for item in kept:
+        wanted = _alignment(item.old)
+        if position % wanted and not item.old.start % wanted:
+            return sorted(kept, key=lambda item: -_alignment(item.old))
+        position += item.new.size
+    return kept
+
+
+def _shard(file: str, target: str, header: Header, kept: list[_Kept]) -> ShardPlan:
+    placed: list[Tensor] = []
+    pieces: list[Span | Rows] = []
+    position = 0
+    # How many bytes would stand at the place in a page where they stood before, by where the first tensor starts.
+    phases: dict[int, int] = {}
+    for item in _in_order(kept):
+        placed.append(Tensor(item.new.name, item.new.dtype, item.new.shape, position, position + item.new.size))
+        if item.pieces and isinstance(item.pieces[0], Span):
+            phase = (item.pieces[0].offset - position) % PAGE
+            phases[phase] = phases.get(phase, 0) + item.new.size
+        position += item.new.size
+        pieces += item.pieces
+    whole = len(kept) == len(header.tensors) and all(item.new == item.old for item in kept)
+    if whole:
+        return ShardPlan(file, header.source.version, target, b"", (Span(0, header.source.size),), whole)
+    phase = max(phases, key=phases.__getitem__, default=0)
+    return ShardPlan(
+        source=file,
+        version=header.source.version,
+        target=target,
+        header=write_header(placed, header.metadata, phase),
+        pieces=tuple(merged(pieces)),
+        whole=whole,
+    )
+
+
+def merged(pieces: Sequence[Any] | Iterator[Any]) -> Iterator[Any]:
+    """Join spans that follow one another; everything else passes through."""
+    last: Any = None
+    for piece in pieces:
+        if not piece.length:
+            continue
+        if isinstance(last, Span) and isinstance(piece, Span) and last.offset + last.length == piece.offset:
+            last = Span(last.offset, last.length + piece.length)
+            continue
+        if last is not None:
+            yield last
+        last = piece
+    if last is not None:
+        yield last
+
+
+# Elements of these types are parameters, one each.
+_PLAIN = {"F64", "F32", "F16", "BF16"}
+
+
+def _index_metadata(
+    old: dict[str, Any], tensors: Sequence[Tensor], kept: Sequence[_Kept], *, complete: bool
+) -> dict[str, Any]:
+    new = dict(old)
+    if "total_size" in new:
+        new["total_size"] = sum(item.new.size for item in kept)
+    if "total_parameters" in new and not complete:
+        # Some of what goes was never looked at, so it can't be taken off; what stays is counted, where it can be.
+        del new["total_parameters"]
+        if all(item.new.dtype in _PLAIN for item in kept):
+            new["total_parameters"] = sum(item.new.elements for item in kept)
+    elif "total_parameters" in new:
+        # Packed weights have fewer elements than parameters, so the old number is taken for right.
+        gone = sum(tensor.elements for tensor in tensors) - sum(item.new.elements for item in kept)
+        total = new["total_parameters"]
+        if type(total) is int and total >= gone:
+            new["total_parameters"] = total - gone
+        else:
+            del new["total_parameters"]
+    return new

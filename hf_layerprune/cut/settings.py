@@ -1,0 +1,157 @@
+"""The JSON files of a cut checkpoint: its config, with nothing lost on the way, and its quantisation settings."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import families
+from ..errors import CheckpointError, CutError
+from ..families.fields import COUNT_FIELDS, FIELDS, looks_per_layer
+from .folder import CONFIG, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+logger = logging.getLogger(__name__)
+
+# Settings that some quantisers write beside the config.
+QUANTISERS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+# What a reload sets anew.
+_VOLATILE = ("_name_or_path", "transformers_version")
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Read the config of a model folder, without running any code that lies in it.
+
+    Args:
+        folder (`Path`): A model folder.
+
+    Returns:
+        `PreTrainedConfig`: The config.
+
+    Raises:
+        CheckpointError: There is none, or it can't be read.
+    """
+    from ..runtime.loading import load_config
+
+    read_json(folder / CONFIG)
+    try:
+        return load_config(folder, trust_remote_code=False)
+    except CheckpointError:
+        raise
+    except Exception as error:  # each config class raises what it likes
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder / CONFIG} describes no model ({reason}); is it the right folder?") from error
+
+
+def config_fields(source: dict[str, Any], config: PreTrainedConfig, num_layers: int) -> dict[str, Any]:
+    """The config.json of a cut checkpoint.
+
+    It holds what transformers would save, and every field of the base's own file besides, such as defaults that
+    transformers leaves out and old spellings that other programs read: with the new value where there is one, and
+    else as it was, if a reload gives the same config with it.
+
+    Args:
+        source (`dict`): The base's config.json.
+        config (`PreTrainedConfig`): The config after the cut.
+        num_layers (`int`): How many layers the base has.
+
+    Returns:
+        `dict`: What to write.
+
+    Raises:
+        CutError: A reload would give another config.
+    """
+    fields = json.loads(config.to_json_string(use_diff=True))
+    doubtful: list[tuple[dict[str, Any], str, Any]] = []
+    _complete(source, config, fields, num_layers, doubtful)
+    expected = _reloaded(config, fields)
+    wanted = _plain(config)
+    if expected != wanted:
+        names = sorted(name for name in expected.keys() | wanted.keys() if expected.get(name) != wanted.get(name))
+        raise CutError(f"{type(config).__name__} changes {', '.join(names)} on a reload, so the cut would not last")
+    for part, name, value in doubtful:
+        part[name] = value
+        try:
+            same = _reloaded(config, fields) == expected
+        except Exception:  # each config class raises what it likes
+            same = False
+        if not same:
+            del part[name]
+            logger.info("config field %r is left out: it would change the cut model", name)
+    return fields
+
+
+def _complete(
+    source: dict[str, Any],
+    config: PreTrainedConfig,
+    fields: dict[str, Any],
+    num_layers: int,
+    doubtful: list[tuple[dict[str, Any], str, Any]],
+) -> None:
+    whole = json.loads(config.to_json_string(use_diff=False))
+    for name, value in source.items():
+        # Only the sections: configs whose layers differ refuse to be asked for some fields.
+        part = getattr(config, name, None) if name in config.sub_configs else None
+        if hasattr(part, "model_type") and isinstance(value, dict) and isinstance(fields.get(name), dict):
+            _complete(value, part, fields[name], num_layers, doubtful)
+        elif name in fields:
+            continue
+        elif name in whole and name not in _VOLATILE:
+            fields[name] = whole[name]
+        elif name in config.attribute_map:
+            fields[name] = whole.get(config.attribute_map[name])
+        elif name in COUNT_FIELDS or name in FIELDS or looks_per_layer(name, value, num_layers):
+            logger.info("config field %r is left out: the config class does not know it", name)
+        else:
+            doubtful.append((fields, name, value))
+
+
+def _plain(config: PreTrainedConfig) -> dict[str, Any]:
+    fields = json.loads(config.to_json_string(use_diff=False))
+    return {name: value for name, value in fields.items() if name not in _VOLATILE}
+
+
+def _reloaded(config: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
+    def number(value: dict[str, Any]) -> Any:
+        # JSON has no infinity; this is how transformers spells it.
+        return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+    return _plain(type(config).from_dict(json.loads(json.dumps(fields), object_hook=number)))
+
+
+def to_bytes(fields: dict[str, Any]) -> bytes:
+    """JSON as transformers lays it out."""
+    return (json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def quantiser_files(folder: Path, cut: families.Cut, several_stacks: bool) -> dict[str, bytes]:
+    """The quantisers' own settings, for those that name layers by index.
+
+    Args:
+        folder (`Path`): A model folder.
+        cut (`families.Cut`): Which layers stay.
+        several_stacks (`bool`): Whether the model has layers besides the decoder's.
+
+    Returns:
+        `dict[str, bytes]`: New content by file name.
+
+    Raises:
+        CutError: An entry can't be rewritten exactly.
+    """
+    from ..families.quantization import rewrite_quantization
+
+    changed: dict[str, bytes] = {}
+    for name in QUANTISERS:
+        if (folder / name).exists():
+            old = read_json(folder / name)
+            try:
+                new = rewrite_quantization(old, cut, several_stacks=several_stacks)
+            except CutError as error:
+                raise CutError(f"{folder / name}: {error}") from None
+            if new != old:
+                changed[name] = to_bytes(new)
+    return changed

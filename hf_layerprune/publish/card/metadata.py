@@ -1,0 +1,158 @@
+"""The YAML of a card, and `.eval_results/`, from the same records as its text."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from . import numbers
+from .escape import is_hub_name, plain
+from .results import Results, Row
+
+if TYPE_CHECKING:
+    from .render import Card
+
+TAGS = ("layer-pruning", "depth-pruning", "hf_layerprune")
+# Fields that are ours alone: when there is nothing to say any more, they go. Of the others, what somebody wrote stays.
+OURS = {"model-index", "base_model", "base_model_relation", "library_name"}
+_HASH = re.compile(r"[0-9a-f]{40,64}")
+
+
+def metadata(card: Card) -> dict[str, Any]:
+    """The fields of a card's YAML block.
+
+    Args:
+        card (`Card`): What the card says.
+
+    Returns:
+        `dict[str, Any]`: As `huggingface_hub` lays them out.
+    """
+    from huggingface_hub import ModelCardData
+
+    licence = card.licence
+    fields: dict[str, Any] = {}
+    if card.history.base_on_hub:
+        fields["base_model"] = card.history.base_on_hub
+        # A cut model is neither a quantised nor a merged one; the Hub knows no closer word.
+        fields["base_model_relation"] = "adapter" if card.form == "adapter" else "finetune"
+    if licence.known:
+        fields["license"] = plain(licence.id)
+        if licence.id == "other" or licence.name:
+            fields["license_name"] = plain(licence.name or "unnamed")
+        if licence.id == "other" and licence.link:
+            fields["license_link"] = plain(licence.link)
+    tags = [*TAGS, *(["conversational"] if card.chats else [])]
+    data = ModelCardData(
+        language=card.languages or None,
+        library_name="peft" if card.form == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+        datasets=card.datasets or None,
+        tags=tags,
+        model_name=plain(card.name) if card.results else None,
+        eval_results=eval_results(card.results) or None,
+        **fields,
+    )
+    found = data.to_dict()
+    first = ("language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model")
+    first += ("base_model_relation",)
+    order = [*first, *(name for name in found if name not in (*first, "model-index")), "model-index"]
+    return {name: found[name] for name in order if name in found}
+
+
+def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Our fields, with those that somebody else has added.
+
+    Args:
+        ours (`dict[str, Any]`): See `metadata`.
+        theirs (`dict[str, Any]`): What the card that is there says.
+
+    Returns:
+        `dict[str, Any]`: Our values where both have one, and all tags.
+    """
+    found = dict(ours)
+    found |= {name: value for name, value in theirs.items() if name not in ours and name not in OURS}
+    tags, more = ours.get("tags") or [], theirs.get("tags")
+    if isinstance(more, list):
+        found["tags"] = [*tags, *(tag for tag in more if tag not in tags)]
+    return found
+
+
+def to_yaml(fields: dict[str, Any]) -> str:
+    """A YAML block, with its two lines of dashes."""
+    from huggingface_hub.utils import yaml_dump
+
+    return f"---\n{yaml_dump(fields, sort_keys=False, line_break=chr(10)).strip()}\n---\n"
+
+
+def eval_results(results: Results | None) -> list[Any]:
+    """Every number that was measured on the model itself, for the `model-index`."""
+    from huggingface_hub import EvalResult
+
+    own = results.own if results else None
+    found = []
+    for row in results.rows if results and own else ():
+        cell = row.cells.get(own.weights)
+        if cell is None:
+            continue
+        record = cell.record
+        kind, task, metric = row.key
+        dataset = str(record.get("dataset", ""))
+        settings = {name: record[name] for name in ("stderr", "samples", "device", "dtype") if name in record}
+        found.append(
+            EvalResult(
+                task_type="text-generation",
+                task_name=plain(row.task) if row.task else "Text generation",
+                dataset_type=plain(dataset if is_hub_name(dataset) else task or kind),
+                dataset_name=plain(row.task or _measured_on(record, kind)),
+                dataset_args={"num_few_shot": record["shots"]} if "shots" in record else dict(row.run) or None,
+                metric_type=plain(metric),
+                metric_name=plain(row.metric),
+                metric_value=record["value"],
+                metric_args=settings or None,
+            )
+        )
+    return found
+
+
+def _measured_on(record: dict[str, Any], kind: str) -> str:
+    return " ".join([kind, *(["on", record["device"]] if record.get("device") else [])])
+
+
+def eval_files(results: Results | None) -> dict[str, str]:
+    """`.eval_results/`: numbers of benchmarks that are data sets on the Hub, measured whole.
+
+    Args:
+        results (`Results`, *optional*): What was measured.
+
+    Returns:
+        `dict[str, str]`: Content by path. A number of a part of a benchmark is not its score, and is left out.
+    """
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+    from huggingface_hub.utils import yaml_dump
+
+    own = results.own if results else None
+    files: dict[str, str] = {}
+    for row in results.table(["accuracy"]) if results and own else ():
+        cell = row.cells.get(own.weights)
+        if cell is None or not _is_benchmark(row, cell.record):
+            continue
+        record, task = cell.record, row.key[1]
+        notes = (
+            f"{row.metric}, {record.get('shots', 0)}-shot, {numbers.measured('samples', record['samples'])} questions"
+        )
+        entry = EvalResultEntry(
+            dataset_id=record["dataset"],
+            task_id=task,
+            value=round(100 * record["value"], 4),
+            date=str(record["date"])[:10],
+            notes=notes,
+        )
+        name = re.sub(r"[^\w-]+", "-", task)[:80]
+        files[f".eval_results/{name}.yaml"] = yaml_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+    return files
+
+
+def _is_benchmark(row: Row, record: dict[str, Any]) -> bool:
+    dataset, limit = record.get("dataset", ""), record.get("settings", {}).get("limit")
+    named = "/" in dataset and is_hub_name(dataset) and _HASH.fullmatch(dataset) is None
+    return bool(named and limit is None and record.get("samples") and row.key[1])

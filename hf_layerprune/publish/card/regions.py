@@ -1,0 +1,122 @@
+"""A card with two authors: what stands between our marks is ours, everything else is theirs and stays.
+
+    <!-- hf-layerprune:begin results 5d41402abc -->
+    ...
+    <!-- hf-layerprune:end results -->
+
+A begin mark holds a hash of what we wrote. Where somebody wrote inside, the hash tells, and nothing is overwritten
+without their word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ...errors import CheckpointError
+
+# On a line of its own: what others say within a line is no mark.
+_MARK = re.compile(r"(?m)^<!-- hf-layerprune:(begin|end) ([a-z-]{1,30})(?: ([0-9a-f]{10}))? -->[ \t]*\r?$")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a card.
+
+    Args:
+        text (`str`): What it says, without marks.
+        region (`str`, *optional*): The name of our region, or `None` where the text is theirs.
+        digest (`str`, *optional*): Of our region, the hash in its begin mark.
+    """
+
+    text: str
+    region: str | None = None
+    digest: str | None = None
+
+    @property
+    def edited(self) -> bool:
+        """Whether our region says something else than we wrote."""
+        return self.region is not None and self.digest != _digest(self.text)
+
+
+def marked(region: str, text: str) -> str:
+    """Put our marks around a text."""
+    text = text.strip("\n")
+    return f"<!-- hf-layerprune:begin {region} {_digest(text)} -->\n{text}\n<!-- hf-layerprune:end {region} -->"
+
+
+def parse(card: str, where: str = "the card") -> list[Part]:
+    """Split a card's body at its marks.
+
+    Args:
+        card (`str`): What follows the YAML block.
+        where (`str`, *optional*): What to call it in errors.
+
+    Returns:
+        `list[Part]`: Ours and theirs, in order; their stretches that are empty are left out.
+
+    Raises:
+        CheckpointError: A mark lacks its other half, or a region stands in it twice.
+    """
+    parts: list[Part] = []
+    position, opened = 0, None
+    for mark in _MARK.finditer(card):
+        kind, name = mark[1], mark[2]
+        if (kind == "begin") == (opened is not None) or (opened is not None and opened[2] != name):
+            raise CheckpointError(
+                f"{where} has a mark of hf-layerprune without its other half ({mark[0]}); put it back, or make the "
+                "card anew with --force"
+            )
+        text = card[position : mark.start()]
+        if opened is None:
+            parts += [Part(text)] if text.strip() else []
+            opened = mark
+        else:
+            if any(part.region == name for part in parts):
+                raise CheckpointError(f"{where} has the region {name!r} twice; remove one of them")
+            parts.append(Part(text.strip("\n"), name, opened[3]))
+            opened = None
+        position = mark.end()
+    if opened is not None:
+        raise CheckpointError(f"{where} never ends what {opened[0]} begins; put the mark back, or use --force")
+    rest = card[position:]
+    return parts + ([Part(rest)] if rest.strip() else [])
+
+
+def theirs(parts: Iterable[Part]) -> list[str]:
+    """What others have written, stretch by stretch."""
+    return [part.text.strip() for part in parts if part.region is None]
+
+
+def merge(new: list[Part], old: list[Part]) -> str:
+    """Our newest regions, with what others have written at the place where it stood.
+
+    Args:
+        new (`list[Part]`): What we would write; only its regions count.
+        old (`list[Part]`): The card that is there. What follows one of our regions in it goes on following that; where
+            the region is gone, it follows the one before.
+
+    Returns:
+        `str`: The body of the card.
+    """
+    regions = {part.region: part for part in new if part.region is not None}
+    after: dict[str | None, list[str]] = {}
+    anchor: str | None = None
+    for part in old:
+        if part.region is None:
+            after.setdefault(anchor, []).append(part.text.strip("\n"))
+        elif part.region in regions:
+            anchor = part.region
+    if not any(part.region for part in old):  # a card that was never ours: what it says comes last
+        after = {next(reversed(regions), None): after.get(None, [])}
+    pieces = list(after.get(None, ()))
+    for name, part in regions.items():
+        pieces.append(marked(name, part.text))
+        pieces += after.get(name, ())
+    return "\n\n".join(pieces) + "\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.strip("\n").encode()).hexdigest()[:10]

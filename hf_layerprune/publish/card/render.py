@@ -1,0 +1,293 @@
+"""The model card: a pure function of `lineage.json` and `metrics.json`.
+
+    card = Card.of(Lineage.of(folder), Metrics.of(folder))
+    text = card.render()
+
+What neither of the two records is not on the card. Every value that the template prints is escaped (`escape.py`),
+and every section stands between marks (`regions.py`), so that what people write around it stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from ...layer_ranges import format_layers
+from ...records.history import History, Station, read_history
+from ...records.licences import LicenceFound
+from ...records.lineage import Lineage
+from ...records.metrics import Metrics
+from . import escape, metadata, numbers, plots, regions, tables
+from .limits import limits
+from .papers import METHOD, USED, Reference
+from .results import COST, QUALITY, Results, results_of
+
+TEMPLATE = "model_card.md.jinja"
+# Another number has every picture drawn anew.
+_DRAWING = 2
+_MAX_DATASETS = 50
+_MAX_SETTINGS = 60
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says.
+
+    Args:
+        name (`str`): What the model is called.
+        repo_id (`str`, *optional*): Where it is on the Hub, once it is.
+        space (`str`, *optional*): The Space in which it can be tried.
+        history (`History`): Where it comes from.
+        licence (`LicenceFound`): The base's licence.
+        results (`Results`, *optional*): What was measured.
+    """
+
+    name: str
+    repo_id: str | None
+    space: str | None
+    history: History
+    licence: LicenceFound
+    results: Results | None = field(repr=False)
+
+    @classmethod
+    def of(cls, lineage: Lineage, metrics: Metrics | None = None) -> Card:
+        """Read the records.
+
+        Args:
+            lineage (`Lineage`): Where the model comes from.
+            metrics (`Metrics`, *optional*): What was measured on it.
+
+        Returns:
+            `Card`: What can be said of it.
+
+        Raises:
+            CheckpointError: The lineage contradicts itself.
+        """
+        history = read_history(lineage)
+        published = {key: value for key, value in lineage.published.items() if escape.is_hub_name(str(value))}
+        repo_id = published.get("repo_id")
+        base = history.base_on_hub or history.base_id.removesuffix(".gguf")
+        name = repo_id or published.get("name") or f"{base.rpartition('/')[2]}-{len(history.kept)}L"
+        return cls(
+            name=name.rpartition("/")[2],
+            repo_id=repo_id,
+            space=published.get("space"),
+            history=history,
+            licence=LicenceFound.of(lineage.base),
+            results=results_of(metrics),
+        )
+
+    @property
+    def form(self) -> str:
+        """`model` or `adapter`."""
+        return self.history.form
+
+    @property
+    def chats(self) -> bool:
+        """Whether the base has a chat template."""
+        return bool(self.history.lineage.base.get("chat"))
+
+    @property
+    def languages(self) -> list[str]:
+        """The languages that the base declares."""
+        found = self.history.lineage.base.get("language") or []
+        return [escape.plain(one, 20) for one in ([found] if isinstance(found, str) else found)]
+
+    @property
+    def datasets(self) -> list[str]:
+        """Hub ids of the data sets that were fitted or trained on."""
+        fitted = [one for one in self.history.stations if one.name != "prune" or one.entry.get("repair")]
+        named = [str(one.get("id", "")) for station in fitted for one in station.data]
+        return list(dict.fromkeys(name for name in named if escape.is_hub_name(name)))[:_MAX_DATASETS]
+
+    @property
+    def pictures(self) -> dict[str, Callable]:
+        """What draws each picture, by its name."""
+        return plots.pictures(self.history, self.results)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that the pictures are drawn from."""
+        records = [self.history.lineage.entries]
+        if self.results is not None:
+            records += [self.results.metrics.models, self.results.metrics.results]
+        return hashlib.sha256(json.dumps([_DRAWING, *records], sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The fields of the YAML block."""
+        return metadata.metadata(self)
+
+    @property
+    def references(self) -> list[Reference]:
+        """The papers of what was used besides the method itself."""
+        keys = [(name, str(value)) for station in self.history.stations for name, value in station.settings.items()]
+        keys += [(station.name, str(station.settings.get("method"))) for station in self.history.stations]
+        chosen = [station.entry.get("selection") for station in self.history.stations]
+        keys += [("criterion", str(one.get("criterion"))) for one in chosen if isinstance(one, dict)]
+        return list(dict.fromkeys(USED[key] for key in keys if key in USED))
+
+    def body(self) -> str:
+        """The card without its YAML block."""
+        return _environment().get_template(TEMPLATE).render(_context(self)).strip("\n") + "\n"
+
+    def render(self) -> str:
+        """The whole card."""
+        return metadata.to_yaml(self.metadata) + "\n" + self.body()
+
+
+def _context(card: Card) -> dict[str, Any]:
+    history, results = card.history, card.results
+    own, dense = (results.own, results.dense) if results else (None, None)
+    return {
+        "card": card,
+        "history": history,
+        "licence": card.licence,
+        "results": results,
+        "own": own,
+        "dense": dense,
+        "quality": results.table(QUALITY) if results else [],
+        "every": results.table(QUALITY, every=True) if results else [],
+        "cost": results.table(COST) if results else [],
+        "every_cost": results.table(COST, every=True) if results else [],
+        "timed": _timed(results),
+        "means": _means(results),
+        "noise": _has_noise(results, QUALITY),
+        "scatter": _has_noise(results, COST),
+        "chances": any(row.chance for row in results.table(QUALITY)) if results else False,
+        "gap": _gap(history),
+        "trained": [station for station in history.stations if station.data],
+        "versions": _versions(history),
+        "limits": limits(results),
+        "pictures": card.pictures,
+        "dropped": format_layers(history.dropped).replace(",", ", "),
+        "done": [station.name for station in history.stations],
+        "papers": [reference.bibtex() for reference in (METHOD, *card.references)],
+        "measured_with": _measured_with(results),
+        "model_id": card.repo_id or f"path/to/{card.name}",
+    }
+
+
+def _gap(history: History) -> str:
+    """What closed the gap that the dropped layers left, in words."""
+    methods = [str(one.settings.get("method")) for one in history.stations if one.name == "repair"]
+    words = {"linear": "a linear map", "refit": "a refitted projection", "magnitude": "a rescaling"}
+    return words.get(methods[-1] if methods else "", "a repair")
+
+
+def _means(results: Results | None) -> list[Markup]:
+    """Mean accuracy of the model and of the dense one, where there are both."""
+    means = results.mean_accuracy() if results else {}
+    pair = [results.own, results.dense] if results else []
+    if not means or None in pair:
+        return []
+    return [_with_error(*means[column.weights]) for column in pair]
+
+
+def _has_noise(results: Results | None, kinds: tuple[str, ...]) -> bool:
+    """Whether a table has differences that are noise."""
+    rows = results.table(kinds, every=True) if results else []
+    return any(cell.noise for row in rows for cell in row.cells.values())
+
+
+def _timed(results: Results | None) -> str:
+    """What the runs were that were timed: what all of them share."""
+    if results is None or not results.usual_run:
+        return ""
+    records = [cell.record for row in results.rows if row.run for cell in row.cells.values()]
+    threads = {record["settings"].get("threads") for record in records if record.get("device") == "cpu"}
+    on = [f"{max(threads)} thread{'s' * (max(threads) > 1)}"] if len(threads) == 1 and None not in threads else []
+    return ", ".join([tables.run_words(results.usual_run), *on])
+
+
+def _versions(history: History) -> str:
+    found = history.lineage.entries[-1].get("versions") if history.lineage.entries else None
+    return ", ".join(f"{name} {number}" for name, number in found.items()) if isinstance(found, dict) else ""
+
+
+def _measured_with(results: Results | None) -> list[str]:
+    """How the numbers came about: what all of them share."""
+    if results is None:
+        return []
+    records = [cell.record for row in results.rows for cell in row.cells.values()]
+    quality = [record for record in records if record["kind"] in QUALITY]
+    found = []
+    limits_seen = {record.get("settings", {}).get("limit") for record in quality if record["kind"] == "accuracy"}
+    shots = {record["shots"] for record in quality if "shots" in record}
+    if shots:
+        found.append("zero-shot" if shots == {0} else f"with {', '.join(map(str, sorted(shots)))} shots")
+    if limits_seen - {None}:
+        found.append(f"on the first {max(limits_seen - {None})} questions of each task")
+    for name, word in (("dtype", "in"), ("device", "on")):
+        values = sorted({str(record[name]) for record in records if name in record})
+        if values:
+            found.append(f"{word} {' and '.join(values)}")
+    packages = {name: number for record in records for name, number in record["versions"].items()}
+    used = [f"{name} {packages[name]}" for name in ("lm-eval", "transformers", "torch") if name in packages]
+    if used:
+        found.append(f"with {', '.join(used)}")
+    dates = sorted({str(record["date"])[:10] for record in records})
+    found.append(f"on {dates[0]}" if len(dates) == 1 else f"from {dates[0]} to {dates[-1]}")
+    return found
+
+
+def _settings(station: Station) -> str:
+    """All settings of a station, as YAML."""
+    from huggingface_hub.utils import yaml_dump
+
+    fields = dict(list(station.settings.items())[:_MAX_SETTINGS])
+    # Through JSON: what YAML would write with tags of its own becomes plain.
+    fields = json.loads(json.dumps(fields, default=str))
+    return "\n".join(yaml_dump({name: value}, default_flow_style=None).strip("{}\n") for name, value in fields.items())
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """Jinja, in which whatever is printed is escaped as prose unless it was made for Markdown."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, "templates"),
+        finalize=lambda value: value if isinstance(value, Markup) else "" if value is None else escape.prose(value),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "code": escape.code,
+        "fenced": escape.fenced,
+        "string": escape.string,
+        "hub": escape.hub_link,
+        "count": numbers.count,
+        "settings": _settings,
+        "line": tables.station_line,
+        "ours": Markup,  # words of our own, which may hold Markdown
+    }
+    environment.globals |= {
+        "region": _region,
+        "link": escape.link,
+        "command": escape.command,
+        "with_error": _with_error,
+        "results_table": tables.results_table,
+        "data_table": tables.data_table,
+        "training_table": tables.training_table,
+    }
+    return environment
+
+
+def _region(name: str, caller: Callable[[], str]) -> Markup:
+    text = str(caller()).strip("\n")
+    return Markup(regions.marked(name, text) + "\n" if text.strip() else "")
+
+
+def _with_error(value: float, stderr: float | None) -> Markup:
+    text = numbers.percent(value)
+    text = numbers.with_error(text, value, stderr, share=True) if stderr else text
+    return Markup(text.replace(" ", "\u00a0"))

@@ -1,0 +1,166 @@
+"""The pictures of a ranking: every criterion's scores, every block's, and what each would drop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ...select.registry import CRITERIA
+from ...select.scores import Scores
+from .style import CYCLE, FAINT, INK, ROLE_COLOURS, WIDE, draw, grid
+
+_COLUMNS = 2
+_DROPPED = {"facecolor": "#d55e002e", "edgecolor": ROLE_COLOURS["cut"], "lw": 1.2, "ls": (0, (2, 1.4))}
+
+
+def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], path: Path) -> None:
+    """Draw bars, one panel a criterion, with the layers that it would drop outlined.
+
+    Args:
+        scores (`Sequence[Scores]`): Those of single layers.
+        drops (`Mapping[str, Sequence[int]]`): What each criterion would drop, by name.
+        path (`Path`): The picture to write.
+    """
+    columns = min(_COLUMNS, len(scores))
+    rows = -(-len(scores) // columns)
+    with draw(path, width=7.2, height=0.5 + 1.75 * rows, columns=columns, rows=rows, squeeze=False, sharex=True) as (
+        figure,
+        panels,
+    ):
+        for axes, found in zip(panels.flat, scores, strict=False):
+            gone = set(drops[found.criterion])
+            values = {i: score for i, score in enumerate(found.layers) if score is not None}
+            kept = [i for i in values if i not in gone]
+            axes.bar(kept, [values[i] for i in kept], 0.78, color=CYCLE[4], label="kept")
+            chosen = [i for i in values if i in gone]
+            axes.bar(chosen, [values[i] for i in chosen], 0.78, label="would be dropped", **_DROPPED)
+            if _spread(values.values()) > WIDE:
+                axes.set_yscale("log")
+            criterion = CRITERIA[found.criterion]
+            axes.set_title(criterion.name + (" (paper)" if found.variant == "paper" else ""), fontsize=9.5, pad=5)
+            axes.set_ylabel(criterion.unit, fontsize=8.5)
+            axes.tick_params(labelsize=8)
+            axes.set_xlim(-0.8, len(found.layers) - 0.2)
+            grid(axes, "y")
+        for axes in panels.flat[len(scores) :]:
+            axes.axis("off")
+        for axes in panels[-1]:
+            axes.set_xlabel("decoder layer of the base")
+        for axes in panels.flat[max(0, len(scores) - columns) : len(scores)]:
+            axes.tick_params(labelbottom=True)
+        handles, labels = panels.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper right", ncols=2)
+
+
+def block_scores(found: Scores, drops: Sequence[int], path: Path) -> None:
+    """Draw blocks by where they start and how long they are; bars where there is one length only.
+
+    Args:
+        found (`Scores`): Those of blocks.
+        drops (`Sequence[int]`): The block that would be dropped.
+        path (`Path`): The picture to write.
+    """
+    lengths = sorted({len(block) for block in found.blocks})
+    if len(lengths) == 1:
+        _bars(found, drops, lengths[0], path)
+    else:
+        _heat_map(found, drops, path)
+
+
+def choices(drops: Mapping[str, Sequence[int]], num_layers: int, path: Path) -> None:
+    """Draw what every criterion would drop, one row each, and below it how many agree.
+
+    Args:
+        drops (`Mapping[str, Sequence[int]]`): By criterion.
+        num_layers (`int`): How many layers the base has.
+        path (`Path`): The picture to write.
+    """
+    from matplotlib.patches import FancyBboxPatch
+
+    names = list(drops)
+    with draw(path, width=7.2, height=0.75 + 0.27 * len(names)) as (_, axes):
+        for y, name in enumerate(names):
+            gone = set(drops[name])
+            for i in range(num_layers):
+                style = _DROPPED if i in gone else {"facecolor": FAINT, "edgecolor": "none"}
+                box = FancyBboxPatch(
+                    (i + 0.08, y + 0.14), 0.84, 0.72, boxstyle="round,pad=0,rounding_size=0.12", **style
+                )
+                axes.add_patch(box)
+        agree = [sum(i in set(gone) for gone in drops.values()) for i in range(num_layers)]
+        for i, votes in enumerate(agree):
+            if votes and len(names) > 1:
+                axes.text(i + 0.5, len(names) + 0.45, str(votes), ha="center", va="center", fontsize=7.5, color=INK)
+        labels = [*names, *(["how many agree"] if len(names) > 1 else [])]
+        axes.set_yticks([y + 0.5 for y in range(len(labels))], labels, fontsize=8.5)
+        step = 1 if num_layers <= 12 else 2 if num_layers <= 40 else 5
+        axes.set_xticks([i + 0.5 for i in range(0, num_layers, step)], range(0, num_layers, step), fontsize=8)
+        axes.set_xlim(0, num_layers)
+        axes.set_ylim(len(labels), 0)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.set_xlabel("decoder layer of the base")
+
+
+def _bars(found: Scores, drops: Sequence[int], length: int, path: Path) -> None:
+    starts = {block[0]: score for block, score in found.blocks.items()}
+    chosen = drops[0] if drops else None
+    with draw(path, width=7.2, height=2.3) as (_, axes):
+        kept = [start for start in starts if start != chosen]
+        axes.bar(kept, [starts[start] for start in kept], 0.78, color=CYCLE[4])
+        if chosen in starts:
+            axes.bar([chosen], [starts[chosen]], 0.78, label="would be dropped", **_DROPPED)
+            axes.legend(ncols=1, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
+        if _spread(starts.values()) > WIDE:
+            axes.set_yscale("log")
+        axes.set_title(found.criterion, pad=6)
+        axes.set_xlabel(f"first layer of the block of {length}")
+        axes.set_ylabel(CRITERIA[found.criterion].unit)
+        axes.set_xlim(-0.8, len(found.alive) - 0.2)
+        grid(axes, "y")
+
+
+def _heat_map(found: Scores, drops: Sequence[int], path: Path) -> None:
+    from matplotlib.colors import LogNorm
+    from matplotlib.patches import Rectangle
+
+    position = {layer: i for i, layer in enumerate(found.alive)}
+    n, most = len(found.alive), max(len(block) for block in found.blocks)
+    cells = [[math.nan] * n for _ in range(most)]
+    for block, score in found.blocks.items():
+        cells[len(block) - 1][position[block[0]]] = score
+    norm = LogNorm() if _spread(found.blocks.values()) > 300 else None
+    with draw(path, width=7.2, height=1.2 + min(3.6, 0.14 * most + 0.6)) as (figure, axes):
+        mesh = axes.pcolormesh(
+            [i - 0.5 for i in range(n + 1)],
+            [k + 0.5 for k in range(most + 1)],
+            cells,
+            cmap="cividis",
+            norm=norm,
+            rasterized=True,  # thousands of cells would make a heavy SVG
+        )
+        # The best start of every length, and the block that would go.
+        for length in range(1, most + 1):
+            row = [(score, position[block[0]]) for block, score in found.blocks.items() if len(block) == length]
+            if row:
+                axes.plot(min(row)[1], length, "o", ms=2.6, color="#ffffff", mec="#0b0f19", mew=0.6)
+        if drops:
+            corner = (position[drops[0]] - 0.5, len(drops) - 0.5)
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=ROLE_COLOURS["cut"], lw=2, zorder=3))
+            axes.annotate(
+                f"{drops[0]}-{drops[-1]}", (corner[0] + 1, corner[1] + 0.5), xytext=(6, 8), textcoords="offset points",
+                fontsize=8.5, color=ROLE_COLOURS["cut"], fontweight="bold",
+            )  # fmt: skip
+        bar = figure.colorbar(mesh, ax=axes, pad=0.02)
+        bar.outline.set_visible(False)
+        bar.set_label(CRITERIA[found.criterion].unit)
+        axes.set_title(f"{found.criterion}: every block (dots: the best start of each length)", pad=6, fontsize=9.5)
+        axes.set_xlabel("first layer of the block")
+        axes.set_ylabel("layers in the block")
+
+
+def _spread(values: object) -> float:
+    values = list(values)
+    return max(values) / min(values) if values and min(values) > 0 else 0.0

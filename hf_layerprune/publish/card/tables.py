@@ -1,0 +1,147 @@
+"""The tables of a card, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from markupsafe import Markup
+
+from ...layer_ranges import format_layers
+from ...records.history import Station
+from . import numbers
+from .escape import code, hub_link, prose
+from .results import RUN, Column, Results, Row
+
+_NBSP = "\u00a0"
+# What a reader wants to know of a training run first.
+_TRAINING = {
+    "method": "what is trained", "loss": "loss", "kd_direction": "direction of the divergence",
+    "learning_rate": "learning rate", "lr_scheduler_type": "schedule", "optim": "optimiser",
+    "num_train_epochs": "epochs", "max_steps": "steps", "rows_a_step": "rows a step",
+    "max_length": "tokens a row, at most", "seed": "seed",
+}  # fmt: skip
+
+
+def table(header: Sequence[Any], align: str, rows: Sequence[Sequence[Any]]) -> Markup:
+    """A table without the columns that are empty.
+
+    Args:
+        header (`Sequence`): What stands over each column.
+        align (`str`): `l` or `r` for each column.
+        rows (`Sequence[Sequence]`): The cells; what is no `Markup` yet is escaped.
+
+    Returns:
+        `Markup`: The table, or nothing where there are no rows.
+    """
+    filled = [index for index in range(len(header)) if any(str(row[index]) for row in rows)]
+    if not filled:
+        return Markup("")
+    lines = [
+        [prose(header[index]) for index in filled],
+        [{"l": ":---", "r": "---:"}[align[index]] for index in filled],
+    ]
+    lines += [[prose(row[index]) for index in filled] for row in rows]
+    return Markup("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def results_table(rows: Sequence[Row], results: Results) -> Markup:
+    """One line a number, one column a stage, and below each number how far it is from the dense model's."""
+    columns = results.columns
+    # The values come first: a phone shows two or three columns of a table, and the rest on demand.
+    roles = [Markup(f"{prose(one.role)}<br><sub>this{_NBSP}model</sub>" if one.own else one.role) for one in columns]
+    header = ["", *roles, "chance", "n"]
+    lines = []
+    several = len({row.run for row in rows if row.run}) > 1
+    for row in rows:
+        name = f"{prose(row.metric)}{_NBSP}{row.better}"
+        if several and row.run:
+            name += f"<br><sub>{run_words(row.run)}</sub>"
+        if row.task:
+            name = f"**{prose(row.task)}**{_NBSP}{row.better}<br><sub>{prose(row.metric)}</sub>"
+        samples = f"{row.samples:,}" if row.samples else ""
+        lines.append([Markup(name), *(_cell(row, one) for one in columns), row.chance, samples])
+    return table(header, "l" + "r" * (len(columns) + 2), lines)
+
+
+def _cell(row: Row, column: Column) -> Markup:
+    cell = row.cells.get(column.weights)
+    if cell is None:
+        return Markup("")
+    # Numbers of ours, not text of others; never broken across lines.
+    value, change = (text.replace(" ", _NBSP) for text in (cell.value, cell.change))
+    value = f"**{value}**" if column.own else value
+    if not change:
+        return Markup(value)
+    return Markup(f"{value}<br><sub>{f'*{change}*' if cell.noise else change}</sub>")
+
+
+def run_words(run: Sequence[tuple[str, int]]) -> str:
+    """At which batch size and lengths a speed was measured."""
+    return ", ".join(RUN[name].format(f"{number:,}") for name, number in run)
+
+
+def data_table(stations: Sequence[Station]) -> Markup:
+    """What was fitted or trained on."""
+    rows = []
+    for station in stations:
+        for one in station.data:
+            name = hub_link(str(one["id"]), "datasets") if one.get("id") else code(one.get("name", "unnamed"))
+            pin = one.get("revision") or one.get("sha256")
+            counts = [one.get(key) for key in ("rows", "tokens")]
+            rows.append(
+                [
+                    _use(station),
+                    Markup(f"{name} {code(str(pin)[:12])}" if pin else name),
+                    f"{counts[0]:,}" if isinstance(counts[0], int) else "",
+                    numbers.count(counts[1]) if isinstance(counts[1], int) else "",
+                    one.get("license") or "",
+                ]
+            )
+    return table(["used to", "data", "rows", "tokens", "licence"], "llrrl", rows)
+
+
+def _use(station: Station) -> str:
+    """What a station used its data for."""
+    if station.name != "prune":
+        return station.name
+    uses = {"selection": "choose layers", "repair": "repair"}
+    return " and ".join(words for name, words in uses.items() if station.entry.get(name)) or station.name
+
+
+def training_table(station: Station) -> Markup:
+    """The settings of a training run that say most of it; all of them are in the list of settings."""
+    told = station.settings
+    each = [told.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")]
+    if all(isinstance(number, int) for number in each):
+        told = told | {"rows_a_step": prod(each)}
+    told = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in told.items()}
+    rows = [[words, code(told[name])] for name, words in _TRAINING.items() if told.get(name) not in (None, "", [], -1)]
+    return table([station.name, ""], "ll", rows)
+
+
+def station_line(station: Station) -> Markup:
+    """One station in one line: what, how many tensors, how long."""
+    settings, entry = station.settings, station.entry
+    line = f"**{prose(station.name)}**"
+    if station.name == "prune":
+        line += f": layers {format_layers(settings.get('drop_layers') or ())} dropped"
+        selection = entry.get("selection")
+        if isinstance(selection, dict) and selection.get("why"):
+            why = str(selection["why"])
+            line += f" ({prose(why.partition(': ')[2] if why.startswith('layers ') else why)})"
+        elif settings.get("criterion"):
+            line += f", chosen by {code(settings['criterion'])}"
+    elif settings.get("method"):
+        line += f": {code(settings['method'])}"
+    if station.changed:
+        line += f"; {len(station.changed)} tensor{'s' * (len(station.changed) > 1)} changed"
+    facts = []
+    if isinstance(entry.get("seconds"), int | float):
+        facts.append(numbers.seconds(entry["seconds"]))
+    if isinstance(entry.get("peak_memory_bytes"), int):
+        facts.append(f"{numbers.size(entry['peak_memory_bytes'])} of memory")
+    if entry.get("date"):
+        facts.append(prose(str(entry["date"])[:10]))
+    return Markup(f"{line}. <sub>{', '.join(facts)}</sub>" if facts else line)

@@ -1,0 +1,255 @@
+"""What is checked before anything is pushed. Nothing here asks the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...cut.folder import read_json
+from ...errors import LayerPruneError
+from ...records.history import is_local
+from ...records.licences import NOTICE, LicenceFound, is_licence_file
+from ...records.lineage import FILE_NAME as LINEAGE
+from ...records.lineage import Lineage, fingerprint, weights_hash
+from ...records.metrics import Metrics
+from ..card import numbers
+from ..card.escape import is_hub_name
+from ..card.render import Card
+from . import leaks
+from .contents import ADAPTER_CONFIG, METRICS, Contents
+
+OK, WARNING, REFUSAL = "ok", "warning", "refusal"
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of one check.
+
+    Args:
+        name (`str`): What was looked at.
+        level (`str`): `ok`, `warning` or `refusal`.
+        text (`str`): What was found; of a refusal, with the way out.
+    """
+
+    name: str
+    level: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be published, and where.
+
+    Args:
+        contents (`Contents`): The files.
+        repo_id (`str`): The repository.
+        private (`bool`): Whether nobody else will see it.
+    """
+
+    contents: Contents
+    repo_id: str
+    private: bool
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+        return self.contents.folder
+
+
+def run_checks(subject: Subject) -> list[Check]:
+    """Check a folder before it is published.
+
+    Args:
+        subject (`Subject`): What is to be published, and where.
+
+    Returns:
+        `list[Check]`: All outcomes. A check that can't be made is a refusal.
+    """
+    found: list[Check] = []
+    for name, check in _CHECKS.items():
+        try:
+            found += [Check(name, level, text) for level, text in check(subject)]
+        except (LayerPruneError, OSError) as error:
+            found.append(Check(name, REFUSAL, str(error)))
+    return found
+
+
+Outcome = Iterator[tuple[str, str]]
+
+
+def _repository(subject: Subject) -> Outcome:
+    if "/" not in subject.repo_id or not is_hub_name(subject.repo_id):
+        yield REFUSAL, f"{subject.repo_id!r} is no name for a repository; write it as NAMESPACE/NAME"
+    else:
+        yield OK, subject.repo_id
+
+
+def _weights(subject: Subject) -> Outcome:
+    """The files are sound, complete, and those that the last station wrote."""
+    from ...cut.folder import open_weights
+    from ...cut.header import read_header
+    from ...cut.settings import read_config
+    from ...families import layer_count
+    from ...files.copy import LocalFile
+
+    contents, folder = subject.contents, subject.folder
+    if not contents.weights:
+        yield REFUSAL, f"{folder} has no weights; a card without weights is not published"
+        return
+    if contents.is_adapter:
+        for name in contents.weights:
+            with LocalFile(folder / name) as file:
+                read_header(file)
+    else:
+        with open_weights(folder) as weights:
+            stray = sorted(set(contents.weights) - set(weights.headers))
+        if stray:
+            yield REFUSAL, f"{stray[0]} is a weight file that the model does not use; remove it"
+    lineage = Lineage.of(folder)
+    if lineage is None or not lineage.entries:
+        yield REFUSAL, f"{folder} has no {LINEAGE}; only what hf-layerprune prune has written is published"
+        return
+    card = Card.of(lineage)
+    own = weights_hash(fingerprint(folder))
+    told = lineage.entries[-1].get("weights")
+    if told != own:
+        yield (
+            REFUSAL,
+            (
+                f"the weights are not those that {LINEAGE} tells of ({own[:12]}, and it says {str(told)[:12]}); they were "
+                "changed since, so make them again, or record the change as a station"
+            ),
+        )
+    elif not contents.is_adapter and layer_count(read_config(folder)) != len(card.history.kept):
+        yield REFUSAL, f"config.json and {LINEAGE} differ in how many layers are left; one of them was edited"
+    else:
+        size = numbers.size(sum(contents.files[name] for name in contents.weights))
+        files = f"{len(contents.weights)} file{'s' * (len(contents.weights) > 1)}"
+        yield OK, f"{size} in {files}, as {lineage.entries[-1].get('station')} left them ({own[:12]})"
+
+
+def _metrics(subject: Subject) -> Outcome:
+    metrics = Metrics.of(subject.folder)
+    if metrics is None:
+        yield WARNING, f"there is no {METRICS}: the card will say that nothing was measured (hf-layerprune eval)"
+        return
+    metrics.check_belongs(subject.folder, Lineage.of(subject.folder))
+    yield OK, f"{len(metrics.results)} numbers, of these weights and their history"
+
+
+def _base(subject: Subject) -> Outcome:
+    lineage = Lineage.of(subject.folder)
+    if lineage is None:
+        return
+    if is_local(lineage.base):
+        yield (
+            REFUSAL,
+            (
+                f"{LINEAGE} names the base by a path on your disk, {lineage.base['id']}, which tells others nothing but "
+                "your folders; say which model it is: hf-layerprune card MODEL --base-model ORG/NAME"
+            ),
+        )
+    if subject.contents.is_adapter:
+        config = read_json(subject.folder / ADAPTER_CONFIG)
+        name = str(config.get("base_model_name_or_path"))
+        if not is_hub_name(name) or Path(name).exists():
+            yield (
+                REFUSAL,
+                (
+                    f"{ADAPTER_CONFIG} names the base {name!r}, from which nobody else can load it; make the adapter from "
+                    "the base's Hub id"
+                ),
+            )
+
+
+def _licence(subject: Subject) -> Outcome:
+    lineage = Lineage.of(subject.folder)
+    licence = LicenceFound.of(lineage.base if lineage else {})
+    row, name = licence.row, subject.repo_id.rpartition("/")[2]
+    if not licence.known:
+        yield (
+            WARNING if subject.private else REFUSAL,
+            (
+                "the base declares no licence, so it is not known what anybody may do with this model; find it out and "
+                "say it: hf-layerprune card MODEL --license apache-2.0 (or --license other --license-name N "
+                "--license-link URL)"
+            ),
+        )
+        return
+    if row is None:
+        yield WARNING, f"{licence.title}: its duties are not known here; read it{_at(licence)}"
+        return
+    if row.forbidden:
+        yield REFUSAL, f"{row.title}: {row.forbidden}{_at(licence)}"
+        return
+    if row.prefix and not name.startswith(row.prefix):
+        yield (
+            REFUSAL,
+            (
+                f"{row.title}: the model's name must begin with “{row.prefix}”, and {name!r} does not; push it to "
+                f"{subject.repo_id.rpartition('/')[0]}/{row.prefix.replace(' ', '-')}-..."
+            ),
+        )
+    files = [path for path in subject.contents.files if is_licence_file(path)]
+    notices = [path for path in files if path.upper().startswith(NOTICE)]
+    told = any(row.notice in subject.contents.path(path).read_text(errors="replace") for path in notices if row.notice)
+    if row.notice and not told:
+        yield REFUSAL, f"{row.title}: a {NOTICE} file with its sentence is missing; hf-layerprune card MODEL writes it"
+    texts = [path for path in files if path.upper().startswith(("LICENSE", "LICENCE"))]
+    if not texts:
+        yield (
+            REFUSAL if row.needs_text and not subject.private else WARNING,
+            (
+                f"{row.title}: a copy of it goes along with the model, and there is none; put it into the folder as "
+                f"LICENSE{_at(licence)}"
+            ),
+        )
+    if row.non_commercial:
+        yield WARNING, f"{row.title}: no commercial use, by you or by those who take the model from you"
+    yield OK, row.title
+
+
+def _at(licence: LicenceFound) -> str:
+    return f" ({licence.link})" if licence.link else ""
+
+
+def _secrets(subject: Subject) -> Outcome:
+    paths = [subject.contents.path(name) for name in subject.contents.files]
+    found = list(leaks.find_tokens(paths))
+    for leak in found[:5]:
+        yield (
+            REFUSAL,
+            (
+                f"{leak.file.relative_to(subject.folder)} line {leak.line} holds what looks like {leak.what}; take it out, "
+                "and revoke it if it was real"
+            ),
+        )
+    if not found:
+        yield OK, f"no tokens in {len(paths)} files"
+    for leak in leaks.find_paths(paths):
+        yield WARNING, f"{leak.file.relative_to(subject.folder)} line {leak.line} tells others {leak.what}"
+
+
+def _loading(subject: Subject) -> Outcome:
+    """What people need to load it."""
+    files = subject.contents.files
+    if subject.contents.is_adapter:
+        return
+    if not any(name.startswith("tokenizer") or name == "vocab.json" for name in files):
+        yield WARNING, "there is no tokenizer, so nobody can use the model without the base's"
+    if code := [name for name in files if name.endswith(".py")]:
+        yield WARNING, f"{code[0]} is code that runs only for those who pass trust_remote_code"
+    config = read_json(subject.folder / "config.json")
+    yield OK, f"{config.get('model_type')}, {', '.join(config.get('architectures') or ['no class named'])}"
+
+
+_CHECKS: dict[str, Callable[[Subject], Outcome]] = {
+    "repository": _repository,
+    "weights": _weights,
+    "metrics": _metrics,
+    "base": _base,
+    "licence": _licence,
+    "secrets": _secrets,
+    "loading": _loading,
+}

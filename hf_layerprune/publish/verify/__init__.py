@@ -1,0 +1,1 @@
+"""Whether a model is what its records say it is."""

@@ -1,0 +1,327 @@
+"""A lineage, read: which layers of the base are left, and what each station did to which tensors."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from ..errors import CheckpointError
+from ..layer_ranges import format_layers
+from ..publish.card.escape import is_hub_name
+from .lineage import Lineage
+
+_LAYER = re.compile(r"(?P<before>.*?\b(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
+_MAX_LAYERS = 10_000
+_LINE = 80
+OWN_TEXT = "text that the dense model wrote itself"
+# What a repair's record says besides how it was made.
+_NO_SETTINGS = ("changed_tensors", "changed_modules", "input_weights")
+
+
+@dataclass(frozen=True)
+class Station:
+    """One entry of a lineage.
+
+    Args:
+        name (`str`): `prune`, `repair`, `heal`, ...
+        entry (`dict[str, Any]`): What `lineage.json` says.
+        changed (`frozenset[str]`): The tensors that it changed, by their names in the final model.
+    """
+
+    name: str
+    entry: dict[str, Any] = field(repr=False)
+    changed: frozenset[str]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decided the outcome."""
+        return self.entry.get("settings") or {}
+
+    @property
+    def data(self) -> list[dict[str, Any]]:
+        """The texts that were fitted or trained on."""
+        found = self.entry.get("data") or []
+        found = [one for one in ([found] if isinstance(found, dict) else found) if isinstance(one, dict)]
+        found = [one | {"name": OWN_TEXT} if one.get("name") == "self" else one for one in found]
+        calibration = self.entry.get("calibration")
+        return found + ([_calibration(calibration)] if isinstance(calibration, dict) else [])
+
+
+@dataclass(frozen=True)
+class History:
+    """What a lineage says, station by station.
+
+    Args:
+        lineage (`Lineage`): The lineage.
+        num_base_layers (`int`): How many decoder layers the base has.
+        kept (`tuple[int, ...]`): The base's indices of those that are left, in order.
+        stations (`tuple[Station, ...]`): What was done, oldest first.
+    """
+
+    lineage: Lineage = field(repr=False)
+    num_base_layers: int
+    kept: tuple[int, ...]
+    stations: tuple[Station, ...]
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """The base's indices of the layers that are gone."""
+        return tuple(i for i in range(self.num_base_layers) if i not in set(self.kept))
+
+    @property
+    def form(self) -> str:
+        """`model`, or `adapter` where only the plan and the tuned tail were saved."""
+        forms = [station.settings["form"] for station in self.stations if station.settings.get("form")]
+        return "adapter" if forms and forms[-1] == "adapter" else "model"
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the base on the Hub."""
+        found = self.lineage.base.get("commit")
+        return found if isinstance(found, str) and found else None
+
+    @property
+    def from_gguf(self) -> bool:
+        """Whether the base is a GGUF file, whose packed weights were unpacked."""
+        return str(self.lineage.base.get("id") or "").lower().endswith(".gguf")
+
+    @property
+    def dtype(self) -> str | None:
+        """The type that the weights were converted to on the way, or `None` where they kept the base's."""
+        told = [station.settings.get("dtype") for station in self.stations if station.name == "prune"]
+        found = [str(dtype) for dtype in told if dtype not in (None, "auto")]
+        return found[-1] if found else "bfloat16" if self.from_gguf else None
+
+    @property
+    def base_id(self) -> str:
+        """The base as the lineage names it; of a path on somebody's disk, only the last part."""
+        return base_name(self.lineage.base)
+
+    @property
+    def base_on_hub(self) -> str | None:
+        """The Hub id of the base, or of the model that a local base is a copy of; `None` where none is recorded."""
+        return hub_base(self.lineage.base)
+
+    def changed(self) -> dict[str, list[str]]:
+        """Every tensor that a station says it changed, with the names of those stations."""
+        found: dict[str, list[str]] = {}
+        for station in self.stations:
+            for name in sorted(station.changed):
+                found.setdefault(name, []).append(station.name)
+        return found
+
+    def layers_changed(self, station: str) -> set[int]:
+        """Base indices of the layers in which the stations of a name changed something."""
+        found = set()
+        for one in self.stations:
+            for match in map(_LAYER.fullmatch, one.changed if one.name == station else ()):
+                if match and int(match["index"]) < len(self.kept):
+                    found.add(self.kept[int(match["index"])])
+        return found
+
+    def commands(self) -> list[str]:
+        """The commands that make the model again, one a station that says so, each calling a folder what the next
+        one calls it.
+        """
+        found, source = [], None
+        for number, station in enumerate(self.stations):
+            told = station.entry.get("command")
+            if isinstance(told, str) and told.strip():
+                found.append(_folded(_split(told)))
+            elif station.name == "prune" and station.settings.get("drop_layers"):
+                output = self._taken_up(number) or ("pruned" if source is None else f"{source}-again")
+                if output not in self._names:  # a recipe that begins with the base prunes it, too
+                    found.append(_folded(self._prune(station, source, output)))
+                source = output
+        return found
+
+    @property
+    def _names(self) -> set[str | None]:
+        """How the base may be called."""
+        return {self.base_id, self.base_on_hub}
+
+    def _taken_up(self, number: int) -> str | None:
+        """What the command that follows a station calls the model that it is given."""
+        for station in self.stations[number + 1 :]:
+            words = _split(str(station.entry.get("command") or ""))
+            if "--model_name_or_path" in words[:-1]:
+                return words[words.index("--model_name_or_path") + 1]
+        return None
+
+    def _prune(self, station: Station, source: str | None, output: str) -> list[str]:
+        settings, base = station.settings, self.lineage.base
+        # Whoever has no copy of the base takes it from the Hub; a GGUF file is other weights than those there.
+        start = self.base_id if self.from_gguf or not self.base_on_hub else self.base_on_hub
+        words = ["hf-layerprune", "prune", source or start, output]
+        words += ["--drop-layers", format_layers(settings["drop_layers"])]
+        if settings.get("dtype", "auto") != "auto":
+            words += ["--dtype", str(settings["dtype"])]
+        if settings.get("repair"):
+            words += ["--repair", str(settings["repair"]), *_calibration_words(station.entry.get("calibration"))]
+        if settings.get("form") == "adapter":
+            words.append("--adapter")
+        if source is None and base.get("commit"):
+            words += ["--revision", str(base["commit"])]
+        return words
+
+
+def _split(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError:  # a quote without its other half
+        return command.split()
+
+
+def _folded(words: list[str]) -> str:
+    """A command on lines that a page shows whole, each but the last ending in a backslash."""
+    lines = [""]
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        text = shlex.quote(word)
+        option = word.startswith("--")
+        room = _LINE - (len(shlex.quote(after)) + 1 if option and not after.startswith("--") else 0)
+        if option and len(lines[-1]) + len(text) + 1 > room:
+            lines.append("    ")
+        lines[-1] += text if not lines[-1].strip() else f" {text}"
+    return " \\\n".join(lines)
+
+
+def _calibration_words(record: Any) -> list[str]:
+    """The words of the command line for a calibration set, where it is not the usual one."""
+    if not isinstance(record, dict):
+        return []
+    source = str(record.get("source", "self"))
+    local = PurePath(source.replace("\\", "/")).name if source.startswith(("/", "~", ".")) else source
+    usual = {"calibration": "self", "calibration-samples": 128, "calibration-length": 512, "seed": 42}
+    names = ("source", "samples", "length", "seed")
+    told = {flag: local if name == "source" else record.get(name) for flag, name in zip(usual, names, strict=True)}
+    return [
+        word for flag, value in told.items() if value not in (None, usual[flag]) for word in (f"--{flag}", str(value))
+    ]
+
+
+def base_name(base: dict[str, Any]) -> str:
+    """What to call a base in public: its Hub id, or the last part of its path."""
+    name = str(base.get("id") or "")
+    if base.get("commit") or (is_hub_name(name) and "/" in name):
+        return name
+    return PurePath(name.replace("\\", "/")).name or "the base"
+
+
+def hub_base(base: dict[str, Any]) -> str | None:
+    """The Hub id of a base, or of what it is a copy of."""
+    name = str(base.get("id") or "")
+    if base.get("commit") and is_hub_name(name):
+        return name
+    declared = base.get("hub_id")
+    return declared if isinstance(declared, str) and is_hub_name(declared) else None
+
+
+def is_local(base: dict[str, Any]) -> bool:
+    """Whether a base is named by more than one part of a path on somebody's disk."""
+    name = str(base.get("id") or "")
+    return not base.get("commit") and not is_hub_name(name) and PurePath(name.replace("\\", "/")).name != name
+
+
+def read_history(lineage: Lineage) -> History:
+    """Follow a lineage from the base to the model.
+
+    Args:
+        lineage (`Lineage`): The lineage.
+
+    Returns:
+        `History`: What was done.
+
+    Raises:
+        CheckpointError: It contradicts itself.
+    """
+    _check_shape(lineage)
+    n: int | None = None
+    kept: list[int] = []
+    cuts: list[tuple[int, list[int]]] = []
+    for number, entry in enumerate(lineage.entries):
+        layers = entry.get("layers") or {}
+        if n is None and isinstance(layers.get("base"), int) and 0 < layers["base"] <= _MAX_LAYERS:
+            n, kept = layers["base"], list(range(layers["base"]))
+        if entry.get("station") != "prune":
+            if n is not None and layers.get("left", len(kept)) != len(kept):
+                raise CheckpointError("lineage.json does not say which layers were dropped; prune with hf-layerprune")
+            continue
+        drop = (entry.get("settings") or {}).get("drop_layers") or []
+        if n is None or any(type(i) is not int or not 0 <= i < len(kept) for i in drop):
+            raise CheckpointError(f"lineage.json drops layers {drop} of {len(kept)}; it was edited, or is damaged")
+        stay = [i for i in range(len(kept)) if i not in set(drop)]
+        kept = [kept[i] for i in stay]
+        cuts.append((number, stay))
+        if layers.get("left", len(kept)) != len(kept):
+            raise CheckpointError(
+                f"lineage.json says that {layers['left']} layers were left and drops all but {len(kept)}; it was edited"
+            )
+    if n is None:
+        raise CheckpointError("lineage.json does not say how many layers the base has; prune the model again")
+    stations = []
+    for number, entry in enumerate(lineage.entries):
+        later = [stay for at, stay in cuts if at > number]
+        for name, part in _parts(entry):
+            stations.append(Station(name, part, frozenset(_through(later, part.get("changed_tensors") or ()))))
+    return History(lineage, n, tuple(kept), tuple(stations))
+
+
+def _check_shape(lineage: Lineage) -> None:
+    """Refuse what is no record of ours, whoever has written it."""
+    for entry in lineage.entries:
+        shapes = {"settings": dict, "layers": dict, "versions": dict, "changed_tensors": list, "repair": dict}
+        shapes |= {"station": str, "date": str, "weights": str}
+        wrong = (
+            [name for name, kind in shapes.items() if not isinstance(entry.get(name), kind | None)]
+            if isinstance(entry, dict)
+            else ["an entry"]
+        )
+        names = entry.get("changed_tensors") or () if not wrong else ()
+        if wrong or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(
+                f"lineage.json is damaged: {(wrong or ['changed_tensors'])[0]} is not what it should be"
+            )
+
+
+def _parts(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """An entry, and the repair that was made on the way, as a station of its own."""
+    yield str(entry.get("station")), entry
+    repair = entry.get("repair")
+    if isinstance(repair, dict):
+        settings = {name: value for name, value in repair.items() if name not in _NO_SETTINGS}
+        yield "repair", {"settings": settings, "changed_tensors": repair.get("changed_tensors")}
+
+
+def _calibration(record: dict[str, Any]) -> dict[str, Any]:
+    """A calibration set, as the card lists data."""
+    source = str(record.get("source") or "")
+    name, _, part = source.partition(":")
+    found: dict[str, Any] = {"name": PurePath(source.replace("\\", "/")).name or "unnamed"}
+    if source == "self":
+        found["name"] = OWN_TEXT
+    elif "/" in name and is_hub_name(name):
+        found |= {"id": name, "name": name} | ({"split": part} if part else {})
+    samples, length = record.get("samples"), record.get("length")
+    if isinstance(samples, int) and isinstance(length, int):
+        found |= {"rows": samples, "tokens": samples * length}
+    if isinstance(record.get("fingerprint"), str):
+        found["sha256"] = record["fingerprint"]
+    return found
+
+
+def _through(cuts: list[list[int]], names: list[str]) -> Iterator[str]:
+    """Names of tensors after further cuts; those whose layer went are left out."""
+    for name in names:
+        for stay in cuts:
+            match = _LAYER.fullmatch(name)
+            if match is None:
+                continue
+            if int(match["index"]) not in stay:
+                break
+            name = f"{match['before']}{stay.index(int(match['index']))}{match['after']}"
+        else:
+            yield name

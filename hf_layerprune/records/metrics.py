@@ -1,0 +1,164 @@
+"""`metrics.json`: the measured numbers of a model folder, each bound to the weights that it was measured on.
+
+The schema is `metrics.schema.json` beside this file, and nothing is written that does not follow it. A file holds
+numbers of the folder's own weights, of its base, and of the stations between them (cut, repaired, healed), which
+`lineage.json` names by the same hash; numbers of any other weights are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..files.copy import write_text
+from .lineage import Lineage, fingerprint, weights_hash
+
+FILE_NAME = "metrics.json"
+SCHEMA_VERSION = 1
+# What tells one number from another: a new one with the same key takes the place of the old.
+_KEY = ("weights", "base", "kind", "task", "metric", "settings")
+
+
+@dataclass
+class Metrics:
+    """The numbers of a model folder.
+
+    Args:
+        weights (`str`): The hash of the folder's weights, see [`~records.lineage.weights_hash`].
+        models (`dict[str, dict]`): What was measured, by the hash of its weights: `role` (`"dense"`, `"cut"`,
+            `"repaired"`, `"healed"` or `"model"`), `name`, `layers`, `parameters`.
+        results (`list[dict]`): One measured number each; the fields are those of the schema.
+        comparisons (`list[dict]`): One difference to the base each.
+    """
+
+    weights: str
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, folder: Path) -> Metrics | None:
+        """Read the numbers of a folder, or `None` where it has none.
+
+        Raises:
+            CheckpointError: The file does not follow the schema.
+        """
+        return cls.read(folder / FILE_NAME)
+
+    @classmethod
+    def read(cls, path: Path) -> Metrics | None:
+        """Read a file of numbers, or `None` where there is none.
+
+        Raises:
+            CheckpointError: The file does not follow the schema.
+        """
+        if not path.is_file():
+            return None
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is no JSON ({error}); delete it and measure again") from error
+        _validate(data, path)
+        return cls(data["weights"], data["models"], data["results"], data["comparisons"])
+
+    def add_model(self, weights: str, *, role: str, name: str, layers: int, parameters: int) -> None:
+        """Say what a hash stands for."""
+        self.models[weights] = {"role": role, "name": name, "layers": layers, "parameters": parameters}
+
+    def add(self, *, results: list[dict[str, Any]] = (), comparisons: list[dict[str, Any]] = ()) -> None:
+        """Add numbers. One that was measured before, of the same weights with the same settings, is replaced."""
+        for name, new in (("results", results), ("comparisons", comparisons)):
+            keys = {_key(record) for record in new}
+            setattr(self, name, [old for old in getattr(self, name) if _key(old) not in keys] + list(new))
+
+    def find(self, weights: str, metric: str, task: str | None = None, **settings: Any) -> dict[str, Any] | None:
+        """The newest number of this kind, or `None`."""
+        for record in reversed(self.results):
+            same = record["weights"] == weights and record["metric"] == metric and record.get("task") == task
+            if same and settings.items() <= record.get("settings", {}).items():
+                return record
+        return None
+
+    def check_belongs(self, folder: Path, lineage: Lineage | None) -> None:
+        """Refuse numbers of other weights.
+
+        Args:
+            folder (`Path`): The folder that the file lies in.
+            lineage (`Lineage`, *optional*): Its history.
+
+        Raises:
+            CheckpointError: The folder's weights are not those that were measured, or a number belongs to weights
+                that are neither the folder's nor in its history.
+        """
+        own = weights_hash(fingerprint(folder))
+        if self.weights != own:
+            raise CheckpointError(
+                f"{folder / FILE_NAME} was measured on other weights ({self.weights[:12]}, and the folder's are "
+                f"{own[:12]}); measure again with hf-layerprune eval {folder}"
+            )
+        known = {own} | (lineage.known_weights() if lineage else set())
+        foreign = sorted(set(self.models) - known)
+        if foreign:
+            names = ", ".join(f"{self.models[weights]['name']} ({weights[:12]})" for weights in foreign)
+            raise CheckpointError(
+                f"{folder / FILE_NAME} holds numbers of {names}, which the history of this model does not know; "
+                "measure again without them"
+            )
+
+    def write(self, folder: Path) -> None:
+        """Write the numbers into a folder, whole or not at all.
+
+        Raises:
+            CheckpointError: They don't follow the schema.
+        """
+        self.write_file(folder / FILE_NAME)
+
+    def write_file(self, path: Path) -> None:
+        """Write the numbers into a file of any name, whole or not at all.
+
+        Raises:
+            CheckpointError: They don't follow the schema.
+        """
+        data = {
+            "schema_version": SCHEMA_VERSION,
+            "weights": self.weights,
+            "models": self.models,
+            "results": self.results,
+            "comparisons": self.comparisons,
+        }
+        _validate(data, path)
+        write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _key(record: dict[str, Any]) -> str:
+    return json.dumps([record.get(name) for name in _KEY], sort_keys=True)
+
+
+@cache
+def _validator() -> Any:
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(json.loads(files(__package__).joinpath("metrics.schema.json").read_text()))
+
+
+def _validate(data: Any, path: Path) -> None:
+    error = next(iter(_validator().iter_errors(data)), None)
+    if error is not None:
+        where = "/".join(str(part) for part in error.absolute_path) or "the top"
+        raise CheckpointError(f"{path} does not follow its schema at {where}: {error.message[:200]}")
+    known = set(data["models"])
+    for record in [*data["results"], *data["comparisons"]]:
+        for name in ("weights", "base"):
+            if name in record and record[name] not in known:
+                raise CheckpointError(f"{path} has a number of {record[name][:12]}, which `models` does not list")
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise CheckpointError(
+                    f"{path}: {record['metric']} has {name}={value}, and only finite numbers are recorded"
+                )

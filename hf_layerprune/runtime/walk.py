@@ -1,0 +1,295 @@
+"""Run a decoder layer by layer: many batches and many candidates through one layer before the next is touched.
+
+    walk = LayerWalk(model)
+    batches = [walk.begin(ids) for ids in rows.split(8)]
+    for i in range(walk.num_layers):
+        with walk.layer(i) as run:
+            for batch in batches:
+                batch.hidden = run(batch.hidden, batch)
+
+What a layer is called with (masks, rotary embeddings) is recorded from the model's own forward, in which every layer
+hands its input on, so nothing of a family is rebuilt here. Whether layers can be run one at a time is tried on a few
+tokens first: a model whose layers hand more to each other than hidden states is refused.
+
+Weights that are mapped from a file, as `from_pretrained` leaves them on a CPU, come in when a layer runs, and with
+`let_go` they leave memory after it; with `device`, a layer's weights are on that device only while it runs. So a model
+may be larger than memory, and each weight is read once a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..families.layout import find_decoder_layers
+from .mapped import release
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PROBE_TOKENS = 8
+
+
+@dataclass
+class Batch:
+    """Rows that are on their way through the decoder.
+
+    Args:
+        input_ids (`torch.Tensor`): Token ids `[batch, seq]`.
+        hidden (`torch.Tensor`): The hidden states `[batch, seq, hidden]` that enter the next layer; at the start those
+            that enter the first.
+        calls (`list[tuple[tuple, dict]]`): What each layer is called with besides the hidden states.
+    """
+
+    input_ids: torch.Tensor
+    hidden: torch.Tensor
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class LayerWalk:
+    """A causal language model whose decoder layers are run one at a time.
+
+    Args:
+        model (`PreTrainedModel`): The model, in evaluation mode. It is left as it is.
+        device (`str` or `torch.device`, *optional*): Where a layer's weights are moved to while it runs. By default
+            layers run where they are.
+        let_go (`bool`, defaults to `False`): Whether weights that are mapped from a file leave memory after use. Only
+            for a model that nobody has changed since it was loaded: what was changed would be read from the file again.
+
+    Raises:
+        UnsupportedModelError: The model's layers can't be run one at a time.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, device: str | torch.device | None = None, let_go: bool = False
+    ) -> None:
+        self.model = model
+        self.stack = find_decoder_layers(model)
+        self.layers: nn.ModuleList = self.stack.layers
+        self.num_layers = len(self.layers)
+        self._device = torch.device(device) if device is not None else None
+        self._let_go = let_go
+        self._home = next(self.layers[0].parameters()).device
+        # `None` for a layer that returns a tensor, else how many values it returns.
+        self._returns: list[int | None] = [None] * self.num_layers
+        if self._device is not None and self._device != self._home:
+            self._move_surroundings()
+        self._try_out()
+
+    @property
+    def device(self) -> torch.device:
+        """Where hidden states are."""
+        return self._device or self._home
+
+    @property
+    def reads_weights_anew(self) -> bool:
+        """Whether each pass over the layers has to bring their weights in again."""
+        return self._let_go or self._streams
+
+    def begin(self, input_ids: torch.Tensor) -> Batch:
+        """Embed rows of tokens.
+
+        Args:
+            input_ids (`torch.Tensor`): Token ids `[batch, seq]`, without padding.
+
+        Returns:
+            `Batch`: With the hidden states that enter the first layer.
+        """
+        calls: list[Any] = [None] * self.num_layers
+        hidden: list[torch.Tensor] = []
+
+        def hand_on(index: int, before: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+            if not hidden:
+                hidden.append(before)
+            calls[index] = (args, kwargs)
+            return before
+
+        input_ids = input_ids.to(self.device)
+        with torch.no_grad(), self._replaced(hand_on), self._headless():
+            self._forward(input_ids, logits_to_keep=1)
+        if any(call is None for call in calls):
+            raise self._refusal("not every layer is called")
+        return Batch(input_ids, hidden[0], calls)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Callable[[torch.Tensor, Batch], torch.Tensor]]:
+        """Bring in one layer.
+
+        Args:
+            index (`int`): Which one.
+
+        Yields:
+            `Callable`: Runs the layer: takes hidden states `[batch, seq, hidden]` and the batch that they belong to,
+                gives the hidden states that leave the layer. Gradients flow if they are switched on.
+        """
+        layer, returns = self.layers[index], self._returns[index]
+
+        def run(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+            args, kwargs = batch.calls[index]
+            output = layer(hidden, *args, **kwargs)
+            return output if returns is None else output[0]
+
+        with self._moved(layer):
+            yield run
+        if self._let_go:
+            release(layer)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and head, and whatever the model does to its logits.
+
+        Args:
+            hidden (`torch.Tensor`): Hidden states `[batch, seq, hidden]` that left the last layer.
+
+        Returns:
+            `torch.Tensor`: `[batch, seq, vocabulary]`.
+        """
+
+        def put_in(index: int, before: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+            return hidden if index == self.num_layers - 1 else before
+
+        with self._replaced(put_in):
+            return self._forward(torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device))
+
+    def rest(self) -> None:
+        """Let the embeddings and the head leave memory too, while layers run; they come back when they are used."""
+        if self._let_go:
+            for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+                if module is not None:
+                    release(module)
+
+    # --- how it works ------------------------------------------------------------------------------------
+
+    def _forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.model(input_ids=input_ids, use_cache=False, return_dict=True, **kwargs).logits
+
+    @contextmanager
+    def _replaced(self, instead: Callable[[int, torch.Tensor, tuple, dict], torch.Tensor]) -> Iterator[None]:
+        """Call a function in place of every layer."""
+
+        def stub(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if args:
+                    hidden = instead(index, args[0], args[1:], kwargs)
+                else:
+                    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                    hidden = instead(index, kwargs["hidden_states"], (), others)
+                returns = self._returns[index]
+                return hidden if returns is None else (hidden, *[None] * (returns - 1))
+
+            return forward
+
+        with _called_instead(self.layers, [stub(index) for index in range(self.num_layers)]):
+            yield
+
+    def _headless(self) -> AbstractContextManager[None]:
+        """Leave the head's product, which nobody will look at, uncomputed: for a few rows it takes long, and on some
+        CPUs ten times the memory of its weights.
+        """
+        head = self.model.get_output_embeddings()
+        return _called_instead([] if head is None else [head], [lambda hidden, *args, **kwargs: hidden])
+
+    def _try_out(self) -> None:
+        """Run a few tokens the usual way and layer by layer, and refuse a model for which that differs."""
+        ids = torch.arange(3, 3 + _PROBE_TOKENS)[None].to(self.device) % self.model.config.get_text_config().vocab_size
+        order: list[int] = []
+
+        def note(index: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                order.append(index)
+                self._returns[index] = len(output) if isinstance(output, tuple | list) else None
+                if self._let_go:
+                    release(module)
+
+            return hook
+
+        handles = [layer.register_forward_hook(note(index)) for index, layer in enumerate(self.layers)]
+        try:
+            with torch.no_grad(), self._moved(*self.layers) if self._streams else _nothing():
+                wanted = self._forward(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if order != list(range(self.num_layers)):
+            raise self._refusal("they are not run once each, in order")
+        try:
+            with torch.no_grad():
+                batch = self.begin(ids)
+                if batch.hidden.shape[:-1] != ids.shape:
+                    raise self._refusal("they hand on several streams of states")
+                for index in range(self.num_layers):
+                    with self.layer(index) as run:
+                        batch.hidden = run(batch.hidden, batch)
+                found = self.logits(batch.hidden)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            raise self._refusal(f"run alone, one fails ({str(error).splitlines()[0][:120]})") from error
+        if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * _scale(wanted)):
+            raise self._refusal("they hand more to each other than hidden states")
+        self.rest()
+
+    def _refusal(self, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"the layers of {type(self.model).__name__} can't be run one at a time: {why}. Choose layers by a "
+            "criterion that needs no data (reverse_order, random, magnitude_l1, magnitude_l2), or name them yourself"
+        )
+
+    @property
+    def _streams(self) -> bool:
+        return self._device is not None and self._device != self._home
+
+    def _move_surroundings(self) -> None:
+        """Move all but the layers, for good."""
+        inside = {id(tensor) for layer in self.layers for tensor in (*layer.parameters(), *layer.buffers())}
+        for module in self.model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and id(tensor) not in inside and tensor.device != self._device:
+                        if tensors is module._parameters:
+                            tensor.data = tensor.data.to(self._device)
+                        else:
+                            tensors[name] = tensor.to(self._device)
+
+    @contextmanager
+    def _moved(self, *layers: nn.Module) -> Iterator[None]:
+        """Keep layers on the device while the block runs; their own tensors are put back after it."""
+        if not self._streams:
+            yield
+            return
+        tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
+        home = [tensor.data for tensor in tensors]
+        for tensor in tensors:
+            tensor.data = tensor.data.to(self._device)
+        try:
+            yield
+        finally:
+            for tensor, data in zip(tensors, home, strict=True):
+                tensor.data = data
+
+
+@contextmanager
+def _called_instead(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Call functions in place of modules."""
+    own = [module.__dict__.get("forward") for module in modules]
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            del module.forward
+            if forward is not None:  # a hook of accelerate's
+                module.forward = forward
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _scale(tensor: torch.Tensor) -> float:
+    return max(1.0, tensor.float().abs().max().item())

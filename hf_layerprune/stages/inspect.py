@@ -1,0 +1,156 @@
+"""What a model is made of, and what a cut would leave, without loading a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .. import families
+from ..errors import LayerPruneError
+from ..families.layout import find_decoder_layers
+from ..select import select_layers
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Parameters of a model, by part.
+
+    Args:
+        model_type (`str`): The type of the language decoder.
+        architecture (`str`): The class that `AutoModelForCausalLM` makes of it.
+        layers (`list[int]`): Parameters of each decoder layer.
+        embeddings (`int`): Parameters of the input embeddings.
+        head (`int`): Parameters of the output head; 0 where it is tied to the embeddings.
+        other (`int`): All other parameters: norms, other towers.
+        tied (`bool`): Whether the head is the embedding matrix.
+        layers_path (`str`): Where the layers are in the model.
+        refusal (`str`, *optional*): Why this model can't be pruned, if so.
+        protected (`dict[int, str]`): Layers that can't go, with the reason.
+        dropped_before (`list[int]`): Layers of its base that an earlier cut dropped, if it is the result of one.
+    """
+
+    model_type: str
+    architecture: str
+    layers: list[int]
+    embeddings: int
+    head: int
+    other: int
+    tied: bool
+    layers_path: str
+    refusal: str | None
+    protected: dict[int, str]
+    dropped_before: list[int]
+
+    @property
+    def total(self) -> int:
+        """All parameters, a shared one once."""
+        return sum(self.layers) + self.embeddings + self.head + self.other
+
+
+def inspect_config(config: PreTrainedConfig) -> Anatomy:
+    """Take a model apart by its config alone.
+
+    Args:
+        config (`PreTrainedConfig`): The model's config.
+
+    Returns:
+        `Anatomy`: Parameters by part.
+
+    Raises:
+        LayerPruneError: The config is not of a causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise LayerPruneError(
+            f"a {config.model_type} model is no causal language model, so it has no decoder layers to prune"
+        ) from error
+    refusal, protected = None, {}
+    try:
+        families.check_supported(model.config)
+        protected = families.protected_layers(model.config)
+    except LayerPruneError as error:
+        refusal = str(error)
+    stack = find_decoder_layers(model)
+    layers = [_count(layer) for layer in stack.layers]
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = bool(getattr(families.text_config(model.config), "tie_word_embeddings", False))
+    tied = tied and head is not None
+    embedding_count = _count(embeddings)
+    head_count = 0 if tied or head is None else _count(head)
+    # On the meta device a tied matrix may be counted twice; the parts are counted one by one instead.
+    known = {id(p) for m in (embeddings, head, *stack.layers) if m is not None for p in m.parameters()}
+    other = sum(p.numel() for p in model.parameters() if id(p) not in known)
+    return Anatomy(
+        model_type=families.text_config(config).model_type,
+        architecture=type(model).__name__,
+        layers=layers,
+        embeddings=embedding_count,
+        head=head_count,
+        other=other,
+        tied=tied,
+        layers_path=stack.path,
+        refusal=refusal,
+        protected=protected,
+        dropped_before=list((getattr(config, families.MARKER, None) or {}).get("drop_layers", [])),
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
+    """Spell an anatomy out for a person.
+
+    Args:
+        name (`str`): What the user called the model.
+        anatomy (`Anatomy`): See `inspect_config`.
+        drop (`float` or `int`, defaults to 0.25): The cut to try out.
+
+    Returns:
+        `str`: Several lines.
+    """
+    n, smallest, largest = len(anatomy.layers), min(anatomy.layers), max(anatomy.layers)
+    each = f"{smallest:,} each" if smallest == largest else f"{smallest:,} to {largest:,} each"
+    head = "tied to the embeddings" if anatomy.tied else f"{anatomy.head:,}"
+    lines = [
+        f"{name}: {anatomy.architecture} ({anatomy.model_type})",
+        f"  decoder layers   {n:>15}   {anatomy.layers_path}, {each}",
+        f"  in the layers    {sum(anatomy.layers):>15,}   {sum(anatomy.layers) / anatomy.total:.1%}",
+        f"  embeddings       {anatomy.embeddings:>15,}   {anatomy.embeddings / anatomy.total:.1%}",
+        f"  output head      {head:>15}" if not anatomy.tied else f"  output head      {'-':>15}   {head}",
+        f"  other            {anatomy.other:>15,}",
+        f"  parameters       {anatomy.total:>15,}",
+    ]
+    if anatomy.dropped_before:
+        from ..layer_ranges import format_layers
+
+        lines.append(f"  it is a cut model: layers {format_layers(anatomy.dropped_before)} of its base were dropped")
+    lines += [f"  layer {i} must stay: {reason}" for i, reason in sorted(anatomy.protected.items())]
+    if anatomy.refusal:
+        return "\n".join([*lines, f"It can't be pruned: {anatomy.refusal}"])
+    dropped = select_layers(n, drop=drop, protected=anatomy.protected)
+    saved = sum(anatomy.layers[i] for i in dropped)
+    left = anatomy.total - saved
+    amount = f"{drop:.0%}" if isinstance(drop, float) else f"{drop} layers"
+    lines.append(
+        f"A cut of {amount} drops {len(dropped)} layer{'s' if len(dropped) > 1 else ''} and leaves {n - len(dropped)} of {n}: {left:,} parameters, "
+        f"{left / anatomy.total:.1%} of the base."
+    )
+    if anatomy.tied:
+        untied = left + anatomy.embeddings
+        lines.append(
+            f"Tuning lm_head unties it, which adds {anatomy.embeddings:,}: {untied:,}, {untied / anatomy.total:.1%} of the "
+            f"base"
+            + (" - more than the base itself; tune_lm_head=False keeps it tied." if untied > anatomy.total else ".")
+        )
+    return "\n".join(lines)
