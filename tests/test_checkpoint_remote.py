@@ -32,7 +32,8 @@ TOKEN = "hf_good"
 # imported, so it can't be the tests' own process; a fresh one each time would be slow.
 WORKER = """
 import json, sys, traceback
-from hf_layerprune.cut.disk import cut_checkpoint, download, ranges
+from hf_layerprune.cut import download, ranges
+from hf_layerprune.cut.disk import cut_checkpoint
 from hf_layerprune.errors import LayerPruneError
 ranges.FIRST_WAIT, download.CHUNK, download.ROWS_CHUNK = 0.02, 1 << 18, 1 << 12
 for line in sys.stdin:

@@ -268,8 +268,8 @@ KILLS = """
 import os, random, shutil, signal, sys, threading, time
 from pathlib import Path
 from tqdm.auto import tqdm
-from hf_layerprune import files
-from hf_layerprune import folders as replace
+from hf_layerprune.files import copy as files
+from hf_layerprune.files import folders as replace
 from hf_layerprune.cut.disk import cut_checkpoint
 from tests.test_checkpoint_safety import digest
 

@@ -27,7 +27,7 @@ IDS = torch.tensor([[1, 504, 3575, 282, 4649, 314, 7042, 30, 198, 2683]])
 BARE = f"""
 import sys, types
 package = types.ModuleType("hf_layerprune")
-package.__path__ = [{str(Path(gguf_file.__file__).parents[1])!r}]
+package.__path__ = [{str(Path(gguf_file.__file__).parents[2])!r}]
 sys.modules["hf_layerprune"] = package
 from hf_layerprune.cut.gguf import cut_gguf
 """
