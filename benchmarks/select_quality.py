@@ -20,6 +20,7 @@ import torch
 from hf_layerprune.calibration.rows import CalibrationSet, load_calibration
 from hf_layerprune.errors import CutError
 from hf_layerprune.layer_ranges import format_layers
+from hf_layerprune.options import CutOptions
 from hf_layerprune.repair import FITTED, fit_repair
 from hf_layerprune.runtime.loading import load_base, load_tokenizer
 from hf_layerprune.runtime.walk import LayerWalk
@@ -119,12 +120,12 @@ def main() -> None:
     found["raw_kl"] = {format_layers(b): s for b, s in tried["kl"].blocks.items()}
     for repair in (None, *FITTED):
         start = time.process_time()
-        choice = choose_layers(walk, text, drop=count, criterion="auto", repair=repair)
+        choice = choose_layers(walk, text, CutOptions(drop=count, criterion="auto", repair=repair))
         chose(f"auto, repair={repair}", choice.drop_layers, time.process_time() - start)
         found[f"auto_{repair}"] = choice.record()
         print("  ", choice.why, flush=True)
     start = time.process_time()
-    greedy = choose_layers(walk, first(text, 4), drop=count, criterion="kl", steps=count)
+    greedy = choose_layers(walk, first(text, 4), CutOptions(drop=count, criterion="kl", steps=count))
     chose("kl, one after the other", greedy.drop_layers, time.process_time() - start)
 
     # What each choice does to the model, on the other text.

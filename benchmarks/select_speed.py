@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from hf_layerprune.calibration.rows import CalibrationSet, load_calibration
 from hf_layerprune.cut.memory import drop_layers
+from hf_layerprune.options import CutOptions
 from hf_layerprune.records.lineage import peak_rss
 from hf_layerprune.runtime.loading import load_base, load_tokenizer
 from hf_layerprune.runtime.walk import LayerWalk
@@ -95,7 +96,7 @@ def naive_greedy(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> li
 
 def our_greedy(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:
     calibration = CalibrationSet.of(rows, "rows")
-    return choose_layers(model, calibration, drop=_STEPS, criterion="perplexity", steps=_STEPS).drop_layers
+    return choose_layers(model, calibration, CutOptions(drop=_STEPS, criterion="perplexity", steps=_STEPS)).drop_layers
 
 
 def pruneme_distance(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:

@@ -55,6 +55,8 @@ except ImportError:
 
 from hf_layerprune.errors import CheckpointError, LayerPruneError
 from hf_layerprune.heal.config import HealConfig
+from hf_layerprune.options import CutOptions, arguments, take
+from hf_layerprune.stages.requests import PruneRequest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,27 +69,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_layerprune.recipe")
 
 
-@dataclass
-class CutArguments:
-    """What is dropped, and what makes up for it before training. A model that is pruned already stays as it is."""
-
-    drop: str = field(default="0.25", metadata={"help": "A fraction of the layers, or a number of them."})
-    drop_layers: str | None = field(default=None, metadata={"help": "The very layers to drop, such as 20-26,29."})
-    criterion: str = field(
-        default="reverse_order", metadata={"help": "How layers are chosen, such as block_influence or auto."}
-    )
-    protect_first: int | None = field(default=None, metadata={"help": "So many layers at the start are never chosen."})
-    protect_last: int | None = field(default=None, metadata={"help": "So many layers at the end are never chosen."})
-    contiguous: bool = field(default=False, metadata={"help": "Whether they must lie side by side."})
-    repair: str | None = field(
-        default=None,
-        metadata={"help": "linear, refit or magnitude.", "choices": ["linear", "refit", "magnitude"]},
-    )
-    calibration: str = field(
-        default="self", metadata={"help": "Text for criterion and repair; self for the model's own."}
-    )
-    calibration_samples: int = field(default=128, metadata={"help": "Rows of it."})
-    calibration_length: int = field(default=512, metadata={"help": "Tokens in each."})
+# What is dropped, and what makes up for it before training. A model that is pruned already stays as it is.
+CutArguments = arguments("CutArguments", CutOptions, skip=("seed",))
 
 
 @dataclass
@@ -136,7 +119,7 @@ def main(
     training_args: HealConfig,
     model_args: ModelArguments,
     dataset_args: DatasetMixtureConfig,
-    cut_args: CutArguments,
+    cut_args: CutOptions,
     row_args: RowArguments,
     measure_args: MeasureArguments,
 ) -> None:
@@ -203,13 +186,11 @@ def push_request(training_args: HealConfig, folder: Path) -> PushRequest | None:
     return PushRequest(folder, training_args.hub_model_id, private=private, token=training_args.hub_token)
 
 
-def prepare_student(model_args: ModelArguments, cut_args: CutArguments, training_args: HealConfig) -> Student:
+def prepare_student(model_args: ModelArguments, cut_args: CutOptions, training_args: HealConfig) -> Student:
     """The pruned model: made now, made by an earlier start of this run, or named by the user."""
-    from hf_layerprune.commands.options import drop
     from hf_layerprune.heal.student import Student, cut_of
-    from hf_layerprune.layer_ranges import parse_layers
     from hf_layerprune.runtime.loading import load_config
-    from hf_layerprune.stages.prune import PruneRequest, prune_to
+    from hf_layerprune.stages.prune import prune_to, was_made
 
     name = model_args.model_name_or_path
     if name is None:
@@ -220,24 +201,9 @@ def prepare_student(model_args: ModelArguments, cut_args: CutArguments, training
             raise LayerPruneError(f"{name} is pruned already; leave --drop_layers and --repair out, or name its base")
         return Student.at(name, revision)
     folder = Path(training_args.output_dir) / "pruned"
-    request = PruneRequest(
-        base=name,
-        output=str(folder),
-        drop=drop(cut_args.drop),
-        drop_layers=parse_layers(cut_args.drop_layers) if cut_args.drop_layers else None,
-        criterion=cut_args.criterion,
-        protect_first=cut_args.protect_first,
-        protect_last=cut_args.protect_last,
-        contiguous=cut_args.contiguous,
-        seed=training_args.seed,
-        repair=cut_args.repair,
-        calibration=cut_args.calibration,
-        calibration_samples=cut_args.calibration_samples,
-        calibration_length=cut_args.calibration_length,
-        revision=revision,
-    )
+    request = take(PruneRequest, cut_args, base=name, output=str(folder), seed=training_args.seed, revision=revision)
     with training_args.main_process_first(local=False, desc="pruning"):
-        if training_args.process_index == 0 and not Student.made_by(request, folder):
+        if training_args.process_index == 0 and not was_made(request, folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             logger.info("%s", prune_to(request))
     return Student.at(folder)

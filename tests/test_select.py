@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from hf_layerprune import CutError
 from hf_layerprune.layer_ranges import format_layers, parse_layers
+from hf_layerprune.options import CutOptions
 from hf_layerprune.select import CRITERIA, drop_count, needs_model, select_layers
 
 
@@ -45,12 +46,9 @@ def test_selection(layers: int, data: st.DataObject, criterion: str, contiguous:
     last = data.draw(st.integers(0, layers - count - first))
     chosen = select_layers(
         layers,
-        drop=count,
-        criterion=criterion,
-        protect_first=first,
-        protect_last=last,
-        contiguous=contiguous,
-        seed=seed,
+        CutOptions(
+            drop=count, criterion=criterion, protect_first=first, protect_last=last, contiguous=contiguous, seed=seed
+        ),
     )
     assert len(chosen) == count == len(set(chosen))
     assert chosen == sorted(chosen)
@@ -63,20 +61,20 @@ def test_selection(layers: int, data: st.DataObject, criterion: str, contiguous:
 
 
 def test_random_is_the_seed() -> None:
-    draws = {tuple(select_layers(30, criterion="random", seed=seed)) for seed in (1, 1, 2, 3)}
+    draws = {tuple(select_layers(30, CutOptions(criterion="random", seed=seed))) for seed in (1, 1, 2, 3)}
     assert len(draws) == 3
 
 
 def test_architecture_protects() -> None:
-    assert select_layers(8, drop=2, protected=[7]) == [5, 6]
+    assert select_layers(8, CutOptions(drop=2), protected=[7]) == [5, 6]
     with pytest.raises(CutError, match="no 3 neighbouring"):
-        select_layers(8, drop=3, contiguous=True, protected=[2, 5])
+        select_layers(8, CutOptions(drop=3, contiguous=True), protected=[2, 5])
     with pytest.raises(CutError, match="only 2 may"):
-        select_layers(8, drop=3, protect_first=3, protect_last=3)
+        select_layers(8, CutOptions(drop=3, protect_first=3, protect_last=3))
     with pytest.raises(CutError, match="is unknown; there are reverse_order, random"):
-        select_layers(8, criterion="magic")
+        select_layers(8, CutOptions(criterion="magic"))
     with pytest.raises(CutError, match="protect_first=-1"):
-        select_layers(8, protect_first=-1)
+        select_layers(8, CutOptions(protect_first=-1))
 
 
 @given(st.sets(st.integers(0, 300), min_size=1))

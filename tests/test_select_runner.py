@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hf_layerprune import CheckpointError, CutError, LayerDropConfig, UnsupportedModelError, prune_with
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cut.memory import drop_layers
+from hf_layerprune.options import CutOptions
 from hf_layerprune.repair import fit_repair
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import ALL, choose_layers, score_layers, trials
@@ -122,7 +123,9 @@ def test_all_read_each_layer_a_few_times(model: Any, text: CalibrationSet) -> No
 @pytest.mark.parametrize("criterion", ["block_influence", "perplexity", "kl", "taylor", "magnitude_l2", "angular_distance", "repairability"])  # fmt: skip
 def test_rounds_score_what_is_left(criterion: str, model: Any, text: CalibrationSet) -> None:
     choice = choose_layers(
-        model, text, drop=3, criterion=criterion, steps=3, protect_first=0, protect_last=0, variant="published"
+        model,
+        text,
+        CutOptions(drop=3, criterion=criterion, steps=3, protect_first=0, protect_last=0, variant="published"),
     )
     assert len(choice.scores) == 3
     assert "in 3 rounds" in choice.why
@@ -143,7 +146,7 @@ def test_rounds_score_what_is_left(criterion: str, model: Any, text: Calibration
 
 
 def test_greedy_kl_is_to_the_dense_model(model: Any, text: CalibrationSet) -> None:
-    choice = choose_layers(model, text, drop=2, criterion="kl", steps=2)
+    choice = choose_layers(model, text, CutOptions(drop=2, criterion="kl", steps=2))
     first = lowest_layers(choice.scores[0].layers, 1, range(LAYERS))[0]
     for i, score in enumerate(choice.scores[1].layers):
         if i != first:
@@ -152,25 +155,28 @@ def test_greedy_kl_is_to_the_dense_model(model: Any, text: CalibrationSet) -> No
 
 
 def test_contiguous_tries_blocks(model: Any, text: CalibrationSet) -> None:
-    choice = choose_layers(model, text, drop=3, criterion="perplexity", contiguous=True)
+    choice = choose_layers(model, text, CutOptions(drop=3, criterion="perplexity", contiguous=True))
     losses = {block: measured(without(block), model, text.input_ids)[0] for block in neighbours(range(LAYERS), 3)}
     assert tuple(choice.drop_layers) == min(losses, key=losses.__getitem__)
-    summed = choose_layers(model, text, drop=3, criterion="block_influence", contiguous=True)
+    summed = choose_layers(model, text, CutOptions(drop=3, criterion="block_influence", contiguous=True))
     layers = summed.scores[0].layers
     assert sum(layers[i] for i in summed.drop_layers) == min(sum(layers[i : i + 3]) for i in range(LAYERS - 2))
 
 
 def test_protection_is_the_sources_own(model: Any, text: CalibrationSet) -> None:
     for criterion in ("taylor", "magnitude_l1", "magnitude_l2"):
-        assert set(choose_layers(model, text, drop=2, criterion=criterion).drop_layers) == {4, 5}
-        free = choose_layers(model, text, drop=2, criterion=criterion, protect_first=0, protect_last=0)
-        paper = choose_layers(model, text, drop=2, criterion=criterion, variant="paper")
+        assert set(choose_layers(model, text, CutOptions(drop=2, criterion=criterion)).drop_layers) == {4, 5}
+        free = choose_layers(model, text, CutOptions(drop=2, criterion=criterion, protect_first=0, protect_last=0))
+        paper = choose_layers(model, text, CutOptions(drop=2, criterion=criterion, variant="paper"))
         assert len(free.drop_layers) == len(paper.drop_layers) == 2
         layers = free.scores[0].layers
         assert free.drop_layers == lowest_layers(layers, 2, range(LAYERS))
         with pytest.raises(CutError, match="only 2 may"):
-            choose_layers(model, text, drop=3, criterion=criterion)
-    assert 7 not in choose_layers(model, text, drop=7, criterion="block_influence", variant="paper").drop_layers
+            choose_layers(model, text, CutOptions(drop=3, criterion=criterion))
+    assert (
+        7
+        not in choose_layers(model, text, CutOptions(drop=7, criterion="block_influence", variant="paper")).drop_layers
+    )
 
 
 def test_the_papers_draw() -> None:
@@ -180,7 +186,7 @@ def test_the_papers_draw() -> None:
     from hf_layerprune.select import select_layers
 
     kept = Random(42).sample(list(range(32)), 24)
-    assert select_layers(32, criterion="random", variant="paper") == sorted(set(range(32)) - set(kept))
+    assert select_layers(32, CutOptions(criterion="random", variant="paper")) == sorted(set(range(32)) - set(kept))
 
 
 # --- auto -----------------------------------------------------------------------------------------------
@@ -188,7 +194,7 @@ def test_the_papers_draw() -> None:
 
 @pytest.mark.parametrize("repair", [None, "linear", "magnitude"])
 def test_auto_picks_the_best_of_its_short_list(repair: str | None, model: Any, text: CalibrationSet) -> None:
-    choice = choose_layers(model, text, drop=3, repair=repair)
+    choice = choose_layers(model, text, CutOptions(drop=3, repair=repair, criterion="auto"))
     short = choice.details["short_list"]
     assert short[0]["layers"] in choice.why
     assert [c["kl"] for c in short] == sorted(c["kl"] for c in short)
@@ -199,8 +205,13 @@ def test_auto_picks_the_best_of_its_short_list(repair: str | None, model: Any, t
         fit_repair(model, choice.drop_layers, fitting, repair).apply(cut.model.layers, plan.new_index)
     _, kl = measured(cut, model, judging.input_ids)
     assert short[0]["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-5)
-    assert choose_layers(model, text, drop=3, repair=repair).drop_layers == choice.drop_layers
-    block = choose_layers(model, text, drop=3, repair=repair, contiguous=True).drop_layers
+    assert (
+        choose_layers(model, text, CutOptions(drop=3, repair=repair, criterion="auto")).drop_layers
+        == choice.drop_layers
+    )
+    block = choose_layers(
+        model, text, CutOptions(drop=3, repair=repair, contiguous=True, criterion="auto")
+    ).drop_layers
     assert block == list(range(block[0], block[0] + 3))
     if repair == "linear":
         assert 0 not in choice.drop_layers
@@ -213,18 +224,18 @@ def test_auto_finds_the_layers_that_do_nothing(text: CalibrationSet) -> None:
             for name in ("mlp.down_proj", "self_attn.o_proj"):
                 model.model.layers[i].get_submodule(name).weight.mul_(1e-3)
     for criterion in ("auto", "kl", "block_influence", "angular_distance"):
-        assert choose_layers(model, text, drop=3, criterion=criterion).drop_layers == [2, 3, 4]
+        assert choose_layers(model, text, CutOptions(drop=3, criterion=criterion)).drop_layers == [2, 3, 4]
 
 
 def test_auto_needs_rows_and_layers(model: Any, text: CalibrationSet) -> None:
     few = CalibrationSet.of(text.input_ids[:3], "few")
     with pytest.raises(CutError, match="raise calibration_samples"):
-        choose_layers(model, few)
+        choose_layers(model, few, CutOptions(criterion="auto"))
     with pytest.raises(CutError, match="looks at text"):
-        choose_layers(model)
+        choose_layers(model, None, CutOptions(criterion="auto"))
     with pytest.raises(CutError, match="no 4 neighbouring"):
-        choose_layers(model, text, drop=4, contiguous=True, protected=[3, 4])
-    found = choose_layers(model, text, drop=4, protected=[3])
+        choose_layers(model, text, CutOptions(drop=4, contiguous=True, criterion="auto"), protected=[3, 4])
+    found = choose_layers(model, text, CutOptions(drop=4, criterion="auto"), protected=[3])
     assert 3 not in found.drop_layers
 
 
@@ -241,27 +252,27 @@ def test_auto_needs_rows_and_layers(model: Any, text: CalibrationSet) -> None:
         ({"criterion": "kl", "steps": 2, "contiguous": True}, "steps and contiguous"),
         ({"criterion": "kl", "drop": 8}, "at least one must stay"),
         ({"criterion": "kl", "protect_first": -1}, "protect_first=-1"),
-        ({"criterion": "kl", "variant": "mine"}, "variant='mine'"),
+        ({"criterion": "kl", "variant": "mine"}, "variant 'mine' is unknown"),
     ],
 )
 def test_bad_settings(kwargs: dict[str, Any], message: str, model: Any, text: CalibrationSet) -> None:
     with pytest.raises(CutError, match=message):
-        choose_layers(model, text, **{"drop": 3} | kwargs)
+        choose_layers(model, text, CutOptions(**{"drop": 3} | kwargs))
 
 
 def test_no_text(model: Any) -> None:
     for criterion in ("taylor", "kl", "block_influence"):
         with pytest.raises(CutError, match="looks at text"):
-            choose_layers(model, criterion=criterion)
-    assert choose_layers(model, drop=2, criterion="magnitude_l1").drop_layers == [4, 5]
-    assert choose_layers(model, drop=2, criterion="reverse_order").drop_layers == [6, 7]
+            choose_layers(model, None, CutOptions(criterion=criterion))
+    assert choose_layers(model, None, CutOptions(drop=2, criterion="magnitude_l1")).drop_layers == [4, 5]
+    assert choose_layers(model, None, CutOptions(drop=2, criterion="reverse_order")).drop_layers == [6, 7]
 
 
 def test_tokens_of_another_model(model: Any) -> None:
     other = CalibrationSet.of(torch.full((4, 8), VOCAB), "other")
     for criterion in ("block_influence", "taylor", "perplexity", "auto"):
         with pytest.raises(CheckpointError, match="belongs to another model"):
-            choose_layers(model, other, criterion=criterion)
+            choose_layers(model, other, CutOptions(criterion=criterion))
 
 
 @pytest.mark.parametrize("criterion", ["block_influence", "taylor", "kl", "perplexity", "repairability", "auto"])
@@ -271,10 +282,10 @@ def test_damaged_weights_are_named(criterion: str, text: CalibrationSet) -> None
     with torch.no_grad():
         model.model.layers[5].mlp.up_proj.weight[3, 4] = math.nan
     with pytest.raises(CheckpointError, match=r"layer 5 has weights that are not finite, in mlp\.up_proj\.weight"):
-        choose_layers(walk, text, drop=2, criterion=criterion, protect_first=0, protect_last=0)
+        choose_layers(walk, text, CutOptions(drop=2, criterion=criterion, protect_first=0, protect_last=0))
     if criterion == "taylor":
         with pytest.raises(CheckpointError, match="magnitude_l1 gives layer 5 the score nan"):
-            choose_layers(walk, drop=2, criterion="magnitude_l1")
+            choose_layers(walk, None, CutOptions(drop=2, criterion="magnitude_l1"))
 
 
 def test_states_beyond_the_dtype_are_named(text: CalibrationSet) -> None:
@@ -283,22 +294,24 @@ def test_states_beyond_the_dtype_are_named(text: CalibrationSet) -> None:
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.mul_(6e4)
     with pytest.raises(CheckpointError, match=r"leave layer 2 are not finite in float16.*bfloat16"):
-        choose_layers(walk, text, drop=2, criterion="kl")
+        choose_layers(walk, text, CutOptions(drop=2, criterion="kl"))
 
 
 def test_experts_and_norms_have_no_repairability(text: CalibrationSet) -> None:
     for model_type in ("gemma2", "mixtral"):
         with pytest.raises(UnsupportedModelError, match="repairability has nothing to say"):
-            choose_layers(tiny_model(model_type), text, drop=3, criterion="repairability")
+            choose_layers(tiny_model(model_type), text, CutOptions(drop=3, criterion="repairability"))
     with pytest.raises(CutError, match="works for none of the layers"):
-        choose_layers(tiny_model("gemma2"), text, drop=3, repair="linear")
+        choose_layers(tiny_model("gemma2"), text, CutOptions(drop=3, repair="linear", criterion="auto"))
 
 
 def test_layers_that_cannot_be_walked_still_have_weights(text: CalibrationSet) -> None:
     model = tiny_model("gemma3n_text")
-    assert len(choose_layers(model, drop=2, criterion="magnitude_l1", protect_first=0).drop_layers) == 2
+    assert (
+        len(choose_layers(model, None, CutOptions(drop=2, criterion="magnitude_l1", protect_first=0)).drop_layers) == 2
+    )
     with pytest.raises(UnsupportedModelError, match="one at a time"):
-        choose_layers(model, text, drop=2, criterion="kl")
+        choose_layers(model, text, CutOptions(drop=2, criterion="kl"))
 
 
 # --- from the config ------------------------------------------------------------------------------------

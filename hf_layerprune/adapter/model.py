@@ -22,6 +22,7 @@ from ..cut.lazy import SAVED, SOURCES, load_pruned
 from ..cut.memory import LayerCut, drop_layers
 from ..errors import CheckpointError, CutError, LayerPruneError
 from ..families.layout import find_decoder_layers, find_output_head
+from ..options import check
 from ..repair.frozen import freeze, module_names, put, thaw
 from ..runtime.loading import find_adapter, load_base, resolve_base
 from ..runtime.mapped import copy_by_mapping
@@ -77,6 +78,7 @@ class LayerDropModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if not isinstance(config, LayerDropConfig):
             raise LayerPruneError(f"a LayerDropConfig is needed, not a {type(config).__name__}")
+        check(config)  # again: its fields may have been set since it was made
         cut = getattr(self.model, _CUT, None)
         if chooses(config) and not hasattr(self.model, _PREPARED):
             setattr(self.model, _PREPARED, _choose(config, self.model, cut))
@@ -206,17 +208,7 @@ def _resolve_drop(config: LayerDropConfig, model_config: PreTrainedConfig, cut: 
     if cut is not None:  # a second adapter: its settings are about the dense base
         n = cut.cut.num_layers
     if config.drop_layers is None:
-        config.drop_layers = select_layers(
-            n,
-            drop=config.drop,
-            criterion=config.criterion,
-            variant=config.variant,
-            protect_first=config.protect_first,
-            protect_last=config.protect_last,
-            contiguous=config.contiguous,
-            seed=config.seed,
-            protected=families.protected_layers(model_config) if cut is None else (),
-        )
+        config.drop_layers = select_layers(n, config, families.protected_layers(model_config) if cut is None else ())
     if config.num_base_layers is None:
         config.num_base_layers = n
     elif config.num_base_layers != n and not families.is_cut(model_config, config.drop_layers, config.num_base_layers):

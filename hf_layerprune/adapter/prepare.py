@@ -88,20 +88,8 @@ def prepare(
         from ..select import choose_layers
 
         start = time.perf_counter()
-        choice = choose_layers(
-            walk or model,
-            calibration,
-            drop=config.drop,
-            criterion=config.criterion,
-            variant=config.variant,
-            steps=config.steps,
-            protect_first=config.protect_first,
-            protect_last=config.protect_last,
-            contiguous=config.contiguous,
-            seed=config.seed,
-            repair=config.repair,
-            protected=families.protected_layers(model.config),
-        )
+        protected = families.protected_layers(model.config)
+        choice = choose_layers(walk or model, calibration, config, protected=protected)
         logger.info("%s", choice.why)
         drop_layers = choice.drop_layers
         record["selection"] = choice.record() | {"seconds": round(time.perf_counter() - start, 3)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import options
+from ..options import MODEL_HELP
 
 HELP = "talk to a pruned model, beside its dense base"
 DESCRIPTION = (
@@ -15,7 +15,7 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The words of the command."""
-    parser.add_argument("model", metavar="MODEL", help=f"{options.BASE_HELP}; an adapter too")
+    parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}; an adapter too")
     parser.add_argument("--base", metavar="BASE", help="the dense model to compare with (the one MODEL was made of)")
     parser.add_argument("--port", type=int, metavar="P", help="serve on this port (the first free one from 7860)")
     parser.add_argument("--host", metavar="H", help="serve on this address, 0.0.0.0 for every one (127.0.0.1)")

@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import options
+from ..options import DTYPES
 
 _NAMES = ("dtype", "device", "revision", "base_revision", "output", "history", "force")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the words."""
-    parser.add_argument("--dtype", choices=options.DTYPES, default="auto", help="of the weights; auto: as they are")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as they are")
     parser.add_argument(
         "--device",
         default="auto",

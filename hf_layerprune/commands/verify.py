@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import options
+from ..options import MODEL_HELP
 
 HELP = "prove that a model's weights come from its base"
 DESCRIPTION = (
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The words of the command."""
     parser.add_argument("model", metavar="MODEL", help="a model folder, or a Hub id")
     parser.add_argument(
-        "--base", metavar="BASE", help=f"where the base is, if not where lineage.json says: {options.BASE_HELP}"
+        "--base", metavar="BASE", help=f"where the base is, if not where lineage.json says: {MODEL_HELP}"
     )
     parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
     parser.add_argument("--quick", action="store_true", help="headers and hashes only; no tensor is read")

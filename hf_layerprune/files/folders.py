@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,11 +24,13 @@ if os.name == "posix":
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 # What a folder must hold one of to be replaced: nobody's home is deleted by a slip of the keyboard.
-_MODEL_FILES = {"config.json", "adapter_config.json"}
+_MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 @contextmanager
-def new_folder(target: Path, *, force: bool = False, apart_from: Path | None = None) -> Iterator[Path]:
+def new_folder(
+    target: Path, *, force: bool = False, apart_from: Path | None = None, replaces: Collection[str] = _MODEL_FILES
+) -> Iterator[Path]:
     """Make a folder under a temporary name, and give it its own when the block ends well.
 
     Args:
@@ -36,6 +38,7 @@ def new_folder(target: Path, *, force: bool = False, apart_from: Path | None = N
         force (`bool`, defaults to `False`): Replace a model folder that is there. It stays until the new one is
             complete and on disk.
         apart_from (`Path`, *optional*): A file or folder that must not be written to.
+        replaces (`Collection[str]`): A folder must hold one of these files to be replaced.
 
     Yields:
         `Path`: The folder to write into.
@@ -44,7 +47,7 @@ def new_folder(target: Path, *, force: bool = False, apart_from: Path | None = N
         CheckpointError: The target is in the way, or writing fails. Nothing of the new folder is left.
     """
     try:
-        target = check_target(target.expanduser(), apart_from, force)
+        target = check_target(target.expanduser(), apart_from, force, replaces)
         with NewFolder(target, force) as folder:
             yield folder.path
             folder.publish()
@@ -54,13 +57,14 @@ def new_folder(target: Path, *, force: bool = False, apart_from: Path | None = N
         raise CheckpointError(f"could not write {target}: {error}") from error
 
 
-def check_target(target: Path, source: Path | None, force: bool) -> Path:
+def check_target(target: Path, source: Path | None, force: bool, replaces: Collection[str] = _MODEL_FILES) -> Path:
     """Refuse a target that can't be made without touching something else.
 
     Args:
         target (`Path`): The folder to make.
         source (`Path`, *optional*): The file or folder that is read, if it is one.
         force (`bool`): Whether the target may be replaced.
+        replaces (`Collection[str]`): A folder must hold one of these files to be replaced.
 
     Returns:
         `Path`: The target without any link on the way to it.
@@ -85,9 +89,9 @@ def check_target(target: Path, source: Path | None, force: bool) -> Path:
             raise CheckpointError(
                 f"{named} exists and is not empty; replace it with --force (force=True), or name another folder"
             )
-        if names and not _MODEL_FILES & set(names):
+        if names and not set(replaces) & set(names):
             raise CheckpointError(
-                f"{named} holds no model, so it is not replaced; remove it yourself, or name another"
+                f"{named} holds no {' or '.join(replaces)}, so it is not replaced; remove it yourself, or name another"
             )
     for parent in target.parents:
         if os.path.lexists(parent):

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..stages.prune import PruneRequest
-
 logger = logging.getLogger(__name__)
 
 
@@ -73,38 +71,6 @@ class Student:
         cuts = [entry for entry in (lineage.entries if lineage else ()) if entry["station"] == "prune"]
         again = len(cuts) > 1
         return cls(folder, cut, base.get("id"), base.get("commit"), _repaired(lineage), again)
-
-    @staticmethod
-    def made_by(request: PruneRequest, folder: Path) -> bool:
-        """Whether a folder holds what a request asks for, made by an earlier run.
-
-        Args:
-            request (`PruneRequest`): What is asked for.
-            folder (`Path`): Where it would be.
-
-        Returns:
-            `bool`: `False` where there is nothing yet.
-
-        Raises:
-            CheckpointError: It holds something else.
-        """
-        if not folder.exists():
-            return False
-        lineage = Lineage.of(folder)
-        entry = next(
-            (entry for entry in reversed(lineage.entries if lineage else []) if entry["station"] == "prune"), {}
-        )
-        found = entry.get("settings", {})
-        wanted = request.settings(sorted(request.drop_layers or found.get("drop_layers", [])))
-        calibration = entry.get("calibration", {})
-        same = [wanted == found, lineage is not None and lineage.base.get("id") == request.base]
-        if request.repair:
-            for name in ("samples", "length"):
-                same.append(calibration.get(name) == getattr(request, f"calibration_{name}"))
-            same.append(calibration.get("source") == request.calibration)
-        if not all(same):
-            raise CheckpointError(f"{folder} holds another cut than is asked for; name another folder, or remove it")
-        return True
 
     def method(self, name: str) -> Method:
         """The method of that name, or for `"auto"` the one that suits this model, with a word on why."""

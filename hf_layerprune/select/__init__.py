@@ -1,8 +1,9 @@
 """Choose which decoder layers to drop.
 
+    from hf_layerprune.options import CutOptions
     from hf_layerprune.select import choose_layers, score_layers
 
-    choice = choose_layers(model, calibration, drop=0.25, criterion="auto")
+    choice = choose_layers(model, calibration, CutOptions(drop=0.25, criterion="auto"))
     choice.drop_layers, choice.why
 
 A criterion is a file of its own, and a line in `registry.py`. `runner.py` walks the model once for all that are asked
@@ -20,6 +21,7 @@ from .registry import ALL, CRITERIA, Criterion, find_criterion
 from .sets import drop_count, free_layers, lowest_block, neighbours
 
 if TYPE_CHECKING:
+    from ..options import CutOptions
     from .runner import Choice, choose_layers, score_layers
     from .scores import Scores
 
@@ -50,45 +52,28 @@ def needs_model(criterion: str) -> bool:
     return find_criterion(criterion).needs != "count"
 
 
-def select_layers(
-    num_layers: int,
-    *,
-    drop: float | int = 0.25,
-    criterion: str = "reverse_order",
-    variant: str = "published",
-    protect_first: int | None = None,
-    protect_last: int | None = None,
-    contiguous: bool = False,
-    seed: int = 42,
-    protected: Collection[int] = (),
-) -> list[int]:
+def select_layers(num_layers: int, choice: CutOptions, protected: Collection[int] = ()) -> list[int]:
     """Choose the layers to drop by a criterion that looks at nothing but their number.
 
     Args:
-        num_layers (`int`): How many decoder layers the model has.
-        drop (`float` or `int`, defaults to 0.25): See `drop_count`.
-        criterion (`str`, defaults to `"reverse_order"`): `"reverse_order"` or `"random"`.
-        variant (`str`, defaults to `"published"`): See `LayerDropConfig`.
-        protect_first (`int`, *optional*): Layers at the start that must stay.
-        protect_last (`int`, *optional*): Layers at the end that must stay.
-        contiguous (`bool`, defaults to `False`): Drop one block of neighbouring layers: of all such blocks the one
-            that goes first by the sum of its layers' ranks.
-        seed (`int`, defaults to 42): For criteria that draw.
+        num_layers (`int`): Number of decoder layers.
+        choice (`CutOptions`): How many go, by which criterion. A contiguous choice is the block that goes first by the
+            sum of its layers' ranks.
         protected (`Collection[int]`): Further layers that must stay, as the architecture demands.
 
     Returns:
         `list[int]`: Base indices, ascending.
 
     Raises:
-        CutError: A setting is out of range, or more layers would go than may.
+        CutError: The criterion looks at the model, or more layers would go than may.
     """
-    count = drop_count(drop, num_layers)
-    found = find_criterion(criterion)
-    if needs_model(criterion):
-        raise CutError(f"criterion {criterion!r} looks at the model; use choose_layers")
-    free = free_layers(num_layers, count, *found.protection(variant, protect_first, protect_last), protected)
-    order = found.load().order(num_layers, count, seed, variant)
-    if not contiguous:
+    count = drop_count(choice.drop, num_layers)
+    criterion = find_criterion(choice.criterion)
+    if needs_model(choice.criterion):
+        raise CutError(f"criterion {choice.criterion!r} looks at the model; use choose_layers")
+    free = free_layers(num_layers, count, *criterion.protection(choice), protected)
+    order = criterion.load().order(num_layers, count, choice.seed, choice.variant)
+    if not choice.contiguous:
         return sorted([i for i in order if i in free][:count])
     rank = {layer: position for position, layer in enumerate(order)}
     blocks = neighbours(range(num_layers), count)

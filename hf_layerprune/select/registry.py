@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from ..errors import CutError
+from ..options import bind, find
+
+if TYPE_CHECKING:
+    from ..options import ChoiceOptions
 
 VARIANTS = ("published", "paper")
 
@@ -43,9 +46,10 @@ class Criterion:
         """The module that computes it."""
         return import_module(f".{self.module}", __package__)
 
-    def protection(self, variant: str, first: int | None, last: int | None) -> tuple[int, int]:
+    def protection(self, choice: ChoiceOptions) -> tuple[int, int]:
         """How many layers at the start and at the end stay: as asked, or as the source has it."""
-        own = self.protect if variant == "published" else (0, 0)
+        own = self.protect if choice.variant == "published" else (0, 0)
+        first, last = choice.protect_first, choice.protect_last
         return (own[0] if first is None else first, own[1] if last is None else last)
 
 
@@ -92,8 +96,9 @@ def find_criterion(name: str) -> Criterion:
     Raises:
         CutError: There is none of that name.
     """
-    if name in CRITERIA:
-        return CRITERIA[name]
-    near = get_close_matches(str(name), CRITERIA, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}? There are" if near else "; there are"
-    raise CutError(f"criterion {name!r} is unknown{hint} {', '.join(CRITERIA)}")
+    return CRITERIA[find("criterion", name, CRITERIA)]
+
+
+bind("criterion", CRITERIA)
+bind("variant", VARIANTS)
+bind("repair", ("linear", "refit", "magnitude"))

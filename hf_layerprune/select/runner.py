@@ -26,6 +26,8 @@ from .trials import Cut, try_cuts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..options import CutOptions
+
 logger = logging.getLogger(__name__)
 
 _TRIED = ("perplexity", "kl")
@@ -116,17 +118,9 @@ def score_layers(
 
 def choose_layers(
     model: PreTrainedModel | LayerWalk,
-    calibration: CalibrationSet | None = None,
+    calibration: CalibrationSet | None,
+    choice: CutOptions,
     *,
-    drop: float | int = 0.25,
-    criterion: str = "auto",
-    variant: str = "published",
-    steps: int = 1,
-    protect_first: int | None = None,
-    protect_last: int | None = None,
-    contiguous: bool = False,
-    seed: int = 42,
-    repair: str | None = None,
     protected: Collection[int] = (),
 ) -> Choice:
     """Choose the layers to drop.
@@ -134,59 +128,50 @@ def choose_layers(
     Args:
         model (`PreTrainedModel` or `LayerWalk`): The dense model. It is left as it is.
         calibration (`CalibrationSet`, *optional*): The text; not needed by criteria that look at no text.
-        drop (`float` or `int`, defaults to 0.25): How much to drop, see `drop_count`.
-        criterion (`str`, defaults to `"auto"`): How.
-        variant (`str`, defaults to `"published"`): See `score_layers`.
-        steps (`int`, defaults to 1): In how many rounds, each scored on what the rounds before left.
-        protect_first (`int`, *optional*): So many layers at the start stay; by default as many as the source of the
-            criterion keeps.
-        protect_last (`int`, *optional*): So many layers at the end stay; likewise.
-        contiguous (`bool`, defaults to `False`): Drop layers that lie side by side.
-        seed (`int`, defaults to 42): For criteria that draw.
-        repair (`str`, *optional*): The repair that will follow, which `"auto"` takes into account.
+        choice (`CutOptions`): How many go, and by which criterion. `"auto"` takes the repair that will follow into
+            account.
         protected (`Collection[int]`): Further layers that must stay, as the architecture demands.
 
     Returns:
         `Choice`: The layers, and why.
 
     Raises:
-        CutError: A setting makes no sense, or more layers would go than may.
+        CutError: Options that contradict each other, or more layers would go than may.
         CheckpointError: The calibration set is of another model, or a score is no number.
         UnsupportedModelError: The model's layers can't be run one at a time.
     """
-    found = find_criterion(criterion)
+    criterion = find_criterion(choice.criterion)
     num_layers = len(_layers(model))
-    count = drop_count(drop, num_layers)
-    first, last = found.protection(variant, protect_first, protect_last)
-    free = free_layers(num_layers, count, first, last, protected)
-    if criterion == "auto":
+    count = drop_count(choice.drop, num_layers)
+    free = free_layers(num_layers, count, *criterion.protection(choice), protected)
+    if criterion.name == "auto":
         from . import auto
 
         if calibration is None:
             raise CutError("criterion 'auto' looks at text; pass a calibration set")
-        return auto.choose(_walk(model), calibration, count, free, contiguous=contiguous, repair=repair)
-    shares = rounds(count, steps)
-    if contiguous and len(shares) > 1:
+        return auto.choose(_walk(model), calibration, count, free, contiguous=choice.contiguous, repair=choice.repair)
+    shares = rounds(count, choice.steps)
+    if choice.contiguous and len(shares) > 1:
         raise CutError("steps and contiguous don't go together: one block is chosen at once; leave one of them out")
-    if found.needs == "text":
+    if criterion.needs == "text":
         model = _walk(model)
     gone: list[int] = []
     looked_at: list[Scores] = []
     for share in shares:
-        blocks = contiguous and criterion in _TRIED
+        blocks = criterion.blocks_only or (choice.contiguous and criterion.name in _TRIED)
         scores = score_layers(
             model,
             calibration,
-            [criterion],
-            variant=variant,
+            [criterion.name],
+            variant=choice.variant,
             drop=share,
-            lengths=[share] if blocks or found.blocks_only else None,
+            lengths=[share] if blocks else None,
             gone=gone,
-            seed=seed,
-        )[criterion]
+            seed=choice.seed,
+        )[criterion.name]
         looked_at.append(scores)
-        gone = sorted([*gone, *scores.pick(share, free - set(gone), contiguous)])
-    return Choice(gone, criterion, _why(found, variant, gone, len(shares)), looked_at)
+        gone = sorted([*gone, *scores.pick(share, free - set(gone), choice.contiguous)])
+    return Choice(gone, criterion.name, _why(criterion, choice.variant, gone, len(shares)), looked_at)
 
 
 def _why(criterion: Criterion, variant: str, dropped: Sequence[int], steps: int) -> str:

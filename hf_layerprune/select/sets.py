@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
 from ..errors import CutError
+from ..options import DROP, checked
 
 
 def drop_count(drop: float | int, num_layers: int) -> int:
@@ -23,14 +24,11 @@ def drop_count(drop: float | int, num_layers: int) -> int:
     Raises:
         CutError: The setting is out of range, or means no layer or all of them.
     """
-    if isinstance(drop, bool) or not isinstance(drop, int | float) or not math.isfinite(drop) or drop <= 0:
-        raise CutError(f"drop={drop!r} must be a fraction between 0 and 1, or a number of layers")
+    drop = checked("drop", drop, DROP)
     if isinstance(drop, int):
         if drop >= num_layers:
             raise CutError(f"drop={drop} would drop all {num_layers} layers of the model; at least one must stay")
         return drop
-    if drop >= 1:
-        raise CutError(f"drop={drop} must be a fraction below 1, or a whole number of layers such as drop={int(drop)}")
     count = math.floor(Fraction(str(drop)) * num_layers)  # exact: 0.3 * 10 is 3, not 2.9999999999999996
     if count == 0:
         raise CutError(
@@ -57,9 +55,6 @@ def free_layers(
     Raises:
         CutError: A setting is out of range, or more layers would go than may.
     """
-    for name, value in (("protect_first", protect_first), ("protect_last", protect_last)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise CutError(f"{name}={value!r} must be a number of layers, 0 or more")
     free = {i for i in range(protect_first, num_layers - protect_last) if i not in protected}
     if count > len(free):
         raise CutError(
@@ -126,12 +121,6 @@ def block_sums(scores: Sequence[float | None], layers: Sequence[int], count: int
 
 
 def rounds(count: int, steps: int) -> list[int]:
-    """How many layers go in each round: as even as can be, the larger shares first.
-
-    Raises:
-        CutError: `steps` is no number of rounds.
-    """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise CutError(f"steps={steps!r} must be a number of rounds, 1 or more")
+    """The number of layers that go in each round: as even as can be, the larger shares first."""
     steps = min(steps, count)
     return [count // steps + (i < count % steps) for i in range(steps)]

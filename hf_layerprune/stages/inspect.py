@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING
 from .. import families
 from ..errors import LayerPruneError
 from ..families.layout import find_decoder_layers
+from ..layer_ranges import format_layers
+from ..options import CutOptions
+from ..runtime.loading import load_config
 from ..select import select_layers
+from .requests import InspectRequest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +55,23 @@ class Anatomy:
         return sum(self.layers) + self.embeddings + self.head + self.other
 
 
+def inspect_model(request: InspectRequest) -> str:
+    """Take a model apart by its config, and spell it out.
+
+    Args:
+        request (`InspectRequest`): Which model, and the cut to try out.
+
+    Returns:
+        `str`: Several lines.
+
+    Raises:
+        CheckpointError: There is no such model.
+        LayerPruneError: It is not a causal language model.
+    """
+    config = load_config(request.model, revision=request.revision)
+    return report(request.model, inspect_config(config), request.drop)
+
+
 def inspect_config(config: PreTrainedConfig) -> Anatomy:
     """Take a model apart by its config alone.
 
@@ -71,7 +92,7 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
             model = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise LayerPruneError(
-            f"a {config.model_type} model is no causal language model, so it has no decoder layers to prune"
+            f"a {config.model_type} model is not a causal language model, so it has no decoder layers to prune"
         ) from error
     refusal, protected = None, {}
     try:
@@ -132,13 +153,11 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
         f"  parameters       {anatomy.total:>15,}",
     ]
     if anatomy.dropped_before:
-        from ..layer_ranges import format_layers
-
         lines.append(f"  it is a cut model: layers {format_layers(anatomy.dropped_before)} of its base were dropped")
     lines += [f"  layer {i} must stay: {reason}" for i, reason in sorted(anatomy.protected.items())]
     if anatomy.refusal:
         return "\n".join([*lines, f"It can't be pruned: {anatomy.refusal}"])
-    dropped = select_layers(n, drop=drop, protected=anatomy.protected)
+    dropped = select_layers(n, CutOptions(drop=drop), anatomy.protected)
     saved = sum(anatomy.layers[i] for i in dropped)
     left = anatomy.total - saved
     amount = f"{drop:.0%}" if isinstance(drop, float) else f"{drop} layers"

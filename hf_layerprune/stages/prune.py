@@ -1,11 +1,11 @@
-"""The prune station: read a base, drop layers, write a model folder (or a GGUF file) with its lineage."""
+"""The prune stage: read a base, drop layers, write a model folder (or a GGUF file) with its lineage."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,13 @@ from ..cut.write import fill
 from ..errors import CheckpointError, CutError
 from ..files.folders import check_target, new_folder
 from ..layer_ranges import format_layers
+from ..options import take
 from ..records.declared import declared_by
 from ..records.licences import is_licence_file
 from ..records.lineage import Lineage, fingerprint, passing_weights_hash, station
-from ..runtime.loading import is_hub_id, load_base, load_config, resolve_base
+from ..runtime.loading import is_hub_id, load_base, load_config, load_tokenizer, resolve_base
 from ..select import find_criterion, needs_model, select_layers
+from .requests import PruneRequest
 
 if TYPE_CHECKING:
     from ..adapter.config import LayerDropConfig
@@ -32,94 +34,50 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class PruneRequest:
-    """What to prune, and how.
+def looks_at_model(request: PruneRequest) -> bool:
+    """Whether the layers are chosen by a criterion that looks at the dense model."""
+    return request.drop_layers is None and needs_model(request.criterion)
+
+
+def settings_of(request: PruneRequest, dropped: list[int]) -> dict[str, Any]:
+    """What decides the outcome, for the lineage."""
+    settings: dict[str, Any] = {"drop_layers": dropped}
+    if request.drop_layers is None:
+        first, last = find_criterion(request.criterion).protection(request)
+        names = ("drop", "criterion", "variant", "seed", "steps", "contiguous")
+        settings |= {name: getattr(request, name) for name in names} | {"protect_first": first, "protect_last": last}
+    if request.repair is not None:
+        settings["repair"] = request.repair
+    return settings | {"dtype": request.dtype, "form": "adapter" if request.adapter else "model"}
+
+
+def was_made(request: PruneRequest, folder: Path) -> bool:
+    """Whether a folder holds what a request asks for, made by an earlier run.
 
     Args:
-        base (`str`): A Hub id, a model folder, or a GGUF file.
-        output (`str`): The folder to write; or a `.gguf` file, for a base that is one.
-        drop (`float` or `int`, defaults to 0.25): A fraction of the layers, or a count.
-        drop_layers (`list[int]`, *optional*): These layers, whatever `drop` and `criterion` say.
-        criterion (`str`, defaults to `"reverse_order"`): How layers are chosen.
-        variant (`str`, defaults to `"published"`): See `LayerDropConfig`.
-        steps (`int`, defaults to 1): In how many rounds layers are chosen.
-        protect_first (`int`, *optional*): So many layers at the start are never chosen.
-        protect_last (`int`, *optional*): So many layers at the end are never chosen.
-        contiguous (`bool`, defaults to `False`): Whether the chosen layers must lie side by side.
-        seed (`int`, defaults to 42): For criteria that draw.
-        repair (`str`, *optional*): `"linear"`, `"refit"` or `"magnitude"`, see `LayerDropConfig`.
-        calibration (`str`, defaults to `"self"`): The text that a criterion and the repair look at, see
-            `LayerDropConfig`.
-        calibration_samples (`int`, defaults to 128): So many rows of it.
-        calibration_length (`int`, defaults to 512): So many tokens a row.
-        dtype (`str`, defaults to `"auto"`): Of the weights that are written; `"auto"` keeps the base's, and is
-            bfloat16 for a GGUF file that becomes a folder.
-        adapter (`bool`, defaults to `False`): Write a PEFT adapter in place of a whole model.
-        tune_layers (`int`, `"cut"` or `list[int]`, defaults to 3): Of the adapter, see `LayerDropConfig`.
-        tune_lm_head (`bool`, defaults to `True`): Of the adapter, see `LayerDropConfig`.
-        revision (`str`, *optional*): Branch, tag or commit of a base on the Hub.
-        link (`bool`, defaults to `False`): Hard-link weight files that stay as they are.
-        force (`bool`, defaults to `False`): Replace an output that exists.
+        request (`PruneRequest`): What is asked for.
+        folder (`Path`): Where it would be.
+
+    Returns:
+        `bool`: `False` where there is nothing yet.
+
+    Raises:
+        CheckpointError: It holds something else.
     """
-
-    base: str
-    output: str
-    drop: float | int = 0.25
-    drop_layers: list[int] | None = None
-    criterion: str = "reverse_order"
-    variant: str = "published"
-    steps: int = 1
-    protect_first: int | None = None
-    protect_last: int | None = None
-    contiguous: bool = False
-    seed: int = 42
-    repair: str | None = None
-    calibration: str = "self"
-    calibration_samples: int = 128
-    calibration_length: int = 512
-    dtype: str = "auto"
-    adapter: bool = False
-    tune_layers: int | str | list[int] = 3
-    tune_lm_head: bool = True
-    revision: str | None = None
-    link: bool = False
-    force: bool = False
-
-    @property
-    def looks_at_model(self) -> bool:
-        """Whether the layers are chosen by a criterion that looks at the dense model."""
-        return self.drop_layers is None and needs_model(self.criterion)
-
-    def layers_of(self, num_layers: int, protected: dict[int, str]) -> list[int]:
-        """The layers to drop from a base with so many."""
-        if self.drop_layers is not None:
-            return self.drop_layers
-        return select_layers(
-            num_layers,
-            drop=self.drop,
-            criterion=self.criterion,
-            variant=self.variant,
-            protect_first=self.protect_first,
-            protect_last=self.protect_last,
-            contiguous=self.contiguous,
-            seed=self.seed,
-            protected=protected,
-        )
-
-    def settings(self, dropped: list[int]) -> dict[str, Any]:
-        """What decides the outcome, for the lineage."""
-        chosen = {"drop_layers": dropped}
-        if self.drop_layers is None:
-            first, last = find_criterion(self.criterion).protection(
-                self.variant, self.protect_first, self.protect_last
-            )
-            chosen |= {"drop": self.drop, "criterion": self.criterion, "variant": self.variant, "seed": self.seed}
-            chosen |= {"steps": self.steps, "protect_first": first, "protect_last": last}
-            chosen |= {"contiguous": self.contiguous}
-        if self.repair is not None:
-            chosen |= {"repair": self.repair}
-        return chosen | {"dtype": self.dtype, "form": "adapter" if self.adapter else "model"}
+    if not folder.exists():
+        return False
+    lineage = Lineage.of(folder) or Lineage({})
+    entry = next((entry for entry in reversed(lineage.entries) if entry["station"] == "prune"), {})
+    recorded, calibration = entry.get("settings", {}), entry.get("calibration", {})
+    dropped = recorded.get("drop_layers", []) if request.drop_layers is None else request.drop_layers
+    same = [settings_of(request, dropped) == recorded, lineage.base.get("id") == request.base]
+    if request.repair:
+        asked = {"source": request.calibration, "samples": request.calibration_samples}
+        asked["length"] = request.calibration_length
+        same += [calibration.get(name) == value for name, value in asked.items()]
+    if not all(same):
+        raise CheckpointError(f"{folder} holds another cut than is asked for; name another folder, or remove it")
+    return True
 
 
 def prune_to(request: PruneRequest) -> str:
@@ -147,19 +105,19 @@ def prune_to(request: PruneRequest) -> str:
     config = read_config(hub.folder) if hub else load_config(request.base, revision=request.revision)
     families.check_supported(config)
     prepared = None
-    if request.looks_at_model:
+    if looks_at_model(request):
         # The repair looks at the same model and the same text, so it is fitted here as well.
         prepared = _prepare(request, None)
         dropped = prepared.drop_layers
     else:
-        dropped = request.layers_of(families.layer_count(config), families.protected_layers(config))
+        dropped = _count_only(request, families.layer_count(config), families.protected_layers(config))
     cut = families.make_cut(config, dropped)
     from ..cut.memory import rehearse_config  # imports torch, which a cut GGUF file does without
 
     # Everything that can be refused is refused before a weight is read.
     rehearse_config(config, families.cut_config(config, cut), cut)
     with new_folder(output, force=request.force, apart_from=source) as folder:
-        with station("prune", request.settings(list(cut.drop))) as entry:
+        with station("prune", settings_of(request, list(cut.drop))) as entry:
             if request.adapter or _needs_a_model(request):
                 make = _adapter if request.adapter else _model
                 commit, prepared = make(request, list(cut.drop), folder, prepared)
@@ -181,6 +139,11 @@ def prune_to(request: PruneRequest) -> str:
         _write_lineage(request, entry, commit, folder, hub)
     kind = "adapter that drops" if request.adapter else "dropped"
     return f"{kind} layers {format_layers(cut.drop)} of {cut.num_layers}: {len(cut.keep)} left, in {output}"
+
+
+def _count_only(request: PruneRequest, num_layers: int, protected: Collection[int] = ()) -> list[int]:
+    """The layers to drop, where nothing has to look at the model."""
+    return select_layers(num_layers, request, protected) if request.drop_layers is None else request.drop_layers
 
 
 def _needs_a_model(request: PruneRequest) -> bool:
@@ -206,10 +169,10 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> str:
         )
     if os.path.lexists(output) and not request.force:
         raise CheckpointError(f"{output} exists; replace it with --force, or name another file")
-    if request.looks_at_model:
+    if looks_at_model(request):
         dropped = _prepare(request, None).drop_layers  # looks at the dequantised model
     else:
-        dropped = request.layers_of(gguf_layer_count(base), {})
+        dropped = _count_only(request, gguf_layer_count(base))
     plan = cut_gguf(base, output, dropped, force=request.force)
     left, n = len(plan.kept_layers), plan.block_count
     return f"dropped layers {format_layers(plan.dropped_layers)} of {n}: {left} left, in {output}"
@@ -222,35 +185,17 @@ def _dtype(request: PruneRequest, gguf: bool) -> Any:
     return name if name == "auto" else getattr(torch, name)
 
 
-def _layer_drop_config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig:
+def _config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig:
     from ..adapter.config import LayerDropConfig
 
-    return LayerDropConfig(
-        base_model_name_or_path=request.base,
-        revision=request.revision,
-        drop_layers=dropped,
-        drop=request.drop,
-        criterion=request.criterion,
-        variant=request.variant,
-        steps=request.steps,
-        protect_first=request.protect_first,
-        protect_last=request.protect_last,
-        contiguous=request.contiguous,
-        seed=request.seed,
-        repair=request.repair,
-        calibration=request.calibration,
-        calibration_samples=request.calibration_samples,
-        calibration_length=request.calibration_length,
-        tune_layers=request.tune_layers,
-        tune_lm_head=request.tune_lm_head,
-    )
+    return take(LayerDropConfig, request, base_model_name_or_path=request.base, drop_layers=dropped)
 
 
 def _prepare(request: PruneRequest, dropped: list[int] | None) -> Prepared:
     """Choose the layers, where none are given, and fit the repair, from a dense model walked layer by layer."""
     from ..adapter.model import look_at_dense
 
-    return look_at_dense(_layer_drop_config(request, dropped), {"revision": request.revision})
+    return look_at_dense(_config(request, dropped), {"revision": request.revision})
 
 
 def _model(
@@ -264,7 +209,7 @@ def _model(
     _, gguf_file = resolve_base(request.base)
     model = load_base(request.base, revision=request.revision, dtype=_dtype(request, gguf_file is not None))
     if prepared is None and request.repair is not None:
-        prepared = prepare(_layer_drop_config(request, dropped), model)
+        prepared = prepare(_config(request, dropped), model)
     cut = drop_layers(model, dropped).cut
     if prepared is not None and prepared.repair is not None:
         model.save_pretrained(folder)
@@ -285,14 +230,10 @@ def _note_plain_cut(prepared: Prepared, folder: Path) -> None:
 
 
 def _save_tokenizer(request: PruneRequest, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    name, gguf_file = resolve_base(request.base)
-    kwargs = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        AutoTokenizer.from_pretrained(name, revision=request.revision, **kwargs).save_pretrained(folder)
-    except (OSError, ValueError) as error:
-        logger.warning("%s has no tokenizer that transformers can load (%s); none is written", request.base, error)
+        load_tokenizer(request.base, revision=request.revision).save_pretrained(folder)
+    except CheckpointError as error:
+        logger.warning("%s; none is written", error)
 
 
 def _adapter(
@@ -301,7 +242,7 @@ def _adapter(
     """Save the plan, the tail that will be tuned, and what the repair changed."""
     from ..adapter.model import prune_prepared
 
-    config = _layer_drop_config(request, dropped)
+    config = _config(request, dropped)
     _, gguf_file = resolve_base(request.base)
     model = prune_prepared(config, prepared, dtype=_dtype(request, gguf_file is not None))
     model.save_pretrained(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 from .. import families
 from ..errors import CheckpointError, CutError, LayerPruneError
 from ..files.copy import write_text
+from ..files.folders import check_target, new_folder
+from ..options import CutOptions, take
 from ..records.lineage import peak_rss, versions
 from ..runtime.loading import load_base, load_config, load_tokenizer
-from ..select import ALL, CRITERIA, drop_count, find_criterion
+from ..select import CRITERIA, drop_count, find_criterion
 from ..select.sets import free_layers
+from .requests import RankRequest
 
 if TYPE_CHECKING:
     from ..calibration.rows import CalibrationSet
@@ -26,57 +30,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class RankRequest:
-    """What to rank, and how.
-
-    Args:
-        base (`str`): A Hub id, a model folder, or a GGUF file.
-        output (`Path`, *optional*): The folder for `scores.json` and the pictures. Without one, only the text is made.
-        criteria (`Sequence[str]`, defaults to all but `"auto"`): By what.
-        variant (`str`, defaults to `"published"`): See `LayerDropConfig`.
-        drop (`float` or `int`, defaults to 0.25): How many layers would go.
-        lengths (`Sequence[int]`, *optional*): Score blocks of these lengths.
-        protect_first (`int`, *optional*): So many layers at the start would stay.
-        protect_last (`int`, *optional*): So many layers at the end would stay.
-        contiguous (`bool`, defaults to `False`): Whether the layers that would go must lie side by side.
-        repair (`str`, *optional*): The repair that `"auto"` takes into account.
-        calibration (`str`, defaults to `"self"`): The text, see `LayerDropConfig`.
-        calibration_samples (`int`, defaults to 128): So many rows of it.
-        calibration_length (`int`, defaults to 512): So many tokens a row.
-        seed (`int`, defaults to 42): For whatever is drawn.
-        dtype (`str`, defaults to `"auto"`): Of the weights; `"auto"` is the base's, or float32 on a CPU that has no
-            fast products of 16 bits.
-        device (`str`, defaults to `"auto"`): Where layers run, one at a time: `"cpu"`, `"cuda"`, ...
-        revision (`str`, *optional*): Branch, tag or commit of a base on the Hub.
-        force (`bool`, defaults to `False`): Replace a ranking that is there.
-    """
-
-    base: str
-    output: Path | None = None
-    criteria: Sequence[str] = ALL
-    variant: str = "published"
-    drop: float | int = 0.25
-    lengths: Sequence[int] | None = None
-    protect_first: int | None = None
-    protect_last: int | None = None
-    contiguous: bool = False
-    repair: str | None = None
-    calibration: str = "self"
-    calibration_samples: int = 128
-    calibration_length: int = 512
-    seed: int = 42
-    dtype: str = "auto"
-    device: str = "auto"
-    revision: str | None = None
-    force: bool = False
+# What a ranking consists of. A folder that holds anything else is not replaced.
+_OURS = re.compile(r"scores\.json|(choices|scores|blocks-\w+)\.(png|svg)")
 
 
 @dataclass
 class Ranking:
-    """What was found.
+    """Scores, and what follows from them.
 
     Args:
         scores (`dict[str, Scores]`): By criterion.
@@ -106,25 +66,21 @@ def rank(request: RankRequest) -> Ranking:
         `Ranking`: The scores, and what each criterion would drop.
 
     Raises:
-        CutError: A criterion does not exist, or a setting makes no sense.
+        CutError: Too few layers may be dropped, or a device can't be used.
         CheckpointError: The base or the calibration set can't be read, or the output can't be written.
         UnsupportedModelError: The architecture is not proven, or its layers can't be run one at a time.
     """
-    criteria = [find_criterion(name) for name in dict.fromkeys(request.criteria)]
+    criteria = [find_criterion(name) for name in request.criteria]
     config = load_config(request.base, revision=request.revision)
     families.check_supported(config)
     n = families.layer_count(config)
     count = drop_count(request.drop, n)
     protected = families.protected_layers(config)
     # What is refused is refused before a weight is read.
-    free = {
-        criterion.name: free_layers(
-            n, count, *criterion.protection(request.variant, request.protect_first, request.protect_last), protected
-        )
-        for criterion in criteria
-    }
+    free = {criterion.name: free_layers(n, count, *criterion.protection(request), protected) for criterion in criteria}
+    source = Path(request.base).expanduser()
     if request.output is not None:
-        _check_output(request)
+        _check_output(request.output.expanduser(), source, request.force)
     from ..select.runner import choose_layers, score_layers
 
     start = time.perf_counter()
@@ -135,24 +91,16 @@ def rank(request: RankRequest) -> Ranking:
         scores = score_layers(
             model, calibration, names, variant=request.variant, drop=count, lengths=request.lengths, seed=request.seed
         )
-    drops = {name: found.pick(count, free[name], request.contiguous) for name, found in scores.items()}
+    drops = {name: score.pick(count, free[name], request.contiguous) for name, score in scores.items()}
     why: dict[str, str] = {}
-    record: dict[str, Any] = {name: found.record() | {"drop_layers": drops[name]} for name, found in scores.items()}
+    by_criterion: dict[str, Any] = {
+        name: score.record() | {"drop_layers": drops[name]} for name, score in scores.items()
+    }
     if "auto" in free:
-        choice = choose_layers(
-            model,
-            calibration,
-            drop=count,
-            criterion="auto",
-            protect_first=request.protect_first,
-            protect_last=request.protect_last,
-            contiguous=request.contiguous,
-            repair=request.repair,
-            protected=protected,
-        )
+        choice = choose_layers(model, calibration, take(CutOptions, request, criterion="auto"), protected=protected)
         drops["auto"], why["auto"] = choice.drop_layers, choice.why
-        record["auto"] = choice.record() | {"drop_layers": choice.drop_layers}
-    found = {
+        by_criterion["auto"] = choice.record() | {"drop_layers": choice.drop_layers}
+    record = {
         "schema_version": SCHEMA_VERSION,
         "base": request.base,
         "commit": getattr(config, "_commit_hash", None),
@@ -164,14 +112,15 @@ def rank(request: RankRequest) -> Ranking:
         "seed": request.seed,
         "protect": {name: [i for i in range(n) if i not in layers] for name, layers in free.items()},
         "calibration": calibration.record() if calibration is not None else None,
-        "criteria": record,
+        "criteria": by_criterion,
         "versions": versions(),
         "seconds": round(time.perf_counter() - start, 3),
         "peak_memory_bytes": peak_rss(),
     }
-    ranking = Ranking(scores, drops, why, found)
+    ranking = Ranking(scores, drops, why, record)
     if request.output is not None:
-        _write(ranking, request, n)
+        with new_folder(request.output, force=request.force, apart_from=source, replaces=("scores.json",)) as folder:
+            _write(ranking, folder, n)
     return ranking
 
 
@@ -189,12 +138,7 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, 
         return model, None
     walk = _walk(request, model, LayerWalk)
     cost = estimate(
-        walk,
-        request.calibration_samples,
-        request.calibration_length,
-        names,
-        count=count,
-        lengths=request.lengths,
+        walk, request.calibration_samples, request.calibration_length, names, count=count, lengths=request.lengths
     )
     if cost.layers:
         logger.info("scoring takes %s", cost)
@@ -222,8 +166,8 @@ def _walk(request: RankRequest, model: Any, walk: type[LayerWalk]) -> LayerWalk:
 
     device = request.device
     if device == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = str(found) if found is not None else "cpu"
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = str(accelerator) if accelerator is not None else "cpu"
     try:
         device = torch.device(device)
         if request.dtype == "auto" and device.type == "cpu":
@@ -233,19 +177,20 @@ def _walk(request: RankRequest, model: Any, walk: type[LayerWalk]) -> LayerWalk:
         raise CutError(f"device {request.device!r} can't be used: {str(error).splitlines()[0]}") from error
 
 
-def _check_output(request: RankRequest) -> None:
-    if request.output.exists() and not (request.force and (request.output / "scores.json").is_file()):
-        raise CheckpointError(f"{request.output} exists; name another folder, or use --force to replace a ranking")
+def _check_output(output: Path, source: Path, force: bool) -> None:
+    """Refuse an output that can't be written, before minutes are spent on scoring."""
+    check_target(output, source, force, replaces=("scores.json",))
+    others = [path.name for path in output.glob("*") if not _OURS.fullmatch(path.name)]
+    if others:
+        raise CheckpointError(f"{output} holds {others[0]}, which is no part of a ranking; name another folder")
 
 
-def _write(ranking: Ranking, request: RankRequest, num_layers: int) -> None:
-    folder = request.output
-    folder.mkdir(parents=True, exist_ok=True)
+def _write(ranking: Ranking, folder: Path, num_layers: int) -> None:
     write_text(folder / "scores.json", json.dumps(ranking.record, indent=1, allow_nan=False) + "\n")
     try:
         draw_ranking(ranking.scores, ranking.drops, num_layers, folder)
     except LayerPruneError as error:
-        logger.warning("%s; the scores are in %s", error, folder / "scores.json")
+        logger.warning("%s; only the scores are written", error)
 
 
 def draw_ranking(
@@ -256,11 +201,11 @@ def draw_ranking(
     Args:
         scores (`Mapping[str, Scores]`): By criterion.
         drops (`Mapping[str, Sequence[int]]`): What each would drop.
-        num_layers (`int`): How many layers the base has.
-        folder (`Path`): Where to.
+        num_layers (`int`): Number of layers of the base.
+        folder (`Path`): Where the plots go.
 
     Returns:
-        `list[Path]`: The pictures, as PNG and as SVG.
+        `list[Path]`: The plots, each as PNG and as SVG.
 
     Raises:
         LayerPruneError: matplotlib is not installed.
@@ -275,16 +220,16 @@ def draw_ranking(
         if of_layers:
             written.append(folder / f"scores.{kind}")
             score_plots.layer_scores(of_layers, drops, written[-1])
-        for found in scores.values():
-            if found.blocks:
-                written.append(folder / f"blocks-{found.criterion}.{kind}")
-                block = drops[found.criterion] if CRITERIA[found.criterion].blocks_only else best_block(found, drops)
-                score_plots.block_scores(found, block, written[-1])
+        for score in scores.values():
+            if score.blocks:
+                written.append(folder / f"blocks-{score.criterion}.{kind}")
+                block = drops[score.criterion] if CRITERIA[score.criterion].blocks_only else best_block(score, drops)
+                score_plots.block_scores(score, block, written[-1])
     return written
 
 
-def best_block(found: Scores, drops: Mapping[str, Sequence[int]]) -> Sequence[int]:
-    """The best block as long as what would be dropped, of a criterion that also scores layers."""
-    count = len(drops[found.criterion])
-    ranked = sorted((score, block) for block, score in found.blocks.items() if len(block) == count)
+def best_block(scores: Scores, drops: Mapping[str, Sequence[int]]) -> Sequence[int]:
+    """The best block of as many layers as would be dropped, for a criterion that also scores single layers."""
+    count = len(drops[scores.criterion])
+    ranked = sorted((score, block) for block, score in scores.blocks.items() if len(block) == count)
     return ranked[0][1] if ranked else ()

@@ -11,7 +11,7 @@ try:  # ZeroGPU lends a GPU for the time of a call
     from spaces import GPU
 except ImportError:
 
-    def GPU(function: Any) -> Any:  # noqa: D103
+    def GPU(function: Any) -> Any:
         return function
 
 

@@ -1,0 +1,93 @@
+"""What `prune`, `rank` and `inspect` can be asked for. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from ..errors import CutError
+from ..options import (
+    DROP,
+    DTYPES,
+    LAYERS,
+    MODEL,
+    MODEL_HELP,
+    PATH,
+    CalibrationOptions,
+    ChoiceOptions,
+    CutOptions,
+    Kind,
+    Options,
+    TuningOptions,
+    documented,
+    option,
+)
+from ..select.registry import CRITERIA, find_criterion
+
+
+def _parse_criteria(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _check_criteria(names: object) -> list[str]:
+    if not isinstance(names, list | tuple) or not names:
+        raise CutError("name one criterion or more, such as kl,taylor, or all")
+    scores = [name for name in CRITERIA if name != "auto"]
+    expanded = [each for name in names for each in (scores if name == "all" else [find_criterion(name).name])]
+    return list(dict.fromkeys(expanded))
+
+
+@documented
+@dataclass
+class PruneRequest(TuningOptions, CutOptions):
+    """What to prune, and how."""
+
+    base: str = option(MISSING, MODEL_HELP, MODEL)
+    output: str = option(MISSING, "Folder to write; or a .gguf file, for a base that is one", MODEL)
+    dtype: str = option(
+        "auto",
+        "Type of the weights that are written; auto keeps the base's, and is bfloat16 for a GGUF file that becomes a "
+        "folder",
+        choices=DTYPES,
+    )
+    adapter: bool = option(False, "Write a PEFT adapter (the plan and the tuned layers) instead of a whole model")
+    revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
+    link: bool = option(False, "Hard-link the weight files that stay as they are")
+    force: bool = option(False, "Replace OUTPUT if it exists")
+
+
+@documented
+@dataclass
+class RankRequest(CalibrationOptions, ChoiceOptions):
+    """What to rank, and how."""
+
+    base: str = option(MISSING, MODEL_HELP, MODEL)
+    output: Path | None = option(None, "Folder for scores.json and the plots", PATH, positional=True)
+    criteria: list[str] | tuple[str, ...] = option(
+        ("all",),
+        "Criteria to score by, separated by commas, or all, which leaves out auto",
+        Kind(_parse_criteria, _check_criteria, "C"),
+        choices="criterion",
+        flag="criterion",
+    )
+    lengths: list[int] | None = option(
+        None, "Lengths of the blocks to score, such as 1-8; by default the number of layers to drop", LAYERS
+    )
+    dtype: str = option(
+        "auto",
+        "Type of the weights; auto keeps the base's, or is float32 on a CPU without fast products of 16 bits",
+        choices=DTYPES,
+    )
+    device: str = option("auto", "Device that runs the layers, one at a time: cpu, cuda, ...; auto takes a GPU if any")
+    revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
+    force: bool = option(False, "Replace a ranking in OUTPUT")
+
+
+@documented
+@dataclass
+class InspectRequest(Options):
+    """What to inspect."""
+
+    model: str = option(MISSING, MODEL_HELP, MODEL)
+    drop: float | int = option(0.25, "Cut to try out: a fraction of the layers, or a number of layers", DROP)
+    revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub")
