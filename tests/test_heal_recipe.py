@@ -284,7 +284,7 @@ def test_settings_files_are_understood(recipe: ModuleType, path: Path) -> None:
     if path.stem.startswith("paper"):
         assert (training.learning_rate, training.num_train_epochs, row.template) == (1e-5, 2, "alpaca")
         assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 64
-        assert (cut.drop, cut.criterion, training.loss) == ("0.25", "reverse_order", "ce")
+        assert (cut.drop, cut.criterion, training.loss) == (0.25, "reverse_order", "ce")
         assert data.datasets
 
 
