@@ -93,9 +93,9 @@ def compare_text(args: argparse.Namespace, text: LocalText) -> None:
     import torch
 
     from hf_layerprune import drop_layers
+    from hf_layerprune.adapter.loading import load_model, load_tokenizer
     from hf_layerprune.measure.distance import distance, perplexity
     from hf_layerprune.measure.texts import windows
-    from hf_layerprune.runtime.loading import load_model, load_tokenizer
 
     model, cut = (load_model(args.model, dtype=torch.bfloat16) for _ in range(2))
     n = model.config.num_hidden_layers

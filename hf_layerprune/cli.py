@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
 from . import __version__
 from .commands import COMMANDS
-from .errors import CutError, LayerPruneError
+from .errors import CutError, LayerPruneError, cause_of, one_line, shown
+
+_DEBUG = "HF_LAYERPRUNE_DEBUG"
 
 
 def _command(name: str) -> ModuleType:
@@ -24,11 +28,23 @@ def build_parser() -> argparse.ArgumentParser:
         prog="hf-layerprune", description="Drop whole decoder layers from Hugging Face language models."
     )
     parser.add_argument("--version", action="version", version=f"hf-layerprune {__version__}")
+    _add_debug(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = _command(name)
-        module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION))
+        command = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
+        module.add_arguments(command)
+        _add_debug(command)
     return parser
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help=f"show where an error came from (also {_DEBUG}=1)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,22 +54,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): The words after the program's name; those of the process by default.
 
     Returns:
-        `int`: 0, 1 for a failure, 2 for words that make no sense. One line on stderr says which and why. A command
-            that answers a question with yes or no (`verify`) returns 1 for no.
+        `int`: 0; 1 for a failure; 2 for wrong usage. One line on stderr says what went wrong and why, after the
+            traceback where `--debug` asks for it. A command that answers a question with yes or no (`verify`)
+            returns 1 for no.
     """
     args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Shown("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("hf_layerprune").setLevel(logging.INFO)
     try:
         return _command(args.command).run(args) or 0
-    except LayerPruneError as error:
-        return _fail(error, 2 if isinstance(error, CutError) else 1)
-    except OSError as error:
-        return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was left half-written", 130)
+    except Exception as error:
+        if getattr(args, "debug", False) or os.environ.get(_DEBUG, "0") not in ("", "0"):
+            traceback.print_exc()
+        return _fail(*_explain(error))
 
 
-def _fail(error: object, code: int) -> int:
-    print(f"hf-layerprune: {' '.join(str(error).split())}", file=sys.stderr)
+class _Shown(logging.Formatter):
+    """Escapes what a terminal would act on: a message may repeat what a file says."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """One line for an error, and the exit code."""
+    if isinstance(error, LayerPruneError):
+        return str(error), 2 if isinstance(error, CutError) else 1
+    if isinstance(error, OSError):
+        return str(error), 1
+    if isinstance(error, MemoryError):
+        return "out of memory; use a machine with more of it, or a smaller setting", 1
+    return f"internal error: {type(error).__name__}: {cause_of(error)}; --debug shows where it came from", 1
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"hf-layerprune: {one_line(message)}", file=sys.stderr)
     return code

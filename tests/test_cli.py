@@ -171,7 +171,7 @@ def bad_bases(tmp_path: Path) -> dict[str, Path]:
         ("empty", "has no config.json"),
         ("encoder", "it is an encoder"),
         ("vision", "not among the"),
-        ("broken", "no model config at"),
+        ("broken", "config.json is not JSON"),
         ("text", "is a file; name a model folder"),
         ("refused", "its attention's lambda"),
         ("weightless", "weightless"),

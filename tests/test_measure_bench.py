@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from hf_layerprune import LayerPruneError, drop_layers
+from hf_layerprune.adapter.loading import load_model
 from hf_layerprune.cli import main
 from hf_layerprune.measure.bench import BenchRequest, bench
 from hf_layerprune.measure.cost import cache_bytes, decode_bytes, prefill_flops
 from hf_layerprune.measure.probe import Probe, probe
 from hf_layerprune.measure.speed import Workload, time_models
 from hf_layerprune.records.metrics import Metrics
-from hf_layerprune.runtime.loading import load_model
 
 from .measure_models import write_model
 from .tiny_models import tiny_model

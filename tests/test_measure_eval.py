@@ -17,6 +17,7 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import CheckpointError, LayerPruneError
+from hf_layerprune.adapter.loading import load_model, load_tokenizer
 from hf_layerprune.cli import main
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.harness import Harness
@@ -24,7 +25,6 @@ from hf_layerprune.measure.subject import identify
 from hf_layerprune.measure.tasks import read_tasks, task_set, write_task
 from hf_layerprune.records.lineage import Lineage, fingerprint, station, weights_hash
 from hf_layerprune.records.metrics import Metrics
-from hf_layerprune.runtime.loading import load_model, load_tokenizer
 
 from .measure_models import write_gguf, write_model, write_tasks
 

@@ -24,12 +24,13 @@ from ..errors import CheckpointError, CutError, LayerPruneError
 from ..families.layout import find_decoder_layers, find_output_head
 from ..options import check
 from ..repair.frozen import freeze, module_names, put, thaw
-from ..runtime.loading import find_adapter, load_base, resolve_base
+from ..runtime.loading import load_base, resolve_base
 from ..runtime.mapped import copy_by_mapping
 from ..runtime.precision import in_fast_precision
 from ..select import select_layers
 from .config import LayerDropConfig
 from .prepare import Prepared, chooses, needs_dense, prepare, runs_dense
+from .reading import WHERE, find_adapter, load_adapter
 from .registration import register
 from .tail import tuned_modules
 
@@ -397,9 +398,9 @@ def load_merged(base: str, adapter: PeftConfig, kwargs: dict[str, Any]) -> PreTr
     """Load an adapter of this method with its base, as one plain model."""
     if not isinstance(adapter, LayerDropConfig):
         raise CheckpointError(f"{base} is an adapter of another method ({adapter.peft_type}); merge it first")
-    where = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if kwargs.get(name)}
+    where = {name: kwargs[name] for name in WHERE if kwargs.get(name)}
     others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-    model = PeftModel.from_pretrained(_load(adapter, others), base, **where).merge_and_unload()
+    model = load_adapter(_load(adapter, others), base, **where).merge_and_unload()
     model.name_or_path = model.config.name_or_path = base
     return model
 

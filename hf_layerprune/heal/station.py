@@ -54,9 +54,9 @@ def write_healed(
         CheckpointError: Something can't be written.
     """
     if (trained / "adapter_config.json").is_file():
-        from peft import PeftModel
+        from ..adapter.reading import load_adapter
 
-        model = PeftModel.from_pretrained(load_base(student.folder, dtype="auto"), str(trained))
+        model = load_adapter(load_base(student.folder, dtype="auto"), str(trained))
         if adapter is not None and student.cut_again:
             logger.warning(
                 "%s was cut from a model that had been cut before, so what was trained is no adapter of %s; only the "

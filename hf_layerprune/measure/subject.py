@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, LayerPruneError
+from ..adapter.loading import load_model, load_tokenizer
+from ..adapter.reading import find_adapter
+from ..errors import CheckpointError, LayerPruneError, cause_of
 from ..records.lineage import Lineage, fingerprint, sha256_of, weights_hash
-from ..runtime.loading import find_adapter, is_hub_id, load_config, load_model, load_tokenizer, resolve_base
+from ..runtime.loading import is_hub_id, load_config, resolve_base
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -177,9 +179,7 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
     except OSError as error:
-        from ..runtime.loading import first_line
-
-        raise CheckpointError(f"can't get {name} of {repo}: {first_line(error)}") from error
+        raise CheckpointError(f"can't get {name} of {repo}: {cause_of(error)}") from error
 
 
 def _size(files: dict[str, dict[str, Any]]) -> int:

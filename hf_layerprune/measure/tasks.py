@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, cause_of
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -355,6 +355,4 @@ def _sha256(path: Path) -> str:
 
 
 def _line(error: Exception) -> str:
-    from ..runtime.loading import first_line
-
-    return first_line(error)
+    return cause_of(error)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, cause_of
 from .tasks import LocalText, read_text
 
 if TYPE_CHECKING:
@@ -71,9 +71,7 @@ def _wikitext2() -> str:
     try:
         rows = load_dataset(repo, config, split=split)
     except Exception as error:  # whatever the Hub, its client and `datasets` raise
-        from ..runtime.loading import first_line
-
-        raise LayerPruneError(f"{WIKITEXT2} can't be had ({first_line(error)}); name a file with --text") from error
+        raise LayerPruneError(f"{WIKITEXT2} can't be had ({cause_of(error)}); name a file with --text") from error
     return "\n\n".join(rows["text"])
 
 

@@ -1,15 +1,17 @@
-"""Find and load a base: a Hub id, a folder, or a GGUF file."""
+"""Find and load a base: a Hub id, a folder, or a GGUF file. Whatever the libraries raise here becomes one line."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, boundary
+from ..errors import cause_of as first_line  # noqa: F401  (the name that older callers use)
+from .config_file import check_no_code, read_config_file
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,8 @@ CHECKPOINT_FILES = [
     "NOTICE*",
     "USE_POLICY*",
 ]
+# The arguments of `from_pretrained` that say where files are.
+_WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
@@ -41,7 +45,7 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
     Raises:
         CheckpointError: A path that does not exist, or a folder without a config.
     """
-    path = Path(base).expanduser()
+    path = as_path(base)
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is a file; name a model folder, a Hub id, or a .gguf file")
@@ -68,8 +72,24 @@ def is_hub_id(base: str | Path) -> bool:
     Returns:
         `bool`: Whether it is neither a file or folder that exists, nor looks like the path of one that doesn't.
     """
-    path = Path(base).expanduser()
+    path = as_path(base)
     return not (isinstance(base, Path) or path.exists() or _looks_like_a_path(str(base)) or path.suffix == ".gguf")
+
+
+def as_path(base: str | Path) -> Path:
+    """What a user named, as a path.
+
+    Raises:
+        CheckpointError: It is empty, or no file could ever have this name.
+    """
+    if not str(base).strip() or "\0" in str(base):
+        raise CheckpointError(f"{str(base)!r} names no model; name a model folder, a .gguf file, or a Hub id")
+    try:
+        path = Path(base).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, or no such user's home
+        raise CheckpointError(f"{str(base)[:200]} names no model: {error}") from error
+    return path
 
 
 def _looks_like_a_path(base: str) -> bool:
@@ -79,6 +99,13 @@ def _looks_like_a_path(base: str) -> bool:
 def load_config(base: str | Path, **kwargs: Any) -> PreTrainedConfig:
     """Load only the config of a base.
 
+    Args:
+        base (`str` or `Path`): A Hub id, a folder, or a GGUF file.
+        kwargs: For `from_pretrained`: `revision`, `token`, `gguf_file`, `trust_remote_code` (`False` by default), ...
+
+    Returns:
+        `PreTrainedConfig`: The config.
+
     Raises:
         CheckpointError: There is no such model, or its config can't be read.
     """
@@ -87,10 +114,37 @@ def load_config(base: str | Path, **kwargs: Any) -> PreTrainedConfig:
     name, gguf_file = resolve_base(base, kwargs.pop("gguf_file", None))
     if gguf_file is not None:
         kwargs["gguf_file"] = gguf_file
-    try:
+    else:
+        check_config_of(name, **kwargs)
+    kwargs.setdefault("trust_remote_code", False)
+    with boundary(f"no model config at {base}"):
         return AutoConfig.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"no model config at {base}: {first_line(error)}") from error
+
+
+def check_config_of(name: str, **kwargs: Any) -> dict[str, Any]:
+    """Check the `config.json` of a folder or a Hub repository before anything is built from it.
+
+    Args:
+        name (`str`): What `from_pretrained` takes.
+        kwargs: As for `from_pretrained`; those that say where files are, and `trust_remote_code`, are used.
+
+    Returns:
+        `dict[str, Any]`: Its fields.
+
+    Raises:
+        CheckpointError: There is none, or it is not the config of a model that can be loaded without running code.
+    """
+    from transformers.utils.hub import cached_file
+
+    where = {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
+    with boundary(f"no model config at {name}"):
+        path = cached_file(name, "config.json", **where)
+    if path is None:
+        raise CheckpointError(f"no model config at {name}: it has no config.json")
+    fields = read_config_file(Path(path))
+    if not kwargs.get("trust_remote_code"):
+        check_no_code(fields, name)
+    return fields
 
 
 def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -104,25 +158,29 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
         `PreTrainedModel`: In evaluation mode.
 
     Raises:
-        CheckpointError: There is no such model, or it can't be loaded.
+        CheckpointError: There is no such model, it can't be loaded, or its weights are not those that its config
+            asks for.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GgufConfig
     from transformers.utils.hub import resolve_revision
 
     name, gguf_file = resolve_base(base, kwargs.pop("gguf_file", None))
     lookup = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
+    model_type = None
     if gguf_file is not None:
         kwargs["gguf_file"] = gguf_file
         # Packed weights can be neither tuned nor saved by transformers.
         kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
     else:
         kwargs["use_safetensors"] = True  # a pickle can run code
-    try:
+        model_type = check_config_of(name, **kwargs)["model_type"]
+    kwargs.setdefault("trust_remote_code", False)
+    with boundary(f"can't load {base}"):
         commit = getattr(resolve_revision(name, kwargs.get("revision"), **lookup), "resolved", None)
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"can't load {base}: {first_line(error)}") from error
+        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    # Of a larger model, of which only the text part is made, the other parts' weights are left over.
+    part = model_type is not None and model.config.model_type != model_type
+    check_complete(str(base), info, within=_decoder_path(model) if part else "")
     if commit is not None:
         model.config._commit_hash = commit
     if gguf_file is not None:
@@ -130,41 +188,45 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def load_model(model: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load what a user may call a model: a folder, a Hub id, an adapter of any PEFT method, or a GGUF file.
+def _decoder_path(model: PreTrainedModel) -> str:
+    from ..families.layout import find_decoder_layers
+
+    return find_decoder_layers(model).path + "."
+
+
+def check_complete(name: str, info: dict[str, Any], *, within: str = "", remark: str = "") -> None:
+    """Refuse what the loader only warns of: a missing tensor is random, and one too many says that the names don't fit.
 
     Args:
-        model (`str` or `Path`): A Hub id, a folder, or a GGUF file.
-        kwargs: For `from_pretrained`, see `load_base`. `revision` and `subfolder` are those of `model` itself.
-
-    Returns:
-        `PreTrainedModel`: A plain model in evaluation mode, adapters merged.
+        name (`str`): What was loaded.
+        info (`dict[str, Any]`): `missing_keys`, `unexpected_keys` and `mismatched_keys`, as `from_pretrained` returns
+            them with `output_loading_info=True`. It leaves out tied weights and what the model's class ignores.
+        within (`str`, *optional*): Only unexpected weights whose names begin so are refused.
+        remark (`str`, *optional*): What to say of the names, in parentheses.
 
     Raises:
-        CheckpointError: There is no such model, or it can't be loaded.
+        CheckpointError: The weights are not those that the model asks for.
     """
-    adapter = find_adapter(model, **kwargs)
-    if adapter is None:
-        return load_base(model, **kwargs)
-    if not adapter.base_model_name_or_path:
-        raise CheckpointError(f"{model} is an adapter that does not name its base; merge it first")
-    from peft import PeftModel
-
-    from ..adapter.model import LayerDropConfig, load_merged
-
-    if isinstance(adapter, LayerDropConfig):
-        return load_merged(str(model), adapter, kwargs).eval()
-    where = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if kwargs.get(name)}
-    others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-    base = load_base(adapter.base_model_name_or_path, revision=adapter.revision, **others)
-    return PeftModel.from_pretrained(base, str(model), **where).merge_and_unload().eval()
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    problems: tuple[tuple[str, Iterable[str]], ...] = (
+        ("lacks", info["missing_keys"]),
+        ("has weights that the model has no place for:", [k for k in info["unexpected_keys"] if k.startswith(within)]),
+        ("has weights of another shape than the model's:", mismatched),
+    )
+    for what, keys in problems:
+        if names := sorted(keys):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(
+                f"{name} {what} {', '.join(names[:3])}{more}{f' ({remark})' if remark else ''}; the checkpoint is "
+                "incomplete, or its config belongs to another one"
+            )
 
 
 def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder, a Hub id, an adapter (or else its base's), or a GGUF file.
+    """Load the tokenizer of a folder, a Hub id, or a GGUF file.
 
     Args:
-        model (`str` or `Path`): A Hub id, a folder, or a GGUF file.
+        model (`str` or `Path`): A Hub id, a folder, or a GGUF file. The folder may be an adapter's.
         kwargs: For `from_pretrained`: `revision`, `token`, ...
 
     Returns:
@@ -175,48 +237,11 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    name, gguf_file = resolve_base(model) if not _is_adapter_folder(model) else (str(model), None)
-    gguf = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        return AutoTokenizer.from_pretrained(name, **gguf, **kwargs)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        adapter = find_adapter(model, **kwargs)
-        if adapter is not None and adapter.base_model_name_or_path:
-            return load_tokenizer(adapter.base_model_name_or_path)
-        raise CheckpointError(f"{model} has no tokenizer that can be loaded: {first_line(error)}") from error
-
-
-def _is_adapter_folder(model: str | Path) -> bool:
-    return Path(model).expanduser().joinpath("adapter_config.json").is_file()
-
-
-def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:
-    """The config of the adapter that a base is, or `None` where the base is a model.
-
-    Args:
-        base (`str` or `Path`): A Hub id or a folder.
-        kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`; others are ignored.
-
-    Returns:
-        `PeftConfig`, *optional*: What `adapter_config.json` says.
-    """
-    from peft import PeftConfig
-    from transformers.utils.hub import cached_file
-
-    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-    where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-    path = Path(base).expanduser()
-    name = str(path) if path.exists() else str(base)
-    try:
-        for filename in ("config.json", "adapter_config.json"):
-            if cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **where) is not None:
-                return PeftConfig.from_pretrained(name, **where) if filename.startswith("adapter") else None
-    except (OSError, ValueError):
-        pass  # loading the base says what is wrong with it
-    return None
-
-
-def first_line(error: Exception) -> str:
-    """An error's message on one line of bounded length."""
-    text = " ".join(str(error).split())
-    return text if len(text) < 300 else text[:297] + "..."
+    path = as_path(model)
+    adapter = path.joinpath("adapter_config.json").is_file() and not path.joinpath("config.json").is_file()
+    name, gguf_file = (str(path), None) if adapter else resolve_base(model)
+    if gguf_file is not None:
+        kwargs["gguf_file"] = gguf_file
+    kwargs.setdefault("trust_remote_code", False)
+    with boundary(f"{model} has no tokenizer that can be loaded"):
+        return AutoTokenizer.from_pretrained(name, **kwargs)

@@ -117,7 +117,7 @@ def load(model: str) -> PreTrainedModel:
 
 def load_adapter(model: str) -> PreTrainedModel:
     """Load an adapter, merged. Of a base whose layers it drops, those are never read."""
-    from hf_layerprune.runtime.loading import load_model
+    from hf_layerprune.adapter.loading import load_model
 
     return load_model(model, dtype="auto", **({} if DEVICE == "cpu" else {"device_map": DEVICE}))
 

@@ -1,0 +1,170 @@
+"""Reading a JSON file that somebody else may have written: bounded, strict, and with one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import CheckpointError, cause_of, one_line
+
+MAX_BYTES = 32 * 1024 * 1024
+MAX_DEPTH = 64
+
+
+class Validator(Protocol):
+    """What is used of a validator of `jsonschema`."""
+
+    def iter_errors(self, instance: Any) -> Any:
+        """Everything that is wrong with a value."""
+
+
+def read_json(
+    path: Path,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_depth: int = MAX_DEPTH,
+    non_finite: bool = False,
+    schema: Validator | None = None,
+) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path (`Path`): The file.
+        max_bytes (`int`, defaults to 32 MiB): A larger file is not read.
+        max_depth (`int`, defaults to 64): How deep lists and objects may be nested.
+        non_finite (`bool`, defaults to `False`): Accept `NaN` and `Infinity`, which some model configs hold.
+        schema (`Validator`, *optional*): What the content must follow, see [`load_schema`].
+
+    Returns:
+        `Any`: The content.
+
+    Raises:
+        CheckpointError: The file can't be read, is too large, is not UTF-8 or not JSON, is nested too deeply, names a
+            key twice, holds a number that no float can hold, or does not follow the schema.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from error
+    if len(data) > max_bytes:
+        raise CheckpointError(f"{path} is larger than {max_bytes:,} bytes, too large for a file of this kind")
+    content = parse_json(data, str(path), max_depth=max_depth, non_finite=non_finite)
+    if schema is not None:
+        check_schema(content, schema, str(path))
+    return content
+
+
+def read_object(path: Path, **bounds: Any) -> dict[str, Any]:
+    """Read a JSON file whose content is an object; see [`read_json`].
+
+    Raises:
+        CheckpointError: As for `read_json`, or the content is not an object.
+    """
+    content = read_json(path, **bounds)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__} where a JSON object is expected")
+    return content
+
+
+def parse_json(data: bytes | str, name: str, *, max_depth: int = MAX_DEPTH, non_finite: bool = False) -> Any:
+    """Parse JSON that is in memory; see [`read_json`].
+
+    Args:
+        data (`bytes` or `str`): The text.
+        name (`str`): What to call it in an error: a file, or a file and a line.
+        max_depth (`int`, defaults to 64): How deep lists and objects may be nested.
+        non_finite (`bool`, defaults to `False`): Accept `NaN` and `Infinity`.
+
+    Raises:
+        CheckpointError: As for `read_json`.
+    """
+
+    def constant(word: str) -> float:
+        if not non_finite:
+            raise ValueError(f"{word} is not a number that JSON knows")
+        return float(word)
+
+    def number(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text[:40]} is larger than any float")
+        return value
+
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=constant, parse_float=number)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise CheckpointError(f"{name} is not JSON: {error.msg} at {where}") from error
+    except (RecursionError, MemoryError) as error:
+        raise CheckpointError(f"{name} is nested more than {max_depth} levels deep") from error
+    except ValueError as error:
+        raise CheckpointError(f"{name} is not usable JSON: {cause_of(error)}") from error
+    _check_values(content, name, max_depth)
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return content
+
+
+def _check_values(content: Any, name: str, max_depth: int) -> None:
+    """Refuse what is nested too deeply, and text that can't be written again."""
+    level, depth = [content], 0
+    while level:
+        if depth > max_depth:
+            raise CheckpointError(f"{name} is nested more than {max_depth} levels deep")
+        inside: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inside += value.keys()
+                inside += value.values()
+            elif isinstance(value, list):
+                inside += value
+            elif isinstance(value, str) and not value.isascii():
+                try:
+                    value.encode("utf-8")
+                except UnicodeEncodeError as error:
+                    raise CheckpointError(f"{name} holds half a surrogate pair in {value[:40]!r}") from error
+        level, depth = inside, depth + 1
+
+
+@cache
+def load_schema(package: str, file_name: str) -> Validator:
+    """A validator for a schema that lies beside a module.
+
+    Args:
+        package (`str`): The package that holds it.
+        file_name (`str`): Its file, a JSON schema of draft 2020-12.
+    """
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(json.loads(files(package).joinpath(file_name).read_text(encoding="utf-8")))
+
+
+def check_schema(content: Any, schema: Validator, name: str) -> None:
+    """Refuse content that does not follow a schema.
+
+    Args:
+        content (`Any`): What was read.
+        schema (`Validator`): What it must follow.
+        name (`str`): The file, for the error.
+
+    Raises:
+        CheckpointError: It does not; the line says where, and what is wrong there.
+    """
+    error = next(iter(schema.iter_errors(content)), None)
+    if error is not None:
+        where = "/".join(str(part) for part in error.absolute_path) or "the top"
+        raise CheckpointError(f"{name} has an unexpected value at {where}: {one_line(error.message)[:200]}")

@@ -1,0 +1,94 @@
+"""`config.json`, checked at the door: what of it this package or its libraries count, allocate or loop over."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..families.fields import COUNT_FIELDS
+from ..files.json_file import Validator, check_schema, read_object
+
+_MOST_LAYERS = 10_000
+_MOST_TOKENS = 2**31
+# Sections that are configs of their own.
+_SECTIONS = ("text_config", "decoder", "encoder", "vision_config", "audio_config")
+
+
+def _schema() -> dict[str, Any]:
+    # `maximum` and the like hold for numbers only: fields that some architectures give as lists or leave empty pass.
+    count = {"type": ["integer", "null"], "minimum": 1, "maximum": _MOST_LAYERS}
+    names = {"type": ["array", "null"], "items": {"type": "string"}}
+    fields: dict[str, Any] = {
+        **dict.fromkeys(COUNT_FIELDS, count),
+        **{name: {"anyOf": [{"$ref": "#/$defs/config"}, {"not": {"type": "object"}}]} for name in _SECTIONS},
+        "model_type": {"type": "string", "maxLength": 200},
+        "architectures": names | {"maxItems": 100},
+        "layer_types": {"maxItems": _MOST_LAYERS},
+        "vocab_size": {"minimum": 1, "maximum": 100_000_000},
+        "hidden_size": {"minimum": 1, "maximum": 10_000_000},
+        "num_labels": {"maximum": 1_000_000},
+        "auto_map": {"type": ["object", "null"]},
+        "layer_drop": {
+            "type": ["object", "null"],
+            "properties": {
+                "drop_layers": {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": _MOST_LAYERS},
+                "num_base_layers": {"type": "integer", "minimum": 1, "maximum": _MOST_LAYERS},
+            },
+            "required": ["drop_layers", "num_base_layers"],
+        },
+    }
+    patterns = {
+        "layers?$|^depth$": {"maximum": _MOST_LAYERS},
+        "^(num|n)_": {"maximum": 10_000_000},
+        "(size|dim|length|embeddings|positions)$": {"maximum": _MOST_TOKENS},
+    }
+    config = {"type": "object", "properties": fields, "patternProperties": patterns}
+    return {"$ref": "#/$defs/config", "$defs": {"config": config}}
+
+
+@cache
+def _validator() -> Validator:
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(_schema())
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a `config.json` and refuse what no decoder has, before transformers builds anything from it.
+
+    Args:
+        path (`Path`): The file.
+
+    Returns:
+        `dict[str, Any]`: Its fields.
+
+    Raises:
+        CheckpointError: It can't be read, a field that this package uses has the wrong type, a number is out of
+            bounds (such as more than 10,000 layers), or the model needs code of its own.
+    """
+    fields = read_object(path, non_finite=True)
+    check_schema(fields, _validator(), str(path))
+    if not fields.get("model_type"):
+        raise CheckpointError(f"{path} has no model_type, so it is not the config of a transformers model")
+    return fields
+
+
+def check_no_code(fields: dict[str, Any], name: str) -> None:
+    """Refuse a model whose architecture is code in its own repository.
+
+    Args:
+        fields (`dict[str, Any]`): The fields of its config.
+        name (`str`): What the user called it.
+
+    Raises:
+        CheckpointError: transformers does not know its model type, and its config names code to run.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if fields.get("auto_map") and fields["model_type"] not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{name} needs code of its own (auto_map in its config.json), which is not run; name a model of an "
+            "architecture that transformers has"
+        )
