@@ -121,7 +121,7 @@ def heal(arm: Arm, base: Path, data: Path, folder: Path, args: argparse.Namespac
     from hf_layerprune.heal.station import write_healed
     from hf_layerprune.heal.student import Student, adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
-    from hf_layerprune.records.lineage import station
+    from hf_layerprune.records.lineage import stage
     from hf_layerprune.runtime.loading import load_tokenizer
 
     start = time.process_time()
@@ -176,7 +176,7 @@ def heal(arm: Arm, base: Path, data: Path, folder: Path, args: argparse.Namespac
         peft_config=adapter_config(student, method, r=16, alpha=32, dropout=0.0, target_modules=None),
         callbacks=[TimeIsOver()],
     )
-    with station("heal", {"arm": asdict(arm), "minutes": args.minutes}) as entry:
+    with stage("heal", {"arm": asdict(arm), "minutes": args.minutes}) as entry:
         trainer.train()
     seconds = time.process_time() - start
     trainer.save_model(str(folder / "trained"))

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from hf_layerprune.errors import CheckpointError, LayerPruneError
 from hf_layerprune.publish.card.writing import compose, read_card, write_card
-from hf_layerprune.records.history import is_local
 from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.records.names import is_local
 
 from .make import make
 

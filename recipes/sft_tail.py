@@ -127,7 +127,7 @@ def main(
     from hf_layerprune.heal.station import describe_command, describe_rows, settings_of
     from hf_layerprune.heal.student import adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
-    from hf_layerprune.records.lineage import station
+    from hf_layerprune.records.lineage import stage
     from hf_layerprune.runtime.loading import load_tokenizer
 
     output = Path(training_args.output_dir)
@@ -162,7 +162,7 @@ def main(
             target_modules=model_args.lora_target_modules,
         ),
     )
-    with station("heal", settings_of(training_args)) as entry:
+    with stage("heal", settings_of(training_args)) as entry:
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     entry |= {"data": describe_rows(trainer.numbered_datasets, source)}
     entry |= {"command": describe_command(["accelerate", "launch", "recipes/sft_tail.py"], sys.argv[1:])}

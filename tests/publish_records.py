@@ -33,7 +33,7 @@ def lineage_of(roles: tuple[str, ...] = ROLES, **base: Any) -> Lineage:
     told = {"id": BASE, "commit": COMMIT, "files": files, "license": "apache-2.0", "language": ["en"], "chat": True}
     drop = list(range(12, 19))
     prune = {
-        "station": "prune", "date": "2026-11-24T10:00:00+00:00", "versions": VERSIONS, "seconds": 4.8,
+        "stage": "prune", "date": "2026-11-24T10:00:00+00:00", "versions": VERSIONS, "seconds": 4.8,
         "settings": {"drop_layers": drop, "dtype": "auto", "form": "model"}, "peak_memory_bytes": 337_000_000,
         "layers": {"base": 30, "left": 23}, "weights": "b" * 64,
     }  # fmt: skip
@@ -46,7 +46,7 @@ def lineage_of(roles: tuple[str, ...] = ROLES, **base: Any) -> Lineage:
         prune["weights"] = "c" * 64
     if "healed" in roles:
         entries.append({
-            "station": "heal", "date": "2026-11-24T11:00:00+00:00", "versions": VERSIONS, "seconds": 960,
+            "stage": "heal", "date": "2026-11-24T11:00:00+00:00", "versions": VERSIONS, "seconds": 960,
             "settings": {"method": "cut", "loss": "kd", "learning_rate": 2e-4, "lr_scheduler_type": "cosine",
                          "num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
                          "world_size": 1, "max_length": 256, "weight_decay": 0.0, "seed": 42},

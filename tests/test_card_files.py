@@ -111,11 +111,11 @@ def test_bad_words(
     ("{", "is damaged"),
     ('{"schema_version": 99}', "schema version 99"),
     ('{"schema_version": 1, "base": {}, "entries": [3]}', "damaged"),
-    ('{"schema_version": 1, "base": {}, "entries": [{"station": "prune", "settings": []}]}', "settings is not"),
+    ('{"schema_version": 1, "base": {}, "entries": [{"stage": "prune", "settings": []}]}', "settings is not"),
     ('{"schema_version": 1, "base": {}, "entries": []}', "how many layers"),
-    ('{"schema_version": 1, "base": {}, "entries": [{"station": "prune", "layers": {"base": 4}, '
+    ('{"schema_version": 1, "base": {}, "entries": [{"stage": "prune", "layers": {"base": 4}, '
      '"settings": {"drop_layers": [4]}}]}', "drops layers"),
-    ('{"schema_version": 1, "base": {}, "entries": [{"station": "prune", "layers": {"base": 4, "left": 4}, '
+    ('{"schema_version": 1, "base": {}, "entries": [{"stage": "prune", "layers": {"base": 4, "left": 4}, '
      '"settings": {"drop_layers": [3]}}]}', "it was edited"),
     ('{"schema_version": 1, "base": {}, "entries": [{"layers": {"base": 1e99}}]}', "how many layers"),
 ])  # fmt: skip

@@ -190,7 +190,7 @@ def test_the_base_is_named_as_it_was_read() -> None:
     assert unpacked in provenance(id="model.Q4_1.gguf", commit=None, hub_id=BASE)
 
 
-def test_versions_are_those_of_the_last_station() -> None:
+def test_versions_are_those_of_the_last_stage() -> None:
     for roles in (("dense", "cut"), ("dense", "cut", "repaired"), ROLES):
         assert "\npython 3.11.7, hf-layerprune 0.1.0," in Card.of(lineage_of(roles)).render()
 
@@ -279,7 +279,7 @@ def hostile(record: Any, pick: Callable[[str], str], path: tuple[str, ...] = ())
         "base",
         "kind",
         "role",
-        "station",
+        "stage",
         "form",
         "schema_version",
         "sha256",
@@ -358,7 +358,7 @@ def test_each_hostile_value_everywhere(value: str) -> None:
             return {name: nasty(inner, name) for name, inner in record.items()}
         if isinstance(record, list):
             return [nasty(inner, key) for inner in record]
-        kept = ("weights", "base", "kind", "station", "form", "changed_tensors", "dtype", "input_weights", "method")
+        kept = ("weights", "base", "kind", "stage", "form", "changed_tensors", "dtype", "input_weights", "method")
         return value if isinstance(record, str) and key not in kept else record
 
     lineage = lineage_of()

@@ -86,8 +86,8 @@ def test_a_glance_at_a_model(tmp_path: Path) -> None:
 
 def test_a_second_cut_counts_the_layers_that_the_first_left() -> None:
     cuts = [
-        {"station": "prune", "settings": {"drop_layers": [0, 1]}, "layers": {"base": 6, "left": 4}},
-        {"station": "prune", "settings": {"drop_layers": [0, 3]}, "layers": {"base": 4, "left": 2}},
+        {"stage": "prune", "settings": {"drop_layers": [0, 1]}, "layers": {"base": 6, "left": 4}},
+        {"stage": "prune", "settings": {"drop_layers": [0, 3]}, "layers": {"base": 4, "left": 2}},
     ]
     assert about.Records("m", {"entries": cuts}).layers() == (6, [3, 4])
 

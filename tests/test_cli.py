@@ -75,7 +75,7 @@ def test_prune(
     assert set(lineage["base"]["files"]) == {"config.json", "generation_config.json", "model.safetensors"}
     assert all(len(entry["sha256"]) == 64 for entry in lineage["base"]["files"].values())
     (entry,) = lineage["entries"]
-    assert entry["station"] == "prune"
+    assert entry["stage"] == "prune"
     assert entry["settings"]["drop_layers"] == layers
     assert entry["layers"] == {"base": 8, "left": 8 - len(layers)}
     assert entry["seconds"] > 0

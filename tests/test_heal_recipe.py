@@ -129,7 +129,7 @@ def test_adapter_and_model_are_the_same_healed_model(base: Path, healed: tuple[P
 def test_history_says_what_was_done(healed: tuple[Path, str]) -> None:
     output, _ = healed
     entries = Lineage.of(output / "model").entries
-    assert [entry["station"] for entry in entries] == ["prune", "heal"]
+    assert [entry["stage"] for entry in entries] == ["prune", "heal"]
     entry = entries[1]
     before, after = (load_file(output / name / "model.safetensors") for name in ("pruned", "model"))
     changed = sorted(name for name in after if not torch.equal(after[name], before[name]))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.station import write_healed
 from hf_layerprune.heal.student import Student, adapter_config, load_student
-from hf_layerprune.records.lineage import station
+from hf_layerprune.records.lineage import stage
 from hf_layerprune.stages.prune import PruneRequest, prune_to
 
 from .measure_models import write_model
@@ -34,7 +34,7 @@ def test_only_a_model_that_was_cut_once_is_an_adapter_of_its_base(tmp_path: Path
                 parameter.add_(0.01)
         wanted = model(ids).logits
     model.save_pretrained(tmp_path / "trained")
-    with station("heal", {}) as entry:
+    with stage("heal", {}) as entry:
         pass
     write_healed(student, tmp_path / "trained", tmp_path / "healed", entry, adapter=tmp_path / "adapter")
     with torch.no_grad():

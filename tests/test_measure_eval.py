@@ -23,7 +23,7 @@ from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.harness import Harness
 from hf_layerprune.measure.subject import identify
 from hf_layerprune.measure.tasks import read_tasks, task_set, write_task
-from hf_layerprune.records.lineage import Lineage, fingerprint, station, weights_hash
+from hf_layerprune.records.lineage import Lineage, fingerprint, stage, weights_hash
 from hf_layerprune.records.metrics import Metrics
 
 from .measure_models import write_gguf, write_model, write_tasks
@@ -253,7 +253,7 @@ def test_a_base_that_the_history_does_not_know(base: Path, cut: Path, tasks: Pat
     assert not (cut / "metrics.json").exists()
 
 
-def test_numbers_of_earlier_stations_are_taken_over(base: Path, cut: Path, tasks: Path, tmp_path: Path) -> None:
+def test_numbers_of_earlier_stages_are_taken_over(base: Path, cut: Path, tasks: Path, tmp_path: Path) -> None:
     measure(cut, tasks, base=str(base), tasks=("asked",), texts=())
     healed = Path(shutil.copytree(cut, tmp_path / "healed"))
     (healed / "metrics.json").unlink()
@@ -261,7 +261,7 @@ def test_numbers_of_earlier_stations_are_taken_over(base: Path, cut: Path, tasks
     with torch.no_grad():
         model.lm_head.weight.mul_(1.1)
     model.save_pretrained(healed)
-    with station("heal", {}) as entry:
+    with stage("heal", {}) as entry:
         pass
     Lineage.of(healed).record(healed, entry)
     found = measure(healed, tasks, tasks=("asked",), texts=(), history=(cut,))
@@ -271,7 +271,7 @@ def test_numbers_of_earlier_stations_are_taken_over(base: Path, cut: Path, tasks
     found.check_belongs(healed, Lineage.of(healed))
     stranger = write_model(tmp_path / "stranger", seed=3)
     measure(stranger, tasks, tasks=("asked",), texts=())
-    with pytest.raises(CheckpointError, match=r"is no earlier station of healed"):
+    with pytest.raises(CheckpointError, match=r"is no earlier stage of healed"):
         measure(healed, tasks, tasks=("asked",), texts=(), history=(stranger,))
     with pytest.raises(CheckpointError, match=r"has no metrics\.json; measure it with"):
         measure(healed, tasks, tasks=("asked",), texts=(), history=(base,))
@@ -294,10 +294,10 @@ def test_a_cut_stands_beside_its_repair(base: Path, tasks: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ("entry", "role"),
     [
-        ({"station": "prune"}, "cut"),
-        ({"station": "prune", "repair": {"kind": "linear"}}, "repaired"),
-        ({"station": "repair"}, "repaired"),
-        ({"station": "heal"}, "healed"),
+        ({"stage": "prune"}, "cut"),
+        ({"stage": "prune", "repair": {"kind": "linear"}}, "repaired"),
+        ({"stage": "repair"}, "repaired"),
+        ({"stage": "heal"}, "healed"),
     ],
 )
 def test_roles(cut: Path, entry: dict[str, Any], role: str) -> None:

@@ -17,7 +17,7 @@ from hf_layerprune.heal.station import write_healed
 from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.heal.trainer import HealTrainer
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
-from hf_layerprune.records.lineage import station
+from hf_layerprune.records.lineage import stage
 from hf_layerprune.runtime import precision
 from hf_layerprune.runtime.precision import in_fast_precision
 from hf_layerprune.stages.prune import PruneRequest, prune_to
@@ -120,7 +120,7 @@ def test_training(slow: bool, base: Path, tmp_path: Path, method: str) -> None:
     frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
     assert {p.dtype for p in frozen} <= {torch.float32 if slow else torch.bfloat16}
-    with station("heal", {}) as entry:
+    with stage("heal", {}) as entry:
         trainer.train()
     assert trainer._found.teacher_head.weight.dtype == (torch.float32 if slow else torch.bfloat16)
     trainer.save_model(str(tmp_path / "trained"))

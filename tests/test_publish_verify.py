@@ -48,17 +48,17 @@ def said(found: Verified, good: bool | None = None) -> str:
 def edit(
     folder: Path, change: Callable[[dict[str, torch.Tensor]], None], *, record: dict[str, Any] | None = None
 ) -> None:
-    """Change tensors; with a record, as a station that says so."""
+    """Change tensors; with a record, as a stage that says so."""
     path = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
     if record is not None:
-        Lineage.of(folder).record(folder, {"station": "heal", "settings": {}} | record)
+        Lineage.of(folder).record(folder, {"stage": "heal", "settings": {}} | record)
 
 
 def claim(folder: Path) -> None:
-    """Make a folder's lineage say that its weights are those of its last station."""
+    """Make a folder's lineage say that its weights are those of its last stage."""
     lineage = Lineage.of(folder)
     lineage.entries[-1]["weights"] = weights_hash(fingerprint(folder))
     lineage.write(folder)
@@ -123,7 +123,7 @@ def test_weights_that_were_converted(place: Path, tmp_path: Path) -> None:
     assert f"tensors: {Q3} differs from the base's in 1 of" in said(found, False)
 
 
-def test_what_stations_changed_is_listed(cut: Path) -> None:
+def test_what_stages_changed_is_listed(cut: Path) -> None:
     names = [Q3, "model.layers.3.mlp.down_proj.weight", "model.norm.weight"]
 
     def train(tensors: dict[str, torch.Tensor]) -> None:
@@ -162,7 +162,7 @@ def test_a_head_that_came_apart_from_the_embeddings(tmp_path: Path) -> None:
     claim(tmp_path / "cut")
     assert "tensors: lm_head.weight is no tensor of the base" in said(verify(tmp_path / "cut"), False)
     lineage = Lineage.of(tmp_path / "cut")
-    lineage.record(tmp_path / "cut", {"station": "heal", "settings": {}, "changed_tensors": ["lm_head.weight"]})
+    lineage.record(tmp_path / "cut", {"stage": "heal", "settings": {}, "changed_tensors": ["lm_head.weight"]})
     found = verify(tmp_path / "cut")
     assert found.good, said(found)
 
@@ -324,7 +324,7 @@ def test_numbers_of_other_weights(cut: Path) -> None:
     assert "metrics: metrics.json was measured on other weights" in said(verify(cut), False)
 
 
-def test_changes_that_no_station_tells_of(cut: Path) -> None:
+def test_changes_that_no_stage_tells_of(cut: Path) -> None:
     edit(cut, lambda tensors: [tensors[name].add_(1) for name in (Q3, Q4)], record={"changed_tensors": [Q4]})
     found = verify(cut)
     assert not found.good

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="take over the numbers of this earlier station of MODEL; repeatable",
+        help="take over the numbers of this earlier stage of MODEL; repeatable",
     )
     parser.add_argument("--force", action="store_true", help="replace numbers of other weights")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")

@@ -8,7 +8,7 @@ from ..options import MODEL_HELP
 
 HELP = "prove that a model's weights come from its base"
 DESCRIPTION = (
-    "Compare MODEL with the base that its lineage.json names: every tensor that no station changed must be the base's, "
+    "Compare MODEL with the base that its lineage.json names: every tensor that no stage changed must be the base's, "
     "bit for bit. Of what is on the Hub, only headers, hashes and the bytes to compare are fetched. Exit code 0 says "
     "yes, 1 no."
 )

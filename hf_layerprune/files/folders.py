@@ -18,9 +18,6 @@ from safetensors import SafetensorError
 from ..errors import CheckpointError
 from .copy import sync_folder, write_failed
 
-if os.name == "posix":
-    import fcntl
-
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 # What a folder must hold one of to be replaced: nobody's home is deleted by a slip of the keyboard.
@@ -221,7 +218,9 @@ class NewFolder:
 
 def _lock(folder: Path) -> int | None:
     """Lock a folder while this process lives; `None` where another process has it."""
-    if os.name != "posix":
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
         return -1
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""The heal station: from what was trained to a whole model folder, with its history."""
+"""The heal stage: from what was trained to a whole model folder, with its history."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_healed(
         student ([`Student`]): What was trained.
         trained (`Path`): What the trainer saved: an adapter, or a whole model.
         output (`Path`): The folder to write.
-        entry (`dict[str, Any]`): The station's, see [`~records.lineage.station`]; it gets the names of the tensors
+        entry (`dict[str, Any]`): The stage's, see [`~records.lineage.stage`]; it gets the names of the tensors
             that changed.
         adapter (`Path`, *optional*): Where to write the adapter, where it is one, in the model's own type. A model that
             was cut more than once has none.

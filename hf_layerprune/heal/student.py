@@ -68,7 +68,7 @@ class Student:
             raise CheckpointError(f"{name} is not a model that hf-layerprune has pruned")
         lineage = Lineage.of(folder)
         base = lineage.base if lineage is not None else {}
-        cuts = [entry for entry in (lineage.entries if lineage else ()) if entry["station"] == "prune"]
+        cuts = [entry for entry in (lineage.entries if lineage else ()) if entry["stage"] == "prune"]
         again = len(cuts) > 1
         return cls(folder, cut, base.get("id"), base.get("commit"), _repaired(lineage), again)
 

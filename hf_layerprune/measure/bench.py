@@ -58,7 +58,7 @@ class BenchRequest:
         revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
         base_revision (`str`, *optional*): The same of the base.
         output (`Path`, *optional*): The file to write in place of `metrics.json` in the model's folder.
-        history (`tuple[Path, ...]`): Folders of earlier stations of this model, whose numbers are taken over.
+        history (`tuple[Path, ...]`): Folders of earlier stages of this model, whose numbers are taken over.
         force (`bool`, defaults to `False`): Replace numbers of other weights.
         progress (`bool`, defaults to `True`): Show bars.
     """

@@ -1,4 +1,4 @@
-"""The measure station: run tasks and texts on a model and its base, and write the numbers beside the model.
+"""The measure stage: run tasks and texts on a model and its base, and write the numbers beside the model.
 
 metrics = evaluate(EvalRequest("pruned", base="org/base", tasks=("paper",)))
 """
@@ -54,7 +54,7 @@ class EvalRequest:
         revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
         base_revision (`str`, *optional*): The same of the base.
         output (`Path`, *optional*): The file to write in place of `metrics.json` in the model's folder.
-        history (`tuple[Path, ...]`): Folders of earlier stations of this model, whose numbers are taken over.
+        history (`tuple[Path, ...]`): Folders of earlier stages of this model, whose numbers are taken over.
         answers (`Path`, *optional*): A folder that keeps answers by question, see `answers.py`.
         force (`bool`, defaults to `False`): Replace numbers of other weights.
         progress (`bool`, defaults to `True`): Show bars.

@@ -1,4 +1,4 @@
-"""Numbers as a table for a terminal: the model's, beside those of its base and of the stations between them."""
+"""Numbers as a table for a terminal: the model's, beside those of its base and of the stages between them."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Store:
             model (`Subject`): The model.
             base (`Subject`, *optional*): Its base.
             output (`Path`, *optional*): The file to write in place of `metrics.json` in the model's folder.
-            history (`Sequence[Path]`): Folders of earlier stations, whose numbers are taken over.
+            history (`Sequence[Path]`): Folders of earlier stages, whose numbers are taken over.
             force (`bool`, defaults to `False`): Replace numbers of other weights.
 
         Returns:
@@ -61,7 +61,7 @@ class Store:
 
         Raises:
             CheckpointError: The numbers that are there are of other weights, the history of the model does not know its
-                base, or an earlier station is none of this model's.
+                base, or an earlier stage is none of this model's.
         """
         path = output or (model.folder / FILE_NAME if model.folder else None)
         if path is not None:
@@ -171,7 +171,7 @@ def _check_base(model: Subject, base: Subject) -> None:
 
 
 def _take_over(metrics: Metrics, model: Subject, folder: Path) -> None:
-    """Copy the numbers of an earlier station, and of what it was compared with."""
+    """Copy the numbers of an earlier stage, and of what it was compared with."""
     earlier = Metrics.of(folder)
     if earlier is None:
         raise CheckpointError(f"{folder} has no {FILE_NAME}; measure it with hf-layerprune eval {folder}")
@@ -182,7 +182,7 @@ def _take_over(metrics: Metrics, model: Subject, folder: Path) -> None:
     known = {model.weights} | (model.lineage.known_weights() if model.lineage else set())
     if earlier.weights not in known:
         raise CheckpointError(
-            f"{folder} ({earlier.weights[:12]}) is no earlier station of {model.name}: its history does not know it"
+            f"{folder} ({earlier.weights[:12]}) is no earlier stage of {model.name}: its history does not know it"
         )
     for weights, said in earlier.models.items():
         if weights in known:

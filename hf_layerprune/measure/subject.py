@@ -31,7 +31,7 @@ class Subject:
         source (`str`): As the user named it.
         name (`str`): Its Hub id, or the name of its folder or file.
         weights (`str`): The hash of its weights, see [`~records.lineage.weights_hash`].
-        role (`str`): `"cut"`, `"repaired"` or `"healed"` by the last station in its history; `"model"` without one.
+        role (`str`): `"cut"`, `"repaired"` or `"healed"` by the last stage in its history; `"model"` without one.
         lineage (`Lineage`, *optional*): Its history.
         folder (`Path`, *optional*): Its folder, where it is a local one.
         revision (`str`, *optional*): The commit on the Hub.
@@ -190,9 +190,9 @@ def _role(lineage: Lineage | None) -> str:
     if lineage is None or not lineage.entries:
         return "model"
     last = lineage.entries[-1]
-    if last.get("station") == "prune" and last.get("repair"):  # repaired on the way
+    if last.get("stage") == "prune" and last.get("repair"):  # repaired on the way
         return "repaired"
-    return _ROLES.get(str(last.get("station")), "model")
+    return _ROLES.get(str(last.get("stage")), "model")
 
 
 def pick_device(name: str) -> str:

@@ -198,7 +198,7 @@ def check_id(name: str) -> None:
 
 def _base_of(model: Path) -> str | None:
     """The dense base of a model, if it is on the Hub."""
-    from ..records.history import hub_base
+    from ..records.names import hub_base
 
     lineage = Lineage.of(model)
     return hub_base(lineage.base) if lineage else None

@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from ..errors import CheckpointError, LayerPruneError
-
-if TYPE_CHECKING:
-    from ..cut.remote import HubBase
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -48,30 +44,39 @@ def front_matter(text: str) -> tuple[dict[str, Any], str]:
     return fields if isinstance(fields, dict) else {}, text[match.end() :].lstrip("\r\n")
 
 
-def declared_by(base: Path | HubBase) -> dict[str, Any]:
+def declared_by(folder: Path, card: Path | None = None, repository: str | None = None) -> dict[str, Any]:
     """What a base declares about itself.
 
     Args:
-        base (`Path` or `HubBase`): A model folder, a GGUF file, or a repository.
+        folder (`Path`): A model folder.
+        card (`Path`, *optional*): Its card, where that does not lie in the folder.
+        repository (`str`, *optional*): Where the base is on the Hub, as `org/name/blob/COMMIT`. A link of the card that
+            is relative to its repository becomes a whole one.
 
     Returns:
         `dict[str, Any]`: Of `license`, `license_name`, `license_link` and `language`, those that it declares; and
             `chat`, where it has a chat template.
     """
-    if not isinstance(base, Path):
-        try:
-            path = base.fetch_small(CARD)
-        except CheckpointError as error:
-            logger.warning("%s; its licence is not recorded", error)
-            path = None
-        found = (_of_card(path) if path else {}) | _chat(base.folder)
-        link = found.get("license_link")
-        if link and "://" not in link:  # relative to the base's repository
-            found["license_link"] = f"https://huggingface.co/{base.repo}/blob/{base.commit}/{link.removeprefix('./')}"
-        return found
-    if base.is_dir():
-        return _of_card(base / CARD) | _chat(base)
-    return _of_gguf(base)
+    declared = _of_card(card or folder / CARD) | _chat(folder)
+    link = declared.get("license_link")
+    if repository and link and "://" not in link:
+        declared["license_link"] = f"https://huggingface.co/{repository}/{link.removeprefix('./')}"
+    return declared
+
+
+def declared_in_gguf(keys: Mapping[str, str]) -> dict[str, Any]:
+    """What a GGUF file declares about itself.
+
+    Args:
+        keys (`Mapping[str, str]`): The text of its metadata, by key.
+
+    Returns:
+        `dict[str, Any]`: As `declared_by` gives it; a GGUF file names no languages.
+    """
+    names = {"license": "general.license", "license_name": "general.license.name"}
+    names["license_link"] = "general.license.link"
+    declared: dict[str, Any] = {field: keys[key].strip()[:_MAX_TEXT] for field, key in names.items() if keys.get(key)}
+    return declared | ({"chat": True} if "tokenizer.chat_template" in keys else {})
 
 
 def _chat(folder: Path) -> dict[str, Any]:
@@ -94,33 +99,18 @@ def _of_card(path: Path) -> dict[str, Any]:
     except OSError as error:
         logger.warning("%s can't be read (%s), so the base's licence is not recorded", path, error)
         return {}
-    found: dict[str, Any] = {}
+    declared: dict[str, Any] = {}
     for name in LICENCE_FIELDS:
         value = fields.get(name)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         if isinstance(value, str) and value.strip():
-            found[name] = value.strip()[:_MAX_TEXT]
+            declared[name] = value.strip()[:_MAX_TEXT]
     languages = fields.get("language")
     languages = [languages] if isinstance(languages, str) else languages if isinstance(languages, list) else []
     # YAML reads a bare `no`, which is Norwegian, as false.
     languages = ["no" if one is False else one for one in languages]
     languages = [one for one in languages if isinstance(one, str) and re.fullmatch(r"[\w-]{2,20}", one)]
     if languages:
-        found["language"] = languages[:_MAX_LANGUAGES]
-    return found
-
-
-def _of_gguf(path: Path) -> dict[str, Any]:
-    from ..cut.gguf.header import read_header
-
-    try:
-        with path.open("rb") as file:
-            keys = read_header(file, path, path.stat().st_size).keys
-    except (OSError, LayerPruneError):
-        return {}
-    names = {"license": "general.license", "license_name": "general.license.name"}
-    names["license_link"] = "general.license.link"
-    found = {field: keys[key].text for field, key in names.items() if key in keys and keys[key].text}
-    found = {field: text.strip()[:_MAX_TEXT] for field, text in found.items()}
-    return found | ({"chat": True} if "tokenizer.chat_template" in keys else {})
+        declared["language"] = languages[:_MAX_LANGUAGES]
+    return declared

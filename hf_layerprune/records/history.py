@@ -1,4 +1,4 @@
-"""A lineage, read: which layers of the base are left, and what each station did to which tensors."""
+"""A lineage, read: which layers of the base are left, and what each stage did to which tensors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..layer_ranges import format_layers
-from ..publish.card.escape import is_hub_name
 from .lineage import Lineage
+from .names import base_name, hub_base, is_hub_name
 
 _LAYER = re.compile(r"(?P<before>.*?\b(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
 _MAX_LAYERS = 10_000
@@ -23,7 +23,7 @@ _NO_SETTINGS = ("changed_tensors", "changed_modules", "input_weights")
 
 
 @dataclass(frozen=True)
-class Station:
+class Stage:
     """One entry of a lineage.
 
     Args:
@@ -53,19 +53,19 @@ class Station:
 
 @dataclass(frozen=True)
 class History:
-    """What a lineage says, station by station.
+    """What a lineage says, stage by stage.
 
     Args:
         lineage (`Lineage`): The lineage.
         num_base_layers (`int`): How many decoder layers the base has.
         kept (`tuple[int, ...]`): The base's indices of those that are left, in order.
-        stations (`tuple[Station, ...]`): What was done, oldest first.
+        stages (`tuple[Stage, ...]`): What was done, oldest first.
     """
 
     lineage: Lineage = field(repr=False)
     num_base_layers: int
     kept: tuple[int, ...]
-    stations: tuple[Station, ...]
+    stages: tuple[Stage, ...]
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -75,7 +75,7 @@ class History:
     @property
     def form(self) -> str:
         """`model`, or `adapter` where only the plan and the tuned tail were saved."""
-        forms = [station.settings["form"] for station in self.stations if station.settings.get("form")]
+        forms = [stage.settings["form"] for stage in self.stages if stage.settings.get("form")]
         return "adapter" if forms and forms[-1] == "adapter" else "model"
 
     @property
@@ -92,7 +92,7 @@ class History:
     @property
     def dtype(self) -> str | None:
         """The type that the weights were converted to on the way, or `None` where they kept the base's."""
-        told = [station.settings.get("dtype") for station in self.stations if station.name == "prune"]
+        told = [stage.settings.get("dtype") for stage in self.stages if stage.name == "prune"]
         found = [str(dtype) for dtype in told if dtype not in (None, "auto")]
         return found[-1] if found else "bfloat16" if self.from_gguf else None
 
@@ -107,35 +107,35 @@ class History:
         return hub_base(self.lineage.base)
 
     def changed(self) -> dict[str, list[str]]:
-        """Every tensor that a station says it changed, with the names of those stations."""
+        """Every tensor that a stage says it changed, with the names of those stages."""
         found: dict[str, list[str]] = {}
-        for station in self.stations:
-            for name in sorted(station.changed):
-                found.setdefault(name, []).append(station.name)
+        for stage in self.stages:
+            for name in sorted(stage.changed):
+                found.setdefault(name, []).append(stage.name)
         return found
 
-    def layers_changed(self, station: str) -> set[int]:
-        """Base indices of the layers in which the stations of a name changed something."""
+    def layers_changed(self, stage: str) -> set[int]:
+        """Base indices of the layers in which the stages of a name changed something."""
         found = set()
-        for one in self.stations:
-            for match in map(_LAYER.fullmatch, one.changed if one.name == station else ()):
+        for one in self.stages:
+            for match in map(_LAYER.fullmatch, one.changed if one.name == stage else ()):
                 if match and int(match["index"]) < len(self.kept):
                     found.add(self.kept[int(match["index"])])
         return found
 
     def commands(self) -> list[str]:
-        """The commands that make the model again, one a station that says so, each calling a folder what the next
+        """The commands that make the model again, one a stage that says so, each calling a folder what the next
         one calls it.
         """
         found, source = [], None
-        for number, station in enumerate(self.stations):
-            told = station.entry.get("command")
+        for number, stage in enumerate(self.stages):
+            told = stage.entry.get("command")
             if isinstance(told, str) and told.strip():
                 found.append(_folded(_split(told)))
-            elif station.name == "prune" and station.settings.get("drop_layers"):
+            elif stage.name == "prune" and stage.settings.get("drop_layers"):
                 output = self._taken_up(number) or ("pruned" if source is None else f"{source}-again")
                 if output not in self._names:  # a recipe that begins with the base prunes it, too
-                    found.append(_folded(self._prune(station, source, output)))
+                    found.append(_folded(self._prune(stage, source, output)))
                 source = output
         return found
 
@@ -145,15 +145,15 @@ class History:
         return {self.base_id, self.base_on_hub}
 
     def _taken_up(self, number: int) -> str | None:
-        """What the command that follows a station calls the model that it is given."""
-        for station in self.stations[number + 1 :]:
-            words = _split(str(station.entry.get("command") or ""))
+        """What the command that follows a stage calls the model that it is given."""
+        for stage in self.stages[number + 1 :]:
+            words = _split(str(stage.entry.get("command") or ""))
             if "--model_name_or_path" in words[:-1]:
                 return words[words.index("--model_name_or_path") + 1]
         return None
 
-    def _prune(self, station: Station, source: str | None, output: str) -> list[str]:
-        settings, base = station.settings, self.lineage.base
+    def _prune(self, stage: Stage, source: str | None, output: str) -> list[str]:
+        settings, base = stage.settings, self.lineage.base
         # Whoever has no copy of the base takes it from the Hub; a GGUF file is other weights than those there.
         start = self.base_id if self.from_gguf or not self.base_on_hub else self.base_on_hub
         words = ["hf-layerprune", "prune", source or start, output]
@@ -161,7 +161,7 @@ class History:
         if settings.get("dtype", "auto") != "auto":
             words += ["--dtype", str(settings["dtype"])]
         if settings.get("repair"):
-            words += ["--repair", str(settings["repair"]), *_calibration_words(station.entry.get("calibration"))]
+            words += ["--repair", str(settings["repair"]), *_calibration_words(stage.entry.get("calibration"))]
         if settings.get("form") == "adapter":
             words.append("--adapter")
         if source is None and base.get("commit"):
@@ -203,29 +203,6 @@ def _calibration_words(record: Any) -> list[str]:
     ]
 
 
-def base_name(base: dict[str, Any]) -> str:
-    """What to call a base in public: its Hub id, or the last part of its path."""
-    name = str(base.get("id") or "")
-    if base.get("commit") or (is_hub_name(name) and "/" in name):
-        return name
-    return PurePath(name.replace("\\", "/")).name or "the base"
-
-
-def hub_base(base: dict[str, Any]) -> str | None:
-    """The Hub id of a base, or of what it is a copy of."""
-    name = str(base.get("id") or "")
-    if base.get("commit") and is_hub_name(name):
-        return name
-    declared = base.get("hub_id")
-    return declared if isinstance(declared, str) and is_hub_name(declared) else None
-
-
-def is_local(base: dict[str, Any]) -> bool:
-    """Whether a base is named by more than one part of a path on somebody's disk."""
-    name = str(base.get("id") or "")
-    return not base.get("commit") and not is_hub_name(name) and PurePath(name.replace("\\", "/")).name != name
-
-
 def read_history(lineage: Lineage) -> History:
     """Follow a lineage from the base to the model.
 
@@ -246,7 +223,7 @@ def read_history(lineage: Lineage) -> History:
         layers = entry.get("layers") or {}
         if n is None and isinstance(layers.get("base"), int) and 0 < layers["base"] <= _MAX_LAYERS:
             n, kept = layers["base"], list(range(layers["base"]))
-        if entry.get("station") != "prune":
+        if entry.get("stage") != "prune":
             if n is not None and layers.get("left", len(kept)) != len(kept):
                 raise CheckpointError("lineage.json does not say which layers were dropped; prune with hf-layerprune")
             continue
@@ -262,19 +239,19 @@ def read_history(lineage: Lineage) -> History:
             )
     if n is None:
         raise CheckpointError("lineage.json does not say how many layers the base has; prune the model again")
-    stations = []
+    stages = []
     for number, entry in enumerate(lineage.entries):
         later = [stay for at, stay in cuts if at > number]
         for name, part in _parts(entry):
-            stations.append(Station(name, part, frozenset(_through(later, part.get("changed_tensors") or ()))))
-    return History(lineage, n, tuple(kept), tuple(stations))
+            stages.append(Stage(name, part, frozenset(_through(later, part.get("changed_tensors") or ()))))
+    return History(lineage, n, tuple(kept), tuple(stages))
 
 
 def _check_shape(lineage: Lineage) -> None:
     """Refuse what is no record of ours, whoever has written it."""
     for entry in lineage.entries:
         shapes = {"settings": dict, "layers": dict, "versions": dict, "changed_tensors": list, "repair": dict}
-        shapes |= {"station": str, "date": str, "weights": str}
+        shapes |= {"stage": str, "date": str, "weights": str}
         wrong = (
             [name for name, kind in shapes.items() if not isinstance(entry.get(name), kind | None)]
             if isinstance(entry, dict)
@@ -288,8 +265,8 @@ def _check_shape(lineage: Lineage) -> None:
 
 
 def _parts(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """An entry, and the repair that was made on the way, as a station of its own."""
-    yield str(entry.get("station")), entry
+    """An entry, and the repair that was made on the way, as a stage of its own."""
+    yield str(entry.get("stage")), entry
     repair = entry.get("repair")
     if isinstance(repair, dict):
         settings = {name: value for name, value in repair.items() if name not in _NO_SETTINGS}

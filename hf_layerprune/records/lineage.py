@@ -1,4 +1,4 @@
-"""`lineage.json`: where a model comes from, and what was done to it, one entry a station."""
+"""`lineage.json`: where a model comes from, and what was done to it, one entry a stage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 import re
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -37,9 +36,9 @@ class Lineage:
     Args:
         base (`dict[str, Any]`): `id` as the user named it, `commit` on the Hub or `None`, `files`: the size and the
             sha256 of each of its weight and config files, and what its own card declares (see `declared.py`).
-        entries (`list[dict[str, Any]]`): One for each station, oldest first.
+        entries (`list[dict[str, Any]]`): One for each stage, oldest first.
         published (`dict[str, str]`): What this very model is called: `repo_id` on the Hub, and `space` if it has one;
-            or else a `name`. What is made of it is another model, so a station's entry empties this.
+            or else a `name`. What is made of it is another model, so a stage's entry empties this.
     """
 
     base: dict[str, Any]
@@ -70,13 +69,13 @@ class Lineage:
             raise CheckpointError(f"{path} is damaged ({error}); delete it to go on without the history") from error
 
     def known_weights(self) -> set[str]:
-        """The hashes of the base's weights and of what each station wrote or repaired, where it says so."""
+        """The hashes of the base's weights and of what each stage wrote or repaired, where it says so."""
         parts = [part for entry in self.entries for part in (entry, entry.get("repair")) if isinstance(part, dict)]
         known = {part[key] for part in parts for key in ("weights", "input_weights") if key in part}
         return known | ({weights_hash(self.base["files"])} if self.base.get("files") else set())
 
     def record(self, folder: Path, entry: dict[str, Any]) -> None:
-        """Append a station's entry, with the hash of the weights that it wrote, and write the history."""
+        """Append a stage's entry, with the hash of the weights that it wrote, and write the history."""
         entry["weights"] = weights_hash(fingerprint(folder))
         self.entries.append(entry)
         self.published = {}
@@ -91,8 +90,8 @@ class Lineage:
 
 
 @contextmanager
-def station(name: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Time a station and describe it.
+def stage(name: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Time a stage and describe it.
 
     Args:
         name (`str`): What is done, such as `"prune"`.
@@ -102,7 +101,7 @@ def station(name: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
         `dict[str, Any]`: The entry. The caller adds results to it; seconds and peak memory are filled in at the end.
     """
     entry: dict[str, Any] = {
-        "station": name,
+        "stage": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings,
         "versions": versions(),
@@ -117,9 +116,15 @@ def peak_rss() -> int:
     """The most memory in bytes that this process had resident so far."""
     status = Path("/proc/self/status")
     if status.is_file():  # on Linux `ru_maxrss` starts at the parent's
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) * 1024
+        peak_line = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if peak_line:
+            return int(peak_line[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

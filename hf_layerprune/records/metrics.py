@@ -1,7 +1,7 @@
 """`metrics.json`: the measured numbers of a model folder, each bound to the weights that it was measured on.
 
 The schema is `metrics.schema.json` beside this file, and nothing is written that does not follow it. A file holds
-numbers of the folder's own weights, of its base, and of the stations between them (cut, repaired, healed), which
+numbers of the folder's own weights, of its base, and of the stages between them (cut, repaired, healed), which
 `lineage.json` names by the same hash; numbers of any other weights are refused.
 """
 

@@ -19,9 +19,9 @@ from ..errors import CheckpointError, CutError
 from ..files.folders import check_target, new_folder
 from ..layer_ranges import format_layers
 from ..options import take
-from ..records.declared import declared_by
+from ..records.declared import CARD, declared_by, declared_in_gguf
 from ..records.licences import is_licence_file
-from ..records.lineage import Lineage, fingerprint, passing_weights_hash, station
+from ..records.lineage import Lineage, fingerprint, passing_weights_hash, stage
 from ..runtime.loading import is_hub_id, load_base, load_config, load_tokenizer, resolve_base
 from ..select import find_criterion, needs_model, select_layers
 from .requests import PruneRequest
@@ -67,7 +67,7 @@ def was_made(request: PruneRequest, folder: Path) -> bool:
     if not folder.exists():
         return False
     lineage = Lineage.of(folder) or Lineage({})
-    entry = next((entry for entry in reversed(lineage.entries) if entry["station"] == "prune"), {})
+    entry = next((entry for entry in reversed(lineage.entries) if entry["stage"] == "prune"), {})
     recorded, calibration = entry.get("settings", {}), entry.get("calibration", {})
     dropped = recorded.get("drop_layers", []) if request.drop_layers is None else request.drop_layers
     same = [settings_of(request, dropped) == recorded, lineage.base.get("id") == request.base]
@@ -117,7 +117,7 @@ def prune_to(request: PruneRequest) -> str:
     # Everything that can be refused is refused before a weight is read.
     rehearse_config(config, families.cut_config(config, cut), cut)
     with new_folder(output, force=request.force, apart_from=source) as folder:
-        with station("prune", settings_of(request, list(cut.drop))) as entry:
+        with stage("prune", settings_of(request, list(cut.drop))) as entry:
             if request.adapter or _needs_a_model(request):
                 make = _adapter if request.adapter else _model
                 commit, prepared = make(request, list(cut.drop), folder, prepared)
@@ -266,10 +266,28 @@ def _write_lineage(
             "id": request.base,
             "commit": commit,
             "files": hub.fingerprint() if hub else fingerprint(source),
-        } | declared_by(hub or source)
+        } | _declared(request, source, hub)
     if source.is_dir():
         _copy_licence(source, folder)
     lineage.record(folder, entry)
+
+
+def _declared(request: PruneRequest, source: Path, hub: HubBase | None) -> dict[str, Any]:
+    """What the base says about itself: its licence, its languages, whether it chats."""
+    if hub is not None:
+        try:
+            card = hub.fetch_small(CARD)
+        except CheckpointError as error:
+            logger.warning("%s; its licence is not recorded", error)
+            card = None
+        return declared_by(hub.folder, card, f"{hub.repo}/blob/{hub.commit}")
+    if source.is_dir():
+        return declared_by(source)
+    from ..cut.gguf.header import read_header
+
+    with source.open("rb") as file:
+        keys = read_header(file, source, source.stat().st_size).keys
+    return declared_in_gguf({name: key.text for name, key in keys.items() if key.text is not None})
 
 
 def _copy_licence(source: Path, folder: Path) -> None:

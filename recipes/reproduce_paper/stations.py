@@ -342,7 +342,7 @@ def has_accelerator() -> bool:
 
 
 def free_memory() -> None:
-    """Give back what a station used, before the next one starts in a process of its own."""
+    """Give back what a stage used, before the next one starts in a process of its own."""
     import torch
 
     gc.collect()

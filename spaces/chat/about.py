@@ -54,7 +54,7 @@ class Records:
 
     def layers(self) -> tuple[int, list[int]] | None:
         """How many layers the base has, and which of them are left, as indices in the base."""
-        cuts = [entry for entry in self.lineage.get("entries", []) if entry["station"] == "prune"]
+        cuts = [entry for entry in self.lineage.get("entries", []) if entry["stage"] == "prune"]
         if not cuts:
             return None
         total = cuts[0]["layers"]["base"]
@@ -126,7 +126,7 @@ def measured(metrics: dict[str, Any]) -> str:
 
 
 def history(lineage: dict[str, Any]) -> str:
-    """What was done, station by station."""
+    """What was done, stage by stage."""
     if not lineage.get("entries"):
         return ""
     items = []
@@ -138,7 +138,7 @@ def history(lineage: dict[str, Any]) -> str:
         )
         seconds = f", {entry['seconds']:,.0f} s" if entry.get("seconds", 0) >= 1 else ""
         items.append(
-            f"<li><b>{escape(entry['station'])}</b> <small>{escape(entry['date'][:10])}{seconds}</small>"
+            f"<li><b>{escape(entry['stage'])}</b> <small>{escape(entry['date'][:10])}{seconds}</small>"
             f"<br>{escape(settings)}</li>"
         )
     return f"<h2>How it was made</h2><ol>{''.join(items)}</ol>"

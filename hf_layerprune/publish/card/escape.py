@@ -15,6 +15,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ...records.names import is_hub_name
+
 MAX_TEXT = 200
 MAX_CODE = 20_000
 # Control characters; and marks that no reader sees, some of which turn the direction of what follows.
@@ -28,12 +30,6 @@ _START = re.compile(r"^(\d{1,9}(?=[.)](?:\s|$))|(?=[#+=-]))(.)")
 # What renderers turn into a link on sight.
 _LINK = re.compile(r"(?i)\b(https?|ftp|mailto)(?=:)|\bwww(?=\.)|(?<=\w)@(?=\w)")
 _MARK = re.compile(r"<!--|-->")
-_HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}|[A-Za-z0-9][\w.-]{0,95}")
-
-
-def is_hub_name(text: str) -> bool:
-    """Whether a text has the form of `org/name` or `name`, as the Hub has it."""
-    return _HUB_ID.fullmatch(text) is not None and not text.endswith((".git", ".", "-"))
 
 
 def plain(value: Any, limit: int = MAX_TEXT) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from ...records.names import is_hub_name
 from . import numbers
-from .escape import is_hub_name, plain
+from .escape import plain
 from .results import Results, Row
 
 if TYPE_CHECKING:

@@ -49,7 +49,7 @@ METHOD = Reference(
     2024,
     "2411.15558",
 )
-# By the value of a station's setting.
+# By the value of a stage's setting.
 USED = {
     ("criterion", "block_influence"): Reference(
         "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", "Men, Xin and others", 2024,

@@ -194,7 +194,7 @@ def pictures(history: History, results: Results | None) -> dict[str, Callable[[P
         `dict[str, Callable[[Path], None]]`: What draws each of them, by its name.
     """
     found: dict[str, Callable[[Path], None]] = {"layers": lambda path: layer_map(history, path)}
-    told = next(filter(None, (_scores_of(station.entry, history) for station in history.stations)), None)
+    told = next(filter(None, (_scores_of(stage.entry, history) for stage in history.stages)), None)
     if told is not None:
         found["scores"] = lambda path: scores(told[1], history.dropped, told[0], path)
     if results is None or len(results.columns) < 2:

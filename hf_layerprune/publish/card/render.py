@@ -20,7 +20,7 @@ import jinja2
 from markupsafe import Markup
 
 from ...layer_ranges import format_layers
-from ...records.history import History, Station, read_history
+from ...records.history import History, Stage, read_history
 from ...records.licences import LicenceFound
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
@@ -103,8 +103,8 @@ class Card:
     @property
     def datasets(self) -> list[str]:
         """Hub ids of the data sets that were fitted or trained on."""
-        fitted = [one for one in self.history.stations if one.name != "prune" or one.entry.get("repair")]
-        named = [str(one.get("id", "")) for station in fitted for one in station.data]
+        fitted = [one for one in self.history.stages if one.name != "prune" or one.entry.get("repair")]
+        named = [str(one.get("id", "")) for stage in fitted for one in stage.data]
         return list(dict.fromkeys(name for name in named if escape.is_hub_name(name)))[:_MAX_DATASETS]
 
     @property
@@ -128,9 +128,9 @@ class Card:
     @property
     def references(self) -> list[Reference]:
         """The papers of what was used besides the method itself."""
-        keys = [(name, str(value)) for station in self.history.stations for name, value in station.settings.items()]
-        keys += [(station.name, str(station.settings.get("method"))) for station in self.history.stations]
-        chosen = [station.entry.get("selection") for station in self.history.stations]
+        keys = [(name, str(value)) for stage in self.history.stages for name, value in stage.settings.items()]
+        keys += [(stage.name, str(stage.settings.get("method"))) for stage in self.history.stages]
+        chosen = [stage.entry.get("selection") for stage in self.history.stages]
         keys += [("criterion", str(one.get("criterion"))) for one in chosen if isinstance(one, dict)]
         return list(dict.fromkeys(USED[key] for key in keys if key in USED))
 
@@ -163,12 +163,12 @@ def _context(card: Card) -> dict[str, Any]:
         "scatter": _has_noise(results, COST),
         "chances": any(row.chance for row in results.table(QUALITY)) if results else False,
         "gap": _gap(history),
-        "trained": [station for station in history.stations if station.data],
+        "trained": [stage for stage in history.stages if stage.data],
         "versions": _versions(history),
         "limits": limits(results),
         "pictures": card.pictures,
         "dropped": format_layers(history.dropped).replace(",", ", "),
-        "done": [station.name for station in history.stations],
+        "done": [stage.name for stage in history.stages],
         "papers": [reference.bibtex() for reference in (METHOD, *card.references)],
         "measured_with": _measured_with(results),
         "model_id": card.repo_id or f"path/to/{card.name}",
@@ -177,7 +177,7 @@ def _context(card: Card) -> dict[str, Any]:
 
 def _gap(history: History) -> str:
     """What closed the gap that the dropped layers left, in words."""
-    methods = [str(one.settings.get("method")) for one in history.stations if one.name == "repair"]
+    methods = [str(one.settings.get("method")) for one in history.stages if one.name == "repair"]
     words = {"linear": "a linear map", "refit": "a refitted projection", "magnitude": "a rescaling"}
     return words.get(methods[-1] if methods else "", "a repair")
 
@@ -238,11 +238,11 @@ def _measured_with(results: Results | None) -> list[str]:
     return found
 
 
-def _settings(station: Station) -> str:
-    """All settings of a station, as YAML."""
+def _settings(stage: Stage) -> str:
+    """All settings of a stage, as YAML."""
     from huggingface_hub.utils import yaml_dump
 
-    fields = dict(list(station.settings.items())[:_MAX_SETTINGS])
+    fields = dict(list(stage.settings.items())[:_MAX_SETTINGS])
     # Through JSON: what YAML would write with tags of its own becomes plain.
     fields = json.loads(json.dumps(fields, default=str))
     return "\n".join(yaml_dump({name: value}, default_flow_style=None).strip("{}\n") for name, value in fields.items())
@@ -267,7 +267,7 @@ def _environment() -> jinja2.Environment:
         "hub": escape.hub_link,
         "count": numbers.count,
         "settings": _settings,
-        "line": tables.station_line,
+        "line": tables.stage_line,
         "ours": Markup,  # words of our own, which may hold Markdown
     }
     environment.globals |= {

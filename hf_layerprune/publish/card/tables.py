@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ...layer_ranges import format_layers
-from ...records.history import Station
+from ...records.history import Stage
 from . import numbers
 from .escape import code, hub_link, prose
 from .results import RUN, Column, Results, Row
@@ -82,17 +82,17 @@ def run_words(run: Sequence[tuple[str, int]]) -> str:
     return ", ".join(RUN[name].format(f"{number:,}") for name, number in run)
 
 
-def data_table(stations: Sequence[Station]) -> Markup:
+def data_table(stages: Sequence[Stage]) -> Markup:
     """What was fitted or trained on."""
     rows = []
-    for station in stations:
-        for one in station.data:
+    for stage in stages:
+        for one in stage.data:
             name = hub_link(str(one["id"]), "datasets") if one.get("id") else code(one.get("name", "unnamed"))
             pin = one.get("revision") or one.get("sha256")
             counts = [one.get(key) for key in ("rows", "tokens")]
             rows.append(
                 [
-                    _use(station),
+                    _use(stage),
                     Markup(f"{name} {code(str(pin)[:12])}" if pin else name),
                     f"{counts[0]:,}" if isinstance(counts[0], int) else "",
                     numbers.count(counts[1]) if isinstance(counts[1], int) else "",
@@ -102,30 +102,30 @@ def data_table(stations: Sequence[Station]) -> Markup:
     return table(["used to", "data", "rows", "tokens", "licence"], "llrrl", rows)
 
 
-def _use(station: Station) -> str:
-    """What a station used its data for."""
-    if station.name != "prune":
-        return station.name
+def _use(stage: Stage) -> str:
+    """What a stage used its data for."""
+    if stage.name != "prune":
+        return stage.name
     uses = {"selection": "choose layers", "repair": "repair"}
-    return " and ".join(words for name, words in uses.items() if station.entry.get(name)) or station.name
+    return " and ".join(words for name, words in uses.items() if stage.entry.get(name)) or stage.name
 
 
-def training_table(station: Station) -> Markup:
+def training_table(stage: Stage) -> Markup:
     """The settings of a training run that say most of it; all of them are in the list of settings."""
-    told = station.settings
+    told = stage.settings
     each = [told.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")]
     if all(isinstance(number, int) for number in each):
         told = told | {"rows_a_step": prod(each)}
     told = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in told.items()}
     rows = [[words, code(told[name])] for name, words in _TRAINING.items() if told.get(name) not in (None, "", [], -1)]
-    return table([station.name, ""], "ll", rows)
+    return table([stage.name, ""], "ll", rows)
 
 
-def station_line(station: Station) -> Markup:
-    """One station in one line: what, how many tensors, how long."""
-    settings, entry = station.settings, station.entry
-    line = f"**{prose(station.name)}**"
-    if station.name == "prune":
+def stage_line(stage: Stage) -> Markup:
+    """One stage in one line: what, how many tensors, how long."""
+    settings, entry = stage.settings, stage.entry
+    line = f"**{prose(stage.name)}**"
+    if stage.name == "prune":
         line += f": layers {format_layers(settings.get('drop_layers') or ())} dropped"
         selection = entry.get("selection")
         if isinstance(selection, dict) and selection.get("why"):
@@ -135,8 +135,8 @@ def station_line(station: Station) -> Markup:
             line += f", chosen by {code(settings['criterion'])}"
     elif settings.get("method"):
         line += f": {code(settings['method'])}"
-    if station.changed:
-        line += f"; {len(station.changed)} tensor{'s' * (len(station.changed) > 1)} changed"
+    if stage.changed:
+        line += f"; {len(stage.changed)} tensor{'s' * (len(stage.changed) > 1)} changed"
     facts = []
     if isinstance(entry.get("seconds"), int | float):
         facts.append(numbers.seconds(entry["seconds"]))

@@ -90,8 +90,7 @@ def declare(
     Raises:
         CheckpointError: The folder has no lineage, the base is no Hub id, or the name can't be one on the Hub.
     """
-    from ...records.history import base_name
-    from .escape import is_hub_name
+    from ...records.names import base_name, is_hub_name
 
     lineage = _lineage(folder)
     base, before = dict(lineage.base), (lineage.base, lineage.published)

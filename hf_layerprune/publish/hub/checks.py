@@ -8,13 +8,12 @@ from pathlib import Path
 
 from ...cut.folder import read_json
 from ...errors import LayerPruneError
-from ...records.history import is_local
 from ...records.licences import NOTICE, LicenceFound, is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage, fingerprint, weights_hash
 from ...records.metrics import Metrics
+from ...records.names import is_hub_name, is_local
 from ..card import numbers
-from ..card.escape import is_hub_name
 from ..card.render import Card
 from . import leaks
 from .contents import ADAPTER_CONFIG, METRICS, Contents
@@ -86,7 +85,7 @@ def _repository(subject: Subject) -> Outcome:
 
 
 def _weights(subject: Subject) -> Outcome:
-    """The files are sound, complete, and those that the last station wrote."""
+    """The files are sound, complete, and those that the last stage wrote."""
     from ...cut.folder import open_weights
     from ...cut.header import read_header
     from ...cut.settings import read_config
@@ -118,7 +117,7 @@ def _weights(subject: Subject) -> Outcome:
             REFUSAL,
             (
                 f"the weights are not those that {LINEAGE} tells of ({own[:12]}, and it says {str(told)[:12]}); they were "
-                "changed since, so make them again, or record the change as a station"
+                "changed since, so make them again, or record the change as a stage"
             ),
         )
     elif not contents.is_adapter and layer_count(read_config(folder)) != len(card.history.kept):
@@ -126,7 +125,7 @@ def _weights(subject: Subject) -> Outcome:
     else:
         size = numbers.size(sum(contents.files[name] for name in contents.weights))
         files = f"{len(contents.weights)} file{'s' * (len(contents.weights) > 1)}"
-        yield OK, f"{size} in {files}, as {lineage.entries[-1].get('station')} left them ({own[:12]})"
+        yield OK, f"{size} in {files}, as {lineage.entries[-1].get('stage')} left them ({own[:12]})"
 
 
 def _metrics(subject: Subject) -> Outcome:

@@ -29,7 +29,7 @@ class Comparison:
 
     Args:
         same (`list[str]`): Tensors that are what they have to be, to the last bit.
-        changed (`list[str]`): Tensors that differ, as a station says.
+        changed (`list[str]`): Tensors that differ, as a stage says.
         wrong (`dict[str, str]`): What is wrong with each of the others.
         absent (`list[str]`): Tensors that the model lacks.
         read (`int`): How many bytes were compared.
@@ -59,7 +59,7 @@ def compare(
         headers (`dict[str, Header]`): The model's weight files.
         hashes (`dict[str, str]`): The sha256 of each of them, where reading a file costs more than hashing it anew.
         reference (`Reference`): What its tensors have to be.
-        may_differ (`Callable[[str], bool]`): Which tensors a station says it changed.
+        may_differ (`Callable[[str], bool]`): Which tensors a stage says it changed.
         kept (`Sequence[int]`): The base's indices of the model's layers.
         rename (`Callable[[str], str]`): From a tensor's name in the files to its name in the reference.
         local (`bool`): Whether reading the model costs no network.
@@ -123,7 +123,7 @@ def _whole(
     found: Comparison,
     advance: Callable[[int], object],
 ) -> bool:
-    """Prove a file by its hash: of its own header, the base's bytes, and its own where a station changed them."""
+    """Prove a file by its hash: of its own header, the base's bytes, and its own where a stage changed them."""
     digest = hashlib.sha256(header.source.read(0, header.data_start))
     changed, same = [], []
     for name, tensor, origin in sorted(items, key=lambda item: item[1].start):

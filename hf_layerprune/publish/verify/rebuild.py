@@ -17,8 +17,9 @@ from ...cut.plan import Origin, Rows, Span, kept_tensors
 from ...cut.settings import read_config
 from ...errors import CheckpointError
 from ...files.copy import Source
-from ...records.history import History, base_name
+from ...records.history import History
 from ...records.lineage import fingerprint
+from ...records.names import base_name
 from ...runtime.loading import is_hub_id
 
 if TYPE_CHECKING:
@@ -119,9 +120,9 @@ def expected_config(history: History, base: Base) -> dict[str, Any]:
     from ...runtime.loading import load_config
 
     config = load_config(base.path) if base.packed else read_config(base.hub.folder if base.hub else base.path)
-    for station in history.stations:
-        if station.name == "prune":
-            config = families.cut_config(config, families.make_cut(config, station.settings["drop_layers"]))
+    for stage in history.stages:
+        if stage.name == "prune":
+            config = families.cut_config(config, families.make_cut(config, stage.settings["drop_layers"]))
     return config.to_dict()
 
 
@@ -171,7 +172,7 @@ def _made_again(history: History, base: Base) -> Iterator[Reference]:
     from ...stages.prune import PruneRequest, prune_to
 
     conversions = [
-        one for one in history.stations if one.name == "prune" and one.settings.get("dtype", "auto") != "auto"
+        one for one in history.stages if one.name == "prune" and one.settings.get("dtype", "auto") != "auto"
     ]
     if len(conversions) > 1:
         raise CheckpointError("the weights were converted more than once on the way, which can't be followed")

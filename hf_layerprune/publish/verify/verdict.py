@@ -3,7 +3,7 @@
     found = verify("someone/SmolLM2-135M-Instruct-23L")
     print(found.good, [line.text for line in found.lines])
 
-Every tensor that no station says it changed has to be the base's, to the last bit. Of a model on the Hub nothing is
+Every tensor that no stage says it changed has to be the base's, to the last bit. Of a model on the Hub nothing is
 downloaded for it where the hash that the Hub lists can be computed from the base's bytes.
 """
 
@@ -158,7 +158,7 @@ def _history(place: Place, found: Verified) -> History | None:
     except CheckpointError as error:
         found.say(False, "lineage", str(error))
         return None
-    done = ", ".join(station.name for station in history.stations)
+    done = ", ".join(stage.name for stage in history.stages)
     dropped = format_layers(history.dropped) or "none"
     found.say(
         True, "lineage",
@@ -169,7 +169,7 @@ def _history(place: Place, found: Verified) -> History | None:
 
 def _check_config(place: Place, history: History, found: Verified) -> None:
     """The config says of the last cut what the lineage says."""
-    cuts = [station.entry for station in history.stations if station.name == "prune"]
+    cuts = [stage.entry for stage in history.stages if stage.name == "prune"]
     name = ADAPTER_CONFIG if place.is_adapter else "config.json"
     path = place.small(name)
     if path is None or not cuts:
@@ -235,7 +235,7 @@ def _check_fields(place: Place, source: Base, history: History, found: Verified)
         return
     differ = sorted(name for name in wanted.keys() | has.keys() if wanted.get(name) != has.get(name))
     differ = [name for name in differ if name not in _VOLATILE]
-    trained = {station.name for station in history.stations} - {"prune", "repair"}
+    trained = {stage.name for stage in history.stages} - {"prune", "repair"}
     if differ and trained:
         found.say(True, "changed", f"config.json: {', '.join(differ)}")
     elif differ:
@@ -244,7 +244,7 @@ def _check_fields(place: Place, source: Base, history: History, found: Verified)
 
 
 def _rules(place: Place, history: History) -> tuple[Callable[[str], str], Callable[[str], bool]]:
-    """How tensors are named, and which of them a station says it changed."""
+    """How tensors are named, and which of them a stage says it changed."""
     changed = history.changed()
     if not place.is_adapter:
         return lambda name: name, lambda name: name in changed
@@ -273,8 +273,8 @@ def _tell(place: Place, history: History, found: Verified, comparison: Compariso
         found.say(False, "tensors", text)
     if len(_swapped(wrong)) > _MAX_LINES:
         found.say(False, "tensors", f"and {len(_swapped(wrong)) - _MAX_LINES} more")
-    for name, stations in _by_station(comparison, history, place).items():
-        for text in by_layer(stations):
+    for name, stages in _by_station(comparison, history, place).items():
+        for text in by_layer(stages):
             found.say(True, "changed", f"{name}: {text}")
     count = len(comparison.same)
     if found.quick:

@@ -1,0 +1,37 @@
+"""What to call a base: its Hub id, or a name that tells nothing of somebody's disk."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+from typing import Any
+
+_HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}|[A-Za-z0-9][\w.-]{0,95}")
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a text has the form of `org/name` or `name`, as the Hub has it."""
+    return _HUB_ID.fullmatch(text) is not None and not text.endswith((".git", ".", "-"))
+
+
+def base_name(base: dict[str, Any]) -> str:
+    """What to call a base in public: its Hub id, or the last part of its path."""
+    name = str(base.get("id") or "")
+    if base.get("commit") or (is_hub_name(name) and "/" in name):
+        return name
+    return PurePath(name.replace("\\", "/")).name or "the base"
+
+
+def hub_base(base: dict[str, Any]) -> str | None:
+    """The Hub id of a base, or of what it is a copy of."""
+    name = str(base.get("id") or "")
+    if base.get("commit") and is_hub_name(name):
+        return name
+    declared = base.get("hub_id")
+    return declared if isinstance(declared, str) and is_hub_name(declared) else None
+
+
+def is_local(base: dict[str, Any]) -> bool:
+    """Whether a base is named by more than one part of a path on somebody's disk."""
+    name = str(base.get("id") or "")
+    return not base.get("commit") and not is_hub_name(name) and PurePath(name.replace("\\", "/")).name != name
