@@ -8,14 +8,12 @@ Logits are kept in the type in which they were multiplied, and their gradients t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedConfig
+from ..runtime.head import Head, LogitTransform
 
 # A chunk's logits take about so many bytes. Two such buffers are alive at a time, with a teacher. On a device, adding
 # each chunk's gradient to that of a trained head is much of the work, and larger chunks make fewer of it.
@@ -26,42 +24,6 @@ _CACHED_BYTES = 2**20
 _WORDS = 8192
 
 DIRECTIONS = ("forward", "reverse")
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """What a model does to the output of its head: `z -> cap * tanh(scale * z / cap)`, or only `scale * z`.
-
-    Args:
-        scale (`float`, defaults to 1.0): A factor.
-        cap (`float`, *optional*): A bound on the logits' size.
-    """
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig) -> LogitTransform:
-        """Read it from a model's config, by the names that transformers' models use."""
-        text = config.get_text_config()
-        scale = 1.0
-        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-            scale *= getattr(text, name, None) or 1.0
-        scale /= getattr(text, "logits_scaling", None) or 1.0
-        return cls(scale, getattr(text, "final_logit_softcapping", None))
-
-    def forward(self, raw: torch.Tensor) -> torch.Tensor:
-        """Logits of the head's output, float32, in place where that can be."""
-        logits = raw.float()
-        if self.scale != 1.0:
-            logits = logits.mul_(self.scale)
-        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
-
-    def backward(self, gradient: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
-        """The gradient of the head's output, from that of the logits, in place."""
-        if self.cap is not None:
-            gradient.mul_(1 - (logits / self.cap).square_())
-        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -77,30 +39,6 @@ class Distillation:
 
     temperature: float = 1.0
     direction: str = "forward"
-
-
-@dataclass(frozen=True)
-class Head:
-    """A frozen or trained output head.
-
-    Args:
-        weight (`torch.Tensor`): `[vocabulary, hidden]`.
-        bias (`torch.Tensor`, *optional*): `[vocabulary]`.
-        transform (`LogitTransform`): What follows it.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-    transform: LogitTransform = LogitTransform()
-
-    @classmethod
-    def of(cls, module: nn.Module, config: PreTrainedConfig) -> Head:
-        """The head that a module is. Sharded weights are gathered."""
-        whole = [
-            tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            for tensor in (module.weight, getattr(module, "bias", None))
-        ]
-        return cls(whole[0], whole[1], LogitTransform.of(config))
 
 
 @dataclass
@@ -125,7 +63,7 @@ class Lesson:
     """What the teacher says about some tokens.
 
     Args:
-        hidden (`torch.Tensor`): Its last hidden states `[tokens, its hidden size]`.
+        hidden (`torch.Tensor`): Its states `[tokens, its width]`, as its head takes them.
         head (`Head`): Its head; no gradient flows there.
         mask (`torch.Tensor`): Which tokens count, boolean `[tokens]`.
         weight (`torch.Tensor`): What each of them counts, a number.
@@ -140,7 +78,7 @@ class Lesson:
 
     def raw_logits(self, part: slice) -> torch.Tensor:
         """What the teacher's head gives for some of the tokens."""
-        return F.linear(self.hidden[part].to(self.head.weight.dtype), self.head.weight, self.head.bias)
+        return self.head.raw(self.hidden[part])
 
 
 def head_loss(
@@ -156,7 +94,7 @@ def head_loss(
     """Weighted cross-entropy and divergence from a teacher, summed over tokens.
 
     Args:
-        hidden (`torch.Tensor`): The student's last hidden states `[tokens, hidden]`.
+        hidden (`torch.Tensor`): The student's states `[tokens, width]`, as the head takes them.
         head (`Head`): Its head.
         labels (`torch.Tensor`): The next tokens `[tokens]`, -100 where there is none to learn.
         ce_weight (`torch.Tensor`, *optional*): What the cross-entropy of a labelled token counts, a number. Without
@@ -173,7 +111,7 @@ def head_loss(
     """
     chunk_bytes = chunk_bytes or (CHUNK_BYTES if hidden.device.type == "cpu" else DEVICE_CHUNK_BYTES)
     into = None
-    if accumulate and takes_gradient(head.weight):
+    if accumulate and head.weight is not None and takes_gradient(head.weight):
         into = head.weight.grad
         if into is None:
             into = head.weight.grad = torch.zeros_like(head.weight)
@@ -201,7 +139,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
-        weight: torch.Tensor,
+        weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         transform: LogitTransform,
         labels: torch.Tensor,
@@ -211,7 +149,7 @@ class _HeadLoss(torch.autograd.Function):
         into: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         device = hidden.device
-        autocast = torch.is_autocast_enabled(device.type)
+        autocast = weight is not None and torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         sums = _Sums(*torch.zeros(4, device=device).unbind())
@@ -220,13 +158,15 @@ class _HeadLoss(torch.autograd.Function):
         if wants_weight and into is None:
             d_weight = torch.zeros(weight.shape, device=device, dtype=torch.float32)
         d_bias = torch.zeros(bias.shape, device=device, dtype=torch.float32) if wants_bias else None
-        size = max(1, chunk_bytes // (dtype.itemsize * weight.shape[0]))
-        rows = max(1, _CACHED_BYTES // (4 * weight.shape[0])) if device.type == "cpu" else size
+        vocabulary = hidden.shape[1] if weight is None else weight.shape[0]
+        size = max(1, chunk_bytes // (dtype.itemsize * vocabulary))
+        rows = max(1, _CACHED_BYTES // (4 * vocabulary)) if device.type == "cpu" else size
         # On a CPU the whole product takes twice the time of its parts, and memory to turn it over.
-        words = _WORDS if device.type == "cpu" else weight.shape[0]
+        words = _WORDS if device.type == "cpu" else vocabulary
         with torch.autocast(device.type, enabled=False):
             # Elsewhere casting it for each chunk would take as long as the products.
-            matrix = _Matrix(weight.detach() if device.type == "cpu" else weight.to(dtype), dtype, words)
+            cast = weight.to(dtype) if weight is not None and device.type != "cpu" else weight
+            matrix = _Matrix(None if cast is None else cast.detach(), dtype, words)
             offset = bias.to(dtype) if bias is not None else None
             for start in range(0, hidden.shape[0], size):
                 part = slice(start, min(start + size, hidden.shape[0]))
@@ -250,7 +190,7 @@ class _HeadLoss(torch.autograd.Function):
                         out += tokens.T @ states
         ctx.save_for_backward(d_hidden, d_weight if into is None else None, d_bias)
         ctx.accumulated = into is not None
-        ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, bias)]
         ctx.mark_non_differentiable(sums.ce, sums.kd, sums.correct)
         return sums.loss, sums.ce, sums.kd, sums.correct
 
@@ -275,17 +215,19 @@ class _Matrix:
     """The head's weights as factors of another type; of float32 weights no copy is made as a whole.
 
     Args:
-        weight (`torch.Tensor`): `[vocabulary, hidden]`.
+        weight (`torch.Tensor`, *optional*): `[vocabulary, hidden]`; without one, states are logits already.
         dtype (`torch.dtype`): In which it is multiplied.
         words (`int`): How many of its rows are cast at a time.
     """
 
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     dtype: torch.dtype
     words: int
 
     def logits(self, states: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
         """`[tokens, hidden]` to `[tokens, vocabulary]`."""
+        if self.weight is None:
+            return states.clone()
         if self.weight.dtype == self.dtype:
             return F.linear(states, self.weight, offset)
         raw = states.new_empty(len(states), len(self.weight))
@@ -295,6 +237,8 @@ class _Matrix:
 
     def back(self, gradient: torch.Tensor) -> torch.Tensor:
         """`[tokens, vocabulary]` to `[tokens, hidden]`."""
+        if self.weight is None:
+            return gradient
         if self.weight.dtype == self.dtype:
             return gradient @ self.weight
         parts = zip(gradient.split(self.words, 1), self.weight.split(self.words), strict=True)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import LayerPruneError
+from ..runtime.head import Head
 from ..runtime.prefix import Prefix, first_trained_layer
-from .losses import Head
 from .store import Column, StateStore, fill, hash_rows, hash_tensors
 from .student import cut_of
 from .teacher import Teacher
@@ -130,6 +130,7 @@ class _Run:
         self.accelerator = trainer.accelerator
         self.collator = trainer.data_collator
         self.model = trainer.plain_model
+        self.output = trainer.output_head
         self.device = trainer.args.device
         self.datasets = trainer.numbered_datasets
         self.lengths = [len(ids) for dataset in self.datasets for ids in dataset["input_ids"]]
@@ -145,7 +146,7 @@ class _Run:
             logger.warning("the frozen layers run in every step: %s", self.why_not)
         if prefix is None and not args.distils:
             return found
-        if _is_split_by_deepspeed(self.model):
+        if is_split_by_deepspeed(self.model):
             raise LayerPruneError(
                 f"loss={args.loss} needs the dense model whole, and DeepSpeed ZeRO-3 splits what is loaded; use ZeRO-2, "
                 "FSDP or DDP, or loss=ce"
@@ -162,7 +163,7 @@ class _Run:
             found.prefix = prefix
         if teacher is not None:
             self._run_teacher(store, teacher, prefix)
-            teacher.let_go(self.device, self.model.get_output_embeddings())
+            teacher.let_go(self.device, self.output.head())
             found.teacher_head = teacher.head
             self.accelerator.wait_for_everyone()
             if self.main:
@@ -197,7 +198,7 @@ class _Run:
         inputs = self._inputs(rows)
         with self._inference():
             with prefix.recorded() as states:
-                wanted = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+                wanted = self.output.states(**inputs, use_cache=False)
             recorded = states[prefix.depth]
             with self._training():
                 again = prefix.run(**inputs)[prefix.depth]
@@ -208,7 +209,7 @@ class _Run:
             if not _close(*pair):
                 return "what leaves them for a row depends on the rows beside it"
             prefix.skip()
-            found = self.model.base_model(**prefix.put(recorded, inputs), use_cache=False).last_hidden_state
+            found = self.output.states(**prefix.put(recorded, inputs), use_cache=False)
         return "" if _close(found, wanted) else "layers hand more to each other than hidden states"
 
     def _teacher(self, model: PreTrainedModel | None, prefix: Prefix | None) -> Teacher:
@@ -334,14 +335,15 @@ def _why_not(trainer: HealTrainer) -> str:
         return "the model or its sequences are split over devices"
     if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
         return "the model is split over devices"
-    if _is_split_by_deepspeed(model):
+    if is_split_by_deepspeed(model):
         return "DeepSpeed ZeRO-3 has split the weights"
     if trainer._is_vision_dataset:
         return "rows have images"
     return ""
 
 
-def _is_split_by_deepspeed(model: PreTrainedModel) -> bool:
+def is_split_by_deepspeed(model: PreTrainedModel) -> bool:
+    """Whether DeepSpeed ZeRO-3 has split the weights, so that the model only runs inside its engine."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CheckpointError, CutError
+from ..errors import CheckpointError
 from ..families import Cut
 from ..families.layout import find_decoder_layers
+from ..runtime.head import Head, OutputHead
 from ..runtime.loading import load_base
 from ..runtime.prefix import Prefix
-from .losses import Head
 from .store import hash_tensors
 
 if TYPE_CHECKING:
@@ -65,12 +65,10 @@ class Teacher:
                 "name the dense model with --teacher"
             )
         self.shared = shared_layers(student, model, min(limit, cut.drop[0]) if cut is not None else 0)
-        head = model.get_output_embeddings()
-        if head is None:
-            raise CutError(f"{type(model).__name__} has no output head, so it can't teach; use --loss ce")
-        self.head = Head.of(head, model.config)
+        self._output = OutputHead(model)
+        self.head = self._output.head()
         self.dtype = model.dtype
-        self.width = self.head.weight.shape[1]
+        self.width = self._output.width
         self.fingerprint = hash_tensors(model.named_parameters())
         self._prefix: Prefix | None = None
 
@@ -98,29 +96,30 @@ class Teacher:
             shared (`torch.Tensor`, *optional*): What leaves the shared layers, where there are any.
 
         Returns:
-            `torch.Tensor`: `[batch, seq, hidden]`, behind the final norm, where the head begins.
+            `torch.Tensor`: `[batch, seq, width]`, as `head` takes them.
         """
         if self._prefix is not None:
             inputs = self._prefix.put(shared, inputs)
-        return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        return self._output.states(**inputs, use_cache=False)
 
-    def let_go(self, device: torch.device, student_head: torch.nn.Module) -> None:
+    def let_go(self, device: torch.device, student: Head) -> None:
         """Keep only the head, on a device.
 
         Args:
             device (`torch.device`): Which one.
-            student_head (`torch.nn.Module`): The student's; where it is frozen and the same, there is one for both.
+            student (`Head`): The student's head; where it is frozen and the same, there is one for both.
         """
-        head, own = self.head, student_head.weight
-        if not own.requires_grad and own.shape == head.weight.shape and torch.equal(own.cpu(), head.weight.cpu()):
-            self.head = Head(own.detach(), head.bias, head.transform)
+        own, mine = student.weight, self.head.weight
+        frozen = own is not None and not own.requires_grad
+        if frozen and mine is not None and own.shape == mine.shape and torch.equal(own.cpu(), mine.cpu()):
+            weight = own.detach()
         else:
-            self.head = Head(head.weight.detach().to(device), head.bias, head.transform)
-        if head.bias is not None:
-            self.head = Head(self.head.weight, head.bias.detach().to(device), head.transform)
+            weight = None if mine is None else mine.detach().to(device)
+        bias = None if self.head.bias is None else self.head.bias.detach().to(device)
+        self.head = Head(weight, bias, self.head.transform)
         if self._prefix is not None and self._borrowed:
             self._prefix.restore()
-        self.model = self._prefix = None
+        self.model = self._prefix = self._output = None
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

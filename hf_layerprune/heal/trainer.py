@@ -26,11 +26,12 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import LayerPruneError
+from ..runtime.head import OutputHead
 from ..runtime.precision import in_fast_precision
 from .config import HealConfig
-from .losses import Distillation, Head, Lesson, head_loss
+from .losses import Distillation, Lesson, head_loss
 from .methods import parse_method
-from .precompute import Precomputed, StateCollator, numbered, precompute
+from .precompute import Precomputed, StateCollator, is_split_by_deepspeed, numbered, precompute
 
 from trl import SFTTrainer  # isort: skip (`.config` says what to install where it is missing)
 
@@ -111,7 +112,11 @@ class HealTrainer(SFTTrainer):
         self._teacher_model = teacher
         self._found = Precomputed()
         self._hold_in_float32()
-        self._patch_forward()
+        # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
+        self._split = is_split_by_deepspeed(self.plain_model)
+        if not self._leaves_loss_to_trl:
+            self.output_head = OutputHead(self.plain_model)
+            self._patch_forward()
         self._check_rows(rows)
         self._leave_out_unseen_rows()
         self.numbered_datasets: list[Dataset] = []
@@ -186,14 +191,13 @@ class HealTrainer(SFTTrainer):
         """Let the model compute our loss inside its forward, where DDP and FSDP expect all of the work to be."""
         model = self.plain_model
         plain_forward = model.forward
-        config = model.config
 
         def forward(self_: PreTrainedModel, *args: Any, heal: dict[str, Any] | None = None, **kwargs: Any) -> Any:
             if heal is None:
                 return plain_forward(*args, **kwargs)
-            hidden = self_.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+            hidden = self.output_head.states(*args, run=plain_forward, **kwargs)[:, :-1]
             keep = heal["keep"]
-            head = Head.of(self_.get_output_embeddings(), config)
+            head = self.output_head.head()
             lesson = self._lesson(heal, keep)
             labels, accumulate = heal["labels"][keep], self._owns_gradients and torch.is_grad_enabled()
             found = head_loss(hidden[keep], head, labels, heal["ce_weight"], lesson, accumulate=accumulate)
@@ -215,7 +219,8 @@ class HealTrainer(SFTTrainer):
         parallel = self.accelerator.parallelism_config
         split = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled)
         smoothed = self.label_smoother is not None or self.compute_loss_func is not None
-        asked = split or smoothed or self.args.loss_type != "nll" or self.aux_loss_enabled or self._is_vision_dataset
+        other = self.args.loss_type not in ("nll", "chunked_nll") or self.aux_loss_enabled or self._is_vision_dataset
+        asked = split or smoothed or other or self._split
         if asked and self.args.distils:
             raise LayerPruneError(
                 f"loss={self.args.loss} can't be combined with loss_type, label smoothing, a router loss, images, or a "

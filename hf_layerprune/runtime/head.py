@@ -1,0 +1,240 @@
+"""How a model turns its last hidden states into logits: found out from the model itself, and checked against it.
+
+In nearly all models the last step is a matrix, the output embedding, which some follow by a factor and a bound. Where
+that is so, loss and gradients can be computed from what enters the matrix, a few tokens at a time, and without the
+model. What a model does to the matrix's product is measured: its own forward is run with numbers of our choice in the
+product's place. No config field is read, so none can be misread. Then the logits of a few tokens, computed our way, are
+compared with the model's own; where they differ, states are the model's own logits, and nothing is computed from them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+from torch.nn import functional as F
+
+from ..errors import UnsupportedModelError
+from .parts import TROUBLE, evaluating, hooked, probe_ids, replaced_forward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 8
+# The numbers that take the product's place reach from where any function is a straight line to where any bound shows.
+_SMALL, _LARGE = 1e-3, 1e5
+# A measured factor or bound is taken for a number of the config where it is that close to it, in float32 and 16 bits.
+_SAME_NUMBER, _SAME_NUMBER_HALF = 1e-4, 5e-3
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to the product of its head: `z -> cap * tanh(scale * z / cap)`, or only `scale * z`.
+
+    Args:
+        scale (`float`, defaults to 1.0): A factor.
+        cap (`float`, *optional*): A bound on the logits' size.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def forward(self, raw: torch.Tensor) -> torch.Tensor:
+        """Logits of the head's product, float32, in place where that can be."""
+        logits = raw.float()
+        if self.scale != 1.0:
+            logits = logits.mul_(self.scale)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def backward(self, gradient: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
+        """The gradient of the head's product, from that of the logits, in place."""
+        if self.cap is not None:
+            gradient.mul_(1 - (logits / self.cap).square_())
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class Head:
+    """From states to logits.
+
+    Args:
+        weight (`torch.Tensor`, *optional*): `[vocabulary, width]`; without one, the states are the logits.
+        bias (`torch.Tensor`, *optional*): `[vocabulary]`.
+        transform (`LogitTransform`): What follows.
+    """
+
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    transform: LogitTransform = LogitTransform()
+
+    def raw(self, states: torch.Tensor) -> torch.Tensor:
+        """`[..., width]` to `[..., vocabulary]`, before the transform, in memory of its own."""
+        if self.weight is None:
+            return states.clone()
+        return F.linear(states.to(self.weight.dtype), self.weight, self.bias)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """`[..., width]` to float32 logits `[..., vocabulary]`, without gradients."""
+        with torch.no_grad():
+            return self.transform.forward(self.raw(states))
+
+
+class OutputHead:
+    """The output head of a causal language model.
+
+        output = OutputHead(model)
+        states = output.states(input_ids=ids)       # [batch, seq, width]
+        logits = output.head().logits(states)       # [batch, seq, vocabulary], as the model's own
+
+    Args:
+        model (`PreTrainedModel`): The model, plain or inside a PEFT model. A few tokens are run through it.
+
+    Raises:
+        UnsupportedModelError: The model can't be run on tokens alone, or makes no logits for each of them.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._module = model.get_output_embeddings()
+        self._transform: LogitTransform | None = None
+        ids = probe_ids(model, _PROBE_TOKENS)
+        with evaluating(model):
+            try:
+                own = model(input_ids=ids, use_cache=False).logits
+            except TROUBLE as error:
+                cause = (str(error).splitlines() or [type(error).__name__])[0][:160]
+                raise self._refusal(f"it can't be run on tokens alone ({cause})") from error
+            if own.shape[:2] != ids.shape:
+                raise self._refusal(f"for tokens {list(ids.shape)} it makes logits {list(own.shape)}")
+            self.vocabulary: int = own.shape[-1]
+            self.why_not = self._why_not(ids, own)
+        if self.why_not:
+            logger.info("logits of %s are taken from the model as they are: %s", type(model).__name__, self.why_not)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether states are what enters the output embedding; else they are the model's own logits."""
+        return self._transform is not None
+
+    @property
+    def width(self) -> int:
+        """Numbers in the states of a token."""
+        return self._linear.weight.shape[1] if self.is_linear else self.vocabulary
+
+    def states(self, *args: Any, run: Callable[..., Any] | None = None, **kwargs: Any) -> torch.Tensor:
+        """Run the model up to its head.
+
+        Args:
+            args: What the model takes.
+            run (`Callable`, *optional*): What to call in place of the model: its own forward.
+            kwargs: What the model takes.
+
+        Returns:
+            `torch.Tensor`: `[batch, seq, width]`, for `head()`. Gradients flow if they are switched on.
+        """
+        run = run or self.model
+        if not self.is_linear:
+            return run(*args, **kwargs).logits
+        kept: list[torch.Tensor] = []
+
+        def keep(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            kept.append(states)
+            return states[..., :1].detach()  # nobody looks at what becomes of it
+
+        with replaced_forward([self._module], keep):
+            run(*args, **kwargs)
+        return kept[0]
+
+    def head(self) -> Head:
+        """The head as it is now. Sharded weights are gathered."""
+        if self._transform is None:
+            return Head()
+        weight, bias = (
+            tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            for tensor in (self._linear.weight, self._linear.bias)
+        )
+        return Head(weight, bias, self._transform)
+
+    # --- finding out -------------------------------------------------------------------------------------
+
+    @property
+    def _linear(self) -> nn.Linear:
+        """The matrix itself, where PEFT has put a trained copy in its place."""
+        if isinstance(self._module, ModulesToSaveWrapper) and not self._module.disable_adapters:
+            return self._module.modules_to_save[self._module.active_adapters[0]]
+        return getattr(self._module, "original_module", self._module)
+
+    def _why_not(self, ids: torch.Tensor, own: torch.Tensor) -> str:
+        """Why states can't be what enters the output embedding; empty if they can."""
+        linear = self._linear
+        if linear is None or type(linear).forward is not nn.Linear.forward or not linear.weight.is_floating_point():
+            return "its output embedding is not a plain matrix"
+        try:
+            self._transform = self._measured(ids)
+            if self._transform is None:
+                return "what follows its output embedding is not a factor and a bound"
+            logits = self.head().logits(self.states(input_ids=ids, use_cache=False))
+        except TROUBLE as error:
+            self._transform = None
+            return f"it can't be run without its output embedding ({(str(error).splitlines() or [''])[0][:120]})"
+        if not close(logits, own):
+            self._transform = None
+            return "more than its output embedding makes the logits"
+        return ""
+
+    def _measured(self, ids: torch.Tensor) -> LogitTransform | None:
+        """What the model does to the product of its head, where that is a factor and perhaps a bound."""
+        words = self._linear.weight.shape[0]
+        generator = torch.Generator().manual_seed(0)
+        shape = (*ids.shape, words)
+        signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+        sizes = torch.empty(shape).uniform_(generator=generator)
+        raw = (signs * _SMALL * (_LARGE / _SMALL) ** sizes).to(self._linear.weight.device)
+        raw[..., :2] = torch.tensor([_SMALL, _LARGE])
+        calls: list[Any] = []
+
+        def put_in(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            calls.append(states.shape)
+            return raw.clone()
+
+        with replaced_forward([self._module], put_in):
+            made = self.model(input_ids=ids, use_cache=False).logits
+        if len(calls) != 1 or calls[0][:-1] != ids.shape or made.shape != raw.shape:
+            return None
+        exact = made.dtype in (torch.float32, torch.float64)
+        made = made.float()
+        scale = self._named((made[..., 0] / raw[..., 0]).median().item(), exact)
+        largest = made[..., 1].abs().max().item()
+        bounded = largest < 0.9 * abs(scale) * _LARGE
+        transform = LogitTransform(scale, self._named(largest, exact) if bounded else None)
+        return transform if torch.allclose(transform.forward(raw.clone()), made, rtol=1e-2, atol=0) else None
+
+    def _named(self, number: float, exact: bool) -> float:
+        """The number of the config that a measured one is, or the inverse of one; else itself."""
+        config = self.model.config.get_text_config().to_dict()
+        numbers = {float(v) for v in config.values() if isinstance(v, int | float) and not isinstance(v, bool) and v}
+        best = min([1.0, *numbers, *(1 / n for n in numbers)], key=lambda n: abs(n - number))
+        tolerance = _SAME_NUMBER if exact else _SAME_NUMBER_HALF
+        return best if abs(best - number) <= tolerance * abs(number) else number
+
+    def _refusal(self, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{type(self.model).__name__} can't be trained or measured by its logits: {why}. Drop layers without "
+            "(hf-layerprune prune), and train it with a trainer of its own"
+        )
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two ways to compute the same logits agree, to the precision of the second's type."""
+    if one.shape != other.shape:
+        return False
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}.get(other.dtype, 2e-2)
+    one, other = one.float(), other.float()
+    return bool((one - other).norm() <= tolerance * other.norm())
