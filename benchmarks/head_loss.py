@@ -16,7 +16,8 @@ import time
 import torch
 from torch.nn import functional as F
 
-from hf_layerprune.heal.losses import Distillation, Head, Lesson, head_loss
+from hf_layerprune.heal.losses import Distillation, Lesson, head_loss
+from hf_layerprune.runtime.head import Head
 
 
 def plain(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:

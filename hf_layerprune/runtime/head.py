@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
-from .parts import TROUBLE, evaluating, hooked, probe_ids, replaced_forward
+from .parts import TROUBLE, evaluating, probe_ids, replaced_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
