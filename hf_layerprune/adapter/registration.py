@@ -14,12 +14,15 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from ..versions import check_peft, let_peft_save
+
 
 def register() -> None:
     """Make PEFT know the method; a second call changes nothing."""
     for module, name in ((f"{__package__}.config", "LayerDropConfig"), (f"{__package__}.model", "LayerDropModel")):
         if module in sys.modules and not hasattr(sys.modules[module], name):
             return  # it is being imported, which is what imported PEFT, and calls this again at its end
+    check_peft()
     from peft import mapping
 
     from .config import LayerDropConfig, LayerDropPeftType
@@ -31,6 +34,7 @@ def register() -> None:
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(kind, LayerDropConfig)
     mapping.PEFT_TYPE_TO_TUNER_MAPPING.setdefault(kind, LayerDropModel)
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING.setdefault(kind, LayerDropModel.prefix)
+    let_peft_save(kind)
 
 
 class _RegisteringLoader(importlib.abc.Loader):

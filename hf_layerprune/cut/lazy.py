@@ -27,12 +27,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-from transformers.utils.hub import cached_file, resolve_revision
+from transformers.utils.hub import cached_file
 
 from .. import families
 from ..errors import CheckpointError
 from ..families.layout import find_decoder_layers, find_layer_prefix
 from ..runtime.loading import first_line, resolve_base
+from ..versions import resolve_commit
 from .memory import rehearse
 
 if TYPE_CHECKING:
@@ -138,13 +139,9 @@ class _Source:
         name, gguf_file = resolve_base(base)
         if gguf_file is not None:
             raise CheckpointError(f"{base} is a GGUF file, which is not loaded cut; load it whole, then prune it")
-        lookup = {key: hub.get(key) for key in ("token", "cache_dir")}
-        revision = resolve_revision(
-            name, hub.get("revision"), local_files_only=hub.get("local_files_only", False), **lookup
-        )
-        if revision is not None:
-            hub = hub | {"revision": revision}
-        return cls(name, hub, getattr(revision, "resolved", None))
+        lookup = {key: hub[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in hub}
+        commit = resolve_commit(name, **lookup)
+        return cls(name, hub if commit is None else hub | {"revision": commit}, commit)
 
     def find(self, filename: str) -> str | None:
         """Path of a file, downloaded if need be, or `None` where the base has none of this name."""

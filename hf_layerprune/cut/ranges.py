@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from ..errors import CheckpointError
 from ..files.copy import write_all
 from ..runtime.loading import first_line
+from ..versions import transport_error
 
 if TYPE_CHECKING:
     from huggingface_hub.file_download import HfFileMetadata
@@ -73,7 +74,6 @@ def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
         CheckpointError: The Hub refused.
         BrokenDownloadError: The Hub could not be reached.
     """
-    import httpx2
     from huggingface_hub import errors
 
     try:
@@ -95,7 +95,7 @@ def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
             ) from error
         kind = BrokenDownloadError if error.response.status_code in _TRY_AGAIN else CheckpointError
         raise kind(f"can't read {repo}: {first_line(error)}") from error
-    except (httpx2.TransportError, errors.OfflineModeIsEnabled) as error:
+    except (transport_error(), errors.OfflineModeIsEnabled) as error:
         raise BrokenDownloadError(f"can't reach the Hub for {repo}: {first_line(error)}") from error
     except (errors.RevisionResolutionError, errors.LocalEntryNotFoundError, errors.FileMetadataError) as error:
         raise BrokenDownloadError(f"can't get {repo}: {first_line(error)}") from error
@@ -231,7 +231,6 @@ class RemoteFile:
                     raise BrokenDownloadError(f"{self.name} was left at byte {offset}") from None
 
     def _request(self, location: _Location, offset: int, end: int) -> Iterator[bytes]:
-        import httpx2
         from huggingface_hub import constants
         from huggingface_hub.utils import get_session
 
@@ -250,7 +249,7 @@ class RemoteFile:
                     yield data
                 if left:
                     raise _BreakError("the answer ended early")
-        except httpx2.TransportError as error:
+        except transport_error() as error:
             raise _BreakError(f"{type(error).__name__}: {error}") from error
 
     def _check(self, response: Any, location: _Location, offset: int, end: int) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from ..errors import LayerPruneError
 from ..runtime.precision import slow_in_16_bits
+from ..versions import trl_pads_by_itself
 
 try:
     from trl import SFTConfig
@@ -76,6 +77,14 @@ class HealConfig(SFTConfig):
     warmup_steps: float = field(
         default=0.03, metadata={"help": "Steps of linear warm-up, or below 1 the share of all steps."}
     )
+    # TRL's newest defaults, for every version: others would leave the loss to TRL, or don't know the field.
+    loss_type: str = field(default="nll", metadata={"help": "TRL's loss: nll or dft."})
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "Weight of a mixture of experts' load-balancing loss. By default 0."}
+    )
+    pad_to_multiple_of: int | str | None = field(
+        default="auto", metadata={"help": "Pad rows to a multiple of this; by default 64 on a CPU."}
+    )
     method: str = field(
         default="auto",
         metadata={"help": "What is trained: auto, lm_head, lastN, lm_head+lastN, cutN, behindN, lora, qlora or full."},
@@ -120,6 +129,8 @@ class HealConfig(SFTConfig):
         if self.bf16 is None and not self.fp16 and on_cpu and slow_in_16_bits():
             self.bf16 = False
         left_to_us = self.pad_to_multiple_of == "auto" and not (self.packing or self.padding_free)
+        if self.pad_to_multiple_of == "auto" and not trl_pads_by_itself():
+            self.pad_to_multiple_of = None
         super().__post_init__()
         if left_to_us and self.pad_to_multiple_of is None and self.device.type == "cpu":
             self.pad_to_multiple_of = _CPU_MULTIPLE

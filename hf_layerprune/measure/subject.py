@@ -12,6 +12,7 @@ from ..adapter.reading import find_adapter
 from ..errors import CheckpointError, LayerPruneError, cause_of
 from ..records.lineage import Lineage, fingerprint, sha256_of, weights_hash
 from ..runtime.loading import is_hub_id, load_config, resolve_base
+from ..versions import resolve_commit
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -157,9 +158,7 @@ def _on_hub(repo: str, revision: str | None) -> Subject:
 
 
 def _adapter_on_hub(repo: str, revision: str | None, adapter: PeftConfig) -> Subject:
-    from transformers.utils.hub import resolve_revision
-
-    commit = getattr(resolve_revision(repo, revision), "resolved", None) or revision
+    commit = resolve_commit(repo, revision) or revision
     path = _download(repo, _ADAPTER, commit)
     files = {_ADAPTER: {"size": path.stat().st_size, "sha256": sha256_of(path)}}
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

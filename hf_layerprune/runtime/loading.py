@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, boundary
 from ..errors import cause_of as first_line  # noqa: F401  (the name that older callers use)
+from ..versions import gguf_options, resolve_commit
 from .config_file import check_no_code, read_config_file
 
 if TYPE_CHECKING:
@@ -161,22 +162,20 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
         CheckpointError: There is no such model, it can't be loaded, or its weights are not those that its config
             asks for.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
-    from transformers.utils.hub import resolve_revision
+    from transformers import AutoModelForCausalLM
 
     name, gguf_file = resolve_base(base, kwargs.pop("gguf_file", None))
-    lookup = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
+    lookup = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     model_type = None
     if gguf_file is not None:
-        kwargs["gguf_file"] = gguf_file
         # Packed weights can be neither tuned nor saved by transformers.
-        kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
+        kwargs = gguf_options() | kwargs | {"gguf_file": gguf_file}
     else:
         kwargs["use_safetensors"] = True  # a pickle can run code
         model_type = check_config_of(name, **kwargs)["model_type"]
     kwargs.setdefault("trust_remote_code", False)
     with boundary(f"can't load {base}"):
-        commit = getattr(resolve_revision(name, kwargs.get("revision"), **lookup), "resolved", None)
+        commit = resolve_commit(name, **lookup)
         model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
     # Of a larger model, of which only the text part is made, the other parts' weights are left over.
     part = model_type is not None and model.config.model_type != model_type

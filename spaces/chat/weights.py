@@ -12,10 +12,11 @@ from typing import Any
 
 import psutil
 import torch
+import transformers
 from about import bytes_
 from answers import Side
 from source import CannotLoad, Source, explain, named, weights_size
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,7 +110,9 @@ def load(model: str) -> PreTrainedModel:
     if DEVICE != "cpu":
         settings["device_map"] = DEVICE
     if model.endswith(".gguf"):
-        settings |= {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+        settings["dtype"] = torch.bfloat16
+        if hasattr(transformers, "GgufConfig"):  # before 5.17 the weights are always unpacked
+            settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         settings["use_safetensors"] = True  # a pickle can run code
     return AutoModelForCausalLM.from_pretrained(**named(model), **settings)

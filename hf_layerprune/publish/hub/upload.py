@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ...errors import CheckpointError
 from ...records.lineage import sha256_of
 from ...runtime.loading import first_line
+from ...versions import transport_error
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -299,13 +300,12 @@ def _cause(error: Exception) -> Exception:
 
 def _wait(error: Exception, failures: int) -> float | None:
     """How long to wait before the next attempt, or `None` where there should be none."""
-    import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
     from ...cut.ranges import retry_after
 
     error = _cause(error)
-    transport = isinstance(error, httpx2.TransportError)
+    transport = isinstance(error, transport_error())
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if failures >= ATTEMPTS or not (transport or status in _TRY_AGAIN):
         return None
@@ -327,7 +327,6 @@ def push_errors(repo_id: str, user: dict[str, Any] | None, kind: str = "model") 
         PushError: The Hub refused.
         UnreachableError: It could not be reached.
     """
-    import httpx2
     from huggingface_hub import errors
 
     try:
@@ -336,7 +335,7 @@ def push_errors(repo_id: str, user: dict[str, Any] | None, kind: str = "model") 
         raise
     except Exception as raised:
         error = _cause(raised)
-        if isinstance(error, httpx2.TransportError | errors.OfflineModeIsEnabled):
+        if isinstance(error, (transport_error(), errors.OfflineModeIsEnabled)):
             raise UnreachableError(
                 f"can't reach the Hub{f' for {repo_id}' if repo_id else ''} ({first_line(error)}); run the same command again: what has "
                 "arrived is not sent again"
