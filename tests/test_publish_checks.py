@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def test_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("README.md", "assets/layers.png", "config.json", "lineage.json", "metrics.json", "LICENSE"):
         assert f" {name}\n" in out
     assert "left out  optimizer.pt: may hold a pickle" in out
-    assert "left out  checkpoint-5/model.safetensors: in a folder that is no part" in out
+    assert "left out  checkpoint-5/model.safetensors: in a folder that is not part" in out
     assert "licence: MIT License" in out
     assert "ready to push; nothing was pushed" in out
     assert snapshot(folder) == before
@@ -87,7 +88,7 @@ def test_weights_that_were_changed(folder: Path) -> None:
     (lambda f: next(f.glob("*-00001-*.safetensors")).unlink(), "does not exist; is the download complete?"),
     (lambda f: (f / "extra.safetensors").write_bytes(next(f.glob("*.safetensors")).read_bytes()), "does not use"),
     (lambda f: next(f.glob("*.safetensors")).write_bytes(b"1234567890"), "no sound safetensors file"),
-    (lambda f: (f / "notes.txt").symlink_to(f / "nowhere"), "is a link to nothing"),
+    (lambda f: (f / "vocab.txt").symlink_to(f / "nowhere"), "is a link, and only files"),
     (lambda f: (f / "config.json").write_text("{"), "no sound JSON"),
 ])  # fmt: skip
 def test_broken_folders(folder: Path, break_it: Any, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,54 +169,178 @@ def test_every_licence_of_the_table() -> None:
     assert LicenceFound.of({"license_name": "deepseek"}).row is TABLE["deepseek"]
 
 
-TOKENS = {
-    "a Hugging Face token": "hf_" + "aB3" * 12,
-    "a GitHub token": "ghp_" + "a1B2" * 9,
-    "an AWS key": "AKIA" + "ABCDEFGH12345678",
-    "a Google API key": "AIza" + "x" * 35,
-    "an OpenAI or Anthropic key": "sk-ant-" + "a1" * 20,
-    "a Slack token": "xoxb-" + "1234567890-abcdefghij",
-    "a Weights & Biases key": "WANDB_API_KEY=" + "0a" * 20,
-    "a private key": "-----BEGIN RSA PRIVATE KEY-----",
-    "a bearer token": "Authorization: Bearer " + "abc.DEF-" * 4,
-    "a password in an address": "https://me:hunter2@example.org/x",
+SECRETS = {
+    "Hugging Face Token": "hf_" + "aB3" * 12,
+    "GitHub Token": "ghp_" + "a1B2" * 9,
+    "AWS Access Key": "AKIA" + "ABCDEFGH12345678",
+    "Google API Key": "AIza" + "x" * 35,
+    "OpenAI or Anthropic Key": "sk-ant-" + "a1" * 20,
+    "Slack Token": "xoxb-" + "1234567890-abcdefghij",
+    "Weights & Biases Key": "WANDB_API_KEY=" + "0a" * 20,
+    "Private Key": "-----BEGIN RSA PRIVATE KEY-----",
+    "Bearer Token": "Authorization: Bearer " + "abc.DEF-" * 4,
+    "Basic Auth Credentials": "https://me:hunter2@example.org/x",
+    "Stripe Access Key": "sk_live_" + "a1B2c3" * 4,
+    "JSON Web Token": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmNHl0w",
 }
+TOKEN = SECRETS["Hugging Face Token"]
 
 
-def test_tokens_stay_home(folder: Path) -> None:
-    (folder / "notes.txt").write_text(
-        "one\n" * 400_000 + f"key = '{TOKENS['an AWS key']}'\n"
-    )  # beyond the first chunk
-    found = refusals(folder)
-    assert "notes.txt line 400001 holds what looks like an AWS key" in found
-    assert TOKENS["an AWS key"] not in found
+def secrets_in(path: Path, *, named: bool = False) -> list[tuple[int, str]]:
+    leaks_ = leaks.find_secrets(path.parent, [path.name], frozenset({path.name}) if named else frozenset())
+    return [(leak.line, leak.what) for leak in leaks_]
 
 
-@pytest.mark.parametrize("what", TOKENS)
-def test_tokens_of_all_kinds(tmp_path: Path, what: str) -> None:
-    (tmp_path / "notes.txt").write_text(f"a line\nkey = '{TOKENS[what]}'\n")
-    assert [(leak.line, leak.what) for leak in leaks.find_tokens([tmp_path / "notes.txt"])] == [(2, what)]
+def test_secrets_stay_home(folder: Path) -> None:
+    key = SECRETS["AWS Access Key"]
+    (folder / "vocab.txt").write_text("one\n" * 400_000 + f"key = '{key}'\n")  # beyond the first chunk
+    message = refusals(folder)
+    assert "vocab.txt line 400001 holds what looks like a secret (AWS Access Key)" in message
+    assert key not in message
+
+
+@pytest.mark.parametrize("what", SECRETS)
+def test_secrets_of_all_kinds(tmp_path: Path, what: str) -> None:
+    (tmp_path / "notes.txt").write_text(f"a line\nkey = '{SECRETS[what]}'\n")
+    assert set(secrets_in(tmp_path / "notes.txt")) == {(2, what)}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "utf-8-sig"])
+def test_secrets_in_every_encoding(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "README.md").write_bytes(f"Größe\n{TOKEN}\n".encode(encoding))
+    assert secrets_in(tmp_path / "README.md") == [(2, "Hugging Face Token")]
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps({"hub": {"token": TOKEN}}),
+    json.dumps({"log": f"line\n{TOKEN}\tend"}),
+    json.dumps(json.dumps({"log": f"line\n{TOKEN}"})),
+    json.dumps({"token": TOKEN}).replace("hf_", "\\u0068f_"),
+    f"<b>{TOKEN}</b>",
+    f"url=https://huggingface.co/?token={TOKEN}&x=1",
+    f"({TOKEN})",
+])  # fmt: skip
+def test_secrets_wherever_they_hide(tmp_path: Path, text: str) -> None:
+    for name in ("tokenizer_config.json", "chat_template.jinja", "LICENSE"):
+        (tmp_path / name).write_text(text)
+        assert secrets_in(tmp_path / name) == [(1, "Hugging Face Token")]
+
+
+def test_secrets_in_the_header_of_weights(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    save_file(load_file(path), path, metadata={"format": "pt", "run": TOKEN})
+    assert f"{path.name} line 1 holds what looks like a secret (Hugging Face Token)" in refusals(folder)
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("kaggle.json", '{"username": "me", "key": "0123456789abcdef0123456789abcdef"}'),
+    ("prod.env", "DB_PASSWORD=hunter2-and-more\n"),
+    ("id_ed25519", "-----BEGIN OPENSSH PRIVATE KEY-----\n"),
+    ("settings.py", "aws_secret = 'wJalrXUtnFEMI/K7MDENG/bPxRfiCYzzzzzzzzzz'\n"),
+])  # fmt: skip
+def test_what_only_the_user_named_is_scanned_by_everything(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text)
+    assert refusals(folder) == ""
+    assert name in plan(PushRequest(folder, "org/small")).contents.left_out
+    assert f"{name} line 1 holds what looks like a secret" in refusals(folder, include=(name,))
 
 
 @settings(max_examples=20, deadline=None)
 @given(before=st.text(max_size=50), after=st.text(max_size=50), where=st.integers(0, 3000))
-def test_a_token_is_found_wherever_it_is(
+def test_a_secret_is_found_wherever_it_is(
     before: str, after: str, where: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "haystack.md"
-    token = TOKENS["a Hugging Face token"]
     # Around the place where two chunks meet.
-    text = "x " * ((1 << 19) - 1500 + where) + f"{before} {token} {after}".replace("\0", "")
+    text = "x " * ((1 << 19) - 1500 + where) + f"{before} {TOKEN} {after}"
     path.write_bytes(text.encode(errors="replace"))
-    assert [leak.what for leak in leaks.find_tokens([path])] == ["a Hugging Face token"]
+    assert "Hugging Face Token" in [what for _, what in secrets_in(path)]
 
 
-def test_what_is_no_token(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(
-        json.dumps({"hf_hub": "hf_transfer", "sha256": "0a" * 32, "url": "https://a.b/c@d"})
+def test_what_is_no_secret(folder: Path) -> None:
+    """Hashes of the records, tensor names, and words of a vocabulary, among them those of code."""
+    words = ["hf_hub", "hf_transfer", "sk-learn", "APIClientFactory", "://", "password", "secret_key", "AKIA", "eyJ"]
+    words += [f"{a}{b}" for a in words for b in words]
+    vocabulary = {word: index for index, word in enumerate([*words, *(f"{index:064x}" for index in range(2000))])}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}, indent=1))
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    text = (folder / "metrics.json").read_text()
+    assert len(json.loads(text)["weights"]) == 64
+    assert refusals(folder) == ""
+    (folder / "notes.md").write_text("Trained on the first 200 questions; see https://example.org/c@d.\n")
+    assert refusals(folder, include=("notes.md",)) == ""
+
+
+# What is published.
+
+
+def test_only_what_is_allowed_is_published(folder: Path) -> None:
+    names = (
+        "kaggle.json", "_netrc", "prod.env", "server.key", "id_rsa", "wandb.json", "notes.txt", "train.py", "LICENSE.key",
+        "assets/photo.png", ".eval_results/mine.yaml", "data/rows.jsonl", "config.json.bak", ".netrc", "tokenizer.bak",
+    )  # fmt: skip
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    before = snapshot(folder)
+    contents = plan(PushRequest(folder, "org/small")).contents
+    assert set(names) == set(contents.left_out)
+    assert {"config.json", "tokenizer.json", "LICENSE", "lineage.json", "metrics.json", "README.md"} <= set(
+        contents.files
     )
-    (tmp_path / "b.bin").write_bytes(b"\0" + TOKENS["an AWS key"].encode())
-    assert list(leaks.find_tokens(sorted(tmp_path.iterdir()))) == []
+    contents = plan(PushRequest(folder, "org/small", include=("train.py", "assets/photo.png"))).contents
+    assert {"train.py", "assets/photo.png"} == set(names) & set(contents.files)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("absent.txt", "there is no such file"),
+    ("../secret.txt", "there is no such file"),
+    ("optimizer.pt", "may hold a pickle"),
+])  # fmt: skip
+def test_what_include_can_not_name(folder: Path, name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder.parent / "secret.txt").write_text("x")
+    (folder / "optimizer.pt").write_bytes(b"x")
+    assert main(["push", str(folder), "org/small", "--dry-run", "--include", name]) == 1
+    assert f"--include {name}: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "LICENSE", "config.json", "tokenizer.json", "assets", "additional_chat_templates", "notes.txt"],
+)
+def test_links_are_not_followed(folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    outside = tmp_path / "outside"
+    (folder / name).rename(outside) if (folder / name).exists() else outside.write_text("mine")
+    (folder / name).symlink_to(outside)
+    before = snapshot(tmp_path)
+    assert main(["push", str(folder), "org/small", "--dry-run", "--include", name]) == 1
+    error = capsys.readouterr().err
+    assert "a link" in error
+    assert error.count("\n") == 1
+    assert snapshot(tmp_path) == before
+
+
+def test_names_that_are_not_utf_8(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(os.fsencode(folder) + b"/caf\xe9.json", "wb"):
+        pass
+    assert main(["push", str(folder), "org/small", "--dry-run"]) == 1
+    error = capsys.readouterr().err
+    assert r"b'caf\xe9.json'" in error
+    assert "is not UTF-8; rename it" in error
+    assert error.count("\n") == 1
+
+
+def test_a_folder_in_place_of_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "README.md").unlink()
+    (folder / "README.md").mkdir()
+    assert main(["push", str(folder), "org/small", "--dry-run"]) == 1
+    assert "README.md is a folder" in capsys.readouterr().err
+
+
+def test_an_adapter_beside_a_model(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    assert "lies beside a whole model" in refusals(folder)
 
 
 def test_paths_of_somebodys_disk(folder: Path) -> None:
@@ -223,8 +348,8 @@ def test_paths_of_somebodys_disk(folder: Path) -> None:
     assert "names the base by a path on your disk, /home/alice/models/llama" in refusals(folder)
     declare(folder, base_model="org/base")
     assert refusals(folder) == ""
-    (folder / "notes.txt").write_text("see /home/alice/work\n")
-    assert "notes.txt line 1 tells others the path /home/alice" in warnings(folder)
+    (folder / "LICENSE").write_text("see /home/alice/work\n")
+    assert "LICENSE line 1 tells others the path /home/alice" in warnings(folder)
 
 
 def test_adapters(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,9 @@ def test_what_needs_no_torch_imports_none(tmp_path: Path) -> None:
 import sys
 from hf_layerprune.cli import build_parser
 build_parser()
-from hf_layerprune.publish import card, escape, leaks, licences, lineage, plots, regions, style, tables
+from hf_layerprune.publish.card import escape, plots, regions, render, style, tables
+from hf_layerprune.publish.hub import leaks
+from hf_layerprune.records import licences, lineage
 assert not {"torch", "transformers", "matplotlib"} & sys.modules.keys()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)

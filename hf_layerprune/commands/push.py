@@ -23,9 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo_id", metavar="REPO_ID", help="NAMESPACE/NAME on the Hub")
     parser.add_argument("--private", action="store_true", help="make it private, and refuse a public repository")
     parser.add_argument("--adapter-only", action="store_true", help="only the adapter, in MODEL or in MODEL/adapter")
+    parser.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="publish this file of MODEL, too, although no library writes it (again for each)",
+    )
     parser.add_argument("--revision", metavar="R", help="to this branch, made where it is missing, or to refs/pr/N")
     parser.add_argument("--create-pr", action="store_true", help="propose the change instead of making it")
-    parser.add_argument("--overwrite-card", action="store_true", help="write over what was changed in the Hub's card")
+    parser.add_argument("--overwrite-card", action="store_true", help="replace what was changed in the Hub's card")
     parser.add_argument("--space", metavar="REPO_ID", help="then publish a chat with the model as this Space")
     parser.add_argument(
         "--space-secret",
@@ -47,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         repo_id=args.repo_id,
         private=args.private,
         adapter_only=args.adapter_only,
+        include=tuple(args.include),
         revision=args.revision,
         create_pr=args.create_pr,
         overwrite_card=args.overwrite_card,

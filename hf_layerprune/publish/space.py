@@ -177,12 +177,14 @@ def secret_from(variable: str | None) -> str | None:
         `str`, *optional*: The token; `None` without a name.
 
     Raises:
-        CutError: The variable isn't set.
+        CutError: There is no such variable.
     """
     if variable is None:
         return None
-    if not (token := os.environ.get(variable)):
-        raise CutError(f"the variable {variable} is not set, and the Space's secret was to come from it; export it")
+    if not (token := os.environ.get(variable)):  # which is not repeated: it may be the token itself
+        raise CutError(
+            "--space-secret names an environment variable that is not set; name the one that holds the token"
+        )
     return token
 
 

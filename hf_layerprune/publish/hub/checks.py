@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from ...cut.folder import read_json
@@ -16,9 +17,10 @@ from ...records.names import is_hub_name, is_local
 from ..card import numbers
 from ..card.render import Card
 from . import leaks
-from .contents import ADAPTER_CONFIG, METRICS, Contents
+from .contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, METRICS, Contents
 
 OK, WARNING, REFUSAL = "ok", "warning", "refusal"
+_MOST_LEAKS = 5  # that are named in one go
 
 
 @dataclass(frozen=True)
@@ -97,14 +99,16 @@ def _weights(subject: Subject) -> Outcome:
         yield REFUSAL, f"{folder} has no weights; a card without weights is not published"
         return
     if contents.is_adapter:
-        for name in contents.weights:
-            with LocalFile(folder / name) as file:
-                read_header(file)
+        used = {ADAPTER_WEIGHTS}
+        with LocalFile(folder / ADAPTER_WEIGHTS) as file:
+            read_header(file)
     else:
         with open_weights(folder) as weights:
-            stray = sorted(set(contents.weights) - set(weights.headers))
-        if stray:
-            yield REFUSAL, f"{stray[0]} is a weight file that the model does not use; remove it"
+            used = set(weights.headers)
+        if ADAPTER_CONFIG in contents.files:
+            yield REFUSAL, f"{ADAPTER_CONFIG} lies beside a whole model, and loaders would apply it; remove it"
+    if stray := sorted(set(contents.weights) - used):
+        yield REFUSAL, f"{stray[0]} is a weight file that the model does not use; remove it"
     lineage = Lineage.of(folder)
     if lineage is None or not lineage.entries:
         yield REFUSAL, f"{folder} has no {LINEAGE}; only what hf-layerprune prune has written is published"
@@ -214,20 +218,20 @@ def _at(licence: LicenceFound) -> str:
 
 
 def _secrets(subject: Subject) -> Outcome:
-    paths = [subject.contents.path(name) for name in subject.contents.files]
-    found = list(leaks.find_tokens(paths))
-    for leak in found[:5]:
+    contents = subject.contents
+    secrets = list(islice(leaks.find_secrets(contents.folder, contents.files, contents.named), _MOST_LEAKS))
+    for leak in secrets:
         yield (
             REFUSAL,
             (
-                f"{leak.file.relative_to(subject.folder)} line {leak.line} holds what looks like {leak.what}; take it out, "
-                "and revoke it if it was real"
+                f"{leak.file} line {leak.line} holds what looks like a secret ({leak.what}); take it out, and revoke it "
+                "if it was real"
             ),
         )
-    if not found:
-        yield OK, f"no tokens in {len(paths)} files"
-    for leak in leaks.find_paths(paths):
-        yield WARNING, f"{leak.file.relative_to(subject.folder)} line {leak.line} tells others {leak.what}"
+    if not secrets:
+        yield OK, f"no secrets in {len(contents.files)} files"
+    for leak in leaks.find_paths(contents.folder, contents.files):
+        yield WARNING, f"{leak.file} line {leak.line} tells others {leak.what}"
 
 
 def _loading(subject: Subject) -> Outcome:

@@ -1,21 +1,42 @@
-"""What of a model folder is published: the model, its records, its card; and what stays at home, with the reason."""
+"""What a push publishes: what transformers, PEFT, TRL and this package write, and what the user names besides.
+
+Everything else stays at home, with the reason. Links are never followed: the files of a model folder are in it.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...cut.folder import INDEX, SINGLE, is_companion
+from ...cut.folder import INDEX, SINGLE
 from ...errors import CheckpointError
 from ...records.declared import CARD
+from ...records.licences import is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
-from ..card.writing import ASSETS, EVAL_RESULTS
+from ...records.metrics import FILE_NAME as METRICS
+from ..card.writing import ASSETS, EVAL_MARK, EVAL_RESULTS, PICTURES
 
-METRICS = "metrics.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TEMPLATES = "additional_chat_templates"
+WEIGHTS = (".safetensors", ".gguf")
+# Files that tokenizers write, beside those whose name begins with `tokenizer`.
+_TOKENIZER = {
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "sentencepiece.bpe.model",
+    "source.spm", "special_tokens_map.json", "spiece.model", "target.spm", "tekken.json", "tokenizer.json",
+    "tokenizer.model", "tokenizer.tiktoken", "tokenizer_config.json", "vocab.bpe", "vocab.json", "vocab.txt",
+}  # fmt: skip
+_SETTINGS = {
+    "config.json", "generation_config.json", "image_processor_config.json", "preprocessor_config.json",
+    "processor_config.json", "quantize_config.json", "video_preprocessor_config.json", ADAPTER_CONFIG,
+}  # fmt: skip
+_ALLOWED = {CARD, LINEAGE, METRICS, INDEX} | _SETTINGS | _TOKENIZER
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
-_WEIGHTS = (".safetensors", ".gguf")
-_PARTS = {ASSETS: (".png", ".svg"), EVAL_RESULTS: (".yaml",), "additional_chat_templates": (".jinja",)}
+# A licence's text, and not a licence key.
+_LICENCE_ENDS = re.compile(r"|\.(md|txt|rst|pdf|html|\d+)", re.IGNORECASE)
+_MOST_FILES = 10_000
 
 
 @dataclass(frozen=True)
@@ -26,25 +47,27 @@ class Contents:
         folder (`Path`): The folder.
         files (`dict[str, int]`): The size of each file that is published, by its path in the repository.
         left_out (`dict[str, str]`): Why each of the others is not.
+        named (`frozenset[str]`): Those of `files` that are published because the user named them.
     """
 
     folder: Path
     files: dict[str, int]
     left_out: dict[str, str] = field(default_factory=dict)
+    named: frozenset[str] = frozenset()
 
     @property
     def size(self) -> int:
-        """Size of all that is published."""
+        """Size of everything that is published."""
         return sum(self.files.values())
 
     @property
     def weights(self) -> list[str]:
         """The weight files."""
-        return [name for name in self.files if name.endswith(_WEIGHTS)]
+        return [name for name in self.files if name.endswith(WEIGHTS)]
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the folder is an adapter and no model."""
+        """Whether the folder is an adapter rather than a model."""
         return ADAPTER_CONFIG in self.files and "config.json" not in self.files
 
     def path(self, name: str) -> Path:
@@ -81,51 +104,102 @@ def find_model(folder: Path, *, adapter_only: bool = False) -> Path:
     )
 
 
-def list_contents(folder: Path, *, adapter_only: bool = False) -> Contents:
+def list_contents(folder: Path, *, adapter_only: bool = False, include: Sequence[str] = ()) -> Contents:
     """List a model folder.
 
     Args:
         folder (`Path`): A model folder.
         adapter_only (`bool`, *optional*, defaults to `False`): Leave a whole model's weights out.
+        include (`Sequence[str]`, *optional*): Files to publish although no library writes them, by their path in the
+            folder.
 
     Returns:
         `Contents`: What is published, and what is not.
 
     Raises:
-        CheckpointError: A link leads out of the folder to nothing, or a name can't be published.
+        CheckpointError: What would be published is a link or not a regular file, a name is not UTF-8, or a file of
+            `include` does not exist or may not be published.
     """
+    named = frozenset(name.replace(os.sep, "/") for name in include)
     files: dict[str, int] = {}
     left_out: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_dir():
+    for name, entry in _walk(folder):
+        if name in (ASSETS, EVAL_RESULTS, TEMPLATES) and not entry.is_dir(follow_symlinks=False):
+            raise CheckpointError(f"{folder / name} is not a folder but {_kind(entry)}; remove it")
+        reason = _why_not(name, entry, adapter_only, name in named)
+        if entry.is_dir(follow_symlinks=False) and reason is not None:
             continue
-        if not path.is_file():
-            raise CheckpointError(f"{path} is a link to nothing, or no file; remove it, or complete the download")
-        reason = _why_not(name, adapter_only)
-        if reason is None:
-            files[name] = path.stat().st_size
-        else:
+        if reason is not None:
             left_out[name] = reason
-    return Contents(folder, files, left_out)
+        elif entry.is_file(follow_symlinks=False):
+            files[name] = entry.stat(follow_symlinks=False).st_size
+        else:
+            raise CheckpointError(
+                f"{folder / name} is {_kind(entry)}, and only files are published; put the file itself there"
+            )
+    for name in sorted(named - files.keys()):
+        reason = left_out.get(name, f"there is no such file in {folder}")
+        raise CheckpointError(f"--include {name}: {reason}")
+    return Contents(folder, files, left_out, named & files.keys())
 
 
-def _why_not(name: str, adapter_only: bool) -> str | None:
+def _walk(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """All entries below a folder with their relative paths, in order, without following any link."""
+    todo, count = [""], 0
+    while todo:
+        place = todo.pop(0)
+        with os.scandir(folder / place) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                name = f"{place}{entry.name}"
+                try:
+                    name.encode()
+                except UnicodeEncodeError:
+                    raise CheckpointError(
+                        f"the name of the file {os.fsencode(name)!r} in {folder} is not UTF-8; rename it"
+                    ) from None
+                count += 1
+                if count > _MOST_FILES:
+                    raise CheckpointError(f"{folder} has more than {_MOST_FILES:,} files; name a model folder")
+                yield name, entry
+                if entry.is_dir(follow_symlinks=False):
+                    todo.append(f"{name}/")
+
+
+def _why_not(name: str, entry: os.DirEntry[str], adapter_only: bool, named: bool) -> str | None:
     """Why a file is not published, or `None` where it is."""
     top, _, rest = name.partition("/")
-    if rest:
-        if top in _PARTS and "/" not in rest and rest.endswith(_PARTS[top]) and not rest.startswith("."):
-            return None
-        return "in a folder that is no part of the model"
     if name.endswith(_PICKLES):
         return "may hold a pickle, which can run code when it is loaded"
-    if adapter_only and (name.endswith(_WEIGHTS) or name in (INDEX, "config.json")) and name != ADAPTER_WEIGHTS:
-        return "of the whole model, and only the adapter is wanted"
-    if name.endswith(_WEIGHTS) or name in (CARD, LINEAGE, METRICS, INDEX, "config.json"):
+    if rest:
+        return None if named or _is_part(top, rest, entry) else "in a folder that is not part of the model"
+    if adapter_only and (name.endswith(WEIGHTS) or name in (INDEX, "config.json")) and name != ADAPTER_WEIGHTS:
+        return "belongs to the whole model, and only the adapter is published"
+    if named or name in _ALLOWED or name.endswith(WEIGHTS):
         return None
-    if is_companion(name):
+    if is_licence_file(name) and _LICENCE_ENDS.fullmatch(Path(name).suffix):
         return None
-    return "no part of the model"
+    return "not part of the model; publish it with --include"
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    if entry.is_symlink():
+        return "a link"
+    return "a folder" if entry.is_dir() else "a file" if entry.is_file() else "a device or a pipe"
+
+
+def _is_part(top: str, name: str, entry: os.DirEntry[str]) -> bool:
+    if top == ASSETS:
+        return name in _pictures()
+    if top == TEMPLATES:
+        return name.endswith(".jinja") and "/" not in name and not name.startswith(".")
+    if top == EVAL_RESULTS and name.endswith(".yaml") and "/" not in name:
+        return entry.is_symlink() or _begins(Path(entry.path), EVAL_MARK)
+    return False
+
+
+def _begins(path: Path, mark: str) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(mark)) == mark.encode()
 
 
 def is_ours(name: str) -> bool:
@@ -137,10 +211,8 @@ def is_ours(name: str) -> bool:
     top, _, rest = name.partition("/")
     if rest:
         return (top == EVAL_RESULTS and rest.endswith(".yaml")) or (top == ASSETS and rest in _pictures())
-    return name.endswith(_WEIGHTS) or name in (METRICS, LINEAGE, INDEX, SINGLE, ADAPTER_CONFIG, "config.json")
+    return name.endswith(WEIGHTS) or name in (METRICS, LINEAGE, INDEX, SINGLE, ADAPTER_CONFIG, "config.json")
 
 
 def _pictures() -> set[str]:
-    from ..card.writing import PICTURES
-
     return {f"{name}.png" for name in PICTURES}

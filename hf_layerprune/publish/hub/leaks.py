@@ -1,103 +1,158 @@
-"""What must not leave the machine: tokens in any text file, and paths that tell of somebody's disk."""
+"""What must not leave the machine: secrets in any file, and paths that tell of somebody's disk.
+
+`detect-secrets` does the looking. Its patterns of known formats are run over every file, and so are a few that it
+lacks. Files that only the user named are scanned by all of it: keywords beside a value, and strings that look random.
+In files with a known structure those would report every hash of the records and half of a vocabulary.
+"""
 
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-_CHUNK = 1 << 20
-# As long as the longest thing that is looked for: so much of a chunk is looked at again with the next one.
+from .contents import WEIGHTS
+
+_CHUNK = 1 << 20  # characters
+# As long as the longest secret that is looked for: this much of a chunk is looked at again with the next one.
 _OVERLAP = 512
-# What it is, letters that every one of them has (which are looked for first), and what it looks like.
-_TOKENS: list[tuple[str, tuple[bytes, ...], re.Pattern[bytes]]] = [
-    ("a Hugging Face token", (b"hf_", b"api_org_"), re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{30,64}\b")),
-    ("a GitHub token", (b"gh", b"github_pat_"),
-     re.compile(rb"\b(?:gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{60,255})\b")),
-    ("an AWS key", (b"AKIA", b"ASIA"), re.compile(rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b")),
-    ("a Google API key", (b"AIza",), re.compile(rb"\bAIza[0-9A-Za-z_-]{35}\b")),
-    ("an OpenAI or Anthropic key", (b"sk-",), re.compile(rb"\bsk-(?:proj-|ant-|svcacct-)?[A-Za-z0-9_-]{32,}")),
-    ("a Slack token", (b"xox",), re.compile(rb"\bxox[abeprs]-[A-Za-z0-9-]{20,}")),
-    ("a Weights & Biases key", (b"wandb", b"WANDB"),
-     re.compile(rb"(?:wandb|WANDB)[\w .\"':=-]{0,24}\b[0-9a-f]{40}\b")),
-    ("a private key", (b"PRIVATE KEY",), re.compile(rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----")),
-    ("a bearer token", (b"earer ",),
-     re.compile(rb"(?i)authorization[\"']?\s*[:=]\s*[\"']?bearer\s+[A-Za-z0-9._~+/-]{20,}")),
-    ("a password in an address", (b"http",),
-     re.compile(rb"\bhttps?://[^\s/:@\"']{1,80}:[^\s/@\"']{3,80}@[\w.-]+")),
-]  # fmt: skip
-_PATHS = re.compile(rb"(?:/home/|/Users/|/root/|[A-Za-z]:\\{1,2}Users\\{1,2})[\w.@-]+")
+_MAX_HEADER = 100_000_000  # bytes of a safetensors header, by its format
+# Above this, a file is not one that somebody wrote by hand, and line by line takes long.
+_MAX_LINES = 16 << 20
+# Formats that detect-secrets 1.5 does not know.
+_MORE = {
+    "Hugging Face Token": r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{30,64}(?![A-Za-z0-9])",
+    "GitHub Token": r"(?<![A-Za-z0-9])github_pat_[A-Za-z0-9_]{60,255}",
+    "Google API Key": r"(?<![A-Za-z0-9])AIza[0-9A-Za-z_-]{35}",
+    "OpenAI or Anthropic Key": r"(?<![A-Za-z0-9])sk-(?:proj-|ant-|svcacct-)?[A-Za-z0-9_-]{32,}",
+    "Slack Token": r"(?<![A-Za-z0-9])xox[abeprs]-[A-Za-z0-9-]{20,}",
+    "Weights & Biases Key": r"(?i)wandb[\w .\"':=-]{0,24}(?<![0-9a-z])[0-9a-f]{40}(?![0-9a-z])",
+    "Kaggle Key": r"[\"']key[\"']\s*:\s*[\"'][0-9a-f]{32}[\"']",
+    "Bearer Token": r"(?i)authorization[\"']?\s*[:=]\s*[\"']?bearer\s+[A-Za-z0-9._~+/-]{20,}",
+}
+# Formats too loose for text with many words, and addresses, which are no secrets.
+_LOOSE = {"Artifactory Credentials", "Public IP (ipv4)"}
+# Escapes of JSON and of most programming languages: a secret may begin right after one.
+_ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrtbf])")
+_PATHS = re.compile(r"(?:/home/|/Users/|/root/|[A-Za-z]:\\{1,2}Users\\{1,2})[\w.@-]+")
 
 
 @dataclass(frozen=True)
 class Leak:
-    """Something that was found.
+    """Something that should not be published.
 
     Args:
-        file (`Path`): Where.
+        file (`str`): Where, by its path in the repository.
         line (`int`): In which line.
         what (`str`): What it looks like; never the thing itself.
     """
 
-    file: Path
+    file: str
     line: int
     what: str
 
 
-def find_tokens(files: Iterable[Path]) -> Iterator[Leak]:
-    """Look for tokens in text files.
+def find_secrets(folder: Path, files: Iterable[str], named: frozenset[str] = frozenset()) -> Iterator[Leak]:
+    """Look for secrets.
 
     Args:
-        files (`Iterable[Path]`): The files; those that are no text are passed over.
+        folder (`Path`): Where the files are.
+        files (`Iterable[str]`): Their paths in it. Of weight files, the header is looked at.
+        named (`frozenset[str]`, *optional*): Those of which nothing is known but that the user named them.
 
     Yields:
-        `Leak`: Each token that is found.
+        `Leak`: Each line with a secret, once for each kind.
     """
-    for path in files:
+    for name in files:
         seen: set[tuple[int, str]] = set()
-        for start_line, chunk in _chunks(path):
-            for what, letters, pattern in _TOKENS:
-                if not any(some in chunk for some in letters):
-                    continue
-                for match in pattern.finditer(chunk):
-                    line = start_line + chunk.count(b"\n", 0, match.start())
-                    if (line, what) not in seen:
-                        seen.add((line, what))
-                        yield Leak(path, line, what)
+        found = _formats(folder / name)
+        for line, what in [*found, *(_everything(folder / name) if name in named else ())]:
+            if (line, what) not in seen:
+                seen.add((line, what))
+                yield Leak(name, line, what)
 
 
-def find_paths(files: Iterable[Path]) -> Iterator[Leak]:
+def find_paths(folder: Path, files: Iterable[str]) -> Iterator[Leak]:
     """Look for paths into somebody's home folder, one a file.
 
     Args:
-        files (`Iterable[Path]`): The files; those that are no text are passed over.
+        folder (`Path`): Where the files are.
+        files (`Iterable[str]`): Their paths in it.
 
     Yields:
-        `Leak`: The first path of each file.
+        `Leak`: The first such path of each file.
     """
-    for path in files:
-        for start_line, chunk in _chunks(path):
+    for name in files:
+        for start, chunk in _chunks(folder / name):
             if match := _PATHS.search(chunk):
-                found = match[0].decode(errors="replace")
-                yield Leak(path, start_line + chunk.count(b"\n", 0, match.start()), f"the path {found}")
+                yield Leak(name, start + chunk.count("\n", 0, match.start()), f"the path {match[0]}")
                 break
 
 
-def is_text(path: Path) -> bool:
-    """Whether the start of a file has no byte that text never has."""
-    with path.open("rb") as file:
-        return b"\0" not in file.read(8192)
+def _formats(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines with something of a known format."""
+    for start, chunk in _chunks(path):
+        for what, pattern in _patterns():
+            for match in pattern.finditer(chunk):
+                yield start + chunk.count("\n", 0, match.start()), what
 
 
-def _chunks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Stretches of a text file with the number of their first line; each begins with the end of the one before."""
-    if not is_text(path):
+@cache
+def _patterns() -> list[tuple[str, re.Pattern[str]]]:
+    """All formats that are known, by what they are called."""
+    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+    from detect_secrets.plugins.base import RegexBasedDetector
+
+    plugins = {name: plugin for name, plugin in get_mapping_from_secret_type_to_class().items() if name not in _LOOSE}
+    theirs = [
+        (name, pattern)
+        for name, plugin in plugins.items() if issubclass(plugin, RegexBasedDetector)
+        for pattern in plugin().denylist
+    ]  # fmt: skip
+    return theirs + [(name, re.compile(pattern)) for name, pattern in _MORE.items()]
+
+
+def _everything(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines in which detect-secrets finds anything at all."""
+    if path.stat().st_size > _MAX_LINES:
         return
-    line, before = 1, b""
+    from detect_secrets.core.scan import scan_file
+    from detect_secrets.settings import default_settings
+
+    with tempfile.TemporaryDirectory() as place, default_settings():
+        copy = Path(place, f"file{path.suffix}")
+        copy.write_text("".join(_raw(path)), encoding="utf-8")
+        for secret in scan_file(str(copy)):
+            if secret.type not in _LOOSE:
+                yield secret.line_number, secret.type
+
+
+def _chunks(path: Path) -> Iterator[tuple[int, str]]:
+    """Stretches of a file with the number of their first line; each begins with the end of the one before."""
+    line, before = 1, ""
+    for text in _raw(path):
+        chunk = before + text
+        yield line, _ESCAPE.sub(_unescaped, chunk)
+        before = chunk[-_OVERLAP:]
+        line += chunk.count("\n", 0, len(chunk) - len(before))
+
+
+def _raw(path: Path) -> Iterator[str]:
+    """A file as text, in stretches. Without the zeros of UTF-16 and UTF-32, ASCII reads alike in all encodings."""
     with path.open("rb") as file:
-        while data := file.read(_CHUNK):
-            chunk = before + data
-            yield line, chunk
-            before = chunk[-_OVERLAP:]
-            line += chunk.count(b"\n", 0, len(chunk) - len(before))
+        left = path.stat().st_size
+        if path.suffix == ".safetensors":
+            left = min(_MAX_HEADER, int.from_bytes(file.read(8), "little"))
+        elif path.suffix in (*WEIGHTS, ".png"):
+            return
+        while data := file.read(min(_CHUNK, left)):
+            left -= len(data)
+            yield data.replace(b"\0", b"").decode(errors="replace")
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    character = chr(int(match[1], 16)) if match[1] else " "
+    return " " if character == "\n" else character  # the numbers of lines stay

@@ -2,18 +2,19 @@
 
     push("pruned", "someone/SmolLM2-135M-Instruct-23L")
 
-The card and the records are made ready in a staging folder of links beside the model; everything is checked there; one
-commit takes it to the Hub; and only then are the new card and records put into the model's own folder.
+The card and the records are made ready in a staging folder, of copies and of links to the weights; everything is
+checked there; one commit takes it to the Hub; and only then are the new card and records put into the model's own folder.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from ...records.declared import CARD, front_matter
 from ..card import metadata, regions
 from ..card.writing import ASSETS, EVAL_MARK, EVAL_RESULTS, compose, declare, is_generic, read_card, write_card
 from .checks import REFUSAL, Check, Subject, run_checks
-from .contents import Contents, find_model, is_ours, list_contents
+from .contents import WEIGHTS, Contents, find_model, is_ours, list_contents
 from .upload import PushError, Upload, Uploaded, log_in, push_errors, upload
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class PushRequest:
         repo_id (`str`): The repository, `namespace/name`.
         private (`bool`, defaults to `False`): Make a new repository private, and refuse a public one.
         adapter_only (`bool`, defaults to `False`): Only the adapter: of the folder, or of `adapter` in it.
+        include (`tuple[str, ...]`, defaults to `()`): Files to publish although no library writes them.
         revision (`str`, *optional*): A branch, which is made where it is missing; or `refs/pr/N`.
         create_pr (`bool`, defaults to `False`): Propose the change instead of making it.
         overwrite_card (`bool`, defaults to `False`): Write over what somebody changed in the card on the Hub.
@@ -55,6 +57,7 @@ class PushRequest:
     repo_id: str
     private: bool = False
     adapter_only: bool = False
+    include: tuple[str, ...] = ()
     revision: str | None = None
     create_pr: bool = False
     overwrite_card: bool = False
@@ -92,8 +95,8 @@ def plan(request: PushRequest) -> Plan:
     Raises:
         CheckpointError: There is no model, or its card can't be written.
     """
-    with _staged(request) as (folder, staging):
-        return _plan(request, folder, staging)
+    with _staged(request) as (contents, home):
+        return _plan(request, contents, home)
 
 
 def push(request: PushRequest) -> tuple[Plan, Uploaded]:
@@ -110,13 +113,12 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
             could see was changed.
         CheckpointError: There is no model, or its card can't be written.
     """
-    with _staged(request) as (folder, staging):
-        made = _plan(request, folder, staging)
+    with _staged(request) as (contents, home):
+        made = _plan(request, contents, home)
         if made.refusals:
             raise PushError("; ".join(check.text for check in made.refusals))
         api, user = log_in(request.token)
-        _take_over_card(request, staging, api)
-        contents = list_contents(staging, adapter_only=request.adapter_only)
+        _take_over_card(request, contents.folder, api)
         job = Upload(
             repo_id=request.repo_id,
             files={name: contents.path(name) for name in contents.files},
@@ -127,68 +129,63 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
             removable=lambda name: is_ours(name) and not _somebodys_result(name, request, api),
         )
         done = upload(job, api, user)
-        _bring_home(staging, folder)
+        _bring_home(contents, home)
         return made, done
 
 
-def _plan(request: PushRequest, folder: Path, staging: Path) -> Plan:
-    contents = list_contents(staging, adapter_only=request.adapter_only)
-    contents = replace(contents, left_out=list_contents(folder, adapter_only=request.adapter_only).left_out)
+def _plan(request: PushRequest, contents: Contents, home: Path) -> Plan:
     checks = run_checks(Subject(contents, request.repo_id, request.private))
     # The user's folder is what they know by name.
-    told = [Check(one.name, one.level, one.text.replace(str(staging), str(folder))) for one in checks]
-    return Plan(contents, told)
+    return Plan(contents, [replace(one, text=one.text.replace(str(contents.folder), str(home))) for one in checks])
 
 
 @contextmanager
-def _staged(request: PushRequest) -> Iterator[tuple[Path, Path]]:
-    """A folder of links to a model's files, with the card and the records as they will be published."""
-    folder = find_model(Path(request.folder).expanduser(), adapter_only=request.adapter_only)
+def _staged(request: PushRequest) -> Iterator[tuple[Contents, Path]]:
+    """What is published, in a folder of its own, with the card and the records as they will be; and the model's folder."""
+    home = find_model(Path(request.folder).expanduser(), adapter_only=request.adapter_only)
+    listed = list_contents(home, adapter_only=request.adapter_only, include=request.include)
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
-        staging = Path(place, folder.resolve().name)
-        _link(folder, staging)
+        staging = Path(place, home.resolve().name)
+        staging.mkdir()
+        for name in listed.files:
+            _stage(listed.path(name), staging / name)
         try:
             published = {"repo_id": request.repo_id} | ({"space": request.space} if request.space else {})
             declare(staging, published=published)
             write_card(staging, weights=False)  # whether the records belong to the weights is checked after
         except CheckpointError as error:
-            raise type(error)(str(error).replace(str(staging), str(folder))) from error
-        yield folder, staging
+            raise type(error)(str(error).replace(str(staging), str(home))) from error
+        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        sizes = {path.relative_to(staging).as_posix(): path.stat().st_size for path in files}
+        yield replace(listed, folder=staging, files=sizes), home
 
 
-def _link(folder: Path, staging: Path) -> None:
-    """Links to all files that may be published; what is written in their place leaves the originals alone."""
-    staging.mkdir()
-    for path in sorted(folder.iterdir()):
-        target = staging / path.name
-        if path.is_dir():
-            if not path.is_symlink() and path.name in (ASSETS, EVAL_RESULTS, "additional_chat_templates"):
-                _link(path, target)
-            continue
-        try:
+def _stage(path: Path, target: Path) -> None:
+    """A copy of a file, or a link to one of weights, which nothing here writes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if path.name.endswith(WEIGHTS):
+        with suppress(OSError):  # where symbolic links are not allowed
             target.symlink_to(path.resolve())
-        except OSError:  # where symbolic links are not allowed
-            try:
-                os.link(path, target)
-            except OSError:
-                shutil.copyfile(path, target)
+            return
+    shutil.copyfile(path, target, follow_symlinks=False)
 
 
-def _bring_home(staging: Path, folder: Path) -> None:
-    """Put what was written in the staging folder into the model's own."""
-    for path in sorted(staging.rglob("*")):
-        if path.is_symlink() or not path.is_file():
+def _bring_home(contents: Contents, home: Path) -> None:
+    """Put what is new in the staging folder into the model's own."""
+    for name in contents.files:
+        path, target = contents.path(name), home / name
+        if path.is_symlink() or (target.is_file() and target.read_bytes() == path.read_bytes()):
             continue
-        home = folder / path.relative_to(staging)
-        if not home.is_file() or home.read_bytes() != path.read_bytes():
-            home.parent.mkdir(exist_ok=True)
-            new = home.with_name(f".{home.name}.new")
-            shutil.copyfile(path, new)
-            os.replace(new, home)
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+        with path.open("rb") as source, partial.open("xb") as file:
+            shutil.copyfileobj(source, file)
+        os.replace(partial, target)
     for part in (ASSETS, EVAL_RESULTS):
-        for home in (folder / part).glob("*") if (folder / part).is_dir() else ():
-            if is_ours(f"{part}/{home.name}") and not (staging / part / home.name).exists():
-                home.unlink()
+        for path in (home / part).glob("*") if (home / part).is_dir() else ():
+            name = f"{part}/{path.name}"
+            if is_ours(name) and name not in contents.files and name not in contents.left_out:
+                path.unlink()
 
 
 def _take_over_card(request: PushRequest, staging: Path, api: HfApi) -> None:
