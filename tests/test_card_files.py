@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.cli import main
@@ -180,6 +182,115 @@ def test_what_people_write_inside_is_not_lost(tmp_path: Path, capsys: pytest.Cap
     assert card.read_text() == broken
 
 
+@pytest.mark.parametrize(
+    "mark", [r"begin summary \w+", "end summary", r"begin citation \w+", "end citation", "end speed"]
+)
+def test_one_broken_mark_loses_no_words(tmp_path: Path, mark: str) -> None:
+    folder = make(tmp_path)
+    write_card(folder, weights=False)
+    card = folder / "README.md"
+    said = [f"Words of somebody, {i}." for i in range(4)]
+    text = card.read_text().replace(
+        "<!-- hf-layerprune:begin summary", f"{said[0]}\n\n<!-- hf-layerprune:begin summary"
+    )
+    text = text.replace("end summary -->", f"end summary -->\n\n{said[1]}").replace(
+        "end speed -->", f"end speed -->\n\n{said[2]}"
+    )
+    whole = f"{text}\n{said[3]}\n"
+    for broken in (
+        re.sub(f"<!-- hf-layerprune:{mark} -->", new, whole) for new in ("", "<!- oops -->", r"\g<0>\n\g<0>")
+    ):
+        assert broken != whole
+        card.write_text(broken)
+        with pytest.raises(CheckpointError, match=r"README\.md"):
+            write_card(folder, weights=False)
+        assert card.read_text() == broken
+        write_card(folder, weights=False, force=True)
+        assert all(card.read_text().count(words) == 1 for words in said)
+        assert write_card(folder, weights=False) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
+def test_a_card_in_another_encoding_is_not_lost(tmp_path: Path, encoding: str) -> None:
+    folder = make(tmp_path)
+    content = "# Größe\n\nMeine Worte.\n".encode(encoding)
+    (folder / "README.md").write_bytes(content)
+    for force in (False, True):
+        with pytest.raises(CheckpointError, match=r"README.md is not UTF-8 text.*save it as UTF-8"):
+            write_card(folder, weights=False, force=force)
+        assert (folder / "README.md").read_bytes() == content
+
+
+@pytest.mark.parametrize("yaml", [
+    "license: [mit", "a: b: c", "- a\n- b", "key: value\n\ttab: no", "a: 1\n a: 2", "!!python/object:os.system {}",
+    "x: &a [*a", "? {}: {}",
+])  # fmt: skip
+def test_a_card_with_broken_yaml_is_not_lost(tmp_path: Path, yaml: str) -> None:
+    folder = make(tmp_path)
+    for end in ("---\n", ""):
+        content = f"---\n{yaml}\n{end}# Mine\n"
+        if not end and not re.match(r"[\w-]+:", yaml):
+            continue
+        (folder / "README.md").write_text(content)
+        for force in (False, True):
+            with pytest.raises(CheckpointError, match=r"the YAML block of .*README.md (can't be read|never ends)"):
+                write_card(folder, weights=False, force=force)
+            assert (folder / "README.md").read_text() == content
+
+
+def test_fields_of_others_stay_as_they_are(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    (folder / "README.md").write_bytes(
+        "\ufeff---\r\nmine: {a: [1, {b: null}]}\r\nnothing:\r\n---\r\n# Mine\r\n".encode()
+    )
+    write_card(folder, weights=False)
+    fields, body = front_matter((folder / "README.md").read_text())
+    assert (fields["mine"], fields["nothing"]) == ({"a": [1, {"b": None}]}, None)
+    assert body.endswith("# Mine\n")
+
+
+@pytest.mark.parametrize("name", ["README.md", "assets", ".eval_results", "assets/layers.png", "NOTICE"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
+    folder = make(tmp_path, license="llama3.1")
+    outside = tmp_path / "outside"
+    outside.mkdir() if name in ("assets", ".eval_results") else outside.write_text("mine")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        write_card(folder, weights=False)
+    assert outside.read_text() == "mine" if outside.is_file() else not list(outside.iterdir())
+    assert not (folder / "README.md").is_file() or name == "README.md"
+
+
+def test_a_folder_in_place_of_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make(tmp_path)
+    (folder / "metrics.json").unlink()
+    (folder / "README.md").mkdir()
+    assert main(["card", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert "README.md is a folder" in error
+    assert error.count("\n") == 1
+
+
+def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for record in metrics["results"]:
+        if record.get("task") == "piqa":
+            record |= {"settings": {}, "dataset": "ybisk/piqa"}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results" / "piqa.yaml").write_text("- mine\n")
+    write_card(folder, weights=False)
+    assert (folder / ".eval_results" / "piqa.yaml").read_text() == "- mine\n"
+    Image.new("RGB", (2, 2)).save(folder / "assets" / "layers.png")
+    picture = (folder / "assets" / "layers.png").read_bytes()
+    with pytest.raises(CheckpointError, match=r"layers.png was not drawn by hf-layerprune; move it away"):
+        write_card(folder, weights=False)
+    assert (folder / "assets" / "layers.png").read_bytes() == picture
+    assert write_card(folder, weights=False, force=True) == ["assets/layers.png"]
+
+
 def test_a_card_of_somebody_else_is_kept_below(tmp_path: Path) -> None:
     folder = make(tmp_path)
     (folder / "README.md").write_text("---\nlicense: mit\nthumbnail: x.png\n---\n\n# My own card\n\nWords.\n")
@@ -196,7 +307,14 @@ def test_a_template_that_nobody_filled_in_goes(tmp_path: Path) -> None:
     folder = make(tmp_path)
     ModelCard.from_template(ModelCardData(library_name="peft")).save(folder / "README.md")
     write_card(folder, weights=False)
-    assert "Model Card for Model ID" not in (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text()
+    assert "Model Card for Model ID" not in text
+    # One in which somebody wrote a single line is theirs.
+    card = ModelCard.from_template(ModelCardData(library_name="peft"))
+    card.text = card.text.replace("[More Information Needed]", "It rhymes.", 1)
+    card.save(folder / "README.md")
+    write_card(folder, weights=False)
+    assert "It rhymes." in (folder / "README.md").read_text()
 
 
 words = st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=40).map(str.strip)
@@ -263,7 +381,7 @@ def test_without_matplotlib(
     write_card(folder, weights=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert write_card(folder, weights=False) == []  # the pictures are those of these records
-    (folder / "assets" / "layers.png").write_bytes(b"")
+    (folder / "assets" / "layers.png").unlink()
     with pytest.raises(LayerPruneError, match="plots need matplotlib"):
         write_card(folder, weights=False)
 

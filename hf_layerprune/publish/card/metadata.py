@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from ...errors import CheckpointError
 from ...records.names import is_hub_name
 from . import numbers
 from .escape import plain
@@ -58,6 +59,34 @@ def metadata(card: Card) -> dict[str, Any]:
     first += ("base_model_relation",)
     order = [*first, *(name for name in found if name not in (*first, "model-index")), "model-index"]
     return {name: found[name] for name in order if name in found}
+
+
+def front_matter(text: str, where: str) -> tuple[dict[str, Any], str]:
+    """Split a card into the fields of its YAML block and what follows it.
+
+    Args:
+        text (`str`): A README.md.
+        where (`str`): What to call it in errors.
+
+    Returns:
+        `tuple[dict[str, Any], str]`: The fields, all of them, in their order; and the rest.
+
+    Raises:
+        CheckpointError: The YAML can't be read, so writing it again would lose what somebody wrote.
+    """
+    import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
+
+    if REGEX_YAML_BLOCK.search(text) is None:
+        if re.match(r"\s*---[ \t]*\n[\w-]+:", text):
+            raise CheckpointError(f"the YAML block of {where} never ends; put a line of three dashes after it")
+        return {}, text
+    try:
+        card = RepoCard(text)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the YAML block of {where} can't be read ({said}); correct it") from error
+    return dict(vars(card.data)), card.text.lstrip("\n")
 
 
 def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

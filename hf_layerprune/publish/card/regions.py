@@ -47,12 +47,14 @@ def marked(region: str, text: str) -> str:
     return f"<!-- hf-layerprune:begin {region} {_digest(text)} -->\n{text}\n<!-- hf-layerprune:end {region} -->"
 
 
-def parse(card: str, where: str = "the card") -> list[Part]:
+def parse(card: str, where: str = "the card", *, strict: bool = True) -> list[Part]:
     """Split a card's body at its marks.
 
     Args:
         card (`str`): What follows the YAML block.
         where (`str`, *optional*): What to call it in errors.
+        strict (`bool`, *optional*, defaults to `True`): Refuse marks that don't go together. Otherwise such a mark is
+            dropped, and what stands beside it is taken for theirs.
 
     Returns:
         `list[Part]`: Ours and theirs, in order; their stretches that are empty are left out.
@@ -62,27 +64,23 @@ def parse(card: str, where: str = "the card") -> list[Part]:
     """
     parts: list[Part] = []
     position, opened = 0, None
-    for mark in _MARK.finditer(card):
-        kind, name = mark[1], mark[2]
-        if (kind == "begin") == (opened is not None) or (opened is not None and opened[2] != name):
-            raise CheckpointError(
-                f"{where} has a mark of hf-layerprune without its other half ({mark[0]}); put it back, or make the "
-                "card anew with --force"
-            )
-        text = card[position : mark.start()]
-        if opened is None:
-            parts += [Part(text)] if text.strip() else []
-            opened = mark
-        else:
-            if any(part.region == name for part in parts):
-                raise CheckpointError(f"{where} has the region {name!r} twice; remove one of them")
+    for mark in [*_MARK.finditer(card), None]:
+        kind, name = (mark[1], mark[2]) if mark else ("", "")
+        text = card[position : mark.start() if mark else None]
+        if opened and kind == "end" and opened[2] == name and all(part.region != name for part in parts):
             parts.append(Part(text.strip("\n"), name, opened[3]))
             opened = None
-        position = mark.end()
-    if opened is not None:
-        raise CheckpointError(f"{where} never ends what {opened[0]} begins; put the mark back, or use --force")
-    rest = card[position:]
-    return parts + ([Part(rest)] if rest.strip() else [])
+        else:
+            stray = opened or (mark if kind == "end" else None)
+            if stray and strict:
+                raise CheckpointError(
+                    f"{where} has a mark of hf-layerprune without its other half, or twice ({stray[0]}); put it right, "
+                    "or use --force, which drops the mark and keeps the text beside it"
+                )
+            parts += [Part(text)] if text.strip() else []
+            opened = mark if kind == "begin" else None
+        position = mark.end() if mark else len(card)
+    return parts
 
 
 def theirs(parts: Iterable[Part]) -> list[str]:

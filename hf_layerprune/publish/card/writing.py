@@ -8,12 +8,13 @@ README.md keeps what people wrote around our marks, and the YAML fields that the
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
 from ...errors import CheckpointError
 from ...files.copy import write_text
-from ...records.declared import CARD, front_matter
+from ...records.declared import CARD
 from ...records.licences import NOTICE, is_licence_file
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
@@ -26,8 +27,8 @@ EVAL_RESULTS = ".eval_results"
 # What we draw, and may remove again.
 PICTURES = ("layers", "scores", "accuracy", "tradeoff")
 EVAL_MARK = "# by hf-layerprune, from metrics.json\n"
-# Cards that a library has made of its template say nothing that anybody wrote.
-_GENERIC = ("# Model Card for Model ID", "[More Information Needed]")
+# What libraries add to the template of a card that nobody has filled in.
+_ADDED = re.compile(r"#+ Framework versions|- \w+ [\w.+]+|")
 
 
 def read_card(folder: Path, *, weights: bool = True) -> Card:
@@ -133,13 +134,8 @@ def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = Fal
         CheckpointError: Somebody wrote inside our sections, or a mark is gone.
     """
     ours = regions.parse(card.body())
-    fields, body = ({}, "") if old is None or is_generic(old) else front_matter(old)
-    try:
-        parts = regions.parse(body, where)
-    except CheckpointError:
-        if not force:
-            raise
-        parts = []
+    fields, body = ({}, "") if old is None or is_generic(old) else metadata.front_matter(old, where)
+    parts = regions.parse(body, where, strict=not force)
     edited = [str(part.region) for part in parts if part.edited]
     if edited and not force:
         raise CheckpointError(
@@ -150,8 +146,14 @@ def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = Fal
 
 
 def is_generic(text: str) -> bool:
-    """Whether a card is a template that nobody has filled in."""
-    return all(mark in text for mark in _GENERIC) and text.count(_GENERIC[1]) > 10
+    """Whether a card is a library's template that nobody has filled in."""
+    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    template = ModelCard.from_template(ModelCardData())
+    known = {line.strip() for line in template.text.splitlines()}
+    lines = [line.strip() for line in REGEX_YAML_BLOCK.sub("", text, count=1).splitlines() if line.strip()]
+    return len(lines) > 10 and all(line in known or _ADDED.fullmatch(line) for line in lines)
 
 
 def write_card(folder: Path, *, force: bool = False, weights: bool = True) -> list[str]:
@@ -169,51 +171,78 @@ def write_card(folder: Path, *, force: bool = False, weights: bool = True) -> li
         CheckpointError: See `read_card` and `compose`.
         LayerPruneError: matplotlib is missing, and with it the pictures.
     """
+    for name in (ASSETS, EVAL_RESULTS):
+        if (path := folder / name).is_symlink() or (path.exists() and not path.is_dir()):
+            raise CheckpointError(f"{path} is a link or a file, and hf-layerprune writes a folder there; remove it")
     card = read_card(folder, weights=weights)
-    readme = compose(card, _text(folder / CARD), where=str(folder / CARD), force=force)
-    changed = _draw(card, folder)
+    readme = compose(card, read_text(folder / CARD), where=str(folder / CARD), force=force)
+    changed = _draw(card, folder, force)
     changed += _notice(card, folder)
     changed += _eval_results(card, folder)
     # Last, so that it never shows what is not there.
     return changed + _write(folder, CARD, readme)
 
 
-def _text(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
+    """A text that people write too, to the letter, so that writing it again loses nothing.
+
+    Args:
+        path (`Path`): The file.
+
+    Returns:
+        `str`, *optional*: The text; `None` where there is no such file.
+
+    Raises:
+        CheckpointError: It is a link, a folder or not UTF-8, or it can't be read.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise CheckpointError(
+            f"{path} is a {'link' if path.is_symlink() else 'folder'}; put a file there, or remove it"
+        )
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         return None
+    except UnicodeDecodeError:
+        text = "\0"
     except OSError as error:
         raise CheckpointError(f"could not read {path}: {error.strerror or error}") from error
+    if "\0" in text:
+        raise CheckpointError(f"{path} is not UTF-8 text, so nothing can be added to it; save it as UTF-8")
+    return text.replace("\r\n", "\n")
 
 
 def _write(folder: Path, name: str, text: str) -> list[str]:
     path = folder / name
-    if _text(path) == text:
+    if read_text(path) == text:
         return []
     path.parent.mkdir(exist_ok=True)
     write_text(path, text)
     return [name]
 
 
-def _draw(card: Card, folder: Path) -> list[str]:
-    """Draw what is missing or was drawn from other records."""
+def _draw(card: Card, folder: Path, force: bool) -> list[str]:
+    """Draw what is missing or was drawn from other records, and remove what can no longer be drawn."""
     assets = folder / ASSETS
     changed: list[str] = []
     wanted, digest = card.pictures, card.digest
     assets.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=assets, prefix=".drawing-") as place:
-        for name, draw in wanted.items():
-            new, path = Path(place, f"{name}.png"), assets / f"{name}.png"
-            if stamped(path) != digest:
-                draw(new)
+    for name in PICTURES:
+        path = assets / f"{name}.png"
+        drawn_from = stamped(path)
+        if (path.is_symlink() or (path.exists() and drawn_from is None)) and not force:
+            raise CheckpointError(f"{path} was not drawn by hf-layerprune; move it away, or replace it with --force")
+        if name in wanted and drawn_from != digest:
+            with tempfile.TemporaryDirectory(dir=assets, prefix=".drawing-") as place:
+                new = Path(place, path.name)
+                wanted[name](new)
                 stamp(new, digest)
                 os.replace(new, path)
-                changed.append(f"{ASSETS}/{name}.png")
-    for name in PICTURES:
-        if name not in wanted and (assets / f"{name}.png").is_file():
-            (assets / f"{name}.png").unlink()
-            changed.append(f"{ASSETS}/{name}.png")
+        elif name not in wanted and path.is_file():
+            path.unlink()
+        else:
+            continue
+        changed.append(f"{ASSETS}/{name}.png")
     return changed
 
 
@@ -224,10 +253,10 @@ def _notice(card: Card, folder: Path) -> list[str]:
         return []
     present = [path for path in folder.iterdir() if path.is_file() and is_licence_file(path.name)]
     notices = [path for path in present if path.name.upper().startswith(NOTICE)]
-    if any(sentence in (_text(path) or "") for path in notices):
+    if any(sentence in (read_text(path) or "") for path in notices):
         return []
     name = notices[0].name if notices else NOTICE
-    before = (_text(folder / name) or "").rstrip("\n")
+    before = (read_text(folder / name) or "").rstrip("\n")
     gone = len(card.history.dropped)
     base = card.history.base_on_hub or card.history.base_id
     made = f"This model is a modified copy of {base}: {gone} of its decoder layers were removed."
@@ -237,11 +266,17 @@ def _notice(card: Card, folder: Path) -> list[str]:
 def _eval_results(card: Card, folder: Path) -> list[str]:
     wanted = metadata.eval_files(card.results)
     place, changed = folder / EVAL_RESULTS, []
-    for path in sorted(place.glob("*.yaml")) if place.is_dir() else ():
-        name = f"{EVAL_RESULTS}/{path.name}"
-        if name not in wanted and (_text(path) or "").startswith(EVAL_MARK):
-            path.unlink()
-            changed.append(name)
-    for name, text in wanted.items():
-        changed += _write(folder, name, EVAL_MARK + text)
+    present = {f"{EVAL_RESULTS}/{path.name}": path for path in (place.glob("*.yaml") if place.is_dir() else ())}
+    theirs = {name for name, path in present.items() if not path.is_file() or not is_our_result(path)}
+    for name in sorted(present.keys() - wanted.keys() - theirs):
+        present[name].unlink()
+        changed.append(name)
+    for name in wanted.keys() - theirs:
+        changed += _write(folder, name, EVAL_MARK + wanted[name])
     return changed
+
+
+def is_our_result(path: Path) -> bool:
+    """Whether a result for the Hub's leaderboards was written here, and not by somebody else."""
+    with path.open("rb") as file:
+        return file.read(len(EVAL_MARK)) == EVAL_MARK.encode()

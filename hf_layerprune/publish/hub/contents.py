@@ -17,7 +17,7 @@ from ...records.declared import CARD
 from ...records.licences import is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.metrics import FILE_NAME as METRICS
-from ..card.writing import ASSETS, EVAL_MARK, EVAL_RESULTS, PICTURES
+from ..card.writing import ASSETS, EVAL_RESULTS, PICTURES, is_our_result
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TEMPLATES = "additional_chat_templates"
@@ -193,13 +193,8 @@ def _is_part(top: str, name: str, entry: os.DirEntry[str]) -> bool:
     if top == TEMPLATES:
         return name.endswith(".jinja") and "/" not in name and not name.startswith(".")
     if top == EVAL_RESULTS and name.endswith(".yaml") and "/" not in name:
-        return entry.is_symlink() or _begins(Path(entry.path), EVAL_MARK)
+        return not entry.is_file(follow_symlinks=False) or is_our_result(Path(entry.path))
     return False
-
-
-def _begins(path: Path, mark: str) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(mark)) == mark.encode()
 
 
 def is_ours(name: str) -> bool:

@@ -21,9 +21,19 @@ from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
 from ...files.copy import write_text
-from ...records.declared import CARD, front_matter
+from ...records.declared import CARD
 from ..card import metadata, regions
-from ..card.writing import ASSETS, EVAL_MARK, EVAL_RESULTS, compose, declare, is_generic, read_card, write_card
+from ..card.writing import (
+    ASSETS,
+    EVAL_RESULTS,
+    compose,
+    declare,
+    is_generic,
+    is_our_result,
+    read_card,
+    read_text,
+    write_card,
+)
 from .checks import REFUSAL, Check, Subject, run_checks
 from .contents import WEIGHTS, Contents, find_model, is_ours, list_contents
 from .upload import PushError, Upload, Uploaded, log_in, push_errors, upload
@@ -190,25 +200,36 @@ def _bring_home(contents: Contents, home: Path) -> None:
 
 def _take_over_card(request: PushRequest, staging: Path, api: HfApi) -> None:
     """Keep what people have written into the card on the Hub."""
-    remote = _remote_text(CARD, request, api)
-    if remote is None or is_generic(remote) or request.overwrite_card:
+    if request.overwrite_card:
         return
     where = f"README.md of {request.repo_id}"
-    local = (staging / CARD).read_text(encoding="utf-8")
-    (remote_fields, remote_body), (local_fields, local_body) = front_matter(remote), front_matter(local)
-    theirs, mine = (regions.theirs(regions.parse(body, where)) for body in (remote_body, local_body))
-    # What was written on the Hub, unless all of it is in the folder's card already.
-    body = local_body if mine else remote_body
-    if mine and not all(any(one in own for own in mine) for one in theirs):
-        raise PushError(
-            f"{where} has words that {request.folder}'s has not, and the other way round; bring them together in the "
-            "folder's, or write over the Hub's with --overwrite-card"
-        )
+    with _on_the_hub(CARD, request, api) as path:
+        try:
+            remote = read_text(path) if path else None
+        except CheckpointError as error:
+            raise PushError(
+                f"{where} is not UTF-8 text; correct it there, or replace it with --overwrite-card"
+            ) from error
+    if remote is None or is_generic(remote):
+        return
+    local = read_text(staging / CARD) or ""
     card = read_card(staging)
     try:
+        remote_fields, remote_body = metadata.front_matter(remote, where)
+        local_fields, local_body = metadata.front_matter(local, str(request.folder / CARD))
+        theirs, mine = (regions.theirs(regions.parse(body, where)) for body in (remote_body, local_body))
+        # What was written on the Hub, unless all of it is in the folder's card already.
+        body = local_body if mine else remote_body
+        if mine and not all(any(one in own for own in mine) for one in theirs):
+            raise PushError(
+                f"{where} has words that {request.folder}'s has not, and the other way round; bring them together in the "
+                "folder's, or write over the Hub's with --overwrite-card"
+            )
         compose(card, remote, where=where)  # refuses where our own sections were changed there
         old = metadata.to_yaml(metadata.merged(local_fields, remote_fields)) + "\n" + body
         text = compose(card, old, where=where)
+    except PushError:
+        raise
     except CheckpointError as error:
         raise PushError(f"{str(error).replace('--force', '--overwrite-card')}") from error
     if text != local:
@@ -217,16 +238,25 @@ def _take_over_card(request: PushRequest, staging: Path, api: HfApi) -> None:
 
 def _somebodys_result(name: str, request: PushRequest, api: HfApi) -> bool:
     """Whether a result on the Hub's leaderboards is not of our making."""
-    return name.startswith(f"{EVAL_RESULTS}/") and not (_remote_text(name, request, api) or "").startswith(EVAL_MARK)
+    if not name.startswith(f"{EVAL_RESULTS}/"):
+        return False
+    with _on_the_hub(name, request, api) as path:
+        return path is None or not is_our_result(path)
 
 
-def _remote_text(name: str, request: PushRequest, api: HfApi) -> str | None:
+@contextmanager
+def _on_the_hub(name: str, request: PushRequest, api: HfApi) -> Iterator[Path | None]:
+    """A file of the repository as it is there now, or `None` where it is not."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-    with push_errors(request.repo_id, None), tempfile.TemporaryDirectory() as place:
-        try:
-            path = hf_hub_download(request.repo_id, name, revision=request.revision, token=api.token, local_dir=place)
-        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-            return None
-        return Path(path).read_text(encoding="utf-8", errors="replace")
+    with tempfile.TemporaryDirectory() as place:
+        path = None
+        with (
+            push_errors(request.repo_id, None),
+            suppress(EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError),
+        ):
+            path = Path(
+                hf_hub_download(request.repo_id, name, revision=request.revision, token=api.token, local_dir=place)
+            )
+        yield path
