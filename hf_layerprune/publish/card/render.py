@@ -24,6 +24,7 @@ from ...records.history import History, Stage, read_history
 from ...records.licences import LicenceFound
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
+from ...records.names import is_hub_name
 from . import escape, metadata, numbers, plots, regions, tables
 from .limits import limits
 from .papers import METHOD, USED, Reference
@@ -71,7 +72,7 @@ class Card:
             CheckpointError: The lineage contradicts itself.
         """
         history = read_history(lineage)
-        published = {key: value for key, value in lineage.published.items() if escape.is_hub_name(str(value))}
+        published = {key: value for key, value in lineage.published.items() if is_hub_name(str(value))}
         repo_id = published.get("repo_id")
         base = history.base_on_hub or history.base_id.removesuffix(".gguf")
         name = repo_id or published.get("name") or f"{base.rpartition('/')[2]}-{len(history.kept)}L"
@@ -105,7 +106,7 @@ class Card:
         """Hub ids of the data sets that were fitted or trained on."""
         fitted = [one for one in self.history.stages if one.name != "prune" or one.entry.get("repair")]
         named = [str(one.get("id", "")) for stage in fitted for one in stage.data]
-        return list(dict.fromkeys(name for name in named if escape.is_hub_name(name)))[:_MAX_DATASETS]
+        return list(dict.fromkeys(name for name in named if is_hub_name(name)))[:_MAX_DATASETS]
 
     @property
     def pictures(self) -> dict[str, Callable]:
