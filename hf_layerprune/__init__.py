@@ -12,8 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .adapter.registration import register_when_peft_is_imported
 from .errors import CheckpointError, CutError, LayerPruneError, UnsupportedModelError
+from .registration import register_when_peft_is_imported
 
 if TYPE_CHECKING:
     from .adapter.config import LayerDropConfig

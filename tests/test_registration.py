@@ -32,7 +32,14 @@ def test_without_the_plugin_peft_does_not() -> None:
     assert "unknown to PEFT" in run(KNOWN).stderr
 
 
-@pytest.mark.parametrize("code", ["import hf_layerprune", "import hf_layerprune.cli as c; c.build_parser()"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import hf_layerprune",
+        "import hf_layerprune.cli as c; c.build_parser()",
+        "import hf_layerprune.stages.requests",
+    ],
+)
 def test_import_is_light(code: str) -> None:
     done = run(f"import sys; {code}; print(sorted({{'torch', 'peft', 'transformers', 'numpy'}} & set(sys.modules)))")
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

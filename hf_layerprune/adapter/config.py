@@ -10,7 +10,6 @@ from peft import PeftConfig, TaskType
 from ..errors import CutError
 from ..options import CutOptions, TuningOptions, check, documented, option
 from ..select import registry  # noqa: F401 (enters the criteria among the choices)
-from .registration import register
 
 
 class LayerDropPeftType(StrEnum):
@@ -64,6 +63,3 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
         if self.task_type != TaskType.CAUSAL_LM:
             raise CutError(f"task_type={self.task_type!r}: only causal language models are pruned, so leave it out")
         check(self)
-
-
-register()

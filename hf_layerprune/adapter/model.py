@@ -31,7 +31,6 @@ from ..select import select_layers
 from .config import LayerDropConfig
 from .prepare import Prepared, chooses, needs_dense, prepare, runs_dense
 from .reading import WHERE, find_adapter, load_adapter
-from .registration import register
 from .tail import tuned_modules
 
 if TYPE_CHECKING:
@@ -403,6 +402,3 @@ def load_merged(base: str, adapter: PeftConfig, kwargs: dict[str, Any]) -> PreTr
     model = load_adapter(_load(adapter, others), base, **where).merge_and_unload()
     model.name_or_path = model.config.name_or_path = base
     return model
-
-
-register()

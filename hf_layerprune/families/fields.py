@@ -9,11 +9,17 @@ they are: a saved config carries the explicit list, and the list wins.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CutError
+
+# What the lists of whole layers are called. Lists of parts of layers (`attentions`, `ffns`) are not among them.
+LIST_NAMES = ("layers", "layer", "h", "blocks", "block")
+# Towers for modalities other than text may be as deep as the decoder.
+NOT_TEXT = re.compile(r"vision|visual|image|img|audio|speech|video")
 
 
 @dataclass(frozen=True)

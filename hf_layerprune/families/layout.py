@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
 from . import layer_count, text_config
+from .fields import LIST_NAMES, NOT_TEXT
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-# What the lists of whole layers are called. Lists of parts of layers (`attentions`, `ffns`) are not among them.
-_LIST_NAMES = ("layers", "layer", "h", "blocks", "block")
-# Towers for other senses than text may be as deep as the decoder.
-_NOT_TEXT = re.compile(r"vision|visual|image|img|audio|speech|video")
 _NORM_NAMES = (
     "norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm", "output_layernorm", "embedding_norm",
     "layer_norm", "layernorm", "out_norm",
@@ -72,11 +68,11 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderStack:
             for path, module in model.named_modules()
             if isinstance(module, nn.ModuleList)
             and id(module) in inside
-            and path.rpartition(".")[2] in _LIST_NAMES
+            and path.rpartition(".")[2] in LIST_NAMES
             and len(module) == n
         ]
         if len(found) > 1:
-            found = [(path, module) for path, module in found if not _NOT_TEXT.search(path)]
+            found = [(path, module) for path, module in found if not NOT_TEXT.search(path)]
         # A list inside a layer of another list is a part of that layer.
         found = [
             (path, module) for path, module in found if not any(path.startswith(outer + ".") for outer, _ in found)
@@ -111,12 +107,12 @@ def find_layer_prefix(names: Iterable[str], num_layers: int) -> str:
     for name in names:
         parts = name.split(".")
         for position, part in enumerate(parts[:-1]):
-            if part in _LIST_NAMES and parts[position + 1].isdecimal():
+            if part in LIST_NAMES and parts[position + 1].isdecimal():
                 indices.setdefault(".".join([*parts[: position + 1], ""]), set()).add(int(parts[position + 1]))
                 break  # a list further down is a part of a layer
     found = [prefix for prefix, seen in indices.items() if seen >= set(range(num_layers))]
     if len(found) > 1:
-        found = [prefix for prefix in found if not _NOT_TEXT.search(prefix)]
+        found = [prefix for prefix in found if not NOT_TEXT.search(prefix)]
     if len(found) > 1:  # of an encoder and a decoder, a causal language model is the decoder
         found = [prefix for prefix in found if "decoder." in prefix]
     if len(found) != 1:

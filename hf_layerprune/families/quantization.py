@@ -14,8 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import CutError
-from .fields import Cut
-from .layout import _LIST_NAMES, _NOT_TEXT
+from .fields import LIST_NAMES, NOT_TEXT, Cut
 
 # What sets a regular expression apart from a module's name, and from a name with wildcards.
 _REGEX = re.compile(r"[\\^$()|+{]")
@@ -35,7 +34,7 @@ _OWNER = re.compile(r"(?:(?<=\\b)|(?<!\\))(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_
 def rewrite_quantization(
     quantization_config: dict[str, Any],
     cut: Cut,
-    layer_list_names: Sequence[str] = _LIST_NAMES,
+    layer_list_names: Sequence[str] = LIST_NAMES,
     *,
     several_stacks: bool = False,
 ) -> dict[str, Any]:
@@ -122,7 +121,7 @@ class _Rewriter:
             if part.lstrip("*") in self._names:
                 if index == "*" or not any(char.isdecimal() for char in index):
                     continue
-                if _NOT_TEXT.search(before + part):
+                if NOT_TEXT.search(before + part):
                     return [text]
                 self._check_stack(text, before, place == 0 or "*" in before + part)
                 return self._numbered(text, parts, place + 1)
@@ -151,7 +150,7 @@ class _Rewriter:
                 raise self._refuse(text, "it nests lists of layers")
             end = self._index_end(body, match.end())
             group, before = body[match.end() : end], body[: match.start()]
-            if group and not _NOT_TEXT.search(before):
+            if group and not NOT_TEXT.search(before):
                 new, some = self._group(text, before, group, body[end:])
                 empty |= not some
             else:
@@ -233,7 +232,7 @@ class _Rewriter:
             if owner and owner[1] not in self._names:
                 continue
             named = self._list.search(rest)
-            if named and _NOT_TEXT.search(rest[: named.start()]):
+            if named and NOT_TEXT.search(rest[: named.start()]):
                 continue
             raise self._refuse(text, f"{match[0]!r} may pick layers by their index")
 

@@ -14,19 +14,16 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from ..versions import check_peft, let_peft_save
+from .versions import check_peft, let_peft_save
 
 
 def register() -> None:
     """Make PEFT know the method; a second call changes nothing."""
-    for module, name in ((f"{__package__}.config", "LayerDropConfig"), (f"{__package__}.model", "LayerDropModel")):
-        if module in sys.modules and not hasattr(sys.modules[module], name):
-            return  # it is being imported, which is what imported PEFT, and calls this again at its end
     check_peft()
     from peft import mapping
 
-    from .config import LayerDropConfig, LayerDropPeftType
-    from .model import LayerDropModel
+    from .adapter.config import LayerDropConfig, LayerDropPeftType
+    from .adapter.model import LayerDropModel
 
     # PEFT's `register_peft_method` takes only members of its own enum. The mappings behind it are plain
     # dictionaries that are looked up by value, which a string enum of ours satisfies.
