@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, CutError, LayerPruneError, UnsupportedModelError
 from .registration import register_when_peft_is_imported
+from .versions import __version__
 
 if TYPE_CHECKING:
     from .adapter.config import LayerDropConfig
     from .adapter.model import LayerDropModel, prune_with
     from .cut.memory import drop_layers
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
@@ -29,6 +28,7 @@ __all__ = [
     "LayerDropModel",
     "LayerPruneError",
     "UnsupportedModelError",
+    "__version__",
     "drop_layers",
     "prune_with",
 ]

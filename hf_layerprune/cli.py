@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-from . import __version__
 from .commands import COMMANDS
 from .errors import CutError, LayerPruneError, cause_of, one_line, shown
+from .versions import __version__
 
 _DEBUG = "HF_LAYERPRUNE_DEBUG"
 

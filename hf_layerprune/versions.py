@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import os
     from enum import Enum
 
+__version__ = "0.1.0"
+
 
 def installed(distribution: str) -> Version:
     """The installed version of a distribution; `0` where it is not installed."""

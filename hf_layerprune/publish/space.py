@@ -215,7 +215,7 @@ def _local_base_of(model: Path) -> str | None:
 
 def _requirements_of(model: Path | None, adapter: bool) -> list[str]:
     """What a Space needs for this model, beside what it always does."""
-    from .. import __version__
+    from ..versions import __version__
 
     if adapter:
         return [f"hf-layerprune=={__version__}"]
