@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
+from typing import NoReturn
 
 from .commands import COMMANDS
 from .errors import CutError, LayerPruneError, cause_of, one_line, shown
@@ -18,15 +19,20 @@ from .versions import __version__
 _DEBUG = "HF_LAYERPRUNE_DEBUG"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Repeats no token that was given where something else belongs."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown(message))
+
+
 def _command(name: str) -> ModuleType:
     return import_module(f".commands.{name}", __package__)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="hf-layerprune", description="Drop whole decoder layers from Hugging Face language models."
-    )
+    parser = _Parser(prog="hf-layerprune", description="Drop whole decoder layers from Hugging Face language models.")
     parser.add_argument("--version", action="version", version=f"hf-layerprune {__version__}")
     _add_debug(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -16,6 +16,8 @@ _UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     r"\U000e0000-\U000e0fff]"
 )
+# A token of the Hub, which no message may repeat.
+_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
 _MOST = 300  # characters of a library's message that are repeated
 # Kinds whose message says enough without the kind's name.
 _PLAIN = (OSError, ValueError, RuntimeError, ImportError)
@@ -83,7 +85,10 @@ def one_line(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """A text with every character escaped that a terminal would act on rather than show; line ends stay."""
+    """A text with every character escaped that a terminal would act on rather than show, and without tokens of the
+    Hub; line ends stay.
+    """
+    text = _TOKEN.sub(r"\1_***", text)
     return "\n".join(_UNPRINTABLE.sub(_escape, line) for line in text.split("\n"))
 
 

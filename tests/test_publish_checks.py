@@ -386,3 +386,27 @@ def test_without_measurements_it_can_be_pushed_and_says_so(folder: Path) -> None
     (folder / "metrics.json").unlink()
     assert refusals(folder) == ""
     assert "the card will say that nothing was measured" in warnings(folder)
+
+
+@pytest.mark.parametrize("words", [
+    ["push", "{folder}", TOKEN],
+    ["push", "{folder}", "org/small", "--space", TOKEN],
+    ["push", "{folder}", "org/small", "--space", "org/chat", "--space-secret", TOKEN],
+    ["push", "{folder}", "org/small", "--include", TOKEN],
+    ["push", "{folder}", "org/small", "--token", TOKEN],
+    ["push", TOKEN, "org/small"],
+    ["push", "{folder}", f"{TOKEN}/x y"],
+    ["card", "{folder}", "--base-model", f"{TOKEN}/x y"],
+    [TOKEN],
+])  # fmt: skip
+def test_a_token_given_in_place_of_something_else_is_not_repeated(
+    folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main([word.format(folder=folder) for word in words])
+    except SystemExit as error:
+        code = int(str(error.code))
+    captured = capsys.readouterr()
+    assert code != 0
+    assert captured.err
+    assert TOKEN not in captured.out + captured.err
