@@ -1,0 +1,179 @@
+"""Run the tests against other versions of transformers, PEFT, TRL and the Hub client.
+
+python -m tests.compat                    all stacks: the fast tests, the matrix, and the floors' own test files
+python -m tests.compat floor newest       some stacks
+python -m tests.compat --smoke            a few test files at the floor and at the newest
+
+Each stack is an overlay: its packages, without their dependencies, in a folder under `.compat/` that stands in front of
+the environment on the path. What the matrix proves goes to hf_layerprune/families/versions.json, what the tests gave to
+`.compat/results.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parents[1]
+OVERLAYS = ROOT / ".compat"
+PROVEN_AT = ROOT / "hf_layerprune" / "families" / "versions.json"
+
+FAST = ["-m", "not matrix and not browser and not processes and not space", "tests"]
+SMOKE = ["tests/test_registration.py", "tests/test_prune_with.py", "tests/test_lazy.py"]
+_PEFT = [f"tests/test_{name}.py" for name in ("adapter", "prune_with", "registration", "push_adapter")]
+_TRL = [f"tests/test_heal_{name}.py" for name in ("data", "losses", "methods", "store", "trainer")]
+_HUB = ["-m", "not browser and not space", *(f"tests/test_{name}.py" for name in ("hub_server", "hub_writing"))]
+_OLD_TOKENIZERS = "tokenizers==0.22.2"
+
+
+@dataclass
+class Stack:
+    """Versions that are tested together.
+
+    Args:
+        packages (`list[str]`): Pins, as pip takes them.
+        tests (`list[str]`): What pytest runs.
+        matrix (`bool`): Whether every architecture is proven as well.
+    """
+
+    packages: list[str]
+    tests: list[str] = field(default_factory=lambda: list(FAST))
+    matrix: bool = False
+
+
+STACKS = {
+    "floor": Stack(
+        ["transformers==5.4.0", _OLD_TOKENIZERS, "huggingface-hub==1.31.0", "peft==0.19.0", "trl==1.0.0"], matrix=True
+    ),
+    "5.10": Stack(["transformers==5.10.4", _OLD_TOKENIZERS, "huggingface-hub==1.31.0"], matrix=True),
+    "5.16": Stack(["transformers==5.16.1", "huggingface-hub==1.33.0"], matrix=True),
+    "newest": Stack(["transformers==5.24.0"], matrix=True),
+    "peft-0.19": Stack(["peft==0.19.0"], _PEFT),
+    "peft-0.20": Stack(["peft==0.20.0"], _PEFT),
+    "trl-1.0": Stack(["trl==1.0.0"], _TRL),
+    "trl-1.10": Stack(["trl==1.10.0"], _TRL),
+    "trl-1.15": Stack(["trl==1.15.0"], _TRL),
+    "hub-1.31": Stack(["huggingface-hub==1.31.0", "transformers==5.16.1"], _HUB),
+    "hub-2.0": Stack(["huggingface-hub==2.0.0"], _HUB),
+}
+
+
+def overlay(name: str) -> Path:
+    """The folder of a stack's packages, made by pip where it is not there yet or holds other pins."""
+    folder, pins = OVERLAYS / name, "\n".join(STACKS[name].packages)
+    stamp = folder / "pins.txt"
+    if not stamp.is_file() or stamp.read_text() != pins:
+        subprocess.run(["rm", "-rf", folder], check=True)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*pip, "--target", str(folder), *STACKS[name].packages], check=True)
+        stamp.write_text(pins)
+    return folder
+
+
+def run(name: str, command: list[str]) -> int:
+    """Run Python in a stack."""
+    path = os.pathsep.join([str(ROOT), str(overlay(name))])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *command], env=env, cwd=ROOT).returncode
+
+
+def test(name: str, tests: list[str]) -> dict[str, object]:
+    """Run tests in a stack, and count what came out."""
+    report = OVERLAYS / f"{name}.xml"
+    start = time.perf_counter()
+    run(name, ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", *tests])
+    suite = next(iter(ElementTree.parse(report).getroot()))
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    skipped = int(suite.get("skipped", 0))
+    passed = int(suite.get("tests", 0)) - len(failed) - skipped
+    return {"passed": passed, "failed": failed, "skipped": skipped, "seconds": round(time.perf_counter() - start)}
+
+
+def prove_all(output: Path) -> None:
+    """Prove every listed model type that this transformers has; a line of JSON for each, so that it can be taken up again."""
+    import torch
+    import transformers
+
+    from hf_layerprune import families
+
+    from .matrix import prove
+    from .tiny_models import MODEL_TYPES
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    done = {json.loads(line)["type"] for line in output.read_text().splitlines()} if output.is_file() else set()
+    for model_type in MODEL_TYPES:
+        if model_type in families.REFUSED or model_type not in families.proven() or model_type in done:
+            continue
+        try:
+            prove(model_type)
+            error = None
+        except Exception as raised:
+            error = " ".join(f"{type(raised).__name__}: {raised}".split())[:300]
+        with output.open("a") as file:
+            file.write(json.dumps({"version": transformers.__version__, "type": model_type, "error": error}) + "\n")
+
+
+def record(output: Path) -> str:
+    """Enter what a run of the matrix proved into versions.json.
+
+    Returns:
+        `str`: A line that says how much.
+    """
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    version = rows[0]["version"]
+    table = json.loads(PROVEN_AT.read_text()) if PROVEN_AT.is_file() else {}
+    table[version] = {
+        "proven": sorted(row["type"] for row in rows if row["error"] is None),
+        "failed": {row["type"]: row["error"] for row in rows if row["error"] is not None},
+    }
+    ordered = sorted(table.items(), key=lambda item: tuple(map(int, item[0].split("."))))
+    PROVEN_AT.write_text(json.dumps(dict(ordered), indent=1) + "\n")
+    return f"transformers {version}: {len(table[version]['proven'])} of {len(rows)} types proven"
+
+
+def main() -> int:
+    """Build overlays, run, write what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stacks", nargs="*", help=f"of {', '.join(STACKS)}; all by default")
+    parser.add_argument("--smoke", action="store_true", help="a few test files at the floor and at the newest")
+    parser.add_argument("--only", choices=("tests", "matrix"), help="one of the two")
+    parser.add_argument("--prove", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.prove:
+        prove_all(args.prove)
+        return 0
+    names = args.stacks or (["floor", "newest"] if args.smoke else list(STACKS))
+    if unknown := [name for name in names if name not in STACKS]:
+        parser.error(f"no stack {unknown[0]}; there are {', '.join(STACKS)}")
+    OVERLAYS.mkdir(exist_ok=True)
+    results, failed = {}, False
+    for name in names:
+        stack = STACKS[name]
+        if args.only != "matrix":
+            results[name] = test(name, SMOKE if args.smoke else stack.tests)
+            failed |= bool(results[name]["failed"]) or not results[name]["passed"]
+            print(f"{name}: {json.dumps(results[name])}", flush=True)
+        if stack.matrix and not args.smoke and args.only != "tests":
+            output = OVERLAYS / f"{name}.matrix.jsonl"
+            run(name, ["-m", "tests.compat", "--prove", str(output)])
+            print(f"{name}: {record(output)}", flush=True)
+            output.unlink()
+    (OVERLAYS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
