@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test fast space matrix docs cards lint format demo clean
+.PHONY: install test fast space matrix compat docs cards lint format demo clean
 
 install: $(STAMP)
 
@@ -34,6 +34,10 @@ space: $(STAMP)
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -n auto -m matrix
 
+# The tests and the matrix with other versions of transformers, PEFT, TRL and the Hub client (about an hour).
+compat: $(STAMP)
+	$(BIN)/python -m tests.compat
+
 docs: $(STAMP)
 	$(BIN)/python -m tests.architectures --write
 
@@ -53,4 +57,4 @@ demo: $(STAMP)
 	$(BIN)/python recipes/demo.py
 
 clean:
-	rm -rf $(VENV) demo_output .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .compat demo_output .pytest_cache .ruff_cache .hypothesis

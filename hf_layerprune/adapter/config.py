@@ -44,6 +44,9 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
     keep_dropped: bool = option(
         False, "Keep the dropped layers in memory, so that disable_adapter() gives the dense model"
     )
+    check_cut: bool = option(
+        True, "Check a cut in memory on a few tokens against the dense model with the dropped layers bypassed"
+    )
     target_modules: str | None = field(default=None, metadata={"help": "Set by the method; PEFT reads it."})
     exclude_modules: list[str] | None = field(default=None, metadata={"help": "PEFT reads it."})
     modules_to_save: list[str] | None = field(

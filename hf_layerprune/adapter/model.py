@@ -114,7 +114,8 @@ class LayerDropModel(BaseTuner):
         saved = getattr(model, SAVED, None)
         if not families.is_cut(model.config, peft_config.drop_layers, peft_config.num_base_layers):
             before = _count(model)
-            setattr(model, _CUT, drop_layers(model, peft_config.drop_layers, keep_dropped=peft_config.keep_dropped))
+            how = {"keep_dropped": peft_config.keep_dropped, "check": peft_config.check_cut}
+            setattr(model, _CUT, drop_layers(model, peft_config.drop_layers, **how))
             saved = before - _count(model)
             logger.info("%d of %d parameters remain", _count(model), before)
         if peft_config.tune_lm_head and _is_tied(model):
@@ -318,19 +319,26 @@ def prune_with(
     return get_peft_model(model, config)
 
 
-def prune_prepared(config: LayerDropConfig, prepared: Prepared | None, **from_pretrained_kwargs: Any) -> PeftModel:
-    """As `prune_with`, for a config whose layers and repair have been computed before, by `look_at_dense`."""
-    return get_peft_model(_load(config, from_pretrained_kwargs, prepared), config)
+def prune_prepared(
+    config: LayerDropConfig, prepared: Prepared | None, *, whole: bool = False, **from_pretrained_kwargs: Any
+) -> PeftModel:
+    """As `prune_with`, for a config whose layers and repair have been computed before, by `look_at_dense`.
+
+    With `whole`, the dropped layers are read as well and the base is cut in memory, which checks the cut.
+    """
+    return get_peft_model(_load(config, from_pretrained_kwargs, prepared, whole), config)
 
 
-def _load(config: LayerDropConfig, kwargs: dict[str, Any], prepared: Prepared | None = None) -> PreTrainedModel:
-    """Load the base named in a config, cut if that can be."""
+def _load(
+    config: LayerDropConfig, kwargs: dict[str, Any], prepared: Prepared | None = None, whole: bool = False
+) -> PreTrainedModel:
+    """Load the base named in a config, already cut where possible."""
     base = config.base_model_name_or_path
     if config.revision is not None:
         kwargs = {"revision": config.revision} | kwargs
     if (adapter := find_adapter(base, **kwargs)) is not None:
         return load_merged(base, adapter, kwargs)
-    if config.keep_dropped or resolve_base(base, kwargs.get("gguf_file"))[1] is not None:
+    if whole or config.keep_dropped or resolve_base(base, kwargs.get("gguf_file"))[1] is not None:
         model = load_base(base, **kwargs)
         if prepared is not None:
             setattr(model, _PREPARED, prepared)

@@ -153,6 +153,9 @@ def cut_checkpoint(
         CutError: These layers can't be dropped from this model.
         UnsupportedModelError: The architecture is not one that is proven to survive a cut.
     """
+    from .check import tell_if_presumed
+
     plan = plan_cut(source, drop_layers, revision=revision, token=token, cache_dir=cache_dir)
+    tell_if_presumed(plan.config)
     write_checkpoint(plan, Path(target), force=force, link=link, progress=progress)
     return plan

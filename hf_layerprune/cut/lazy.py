@@ -34,6 +34,7 @@ from ..errors import CheckpointError
 from ..families.layout import find_decoder_layers, find_layer_prefix
 from ..runtime.loading import first_line, resolve_base
 from ..versions import resolve_commit
+from .check import tell_if_presumed
 from .memory import rehearse
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def load_pruned(
         pruned = families.cut_config(config, cut)
         # Refuses, before any weight is read, whatever the cut of a live model would.
         saved = rehearse(model_class, config, pruned, cut).saved
+        tell_if_presumed(config)
 
     with ExitStack() as stack:
         state, origins = _open_slices(source, config, cut, variant, stack, disable_mmap)

@@ -23,6 +23,7 @@ from torch import nn
 from .. import families
 from ..errors import CutError
 from ..families.layout import DecoderStack, find_decoder_layers
+from .check import CannotCheckError, WrongCutError, bypassed_logits, check_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -103,7 +104,9 @@ class LayerCut:
             self.active = True
 
 
-def drop_layers(model: PreTrainedModel, layers: Sequence[int], *, keep_dropped: bool = False) -> LayerCut:
+def drop_layers(
+    model: PreTrainedModel, layers: Sequence[int], *, keep_dropped: bool = False, check: bool = True
+) -> LayerCut:
     """Drop decoder layers of a live model, in place.
 
     Args:
@@ -112,12 +115,15 @@ def drop_layers(model: PreTrainedModel, layers: Sequence[int], *, keep_dropped: 
         layers (`Sequence[int]`): Indices of the layers to drop.
         keep_dropped (`bool`, defaults to `False`): Hold on to the dropped layers, outside of the module tree, so
             that `LayerCut.restore` can put them back.
+        check (`bool`, defaults to `True`): Compare a few logits with those of the dense model in which the dropped
+            layers are bypassed, which takes two forward passes over 8 tokens. See [`~cut.check`].
 
     Returns:
         `LayerCut`: What was done.
 
     Raises:
         CutError: These layers can't be dropped. The model is unchanged.
+        WrongCutError: The cut model computes something else. The model is unchanged.
         UnsupportedModelError: The architecture is not proven. The model is unchanged.
     """
     cut = families.make_cut(model.config, layers)
@@ -135,12 +141,29 @@ def drop_layers(model: PreTrainedModel, layers: Sequence[int], *, keep_dropped: 
         *_swap_configs(model, new_config),
         *attributes,
     ]
+    expected = _expected(model, cut) if check else None
     for change in changes:
         change.apply(change.new)
+    if expected is not None:
+        try:
+            check_logits(model, expected)
+        except WrongCutError:
+            for change in reversed(changes):
+                change.apply(change.old)
+            raise
     logger.info("dropped layers %s of %d from %s", list(cut.drop), cut.num_layers, stack.path)
     if keep_dropped:
         return LayerCut(cut, [stack.layers[i] for i in cut.drop], changes)
     return LayerCut(cut, [], [])  # the changes hold the old list of layers; without them its memory is free
+
+
+def _expected(model: PreTrainedModel, cut: families.Cut) -> torch.Tensor | None:
+    """What the cut model has to compute, or `None` where the dense one can't be run here."""
+    try:
+        return bypassed_logits(model, cut.drop)
+    except CannotCheckError as error:
+        logger.info("the cut is not checked on tokens: %s", error)
+        return None
 
 
 def _swap_layers(model: PreTrainedModel, stack: DecoderStack, cut: families.Cut) -> list[_Change]:

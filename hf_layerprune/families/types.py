@@ -6,6 +6,7 @@ docs/architectures.md, from a run of the matrix, and `tests/test_matrix.py` hold
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from importlib.resources import files
 
@@ -35,3 +36,18 @@ REFUSED: dict[str, str] = {
 def proven() -> frozenset[str]:
     """Model types that the matrix proves, with the text decoders inside multimodal ones."""
     return frozenset(files(__package__).joinpath("proven.txt").read_text().split())
+
+
+@cache
+def _versions() -> dict[str, frozenset[str]]:
+    table = json.loads(files(__package__).joinpath("versions.json").read_text())
+    return {version: frozenset(row["proven"]) for version, row in table.items()}
+
+
+def proven_versions(*model_types: str) -> list[str]:
+    """The versions of transformers with which the matrix proves one of some model types, oldest first.
+
+    `versions.json` beside this file lists, for each version that was tried, the types that were proven and those that
+    failed; `make compat` writes it.
+    """
+    return [version for version, types in _versions().items() if types.intersection(model_types)]

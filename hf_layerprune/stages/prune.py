@@ -112,7 +112,8 @@ def prune_to(request: PruneRequest) -> str:
     else:
         dropped = _count_only(request, families.layer_count(config), families.protected_layers(config))
     cut = families.make_cut(config, dropped)
-    from ..cut.memory import rehearse_config  # imports torch, which a cut GGUF file does without
+    from ..cut.check import tell_if_presumed  # these import torch, which a cut GGUF file does without
+    from ..cut.memory import rehearse_config
 
     # Everything that can be refused is refused before a weight is read.
     rehearse_config(config, families.cut_config(config, cut), cut)
@@ -128,6 +129,10 @@ def prune_to(request: PruneRequest) -> str:
                 plan = plan_cut(hub or source, cut.drop)
                 fill(plan, folder, link=request.link, name=output.name)
                 commit = hub.commit if hub else None
+                if request.check:
+                    _check(request, folder)
+                else:
+                    tell_if_presumed(config)
                 if prepared is not None and prepared.repair is not None:
                     _note_plain_cut(prepared, folder)
                     values = {(cut.new_index[i], name): v for (i, name), v in prepared.repair.tensors.items()}
@@ -224,6 +229,13 @@ def _model(
     return getattr(model.config, "_commit_hash", None), prepared
 
 
+def _check(request: PruneRequest, folder: Path) -> None:
+    """Compare what was written, before any repair, with its base; a cut in memory has been checked already."""
+    from ..cut.check import check_cut
+
+    check_cut(load_base(request.base, revision=request.revision), load_base(folder))
+
+
 def _note_plain_cut(prepared: Prepared, folder: Path) -> None:
     """Note what the weights were before their repair, so that the numbers of that cut can stand beside."""
     prepared.record["repair"]["input_weights"] = passing_weights_hash(folder)
@@ -244,7 +256,8 @@ def _adapter(
 
     config = _config(request, dropped)
     _, gguf_file = resolve_base(request.base)
-    model = prune_prepared(config, prepared, dtype=_dtype(request, gguf_file is not None))
+    dtype = _dtype(request, gguf_file is not None)
+    model = prune_prepared(config, prepared, whole=request.check, dtype=dtype)
     model.save_pretrained(folder)
     prepared = model.base_model.prepared
     if prepared is not None and prepared.repair is not None:

@@ -53,6 +53,9 @@ class PruneRequest(TuningOptions, CutOptions):
     adapter: bool = option(False, "Write a PEFT adapter (the plan and the tuned layers) instead of a whole model")
     revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
     link: bool = option(False, "Hard-link the weight files that stay as they are")
+    check: bool = option(
+        False, "Load BASE and the cut, and compare them on a few tokens, with the dropped layers of BASE bypassed"
+    )
     force: bool = option(False, "Replace OUTPUT if it exists")
 
 

@@ -1,0 +1,188 @@
+"""Check a cut by running it: a few tokens through the pruned model and through the dense one with its dropped layers bypassed.
+
+The architectures table says how a cut is made, and the matrix of the tests proves it for some versions of transformers.
+This check holds for the version that is installed: a release that changes what a layer does with its position shows here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .. import families
+from ..errors import CutError, LayerPruneError, cause_of
+from ..families.layout import find_decoder_layers
+from ..families.types import proven_versions
+from ..versions import installed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = 8
+# Kernels round by the alignment of what they multiply. Of the largest logit:
+_TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.005}
+_TOLERANCE_ELSEWHERE = 1e-5
+_DOES_NOT_RUN = (
+    AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+_told: set[str] = set()
+
+
+class WrongCutError(LayerPruneError):
+    """A pruned model computes something else than its base with the dropped layers bypassed."""
+
+
+class CannotCheckError(LayerPruneError):
+    """A model can't be run on a few tokens here."""
+
+
+def bypassed_logits(model: PreTrainedModel, layers: Sequence[int]) -> torch.Tensor:
+    """Logits of a few tokens from the dense model, with some of its layers bypassed.
+
+    Args:
+        model (`PreTrainedModel`): The dense model. It is left as it is.
+        layers (`Sequence[int]`): Indices of the layers that hand their input on unchanged.
+
+    Returns:
+        `torch.Tensor`: `[1, seq, vocab]`.
+
+    Raises:
+        CannotCheckError: Its weights are not in memory, are spread over processes, or it needs other inputs than
+            tokens.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise CannotCheckError(f"{name} is not in memory")
+        if hasattr(parameter, "ds_id") or type(parameter).__name__ in ("DTensor", "FlatParameter"):
+            raise CannotCheckError("the dense model's weights are spread over processes")
+    try:
+        with _bypassed(model, layers):
+            return few_logits(model)
+    except _DOES_NOT_RUN as error:
+        raise CannotCheckError(f"the dense model does not run on tokens alone ({cause_of(error)})") from error
+
+
+def few_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of a few fixed tokens, `[1, seq, vocab]`, in evaluation mode and without a cache or gradients."""
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(3, 3 + _TOKENS, device=device)[None] % families.text_config(model.config).vocab_size
+    with _evaluating(model), torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def check_logits(pruned: PreTrainedModel, expected: torch.Tensor) -> None:
+    """Compare a pruned model with what the dense one gave.
+
+    Args:
+        pruned (`PreTrainedModel`): The pruned model. It is left as it is.
+        expected (`torch.Tensor`): What `bypassed_logits` returned for the dense model.
+
+    Raises:
+        WrongCutError: They differ by more than rounding, or the pruned model does not run.
+    """
+    try:
+        logits = few_logits(pruned)
+    except _DOES_NOT_RUN as error:
+        raise WrongCutError(_mismatch(pruned.config, f"the pruned model does not run ({cause_of(error)})")) from error
+    expected = expected.to(logits.device)
+    if logits.shape != expected.shape:
+        raise WrongCutError(_mismatch(pruned.config, f"logits are {tuple(logits.shape)}, not {tuple(expected.shape)}"))
+    ours, theirs = logits.float().nan_to_num(), expected.float().nan_to_num()
+    off, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    if off > _TOLERANCE.get(logits.dtype, _TOLERANCE_ELSEWHERE) * max(scale, 1e-6):
+        raise WrongCutError(_mismatch(pruned.config, f"logits differ by {off:.3g} where the largest is {scale:.3g}"))
+
+
+def check_cut(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
+    """Check a pruned model, however it was made, against its base.
+
+    Args:
+        dense (`PreTrainedModel`): The base. It is left as it is.
+        pruned (`PreTrainedModel`): What is left of it, neither repaired nor trained. It is left as it is.
+
+    Raises:
+        WrongCutError: The pruned model computes something else than the base with its dropped layers bypassed.
+        CannotCheckError: The base can't be run here.
+    """
+    marker = getattr(pruned.config, families.MARKER, None)
+    if not marker:
+        raise CutError("the pruned model's config has no layer_drop entry, so its dropped layers are not known")
+    check_logits(pruned, bypassed_logits(dense, marker["drop_layers"]))
+
+
+def tell_if_presumed(config: PreTrainedConfig) -> None:
+    """Say, once for each model type, where a cut is not proven with the installed version of transformers.
+
+    Args:
+        config (`PreTrainedConfig`): The base's config.
+    """
+    model_type = families.text_config(config).model_type
+    version, proven = str(installed("transformers")), proven_versions(config.model_type, model_type)
+    if version in proven or model_type in _told:
+        return
+    _told.add(model_type)
+    logger.warning(
+        "cutting %s is presumed, not proven with transformers %s (proven with %s); to compare it with its "
+        "base, use `hf-layerprune prune --check`, or hf_layerprune.cut.check.check_cut",
+        model_type,
+        version,
+        ", ".join(proven) or "no listed version",
+    )
+
+
+def _mismatch(config: PreTrainedConfig, what: str) -> str:
+    part = families.text_config(config)
+    proven = proven_versions(config.model_type, part.model_type)
+    return (
+        f"this cut of a {part.model_type} model is wrong with transformers {installed('transformers')}: {what}, against "
+        f"the dense model with its dropped layers bypassed; nothing was kept. Cuts of this type are proven with "
+        f"transformers {', '.join(proven) or 'no listed version'}; install one of these"
+    )
+
+
+@contextmanager
+def _bypassed(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
+    """Layers run, and hand on what they were given."""
+
+    def hand_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if not isinstance(output, tuple | list):
+            return hidden
+        # Some layers hand on more than hidden states: whatever they take and return in the same place, token by token.
+        given = args or (hidden,)
+        carried = 1
+        while carried < min(len(given), len(output)) and _is_handed_on(given[carried], output[carried], hidden):
+            carried += 1
+        return (*given[:carried], *output[carried:])
+
+    stack = find_decoder_layers(model).layers
+    handles = [stack[i].register_forward_hook(hand_on, with_kwargs=True) for i in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_handed_on(taken: Any, returned: Any, hidden: torch.Tensor) -> bool:
+    tensors = isinstance(taken, torch.Tensor) and isinstance(returned, torch.Tensor)
+    return tensors and taken.shape == returned.shape and taken.shape[:-1] == hidden.shape[:-1]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards, every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,129 @@
+"""A cut is checked by running it: in memory always, of what is on disk on request."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from peft import get_peft_model
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from hf_layerprune import LayerDropConfig, LayerPruneError, drop_layers, versions
+from hf_layerprune.cli import main
+from hf_layerprune.cut import check
+from hf_layerprune.cut.disk import cut_checkpoint
+from hf_layerprune.cut.lazy import load_pruned
+from hf_layerprune.runtime.loading import load_base
+
+from .matrix import identities, logits
+from .tiny_models import tiny_input, tiny_model
+
+DROP = (2, 3, 5)
+
+
+@pytest.fixture
+def depends_on_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release in which what a layer computes depends on where it stands, of which neither config nor modules tell."""
+    plain = LlamaDecoderLayer.forward
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return plain(self, hidden_states, *args, **kwargs) * (1 + 0.1 * self.self_attn.layer_idx)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+
+
+@pytest.mark.usefixtures("depends_on_position")
+class TestAReleaseThatChangesALayer:
+    def test_in_memory(self) -> None:
+        model = tiny_model("llama")
+        before = logits(model, tiny_input())
+        with pytest.raises(check.WrongCutError, match=r"wrong with transformers .*nothing was kept.*proven with"):
+            drop_layers(model, DROP)
+        assert model.config.num_hidden_layers == len(model.model.layers) == 8
+        assert torch.equal(logits(model, tiny_input()), before)
+
+    def test_as_an_adapter(self) -> None:
+        with pytest.raises(check.WrongCutError, match="nothing was kept"):
+            get_peft_model(tiny_model("llama"), LayerDropConfig(drop_layers=list(DROP)))
+
+    def test_can_be_switched_off(self) -> None:
+        assert drop_layers(tiny_model("llama"), DROP, check=False).cut.drop == DROP
+        get_peft_model(tiny_model("llama"), LayerDropConfig(drop_layers=list(DROP), check_cut=False))
+
+    def test_on_disk(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        tiny_model("llama").save_pretrained(tmp_path / "base")
+        command = ["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2,3,5"]
+        assert main([*command, "--check"]) == 1
+        assert "nothing was kept" in capsys.readouterr().err
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+        assert main(command) == 0  # not asked, not seen
+
+
+@pytest.mark.parametrize("form", [[], ["--adapter"], ["--dtype", "bfloat16"]])
+def test_a_right_cut_passes(tmp_path: Path, form: list[str]) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    assert (
+        main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2,3,5", "--check", *form]) == 0
+    )
+    assert (tmp_path / "cut").is_dir()
+
+
+def test_another_models_weights_do_not_pass(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
+    cut_checkpoint(tmp_path / "other", tmp_path / "cut", DROP, progress=False)
+    with pytest.raises(check.WrongCutError, match="logits differ by"):
+        check.check_cut(load_base(tmp_path / "base"), load_base(tmp_path / "cut"))
+    check.check_cut(load_base(tmp_path / "other"), load_base(tmp_path / "cut"))
+
+
+def test_bypassed_layers_are_identities() -> None:
+    model = tiny_model("gemma3_text")
+    ids = torch.arange(3, 11)[None]
+    with identities(model, DROP):
+        expected = logits(model, ids)
+    assert torch.equal(check.bypassed_logits(model, DROP), expected)
+
+
+def test_a_training_model_stays_one() -> None:
+    model = tiny_model("gpt2").train()  # with dropout
+    drop_layers(model, DROP)
+    assert all(module.training for module in model.modules())
+
+
+def test_what_has_no_weights_here_is_not_checked(caplog: pytest.LogCaptureFixture) -> None:
+    model = copy.deepcopy(tiny_model("llama")).to("meta")
+    with caplog.at_level(logging.INFO, "hf_layerprune"):
+        drop_layers(model, DROP)
+    assert "not checked on tokens: model.embed_tokens.weight is not in memory" in caplog.text
+
+
+class TestAnUnprovenVersion:
+    @pytest.fixture(autouse=True)
+    def _newer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(check, "installed", lambda name: Version("5.99.0"))
+        monkeypatch.setattr(check, "_told", set())
+
+    def test_is_told_once(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        tiny_model("llama").save_pretrained(tmp_path / "base")
+        load_pruned(tmp_path / "base", DROP)
+        cut_checkpoint(tmp_path / "base", tmp_path / "cut", DROP, progress=False)
+        told = [record.message for record in caplog.records if "presumed" in record.message]
+        assert len(told) == 1
+        assert told[0].startswith("cutting llama is presumed, not proven with transformers 5.99.0 (proven with ")
+        assert "--check" in told[0]
+
+    def test_is_not_told_where_the_cut_is_checked(self, caplog: pytest.LogCaptureFixture) -> None:
+        drop_layers(tiny_model("llama"), DROP)
+        assert "presumed" not in caplog.text
+
+
+def test_a_peft_that_would_be_silently_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "installed", lambda name: Version("0.18.1"))
+    with pytest.raises(LayerPruneError, match=r'peft 0\.18\.1 is too old.*pip install "peft>=0\.19"'):
+        versions.check_peft()

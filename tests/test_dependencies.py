@@ -1,0 +1,73 @@
+"""What is imported is declared, and the other way round."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# Installed by whoever serves the chat on the Hub, and by nobody else.
+ON_THE_HUB_ONLY = {"spaces"}
+# What transformers, PEFT and lm-eval ask for without our importing it.
+NOT_IMPORTED = {"accelerate", "bitsandbytes"}
+
+
+def imported(folder: Path) -> dict[str, Path]:
+    """Top-level modules that are imported anywhere in a folder, those of scripts beside each other left out, and where."""
+    modules: dict[str, Path] = {}
+    own = set() if folder.name == "hf_layerprune" else {path.stem for path in folder.rglob("*.py")}
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            else:
+                continue
+            modules |= {name.split(".")[0]: path for name in names}
+    return {name: path for name, path in modules.items() if name not in own | set(sys.stdlib_module_names)}
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {normal(re.split(r"[\[<>=~! ;]", one)[0]) for one in requirements}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared() -> set[str]:
+    extras = [one for group, listed in PROJECT["optional-dependencies"].items() if group != "dev" for one in listed]
+    return names([*PROJECT["dependencies"], *extras])
+
+
+@pytest.mark.parametrize("folder", ["hf_layerprune", "spaces", "recipes"])
+def test_what_is_imported_is_declared(folder: str) -> None:
+    providers = packages_distributions()
+    undeclared = {
+        module: str(path.relative_to(ROOT))
+        for module, path in imported(ROOT / folder).items()
+        if module not in ON_THE_HUB_ONLY | {"hf_layerprune"}
+        and not {normal(one) for one in providers.get(module, [module])} & declared()
+    }
+    assert not undeclared
+
+
+def test_what_is_declared_is_imported() -> None:
+    providers = packages_distributions()
+    modules = {name for folder in ("hf_layerprune", "spaces", "recipes") for name in imported(ROOT / folder)}
+    used = {normal(one) for module in modules for one in providers.get(module, [module])}
+    assert declared() - used - NOT_IMPORTED == set()
+
+
+def test_bounds_of_the_stack() -> None:
+    listed = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"]]
+    for bound in ("transformers>=5.4,<6", "peft>=0.19,<1", "huggingface-hub>=1.31,<3", "trl>=1.0,<2"):
+        assert bound in listed
