@@ -117,7 +117,8 @@ def _tamper(hub: HubServer, place: Path) -> None:
     """Turn a bit of a weight file on the Hub, behind the records' back."""
     from huggingface_hub import HfApi
 
-    from hf_layerprune.records.lineage import Lineage, fingerprint, weights_hash
+    from hf_layerprune.records.fingerprints import fingerprint, weights_hash
+    from hf_layerprune.records.lineage import Lineage
 
     folder = Path(shutil.copytree(place / "model", place / "tampered"))
     path = sorted(folder.glob("*.safetensors"))[1]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_layerprune.publish.card.render import Card
-from hf_layerprune.records.lineage import Lineage, fingerprint, weights_hash
+from hf_layerprune.records.fingerprints import Identity, fingerprint, identity, weights_hash
+from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
 
 EXPECTED = Path(__file__).with_name("card_expected.md")
@@ -71,7 +72,7 @@ def metrics_of(lineage: Lineage, roles: tuple[str, ...] = ROLES, *, cost: bool =
             continue
         own, layers = weights[role], 30 if role == "dense" else 23
         parameters = 134_515_008 if role == "dense" else 109_734_336
-        metrics.add_model(own, role=role, name="SmolLM2", layers=layers, parameters=parameters)
+        metrics.add_model(Identity(own), role=role, name="SmolLM2", layers=layers, parameters=parameters)
         common = {"weights": own, "date": "2026-11-24", "versions": {"lm-eval": "0.4.13"}, "dtype": "bfloat16"}
         common |= {"device": "cpu"}
         results: list[dict[str, Any]] = []
@@ -122,7 +123,8 @@ def measure_by_hand(folder: Path) -> None:
     layers = lineage.entries[-1]["layers"]
     metrics = Metrics(own)
     for weights, role, count, value in ((base, "dense", layers["base"], 0.5), (own, "cut", layers["left"], 0.4)):
-        metrics.add_model(weights, role=role, name="tiny", layers=count, parameters=1000 * count)
+        model = identity(folder) if weights == own else Identity(weights)
+        metrics.add_model(model, role=role, name="tiny", layers=count, parameters=1000 * count)
         result = {"weights": weights, "kind": "accuracy", "task": "piqa", "metric": "acc", "value": value,
                   "stderr": 0.03, "chance": 0.5, "samples": 200, "date": "2026-11-24", "versions": {}}  # fmt: skip
         metrics.add(results=[result])

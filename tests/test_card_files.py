@@ -110,16 +110,16 @@ def test_bad_words(
 
 @pytest.mark.parametrize(("content", "message"), [
     (None, "has no lineage.json"),
-    ("{", "is damaged"),
+    ("{", "is not JSON"),
     ('{"schema_version": 99}', "schema version 99"),
-    ('{"schema_version": 1, "base": {}, "entries": [3]}', "damaged"),
-    ('{"schema_version": 1, "base": {}, "entries": [{"stage": "prune", "settings": []}]}', "settings is not"),
+    ('{"schema_version": 1, "base": {}, "entries": [3]}', "unexpected value at entries/0:"),
+    ('{"schema_version": 1, "base": {}, "entries": [{"stage": "prune", "settings": []}]}', "unexpected value at entries/0/settings:"),
     ('{"schema_version": 1, "base": {}, "entries": []}', "how many layers"),
     ('{"schema_version": 1, "base": {}, "entries": [{"stage": "prune", "layers": {"base": 4}, '
      '"settings": {"drop_layers": [4]}}]}', "drops layers"),
     ('{"schema_version": 1, "base": {}, "entries": [{"stage": "prune", "layers": {"base": 4, "left": 4}, '
      '"settings": {"drop_layers": [3]}}]}', "it was edited"),
-    ('{"schema_version": 1, "base": {}, "entries": [{"layers": {"base": 1e99}}]}', "how many layers"),
+    ('{"schema_version": 1, "base": {}, "entries": [{"stage": "prune", "layers": {"base": 1e99}}]}', "entries/0/layers/base"),
 ])  # fmt: skip
 def test_records_that_say_nothing(
     tmp_path: Path, content: str | None, message: str, capsys: pytest.CaptureFixture[str]

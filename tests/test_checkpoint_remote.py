@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.checkpoint import make_llama
 from hf_layerprune.cut.disk import cut_checkpoint
 from hf_layerprune.cut.download import _joined, _missing
-from hf_layerprune.records.lineage import fingerprint
+from hf_layerprune.records.fingerprints import fingerprint
 
 from .hub_server import HubServer, Request, client_env
 from .tiny_models import EAGER, tiny_input, tiny_model

@@ -23,7 +23,8 @@ from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.harness import Harness
 from hf_layerprune.measure.subject import identify
 from hf_layerprune.measure.tasks import read_tasks, task_set, write_task
-from hf_layerprune.records.lineage import Lineage, fingerprint, stage, weights_hash
+from hf_layerprune.records.fingerprints import fingerprint, weights_hash
+from hf_layerprune.records.lineage import Lineage, stage
 from hf_layerprune.records.metrics import Metrics
 
 from .measure_models import write_gguf, write_model, write_tasks
@@ -197,7 +198,7 @@ def test_a_gguf_file(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     found = Metrics.of(tmp_path / "cut")
     dense = weights_hash(fingerprint(path))
     assert found.models[dense] | {"parameters": 0} == {
-        "role": "dense", "name": "tiny.gguf", "layers": 4, "parameters": 0,
+        "role": "dense", "name": "tiny.gguf", "layers": 4, "parameters": 0, "identity": {},
     }  # fmt: skip
     assert found.find(dense, "acc", "asked")["dtype"] == "bfloat16"
     # The same as the model that it unpacks to.
@@ -271,7 +272,7 @@ def test_numbers_of_earlier_stages_are_taken_over(base: Path, cut: Path, tasks: 
     found.check_belongs(healed, Lineage.of(healed))
     stranger = write_model(tmp_path / "stranger", seed=3)
     measure(stranger, tasks, tasks=("asked",), texts=())
-    with pytest.raises(CheckpointError, match=r"is no earlier stage of healed"):
+    with pytest.raises(CheckpointError, match=r"is not an earlier stage of healed"):
         measure(healed, tasks, tasks=("asked",), texts=(), history=(stranger,))
     with pytest.raises(CheckpointError, match=r"has no metrics\.json; measure it with"):
         measure(healed, tasks, tasks=("asked",), texts=(), history=(base,))

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_layerprune.cli import main
 from hf_layerprune.publish.verify.verdict import Verified, verify
-from hf_layerprune.records.lineage import Lineage, fingerprint, weights_hash
+from hf_layerprune.records.fingerprints import fingerprint, weights_hash
+from hf_layerprune.records.lineage import Lineage
 
 from .measure_models import write_gguf
 from .publish_records import measure_by_hand

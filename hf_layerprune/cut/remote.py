@@ -208,7 +208,7 @@ class HubBase:
             `dict[str, dict[str, Any]]`: By file name. A weight file that is not of LFS kind and was not downloaded
                 has git's `blob_id` in place of `sha256`.
         """
-        from ..records.lineage import fingerprint
+        from ..records.fingerprints import fingerprint
 
         known = fingerprint(self.folder)
         small = {CONFIG, INDEX, *(name for name, _ in self.companions)}

@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 
 from ..files.folders import new_folder
-from ..records.lineage import Lineage, fingerprint
+from ..records.fingerprints import fingerprint
+from ..records.lineage import Lineage
 from ..runtime.loading import load_base, load_tokenizer
 from .store import hash_rows
 from .student import Student

@@ -1,7 +1,8 @@
 """Answers by question, kept in a folder, so that no model is asked the same question twice.
 
 The base of ten pruned models answers once, and a run that was broken off goes on. A file holds what one model got in one
-task, with everything that the answers depend on: other weights, settings or versions find no such file.
+task, with everything that the answers depend on: another model (weights, config, tokenizer, ...), other prompts, settings
+or versions find no such file.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.copy import write_text
+from ..files.json_file import read_object
 
 if TYPE_CHECKING:
     from .harness import TaskRun
 
 logger = logging.getLogger(__name__)
+
+_MAX_BYTES = 512 << 20
 
 
 class Answers:
@@ -46,17 +50,17 @@ class Answers:
         from .harness import Score, TaskRun
 
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_object(path, max_bytes=_MAX_BYTES)
             if data["key"] != key:
                 return None
             run = data["run"]
             scores = {metric: Score(**score) for metric, score in run.pop("scores").items()}
-            found = TaskRun(**run, scores=scores)
+            answered = TaskRun(**run, scores=scores)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s is damaged (%s) and is measured again", path, error)
             return None
         logger.info("%s: answered before, in %s", key["task"], path)
-        return found
+        return answered
 
     def keep(self, key: dict[str, Any], run: TaskRun) -> None:
         """Keep answers.

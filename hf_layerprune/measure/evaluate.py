@@ -23,6 +23,8 @@ from .texts import WIKITEXT2, Text, check_fits, check_same_tokens, find_text, wi
 
 if TYPE_CHECKING:
     import torch
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .distance import Distance, Perplexity
@@ -200,7 +202,7 @@ class _Evaluation:
         tokenizer = self.tokenizer if subject is self.model else self._base_tokenizer()
         harness, runs = None, {}
         for name, task in self.tasks.tasks.items():
-            key = self._key(subject, name)
+            key = self._key(subject, name, task) if self.request.answers else {}
             run = self.answers.find(key)
             if run is None:
                 harness = harness or Harness(model, tokenizer, self.request.batch_size, progress=self.request.progress)
@@ -212,16 +214,27 @@ class _Evaluation:
         return runs
 
     def _base_tokenizer(self) -> PreTrainedTokenizerBase:
-        try:
-            return self.base.tokenizer()
-        except CheckpointError:
-            return self.tokenizer
+        return self.tokenizer if self._reads_with(self.base) is self.model else self.base.tokenizer()
 
-    def _key(self, subject: Subject, name: str) -> dict[str, Any]:
+    def _reads_with(self, subject: Subject) -> Subject:
+        """Whose tokenizer a model reads with: its own, or of a base that has none, the pruned model's."""
+        try:
+            subject.tokenizer()
+        except CheckpointError:
+            return self.model
+        return subject
+
+    def _key(self, subject: Subject, name: str, task: Task | Group) -> dict[str, Any]:
+        """Everything that answers depend on."""
+        from .harness import prompts_hash
+
         versions = self.store.versions
         return {
             "weights": subject.weights,
+            "identity": subject.identity.parts,
+            "tokenizer_of": self._reads_with(subject).identity.parts,
             "task": name,
+            "prompts": prompts_hash(task, self.request.limit, self.request.num_fewshot),
             "dataset": self.tasks.datasets[name],
             "limit": self.request.limit,
             "num_fewshot": self.request.num_fewshot,

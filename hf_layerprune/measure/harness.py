@@ -7,6 +7,7 @@ for that task at that batch size.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -20,6 +21,7 @@ import lm_eval.api.task
 import lm_eval.evaluator
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -28,7 +30,6 @@ from ..runtime.forward import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
-    from lm_eval.api.task import Task
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,29 @@ class Harness:
             version=_version(found["versions"].get(name)),
             seconds=seconds,
         )
+
+
+def prompts_hash(task: Task | Group, limit: int | None, shots: int | None) -> str:
+    """One hash for everything that a task asks a model: its prompts as they are sent, choices and right answers.
+
+    Args:
+        task (`Task` or `Group`): The harness's object.
+        limit (`int`, *optional*): Number of questions.
+        shots (`int`, *optional*): Number of answered questions before each.
+
+    Returns:
+        `str`: A sha256 in hex.
+    """
+    digest = hashlib.sha256()
+    with _quiet():
+        for one in [task] if isinstance(task, Task) else task.get_all_tasks():
+            if shots is not None and one.get_config("num_fewshot") != 0:
+                one.set_config(key="num_fewshot", value=shots)
+            one.set_fewshot_seed(seed=SEED)
+            one.build_all_requests(limit=limit)
+            for asked in one.instances:
+                digest.update(repr((asked.request_type, asked.arguments, asked.doc)).encode("utf-8", "replace"))
+    return digest.hexdigest()
 
 
 @cache

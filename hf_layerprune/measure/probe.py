@@ -82,6 +82,7 @@ def probe(what: Probe) -> Probed:
 def _probe(what: Probe) -> Probed:
     import torch
 
+    from ..records.fingerprints import Identity
     from .cost import read_prompt
     from .speed import Workload, synchronise, time_once
     from .subject import Subject
@@ -89,7 +90,7 @@ def _probe(what: Probe) -> Probed:
     import_everything()
     idle = highest_rss()
     start = perf_counter()
-    subject = Subject(what.source, what.source, "", "model", revision=what.revision)
+    subject = Subject(what.source, what.source, Identity(""), "model", revision=what.revision)
     model = subject.load(what.dtype, what.device)
     with torch.no_grad():
         # Weights are read when they are used first.

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, LayerPruneError
 from ..families import layer_count
-from ..records.lineage import fingerprint, versions, weights_hash
+from ..records.fingerprints import identity
+from ..records.lineage import versions
 from ..records.metrics import FILE_NAME, Metrics
 from .subject import Subject
 
@@ -27,15 +28,18 @@ class Store:
     """The numbers of a model, and where they are written.
 
     Args:
-        metrics (`Metrics`): The numbers.
+        metrics (`Metrics`): The numbers that are there already.
         path (`Path`, *optional*): The file; `None` where they are only shown.
         roles (`dict[str, str]`): The role of each model, by the hash of its weights.
+        replace (`bool`, defaults to `False`): Whether the first number replaces a file that can't be added to.
     """
 
-    def __init__(self, metrics: Metrics, path: Path | None, roles: dict[str, str]) -> None:
+    def __init__(self, metrics: Metrics, path: Path | None, roles: dict[str, str], *, replace: bool = False) -> None:
         self.metrics = metrics
         self.path = path
         self._roles = roles
+        self._replace = replace
+        self._new = Metrics(metrics.weights)  # what the file does not hold yet
 
     @classmethod
     def open(
@@ -54,30 +58,35 @@ class Store:
             base (`Subject`, *optional*): Its base.
             output (`Path`, *optional*): The file to write in place of `metrics.json` in the model's folder.
             history (`Sequence[Path]`): Folders of earlier stages, whose numbers are taken over.
-            force (`bool`, defaults to `False`): Replace numbers of other weights.
+            force (`bool`, defaults to `False`): Replace numbers of other weights, or of the same weights with another
+                config, tokenizer, chat template or base.
 
         Returns:
             `Store`: Nothing is written yet.
 
         Raises:
-            CheckpointError: The numbers that are there are of other weights, the history of the model does not know its
-                base, or an earlier stage is none of this model's.
+            CheckpointError: The numbers that are there are not of this model and base as they are now, the history of
+                the model does not know its base, or an earlier stage is none of this model's.
         """
         path = output or (model.folder / FILE_NAME if model.folder else None)
         if path is not None:
             path = path.expanduser()
             _check_writable(path)
-        metrics = _before(path, model, force)
+        before = _before(path, model, base, force)
         roles = {model.weights: model.role}
         if base is not None:
             roles[base.weights] = "dense" if base.role == "model" else base.role
             if output is None and model.folder is not None:
                 _check_base(model, base)
+        store = cls(before or Metrics(model.weights), path, roles, replace=before is None)
         for folder in history:
-            _take_over(metrics, model, folder.expanduser())
+            _take_over(store._new, model, folder.expanduser())
+        store._merge_into(store.metrics)
         if path is None:
-            logger.info("%s is no folder, so its numbers are only shown; keep them with --output FILE", model.source)
-        return cls(metrics, path, roles)
+            logger.info(
+                "%s is not a folder, so its numbers are only shown; keep them with --output FILE", model.source
+            )
+        return store
 
     @cached_property
     def versions(self) -> dict[str, str]:
@@ -86,8 +95,8 @@ class Store:
 
     def add_model(self, subject: Subject, model: PreTrainedModel) -> None:
         """Say what was measured."""
-        self.metrics.add_model(
-            subject.weights,
+        self._new.add_model(
+            subject.identity,
             role=self._roles[subject.weights],
             name=subject.name,
             layers=layer_count(model.config),
@@ -95,22 +104,44 @@ class Store:
         )
 
     def add(self, *, results: Sequence[dict[str, Any]] = (), comparisons: Sequence[dict[str, Any]] = ()) -> None:
-        """Add numbers, and write.
+        """Add numbers, and write. What another process has added to the file meanwhile stays.
 
         Args:
             results (`Sequence[dict]`): Numbers, without `date` and `versions`; what is `None` is left out.
             comparisons (`Sequence[dict]`): Differences.
 
         Raises:
-            CheckpointError: They don't follow the schema, or can't be written.
+            CheckpointError: They don't follow the schema, can't be written, or the file holds numbers of another model
+                by now.
         """
         common = {"date": now(), "versions": self.versions}
-        self.metrics.add(
+        self._new.add(
             results=[_known(record) | common for record in results],
             comparisons=[_known(record) for record in comparisons],
         )
-        if self.path is not None:
-            self.metrics.write_file(self.path)
+        if self.path is None:
+            self._merge_into(self.metrics)
+        else:
+            self.metrics = Metrics.update(self.path, self._merged)
+            self._replace = False
+        self._new.results, self._new.comparisons = [], []
+
+    def _merged(self, current: Metrics | None) -> Metrics:
+        """What the file shall hold, from what it holds by now."""
+        if current is None or self._replace:
+            current = Metrics(self._new.weights)
+        for weights, told in self._new.models.items():
+            recorded = current.models.get(weights, told)
+            if current.weights != self._new.weights or recorded.get("identity") != told.get("identity"):
+                raise CheckpointError(
+                    f"{self.path} holds numbers of another model by now; measure again, with --output FILE or --force"
+                )
+        self._merge_into(current)
+        return current
+
+    def _merge_into(self, metrics: Metrics) -> None:
+        metrics.models |= self._new.models
+        metrics.add(results=self._new.results, comparisons=self._new.comparisons)
 
 
 def now() -> str:
@@ -119,10 +150,10 @@ def now() -> str:
 
 
 def _known(record: dict[str, Any]) -> dict[str, Any]:
-    found = {name: value for name, value in record.items() if value is not None}
-    if isinstance(error := found.get("stderr"), float) and not math.isfinite(error):
-        del found["stderr"]
-    return found
+    known = {name: value for name, value in record.items() if value is not None}
+    if isinstance(error := known.get("stderr"), float) and not math.isfinite(error):
+        del known["stderr"]
+    return known
 
 
 def _check_writable(path: Path) -> None:
@@ -135,25 +166,30 @@ def _check_writable(path: Path) -> None:
         raise LayerPruneError(f"{path.parent} can't be written to; keep the numbers elsewhere with --output FILE")
 
 
-def _before(path: Path | None, model: Subject, force: bool) -> Metrics:
+def _before(path: Path | None, model: Subject, base: Subject | None, force: bool) -> Metrics | None:
+    """The numbers that are there already; `None` where they are to be replaced."""
     if path is None:
         return Metrics(model.weights)
+    way_out = "replace them with --force, or write elsewhere with --output FILE"
     try:
-        metrics = Metrics.read(path)
-        if metrics is None:
-            return Metrics(model.weights)
+        metrics = Metrics.read(path) or Metrics(model.weights)
         if metrics.weights != model.weights:
             raise CheckpointError(
                 f"{path} holds numbers of other weights ({metrics.weights[:12]}, and those of {model.name} are "
-                f"{model.weights[:12]}); replace them with --force, or write elsewhere with --output FILE"
+                f"{model.weights[:12]}); {way_out}"
             )
+        for subject in (model, base):
+            if subject is not None and (changed := metrics.changed_since(subject.identity)):
+                raise CheckpointError(
+                    f"{path} holds numbers of {subject.name} with another {' and '.join(changed)}; {way_out}"
+                )
         if model.folder is not None and path == model.folder / FILE_NAME:
             metrics.check_belongs(model.folder, model.lineage)
     except CheckpointError:
         if not force:
             raise
         logger.warning("%s is replaced", path)
-        return Metrics(model.weights)
+        return None
     return metrics
 
 
@@ -175,14 +211,13 @@ def _take_over(metrics: Metrics, model: Subject, folder: Path) -> None:
     earlier = Metrics.of(folder)
     if earlier is None:
         raise CheckpointError(f"{folder} has no {FILE_NAME}; measure it with hf-layerprune eval {folder}")
-    if earlier.weights != weights_hash(fingerprint(folder)):
-        raise CheckpointError(
-            f"{folder / FILE_NAME} was measured on other weights than the folder's; measure it again"
-        )
+    now_there = identity(folder)
+    if earlier.weights != now_there.weights or earlier.changed_since(now_there):
+        raise CheckpointError(f"{folder / FILE_NAME} was not measured on what the folder holds now; measure it again")
     known = {model.weights} | (model.lineage.known_weights() if model.lineage else set())
     if earlier.weights not in known:
         raise CheckpointError(
-            f"{folder} ({earlier.weights[:12]}) is no earlier stage of {model.name}: its history does not know it"
+            f"{folder} ({earlier.weights[:12]}) is not an earlier stage of {model.name}: its history does not know it"
         )
     for weights, said in earlier.models.items():
         if weights in known:

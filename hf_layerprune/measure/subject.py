@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter.loading import load_model, load_tokenizer
-from ..adapter.reading import find_adapter
-from ..errors import CheckpointError, LayerPruneError, cause_of
-from ..records.lineage import Lineage, fingerprint, sha256_of, weights_hash
-from ..runtime.loading import is_hub_id, load_config, resolve_base
-from ..versions import resolve_commit
+from ..adapter.reading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_adapter
+from ..errors import CheckpointError, LayerPruneError, boundary
+from ..records.fingerprints import CONFIG, WEIGHTS, Identity, hash_files, identity, identity_of, model_files, sha256_of
+from ..records.lineage import Lineage
+from ..runtime.loading import CHECKPOINT_FILES, is_hub_id, load_config, resolve_base
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ROLES = {"prune": "cut", "repair": "repaired", "heal": "healed"}
-_ADAPTER = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Subject:
     Args:
         source (`str`): As the user named it.
         name (`str`): Its Hub id, or the name of its folder or file.
-        weights (`str`): The hash of its weights, see [`~records.lineage.weights_hash`].
+        identity (`Identity`): The hashes of its weights, and of whatever else decides how it behaves.
         role (`str`): `"cut"`, `"repaired"` or `"healed"` by the last stage in its history; `"model"` without one.
         lineage (`Lineage`, *optional*): Its history.
         folder (`Path`, *optional*): Its folder, where it is a local one.
@@ -41,12 +40,17 @@ class Subject:
 
     source: str
     name: str
-    weights: str
+    identity: Identity
     role: str
     lineage: Lineage | None = None
     folder: Path | None = None
     revision: str | None = None
     bytes_on_disk: int = 0
+
+    @property
+    def weights(self) -> str:
+        """The hash of its weights."""
+        return self.identity.weights
 
     def load(self, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
         """Load the model.
@@ -123,66 +127,68 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
         raise CheckpointError(
             f"{source} does not exist; name a model folder, a .gguf file, or a Hub id such as org/name"
         )
-    if not (path / "adapter_config.json").is_file():
-        resolve_base(path)  # says what is wrong with what is no model
-    files = fingerprint(path)
-    if path.is_dir() and not any(name.endswith(".safetensors") for name in files):
+    if path.is_dir() and (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file():
+        if not (path / ADAPTER_WEIGHTS).is_file():
+            raise CheckpointError(f"{path} has no {ADAPTER_WEIGHTS}, and pickled weights are not read; save it again")
+        _refresh_base(find_adapter(path))
+    else:
+        resolve_base(path)  # says what is wrong with what is not a model
+    files = {path.name: path} if path.is_file() else model_files(path)
+    sizes = [file.stat().st_size for name, file in files.items() if name.endswith(WEIGHTS)]
+    if not sizes:
         raise CheckpointError(f"{path} has no safetensors weights; save it with save_pretrained")
     lineage = Lineage.of(path) if path.is_dir() else None
-    return Subject(
-        source=str(path),
-        name=path.resolve().name,
-        weights=weights_hash(files),
-        role=_role(lineage),
-        lineage=lineage,
-        folder=path if path.is_dir() else None,
-        bytes_on_disk=_size(files),
-    )
+    folder = path if path.is_dir() else None
+    return Subject(str(path), path.resolve().name, identity(path), _role(lineage), lineage, folder, None, sum(sizes))
 
 
 def _on_hub(repo: str, revision: str | None) -> Subject:
     adapter = find_adapter(repo, revision=revision)
     if adapter is not None:
-        return _adapter_on_hub(repo, revision, adapter)
-    from ..cut.remote import HubBase
+        folder = _download_adapter(repo, revision)
+        _refresh_base(adapter)
+        model, size, commit = identity(folder), (folder / ADAPTER_WEIGHTS).stat().st_size, folder.name
+    else:
+        from ..cut.remote import HubBase
 
-    hub = HubBase.open(repo, revision)
-    files = hub.fingerprint()
-    for name, entry in files.items():
-        if "sha256" not in entry:  # a small file that is not of LFS kind
-            entry["sha256"] = sha256_of(_download(repo, name, hub.commit))
-    lineage = Lineage.of(hub.folder)
-    return Subject(
-        repo, repo, weights_hash(files), _role(lineage), lineage, revision=hub.commit, bytes_on_disk=_size(files)
-    )
-
-
-def _adapter_on_hub(repo: str, revision: str | None, adapter: PeftConfig) -> Subject:
-    commit = resolve_commit(repo, revision) or revision
-    path = _download(repo, _ADAPTER, commit)
-    files = {_ADAPTER: {"size": path.stat().st_size, "sha256": sha256_of(path)}}
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        lineage = Lineage.of(_download(repo, "lineage.json", commit).parent)
-    except (EntryNotFoundError, LocalEntryNotFoundError, CheckpointError):
-        lineage = None
-    return Subject(
-        repo, repo, weights_hash(files), _role(lineage), lineage, revision=commit, bytes_on_disk=_size(files)
-    )
+        hub = HubBase.open(repo, revision)
+        folder, commit = hub.folder, hub.commit
+        weights = {name: entry for name, entry in hub.fingerprint().items() if name.endswith(WEIGHTS)}
+        others = {name: path for name, path in model_files(folder).items() if not name.endswith(WEIGHTS)}
+        hashes = {name: entry.get("sha256") or _hash_on_hub(repo, name, commit) for name, entry in weights.items()}
+        model = identity_of(hashes | hash_files(others))
+        size = sum(entry["size"] for entry in weights.values())
+    lineage = Lineage.of(folder)
+    return Subject(repo, repo, model, _role(lineage), lineage, None, commit, size)
 
 
-def _download(repo: str, name: str, revision: str | None) -> Path:
+def _hash_on_hub(repo: str, name: str, commit: str) -> str:
+    """The sha256 of a weight file that the Hub lists without one, because it is small: it is downloaded for it."""
     from huggingface_hub import hf_hub_download
 
-    try:
-        return Path(hf_hub_download(repo, name, revision=revision))
-    except OSError as error:
-        raise CheckpointError(f"can't get {name} of {repo}: {cause_of(error)}") from error
+    with boundary(f"can't get {name} of {repo}"):
+        return sha256_of(Path(hf_hub_download(repo, name, revision=commit)))
 
 
-def _size(files: dict[str, dict[str, Any]]) -> int:
-    return sum(entry["size"] for name, entry in files.items() if name.endswith((".safetensors", ".gguf")))
+def _download_adapter(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [name for name in CHECKPOINT_FILES if not name.endswith(WEIGHTS)]
+    with boundary(f"can't get the adapter {repo}"):
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[ADAPTER_WEIGHTS, *patterns]))
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise CheckpointError(f"{repo} has no {ADAPTER_WEIGHTS}, and pickled weights are not read; save it again")
+    return folder
+
+
+def _refresh_base(adapter: PeftConfig | None) -> None:
+    """Have the Hub client find out which commit an adapter's base is at, so that its identity is what will be loaded."""
+    name = adapter.base_model_name_or_path if adapter is not None else None
+    if name and is_hub_id(name):
+        from huggingface_hub import hf_hub_download
+
+        with boundary(f"can't find the adapter's base {name}"):
+            hf_hub_download(name, CONFIG, revision=adapter.revision)
 
 
 def _role(lineage: Lineage | None) -> str:

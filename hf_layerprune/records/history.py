@@ -215,7 +215,6 @@ def read_history(lineage: Lineage) -> History:
     Raises:
         CheckpointError: It contradicts itself.
     """
-    _check_shape(lineage)
     n: int | None = None
     kept: list[int] = []
     cuts: list[tuple[int, list[int]]] = []
@@ -245,23 +244,6 @@ def read_history(lineage: Lineage) -> History:
         for name, part in _parts(entry):
             stages.append(Stage(name, part, frozenset(_through(later, part.get("changed_tensors") or ()))))
     return History(lineage, n, tuple(kept), tuple(stages))
-
-
-def _check_shape(lineage: Lineage) -> None:
-    """Refuse what is no record of ours, whoever has written it."""
-    for entry in lineage.entries:
-        shapes = {"settings": dict, "layers": dict, "versions": dict, "changed_tensors": list, "repair": dict}
-        shapes |= {"stage": str, "date": str, "weights": str}
-        wrong = (
-            [name for name, kind in shapes.items() if not isinstance(entry.get(name), kind | None)]
-            if isinstance(entry, dict)
-            else ["an entry"]
-        )
-        names = entry.get("changed_tensors") or () if not wrong else ()
-        if wrong or not all(isinstance(name, str) for name in names):
-            raise CheckpointError(
-                f"lineage.json is damaged: {(wrong or ['changed_tensors'])[0]} is not what it should be"
-            )
 
 
 def _parts(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

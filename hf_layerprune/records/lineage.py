@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import re
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files.copy import FileState, write_text
+from ..files.copy import write_text
+from ..files.json_file import Validator, check_schema, load_schema, read_object
+from .fingerprints import behaviour_hashes, fingerprint, weights_hash
+from .locked import locked
 
 FILE_NAME = "lineage.json"
 SCHEMA_VERSION = 1
+_MAX_BYTES = 32 << 20
+_MAX_DEPTH = 16
 _PACKAGES = ("hf-layerprune", "torch", "transformers", "peft", "trl", "safetensors", "gguf", "lm-eval", "datasets")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_WEIGHTS = (".safetensors", ".gguf")
-_IDENTIFYING = (*_WEIGHTS, ".json")
 
 
 @dataclass
@@ -50,23 +50,45 @@ class Lineage:
         """Read the history of a folder, or `None` where it has none.
 
         Raises:
-            CheckpointError: The file is not a lineage of a version that is known.
+            CheckpointError: The file does not follow its schema.
         """
         path = folder / FILE_NAME
         if not path.is_file():
             return None
-        try:
-            data = json.loads(path.read_text())
-            if data["schema_version"] != SCHEMA_VERSION:
-                raise CheckpointError(
-                    f"{path} has schema version {data['schema_version']}, and this version of hf-layerprune reads "
-                    f"{SCHEMA_VERSION}; use a newer one"
-                )
-            return cls(dict(data["base"]), list(data["entries"]), dict(data.get("published", {})))
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{path} is damaged ({error}); delete it to go on without the history") from error
+        data = read_object(path, max_bytes=_MAX_BYTES, max_depth=_MAX_DEPTH)
+        version = data.get("schema_version")
+        if isinstance(version, int) and SCHEMA_VERSION < version < 1000:
+            raise CheckpointError(
+                f"{path} has schema version {version}, and this version of hf-layerprune reads {SCHEMA_VERSION}; use a "
+                "newer one"
+            )
+        check_schema(data, _schema(), str(path))
+        return cls(data["base"], data["entries"], data.get("published", {}))
+
+    @classmethod
+    def update(cls, folder: Path, change: Callable[[Lineage], None]) -> Lineage:
+        """Change the history of a folder under a lock, so that no other change is lost.
+
+        Args:
+            folder (`Path`): A model folder.
+            change (`Callable[[Lineage], None]`): Changes what the file holds by now; nothing is written where it
+                changes nothing.
+
+        Returns:
+            `Lineage`: What the file holds now.
+
+        Raises:
+            CheckpointError: The folder has no history, it does not follow its schema, or it can't be written.
+        """
+        with locked(folder / FILE_NAME):
+            lineage = cls.of(folder)
+            if lineage is None:
+                raise CheckpointError(f"{folder} has no {FILE_NAME}; make the model with hf-layerprune prune")
+            before = deepcopy(lineage)
+            change(lineage)
+            if lineage != before:
+                lineage.write(folder)
+        return lineage
 
     def known_weights(self) -> set[str]:
         """The hashes of the base's weights and of what each stage wrote or repaired, where it says so."""
@@ -75,8 +97,18 @@ class Lineage:
         return known | ({weights_hash(self.base["files"])} if self.base.get("files") else set())
 
     def record(self, folder: Path, entry: dict[str, Any]) -> None:
-        """Append a stage's entry, with the hash of the weights that it wrote, and write the history."""
+        """Append a stage's entry and write the history, as the last thing that a stage does.
+
+        Args:
+            folder (`Path`): What the stage has written.
+            entry (`dict[str, Any]`): See [`stage`]. It gets `input_weights`, the hash of the weights that the stage
+                before wrote; `weights`, the hash of those that it wrote itself; and `files`, the sha256 of every other
+                file that decides how the model behaves: config, tokenizer, chat template, generation settings, ...
+        """
+        if self.entries and "weights" in self.entries[-1]:
+            entry["input_weights"] = self.entries[-1]["weights"]
         entry["weights"] = weights_hash(fingerprint(folder))
+        entry["files"] = behaviour_hashes(folder)
         self.entries.append(entry)
         self.published = {}
         self.write(folder)
@@ -86,7 +118,12 @@ class Lineage:
         data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "base": self.base, "entries": self.entries}
         if self.published:
             data["published"] = self.published
+        check_schema(data, _schema(), str(folder / FILE_NAME))
         write_text(folder / FILE_NAME, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def _schema() -> Validator:
+    return load_schema(__package__, "lineage.schema.json")
 
 
 @contextmanager
@@ -131,72 +168,10 @@ def peak_rss() -> int:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that decide an outcome, of those that are installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
-
-
-def fingerprint(path: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of the files that make a base what it is.
-
-    Args:
-        path (`Path`): A folder, or one file.
-
-    Returns:
-        `dict[str, dict[str, Any]]`: By file name. In the Hub's cache the hash of a large file is its blob's name, so
-            nothing is read.
-    """
-    paths = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _IDENTIFYING and p.is_file())
-    with ThreadPoolExecutor(2) as pool:  # hashing releases the interpreter lock
-        hashes = list(pool.map(sha256_of, paths))
-    return {p.name: {"size": p.stat().st_size, "sha256": h} for p, h in zip(paths, hashes, strict=True)}
-
-
-def weights_hash(files: dict[str, dict[str, Any]]) -> str:
-    """One hash for the weights of a model.
-
-    Args:
-        files (`dict[str, dict[str, Any]]`): Size and sha256 by file name, as `fingerprint` gives them.
-
-    Returns:
-        `str`: The sha256 over the names and hashes of all weight files. Other files don't count, and the same
-            weights in other shards have another hash.
-    """
-    lines = [f"{name} {entry['sha256']}\n" for name, entry in sorted(files.items()) if name.endswith(_WEIGHTS)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def passing_weights_hash(folder: Path) -> str:
-    """The hash of a folder's weights that are about to be changed in place.
-
-    Args:
-        folder (`Path`): A model folder.
-
-    Returns:
-        `str`: As `weights_hash` gives it. It isn't remembered by the file's time of change, which may not move
-            between this reading and the change.
-    """
-    paths = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS)
-    return weights_hash({path.name: {"sha256": _read_hash(path)} for path in paths})
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file. It is read once as long as it does not change."""
-    blob = path.resolve()
-    if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
-        return blob.name
-    return _hashed(blob, FileState.of(blob))
-
-
-@lru_cache(maxsize=1024)
-def _hashed(path: Path, state: FileState) -> str:
-    return _read_hash(path)
-
-
-def _read_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return installed

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from ..files.copy import write_text
-from .lineage import Lineage, fingerprint, weights_hash
+from ..files.json_file import check_schema, load_schema, read_object
+from .fingerprints import Identity, identity
+from .lineage import Lineage
+from .locked import locked
 
 FILE_NAME = "metrics.json"
 SCHEMA_VERSION = 1
+_MAX_BYTES = 32 << 20
+_MAX_DEPTH = 16
 # What tells one number from another: a new one with the same key takes the place of the old.
 _KEY = ("weights", "base", "kind", "task", "metric", "settings")
 
@@ -30,9 +34,10 @@ class Metrics:
     """The numbers of a model folder.
 
     Args:
-        weights (`str`): The hash of the folder's weights, see [`~records.lineage.weights_hash`].
+        weights (`str`): The hash of the folder's weights, see [`~records.fingerprints.weights_hash`].
         models (`dict[str, dict]`): What was measured, by the hash of its weights: `role` (`"dense"`, `"cut"`,
-            `"repaired"`, `"healed"` or `"model"`), `name`, `layers`, `parameters`.
+            `"repaired"`, `"healed"` or `"model"`), `name`, `layers`, `parameters`, and `identity`, the hashes of
+            whatever else decides how it behaves.
         results (`list[dict]`): One measured number each; the fields are those of the schema.
         comparisons (`list[dict]`): One difference to the base each.
     """
@@ -61,17 +66,47 @@ class Metrics:
         if not path.is_file():
             return None
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path} is no JSON ({error}); delete it and measure again") from error
-        _validate(data, path)
+            data = read_object(path, max_bytes=_MAX_BYTES, max_depth=_MAX_DEPTH)
+            _validate(data, path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; restore the file, or delete it and measure again") from error
         return cls(data["weights"], data["models"], data["results"], data["comparisons"])
 
-    def add_model(self, weights: str, *, role: str, name: str, layers: int, parameters: int) -> None:
-        """Say what a hash stands for."""
-        self.models[weights] = {"role": role, "name": name, "layers": layers, "parameters": parameters}
+    @classmethod
+    def update(cls, path: Path, change: Callable[[Metrics | None], Metrics]) -> Metrics:
+        """Change a file of numbers under a lock, so that what another process adds meanwhile is kept.
 
-    def add(self, *, results: list[dict[str, Any]] = (), comparisons: list[dict[str, Any]] = ()) -> None:
+        Args:
+            path (`Path`): The file.
+            change (`Callable[[Metrics | None], Metrics]`): Gets what the file holds by now, and returns what it shall
+                hold.
+
+        Returns:
+            `Metrics`: What was written.
+
+        Raises:
+            CheckpointError: What is there or what would be written does not follow the schema, or it can't be written.
+        """
+        with locked(path):
+            metrics = change(cls.read(path))
+            metrics.write_file(path)
+        return metrics
+
+    def add_model(self, model: Identity, *, role: str, name: str, layers: int, parameters: int) -> None:
+        """Say what a hash of weights stands for, and with which config, tokenizer, ... they were measured."""
+        told = {"role": role, "name": name, "layers": layers, "parameters": parameters, "identity": model.parts}
+        self.models[model.weights] = told
+
+    def changed_since(self, model: Identity) -> list[str]:
+        """Which parts of a model, such as `config`, differ from those with which its numbers were measured.
+
+        Returns:
+            `list[str]`: Empty where nothing differs, or where the model was not measured.
+        """
+        told = self.models.get(model.weights)
+        return model.changed_since(told.get("identity")) if told is not None else []
+
+    def add(self, *, results: Sequence[dict[str, Any]] = (), comparisons: Sequence[dict[str, Any]] = ()) -> None:
         """Add numbers. One that was measured before, of the same weights with the same settings, is replaced."""
         for name, new in (("results", results), ("comparisons", comparisons)):
             keys = {_key(record) for record in new}
@@ -93,14 +128,21 @@ class Metrics:
             lineage (`Lineage`, *optional*): Its history.
 
         Raises:
-            CheckpointError: The folder's weights are not those that were measured, or a number belongs to weights
-                that are neither the folder's nor in its history.
+            CheckpointError: The folder's weights are not those that were measured, its config, tokenizer, chat template,
+                generation settings or base changed since, or a number belongs to weights that are neither the folder's
+                nor in its history.
         """
-        own = weights_hash(fingerprint(folder))
+        model = identity(folder)
+        own = model.weights
         if self.weights != own:
             raise CheckpointError(
                 f"{folder / FILE_NAME} was measured on other weights ({self.weights[:12]}, and the folder's are "
                 f"{own[:12]}); measure again with hf-layerprune eval {folder}"
+            )
+        if changed := self.changed_since(model):
+            raise CheckpointError(
+                f"{folder / FILE_NAME}: {' and '.join(changed)} of the model changed since it was measured; measure again "
+                f"with hf-layerprune eval {folder} --force"
             )
         known = {own} | (lineage.known_weights() if lineage else set())
         foreign = sorted(set(self.models) - known)
@@ -140,18 +182,8 @@ def _key(record: dict[str, Any]) -> str:
     return json.dumps([record.get(name) for name in _KEY], sort_keys=True)
 
 
-@cache
-def _validator() -> Any:
-    from jsonschema import Draft202012Validator
-
-    return Draft202012Validator(json.loads(files(__package__).joinpath("metrics.schema.json").read_text()))
-
-
-def _validate(data: Any, path: Path) -> None:
-    error = next(iter(_validator().iter_errors(data)), None)
-    if error is not None:
-        where = "/".join(str(part) for part in error.absolute_path) or "the top"
-        raise CheckpointError(f"{path} does not follow its schema at {where}: {error.message[:200]}")
+def _validate(data: dict[str, Any], path: Path) -> None:
+    check_schema(data, load_schema(__package__, "metrics.schema.json"), str(path))
     known = set(data["models"])
     for record in [*data["results"], *data["comparisons"]]:
         for name in ("weights", "base"):

@@ -20,8 +20,9 @@ from ..files.folders import check_target, new_folder
 from ..layer_ranges import format_layers
 from ..options import take
 from ..records.declared import CARD, declared_by, declared_in_gguf
+from ..records.fingerprints import fingerprint, passing_weights_hash
 from ..records.licences import is_licence_file
-from ..records.lineage import Lineage, fingerprint, passing_weights_hash, stage
+from ..records.lineage import Lineage, stage
 from ..runtime.loading import is_hub_id, load_base, load_config, load_tokenizer, resolve_base
 from ..select import find_criterion, needs_model, select_layers
 from .requests import PruneRequest

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ...cut.folder import read_json
 from ...errors import LayerPruneError
+from ...records.fingerprints import fingerprint, weights_hash
 from ...records.licences import NOTICE, LicenceFound, is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
-from ...records.lineage import Lineage, fingerprint, weights_hash
+from ...records.lineage import Lineage
 from ...records.metrics import Metrics
 from ...records.names import is_hub_name, is_local
 from ..card import numbers

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import CheckpointError
-from ...records.lineage import sha256_of
+from ...records.fingerprints import sha256_of
 from ...runtime.loading import first_line
 from ...versions import transport_error
 

@@ -15,7 +15,7 @@ from ...cut.ranges import HubFile, RemoteFile, hub_errors
 from ...cut.remote import ask_hub
 from ...errors import CheckpointError
 from ...files.copy import LocalFile, Source
-from ...records.lineage import fingerprint
+from ...records.fingerprints import fingerprint
 from ..hub.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _WEIGHTS = (".safetensors", ".gguf")

@@ -17,8 +17,8 @@ from ...cut.plan import Origin, Rows, Span, kept_tensors
 from ...cut.settings import read_config
 from ...errors import CheckpointError
 from ...files.copy import Source
+from ...records.fingerprints import fingerprint
 from ...records.history import History
-from ...records.lineage import fingerprint
 from ...records.names import base_name
 from ...runtime.loading import is_hub_id
 

@@ -18,9 +18,10 @@ from ...cut.settings import read_config
 from ...errors import CheckpointError, LayerPruneError
 from ...families import MARKER
 from ...layer_ranges import format_layers
+from ...records.fingerprints import weights_hash
 from ...records.history import History, read_history
 from ...records.lineage import FILE_NAME as LINEAGE
-from ...records.lineage import Lineage, weights_hash
+from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
 from ...records.metrics import Metrics
 from ..card import numbers

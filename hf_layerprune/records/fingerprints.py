@@ -1,0 +1,250 @@
+"""Hashes of a model's files: what its weights are, and what else decides how it behaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..files.copy import FileState
+from ..files.json_file import read_object
+from .licences import is_licence_file
+from .names import is_hub_name
+
+WEIGHTS = (".safetensors", ".gguf")
+CONFIG, GENERATION, ADAPTER_CONFIG = "config.json", "generation_config.json", "adapter_config.json"
+TEMPLATES = "additional_chat_templates"
+# What a folder may hold beside the model: records, the card, pictures, licences, and files of git.
+_RECORDS = {"lineage.json", "metrics.json"}
+_INERT = (".md", ".png", ".svg", ".jpg", ".jpeg")
+_NEVER_LOADED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".pkl", ".pickle")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, which are read once as long as the file does not change."""
+    blob = path.resolve()
+    return _hashed(blob, FileState.of(blob))
+
+
+@lru_cache(maxsize=4096)
+def _hashed(path: Path, state: FileState) -> str:
+    return _read_hash(path)
+
+
+def _read_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(paths: Mapping[str, Path]) -> dict[str, str]:
+    """The sha256 of several files, by the same names."""
+    with ThreadPoolExecutor(2) as pool:  # hashing releases the interpreter lock
+        return dict(zip(paths, pool.map(sha256_of, paths.values()), strict=True))
+
+
+def fingerprint(path: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of the weight and JSON files that make a base what it is.
+
+    Args:
+        path (`Path`): A folder, or one file.
+
+    Returns:
+        `dict[str, dict[str, Any]]`: By file name.
+    """
+    suffixes = (*WEIGHTS, ".json")
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in suffixes and p.is_file())
+    hashes = hash_files({file.name: file for file in files if file.name not in _RECORDS})
+    return {name: {"size": (path if path.is_file() else path / name).stat().st_size, "sha256": sha256}
+            for name, sha256 in hashes.items()}  # fmt: skip
+
+
+def weights_hash(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """One hash for the weights of a model.
+
+    Args:
+        files (`Mapping[str, Mapping[str, Any]]`): Size and sha256 by file name, as `fingerprint` gives them.
+
+    Returns:
+        `str`: The sha256 over the names and hashes of all weight files. Other files don't count, and the same
+            weights in other shards have another hash.
+    """
+    return _combined({name: entry["sha256"] for name, entry in files.items() if name.endswith(WEIGHTS)})
+
+
+def passing_weights_hash(folder: Path) -> str:
+    """The hash of a folder's weights that are about to be changed in place.
+
+    Args:
+        folder (`Path`): A model folder.
+
+    Returns:
+        `str`: As `weights_hash` gives it. It isn't remembered by the file's time of change, which may not move
+            between this reading and the change.
+    """
+    paths = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
+    return weights_hash({path.name: {"sha256": _read_hash(path)} for path in paths})
+
+
+def _combined(hashes: Mapping[str, str]) -> str:
+    lines = [f"{name} {sha256}\n" for name, sha256 in sorted(hashes.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def is_inert(name: str) -> bool:
+    """Whether a file of a model folder cannot change how the model behaves.
+
+    Args:
+        name (`str`): Its path relative to the folder. Records, the card, pictures, licences and hidden files are inert;
+            whatever is not known to be counts as behaviour.
+    """
+    folder, _, base = name.rpartition("/")
+    if name.startswith(".") or "/." in name:  # of git, of the Hub client; no loader looks for them
+        return True
+    if folder:
+        return folder == "assets" and base.endswith(_INERT)
+    return name in _RECORDS or name.lower().endswith(_INERT) or is_licence_file(name)
+
+
+def model_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder that a loader may read: those at its top, and further chat templates.
+
+    Returns:
+        `dict[str, Path]`: By the path relative to the folder. Pickles and weights in other formats are left out, since
+            they are never loaded here.
+
+    Raises:
+        CheckpointError: A link leads to nothing, or there is something that is not a file.
+    """
+    files: dict[str, Path] = {}
+    for path in sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")]):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or is_inert(name) or name.endswith(_NEVER_LOADED):
+            continue
+        if not path.is_file():
+            raise CheckpointError(f"{path} is a link to nothing, or not a file; remove it, or complete the download")
+        files[name] = path
+    return files
+
+
+def behaviour_hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of every file of a folder, apart from weights, that may change how the model behaves."""
+    return hash_files({name: path for name, path in model_files(folder).items() if not name.endswith(WEIGHTS)})
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a model is: numbers that were measured on one identity say nothing of another.
+
+    Args:
+        weights (`str`): The hash of its weight files.
+        config (`str`, *optional*): The sha256 of `config.json`.
+        generation (`str`, *optional*): The sha256 of `generation_config.json`.
+        tokenizer (`str`, *optional*): One hash for the tokenizer's files, and for whatever else is not named here.
+        template (`str`, *optional*): One hash for the chat templates that are files of their own.
+        adapter (`str`, *optional*): The sha256 of `adapter_config.json`.
+        base (`str`, *optional*): Of an adapter, its base: `ID@COMMIT` on the Hub, or the digest of a folder's identity.
+    """
+
+    weights: str
+    config: str | None = None
+    generation: str | None = None
+    tokenizer: str | None = None
+    template: str | None = None
+    adapter: str | None = None
+    base: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """One hash for all of it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Everything but the weights, as `metrics.json` records it."""
+        return {name: value for name, value in asdict(self).items() if value is not None and name != "weights"}
+
+    def changed_since(self, recorded: Mapping[str, str] | None) -> list[str]:
+        """Which parts differ from recorded ones; `["identity"]` where none were recorded."""
+        if recorded is None:
+            return ["identity"]
+        return sorted(
+            name for name in recorded.keys() | self.parts.keys() if recorded.get(name) != self.parts.get(name)
+        )
+
+
+def identity_of(hashes: Mapping[str, str], base: str | None = None) -> Identity:
+    """The identity of a model whose files' hashes are known.
+
+    Args:
+        hashes (`Mapping[str, str]`): The sha256 of each file, by its path relative to the model folder.
+        base (`str`, *optional*): Of an adapter, its base.
+
+    Returns:
+        `Identity`: What it is.
+    """
+    weights, template, others = {}, {}, {}
+    for name, sha256 in hashes.items():
+        if is_inert(name) or name in (CONFIG, GENERATION, ADAPTER_CONFIG):
+            continue
+        group = weights if name.endswith(WEIGHTS) else template if _is_template(name) else others
+        group[name] = sha256
+    return Identity(
+        weights=_combined(weights),
+        config=hashes.get(CONFIG),
+        generation=hashes.get(GENERATION),
+        tokenizer=_combined(others) if others else None,
+        template=_combined(template) if template else None,
+        adapter=hashes.get(ADAPTER_CONFIG),
+        base=base,
+    )
+
+
+def _is_template(name: str) -> bool:
+    return name.startswith((f"{TEMPLATES}/", "chat_template."))
+
+
+def identity(path: Path) -> Identity:
+    """The identity of a model folder, an adapter's folder, or a GGUF file.
+
+    Args:
+        path (`Path`): The folder or file.
+
+    Returns:
+        `Identity`: What it is, by the bytes of its files.
+
+    Raises:
+        CheckpointError: A link leads to nothing, or `adapter_config.json` can't be read.
+    """
+    if path.is_file():
+        return identity_of({path.name: sha256_of(path)})
+    hashes = hash_files(model_files(path))
+    return identity_of(hashes, base_of_adapter(path) if ADAPTER_CONFIG in hashes else None)
+
+
+def base_of_adapter(folder: Path) -> str | None:
+    """The base of an adapter: `ID@COMMIT` on the Hub, the digest of a folder's identity, or `None` where it has none.
+
+    The commit is the one that `adapter_config.json` pins, or else the one that its revision means in the Hub client's
+    cache, which is what a load without a connection takes.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    fields = read_object(folder / ADAPTER_CONFIG)
+    name, revision = fields.get("base_model_name_or_path"), fields.get("revision") or fields.get("base_commit")
+    if not isinstance(name, str) or not name:
+        return None
+    local = Path(name).expanduser()
+    if local.exists():
+        return identity(local).digest if local.resolve() != folder.resolve() else None
+    if not isinstance(revision, str) or not _COMMIT.fullmatch(revision):
+        cached = try_to_load_from_cache(name, CONFIG, revision=revision) if is_hub_name(name) else None
+        revision = Path(cached).parent.name if isinstance(cached, str) else revision
+    return f"{name}@{revision}"
