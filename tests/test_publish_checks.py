@@ -264,6 +264,7 @@ def test_what_is_no_secret(folder: Path) -> None:
     vocabulary = {word: index for index, word in enumerate([*words, *(f"{index:064x}" for index in range(2000))])}
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}, indent=1))
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    measure_by_hand(folder)  # numbers of the model with this tokenizer
     text = (folder / "metrics.json").read_text()
     assert len(json.loads(text)["weights"]) == 64
     assert refusals(folder) == ""
