@@ -78,7 +78,7 @@ def test_the_yaml_is_the_harness_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is no JSON"),
+        ("{", "line 2 is not JSON"),
         ("[]", r'a question is \{"query"'),
         ({"query": "a", "choices": ["b", "c"]}, "a question is"),
         (QUESTION | {"gold": 2}, r"line 2: gold is 2, but the choices are 0\.\.1"),
@@ -104,11 +104,11 @@ def test_bad_lines(tmp_path: Path, line: Any, message: str) -> None:
         ({}, "has no .jsonl file"),
         ({"a.jsonl": ""}, "a.jsonl has no questions"),
         ({"a.txt": " \n"}, "a.txt is empty"),
-        ({"a.txt": b"\xff\xfe"}, "a.txt is no UTF-8 text: invalid start byte at byte 0"),
+        ({"a.txt": b"\xff\xfe"}, "a.txt is not UTF-8: invalid start byte at byte 0"),
         ({"a.txt": "text", "a.jsonl": json.dumps(QUESTION)}, "have the same name"),
         ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "task: x"}, "a field 'task', and only doc_to_text"),
         ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "[1]"}, "must have fields"),
-        ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "doc_to_text: !function os.system"}, "a.yaml is no YAML"),
+        ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "doc_to_text: !function os.system"}, "a.yaml is not usable YAML"),
     ],
 )
 def test_bad_folders(tmp_path: Path, files: dict[str, str | bytes], message: str) -> None:
@@ -116,7 +116,7 @@ def test_bad_folders(tmp_path: Path, files: dict[str, str | bytes], message: str
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(LayerPruneError, match=message):
         read_tasks(tmp_path)
-    with pytest.raises(LayerPruneError, match="is no folder"):
+    with pytest.raises(LayerPruneError, match="is not a folder"):
         read_tasks(tmp_path / "nowhere")
 
 
@@ -149,7 +149,7 @@ def test_names_of_the_harness(tmp_path: Path) -> None:
 
 
 def test_tasks_whose_data_is_far_away() -> None:
-    message = "the data of task piqa can't be had .*; go online, or name files with --tasks-from FOLDER"
+    message = "can't load task piqa: .*; go online, or name files with --tasks-from FOLDER"
     with pytest.raises(LayerPruneError, match=message), task_set(["paper"]):
         pass
 
@@ -188,3 +188,59 @@ def test_bad_texts(tmp_path: Path) -> None:
         find_text("wikitext2")
     with pytest.raises(LayerPruneError, match="as other tokens"):
         check_same_tokens(byte_tokenizer(), byte_tokenizer(bos=True), "some text")
+
+
+ESCAPES = (
+    "{{ cycler.__init__.__globals__.os.system('touch {proof}') }}",
+    "{{ query.__class__.__mro__[1].__subclasses__() }}",
+    "{{ ''['__cl' ~ 'ass__'] }}",
+    "{{ query|attr('__class__') }}",
+    "{% set x = lipsum.__globals__['os'].popen('touch {proof}') %}{{ x.read() }}",
+    "{{ self._TemplateReference__context }}",
+)
+
+
+@pytest.mark.parametrize("field", ["doc_to_text", "description", "target_delimiter"])
+@pytest.mark.parametrize("template", ESCAPES)
+def test_a_template_of_a_task_runs_no_code(tmp_path: Path, field: str, template: str) -> None:
+    folder, proof = tmp_path / "tasks", tmp_path / "proof"
+    folder.mkdir()
+    write(folder / "one.jsonl", QUESTION)
+    (folder / "one.yaml").write_text(yaml.safe_dump({field: template.replace("{proof}", str(proof))}))
+    with pytest.raises(LayerPruneError, match=rf"one.yaml: the template {field} can't be used"):
+        read_tasks(folder)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("template", ESCAPES)
+def test_the_harness_renders_in_the_sandbox(tmp_path: Path, template: str) -> None:
+    """Whatever comes in by another way than a file beside the questions."""
+    tasks.require_harness()
+    from lm_eval.utils import apply_template
+
+    proof = tmp_path / "proof"
+    try:
+        text = apply_template(template.replace("{proof}", str(proof)), dict(QUESTION))
+    except Exception as error:
+        assert type(error).__name__ in ("SecurityError", "UndefinedError")
+    else:
+        assert "class" not in text
+    assert not proof.exists()
+    assert apply_template("{{query|regex_replace('Question: ', '')}}", dict(QUESTION)) == "Is it so?"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"doc_to_text": 5},
+        {"doc_to_text": None},
+        {"description": ["a"]},
+        {"metadata": "x"},
+        {"doc_to_text": "{% if %}"},
+    ],
+)
+def test_odd_fields_beside_the_questions(tmp_path: Path, fields: dict[str, Any]) -> None:
+    write(tmp_path / "one.jsonl", QUESTION)
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(fields))
+    with pytest.raises(LayerPruneError, match="one.yaml"):
+        read_tasks(tmp_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import CheckpointError, cause_of, one_line
+from .text_file import read_bytes
 
 MAX_BYTES = 32 * 1024 * 1024
 MAX_DEPTH = 64
@@ -46,14 +47,7 @@ def read_json(
         CheckpointError: The file can't be read, is too large, is not UTF-8 or not JSON, is nested too deeply, names a
             key twice, holds a number that no float can hold, or does not follow the schema.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from error
-    if len(data) > max_bytes:
-        raise CheckpointError(f"{path} is larger than {max_bytes:,} bytes, too large for a file of this kind")
-    content = parse_json(data, str(path), max_depth=max_depth, non_finite=non_finite)
+    content = parse_json(read_bytes(path, max_bytes), str(path), max_depth=max_depth, non_finite=non_finite)
     if schema is not None:
         check_schema(content, schema, str(path))
     return content
@@ -100,7 +94,7 @@ def parse_json(data: bytes | str, name: str, *, max_depth: int = MAX_DEPTH, non_
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}"
+        where = f"{f'line {error.lineno} ' if error.doc.count(chr(10)) else ''}column {error.colno}"
         raise CheckpointError(f"{name} is not JSON: {error.msg} at {where}") from error
     except (RecursionError, MemoryError) as error:
         raise CheckpointError(f"{name} is nested more than {max_depth} levels deep") from error

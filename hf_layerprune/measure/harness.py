@@ -25,8 +25,9 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, boundary
 from ..runtime.forward import free_memory, is_out_of_memory
+from .tasks import require_harness
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -103,6 +104,7 @@ class Harness:
         *,
         progress: bool = True,
     ) -> None:
+        require_harness()
         size = batch_size if batch_size != "auto" else _AUTO.get(model.device.type, _AUTO_ELSEWHERE)
         with _quiet():
             self._lm = _Halving(pretrained=model, tokenizer=tokenizer, batch_size=int(size))
@@ -129,7 +131,7 @@ class Harness:
             LayerPruneError: A single question does not fit into memory, or no question was asked.
         """
         start = time.perf_counter()
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), boundary(f"task {name} can't be run", "leave it out", LayerPruneError):
             found = simple_evaluate(
                 model=self._lm, tasks=[task], limit=limit, num_fewshot=shots, task_manager=_no_tasks()
             )

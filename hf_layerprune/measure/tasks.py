@@ -5,9 +5,10 @@ r"""Which tasks are measured: the harness's own by name, and files in a folder, 
 
 A line of a `.jsonl` file is one question: `{"query": "...", "choices": ["...", "..."], "gold": 0}`. The model scores
 `query + " " + choice`; where every query of a file begins with "Question: ", "\nAnswer:" follows the query. A YAML file
-of the same name may say otherwise in the harness's own words: `doc_to_text`, `target_delimiter`, `description`,
-`metadata`. A `.txt` file is a text, on which perplexity and distance are measured; named in `tasks`, it also becomes a
-task of the harness, which then gives its perplexity by words and bytes.
+of the same name may set the harness's `doc_to_text`, `target_delimiter`, `description` and `metadata`, and nothing
+else. The first three are Jinja templates, which run in Jinja's sandbox: a folder of tasks can't run code. A `.txt` file
+is a text, on which perplexity and distance are measured; named in `tasks`, it also becomes a task of the harness, which
+then gives its perplexity by words and bytes.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LayerPruneError, cause_of
+from ..errors import LayerPruneError, boundary
+from ..files.json_file import parse_json
+from ..files.text_file import read_text as read_text_file
+from ..files.text_file import read_yaml
 
 if TYPE_CHECKING:
+    from jinja2.sandbox import SandboxedEnvironment
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
 # The eight of arXiv:2411.15558: zero-shot, no chat template.
 PAPER = ("piqa", "hellaswag", "openbookqa", "arc_easy", "arc_challenge", "mmlu", "cmmlu", "winogrande")
 
-_SIDECAR_FIELDS = ("doc_to_text", "target_delimiter", "description", "metadata")
+_SIDECAR_FIELDS = {"doc_to_text": str, "target_delimiter": str, "description": str, "metadata": dict}
 _VERSION = 1.0
 
 
@@ -125,9 +130,21 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> Iterato
 
 
 def require_harness() -> None:
-    """Raise where lm-evaluation-harness is not installed."""
+    """Raise where lm-evaluation-harness is not installed, and keep it from running code that a template reaches for."""
     if importlib.util.find_spec("lm_eval") is None:
         raise LayerPruneError('tasks need lm-evaluation-harness: pip install "hf-layerprune[eval]"')
+    import lm_eval.utils
+
+    lm_eval.utils.env = sandbox()
+    lm_eval.utils.env.filters["regex_replace"] = lm_eval.utils.regex_replace
+
+
+def sandbox() -> SandboxedEnvironment:
+    """Jinja as the harness sets it up, but with Python's own objects out of reach."""
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
 
 # --- the harness's own ----------------------------------------------------------------------------------
@@ -163,12 +180,9 @@ def _unknown(name: str, known: Sequence[str], folder: Path | None) -> str:
 
 
 def _load(manager: Any, name: str) -> dict[str, Task | Group]:
-    try:
+    hint = "go online, or name files with --tasks-from FOLDER"
+    with boundary(f"can't load task {name}", hint, LayerPruneError):
         loaded = manager.load([name])
-    except Exception as error:  # whatever the Hub, `datasets` or a task's own code raise
-        raise LayerPruneError(
-            f"the data of task {name} can't be had ({_line(error)}); go online, or name files with --tasks-from FOLDER"
-        ) from error
     groups = loaded.get("groups") or {}
     return {name: groups[name]} if name in groups else dict(loaded["tasks"])
 
@@ -194,7 +208,7 @@ def read_tasks(folder: Path) -> dict[str, LocalTask | LocalText]:
         LayerPruneError: There are none, or one is damaged; the message names the line.
     """
     if not folder.is_dir():
-        raise LayerPruneError(f"{folder} is no folder; name one with .jsonl files (tasks) or .txt files (texts)")
+        raise LayerPruneError(f"{folder} is not a folder; name one with .jsonl files (tasks) or .txt files (texts)")
     found: dict[str, LocalTask | LocalText] = {}
     for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.txt")]):
         if path.stem in found:
@@ -218,13 +232,10 @@ def read_task(path: Path) -> LocalTask:
         LayerPruneError: A line is no question.
     """
     rows = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
+    for number, line in enumerate(read_text_file(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise LayerPruneError(f"{path}, line {number} is no JSON: {error}") from error
+        row = parse_json(line, f"{path}, line {number}")
         if (wrong := _wrong_with(row)) is not None:
             raise LayerPruneError(f"{path}, line {number}: {wrong}")
         rows.append({name: row[name] for name in ("query", "choices", "gold")})
@@ -254,20 +265,18 @@ def _prompt(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     sidecar = path.with_suffix(".yaml")
     if not sidecar.is_file():
         return fields
-    import yaml
-
-    try:
-        said = yaml.safe_load(_read(sidecar))
-    except yaml.YAMLError as error:
-        raise LayerPruneError(f"{sidecar} is no YAML: {_line(error)}") from error
-    if not isinstance(said, dict):
-        raise LayerPruneError(f"{sidecar} must have fields such as doc_to_text, and has none")
-    for name in said:
+    fields |= read_yaml(sidecar)
+    for name, value in fields.items():
         if name not in _SIDECAR_FIELDS:
             raise LayerPruneError(
                 f"{sidecar} has a field {name!r}, and only {', '.join(_SIDECAR_FIELDS)} can be set for a local task"
             )
-    return fields | said
+        if not isinstance(value, _SIDECAR_FIELDS[name]):
+            raise LayerPruneError(f"{sidecar}: {name} is a {type(value).__name__}; it must be text (metadata: fields)")
+        if isinstance(value, str) and value not in rows[0]:
+            with boundary(f"{sidecar}: the template {name} can't be used", kind=LayerPruneError):
+                sandbox().from_string(value).render(**rows[0])
+    return fields
 
 
 def read_text(path: Path) -> LocalText:
@@ -282,7 +291,7 @@ def read_text(path: Path) -> LocalText:
     Raises:
         LayerPruneError: It is empty, or no UTF-8.
     """
-    text = _read(path)
+    text = read_text_file(path)
     if not text.strip():
         raise LayerPruneError(f"{path} is empty; a text is needed to measure perplexity on")
     return LocalText(path.stem, path, text)
@@ -343,16 +352,5 @@ def _load_files(names: Sequence[str], folder: Path) -> dict[str, Task | Group]:
             datasets.enable_progress_bars()
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LayerPruneError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}; convert it") from error
-
-
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _line(error: Exception) -> str:
-    return cause_of(error)
