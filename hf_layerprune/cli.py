@@ -94,7 +94,7 @@ def _explain(error: Exception) -> tuple[str, int]:
         return str(error), 1
     if isinstance(error, MemoryError):
         return "out of memory; use a machine with more of it, or a smaller setting", 1
-    return f"internal error: {type(error).__name__}: {cause_of(error)}; --debug shows where it came from", 1
+    return f"internal error: {cause_of(error)}; --debug shows where it came from", 1
 
 
 def _fail(message: str, code: int) -> int:

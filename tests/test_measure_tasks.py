@@ -10,6 +10,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.exceptions import SecurityError, UndefinedError
 
 from hf_layerprune import LayerPruneError
 from hf_layerprune.measure import tasks
@@ -219,12 +220,8 @@ def test_the_harness_renders_in_the_sandbox(tmp_path: Path, template: str) -> No
     from lm_eval.utils import apply_template
 
     proof = tmp_path / "proof"
-    try:
-        text = apply_template(template.replace("{proof}", str(proof)), dict(QUESTION))
-    except Exception as error:
-        assert type(error).__name__ in ("SecurityError", "UndefinedError")
-    else:
-        assert "class" not in text
+    with pytest.raises((SecurityError, UndefinedError)):
+        apply_template(template.replace("{proof}", str(proof)), dict(QUESTION))
     assert not proof.exists()
     assert apply_template("{{query|regex_replace('Question: ', '')}}", dict(QUESTION)) == "Is it so?"
 
@@ -242,5 +239,5 @@ def test_the_harness_renders_in_the_sandbox(tmp_path: Path, template: str) -> No
 def test_odd_fields_beside_the_questions(tmp_path: Path, fields: dict[str, Any]) -> None:
     write(tmp_path / "one.jsonl", QUESTION)
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(fields))
-    with pytest.raises(LayerPruneError, match="one.yaml"):
+    with pytest.raises(LayerPruneError, match=r"one\.yaml"):
         read_tasks(tmp_path)

@@ -281,7 +281,8 @@ def _data_set(source: str, seed: int) -> Iterator[str | list[dict[str, Any]]]:
         logger.warning("calibration looks at the %s split of %s: don't measure on it afterwards", split, name)
     try:
         # Streamed, so that a web-sized data set costs what is looked at.
-        for row in load_dataset(name, config or None, split=split, streaming=True).shuffle(seed, buffer_size=_BUFFER):
+        rows = load_dataset(name, config or None, split=split, streaming=True, trust_remote_code=False)
+        for row in rows.shuffle(seed, buffer_size=_BUFFER):
             if not _is_document(row.get(column)):
                 raise CheckpointError(
                     f"{name} has no text in {column!r}, it has {', '.join(row)}; name the column: {name}:{split}:COLUMN"

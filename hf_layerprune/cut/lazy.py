@@ -30,9 +30,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from transformers.utils.hub import cached_file
 
 from .. import families
-from ..errors import CheckpointError
+from ..errors import CheckpointError, boundary
 from ..families.layout import find_decoder_layers, find_layer_prefix
-from ..runtime.loading import first_line, resolve_base
+from ..runtime.loading import check_complete, check_config_of, first_line, resolve_base
 from ..versions import resolve_commit
 from .check import tell_if_presumed
 from .memory import rehearse
@@ -102,13 +102,13 @@ def load_pruned(
             kwargs["dtype"] = _first_float_dtype(state.values())
         if is_deepspeed_zero3_enabled():  # its loader scatters tensors, and takes no slices
             state = {name: piece[...] for name, piece in state.items()}
-        try:
+        with boundary(f"can't load {base} cut"):
             model, info = model_class.from_pretrained(
-                None, config=pruned, state_dict=state, output_loading_info=True, **kwargs
+                None, config=pruned, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"can't load {base} cut: {first_line(error)}") from error
-    _check_complete(source, model, info, is_part=config is not whole)
+    # Of a larger model, of which only the text part was asked for, the other parts' weights are left over.
+    within = find_decoder_layers(model).path + "." if config is not whole else ""
+    check_complete(source.name, info, within=within, remark="names in the pruned model")
 
     setattr(model, SOURCES, origins)
     model.name_or_path = model.config.name_or_path = source.name
@@ -118,7 +118,7 @@ def load_pruned(
         logger.info("loaded %s without layers %s of %d", base, list(cut.drop), n)
     if kwargs.get("generation_config") is None and model.can_generate() and hasattr(model, "adjust_generation_fn"):
         unset = dict.fromkeys(_HUB) | {"force_download": False, "local_files_only": False, "subfolder": ""}
-        trust = kwargs.get("trust_remote_code")
+        trust = kwargs.get("trust_remote_code", False)
         model.adjust_generation_fn(None, True, None, source.name, **unset | source.hub, trust_remote_code=trust)
     return model
 
@@ -158,11 +158,12 @@ def _load_config(source: _Source, kwargs: dict[str, Any]) -> tuple[PreTrainedCon
     dtype = kwargs.pop("torch_dtype", None)
     dtype = kwargs.pop("dtype", dtype)
     explicit = {"dtype": dtype, "quantization_config": kwargs.pop("quantization_config", None)}
-    trust = explicit["trust_remote_code"] = kwargs.pop("trust_remote_code", None)
+    trust = explicit["trust_remote_code"] = kwargs.pop("trust_remote_code", False)
     code_revision = kwargs.pop("code_revision", None)
     config = kwargs.pop("config", None)
     if not isinstance(config, PreTrainedConfig):
-        try:
+        check_config_of(str(config or source.name), trust_remote_code=trust, **source.hub)
+        with boundary(f"no model config at {source.name}"):
             config, kwargs = AutoConfig.from_pretrained(
                 config or source.name,
                 return_unused_kwargs=True,
@@ -171,8 +172,6 @@ def _load_config(source: _Source, kwargs: dict[str, Any]) -> tuple[PreTrainedCon
                 **source.hub,
                 **kwargs,
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"no model config at {source.name}: {first_line(error)}") from error
     kwargs |= {name: value for name, value in explicit.items() if value is not None}
     return copy.deepcopy(config), kwargs
 
@@ -345,23 +344,3 @@ def _first_float_dtype(pieces: Iterable[Any]) -> torch.dtype:
     dtypes = [str_to_torch_dtype.get(piece.get_dtype(), torch.uint8) for piece in pieces]
     usable = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     return next((dtype for dtype in dtypes if dtype in usable), torch.float32)
-
-
-def _check_complete(source: _Source, model: PreTrainedModel, info: dict[str, Any], is_part: bool) -> None:
-    """Refuse what the loader only warns of: a tensor too few is random, and one too many says that the names don't fit."""
-    unexpected = info["unexpected_keys"]
-    if is_part:  # the checkpoint of a larger model, of which only the text part was asked for
-        prefix = find_decoder_layers(model).path + "."
-        unexpected = [name for name in unexpected if name.startswith(prefix)]
-    mismatched = [name[0] if isinstance(name, tuple) else name for name in info["mismatched_keys"]]
-    for what, names in (
-        ("lacks", info["missing_keys"]),
-        ("has weights that the model has no place for:", unexpected),
-        ("has weights of another shape than the model's:", mismatched),
-    ):
-        if names := sorted(names):
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise CheckpointError(
-                f"{source.name} {what} {', '.join(names[:3])}{more} (names in the pruned model); the checkpoint is "
-                "incomplete, or its config belongs to another one"
-            )

@@ -298,7 +298,7 @@ def rehearse_config(config: PreTrainedConfig, new_config: PreTrainedConfig, cut:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         part = families.text_config(new_config) if type(model.config) is not type(config) else new_config
     return rehearse(type(model), model.config, part, cut)
 

@@ -61,8 +61,11 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
         if path.suffix in _BUILDERS:
             if not path.is_file():
                 raise CheckpointError(f"data file {path} does not exist")
-            return load_dataset(_BUILDERS[path.suffix], data_files={"train": str(path)}, streaming=streaming)
-        return load_dataset(str(path) if path.is_dir() else name, name=config, streaming=streaming)
+            files = {"train": str(path)}
+            kind = _BUILDERS[path.suffix]
+            return load_dataset(kind, data_files=files, streaming=streaming, trust_remote_code=False)
+        source = str(path) if path.is_dir() else name
+        return load_dataset(source, name=config, streaming=streaming, trust_remote_code=False)
     except CheckpointError:
         raise
     except Exception as error:  # each builder raises what it likes

@@ -69,7 +69,7 @@ def _wikitext2() -> str:
         ) from error
     repo, config, split = _WIKITEXT2
     try:
-        rows = load_dataset(repo, config, split=split)
+        rows = load_dataset(repo, config, split=split, trust_remote_code=False)
     except Exception as error:  # whatever the Hub, its client and `datasets` raise
         raise LayerPruneError(f"{WIKITEXT2} can't be had ({cause_of(error)}); name a file with --text") from error
     return "\n\n".join(rows["text"])

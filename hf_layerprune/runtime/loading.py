@@ -117,9 +117,9 @@ def load_config(base: str | Path, **kwargs: Any) -> PreTrainedConfig:
         kwargs["gguf_file"] = gguf_file
     else:
         check_config_of(name, **kwargs)
-    kwargs.setdefault("trust_remote_code", False)
+    trust = kwargs.pop("trust_remote_code", False)
     with boundary(f"no model config at {base}"):
-        return AutoConfig.from_pretrained(name, **kwargs)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust, **kwargs)
 
 
 def check_config_of(name: str, **kwargs: Any) -> dict[str, Any]:
@@ -173,10 +173,12 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     else:
         kwargs["use_safetensors"] = True  # a pickle can run code
         model_type = check_config_of(name, **kwargs)["model_type"]
-    kwargs.setdefault("trust_remote_code", False)
+    trust = kwargs.pop("trust_remote_code", False)
     with boundary(f"can't load {base}"):
         commit = resolve_commit(name, **lookup)
-        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust, **kwargs
+        )
     # Of a larger model, of which only the text part is made, the other parts' weights are left over.
     part = model_type is not None and model.config.model_type != model_type
     check_complete(str(base), info, within=_decoder_path(model) if part else "")
@@ -241,6 +243,6 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     name, gguf_file = (str(path), None) if adapter else resolve_base(model)
     if gguf_file is not None:
         kwargs["gguf_file"] = gguf_file
-    kwargs.setdefault("trust_remote_code", False)
+    trust = kwargs.pop("trust_remote_code", False)
     with boundary(f"{model} has no tokenizer that can be loaded"):
-        return AutoTokenizer.from_pretrained(name, **kwargs)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **kwargs)

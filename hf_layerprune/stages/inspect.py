@@ -89,7 +89,7 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise LayerPruneError(
             f"a {config.model_type} model is not a causal language model, so it has no decoder layers to prune"

@@ -45,7 +45,7 @@ class Source:
             self.base = base or (self.adapter.base_model_name_or_path if self.adapter else None)
             whole = self.base if self.adapter else model
             self.tokenizer = tokenizer_of(model, whole)
-            self.config = AutoConfig.from_pretrained(**named(whole)).get_text_config()
+            self.config = AutoConfig.from_pretrained(**named(whole), trust_remote_code=False).get_text_config()
             self.records = Records.of(named(model)["pretrained_model_name_or_path"])
             self.size = weights_size(model)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -150,11 +150,11 @@ def find_adapter(model: str) -> Any:
 def tokenizer_of(model: str, whole: str) -> Any:
     """The tokenizer of a model, or else of its base."""
     try:
-        return AutoTokenizer.from_pretrained(**named(model))
+        return AutoTokenizer.from_pretrained(**named(model), trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         if model == whole:
             raise
-        return AutoTokenizer.from_pretrained(**named(whole))
+        return AutoTokenizer.from_pretrained(**named(whole), trust_remote_code=False)
 
 
 def weights_size(model: str) -> int:

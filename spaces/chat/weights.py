@@ -105,7 +105,7 @@ class Models:
 def load(model: str) -> PreTrainedModel:
     """Load a whole model onto the device."""
     settings: dict[str, Any] = {"dtype": "auto"}
-    if DEVICE == "cpu" and AutoConfig.from_pretrained(**named(model)).dtype == torch.float16:
+    if DEVICE == "cpu" and AutoConfig.from_pretrained(**named(model), trust_remote_code=False).dtype == torch.float16:
         settings["dtype"] = torch.bfloat16  # which processors are fast at
     if DEVICE != "cpu":
         settings["device_map"] = DEVICE
@@ -115,7 +115,7 @@ def load(model: str) -> PreTrainedModel:
             settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         settings["use_safetensors"] = True  # a pickle can run code
-    return AutoModelForCausalLM.from_pretrained(**named(model), **settings)
+    return AutoModelForCausalLM.from_pretrained(**named(model), trust_remote_code=False, **settings)
 
 
 def load_adapter(model: str) -> PreTrainedModel:

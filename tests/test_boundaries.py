@@ -1,0 +1,314 @@
+"""What libraries raise becomes one line, no code of a checkpoint runs, and a load that misses or adds weights is refused."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from hf_layerprune import LayerDropConfig, prune_with
+from hf_layerprune.adapter.loading import load_model
+from hf_layerprune.cli import main
+from hf_layerprune.errors import CheckpointError
+from hf_layerprune.files.json_file import read_object
+from hf_layerprune.files.text_file import read_text
+from hf_layerprune.runtime.loading import load_base, load_config
+
+from .measure_models import write_gguf, write_model
+
+ROOT = Path(__file__).parent.parent
+PLACES = ("hf_layerprune", "recipes", "spaces")
+
+
+def _calls() -> list[tuple[str, ast.Call]]:
+    """Every call that could run code which a checkpoint or a data set brings along."""
+    found = []
+    for place in PLACES:
+        for path in sorted((ROOT / place).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and _may_run_code(node.func):
+                    found.append((f"{path.relative_to(ROOT)}:{node.lineno}", node))
+    return found
+
+
+def _may_run_code(func: ast.expr) -> bool:
+    if isinstance(func, ast.Name):
+        return func.id == "load_dataset"
+    if isinstance(func, ast.Attribute) and func.attr in ("from_pretrained", "from_config"):
+        return isinstance(func.value, ast.Name) and func.value.id.startswith("Auto")
+    return isinstance(func, ast.Attribute) and func.attr == "load_dataset"
+
+
+def test_code_of_a_checkpoint_is_refused_by_name() -> None:
+    calls = _calls()
+    assert len(calls) > 10
+    silent = [where for where, call in calls if "trust_remote_code" not in {word.arg for word in call.keywords}]
+    assert not silent, f"these calls may ask whether to run code: {silent}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture
+def copy(model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model, tmp_path / "copy"))
+
+
+@pytest.fixture(autouse=True)
+def _nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*words: object) -> str:
+        raise AssertionError(f"the terminal was asked: {words}")
+
+    monkeypatch.setattr("builtins.input", refuse)
+
+
+def edit(path: Path, **fields: Any) -> None:
+    content = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+def one_line_of(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-layerprune: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def text_of(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("The river rises in spring and people walk along the valley. " * 40)
+    return str(path)
+
+
+def commands(folder: Path, tmp_path: Path) -> dict[str, list[str]]:
+    return {
+        "inspect": ["inspect", str(folder)],
+        "prune": ["prune", str(folder), str(tmp_path / "out")],
+        "rank": ["rank", str(folder), "--criterion", "block_influence", "--calibration", text_of(tmp_path)],
+        "adapter": ["prune", str(folder), str(tmp_path / "out"), "--adapter"],
+        "eval": ["eval", str(folder), "--text", text_of(tmp_path), "--length", "64", "--windows", "2"],
+        "bench": ["bench", str(folder), "--batch-sizes", "1", "--prompt-lengths", "8", "--load-repeats", "0"],
+    }
+
+
+# --- code ---------------------------------------------------------------------------------------------------------
+
+
+def plant(folder: Path, proof: Path) -> None:
+    code = (
+        f"open({str(proof)!r}, 'w').close()\nfrom transformers import LlamaConfig as Mine, LlamaForCausalLM as Ours\n"
+    )
+    code += "from transformers import PreTrainedTokenizerFast as Words\n"
+    (folder / "mine.py").write_text(code)
+    names = {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Ours"}
+    edit(folder / "config.json", auto_map=names)
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "mine.Words"]}, tokenizer_class="Words")
+
+
+@pytest.mark.parametrize("command", ["inspect", "prune", "rank", "adapter", "eval", "bench"])
+@pytest.mark.parametrize("known", [False, True])
+def test_code_in_a_folder_never_runs(
+    copy: Path, tmp_path: Path, command: str, known: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(copy, tmp_path / "proof")
+    if not known:
+        edit(copy / "config.json", model_type="mine")
+    code = main(commands(copy, tmp_path)[command])
+    assert not (tmp_path / "proof").exists()
+    if known:
+        assert code in (0, 1)
+    else:
+        assert code == 1
+        line = one_line_of(capsys)
+        assert "needs code of its own (auto_map in its config.json), which is not run" in line or command == "eval"
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+def change_weights(path: Path, *, without: str = "", extra: str = "", narrow: str = "") -> None:
+    tensors = load_file(path)
+    tensors = {name: tensor for name, tensor in tensors.items() if name != without}
+    if extra:
+        tensors[extra] = torch.zeros(2)
+    if narrow:
+        tensors[narrow] = tensors[narrow][:-1].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+DAMAGES = {
+    "missing": ({"without": "model.layers.2.mlp.up_proj.weight"}, "lacks model.layers.2.mlp.up_proj.weight"),
+    "missing norm": ({"without": "model.norm.weight"}, "lacks model.norm.weight"),
+    "unexpected": ({"extra": "model.layers.2.mlp.gate.weight"}, "has weights that the model has no place for"),
+    "mismatched": ({"narrow": "model.layers.2.mlp.up_proj.weight"}, "up_proj"),
+}
+
+
+@pytest.mark.parametrize("command", ["rank", "adapter", "eval", "bench"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_weights_that_do_not_fit_are_refused(
+    copy: Path, tmp_path: Path, command: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how, message = DAMAGES[damage]
+    change_weights(copy / "model.safetensors", **how)
+    assert main(commands(copy, tmp_path)[command]) == 1
+    assert message in one_line_of(capsys)
+
+
+def test_weights_that_are_tied_are_not_missed(model: Path) -> None:
+    """The head of this model is its embedding matrix, and stands in no file."""
+    assert "lm_head.weight" not in load_file(model / "model.safetensors")
+    assert load_base(model).lm_head.weight is not None
+
+
+def test_a_gguf_file_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf")
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
+    with pytest.raises(CheckpointError, match="lacks"):
+        load_base(path)
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["layer_drop", "lora"])
+def adapter(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "adapter"
+    if request.param == "layer_drop":
+        config: Any = LayerDropConfig(base_model_name_or_path=str(model), drop_layers=[5, 6])
+        prune_with(config).save_pretrained(folder)
+    else:
+        get_peft_model(load_base(model), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    assert load_model(folder).num_parameters() > 0
+    return folder
+
+
+def test_a_pickled_adapter_is_not_read(adapter: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    torch.save(load_file(weights), adapter / "adapter_model.bin")
+    weights.rename(adapter / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"has no adapter_model.safetensors, and pickled weights \(.bin\)"):
+        load_model(adapter)
+
+
+@pytest.mark.parametrize("what", ["missing", "unexpected"])
+def test_adapter_weights_that_do_not_fit_are_refused(adapter: Path, what: str) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    first = next(iter(load_file(weights)))
+    lacks = rf"(lacks |KeyError: '){re.escape(first)}"  # PEFT itself looks for some of them
+    message = {"missing": lacks, "unexpected": "has weights that the model has no place for: stray"}[what]
+    change_weights(weights, **({"without": first} if what == "missing" else {"extra": "stray"}))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(adapter)
+
+
+# --- what is shown ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evil", ["\x1b]0;owned\x07", "\x1b[2J", "\u202eevil", "\x00", "\x9b31m", "\ud83d"])
+def test_characters_that_a_terminal_obeys_are_escaped(
+    copy: Path, tmp_path: Path, evil: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(copy / "config.json", model_type=f"a{evil}b")
+    for words in commands(copy, tmp_path).values():
+        assert main(words) in (1, 2)
+        out, err = capsys.readouterr()
+        assert evil not in out + err
+
+
+def test_debug_shows_where_an_error_came_from(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copy / "config.json").write_text("{")
+    for words in (["inspect", str(copy), "--debug"], ["--debug", "inspect", str(copy)]):
+        assert main(words) == 1
+        assert "Traceback" in capsys.readouterr().err
+    assert main(["inspect", str(copy)]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setenv("HF_LAYERPRUNE_DEBUG", "1")
+    assert main(["inspect", str(copy)]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_of_our_own_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_layerprune.commands.inspect.run", lambda args: {}["no\x1bsuch"])
+    assert main(["inspect", "model"]) == 1
+    error = capsys.readouterr().err
+    assert error == "hf-layerprune: internal error: KeyError: 'no\\x1bsuch'; --debug shows where it came from\n"
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe{}", "is not UTF-8"),
+        (b'{"a": 1, "a": 2}', "'a' is there twice"),
+        (b'{"a": NaN}', "NaN is not a number"),
+        (b'{"a": 1e999}', "larger than any float"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "usable JSON"),
+        (b"[" * 100_000, "nested more than"),
+        (b"[" * 100 + b"]" * 100, "nested more than 64 levels"),
+        (b'{"a": "\\ud800"}', "half a surrogate pair"),
+        (b"[1]", "where a JSON object is expected"),
+        (b" " * 40_000_000, "larger than 33,554,432 bytes"),
+    ],
+)
+def test_json_that_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "some.json"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_object(path)
+    assert str(path) in str(caught.value)
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in (
+        (tmp_path / "pipe", "is not a file"),
+        (tmp_path, "is not a file"),
+        (tmp_path / "x", "exist"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read_text(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 10_000_000}, "at num_hidden_layers: 10000000 is greater than the maximum of 10000"),
+        ({"num_hidden_layers": 0}, "at num_hidden_layers"),
+        ({"num_hidden_layers": -4}, "at num_hidden_layers"),
+        ({"num_hidden_layers": "8"}, "at num_hidden_layers"),
+        ({"num_hidden_layers": True}, "at num_hidden_layers"),
+        ({"num_hidden_layers": 4.5}, "at num_hidden_layers"),
+        ({"text_config": {"n_layer": 10**9}}, "at text_config"),
+        ({"model_type": 5}, "at model_type"),
+        ({"model_type": None}, "has no model_type"),
+        ({"num_labels": 10**9}, "at num_labels"),
+        ({"vocab_size": 10**12}, "at vocab_size"),
+        ({"layer_drop": {"drop_layers": "2", "num_base_layers": 9}}, "at layer_drop/drop_layers"),
+    ],
+)
+def test_a_config_is_checked_before_anything_is_built(copy: Path, fields: dict[str, Any], message: str) -> None:
+    edit(copy / "config.json", **fields)
+    for load in (load_config, load_base, load_pruned_at_two):
+        with pytest.raises(CheckpointError, match=message):
+            load(copy)
+
+
+def load_pruned_at_two(folder: Path) -> Any:
+    return prune_with(LayerDropConfig(base_model_name_or_path=str(folder), drop_layers=[2]))
