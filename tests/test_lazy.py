@@ -286,7 +286,9 @@ def test_incomplete_and_foreign_weights(tmp_path):
     with pytest.raises(CheckpointError, match=r"no place for: model\.odd\.0, model\.odd\.1, model\.odd\.2 and 2 more"):
         load_pruned(tmp_path, DROP)
     edit_tensors(tmp_path, lambda tensors: whole | {lost: torch.ones(3, 3)})
-    with pytest.raises(CheckpointError, match=r"has weights of another shape than the model's: model.layers.2.mlp.up_proj"):
+    with pytest.raises(
+        CheckpointError, match=r"has weights of another shape than the model's: model.layers.2.mlp.up_proj"
+    ):
         load_pruned(tmp_path, DROP)
     with pytest.raises(CheckpointError, match=r"another shape than the model's: model\.layers\.2\.mlp"):
         load_pruned(tmp_path, DROP, ignore_mismatched_sizes=True)
