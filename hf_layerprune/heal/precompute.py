@@ -17,6 +17,7 @@ import torch
 
 from ..errors import LayerPruneError
 from ..runtime.head import Head
+from ..runtime.parts import TROUBLE, close
 from ..runtime.prefix import Prefix, first_trained_layer
 from .store import Column, StateStore, fill, hash_rows, hash_tensors
 from .student import cut_of
@@ -33,9 +34,6 @@ logger = logging.getLogger(__name__)
 # What TRL's collator takes.
 _FED = ("input_ids", "labels", "seq_lengths")
 _CPU_TOKENS, _DEVICE_TOKENS = 4096, 32768
-# How far two ways to compute the same may lie apart, relative to the size of the result.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
-_HALF_TOLERANCE = 2e-2
 
 
 @dataclass
@@ -185,7 +183,7 @@ class _Run:
             prefix = Prefix(self.model, depth, needs_ids=needs_ids)
             try:
                 self.why_not = self._try_out(prefix)
-            except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            except TROUBLE as error:
                 self.why_not = f"the model can't do without them ({str(error).splitlines()[0][:120]})"
             prefix.restore()
             if not self.why_not:
@@ -202,15 +200,15 @@ class _Run:
             recorded = states[prefix.depth]
             with self._training():
                 again = prefix.run(**inputs)[prefix.depth]
-            if not _close(again, recorded):
+            if not close(again, recorded):
                 return "what leaves them differs in training, as with dropout"
             alone = prefix.run(**self._inputs(rows[:1]))[prefix.depth]
             pair = [self.collator.parted(s, [self.lengths[rows[0]]])[0] for s in (alone, recorded[:1])]
-            if not _close(*pair):
+            if not close(*pair):
                 return "what leaves them for a row depends on the rows beside it"
             prefix.skip()
             found = self.output.states(**prefix.put(recorded, inputs), use_cache=False)
-        return "" if _close(found, wanted) else "layers hand more to each other than hidden states"
+        return "" if close(found, wanted) else "layers hand more to each other than hidden states"
 
     def _teacher(self, model: PreTrainedModel | None, prefix: Prefix | None) -> Teacher:
         source = model if model is not None else self.args.teacher
@@ -345,10 +343,3 @@ def _why_not(trainer: HealTrainer) -> str:
 def is_split_by_deepspeed(model: PreTrainedModel) -> bool:
     """Whether DeepSpeed ZeRO-3 has split the weights, so that the model only runs inside its engine."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def _close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    if found.shape != wanted.shape:
-        return False
-    tolerance = _TOLERANCE.get(wanted.dtype, _HALF_TOLERANCE)
-    return bool((found.float() - wanted.float()).norm() <= tolerance * wanted.float().norm())

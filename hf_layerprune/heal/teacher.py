@@ -18,7 +18,7 @@ from ..families import Cut
 from ..families.layout import find_decoder_layers
 from ..runtime.head import Head, OutputHead
 from ..runtime.loading import load_base
-from ..runtime.prefix import Prefix
+from ..runtime.prefix import Prefix, shared_layers
 from .store import hash_tensors
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Teacher:
                 f"the teacher has {layers} layers, and this model was cut from one with {cut.num_layers}; "
                 "name the dense model with --teacher"
             )
-        self.shared = shared_layers(student, model, min(limit, cut.drop[0]) if cut is not None else 0)
+        self.shared = shared_layers(model, student, min(limit, cut.drop[0]) if cut is not None else 0)
         self._output = OutputHead(model)
         self.head = self._output.head()
         self.dtype = model.dtype
@@ -123,30 +123,3 @@ class Teacher:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def shared_layers(student: PreTrainedModel, dense: PreTrainedModel, limit: int) -> int:
-    """How many layers at the start do the same in both models.
-
-    Args:
-        student (`PreTrainedModel`): The pruned model.
-        dense (`PreTrainedModel`): What it was cut from.
-        limit (`int`): More are not looked at.
-
-    Returns:
-        `int`: 0 where already what is in front of the layers differs.
-    """
-    mine, theirs = find_decoder_layers(student).layers, find_decoder_layers(dense).layers
-    if not _same(student.get_input_embeddings(), dense.get_input_embeddings()):
-        return 0
-    for depth in range(limit):
-        if not _same(mine[depth], theirs[depth]):
-            return depth
-    return limit
-
-
-def _same(mine: torch.nn.Module, theirs: torch.nn.Module) -> bool:
-    tensors, others = mine.state_dict(), theirs.state_dict()
-    return tensors.keys() == others.keys() and all(
-        torch.equal(tensor.cpu(), others[name].cpu()) for name, tensor in tensors.items()
-    )

@@ -17,7 +17,11 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import LayerPruneError
-from ..runtime.forward import SharedPrefix, SplitModel, evaluating, in_batches, positions_at_once
+from ..runtime.divergence import Reference, diverge
+from ..runtime.head import Head, OutputHead
+from ..runtime.memory import in_batches, positions_at_once
+from ..runtime.parts import evaluating
+from ..runtime.prefix import SharedPrefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,19 +128,18 @@ def perplexity(
         LayerPruneError: The rows are no such windows, or one does not fit into memory.
     """
     _check_rows(rows)
-    split = SplitModel(model)
+    output = OutputHead(model)
+    head = output.head()
     nll: list[torch.Tensor] = []
 
     def run(batch: torch.Tensor) -> None:
-        ids = batch.to(split.device)
-        decoded, sums = split.decode(ids), torch.zeros(len(ids), dtype=torch.float64)
-        for positions in _chunks(ids, _vocabulary(model)):
-            log_probs = torch.log_softmax(split.logits(ids, decoded, positions).float(), dim=-1)
-            sums += _nll(log_probs, ids, positions)
+        ids = batch.to(output.device)
+        states, sums = output.states(input_ids=ids, use_cache=False), torch.zeros(len(ids), dtype=torch.float64)
+        for positions in _chunks(ids, output.vocabulary):
+            sums += _of_windows(diverge(_logits(head, states, positions), _targets(ids, positions)).nll, ids)
         nll.append(sums)
 
     with evaluating(model):
-        split.check(rows[0])
         _run(rows, batch_size, run, progress, "perplexity")
     return _perplexity(torch.cat(nll) / (rows.shape[1] - 1), rows)
 
@@ -168,32 +171,28 @@ def distance(
     """
     _check_rows(rows)
     check_vocabularies(model, base)
-    ours, theirs = SplitModel(model), SplitModel(base)
-    prefix = SharedPrefix(base, model)
-    vocabulary = _vocabulary(model)
-    found: list[torch.Tensor] = []
+    output, base_output = OutputHead(model), OutputHead(base)
+    head, base_head = output.head(), base_output.head()
+    prefix = SharedPrefix(base_output, output)
+    sums_of_batches: list[torch.Tensor] = []
 
     def run(batch: torch.Tensor) -> None:
-        ids, base_ids = batch.to(ours.device), batch.to(theirs.device)
+        ids = batch.to(output.device)
+        base_states, states = prefix.states(batch)
         sums = torch.zeros(4, len(ids), dtype=torch.float64)
-        with prefix.shared():
-            base_decoded = theirs.decode(base_ids)
-            decoded = ours.decode(ids)
-        for positions in _chunks(ids, vocabulary):
-            p = torch.log_softmax(theirs.logits(base_ids, base_decoded, positions).to(ours.device).float(), dim=-1)
-            q = torch.log_softmax(ours.logits(ids, decoded, positions).float(), dim=-1)
-            sums[0] += _nll(q, ids, positions)
-            sums[1] += _nll(p, ids, positions)
-            predicted = _predicted(ids, positions)
-            p, q = p[:, :predicted], q[:, :predicted]
-            sums[2] += (p.argmax(-1) == q.argmax(-1)).sum(-1).cpu()
-            sums[3] += _kl(p, q).sum(-1, dtype=torch.float64).cpu()
-        found.append(sums)
+        for positions in _chunks(ids, output.vocabulary):
+            targets = _targets(ids, positions)
+            base_logits = _logits(base_head, base_states, positions).to(output.device)
+            theirs = diverge(base_logits, targets)
+            ours = diverge(_logits(head, states, positions), targets, Reference(base_logits))
+            for row, values in zip(sums, (ours.nll, theirs.nll, ours.agrees, ours.kl), strict=True):
+                row += _of_windows(values, ids)
+        sums_of_batches.append(sums)
 
     with evaluating(model, base):
-        prefix.check(theirs, ours, rows[0])
+        prefix.check(rows[0])
         _run(rows, batch_size, run, progress, "distance")
-    nll, base_nll, agreement, kl = torch.cat(found, dim=1) / (rows.shape[1] - 1)
+    nll, base_nll, agreement, kl = torch.cat(sums_of_batches, dim=1) / (rows.shape[1] - 1)
     mine, dense = _perplexity(nll, rows), _perplexity(base_nll, rows)
     return Distance(
         kl=kl.mean().item(),
@@ -210,7 +209,7 @@ def distance(
         windows=mine.windows,
         window_nll=mine.window_nll,
         base_window_nll=dense.window_nll,
-        shared_layers=len(prefix),
+        shared_layers=prefix.depth,
     )
 
 
@@ -249,29 +248,23 @@ def _run(rows: torch.Tensor, batch_size: int, run: object, progress: bool, name:
 
 
 def _chunks(ids: torch.Tensor, vocabulary: int) -> list[slice]:
-    length = ids.shape[1]
-    size = positions_at_once(length, len(ids), vocabulary)
-    return [slice(start, min(start + size, length)) for start in range(0, length - 1, size)]
+    """Positions that go through the head at once; the last of a window has nothing to predict."""
+    predicted = ids.shape[1] - 1
+    size = positions_at_once(ids.shape[1], len(ids), vocabulary)
+    return [slice(start, min(start + size, predicted)) for start in range(0, predicted, size)]
 
 
-def _predicted(ids: torch.Tensor, positions: slice) -> int:
-    """How many of some positions predict a token: the last of a window has none to predict."""
-    return min(positions.stop, ids.shape[1] - 1) - positions.start
+def _logits(head: Head, states: torch.Tensor, positions: slice) -> torch.Tensor:
+    return head.logits(states[:, positions]).flatten(0, 1)
 
 
-def _nll(log_probs: torch.Tensor, ids: torch.Tensor, positions: slice) -> torch.Tensor:
-    """Sums over some positions of the negative log-likelihood of what follows, one a row."""
-    predicted = _predicted(ids, positions)
-    targets = ids[:, positions.start + 1 : positions.start + 1 + predicted, None].to(log_probs.device)
-    return -log_probs[:, :predicted].gather(-1, targets).squeeze(-1).sum(-1, dtype=torch.float64).cpu()
+def _targets(ids: torch.Tensor, positions: slice) -> torch.Tensor:
+    return ids[:, positions.start + 1 : positions.stop + 1].flatten()
 
 
-def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) `[batch, positions]` of log-probabilities, which are overwritten."""
-    difference = q.neg_().add_(p)
-    if p.amin().isneginf():  # what the base excludes adds nothing, though its logarithm is infinite
-        difference.masked_fill_(p.isneginf(), 0)
-    return p.exp_().mul_(difference).sum(-1)
+def _of_windows(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Sums over the tokens of each window, `[windows]`."""
+    return values.double().view(len(ids), -1).sum(-1).cpu()
 
 
 def _perplexity(window_nll: torch.Tensor, rows: torch.Tensor) -> Perplexity:

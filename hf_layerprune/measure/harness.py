@@ -26,7 +26,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from ..errors import LayerPruneError, boundary
-from ..runtime.forward import free_memory, is_out_of_memory
+from ..runtime.memory import free_memory, is_out_of_memory
 from .tasks import require_harness
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from ..runtime.forward import evaluating, free_memory, is_out_of_memory
+from ..runtime.memory import free_memory, is_out_of_memory
+from ..runtime.parts import evaluating
 from .cost import read_prompt
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
-from .parts import TROUBLE, evaluating, probe_ids, replaced_forward
+from .parts import TROUBLE, close, evaluating, probe_ids, replaced_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,6 +102,7 @@ class OutputHead:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.device = model.get_input_embeddings().weight.device
         self._module = model.get_output_embeddings()
         self._transform: LogitTransform | None = None
         ids = probe_ids(model, _PROBE_TOKENS)
@@ -176,6 +177,8 @@ class OutputHead:
         linear = self._linear
         if linear is None or type(linear).forward is not nn.Linear.forward or not linear.weight.is_floating_point():
             return "its output embedding is not a plain matrix"
+        if linear.weight.is_meta:
+            return "its output embedding is in memory only while it runs"
         try:
             self._transform = self._measured(ids)
             if self._transform is None:
@@ -229,12 +232,3 @@ class OutputHead:
             f"{type(self.model).__name__} can't be trained or measured by its logits: {why}. Drop layers without "
             "(hf-layerprune prune), and train it with a trainer of its own"
         )
-
-
-def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two ways to compute the same logits agree, to the precision of the second's type."""
-    if one.shape != other.shape:
-        return False
-    tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}.get(other.dtype, 2e-2)
-    one, other = one.float(), other.float()
-    return bool((one - other).norm() <= tolerance * other.norm())

@@ -101,3 +101,12 @@ def probe_ids(model: Any, tokens: int) -> torch.Tensor:
     """A row of tokens to try a model on, `[1, tokens]`, without the special tokens that come first in vocabularies."""
     ids = torch.arange(3, 3 + tokens)[None] % model.config.get_text_config().vocab_size
     return ids.to(model.get_input_embeddings().weight.device)
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two ways to compute the same tensor agree, to the precision of the second's type."""
+    if one.shape != other.shape:
+        return False
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}.get(other.dtype, 2e-2)
+    one, other = one.to(other.device).float().nan_to_num(), other.float().nan_to_num()
+    return bool((one - other).norm() <= tolerance * other.norm())

@@ -1,29 +1,35 @@
-"""The layers below the first trained one: find them, take what leaves them, and train without them.
+"""The first layers of a model: record what leaves them, and run the rest without them.
 
-In a model whose first layers are frozen, what leaves them depends on the row alone. `Prefix` can record it, and put it
-back in later: every frozen layer then hands its input on, the last of them hands on what was recorded, and the weights
-of all of them, with the embeddings, are out of the model and off its device. Names and indices stay as they are, so
-that what is trained is saved and loaded as ever.
+Where the first layers are frozen, or the same in two models, what leaves them depends on the row alone. `Prefix` can
+record it, and put it back in later: every layer of the prefix then hands its input on, and the last of them hands on
+what was recorded. The weights of all of them, with the embeddings, can be taken out of the model and off its device.
+Names and indices stay as they are, so what is trained is saved and loaded as usual.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..families.layout import find_decoder_layers, find_final_norm, find_output_head
+from ..errors import UnsupportedModelError
+from ..families.layout import DecoderStack, find_decoder_layers, find_final_norm, find_output_head
+from .head import OutputHead
 from .mapped import release
+from .memory import is_out_of_memory
+from .parts import TROUBLE, close, hidden_of, hooked, layer_stub, replaced_forward, returned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 32
 
 
 def first_trained_layer(model: PreTrainedModel) -> int:
@@ -50,6 +56,29 @@ def first_trained_layer(model: PreTrainedModel) -> int:
     return first
 
 
+def shared_layers(base: PreTrainedModel, model: PreTrainedModel, limit: int | None = None) -> int:
+    """How many layers at the start do the same in two models, with everything that comes before them.
+
+    Args:
+        base (`PreTrainedModel`): One model.
+        model (`PreTrainedModel`): The other.
+        limit (`int`, *optional*): No more are looked at.
+
+    Returns:
+        `int`: 0 where already what comes before the layers differs, or where the two are one.
+    """
+    try:
+        stacks = find_decoder_layers(base), find_decoder_layers(model)
+    except UnsupportedModelError:
+        return 0
+    most = min(len(stack.layers) for stack in stacks)
+    most = most if limit is None else min(limit, most)
+    if base is model or not most or not _same_around(base, stacks[0], model, stacks[1]):
+        return 0
+    pairs = zip(stacks[0].layers[:most], stacks[1].layers[:most], strict=True)
+    return next((depth for depth, (one, other) in enumerate(pairs) if not _same(one, other)), most)
+
+
 class _Enough(Exception):
     """Raised to end a forward pass early."""
 
@@ -69,12 +98,12 @@ class Prefix:
         self.depth = depth
         self.needs_ids = needs_ids
         self._layers = list(find_decoder_layers(model).layers[:depth])
-        # `None` for a layer that returns a tensor, else how many values it returns.
-        self._returns: list[int | None] = [None] * depth
+        # How many values each layer returns, see [`returned`]; known once the prefix has run.
+        self.returns: list[int | None] = [None] * depth
         self._hidden: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
         self._device = model.get_input_embeddings().weight.device
         self._state: torch.Tensor | None = None
-        self._skipping = False
+        self._skipping = ExitStack()
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All weights and buffers that decide what leaves the prefix, by name."""
@@ -105,25 +134,17 @@ class Prefix:
 
         def note(depth: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                several = isinstance(output, tuple | list)
-                self._returns[depth - 1] = len(output) if several else None
+                self.returns[depth - 1] = returned(output)
                 if depth in depths:
-                    states[depth] = output[0] if several else output
+                    states[depth] = hidden_of(output).clone()  # what comes next may change it in place
                     if stop and depth == max(depths):
                         raise _Enough
 
             return hook
 
-        handles = [
-            layer.register_forward_hook(note(depth))
-            for depth, layer in enumerate(self._layers, 1)
-            if depth <= max(depths)
-        ]
-        try:
+        layers = enumerate(self._layers[: max(depths)], 1)
+        with hooked(*[layer.register_forward_hook(note(depth)) for depth, layer in layers]):
             yield states
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def run(self, depths: tuple[int, ...] = (), **inputs: Any) -> dict[int, torch.Tensor]:
         """Run the prefix alone.
@@ -145,17 +166,10 @@ class Prefix:
         """From now on, what [`put`] was given leaves the prefix. Run the prefix once before, for what its layers return."""
 
         def stub(index: int) -> Callable[..., Any]:
-            last, returns = index == self.depth - 1, self._returns[index]
+            last = index == self.depth - 1
+            return layer_stub(lambda hidden, *_: self._state if last else hidden, lambda: self.returns[index])
 
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                state = self._state if last else (args[0] if args else kwargs["hidden_states"])
-                return state if returns is None else (state, *[None] * (returns - 1))
-
-            return forward
-
-        for index, layer in enumerate(self._layers):
-            layer.forward = stub(index)
-        self._skipping = True
+        self._skipping.enter_context(replaced_forward(self._layers, *map(stub, range(self.depth))))
 
     def put(self, state: torch.Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
         """Say what leaves the prefix in the next forward pass.
@@ -167,11 +181,11 @@ class Prefix:
         Returns:
             `dict[str, Any]`: What to call it with.
         """
-        self._state = state
+        self._state = state.to(self._device)
         if self.needs_ids:
             return inputs
         # Of no use to the layers; it spares the embeddings, and their memory.
-        return {name: value for name, value in inputs.items() if name != "input_ids"} | {"inputs_embeds": state}
+        return {name: value for name, value in inputs.items() if name != "input_ids"} | {"inputs_embeds": self._state}
 
     def unload(self) -> None:
         """Take what the tail does without out of the model and off its device.
@@ -204,10 +218,7 @@ class Prefix:
 
     def restore(self) -> None:
         """Make the model what it was, with what was trained since."""
-        if self._skipping:
-            for layer in self._layers:
-                del layer.forward
-            self._skipping = False
+        self._skipping.close()
         self._move(self._device)
         for module, parameters, buffers in self._hidden:
             module._parameters, module._buffers = parameters, buffers
@@ -221,3 +232,110 @@ class Prefix:
                 if parameter is not None:
                     parameter.data = parameter.data.to(device)
             buffers.update({name: buffer.to(device) for name, buffer in buffers.items() if buffer is not None})
+
+
+class SharedPrefix:
+    """Two models whose leading layers, where they are the same, run only once.
+
+    Args:
+        base (`OutputHead`): The first model's.
+        head (`OutputHead`): The second model's.
+    """
+
+    def __init__(self, base: OutputHead, head: OutputHead) -> None:
+        self._base, self._head = base, head
+        self.depth = shared_layers(base.model, head.model)
+        if self.depth:
+            self._from = Prefix(base.model, self.depth, needs_ids=True)
+            self._to = Prefix(head.model, self.depth, needs_ids=True)
+            self._to.returns = self._from.returns
+
+    def states(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run both models up to their heads.
+
+        Args:
+            ids (`torch.Tensor`): Token ids `[batch, length]`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: The first model's states, and the second's, see [`OutputHead`].
+        """
+        inputs = {"use_cache": False}
+        base_ids, ids = ids.to(self._base.device), ids.to(self._head.device)
+        if not self.depth:
+            theirs = self._base.states(input_ids=base_ids, **inputs)
+            return theirs, self._head.states(input_ids=ids, **inputs)
+        with self._from.recorded() as kept:
+            theirs = self._base.states(input_ids=base_ids, **inputs)
+        self._to.skip()
+        try:
+            return theirs, self._head.states(**self._to.put(kept[self.depth], {"input_ids": ids, **inputs}))
+        finally:
+            self._to.restore()
+
+    def check(self, row: torch.Tensor) -> None:
+        """Do without sharing where it makes a difference.
+
+        Args:
+            row (`torch.Tensor`): Some token ids `[length]`.
+        """
+        depth, ids = self.depth, row[None, :_PROBE_TOKENS]
+        try:
+            shared = self.states(ids)
+        except TROUBLE as error:
+            if is_out_of_memory(error):
+                raise
+            shared = ()
+        self.depth = 0
+        if shared and all(map(close, shared, self.states(ids))):
+            self.depth = depth
+        elif depth:
+            names = [type(head.model).__name__ for head in (self._base, self._head)]
+            logger.info("%s can't take over what %s computed, so both run whole", *reversed(names))
+
+
+# --- whether two models are the same at the start ---------------------------------------------------------
+
+
+def _same_around(base: PreTrainedModel, stack: DecoderStack, model: PreTrainedModel, other: DecoderStack) -> bool:
+    """Whether all that comes before the first layer is the same: everything but layers, final norm and head."""
+    around = []
+    for one, where in ((base, stack), (model, other)):
+        after = {where.path, find_final_norm(one, where), find_output_head(one)} - {None}
+        ids = {id(t) for path in after for t in _tensors(one.get_submodule(path)).values()}
+        embeddings = _tensors(one.get_input_embeddings())  # a tied head is among them
+        rest = {name: t for name, t in _tensors(one).items() if id(t) not in ids}
+        around.append({name.rpartition("base_model.model.")[2]: t for name, t in rest.items()} | embeddings)
+    return _same_tensors(*around)
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two layers are the same: their classes, plain attributes and weights."""
+    ours, theirs = list(one.modules()), list(other.modules())
+    if len(ours) != len(theirs):
+        return False
+    for a, b in zip(ours, theirs, strict=True):
+        if type(a) is not type(b) or _plain(a) != _plain(b):
+            return False
+    return _same_tensors(_tensors(one), _tensors(other))
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    plain = int | float | str | bool | tuple | type(None)
+    ignored = ("training", "gradient_checkpointing", "_is_hf_initialized")
+    return {name: value for name, value in vars(module).items() if isinstance(value, plain) and name not in ignored}
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    if ours.keys() != theirs.keys():
+        return False
+    for name, tensor in ours.items():
+        other = theirs[name]
+        if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
+            return False
+        if tensor.data_ptr() != other.data_ptr() and not torch.equal(tensor, other.to(tensor.device)):
+            return False
+    return True

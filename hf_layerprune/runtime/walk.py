@@ -18,7 +18,8 @@ may be larger than memory, and each weight is read once a pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..families.layout import find_decoder_layers
 from .mapped import release
+from .parts import TROUBLE, close, hidden_of, hooked, layer_stub, probe_ids, replaced_forward, returned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,7 +78,7 @@ class LayerWalk:
         self._device = torch.device(device) if device is not None else None
         self._let_go = let_go
         self._home = next(self.layers[0].parameters()).device
-        # `None` for a layer that returns a tensor, else how many values it returns.
+        # How many values each layer returns, see [`returned`].
         self._returns: list[int | None] = [None] * self.num_layers
         if self._device is not None and self._device != self._home:
             self._move_surroundings()
@@ -128,12 +130,11 @@ class LayerWalk:
             `Callable`: Runs the layer: takes hidden states `[batch, seq, hidden]` and the batch that they belong to,
                 gives the hidden states that leave the layer. Gradients flow if they are switched on.
         """
-        layer, returns = self.layers[index], self._returns[index]
+        layer = self.layers[index]
 
         def run(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
             args, kwargs = batch.calls[index]
-            output = layer(hidden, *args, **kwargs)
-            return output if returns is None else output[0]
+            return hidden_of(layer(hidden, *args, **kwargs))
 
         with self._moved(layer):
             yield run
@@ -168,53 +169,40 @@ class LayerWalk:
     def _forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.model(input_ids=input_ids, use_cache=False, return_dict=True, **kwargs).logits
 
-    @contextmanager
-    def _replaced(self, instead: Callable[[int, torch.Tensor, tuple, dict], torch.Tensor]) -> Iterator[None]:
+    def _replaced(
+        self, instead: Callable[[int, torch.Tensor, tuple, dict], torch.Tensor]
+    ) -> AbstractContextManager[None]:
         """Call a function in place of every layer."""
 
         def stub(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                if args:
-                    hidden = instead(index, args[0], args[1:], kwargs)
-                else:
-                    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-                    hidden = instead(index, kwargs["hidden_states"], (), others)
-                returns = self._returns[index]
-                return hidden if returns is None else (hidden, *[None] * (returns - 1))
+            return layer_stub(functools.partial(instead, index), lambda: self._returns[index])
 
-            return forward
-
-        with _called_instead(self.layers, [stub(index) for index in range(self.num_layers)]):
-            yield
+        return replaced_forward(self.layers, *map(stub, range(self.num_layers)))
 
     def _headless(self) -> AbstractContextManager[None]:
         """Leave the head's product, which nobody will look at, uncomputed: for a few rows it takes long, and on some
         CPUs ten times the memory of its weights.
         """
         head = self.model.get_output_embeddings()
-        return _called_instead([] if head is None else [head], [lambda hidden, *args, **kwargs: hidden])
+        return replaced_forward([] if head is None else [head], lambda hidden, *args, **kwargs: hidden)
 
     def _try_out(self) -> None:
         """Run a few tokens the usual way and layer by layer, and refuse a model for which that differs."""
-        ids = torch.arange(3, 3 + _PROBE_TOKENS)[None].to(self.device) % self.model.config.get_text_config().vocab_size
+        ids = probe_ids(self.model, _PROBE_TOKENS).to(self.device)
         order: list[int] = []
 
         def note(index: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 order.append(index)
-                self._returns[index] = len(output) if isinstance(output, tuple | list) else None
+                self._returns[index] = returned(output)
                 if self._let_go:
                     release(module)
 
             return hook
 
-        handles = [layer.register_forward_hook(note(index)) for index, layer in enumerate(self.layers)]
-        try:
-            with torch.no_grad(), self._moved(*self.layers) if self._streams else _nothing():
-                wanted = self._forward(ids)
-        finally:
-            for handle in handles:
-                handle.remove()
+        notes = hooked(*[layer.register_forward_hook(note(index)) for index, layer in enumerate(self.layers)])
+        with notes, torch.no_grad(), self._moved(*self.layers):
+            wanted = self._forward(ids)
         if order != list(range(self.num_layers)):
             raise self._refusal("they are not run once each, in order")
         try:
@@ -225,10 +213,10 @@ class LayerWalk:
                 for index in range(self.num_layers):
                     with self.layer(index) as run:
                         batch.hidden = run(batch.hidden, batch)
-                found = self.logits(batch.hidden)
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+                logits = self.logits(batch.hidden)
+        except TROUBLE as error:
             raise self._refusal(f"run alone, one fails ({str(error).splitlines()[0][:120]})") from error
-        if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * _scale(wanted)):
+        if not close(logits, wanted):
             raise self._refusal("they hand more to each other than hidden states")
         self.rest()
 
@@ -269,27 +257,3 @@ class LayerWalk:
         finally:
             for tensor, data in zip(tensors, home, strict=True):
                 tensor.data = data
-
-
-@contextmanager
-def _called_instead(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Call functions in place of modules."""
-    own = [module.__dict__.get("forward") for module in modules]
-    for module, forward in zip(modules, forwards, strict=True):
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, own, strict=True):
-            del module.forward
-            if forward is not None:  # a hook of accelerate's
-                module.forward = forward
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _scale(tensor: torch.Tensor) -> float:
-    return max(1.0, tensor.float().abs().max().item())

@@ -9,7 +9,7 @@ at a time, and the dense model's distribution is computed once for all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -19,13 +19,13 @@ from torch import nn
 from tqdm import tqdm
 
 from ..calibration.rows import CalibrationSet
+from ..runtime.divergence import Reference, diverge
 from ..runtime.walk import Batch, LayerWalk
 from .passes import batch_rows, not_finite
 
 Change = Callable[[nn.Module], AbstractContextManager]
 Key = tuple[object, ...]
 _HEAD_TOKENS = 256
-_CACHED_LOGITS = 1 << 18  # in float32 1 MiB: logits of 16 bits are reduced in a quarter of the time
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,44 +185,10 @@ def _compare(
         for start in range(0, length, _HEAD_TOKENS):
             end = min(start + _HEAD_TOKENS, length)
             targets = ids[start + 1 : end + 1]
-            reference = _Reference(walk.logits(states[-1][row : row + 1, start:end])[0]) if kl else None
+            reference = Reference(walk.logits(states[-1][row : row + 1, start:end])[0]) if kl else None
             for number in range(cuts):
-                logits = walk.logits(states[number][row : row + 1, start:end])[0]
-                for piece in _pieces(logits):
-                    losses, divergences = _of_tokens(logits[piece].float(), targets[piece], reference, piece)
-                    sums[number, 0] += losses.sum(dtype=sums.dtype)
-                    if divergences is not None:
-                        sums[number, 1] += divergences.sum(dtype=sums.dtype)
+                of_tokens = diverge(walk.logits(states[number][row : row + 1, start:end])[0], targets, reference)
+                sums[number, 0] += of_tokens.nll.sum(dtype=sums.dtype)
+                if of_tokens.kl is not None:
+                    sums[number, 1] += of_tokens.kl.sum(dtype=sums.dtype)
     return sums
-
-
-class _Reference:
-    """The dense model's logits `[tokens, vocabulary]`, with what a divergence from them needs."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        self.logits = logits.float()
-        self.norms = self.logits.new_empty(len(logits))
-        self.probabilities = torch.empty_like(self.logits)
-        for piece in _pieces(logits):
-            self.norms[piece] = self.logits[piece].logsumexp(-1)
-            torch.sub(self.logits[piece], self.norms[piece, None], out=self.probabilities[piece]).exp_()
-
-
-def _of_tokens(
-    logits: torch.Tensor, targets: torch.Tensor, reference: _Reference | None, piece: slice
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Losses and divergences of some tokens; the last of a row has no target."""
-    norms = logits.logsumexp(-1)
-    losses = norms[: len(targets)] - logits[: len(targets)].gather(-1, targets[:, None])[:, 0]
-    if reference is None:
-        return losses, None
-    # log p - log q = (dense - logits) - (their norms); p sums to one.
-    gaps = torch.linalg.vecdot(reference.probabilities[piece], reference.logits[piece] - logits)
-    return losses, gaps - reference.norms[piece] + norms
-
-
-def _pieces(logits: torch.Tensor) -> Iterator[slice]:
-    """Slices of the tokens: on a CPU so few that their logits stay in its cache, elsewhere all of them."""
-    tokens, vocabulary = logits.shape
-    step = max(1, _CACHED_LOGITS // vocabulary) if logits.device.type == "cpu" else tokens
-    return (slice(start, start + step) for start in range(0, tokens, step))

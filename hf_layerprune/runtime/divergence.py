@@ -1,0 +1,80 @@
+"""Losses of a model's next-token distributions, and their divergence from another model's: KL(reference || model)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+_CACHED_LOGITS = 1 << 18  # in float32 1 MiB: logits of 16 bits are reduced in a quarter of the time
+
+
+@dataclass
+class Divergence:
+    """What was found for some tokens.
+
+    Args:
+        nll (`torch.Tensor`): Negative log-likelihood of the next token, in nats, `[targets]`.
+        kl (`torch.Tensor`, *optional*): KL(reference || model) of the next-token distribution, in nats, `[tokens]`.
+        agrees (`torch.Tensor`, *optional*): Whether both find the same next token likeliest, boolean `[tokens]`.
+    """
+
+    nll: torch.Tensor
+    kl: torch.Tensor | None = None
+    agrees: torch.Tensor | None = None
+
+
+class Reference:
+    """The next-token distributions that others are compared with, and what a comparison needs of them.
+
+    Args:
+        logits (`torch.Tensor`): `[tokens, vocabulary]`.
+    """
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits.float()
+        self.norms = self.logits.new_empty(len(logits))
+        self.probabilities = torch.empty_like(self.logits)
+        for piece in _pieces(logits):
+            self.norms[piece] = self.logits[piece].logsumexp(-1)
+            torch.sub(self.logits[piece], self.norms[piece, None], out=self.probabilities[piece]).exp_()
+        self.excludes = bool(self.logits.amin().isneginf())  # whether any token is impossible
+
+
+def diverge(logits: torch.Tensor, targets: torch.Tensor, reference: Reference | None = None) -> Divergence:
+    """Losses of some tokens, and their divergence from a reference.
+
+    Args:
+        logits (`torch.Tensor`): `[tokens, vocabulary]`, of any type.
+        targets (`torch.Tensor`): What follows the first of the tokens, `[targets]`; the last may have no successor.
+        reference (`Reference`, *optional*): Of the same tokens.
+
+    Returns:
+        `Divergence`: One number for each token.
+    """
+    parts = [_of_piece(logits[piece].float(), targets[piece], reference, piece) for piece in _pieces(logits)]
+    nll, *others = map(torch.cat, zip(*parts, strict=True))
+    return Divergence(nll, *others)
+
+
+def _of_piece(
+    logits: torch.Tensor, targets: torch.Tensor, reference: Reference | None, piece: slice
+) -> tuple[torch.Tensor, ...]:
+    norms = logits.logsumexp(-1)
+    nll = norms[: len(targets)] - logits[: len(targets)].gather(-1, targets[:, None])[:, 0]
+    if reference is None:
+        return (nll,)
+    # log p - log q = (its logits - ours) - (its norms - ours), and p sums to one.
+    gaps = reference.logits[piece] - logits
+    if reference.excludes:  # what is impossible adds nothing, though its logarithm is infinite
+        gaps.masked_fill_(reference.logits[piece].isneginf(), 0)
+    kl = torch.linalg.vecdot(reference.probabilities[piece], gaps) - reference.norms[piece] + norms
+    return nll, kl, logits.argmax(-1) == reference.logits[piece].argmax(-1)
+
+
+def _pieces(logits: torch.Tensor) -> Iterator[slice]:
+    """Slices of the tokens: on a CPU few enough that their logits stay in its cache, elsewhere all of them."""
+    tokens, vocabulary = logits.shape
+    step = max(1, _CACHED_LOGITS // vocabulary) if logits.device.type == "cpu" else tokens
+    return (slice(start, start + step) for start in range(0, tokens, step))
