@@ -118,7 +118,7 @@ def heal(arm: Arm, base: Path, data: Path, folder: Path, args: argparse.Namespac
     from transformers import TrainerCallback
 
     from hf_layerprune.heal.config import HealConfig
-    from hf_layerprune.heal.station import write_healed
+    from hf_layerprune.heal.stage import write_healed
     from hf_layerprune.heal.student import Student, adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
     from hf_layerprune.records.lineage import stage

@@ -42,8 +42,10 @@ transformers loads.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +55,7 @@ try:
 except ImportError:
     sys.exit('error: this recipe needs TRL: pip install "hf-layerprune[train]"')
 
-from hf_layerprune.errors import CheckpointError, LayerPruneError
+from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError, boundary
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.options import CutOptions, arguments, take
 from hf_layerprune.stages.requests import PruneRequest
@@ -124,15 +126,18 @@ def main(
     measure_args: MeasureArguments,
 ) -> None:
     """Prune, repair, train, merge, measure, publish."""
-    from hf_layerprune.heal.station import describe_command, describe_rows, settings_of
+    from hf_layerprune.heal.stage import describe_command, describe_rows, settings_of
     from hf_layerprune.heal.student import adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
     from hf_layerprune.records.lineage import stage
     from hf_layerprune.runtime.loading import load_tokenizer
 
     output = Path(training_args.output_dir)
-    if (output / "model").exists():
-        raise CheckpointError(f"{output / 'model'} exists already; name another --output_dir, or remove it")
+    for folder in (output / "model", output / "adapter"):
+        if os.path.lexists(folder):
+            raise CheckpointError(f"{folder} exists already; name another --output_dir, or remove it")
+    if any(getattr(args, "trust_remote_code", False) for args in (training_args, model_args)):
+        raise LayerPruneError("models that bring code of their own can't be healed; leave --trust_remote_code out")
     hub = push_request(training_args, output / "model")
 
     student = prepare_student(model_args, cut_args, training_args)
@@ -144,26 +149,29 @@ def main(
         script_args, dataset_args, row_args, training_args, student, tokenizer
     )
 
-    kwargs: dict[str, Any] = {"dtype": model_args.dtype, "trust_remote_code": training_args.trust_remote_code}
+    kwargs: dict[str, Any] = {"dtype": model_args.dtype, "trust_remote_code": False}
     if model_args.attn_implementation:
         kwargs["attn_implementation"] = model_args.attn_implementation
-    trainer = HealTrainer(
-        load_student(student, method, **kwargs),
-        training_args,
-        train_dataset=train_rows,
-        eval_dataset=test_rows,
-        processing_class=tokenizer,
-        peft_config=adapter_config(
-            student,
-            method,
-            r=model_args.lora_r,
-            alpha=model_args.lora_alpha,
-            dropout=model_args.lora_dropout,
-            target_modules=model_args.lora_target_modules,
-        ),
+    model = load_student(student, method, **kwargs)
+    peft_config = adapter_config(
+        student,
+        method,
+        r=model_args.lora_r,
+        alpha=model_args.lora_alpha,
+        dropout=model_args.lora_dropout,
+        target_modules=model_args.lora_target_modules,
     )
-    with stage("heal", settings_of(training_args)) as entry:
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    with boundary("can't train", "HF_LAYERPRUNE_DEBUG=1 shows where it came from", LayerPruneError):
+        trainer = HealTrainer(
+            model,
+            training_args,
+            train_dataset=train_rows,
+            eval_dataset=test_rows,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+        with stage("heal", settings_of(training_args)) as entry:
+            trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     entry |= {"data": describe_rows(trainer.numbered_datasets, source)}
     entry |= {"command": describe_command(["accelerate", "launch", "recipes/sft_tail.py"], sys.argv[1:])}
     folder = save(trainer, student, entry)
@@ -264,7 +272,7 @@ def prepare_rows(
 
 
 def _dense(training_args: HealConfig, student: Student) -> Any:
-    from hf_layerprune.heal.station import weights_dtype
+    from hf_layerprune.heal.stage import weights_dtype
     from hf_layerprune.runtime.loading import load_base
     from hf_layerprune.runtime.precision import in_fast_precision
 
@@ -283,13 +291,13 @@ def _wait() -> None:
 
 def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
     """Adapter and merged model, in all engines: what the trainer saves is merged into the model on disk."""
-    from hf_layerprune.heal.station import write_healed
+    from hf_layerprune.heal.stage import write_healed
 
     output = Path(trainer.args.output_dir)
     trained = output / ".trained"
     trainer.save_model(str(trained))
     if trainer.is_world_process_zero():
-        write_healed(student, trained, output / "model", entry, adapter=output / "adapter", force=True)
+        write_healed(student, trained, output / "model", entry, adapter=output / "adapter")
         shutil.rmtree(trained, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return output / "model"
@@ -347,6 +355,11 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_layerprune").setLevel(logging.INFO)
     try:
-        main(*make_parser().parse_args_and_config())
+        with boundary("can't read the settings", kind=CutError):
+            settings = make_parser().parse_args_and_config()
+        main(*settings)
     except LayerPruneError as error:
-        sys.exit(f"error: {error}")
+        if os.environ.get("HF_LAYERPRUNE_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, CutError) else 1)

@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 from hf_layerprune import CutError, drop_layers
 from hf_layerprune.families import Cut
-from hf_layerprune.heal.methods import choose_method, parse_method
+from hf_layerprune.heal.methods import METHODS, Tuning, choose_method, method_help, parse_method
 from hf_layerprune.runtime.prefix import first_trained_layer
 
 from .tiny_models import tiny_model
@@ -21,25 +21,50 @@ def cut(drop: list[int], n: int = 8) -> Cut:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "lm_head", "last", "beside"),
+    ("name", "parts", "head", "norm"),
     [
-        ("lm_head", "tail", True, 0, 0),
-        ("lm_head+last3", "tail", True, 3, 0),
-        ("last12", "tail", False, 12, 0),
-        ("cut", "tail", False, 0, 1),
-        ("lm_head+cut2", "tail", True, 0, 2),
-        ("lora", "lora", False, 0, 0),
-        ("qlora", "qlora", False, 0, 0),
-        ("full", "full", False, 0, 0),
+        ("lm_head", {"lm_head": 0}, True, True),
+        ("lm_head+last3", {"lm_head": 0, "last": 3}, True, True),
+        ("last12", {"last": 12}, False, True),
+        ("cut", {"cut": 1}, False, False),
+        ("lm_head+cut2", {"lm_head": 0, "cut": 2}, True, True),
+        ("behind2", {"behind": 2}, False, True),
     ],
 )
-def test_names(name: str, kind: str, lm_head: bool, last: int, beside: int) -> None:
+def test_names(name: str, parts: dict[str, int], head: bool, norm: bool) -> None:
     method = parse_method(name)
-    assert (method.kind, method.lm_head, method.last, method.beside) == (kind, lm_head, last, beside)
+    assert {part.name: number for part, number in method.parts} == parts
+    config = method.tail_config(cut(list(range(2, 30)), 60), None)
+    assert (config.tune_lm_head, config.tune_final_norm) == (head, norm)
+
+
+@pytest.mark.parametrize(("name", "adapter"), [("lora", True), ("qlora", True), ("full", False)])
+def test_methods_that_train_no_whole_layers(name: str, adapter: bool) -> None:
+    method = parse_method(name)
+    assert not method.trains_layers
+    lora = method.adapter(r=2, alpha=4, dropout=0.0, target_modules=None)
+    assert (lora is not None) == adapter
+
+
+def test_a_new_method_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read, joined with others, and named in errors and help."""
+    first = Tuning("first", "the first N layers", lambda width: 1e-3, lambda cut, n: cut.keep[:n], "N")
+    monkeypatch.setitem(METHODS, "first", first)
+    assert parse_method("lm_head+first2").layers(cut([1, 6])) == [0, 2]
+    assert parse_method("first2").learning_rate(64) == 1e-3
+    assert "firstN (the first N layers)" in method_help()
+    with pytest.raises(CutError, match=r"'frist2' is unknown; it may be auto, lm_head, .*, full, firstN"):
+        parse_method("frist2")
+
+
+def test_help_has_every_method() -> None:
+    from hf_layerprune.heal.config import HealConfig
+
+    assert HealConfig.__dataclass_fields__["method"].metadata["help"] == method_help()
 
 
 @pytest.mark.parametrize(
-    "name", ["", "head", "last", "last0", "lm_head+", "last1+last2", "lora+last1", "cut0", "LAST1"]
+    "name", ["", "head", "last", "last0", "lm_head+", "last1+last2", "lora+last1", "full+lora", "cut0", "LAST1"]
 )
 def test_other_names(name: str) -> None:
     with pytest.raises(CutError, match="is unknown; it may be auto, lm_head"):

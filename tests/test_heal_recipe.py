@@ -261,6 +261,26 @@ def test_output_of_another_run(recipe: ModuleType, base: Path, healed: tuple[Pat
         run(recipe, words(base, healed[0]))
 
 
+def test_an_adapter_of_somebody_else_stays(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="adapter exists already; name another --output_dir, or remove it"):
+        run(recipe, words(base, tmp_path / "run"))
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").read_text() == "{}"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["adapter"]
+
+
+def test_what_a_library_raises_in_training_is_one_line(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(LayerPruneError, match=r"^can't train: .*beta.*; HF_LAYERPRUNE_DEBUG=1 shows") as caught:
+        run(recipe, words(base, tmp_path / "run", adam_beta1=2.0))
+    assert "\n" not in str(caught.value)
+
+
+def test_code_of_a_model_is_never_run(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(LayerPruneError, match="leave --trust_remote_code out"):
+        run(recipe, words(base, tmp_path / "run", trust_remote_code="true"))
+
+
 def test_pruned_folder_of_another_cut(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
     model = tiny_model("llama")
     drop_layers(model, [5, 6])

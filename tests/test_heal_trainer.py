@@ -261,9 +261,7 @@ def test_what_else_turns_it_off(llama: Bench, settings: dict[str, Any], why: str
 
 
 def test_lora_has_no_frozen_layers_but_can_have_a_teacher(llama: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    from hf_layerprune.heal.methods import lora_config
-
-    lora = lora_config(r=4, alpha=8, dropout=0.0, target_modules=None)
+    lora = parse_method("lora").adapter(r=4, alpha=8, dropout=0.0, target_modules=None)
     trainer = llama.trainer("lora", peft_config=lora, loss="kd")
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         trainer.train()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_layerprune import LayerDropConfig, prune_with
 from hf_layerprune.heal.config import HealConfig
-from hf_layerprune.heal.station import write_healed
+from hf_layerprune.heal.stage import write_healed
 from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.heal.trainer import HealTrainer
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate

@@ -17,6 +17,7 @@ from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cut.memory import drop_layers
 from hf_layerprune.options import CutOptions
 from hf_layerprune.repair import fit_repair
+from hf_layerprune.runtime import divergence
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import ALL, choose_layers, score_layers, trials
 from hf_layerprune.select.auto import HELD_OUT
@@ -63,7 +64,7 @@ def test_any_cuts_in_any_memory(
     model: Any, text: CalibrationSet, memory: int | None, head_tokens: int, cached_logits: int, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(trials, "_HEAD_TOKENS", head_tokens)
-    monkeypatch.setattr(trials, "_CACHED_LOGITS", cached_logits)
+    monkeypatch.setattr(divergence, "_CACHED_LOGITS", cached_logits)
     drops = [(0,), (7,), (2, 3, 4), (1, 3, 6), (1, 3), (), (2, 3, 5, 6, 7)]
     found = try_cuts(LayerWalk(model), text, [Cut(drop) for drop in drops], memory=memory)
     for drop, outcome in zip(drops, found, strict=True):

@@ -16,6 +16,7 @@ except ImportError as error:
     raise LayerPruneError('training needs TRL: pip install "hf-layerprune[train]"') from error
 
 from .losses import DIRECTIONS
+from .methods import method_help
 
 LOSSES = ("ce", "kd", "ce+kd")
 CACHE_MODES = ("auto", "on", "off")
@@ -34,9 +35,8 @@ class HealConfig(SFTConfig):
 
     Args:
         method (`str`, defaults to `"auto"`):
-            What is trained: `"lm_head"`, `"lm_head+last3"` (also `1`, `2`, ...), `"last3"` (the head stays as it is),
-            `"cut"` or `"cut2"` (so many layers on each side of the cut), `"behind2"` (so many in front of the cut, and
-            all behind it), `"lora"`, `"qlora"`, `"full"`, or `"auto"`, which goes by where the cut is.
+            What is trained, such as `"lm_head+last3"`, `"cut2"`, `"lora"` or `"full"`; by default it goes by where the
+            cut is. `hf_layerprune.heal.methods` lists them all.
         learning_rate (`float`, *optional*):
             AdamW's, at its peak. By default the method's own, see `hf_layerprune.heal.methods`.
         loss (`str`, defaults to `"ce"`):
@@ -87,7 +87,7 @@ class HealConfig(SFTConfig):
     )
     method: str = field(
         default="auto",
-        metadata={"help": "What is trained: auto, lm_head, lastN, lm_head+lastN, cutN, behindN, lora, qlora or full."},
+        metadata={"help": method_help()},
     )
     loss: str = field(
         default="ce",

@@ -1,61 +1,177 @@
 """What is trained after a cut, by name, and at which learning rate.
 
-`lm_head`, `lm_head+last1`, `lm_head+last2`, `lm_head+last3` (the paper's ways: the head, the final norm, and so many of
-the last layers), `lastN` (the same with the head left alone, so that a tied one stays tied), `cut` or `cutN` (so many
-layers on each side of a cut), `behind` or `behindN` (so many layers in front of the first cut, and all behind it),
-`lora`, `qlora`, `full`, and `auto`.
+A method's name is one of `METHODS`, or several that train whole layers joined by `+`, such as `lm_head+last3`, which is
+the paper's way. A new method is one more entry there: its help, its learning rate, and either the layers that it trains
+or the adapter that it puts on the model.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import CutError
+from ..errors import CutError, LayerPruneError
 from ..families import Cut
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig
 
     from ..adapter.config import LayerDropConfig
 
-NAMES = "auto, lm_head, lastN, lm_head+lastN, cutN, lm_head+cutN, behindN, lora, qlora, full"
+
+# --- which layers -----------------------------------------------------------------------------------------
+
+
+def _last(cut: Cut, n: int) -> Collection[int]:
+    if n > len(cut.keep):
+        raise CutError(f"last{n} trains the last {n} layers, but only {len(cut.keep)} remain")
+    return cut.keep[len(cut.keep) - n :]
+
+
+def _beside(cut: Cut, n: int) -> Collection[int]:
+    places = {sum(kept < dropped for kept in cut.keep) for dropped in cut.drop}
+    return {layer for place in places for layer in cut.keep[max(0, place - n) : place + n]}
+
+
+def _behind(cut: Cut, n: int) -> Collection[int]:
+    first = sum(kept < cut.drop[0] for kept in cut.keep)
+    return cut.keep[max(0, first - n) :]
+
+
+# --- adapters and how the model is loaded -----------------------------------------------------------------
+
+
+def _lora(*, r: int, alpha: int, dropout: float, target_modules: list[str] | str | None) -> PeftConfig:
+    """LoRA on a pruned model, which is its base: on every linear layer but the head, unless named otherwise."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _four_bits() -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise LayerPruneError("method=qlora needs a CUDA GPU, and there is none here; use method=lora")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise LayerPruneError('method=qlora needs bitsandbytes: pip install "hf-layerprune[quant]"') from None
+    from transformers import BitsAndBytesConfig
+
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": four_bits}
+
+
+# --- the methods ------------------------------------------------------------------------------------------
 
 # Adam's step does not shrink with a layer's width, and what a layer can take does: its best learning rate falls about
 # as one over the width (arXiv:2203.03466). These are right for the tails of SmolLM2-135M, 576 wide, where they were
 # tried (docs/experiments.md), and give 2.4e-5 and 1.2e-5 at 4096.
-_PER_WIDTH = {"tail": 0.1, "full": 0.05}
+_LAYERS, _FULL = 0.1, 0.05
 # LoRA's own scale makes one value good for all widths. The paper trained it at 1e-5, as it did whole layers, twenty
 # times less than LoRA is commonly trained at, so its comparison of the two says little.
 _LORA = 2e-4
 
 
 @dataclass(frozen=True)
-class Method:
-    """Which parameters are trained.
+class Tuning:
+    """One way to train a pruned model.
 
     Args:
-        name (`str`): As it was asked for.
-        kind (`str`): `"tail"` (whole layers, norm and head), `"lora"`, `"qlora"` or `"full"`.
+        name (`str`): What people write.
+        help (`str`): What is trained, in a few words.
+        learning_rate (`Callable[[int], float]`): AdamW's peak learning rate for a model's width.
+        layers (`Callable[[Cut, int], Collection[int]]`, *optional*): For methods that train whole layers, which can be
+            joined: from the cut and the number behind the name to indices in the base.
+        number (`str`, defaults to `""`): Whether a number stands behind the name: `""`, `"N"` where it has to, `"[N]"`
+            where it may and is 1 otherwise.
         lm_head (`bool`, defaults to `False`): Whether the head is trained.
-        last (`int`, defaults to 0): So many layers at the end of what remains.
-        beside (`int`, defaults to 0): So many layers on each side of each cut.
-        behind (`int`, defaults to 0): So many layers in front of the first cut, and all behind it. Gradients go through
-            all of these anyway to reach the cut.
+        final_norm (`bool`, defaults to `False`): Whether the norm before the head is trained.
+        adapter (`Callable`, *optional*): For other methods: makes the PEFT config from the settings of LoRA. Without
+            one and without `layers`, all weights are trained.
+        loading (`Callable[[], dict]`, *optional*): More arguments for `from_pretrained`; raises `LayerPruneError` where
+            the method can't run.
     """
 
     name: str
-    kind: str
+    help: str
+    learning_rate: Callable[[int], float]
+    layers: Callable[[Cut, int], Collection[int]] | None = None
+    number: str = ""
     lm_head: bool = False
-    last: int = 0
-    beside: int = 0
-    behind: int = 0
+    final_norm: bool = False
+    adapter: Callable[..., PeftConfig] | None = None
+    loading: Callable[[], dict[str, Any]] | None = None
+
+    def count(self, word: str) -> int | None:
+        """The number behind the name in a word, 0 where there is none; `None` where the word is not this method's."""
+        number = {"": "", "N": r"([1-9]\d*)", "[N]": r"([1-9]\d*)?"}[self.number]
+        match = re.fullmatch(re.escape(self.name) + number, word)
+        return None if match is None else int((match[1] or 1) if self.number else 0)
+
+
+def _per_width(rate: float) -> Callable[[int], float]:
+    return lambda width: rate / width
+
+
+METHODS: dict[str, Tuning] = {
+    method.name: method
+    for method in (
+        Tuning("lm_head", "the head and the norm before it", _per_width(_LAYERS), lambda cut, n: (),
+               lm_head=True, final_norm=True),
+        Tuning("last", "the last N layers and the final norm; a tied head stays tied", _per_width(_LAYERS), _last, "N",
+               final_norm=True),
+        Tuning("cut", "N layers on each side of the cut", _per_width(_LAYERS), _beside, "[N]"),
+        Tuning("behind", "N layers before the first cut and all behind it, where gradients go anyway, and the final norm",
+               _per_width(_LAYERS), _behind, "[N]", final_norm=True),
+        Tuning("lora", "LoRA on every linear layer but the head", lambda width: _LORA, adapter=_lora),
+        Tuning("qlora", "LoRA on a model in 4 bits", lambda width: _LORA, adapter=_lora, loading=_four_bits),
+        Tuning("full", "all weights", _per_width(_FULL)),
+    )
+}  # fmt: skip
+
+
+def method_names() -> str:
+    """All methods, for errors and help; `auto` goes by where the cut is, see `choose_method`."""
+    return ", ".join(["auto", *(f"{method.name}{method.number}" for method in METHODS.values())])
+
+
+def method_help() -> str:
+    """What each method trains, for the reference."""
+    lines = [f"{method.name}{method.number} ({method.help})" for method in METHODS.values()]
+    return f"What is trained: auto (by where the cut is), {', '.join(lines)}; join those of layers with +"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a name means.
+
+    Args:
+        name (`str`): As it was asked for.
+        parts (`tuple[tuple[Tuning, int], ...]`): The methods in it, with their numbers.
+    """
+
+    name: str
+    parts: tuple[tuple[Tuning, int], ...]
 
     @property
-    def final_norm(self) -> bool:
-        """Whether the norm before the head is trained: with the head or the last layers, as the paper's code does."""
-        return self.lm_head or self.last > 0 or self.behind > 0
+    def trains_layers(self) -> bool:
+        """Whether whole layers, norm and head are trained, as an adapter of the dense base."""
+        return self.parts[0][0].layers is not None
 
     def layers(self, cut: Cut) -> list[int]:
         """Which layers are trained whole, as indices in the base.
@@ -67,19 +183,9 @@ class Method:
             `list[int]`: Ascending.
 
         Raises:
-            CutError: There are not so many.
+            CutError: Fewer layers remain.
         """
-        if self.last > len(cut.keep):
-            raise CutError(f"{self.name} trains the last {self.last} layers, but only {len(cut.keep)} remain")
-        chosen = set(cut.keep[len(cut.keep) - self.last :])
-        for dropped in cut.drop:
-            place = sum(kept < dropped for kept in cut.keep)
-            chosen |= set(cut.keep[max(0, place - self.beside) : place])
-            chosen |= set(cut.keep[place : place + self.beside])
-        if self.behind:
-            first = sum(kept < cut.drop[0] for kept in cut.keep)
-            chosen |= set(cut.keep[max(0, first - self.behind) :])
-        return sorted(chosen)
+        return sorted({layer for part, n in self.parts if part.layers for layer in part.layers(cut, n)})
 
     def learning_rate(self, hidden_size: int) -> float:
         """A learning rate to start from.
@@ -90,7 +196,7 @@ class Method:
         Returns:
             `float`: For AdamW, at the schedule's peak.
         """
-        return _LORA if self.kind in ("lora", "qlora") else _PER_WIDTH[self.kind] / hidden_size
+        return self.parts[0][0].learning_rate(hidden_size)
 
     def tail_config(self, cut: Cut, base: str | None) -> LayerDropConfig:
         """The adapter that trains whole layers.
@@ -109,16 +215,26 @@ class Method:
             drop_layers=list(cut.drop),
             num_base_layers=cut.num_layers,
             tune_layers=self.layers(cut),
-            tune_lm_head=self.lm_head,
-            tune_final_norm=self.final_norm,
+            tune_lm_head=any(part.lm_head for part, _ in self.parts),
+            tune_final_norm=any(part.final_norm for part, _ in self.parts),
         )
+
+    def adapter(self, **lora: Any) -> PeftConfig | None:
+        """The adapter of a method that does not train whole layers; `None` where all weights are trained."""
+        make = self.parts[0][0].adapter
+        return None if make is None else make(**lora)
+
+    def loading(self) -> dict[str, Any]:
+        """What `from_pretrained` has to be told besides the usual."""
+        load = self.parts[0][0].loading
+        return {} if load is None else load()
 
 
 def parse_method(name: str) -> Method:
     """Read a method's name.
 
     Args:
-        name (`str`): One of those in this module's docstring but `auto`, which needs a model: see `choose_method`.
+        name (`str`): One or several of `METHODS`. `auto` needs a model: see `choose_method`.
 
     Returns:
         `Method`: What it means.
@@ -126,16 +242,19 @@ def parse_method(name: str) -> Method:
     Raises:
         CutError: There is no such method.
     """
-    if name in ("lora", "qlora", "full"):
-        return Method(name, name)
-    found = {"lm_head": 0, "last": 0, "cut": 0, "behind": 0}
-    for part in name.split("+"):
-        match = re.fullmatch(r"(lm_head)|(last)([1-9]\d*)|(cut|behind)([1-9]\d*)?", part)
-        kind = match and (match[1] or match[2] or match[4])
-        if not kind or found[kind]:
-            raise CutError(f"method={name!r} is unknown; it may be {NAMES}, where N is a number of layers")
-        found[kind] = int(match[3] or match[5] or 1)
-    return Method(name, "tail", bool(found["lm_head"]), found["last"], found["cut"], found["behind"])
+    parts: dict[str, tuple[Tuning, int]] = {}
+    words = name.split("+")
+    for word in words:
+        for tuning in METHODS.values():
+            count = tuning.count(word)
+            if count is not None and (len(words) == 1 or tuning.layers is not None):
+                parts[tuning.name] = tuning, count
+    if len(parts) != len(words):
+        raise CutError(
+            f"method={name!r} is unknown; it may be {method_names()}, where N is a number of layers, or several that "
+            "train layers joined by +"
+        )
+    return Method(name, tuple(parts.values()))
 
 
 def choose_method(cut: Cut, tied: bool) -> tuple[Method, str]:
@@ -154,16 +273,3 @@ def choose_method(cut: Cut, tied: bool) -> tuple[Method, str]:
     if tied:
         return parse_method(f"last{last}"), "the end was dropped; the head is tied, and training it would untie it"
     return parse_method(f"lm_head+last{last}"), "the end was dropped, so head, norm and last layers have to take over"
-
-
-def lora_config(*, r: int, alpha: int, dropout: float, target_modules: list[str] | str | None) -> LoraConfig:
-    """LoRA on a pruned model, which is its base: on every linear layer but the head, unless named otherwise."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=target_modules or "all-linear",
-        task_type="CAUSAL_LM",
-    )

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .. import families
-from ..errors import CheckpointError, LayerPruneError
+from ..errors import CheckpointError
 from ..families import Cut
 from ..records.lineage import Lineage
 from ..runtime.loading import CHECKPOINT_FILES, is_hub_id, load_base, load_config
-from .methods import Method, choose_method, lora_config, parse_method
+from .methods import Method, choose_method, parse_method
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -96,38 +94,19 @@ def load_student(student: Student, method: Method, **from_pretrained_kwargs: Any
 
     Args:
         student ([`Student`]): Which one.
-        method ([`Method`]): How it will be trained; `qlora` loads it in 4 bits.
+        method ([`Method`]): How it will be trained; some, such as `qlora`, load it in another way.
         from_pretrained_kwargs: `dtype`, `attn_implementation`, ...
 
     Returns:
         `PreTrainedModel`: The model.
 
     Raises:
-        LayerPruneError: `qlora` without a CUDA GPU or bitsandbytes.
+        LayerPruneError: The method can't run here, such as `qlora` without a CUDA GPU.
     """
-    if method.kind == "qlora":
-        from_pretrained_kwargs["quantization_config"] = _four_bits()
-    model = load_base(student.folder, **from_pretrained_kwargs)
-    if method.kind == "tail" and student.base and not student.cut_again:
+    model = load_base(student.folder, **from_pretrained_kwargs, **method.loading())
+    if method.trains_layers and student.base and not student.cut_again:
         model.name_or_path = student.base  # PEFT writes this into the adapter, which is one of the base
     return model
-
-
-def _four_bits() -> Any:
-    if not torch.cuda.is_available():
-        raise LayerPruneError("method=qlora needs a CUDA GPU, and there is none here; use method=lora")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise LayerPruneError('method=qlora needs bitsandbytes: pip install "hf-layerprune[quant]"') from None
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def adapter_config(student: Student, method: Method, **lora: Any) -> PeftConfig | None:
@@ -144,10 +123,8 @@ def adapter_config(student: Student, method: Method, **lora: Any) -> PeftConfig 
     Returns:
         `PeftConfig`, *optional*: For `get_peft_model`; `None` for `full`.
     """
-    if method.kind == "full":
-        return None
-    if method.kind in ("lora", "qlora"):
-        return lora_config(**lora)
+    if not method.trains_layers:
+        return method.adapter(**lora)
     base = None if student.cut_again else student.base
     config = method.tail_config(student.cut, base or str(student.folder))
     config.revision = student.revision if base else None

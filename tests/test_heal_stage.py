@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune.heal.methods import parse_method
-from hf_layerprune.heal.station import write_healed
+from hf_layerprune.heal.stage import write_healed
 from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.records.lineage import stage
 from hf_layerprune.stages.prune import PruneRequest, prune_to

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,6 @@ def write_healed(
     entry: dict[str, Any],
     *,
     adapter: Path | None = None,
-    force: bool = False,
 ) -> Path:
     """Merge what was trained into the pruned model, and write it as a plain one.
 
@@ -46,37 +46,20 @@ def write_healed(
             that changed.
         adapter (`Path`, *optional*): Where to write the adapter, where it is one, in the model's own type. A model that
             was cut more than once has none.
-        force (`bool`, defaults to `False`): Whether folders that exist are replaced.
 
     Returns:
         `Path`: The output.
 
     Raises:
-        CheckpointError: Something can't be written.
+        CheckpointError: The output or the adapter's folder exists, or something can't be written.
     """
-    if (trained / "adapter_config.json").is_file():
-        from ..adapter.reading import load_adapter
-
-        model = load_adapter(load_base(student.folder, dtype="auto"), str(trained))
-        if adapter is not None and student.cut_again:
-            logger.warning(
-                "%s was cut from a model that had been cut before, so what was trained is no adapter of %s; only the "
-                "whole model is written",
-                student.folder,
-                student.base,
-            )
-        elif adapter is not None:
-            with new_folder(adapter, force=force, apart_from=student.folder) as folder:
-                model.save_pretrained(folder)
-                _save_tokenizer(student, folder)
-        merged: PreTrainedModel = model.merge_and_unload()
-    else:
-        merged = load_base(trained, dtype=weights_dtype(student))
-    merged.name_or_path = merged.config.name_or_path = str(student.folder)
     lineage = Lineage.of(student.folder) or Lineage(
         {"id": str(student.folder), "commit": None, "files": fingerprint(student.folder)}
     )
-    with new_folder(output, force=force, apart_from=student.folder) as folder:
+    with ExitStack() as folders:  # the adapter gets its name after the model, which says that the run is over
+        merged = _merged(student, trained, adapter, folders)
+        merged.name_or_path = merged.config.name_or_path = str(student.folder)
+        folder = folders.enter_context(new_folder(output, apart_from=student.folder))
         merged.save_pretrained(folder)
         _save_tokenizer(student, folder)
         entry["changed_tensors"] = changed_tensors(student.folder, folder)
@@ -84,6 +67,27 @@ def write_healed(
         lineage.record(folder, entry)
     logger.info("%d tensors of the model were trained; it is in %s", len(entry["changed_tensors"]), output)
     return output
+
+
+def _merged(student: Student, trained: Path, adapter: Path | None, folders: ExitStack) -> PreTrainedModel:
+    """The whole model; its adapter, where it is one, is written on the way."""
+    if not (trained / "adapter_config.json").is_file():
+        return load_base(trained, dtype=weights_dtype(student))
+    from ..adapter.reading import load_adapter
+
+    model = load_adapter(load_base(student.folder, dtype="auto"), str(trained))
+    if adapter is not None and student.cut_again:
+        logger.warning(
+            "%s was cut from a model that had been cut before, so what was trained is no adapter of %s; only the whole "
+            "model is written",
+            student.folder,
+            student.base,
+        )
+    elif adapter is not None:
+        folder = folders.enter_context(new_folder(adapter, apart_from=student.folder))
+        model.save_pretrained(folder)
+        _save_tokenizer(student, folder)
+    return model.merge_and_unload()
 
 
 _DECIDING = (
