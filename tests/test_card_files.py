@@ -15,9 +15,10 @@ from PIL import Image
 
 from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.cli import main
-from hf_layerprune.publish.card import numbers, regions
+from hf_layerprune.publish.card import regions
 from hf_layerprune.publish.card.writing import declare, write_card
 from hf_layerprune.records.declared import front_matter
+from hf_layerprune.records.figures import numbers
 from hf_layerprune.records.lineage import Lineage
 
 from .publish_records import lineage_of, measure_by_hand, metrics_of
@@ -49,7 +50,7 @@ def test_card_of_a_pruned_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "wrote assets/layers.png, README.md" in capsys.readouterr().out
     fields, body = front_matter((out / "README.md").read_text())
     assert (fields["license"], fields["language"]) == ("mit", ["en", "no"])
-    assert "without layers 6-7: 6 of 8 decoder layers are left" in body
+    assert "without layers 6-7: 6 of 8 decoder layers remain" in body
     assert str(tmp_path) not in (out / "README.md").read_text()
     assert main(["card", str(out)]) == 0
     assert "is as it should be" in capsys.readouterr().out

@@ -12,7 +12,7 @@ import pytest
 from hf_layerprune import LayerPruneError
 from hf_layerprune.publish.card import style
 from hf_layerprune.publish.card.plots import layer_map, pictures, scores
-from hf_layerprune.publish.card.results import results_of
+from hf_layerprune.records.figures.results import results_of
 from hf_layerprune.records.history import read_history
 
 from .publish_records import ROLES, lineage_of, metrics_of
@@ -96,9 +96,9 @@ def test_what_the_pictures_say(drawn: dict[str, list[Path]]) -> None:
     # Tensors of layers 10, 11 and 12 of the cut model were trained: 10, 11 and 19 of the base.
     assert layers[30:] == ["kept as it was (20)", "dropped (7)", "trained (3)"]
     accuracy = words(drawn["accuracy"][0])
-    assert {*ROLES, "PIQA", "ARC-Easy", "OpenBookQA", "chance", "accuracy, %, with its standard error"} <= {*accuracy}
+    assert {*ROLES, "PIQA", "ARC-Easy", "OpenBookQA", "chance", "accuracy in %, with standard errors"} <= {*accuracy}
     tradeoff = words(drawn["tradeoff"][0])
-    assert {"dense, 30 layers", "healed, 23 layers", "tokens a second, one sequence"} <= set(tradeoff)
+    assert {"dense, 30 layers", "healed, 23 layers", "decode throughput, tokens/s"} <= set(tradeoff)
     assert "block influence" in words(drawn["scores"][0])
 
 

@@ -17,15 +17,17 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from hf_layerprune.publish.card import metadata, regions
-from hf_layerprune.publish.card.numbers import MINUS, TIMES
 from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.declared import front_matter
+from hf_layerprune.records.figures.metric_names import METRICS, Metric
+from hf_layerprune.records.figures.numbers import MINUS, TIMES
 from hf_layerprune.records.history import read_history
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
 
 from .publish_records import BASE, EXPECTED, ROLES, example_card, lineage_of, metrics_of
 
+NBSP = "\u00a0"
 SECTIONS = ["summary", "results", "speed", "use", "recipe", "training", "limits", "provenance", "licence", "citation"]
 
 
@@ -84,16 +86,16 @@ def test_only_what_was_measured(roles: tuple[str, ...]) -> None:
     if len(roles) == 1:
         assert "assets/accuracy.png" not in text
         assert "dense model" not in text.partition("## Limits")[0]
-        assert "It was not measured beside its base" in text
+        assert "Its base was not measured" in text
 
 
 def test_a_card_without_numbers_says_so() -> None:
     text = Card.of(lineage_of(("dense", "cut"))).render()
     assert sections(text) == [name for name in SECTIONS if name not in ("results", "speed", "training")]
-    assert "Nothing was measured on this model" in text
+    assert "This model has not been measured" in text
     assert "metrics.json" not in text
     assert "model-index" not in text
-    assert "every tensor that is left is the base's own, bit for bit" in text
+    assert "every remaining tensor is the base's own, bit for bit" in text
 
 
 def test_speed_that_was_not_measured_has_no_section() -> None:
@@ -104,12 +106,12 @@ def test_speed_that_was_not_measured_has_no_section() -> None:
 
 
 def test_each_speed_says_of_which_run_it_is() -> None:
-    speed = example_card().render().partition("## What it saves")[2].partition("## Use it")[0]
+    speed = example_card().render().partition("## Speed, memory and size")[2].partition("## Use it")[0]
     main, _, every = speed.partition("<details>")
-    assert main.count("| writing, tokens a second") == 1
-    assert "medians of n runs: a batch of 1, a prompt of 512 tokens, 32 new ones, 2 threads." in main
-    rows = [line for line in every.splitlines() if line.startswith("| writing, tokens a second")]
-    assert [re.search(r"<sub>(a batch of \d)", row)[1] for row in rows] == ["a batch of 1", "a batch of 4"]
+    assert main.count("| decode throughput, tokens/s") == 1
+    assert "medians of n runs: batch size 1, 512 prompt tokens, 32 new tokens, 2 threads." in main
+    rows = [line for line in every.splitlines() if line.startswith("| decode throughput, tokens/s")]
+    assert [re.search(r"<sub>(batch size \d)", row)[1] for row in rows] == ["batch size 1", "batch size 4"]
     assert "**126**" in rows[1]
 
 
@@ -118,9 +120,24 @@ def test_nats_beside_a_perplexity_are_told_below() -> None:
     metrics = metrics_of(lineage)
     nats = [one | {"metric": "nll", "value": 3.5} for one in metrics.results if one["metric"] == "perplexity"]
     metrics.add(results=nats)
-    main, _, every = Card.of(lineage, metrics).render().partition("## What it costs")[2].partition("<details>")
-    assert "nats a token</sub>" not in main.replace("KL from dense, nats a token", "")
-    assert "<sub>nats a token</sub>" in every
+    main, _, every = Card.of(lineage, metrics).render().partition("## Quality")[2].partition("<details>")
+    assert "<sub>cross-entropy, nats per token</sub>" not in main
+    assert "<sub>cross-entropy, nats per token</sub>" in every
+
+
+def test_a_new_metric_needs_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name, unit and direction are on the card by themselves; of one that is not registered, its own name."""
+    lineage = lineage_of()
+    metrics = metrics_of(lineage)
+    new = [one for one in metrics.results if one["metric"] == "perplexity"]
+    metrics.add(results=[one | {"metric": "energy_used", "kind": "memory", "value": 0.25} for one in new])
+    assert "| **WikiText-2** ↑<br><sub>energy used</sub> | 0.250 " in Card.of(lineage, metrics).render().replace(
+        NBSP, " "
+    )
+    monkeypatch.setitem(METRICS, "energy_used", Metric("energy per token, of the limit", "share"))
+    text = Card.of(lineage, metrics).render().replace(NBSP, " ")
+    assert "| **WikiText-2** ↓<br><sub>energy per token, of the limit</sub> | 25.0 " in text
+    assert "name: energy per token, of the limit" in text
 
 
 def test_every_section_is_there() -> None:
@@ -181,7 +198,7 @@ def test_the_commands_fit_together() -> None:
 def test_the_base_is_named_as_it_was_read() -> None:
     def provenance(**base: Any) -> str:
         text = Card.of(lineage_of(("dense", "cut", "repaired"), **base)).render()
-        return text.partition("## Check it")[2].partition("## Licence")[0]
+        return text.partition("## Verify it")[2].partition("## Licence")[0]
 
     assert f"The base is `{BASE}` at commit `7e27bd9f9532`;" in provenance()
     assert f"The base is a local copy of `{BASE}`;" in provenance(id="dense", commit=None, hub_id=BASE)
@@ -200,10 +217,10 @@ def test_limits_come_from_the_numbers() -> None:
     metrics = metrics_of(lineage, ("dense", "cut"))
     limits = Card.of(lineage, metrics).render().partition("## Limits")[2].partition("##")[0]
     assert (
-        "**PIQA**: normalised accuracy fell by 15.0 ± 3.1 points, to 52.0 %, which can't be told from chance (50.0 %)"
+        "**PIQA**: length-normalised accuracy fell by 15.0 ± 3.1 points, to 52.0 %, indistinguishable from chance (50.0 %)"
         in limits
     )
-    assert "**ARC-Easy**: normalised accuracy fell by 17.0 ± 3.1 points, to 30.5 %" in limits
+    assert "**ARC-Easy**: length-normalised accuracy fell by 17.0 ± 3.1 points, to 30.5 %" in limits
     assert f"**Perplexity** on WikiText-2 rose from 19.9 to 62.6, {TIMES} 3.15." in limits
     for record in metrics.results:
         if record["metric"] == "perplexity" and record["weights"] == "b" * 64:
@@ -238,7 +255,7 @@ def test_a_packed_base_is_no_measure_of_size() -> None:
         metrics = metrics_of(lineage, ("dense", "cut"))
         metrics.models[metrics.weights]["name"] = "SmolLM2-23L"
         next(model for model in metrics.models.values() if model["role"] == "dense")["name"] = name
-        return Card.of(lineage, metrics).render().partition("## What it saves")[2].partition("\n## ")[0]
+        return Card.of(lineage, metrics).render().partition("## Speed, memory and size")[2].partition("\n## ")[0]
 
     def row(text: str) -> str:
         return next(line for line in text.splitlines() if line.startswith("| size on disk"))
@@ -247,7 +264,7 @@ def test_a_packed_base_is_no_measure_of_size() -> None:
     assert "GGUF" not in cost("SmolLM2")
     assert TIMES not in row(cost("SmolLM2.Q4_1.gguf"))
     assert f"{TIMES}\u00a01." in cost("SmolLM2.Q4_1.gguf")  # speeds are compared all the same
-    assert "The dense model lay in a GGUF file" in cost("SmolLM2.Q4_1.gguf")
+    assert "The dense model was measured from a GGUF file" in cost("SmolLM2.Q4_1.gguf")
 
 
 def test_a_difference_without_a_pair_has_no_error() -> None:

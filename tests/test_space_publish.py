@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,9 +21,10 @@ from hf_layerprune.errors import CheckpointError
 from hf_layerprune.publish.space import build_space, secret_from, space_source
 from tests.chat_models import pruned_model, tiny_chat_model
 from tests.hub_server import HubServer, client_env
+from tests.publish_records import lineage_of, metrics_of
 
 FILES = {
-    "README.md", "about.py", "answers.py", "api.py", "app.py", "chat.py", "figures.py", "measured.py", "page.py",
+    "README.md", "about.py", "answers.py", "api.py", "app.py", "chat.py", "measured.py", "page.py",
     "requirements.txt", "source.py", "style.css", "weights.py",
 }  # fmt: skip
 
@@ -91,7 +93,7 @@ def requirements(space: Path) -> dict[str, Requirement]:
 
 def test_a_complete_space(folder: Path, tmp_path: Path) -> None:
     space = build_space(tmp_path / "space", model_repo_id="org/pruned", base_repo_id="org/base")
-    assert {path.name for path in space.iterdir()} == FILES
+    assert {path.name for path in space.iterdir()} == FILES | {"figures"}
     found = front_matter(space)
     assert found["models"] == ["org/pruned", "org/base"]
     assert found["title"] == "pruned"
@@ -111,9 +113,29 @@ def test_a_complete_space(folder: Path, tmp_path: Path) -> None:
             assert ours[name].specifier.contains(version), name
     # A plain model needs nothing of this package.
     assert "hf-layerprune" not in pins
-    for path in space.glob("*.py"):
-        if path.name not in ("source.py", "weights.py"):
+    for path in space.rglob("*.py"):
+        if path.name not in ("source.py", "weights.py", "measured.py"):
             assert "hf_layerprune" not in path.read_text()
+
+
+def test_the_published_table_needs_nothing_of_this_package(folder: Path, tmp_path: Path) -> None:
+    space = build_space(tmp_path / "space", model_repo_id="org/pruned")
+    write_metrics(tmp_path)
+    script = """
+import json, sys
+sys.modules["hf_layerprune"] = None
+import measured
+print(measured.table(json.load(open(sys.argv[1]))))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "metrics.json")]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHONPATH": str(space)}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "length-normalised accuracy" in done.stdout
+
+
+def write_metrics(folder: Path) -> None:
+    metrics_of(lineage_of()).write(folder)
 
 
 def test_the_base_is_the_one_that_the_history_names(folder: Path, tmp_path: Path) -> None:

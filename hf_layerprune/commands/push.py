@@ -104,7 +104,7 @@ def _push_space(args: argparse.Namespace, made: Plan, secret: str | None) -> Non
 
 
 def _report(made: Plan) -> str:
-    from ..publish.card.numbers import size
+    from ..records.figures.numbers import size
 
     lines = [f"{size(count):>10}  {name}" for name, count in made.contents.files.items()]
     lines.append(f"{size(made.contents.size):>10}  in {len(made.contents.files)} files")

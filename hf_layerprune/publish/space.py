@@ -3,8 +3,8 @@
     build_space(Path("space"), model_repo_id="me/pruned", model=Path("pruned"))
     push_space(Path("space"), "me/pruned-chat")
 
-The Space is `spaces/chat/`, as it is, with the model's name in its front matter. It needs nothing of this package,
-unless the model is an adapter.
+The Space is `spaces/chat/`, as it is, with the model's name in its front matter and a copy of `records/figures/`, by which
+it writes the numbers as the card does. It needs nothing else of this package, unless the model is an adapter.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import CheckpointError, CutError
 from ..files.folders import new_folder
+from ..records import figures
 from ..records.lineage import Lineage
 from ..runtime.loading import is_hub_id, resolve_base
 from .hub.upload import Upload, Uploaded, log_in, push_errors, upload
@@ -91,6 +92,7 @@ def build_space(
         for path in sorted(source.iterdir()):
             if path.suffix in (".py", ".css", ".txt", ".md"):
                 shutil.copyfile(path, made / path.name)
+        shutil.copytree(Path(figures.__file__).parent, made / "figures", ignore=shutil.ignore_patterns("__pycache__"))
         name = model_repo_id.rpartition("/")[2]
         _write_front_matter(
             made / "README.md",

@@ -1,4 +1,4 @@
-"""What got worse, and by how much: the sentences of a card's limits, each read off a measured number."""
+"""What got worse, and by how much: the sentences of a card's limits, each from a measured number."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from markupsafe import Markup
 
-from . import numbers
+from ...records.figures import numbers
+from ...records.figures.results import Cell, Results, Row, comparison
 from .escape import prose
-from .results import Cell, Results, Row, comparison
 
-# A text that is so much less likely than to the dense model is no longer predicted in any useful sense.
+# At this ratio of perplexities to the dense model, text is no longer predicted in any useful sense.
 _BROKEN = 10.0
 _WORSE = 1.02
 
@@ -22,17 +22,17 @@ def limits(results: Results | None) -> list[Markup]:
         results (`Results`, *optional*): What was measured.
 
     Returns:
-        `list[Markup]`: One sentence a number that got worse, and what the numbers can't tell.
+        `list[Markup]`: One sentence for each number that got worse, and what the numbers can't tell.
     """
     own = results.own if results else None
     if results is None or own is None:
-        return [Markup("Nothing was measured on this model. Measure it before you rely on it for anything.")]
-    beside = [] if results.dense else [Markup("It was not measured beside its base, so what it lost is not known.")]
+        return [Markup("This model has not been measured. Measure it before you rely on it.")]
+    beside = [] if results.dense else [Markup("Its base was not measured, so what it lost is unknown.")]
     rows = [row for row in results.table(["accuracy", "text", "distance"]) if own.weights in row.cells]
-    found = [*beside, *_accuracy(rows, own.weights), *_text(rows, own.weights, results)]
+    sentences = [*beside, *_accuracy(rows, own.weights), *_text(rows, own.weights, results)]
     if unseen := _unseen(results, rows):
-        found.append(unseen)
-    return found
+        sentences.append(unseen)
+    return sentences
 
 
 def _accuracy(rows: list[Row], own: str) -> Iterator[Markup]:
@@ -46,15 +46,15 @@ def _accuracy(rows: list[Row], own: str) -> Iterator[Markup]:
             same.append(task)
         elif cell.change.startswith(numbers.MINUS):
             chance = _is_chance(cell)
-            end = f", which can't be told from chance ({row.chance} %)" if chance else ""
+            end = f", indistinguishable from chance ({row.chance} %)" if chance else ""
             yield Markup(
                 f"**{task}**: {prose(row.metric)} fell by {cell.change.lstrip(numbers.MINUS)} points, to "
                 f"{cell.value.partition(' ')[0]} %{end}."
             )
     if same:
         yield Markup(
-            f"On {_listed(same)} no difference could be told from noise at this number of questions. "
-            "That is not the same as none."
+            f"On {_listed(same)}, no difference is distinguishable from noise with this number of questions; there may "
+            "still be one."
         )
 
 
@@ -73,7 +73,7 @@ def _text(rows: list[Row], own: str, results: Results) -> Iterator[Markup]:
             before, after = row.cells[dense].record["value"], cell.record["value"]
             if after <= before * _WORSE:
                 continue
-            end = ". So much means that it hardly predicts text any more" if after > _BROKEN * before else ""
+            end = "; at that level it hardly predicts text any more" if after > _BROKEN * before else ""
             on = f" on {prose(row.task)}" if row.task else ""
             yield Markup(
                 f"**Perplexity**{on} rose from {numbers.number(before)} to {numbers.number(after)}, "
@@ -83,12 +83,13 @@ def _text(rows: list[Row], own: str, results: Results) -> Iterator[Markup]:
             on = f" of {prose(row.task)}" if row.task else ""
             other = numbers.percent(1 - cell.record["value"])
             yield Markup(
-                f"At {other} % of the tokens{on} it finds another next token likeliest than the dense model does."
+                f"**Top-1 agreement**: at {other} % of the tokens{on}, its likeliest next token differs from the dense "
+                "model's."
             )
 
 
 def _unseen(results: Results, rows: list[Row]) -> Markup | None:
-    """How small a difference can be seen at all with so many questions."""
+    """The smallest difference that can be detected with this many questions."""
     errors = []
     for row in rows:
         for cell in row.cells.values():
@@ -98,7 +99,7 @@ def _unseen(results: Results, rows: list[Row]) -> Markup | None:
     if not errors:
         return None
     least = numbers.percent(2 * max(errors))
-    return Markup(f"With so many questions a task, differences below about {least} points can't be seen.")
+    return Markup(f"With this many questions per task, differences below about {least} points can't be detected.")
 
 
 def _listed(items: list[Markup]) -> str:

@@ -6,10 +6,10 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError
+from ...records.figures import numbers
+from ...records.figures.results import Results, Row
 from ...records.names import is_hub_name
-from . import numbers
 from .escape import plain
-from .results import Results, Row
 
 if TYPE_CHECKING:
     from .render import Card

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...records.figures.results import ResultColumn, Results, Row
 from ...records.history import History
 from .escape import plain
-from .results import Column, Results, Row
 from .style import CYCLE, FAINT, INK, ROLE_COLOURS, ROLE_MARKERS, WIDE, draw, grid
 
-# At most so many tiles in a row of the layer map: their numbers can be read on a phone.
+# The most tiles in a row of the layer map: their numbers can be read on a phone.
 _ROW = 16
 _DARK = "#0b0f19"
 _LIGHT = "#ffffff"
@@ -76,7 +76,7 @@ def layer_map(history: History, path: Path) -> None:
 
 
 def accuracy(results: Results, rows: Sequence[Row], path: Path) -> None:
-    """Draw the accuracies of all stages with their standard errors, one line a task, and what chance gets.
+    """Draw the accuracies of all stages with their standard errors, one line for each task, and chance.
 
     Args:
         results (`Results`): What was measured.
@@ -107,18 +107,18 @@ def accuracy(results: Results, rows: Sequence[Row], path: Path) -> None:
         axes.set_ylim(len(rows) - 0.45, -0.75)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel("accuracy, %, with its standard error")
+        axes.set_xlabel("accuracy in %, with standard errors")
         axes.margins(x=0.08)
         grid(axes, "x")
         figure.legend(loc="outside upper right", ncols=len(columns), handletextpad=0.3, columnspacing=1.4)
 
 
 def tradeoff(results: Results, speed: Row, path: Path) -> None:
-    """Draw quality against speed: the mean accuracy of every stage over how fast it writes.
+    """Draw quality against speed: the mean accuracy of every stage over its decode throughput.
 
     Args:
         results (`Results`): What was measured, the mean accuracy of all stages among it.
-        speed (`Row`): Tokens a second.
+        speed (`Row`): Decode throughput.
         path (`Path`): The picture to write.
     """
     means = results.mean_accuracy()
@@ -136,8 +136,8 @@ def tradeoff(results: Results, speed: Row, path: Path) -> None:
                 f"{column.role}, {column.layers} layers", (x, y), xytext=(6, 5),
                 textcoords="offset points", fontsize=9, color=ROLE_COLOURS[column.role],
             )  # fmt: skip
-        axes.set_xlabel("tokens a second, one sequence")
-        axes.set_ylabel("mean accuracy, %")
+        axes.set_xlabel("decode throughput, tokens/s")
+        axes.set_ylabel("mean accuracy in %")
         axes.margins(x=0.2, y=0.2)
         grid(axes, "both")
 
@@ -146,7 +146,7 @@ def scores(values: Sequence[float | None], dropped: Sequence[int], label: str, p
     """Draw a criterion's scores, layer by layer, and which layers were dropped for them.
 
     Args:
-        values (`Sequence[float]`): One score a layer of the base; `None` where it has none.
+        values (`Sequence[float]`): One score for each layer of the base; `None` where it has none.
         dropped (`Sequence[int]`): The layers that went.
         label (`str`): What the scores are.
         path (`Path`): The picture to write.
@@ -208,7 +208,7 @@ def pictures(history: History, results: Results | None) -> dict[str, Callable[[P
     return found
 
 
-def _both(columns: Sequence[Column], speed: Row) -> list[str]:
+def _both(columns: Sequence[ResultColumn], speed: Row) -> list[str]:
     return [column.weights for column in columns if column.weights in speed.cells]
 
 

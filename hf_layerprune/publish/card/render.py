@@ -20,19 +20,20 @@ import jinja2
 from markupsafe import Markup
 
 from ...layer_ranges import format_layers
+from ...records.figures import numbers
+from ...records.figures.results import COST, QUALITY, Results, measured_with, results_of, run_words
 from ...records.history import History, Stage, read_history
 from ...records.licences import LicenceFound
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
 from ...records.names import is_hub_name
-from . import escape, metadata, numbers, plots, regions, tables
+from . import escape, metadata, plots, regions, tables
 from .limits import limits
 from .papers import METHOD, USED, Reference
-from .results import COST, QUALITY, Results, results_of
 
 TEMPLATE = "model_card.md.jinja"
-# Another number has every picture drawn anew.
-_DRAWING = 2
+# Another number makes every picture be drawn again.
+_DRAWING = 3
 _MAX_DATASETS = 50
 _MAX_SETTINGS = 60
 
@@ -171,7 +172,7 @@ def _context(card: Card) -> dict[str, Any]:
         "dropped": format_layers(history.dropped).replace(",", ", "),
         "done": [stage.name for stage in history.stages],
         "papers": [reference.bibtex() for reference in (METHOD, *card.references)],
-        "measured_with": _measured_with(results),
+        "measured_with": measured_with(results) if results else [],
         "model_id": card.repo_id or f"path/to/{card.name}",
     }
 
@@ -205,38 +206,12 @@ def _timed(results: Results | None) -> str:
     records = [cell.record for row in results.rows if row.run for cell in row.cells.values()]
     threads = {record["settings"].get("threads") for record in records if record.get("device") == "cpu"}
     on = [f"{max(threads)} thread{'s' * (max(threads) > 1)}"] if len(threads) == 1 and None not in threads else []
-    return ", ".join([tables.run_words(results.usual_run), *on])
+    return ", ".join([run_words(results.usual_run), *on])
 
 
 def _versions(history: History) -> str:
     found = history.lineage.entries[-1].get("versions") if history.lineage.entries else None
     return ", ".join(f"{name} {number}" for name, number in found.items()) if isinstance(found, dict) else ""
-
-
-def _measured_with(results: Results | None) -> list[str]:
-    """How the numbers came about: what all of them share."""
-    if results is None:
-        return []
-    records = [cell.record for row in results.rows for cell in row.cells.values()]
-    quality = [record for record in records if record["kind"] in QUALITY]
-    found = []
-    limits_seen = {record.get("settings", {}).get("limit") for record in quality if record["kind"] == "accuracy"}
-    shots = {record["shots"] for record in quality if "shots" in record}
-    if shots:
-        found.append("zero-shot" if shots == {0} else f"with {', '.join(map(str, sorted(shots)))} shots")
-    if limits_seen - {None}:
-        found.append(f"on the first {max(limits_seen - {None})} questions of each task")
-    for name, word in (("dtype", "in"), ("device", "on")):
-        values = sorted({str(record[name]) for record in records if name in record})
-        if values:
-            found.append(f"{word} {' and '.join(values)}")
-    packages = {name: number for record in records for name, number in record["versions"].items()}
-    used = [f"{name} {packages[name]}" for name in ("lm-eval", "transformers", "torch") if name in packages]
-    if used:
-        found.append(f"with {', '.join(used)}")
-    dates = sorted({str(record["date"])[:10] for record in records})
-    found.append(f"on {dates[0]}" if len(dates) == 1 else f"from {dates[0]} to {dates[-1]}")
-    return found
 
 
 def _settings(stage: Stage) -> str:

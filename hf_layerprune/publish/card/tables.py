@@ -9,18 +9,18 @@ from typing import Any
 from markupsafe import Markup
 
 from ...layer_ranges import format_layers
+from ...records.figures import numbers
+from ...records.figures.results import ResultColumn, Results, Row, run_words
 from ...records.history import Stage
-from . import numbers
 from .escape import code, hub_link, prose
-from .results import RUN, Column, Results, Row
 
 _NBSP = "\u00a0"
 # What a reader wants to know of a training run first.
 _TRAINING = {
-    "method": "what is trained", "loss": "loss", "kd_direction": "direction of the divergence",
+    "method": "what is trained", "loss": "loss", "kd_direction": "direction of the KL divergence",
     "learning_rate": "learning rate", "lr_scheduler_type": "schedule", "optim": "optimiser",
-    "num_train_epochs": "epochs", "max_steps": "steps", "rows_a_step": "rows a step",
-    "max_length": "tokens a row, at most", "seed": "seed",
+    "num_train_epochs": "epochs", "max_steps": "steps", "rows_a_step": "rows per step",
+    "max_length": "tokens per row, at most", "seed": "seed",
 }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def table(header: Sequence[Any], align: str, rows: Sequence[Sequence[Any]]) -> M
 
 
 def results_table(rows: Sequence[Row], results: Results) -> Markup:
-    """One line a number, one column a stage, and below each number how far it is from the dense model's."""
+    """A row for each number, a column for each stage, and below each value its difference from the dense model's."""
     columns = results.columns
     # The values come first: a phone shows two or three columns of a table, and the rest on demand.
     roles = [Markup(f"{prose(one.role)}<br><sub>this{_NBSP}model</sub>" if one.own else one.role) for one in columns]
@@ -65,7 +65,7 @@ def results_table(rows: Sequence[Row], results: Results) -> Markup:
     return table(header, "l" + "r" * (len(columns) + 2), lines)
 
 
-def _cell(row: Row, column: Column) -> Markup:
+def _cell(row: Row, column: ResultColumn) -> Markup:
     cell = row.cells.get(column.weights)
     if cell is None:
         return Markup("")
@@ -75,11 +75,6 @@ def _cell(row: Row, column: Column) -> Markup:
     if not change:
         return Markup(value)
     return Markup(f"{value}<br><sub>{f'*{change}*' if cell.noise else change}</sub>")
-
-
-def run_words(run: Sequence[tuple[str, int]]) -> str:
-    """At which batch size and lengths a speed was measured."""
-    return ", ".join(RUN[name].format(f"{number:,}") for name, number in run)
 
 
 def data_table(stages: Sequence[Stage]) -> Markup:

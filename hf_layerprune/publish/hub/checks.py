@@ -9,13 +9,13 @@ from pathlib import Path
 
 from ...cut.folder import read_json
 from ...errors import LayerPruneError
+from ...records.figures import numbers
 from ...records.fingerprints import fingerprint, weights_hash
 from ...records.licences import NOTICE, LicenceFound, is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
 from ...records.names import is_hub_name, is_local
-from ..card import numbers
 from ..card.render import Card
 from . import leaks
 from .contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, METRICS, Contents

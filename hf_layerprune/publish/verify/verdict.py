@@ -18,13 +18,13 @@ from ...cut.settings import read_config
 from ...errors import CheckpointError, LayerPruneError
 from ...families import MARKER
 from ...layer_ranges import format_layers
+from ...records.figures import numbers
 from ...records.fingerprints import weights_hash
 from ...records.history import History, read_history
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
 from ...records.metrics import Metrics
-from ..card import numbers
 from ..hub.contents import ADAPTER_CONFIG
 from .compare import Comparison, by_layer, compare, is_copy
 from .places import Place, open_place

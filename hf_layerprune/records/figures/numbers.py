@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import math
 
+from .metric_names import BYTES, COUNT, NUMBER, SECONDS, SHARE, metric_named
+
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
-# Accuracies and agreements are shares, shown in percent.
-_SHARES = ("acc", "agreement", "exact_match", "em", "f1")
-
-
-def is_share(metric: str, kind: str | None = None) -> bool:
-    """Whether a metric lies between 0 and 1 and is shown in percent."""
-    return kind == "accuracy" or any(part in _SHARES for part in metric.split("_"))
 
 
 def number(value: float) -> str:
@@ -93,16 +88,9 @@ def measured(metric: str, value: float, kind: str | None = None, unit: str | Non
         unit (`str`, *optional*): Its unit, as there.
 
     Returns:
-        `str`: The text, with the unit where the metric's name does not say it.
+        `str`: The text, with the unit where the metric's label does not say it.
     """
-    if is_share(metric, kind):
-        return percent(value)
-    if "bytes" in metric or unit in ("bytes", "B"):
-        return size(value)
-    if metric == "parameters":
-        return count(value)
-    if "second" not in metric.partition("per_second")[0] and "per_second" in metric:
-        return number(value)
-    if metric.endswith("seconds") or metric.startswith("time_") or unit in ("s", "seconds"):
-        return seconds(value)
-    return number(value)
+    return _WRITTEN[metric_named(metric, kind, unit).unit](value)
+
+
+_WRITTEN = {SHARE: percent, BYTES: size, SECONDS: seconds, COUNT: count, NUMBER: number}

@@ -1,4 +1,4 @@
-"""The tables of a card, from `metrics.json`: one column for each stage that was measured, one row for each number.
+"""What was measured as a table, from `metrics.json`: one column for each stage, one row for each number.
 
 What was not measured has no column, no row, or an empty cell. A difference to the dense model is the paired one that
 `metrics.json` holds, with its standard error; where it holds none, the difference of the two values, without one.
@@ -10,41 +10,25 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...records.metrics import Metrics
 from . import numbers
+from .metric_names import SHARE, TASKS, metric_named
+
+if TYPE_CHECKING:
+    from ..metrics import Metrics
 
 ROLES = ("dense", "cut", "repaired", "healed", "model")
 QUALITY = ("accuracy", "text", "distance")
 COST = ("size", "speed", "memory")
 # Settings of a run that is timed, and how they are told.
-RUN = {"batch": "a batch of {}", "prompt_tokens": "a prompt of {} tokens", "new_tokens": "{} new ones"}
-# What a packed file says of its format rather than of the model.
-OF_THE_FORMAT = ("bytes_on_disk", "load_seconds", "peak_rss_bytes")
+RUN = {"batch": "batch size {}", "prompt_tokens": "{} prompt tokens", "new_tokens": "{} new tokens"}
 # A difference is called noise above this.
 SIGNIFICANT = 0.05
-_TASKS = {
-    "piqa": "PIQA", "hellaswag": "HellaSwag", "openbookqa": "OpenBookQA", "openbook_qa": "OpenBookQA",
-    "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "mmlu": "MMLU", "cmmlu": "CMMLU",
-    "winogrande": "WinoGrande", "wikitext": "WikiText-2", "lambada_openai": "LAMBADA", "boolq": "BoolQ",
-    "gsm8k": "GSM8K",
-}  # fmt: skip
-_METRICS = {
-    "acc": "accuracy", "acc_norm": "normalised accuracy", "perplexity": "perplexity",
-    "word_perplexity": "perplexity a word", "byte_perplexity": "perplexity a byte", "bits_per_byte": "bits a byte",
-    "nll": "nats a token", "kl": "KL from dense, nats a token",
-    "top1_agreement": "same next token as dense", "parameters": "parameters",
-    "bytes_on_disk": "size on disk", "prefill_tokens_per_second": "reading, tokens a second",
-    "decode_tokens_per_second": "writing, tokens a second", "time_to_first_token": "time to the first token",
-    "load_seconds": "time to load", "peak_rss_bytes": "peak memory", "peak_cuda_bytes": "peak GPU memory",
-    "kv_cache_bytes_per_token": "cache a token",
-}  # fmt: skip
-_LOWER = ("perplexity", "nll", "kl", "bits_per_byte", "bytes", "seconds", "time_", "parameters")
 
 
 @dataclass(frozen=True)
-class Column:
+class ResultColumn:
     """One stage of the model.
 
     Args:
@@ -109,22 +93,22 @@ class Results:
     """All that was measured, as the card shows it.
 
     Args:
-        columns (`list[Column]`): The stages, in the order in which the model went through them.
+        columns (`list[ResultColumn]`): The stages, in the order in which the model went through them.
         rows (`list[Row]`): All rows.
         metrics (`Metrics`): What they were made of.
     """
 
-    columns: list[Column]
+    columns: list[ResultColumn]
     rows: list[Row]
     metrics: Metrics = field(repr=False)
 
     @property
-    def own(self) -> Column | None:
+    def own(self) -> ResultColumn | None:
         """The column of the model that the card is about."""
         return next((column for column in self.columns if column.own), None)
 
     @property
-    def dense(self) -> Column | None:
+    def dense(self) -> ResultColumn | None:
         """The column of the base."""
         return next((column for column in self.columns if column.role == "dense"), None)
 
@@ -134,15 +118,14 @@ class Results:
         return _is_packed(self.metrics, self.dense)
 
     def table(self, kinds: Iterable[str], *, every: bool = False) -> list[Row]:
-        """The rows of some kinds. Unless `every`, without those that say again what another one says: plain accuracy
-        beside the length-normalised one, nats beside a perplexity, and speeds of other runs than `usual_run`.
+        """The rows of some kinds. Unless `every`, without those that repeat another one: plain accuracy beside the
+        length-normalised one, nats beside a perplexity, and speeds of other runs than `usual_run`.
         """
         rows = [row for row in self.rows if row.key[0] in tuple(kinds)]
         if every:
             return rows
-        told = {(row.key[1], row.key[2], row.samples) for row in rows}
-        again = {"acc": "acc_norm", "nll": "perplexity"}
-        rows = [row for row in rows if (row.key[1], again.get(row.key[2]), row.samples) not in told]
+        again = {(row.key[1], metric_named(row.key[2]).instead_of, row.samples) for row in rows}
+        rows = [row for row in rows if (row.key[1], row.key[2], row.samples) not in again]
         return [row for row in rows if row.run in ((), self.usual_run)]
 
     @property
@@ -156,13 +139,13 @@ class Results:
         rows = [row for row in self.table(["accuracy"]) if all(one.weights in row.cells for one in self.columns)]
         if len(rows) < 2:
             return {}
-        found = {}
+        means = {}
         for column in self.columns:
             records = [row.cells[column.weights].record for row in rows]
             errors = [record.get("stderr") for record in records]
             stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(rows)
-            found[column.weights] = (sum(record["value"] for record in records) / len(rows), stderr)
-        return found
+            means[column.weights] = (sum(record["value"] for record in records) / len(rows), stderr)
+        return means
 
 
 def results_of(metrics: Metrics | None) -> Results | None:
@@ -191,18 +174,20 @@ def results_of(metrics: Metrics | None) -> Results | None:
     return Results(columns, rows, metrics)
 
 
-def _columns(metrics: Metrics) -> Iterator[Column]:
+def _columns(metrics: Metrics) -> Iterator[ResultColumn]:
     measured = {record["weights"] for record in metrics.results}
     for role in ROLES:
-        found = [weights for weights, model in metrics.models.items() if model["role"] == role and weights in measured]
+        present = [
+            weights for weights, model in metrics.models.items() if model["role"] == role and weights in measured
+        ]
         # Of several models of one stage, the folder's own; or else the newest.
-        for weights in [metrics.weights] if metrics.weights in found else found[-1:]:
+        for weights in [metrics.weights] if metrics.weights in present else present[-1:]:
             model = metrics.models[weights]
             own = weights == metrics.weights and role != "dense"
-            yield Column(role, weights, model["layers"], model["parameters"], own)
+            yield ResultColumn(role, weights, model["layers"], model["parameters"], own)
 
 
-def _is_packed(metrics: Metrics, dense: Column | None) -> bool:
+def _is_packed(metrics: Metrics, dense: ResultColumn | None) -> bool:
     """Whether the dense model was a GGUF file, and this one is not."""
     names = [
         metrics.models[weights]["name"]
@@ -213,27 +198,29 @@ def _is_packed(metrics: Metrics, dense: Column | None) -> bool:
 
 
 def _row(
-    by_weights: dict[str, dict[str, Any]], columns: list[Column], dense: Column | None, metrics: Metrics, packed: bool
+    by_weights: dict[str, dict[str, Any]],
+    columns: list[ResultColumn],
+    dense: ResultColumn | None,
+    metrics: Metrics,
+    packed: bool,
 ) -> Row:
     sample = next(iter(by_weights.values()))
     kind, task, metric = sample["kind"], sample.get("task", ""), sample["metric"]
     base = by_weights.get(dense.weights) if dense else None
     # A packed file and an unpacked one are no measure of each other.
-    if packed and metric in OF_THE_FORMAT:
+    known = metric_named(metric, kind, sample.get("unit"))
+    if packed and known.of_the_file:
         base = None
     cells = {
         column.weights: _cell(by_weights[column.weights], base, metrics)
         for column in columns
         if column.weights in by_weights
     }
-    higher = sample.get("higher_is_better")
-    if higher is None:
-        higher = not any(part in metric for part in _LOWER)
     chance, settings = sample.get("chance"), sample.get("settings") or {}
     return Row(
-        task=_TASKS.get(task, task),
-        metric=_METRICS.get(metric, metric.replace("_", " ")),
-        better="↑" if higher else "↓",
+        task=TASKS.get(task, task),
+        metric=known.label,
+        better="↑" if sample.get("higher_is_better", known.higher_is_better) else "↓",
         samples=sample.get("samples"),
         chance="" if chance is None else numbers.measured(metric, chance, kind),
         cells=cells,
@@ -244,13 +231,13 @@ def _row(
 
 def _cell(record: dict[str, Any], base: dict[str, Any] | None, metrics: Metrics) -> Cell:
     kind, metric, value = record["kind"], record["metric"], record["value"]
-    text = numbers.measured(metric, value, kind, record.get("unit"))
+    text, share = numbers.measured(metric, value, kind, record.get("unit")), metric_named(metric, kind).unit == SHARE
     if record.get("stderr"):
-        text = numbers.with_error(text, value, record["stderr"], share=numbers.is_share(metric, kind))
+        text = numbers.with_error(text, value, record["stderr"], share=share)
     if base is None or base is record:
         return Cell(text, "", False, record)
     paired = comparison(metrics, record, base["weights"])
-    if numbers.is_share(metric, kind) and metric != "top1_agreement":
+    if share and metric != "top1_agreement":
         difference = paired["difference"] if paired else value - base["value"]
         change = numbers.signed(numbers.percent(difference), difference)
         if paired and paired.get("stderr"):
@@ -266,9 +253,38 @@ def _cell(record: dict[str, Any], base: dict[str, Any] | None, metrics: Metrics)
 def comparison(metrics: Metrics, record: dict[str, Any], base: str) -> dict[str, Any] | None:
     """The paired difference between a number and the base's, if `metrics.json` has one."""
     same = ("weights", "kind", "metric", "task")
-    for found in reversed(metrics.comparisons):
-        if found["base"] == base and all(found.get(name) == record.get(name) for name in same):
-            settings = found.get("settings")
+    for paired in reversed(metrics.comparisons):
+        if paired["base"] == base and all(paired.get(name) == record.get(name) for name in same):
+            settings = paired.get("settings")
             if settings is None or settings == record.get("settings"):
-                return found
+                return paired
     return None
+
+
+def run_words(run: Iterable[tuple[str, int]]) -> str:
+    """At which batch size and lengths a speed was measured."""
+    return ", ".join(RUN[name].format(f"{number:,}") for name, number in run)
+
+
+def measured_with(results: Results) -> list[str]:
+    """How the numbers were measured: what all of them have in common."""
+    records = [cell.record for row in results.rows for cell in row.cells.values()]
+    quality = [record for record in records if record["kind"] in QUALITY]
+    words = []
+    limits_seen = {record.get("settings", {}).get("limit") for record in quality if record["kind"] == "accuracy"}
+    shots = {record["shots"] for record in quality if "shots" in record}
+    if shots:
+        words.append("zero-shot" if shots == {0} else f"{' and '.join(map(str, sorted(shots)))}-shot")
+    if limits_seen - {None}:
+        words.append(f"on the first {max(limits_seen - {None})} questions of each task")
+    for name, word in (("dtype", "in"), ("device", "on")):
+        values = sorted({str(record[name]) for record in records if name in record})
+        if values:
+            words.append(f"{word} {' and '.join(values)}")
+    packages = {name: number for record in records for name, number in record["versions"].items()}
+    used = [f"{name} {packages[name]}" for name in ("lm-eval", "transformers", "torch") if name in packages]
+    if used:
+        words.append(f"with {', '.join(used)}")
+    dates = sorted({str(record["date"])[:10] for record in records})
+    words.append(f"on {dates[0]}" if len(dates) == 1 else f"from {dates[0]} to {dates[-1]}")
+    return words

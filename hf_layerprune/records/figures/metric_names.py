@@ -1,0 +1,96 @@
+"""Every metric by its name in `metrics.json`: what people call it, in what unit, and which direction is better.
+
+A new metric is one line of `METRICS`. One that is not listed, such as a task of lm-eval may bring, is shown under its own
+name, with what the name says of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SHARE, BYTES, SECONDS, COUNT, NUMBER = "share", "bytes", "seconds", "count", "number"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is known of a metric.
+
+    Args:
+        label (`str`): What people call it, with its unit where the number does not show one.
+        unit (`str`, defaults to `"number"`): How the number is written: `share` (0 to 1, in percent), `bytes`,
+            `seconds`, `count` or `number`.
+        higher_is_better (`bool`, defaults to `False`): The direction.
+        help (`str`, defaults to `""`): What it measures, in a sentence.
+        instead_of (`str`, *optional*): A metric that says the same of the same task, and gives way to this one.
+        of_the_file (`bool`, defaults to `False`): Whether it depends on how a file packs its weights.
+    """
+
+    label: str
+    unit: str = NUMBER
+    higher_is_better: bool = False
+    help: str = ""
+    instead_of: str | None = None
+    of_the_file: bool = False
+
+
+METRICS: dict[str, Metric] = {
+    "acc": Metric("accuracy", SHARE, True, "Questions answered correctly."),
+    "acc_norm": Metric(
+        "length-normalised accuracy", SHARE, True,
+        "Questions answered correctly, where answers are compared by likelihood per byte.", instead_of="acc",
+    ),
+    "exact_match": Metric("exact match", SHARE, True, "Answers that equal the expected one."),
+    "f1": Metric("F1", SHARE, True, "Overlap of the answer's words with those expected."),
+    "perplexity": Metric("perplexity", help="Of the tokens of a text.", instead_of="nll"),
+    "word_perplexity": Metric("per-word perplexity", help="Of a text, normalised by its words."),
+    "byte_perplexity": Metric("per-byte perplexity", help="Of a text, normalised by its bytes."),
+    "bits_per_byte": Metric("bits per byte", help="Cross-entropy of a text, normalised by its bytes."),
+    "nll": Metric("cross-entropy, nats per token", help="Of a text."),
+    "kl": Metric("KL divergence from dense, nats per token", help="Of the next-token distribution."),
+    "top1_agreement": Metric(
+        "top-1 agreement with dense", SHARE, True, "Tokens whose likeliest successor is that of the dense model."
+    ),
+    "parameters": Metric("parameters", COUNT),
+    "bytes_on_disk": Metric("size on disk", BYTES, help="Weight files.", of_the_file=True),
+    "prefill_tokens_per_second": Metric("prefill throughput, tokens/s", NUMBER, True, "Reading the prompt."),
+    "decode_tokens_per_second": Metric("decode throughput, tokens/s", NUMBER, True, "Generating after the first token."),
+    "time_to_first_token": Metric("time to first token", SECONDS, help="From the prompt to the first new token."),
+    "load_seconds": Metric("load time", SECONDS, of_the_file=True),
+    "peak_rss_bytes": Metric("peak memory", BYTES, help="Resident set of the process.", of_the_file=True),
+    "peak_cuda_bytes": Metric("peak GPU memory", BYTES, help="Allocated by PyTorch."),
+    "kv_cache_bytes_per_token": Metric("KV cache per token", BYTES),
+}  # fmt: skip
+_SHARES = {"acc", "agreement", "match", "em", "f1"}
+_LOWER = ("perplexity", "nll", "kl", "bits_per", "bytes", "seconds", "time_", "parameters", "loss", "error")
+
+# Tasks as their authors spell them.
+TASKS = {
+    "piqa": "PIQA", "hellaswag": "HellaSwag", "openbookqa": "OpenBookQA", "openbook_qa": "OpenBookQA",
+    "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "mmlu": "MMLU", "cmmlu": "CMMLU",
+    "winogrande": "WinoGrande", "wikitext": "WikiText-2", "lambada_openai": "LAMBADA", "boolq": "BoolQ",
+    "gsm8k": "GSM8K",
+}  # fmt: skip
+
+
+def metric_named(name: str, kind: str | None = None, unit: str | None = None) -> Metric:
+    """What is known of a metric, or what its name tells.
+
+    Args:
+        name (`str`): Its name in `metrics.json`.
+        kind (`str`, *optional*): Its kind there.
+        unit (`str`, *optional*): Its unit there.
+
+    Returns:
+        `Metric`: From `METRICS`, or guessed.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    if kind == "accuracy" or _SHARES & set(name.split("_")):
+        guess = SHARE
+    elif "bytes" in name or unit in ("bytes", "B"):
+        guess = BYTES
+    elif name.endswith("seconds") or name.startswith("time_") or unit in ("s", "seconds"):
+        guess = SECONDS
+    else:
+        guess = NUMBER
+    return Metric(name.replace("_", " "), guess, not any(part in name for part in _LOWER))
