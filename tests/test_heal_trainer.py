@@ -248,6 +248,13 @@ def test_dropout_turns_it_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         bench.trainer(cache="on").train()
 
 
+def test_several_streams_of_states_turn_it_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(tmp_path, "deepseek_v4")
+    with caplog.at_level(logging.WARNING, "hf_layerprune"):
+        assert len(bench.losses(max_steps=2, loss="ce+kd")) == 2
+    assert "the frozen layers run in every step: layers hand on several streams of states" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("settings", "why"),
     [

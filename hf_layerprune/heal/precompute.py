@@ -198,6 +198,8 @@ class _Run:
             with prefix.recorded() as states:
                 wanted = self.output.states(**inputs, use_cache=False)
             recorded = states[prefix.depth]
+            if recorded.shape[:-1] != inputs["input_ids"].shape:
+                return "layers hand on several streams of states"
             with self._training():
                 again = prefix.run(**inputs)[prefix.depth]
             if not close(again, recorded):
@@ -224,7 +226,7 @@ class _Run:
     def _open(self, prefix: Prefix | None, teacher: Teacher | None) -> StateStore:
         columns = []
         if prefix is not None:
-            columns.append(self._column("prefix", prefix, self._state_dtype(prefix)))
+            columns.append(self._column(prefix))
         if teacher is not None:
             source = hash_tensors([], teacher.fingerprint, self._settings())
             columns.append(Column("teacher", teacher.width, teacher.dtype, source))
@@ -233,17 +235,15 @@ class _Run:
         with self.accelerator.main_process_first():
             return StateStore(folder, self.lengths, rows, columns, main=self.main)
 
-    def _column(self, name: str, prefix: Prefix, dtype: torch.dtype) -> Column:
+    def _column(self, prefix: Prefix) -> Column:
+        with self._inference():
+            state = prefix.run(**self._inputs([0]))[prefix.depth]
         source = hash_tensors(prefix.parameters(), prefix.depth, self._settings())
-        return Column(name, self.model.config.get_text_config().hidden_size, dtype, source)
+        return Column("prefix", state.shape[-1], state.dtype, source)
 
     def _settings(self) -> tuple[Any, ...]:
         precision = self.accelerator.mixed_precision
         return precision, str(self.model.dtype), self.model.config._attn_implementation, self.collator.padding_free
-
-    def _state_dtype(self, prefix: Prefix) -> torch.dtype:
-        with self._inference():
-            return prefix.run(**self._inputs([0]))[prefix.depth].dtype
 
     def _run_student(self, store: StateStore, prefix: Prefix, teacher: Teacher | None) -> None:
         shards = set(store.missing("prefix"))
