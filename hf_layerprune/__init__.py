@@ -18,7 +18,8 @@ from .versions import __version__
 
 if TYPE_CHECKING:
     from .adapter.config import LayerDropConfig
-    from .adapter.model import LayerDropModel, prune_with
+    from .adapter.model import LayerDropModel
+    from .adapter.pruning import prune_with
     from .cut.memory import drop_layers
 
 __all__ = [
@@ -38,7 +39,7 @@ _LAZY = {
     "LayerDropConfig": ".adapter.config",
     "LayerDropModel": ".adapter.model",
     "drop_layers": ".cut.memory",
-    "prune_with": ".adapter.model",
+    "prune_with": ".adapter.pruning",
 }
 
 register_when_peft_is_imported()

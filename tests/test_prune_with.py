@@ -23,7 +23,7 @@ def config_of(folder: Path, **kwargs) -> LayerDropConfig:
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gemma3n_text"])
 def test_prune_with_loads_cut_and_saves_plain(model_type, tmp_path, monkeypatch):
     dense = save(model_type, tmp_path / "base")
-    monkeypatch.setattr("hf_layerprune.adapter.model.load_base", None)
+    monkeypatch.setattr("hf_layerprune.adapter.pruning.load_base", None)
     drop = list(cuts(model_type, dense.config)["middle"])
     model = prune_with(config_of(tmp_path / "base", drop_layers=drop), dtype=torch.float32, **EAGER)
     reference = logits(cut_in_memory(dense, drop), tiny_input())

@@ -33,7 +33,8 @@ def load_model(model: str | Path, **kwargs: Any) -> PreTrainedModel:
         return load_base(model, **kwargs)
     if not adapter.base_model_name_or_path:
         raise CheckpointError(f"{model} is an adapter that does not name its base; merge it first")
-    from .model import LayerDropConfig, load_merged
+    from .config import LayerDropConfig
+    from .pruning import load_merged
 
     if isinstance(adapter, LayerDropConfig):
         return load_merged(str(model), adapter, kwargs).eval()

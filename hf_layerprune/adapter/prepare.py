@@ -95,7 +95,7 @@ def prepare(
         record["selection"] = choice.record() | {"seconds": round(time.perf_counter() - start, 3)}
         if len(choice.scores) == 1 and choice.scores[0].layers is not None:
             record["scores"] = {"criterion": config.criterion, "layers": choice.scores[0].layers}
-    if config.repair is not None:
+    if config.repair is not None and walk is not None and calibration is not None:
         from ..repair import fit_repair
 
         repair = fit_repair(walk, drop_layers, calibration, config.repair)
@@ -112,7 +112,7 @@ def calibration_of(
 
     if tokenizer is None:
         try:
-            tokenizer = load_tokenizer(model.name_or_path)
+            tokenizer = load_tokenizer(model.name_or_path or "")
         except CheckpointError:
             if config.calibration != SELF:  # a model can write without one
                 raise

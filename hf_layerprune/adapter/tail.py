@@ -28,7 +28,7 @@ def tuned_layers(cut: families.Cut, tune_layers: int | str | Collection[int]) ->
     Raises:
         CutError: More layers than remain, or a layer that is dropped or does not exist.
     """
-    if tune_layers == "cut":
+    if isinstance(tune_layers, str):  # "cut", the only word that a config takes
         beside = {neighbour for i in cut.drop for neighbour in (i - 1, i + 1)}
         return sorted(beside & set(cut.keep))
     if isinstance(tune_layers, int):

@@ -71,7 +71,7 @@ def bypassed_logits(model: PreTrainedModel, layers: Sequence[int]) -> torch.Tens
 
 def few_logits(model: PreTrainedModel) -> torch.Tensor:
     """Logits of a few fixed tokens, `[1, seq, vocab]`, in evaluation mode and without a cache or gradients."""
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters()).device
     ids = torch.arange(3, 3 + _TOKENS, device=device)[None] % families.text_config(model.config).vocab_size
     with _evaluating(model), torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits

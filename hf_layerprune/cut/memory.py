@@ -309,8 +309,9 @@ def _empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        if isinstance(getattr(part, "dtype", None), str):  # as saving leaves it; not every model can be built so
-            part.dtype = getattr(torch, part.dtype)
+        dtype = getattr(part, "dtype", None)
+        if part is not None and isinstance(dtype, str):  # as saving leaves it; not every model can be built so
+            part.dtype = getattr(torch, dtype)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return model_class(config)
 
@@ -334,12 +335,12 @@ def _check_same_shapes(name: str, before: nn.Module, after: nn.Module) -> None:
 
 def _differences(before: nn.Module, after: nn.Module) -> list[tuple[str, Any]]:
     """Plain attributes (numbers, strings, lists of them) in which two modules differ, with the second's value."""
-    plain = int | float | str | bool | list | tuple | type(None)
-    found = []
+    plain = (int, float, str, bool, list, tuple, type(None))
+    different: list[tuple[str, Any]] = []
     for name, value in vars(before).items():
         other = vars(after).get(name, _ABSENT)
         if isinstance(value, tuple) and isinstance(other, list):  # a JSON round trip makes lists of tuples
             other = tuple(other)
         if other is not _ABSENT and isinstance(value, plain) and isinstance(other, plain) and value != other:
-            found.append((name, other))
-    return found
+            different.append((name, other))
+    return different

@@ -199,7 +199,7 @@ def _config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig
 
 def _prepare(request: PruneRequest, dropped: list[int] | None) -> Prepared:
     """Choose the layers, where none are given, and fit the repair, from a dense model walked layer by layer."""
-    from ..adapter.model import look_at_dense
+    from ..adapter.pruning import look_at_dense
 
     return look_at_dense(_config(request, dropped), {"revision": request.revision})
 
@@ -253,7 +253,7 @@ def _adapter(
     request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None
 ) -> tuple[str | None, Prepared | None]:
     """Save the plan, the tail that will be tuned, and what the repair changed."""
-    from ..adapter.model import prune_prepared
+    from ..adapter.pruning import prune_prepared
 
     config = _config(request, dropped)
     _, gguf_file = resolve_base(request.base)

@@ -1,0 +1,146 @@
+"""`prune_with`, the short way from a config to a pruned model, and loading a base for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+
+from .. import families
+from ..cut.lazy import SAVED, load_pruned
+from ..cut.memory import LayerCut
+from ..errors import CheckpointError, CutError, LayerPruneError
+from ..families.layout import find_decoder_layers
+from ..runtime.loading import load_base, resolve_base
+from ..runtime.precision import in_fast_precision
+from .config import LayerDropConfig
+from .prepare import Prepared, chooses, needs_dense, prepare, runs_dense
+from .reading import WHERE, find_adapter, load_adapter
+from .resolve import CUT, PREPARED, choose_layers, cut_of, is_made, resolve_drop
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def prune_with(
+    config: LayerDropConfig, model: PreTrainedModel | None = None, **from_pretrained_kwargs: Any
+) -> PeftModel:
+    """Prune a model and make its tail trainable.
+
+    Args:
+        config ([`LayerDropConfig`]): What to drop and what to tune. Its `drop_layers` is filled in.
+        model ([`~transformers.PreTrainedModel`], *optional*): The dense model, pruned in place. Without one, the base
+            named in `config.base_model_name_or_path` is loaded, without ever reading the layers that go, unless
+            `keep_dropped` asks for them or the base is a GGUF file. A base that is an adapter of this method is
+            merged with its own base first.
+        from_pretrained_kwargs: For loading the base: `dtype`, `device_map`, `attn_implementation`, `gguf_file`, ...
+
+    Returns:
+        [`~peft.PeftModel`]: The pruned model.
+
+    Raises:
+        CheckpointError: The base can't be loaded.
+        CutError: These layers can't be dropped from this model.
+        UnsupportedModelError: The architecture is not one that is proven to survive a cut.
+    """
+    if model is None:
+        if not config.base_model_name_or_path:
+            raise LayerPruneError(
+                "there is nothing to prune: pass a model, or name one in LayerDropConfig(base_model_name_or_path=...)"
+            )
+        model = _load(config, from_pretrained_kwargs)
+    elif from_pretrained_kwargs:
+        raise TypeError(f"{sorted(from_pretrained_kwargs)} are for loading a base, but a model was passed")
+    return get_peft_model(model, config)
+
+
+def prune_prepared(
+    config: LayerDropConfig, prepared: Prepared | None, *, whole: bool = False, **from_pretrained_kwargs: Any
+) -> PeftModel:
+    """As `prune_with`, for a config whose layers and repair have been computed before, by `look_at_dense`.
+
+    With `whole`, the dropped layers are read as well and the base is cut in memory, which checks the cut.
+    """
+    return get_peft_model(_load(config, from_pretrained_kwargs, prepared, whole), config)
+
+
+def _load(
+    config: LayerDropConfig, kwargs: dict[str, Any], prepared: Prepared | None = None, whole: bool = False
+) -> PreTrainedModel:
+    """Load the base named in a config, already cut where possible."""
+    base = config.base_model_name_or_path or ""
+    if config.revision is not None:
+        kwargs = {"revision": config.revision} | kwargs
+    if (adapter := find_adapter(base, **kwargs)) is not None:
+        return load_merged(base, adapter, kwargs)
+    if whole or config.keep_dropped or resolve_base(base, kwargs.get("gguf_file"))[1] is not None:
+        model = load_base(base, **kwargs)
+        if prepared is not None:
+            setattr(model, PREPARED, prepared)
+        return model
+
+    def still_to_drop(model_config: PreTrainedConfig) -> list[int]:
+        resolve_drop(config, model_config)
+        return [] if is_made(config, model_config) else list(cut_of(config).drop)
+
+    if prepared is None and needs_dense(config):
+        prepared = look_at_dense(config, kwargs)
+    model = load_pruned(base, still_to_drop, **kwargs)
+    if hasattr(model, SAVED):
+        setattr(model, CUT, LayerCut(cut_of(config), [], []))
+    if prepared is not None:
+        setattr(model, PREPARED, prepared)
+    return model
+
+
+def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
+    """Fit what a config asks for to its base, of which only a layer at a time is in memory.
+
+    Args:
+        config ([`LayerDropConfig`]): What to do. Its `drop_layers` is filled in.
+        kwargs (`dict[str, Any]`): For loading the base.
+
+    Returns:
+        `Prepared`: The layers, the repair, and the record of both.
+
+    Raises:
+        CutError: The base is cut already, or the repair is impossible.
+    """
+    base = config.base_model_name_or_path or ""
+    others = {name: value for name, value in kwargs.items() if name not in ("device_map", "dtype", "torch_dtype")}
+    model = load_base(base, dtype="auto", **others)
+    families.check_supported(model.config)
+    choosing = chooses(config)
+    if not choosing:
+        resolve_drop(config, model.config)
+        if is_made(config, model.config):
+            raise CutError(f"repair={config.repair!r} is fitted to the dense model, and {base} is cut already")
+    # The new weights are stored in the types of the old ones, whatever they are computed in.
+    types = [{name: p.dtype for name, p in layer.named_parameters()} for layer in find_decoder_layers(model).layers]
+    how: dict[str, Any] = {"device": _accelerator(), "let_go": True}
+    if how["device"] is None and runs_dense(config):
+        in_fast_precision(model)
+    prepared = (choose_layers if choosing else prepare)(config, model, **how)
+    if prepared.repair is not None:
+        new = prepared.repair.tensors
+        new |= {(i, name): value.to(types[i].get(name, value.dtype)) for (i, name), value in new.items()}
+    return prepared
+
+
+def _accelerator() -> str | None:
+    """The device that layers run on, one at a time, if there is one."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if device is None else str(device)
+
+
+def load_merged(base: str, adapter: PeftConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load an adapter of this method with its base, as one plain model."""
+    if not isinstance(adapter, LayerDropConfig):
+        raise CheckpointError(f"{base} is an adapter of another method ({adapter.peft_type}); merge it first")
+    where = {name: kwargs[name] for name in WHERE if kwargs.get(name)}
+    others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    model = load_adapter(_load(adapter, others), base, **where).merge_and_unload()
+    model.name_or_path = model.config.name_or_path = base
+    return model

@@ -1,0 +1,68 @@
+"""Fill in what a config leaves open: which layers of this base are dropped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .. import families
+from ..cut.memory import LayerCut
+from ..errors import CutError
+from ..select import select_layers
+from .prepare import Prepared, prepare
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from .config import LayerDropConfig
+
+# Attributes of a base that say what was done to it: a `LayerCut`, and what was computed before the cut (`Prepared`).
+CUT = "_layer_drop_cut"
+PREPARED = "_layer_drop_prepared"
+
+
+def choose_layers(
+    config: LayerDropConfig, model: PreTrainedModel, cut: LayerCut | None = None, **how: Any
+) -> Prepared:
+    """Fill in `drop_layers` by a criterion that looks at the dense model."""
+    families.check_supported(model.config)
+    if cut is not None:
+        raise CutError(
+            f"criterion {config.criterion!r} looks at the dense model, and this one is cut already; name its layers "
+            f"with drop_layers={sorted(set(range(cut.cut.num_layers)) - set(cut.cut.keep))}, or load the base again"
+        )
+    prepared = prepare(config, model, **how)
+    config.drop_layers = prepared.drop_layers
+    return prepared
+
+
+def resolve_drop(config: LayerDropConfig, model_config: PreTrainedConfig, cut: LayerCut | None = None) -> None:
+    """Fill in `drop_layers` and `num_base_layers`, and refuse a config that was resolved for another base."""
+    families.check_supported(model_config)
+    n = families.layer_count(model_config)
+    if cut is not None:  # a second adapter: its settings are about the dense base
+        n = cut.cut.num_layers
+    if config.drop_layers is None:
+        config.drop_layers = select_layers(n, config, families.protected_layers(model_config) if cut is None else ())
+    if config.num_base_layers is None:
+        config.num_base_layers = n
+    elif config.num_base_layers != n and not is_made(config, model_config):
+        raise CutError(
+            f"this config drops layers {config.drop_layers} of a base with {config.num_base_layers} layers, and the "
+            f"model has {n}; use it with its base ({config.base_model_name_or_path}), or make a new config"
+        )
+    if cut is None and config.num_base_layers == n:
+        families.make_cut(model_config, config.drop_layers)
+
+
+def cut_of(config: LayerDropConfig) -> families.Cut:
+    """The cut that a resolved config describes."""
+    dropped, n = config.drop_layers, config.num_base_layers
+    if dropped is None or n is None:
+        raise CutError("this config does not say which layers are dropped yet; use it with its base first")
+    return families.Cut(tuple(i for i in range(n) if i not in dropped), n)
+
+
+def is_made(config: LayerDropConfig, model_config: PreTrainedConfig) -> bool:
+    """Whether a model is what is left of its base after exactly the cut that a config describes."""
+    dropped, n = config.drop_layers, config.num_base_layers
+    return dropped is not None and n is not None and families.is_cut(model_config, dropped, n)
