@@ -302,7 +302,7 @@ def test_damaged_files(tmp_path):
     kept, _ = shard_by_layers(tmp_path, DROP)
     index = tmp_path / "model.safetensors.index.json"
     good = json.loads(index.read_text())
-    for shard, message in (("../x.safetensors", "must be a .safetensors file"), ("y.safetensors", "has no y.safe")):
+    for shard, message in (("../x.safetensors", "not a plain .safetensors file"), ("y.safetensors", "has no y.safe")):
         index.write_text(json.dumps(good | {"weight_map": good["weight_map"] | {"lm_head.weight": shard}}))
         with pytest.raises(CheckpointError, match=message):
             load_pruned(tmp_path, DROP)
@@ -310,7 +310,7 @@ def test_damaged_files(tmp_path):
     with pytest.raises(CheckpointError, match=f"{kept} of .* has no nowhere.weight, though the index says so"):
         load_pruned(tmp_path, DROP)
     index.write_text("[]")
-    with pytest.raises(CheckpointError, match="is no index of weights"):
+    with pytest.raises(CheckpointError, match="not a JSON object"):
         load_pruned(tmp_path, DROP)
     index.write_text(json.dumps(good))
     (tmp_path / kept).write_bytes(b"\x00" * 7)
@@ -321,7 +321,7 @@ def test_damaged_files(tmp_path):
 def test_no_such_weights(tmp_path):
     dense = save("llama", tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"has no model\.safetensors and no .*convert it"):
+    with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
         load_pruned(tmp_path, DROP)
     torch.save(dense.state_dict(), tmp_path / "pytorch_model.bin")
     for load in (
@@ -329,7 +329,10 @@ def test_no_such_weights(tmp_path):
         lambda: prune_with(LayerDropConfig(base_model_name_or_path=str(tmp_path))),
         lambda: prune_with(LayerDropConfig(base_model_name_or_path=str(tmp_path), keep_dropped=True)),
     ):
-        with pytest.raises(CheckpointError, match=r"no file named model\.safetensors|pickled weights are not read"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"no file named model\.safetensors|only pickled weights .*convert them to safetensors",
+        ):
             load()
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match="is a GGUF file, which is not loaded cut"):
@@ -338,7 +341,7 @@ def test_no_such_weights(tmp_path):
         load_pruned(tmp_path, DROP, gguf_file="model.gguf")
     with pytest.raises(CheckpointError, match="does not exist"):
         load_pruned(tmp_path / "nowhere", DROP)
-    with pytest.raises(CheckpointError, match="no model config at org/nowhere"):
+    with pytest.raises(CheckpointError, match=r"org/nowhere is not in the cache|no model config at org/nowhere"):
         load_pruned("org/nowhere", DROP)
 
 

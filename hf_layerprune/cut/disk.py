@@ -5,10 +5,10 @@
     cut_checkpoint("Llama-3.1-8B", "Llama-3.1-6B", drop_layers=range(21, 29))
     cut_checkpoint("meta-llama/Llama-3.1-8B", "Llama-3.1-6B", drop_layers=range(21, 29))
 
-First a plan is made from headers, index and configs alone (`folder.py`, `header.py`, `settings.py`, `plan.py`), and
-everything that can be refused is refused; then a loop copies (`write.py`). Of a base on the Hub (`remote.py`) only the
-byte ranges of what stays are fetched (`ranges.py`, `download.py`). Tensors keep their bytes, whatever their type:
-quantised checkpoints are cut in the same way.
+First a plan is made from headers, index and configs alone (`base.py`, `header.py`, `settings.py`, `plan.py`), and
+everything that can be refused is refused; then a loop copies (`write.py`). Of a base on the Hub, the weight files that
+hold something that stays come through the Hub client's cache. Tensors keep their bytes, whatever their type: quantised
+checkpoints are cut in the same way.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from typing import TYPE_CHECKING
 
 from .. import families
 from ..errors import CheckpointError, CutError
-from .folder import CONFIG, INDEX, companions, open_weights, read_json
-from .plan import CheckpointPlan, plan_weights
+from ..files.folders import check_target
+from .base import Base, read_weights
+from .complete import check_tensors
+from .folder import CONFIG, INDEX, find_weights, read_json
+from .plan import CheckpointPlan, new_names, plan_weights
 from .settings import config_fields, quantiser_files, read_config, to_bytes
 from .write import write_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from .remote import HubBase
-
 __all__ = ["CheckpointPlan", "cut_checkpoint", "plan_cut", "write_checkpoint"]
 
 
 def plan_cut(
-    source: str | os.PathLike[str] | HubBase,
+    source: str | os.PathLike[str] | Base,
     drop_layers: Sequence[int],
     config: PreTrainedConfig | None = None,
     *,
@@ -45,8 +46,8 @@ def plan_cut(
     """Plan a cut from headers, index and config, and refuse it if it could not be exact. Writes nothing.
 
     Args:
-        source (`str`, `os.PathLike` or `HubBase`): The base's folder, with safetensors weights, or its Hub id. Of a
-            base on the Hub the config, the small files and the weights' headers are fetched.
+        source (`str`, `os.PathLike` or `Base`): The base's folder, with safetensors weights, or its Hub id. Of a base
+            on the Hub, the weight files that hold something that stays are downloaded into the Hub client's cache.
         drop_layers (`Sequence[int]`): Base indices of the layers to drop.
         config (`PreTrainedConfig`, *optional*): The base's config, where the caller has it already.
         revision (`str`, *optional*): Branch, tag or commit of a base on the Hub.
@@ -63,56 +64,37 @@ def plan_cut(
     """
     for layer in drop_layers:
         if type(layer) is not int:
-            raise CutError(f"drop_layers has {layer!r}, which is no layer index")
-    hub = _on_the_hub(source, revision, token, cache_dir)
-    source = hub.folder if hub else Path(source)
-    if not source.is_dir():
-        raise CheckpointError(f"{source} is no folder; name a model folder with a config.json and safetensors weights")
+            raise CutError(f"drop_layers has {layer!r}, which is not a layer index")
+    base = source if isinstance(source, Base) else Base.open(source, revision, token=token, cache_dir=cache_dir)
+    folder = base.folder
     try:
-        config_file = read_json(source / CONFIG)
-        config = read_config(source) if config is None else config
+        find_weights(base.names, base.name)  # before anything else is downloaded
+        config_file = read_json(folder / CONFIG)
+        config = read_config(folder) if config is None else config
         cut = families.make_cut(config, drop_layers)
         new_config = families.cut_config(config, cut)
         files = {CONFIG: to_bytes(config_fields(config_file, new_config, cut.num_layers))}
-        files |= quantiser_files(source, cut, families.text_config(config) is not config)
-        with hub.open_weights(config, cut) if hub else open_weights(source) as weights:
-            planned = plan_weights(weights, config, cut)
-            source_bytes = weights.size
-            remote = hub.remote_files(weights) if hub else {}
+        companions = base.fetch_companions()
+        files |= quantiser_files(folder, cut, families.text_config(config) is not config)
+        weights = read_weights(base, lambda names: new_names(names, config, cut).names)
+        planned = plan_weights(weights, config, cut)
+        check_tensors(base.name, new_config, planned.shapes, planned.layer_prefix)
         if planned.index is not None:
             files[INDEX] = to_bytes(planned.index)
-        found = hub.companions if hub else companions(source)
-        others = tuple((name, size) for name, size in found if name not in files)
     except OSError as error:
-        raise CheckpointError(f"could not read {source}: {error.strerror or error}") from error
+        raise CheckpointError(f"could not read {folder}: {error.strerror or error}") from error
     return CheckpointPlan(
-        source=source,
+        source=folder,
         cut=cut,
         config=new_config,
         layer_prefix=planned.layer_prefix,
         shards=planned.shards,
         files=files,
-        companions=others,
+        companions=tuple((name, size) for name, size in companions if name not in files),
         tensor_names=planned.tensor_names,
         dropped_tensors=planned.dropped_tensors,
-        source_bytes=source_bytes,
-        remote=remote,
+        source_bytes=weights.size,
     )
-
-
-def _on_the_hub(
-    source: str | os.PathLike[str] | HubBase,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
-) -> HubBase | None:
-    from ..runtime.loading import is_hub_id
-
-    if isinstance(source, str) and is_hub_id(source):
-        from .remote import HubBase
-
-        return HubBase.open(source, revision, token, cache_dir)
-    return None if isinstance(source, str | os.PathLike) else source
 
 
 def cut_checkpoint(
@@ -130,8 +112,8 @@ def cut_checkpoint(
     """Write a copy of a safetensors checkpoint without some of its layers.
 
     The copy is written to a temporary folder beside the target, brought to disk and renamed, so the target is absent,
-    the old one, or complete, whenever the process dies. The source is only read. Of a base on the Hub only what stays
-    is fetched, and what was fetched before a failure is kept beside the target for the next run.
+    the old one, or complete, whenever the process dies. The source is only read. Of a base on the Hub, the weight
+    files that hold something that stays are downloaded into the Hub client's cache, where they stay.
 
     Args:
         source (`str` or `os.PathLike`): The base's folder, with safetensors weights, or its Hub id.
@@ -155,7 +137,10 @@ def cut_checkpoint(
     """
     from .check import tell_if_presumed
 
-    plan = plan_cut(source, drop_layers, revision=revision, token=token, cache_dir=cache_dir)
+    target = Path(target)
+    base = Base.open(source, revision, token=token, cache_dir=cache_dir)
+    check_target(target.expanduser(), base.folder, force)  # before gigabytes are downloaded
+    plan = plan_cut(base, drop_layers)
     tell_if_presumed(plan.config)
-    write_checkpoint(plan, Path(target), force=force, link=link, progress=progress)
+    write_checkpoint(plan, target, force=force, link=link, progress=progress)
     return plan

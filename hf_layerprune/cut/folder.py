@@ -1,21 +1,15 @@
-"""What lies in a checkpoint folder: which weight files, which other files go along, and which never do."""
+"""What a checkpoint consists of: which weight files, which other files go along, and which never do."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files.copy import LocalFile, Source
-from .header import Header, parse_json, read_header
-
-logger = logging.getLogger(__name__)
+from ..files.copy import LocalFile
+from .header import Header
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -30,107 +24,62 @@ _WEIGHTS = (
     ".tflite", ".npz", ".npy", ".pkl", ".pickle", ".mlmodel", ".distcp", ".index.json",
 )  # fmt: skip
 _TRAINING = ("optimizer", "scheduler", "rng_state", "training_args", "events.out.tfevents")
-_SUBFOLDERS = ("additional_chat_templates",)
-_LARGE = 512 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """The weight files of a checkpoint.
-
-    Args:
-        headers (`dict[str, Header]`): The header of each file, by file name.
-        index (`dict`, *optional*): The parsed index of a sharded checkpoint, or `None` for a single file.
-        skipped (`dict[str, int]`): Size of each file that was not opened, because the index says that it holds
-            nothing that stays.
-    """
-
-    headers: dict[str, Header]
-    index: dict[str, Any] | None
-    skipped: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def skipped_tensors(self) -> list[str]:
-        """Names of the tensors in the files that were not opened."""
-        weight_map = self.index["weight_map"] if self.index is not None and self.skipped else {}
-        return [name for name, file in weight_map.items() if file in self.skipped]
-
-    @property
-    def size(self) -> int:
-        """Size of all the files."""
-        return sum(header.source.size for header in self.headers.values()) + sum(self.skipped.values())
+SUBFOLDERS = ("additional_chat_templates",)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: It is missing, too long, or no JSON object.
+        CheckpointError: It is missing, too long, or not a JSON object.
     """
     with LocalFile(path) as file:
         if file.size > _MAX_JSON:
             raise CheckpointError(f"{path} has {file.size} bytes, far more than such a file needs; download it again")
         raw = file.read(0, file.size)
     try:
-        value = parse_json(raw)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no sound JSON: {error}; download or save it again") from error
+        raise CheckpointError(f"{path} is not sound JSON: {error}; download or save it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object; download or save it again")
     return value
 
 
-@contextmanager
-def open_weights(folder: Path) -> Iterator[Weights]:
-    """Open the weight files of a folder and read their headers.
-
-    Args:
-        folder (`Path`): A model folder.
-
-    Yields:
-        `Weights`: Checked headers, and an index that agrees with them.
-
-    Raises:
-        CheckpointError: There are no safetensors weights, more than one set, or they are damaged or incomplete.
-    """
-    names, index = _weight_files(folder)
-    with ExitStack() as stack:
-        sources: dict[str, Source] = {name: stack.enter_context(LocalFile(folder / name)) for name in names}
-        headers = {name: read_header(source) for name, source in sources.items()}
-        if index is not None:
-            check_index(index, headers, str(folder / INDEX))
-        yield Weights(headers, index)
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key is given twice")
+    return content
 
 
-def _weight_files(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
-    if find_weights(os.listdir(folder), str(folder)) == SINGLE:
-        return [SINGLE], None
-    value = read_json(folder / INDEX)
-    return shard_names(value, str(folder / INDEX)), value
-
-
-def find_weights(names: Collection[str], where: str) -> str:
+def find_weights(names: Collection[str], where: str, variant: str | None = None) -> str:
     """Tell from a list of files where a checkpoint keeps its weights.
 
     Args:
         names (`Collection[str]`): All files.
         where (`str`): What to call their folder in errors.
+        variant (`str`, *optional*): The variant of the weights, such as `"fp16"`.
 
     Returns:
-        `str`: `SINGLE` or `INDEX`.
+        `str`: `SINGLE` or `INDEX`, or their names in the variant.
 
     Raises:
         CheckpointError: There are no safetensors weights, or more than one set.
     """
-    if INDEX in names:
-        if SINGLE in names:
+    single, index = (
+        f"{stem}.{variant}.{suffix}" if variant else f"{stem}.{suffix}"
+        for stem, _, suffix in (SINGLE.rpartition("."), INDEX.rpartition("."))
+    )
+    if index in names:
+        if single in names:
             raise CheckpointError(
-                f"{where} holds both {SINGLE} and {INDEX}, and loaders differ in which they read; remove one of them"
+                f"{where} holds both {single} and {index}, and loaders differ in which they read; remove one of them"
             )
-        return INDEX
-    if SINGLE in names:
-        return SINGLE
+        return index
+    if single in names:
+        return single
     others = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
     if others:
         raise CheckpointError(
@@ -141,7 +90,7 @@ def find_weights(names: Collection[str], where: str) -> str:
         raise CheckpointError(f"{where} holds an adapter, not a model; merge it into its base first")
     stray = sorted(name for name in names if name.endswith(".safetensors"))
     hint = f" ({stray[0]} is not named by an index)" if stray else ""
-    raise CheckpointError(f"{where} holds neither {SINGLE} nor {INDEX}{hint}; is the download complete?")
+    raise CheckpointError(f"{where} holds neither {single} nor {index}{hint}; is the download complete?")
 
 
 def shard_names(index: dict[str, Any], where: str) -> list[str]:
@@ -168,27 +117,26 @@ def shard_names(index: dict[str, Any], where: str) -> list[str]:
     for name in names:
         if "/" in name or "\\" in name or "\0" in name or not name.endswith(".safetensors") or len(name) > 200:
             raise CheckpointError(
-                f"{where} names {name[:100]!r}, which is no plain .safetensors file beside it; do not trust this folder"
+                f"{where} names {name[:100]!r}, which is not a plain .safetensors file beside it; do not trust this folder"
             )
     if len(names) > _MAX_SHARDS:
         raise CheckpointError(f"{where} names {len(names)} files; at most {_MAX_SHARDS} are supported")
     if not isinstance(index.get("metadata", {}), dict):
-        raise CheckpointError(f"{where}: metadata is no JSON object; download or save the checkpoint again")
+        raise CheckpointError(f"{where}: metadata is not a JSON object; download or save the checkpoint again")
     return sorted(names)
 
 
-def check_index(index: dict[str, Any], headers: dict[str, Header], where: str) -> None:
+def check_index(weight_map: Mapping[str, str], headers: Mapping[str, Header], where: str) -> None:
     """Hold an index against the files that it names.
 
     Args:
-        index (`dict`): The parsed index.
-        headers (`dict[str, Header]`): The header of each file.
+        weight_map (`Mapping[str, str]`): The file of each tensor, as the index says.
+        headers (`Mapping[str, Header]`): The header of each file.
         where (`str`): What to call the index in errors.
 
     Raises:
         CheckpointError: A tensor is in another file than the index says, in none, in two, or not in the index.
     """
-    weight_map = index["weight_map"]
     seen: dict[str, str] = {}
     for file, header in headers.items():
         for tensor in header.tensors:
@@ -209,47 +157,9 @@ def check_index(index: dict[str, Any], headers: dict[str, Header], where: str) -
             raise CheckpointError(f"{where} places tensor {name!r} in {file}, which lacks it; download both again")
 
 
-def companions(folder: Path) -> list[tuple[str, int]]:
-    """The other files that belong to the model: tokenizer, chat templates, generation settings, licence.
-
-    Args:
-        folder (`Path`): A model folder.
-
-    Returns:
-        `list[tuple[str, int]]`: Path relative to the folder, and size.
-
-    Raises:
-        CheckpointError: One is a broken link.
-    """
-    found = []
-    for path in sorted(folder.iterdir()):
-        if path.name in _SUBFOLDERS and path.is_dir():
-            found += [file for file in sorted(path.iterdir()) if _goes_along(file)]
-        elif _goes_along(path):
-            found.append(path)
-    return [(str(path.relative_to(folder)), path.stat().st_size) for path in found]
-
-
 def is_companion(name: str) -> bool:
     """Whether a file, by its path relative to the model folder, is one that belongs to the model."""
     folder, _, name = name.lower().rpartition("/")
-    if folder not in ("", *_SUBFOLDERS):
+    if folder not in ("", *SUBFOLDERS):
         return False
     return not (name.startswith((".", "consolidated", *_TRAINING)) or name in _NEVER or name.endswith(_WEIGHTS))
-
-
-def is_too_large(name: str, size: int) -> bool:
-    """Whether a companion is too large to be one; it is logged then."""
-    if size > _LARGE:
-        logger.warning("%s is left out: it has %d bytes, too many for a side file", name, size)
-    return size > _LARGE
-
-
-def _goes_along(path: Path) -> bool:
-    if not is_companion(path.name):
-        return False
-    if path.is_symlink() and not path.exists():
-        raise CheckpointError(f"{path} is a link to nothing; is the download complete?")
-    if not path.is_file():
-        return False
-    return not is_too_large(str(path), path.stat().st_size)

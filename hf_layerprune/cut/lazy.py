@@ -8,34 +8,30 @@ slices under their new names: it reads a slice when it needs it, and the slices 
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import str_to_torch_dtype
-from transformers.models.auto.auto_factory import _get_model_class
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
 from .. import families
 from ..errors import CheckpointError, boundary
-from ..families.layout import find_decoder_layers, find_layer_prefix
-from ..runtime.loading import check_complete, check_config_of, first_line, resolve_base
-from ..versions import resolve_commit
+from ..families.layout import find_decoder_layers
+from ..runtime.loading import check_complete, check_config_of, first_line, is_hub_id, resolve_base
+from .base import Base
 from .check import tell_if_presumed
+from .complete import model_class_of
+from .folder import find_weights, read_json, shard_names
 from .memory import rehearse
+from .plan import new_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,10 +77,10 @@ def load_pruned(
         kwargs.pop(name, None)
     variant, disable_mmap = kwargs.pop("variant", None), kwargs.pop("disable_mmap", None)
     hub = {name: kwargs.pop(name, None) for name in _HUB}
-    source = _Source.of(base, {name: value for name, value in hub.items() if value is not None})
+    source, hub = _find(base, {name: value for name, value in hub.items() if value is not None})
 
-    whole, kwargs = _load_config(source, kwargs)
-    model_class, config = _model_class(source, whole, kwargs)
+    whole, kwargs = _load_config(source, hub, kwargs)
+    model_class, config = _model_class(source, hub, whole, kwargs)
     dropped = drop_layers(config) if callable(drop_layers) else drop_layers
     n, saved = families.layer_count(config), None
     if callable(drop_layers) and not dropped:
@@ -112,48 +108,42 @@ def load_pruned(
 
     setattr(model, SOURCES, origins)
     model.name_or_path = model.config.name_or_path = source.name
-    model.config._commit_hash = source.commit
+    model.config._commit_hash = source.repo.commit if source.repo else None
     if saved is not None:
         setattr(model, SAVED, saved)
         logger.info("loaded %s without layers %s of %d", base, list(cut.drop), n)
     if kwargs.get("generation_config") is None and model.can_generate() and hasattr(model, "adjust_generation_fn"):
         unset = dict.fromkeys(_HUB) | {"force_download": False, "local_files_only": False, "subfolder": ""}
         trust = kwargs.get("trust_remote_code", False)
-        model.adjust_generation_fn(None, True, None, source.name, **unset | source.hub, trust_remote_code=trust)
+        model.adjust_generation_fn(None, True, None, source.name, **unset | hub, trust_remote_code=trust)
     return model
 
 
 # --- the base's files -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where the files of a base are: a folder or a Hub repository, at one commit."""
-
-    name: str
-    hub: dict[str, Any]
-    commit: str | None
-
-    @classmethod
-    def of(cls, base: str | Path, hub: dict[str, Any]) -> _Source:
-        if Path(base).expanduser().is_dir() and hub.get("subfolder"):
-            base = Path(base, hub.pop("subfolder"))
-        name, gguf_file = resolve_base(base)
-        if gguf_file is not None:
-            raise CheckpointError(f"{base} is a GGUF file, which is not loaded cut; load it whole, then prune it")
-        lookup = {key: hub[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in hub}
-        commit = resolve_commit(name, **lookup)
-        return cls(name, hub if commit is None else hub | {"revision": commit}, commit)
-
-    def find(self, filename: str) -> str | None:
-        """Path of a file, downloaded if need be, or `None` where the base has none of this name."""
-        try:
-            return cached_file(self.name, filename, _raise_exceptions_for_missing_entries=False, **self.hub)
-        except OSError as error:
-            raise CheckpointError(f"can't get {filename} of {self.name}: {first_line(error)}") from error
+def _find(base: str | Path, hub: dict[str, Any]) -> tuple[Base, dict[str, Any]]:
+    """Where the files of a base are, and what `from_pretrained` needs to find the same ones."""
+    subfolder = hub.pop("subfolder", None) or ""
+    if Path(base).expanduser().is_dir():
+        base, subfolder = Path(base, subfolder), ""
+    name, gguf_file = resolve_base(base)
+    if gguf_file is not None:
+        raise CheckpointError(f"{base} is a GGUF file, which is not loaded cut; load it whole, then prune it")
+    if not is_hub_id(name):
+        return Base.open(Path(name)), {}
+    where = {key: hub[key] for key in ("token", "cache_dir", "local_files_only", "force_download") if key in hub}
+    files = Base.open(name, hub.get("revision"), subfolder=subfolder, **where)
+    # Everything else comes from the same commit, and what was just downloaded is not downloaded again.
+    hub = (
+        hub
+        | {"revision": files.repo.commit, "force_download": False}
+        | ({"subfolder": subfolder} if subfolder else {})
+    )
+    return files, hub
 
 
-def _load_config(source: _Source, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+def _load_config(source: Base, hub: dict[str, Any], kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The base's config, and what is left of the keyword arguments, shared out as the auto classes do it."""
     dtype = kwargs.pop("torch_dtype", None)
     dtype = kwargs.pop("dtype", dtype)
@@ -162,14 +152,14 @@ def _load_config(source: _Source, kwargs: dict[str, Any]) -> tuple[PreTrainedCon
     code_revision = kwargs.pop("code_revision", None)
     config = kwargs.pop("config", None)
     if not isinstance(config, PreTrainedConfig):
-        check_config_of(str(config or source.name), trust_remote_code=trust, **source.hub)
+        check_config_of(str(config or source.name), trust_remote_code=trust, **hub)
         with boundary(f"no model config at {source.name}"):
             config, kwargs = AutoConfig.from_pretrained(
                 config or source.name,
                 return_unused_kwargs=True,
                 trust_remote_code=trust,
                 code_revision=code_revision,
-                **source.hub,
+                **hub,
                 **kwargs,
             )
     kwargs |= {name: value for name, value in explicit.items() if value is not None}
@@ -177,38 +167,27 @@ def _load_config(source: _Source, kwargs: dict[str, Any]) -> tuple[PreTrainedCon
 
 
 def _model_class(
-    source: _Source, config: PreTrainedConfig, kwargs: dict[str, Any]
+    source: Base, hub: dict[str, Any], config: PreTrainedConfig, kwargs: dict[str, Any]
 ) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The class that `AutoModelForCausalLM` would pick, and the part of the config that it takes."""
-    mapping = AutoModelForCausalLM._model_mapping
     reference = (getattr(config, "auto_map", None) or {}).get(AutoModelForCausalLM.__name__)
     if reference and kwargs.get("trust_remote_code"):
-        hub = {key: value for key, value in source.hub.items() if key != "subfolder"}
-        return get_class_from_dynamic_module(reference, source.name, **hub), config
-    if type(config) not in mapping:
-        # The text part of a larger model, saved alone, may have no auto class; its config names its own.
-        own = getattr(transformers, (config.architectures or [""])[0], None)
-        if getattr(own, "config_class", None) is type(config):
-            return own, config
+        where = {key: value for key, value in hub.items() if key != "subfolder"}
+        return get_class_from_dynamic_module(reference, source.name, **where), config
+    picked = model_class_of(config)
+    if picked is None:
         families.check_supported(config)
         raise CheckpointError(
             f"{source.name} has a {type(config).__name__}, which belongs to no causal language model"
         )
-    model_class = _get_model_class(config, mapping)
-    text_class = config.sub_configs.get("text_config")
-    if text_class is None or getattr(model_class, "config_class", None) is not text_class:
-        return model_class, config
-    part = config.get_text_config()
-    if (quantization := getattr(config, "quantization_config", None)) is not None:
-        part.quantization_config = quantization
-    return model_class, part
+    return picked
 
 
 # --- the tensors that stay ------------------------------------------------------------------------------
 
 
 def _open_slices(
-    source: _Source,
+    source: Base,
     config: PreTrainedConfig,
     cut: families.Cut,
     variant: str | None,
@@ -219,14 +198,12 @@ def _open_slices(
     # A mapping reserves memory for whole files on Windows, and can't be moved to a Mac's GPU.
     backend = "pread" if disable_mmap or sys.platform in ("win32", "darwin") else "mmap"
     opened: dict[str, Any] = {}
-    paths: dict[str, Path] = {}
 
     def handle(filename: str) -> Any:
         if filename not in opened:
-            path = source.find(filename)
-            if path is None:
+            path = source.folder / filename
+            if not path.is_file():
                 raise CheckpointError(f"{source.name} has no {filename}, which holds weights that stay")
-            paths[filename] = Path(path)
             try:
                 opened[filename] = stack.enter_context(safe_open(path, framework="pt", backend=backend))
             except (SafetensorError, OSError) as error:
@@ -234,10 +211,12 @@ def _open_slices(
         return opened[filename]
 
     files = _tensor_files(source, config, variant, handle)
+    names = new_names(files, config, cut).names
+    source.fetch({files[name] for name in names})
     wide = families.wide_tensors(config)
     state: dict[str, Any] = {}
     origins: dict[str, tuple[Path, str]] = {}
-    for name, new_name in _kept_names(files, cut).items():
+    for name, new_name in names.items():
         try:
             piece = handle(files[name]).get_slice(name)
         except SafetensorError as error:
@@ -250,65 +229,23 @@ def _open_slices(
                 piece = _WideSlice(name, piece, tensor.dim, width, cut)
         state[new_name] = piece
         if backend == "mmap" and not isinstance(piece, _WideSlice):
-            origins[new_name] = (paths[files[name]], name)
+            origins[new_name] = (source.folder / files[name], name)
     return state, origins
 
 
 def _tensor_files(
-    source: _Source, config: PreTrainedConfig, variant: str | None, handle: Callable[[str], Any]
+    source: Base, config: PreTrainedConfig, variant: str | None, handle: Callable[[str], Any]
 ) -> dict[str, str]:
     """Which file holds which tensor, from the index, or else from the header of the only file."""
-    names = [_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
-    names = [explicit] if (explicit := getattr(config, "transformers_weights", None)) else names
-    for name in names:
-        _check_inside(source, name)
-        path = source.find(name)
-        if path is None:
-            continue
-        if not name.endswith(".json"):
-            return dict.fromkeys(handle(name).keys(), name)
-        try:
-            files = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
-            shards = set(files.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is no index of weights: {first_line(error)}; download it again") from error
-        for shard in shards:
-            _check_inside(source, shard)
-        return files
-    pickles = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if os.path.isfile(os.path.join(source.name, name))]
-    raise CheckpointError(
-        f"{source.name} has no {' and no '.join(names)}"
-        + (f", only {pickles[0]}, and pickled weights are not read" if pickles else "")
-        + "; convert it with from_pretrained(...).save_pretrained(...), or name a base with safetensors weights"
-    )
-
-
-def _with_variant(filename: str, variant: str | None) -> str:
-    stem, _, extension = filename.rpartition(".")
-    return f"{stem}.{variant}.{extension}" if variant else filename
-
-
-def _check_inside(source: _Source, filename: Any) -> None:
-    path = PurePosixPath(filename) if isinstance(filename, str) else None
-    if path is None or path.is_absolute() or ".." in path.parts or path.suffix not in (".safetensors", ".json"):
-        raise CheckpointError(
-            f"{source.name} names {filename!r} as a file with weights; it must be a .safetensors file beside the config"
-        )
-
-
-def _kept_names(names: Iterable[str], cut: families.Cut) -> dict[str, str]:
-    """The names of all tensors that stay, with their names in the pruned model."""
-    names = list(names)
-    prefix = find_layer_prefix(names, cut.num_layers)
-    kept: dict[str, str] = {}
-    for name in names:
-        index, _, rest = name.removeprefix(prefix).partition(".")
-        if not name.startswith(prefix) or not index.isdecimal():
-            kept[name] = name
-        elif int(index) in cut.new_index:
-            kept[name] = f"{prefix}{cut.new_index[int(index)]}.{rest}"
-        # The rest goes: dropped layers, and those behind the last one, which draft further tokens.
-    return kept
+    name = getattr(config, "transformers_weights", None) or find_weights(source.names, source.name, variant)
+    if name not in source.names:
+        raise CheckpointError(f"{source.name} has no {name}, which its config names as its weights")
+    if not name.endswith(".json"):
+        source.fetch([name])
+        return dict.fromkeys(handle(name).keys(), name)
+    index = read_json(source.get(name))
+    shard_names(index, f"{source.name}/{name}")
+    return index["weight_map"]
 
 
 class _WideSlice:

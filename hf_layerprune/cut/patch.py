@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from ..families.layout import find_layer_prefix
-from ..files.copy import LocalFile
 from .header import Tensor, read_header
 
 if TYPE_CHECKING:
@@ -20,8 +19,8 @@ def patch_layers(folder: Path, num_layers: int, values: Mapping[tuple[int, str],
     """Overwrite tensors of decoder layers.
 
     Args:
-        folder (`Path`): A folder of safetensors files that are nobody else's: not linked, and not yet under their
-            final name.
+        folder (`Path`): A folder of safetensors files that belong to this run alone: not linked, and not yet under
+            their final name.
         num_layers (`int`): How many layers the checkpoint has.
         values (`Mapping[tuple[int, str], torch.Tensor]`): The new values, by the layer's index in this checkpoint and
             the tensor's name in the layer.
@@ -32,21 +31,20 @@ def patch_layers(folder: Path, num_layers: int, values: Mapping[tuple[int, str],
     Raises:
         CheckpointError: The checkpoint has no such tensor, or not of that type and shape. Nothing was written.
     """
-    found: dict[str, tuple[Path, int, Tensor]] = {}
+    stored: dict[str, tuple[Path, int, Tensor]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with LocalFile(path) as file:
-            header = read_header(file)
-        found |= {tensor.name: (path, header.data_start, tensor) for tensor in header.tensors}
-    prefix = find_layer_prefix(found, num_layers)
+        header = read_header(path)
+        stored |= {tensor.name: (path, header.data_start, tensor) for tensor in header.tensors}
+    prefix = find_layer_prefix(stored, num_layers)
     named = {f"{prefix}{index}.{name}": value for (index, name), value in values.items()}
     data = {}
     for name, value in named.items():
-        if name not in found:
+        if name not in stored:
             raise CheckpointError(
                 f"{folder.name} has no tensor {name} to repair: the checkpoint stores that weight in another form; "
                 "write the model through transformers with --dtype"
             )
-        tensor = found[name][2]
+        tensor = stored[name][2]
         data[name] = raw = _bytes(value)
         if tensor.shape != tuple(value.shape) or tensor.size != len(raw):
             raise CheckpointError(
@@ -55,7 +53,7 @@ def patch_layers(folder: Path, num_layers: int, values: Mapping[tuple[int, str],
                 "with --dtype"
             )
     for name, raw in data.items():
-        path, data_start, tensor = found[name]
+        path, data_start, tensor = stored[name]
         if path.stat().st_nlink > 1:
             raise CheckpointError(f"{path.name} is linked to a file of the base, which is never written to")
         with path.open("r+b") as file:

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import families
 from ..errors import CheckpointError
 from ..families.layout import find_layer_prefix
-from ..files.copy import PAGE
-from .folder import SINGLE, Weights
+from .base import Weights
+from .folder import SINGLE
 from .header import DTYPE_BITS, Header, Tensor, write_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from ..files.copy import Source
-    from .ranges import RemoteFile
+    from ..files.copy import FileState, LocalFile
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ class ShardPlan:
 
     Args:
         source (`str`): Name of the file that it comes from.
-        version (`Hashable`): What tells whether that file is still the one that was planned for.
+        version (`FileState`): What tells whether that file is still the one that was planned for.
         target (`str`): Name of the file to write.
         header (`bytes`): Its first bytes.
         pieces (`tuple[Span | Rows, ...]`): What follows, in order.
@@ -74,7 +73,7 @@ class ShardPlan:
     """
 
     source: str
-    version: Hashable
+    version: FileState
     target: str
     header: bytes = field(repr=False)
     pieces: tuple[Span | Rows, ...] = field(repr=False)
@@ -91,7 +90,7 @@ class CheckpointPlan:
     """Everything that a cut will do, known before the first byte is written.
 
     Args:
-        source (`Path`): The base's folder.
+        source (`Path`): The base's folder; of a base on the Hub, the one in the cache.
         cut (`families.Cut`): Which layers stay.
         config (`PreTrainedConfig`): The config of what remains.
         layer_prefix (`str`): What stands before a layer's index in a tensor's name.
@@ -101,7 +100,6 @@ class CheckpointPlan:
         tensor_names (`dict[str, str]`): Old name to new name, of every tensor that stays.
         dropped_tensors (`tuple[str, ...]`): Names of those that go.
         source_bytes (`int`): Size of the base's weight files.
-        remote (`Mapping[str, RemoteFile]`): The weight files that are not in the folder but on the Hub, by name.
     """
 
     source: Path
@@ -114,7 +112,6 @@ class CheckpointPlan:
     tensor_names: dict[str, str] = field(repr=False)
     dropped_tensors: tuple[str, ...] = field(repr=False)
     source_bytes: int
-    remote: Mapping[str, RemoteFile] = field(repr=False, default_factory=dict)
 
     @property
     def weight_bytes(self) -> int:
@@ -144,6 +141,7 @@ class WeightsPlan:
     index: dict[str, Any] | None
     tensor_names: dict[str, str]
     dropped_tensors: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
 
 
 def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) -> WeightsPlan:
@@ -162,9 +160,8 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
         UnsupportedModelError: It is not clear where the decoder layers are.
     """
     tensors = [tensor for header in weights.headers.values() for tensor in header.tensors]
-    found = [*(tensor.name for tensor in tensors), *weights.skipped_tensors]
-    prefix = find_layer_prefix(found, cut.num_layers)
-    names, drafts = _new_names(found, prefix, config, cut)
+    stored = weights.tensor_names
+    names, drafts, prefix = new_names(stored, config, cut)
     if drafts:
         log = logger.info if _has_drafts(config) else logger.warning
         log("%d tensors beyond the %d decoder layers go too, such as %s", len(drafts), cut.num_layers, drafts[0])
@@ -174,20 +171,21 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
         target = SINGLE if weights.index is None else _SHARD.format(number, len(kept))
         shards.append(_shard(file, target, weights.headers[file], items))
         weight_map |= {item.new.name: target for item in items}
-    dropped = tuple(name for name in found if name not in names)
     index = None
     if weights.index is not None:
         index = weights.index | {"weight_map": weight_map}
         if "metadata" in index:
             every = [item for items in kept.values() for item in items]
             index["metadata"] = _index_metadata(index["metadata"], tensors, every, complete=not weights.skipped)
-    return WeightsPlan(prefix, tuple(shards), index, names, dropped)
+    dropped = tuple(name for name in stored if name not in names)
+    shapes = {item.new.name: item.new.shape for items in kept.values() for item in items}
+    return WeightsPlan(prefix, tuple(shards), index, names, dropped, shapes)
 
 
 class Origin(NamedTuple):
     """Where a tensor of a cut checkpoint comes from: the base's file, the tensor as it will be, and its bytes there."""
 
-    source: Source
+    source: LocalFile
     tensor: Tensor
     pieces: tuple[Span | Rows, ...]
 
@@ -207,11 +205,7 @@ def kept_tensors(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
         CheckpointError: Tensors do not fit the config, or two would get the same name.
         UnsupportedModelError: It is not clear where the decoder layers are.
     """
-    found = [
-        *(tensor.name for header in weights.headers.values() for tensor in header.tensors),
-        *weights.skipped_tensors,
-    ]
-    names, _ = _new_names(found, find_layer_prefix(found, cut.num_layers), config, cut)
+    names = new_names(weights.tensor_names, config, cut).names
     return {
         item.new.name: Origin(weights.headers[file].source, item.new, item.pieces)
         for file, items in _kept(weights, config, cut, names).items()
@@ -231,26 +225,6 @@ def _kept(
     return {file: items for file, items in kept.items() if items}
 
 
-def files_without(index: dict[str, Any], config: PreTrainedConfig, cut: families.Cut) -> set[str]:
-    """The files that hold nothing that stays, told from an index alone.
-
-    Args:
-        index (`dict`): The parsed index.
-        config (`PreTrainedConfig`): The base's config.
-        cut (`families.Cut`): Which layers stay.
-
-    Returns:
-        `set[str]`: File names.
-
-    Raises:
-        CheckpointError: A tensor has no plain layer index, or two would get the same name.
-        UnsupportedModelError: It is not clear where the decoder layers are.
-    """
-    weight_map = index["weight_map"]
-    names, _ = _new_names(weight_map, find_layer_prefix(weight_map, cut.num_layers), config, cut)
-    return set(weight_map.values()) - {weight_map[name] for name in names}
-
-
 # Config fields that count layers which draft further tokens; a cut sets them to zero.
 _DRAFT_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
 
@@ -259,10 +233,37 @@ def _has_drafts(config: PreTrainedConfig) -> bool:
     return any(getattr(families.text_config(config), name, None) for name in _DRAFT_COUNTS)
 
 
-def _new_names(
-    tensors: Iterable[str], prefix: str, config: PreTrainedConfig, cut: families.Cut
-) -> tuple[dict[str, str], list[str]]:
-    """Old name to new name of each tensor that stays, and the names of those that only draft further tokens."""
+class Renaming(NamedTuple):
+    """What the tensors of a checkpoint are called after a cut.
+
+    Args:
+        names (`dict[str, str]`): Old name to new name of each tensor that stays.
+        drafts (`list[str]`): Names of those that only draft further tokens, and go.
+        prefix (`str`): What stands before a layer's index.
+    """
+
+    names: dict[str, str]
+    drafts: list[str]
+    prefix: str
+
+
+def new_names(tensors: Iterable[str], config: PreTrainedConfig, cut: families.Cut) -> Renaming:
+    """What the tensors of a checkpoint are called after a cut.
+
+    Args:
+        tensors (`Iterable[str]`): Names of all of them.
+        config (`PreTrainedConfig`): The base's config.
+        cut (`families.Cut`): Which layers stay.
+
+    Returns:
+        `Renaming`: What stays, and what goes.
+
+    Raises:
+        CheckpointError: A tensor has no plain layer index, or two would get the same name.
+        UnsupportedModelError: It is not clear where the decoder layers are.
+    """
+    tensors = list(tensors)
+    prefix = find_layer_prefix(tensors, cut.num_layers)
     has_drafts = _has_drafts(config)
     names: dict[str, str] = {}
     drafts: list[str] = []
@@ -285,7 +286,7 @@ def _new_names(
         names[name] = new
     if len(set(names.values())) < len(names):
         raise CheckpointError("two tensors would get the same name; save the checkpoint again")
-    return names, drafts
+    return Renaming(names, drafts, prefix)
 
 
 class _Slicer:
@@ -307,7 +308,7 @@ class _Slicer:
                     f"tensor {tensor.name!r} goes with one that holds a slice for each layer, and it is not known how "
                     "to slice it; start from a checkpoint in which that tensor is not quantised"
                 )
-        return _Kept(tensor, _renamed(tensor, name), (Span(start, tensor.size),))
+        return _Kept(tensor, replace(tensor, name=name), (Span(start, tensor.size),))
 
     def _sliced(self, tensor: Tensor, name: str, start: int, dim: int, width: int) -> _Kept:
         shape, n = tensor.shape, self._cut.num_layers
@@ -329,10 +330,6 @@ class _Slicer:
         return _Kept(tensor, Tensor(name, tensor.dtype, new_shape, 0, size), pieces)
 
 
-def _renamed(tensor: Tensor, name: str) -> Tensor:
-    return Tensor(name, tensor.dtype, tensor.shape, tensor.start, tensor.end)
-
-
 def _alignment(tensor: Tensor) -> int:
     return max(1, DTYPE_BITS[tensor.dtype] // 8)
 
@@ -349,29 +346,22 @@ def _in_order(kept: list[_Kept]) -> list[_Kept]:
 
 
 def _shard(file: str, target: str, header: Header, kept: list[_Kept]) -> ShardPlan:
+    if len(kept) == len(header.tensors) and all(item.new == item.old for item in kept):
+        return ShardPlan(file, header.version, target, b"", (Span(0, header.size),), whole=True)
     placed: list[Tensor] = []
     pieces: list[Span | Rows] = []
     position = 0
-    # How many bytes would stand at the place in a page where they stood before, by where the first tensor starts.
-    phases: dict[int, int] = {}
     for item in _in_order(kept):
-        placed.append(Tensor(item.new.name, item.new.dtype, item.new.shape, position, position + item.new.size))
-        if item.pieces and isinstance(item.pieces[0], Span):
-            phase = (item.pieces[0].offset - position) % PAGE
-            phases[phase] = phases.get(phase, 0) + item.new.size
+        placed.append(replace(item.new, start=position, end=position + item.new.size))
         position += item.new.size
         pieces += item.pieces
-    whole = len(kept) == len(header.tensors) and all(item.new == item.old for item in kept)
-    if whole:
-        return ShardPlan(file, header.source.version, target, b"", (Span(0, header.source.size),), whole)
-    phase = max(phases, key=phases.__getitem__, default=0)
     return ShardPlan(
         source=file,
-        version=header.source.version,
+        version=header.version,
         target=target,
-        header=write_header(placed, header.metadata, phase),
+        header=write_header(placed, header.metadata),
         pieces=tuple(merged(pieces)),
-        whole=whole,
+        whole=False,
     )
 
 

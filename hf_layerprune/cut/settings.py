@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 # Settings that some quantisers write beside the config.
 QUANTISERS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-# What a reload sets anew.
+# What a reload sets again.
 _VOLATILE = ("_name_or_path", "transformers_version")
 
 

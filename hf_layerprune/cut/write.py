@@ -7,23 +7,20 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import BinaryIO
 
 from tqdm.auto import tqdm
 
 from ..errors import CheckpointError
-from ..files.copy import LocalFile, Source, Writeback, check_space, write_all
+from ..files.copy import LocalFile, check_space, open_new, write_all
 from ..files.folders import new_folder
 from .folder import INDEX, SINGLE, check_index, read_json
 from .header import read_header
 from .plan import CheckpointPlan, Rows, ShardPlan
 
-if TYPE_CHECKING:
-    from .download import Download
-
 logger = logging.getLogger(__name__)
 
-# What is read at once where a tensor is copied in slices of its rows.
+# The most that is read at once where a tensor is copied in slices of its rows.
 _ROWS_CHUNK = 8 << 20
 
 
@@ -49,7 +46,7 @@ def write_checkpoint(
 def fill(
     plan: CheckpointPlan, folder: Path, *, link: bool = False, progress: bool = True, name: str | None = None
 ) -> None:
-    """Follow a plan into a folder that is there, empty, and not yet under its final name.
+    """Follow a plan into a folder that exists, is empty, and does not have its final name yet.
 
     Args:
         plan (`CheckpointPlan`): What to write.
@@ -62,18 +59,7 @@ def fill(
         CheckpointError: The disk is too full, or the source changed.
         OSError: Writing failed.
     """
-    if plan.remote:
-        from .download import Download
-
-        with Download(plan, folder.parent, name or folder.name) as download:
-            _fill(plan, folder, link, progress, name or folder.name, download)
-    else:
-        _fill(plan, folder, link, progress, name or folder.name, None)
-
-
-def _fill(
-    plan: CheckpointPlan, folder: Path, link: bool, progress: bool, name: str, download: Download | None
-) -> None:
+    name = name or folder.name
     linked = _linkable(plan, folder) if link else frozenset()
     total = plan.target_bytes - sum(shard.size for shard in plan.shards if shard.target in linked)
     free = shutil.disk_usage(folder).free
@@ -87,102 +73,64 @@ def _fill(
         len(linked),
         free,
     )
-    check_space(folder.with_name(name), total - (download.done if download else 0), free)
+    check_space(folder.with_name(name), total, free)
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name, disable=not progress) as bar:
-        if download is not None:
-            download.fetch(bar.update)
         for shard in plan.shards:
-            if shard.source in plan.remote:
-                continue
             for count in _write_shard(plan, shard, folder, shard.target in linked):
                 bar.update(count)
         for companion, _ in plan.companions:
             for count in _write_companion(plan.source / companion, folder / companion):
                 bar.update(count)
         for file, content in plan.files.items():
-            with _NewFile(folder / file) as output:
-                write_all(output.descriptor, content)
+            with open_new(folder / file) as output:
+                write_all(output, content)
             bar.update(len(content))
-        if download is not None:
-            # Last: a run that is killed before has its downloads kept for the next one.
-            download.move_into(folder)
     _check_written(plan, folder)
 
 
 def _linkable(plan: CheckpointPlan, folder: Path) -> frozenset[str]:
     """The files that can be linked instead of copied."""
-    shards = [shard for shard in plan.shards if shard.source not in plan.remote]
-    for shard in shards:
+    for shard in plan.shards:
         if (plan.source / shard.source).stat().st_dev != folder.stat().st_dev:
             raise CheckpointError(
                 f"{plan.source / shard.source} and {folder.parent} are on different file systems, and a hard link can't reach "
                 "from one to the other; write to the same file system, or do without --link (link=True)"
             )
-    return frozenset(shard.target for shard in shards if shard.whole)
-
-
-class _NewFile:
-    """A new file, brought to disk when it is complete. It is never made through a link that somebody left there."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-
-    def __enter__(self) -> _NewFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        try:
-            if kind is None:
-                os.fsync(self.descriptor)
-        finally:
-            os.close(self.descriptor)
+    return frozenset(shard.target for shard in plan.shards if shard.whole)
 
 
 def _write_shard(plan: CheckpointPlan, shard: ShardPlan, folder: Path, linked: bool) -> Iterator[int]:
     path = plan.source / shard.source
     with LocalFile(path) as source:
-        _check_same(source, shard)
+        if source.version != shard.version:
+            raise source.changed()
         if linked:
             # The file itself, not a link to it, as in the cache of the Hub client.
             os.link(os.path.realpath(path), folder / shard.target)
-        else:
-            with _NewFile(folder / shard.target) as output:
-                write_all(output.descriptor, shard.header)
-                yield len(shard.header)
-                writeback = Writeback(output.descriptor)
-                for piece in shard.pieces:
-                    if isinstance(piece, Rows):
-                        counts = copy_rows(source, output.descriptor, piece)
-                    else:
-                        counts = source.copy_into(output.descriptor, piece.offset, piece.length)
-                    for count in counts:
-                        writeback.add(count)
-                        yield count
-            _check_same(source, shard)
+            return
+        with open_new(folder / shard.target) as output:
+            write_all(output, shard.header)
+            yield len(shard.header)
+            for piece in shard.pieces:
+                if isinstance(piece, Rows):
+                    yield from copy_rows(source, output, piece)
+                else:
+                    yield from source.copy_into(output, piece.offset, piece.length)
+        source.check_unchanged()
 
 
-def _check_same(source: Source, shard: ShardPlan) -> None:
-    if source.version != shard.version:
-        raise CheckpointError(f"{source.name} changed while it was read; make sure that nothing else writes it")
-
-
-def copy_rows(source: Source, output: int, piece: Rows) -> Iterator[int]:
+def copy_rows(source: LocalFile, output: BinaryIO, piece: Rows) -> Iterator[int]:
     """Append some columns of a matrix to a file, yielding the size of each chunk once it is written.
 
     Args:
-        source (`Source`): The file that holds the matrix.
-        output (`int`): Descriptor of a file that is open for writing.
+        source (`LocalFile`): The file that holds the matrix.
+        output (`BinaryIO`): A file that is open for writing.
         piece (`Rows`): The matrix and its columns.
 
     Yields:
         `int`: The size of each chunk.
     """
-    at_once = _ROWS_CHUNK // piece.row_bytes
-    if not at_once:
-        for row in range(piece.rows):
-            for span in piece.columns:
-                yield from source.copy_into(output, piece.offset + row * piece.row_bytes + span.offset, span.length)
-        return
+    at_once = max(1, _ROWS_CHUNK // piece.row_bytes)
     for row in range(0, piece.rows, at_once):
         count = min(at_once, piece.rows - row)
         data = source.read(piece.offset + row * piece.row_bytes, count * piece.row_bytes)
@@ -192,10 +140,10 @@ def copy_rows(source: Source, output: int, piece: Rows) -> Iterator[int]:
 
 
 def take_columns(data: bytes, piece: Rows) -> memoryview:
-    """Keep some columns of a stretch of rows.
+    """Keep some columns of whole rows.
 
     Args:
-        data (`bytes`): Whole rows.
+        data (`bytes`): The rows.
         piece (`Rows`): The matrix and its columns.
 
     Returns:
@@ -210,19 +158,16 @@ def take_columns(data: bytes, piece: Rows) -> memoryview:
 
 def _write_companion(path: Path, target: Path) -> Iterator[int]:
     target.parent.mkdir(exist_ok=True)
-    with LocalFile(path) as source, _NewFile(target) as output:
-        yield from source.copy_into(output.descriptor, 0, source.size)
+    with LocalFile(path) as source, open_new(target) as output:
+        yield from source.copy_into(output, 0, source.size)
 
 
 def _check_written(plan: CheckpointPlan, folder: Path) -> None:
     """Read back what says where the tensors are."""
-    headers = {}
-    for shard in plan.shards:
-        with LocalFile(folder / shard.target) as file:
-            headers[shard.target] = read_header(file)
+    headers = {shard.target: read_header(folder / shard.target) for shard in plan.shards}
     index = folder / INDEX
     if index.exists():
-        check_index(read_json(index), headers, str(index))
+        check_index(read_json(index)["weight_map"], headers, str(index))
     names = {tensor.name for header in headers.values() for tensor in header.tensors}
     if names != set(plan.tensor_names.values()) or (not index.exists() and set(headers) != {SINGLE}):
         raise CheckpointError(f"{folder} did not come out as planned; check the disk")

@@ -1,36 +1,24 @@
-"""Copying ranges of files without passing them through Python, and writing so that nothing is half written.
-
-Both kinds of checkpoint (`checkpoint/` for safetensors folders, `gguf/`) are cut by copying byte ranges into
-a temporary sibling of the target, bringing it to disk and renaming it.
-"""
+"""Reading and copying ranges of files, and writing a file so that it is there whole or not at all."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import secrets
-import sys
-from collections.abc import Hashable, Iterator
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple
 
 from ..errors import CheckpointError
 
-# One call of the kernel's own copying. It stays interruptible, and a progress bar moves a few times a second.
-KERNEL_CHUNK = 64 << 20
-# Reading into memory and writing again is fastest while the chunk fits a processor's cache.
-BUFFER_CHUNK = 1 << 20
-# Two ranges can share blocks on disk where both start at the same place within a page.
-PAGE = 4096
-_SYNC_FILE_RANGE_WRITE = 2
-# The errors by which the kernel says that it can't copy between these two files in this way at all.
-_NOT_THIS_WAY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ENOTSOCK}
+# Reading into one buffer and writing it again is fastest while the buffer fits a processor's cache.
+CHUNK = 1 << 20
 
 
 class FileState(NamedTuple):
-    """What tells whether a file is still the one that was looked at."""
+    """Tells whether a file is still the one that was looked at."""
 
     device: int
     inode: int
@@ -40,207 +28,126 @@ class FileState(NamedTuple):
     @classmethod
     def of(cls, file: int | Path) -> FileState:
         """The state of a file, by path or descriptor."""
-        found = os.stat(file)
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-class Source(Protocol):
-    """Something that bytes are cut from: a local file, or a remote one."""
-
-    name: str
-    size: int
-
-    @property
-    def version(self) -> Hashable:
-        """What changes when the content does."""
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Exactly these bytes, or a `CheckpointError`."""
-
-    def copy_into(self, output: int, offset: int, length: int) -> Iterator[int]:
-        """Append these bytes to an open file descriptor, yielding the size of each chunk once it is written."""
+        status = os.stat(file)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 class LocalFile:
-    """A `Source` in the file system, from which the kernel copies.
+    """A file that is read by range, and that must not change meanwhile.
 
     Args:
         path (`Path`): The file, or a symbolic link to it.
 
     Raises:
-        CheckpointError: It is missing, unreadable or no regular file.
+        CheckpointError: It is missing, unreadable, or not a regular file.
     """
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self.path = path
+        self._lock = threading.Lock()
         try:
             # Looked at first: opening a pipe would wait for a writer.
             if not path.is_file():
                 what = "is not a file" if os.path.lexists(path) else "does not exist"
                 raise CheckpointError(f"{path} {what}; is the download complete?")
-            self._file = os.open(path, os.O_RDONLY)
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise CheckpointError(f"could not read {path}: {error.strerror or error}") from error
-        self.size = os.fstat(self._file).st_size
-
-    @property
-    def version(self) -> FileState:
-        """What changes when the content does."""
-        return FileState.of(self._file)
+        self.version = self._state()
+        self.size = self.version.size
 
     def __enter__(self) -> LocalFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        os.close(self._file)
+        self._file.close()
+
+    def _state(self) -> FileState:
+        return FileState.of(self._file.fileno())
+
+    def check_unchanged(self) -> None:
+        """Make sure that the file is the one that was opened.
+
+        Raises:
+            CheckpointError: It has changed.
+        """
+        if self._state() != self.version:
+            raise self.changed()
+
+    def changed(self) -> CheckpointError:
+        """The error to raise where the file is no longer the one that was planned for."""
+        return CheckpointError(f"{self.name} changed while it was read; make sure that nothing else writes it")
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read a range.
-
-        Args:
-            offset (`int`): Where it starts.
-            length (`int`): How long it is.
-
-        Returns:
-            `bytes`: Exactly that many bytes.
+        """Read exactly `length` bytes from `offset` on.
 
         Raises:
             CheckpointError: The file ends before, or can't be read.
         """
-        parts: list[bytes] = []
+        return b"".join(bytes(part) for part in self.chunks(offset, length))
+
+    def chunks(self, offset: int, length: int) -> Iterator[memoryview]:
+        """Read a range piece by piece. Each piece is only good until the next one is asked for.
+
+        Raises:
+            CheckpointError: The file ends before, or can't be read.
+        """
+        buffer = memoryview(bytearray(min(CHUNK, length)))
         try:
             while length:
-                part = os.pread(self._file, length, offset)
-                if not part:
-                    raise _shorter(self.name)
-                parts.append(part)
-                offset, length = offset + len(part), length - len(part)
+                with self._lock:
+                    self._file.seek(offset)
+                    count = self._file.readinto(buffer[:length])
+                if not count:
+                    raise CheckpointError(
+                        f"{self.name} got shorter while it was read; make sure that nothing else writes it"
+                    )
+                yield buffer[:count]
+                offset, length = offset + count, length - count
         except OSError as error:
             raise CheckpointError(f"could not read {self.name}: {error.strerror or error}") from error
-        return b"".join(parts)
 
-    def copy_into(self, output: int, offset: int, length: int) -> Iterator[int]:
-        """Append a range of this file to another.
-
-        Args:
-            output (`int`): Descriptor of a file that is open for writing.
-            offset (`int`): Where the range starts here.
-            length (`int`): How long it is.
+    def copy_into(self, output: BinaryIO, offset: int, length: int) -> Iterator[int]:
+        """Append a range of this file to a file that is open for writing.
 
         Yields:
-            `int`: The size of each chunk, once it is written.
+            `int`: The size of each piece, once it is written.
 
         Raises:
             CheckpointError: This file got shorter meanwhile.
             OSError: Writing failed.
         """
-        yield from Copier(self._file, output, name=self.name).copy(offset, length)
+        for part in self.chunks(offset, length):
+            write_all(output, part)
+            yield len(part)
 
 
-class Copier:
-    """Copies ranges of one open file to the end of another, in the fastest way that the kernel offers.
-
-    Args:
-        source (`int`): Descriptor to read from.
-        output (`int`): Descriptor to write to, at its position.
-        name (`str`): What to call the source in errors.
-        chunk (`int`, *optional*, defaults to `KERNEL_CHUNK`): The most that is copied at once.
-    """
-
-    def __init__(self, source: int, output: int, *, name: str, chunk: int = KERNEL_CHUNK) -> None:
-        self._source = source
-        self._output = output
-        self._name = name
-        self._chunk = chunk
-        self._ways = [_copy_file_range, _sendfile]
-
-    def copy(self, offset: int, length: int) -> Iterator[int]:
-        """Copy a range, yielding the size of each chunk that is done."""
-        end = offset + length
-        if length >= PAGE and (lead := -offset % PAGE) and lead == -os.lseek(self._output, 0, os.SEEK_CUR) % PAGE:
-            # From a page's start on, file systems with reflinks can share the blocks instead of copying them.
-            yield from self._copy_all(offset, offset + lead)
-            offset += lead
-        yield from self._copy_all(offset, end)
-
-    def _copy_all(self, offset: int, end: int) -> Iterator[int]:
-        while offset < end:
-            count = self._copy_chunk(offset, min(end - offset, self._chunk))
-            offset += count
-            yield count
-
-    def _copy_chunk(self, offset: int, length: int) -> int:
-        while self._ways:
-            try:
-                if count := self._ways[0](self._source, self._output, offset, length):
-                    return count
-            except OSError as error:
-                if error.errno not in _NOT_THIS_WAY:
-                    raise
-            # Not possible here, or the file has ended: the next way, or reading, tells which.
-            del self._ways[0]
-        data = os.pread(self._source, min(length, BUFFER_CHUNK), offset)
-        if not data:
-            raise _shorter(self._name)
-        write_all(self._output, data)
-        return len(data)
-
-
-def _copy_file_range(source: int, output: int, offset: int, length: int) -> int:
-    if not hasattr(os, "copy_file_range"):
-        return 0
-    return os.copy_file_range(source, output, length, offset)
-
-
-def _sendfile(source: int, output: int, offset: int, length: int) -> int:
-    # Elsewhere than on Linux, it only sends to sockets.
-    if sys.platform != "linux":
-        return 0
-    return os.sendfile(output, source, offset, length)
-
-
-def _shorter(name: str) -> CheckpointError:
-    return CheckpointError(f"{name} got shorter while it was read; make sure that nothing else writes it")
-
-
-def write_all(output: int, data: bytes | memoryview) -> None:
-    """Write all of the data to a descriptor."""
+def write_all(output: BinaryIO, data: bytes | memoryview) -> None:
+    """Write all of the data to an unbuffered file."""
     view = memoryview(data).cast("B")
     while view:
-        view = view[os.write(output, view) :]
+        view = view[output.write(view) :]
 
 
-class Writeback:
-    """Has the system write a growing file to disk while it grows, so that little is left to wait for at its end.
-
-    Args:
-        output (`int`): Descriptor of the file.
-    """
-
-    def __init__(self, output: int) -> None:
-        self._output = output
-        self._begun = self._written = 0
-        self._start = None
-        if sys.platform == "linux":
-            with suppress(OSError, AttributeError):
-                self._start = ctypes.CDLL(None).sync_file_range
-                self._start.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-
-    def add(self, count: int) -> None:
-        """Say that this many bytes more were written."""
-        self._written += count
-        if self._start and self._written - self._begun >= KERNEL_CHUNK:
-            # A hint: whether it is taken up changes nothing but the time.
-            self._start(self._output, self._begun, self._written - self._begun, _SYNC_FILE_RANGE_WRITE)
-            self._begun = self._written
+@contextmanager
+def open_new(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that must not exist yet, not even as a link, and bring it to disk when the block ends well."""
+    with open(path, "xb", buffering=0) as output:
+        yield output
+        os.fsync(output.fileno())
 
 
 def check_space(target: Path, needed: int, free: int) -> None:
     """Refuse to start what can't fit.
 
+    Args:
+        target (`Path`): What is written, for the message.
+        needed (`int`): How many bytes it takes.
+        free (`int`): How many bytes its disk has left.
+
     Raises:
-        CheckpointError: The disk has less than the needed bytes free.
+        CheckpointError: The disk has too little room.
     """
     if free < needed:
         raise CheckpointError(
@@ -252,9 +159,9 @@ def write_failed(target: Path, error: OSError) -> CheckpointError:
     """The error to raise for a failed write, with the way out where it is known."""
     advice = {
         errno.ENOSPC: "; make room or write elsewhere",
-        errno.EDQUOT: "; make room or write elsewhere",
+        getattr(errno, "EDQUOT", None): "; make room or write elsewhere",
         errno.EROFS: "; write elsewhere",
-        errno.EACCES: "; write where you may",
+        errno.EACCES: "; write to a place where you have permission",
     }.get(error.errno or 0, "")
     return CheckpointError(f"could not write {target}: {error.strerror or error}{advice}")
 
@@ -269,25 +176,106 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
+def check_file_target(
+    target: Path, *, force: bool, inside: Path | None = None, apart_from: Path | None = None
+) -> None:
+    """Refuse a file that can't be written without touching something else.
+
+    Args:
+        target (`Path`): The file to write.
+        force (`bool`): Whether it may replace a file that is there.
+        inside (`Path`, *optional*): A folder that it must not lead out of, by a link or otherwise.
+        apart_from (`Path`, *optional*): A file that is only read, or a folder of such files.
+
+    Raises:
+        CheckpointError: The target is a link, a folder, a device or one of the files that are read; it leads out of
+            `inside`; it exists; or its folder does not.
+    """
+    if not target.parent.is_dir():
+        raise CheckpointError(f"the folder {target.parent} does not exist; make it first")
+    if inside is not None:
+        plain = os.path.normpath(os.path.join(os.path.realpath(inside), os.path.relpath(target.parent, inside)))
+        if os.path.realpath(target.parent) != plain or not os.path.realpath(plain).startswith(
+            os.path.realpath(inside)
+        ):
+            raise CheckpointError(f"{target} leads out of {inside}, and nothing is written there; remove the link")
+    real = Path(os.path.realpath(target))
+    if apart_from is not None and apart_from.exists():
+        source = Path(os.path.realpath(apart_from))
+        if real == source or (real.exists() and apart_from.is_file() and apart_from.samefile(real)):
+            raise CheckpointError(f"{target} is the source itself; write to another file")
+        if source in real.parents:
+            raise CheckpointError(f"{target} is inside {apart_from}, which is only read; write to another folder")
+    if target.is_symlink():
+        raise CheckpointError(f"{target} is a symbolic link, and nothing is written through one; name another file")
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder; name a file to write")
+    if target.exists() and not target.is_file():
+        raise CheckpointError(f"{target} is not a regular file; name another one")
+    if target.exists() and not force:
+        raise CheckpointError(f"{target} exists; replace it with --force (force=True), or name another file")
+
+
+@contextmanager
+def new_file(
+    target: Path, *, force: bool = False, inside: Path | None = None, apart_from: Path | None = None
+) -> Iterator[Path]:
+    """Write a file under a temporary name beside the target, and give it its own when the block ends well.
+
+    Args:
+        target (`Path`): The file to write.
+        force (`bool`, *optional*, defaults to `False`): Replace a file that is there. It stays until the new one is
+            complete and on disk.
+        inside (`Path`, *optional*): A folder that the target must not lead out of, by a link or otherwise.
+        apart_from (`Path`, *optional*): A file or folder that is only read.
+
+    Yields:
+        `Path`: The file to write; it does not exist yet.
+
+    Raises:
+        CheckpointError: The target is in the way, or writing fails. Nothing of the new file is left.
+    """
+    check_file_target(target, force=force, inside=inside, apart_from=apart_from)
+    # A name of its own, so that nothing that lies there already, a link or anybody's file, is written to.
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    try:
+        yield partial
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())
+        if not force:
+            _claim(target, partial)
+        os.replace(partial, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise write_failed(target, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _claim(target: Path, partial: Path) -> None:
+    """Take a name that must still be free: a hard link, unlike a rename, fails where it is not."""
+    try:
+        os.link(partial, target)
+    except OSError as error:  # not every file system has hard links
+        if os.path.lexists(target):
+            raise CheckpointError(f"{target} has appeared meanwhile; replace it with --force (force=True)") from error
+
+
+def write_bytes(path: Path, data: bytes, *, inside: Path | None = None) -> None:
     """Write a file so that it is there whole or as it was: a temporary sibling, brought to disk, and renamed.
 
     Args:
         path (`Path`): The file; its folder exists.
-        text (`str`): Its content.
+        data (`bytes`): Its content.
+        inside (`Path`, *optional*): A folder that the file must not lead out of.
 
     Raises:
-        CheckpointError: The file system refused.
+        CheckpointError: The file is a link or in the way, or the file system refused.
     """
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise write_failed(path, error) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(path, force=True, inside=inside) as partial, open_new(partial) as output:
+        write_all(output, data)
+
+
+def write_text(path: Path, text: str, *, inside: Path | None = None) -> None:
+    """As `write_bytes`, for text in UTF-8."""
+    write_bytes(path, text.encode(), inside=inside)

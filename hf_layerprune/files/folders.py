@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
+import json
 import os
 import re
 import secrets
 import shutil
-import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from ..errors import CheckpointError
 from .copy import sync_folder, write_failed
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
-# What a folder must hold one of to be replaced: nobody's home is deleted by a slip of the keyboard.
-_MODEL_FILES = ("config.json", "adapter_config.json")
+# What transformers, PEFT, TRL and this package write into a model folder. Only a folder that holds nothing else may be
+# replaced: a file that may be somebody's own work is named instead.
+_MODEL_FILE = re.compile(
+    r"""
+    (config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template
+     |preprocessor_config|processor_config|video_preprocessor_config|quant(ize)?_config|hf_quant_config
+     |trainer_state|(all|train|eval)_results|lineage|metrics)\.json
+    | (model|pytorch_model|adapter_model|consolidated)([-.][\w.-]+)?\.(safetensors|bin|gguf)(\.index(\.\w+)?\.json)?
+    | model\.safetensors\.index(\.\w+)?\.json
+    | (vocab|merges)\.txt | [\w.-]+\.(model|tiktoken) | chat_template\.jinja
+    | (optimizer|scheduler|rng_state(_\d+)?|scaler)\.(pt|pth|bin) | training_args\.bin | events\.out\.tfevents\.[\w.-]+
+    | (licen[cs]e|notice|use_policy|copying)([.-][\w-]+)*(\.(txt|md))? | \.gitattributes
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_MODEL_SUBFOLDERS = re.compile(
+    r"adapter|checkpoint-\d+|runs(/[\w.-]+)?|additional_chat_templates|assets|\.eval_results"
+)
+# What only a folder of ours has beside the model: the card and what belongs to it.
+_OUR_FILE = re.compile(r"README\.md|assets/[\w.-]+\.(png|svg)|\.eval_results/[\w.-]+\.yaml|[\w.-]+/README\.md")
+_MODEL_SIGNS = {"config.json", "adapter_config.json"}
 
 
 @contextmanager
 def new_folder(
-    target: Path, *, force: bool = False, apart_from: Path | None = None, replaces: Collection[str] = _MODEL_FILES
+    target: Path,
+    *,
+    force: bool = False,
+    apart_from: Path | None = None,
+    replaces: re.Pattern[str] | None = None,
 ) -> Iterator[Path]:
     """Make a folder under a temporary name, and give it its own when the block ends well.
 
@@ -35,7 +53,8 @@ def new_folder(
         force (`bool`, defaults to `False`): Replace a model folder that is there. It stays until the new one is
             complete and on disk.
         apart_from (`Path`, *optional*): A file or folder that must not be written to.
-        replaces (`Collection[str]`): A folder must hold one of these files to be replaced.
+        replaces (`re.Pattern`, *optional*): Of a folder that is not a model's, the names of the files that such a folder
+            holds; one that holds others is not replaced.
 
     Yields:
         `Path`: The folder to write into.
@@ -43,9 +62,11 @@ def new_folder(
     Raises:
         CheckpointError: The target is in the way, or writing fails. Nothing of the new folder is left.
     """
+    from safetensors import SafetensorError
+
     try:
         target = check_target(target.expanduser(), apart_from, force, replaces)
-        with NewFolder(target, force) as folder:
+        with NewFolder(target, force, replaces) as folder:
             yield folder.path
             folder.publish()
     except OSError as error:
@@ -54,20 +75,21 @@ def new_folder(
         raise CheckpointError(f"could not write {target}: {error}") from error
 
 
-def check_target(target: Path, source: Path | None, force: bool, replaces: Collection[str] = _MODEL_FILES) -> Path:
+def check_target(target: Path, source: Path | None, force: bool, replaces: re.Pattern[str] | None = None) -> Path:
     """Refuse a target that can't be made without touching something else.
 
     Args:
         target (`Path`): The folder to make.
         source (`Path`, *optional*): The file or folder that is read, if it is one.
         force (`bool`): Whether the target may be replaced.
-        replaces (`Collection[str]`): A folder must hold one of these files to be replaced.
+        replaces (`re.Pattern`, *optional*): See `new_folder`.
 
     Returns:
         `Path`: The target without any link on the way to it.
 
     Raises:
-        CheckpointError: It is the source or overlaps with it, exists, or is no folder.
+        CheckpointError: It is the source or overlaps with it, exists, or is not a folder; or it holds a file that does
+            not belong to a model.
     """
     named = target
     target = Path(os.path.abspath(target))
@@ -81,21 +103,58 @@ def check_target(target: Path, source: Path | None, force: bool, replaces: Colle
     if os.path.lexists(target):
         if not target.is_dir():
             raise CheckpointError(f"{named} is a file; name a folder to make")
-        names = os.listdir(target)
-        if names and not force:
-            raise CheckpointError(
-                f"{named} exists and is not empty; replace it with --force (force=True), or name another folder"
-            )
-        if names and not set(replaces) & set(names):
-            raise CheckpointError(
-                f"{named} holds no {' or '.join(replaces)}, so it is not replaced; remove it yourself, or name another"
-            )
+        if next(os.scandir(target), None) is not None:
+            if not force:
+                raise CheckpointError(
+                    f"{named} exists and is not empty; replace it with --force (force=True), or name another folder"
+                )
+            _check_replaceable(named, target, replaces)
     for parent in target.parents:
         if os.path.lexists(parent):
             if not parent.is_dir():
                 raise CheckpointError(f"{parent} is a file, so {named} can't be made in it; name another folder")
             break
     return target
+
+
+def _check_replaceable(named: Path, folder: Path, replaces: re.Pattern[str] | None) -> None:
+    """Only a folder of the kind that is written, without anybody's own files in it, may go."""
+    if replaces is None and not any((folder / name).is_file() for name in _MODEL_SIGNS):
+        raise CheckpointError(
+            f"{named} is not a model folder, so it is not replaced; remove it yourself, or name another"
+        )
+    ours = _is_ours(folder)
+    foreign: list[str] = []
+    for root, _, names in os.walk(folder):
+        inside = Path(root).relative_to(folder).as_posix()
+        for name in names:
+            path = name if inside == "." else f"{inside}/{name}"
+            if replaces is not None:
+                known = replaces.fullmatch(path)
+            else:
+                known = _MODEL_FILE.fullmatch(name) and (inside == "." or _MODEL_SUBFOLDERS.fullmatch(inside))
+            if not known and not (replaces is None and ours and _OUR_FILE.fullmatch(path)):
+                foreign.append(path)
+    # os.walk lists links to folders among the folders; whoever made one has put it there.
+    foreign += [path.name for path in folder.iterdir() if path.is_symlink() and path.is_dir()]
+    if foreign:
+        shown = ", ".join(sorted(foreign)[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise CheckpointError(
+            f"{named} is not replaced, since it holds files that may be yours: {shown}; move them away, or name another "
+            "folder"
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether this package wrote a folder: it has a history, or its config names the dropped layers."""
+    if (folder / "lineage.json").is_file():
+        return True
+    for name in _MODEL_SIGNS:
+        with suppress(OSError, ValueError, RecursionError):
+            fields = json.loads((folder / name).read_bytes()[: 1 << 24])
+            if isinstance(fields, dict) and ("layer_drop" in fields or fields.get("peft_type") == "LAYER_DROP"):
+                return True
+    return False
 
 
 def _check_apart(named: Path, target: Path, source: Path) -> None:
@@ -120,12 +179,14 @@ class NewFolder:
     Args:
         target (`Path`): Where the folder will be.
         force (`bool`): Whether it may replace one that is there.
+        replaces (`re.Pattern`, *optional*): See `new_folder`.
     """
 
-    def __init__(self, target: Path, force: bool) -> None:
+    def __init__(self, target: Path, force: bool, replaces: re.Pattern[str] | None = None) -> None:
         self._target = target
+        self._replaces = replaces
         self._force = force
-        self._lock: int | None = -1
+        self._lock: int | None = None
         self.path = self._sibling("partial")
 
     def _sibling(self, kind: str) -> Path:
@@ -150,8 +211,7 @@ class NewFolder:
     def __exit__(self, *exception: object) -> None:
         if self.path.exists():
             shutil.rmtree(self.path, ignore_errors=True)
-        if self._lock is not None and self._lock >= 0:
-            os.close(self._lock)
+        _unlock(self._lock)
 
     def _clear_up(self) -> None:
         """Remove what killed runs left, and put back a target that was on its way out."""
@@ -165,12 +225,12 @@ class NewFolder:
             else:
                 shutil.rmtree(old)
         for partial in self._siblings("partial"):
-            lock = _lock(partial)
-            if lock is None:
-                raise CheckpointError(f"{self._target} is being written by another process; wait for it")
+            try:
+                lock = _lock(partial)
+            except BlockingIOError:
+                raise CheckpointError(f"{self._target} is being written by another process; wait for it") from None
             shutil.rmtree(partial, ignore_errors=True)
-            if lock >= 0:
-                os.close(lock)
+            _unlock(lock)
 
     def publish(self) -> None:
         """Bring the folder to disk and let it take the target's place.
@@ -189,10 +249,8 @@ class NewFolder:
         try:
             os.rename(self.path, self._target)
         except OSError as error:
-            if (
-                error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES, errno.EPERM)
-                or not self._target.is_dir()
-            ):
+            in_the_way = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES, errno.EPERM)
+            if error.errno not in in_the_way or not self._target.is_dir():
                 raise
             if not self._force:
                 raise CheckpointError(
@@ -202,9 +260,10 @@ class NewFolder:
         sync_folder(self._target.parent)
 
     def _replace(self) -> None:
-        if _exchange(self.path, self._target):
-            # What is under the temporary name now is the old folder; leaving removes it.
-            return
+        """Two renames: a run that is killed between them has its old folder put back by the next one."""
+        check_target(
+            self._target, None, self._force, self._replaces
+        )  # what it holds may have changed while the new one was made
         old = self._sibling("old")
         os.rename(self._target, old)
         try:
@@ -217,31 +276,26 @@ class NewFolder:
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder while this process lives; `None` where another process has it."""
+    """Lock a folder while this process lives, where the system can: a descriptor to close.
+
+    Raises:
+        BlockingIOError: Another process has it.
+    """
     try:
         import fcntl
-    except ImportError:  # not a POSIX system
-        return -1
+    except ImportError:
+        return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(descriptor)
-        return None
-    except OSError:
-        # Some network file systems know no locks.
-        with suppress(OSError):
-            os.close(descriptor)
-        return -1
+        if isinstance(error, BlockingIOError):
+            raise
+        return None  # some network file systems know no locks
     return descriptor
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names at once, where the system can."""
-    if sys.platform != "linux":
-        return False
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)

@@ -149,25 +149,18 @@ def _on_hub(repo: str, revision: str | None) -> Subject:
         _refresh_base(adapter)
         model, size, commit = identity(folder), (folder / ADAPTER_WEIGHTS).stat().st_size, folder.name
     else:
-        from ..cut.remote import HubBase
+        from ..cut.base import Base
 
-        hub = HubBase.open(repo, revision)
-        folder, commit = hub.folder, hub.commit
+        base = Base.open(repo, revision)
+        hub, folder, commit = base.repo, base.folder, base.repo.commit
+        base.fetch_companions()
         weights = {name: entry for name, entry in hub.fingerprint().items() if name.endswith(WEIGHTS)}
         others = {name: path for name, path in model_files(folder).items() if not name.endswith(WEIGHTS)}
-        hashes = {name: entry.get("sha256") or _hash_on_hub(repo, name, commit) for name, entry in weights.items()}
+        hashes = {name: entry.get("sha256") or sha256_of(hub.get(name)) for name, entry in weights.items()}
         model = identity_of(hashes | hash_files(others))
         size = sum(entry["size"] for entry in weights.values())
     lineage = Lineage.of(folder)
     return Subject(repo, repo, model, _role(lineage), lineage, None, commit, size)
-
-
-def _hash_on_hub(repo: str, name: str, commit: str) -> str:
-    """The sha256 of a weight file that the Hub lists without one, because it is small: it is downloaded for it."""
-    from huggingface_hub import hf_hub_download
-
-    with boundary(f"can't get {name} of {repo}"):
-        return sha256_of(Path(hf_hub_download(repo, name, revision=commit)))
 
 
 def _download_adapter(repo: str, revision: str | None) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import families
 from ..cut.disk import plan_cut
-from ..cut.gguf import cut_gguf, gguf_layer_count, is_gguf
+from ..cut.gguf import cut_gguf, gguf_layer_count, gguf_texts, is_gguf
 from ..cut.patch import patch_layers
 from ..cut.settings import read_config
 from ..cut.write import fill
@@ -30,7 +30,8 @@ from .requests import PruneRequest
 if TYPE_CHECKING:
     from ..adapter.config import LayerDropConfig
     from ..adapter.prepare import Prepared
-    from ..cut.remote import HubBase
+    from ..cut.base import Base
+    from ..files.hub import Repo
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def prune_to(request: PruneRequest) -> str:
                 # The same bytes of what stays: nothing is loaded, and of a base on the Hub nothing else is fetched.
                 plan = plan_cut(hub or source, cut.drop)
                 fill(plan, folder, link=request.link, name=output.name)
-                commit = hub.commit if hub else None
+                commit = hub.repo.commit if hub and hub.repo else None
                 if request.check:
                     _check(request, folder)
                 else:
@@ -157,13 +158,13 @@ def _needs_a_model(request: PruneRequest) -> bool:
     return request.dtype != "auto" or resolve_base(request.base)[1] is not None
 
 
-def _hub_base(request: PruneRequest) -> HubBase | None:
+def _hub_base(request: PruneRequest) -> Base | None:
     """The base, if it is on the Hub and its weights stay as they are."""
     if request.adapter or _needs_a_model(request) or not is_hub_id(request.base):
         return None
-    from ..cut.remote import HubBase
+    from ..cut.base import Base
 
-    return HubBase.open(request.base, request.revision)
+    return Base.open(request.base, request.revision)
 
 
 def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> str:
@@ -267,41 +268,37 @@ def _adapter(
 
 
 def _write_lineage(
-    request: PruneRequest, entry: dict[str, Any], commit: str | None, folder: Path, hub: HubBase | None
+    request: PruneRequest, entry: dict[str, Any], commit: str | None, folder: Path, hub: Base | None
 ) -> None:
     if hub is None and is_hub_id(request.base):
-        from ..cut.remote import HubBase
+        from ..cut.base import Base
 
-        hub = HubBase.open(request.base, commit or request.revision)
+        hub = Base.open(request.base, commit or request.revision)
     source = hub.folder if hub else Path(request.base).expanduser()
     lineage = (Lineage.of(source) if source.is_dir() else None) or Lineage({})
     if not lineage.base:
         lineage.base = {
             "id": request.base,
             "commit": commit,
-            "files": hub.fingerprint() if hub else fingerprint(source),
-        } | _declared(request, source, hub)
+            "files": hub.repo.fingerprint() if hub and hub.repo else fingerprint(source),
+        } | _declared(source, hub.repo if hub else None)
     if source.is_dir():
         _copy_licence(source, folder)
     lineage.record(folder, entry)
 
 
-def _declared(request: PruneRequest, source: Path, hub: HubBase | None) -> dict[str, Any]:
+def _declared(source: Path, repo: Repo | None) -> dict[str, Any]:
     """What the base says about itself: its licence, its languages, whether it chats."""
-    if hub is not None:
+    if repo is not None:
         try:
-            card = hub.fetch_small(CARD)
+            card = repo.get(CARD) if CARD in repo.files else None
         except CheckpointError as error:
             logger.warning("%s; its licence is not recorded", error)
             card = None
-        return declared_by(hub.folder, card, f"{hub.repo}/blob/{hub.commit}")
+        return declared_by(source, card, f"{repo.name}/blob/{repo.commit}")
     if source.is_dir():
         return declared_by(source)
-    from ..cut.gguf.header import read_header
-
-    with source.open("rb") as file:
-        keys = read_header(file, source, source.stat().st_size).keys
-    return declared_in_gguf({name: key.text for name, key in keys.items() if key.text is not None})
+    return declared_in_gguf(gguf_texts(source))
 
 
 def _copy_licence(source: Path, folder: Path) -> None:

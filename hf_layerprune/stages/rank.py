@@ -119,7 +119,7 @@ def rank(request: RankRequest) -> Ranking:
     }
     ranking = Ranking(scores, drops, why, record)
     if request.output is not None:
-        with new_folder(request.output, force=request.force, apart_from=source, replaces=("scores.json",)) as folder:
+        with new_folder(request.output, force=request.force, apart_from=source, replaces=_OURS) as folder:
             _write(ranking, folder, n)
     return ranking
 
@@ -179,10 +179,7 @@ def _walk(request: RankRequest, model: Any, walk: type[LayerWalk]) -> LayerWalk:
 
 def _check_output(output: Path, source: Path, force: bool) -> None:
     """Refuse an output that can't be written, before minutes are spent on scoring."""
-    check_target(output, source, force, replaces=("scores.json",))
-    others = [path.name for path in output.glob("*") if not _OURS.fullmatch(path.name)]
-    if others:
-        raise CheckpointError(f"{output} holds {others[0]}, which is no part of a ranking; name another folder")
+    check_target(output, source, force, replaces=_OURS)
 
 
 def _write(ranking: Ranking, folder: Path, num_layers: int) -> None:

@@ -4,37 +4,35 @@
 
     cut_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-101M.Q4_1.gguf", drop_layers=range(23, 30))
 
-A cut is planned from the header alone: a list of pieces, each either new bytes or a range of the source. Writing is
-then a plain loop over the pieces. `gguf.GGUFWriter` is not used, since it takes Python values: it would write arrays
-of unsigned integers back as signed ones, leave out empty strings and arrays, and encode the whole vocabulary again.
-Here, everything that does not change is copied byte for byte, and so are all tensors, whatever their type.
+A cut is planned from the header alone: the new header, as `gguf.GGUFWriter` writes it, and the tensors to copy. What
+does not change is handed to the writer as the bytes that it was read as, and tensors are copied byte for byte, whatever
+their type.
 """
 
+from __future__ import annotations
+
+import io
 import logging
 import os
 import re
-import secrets
 import shutil
 import stat
-import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm.auto import tqdm
 
 from ...errors import CheckpointError
-from ...files.copy import KERNEL_CHUNK as _CHUNK
-from ...files.copy import Copier as _Copier
-from ...files.copy import FileState, check_space, sync_folder, write_all, write_failed
-from .header import GGUFHeader, TensorInfo, pad, read_header
-from .layers import block_count_of, rewrite_metadata
+from ...files.copy import LocalFile, check_file_target, check_space, new_file, open_new, write_all
+from .layers import Rewrite, block_count_of, rewrite_metadata
+
+if TYPE_CHECKING:
+    from .reader import GGUFHeader, Tensor
 
 logger = logging.getLogger(__name__)
 
-_FIXED_HEADER = struct.Struct("<4sIQQ")
 _LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
 _NUMBERED = re.compile(r"\.[0-9]+\.|^(blk|.*\.blk)\.")
 
@@ -59,8 +57,14 @@ class GGUFCutPlan:
     tensor_names: dict[str, str] = field(repr=False)
     dropped_tensors: tuple[str, ...] = field(repr=False)
     source_bytes: int
-    target_bytes: int
-    pieces: tuple[bytes | ByteRange, ...] = field(repr=False)
+    header: bytes = field(repr=False)
+    pieces: tuple[ByteRange, ...] = field(repr=False)
+    alignment: int
+
+    @property
+    def target_bytes(self) -> int:
+        """Size of the file to write."""
+        return len(self.header) + sum(_padded(piece.length, self.alignment) for piece in self.pieces)
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
@@ -93,8 +97,23 @@ def gguf_layer_count(source: str | os.PathLike[str]) -> int:
     Raises:
         CheckpointError: If the file cannot be read or is no GGUF model.
     """
-    with _opened(Path(source)) as (_, header):
-        return block_count_of(header)
+    return block_count_of(_read(Path(source)))
+
+
+def gguf_texts(source: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a GGUF file that is text, such as its licence and its chat template.
+
+    Args:
+        source (`str` or `os.PathLike`): The GGUF file.
+
+    Returns:
+        `dict[str, str]`: By key.
+
+    Raises:
+        CheckpointError: If the file cannot be read.
+    """
+    texts = {key: entry.text for key, entry in _read(Path(source)).keys.items()}
+    return {key: text for key, text in texts.items() if text is not None}
 
 
 def plan_gguf_cut(source: str | os.PathLike[str], drop_layers: Sequence[int]) -> GGUFCutPlan:
@@ -111,8 +130,7 @@ def plan_gguf_cut(source: str | os.PathLike[str], drop_layers: Sequence[int]) ->
         CheckpointError: If the file is damaged or of an unknown kind, or if the cut could not be exact.
         CutError: If an index is out of range or named twice, or nothing or everything would go.
     """
-    with _opened(Path(source)) as (_, header):
-        return _plan(header, drop_layers)
+    return _plan(_read(Path(source)), drop_layers)
 
 
 def cut_gguf(
@@ -143,9 +161,10 @@ def cut_gguf(
         CutError: If an index is out of range or named twice, or nothing or everything would go.
     """
     source, target = Path(source), Path(target)
-    with _opened(source) as (file, header):
-        plan = _plan(header, drop_layers)
-        _check_target(plan, target, force)
+    with LocalFile(source) as file:
+        plan = _plan(_read(source), drop_layers)
+        check_file_target(target, force=force, apart_from=source)
+        check_space(target, plan.target_bytes, shutil.disk_usage(target.parent).free)
         logger.info(
             "%s: keeping %d of %d layers, %d of %d bytes",
             source,
@@ -154,60 +173,64 @@ def cut_gguf(
             plan.target_bytes,
             plan.source_bytes,
         )
-        try:
-            _write(file, plan, target, force, progress)
-        except OSError as error:
-            raise write_failed(target, error) from error
+        with (
+            new_file(target, force=force, apart_from=source) as partial,
+            tqdm(
+                total=plan.target_bytes,
+                unit="B",
+                unit_scale=True,
+                unit_divisor=1024,
+                desc=target.name,
+                disable=not progress,
+            ) as bar,
+        ):
+            for count in _write(file, plan, partial):
+                bar.update(count)
+            file.check_unchanged()
     return plan
 
 
-@contextmanager
-def _opened(source: Path) -> Iterator[tuple[BinaryIO, GGUFHeader]]:
+def _write(file: LocalFile, plan: GGUFCutPlan, partial: Path) -> Iterator[int]:
+    with open_new(partial) as output:
+        write_all(output, plan.header)
+        yield len(plan.header)
+        for piece in plan.pieces:
+            yield from file.copy_into(output, *piece)
+            padding = bytes(_padded(piece.length, plan.alignment) - piece.length)
+            write_all(output, padding)
+            yield len(padding)
+
+
+def _read(source: Path) -> GGUFHeader:
+    from .reader import read_header  # imports gguf, which takes a while
+
     try:
         # Looked at first: opening a pipe would wait for a writer.
         if not stat.S_ISREG(source.stat().st_mode):
             raise CheckpointError(f"{source} is not a file; name a .gguf file")
-        file = open(source, "rb")  # noqa: SIM115
+        return read_header(source)
     except OSError as error:
         raise CheckpointError(f"could not read {source}: {error.strerror or error}") from error
-    with file:
-        try:
-            header = read_header(file, source, os.fstat(file.fileno()).st_size)
-        except OSError as error:
-            raise CheckpointError(f"could not read {source}: {error.strerror or error}") from error
-        yield file, header
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
 
 
 def _plan(header: GGUFHeader, drop_layers: Sequence[int]) -> GGUFCutPlan:
     rewrite = rewrite_metadata(header, drop_layers)
     layer_of = _sort_tensors(header, rewrite.architecture, rewrite.block_count)
     new_index = {old: new for new, old in enumerate(rewrite.kept)}
-
-    kept: list[tuple[TensorInfo, str]] = []
+    kept: list[tuple[Tensor, str]] = []
     dropped: list[str] = []
     for tensor in header.tensors:
         layer = layer_of.get(tensor.name)
         if layer is None:
             kept.append((tensor, tensor.name))
         elif layer in new_index:
-            kept.append((tensor, f"blk.{new_index[layer]}.{_LAYER_TENSOR.fullmatch(tensor.name)[2]}"))
+            kept.append((tensor, f"blk.{new_index[layer]}.{tensor.name.split('.', 2)[2]}"))
         else:
             dropped.append(tensor.name)
-
-    pieces = _Pieces()
-    pieces.add(_FIXED_HEADER.pack(b"GGUF", header.version, len(kept), len(header.keys)))
-    for entry in header.keys.values():
-        new = rewrite.entries.get(entry.key)
-        pieces.add(ByteRange(entry.start, entry.end - entry.start) if new is None else new)
-    # Readers want the data back to back, in the order of the descriptions.
-    offset = 0
-    for tensor, name in kept:
-        pieces.add(tensor.encode(name, offset))
-        offset += pad(tensor.size, header.alignment)
-    pieces.align(header.alignment)
-    for tensor, _ in kept:
-        pieces.add(ByteRange(header.data_start + tensor.offset, tensor.size))
-        pieces.align(header.alignment)
     return GGUFCutPlan(
         source=header.path,
         architecture=rewrite.architecture,
@@ -217,10 +240,49 @@ def _plan(header: GGUFHeader, drop_layers: Sequence[int]) -> GGUFCutPlan:
         metadata_changes=rewrite.changes,
         tensor_names={tensor.name: name for tensor, name in kept},
         dropped_tensors=tuple(dropped),
-        source_bytes=header.file_size,
-        target_bytes=pieces.size,
-        pieces=tuple(piece if isinstance(piece, ByteRange) else bytes(piece) for piece in pieces.items),
+        source_bytes=header.path.stat().st_size,
+        header=_packed(header, rewrite, kept),
+        pieces=tuple(ByteRange(tensor.offset, tensor.size) for tensor, _ in kept),
+        alignment=header.alignment,
     )
+
+
+def _packed(header: GGUFHeader, rewrite: Rewrite, kept: list[tuple[Tensor, str]]) -> bytes:
+    """The new header, by the library's own writer."""
+    from gguf import GGUFValueType, GGUFWriter
+    from gguf.gguf_writer import WriterState
+
+    class Writer(GGUFWriter):
+        """Takes a value as the bytes of the source file too, which keeps empty arrays and text that is not UTF-8."""
+
+        def _pack_val(self, val: Any, vtype: Any, add_vtype: bool, sub_type: Any = None) -> bytes:
+            if isinstance(val, _Raw):
+                return self._pack("I", vtype) + val.data
+            return super()._pack_val(val, vtype, add_vtype, sub_type)
+
+    writer = Writer(None, rewrite.architecture)
+    writer.data_alignment = header.alignment
+    writer.kv_data[0].clear()  # the architecture comes where the source has it
+    for key, entry in header.keys.items():
+        if key in rewrite.changes:
+            after = rewrite.changes[key][1]
+            value = list(after) if entry.is_array else after
+            writer.add_key_value(key, value, entry.kind, sub_type=entry.item_kind)
+        else:
+            writer.add_key_value(key, _Raw(entry.raw), GGUFValueType(entry.kind))
+    for tensor, name in kept:
+        writer.add_tensor_info(name, tensor.shape, None, tensor.size, raw_dtype=tensor.kind)
+    buffer = io.BytesIO()
+    writer.fout, writer.state = [buffer], WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.write_padding(buffer, buffer.tell())
+    return buffer.getvalue()
+
+
+class _Raw(NamedTuple):
+    data: bytes
 
 
 def _sort_tensors(header: GGUFHeader, architecture: str, block_count: int) -> dict[str, int]:
@@ -242,7 +304,7 @@ def _sort_tensors(header: GGUFHeader, architecture: str, block_count: int) -> di
     present = set(layer_of.values())
     trailing = header.keys.get(f"{architecture}.nextn_predict_layers")
     # A model may be stored without the layers that only predict further tokens.
-    optional = trailing.values()[0] if trailing is not None and trailing.is_integer else 0
+    optional = trailing.values[0] if trailing is not None and trailing.is_integer else 0
     for layer in range(block_count - optional):
         if layer not in present:
             header.fail(
@@ -250,92 +312,3 @@ def _sort_tensors(header: GGUFHeader, architecture: str, block_count: int) -> di
                 "the file is damaged or badly converted, so convert it again"
             )
     return layer_of
-
-
-class _Pieces:
-    def __init__(self) -> None:
-        self.items: list[bytearray | ByteRange] = []
-        self.size = 0
-
-    def add(self, piece: bytes | ByteRange) -> None:
-        is_range = isinstance(piece, ByteRange)
-        length = piece.length if is_range else len(piece)
-        if not length:
-            return
-        self.size += length
-        last = self.items[-1] if self.items else None
-        if is_range and isinstance(last, ByteRange) and last.offset + last.length == piece.offset:
-            self.items[-1] = ByteRange(last.offset, last.length + length)
-        elif is_range:
-            self.items.append(piece)
-        elif isinstance(last, bytearray):
-            last += piece
-        else:
-            self.items.append(bytearray(piece))
-
-    def align(self, alignment: int) -> None:
-        self.add(bytes(pad(self.size, alignment) - self.size))
-
-
-def _check_target(plan: GGUFCutPlan, target: Path, force: bool) -> None:
-    if not target.parent.is_dir():
-        raise CheckpointError(f"the folder {target.parent} does not exist; make it first")
-    if target.is_dir():
-        raise CheckpointError(f"{target} is a folder; name a file to write")
-    if target.exists() and plan.source.samefile(target):
-        raise CheckpointError(f"{target} is the source itself; write to another file")
-    if not force and os.path.lexists(target):
-        raise CheckpointError(f"{target} exists; replace it with --force (force=True), or name another file")
-    check_space(target, plan.target_bytes, shutil.disk_usage(target.parent).free)
-
-
-def _write(file: BinaryIO, plan: GGUFCutPlan, target: Path, force: bool, progress: bool) -> None:
-    before = FileState.of(file.fileno())
-    temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}.partial")
-    try:
-        with (
-            open(temporary, "xb", buffering=0) as output,
-            tqdm(
-                total=plan.target_bytes,
-                unit="B",
-                unit_scale=True,
-                unit_divisor=1024,
-                desc=target.name,
-                disable=not progress,
-            ) as bar,
-        ):
-            copier = _Copier(file.fileno(), output.fileno(), name=file.name, chunk=_CHUNK)
-            for piece in plan.pieces:
-                if isinstance(piece, ByteRange):
-                    for count in copier.copy(*piece):
-                        bar.update(count)
-                else:
-                    write_all(output.fileno(), piece)
-                    bar.update(len(piece))
-            os.fsync(output.fileno())
-        if FileState.of(file.fileno()) != before:
-            raise CheckpointError(f"{plan.source} changed while it was read; make sure that nothing else writes it")
-        _publish(temporary, target, force)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_folder(target.parent)
-
-
-def _publish(temporary: Path, target: Path, force: bool) -> None:
-    if not force:
-        # A hard link, unlike a rename, fails if somebody else has made the target in the meantime.
-        try:
-            os.link(temporary, target)
-        except FileExistsError:
-            raise CheckpointError(f"{target} has appeared meanwhile; replace it with --force (force=True)") from None
-        except OSError:
-            if os.path.lexists(target):
-                raise CheckpointError(
-                    f"{target} has appeared meanwhile; replace it with --force (force=True)"
-                ) from None
-        else:
-            temporary.unlink()
-            return
-    os.replace(temporary, target)

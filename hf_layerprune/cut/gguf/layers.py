@@ -4,11 +4,13 @@
 model that loads and quietly computes something else is the one outcome that must not happen.
 """
 
+from __future__ import annotations
+
 import operator
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import CutError
 from ...families.gguf import (
@@ -28,19 +30,20 @@ from ...families.gguf import (
     UNMOVED_FIRST,
     ZERO_ONLY,
 )
-from .header import GGUFHeader, KeyValue
+
+if TYPE_CHECKING:
+    from .reader import Entry, GGUFHeader
 
 _NOT_ABOUT_LAYERS = ("general.", "tokenizer.", "split.", "quantize.", "diffusion.")
 _LAYER_WORDS = re.compile(r"layer|block|blk|every|interval|period|pattern|depth|stage|stack|loop|_step")
 
 
 class Rewrite(NamedTuple):
-    """The decoded plan for the metadata of one cut."""
+    """What becomes of the metadata in one cut; `changes` holds the old and the new value of each key that changes."""
 
     architecture: str
     block_count: int
     kept: tuple[int, ...]
-    entries: dict[str, bytes]
     changes: dict[str, tuple[Any, Any]]
 
 
@@ -79,7 +82,7 @@ def architecture_of(header: GGUFHeader) -> str:
         )
     entry = header.keys.get("general.architecture")
     if entry is None or not entry.text:
-        header.fail("general.architecture is missing, so this is no model that can be cut")
+        header.fail("general.architecture is missing, so this is not a model that can be cut")
     return entry.text
 
 
@@ -93,7 +96,7 @@ def block_count_of(header: GGUFHeader) -> int:
         `int`: The value of `{arch}.block_count`, which counts next-token-prediction layers too.
 
     Raises:
-        CheckpointError: If the count is missing or makes no sense.
+        CheckpointError: If the count is missing or out of bounds.
     """
     key = f"{architecture_of(header)}.block_count"
     entry = header.keys.get(key)
@@ -101,7 +104,7 @@ def block_count_of(header: GGUFHeader) -> int:
         header.fail(f"{key} is missing, so the layers cannot be counted")
     count = _whole_number(header, entry)
     if not 0 < count <= MAX_LAYERS:
-        header.fail(f"{key} is {count}, and only 1..{MAX_LAYERS} makes sense; the file is damaged")
+        header.fail(f"{key} is {count}, and only 1..{MAX_LAYERS} are supported; the file is damaged")
     return count
 
 
@@ -126,7 +129,7 @@ def check_drop_layers(drop_layers: Sequence[int], block_count: int) -> tuple[int
         except TypeError:
             layer = None
         if layer is None or isinstance(item, bool):
-            raise CutError(f"drop_layers has {item!r}, which is no layer index; name layers of {layers}")
+            raise CutError(f"drop_layers has {item!r}, which is not a layer index; name layers of {layers}")
         if not 0 <= layer < block_count:
             raise CutError(f"drop_layers has {layer}, but the model's layers are {layers}")
         if layer in seen:
@@ -147,7 +150,7 @@ def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> Rewrite:
         drop_layers (`Sequence[int]`): Indices of the layers to drop.
 
     Returns:
-        `Rewrite`: The layers that stay, and the new bytes of each entry that changes.
+        `Rewrite`: The layers that stay, and each entry that changes.
 
     Raises:
         CheckpointError: If the architecture, a key or the set of layers is one that cannot be cut exactly.
@@ -164,17 +167,14 @@ def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> Rewrite:
         raise CutError(f"drop_layers has all of the decoder's layers 0..{main_count - 1}; one must stay")
     _check_architecture(cut)
 
-    entries: dict[str, bytes] = {}
     changes: dict[str, tuple[Any, Any]] = {}
     for entry in header.keys.values():
         after = _new_value(cut, entry)
         if isinstance(after, list):
-            changes[entry.key] = (entry.values(), tuple(entry.values()[index] for index in after))
-            entries[entry.key] = entry.with_items(after)
-        elif after is not None and after != entry.values()[0]:
-            changes[entry.key] = (entry.values()[0], after)
-            entries[entry.key] = entry.with_number(after)
-    return Rewrite(arch, block_count, kept, entries, changes)
+            changes[entry.key] = (tuple(entry.values), tuple(entry.values[index] for index in after))
+        elif after is not None and after != entry.values[0]:
+            changes[entry.key] = (entry.values[0], after)
+    return Rewrite(arch, block_count, kept, changes)
 
 
 def _check_architecture(cut: _Cut) -> None:
@@ -220,7 +220,7 @@ def _check_turns(cut: _Cut, period: int, picked: Callable[[int, int], bool], sou
         cut.header.fail(f"layers take turns in groups of {period} ({source}), and only one kind would be left")
 
 
-def _new_value(cut: _Cut, entry: KeyValue) -> int | list[int] | None:
+def _new_value(cut: _Cut, entry: Entry) -> int | list[int] | None:
     """The entry's new number, the array items to keep, or `None` to copy it as it is."""
     header, key = cut.header, entry.key
     if key in PER_LAYER_UNPREFIXED:
@@ -236,7 +236,7 @@ def _new_value(cut: _Cut, entry: KeyValue) -> int | list[int] | None:
         return len(cut.kept)
     if suffix in PER_LAYER and entry.is_array:
         indices = _per_layer(cut, entry)
-        before, after = entry.values(), [entry.values()[index] for index in indices]
+        before, after = entry.values, [entry.values[index] for index in indices]
         if suffix == "deepstack_mapping" and max(before) >= 0:
             header.fail(f"{key} feeds image features to certain layers, so the cut would change what they see")
         if suffix in FIRST_SIZES_ALL and before[0] != after[0]:
@@ -269,7 +269,7 @@ def _new_value(cut: _Cut, entry: KeyValue) -> int | list[int] | None:
     return None
 
 
-def _per_layer(cut: _Cut, entry: KeyValue) -> list[int]:
+def _per_layer(cut: _Cut, entry: Entry) -> list[int]:
     if not entry.is_numeric or entry.count not in (cut.block_count, cut.main_count):
         cut.header.fail(
             f"{entry.key} should have one number for each of the {cut.block_count} layers, and is an array of "
@@ -278,11 +278,11 @@ def _per_layer(cut: _Cut, entry: KeyValue) -> list[int]:
     return list(cut.kept if entry.count == cut.block_count else cut.kept[: cut.kept_main])
 
 
-def _unknown(cut: _Cut, entry: KeyValue) -> None:
+def _unknown(cut: _Cut, entry: Entry) -> None:
     if entry.is_array:
         suspect = entry.count in (cut.block_count, cut.main_count)
     else:
-        suspect = entry.is_integer and entry.values()[0] == cut.block_count
+        suspect = entry.is_integer and entry.values[0] == cut.block_count
     if suspect or _LAYER_WORDS.search(entry.key):
         cut.header.fail(
             f"{entry.key} may say something about the layers, and it is not known how to rewrite it; "
@@ -291,10 +291,10 @@ def _unknown(cut: _Cut, entry: KeyValue) -> None:
         )
 
 
-def _whole_number(header: GGUFHeader, entry: KeyValue) -> int:
+def _whole_number(header: GGUFHeader, entry: Entry) -> int:
     if not entry.is_integer:
         header.fail(f"{entry.key} should be one whole number; the file is damaged or of an unknown kind")
-    number = entry.values()[0]
+    number = entry.values[0]
     if number < 0:
         header.fail(f"{entry.key} is {number}, and cannot be negative; the file is damaged")
     return number

@@ -89,11 +89,10 @@ def _repository(subject: Subject) -> Outcome:
 
 def _weights(subject: Subject) -> Outcome:
     """The files are sound, complete, and those that the last stage wrote."""
-    from ...cut.folder import open_weights
+    from ...cut.base import Base, read_weights
     from ...cut.header import read_header
     from ...cut.settings import read_config
     from ...families import layer_count
-    from ...files.copy import LocalFile
 
     contents, folder = subject.contents, subject.folder
     if not contents.weights:
@@ -101,11 +100,9 @@ def _weights(subject: Subject) -> Outcome:
         return
     if contents.is_adapter:
         used = {ADAPTER_WEIGHTS}
-        with LocalFile(folder / ADAPTER_WEIGHTS) as file:
-            read_header(file)
+        read_header(folder / ADAPTER_WEIGHTS)
     else:
-        with open_weights(folder) as weights:
-            used = set(weights.headers)
+        used = set(read_weights(Base.open(folder)).headers)
         if ADAPTER_CONFIG in contents.files:
             yield REFUSAL, f"{ADAPTER_CONFIG} lies beside a whole model, and loaders would apply it; remove it"
     if stray := sorted(set(contents.weights) - used):

@@ -302,7 +302,7 @@ def _wait(error: Exception, failures: int) -> float | None:
     """How long to wait before the next attempt, or `None` where there should be none."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    from ...cut.ranges import retry_after
+    from ...files.hub import retry_after
 
     error = _cause(error)
     transport = isinstance(error, transport_error())

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ...cut.header import Header, Tensor
 from ...cut.plan import Origin, Span
-from ...files.copy import Source
+from ...files.copy import LocalFile
 from .rebuild import CHUNK, Reference, read_span, same_make, stream
 
 _AT_ONCE = 4
@@ -147,7 +147,7 @@ def _whole(
     return True
 
 
-def _own(source: Source, header: Header, tensor: Tensor) -> Iterator[bytes]:
+def _own(source: LocalFile, header: Header, tensor: Tensor) -> Iterator[bytes]:
     return read_span(source, header.data_start + tensor.start, tensor.size)
 
 

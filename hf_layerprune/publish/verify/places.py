@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...cut.folder import INDEX, SINGLE, check_index, find_weights, read_json, shard_names
 from ...cut.header import Header, read_header
-from ...cut.ranges import HubFile, RemoteFile, hub_errors
-from ...cut.remote import ask_hub
 from ...errors import CheckpointError
-from ...files.copy import LocalFile, Source
+from ...files.hub import Repo
 from ...records.fingerprints import fingerprint
 from ..hub.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -53,14 +48,10 @@ class Place:
         """Size and sha256 of the weight files."""
         return {name: one for name, one in fingerprint(self.folder).items() if name.endswith(_WEIGHTS)}
 
-    def _source(self, name: str, stack: ExitStack) -> Source:
-        return stack.enter_context(LocalFile(self.folder / name))
+    def headers(self) -> dict[str, Header]:
+        """Read the headers of the weight files that loaders read.
 
-    @contextmanager
-    def headers(self) -> Iterator[dict[str, Header]]:
-        """Open the weight files that loaders read, and read their headers.
-
-        Yields:
+        Returns:
             `dict[str, Header]`: By file name.
 
         Raises:
@@ -72,17 +63,18 @@ class Place:
         elif find_weights(self.names, self.name) == SINGLE:
             names = [SINGLE]
         else:
-            path = self.small(INDEX)
-            index = read_json(path)
-            names = shard_names(index, str(path))
+            index = read_json(self._path(INDEX))
+            names = shard_names(index, f"{self.name}/{INDEX}")
         missing = sorted(set(names) - self.names)
         if missing:
             raise CheckpointError(f"{self.name} lacks {missing[0]}, so it is not complete")
-        with ExitStack() as stack:
-            headers = {name: read_header(self._source(name, stack)) for name in names}
-            if index is not None:
-                check_index(index, headers, f"{self.name}/{INDEX}")
-            yield headers
+        headers = {name: read_header(self._path(name)) for name in names}
+        if index is not None:
+            check_index(index["weight_map"], headers, f"{self.name}/{INDEX}")
+        return headers
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name
 
 
 @dataclass(frozen=True)
@@ -90,32 +82,20 @@ class HubPlace(Place):
     """A model in a repository at one commit.
 
     Args:
-        commit (`str`): The commit.
-        files (`dict[str, HubFile]`): What the Hub says of its files.
-        token (`str` or `bool`, *optional*): As the client library takes it.
+        repo (`Repo`): The repository.
     """
 
-    commit: str = ""
-    files: dict[str, HubFile] = field(default_factory=dict)
-    token: str | bool | None = None
+    repo: Repo
 
     @classmethod
-    def open(cls, repo: str, revision: str | None, token: str | bool | None = None) -> HubPlace:
+    def open(cls, name: str, revision: str | None, token: str | bool | None = None) -> HubPlace:
         """List a repository.
 
         Raises:
             CheckpointError: There is none, or it can't be read.
         """
-        from huggingface_hub import HfApi
-        from huggingface_hub.utils import validate_repo_id
-
-        with hub_errors(repo):
-            validate_repo_id(repo)
-        info = ask_hub(
-            repo, revision, partial(HfApi().model_info, repo, revision=revision, files_metadata=True, token=token)
-        )
-        files = {one.rfilename: HubFile.of(one) for one in info.siblings or () if "/" not in one.rfilename}
-        return cls(repo, Path(), frozenset(files), info.sha, files, token)
+        repo = Repo.open(name, revision, token=token)
+        return cls(name, Path(), frozenset(file for file in repo.files if "/" not in file), repo)
 
     @property
     def local(self) -> bool:
@@ -124,23 +104,20 @@ class HubPlace(Place):
 
     def small(self, name: str) -> Path | None:
         """Download a small file through the client's cache, or `None` where there is none of that name."""
-        from huggingface_hub import hf_hub_download
-
-        if name not in self.names:
-            return None
-        get = partial(hf_hub_download, self.name, name, revision=self.commit, token=self.token)
-        return Path(ask_hub(self.name, self.commit, get))
+        return self.repo.get(name) if name in self.names else None
 
     def weights(self) -> dict[str, dict[str, Any]]:
         """Size and sha256 of the weight files, as the Hub lists them."""
-        found = {name: file for name, file in self.files.items() if name.endswith(_WEIGHTS)}
-        unhashed = sorted(name for name, file in found.items() if file.sha256 is None)
+        listed = {
+            name: file for name, file in self.repo.files.items() if name in self.names and name.endswith(_WEIGHTS)
+        }
+        unhashed = sorted(name for name, file in listed.items() if file.sha256 is None)
         if unhashed:
             raise CheckpointError(f"the Hub has no sha256 of {self.name}/{unhashed[0]}; download the repository")
-        return {name: {"size": file.size, "sha256": file.sha256} for name, file in found.items()}
+        return {name: {"size": file.size, "sha256": file.sha256} for name, file in listed.items()}
 
-    def _source(self, name: str, stack: ExitStack) -> Source:
-        return RemoteFile(self.name, name, self.commit, self.files[name], self.token)
+    def _path(self, name: str) -> Path:
+        return self.repo.get(name)
 
 
 def open_place(model: str | Path, revision: str | None = None, token: str | bool | None = None) -> Place:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import families
-from ...cut.folder import open_weights
+from ...cut.base import Base as Files
+from ...cut.base import read_weights
 from ...cut.header import Tensor
-from ...cut.plan import Origin, Rows, Span, kept_tensors
+from ...cut.plan import Origin, Rows, Span, kept_tensors, new_names
 from ...cut.settings import read_config
 from ...errors import CheckpointError
-from ...files.copy import Source
+from ...files.copy import LocalFile
 from ...records.fingerprints import fingerprint
 from ...records.history import History
 from ...records.names import base_name
 from ...runtime.loading import is_hub_id
 
 if TYPE_CHECKING:
-    from ...cut.remote import HubBase
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +38,12 @@ class Base:
     Args:
         name (`str`): Where it is.
         path (`Path`, *optional*): Its folder or GGUF file.
-        hub (`HubBase`, *optional*): Its repository.
+        hub (`cut.base.Base`, *optional*): Its repository.
     """
 
     name: str
     path: Path | None = None
-    hub: HubBase | None = None
+    hub: Files | None = None
 
     @classmethod
     def find(cls, history: History, named: str | None, token: str | bool | None) -> Base:
@@ -56,8 +57,6 @@ class Base:
         Raises:
             CheckpointError: It is nowhere.
         """
-        from ...cut.remote import HubBase
-
         told = history.lineage.base
         place = named or str(told.get("id") or "")
         path = Path(place).expanduser()
@@ -67,7 +66,7 @@ class Base:
         if not hub_id or not is_hub_id(hub_id):
             raise CheckpointError(f"the base, {named or base_name(told)}, is not here; say where it is with --base")
         commit = told.get("commit") if hub_id == told.get("id") else None
-        return cls(hub_id, hub=HubBase.open(hub_id, commit, token, companions=False))
+        return cls(hub_id, hub=Files.open(hub_id, commit, token=token))
 
     @property
     def packed(self) -> bool:
@@ -83,7 +82,7 @@ class Base:
         Returns:
             `list[str]`: Of weights and config, those that differ or are missing; other files decide nothing.
         """
-        found = self.hub.fingerprint() if self.hub else fingerprint(self.path)
+        found = self.hub.repo.fingerprint() if self.hub and self.hub.repo else fingerprint(self.path)
         decisive = [name for name in told if name.endswith((".safetensors", ".gguf")) or name == "config.json"]
         return [name for name in decisive if _identity(found.get(name)) != _identity(told[name])]
 
@@ -151,16 +150,16 @@ def open_reference(history: History, base: Base) -> Iterator[Reference]:
             f"the base has {families.layer_count(config)} layers, and lineage.json says {history.num_base_layers}"
         )
     cut = _cut(config, history)
-    with base.hub.open_weights(config, cut) if base.hub else open_weights(folder) as weights:
-        every = {
-            tensor.name: Origin(header.source, tensor, (Span(header.data_start + tensor.start, tensor.size),))
-            for header in weights.headers.values()
-            for tensor in header.tensors
-        }
-        yield Reference(kept_tensors(weights, config, cut), every)
+    weights = read_weights(base.hub or Files.open(folder), lambda names: new_names(names, config, cut).names)
+    every = {
+        tensor.name: Origin(header.source, tensor, (Span(header.data_start + tensor.start, tensor.size),))
+        for header in weights.headers.values()
+        for tensor in header.tensors
+    }
+    yield Reference(kept_tensors(weights, config, cut), every)
 
 
-def _cut(config: Any, history: History) -> families.Cut:
+def _cut(config: PreTrainedConfig, history: History) -> families.Cut:
     if not history.dropped:
         return families.Cut(tuple(range(history.num_base_layers)), history.num_base_layers)
     return families.make_cut(config, history.dropped)
@@ -177,7 +176,7 @@ def _made_again(history: History, base: Base) -> Iterator[Reference]:
     if len(conversions) > 1:
         raise CheckpointError("the weights were converted more than once on the way, which can't be followed")
     logger.info("the cut is made again from %s, in a temporary folder, since its weights are converted", base.name)
-    with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
         target = Path(place, "again")
         prune_to(
             PruneRequest(
@@ -185,10 +184,10 @@ def _made_again(history: History, base: Base) -> Iterator[Reference]:
                 output=str(target),
                 drop_layers=list(history.dropped),
                 dtype=history.dtype if conversions else "auto",
-                revision=base.hub.commit if base.hub else None,
+                revision=base.hub.repo.commit if base.hub and base.hub.repo else None,
             )
         )
-        weights = stack.enter_context(open_weights(target))
+        weights = read_weights(Files.open(target))
         yield Reference(
             {
                 tensor.name: Origin(header.source, tensor, (Span(header.data_start + tensor.start, tensor.size),))
@@ -214,7 +213,7 @@ def stream(origin: Origin) -> Iterator[bytes]:
             yield from read_span(origin.source, piece.offset, piece.length)
 
 
-def read_span(source: Source, offset: int, length: int) -> Iterator[bytes]:
+def read_span(source: LocalFile, offset: int, length: int) -> Iterator[bytes]:
     """A range of a file, piece by piece."""
     for start in range(0, length, CHUNK):
         yield source.read(offset + start, min(CHUNK, length - start))

@@ -135,7 +135,8 @@ def verify(
     _check_fields(place, source, history, found)
     hashes = {name: entry["sha256"] for name, entry in weights.items()}
     try:
-        with place.headers() as headers, open_reference(history, source) as reference:
+        headers = place.headers()
+        with open_reference(history, source) as reference:
             rename, may_differ = _rules(place, history)
             found.comparison = compare(
                 headers, hashes, reference, may_differ, history.kept, rename=rename, local=place.local, quick=quick
@@ -215,7 +216,7 @@ def _check_metrics(place: Place, history: History, own: str, found: Verified) ->
 def _check_base(source: Base, history: History, found: Verified) -> None:
     told = history.lineage.base.get("files") or {}
     differ = source.differences(told)
-    where = f"{source.name} at {source.hub.commit[:12]}" if source.hub else source.name
+    where = f"{source.name} at {source.hub.repo.commit[:12]}" if source.hub else source.name
     if not any(name.endswith((".safetensors", ".gguf")) for name in told):
         found.say(False, "base", f"{LINEAGE} has no hashes of the base's weights")
     elif differ:

@@ -1,0 +1,188 @@
+"""Where the files of a base are, a folder or a repository on the Hub, and what its weight files hold."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..files.hub import Repo
+from ..runtime.loading import CHECKPOINT_FILES, is_hub_id
+from .folder import CONFIG, INDEX, SINGLE, SUBFOLDERS, check_index, find_weights, is_companion, read_json, shard_names
+from .header import Header, read_header
+
+logger = logging.getLogger(__name__)
+
+# A larger file is no tokenizer and no licence.
+_LARGE = 512 << 20
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where the files of a checkpoint are: in a folder, or in a repository whose files are downloaded when asked for.
+
+    Args:
+        name (`str`): What to call it.
+        folder (`Path`): The folder; of a repository, the one in the Hub client's cache, which fills up.
+        sizes (`Mapping[str, int]`): The size of each file by its path in the folder or repository.
+        repo (`Repo`, *optional*): The repository.
+    """
+
+    name: str
+    folder: Path
+    sizes: Mapping[str, int]
+    repo: Repo | None = None
+
+    @classmethod
+    def open(cls, source: str | os.PathLike[str], revision: str | None = None, **hub: Any) -> Base:
+        """Find a checkpoint, and make sure that it has a config.
+
+        Args:
+            source (`str` or `os.PathLike`): A folder, or a Hub id.
+            revision (`str`, *optional*): Branch, tag or commit of a repository.
+            hub: Further arguments of `Repo.open`.
+
+        Raises:
+            CheckpointError: There is no such model, or it can't be reached.
+        """
+        if isinstance(source, str) and is_hub_id(source):
+            repo = Repo.open(source, revision, **hub)
+            if CONFIG not in repo.files:
+                raise CheckpointError(f"{source} has no {CONFIG}, so it is not a model that can be cut; name another")
+            sizes = {name: file.size for name, file in repo.files.items()}
+            return cls(source, repo.get(CONFIG).parent, sizes, repo)
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder} is not a folder; name a model folder with a {CONFIG} and safetensors weights"
+            )
+        # Only what a companion may be is looked at below the top.
+        paths = [*folder.iterdir(), *(path for name in SUBFOLDERS for path in folder.glob(f"{name}/*"))]
+        return cls(str(folder), folder, {_relative(path, folder): _size(path) for path in sorted(paths)})
+
+    def get(self, name: str) -> Path:
+        """A file of the checkpoint, downloaded if need be."""
+        return self.repo.get(name) if self.repo else self.folder / name
+
+    def fetch(self, names: Collection[str]) -> None:
+        """Have files in the folder."""
+        if self.repo:
+            self.repo.fetch(names)
+
+    def companions(self) -> list[tuple[str, int]]:
+        """The other files that belong to the model: tokenizer, chat templates, generation settings, licence.
+
+        Returns:
+            `list[tuple[str, int]]`: Path relative to the folder, and size.
+
+        Raises:
+            CheckpointError: One is a broken link.
+        """
+        names = [name for name in sorted(self.sizes) if is_companion(name)]
+        if self.repo:  # whatever else people keep in a repository is not downloaded
+            names = [name for name in names if any(fnmatch(name, pattern) for pattern in CHECKPOINT_FILES)]
+        else:
+            for path in (self.folder / name for name in names):
+                if path.is_symlink() and not path.exists():
+                    raise CheckpointError(f"{path} is a link to nothing; is the download complete?")
+            names = [name for name in names if (self.folder / name).is_file()]
+        sizes = [(name, self.sizes[name]) for name in names]
+        for name, size in sizes:
+            if size > _LARGE:
+                logger.warning("%s/%s is left out: it has %d bytes, too many for a side file", self.name, name, size)
+        return [(name, size) for name, size in sizes if size <= _LARGE]
+
+    def fetch_companions(self) -> list[tuple[str, int]]:
+        """Have the companions in the folder, and the index of the weights; returns the companions."""
+        companions = self.companions()
+        self.fetch([name for name, _ in companions] + [name for name in (INDEX,) if name in self.sizes])
+        return companions
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of the files at the top."""
+        return [name for name in self.sizes if "/" not in name]
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weight files of a checkpoint.
+
+    Args:
+        headers (`dict[str, Header]`): The header of each file, by file name.
+        index (`dict`, *optional*): The parsed index of a sharded checkpoint, or `None` for a single file.
+        skipped (`dict[str, int]`): Size of each file that was not opened, because the index says that it holds
+            nothing that stays.
+    """
+
+    headers: dict[str, Header]
+    index: dict[str, Any] | None
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Names of all tensors, also of those in files that were not opened."""
+        weight_map = self.index["weight_map"] if self.index is not None and self.skipped else {}
+        return [
+            *(tensor.name for header in self.headers.values() for tensor in header.tensors),
+            *(name for name, file in weight_map.items() if file in self.skipped),
+        ]
+
+    @property
+    def size(self) -> int:
+        """Size of all the files."""
+        return sum(header.size for header in self.headers.values()) + sum(self.skipped.values())
+
+
+def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] | None = None) -> Weights:
+    """Read the headers of a checkpoint's weight files, downloading those that hold something that stays.
+
+    Args:
+        base (`Base`): The checkpoint.
+        kept (`Callable`, *optional*): Of the names of all tensors, those that stay. Of a checkpoint on the Hub, a file
+            that holds none of them is not downloaded, and what the index says of it is believed.
+
+    Returns:
+        `Weights`: Checked headers, and an index that agrees with them.
+
+    Raises:
+        CheckpointError: There are no safetensors weights, more than one set, or they are damaged or incomplete.
+    """
+    index: dict[str, Any] | None = None
+    names, skipped = [SINGLE], {}
+    if find_weights(base.names, base.name) == INDEX:
+        index = read_json(base.get(INDEX))
+        names = shard_names(index, f"{base.name}/{INDEX}")
+        if base.repo and kept:
+            needed = {index["weight_map"][name] for name in kept(index["weight_map"])}
+            skipped = {name: base.sizes.get(name, 0) for name in names if name not in needed}
+            names = sorted(needed)
+    if base.repo:
+        logger.info(
+            "%s: %d weight files with %d bytes hold something that stays; %d files with %d bytes do not, and are not "
+            "downloaded",
+            base.name,
+            len(names),
+            sum(base.sizes.get(name, 0) for name in names),
+            len(skipped),
+            sum(skipped.values()),
+        )
+        base.fetch(names)
+    headers = {name: read_header(base.folder / name) for name in names}
+    if index is not None:
+        mapped = {name: file for name, file in index["weight_map"].items() if file not in skipped}
+        check_index(mapped, headers, f"{base.name}/{INDEX}")
+    return Weights(headers, index, skipped)
