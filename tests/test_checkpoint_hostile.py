@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,19 +20,12 @@ from hf_layerprune.errors import CheckpointError
 from .test_checkpoint import EMBED, NORM, layer, make, sharded
 
 
-class Memory:
-    """A source that is not a file."""
-
-    name = "memory"
-    version = 0
-
-    def __init__(self, raw: bytes) -> None:
-        self.raw, self.size, self.read_most = raw, len(raw), 0
-
-    def read(self, offset: int, length: int) -> bytes:
-        assert 0 <= offset <= offset + length <= self.size
-        self.read_most = max(self.read_most, length)
-        return self.raw[offset : offset + length]
+def read(raw: bytes):
+    """The header of a file with this content."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "memory")
+        path.write_bytes(raw)
+        return read_header(path)
 
 
 def packed(header, data: bytes = b"", length: int | None = None) -> bytes:
@@ -59,8 +53,6 @@ BAD = {
     "nothing": packed(b""),
     "text after": packed(json.dumps(GOOD).encode() + b"{}", bytes(12)),
     "trailing comma": packed(b'{"a":' + json.dumps(entry(0, 4)).encode() + b",}", bytes(4)),
-    "duplicate tensor": packed(b'{"a":%s,"a":%s}' % ((json.dumps(entry(0, 4)).encode(),) * 2), bytes(4)),
-    "duplicate by escape": packed(b'{"a":%s,"\\u0061":%s}' % ((json.dumps(entry(0, 4)).encode(),) * 2), bytes(4)),
     "duplicate key": packed(b'{"a":{"dtype":"U8","dtype":"I8","shape":[4],"data_offsets":[0,4]}}', bytes(4)),
     "duplicate metadata": packed(b'{"__metadata__":{},"__metadata__":{}}'),
     "metadata of numbers": packed({"__metadata__": {"format": 1}}),
@@ -88,9 +80,7 @@ BAD = {
     "three offsets": packed({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4, 4]}}, bytes(4)),
     "offsets of 5000 digits": packed(b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,%s]}}' % (b"9" * 5000), bytes(4)),
     "missing field": packed({"a": {"dtype": "U8", "shape": [4]}}, bytes(4)),
-    "further field": packed({"a": entry(0, 4) | {"x": 1}}, bytes(4)),
     "half a byte": packed({"a": entry(0, 1, "F4", [1])}, bytes(1)),
-    "long name": packed({"a" * 5000: entry(0, 4)}, bytes(4)),
     "tensor no object": packed({"a": 1}),
 }  # fmt: skip
 
@@ -99,29 +89,30 @@ BAD = {
 def test_a_bad_header_is_one_clear_error(name):
     started = time.monotonic()
     with pytest.raises(
-        CheckpointError, match=r"memory is no sound safetensors file: .*; download or save it again"
+        CheckpointError, match=r"memory is not a sound safetensors file: .*; download or save it again"
     ) as caught:
-        read_header(Memory(BAD[name]))
+        read(BAD[name])
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
     assert time.monotonic() - started < 2
 
 
-def test_a_length_that_lies_is_not_read():
+def test_a_length_that_lies_is_refused_before_the_library_sees_it(tmp_path):
+    path = tmp_path / "memory"
     for claimed in (1 << 60, 200_000_000):
-        source = Memory(packed(GOOD, bytes(12), claimed))
+        path.write_bytes(packed(GOOD, bytes(12), claimed))
+        os.truncate(path, 1 << 40)  # a sparse file that is long enough
         with pytest.raises(CheckpointError, match=str(claimed)):
-            read_header(source)
-        assert source.read_most == 8
+            read_header(path)
 
 
 def test_a_good_header_is_read_whatever_its_spacing():
     for raw in (json.dumps(GOOD), json.dumps(GOOD, indent=4), json.dumps(GOOD, separators=(",", ":")) + " " * 50):
-        header = read_header(Memory(packed(raw.encode(), bytes(12))))
+        header = read(packed(raw.encode(), bytes(12)))
         assert [tensor.name for tensor in header.tensors] == ["a", "b"]
         assert header.metadata == {"format": "pt"}
-    assert read_header(Memory(packed(b"{}  "))).tensors == ()
-    assert read_header(Memory(packed({"a": entry(0, 0, "F4", [0]), "b": entry(0, 1, "F4", [2])}, b"1"))).tensors
+    assert read(packed(b"{}  ")).tensors == ()
+    assert read(packed({"a": entry(0, 0, "F4", [0]), "b": entry(0, 1, "F4", [2])}, b"1")).tensors
 
 
 @settings(max_examples=300, deadline=None)
@@ -139,11 +130,10 @@ def test_what_is_written_is_read_again_by_the_library_too(data):
         position += size
     metadata = data.draw(st.none() | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), st.text(
         st.characters(exclude_categories=["Cs"])), max_size=3))  # fmt: skip
-    phase = data.draw(st.integers(0, 4095))
-    raw = write_header(tensors, metadata, phase)
-    assert len(raw) % 4096 == phase or (phase % 8 and len(raw) % 8 == 0)
+    raw = write_header(tensors, metadata)
+    assert len(raw) % 8 == 0
     raw += bytes(position)
-    header = read_header(Memory(raw))
+    header = read(raw)
     assert sorted(header.tensors, key=lambda t: t.name) == sorted(tensors, key=lambda t: t.name)
     assert header.metadata == metadata
     assert load(raw).keys() == {tensor.name for tensor in tensors}
@@ -152,7 +142,7 @@ def test_what_is_written_is_read_again_by_the_library_too(data):
 def accepted(raw: bytes) -> bool:
     """Read a header; whatever it is, only the one error may come out of it."""
     try:
-        header = read_header(Memory(raw))
+        header = read(raw)
     except CheckpointError as error:
         message = str(error)
     else:

@@ -1,13 +1,12 @@
-"""Cutting straight from the Hub: the same files as a local cut, for no more bytes than stay, whatever goes wrong."""
+"""Cutting straight from the Hub: the same files as a local cut, and only weight files that hold something that stays."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.checkpoint import make_llama
 from hf_layerprune.cut.disk import cut_checkpoint
-from hf_layerprune.cut.download import _joined, _missing
 from hf_layerprune.records.fingerprints import fingerprint
 
-from .hub_server import HubServer, Request, client_env
+from .hub_server import HubServer, client_env
 from .tiny_models import EAGER, tiny_input, tiny_model
 
 TYPES = {"llama": [5, 6], "gemma3n_text": [1, 2], "qwen3_moe": [0, 4, 6]}
@@ -32,17 +30,14 @@ TOKEN = "hf_good"
 # imported, so it can't be the tests' own process; a fresh one each time would be slow.
 WORKER = """
 import json, sys, traceback
-from hf_layerprune.cut import download, ranges
 from hf_layerprune.cut.disk import cut_checkpoint
 from hf_layerprune.errors import LayerPruneError
-ranges.FIRST_WAIT, download.CHUNK, download.ROWS_CHUNK = 0.02, 1 << 18, 1 << 12
+from hf_layerprune.files.hub import Repo
 for line in sys.stdin:
     order = json.loads(line)
     try:
-        if fetch := order.pop("fetch", None):
-            from huggingface_hub import hf_hub_download
-            hf_hub_download(order["source"], fetch, cache_dir=order["cache_dir"])
-            answer = {}
+        if order.pop("fingerprint", False):
+            answer = {"files": Repo.open(order.pop("source"), **order).fingerprint()}
         else:
             plan = cut_checkpoint(**order, progress=False)
             answer = {"kept": plan.weight_bytes, "source_bytes": plan.source_bytes}
@@ -57,10 +52,9 @@ for line in sys.stdin:
 class Client:
     """A process that cuts from the Hub."""
 
-    def __init__(self, server: HubServer, home: Path) -> None:
-        self._home = home
+    def __init__(self, server: HubServer, home: Path, **env: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", WORKER], env=client_env(server, home), stdin=-1, stdout=-1, text=True
+            [sys.executable, "-c", WORKER], env=client_env(server, home) | env, stdin=-1, stdout=-1, text=True
         )
 
     def ask(self, **order: Any) -> dict[str, Any]:
@@ -125,27 +119,17 @@ def client(shared: tuple[HubServer, Client]) -> Client:
     return shared[1]
 
 
-@pytest.fixture(scope="module")
-def big_cut(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    target = tmp_path_factory.mktemp("local") / "cut"
-    cut_checkpoint(bases["big"], target, BIG_DROP, progress=False)
-    return content(target)
-
-
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def weights(log: list[Request]) -> list[Request]:
-    return [one for one in log if one.path.endswith(".safetensors") and one.method == "GET"]
-
-
-def served(hub: HubServer) -> int:
-    return sum(one.sent for one in weights(hub.log))
-
-
 def leftovers(target: Path) -> list[str]:
     return sorted(path.name for path in target.parent.iterdir() if path.name.startswith(f".{target.name}"))
+
+
+def fetched(hub: HubServer) -> set[str]:
+    """The weight files of which anything was sent."""
+    return {one.path.rpartition("/")[2] for one in hub.log if one.sent and one.path.endswith(".safetensors")}
 
 
 @pytest.mark.parametrize("name", [*TYPES, "single"])
@@ -166,42 +150,40 @@ def test_the_same_files_as_a_local_cut(
             assert torch.isfinite(model(tiny_input(), use_cache=False).logits).all()
 
 
-def test_only_what_stays_is_fetched(
-    hub: HubServer, client: Client, bases: dict[str, Path], big_cut: dict[str, bytes], tmp_path: Path
+def test_only_files_with_something_that_stays_are_fetched_and_once(
+    hub: HubServer, client: Client, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    done = client.cut("org/big", tmp_path / "cut", BIG_DROP)
-    assert content(tmp_path / "cut") == big_cut
-    assert done["source_bytes"] == sum(path.stat().st_size for path in bases["big"].glob("*.safetensors"))
-    assert 0.7 * done["source_bytes"] < done["kept"] < 0.9 * done["source_bytes"]
-    assert served(hub) <= 1.01 * done["kept"]
-
+    make = client.cut("org/big", tmp_path / "cut", BIG_DROP)
+    assert make["source_bytes"] == sum(path.stat().st_size for path in bases["big"].glob("*.safetensors"))
     index = json.loads((bases["big"] / "model.safetensors.index.json").read_text())["weight_map"]
     stays = {file for name, file in index.items() if not any(f".layers.{i}." in name for i in BIG_DROP)}
     assert stays < set(index.values())
-    asked = {one.path.rpartition("/")[2] for one in hub.log}
-    assert asked & set(index.values()) == stays
-
-    # The token is for the Hub alone, the commit is asked for once, and all else is asked for at it.
+    assert fetched(hub) == stays
+    # All is asked for at one commit.
     commit = hub.repos["org/big"].branches["main"]
-    assert all(f"/resolve/{commit}/" in one.path for one in hub.log if "/resolve/" in one.path)
-    assert all(one.status == 206 for one in weights(hub.log))
+    assert all(
+        f"/resolve/{commit}/" in one.path
+        for one in hub.log
+        if one.path.endswith(".safetensors") and "/resolve/" in one.path
+    )
 
-    # With the files in the cache, nothing is fetched; of those that are not, only what stays.
-    hub.reset()
-    name = index["model.layers.0.mlp.up_proj.weight"]
-    client.ask(source="org/big", cache_dir=str(tmp_path / "cache"), fetch=name)
+    # The files are where the Hub client, and so the teacher, finds them later.
     hub.reset()
     client.cut("org/big", tmp_path / "again", BIG_DROP)
-    assert content(tmp_path / "again") == big_cut
-    assert not any(one.path.endswith(name) for one in hub.log)
-    assert served(hub) > 0
-    for file in stays:
-        client.ask(source="org/big", cache_dir=str(tmp_path / "cache"), fetch=file)
-    hub.reset()
-    client.cut("org/big", tmp_path / "cached", BIG_DROP)
-    assert content(tmp_path / "cached") == big_cut
-    assert not weights(hub.log)
+    assert content(tmp_path / "again") == content(tmp_path / "cut")
+    assert not fetched(hub)
     assert not any(one.authorized for one in hub.log)
+
+    # Without a connection, what is in the cache is enough.
+    offline = Client(hub, tmp_path / "other home", HF_HUB_OFFLINE="1")
+    hub.reset()
+    assert "error" not in offline.cut("org/big", tmp_path / "offline", BIG_DROP, tmp_path / "cache")
+    assert content(tmp_path / "offline") == content(tmp_path / "cut")
+    error = offline.cut("org/big", tmp_path / "more", [3], tmp_path / "cache")["error"]
+    assert "is not in the cache, and the Hub can't be asked (HF_HUB_OFFLINE is set)" in error
+    assert "is not in the cache" in offline.cut("org/single", tmp_path / "more", [3], tmp_path / "cache")["error"]
+    offline.stop()
+    assert hub.log == []
 
 
 def test_access(hub: HubServer, client: Client, tmp_path: Path) -> None:
@@ -222,182 +204,89 @@ def test_access(hub: HubServer, client: Client, tmp_path: Path) -> None:
     assert "hf auth login" in error("org/gated", token="hf_bad")
     assert "has no revision 'v9'" in error("org/single", revision="v9")
     assert "only pickled weights (pytorch_model.bin)" in error("org/pickled")
-    assert "is no plain .safetensors file beside it" in error("org/hostile")
-    assert "which is not there" in error("org/missing")
-    assert not weights(hub.log)
+    assert "is not a plain .safetensors file beside it" in error("org/hostile")
+    assert "has no model-00001-of" in error("org/missing")
+    assert not fetched(hub)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "thesis.txt").write_text("mine")
+    assert "exists and is not empty" in client.cut("org/big", target, [3])["error"]  # before anything is fetched
+    assert not fetched(hub)
     for repo in ("org/private", "org/gated"):
         hub.reset()
         assert "error" not in client.cut(repo, tmp_path / repo, [3], tmp_path / "cache", token=TOKEN)
         assert (tmp_path / repo / "model.safetensors").exists()
         assert {one.authorized for one in hub.log if one.path.startswith("/cdn/")} == {False}
-        assert {one.authorized for one in hub.log if not one.path.startswith("/cdn/")} == {True}
 
 
-def test_a_hub_that_sends_files_itself_gets_the_token(
-    hub: HubServer, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_arrives_otherwise_than_listed_is_refused(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "redirect_lfs", False)
-    assert "error" not in client.cut("org/private", tmp_path / "cut", [3], token=TOKEN)
-    assert weights(hub.log)
-    assert all(one.authorized for one in hub.log)
+    """The same length, other bytes: the Hub's own hash tells."""
+    base = tmp_path / "base"
+    shutil.copytree(bases["single"], base)
+    with HubServer({"org/single": base}) as server:
+        client = Client(server, tmp_path / "home")
+        server.repos["org/single"].at("main")
+        weights, state = base / "model.safetensors", (base / "model.safetensors").stat()
+        raw = weights.read_bytes()
+        weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+        os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))  # the stand-in hashes it again otherwise
+        answer = client.cut("org/single", tmp_path / "cut", [3])
+        assert "org/single/model.safetensors did not arrive as the Hub has it" in answer["error"]
+        assert "run the command again" in answer["error"]
+        assert not list((tmp_path / "cache").rglob("model.safetensors"))
+        weights.write_bytes(raw)
+        os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert "error" not in client.cut("org/single", tmp_path / "cut", [3])
+        client.stop()
 
 
-def test_breaks_are_mended_at_the_byte(
-    hub: HubServer, client: Client, big_cut: dict[str, bytes], tmp_path: Path
+def test_what_answers_is_not_the_hub(tmp_path: Path) -> None:
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    class Portal(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(b"<html>\n<body>Welcome to the hotel; please log in</body></html>")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Portal)
+    Thread(target=server.serve_forever, daemon=True).start()
+
+    class Hub:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+
+    client = Client(Hub, tmp_path / "home")
+    error = client.cut("org/model", tmp_path / "cut", [3])["error"]
+    assert "is not the Hub's" in error
+    assert "log-in page or a proxy" in error
+    assert "\n" not in error
+    client.stop()
+    server.shutdown()
+    server.server_close()
+    # And with nothing there at all:
+    client = Client(Hub, tmp_path / "home")
+    error = client.cut("org/model", tmp_path / "cut", [3])["error"]
+    assert "is not in the cache, and the Hub can't be asked" in error
+    client.stop()
+
+
+def test_a_base_is_told_apart_by_what_the_hub_lists(
+    hub: HubServer, client: Client, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    client.cut("org/big", tmp_path / "clean", BIG_DROP)
-    clean, requests = served(hub), len(weights(hub.log))
-
+    client.cut("org/llama", tmp_path / "cut", TYPES["llama"])
     hub.reset()
-    hub.fail_after(100_001, ".safetensors", times=11, prefix="/cdn/")
-    client.cut("org/big", tmp_path / "broken", BIG_DROP)
-    assert content(tmp_path / "broken") == big_cut
-    assert served(hub) == clean
-    assert len(weights(hub.log)) > requests
-
-    hub.reset()
-    hub.status(".safetensors", 500, 3, method="GET", prefix="/cdn/")
-    hub.status(".safetensors", 503, 2, method="HEAD")
-    hub.status("/org/big", 502, 1, prefix="/api/")
-    hub.status(".safetensors", 429, 1, method="GET", prefix="/cdn/")
-    hub.status(".safetensors", 403, 1, method="GET", prefix="/cdn/")  # a signed address that has run out
-    client.cut("org/big", tmp_path / "errors", BIG_DROP)
-    assert content(tmp_path / "errors") == big_cut
-    assert {one.status for one in weights(hub.log)} == {206, 500, 429, 403}
-    assert sum(one.sent for one in weights(hub.log) if one.status == 206) == clean
-
-    hub.reset()
-    hub.status(".safetensors", 429, 1, method="GET", prefix="/cdn/")
-    hub.lie(".safetensors", "Retry-After", "4000", prefix="/cdn/")
-    assert "not to try for 4000 s" in client.cut("org/big", tmp_path / "later", BIG_DROP)["error"]
-
-
-def data_requests(hub: HubServer) -> list[Request]:
-    """The requests for tensors of `org/big`: all but the first for each file, and one up to its header's end."""
-    seen: set[str] = set()
-    found = []
-    for one in weights(hub.log):
-        if one.path.startswith("/cdn/"):
-            with (hub.repos["org/big"].folder / one.path.rpartition("/")[2]).open("rb") as file:
-                header_end = 7 + int.from_bytes(file.read(8), "little")
-            if one.path in seen and not one.range.endswith(f"-{header_end}"):
-                found.append(one)
-            seen.add(one.path)
-    return found
-
-
-def data_served(hub: HubServer) -> int:
-    return sum(one.sent for one in data_requests(hub) if one.status < 400)
-
-
-def test_a_failed_run_is_taken_up(hub: HubServer, client: Client, big_cut: dict[str, bytes], tmp_path: Path) -> None:
-    target = tmp_path / "cut"
-    client.cut("org/big", tmp_path / "clean", BIG_DROP)
-    clean, victim = data_served(hub), max(one.path.rpartition("/")[2] for one in weights(hub.log))
-
-    hub.reset()
-    hub.fail_after(0, victim, times=10**6, prefix="/cdn/", least=50_000)  # but let its header through
-    failed = client.cut("org/big", target, BIG_DROP)
-    first = data_served(hub)
-    assert failed["kind"] == "BrokenDownloadError"
-    assert victim in failed["error"]
-    assert "run the same command again, and it goes on where it stopped" in failed["error"]
-    assert not target.exists()
-    assert len(leftovers(target)) == 1
-
-    hub.reset()
-    assert "error" not in client.cut("org/big", target, BIG_DROP)
-    assert content(target) == big_cut
-    assert leftovers(target) == []
-    slack = 8 * (1 << 18)  # what was on its way to other workers when the run gave up
-    assert clean <= first + data_served(hub) <= clean + slack
-    assert {one.path.rpartition("/")[2] for one in data_requests(hub)} == {victim}
-
-
-KILLED = """
-import os, signal, sys
-from hf_layerprune.cut.disk import cut_checkpoint, download
-download.CHUNK = 1 << 16
-left, record = int(sys.argv[3]), download.Download._record
-def killing(*args):
-    global left
-    record(*args)
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-download.Download._record = killing
-cut_checkpoint("org/big", sys.argv[1], range(21, 29), cache_dir=sys.argv[2], progress=False)
-"""
-
-
-def test_a_killed_run_is_taken_up(hub: HubServer, client: Client, big_cut: dict[str, bytes], tmp_path: Path) -> None:
-    target, cache = tmp_path / "cut", str(tmp_path / "cache")
-
-    def kill_after(records: int) -> Path:
-        command = [sys.executable, "-c", KILLED, str(target), cache, str(records)]
-        done = subprocess.run(command, env=client_env(hub, tmp_path / "home"), check=False)
-        assert done.returncode == -signal.SIGKILL
-        assert not target.exists()
-        (left,) = tmp_path.glob(".cut.download-*")
-        return left
-
-    client.cut("org/big", tmp_path / "clean", BIG_DROP, cache)
-    clean = data_served(hub)
-    left = kill_after(150)
-    _, *lines = (left / "journal").read_text().splitlines()
-    ranges = [tuple(map(int, line.split()[1:])) for line in lines]
-    done = sum(end - start for start, end in ranges if end >= 1 << 16)  # the others are headers
-    assert 0.2 * clean < done < 0.9 * clean
-    with (left / "journal").open("a") as journal:
-        journal.write("0 5 99")  # a line that was torn by the end
-    time.sleep(0.5)  # what the killed process still had asked for is answered to nobody, and counted
-    hub.reset()
-    client.cut("org/big", target, BIG_DROP)
-    assert content(target) == big_cut
-    assert data_served(hub) == clean - done
-    assert leftovers(target) == []
-
-    # Another cut does not build upon what this one left, but clears it away.
-    shutil.rmtree(target)
-    kill_after(100)
-    client.cut("org/big", target, [0])
-    assert leftovers(target) == []
-    assert json.loads((target / "config.json").read_text())["num_hidden_layers"] == 31
-
-
-@pytest.mark.parametrize("late", [False, True], ids=["header", "tensors"])
-@pytest.mark.parametrize(
-    ("header", "value", "says"),
-    [
-        ("Content-Range", "bytes 0-4095/99", "with 'bytes 0-4095/99'"),
-        ("Content-Range", "bytes 1-2", "with 'bytes 1-2'"),
-        ("Range", "", "a request for a part with the whole file"),
-        ("Range", "bytes=100-199", "with 'bytes 100-199/"),
-        ("ETag", '"another"', "has changed the file meanwhile"),
-        ("Content-Length", "7", "sends 7 bytes in place of"),
-        ("Content-Encoding", "gzip", "in another encoding"),
-        ("X-Repo-Commit", "0" * 40, "answered for commit 0000"),
-    ],
-)
-def test_a_lying_server(
-    hub: HubServer, client: Client, tmp_path: Path, header: str, value: str, says: str, late: bool
-) -> None:
-    if late or header == "ETag":  # the first answer's ETag is what the others are held against
-        hub.lie(".safetensors", header, value, prefix="/cdn/", after=1)
-    else:
-        hub.lie(".safetensors", header, value, prefix="/cdn/")
-    answer = client.cut("org/single", tmp_path / "cut", [3])
-    assert says in answer["error"]
-    assert "\n" not in answer["error"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
-
-
-def test_a_file_that_is_shorter_than_listed(hub: HubServer, client: Client, tmp_path: Path) -> None:
-    hub.truncate("model.safetensors", 50_000)
-    assert "with 'bytes 0-4095/50000'" in client.cut("org/single", tmp_path / "cut", [3])["error"]
-    hub.truncate("model.safetensors", 100)
-    assert "/100'" in client.cut("org/single", tmp_path / "cut", [3])["error"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
+    files = client.ask(source="org/llama", fingerprint=True, cache_dir=str(tmp_path / "cache"))["files"]
+    assert files == fingerprint(bases["llama"])
+    assert not fetched(hub)
 
 
 def run(hub: HubServer, home: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -409,40 +298,24 @@ def test_the_command(hub: HubServer, bases: dict[str, Path], tmp_path: Path) -> 
     out, home = tmp_path / "out", tmp_path / "home"
     done = run(hub, home, "prune", "org/llama", str(out), "--drop", "2")
     assert (done.returncode, done.stdout) == (0, f"dropped layers 6-7 of 8: 6 left, in {out}\n"), done.stderr
-    assert "holds only dropped layers" in done.stderr or "hold only dropped layers" in done.stderr
-    assert "fetching" in done.stderr
     cut_checkpoint(bases["llama"], tmp_path / "near", [6, 7], progress=False)
-    lineage = content(out)
-    written = json.loads(lineage.pop("lineage.json"))
-    assert lineage == content(tmp_path / "near")
-    base = written["base"]
+    written = content(out)
+    base = json.loads(written.pop("lineage.json"))["base"]
+    assert written == content(tmp_path / "near")
     assert base["id"] == "org/llama"
     assert base["commit"] == hub.repos["org/llama"].branches["main"]
     assert base["files"] == fingerprint(bases["llama"])
 
-    # Without a way to the Hub, what the cache lacks is missed, and said so.
-    again = run(hub, home, "prune", "org/llama", str(tmp_path / "again"), "--drop", "2", HF_HUB_OFFLINE="1")
-    assert again.returncode == 1
-    assert "is not in the cache, and the Hub can't be asked (HF_HUB_OFFLINE is set)" in again.stderr
-    assert "Traceback" not in again.stderr
-    blobs = home / "hub" / "models--org--llama" / "snapshots" / base["commit"]
-    for path in bases["llama"].glob("*.safetensors"):
-        shutil.copy(path, blobs)
     hub.reset()
     again = run(hub, home, "prune", "org/llama", str(tmp_path / "again"), "--drop", "2", HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert not hub.log
     assert content(tmp_path / "again").keys() == content(out).keys()
-
-    closed = run(hub, home, "prune", "org/gated", str(tmp_path / "closed"))
-    assert closed.returncode == 1
-    assert "org/gated is gated; ask for access" in closed.stderr
-    assert "Traceback" not in closed.stderr
-    assert not (tmp_path / "closed").exists()
-
-
-def test_ranges() -> None:
-    assert _joined([(5, 9), (0, 2), (2, 4), (6, 7)]) == [(0, 4), (5, 9)]
-    assert _missing([(0, 4), (5, 9)], 2, 12) == [(4, 5), (9, 12)]
-    assert _missing([(0, 4), (5, 9)], 6, 8) == []
-    assert _missing([], 1, 3) == [(1, 3)]
+    for error in (
+        run(hub, home, "prune", "org/single", str(tmp_path / "no"), "--drop", "2", HF_HUB_OFFLINE="1"),
+        run(hub, home, "prune", "org/gated", str(tmp_path / "no")),
+    ):
+        assert error.returncode == 1
+        assert "is not in the cache" in error.stderr or "org/gated is gated; ask for access" in error.stderr
+        assert "Traceback" not in error.stderr
+        assert not (tmp_path / "no").exists()

@@ -206,12 +206,7 @@ class Repo:
         """
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-        if name not in self.files:
-            if self.offline:
-                raise CheckpointError(
-                    f"{self.name}/{name} is not in the cache, and the Hub can't be asked ({self.offline}); go online"
-                )
-            raise CheckpointError(f"{self.name} has no {name}; choose another revision")
+        self._check_listed(name)
         file, inside = self.files[name], f"{self._subfolder}/{name}" if self._subfolder else name
         arrived = not isinstance(try_to_load_from_cache(self.name, inside, self._where["cache_dir"], self.commit), str)
         with hub_errors(self.name, self.commit):
@@ -225,6 +220,15 @@ class Repo:
         if (arrived or self._where["force_download"]) and not self.offline:
             self._check(path, name, file)
         return path
+
+    def _check_listed(self, name: str) -> None:
+        if name in self.files:
+            return
+        if self.offline:
+            raise CheckpointError(
+                f"{self.name}/{name} is not in the cache, and the Hub can't be asked ({self.offline}); go online"
+            )
+        raise CheckpointError(f"{self.name} has no {name}; choose another revision")
 
     def _check(self, path: Path, name: str, file: HubFile) -> None:
         """Hold a file that has just arrived against the hash that the Hub lists."""
@@ -245,6 +249,8 @@ class Repo:
     def fetch(self, names: Iterable[str]) -> dict[str, Path]:
         """Download several files into the cache, a few at once; see `get`."""
         names = list(dict.fromkeys(names))
+        for name in names:  # before anything is downloaded
+            self._check_listed(name)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return dict(zip(names, pool.map(self.get, names), strict=True))
 
