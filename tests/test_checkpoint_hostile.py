@@ -221,13 +221,13 @@ def pointed(name: str, file):
 
 Q1 = "model.layers.1.self_attn.q_proj.weight"
 INDICES = {
-    "up and away": (pointed(Q1, "../../x.safetensors"), "no plain .safetensors file"),
-    "absolute": (pointed(Q1, "/etc/x.safetensors"), "no plain .safetensors file"),
-    "in a folder": (pointed(Q1, "sub/x.safetensors"), "no plain .safetensors file"),
-    "by backslash": (pointed(Q1, "..\\x.safetensors"), "no plain .safetensors file"),
-    "with a nul": (pointed(Q1, "x\0.safetensors"), "no plain .safetensors file"),
-    "very long": (pointed(Q1, "x" * 5000 + ".safetensors"), "no plain .safetensors file"),
-    "pickled": (pointed(Q1, "pytorch_model.bin"), "no plain .safetensors file"),
+    "up and away": (pointed(Q1, "../../x.safetensors"), "not a plain .safetensors file"),
+    "absolute": (pointed(Q1, "/etc/x.safetensors"), "not a plain .safetensors file"),
+    "in a folder": (pointed(Q1, "sub/x.safetensors"), "not a plain .safetensors file"),
+    "by backslash": (pointed(Q1, "..\\x.safetensors"), "not a plain .safetensors file"),
+    "with a nul": (pointed(Q1, "x\0.safetensors"), "not a plain .safetensors file"),
+    "very long": (pointed(Q1, "x" * 5000 + ".safetensors"), "not a plain .safetensors file"),
+    "pickled": (pointed(Q1, "pytorch_model.bin"), "not a plain .safetensors file"),
     "missing shard": (pointed(Q1, "model-00009-of-00009.safetensors"), "does not exist"),
     "wrong shard": (pointed(Q1, "model-00001-of-00004.safetensors"), "is in model-00002.*places it in model-00001"),
     "no file name": (pointed(Q1, 5), "not a file name"),
@@ -236,12 +236,12 @@ INDICES = {
     "no map": (lambda index: {"metadata": {}}, "has no weight_map"),
     "empty map": (lambda index: {"weight_map": {}}, "has no weight_map"),
     "map a list": (lambda index: {"weight_map": [1]}, "has no weight_map"),
-    "a list": (lambda index: [], "not a JSON object"),
-    "metadata a text": (lambda index: index | {"metadata": "x"}, "metadata is no JSON object"),
-    "garbage": (lambda index: "{", "no sound JSON"),
-    "nested": (lambda index: "[" * 100_000, "no sound JSON"),
-    "duplicate keys": (lambda index: '{"weight_map": {}, "weight_map": {}}', "given twice"),
-    "half a character": (lambda index: '{"weight_map": {"\\ud800": "a.safetensors"}}', "no sound JSON"),
+    "a list": (lambda index: [], "where a JSON object is expected"),
+    "metadata a text": (lambda index: index | {"metadata": "x"}, "metadata is not a JSON object"),
+    "garbage": (lambda index: "{", "not JSON|nested|surrogate"),
+    "nested": (lambda index: "[" * 100_000, "not JSON|nested|surrogate"),
+    "duplicate keys": (lambda index: '{"weight_map": {}, "weight_map": {}}', "there twice"),
+    "half a character": (lambda index: '{"weight_map": {"\\ud800": "a.safetensors"}}', "not JSON|nested|surrogate"),
 }  # fmt: skip
 
 
@@ -313,7 +313,7 @@ def test_things_that_are_no_files_are_refused(tmp_path):
     shard.symlink_to("/dev/zero")
     refused(base, "is not a file")
     for missing in (tmp_path / "none", base / "config.json"):
-        with pytest.raises(CheckpointError, match="is no folder"):
+        with pytest.raises(CheckpointError, match="is not a folder"):
             plan_cut(missing, [1])
     (base / "config.json").unlink()
     refused(base, "config.json does not exist")
@@ -334,4 +334,4 @@ def test_every_truncation_of_a_shard_is_noticed(tmp_path):
     raw = shard.read_bytes()
     for size in (0, 7, 8, 100, len(raw) // 2, len(raw) - 1):
         shard.write_bytes(raw[:size])
-        refused(base, "model-00003-of-00004.safetensors is no sound safetensors file")
+        refused(base, "model-00003-of-00004.safetensors is not a sound safetensors file")

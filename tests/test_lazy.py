@@ -310,7 +310,7 @@ def test_damaged_files(tmp_path):
     with pytest.raises(CheckpointError, match=f"{kept} of .* has no nowhere.weight, though the index says so"):
         load_pruned(tmp_path, DROP)
     index.write_text("[]")
-    with pytest.raises(CheckpointError, match="not a JSON object"):
+    with pytest.raises(CheckpointError, match="where a JSON object is expected"):
         load_pruned(tmp_path, DROP)
     index.write_text(json.dumps(good))
     (tmp_path / kept).write_bytes(b"\x00" * 7)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from ..files.copy import LocalFile
+from ..files.json_file import read_object
 from .header import Header
 
 CONFIG = "config.json"
@@ -28,30 +28,13 @@ SUBFOLDERS = ("additional_chat_templates",)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object of a checkpoint.
 
     Raises:
-        CheckpointError: It is missing, too long, or not a JSON object.
+        CheckpointError: It is missing, too large, or not a sound JSON object.
     """
-    with LocalFile(path) as file:
-        if file.size > _MAX_JSON:
-            raise CheckpointError(f"{path} has {file.size} bytes, far more than such a file needs; download it again")
-        raw = file.read(0, file.size)
-    try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-        json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not sound JSON: {error}; download or save it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object; download or save it again")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a key is given twice")
-    return content
+    with LocalFile(path):  # says what is wrong with what is not a file
+        return read_object(path, max_bytes=_MAX_JSON, non_finite=True)
 
 
 def find_weights(names: Collection[str], where: str, variant: str | None = None) -> str:
