@@ -115,24 +115,6 @@ def test_all_tensor_types_and_alignments_are_copied_exactly(tmp_path, alignment,
     assert target.read_bytes() == model.read_bytes()
 
 
-@pytest.mark.parametrize("fault", [errno.EXDEV, errno.EOPNOTSUPP, None])
-def test_copying_works_without_the_kernels_help(tmp_path, monkeypatch, fault):
-    source = make_gguf(tmp_path / "a.gguf")
-    target, _ = cut(source, [2])
-    expected = target.read_bytes()
-
-    def refuse(*_):
-        raise OSError(fault, os.strerror(fault))
-
-    if fault is None:
-        monkeypatch.delattr(os, "copy_file_range")
-    else:
-        monkeypatch.setattr(os, "copy_file_range", refuse)
-    monkeypatch.setattr(gguf_file, "_CHUNK", 100)
-    cut(source, [2], force=True)
-    assert target.read_bytes() == expected
-
-
 @pytest.mark.parametrize(
     ("drop", "match"),
     [
@@ -141,9 +123,9 @@ def test_copying_works_without_the_kernels_help(tmp_path, monkeypatch, fault):
         ([], "nothing would be dropped"),
         (range(30), "all 30 layers; at least one must stay"),
         ([3, 4, 3], "drop_layers has 3 twice"),
-        ([1.5], "drop_layers has 1.5, which is no layer index"),
-        ([True], "drop_layers has True, which is no layer index"),
-        ("12", "drop_layers has '1', which is no layer index"),
+        ([1.5], "drop_layers has 1.5, which is not a layer index"),
+        ([True], "drop_layers has True, which is not a layer index"),
+        ("12", "drop_layers has '1', which is not a layer index"),
     ],
 )
 def test_a_bad_list_of_layers_is_refused_in_one_line(tmp_path, drop, match):
@@ -163,13 +145,11 @@ def test_the_target_is_never_overwritten_unasked(tmp_path, monkeypatch):
     assert gguf_layer_count(tmp_path / "cut.gguf") == 5
 
     (tmp_path / "cut.gguf").unlink()
-    check = gguf_file._check_target
 
-    def somebody_is_faster(plan, target, force):
-        check(plan, target, force)
-        target.write_text("theirs")
+    def somebody_is_faster(self):
+        (tmp_path / "cut.gguf").write_text("theirs")
 
-    monkeypatch.setattr(gguf_file, "_check_target", somebody_is_faster)
+    monkeypatch.setattr(gguf_file.LocalFile, "check_unchanged", somebody_is_faster)
     with refused("has appeared meanwhile"):
         cut(source, [1])
     assert (tmp_path / "cut.gguf").read_text() == "theirs"
@@ -195,7 +175,7 @@ def test_targets_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
         cut_gguf(source, tmp_path / "no/such/cut.gguf", [1])
     with refused("is a folder"):
         cut_gguf(source, tmp_path, [1], force=True)
-    with refused("could not read .*: No such file"):
+    with refused(r"none\.gguf does not exist"):
         cut_gguf(tmp_path / "none.gguf", tmp_path / "cut.gguf", [1])
     with refused("is not a file"):
         plan_gguf_cut(tmp_path, [1])
@@ -212,10 +192,10 @@ def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, monkeypatch, er
     source = make_gguf(tmp_path / "a.gguf")
 
     def fail(*_):
-        assert any(name.endswith(".partial") for name in os.listdir(tmp_path))
+        assert any(name.startswith(".cut.gguf.partial-") for name in os.listdir(tmp_path))
         raise error
 
-    monkeypatch.setattr(gguf_file._Copier, "_copy_chunk", fail)
+    monkeypatch.setattr(gguf_file.LocalFile, "copy_into", fail)
     with pytest.raises(CheckpointError if isinstance(error, OSError) else type(error)):
         cut(source, [1])
     assert os.listdir(tmp_path) == ["a.gguf"]
@@ -256,14 +236,14 @@ def test_a_killed_cut_leaves_the_old_target_or_the_new_one(tmp_path):
         with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:
             assert child.stdout.readline() == b"go\n"
             if round_ < 5:
-                while child.poll() is None and not any(tmp_path.glob("*.partial")):
+                while child.poll() is None and not any(tmp_path.glob(".cut.gguf.partial-*")):
                     pass
                 time.sleep(seconds * round_ / 10)
             else:
                 time.sleep(chance.uniform(0, 1.2 * seconds))
             child.kill()
         assert (digest(target) if target.exists() else None) in {new, old if round_ % 2 else None}
-        for leftover in tmp_path.glob("*.partial"):
+        for leftover in tmp_path.glob(".cut.gguf.partial-*"):
             partial += 1
             leftover.unlink()
     assert digest(source) == before

@@ -68,11 +68,9 @@ def claim(folder: Path) -> None:
 def flip(folder: Path, name: str, element: int = 0, bit: int = 1) -> None:
     """Turn one bit of one tensor in the file."""
     from hf_layerprune.cut.header import read_header
-    from hf_layerprune.files.copy import LocalFile
 
     path = folder / "model.safetensors"
-    with LocalFile(path) as file:
-        header = read_header(file)
+    header = read_header(path)
     (tensor,) = (tensor for tensor in header.tensors if tensor.name == name)
     data = bytearray(path.read_bytes())
     data[header.data_start + tensor.start + 4 * element] ^= bit
