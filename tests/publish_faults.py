@@ -155,12 +155,11 @@ def main() -> None:
     hub, place = start()
     from dataclasses import replace
 
-    from hf_layerprune.cut import ranges
     from hf_layerprune.publish.hub import push as publish
     from hf_layerprune.publish.hub import upload
     from tests.publish_models import pruned_from_hub
 
-    upload.FIRST_WAIT = ranges.FIRST_WAIT = 0.02
+    upload.FIRST_WAIT = 0.02
     _impatient()
     folder = pruned_from_hub(hub, place, "model", drop=2)
     other = pruned_from_hub(hub, place, "older", drop=3)

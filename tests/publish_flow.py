@@ -342,7 +342,6 @@ def main() -> None:
 
     from huggingface_hub.utils import _http
 
-    from hf_layerprune.cut import ranges, remote
     from hf_layerprune.publish.hub import upload
     from tests.publish_models import pruned_from_hub
 
@@ -350,7 +349,7 @@ def main() -> None:
     _http.time = type(
         "time", (), {"sleep": staticmethod(lambda s: real(min(s, 0.02))), "time": staticmethod(time.time)}
     )
-    upload.FIRST_WAIT = ranges.FIRST_WAIT = remote.FIRST_WAIT = 0.02
+    upload.FIRST_WAIT = 0.02
     pruned_from_hub(hub, place, "model", drop=2)
     pruned_from_hub(hub, place, "older", drop=6)
     for run in SCENARIOS:
