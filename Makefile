@@ -40,6 +40,7 @@ compat: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m tests.architectures --write
+	$(BIN)/python -m tests.options_page --write
 
 cards: $(STAMP)
 	$(BIN)/python -m model_cards

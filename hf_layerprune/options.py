@@ -234,7 +234,7 @@ def find(what: str, name: Any, names: Collection[str]) -> str:
         return name
     near = get_close_matches(str(name)[:100], names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}? There are" if near else "; there are"
-    raise CutError(f"{what} {shown(name)} is unknown{hint} {', '.join(names)}")
+    raise CutError(f"{what} {quoted(name)} is unknown{hint} {', '.join(names)}")
 
 
 def checked(name: str, value: Any, kind: Kind) -> Any:
@@ -248,10 +248,10 @@ def checked(name: str, value: Any, kind: Kind) -> Any:
     except CutError:  # says what it is about itself
         raise
     except ValueError as error:
-        raise CutError(f"{name}={shown(value)} {error}") from None
+        raise CutError(f"{name}={quoted(value)} {error}") from None
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A value as an error quotes it: short, whatever somebody passed."""
     try:
         text = repr(value[:50] if isinstance(value, str | list | tuple) else value)
@@ -353,7 +353,7 @@ def word_of(known: Option) -> Callable[[str], Any]:
         except CutError as error:  # says what it is about itself
             raise argparse.ArgumentTypeError(str(error)) from None
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{shown(text)} {error}") from None
+            raise argparse.ArgumentTypeError(f"{quoted(text)} {error}") from None
 
     return parse
 

@@ -13,6 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from .versions import check_peft, let_peft_save
 
@@ -27,7 +28,7 @@ def register() -> None:
 
     # PEFT's `register_peft_method` takes only members of its own enum. The mappings behind it are plain
     # dictionaries that are looked up by value, which a string enum of ours satisfies.
-    kind = LayerDropPeftType.LAYER_DROP
+    kind: Any = LayerDropPeftType.LAYER_DROP
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(kind, LayerDropConfig)
     mapping.PEFT_TYPE_TO_TUNER_MAPPING.setdefault(kind, LayerDropModel)
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING.setdefault(kind, LayerDropModel.prefix)

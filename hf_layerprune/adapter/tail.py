@@ -31,6 +31,8 @@ def tuned_layers(cut: families.Cut, tune_layers: int | str | Collection[int]) ->
     if isinstance(tune_layers, str):  # "cut", the only word that a config takes
         beside = {neighbour for i in cut.drop for neighbour in (i - 1, i + 1)}
         return sorted(beside & set(cut.keep))
+    if isinstance(tune_layers, str):
+        raise CutError(f"tune_layers={tune_layers!r} must be a number of last layers, 'cut', or base indices")
     if isinstance(tune_layers, int):
         if tune_layers > len(cut.keep):
             raise CutError(f"tune_layers={tune_layers}, but only {len(cut.keep)} layers remain")

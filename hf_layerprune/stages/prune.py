@@ -69,7 +69,7 @@ def was_made(request: PruneRequest, folder: Path) -> bool:
     if not folder.exists():
         return False
     lineage = Lineage.of(folder) or Lineage({})
-    entry = next((entry for entry in reversed(lineage.entries) if entry["stage"] == "prune"), {})
+    entry: dict[str, Any] = next((entry for entry in reversed(lineage.entries) if entry["stage"] == "prune"), {})
     recorded, calibration = entry.get("settings", {}), entry.get("calibration", {})
     dropped = recorded.get("drop_layers", []) if request.drop_layers is None else request.drop_layers
     same = [settings_of(request, dropped) == recorded, lineage.base.get("id") == request.base]
@@ -222,7 +222,7 @@ def _model(
         model.save_pretrained(folder)
         _note_plain_cut(prepared, folder)
         stack = find_decoder_layers(model)
-        prepared.repair.apply(stack.layers, cut.new_index)
+        prepared.repair.apply(list(stack.layers), cut.new_index)
         prepared.record["repair"]["changed_tensors"] = [
             f"{stack.path}.{cut.new_index[i]}.{name}" for i, name in sorted(prepared.repair.tensors)
         ]
@@ -260,8 +260,9 @@ def _adapter(
     _, gguf_file = resolve_base(request.base)
     dtype = _dtype(request, gguf_file is not None)
     model = prune_prepared(config, prepared, whole=request.check, dtype=dtype)
-    model.save_pretrained(folder)
-    prepared = model.base_model.prepared
+    model.save_pretrained(str(folder))
+    tuner: Any = model.base_model
+    prepared = tuner.prepared
     if prepared is not None and prepared.repair is not None:
         prepared.record["repair"]["changed_modules"] = config.repaired_modules
     return config.base_commit, prepared

@@ -17,7 +17,7 @@ from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
 from ..options import CutOptions, take
 from ..records.lineage import peak_rss, versions
-from ..runtime.loading import load_base, load_config, load_tokenizer
+from ..runtime.loading import load_base, load_config
 from ..select import CRITERIA, drop_count, find_criterion
 from ..select.sets import free_layers
 from .requests import RankRequest
@@ -128,7 +128,7 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, 
     """The model, walked where a criterion looks at its states, and the calibration set; says what it will cost."""
     import torch
 
-    from ..calibration.rows import load_calibration
+    from ..adapter.prepare import calibration_of
     from ..runtime.walk import LayerWalk
     from ..select.cost import estimate
 
@@ -142,21 +142,7 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, 
     )
     if cost.layers:
         logger.info("scoring takes %s", cost)
-    try:
-        tokenizer = load_tokenizer(request.base, revision=request.revision)
-    except CheckpointError:
-        if request.calibration != "self":
-            raise
-        tokenizer = None
-    calibration = load_calibration(
-        request.calibration,
-        tokenizer,
-        samples=request.calibration_samples,
-        length=request.calibration_length,
-        seed=request.seed,
-        model=model,
-    )
-    return walk, calibration
+    return walk, calibration_of(request, model, revision=request.revision)
 
 
 def _walk(request: RankRequest, model: Any, walk: type[LayerWalk]) -> LayerWalk:
@@ -169,10 +155,10 @@ def _walk(request: RankRequest, model: Any, walk: type[LayerWalk]) -> LayerWalk:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = str(accelerator) if accelerator is not None else "cpu"
     try:
-        device = torch.device(device)
-        if request.dtype == "auto" and device.type == "cpu":
+        place = torch.device(device)
+        if request.dtype == "auto" and place.type == "cpu":
             in_fast_precision(model)
-        return walk(model, device=None if device.type == "cpu" else device, let_go=True)
+        return walk(model, device=None if place.type == "cpu" else place, let_go=True)
     except (RuntimeError, AssertionError) as error:
         raise CutError(f"device {request.device!r} can't be used: {str(error).splitlines()[0]}") from error
 

@@ -1,0 +1,133 @@
+"""Options: declared once, checked where they are declared, and the same everywhere that they are asked for."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_layerprune import CutError, LayerDropConfig
+from hf_layerprune.cli import main
+from hf_layerprune.options import CutOptions, TuningOptions, add, declared, gather, take
+from hf_layerprune.stages.requests import PruneRequest, RankRequest
+
+from .options_page import PAGE, page
+
+PACKAGE = Path(__file__).resolve().parents[1] / "hf_layerprune"
+BAD = [
+    ("drop", math.nan), ("drop", -1), ("drop", 0), ("drop", True), ("drop", "0.25"), ("drop", 1.5), ("drop", 10**7),
+    ("drop", 10**5000), ("drop", math.inf), ("drop_layers", [3.7, 4.2]), ("drop_layers", "34"),
+    ("drop_layers", [True, 4]), ("drop_layers", [-1]), ("drop_layers", 3), ("drop_layers", [10**9]),
+    ("drop_layers", {"3": 4}), ("drop_layers", [math.nan]), ("drop_layers", [[3]]), ("criterion", "vibes"),
+    ("criterion", None), ("criterion", 3), ("variant", "mine"), ("repair", "glue"), ("steps", 0), ("steps", 1.0),
+    ("steps", 10**9), ("protect_first", -1), ("protect_first", "2"), ("protect_last", 1.5), ("contiguous", "yes"),
+    ("contiguous", None), ("calibration", ""), ("calibration", "x" * 40_000), ("calibration", None),
+    ("calibration_samples", 0), ("calibration_samples", 10**9), ("calibration_length", math.nan), ("seed", -1),
+    ("seed", 2**70), ("tune_layers", "all"), ("tune_layers", -1), ("tune_layers", 1.5), ("tune_layers", [1.5]),
+    ("tune_lm_head", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=[f"{name}-{n}" for n, (name, _) in enumerate(BAD)])
+def test_refused_with_one_line(name: str, value: Any) -> None:
+    for make in (LayerDropConfig, lambda **words: PruneRequest("base", "output", **words)):
+        with pytest.raises(CutError, match=name) as caught:
+            make(**{name: value})
+        assert len(str(caught.value).splitlines()) == 1
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--drop", "nan"], ["--drop", "9" * 5000], ["--drop-layers", "3.7,4.2"], ["--drop-layers", "-1"],
+        ["--steps", "0"], ["--steps", "1e3"], ["--protect-first", "-1"], ["--protect-last", "9" * 5000],
+        ["--calibration-samples", "0"], ["--calibration", ""], ["--seed", "-5"], ["--tune-layers", "all"],
+        ["--repair", "glue"], ["--variant", "mine"], ["--criterion", "\x1b[31m"], ["--dtype", "int4"],
+    ],
+    ids=lambda words: " ".join(words)[:30],
+)  # fmt: skip
+def test_refused_on_the_command_line(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(["prune", "org/base", str(tmp_path / "out"), *words])
+    except SystemExit as error:  # argparse
+        code = error.code
+    said = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in said
+    assert len(said.splitlines()[-1]) < 400
+    assert "\x1b" not in said
+    assert not list(tmp_path.iterdir())
+
+
+values = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
+    st.lists(st.one_of(st.integers(), st.floats(), st.booleans(), st.text(max_size=3)), max_size=4),
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(sorted(declared(CutOptions))), values, max_size=3))
+def test_accepted_as_declared_or_refused(settings: dict[str, Any]) -> None:
+    try:
+        options = CutOptions(**settings)
+    except CutError:
+        return
+    again = take(CutOptions, options)
+    assert again == options
+    assert options.drop_layers is None or all(type(i) is int for i in options.drop_layers)
+
+
+def test_a_config_that_is_changed_later_is_checked_before_it_prunes() -> None:
+    from peft import get_peft_model
+
+    from .tiny_models import tiny_model
+
+    config = LayerDropConfig(tune_lm_head=False)
+    config.drop = math.nan
+    with pytest.raises(CutError, match="drop=nan"):
+        get_peft_model(tiny_model("llama"), config)
+
+
+def test_a_command_line_gives_what_the_request_has() -> None:
+    parser = argparse.ArgumentParser()
+    add(parser, PruneRequest)
+    assert gather(parser.parse_args(["base", "output"]), PruneRequest) == PruneRequest("base", "output")
+    said = parser.parse_args(["b", "o", "--drop-layers", "2-3,5", "--no-tune-lm-head", "--tune-layers", "cut"])
+    request = gather(said, PruneRequest)
+    assert (request.drop_layers, request.tune_lm_head, request.tune_layers) == ([2, 3, 5], False, "cut")
+    parser = argparse.ArgumentParser()
+    add(parser, RankRequest)
+    assert gather(parser.parse_args(["base"]), RankRequest) == RankRequest("base")
+    assert "auto" not in RankRequest("base").criteria
+    assert RankRequest("base", criteria=["all", "auto", "kl"]).criteria[-1] == "auto"
+
+
+def test_each_is_declared_once() -> None:
+    """As a field of one class, and by hand in no parser."""
+    shared = {*declared(CutOptions), *declared(TuningOptions)}
+    fields: Counter[str] = Counter()
+    words: list[str] = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                fields.update(
+                    item.target.id
+                    for item in node.body
+                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+                    if isinstance(item.value, ast.Call) and getattr(item.value.func, "id", "") in ("option", "field")
+                )
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                words += [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+    assert {name: fields[name] for name in shared - {"drop", "seed"}} == dict.fromkeys(shared - {"drop", "seed"}, 1)
+    assert not {f"--{name.replace('_', '-')}" for name in shared} & set(words)
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "docs/options.md is stale: run `make docs`"
