@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from itertools import pairwise
 
 from .errors import CutError
 
+_MOST = 100_000
 _PART = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 
 
@@ -22,20 +24,23 @@ def parse_layers(text: str) -> list[int]:
     Raises:
         CutError: The text is not of that form, a range runs backwards, or a layer is named twice.
     """
-    found: list[int] = []
+    layers: list[int] = []
     for part in text.split(","):
         match = _PART.fullmatch(part.strip())
         if match is None:
-            raise CutError(f"{part.strip()!r} in {text!r} is no layer and no range; write layers as 20-26,29")
+            raise CutError(f"{part.strip()!r} in {text!r} is neither a layer nor a range; write layers as 20-26,29")
         first = int(match[1])
         last = int(match[2]) if match[2] else first
         if last < first:
             raise CutError(f"the range {part.strip()} in {text!r} runs backwards; write {last}-{first}")
-        found.extend(range(first, last + 1))
-    twice = sorted({i for i in found if found.count(i) > 1}) if len(set(found)) != len(found) else []
-    if twice:
-        raise CutError(f"{text!r} names layer {twice[0]} more than once; name each layer once")
-    return sorted(found)
+        layers.extend(range(first, last + 1))
+        if len(layers) > _MOST:
+            raise CutError(f"{text[:50]}... names more than {_MOST} layers; no model has so many")
+    ordered = sorted(layers)
+    for one, next_one in pairwise(ordered):
+        if one == next_one:
+            raise CutError(f"{text!r} names layer {one} more than once; name each layer once")
+    return ordered
 
 
 def format_layers(layers: Collection[int]) -> str:

@@ -51,11 +51,13 @@ class Kind:
         parse (`Callable[[str], Any]`): The value of a word on a command line; raises `ValueError`.
         check (`Callable[[Any], Any]`): The value as it is kept; raises `ValueError` with what it must be.
         metavar (`str`, *optional*): What stands for it in `--help`.
+        repeated (`bool`): Whether its option may be given several times, for a value each.
     """
 
     parse: Callable[[str], Any]
     check: Callable[[Any], Any]
     metavar: str | None = None
+    repeated: bool = False
 
 
 def whole(least: int = 1, most: int = 1_000_000, metavar: str = "N") -> Kind:
@@ -74,6 +76,21 @@ def whole(least: int = 1, most: int = 1_000_000, metavar: str = "N") -> Kind:
         return int(text)
 
     return Kind(parse, check, metavar)
+
+
+def many(kind: Kind, check: Callable[[Any], Any] | None = None, separator: str | None = None) -> Kind:
+    """Several values of a kind, as a tuple: an option for each, or with a `separator` all in one word."""
+
+    def check_each(values: Any) -> tuple[Any, ...]:
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise ValueError("must be a list")
+        return tuple(kind.check(value) for value in values)
+
+    def parse(text: str) -> Any:
+        return tuple(kind.parse(part) for part in text.split(separator)) if separator else kind.parse(text)
+
+    metavar = f"{kind.metavar},{kind.metavar}" if separator else kind.metavar
+    return Kind(parse, check or check_each, metavar, repeated=separator is None)
 
 
 def _check_text(value: Any) -> str:
@@ -150,7 +167,7 @@ def _index(value: Any) -> int | None:
 
 TEXT = Kind(str, _check_text)
 MODEL = Kind(str, lambda value: _check_text(os.fspath(value) if isinstance(value, os.PathLike) else value))
-PATH = Kind(Path, _check_path)
+PATH = Kind(Path, _check_path, "PATH")
 FLAG = Kind(bool, _check_flag)
 DROP = Kind(_parse_drop, _check_drop, "D")
 LAYERS = Kind(parse_layers, _check_layers, "L")
@@ -169,7 +186,8 @@ class Option:
         help (`str`): One sentence without a full stop, and without its choices.
         kind (`Kind`): What values are accepted.
         choices (`Collection[str]` or `str`): The names it may have; or the name of the table that a room has bound.
-        flag (`str`, *optional*): The name on the command line, where it is not the field's.
+        flag (`str`, *optional*): The name on the command line, where it is not the field's. Of an option that is on by
+            default, the name that turns it off.
         positional (`bool`): Whether it stands on the command line without a name.
     """
 
@@ -324,12 +342,16 @@ def _add(parser: Any, name: str, known: Option) -> None:
     words: dict[str, Any] = {"help": text}
     flag = known.flag or name.replace("_", "-")
     if known.kind is FLAG:
-        action = argparse.BooleanOptionalAction if known.default else "store_true"
+        off = "store_false" if known.flag else argparse.BooleanOptionalAction
+        action = off if known.default else "store_true"
         parser.add_argument(f"--{flag}", action=action, dest=name, default=known.default, **words)
         return
-    if known.default not in (None, dataclasses.MISSING):
-        shown_default = known.default if isinstance(known.default, str | int | float) else ",".join(known.default)
-        words |= {"default": known.default, "help": f"{text} ({shown_default})"}
+    if known.kind.repeated:
+        words["action"] = "append"
+    elif known.default not in (None, dataclasses.MISSING):
+        several = isinstance(known.default, list | tuple)
+        default = ",".join(map(str, known.default)) if several else known.default
+        words |= {"default": known.default, "help": f"{text} ({default})"}
     if listed:
         words["choices"] = known.choices
     elif known.kind is not TEXT:
@@ -361,6 +383,7 @@ def word_of(known: Option) -> Callable[[str], Any]:
 def gather(args: argparse.Namespace, cls: type[T], **others: Any) -> T:
     """Make a dataclass of a command line's words, and of others that it doesn't have."""
     said = {name: getattr(args, name) for name in declared(cls) if hasattr(args, name)}
+    said = {name: value for name, value in said.items() if value is not None}
     return cls(**said | others)
 
 

@@ -208,7 +208,7 @@ def test_no_network_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--drop-layers", "0-7"], "all 8 layers"),
         (["--drop-layers", "1,1"], "names layer 1 more than once"),
         (["--drop-layers", "6-4"], "runs backwards"),
-        (["--drop-layers", ""], "is no layer and no range"),
+        (["--drop-layers", ""], "is neither a layer nor a range"),
         (["--drop", "2", "--drop-layers", "1"], "not allowed with argument"),
         (["--criterion", "vibes"], "criterion 'vibes' is unknown"),
         (["--protect-first", "7"], "only 1 may"),

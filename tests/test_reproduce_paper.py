@@ -73,7 +73,7 @@ def test_every_field_of_every_row_is_a_real_option(mistakes: tuple[str, ...]) ->
         if plan.cut is not None:
             assert PruneRequest(base=plan.model, output="x", **plan.cut).criterion == row.criterion
         evaluate = {key: value for key, value in plan.evaluate.items() if key not in ("texts", "merged_in_4_bits")}
-        assert EvalRequest(plan.model, **evaluate).tasks == ["paper"]
+        assert EvalRequest(plan.model, **evaluate).tasks == ("paper",)
         if plan.tune is not None:
             assert plan.tune["method"] == row.method
             settings[name] = plan.tune
@@ -183,8 +183,8 @@ def test_the_table_in_the_repository_is_what_the_runner_writes(tmp_path: Path) -
         ("- 1", "must have fields such as model and method"),
     ],
 )
-def test_a_file_that_is_no_row(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "row.yaml").write_text(text)
+def test_a_row_that_can_not_be_read(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "table9.yaml").write_text("row:\n" + "".join(f"  {line}\n" for line in text.splitlines()))
     with pytest.raises(plans.UsageError, match=re.escape(message)):
         plans.read_rows(tmp_path)
 
@@ -214,7 +214,7 @@ def test_help_and_list_import_no_torch() -> None:
     [
         ([], "name rows, or give --all; --list shows what there is"),
         (["tabel1"], "no row is called tabel1; the tables are table1, table2"),
-        (["--rows-matching", "("], "is no regular expression"),
+        (["--rows-matching", "("], "is not a regular expression"),
         (["--rows-matching", "opt-"], "no row's name has opt- in it"),
         (["table7", "--mistakes", "all,none"], "there is no mistake 'all'"),
         (["table7", "--tasks-from", "/nowhere"], "/nowhere does not exist"),
@@ -227,9 +227,7 @@ def test_help_and_list_import_no_torch() -> None:
         ),
     ],
 )
-def test_words_that_make_no_sense(
-    tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refused_words(tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code = run.main([*words, "--output", str(tmp_path / "out")])
     except SystemExit as end:  # argparse
@@ -266,7 +264,7 @@ def test_a_difference_within_the_standard_error() -> None:
 
 
 def test_layers_of_several_rounds_are_counted_in_the_base() -> None:
-    dropped_of_base = import_module("stations").dropped_of_base
+    dropped_of_base = import_module("stages").dropped_of_base
     rounds = [{"layers": 8, "dropped": [0, 3]}, {"layers": 6, "dropped": [0, 1]}, {"layers": 4, "dropped": [3]}]
     assert dropped_of_base(rounds[:1]) == [0, 3]
     assert dropped_of_base(rounds) == [0, 1, 2, 3, 7]
@@ -420,7 +418,7 @@ def test_what_is_missing_is_found_before_anything_is_made(words: list[str], tmp_
 
 
 def test_training_that_fails_says_why(tmp_path: Path) -> None:
-    runner = import_module("stations").Runner(tmp_path)
+    runner = import_module("stages").Runner(tmp_path)
     command = [sys.executable, "-c", "import sys; print('loading'); sys.exit('error: method=qlora needs a CUDA GPU')"]
     with pytest.raises(LayerPruneError, match=r"training failed: method=qlora needs a CUDA GPU \(log: "):
         runner._launch(command, tmp_path / "log.txt")

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 import statistics
-from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ from ..records.metrics import Metrics
 from .compare import compare_values, compare_windows
 from .cost import cache_bytes, decode_bytes, prefill_flops
 from .probe import Probe, Probed, probe
+from .requests import BenchRequest
 from .speed import Repeats, Timing, Workload, time_models
 from .store import Store, now
 from .subject import Subject, describe_device, describe_dtype, identify, pick_device
@@ -41,51 +40,6 @@ _UNITS = {
 }
 
 
-@dataclass(frozen=True)
-class BenchRequest:
-    """What to time, and how.
-
-    Args:
-        model (`str`): A Hub id, a model folder, an adapter's folder, or a GGUF file.
-        base (`str`, *optional*): What to stand the numbers beside: the dense model. The two take turns.
-        batch_sizes (`tuple[int, ...]`, defaults to `(1, 4)`): Texts at once.
-        prompt_lengths (`tuple[int, ...]`, defaults to `(64, 512)`): Tokens in a prompt.
-        new_tokens (`int`, defaults to 32): Tokens that are written after each.
-        repeats (`int`, defaults to 5): Timed runs, of which the median and the spread are recorded.
-        load_repeats (`int`, defaults to 3): Fresh processes that load the model; 0 for none.
-        dtype (`str`, defaults to `"auto"`): Of the weights; `"auto"` is the checkpoint's.
-        device (`str`, defaults to `"auto"`): See [`~measure.subject.Subject.load`].
-        revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
-        base_revision (`str`, *optional*): The same of the base.
-        output (`Path`, *optional*): The file to write in place of `metrics.json` in the model's folder.
-        history (`tuple[Path, ...]`): Folders of earlier stages of this model, whose numbers are taken over.
-        force (`bool`, defaults to `False`): Replace numbers of other weights.
-        progress (`bool`, defaults to `True`): Show bars.
-    """
-
-    model: str
-    base: str | None = None
-    batch_sizes: tuple[int, ...] = (1, 4)
-    prompt_lengths: tuple[int, ...] = (64, 512)
-    new_tokens: int = 32
-    repeats: int = 5
-    load_repeats: int = 3
-    dtype: str = "auto"
-    device: str = "auto"
-    revision: str | None = None
-    base_revision: str | None = None
-    output: Path | None = None
-    history: tuple[Path, ...] = ()
-    force: bool = False
-    progress: bool = True
-
-    def workloads(self) -> list[Workload]:
-        """All combinations of batch and length."""
-        return [
-            Workload(batch, length, self.new_tokens) for batch in self.batch_sizes for length in self.prompt_lengths
-        ]
-
-
 def bench(request: BenchRequest) -> Metrics:
     """Time a model, and its base if there is one, in turns.
 
@@ -99,7 +53,6 @@ def bench(request: BenchRequest) -> Metrics:
         CheckpointError: A model can't be read, or numbers belong to other weights.
         LayerPruneError: A setting makes no sense, or a model does not fit into memory.
     """
-    _check(request)
     model = identify(request.model, request.revision)
     base = identify(request.base, request.base_revision) if request.base else None
     if base is not None and base.weights == model.weights:
@@ -109,13 +62,13 @@ def bench(request: BenchRequest) -> Metrics:
     return store.metrics
 
 
-def _check(request: BenchRequest) -> None:
-    for name in ("batch_sizes", "prompt_lengths"):
-        if not (numbers := getattr(request, name)) or min(numbers) < 1:
-            raise LayerPruneError(f"{name} is {numbers}, and must be numbers of 1 or more")
-    for name, least in (("new_tokens", 1), ("repeats", 1), ("load_repeats", 0)):
-        if getattr(request, name) < least:
-            raise LayerPruneError(f"{name} is {getattr(request, name)}, and must be {least} or more")
+def _workloads(request: BenchRequest) -> list[Workload]:
+    """All combinations of batch size and prompt length."""
+    return [
+        Workload(batch, length, request.new_tokens)
+        for batch in request.batch_sizes
+        for length in request.prompt_lengths
+    ]
 
 
 class _Bench:
@@ -135,7 +88,7 @@ class _Bench:
             self._record_probes(probes, live)
         start = perf_counter()
         timed = time_models(
-            live, self.request.workloads(), repeats=self.request.repeats, progress=self.request.progress
+            live, _workloads(self.request), repeats=self.request.repeats, progress=self.request.progress
         )
         seconds = (perf_counter() - start) / max(1, len(timed))
         for work, timings in timed.items():

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from ..errors import CheckpointError, LayerPruneError
 from ..records.metrics import Metrics
 from .answers import Answers
 from .compare import Comparison, compare_answers, compare_values, compare_windows
+from .requests import EvalRequest
 from .store import Store, now
 from .subject import Subject, describe_device, describe_dtype, identify
 from .tasks import LocalText, TaskSet, read_tasks, task_set
@@ -33,69 +32,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class EvalRequest:
-    """What to measure, and how.
+def _tasks_of(request: EvalRequest) -> tuple[str, ...] | None:
+    """The tasks by name; `None` for all in the folder."""
+    if request.tasks is not None or request.tasks_from is not None:
+        return request.tasks
+    return ("paper",) if request.texts is None else ()
 
-    Args:
-        model (`str`): A Hub id, a model folder, an adapter's folder, or a GGUF file.
-        base (`str`, *optional*): What to stand the numbers beside: the dense model.
-        tasks (`tuple[str, ...]`, *optional*): See [`~measure.tasks.task_set`]; `()` for none. By default every task in
-            `tasks_from`, or else the paper's eight.
-        tasks_from (`Path`, *optional*): A folder with files of tasks and texts.
-        texts (`tuple[str, ...]`, *optional*): Files, or `"wikitext2"`; `()` for none. By default every text in
-            `tasks_from`, or else WikiText-2 where the tasks are the default too.
-        limit (`int`, *optional*): Only so many questions of each task; of a group, of each of its tasks.
-        num_fewshot (`int`, *optional*): So many answered questions before each; by default what the task says, which is
-            none for the paper's.
-        batch_size (`int` or `"auto"`, defaults to `"auto"`): Of questions' choices.
-        length (`int`, defaults to 1024): Tokens in a window of a text.
-        windows (`int`, *optional*, defaults to 64): So many windows of each text, from its start; `None` for all.
-        dtype (`str`, defaults to `"auto"`): Of the weights; `"auto"` is the checkpoint's.
-        device (`str`, defaults to `"auto"`): See [`~measure.subject.Subject.load`].
-        revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
-        base_revision (`str`, *optional*): The same of the base.
-        output (`Path`, *optional*): The file to write in place of `metrics.json` in the model's folder.
-        history (`tuple[Path, ...]`): Folders of earlier stages of this model, whose numbers are taken over.
-        answers (`Path`, *optional*): A folder that keeps answers by question, see `answers.py`.
-        force (`bool`, defaults to `False`): Replace numbers of other weights.
-        progress (`bool`, defaults to `True`): Show bars.
-    """
 
-    model: str
-    base: str | None = None
-    tasks: tuple[str, ...] | None = None
-    tasks_from: Path | None = None
-    texts: tuple[str, ...] | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_size: int | str = "auto"
-    length: int = 1024
-    windows: int | None = 64
-    dtype: str = "auto"
-    device: str = "auto"
-    revision: str | None = None
-    base_revision: str | None = None
-    output: Path | None = None
-    history: tuple[Path, ...] = ()
-    answers: Path | None = None
-    force: bool = False
-    progress: bool = True
-
-    def wanted_tasks(self) -> tuple[str, ...] | None:
-        """The tasks by name; `None` for all in the folder."""
-        if self.tasks is not None or self.tasks_from is not None:
-            return self.tasks
-        return ("paper",) if self.texts is None else ()
-
-    def wanted_texts(self) -> list[Text]:
-        """The texts."""
-        if self.texts is not None:
-            return [find_text(name) for name in self.texts]
-        if self.tasks_from is not None:
-            found = read_tasks(self.tasks_from).values()
-            return [Text.of(one) for one in found if isinstance(one, LocalText)]
-        return [find_text(WIKITEXT2)] if self.tasks is None else []
+def _texts_of(request: EvalRequest) -> list[Text]:
+    if request.texts is not None:
+        return [find_text(name) for name in request.texts]
+    if request.tasks_from is not None:
+        tasks = read_tasks(request.tasks_from).values()
+        return [Text.of(task) for task in tasks if isinstance(task, LocalText)]
+    return [find_text(WIKITEXT2)] if request.tasks is None else []
 
 
 def evaluate(request: EvalRequest) -> Metrics:
@@ -122,10 +72,10 @@ def evaluate(request: EvalRequest) -> Metrics:
     if base is not None and base.weights == model.weights:
         raise LayerPruneError(f"{request.model} and {request.base} have the same weights; name another base")
     store = Store.open(model, base, output=request.output, history=request.history, force=request.force)
-    texts = request.wanted_texts()
+    texts = _texts_of(request)
     tokenizer = model.tokenizer()
     rows = {text.name: _rows(text, tokenizer, request, model, base) for text in texts}
-    with task_set(request.wanted_tasks(), request.tasks_from) as tasks:
+    with task_set(_tasks_of(request), request.tasks_from) as tasks:
         if not tasks.tasks and not texts:
             raise LayerPruneError("there is nothing to measure: name tasks, or texts")
         _Evaluation(request, store, model, base, tokenizer, tasks).run(texts, rows)

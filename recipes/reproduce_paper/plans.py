@@ -1,4 +1,4 @@
-"""From a row's YAML file to what has to be done for it. Nothing here imports torch.
+"""From a row of a table's YAML file to what has to be done for it. Nothing here imports torch.
 
 rows = read_rows()                                        # by name, such as table1/llama-taylor
 plan = make_plan(rows["table1/llama-taylor"], Options())  # what is pruned, trained and measured, in full
@@ -31,7 +31,7 @@ FIGURES = ("mean", "wikitext2", "ptb", "trainable_millions", "memory_gb", "secon
 
 
 class UsageError(LayerPruneError):
-    """Words that make no sense."""
+    """A command line or a file of rows that can't be followed."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Row:
     """One row of a table of the paper.
 
     Args:
-        name (`str`): Its file below `rows/`, without `.yaml`.
+        name (`str`): Its table and its name in the file of that table below `rows/`.
         model (`str`): One of `models` in `defaults.yaml`.
         method (`str`): One of `methods`.
         paper (`dict[str, Any]`): The paper's numbers: those of `FIGURES`, `tasks` by name, and `removed` layers.
         criterion (`str`, *optional*): How layers are chosen; none where nothing is dropped.
-        drop (`float`, *optional*): Which share of the layers, in place of that in `defaults.yaml`.
-        per_step (`int`, *optional*): So many layers a step, with training after each; all at once by default.
+        drop (`float`, *optional*): The share of the layers to drop, in place of that in `defaults.yaml`.
+        per_step (`int`, *optional*): Number of layers dropped in a step, with training after each; all at once by default.
         calibration_samples (`int`, *optional*): In place of that in `defaults.yaml`.
         data (`str`, defaults to `"alpaca"`): One of `data`.
         texts (`tuple[str, ...]`): Texts on which perplexity is measured.
@@ -79,13 +79,13 @@ class Options:
     Args:
         models (`dict[str, str]`): Where models are, by their word; `"*"` puts another model in place of all of them.
         mistakes (`tuple[str, ...]`): Mistakes of the paper's code that are turned on.
-        limit (`int`, *optional*): So many questions of each task.
+        limit (`int`, *optional*): Number of questions of each task.
         tasks_from (`str`, *optional*): A folder with files of tasks, in place of the paper's eight.
         texts (`dict[str, str]`): Files of texts by name; one that a row does not ask for is measured all the same.
-        windows (`int`, *optional*): So many windows of each text.
+        windows (`int`, *optional*): Number of windows of each text.
         calibration (`str`, *optional*): Another text for criteria.
         data (`str`, *optional*): A file of training rows in place of each row's data set.
-        max_steps (`int`, *optional*): So many steps of training.
+        max_steps (`int`, *optional*): Number of training steps.
         settings (`dict[str, Any]`): Other settings of `recipes/sft_tail.py`.
     """
 
@@ -101,25 +101,27 @@ class Options:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def differences(self) -> list[str]:
-        """What keeps the numbers from being the paper's: words for a person, none for a run in full."""
-        found = []
+        """What keeps the numbers from being the paper's, for a reader; none for a run in full."""
+        reasons = []
         if "*" in self.models:
-            found.append(f"model {Path(self.models['*']).name}")
+            reasons.append(f"model {Path(self.models['*']).name}")
         if self.data:
-            found.append(f"trained on {Path(self.data).name}")
+            reasons.append(f"trained on {Path(self.data).name}")
         if self.max_steps:
-            found.append(f"{self.max_steps} steps")
-        found += [f"{name}={value}" for name, value in self.settings.items()]
+            reasons.append(f"{self.max_steps} steps")
+        reasons += [f"{name}={value}" for name, value in self.settings.items()]
         if self.calibration:
-            found.append(f"criteria look at {Path(self.calibration).name}")
+            reasons.append(f"criteria look at {Path(self.calibration).name}")
         if self.tasks_from:
-            found.append("tasks from files")
+            reasons.append("tasks from files")
         if self.limit:
-            found.append(f"{self.limit} questions a task")
+            reasons.append(f"{self.limit} questions a task")
         if self.windows:
-            found.append(f"{self.windows} windows a text")
-        found += [f"{name} is {Path(source).name}" for name, source in self.texts.items() if Path(source).stem != name]
-        return found
+            reasons.append(f"{self.windows} windows a text")
+        reasons += [
+            f"{name} is {Path(source).name}" for name, source in self.texts.items() if Path(source).stem != name
+        ]
+        return reasons
 
 
 @dataclass(frozen=True)
@@ -179,44 +181,43 @@ def read_rows(folder: Path = ROWS) -> dict[str, Row]:
     """Read all rows.
 
     Args:
-        folder (`Path`): Where their files are.
+        folder (`Path`): Where the files of the tables are, each of which holds its rows by name.
 
     Returns:
-        `dict[str, Row]`: By name, in alphabetical order.
+        `dict[str, Row]`: By name, such as `table1/llama-taylor`, in alphabetical order.
 
     Raises:
-        UsageError: A file is no row.
+        UsageError: A file is not such a table; the message names the row and the field.
     """
-    paths = sorted(folder.rglob("*.yaml"), key=lambda path: path.as_posix().lower())
-    return {row.name: row for row in (read_row(path, folder) for path in paths)}
+    rows = {}
+    for path in sorted(folder.glob("*.yaml"), key=lambda path: path.name.lower()):
+        try:
+            table = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(table, dict):
+            raise UsageError(f"{path} must have rows by name, and has none")
+        for name in sorted(table, key=str.lower):
+            rows[f"{path.stem}/{name}"] = _read_row(f"{path.stem}/{name}", table[name])
+    return rows
 
 
-def read_row(path: Path, folder: Path = ROWS) -> Row:
-    """Read one row.
-
-    Raises:
-        UsageError: The file is no row; the message names the field.
-    """
-    try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+def _read_row(name: str, said: Any) -> Row:
     if not isinstance(said, dict):
-        raise UsageError(f"{path} must have fields such as model and method, and has none")
+        raise UsageError(f"{name} must have fields such as model and method, and has none")
     known = {one.name for one in fields(Row)} - {"name"}
-    for name in said:
-        if name not in known:
-            raise UsageError(f"{path} has a field {name!r}; a row may have {', '.join(sorted(known))}")
-    for name in ("model", "method", "paper"):
-        if name not in said:
-            raise UsageError(f"{path} has no {name!r}")
-    said["texts"] = tuple(said.get("texts", ()))
-    row = Row(name=path.relative_to(folder).with_suffix("").as_posix(), **said)
-    _check(row, path)
+    for field_name in said:
+        if field_name not in known:
+            raise UsageError(f"{name} has a field {field_name!r}; a row may have {', '.join(sorted(known))}")
+    for field_name in ("model", "method", "paper"):
+        if field_name not in said:
+            raise UsageError(f"{name} has no {field_name!r}")
+    row = Row(name=name, **said | {"texts": tuple(said.get("texts", ()))})
+    _check(row)
     return row
 
 
-def _check(row: Row, path: Path) -> None:
+def _check(row: Row) -> None:
     common = defaults()
     for name, value, choices in (
         ("model", row.model, common["models"]),
@@ -228,12 +229,12 @@ def _check(row: Row, path: Path) -> None:
         *(("corrected", figure, row.paper) for figure in row.corrected),
     ):
         if value not in choices:
-            raise UsageError(f"{path}: {name} has {value!r}, and knows {', '.join(map(str, choices))}")
+            raise UsageError(f"{row.name}: {name} has {value!r}, and knows {', '.join(map(str, choices))}")
     if row.criterion is None and row.method != "none":
-        raise UsageError(f"{path}: only a model of which layers were dropped is trained; name a criterion")
+        raise UsageError(f"{row.name}: only a model of which layers were dropped is trained; name a criterion")
     for name, number in row.figures().items():
         if isinstance(number, bool) or not isinstance(number, int | float):
-            raise UsageError(f"{path}: {name} is {number!r}, and must be a number")
+            raise UsageError(f"{row.name}: {name} is {number!r}, and must be a number")
 
 
 def choose_rows(rows: dict[str, Row], patterns: list[str], matching: str | None) -> dict[str, Row]:
@@ -242,7 +243,7 @@ def choose_rows(rows: dict[str, Row], patterns: list[str], matching: str | None)
     Args:
         rows (`dict[str, Row]`): All of them.
         patterns (`list[str]`): Names, or patterns as of a shell: `table1/llama-*`; a table alone is all of its rows.
-        matching (`str`, *optional*): A regular expression that is found in the name.
+        matching (`str`, *optional*): A regular expression to search for in the name.
 
     Returns:
         `dict[str, Row]`: Those that either picks; all where neither is given.
@@ -254,20 +255,20 @@ def choose_rows(rows: dict[str, Row], patterns: list[str], matching: str | None)
         return rows
     chosen: set[str] = set()
     for pattern in patterns:
-        found = [name for name in rows if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}/")]
-        if not found:
+        matches = [name for name in rows if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}/")]
+        if not matches:
             tables = ", ".join(dict.fromkeys(name.partition("/")[0] for name in rows))
             raise UsageError(f"no row is called {pattern}; the tables are {tables}, and --list shows their rows")
-        chosen |= set(found)
+        chosen |= set(matches)
     if matching is not None:
         try:
             expression = re.compile(matching)
         except re.error as error:
-            raise UsageError(f"--rows-matching {matching} is no regular expression: {error}") from error
-        found = [name for name in rows if expression.search(name)]
-        if not found:
+            raise UsageError(f"--rows-matching {matching} is not a regular expression: {error}") from error
+        matches = [name for name in rows if expression.search(name)]
+        if not matches:
             raise UsageError(f"no row's name has {matching} in it; --list shows all")
-        chosen |= set(found)
+        chosen |= set(matches)
     return {name: row for name, row in rows.items() if name in chosen}
 
 

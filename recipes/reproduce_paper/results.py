@@ -1,7 +1,7 @@
 """Results of rows: the file that holds them, and the table that a person reads.
 
 results = Results.read(Path("results.json"))
-results.add(row, plan, found)    # written at once, whole or not at all
+results.add(row, plan, outcome)    # written at once, whole or not at all
 print(markdown(rows, results))
 """
 
@@ -41,10 +41,10 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Read results; there are none where there is no file.
+        """Read results; none where there is no file.
 
         Raises:
-            UsageError: The file is no file of results.
+            UsageError: The file is not a file of results.
         """
         if not path.is_file():
             return cls(path)
@@ -73,9 +73,9 @@ class Results:
             self.write()
         return True
 
-    def add(self, row: Row, plan: Plan, found: dict[str, Any]) -> None:
+    def add(self, row: Row, plan: Plan, outcome: dict[str, Any]) -> None:
         """Keep what a plan gave, and write."""
-        self.runs[plan.key] = found | {
+        self.runs[plan.key] = outcome | {
             "model": Path(plan.model).name if Path(plan.model).exists() else plan.model,
             "mistakes": list(plan.mistakes),
             "differences": list(plan.differences),
@@ -121,9 +121,9 @@ class Line:
         return abs(self.difference) <= self.stderr
 
 
-def lines_of(row: Row, found: dict[str, Any] | None) -> list[Line]:
+def lines_of(row: Row, outcome: dict[str, Any] | None) -> list[Line]:
     """A row's numbers, the paper's beside ours; then ours of which the paper has none."""
-    values, wanted = (found or {}).get("values", {}), row.figures()
+    values, wanted = (outcome or {}).get("values", {}), row.figures()
     names = list(wanted) + [name for name in values if name not in wanted and name not in _UNITS]
     return [
         Line(
@@ -137,22 +137,22 @@ def lines_of(row: Row, found: dict[str, Any] | None) -> list[Line]:
     ]
 
 
-def describe(line: Line, found: dict[str, Any] | None) -> list[str]:
+def describe(line: Line, outcome: dict[str, Any] | None) -> list[str]:
     """A line as cells: figure, the paper's, ours, the difference, whether it is within the standard error."""
     paper = "" if line.paper is None else _number(line.figure, line.paper)
     if line.printed is not None:
         paper += f" (printed: {_number(line.figure, line.printed)})"
-    ours = NOT_RUN if found is None else ""
+    ours = NOT_RUN if outcome is None else ""
     if line.ours is not None:
         ours = _number(line.figure, line.ours) + (f" ± {_number(line.figure, line.stderr)}" if line.stderr else "")
     difference = "" if line.difference is None else _number(line.figure, line.difference, sign=True)
-    return [_UNITS.get(line.figure, line.figure), paper, ours, difference, _verdict(line, found)]
+    return [_UNITS.get(line.figure, line.figure), paper, ours, difference, _verdict(line, outcome)]
 
 
-def _verdict(line: Line, found: dict[str, Any] | None) -> str:
-    if found is None or line.difference is None:
+def _verdict(line: Line, outcome: dict[str, Any] | None) -> str:
+    if outcome is None or line.difference is None:
         return ""
-    if found["differences"]:
+    if outcome["differences"]:
         return "not the same run"
     if line.figure in _OF_THE_MACHINE:
         return "another machine"
@@ -168,10 +168,10 @@ def _number(figure: str, value: float, sign: bool = False) -> str:
     return f"{value:{plus},.0f}" if figure == "seconds" else f"{value:{plus}.4f}"
 
 
-def removed(row: Row, found: dict[str, Any] | None) -> str:
+def removed(row: Row, outcome: dict[str, Any] | None) -> str:
     """The layers that were dropped, ours and the paper's."""
-    ours, theirs = (found or {}).get("removed", ""), str(row.paper.get("removed", ""))
-    if not theirs or (found or {}).get("differences"):
+    ours, theirs = (outcome or {}).get("removed", ""), str(row.paper.get("removed", ""))
+    if not theirs or (outcome or {}).get("differences"):
         return ours
     return f"{ours}{' ' if ours else ''}({'as' if ours == theirs else 'paper:'} {'the paper' if ours == theirs else theirs})"
 
@@ -187,15 +187,15 @@ def markdown(rows: dict[str, Row], results: Results) -> str:
         `str`: A heading and a table for each table of the paper; how often a row is not run; how runs differ from the
             paper's.
     """
-    found = {name: results.of(row) for name, row in rows.items()}
-    done = sum(one is not None for one in found.values())
+    outcome = {name: results.of(row) for name, row in rows.items()}
+    done = sum(one is not None for one in outcome.values())
     text = [
         "# The paper's tables, and ours",
         "",
         f"Reassessing Layer Pruning in LLMs (arXiv:2411.15558). {done} of {len(rows)} rows were run. The difference is "
         "ours less the paper's; it is within the standard error where it is no larger than that of ours.",
     ]
-    ways = dict.fromkeys(tuple(one["differences"]) for one in found.values() if one and one["differences"])
+    ways = dict.fromkeys(tuple(one["differences"]) for one in outcome.values() if one and one["differences"])
     for way in ways:
         text += ["", f"Not the same run as the paper's: {'; '.join(way)}."]
     for table in dict.fromkeys(name.partition("/")[0] for name in rows):
@@ -203,18 +203,18 @@ def markdown(rows: dict[str, Row], results: Results) -> str:
         text += ["", f"## {table.replace('table', 'Table ')}", "", _cells(head), "|" + "---|" * len(head)]
         for name, row in rows.items():
             if name.startswith(f"{table}/"):
-                text += _row_lines(name, row, found[name])
+                text += _row_lines(name, row, outcome[name])
     notes = [(name, row.notes) for name, row in rows.items() if row.notes]
     text += ["", "## Notes", "", *(f"- `{name}`: {note}" for name, note in notes)] if notes else []
     return "\n".join(text) + "\n"
 
 
-def _row_lines(name: str, row: Row, found: dict[str, Any] | None) -> list[str]:
+def _row_lines(name: str, row: Row, outcome: dict[str, Any] | None) -> list[str]:
     lines = []
-    for number, line in enumerate(lines_of(row, found)):
-        first = [f"`{name.partition('/')[2]}`", removed(row, found)] if number == 0 else ["", ""]
-        last = [", ".join(found["mistakes"]) or "none"] if found and number == 0 else [""]
-        lines.append(_cells([*first, *describe(line, found), *last]))
+    for number, line in enumerate(lines_of(row, outcome)):
+        first = [f"`{name.partition('/')[2]}`", removed(row, outcome)] if number == 0 else ["", ""]
+        last = [", ".join(outcome["mistakes"]) or "none"] if outcome and number == 0 else [""]
+        lines.append(_cells([*first, *describe(line, outcome), *last]))
     return lines
 
 

@@ -6,7 +6,7 @@ r"""Run rows of the paper's tables: prune, train, measure, and stand our numbers
     python recipes/reproduce_paper/run.py table1 --model ./SmolLM2-135M-Instruct --data rows.json --max-steps 8 \
         --tasks-from my-tasks --limit 100 --calibration text.txt
 
-A row is one file below rows/. What was done is not done again: start the same command again after a break. Results go
+A row is an entry of its table's file in rows/. What was done is not done again: start the same command again after a break. Results go
 into results.json and results.md in the output folder after each row.
 """
 
@@ -71,15 +71,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="a folder or Hub id for all rows; llama-3.1-8b=FOLDER says where one of the paper's own models is",
     )
-    small.add_argument("--limit", type=_count, metavar="N", help="so many questions of each task")
+    small.add_argument("--limit", type=_count, metavar="N", help="number of questions of each task")
     small.add_argument(
         "--tasks-from", type=Path, metavar="FOLDER", help="files of tasks, in place of the paper's eight"
     )
     small.add_argument("--text", action="append", default=[], metavar="[NAME=]FILE", help="a text for perplexity")
-    small.add_argument("--windows", type=_count, metavar="N", help="so many windows of each text")
+    small.add_argument("--windows", type=_count, metavar="N", help="number of windows of each text")
     small.add_argument("--calibration", metavar="TEXT", help="a text for criteria: self, a file, or one on the Hub")
     small.add_argument("--data", type=Path, metavar="FILE", help="training rows, in place of each row's own")
-    small.add_argument("--max-steps", type=_count, metavar="N", help="so many steps of training")
+    small.add_argument("--max-steps", type=_count, metavar="N", help="number of training steps")
     small.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of recipes/sft_tail.py"
     )
@@ -93,7 +93,7 @@ def _count(text: str) -> int:
 
 
 def read_options(args: argparse.Namespace) -> Options:
-    """What the words say that is changed on all rows.
+    """What the arguments change on all rows.
 
     Raises:
         UsageError: A file is not there, or a word makes no sense.
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        `int`: 0; 1 where a row failed; 2 for words that make no sense.
+        `int`: 0; 1 where a row failed; 2 for a command line that can not be followed.
     """
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -186,7 +186,7 @@ def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan])
         logger.info("%d rows: %d are done, %d are left", len(rows), len(rows) - len(left), len(left))
         if left:
             from settings_check import check_settings
-            from stations import Runner
+            from stages import Runner
 
             check_settings({name: plan.tune for name, plan in left.items() if plan.tune is not None})
             runner = Runner(
@@ -225,10 +225,10 @@ def _explain(error: Exception, folder: Path) -> str:
 
 
 def _report(row: Row, results: Results) -> str:
-    found = results.of(row)
-    cells = [describe(line, found) for line in lines_of(row, found)]
+    outcome = results.of(row)
+    cells = [describe(line, outcome) for line in lines_of(row, outcome)]
     width = max(len(one[0]) for one in cells)
-    lines = [f"{row.name}: layers {found['removed']} dropped" if found.get("removed") else row.name]
+    lines = [f"{row.name}: layers {outcome['removed']} dropped" if outcome.get("removed") else row.name]
     for figure, paper, ours, difference, verdict in cells:
         said = f"  {figure:{width}}  ours {ours or 'none':18}" + (f"  paper {paper}" if paper else "")
         lines.append(
@@ -241,16 +241,16 @@ def _list(rows: dict[str, Row], plans: dict[str, Plan], results: Results, output
     width = max(map(len, rows))
     lines = []
     for name, row in rows.items():
-        plan, found = plans[name], results.of(row)
+        plan, outcome = plans[name], results.of(row)
         if plan.key in results.runs:
-            status, found = "done", results.runs[plan.key]
+            status, outcome = "done", results.runs[plan.key]
         elif (output / "runs" / plan.folder_name).is_dir():
-            status, found = "half done", None
+            status, outcome = "half done", None
         else:
-            status = NOT_RUN if found is None else "done, with other settings"
-        line = lines_of(row, found)[0]
-        figure, paper, ours, difference, verdict = describe(line, found)
-        said = f"{name:{width}}  {status:10}  {figure} {paper}" + (f", ours {ours} ({difference})" if found else "")
+            status = NOT_RUN if outcome is None else "done, with other settings"
+        line = lines_of(row, outcome)[0]
+        figure, paper, ours, difference, verdict = describe(line, outcome)
+        said = f"{name:{width}}  {status:10}  {figure} {paper}" + (f", ours {ours} ({difference})" if outcome else "")
         lines.append(
             said
             + (f" {verdict}" if verdict else "")

@@ -29,7 +29,7 @@ def engine_settings(settings: dict[str, Any], engine: dict[str, Any], accelerato
         `dict[str, Any]`: Settings to replace.
 
     Raises:
-        LayerPruneError: The batch can't be shared by so many processes.
+        LayerPruneError: The batch can't be divided among the processes.
     """
     changed: dict[str, Any] = {}
     if not accelerator:

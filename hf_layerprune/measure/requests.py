@@ -1,0 +1,94 @@
+"""What `eval` and `bench` can be asked for. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..options import DTYPES, MODEL, MODEL_HELP, PATH, Kind, Options, documented, many, option, whole
+
+
+def _check_names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(name, str) and name for name in value):
+        raise ValueError("must be a list of names")
+    names = tuple(value)
+    return () if names == ("none",) else names
+
+
+def _parse_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _number_or(word: str, meaning: Any) -> Kind:
+    """A number of 1 or more, or a word with a meaning of its own."""
+    number = whole(1)
+
+    def check(value: Any) -> Any:
+        return meaning if value in (word, meaning) else number.check(value)
+
+    return Kind(lambda text: text if text == word else number.parse(text), check, "N")
+
+
+@dataclass(kw_only=True)
+class MeasureOptions(Options):
+    """How a model is loaded, and where its numbers go."""
+
+    dtype: str = option("auto", "Type of the weights; auto keeps the checkpoint's", choices=DTYPES)
+    device: str = option("auto", "Device: cpu, cuda, cuda:1, mps, all (GPUs), or auto, which takes a GPU if any")
+    revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub")
+    base_revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
+    output: Path | None = option(None, "File for the numbers; by default metrics.json in the model's folder", PATH)
+    history: tuple[Path, ...] = option(
+        (), "Folder of an earlier stage of MODEL, whose numbers are taken over; repeatable", many(PATH)
+    )
+    force: bool = option(False, "Replace the numbers of other weights")
+    progress: bool = option(True, "Show no progress bars", flag="quiet")
+
+
+@documented
+@dataclass
+class EvalRequest(MeasureOptions):
+    """What to measure, and how."""
+
+    model: str = option(MISSING, f"{MODEL_HELP}; an adapter too", MODEL)
+    base: str | None = option(None, "Dense model to compare with", MODEL)
+    tasks: tuple[str, ...] | None = option(
+        None,
+        "Tasks of lm-evaluation-harness or in --tasks-from, separated by commas; paper: the eight of "
+        "arXiv:2411.15558; none",
+        Kind(_parse_names, _check_names, "T,T"),
+    )
+    tasks_from: Path | None = option(
+        None, "Folder with NAME.jsonl (one {query, choices, gold} a line) and NAME.txt (texts)", PATH
+    )
+    texts: tuple[str, ...] | None = option(
+        None,
+        "Text file, or wikitext2, or none; repeatable",
+        many(Kind(str, lambda value: value, "FILE"), _check_names),
+        flag="text",
+    )
+    limit: int | None = option(None, "Number of questions of each task; by default all", whole(1))
+    num_fewshot: int | None = option(
+        None, "Number of answered questions before each; by default the task's own", whole(0, 1000)
+    )
+    batch_size: int | str = option("auto", "Number of answers that are scored together", _number_or("auto", "auto"))
+    length: int = option(1024, "Number of tokens in a window of a text", whole(1))
+    windows: int | None = option(64, "Number of windows of each text, from its start, or all", _number_or("all", None))
+    answers: Path | None = option(None, "Folder that keeps the answers, to continue an interrupted run", PATH)
+
+
+@documented
+@dataclass
+class BenchRequest(MeasureOptions):
+    """What to time, and how."""
+
+    model: str = option(MISSING, f"{MODEL_HELP}; an adapter too", MODEL)
+    base: str | None = option(None, "Dense model to compare with; the two are timed in turns", MODEL)
+    batch_sizes: tuple[int, ...] = option((1, 4), "Batch sizes, separated by commas", many(whole(1), separator=","))
+    prompt_lengths: tuple[int, ...] = option(
+        (64, 512), "Prompt lengths in tokens, separated by commas", many(whole(1), separator=",")
+    )
+    new_tokens: int = option(32, "Number of tokens to generate after each prompt", whole(1))
+    repeats: int = option(5, "Number of timed runs of each workload", whole(1, 1000))
+    load_repeats: int = option(3, "Number of fresh processes that load the model; 0 for none", whole(0, 100))

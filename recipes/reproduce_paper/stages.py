@@ -1,0 +1,354 @@
+"""What is done for a row, each part once: prune, train, measure. A run that was broken off goes on where it was.
+
+runner = Runner(Path("reproduce_paper_output"))
+outcome = runner.run(plan)    # the numbers of a plan
+
+Below the output folder: `cuts/` (pruned models, which runs share), `data/` (training rows), `answers/` (by question,
+so that none is asked twice), and `runs/`, in which each run keeps its `lineage.json`, its `metrics.json` and its log.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from plans import HERE, Plan, digest
+from training import engine_settings, remove_broken_checkpoints, trained_parameters
+from training_rows import prepare_rows
+
+from hf_layerprune import families
+from hf_layerprune.errors import LayerPruneError
+from hf_layerprune.files.copy import write_text
+from hf_layerprune.layer_ranges import format_layers
+from hf_layerprune.measure.evaluate import EvalRequest, evaluate
+from hf_layerprune.measure.tasks import PAPER, task_set
+from hf_layerprune.measure.texts import find_text
+from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.records.metrics import Metrics
+from hf_layerprune.runtime.loading import load_config, load_tokenizer
+from hf_layerprune.stages.prune import PruneRequest, prune_to
+
+logger = logging.getLogger("hf_layerprune.reproduce_paper")
+
+RECIPE = HERE.parent / "sft_tail.py"
+ENGINES = HERE.parent / "accelerate"
+_WEIGHTS = ("pruned", "heal")
+
+
+class Runner:
+    """Does what plans say.
+
+    Args:
+        output (`Path`): Where everything goes.
+        engine (`Path`, *optional*): A configuration file of accelerate; by default one GPU, or a CPU where there is
+            none.
+        device (`str`, defaults to `"auto"`): What is measured on.
+        keep_models (`bool`, defaults to `False`): Keep the weights of a run when it is done.
+        hold (`int`, *optional*): A file descriptor that processes of training keep open, such as that of a lock.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        *,
+        engine: Path | None = None,
+        device: str = "auto",
+        keep_models: bool = False,
+        hold: int | None = None,
+    ) -> None:
+        self.output, self.device, self.keep_models, self.hold = output, device, keep_models, hold
+        self._checked: set[str] = set()
+        self.engine = engine or ENGINES / ("single_gpu.yaml" if has_accelerator() else "cpu.yaml")
+
+    def folder(self, plan: Plan) -> Path:
+        """Where a plan's run is."""
+        return self.output / "runs" / plan.folder_name
+
+    def run(self, plan: Plan) -> dict[str, Any]:
+        """Do all that is left to do for a plan.
+
+        Args:
+            plan (`Plan`): What to do.
+
+        Returns:
+            `dict[str, Any]`: `values` (`value` and, where there is one, `stderr`, by the names of the paper's numbers),
+                `removed` layers, how many are `left`, and `weights`, the hash of what was measured.
+
+        Raises:
+            LayerPruneError: Something can't be done; what was done stays.
+        """
+        folder = self.folder(plan)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "plan.json", json.dumps(_plain(plan), indent=2) + "\n")
+        self._check(plan)
+        outcome: dict[str, Any] = {"values": {}}
+        model, rounds = plan.model, []
+        if plan.cut is not None:
+            model, rounds = self._make(plan, folder)
+            gone = dropped_of_base(rounds)
+            outcome |= {"removed": format_layers(gone), "left": rounds[0]["layers"] - len(gone)}
+        if plan.tune is not None:
+            millions = rounds[-1]["trainable"] / 1e6
+            outcome["values"]["trainable_millions"] = {"value": millions}
+            outcome["values"]["seconds"] = {"value": sum(one["seconds"] for one in rounds)}
+        metrics = self._measure(plan, model, folder)
+        outcome["weights"] = metrics.weights
+        outcome["values"] |= values_of(metrics, plan)
+        if (Path(model) / "lineage.json").is_file():
+            shutil.copyfile(Path(model) / "lineage.json", folder / "lineage.json")
+        return outcome
+
+    def clean(self, plan: Plan, cuts: set[str]) -> None:
+        """Remove the weights of a run that is done, unless models are kept.
+
+        Args:
+            plan (`Plan`): What was done.
+            cuts (`set[str]`): Names of cuts that other plans still need.
+        """
+        if self.keep_models:
+            return
+        if plan.cut is not None and plan.cut_name not in cuts:
+            shutil.rmtree(self.output / "cuts" / plan.cut_name, ignore_errors=True)
+        folder = self.folder(plan)
+        for path in [folder / "merged_in_4_bits", *(folder.glob("round-*/*"))]:
+            if path.is_dir():
+                shutil.rmtree(path)
+
+    def _check(self, plan: Plan) -> None:
+        """Find out before hours of training whether there is all that is needed: rows, tasks and texts."""
+        if plan.tune is not None:
+            self._rows(plan)
+        said = plan.evaluate
+        key = digest([said["tasks"], said.get("tasks_from"), said["texts"]])
+        if key in self._checked:
+            return
+        for source in said["texts"].values():
+            find_text(source)
+        with task_set(said["tasks"], Path(said["tasks_from"]) if "tasks_from" in said else None):
+            self._checked.add(key)
+
+    # --- prune and train --------------------------------------------------------------------------------------
+
+    def _make(self, plan: Plan, folder: Path) -> tuple[str, list[dict[str, Any]]]:
+        """Prune and train, in one round or in several. Returns the model, and what each round did."""
+        done: list[dict[str, Any]] = []
+        source = plan.model
+        for number, count in enumerate(self._counts(plan), 1):
+            place = folder / f"round-{number}"
+            model = place / "heal" / "model" if plan.tune is not None else self._cut_folder(plan, place)
+            record = place / "round.json"
+            later = folder / f"round-{number + 1}" / "round.json"  # the next round needs this one's model, then no one
+            if not record.is_file() or not (model.is_dir() or later.is_file()):
+                pruned = self._prune(plan, source, place, count)
+                if plan.tune is not None:
+                    self._train(plan, pruned, place)
+                write_text(record, json.dumps(self._describe(plan, pruned, place)) + "\n")
+            done.append(json.loads(record.read_text()))
+            if not self.keep_models:
+                self._forget(folder / f"round-{number - 1}", place)
+            source = str(model)
+        return source, done
+
+    def _counts(self, plan: Plan) -> Iterator[float | int]:
+        """How much each round drops."""
+        if plan.per_step is None:
+            yield plan.cut["drop"]
+            return
+        left = math.floor(plan.cut["drop"] * families.layer_count(load_config(plan.model)))
+        while left > 0:
+            yield min(plan.per_step, left)
+            left -= plan.per_step
+
+    def _cut_folder(self, plan: Plan, place: Path) -> Path:
+        return place / "pruned" if plan.per_step is not None else self.output / "cuts" / plan.cut_name
+
+    def _prune(self, plan: Plan, source: str, place: Path, count: float | int) -> Path:
+        pruned = self._cut_folder(plan, place)
+        if not pruned.is_dir():
+            pruned.parent.mkdir(parents=True, exist_ok=True)
+            logger.info("%s", prune_to(PruneRequest(base=source, output=str(pruned), **plan.cut | {"drop": count})))
+            free_memory()
+        return pruned
+
+    def _train(self, plan: Plan, pruned: Path, place: Path) -> None:
+        heal = place / "heal"
+        if (heal / "model").is_dir():
+            return
+        heal.mkdir(parents=True, exist_ok=True)
+        engine = yaml.safe_load(self.engine.read_text(encoding="utf-8"))
+        settings = plan.tune | {
+            "model_name_or_path": str(pruned),
+            "dataset_name": str(self._rows(plan)),
+            "output_dir": str(heal),
+            "resume_from_checkpoint": "true",
+        }
+        settings |= engine_settings(settings, engine, has_accelerator())
+        precision = "fp16" if settings.get("fp16") else "bf16" if settings.get("bf16") else "no"
+        config = heal / "settings.yaml"
+        write_text(config, yaml.safe_dump(settings, sort_keys=False))
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.engine)]
+        command += ["--mixed_precision", precision, str(RECIPE), "--config", str(config)]
+        remove_broken_checkpoints(heal)
+        self._launch(command, heal / "log.txt")
+
+    def _launch(self, command: list[str], log: Path) -> None:
+        """Run a command, and show and keep what it says."""
+        logger.info("training; its log is %s", log)
+        with (
+            log.open("ab") as file,
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # it is ended with all that it has started
+                pass_fds=() if self.hold is None else (self.hold,),
+            ) as running,
+        ):
+            try:
+                for piece in iter(lambda: os.read(running.stdout.fileno(), 1 << 16), b""):
+                    file.write(piece)
+                    file.flush()
+                    sys.stderr.buffer.write(piece)
+                    sys.stderr.buffer.flush()
+            except BaseException:
+                os.killpg(running.pid, signal.SIGTERM)
+                raise
+        if running.returncode:
+            last = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+            said = last[-1].removeprefix("error: ") if last else f"it ended with code {running.returncode}"
+            raise LayerPruneError(f"training failed: {said} (log: {log})")
+
+    def _rows(self, plan: Plan) -> Path:
+        by_tokens = "longest" in plan.data or "whole_sequence" in plan.data
+        key = digest([plan.data, plan.model if by_tokens else None])
+        folder = self.output / "data" / f"{Path(plan.data['name']).stem}-{key[:10]}"
+        if not folder.is_dir():
+            prepare_rows(plan.data, folder, load_tokenizer(plan.model))
+        return folder
+
+    def _describe(self, plan: Plan, pruned: Path, place: Path) -> dict[str, Any]:
+        cut = load_config(pruned).layer_drop
+        outcome = {"dropped": list(cut["drop_layers"]), "layers": cut["num_base_layers"]}
+        if plan.tune is not None:
+            entry = Lineage.of(place / "heal" / "model").entries[-1]
+            outcome |= {"seconds": entry["seconds"], "trainable": trained_parameters(place / "heal")}
+        return outcome
+
+    def _forget(self, before: Path, place: Path) -> None:
+        """Remove what is not needed any more: the round before this one, and this one's checkpoints."""
+        unneeded = [before / name for name in _WEIGHTS] + list(place.glob("heal/checkpoint-*"))
+        for path in unneeded:
+            if path.is_dir():
+                shutil.rmtree(path)
+
+    # --- measure ----------------------------------------------------------------------------------------------
+
+    def _measure(self, plan: Plan, model: str, folder: Path) -> Metrics:
+        said = dict(plan.evaluate)
+        if said.pop("merged_in_4_bits", False):
+            model = str(self._merge_in_4_bits(plan, folder))
+        tasks, texts, files = said.pop("tasks"), said.pop("texts"), said.pop("tasks_from", None)
+        metrics = evaluate(
+            EvalRequest(
+                model,
+                tasks=None if tasks is None else tuple(tasks),
+                tasks_from=None if files is None else Path(files),
+                texts=tuple(texts.values()),
+                device=self.device,
+                output=folder / "metrics.json",
+                answers=self.output / "answers",
+                force=True,
+                **said,
+            )
+        )
+        free_memory()
+        return metrics
+
+    def _merge_in_4_bits(self, plan: Plan, folder: Path) -> Path:
+        """The model as the paper measured QLoRA: what was learned merged into weights in 4 bits."""
+        from peft import PeftModel
+
+        from hf_layerprune.files.folders import new_folder
+        from hf_layerprune.heal.methods import parse_method
+        from hf_layerprune.heal.student import Student, load_student
+
+        merged = folder / "merged_in_4_bits"
+        if not merged.is_dir():
+            heal = sorted(folder.glob("round-*/heal/adapter"), key=lambda path: len(str(path.parents[1])))[-1]
+            student = Student.at(self._cut_folder(plan, heal.parents[1]))
+            model = load_student(student, parse_method("qlora"), dtype="auto")
+            with new_folder(merged) as new:
+                PeftModel.from_pretrained(model, str(heal)).merge_and_unload().save_pretrained(new)
+                load_tokenizer(student.folder).save_pretrained(new)
+            del model
+            free_memory()
+        return merged
+
+
+def dropped_of_base(rounds: list[dict[str, Any]]) -> list[int]:
+    """The layers that all rounds dropped, as the base counts them; each round counts those that the last one left."""
+    kept = list(range(rounds[0]["layers"]))
+    for one in rounds:
+        gone = {kept[i] for i in one["dropped"]}
+        kept = [i for i in kept if i not in gone]
+    return sorted(set(range(rounds[0]["layers"])) - set(kept))
+
+
+def values_of(metrics: Metrics, plan: Plan) -> dict[str, dict[str, float]]:
+    """The numbers that tables of the paper have: accuracy by task and its mean, perplexity by text.
+
+    Args:
+        metrics (`Metrics`): What was measured.
+        plan (`Plan`): What was asked for.
+
+    Returns:
+        `dict[str, dict[str, float]]`: `value`, `stderr`, and of the mean the number of `tasks`.
+    """
+    own = [one for one in metrics.results if one["weights"] == metrics.weights]
+    asked = {"limit": plan.evaluate.get("limit"), "batch_size": plan.evaluate["batch_size"]}
+    outcome, tasks = {}, {}
+    for one in own:
+        same = all(one["settings"].get(name) == value for name, value in asked.items())
+        if one["kind"] == "accuracy" and one["metric"] == "acc" and same:
+            tasks[one["task"]] = {name: one[name] for name in ("value", "stderr") if name in one}
+    if tasks and (plan.evaluate["tasks"] is None or set(PAPER) <= set(tasks)):
+        mean = sum(one["value"] for one in tasks.values()) / len(tasks)
+        error = math.sqrt(sum(one.get("stderr", 0.0) ** 2 for one in tasks.values())) / len(tasks)
+        outcome["mean"] = {"value": mean, "stderr": error, "tasks": len(tasks)}
+    for name, source in plan.evaluate["texts"].items():
+        for one in own:
+            same = one["settings"].get("length") == plan.evaluate["length"]
+            if one["metric"] == "perplexity" and one["task"] == Path(source).stem and same:
+                outcome[name] = {key: one[key] for key in ("value", "stderr") if key in one}
+    return outcome | tasks
+
+
+def has_accelerator() -> bool:
+    """Whether there is a GPU or the like."""
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+def free_memory() -> None:
+    """Give back what a stage used, before the next one starts in a process of its own."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+    return {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
