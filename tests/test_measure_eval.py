@@ -404,7 +404,7 @@ def test_ruined_models_are_recorded(base: Path, tasks: Path, tmp_path: Path, cap
         (["--device", "cuda:7"], 1, "so there is no cuda:7"),
         (["--output", "nowhere/metrics.json"], 1, "nowhere does not exist"),
         (["--output", "."], 1, ". is a folder; name a file"),
-        (["--tasks-from", "nowhere"], 1, "nowhere is no folder"),
+        (["--tasks-from", "nowhere"], 1, "nowhere is not a folder"),
         (["--base", "./nowhere"], 1, "nowhere does not exist"),
         (["--base", "org/nowhere"], 1, "org/nowhere"),
     ],
