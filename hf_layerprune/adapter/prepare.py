@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..calibration.rows import CalibrationSet
+    from ..options import CalibrationOptions
     from ..repair import Repair
     from .config import LayerDropConfig
 
@@ -81,7 +82,7 @@ def prepare(
     record: dict[str, Any] = {}
     if runs_dense(config):
         walk = LayerWalk(model, device=device, let_go=let_go)
-        calibration = calibration_of(config, model, tokenizer)
+        calibration = calibration_of(config, model, tokenizer, config.revision)
         record["calibration"] = calibration.record()
     drop_layers = config.drop_layers
     if drop_layers is None:
@@ -104,23 +105,37 @@ def prepare(
 
 
 def calibration_of(
-    config: LayerDropConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    options: CalibrationOptions,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    revision: str | None = None,
 ) -> CalibrationSet:
-    """The calibration set that a config names, for a model."""
+    """The calibration set that a config or a request names, for a model.
+
+    Args:
+        options (`CalibrationOptions`): The text, and how many rows of it.
+        model (`PreTrainedModel`): The dense model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer; loaded from where the model came from by
+            default.
+        revision (`str`, *optional*): Branch, tag or commit of the tokenizer on the Hub.
+
+    Raises:
+        CheckpointError: The model has no tokenizer and the text needs one, or the text can't be read.
+    """
     from ..calibration.rows import SELF, load_calibration
     from ..runtime.loading import load_tokenizer
 
     if tokenizer is None:
         try:
-            tokenizer = load_tokenizer(model.name_or_path or "")
+            tokenizer = load_tokenizer(model.name_or_path or "", revision=revision)
         except CheckpointError:
-            if config.calibration != SELF:  # a model can write without one
+            if options.calibration != SELF:  # a model can write without one
                 raise
     return load_calibration(
-        config.calibration,
+        options.calibration,
         tokenizer,
-        samples=config.calibration_samples,
-        length=config.calibration_length,
-        seed=config.seed,
+        samples=options.calibration_samples,
+        length=options.calibration_length,
+        seed=options.seed,
         model=model,
     )
