@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import families
-from ..errors import CheckpointError, CutError, LayerPruneError
+from ..errors import CutError, LayerPruneError
 from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
 from ..options import CutOptions, take
