@@ -131,3 +131,8 @@ def transport_error() -> type[Exception]:
 def trl_pads_by_itself() -> bool:
     """Whether TRL knows `pad_to_multiple_of="auto"`."""
     return installed("trl") >= Version("1.16")
+
+
+def trl_drops_rows_without_labels() -> bool:
+    """Whether TRL leaves out rows whose prompt alone fills `max_length`, so that nothing is learned from them."""
+    return installed("trl") >= Version("1.10")

@@ -97,7 +97,11 @@ class HubServer:
             _Listener(self, HUB_ROUTES + WRITING_ROUTES),
             _Listener(self, CDN_ROUTES + STORAGE_ROUTES),
         ]
-        self.endpoint, self.cdn_endpoint = (f"http://127.0.0.1:{one.server_port}" for one in self._listeners)
+        # The CDN is another host: some clients send the token on to another port of the same one.
+        self.endpoint, self.cdn_endpoint = (
+            f"http://{host}:{one.server_port}"
+            for host, one in zip(("127.0.0.1", "localhost"), self._listeners, strict=True)
+        )
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+import trl.trainer.utils
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -103,6 +104,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 # --- the loss ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(
+    getattr(trl.trainer.utils, "_ChunkedLogProbFunction", True) is None,
+    reason="TRL 1.11 to 1.15 compute no loss of their own without Triton",
+)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -269,11 +274,12 @@ def test_what_else_turns_it_off(llama: Bench, settings: dict[str, Any], why: str
 
 def test_lora_has_no_frozen_layers_but_can_have_a_teacher(llama: Bench, caplog: pytest.LogCaptureFixture) -> None:
     lora = parse_method("lora").adapter(r=4, alpha=8, dropout=0.0, target_modules=None)
-    trainer = llama.trainer("lora", peft_config=lora, loss="kd")
+    trainer = llama.trainer("lora", peft_config=lora, loss="kd", max_steps=24)
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         trainer.train()
     assert "there are none below the first trained parameter" in caplog.text
-    assert losses(trainer)[-1] < losses(trainer)[0]
+    each = losses(trainer)  # six batches see every row once, so four rounds; a batch alone says little
+    assert sum(each[-6:]) < sum(each[:6])
 
 
 # --- the cache on disk ---------------------------------------------------------------------------------

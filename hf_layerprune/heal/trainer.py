@@ -28,6 +28,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..errors import LayerPruneError
 from ..runtime.head import OutputHead
 from ..runtime.precision import in_fast_precision
+from ..versions import trl_drops_rows_without_labels
 from .config import HealConfig
 from .losses import Distillation, Lesson, head_loss
 from .methods import parse_method
@@ -136,6 +137,8 @@ class HealTrainer(SFTTrainer):
         left, limit = self.train_dataset, self.args.max_length
         if not isinstance(left, Dataset):
             return
+        if limit is not None and "completion_mask" in left.column_names and not trl_drops_rows_without_labels():
+            left = self.train_dataset = left.filter(lambda row: any(row["completion_mask"][:limit]))
         if len(left) == 0:
             raise LayerPruneError(
                 f"none of the {len(rows)} training rows has a token to learn within max_length={limit}: all prompts "
@@ -345,6 +348,16 @@ class HealTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
         self._note(mode, outputs, local, tokens, taught is not None)
         return loss
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """The loss of one batch in evaluation; older versions of TRL compute all of its logits for it."""
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs), None, None
 
     def _note(self, mode: str, outputs: Any, counts: torch.Tensor, tokens: torch.Tensor, taught: bool) -> None:
         sums = torch.stack([outputs.ce, outputs.kd, outputs.correct, *counts, tokens.to(outputs.ce.device)]).detach()
