@@ -24,8 +24,9 @@ from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.cut.memory import drop_layers
 from hf_layerprune.families.layout import find_decoder_layers
 
-from .tiny_models import EAGER, tiny_input, tiny_model
+from .tiny_models import EAGER, tiny_input
 
+CUT = "cut"
 _SHARED_KV = ("gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 
 # How many of a layer's arguments it hands on to the next; the hidden states alone in most families.
@@ -184,16 +185,14 @@ def realign(model: Any) -> Any:
     return model.eval()
 
 
-def prove(model_type: str) -> dict[str, tuple[int, ...]]:
-    """Prove a model type, or raise.
+def prove(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
+    """Prove a model on some cuts, or raise.
 
-    Returns:
-        `dict[str, tuple[int, ...]]`: The cuts that it was proven on.
+    Args:
+        dense (`Any`): The model.
+        proven_cuts (`dict[str, tuple[int, ...]]`): See [`cuts`].
     """
-    dense = tiny_model(model_type, seed=SEED.get(model_type, 0))
-    proven = cuts(model_type, dense.config)
     with tempfile.TemporaryDirectory() as folder:
         dense.save_pretrained(folder)
-        for dropped in proven.values():
+        for dropped in proven_cuts.values():
             prove_cut(dense, dropped, folder)
-    return proven

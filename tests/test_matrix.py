@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from importlib.metadata import version
+
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -7,7 +10,8 @@ from hf_layerprune import UnsupportedModelError, families
 from hf_layerprune.families.types import proven
 
 from .architectures import DOCUMENT, proven_types, render
-from .matrix import ProofError, cuts, prove, prove_cut
+from .matrix import ProofError, cuts, prove_cut
+from .stages import outcomes
 from .tiny_models import MODEL_TYPES, tiny_config, tiny_model
 
 # One of each kind: plain, sliding windows, experts, shared keys and values, hybrids, index sets, old layouts,
@@ -26,7 +30,13 @@ PROVEN = [
 
 @pytest.mark.parametrize("model_type", PROVEN)
 def test_proven(model_type: str) -> None:
-    prove(model_type)
+    """At each stage a type is proven or refused, as the table says."""
+    table = families.proven_stages()[model_type]
+    for stage, outcome in outcomes(model_type).items():
+        if stage not in table:
+            assert outcome.startswith(f"refused: model type {model_type!r}"), f"{stage}: {outcome}"
+        else:
+            assert outcome == ("proven=" + ",".join(table[stage])).rstrip("="), f"{stage}: {outcome}"
 
 
 @pytest.mark.parametrize("model_type", sorted(families.REFUSED))
@@ -38,14 +48,33 @@ def test_refused(model_type: str) -> None:
 
 
 def test_no_third_state() -> None:
-    assert set(MODEL_TYPES) == set(families.REFUSED) | (set(MODEL_TYPES) & proven())
+    assert set(MODEL_TYPES) <= set(families.REFUSED) | proven()
     assert not set(families.REFUSED) & proven()
     assert len(set(MODEL_TYPES) & proven()) >= 150
-    assert proven() == set(proven_types())
+    assert set(proven_types()) <= proven()
+    assert not [t for t in proven() - set(proven_types()) if t in CONFIG_MAPPING], "listed, and not proven"
 
 
+def test_no_third_state_at_any_stage() -> None:
+    for model_type, stages in families.proven_stages().items():
+        for stage in families.STAGES:
+            refused = model_type in families.REFUSED_AT[stage]
+            assert refused != (stage in stages), f"{model_type} is neither proven nor refused at {stage}, or both"
+
+
+@pytest.mark.skipif(f"transformers {version('transformers')}:" not in DOCUMENT.read_text(), reason="another version")
 def test_document_is_current() -> None:
     assert DOCUMENT.read_text() == render(), "docs/architectures.md is stale: run `make docs`"
+
+
+@pytest.mark.parametrize(("stage", "types"), families.REFUSED_AT.items())
+def test_refused_at_a_stage_by_name_with_the_way_out(stage: str, types: dict[str, str]) -> None:
+    for model_type, reason in types.items():
+        if model_type in CONFIG_MAPPING:
+            config = CONFIG_MAPPING[model_type]()
+            with pytest.raises(UnsupportedModelError, match=re.escape(reason)) as caught:
+                families.check_stage(config, stage)
+            assert families.STAGES[stage].instead in str(caught.value)
 
 
 def test_unknown_type_is_refused() -> None:

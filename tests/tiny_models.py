@@ -76,9 +76,26 @@ SHRINK: dict[str, Any] = _LAYER_COUNTS | {
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers"), 2),
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCAB,
-    # no randomness
-    **dict.fromkeys(("attention_dropout", "hidden_dropout"), 0.0),
 }
+# What is done to embeddings, residuals and logits: never by 1, so that a factor can't be mistaken for a divisor.
+SCALES: dict[str, float] = {
+    **dict.fromkeys(("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"), 1.5),
+    "attn_logit_softcapping": 3.0,
+    "logit_scale": 0.7,
+    "logits_scaling": 1.6,
+    "logits_mup_width_multiplier": 3.0,
+    "dim_model_base": 20,
+    "lm_head_multiplier": 1.3,
+    "output_multiplier": 1.3,
+    "embedding_multiplier": 1.2,
+    "residual_multiplier": 0.8,
+    "attention_multiplier": 0.5,
+    **dict.fromkeys(("attention_in_multiplier", "ssm_in_multiplier"), 1.1),
+    **dict.fromkeys(("attention_out_multiplier", "ssm_out_multiplier", "key_multiplier"), 0.9),
+    "mup_enabled": True,
+}
+# Random in training, by a part of the field's name.
+_RANDOM = ("drop", "jitter")
 
 
 def _cycle(*kinds: str, n: int = LAYERS) -> list[str]:
@@ -220,7 +237,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 def _small(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]:
     fields = config_class().to_dict()
     small = {name: value for name, value in SHRINK.items() if fields.get(name) is not None}
-    return small | overrides
+    scales = {name: value for name, value in SCALES.items() if name in fields}
+    still = {
+        name: 0.0 for name, value in fields.items() if isinstance(value, float) and any(p in name for p in _RANDOM)
+    }
+    return small | scales | still | overrides
 
 
 def tiny_config(model_type: str):

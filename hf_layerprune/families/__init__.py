@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CutError, UnsupportedModelError
 from .fields import COUNT_FIELDS, Cut, rewrite_fields
 from .special import SPECIAL, Family, WideTensor
-from .types import REFUSED, proven
+from .types import REFUSED, REFUSED_AT, STAGES, proven, proven_stages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 __all__ = [
     "MARKER",
     "REFUSED",
+    "REFUSED_AT",
+    "STAGES",
     "Cut",
+    "check_stage",
     "check_supported",
     "count_field",
     "cut_config",
@@ -30,6 +33,7 @@ __all__ = [
     "make_cut",
     "protected_layers",
     "proven",
+    "proven_stages",
     "text_config",
     "wide_tensors",
 ]
@@ -102,6 +106,26 @@ def check_supported(config: PreTrainedConfig) -> None:
     family = _family(part)
     if family.requires and (reason := family.requires(part.to_dict())):
         raise UnsupportedModelError(f"this {part.model_type} model can't be pruned: {reason}")
+
+
+def check_stage(config: PreTrainedConfig, stage: str) -> None:
+    """Refuse a model at a stage that gives wrong results for its type.
+
+    Types that were never proven pass: what runs a model checks it against the model's own forward as well.
+
+    Args:
+        config (`PreTrainedConfig`): The model's config.
+        stage (`str`): One of `STAGES`.
+
+    Raises:
+        UnsupportedModelError: The type is refused at that stage, with the reason and the way out.
+    """
+    for part in (config, text_config(config)):
+        if reason := REFUSED_AT[stage].get(part.model_type):
+            refused = STAGES[stage]
+            raise UnsupportedModelError(
+                f"model type {part.model_type!r} can't be {refused.can_not}: {reason}; {refused.instead}"
+            )
 
 
 def protected_layers(config: PreTrainedConfig) -> dict[int, str]:

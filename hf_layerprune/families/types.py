@@ -1,14 +1,41 @@
-"""Which model types are refused, and why.
+"""Which model types are proven for which stages, and why the others are refused.
 
-`proven.txt` beside this file lists the others, one a line. `make docs` writes it, together with
-docs/architectures.md, from a run of the matrix, and `tests/test_matrix.py` holds both to the truth.
+`proven.txt` beside this file is the table: a model type a line, then the stages that it is proven for. `make docs`
+writes it, together with docs/architectures.md, from a run of the matrix, and `tests/test_matrix.py` holds both to the
+truth. A type that some supported versions of transformers don't have may be in it.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a proven type may be used for besides a cut.
+
+    Args:
+        can_not (`str`): What is refused, as in "model type 'x' can't be ...".
+        instead (`str`): The way out.
+    """
+
+    can_not: str
+    instead: str
+
+
+STAGES: dict[str, Stage] = {
+    "rank": Stage(
+        "ranked by what its layers do to a text",
+        "choose layers by a criterion that needs no text (reverse_order, random, magnitude_l1, magnitude_l2), or name "
+        "them yourself (drop_layers)",
+    ),
+    "repair": Stage("repaired", 'use repair=None, and tune the layers beside the cut (tune_layers="cut")'),
+    "heal": Stage("healed", "train the pruned model with transformers' Trainer, which leaves the loss to the model"),
+    "evaluate": Stage("measured on texts", "run lm-eval's own command on the model's folder"),
+}
 
 REFUSED: dict[str, str] = {
     "beam": "each layer scales its residual by its own index, so every layer above a cut would change on reload",
@@ -31,11 +58,25 @@ REFUSED: dict[str, str] = {
     "zamba2": "its hybrid layers share transformer blocks, stored with the first of them",
 }
 
+# Proven for a cut, and refused at a later stage: by stage and model type, the reason.
+REFUSED_AT: dict[str, dict[str, str]] = {"rank": {}, "repair": {}, "heal": {}, "evaluate": {}}
+
+
+@cache
+def proven_stages() -> dict[str, dict[str, tuple[str, ...]]]:
+    """The table: by model type, what it is proven for, `"cut"` first, each with its variants, such as the repairs."""
+    table: dict[str, dict[str, tuple[str, ...]]] = {}
+    for line in files(__package__).joinpath("proven.txt").read_text().splitlines():
+        model_type, *stages = line.split()
+        parts = (stage.partition("=") for stage in stages)
+        table[model_type] = {stage: tuple(variants.split(",")) if variants else () for stage, _, variants in parts}
+    return table
+
 
 @cache
 def proven() -> frozenset[str]:
-    """Model types that the matrix proves, with the text decoders inside multimodal ones."""
-    return frozenset(files(__package__).joinpath("proven.txt").read_text().split())
+    """Model types that are proven to survive a cut, with the text decoders inside multimodal ones."""
+    return frozenset(proven_stages())
 
 
 @cache

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import LayerPruneError
+from ..families import check_stage
 from ..runtime.head import OutputHead
 from ..runtime.precision import in_fast_precision
 from ..versions import trl_drops_rows_without_labels
@@ -97,6 +98,7 @@ class HealTrainer(SFTTrainer):
         teacher: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
+        check_stage(model.config, "heal")
         if args.router_aux_loss_coef is None:
             args.router_aux_loss_coef = 0.0  # the routers in front of the trained layers have no say any more
         if args.learning_rate is None:

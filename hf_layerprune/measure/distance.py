@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import LayerPruneError
+from ..families import check_stage
 from ..runtime.divergence import Reference, diverge
 from ..runtime.head import Head, OutputHead
 from ..runtime.memory import in_batches, positions_at_once
@@ -127,6 +128,7 @@ def perplexity(
     Raises:
         LayerPruneError: The rows are no such windows, or one does not fit into memory.
     """
+    check_stage(model.config, "evaluate")
     _check_rows(rows)
     output = OutputHead(model)
     head = output.head()
@@ -169,6 +171,7 @@ def distance(
     Raises:
         LayerPruneError: The rows are no such windows, the vocabularies differ, or a window does not fit into memory.
     """
+    check_stage(model.config, "evaluate")
     _check_rows(rows)
     check_vocabularies(model, base)
     output, base_output = OutputHead(model), OutputHead(base)

@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import CutError
+from ..families import check_stage
 from ..families.layout import find_final_norm
 from ..runtime.walk import Batch, LayerWalk
 from .linear import Fit, NormalEquations, solve_ridge
@@ -122,6 +123,7 @@ def fit_repair(
         CutError: There is no layer in front of a cut, or no weight there that the map can be folded into.
         UnsupportedModelError: The layers can't be run one at a time.
     """
+    check_stage((model.model if isinstance(model, LayerWalk) else model).config, "repair")
     walk = model if isinstance(model, LayerWalk) else LayerWalk(model)
     cuts = blocks(drop_layers)
     if cuts and cuts[0][0] == 0 and method in FITTED:

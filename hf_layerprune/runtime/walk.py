@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..families import check_stage
 from ..families.layout import find_decoder_layers
 from .mapped import release
 from .parts import TROUBLE, close, hidden_of, hooked, layer_stub, probe_ids, replaced_forward, returned
@@ -71,6 +72,7 @@ class LayerWalk:
     def __init__(
         self, model: PreTrainedModel, *, device: str | torch.device | None = None, let_go: bool = False
     ) -> None:
+        check_stage(model.config, "rank")
         self.model = model
         self.stack = find_decoder_layers(model)
         self.layers: nn.ModuleList = self.stack.layers
