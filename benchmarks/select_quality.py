@@ -21,7 +21,8 @@ from hf_layerprune.calibration.rows import CalibrationSet, load_calibration
 from hf_layerprune.errors import CutError
 from hf_layerprune.layer_ranges import format_layers
 from hf_layerprune.options import CutOptions
-from hf_layerprune.repair import FITTED, fit_repair
+from hf_layerprune.repair.fit import fit_repair
+from hf_layerprune.repair.registry import REPAIRS
 from hf_layerprune.runtime.loading import load_base, load_tokenizer
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import ALL, Scores, choose_layers, drop_count, score_layers
@@ -29,7 +30,9 @@ from hf_layerprune.select.auto import changes_of
 from hf_layerprune.select.passes import run_pass
 from hf_layerprune.select.repairability import Repairability
 from hf_layerprune.select.sets import neighbours
-from hf_layerprune.select.trials import Cut, Outcome, try_cuts
+from hf_layerprune.select.trials import Outcome, Trial, try_out
+
+_FITTED = tuple(name for name, repair in REPAIRS.items() if repair.in_front)
 
 
 def first(calibration: CalibrationSet, rows: int) -> CalibrationSet:
@@ -85,7 +88,7 @@ def main() -> None:
     # Every criterion's choice.
     free = set(range(n))
     scores: dict[str, Scores] = {}
-    for variant in ("published", "paper"):
+    for variant in ("original", "paper"):
         names = [name for name in ALL if name not in ("perplexity", "kl")]
         if variant == "paper":
             # Taylor's sums differ by a factor only, and by which layers are protected.
@@ -99,13 +102,13 @@ def main() -> None:
                 i
                 for i in free
                 if not (
-                    variant == "published"
+                    variant == "original"
                     and scores[name].criterion in ("taylor", "magnitude_l1", "magnitude_l2")
                     and (i < 4 or i >= n - 2)
                 )
             }
             chose(
-                name if variant == "published" else f"{name} (paper)",
+                name if variant == "original" else f"{name} (paper)",
                 scores[name].pick(count, kept),
                 seconds / len(names),
             )
@@ -118,7 +121,7 @@ def main() -> None:
         chose(name, tried[name].pick(count, free), seconds / 4)
         chose(f"{name}, contiguous", tried[name].pick(count, free, contiguous=True), seconds / 4)
     found["raw_kl"] = {format_layers(b): s for b, s in tried["kl"].blocks.items()}
-    for repair in (None, *FITTED):
+    for repair in (None, *_FITTED):
         start = time.process_time()
         choice = choose_layers(walk, text, CutOptions(drop=count, criterion="auto", repair=repair))
         chose(f"auto, repair={repair}", choice.drop_layers, time.process_time() - start)
@@ -129,41 +132,41 @@ def main() -> None:
     chose("kl, one after the other", greedy.drop_layers, time.process_time() - start)
 
     # What each choice does to the model, on the other text.
-    cuts, repaired = [Cut(drop) for drop in sets], {}
+    cuts, repaired = [Trial(drop) for drop in sets], {}
     for drop in sets:
-        for method in FITTED:
+        for method in _FITTED:
             try:
-                repaired[drop, method] = Cut(drop, changes_of(fit_repair(walk, drop, text, method)))
+                repaired[drop, method] = Trial(drop, changes_of(fit_repair(walk, drop, text, method)))
             except CutError as error:
                 print(f"{format_layers(drop)}: {error}", flush=True)
-    outcomes = try_cuts(walk, report, [*cuts, *repaired.values(), Cut(())])
+    outcomes = try_out(walk, report, [*cuts, *repaired.values(), Trial(())])
     dense = outcomes.pop()
     after = dict(zip(repaired, outcomes[len(cuts) :], strict=True))
     found["dense"] = numbers(dense)
-    heads = " | ".join(f"KL, {name} | perplexity, {name}" for name in ("cut", *FITTED))
+    heads = " | ".join(f"KL, {name} | perplexity, {name}" for name in ("cut", *_FITTED))
     print(f"\ndense perplexity {dense.perplexity:.2f}\n\n| criterion | layers | {heads} |")
-    print("|---" * (2 * len(FITTED) + 4) + "|")
+    print("|---" * (2 * len(_FITTED) + 4) + "|")
     for cut, outcome in zip(cuts, outcomes, strict=False):
         for name in sets[cut.drop]:
             entry = found["criteria"][name]
-            ways = {"cut": outcome} | {m: after[cut.drop, m] for m in FITTED if (cut.drop, m) in after}
+            ways = {"cut": outcome} | {m: after[cut.drop, m] for m in _FITTED if (cut.drop, m) in after}
             entry |= {way: numbers(one) for way, one in ways.items()}
             cells = [
-                f"{ways[w].kl:.3f} | {ways[w].perplexity:.3g}" if w in ways else "- | -" for w in ("cut", *FITTED)
+                f"{ways[w].kl:.3f} | {ways[w].perplexity:.3g}" if w in ways else "- | -" for w in ("cut", *_FITTED)
             ]
             print(f"| {name} | {entry['layers']} | {' | '.join(cells)} |", flush=True)
     save()
 
     # Every block, and what ranks the repaired ones.
-    observer = Repairability("published", {count}, keep=True)
+    observer = Repairability({count}, keep=True)
     run_pass(walk, text, [observer])
     blocks = [block for block in neighbours(range(n), count) if block in observer.fits]
-    folded = [Cut(block, {observer.fits[block].before: observer.fits[block].applied}) for block in blocks]
+    folded = [Trial(block, {observer.fits[block].before: observer.fits[block].applied}) for block in blocks]
     cheap = {
-        name: try_cuts(walk, first(text, rows), folded)
+        name: try_out(walk, first(text, rows), folded)
         for name, rows in (("repaired KL, 2 rows", 2), ("repaired KL, 8 rows", 8))
     }
-    truth = try_cuts(walk, report, [*[Cut(block) for block in blocks], *folded])
+    truth = try_out(walk, report, [*[Trial(block) for block in blocks], *folded])
     raw, fixed = truth[: len(blocks)], truth[len(blocks) :]
     shares, kls = [observer.shares[block] for block in blocks], [tried["kl"].blocks[block] for block in blocks]
     predictors = {

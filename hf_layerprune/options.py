@@ -437,8 +437,8 @@ class ChoiceOptions(Options):
         0.25, "Fraction of the layers to drop, rounded down to whole layers, or the number of layers", DROP
     )
     variant: str = option(
-        "published",
-        "Definition of the criterion: as its source published it, or as the code of arXiv:2411.15558 computed it",
+        "original",
+        "Definition of the criterion: as its own source has it, or as the code of the paper (arXiv:2411.15558) does",
         choices="variant",
     )
     protect_first: int | None = option(

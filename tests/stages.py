@@ -27,12 +27,13 @@ from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.trainer import HealTrainer
 from hf_layerprune.measure.distance import distance, perplexity
-from hf_layerprune.repair import FITTED, METHODS, Repair, fit_repair
+from hf_layerprune.repair.fit import Repair, fit_repair
+from hf_layerprune.repair.registry import REPAIRS
 from hf_layerprune.repair.writers import swapped
 from hf_layerprune.runtime.forward import SplitModel, evaluating
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import taylor
-from hf_layerprune.select.trials import Cut, try_cuts
+from hf_layerprune.select.trials import Trial, try_out
 
 from .heal_makers import word_tokenizer
 from .matrix import CUT, SEED, ProofError, cuts, identities, load, logits, prove
@@ -68,13 +69,14 @@ def divergence(dense: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 def prove_rank(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
     """Hidden states behind every layer, perplexity and KL of cuts, and the gradients of Taylor scores."""
     ids = tiny_input(seed=1, batch=3, length=12)
+    dense = copy.deepcopy(dense)  # some layers keep their last states, and with them what gradients need
     walk = LayerWalk(dense)
     _states_are_those_of_the_model(walk, dense, ids)
     middle = proven_cuts["middle"]
     tried = [(), *((i,) for i in range(walk.num_layers)), *proven_cuts.values()]
     text = CalibrationSet.of(ids, "random tokens")
     whole = logits(dense, ids)
-    for drop, outcome in zip(tried, try_cuts(walk, text, [Cut(drop) for drop in tried]), strict=True):
+    for drop, outcome in zip(tried, try_out(walk, text, [Trial(drop) for drop in tried]), strict=True):
         with identities(dense, drop):
             own = logits(dense, ids)
         same(f"loss without layers {drop}", outcome.loss, next_token_loss(own, ids))
@@ -135,7 +137,7 @@ def _hooked(modules: Sequence[Any], hook: Callable[..., Any]) -> Iterator[None]:
 def prove_repair(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> list[str]:
     """Every repair that the type does not refuse; their names."""
     rows = CalibrationSet.of(tiny_input(seed=2, batch=5, length=16), "random tokens")
-    refusals = {method: _prove_method(dense, method, proven_cuts["middle"], rows) for method in METHODS}
+    refusals = {method: _prove_method(dense, method, proven_cuts["middle"], rows) for method in REPAIRS}
     proven = [method for method, refusal in refusals.items() if refusal is None]
     if not proven:
         raise next(iter(refusals.values()))
@@ -151,7 +153,7 @@ def _prove_method(dense: Any, method: str, middle: tuple[int, ...], rows: Calibr
         except LayerPruneError as error:
             refusal = refusal or error
             continue
-        (_fitted_as_written if method in FITTED else _scaled_as_written)(dense, repair, drop, rows)
+        (_fitted_as_written if REPAIRS[method].in_front else _scaled_as_written)(dense, repair, drop, rows)
         _same_when_saved(dense, repair, drop)
         return None
     return refusal
@@ -180,7 +182,7 @@ def _fitted_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: 
         index, _, name = cut["folded_into"].partition(".")
         module, before = layers[int(index)].get_submodule(name), int(index)
         earlier = [i for i in drop if i < first]
-        folded = _by_layer(repair)
+        folded = repair.by_layer()
         wanted = _leaving(dense, last, ids)
         with ExitStack() as stack:
             stack.enter_context(identities(dense, earlier))
@@ -188,7 +190,9 @@ def _fitted_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: 
                 if i < before:
                     stack.enter_context(swapped(layers[i], values))
             entering: list[torch.Tensor] = []
-            with _hooked([module], lambda m, args, output, entering=entering: entering.extend((args[0], output))):
+            with _hooked(
+                [module], lambda m, args, output, entering=entering: entering.extend((args[0], output.clone()))
+            ):
                 plain = _leaving(dense, before, ids)
             with _hooked([module], lambda m, args, output: torch.zeros_like(output)):
                 written = plain - _leaving(dense, before, ids)
@@ -261,16 +265,9 @@ def _multiplied_at_the_cuts(dense: Any, repair: Repair, drop: tuple[int, ...], i
             stack.callback(handle.remove)
         wanted = logits(dense, ids)
     with identities(dense, drop), ExitStack() as stack:
-        for i, values in _by_layer(repair).items():
+        for i, values in repair.by_layer().items():
             stack.enter_context(swapped(layers[i], values))
         same("repair magnitude: logits", logits(dense, ids), wanted, 1e-2)  # norms add a little to what they divide by
-
-
-def _by_layer(repair: Repair) -> dict[int, dict[str, torch.Tensor]]:
-    by_layer: dict[int, dict[str, torch.Tensor]] = {}
-    for (i, name), value in repair.tensors.items():
-        by_layer.setdefault(i, {})[name] = value
-    return by_layer
 
 
 def _same_when_saved(dense: Any, repair: Repair, drop: tuple[int, ...]) -> None:
@@ -283,7 +280,7 @@ def _same_when_saved(dense: Any, repair: Repair, drop: tuple[int, ...]) -> None:
     layers = find_decoder_layers(dense).layers
     with ExitStack() as stack:
         stack.enter_context(identities(dense, drop))
-        for i, values in _by_layer(repair).items():
+        for i, values in repair.by_layer().items():
             stack.enter_context(swapped(layers[i], values))
         same(f"{_name(repair)}: logits", mine, logits(dense, ids))
     with tempfile.TemporaryDirectory() as folder:

@@ -152,9 +152,9 @@ def test_pictures_of_many_layers(tmp_path: Path) -> None:
     n = 80
     alive = tuple(range(n))
     scores = {
-        "kl": Scores("kl", "published", alive, layers=[10.0 ** -(i % 7) for i in alive]),
+        "kl": Scores("kl", "original", alive, layers=[10.0 ** -(i % 7) for i in alive]),
         "angular_distance": Scores(
-            "angular_distance", "published", alive,
+            "angular_distance", "original", alive,
             blocks={alive[s : s + k]: (s + k) / 160 for k in range(1, n) for s in range(n - k + 1)},
         ),
     }  # fmt: skip

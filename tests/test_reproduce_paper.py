@@ -99,7 +99,7 @@ def test_mistakes_are_off_unless_they_are_asked_for() -> None:
     for name, row in ROWS.items():
         plan = plans.make_plan(row, plans.Options())
         assert plan.mistakes == ()
-        assert plan.cut is None or plan.cut.get("variant", "published") == "published", name
+        assert plan.cut is None or plan.cut.get("variant", "original") == "original", name
         assert "wikitext" not in (plan.cut or {}).get("calibration", ""), name
         assert not plan.evaluate.get("merged_in_4_bits"), name
         assert not (plan.data or {}).get("whole_sequence"), name

@@ -77,7 +77,7 @@ def naive_magnitude(power: int, variant: str) -> Callable[..., list[float | None
     def compute(model: Any, ids: torch.Tensor) -> list[float | None]:
         def size(weight: torch.Tensor) -> float:
             total = weight.detach().double().abs().pow(power).sum().item()
-            return total ** (1 / power) if variant == "published" else total
+            return total ** (1 / power) if variant == "original" else total
 
         return [sum(size(weight) for weight in weights(model, i)) for i in range(LAYERS)]
 
@@ -129,15 +129,15 @@ def naive_influence_of_paper(model: Any, ids: torch.Tensor) -> list[float | None
 
 
 FORMULAS: list[tuple[str, str, Callable[..., list[float | None]], float]] = [
-    ("magnitude_l1", "published", naive_magnitude(1, "published"), 1e-5),
+    ("magnitude_l1", "original", naive_magnitude(1, "original"), 1e-5),
     ("magnitude_l1", "paper", naive_magnitude(1, "paper"), 1e-5),
-    ("magnitude_l2", "published", naive_magnitude(2, "published"), 1e-5),
+    ("magnitude_l2", "original", naive_magnitude(2, "original"), 1e-5),
     ("magnitude_l2", "paper", naive_magnitude(2, "paper"), 1e-5),
-    ("taylor", "published", naive_taylor("published"), 1e-5),
+    ("taylor", "original", naive_taylor("original"), 1e-5),
     ("taylor", "paper", naive_taylor("paper"), 1e-5),
-    ("perplexity", "published", naive_perplexity, 1e-5),
-    ("kl", "published", naive_kl, 1e-5),
-    ("block_influence", "published", naive_influence, 1e-5),
+    ("perplexity", "original", naive_perplexity, 1e-5),
+    ("kl", "original", naive_kl, 1e-5),
+    ("block_influence", "original", naive_influence, 1e-5),
     ("block_influence", "paper", naive_influence_of_paper, 1e-5),
 ]
 
@@ -166,7 +166,7 @@ def test_taylor_in_parts(model: Any, text: CalibrationSet, rows: int, monkeypatc
     """Weights a few rows at a time, and one batch or several."""
     monkeypatch.setattr(taylor, "_WEIGHT_ROWS", 7)
     ids = text.input_ids[:rows]
-    for variant in ("published", "paper"):
+    for variant in ("original", "paper"):
         found = score_layers(model, CalibrationSet.of(ids, "random"), ["taylor"], variant=variant)["taylor"]
         assert found.layers == pytest.approx(naive_taylor(variant)(model, ids), rel=1e-5)
 

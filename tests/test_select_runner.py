@@ -24,7 +24,7 @@ from hf_layerprune.select.auto import HELD_OUT
 from hf_layerprune.select.cost import estimate
 from hf_layerprune.select.scores import Scores
 from hf_layerprune.select.sets import block_sums, lowest_block, lowest_layers, neighbours, rounds
-from hf_layerprune.select.trials import Cut, layer_runs, try_cuts
+from hf_layerprune.select.trials import Trial, layer_runs, try_out
 
 from .tiny_models import LAYERS, VOCAB, tiny_model
 
@@ -66,7 +66,7 @@ def test_any_cuts_in_any_memory(
     monkeypatch.setattr(trials, "_HEAD_TOKENS", head_tokens)
     monkeypatch.setattr(divergence, "_CACHED_LOGITS", cached_logits)
     drops = [(0,), (7,), (2, 3, 4), (1, 3, 6), (1, 3), (), (2, 3, 5, 6, 7)]
-    found = try_cuts(LayerWalk(model), text, [Cut(drop) for drop in drops], memory=memory)
+    found = try_out(LayerWalk(model), text, [Trial(drop) for drop in drops], memory=memory)
     for drop, outcome in zip(drops, found, strict=True):
         loss, kl = measured(without(drop), model, text.input_ids)
         assert outcome.loss == pytest.approx(loss, rel=1e-5)
@@ -75,24 +75,24 @@ def test_any_cuts_in_any_memory(
 
 def test_cuts_share_what_is_before_them() -> None:
     n = 30
-    every = [Cut((i,)) for i in range(n)]
-    assert layer_runs(n, [Cut(())]) == n
+    every = [Trial((i,)) for i in range(n)]
+    assert layer_runs(n, [Trial(())]) == n
     assert layer_runs(n, every) == n * (n - 1) // 2 + n - 1
-    assert layer_runs(n, [Cut((3, 5)), Cut((3, 6))]) == 3 + 1 + 1 + 1 + 2 * (n - 7)
-    assert layer_runs(n, [Cut((3,)), Cut((3,))]) == n - 1
+    assert layer_runs(n, [Trial((3, 5)), Trial((3, 6))]) == 3 + 1 + 1 + 1 + 2 * (n - 7)
+    assert layer_runs(n, [Trial((3,)), Trial((3,))]) == n - 1
 
 
 def test_a_repair_is_tried_as_it_would_be_folded(model: Any, text: CalibrationSet) -> None:
     from hf_layerprune.select.auto import changes_of
 
     repair = fit_repair(model, [3, 4], text, "linear")
-    (outcome,) = try_cuts(LayerWalk(model), text, [Cut((3, 4), changes_of(repair))])
+    (outcome,) = try_out(LayerWalk(model), text, [Trial((3, 4), changes_of(repair))])
     cut = tiny_model("llama")
     plan = drop_layers(cut, [3, 4]).cut
     repair.apply(cut.model.layers, plan.new_index)
     loss, kl = measured(cut, model, text.input_ids)
     assert (outcome.loss, outcome.kl) == pytest.approx((loss, kl), rel=1e-4)
-    assert try_cuts(LayerWalk(model), text, [Cut(())])[0].kl == pytest.approx(0, abs=1e-7), "the model is as it was"
+    assert try_out(LayerWalk(model), text, [Trial(())])[0].kl == pytest.approx(0, abs=1e-7), "the model is as it was"
 
 
 # --- all criteria ---------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_rounds_score_what_is_left(criterion: str, model: Any, text: Calibration
     choice = choose_layers(
         model,
         text,
-        CutOptions(drop=3, criterion=criterion, steps=3, protect_first=0, protect_last=0, variant="published"),
+        CutOptions(drop=3, criterion=criterion, steps=3, protect_first=0, protect_last=0, variant="original"),
     )
     assert len(choice.scores) == 3
     assert "in 3 rounds" in choice.why
@@ -311,7 +311,7 @@ def test_layers_that_cannot_be_walked_still_have_weights(text: CalibrationSet) -
     assert (
         len(choose_layers(model, None, CutOptions(drop=2, criterion="magnitude_l1", protect_first=0)).drop_layers) == 2
     )
-    with pytest.raises(UnsupportedModelError, match="one at a time"):
+    with pytest.raises(UnsupportedModelError, match=r"several streams of hidden states.*reverse_order"):
         choose_layers(model, text, CutOptions(drop=2, criterion="kl"))
 
 
@@ -372,9 +372,9 @@ def test_scores_are_numbers(value: float, layer: int) -> None:
     layers = [1.0] * 8
     layers[layer] = value
     with pytest.raises(CheckpointError, match=f"layer {layer} the score"):
-        Scores("kl", "published", tuple(range(8)), layers=layers)
+        Scores("kl", "original", tuple(range(8)), layers=layers)
     with pytest.raises(CheckpointError, match="layers 2-3 the score"):
-        Scores("kl", "published", tuple(range(8)), blocks={(2, 3): value})
+        Scores("kl", "original", tuple(range(8)), blocks={(2, 3): value})
 
 
 def test_a_cost_is_said(model: Any) -> None:

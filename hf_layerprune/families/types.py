@@ -58,8 +58,23 @@ REFUSED: dict[str, str] = {
     "zamba2": "its hybrid layers share transformer blocks, stored with the first of them",
 }
 
+_STREAMS = "its layers hand on several streams of hidden states"
+_SHARED = "its last layers read keys and values of earlier layers, so none runs alone"
+_UNRANKED: dict[str, str] = {
+    **dict.fromkeys(("deepseek_v4", "gemma3n_text", "hy_v4", "xlnet"), _STREAMS),
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _SHARED),
+    "glm_moe_dsa": "its layers attend to tokens that an earlier layer has picked, so none runs alone",
+    **dict.fromkeys(("mllama", "mllama_text_model"), "its cross-attention layers run only where there is an image"),
+    "zaya": "its routers read what the router of the layer before has computed",
+}
+
 # Proven for a cut, and refused at a later stage: by stage and model type, the reason.
-REFUSED_AT: dict[str, dict[str, str]] = {"rank": {}, "repair": {}, "heal": {}, "evaluate": {}}
+REFUSED_AT: dict[str, dict[str, str]] = {
+    "rank": _UNRANKED,
+    "repair": _UNRANKED | {},
+    "heal": {},
+    "evaluate": {},
+}
 
 
 @cache

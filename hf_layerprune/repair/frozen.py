@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import families
 from ..families.layout import DecoderStack
-from . import Repair
+from .fit import Repair
 
 
 class _Frozen(nn.Parameter):

@@ -1,4 +1,4 @@
-"""What stands in for a dropped block, and how it is fitted: a linear map, or the projection in front of it anew.
+"""What stands in for a dropped block, and how it is fitted: a linear map, or the projection in front of it itself.
 
 ReplaceMe (arXiv:2505.02819): let `Y + M` be the hidden states that enter the block, `M` the output of the last kept
 layer's MLP and `Y` all else, and `X` the hidden states that left the block in the dense model. The map `T` with
@@ -17,6 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from ..errors import CutError
+from ..runtime.walk import Batch, LayerWalk
+from .fit import HELD_OUT, Fitter
+from .writers import Run, find_writers, inputs, outputs, swapped
 
 STRENGTHS = tuple(10.0**k for k in range(-6, 4))
 
@@ -99,3 +104,76 @@ def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
         if unexplained < best.unexplained:
             best = Fit(change, strength, unexplained)
     return best
+
+
+class LinearFitter(Fitter):
+    """Fits what stands in for each block; from the first cut on, the repaired model's own states go along.
+
+    Args:
+        walk (`LayerWalk`): The dense model.
+        cuts (`list[tuple[int, int]]`): Blocks of dropped layers.
+        method (`str`): `"linear"`, from what the projection gives, or `"refit"`, from what enters it.
+    """
+
+    def __init__(self, walk: LayerWalk, cuts: list[tuple[int, int]], method: str) -> None:
+        super().__init__(walk, cuts)
+        self.method = method
+        self.look = outputs if method == "linear" else inputs
+        self.student: list[torch.Tensor] | None = None
+
+    def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
+        """Take the repaired model's states along, and find the module that a map can be folded into."""
+        if i in self.dropped:
+            return
+        if i + 1 not in self.first_of:
+            if self.student is not None:
+                self.student = [run(state, batch) for state, batch in zip(self.student, batches, strict=True)]
+            return
+        writers = find_writers(self.walk.layers[i], run, probe)
+        if not writers:
+            raise CutError(
+                f'repair="{self.method}" has nothing to fold its map into: no output projection of layer {i} writes '
+                "into the hidden states directly (a norm, or a mixture of experts, stands in between); use "
+                'repair=None and tune the layers beside the cut (tune_layers="cut")'
+            )
+        self.writer = writers[0]
+        # The layer is run again when the block has ended, so that nothing as wide as an MLP is kept for all rows.
+        if self.student is None:
+            self.student = [batch.hidden for batch in batches]
+
+    def leave(self, first: int, end: int, batches: list[Batch]) -> None:
+        """Fit, fold, and go on with the states that the repaired layer gives."""
+        writer, layer, features = self.writer, self.walk.layers[first - 1], []
+        fitted = held_out = None
+        judging = max(2, min(HELD_OUT, len(batches)))
+        with self.walk.layer(first - 1) as run, self.look(writer.module, lambda x: features.append(x.clone())):
+            for number, (batch, entering) in enumerate(zip(batches, self.student, strict=True)):
+                state = run(entering, batch).float()
+                change, feature = batch.hidden.float() - state, features.pop()
+                feature = feature.view(*state.shape[:-1], feature.shape[-1]).float() * writer.gain
+                if fitted is None:
+                    sizes = feature.shape[-1], self.walk.device, state.shape[-1]
+                    fitted, held_out = NormalEquations(*sizes), NormalEquations(*sizes)
+                (held_out if number % judging == judging - 1 else fitted).add(feature, change)
+        fit = solve_ridge(fitted, held_out)
+        if self.method == "linear":
+            new = writer.folded(torch.eye(len(fit.change)).to(fit.change) + fit.change)
+        else:
+            new = writer.moved(fit.change)
+        new = {f"{writer.name}.{name}": value for name, value in new.items()}
+        self.tensors |= {(first - 1, name): value for name, value in new.items()}
+        with self.walk.layer(first - 1) as run, swapped(layer, new):
+            self.student = [run(state, batch) for state, batch in zip(self.student, batches, strict=True)]
+        self.records.append(
+            {
+                "layers": [first, end - 1],
+                "folded_into": f"{first - 1}.{writer.name}",
+                "ridge": fit.strength if fit.strength != float("inf") else None,
+                "unexplained_share": round(fit.unexplained, 4),
+                "tokens": fitted.tokens,
+                "held_out_tokens": held_out.tokens,
+            }
+        )
+
+
+fitter = LinearFitter

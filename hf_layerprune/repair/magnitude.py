@@ -8,32 +8,61 @@ Behind a cut at the tail there is only the final norm, so there is nothing to re
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
 from ..errors import CutError
-from ..runtime.walk import Batch
-from .writers import Run, Writer, _silenced, find_writers
+from ..families.layout import find_final_norm
+from ..runtime.walk import Batch, LayerWalk
+from .fit import Fitter
+from .writers import Run, Writer, find_writers, silenced
+
+logger = logging.getLogger(__name__)
 
 _TOLERANCE = 0.05
+_ROUNDING = 1e-3
 
 
-class SizeRatio:
-    """Mean over tokens of how much larger hidden states became: `|after| / |before|`, in the L1 norm."""
+class MagnitudeFitter(Fitter):
+    """Measures how a dropped block changes the size of the states, and scales the layers behind it."""
 
-    def __init__(self) -> None:
-        self._sum, self._tokens = 0.0, 0
+    def __init__(self, walk: LayerWalk, cuts: list[tuple[int, int]], method: str) -> None:
+        super().__init__(walk, cuts)
+        if find_final_norm(walk.model, walk.stack) is None:
+            raise CutError(
+                'repair="magnitude" needs a norm before the head, and this model has none; use repair="linear"'
+            )
+        self.factor = 1.0
+        if any(end < walk.num_layers for _, end in cuts):
+            self.last = walk.num_layers
+        elif cuts:
+            logger.warning('repair="magnitude" has nothing to do behind the last layers: the final norm undoes it')
+            self.last = 0
 
-    def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Add tokens: hidden states `[..., hidden]` before the block and after it."""
-        ratio = after.float().abs().sum(-1) / before.float().abs().sum(-1).clamp(min=1e-12)
-        self._sum += ratio.double().sum().item()
-        self._tokens += ratio.numel()
+    def enter(self, first: int, batches: list[Batch]) -> None:
+        """Keep the states in front of the block."""
+        self.before = [batch.hidden for batch in batches]
 
-    @property
-    def value(self) -> float:
-        """The mean ratio."""
-        return self._sum / self._tokens
+    def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
+        """Scale a layer behind a cut."""
+        if i not in self.dropped and self.factor != 1.0:
+            new = scaled_writers(i, self.walk.layers[i], run, probe, self.factor)
+            self.tensors |= {(i, name): value for name, value in new.items()}
+
+    def leave(self, first: int, end: int, batches: list[Batch]) -> None:
+        """Measure: the mean over tokens of how much larger the states became, in the L1 norm."""
+        total = tokens = 0
+        for before, batch in zip(self.before, batches, strict=True):
+            ratio = batch.hidden.float().abs().sum(-1) / before.float().abs().sum(-1).clamp(min=1e-12)
+            total, tokens = total + ratio.double().sum().item(), tokens + ratio.numel()
+        if end < self.walk.num_layers:
+            self.factor /= total / tokens
+        self.records.append({"layers": [first, end - 1], "size_ratio": round(total / tokens, 6)})
+
+
+fitter = MagnitudeFitter
 
 
 @torch.no_grad()
@@ -54,10 +83,13 @@ def scaled_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor:
         CutError: The layer can't be rescaled by its output projections alone.
     """
     writers = find_writers(layer, run, batch)
-    with _silenced(writers):
+    with silenced(writers):
         rest = run(batch.hidden, batch).float() - batch.hidden.float()
-    if not writers or rest.norm() > _TOLERANCE * batch.hidden.float().norm():
-        raise _cannot(index, "it adds to the hidden states by more than its output projections (experts, or a norm)")
+    if not writers or rest.norm() > _ROUNDING * batch.hidden.float().norm():
+        raise _cannot(
+            index,
+            "it adds to the hidden states by more than its output projections (experts, a norm, or a bias of its own)",
+        )
     new = {
         f"{writer.name}.{name}": (parameter.detach().double().cpu() * factor).to(parameter.dtype)
         for writer in writers

@@ -75,7 +75,8 @@ def outputs(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | N
 
     Args:
         module (`nn.Module`): The module.
-        change (`Callable`): Takes the output; gives what to put in its place, or `None` to leave it.
+        change (`Callable`): Takes the output; gives what to put in its place, or `None` to leave it. To keep the output,
+            clone it: some families add to it in place (Llama 4's shared expert).
     """
     handle = module.register_forward_hook(lambda module, args, output: change(output))
     try:
@@ -138,7 +139,7 @@ def find_writers(layer: nn.Module, run: Run, batch: Batch) -> list[Writer]:
 
     found: list[Writer] = []
     for name, module in reversed(order):
-        with _silenced(found):  # what is behind it must not react
+        with silenced(found):  # what is behind it must not react
             gain = _gain(module, run, batch)
         if gain is not None:
             found.append(Writer(name, module, gain))
@@ -153,11 +154,12 @@ def _is_plain_linear(module: nn.Module, hidden_size: int) -> bool:
 
 
 @contextmanager
-def _silenced(writers: list[Writer]) -> Iterator[None]:
+def silenced(writers: list[Writer]) -> Iterator[None]:
+    """Let writers write nothing while the block runs."""
     if not writers:
         yield
         return
-    with outputs(writers[0].module, torch.zeros_like), _silenced(writers[1:]):
+    with outputs(writers[0].module, torch.zeros_like), silenced(writers[1:]):
         yield
 
 

@@ -13,19 +13,12 @@ from torch.nn import functional as F
 
 from ..runtime.walk import Batch
 from .passes import Observer
+from .registry import ORIGINAL, Criterion
 from .scores import Scores
 
 
 class AngularDistance(Observer):
-    """Keeps the last token of each row at every layer.
-
-    Args:
-        variant (`str`): There is only the published one.
-        num_layers (`int`): How many layers the base has.
-    """
-
-    def __init__(self, variant: str, num_layers: int) -> None:
-        self.variant = variant
+    """Keeps the last token of each row at every layer."""
 
     def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
         """The states before the first layer."""
@@ -52,9 +45,9 @@ class AngularDistance(Observer):
             for end in range(start + 1, n + 1)
             if end - start < n
         }
-        return Scores("angular_distance", self.variant, self.alive, blocks=blocks)
+        return Scores("angular_distance", ORIGINAL, self.alive, blocks=blocks)
 
 
-def observer(name: str, variant: str, num_layers: int) -> AngularDistance:
-    """Who looks on."""
-    return AngularDistance(variant, num_layers)
+def observer(criterion: Criterion, variant: str, num_layers: int, lengths: Sequence[int]) -> AngularDistance:
+    """What looks on."""
+    return AngularDistance()

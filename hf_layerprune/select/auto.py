@@ -20,21 +20,25 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError
 from ..layer_ranges import format_layers
-from ..repair import FITTED, Repair, fit_repair, swapped
+from ..repair.fit import Repair, fit_repair
+from ..repair.registry import find_repair
+from ..repair.writers import swapped
 from ..runtime.walk import LayerWalk
 from .passes import run_pass
+from .registry import ORIGINAL
 from .repairability import BlockFit, Repairability
 from .runner import Choice
 from .scores import Scores
 from .sets import lowest_block, lowest_layers, neighbours
-from .trials import Cut, Outcome, try_cuts
+from .trials import Outcome, Trial, try_out
+
+if TYPE_CHECKING:
+    from ..options import ChoiceOptions
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +73,7 @@ class Candidate:
 
 
 def choose(
-    walk: LayerWalk,
-    calibration: CalibrationSet,
-    count: int,
-    free: Collection[int],
-    *,
-    contiguous: bool = False,
-    repair: str | None = None,
+    walk: LayerWalk, calibration: CalibrationSet, count: int, free: Collection[int], choice: ChoiceOptions
 ) -> Choice:
     """Choose layers.
 
@@ -84,8 +82,7 @@ def choose(
         calibration (`CalibrationSet`): The text; a quarter of its rows is held out to judge by.
         count (`int`): How many layers go.
         free (`Collection[int]`): Which may.
-        contiguous (`bool`, defaults to `False`): Whether they must lie side by side.
-        repair (`str`, *optional*): What will make up for them: `"linear"`, `"refit"`, `"magnitude"` or nothing.
+        choice (`ChoiceOptions`): Whether they must be neighbours, and which repair will make up for them.
 
     Returns:
         `Choice`: The layers, and why.
@@ -97,30 +94,31 @@ def choose(
     if len(calibration) < 4:
         raise CutError("criterion 'auto' holds a quarter of the calibration rows out; raise calibration_samples to 4")
     fitting, judging = calibration.split(HELD_OUT)
-    free = {i for i in free if i} if repair in FITTED else set(free)  # the map needs a layer in front
+    repair = choice.repair and find_repair(choice.repair)
+    in_front = bool(repair and repair.in_front)
+    free = {i for i in free if i} if in_front else set(free)  # the map needs a layer in front
     blocks = [block for block in neighbours(range(walk.num_layers), count) if all(i in free for i in block)]
     looked_at: list[Scores] = []
     candidates: list[Candidate] = []
     if blocks:
-        scores = _try_blocks(walk, blocks, _first(fitting, _FIT_ROWS), _first(judging, _TRY_ROWS), repair)
+        scores = _try_blocks(walk, blocks, _first(fitting, _FIT_ROWS), _first(judging, _TRY_ROWS), in_front)
         looked_at.append(scores)
         ranked = sorted(scores.blocks, key=scores.blocks.__getitem__)[:_SHORT_LIST]
         candidates += [Candidate(block, "best block") for block in ranked]
-    if not contiguous and count > 1:
+    if not choice.contiguous and count > 1:
         candidates.append(Candidate(_one_after_the_other(walk, _first(judging, _GREEDY_ROWS), count, free), "greedy"))
     elif not blocks:
         lowest_block({}, count, free)  # says that there is none
     candidates = list({candidate.drop: candidate for candidate in reversed(candidates)}.values())[::-1]
     logger.info("short list: %s", "; ".join(format_layers(candidate.drop) for candidate in candidates))
-    _judge(walk, candidates, fitting, judging, repair)
-    candidates.sort(key=lambda candidate: candidate.outcome.kl)
+    judged = _judged(walk, candidates, fitting, judging, choice.repair)
     details = {
-        "short_list": [candidate.record() for candidate in candidates],
+        "short_list": [candidate.record() for candidate in judged],
         "fitted_rows": len(fitting),
         "judged_rows": len(judging),
-        "repair": repair,
+        "repair": choice.repair,
     }
-    return Choice(list(candidates[0].drop), "auto", _why(candidates, repair, judging), looked_at, details)
+    return Choice(list(judged[0].drop), "auto", _why(judged, choice.repair, judging), looked_at, details)
 
 
 def _try_blocks(
@@ -128,22 +126,18 @@ def _try_blocks(
     blocks: list[tuple[int, ...]],
     fitting: CalibrationSet,
     judging: CalibrationSet,
-    repair: str | None,
+    in_front: bool,
 ) -> Scores:
-    """KL of every block, on a few rows, with its map where the linear repair will follow."""
+    """KL of every block, on a few rows, with its map where a fitted repair will follow."""
     fits: dict[tuple[int, ...], BlockFit] = {}
-    if repair in FITTED:
-        observer = Repairability("published", {len(blocks[0])}, keep=True)
+    if in_front:
+        observer = Repairability({len(blocks[0])}, keep=True)
         run_pass(walk, fitting, [observer])
         fits = observer.fits
-    cuts = [Cut(block, {fits[block].before: fits[block].applied} if block in fits else {}) for block in blocks]
-    outcomes = try_cuts(walk, judging, cuts)
-    return Scores(
-        "kl",
-        "published",
-        tuple(range(walk.num_layers)),
-        blocks={block: outcome.kl for block, outcome in zip(blocks, outcomes, strict=True)},
-    )
+    trials = [Trial(block, {fits[block].before: fits[block].applied} if block in fits else {}) for block in blocks]
+    outcomes = zip(blocks, try_out(walk, judging, trials), strict=True)
+    alive = tuple(range(walk.num_layers))
+    return Scores("kl", ORIGINAL, alive, blocks={block: outcome.kl for block, outcome in outcomes})
 
 
 def _one_after_the_other(
@@ -153,7 +147,7 @@ def _one_after_the_other(
     gone: list[int] = []
     for _ in range(count):
         left = sorted(set(free) - set(gone))
-        outcomes = try_cuts(walk, judging, [Cut(tuple(sorted([*gone, i]))) for i in left])
+        outcomes = try_out(walk, judging, [Trial(tuple(sorted([*gone, i]))) for i in left])
         by_layer: list[float | None] = [None] * walk.num_layers
         for i, outcome in zip(left, outcomes, strict=True):
             by_layer[i] = outcome.kl
@@ -161,48 +155,42 @@ def _one_after_the_other(
     return tuple(sorted(gone))
 
 
-def _judge(
+def _judged(
     walk: LayerWalk,
     candidates: list[Candidate],
     fitting: CalibrationSet,
     judging: CalibrationSet,
     repair: str | None,
-) -> None:
-    """Fill in what each candidate does to the model, with the repair that it would get."""
-    cuts = []
-    for candidate in list(candidates):
-        changes = {}
-        if repair is not None:
-            try:
-                changes = changes_of(fit_repair(walk, candidate.drop, fitting, repair))
-            except CutError:  # nothing to fold a map into in front of one of its cuts
-                candidates.remove(candidate)
-                continue
-        cuts.append(Cut(candidate.drop, changes))
-    if not cuts:
-        # Say why it can't be done in the words of the repair.
+) -> list[Candidate]:
+    """The candidates with what each does to the model, with the repair that it would get; the best first."""
+    trials: list[Trial] = []
+    fitted: list[Candidate] = []
+    for candidate in candidates:
+        try:
+            changes = changes_of(fit_repair(walk, candidate.drop, fitting, repair)) if repair else {}
+        except CutError:  # nothing to fold a map into in front of one of its cuts
+            continue
+        fitted.append(candidate)
+        trials.append(Trial(candidate.drop, changes))
+    if not trials:
         raise CutError(f"repair={repair!r} works for none of the layers on the short list; use repair=None")
-    for candidate, outcome in zip(candidates, try_cuts(walk, judging, cuts), strict=True):
+    for candidate, outcome in zip(fitted, try_out(walk, judging, trials), strict=True):
         candidate.outcome = outcome
+    return sorted(fitted, key=lambda candidate: candidate.outcome.kl)
 
 
 def changes_of(repair: Repair) -> dict[int, Any]:
-    """What a repair does to the layers that it changes, as [`~trials.Cut`] takes it."""
-    by_layer: dict[int, dict[str, torch.Tensor]] = {}
-    for (index, name), value in repair.tensors.items():
-        by_layer.setdefault(index, {})[name] = value
-    return {index: partial(swapped, values=values) for index, values in by_layer.items()}
+    """What a repair does to the layers that it changes, as [`~trials.Trial`] takes it."""
+    return {index: partial(swapped, values=values) for index, values in repair.by_layer().items()}
 
 
 def _why(ranked: list[Candidate], repair: str | None, judging: CalibrationSet) -> str:
     best = ranked[0]
     state = f"cut and {repair} repair" if repair else "cut"
-    found = f"layers {format_layers(best.drop)} ({best.found_by}): after the {state}, KL to the dense model is "
-    found += f"{best.outcome.kl:.3g} nats on {len(judging)} held-out rows"
-    if len(ranked) > 1:
-        others = ", ".join(f"{format_layers(c.drop)} ({c.found_by}) has {c.outcome.kl:.3g}" for c in ranked[1:])
-        found += f"; {others}"
-    return found
+    why = f"layers {format_layers(best.drop)} ({best.found_by}): after the {state}, KL to the dense model is "
+    why += f"{best.outcome.kl:.3g} nats on {len(judging)} held-out rows"
+    others = "".join(f"; {format_layers(c.drop)} ({c.found_by}) has {c.outcome.kl:.3g}" for c in ranked[1:])
+    return why + others
 
 
 def _first(calibration: CalibrationSet, rows: int) -> CalibrationSet:

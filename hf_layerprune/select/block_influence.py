@@ -1,6 +1,6 @@
 """Block influence: how far a layer turns the hidden states.
 
-Published (ShortGPT, arXiv:2403.03853, section 3): `1 - E[cos(x_in, x_out)]`, over tokens, taken at the layer itself.
+Original (ShortGPT, arXiv:2403.03853, section 3): `1 - E[cos(x_in, x_out)]`, over tokens, taken at the layer itself.
 Paper: as the code of arXiv:2411.15558 has it: one cosine between all states of all tokens, flattened into one vector,
 which the few tokens with huge states decide; and no score for the last layer, which is never dropped so.
 """
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..runtime.walk import Batch
 from .passes import Observer
+from .registry import ORIGINAL, Criterion
 from .scores import Scores
 
 
@@ -21,7 +22,7 @@ class BlockInfluence(Observer):
     """Compares what enters and leaves each layer.
 
     Args:
-        variant (`str`): `"published"` or `"paper"`.
+        variant (`str`): `"original"` or `"paper"`.
         num_layers (`int`): How many layers the base has.
     """
 
@@ -29,7 +30,7 @@ class BlockInfluence(Observer):
         self.variant, self.num_layers = variant, num_layers
 
     def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
-        """Start counting."""
+        """Start from zero."""
         self.alive = tuple(alive)
         # Sums by layer: of the cosines and their number, or of the products and the squares.
         self.sums = torch.zeros(self.num_layers, 3, dtype=torch.float64)
@@ -37,18 +38,18 @@ class BlockInfluence(Observer):
     def states(self, index: int, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """Add a batch."""
         before, after = before.float().flatten(0, -2), after.float().flatten(0, -2)
-        if self.variant == "published":
+        if self.variant == ORIGINAL:
             cosines = F.cosine_similarity(before, after, dim=-1)
-            found = [cosines.sum(dtype=_wide(cosines)), len(cosines), 0]
+            sums = [cosines.sum(dtype=_wide(cosines)), len(cosines), 0]
         else:
-            found = [(x * y).sum(dtype=_wide(x)) for x, y in ((before, after), (before, before), (after, after))]
-        self.sums[index] += torch.tensor([float(value) for value in found], dtype=torch.float64)
+            sums = [(x * y).sum(dtype=_wide(x)) for x, y in ((before, after), (before, before), (after, after))]
+        self.sums[index] += torch.tensor([float(value) for value in sums], dtype=torch.float64)
 
     def scores(self) -> Scores:
         """By layer."""
         a, b, c = self.sums.unbind(1)
-        influence = (1 - a / (b if self.variant == "published" else (b * c).sqrt())).tolist()
-        scored = self.alive if self.variant == "published" else self.alive[:-1]
+        influence = (1 - a / (b if self.variant == ORIGINAL else (b * c).sqrt())).tolist()
+        scored = self.alive if self.variant == ORIGINAL else self.alive[:-1]
         layers = [influence[i] if i in scored else None for i in range(self.num_layers)]
         return Scores("block_influence", self.variant, self.alive, layers=layers)
 
@@ -57,6 +58,6 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def observer(name: str, variant: str, num_layers: int) -> BlockInfluence:
-    """Who looks on."""
+def observer(criterion: Criterion, variant: str, num_layers: int, lengths: Sequence[int]) -> BlockInfluence:
+    """What looks on."""
     return BlockInfluence(variant, num_layers)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..calibration.rows import CalibrationSet
-from ..repair import NormalEquations
 from ..runtime.walk import LayerWalk
 from .passes import batch_rows
 from .registry import find_criterion
 from .sets import neighbours
-from .trials import Cut, layer_runs, rows_per_pass
+from .trials import Trial, layer_runs, rows_per_pass
 
 _HEAD_TOKENS = 256
 # A layer's backward pass runs it once more and then computes gradients for its input and its weights.
 _BACKWARD = 3
-_TRIED = {"perplexity", "kl"}
 
 
 @dataclass(frozen=True)
@@ -68,21 +66,22 @@ def estimate(
     Returns:
         `Cost`: An estimate.
     """
-    n, names = walk.num_layers, {name for name in criteria if find_criterion(name).needs == "text"}
-    layers = heads = passes = 0
-    if names - _TRIED - {"taylor"}:
+    n, passes, layers, heads = walk.num_layers, 0, 0, 0
+    wanted = [find_criterion(name) for name in criteria]
+    sizes = sorted(lengths or [count])
+    if any(criterion.kind == "states" for criterion in wanted):
         layers, passes = n, 1
-    if "taylor" in names:
-        layers, heads, passes = layers + n * (1 + _BACKWARD), heads + _BACKWARD, passes + 2
-    fits = 0
-    if "repairability" in names:
-        fits = sum(n - size for size in lengths or [count])
+    for criterion in wanted:
+        if criterion.kind == "passes":
+            layers, heads, passes = layers + n * (1 + _BACKWARD), heads + _BACKWARD, passes + 2
+        elif criterion.kind == "states":
+            layers += getattr(criterion.load(), "layer_runs", lambda *_: 0)(n, sizes)
     text = CalibrationSet.of(torch.arange(samples * length).view(samples, length) % 100 + 3, "an estimate")
-    if names & _TRIED:
+    if any(criterion.kind == "trial" for criterion in wanted):
         sets = [*((i,) for i in range(n)), *(b for size in lengths or () for b in neighbours(range(n), size))]
-        cuts = [Cut(layers) for layers in dict.fromkeys(sets)] + [Cut(())]
-        layers, heads = layers + layer_runs(n, cuts), heads + len(cuts)
-        passes += -(-samples // rows_per_pass(walk, text, cuts))
+        trials = [Trial(layers) for layers in dict.fromkeys(sets)] + [Trial(())]
+        layers, heads = layers + layer_runs(n, trials), heads + len(trials)
+        passes += -(-samples // rows_per_pass(walk, text, trials))
     if not layers:
         return Cost(0, 0, 0, 0.0)
     rows = batch_rows(text)
@@ -94,14 +93,10 @@ def estimate(
     walk.logits(piece)
     head = _timed(lambda: walk.logits(piece).float().logsumexp(-1), walk.device)
     seconds = layers * layer * samples / rows + heads * head * samples * length / piece.shape[1]
-    if fits:
-        sums = NormalEquations(batch.hidden.shape[-1], walk.device)
-        states = batch.hidden.float()
-        seconds += fits * _timed(lambda: sums.add(states, states), walk.device) * samples / rows
     return Cost(layers, heads, passes, seconds)
 
 
-def _timed(work: object, device: torch.device) -> float:
+def _timed(work: Callable[[], object], device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     start = time.perf_counter()

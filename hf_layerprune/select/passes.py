@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from ..calibration.rows import CalibrationSet
 from ..errors import CheckpointError
-from ..runtime.walk import Batch, LayerWalk, release
+from ..repair.writers import Run
+from ..runtime.mapped import release
+from ..runtime.walk import Batch, LayerWalk
 from .scores import Scores
 
 # Tokens of a batch: enough to keep a processor busy, few enough that what a layer holds while it runs stays small.
@@ -23,9 +25,7 @@ _PROBE_TOKENS = 32
 
 
 class Observer:
-    """Looks on while the model runs. A criterion overrides what it needs."""
-
-    needs_states = True
+    """Looks on while the dense model runs. A criterion overrides what it needs."""
 
     def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
         """The states that enter the first layer are there.
@@ -38,7 +38,7 @@ class Observer:
     def weights(self, index: int, layer: nn.Module) -> None:
         """A layer's weights are there, `index` in the base."""
 
-    def watch(self, index: int, layer: nn.Module, run: object, probe: Batch) -> AbstractContextManager:
+    def watch(self, index: int, layer: nn.Module, run: Run, probe: Batch) -> AbstractContextManager:
         """Hooks that are in place while a layer runs; `probe` is a few tokens on which it may be tried out."""
         return nullcontext()
 
@@ -68,7 +68,7 @@ def run_pass(
     Args:
         walk (`LayerWalk`): The dense model.
         calibration (`CalibrationSet`): The text.
-        observers (`Sequence[Observer]`): Who looks on.
+        observers (`Sequence[Observer]`): What looks on.
         alive (`Sequence[int]`, *optional*): The layers that run; all by default.
 
     Raises:

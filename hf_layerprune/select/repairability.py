@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..repair import Fit, NormalEquations, Writer, find_writers, solve_ridge
-from ..repair.writers import outputs
+from ..repair.fit import HELD_OUT
+from ..repair.linear import Fit, NormalEquations, solve_ridge
+from ..repair.writers import Run, Writer, find_writers, outputs
 from ..runtime.walk import Batch
 from .passes import Observer
+from .registry import ORIGINAL, Criterion
 from .scores import Scores
-
-_HELD_OUT = 5  # every fifth batch judges
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,12 @@ class Repairability(Observer):
     """Fits the map of every block of some lengths.
 
     Args:
-        variant (`str`): There is only ours.
         lengths (`Collection[int]`): Of how many layers.
         keep (`bool`, defaults to `False`): Whether to keep the maps, in `fits`.
     """
 
-    def __init__(self, variant: str, lengths: Collection[int], *, keep: bool = False) -> None:
-        self.variant, self.lengths, self.keep = variant, sorted(lengths), keep
+    def __init__(self, lengths: Collection[int], *, keep: bool = False) -> None:
+        self.lengths, self.keep = sorted(lengths), keep
         self.fits: dict[tuple[int, ...], BlockFit] = {}
         self.shares: dict[tuple[int, ...], float] = {}
 
@@ -74,14 +73,14 @@ class Repairability(Observer):
         self.starts: dict[int, tuple[Writer, list[torch.Tensor], list[torch.Tensor]]] = {}
 
     @contextmanager
-    def watch(self, index: int, layer: nn.Module, run: object, probe: Batch) -> Iterator[None]:
+    def watch(self, index: int, layer: nn.Module, run: Run, probe: Batch) -> Iterator[None]:
         """Keep the outputs of the module that a map would be folded into."""
         writers = find_writers(layer, run, probe)
         self.writer, self.features = (writers[0] if writers else None), []
         if self.writer is None:
             yield
             return
-        with outputs(self.writer.module, lambda output: self.features.append(output)):
+        with outputs(self.writer.module, lambda output: self.features.append(output.clone())):
             yield
 
     def end(self, index: int, batches: Sequence[Batch]) -> None:
@@ -105,11 +104,11 @@ class Repairability(Observer):
         writer, features, states = start
         width = states[0].shape[-1]
         fitted, held_out = (NormalEquations(width, states[0].device) for _ in range(2))
-        judging = max(2, min(_HELD_OUT, len(batches)))
+        judging = max(2, min(HELD_OUT, len(batches)))
         for number, (feature, state, batch) in enumerate(zip(features, states, batches, strict=True)):
             feature, change = feature.view_as(state).float() * writer.gain, batch.hidden.float() - state.float()
             if len(batches) == 1:  # one batch is all there is: its last rows judge
-                rows = max(1, len(state) // _HELD_OUT)
+                rows = max(1, len(state) // HELD_OUT)
                 fitted.add(feature[:-rows], change[:-rows])
                 held_out.add(feature[-rows:], change[-rows:])
             else:
@@ -126,4 +125,14 @@ class Repairability(Observer):
                 "no layer of this model has an output projection that a linear map could be folded into (a norm, or a "
                 "mixture of experts, stands behind each), so repairability has nothing to say; use kl or perplexity"
             )
-        return Scores("repairability", self.variant, self.alive, blocks=self.shares)
+        return Scores("repairability", ORIGINAL, self.alive, blocks=self.shares)
+
+
+def observer(criterion: Criterion, variant: str, num_layers: int, lengths: Sequence[int]) -> Repairability:
+    """What looks on."""
+    return Repairability(lengths)
+
+
+def layer_runs(num_layers: int, lengths: Sequence[int]) -> int:
+    """Each block's sums take about as long as a run of a layer."""
+    return sum(num_layers - length for length in lengths)

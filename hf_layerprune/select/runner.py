@@ -9,28 +9,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError
+from ..families.layout import find_decoder_layers
 from ..layer_ranges import format_layers
+from ..options import find
 from ..runtime.walk import LayerWalk
-from . import ALL, CRITERIA, drop_count, find_criterion
 from .passes import Observer, read_weights, run_pass
-from .registry import VARIANTS, Criterion
-from .repairability import Repairability
+from .registry import ALL, CRITERIA, ORIGINAL, PAPER, VARIANTS, Criterion, find_criterion
 from .scores import Scores
-from .sets import free_layers, neighbours, rounds
-from .trials import Cut, try_cuts
+from .sets import drop_count, free_layers, neighbours, rounds
+from .trials import Trial, try_out
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
     from ..options import CutOptions
 
 logger = logging.getLogger(__name__)
-
-_TRIED = ("perplexity", "kl")
 
 
 @dataclass
@@ -53,10 +53,10 @@ class Choice:
 
     def record(self) -> dict[str, Any]:
         """For the lineage."""
-        found = {"criterion": self.criterion, "why": self.why} | self.details
+        record = {"criterion": self.criterion, "why": self.why} | self.details
         if len(self.scores) == 1 and self.scores[0].layers is not None:  # in one round: what the choice was made by
-            found["scores"] = self.scores[0].record()
-        return found
+            record["scores"] = self.scores[0].record()
+        return record
 
 
 def score_layers(
@@ -64,7 +64,7 @@ def score_layers(
     calibration: CalibrationSet | None,
     criteria: Sequence[str] = ALL,
     *,
-    variant: str = "published",
+    variant: str = ORIGINAL,
     drop: float | int = 0.25,
     lengths: Collection[int] | None = None,
     gone: Collection[int] = (),
@@ -76,8 +76,8 @@ def score_layers(
         model (`PreTrainedModel` or `LayerWalk`): The dense model. It is left as it is.
         calibration (`CalibrationSet`, *optional*): The text; not needed by criteria that look at no text.
         criteria (`Sequence[str]`, defaults to all but `"auto"`): Names.
-        variant (`str`, defaults to `"published"`): `"published"`, or `"paper"`: as arXiv:2411.15558 computed it, for
-            the criteria that it did.
+        variant (`str`, defaults to `"original"`): `"original"`: as its own source defines a criterion, or `"paper"`: as
+            the code of arXiv:2411.15558 computed it, for the criteria that it did.
         drop (`float` or `int`, defaults to 0.25): How many layers should go: the length of the blocks.
         lengths (`Collection[int]`, *optional*): Score blocks of these lengths, also by perplexity and KL. By default
             only repairability and the angular distance score blocks, the first of `drop` layers, the second of any
@@ -89,31 +89,33 @@ def score_layers(
         `dict[str, Scores]`: By name.
 
     Raises:
-        CutError: A criterion does not exist, or a setting makes no sense.
-        CheckpointError: The calibration set is of another model, or a score is no number.
+        CutError: A criterion or a variant does not exist, or blocks would be as long as the model.
+        CheckpointError: The calibration set is of another model, or a score is not finite.
         UnsupportedModelError: The model's layers can't be run one at a time.
     """
-    if variant not in VARIANTS:
-        raise CutError(f"variant={variant!r} is unknown; it may be {' or '.join(VARIANTS)}")
-    found = [find_criterion(name) for name in dict.fromkeys(criteria)]
-    if any(criterion.name == "auto" for criterion in found):
+    find("variant", variant, VARIANTS)
+    wanted = [find_criterion(name) for name in dict.fromkeys(criteria)]
+    if any(criterion.kind == "choice" for criterion in wanted):
         raise CutError("auto is no score of its own; use choose_layers")
     num_layers = len(_layers(model))
     alive = [i for i in range(num_layers) if i not in set(gone)]
+    for length in lengths or ():
+        if not 0 < length < len(alive):
+            raise CutError(f"blocks of {length} layers: there are {len(alive)} layers, and one must stay")
     count = drop_count(drop, num_layers)
-    work = _Work(model, calibration, variant, alive, count, lengths)
-    names = {criterion.name for criterion in found}
+    work = _Work(model, calibration, variant, alive, sorted(lengths or ()))
     scores: dict[str, Scores] = {}
-    for criterion in found:
-        if criterion.needs == "count":
-            scores[criterion.name] = _ranks(criterion, variant, num_layers, alive, count, seed)
-    scores |= work.observed([criterion for criterion in found if criterion.name not in (*_TRIED, "taylor", *scores)])
-    if "taylor" in names:
-        from . import taylor
-
-        scores["taylor"] = taylor.score(work.walk, work.text("taylor"), _variant(CRITERIA["taylor"], variant), alive)
-    scores |= work.tried([criterion for criterion in found if criterion.name in _TRIED])
-    return {criterion.name: scores[criterion.name] for criterion in found}
+    for criterion in wanted:
+        if criterion.kind == "count":
+            order = criterion.load().order(num_layers, count, seed, variant)
+            scores[criterion.name] = _ranks(criterion, variant, num_layers, [i for i in order if i in alive])
+    scores |= work.observed([c for c in wanted if c.kind in ("weights", "states")], count)
+    for criterion in wanted:
+        if criterion.kind == "passes":
+            own = criterion.variant(variant)
+            scores[criterion.name] = criterion.load().score(work.walk, work.text(criterion), own, alive)
+    scores |= work.tried([criterion for criterion in wanted if criterion.kind == "trial"])
+    return {criterion.name: scores[criterion.name] for criterion in wanted}
 
 
 def choose_layers(
@@ -137,19 +139,16 @@ def choose_layers(
 
     Raises:
         CutError: Options that contradict each other, or more layers would go than may.
-        CheckpointError: The calibration set is of another model, or a score is no number.
+        CheckpointError: The calibration set is of another model, or a score is not finite.
         UnsupportedModelError: The model's layers can't be run one at a time.
     """
     criterion = find_criterion(choice.criterion)
     num_layers = len(_layers(model))
     count = drop_count(choice.drop, num_layers)
     free = free_layers(num_layers, count, *criterion.protection(choice), protected)
-    if criterion.name == "auto":
-        from . import auto
-
-        if calibration is None:
-            raise CutError("criterion 'auto' looks at text; pass a calibration set")
-        return auto.choose(_walk(model), calibration, count, free, contiguous=choice.contiguous, repair=choice.repair)
+    if criterion.kind == "choice":
+        text = _text(calibration, criterion)
+        return criterion.load().choose(_walk(model), text, count, free, choice)
     shares = rounds(count, choice.steps)
     if choice.contiguous and len(shares) > 1:
         raise CutError("steps and contiguous don't go together: one block is chosen at once; leave one of them out")
@@ -158,7 +157,7 @@ def choose_layers(
     gone: list[int] = []
     looked_at: list[Scores] = []
     for share in shares:
-        blocks = criterion.blocks_only or (choice.contiguous and criterion.name in _TRIED)
+        blocks = criterion.blocks_only or (choice.contiguous and criterion.kind == "trial")
         scores = score_layers(
             model,
             calibration,
@@ -176,102 +175,85 @@ def choose_layers(
 
 def _why(criterion: Criterion, variant: str, dropped: Sequence[int], steps: int) -> str:
     how = f", in {steps} rounds" if steps > 1 else ""
-    computed = f" as {CRITERIA['random'].source} computed it" if variant == "paper" and criterion.has_variant else ""
+    computed = f" as {CRITERIA['random'].source} computed it" if criterion.variant(variant) == PAPER else ""
     kind = "block" if criterion.blocks_only else "layers"
     return f"layers {format_layers(dropped)}: the {kind} with the lowest {criterion.name}{computed}{how}"
 
 
+@dataclass
 class _Work:
     """What the criteria of one call share."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel | LayerWalk,
-        calibration: CalibrationSet | None,
-        variant: str,
-        alive: list[int],
-        count: int,
-        lengths: Collection[int] | None,
-    ) -> None:
-        self.model, self.calibration, self.variant = model, calibration, variant
-        self.alive, self.count, self.lengths = alive, count, lengths
-        self._walk: LayerWalk | None = None
-        self._checked = False
-        for length in lengths or ():
-            if not 0 < length < len(alive):
-                raise CutError(f"blocks of {length} layers: there are {len(alive)} layers, and one must stay")
+    model: PreTrainedModel | LayerWalk
+    calibration: CalibrationSet | None
+    variant: str
+    alive: list[int]
+    lengths: list[int]
 
-    @property
+    @cached_property
     def walk(self) -> LayerWalk:
-        if self._walk is None:
-            self._walk = _walk(self.model)
-        return self._walk
+        return _walk(self.model)
 
-    def text(self, name: str) -> CalibrationSet:
-        if self.calibration is None:
-            raise CutError(f"criterion {name!r} looks at text; pass a calibration set")
-        if not self._checked:
-            check_vocabulary(self.calibration, self.walk.model)
-            self._checked = True
-        return self.calibration
+    def text(self, criterion: Criterion) -> CalibrationSet:
+        text = _text(self.calibration, criterion)
+        check_vocabulary(text, self.walk.model)
+        return text
 
-    def observed(self, criteria: Sequence[Criterion]) -> dict[str, Scores]:
+    def observed(self, criteria: Sequence[Criterion], count: int) -> dict[str, Scores]:
         """Those that look on while the dense model runs once."""
-        observers = {criterion.name: self._observer(criterion) for criterion in criteria}
-        if any(observer.needs_states for observer in observers.values()):
-            run_pass(self.walk, self.text(criteria[0].name), list(observers.values()), self.alive)
+        num_layers = len(_layers(self.model))
+        observers: dict[str, Observer] = {
+            criterion.name: criterion.load().observer(
+                criterion, criterion.variant(self.variant), num_layers, self.lengths or [count]
+            )
+            for criterion in criteria
+        }
+        of_states = [criterion for criterion in criteria if criterion.kind == "states"]
+        if of_states:
+            run_pass(self.walk, self.text(of_states[0]), list(observers.values()), self.alive)
         elif observers:
             let_go = isinstance(self.model, LayerWalk) and self.model.reads_weights_anew
             read_weights(_layers(self.model), list(observers.values()), self.alive, let_go=let_go)
         return {name: observer.scores() for name, observer in observers.items()}
 
-    def _observer(self, criterion: Criterion) -> Observer:
-        if criterion.name == "repairability":
-            return Repairability("published", self.lengths or [self.count])
-        variant = _variant(criterion, self.variant)
-        module, num_layers = criterion.load(), len(_layers(self.model))
-        return module.observer(criterion.name, variant, num_layers)
-
     def tried(self, criteria: Sequence[Criterion]) -> dict[str, Scores]:
         """Those that try the model without a layer, or without a block."""
         if not criteria:
             return {}
-        gone = [i for i in range(self.walk.num_layers) if i not in set(self.alive)]
-        sets = [(i,) for i in self.alive] if 1 not in (self.lengths or ()) else []
-        for length in sorted(self.lengths or ()):
+        text, num_layers = self.text(criteria[0]), self.walk.num_layers
+        gone = [i for i in range(num_layers) if i not in set(self.alive)]
+        sets = [(i,) for i in self.alive] if 1 not in self.lengths else []
+        for length in self.lengths:
             sets += neighbours(self.alive, length)
-        cuts = [Cut(tuple(sorted([*gone, *layers]))) for layers in sets]
-        needs_kl = any(criterion.name == "kl" for criterion in criteria)
-        outcomes = try_cuts(self.walk, self.text(criteria[0].name), cuts, kl=needs_kl)
-        found = {}
+        trials = [Trial(tuple(sorted([*gone, *layers]))) for layers in sets]
+        outcomes = try_out(self.walk, text, trials, kl=any(criterion.load().COMPARES for criterion in criteria))
+        scores = {}
         for criterion in criteria:
             score = criterion.load().score
             values = {layers: score(outcome) for layers, outcome in zip(sets, outcomes, strict=True)}
-            by_layer = [values.get((i,)) for i in range(self.walk.num_layers)]
-            blocks = {layers: value for layers, value in values.items() if len(layers) in (self.lengths or ())}
-            found[criterion.name] = Scores(
-                criterion.name, _variant(criterion, self.variant), tuple(self.alive), layers=by_layer, blocks=blocks
-            )
-        return found
+            by_layer = [values.get((i,)) for i in range(num_layers)]
+            blocks = {layers: value for layers, value in values.items() if len(layers) in self.lengths}
+            variant = criterion.variant(self.variant)
+            scores[criterion.name] = Scores(criterion.name, variant, tuple(self.alive), by_layer, blocks)
+        return scores
 
 
-def _ranks(criterion: Criterion, variant: str, num_layers: int, alive: Sequence[int], count: int, seed: int) -> Scores:
-    order = [i for i in criterion.load().order(num_layers, count, seed, variant) if i in set(alive)]
+def _ranks(criterion: Criterion, variant: str, num_layers: int, order: Sequence[int]) -> Scores:
     ranks: list[float | None] = [None] * num_layers
     for rank, layer in enumerate(order):
         ranks[layer] = float(rank)
-    return Scores(criterion.name, _variant(criterion, variant), tuple(alive), layers=ranks)
+    return Scores(criterion.name, criterion.variant(variant), tuple(sorted(order)), layers=ranks)
 
 
-def _variant(criterion: Criterion, variant: str) -> str:
-    return variant if criterion.has_variant else "published"
+def _text(calibration: CalibrationSet | None, criterion: Criterion) -> CalibrationSet:
+    if calibration is None:
+        raise CutError(f"criterion {criterion.name!r} looks at text; pass a calibration set")
+    return calibration
 
 
 def _walk(model: PreTrainedModel | LayerWalk) -> LayerWalk:
     return model if isinstance(model, LayerWalk) else LayerWalk(model)
 
 
-def _layers(model: PreTrainedModel | LayerWalk) -> Any:
-    from ..families.layout import find_decoder_layers
-
+def _layers(model: PreTrainedModel | LayerWalk) -> nn.ModuleList:
     return model.layers if isinstance(model, LayerWalk) else find_decoder_layers(model).layers

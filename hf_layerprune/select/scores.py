@@ -19,7 +19,7 @@ class Scores:
 
     Args:
         criterion (`str`): Its name.
-        variant (`str`): `"published"` or `"paper"`.
+        variant (`str`): `"original"` or `"paper"`.
         alive (`tuple[int, ...]`): The layers that were there, as indices in the base.
         layers (`list[float | None]`, *optional*): By index in the base; `None` for a layer without a score. Not
             there for a criterion of blocks.

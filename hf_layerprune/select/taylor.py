@@ -1,6 +1,6 @@
 """Taylor: the change of the loss, to first order, if a layer's weights were zero.
 
-Published (Shortened LLaMA, arXiv:2402.02834, and arXiv:2411.15558, section 3): `sum_k sum |W_k * dL/dW_k|`, with `L`
+Original (Shortened LLaMA, arXiv:2402.02834, and arXiv:2411.15558, section 3): `sum_k sum |W_k * dL/dW_k|`, with `L`
 the mean loss of a token of the whole calibration set. Paper: as the code of arXiv:2411.15558 has it: `W * dL/dW` summed
 with its sign over batches of ten rows, each with the mean loss of its own, and then made absolute. Weights count,
 biases don't.
@@ -26,6 +26,7 @@ from ..errors import CutError
 from ..runtime.walk import Batch, LayerWalk
 from .magnitude import weight_matrices
 from .passes import batch_rows, not_finite
+from .registry import ORIGINAL, PAPER
 from .scores import Scores
 
 _HEAD_TOKENS = 256
@@ -34,14 +35,14 @@ _PAPER_BATCH = 10
 
 
 def score(
-    walk: LayerWalk, calibration: CalibrationSet, variant: str = "published", alive: Sequence[int] | None = None
+    walk: LayerWalk, calibration: CalibrationSet, variant: str = ORIGINAL, alive: Sequence[int] | None = None
 ) -> Scores:
     """Score all layers.
 
     Args:
         walk (`LayerWalk`): The dense model.
         calibration (`CalibrationSet`): The text.
-        variant (`str`, defaults to `"published"`): Or `"paper"`.
+        variant (`str`, defaults to `"original"`): Or `"paper"`.
         alive (`Sequence[int]`, *optional*): The layers that run; all by default.
 
     Returns:
@@ -54,7 +55,7 @@ def score(
     _check_memory(walk, calibration, len(alive))
     for i in alive:
         weight_matrices(walk.layers[i], i)  # refuses packed weights before the work
-    parts = calibration.input_ids.split(_PAPER_BATCH if variant == "paper" else batch_rows(calibration))
+    parts = calibration.input_ids.split(_PAPER_BATCH if variant == PAPER else batch_rows(calibration))
     with _frozen(walk.model):
         batches = [walk.begin(ids) for ids in parts]
         walk.rest()
@@ -70,7 +71,7 @@ def score(
                 bar.update()
             total = sum(ids[:, 1:].numel() for ids in parts)
             down = [
-                _loss_gradient(walk, batch, batch.input_ids[:, 1:].numel() if variant == "paper" else total)
+                _loss_gradient(walk, batch, batch.input_ids[:, 1:].numel() if variant == PAPER else total)
                 for batch in batches
             ]
             walk.rest()

@@ -9,9 +9,11 @@ at a time, and the dense model's distribution is computed once for all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -29,7 +31,7 @@ _HEAD_TOKENS = 256
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class Trial:
     """A set of layers to try the model without.
 
     Args:
@@ -60,61 +62,63 @@ class Outcome:
 
 
 @torch.no_grad()
-def try_cuts(
-    walk: LayerWalk, calibration: CalibrationSet, cuts: Sequence[Cut], *, kl: bool = True, memory: int | None = None
+def try_out(
+    walk: LayerWalk,
+    calibration: CalibrationSet,
+    trials: Sequence[Trial],
+    *,
+    kl: bool = True,
+    memory: int | None = None,
 ) -> list[Outcome]:
     """Run a model without some of its layers.
 
     Args:
         walk (`LayerWalk`): The dense model.
         calibration (`CalibrationSet`): The text.
-        cuts (`Sequence[Cut]`): What to try.
+        trials (`Sequence[Trial]`): What to try.
         kl (`bool`, defaults to `True`): Whether to compare with the dense model.
-        memory (`int`, *optional*): So many bytes for hidden states; by default a part of what is free where a pass has
-            to read weights anew, and little where it does not.
+        memory (`int`, *optional*): Bytes for hidden states; by default a part of what is free where a pass has to read
+            weights again, and little where it does not.
 
     Returns:
-        `list[Outcome]`: One for each cut.
+        `list[Outcome]`: One for each trial.
     """
-    tracks = [*cuts, Cut(())] if kl else list(cuts)
+    tracks = [*trials, Trial(())] if kl else list(trials)
     rows = rows_per_pass(walk, calibration, tracks, memory)
     parts = calibration.input_ids.split(rows)
-    sums = torch.zeros(len(cuts), 2, dtype=torch.float64)
+    sums = torch.zeros(len(trials), 2, dtype=torch.float64)
     tokens = torch.zeros(2, dtype=torch.float64)
     runs = walk.num_layers * len(parts)
-    with tqdm(total=runs, desc=f"trying {len(cuts)} cuts", unit="layer", disable=None) as bar:
+    with tqdm(total=runs, desc=f"trying {len(trials)} cuts", unit="layer", disable=None) as bar:
         for part in parts:
             batches = [walk.begin(ids) for ids in part.split(batch_rows(calibration))]
             states = _advance(walk, batches, tracks, bar)
             for number, batch in enumerate(batches):
-                found = _compare(walk, batch.input_ids, [state[number] for state in states], len(cuts), kl)
-                sums += found.double().cpu()
+                of_batch = [state[number] for state in states]
+                sums += _compare(walk, batch.input_ids, of_batch, len(trials), kl).double().cpu()
                 tokens += torch.tensor([batch.input_ids[:, 1:].numel(), batch.input_ids.numel()])
     means = (sums / tokens).tolist()
     return [Outcome(loss, divergence if kl else None) for loss, divergence in means]
 
 
-def rows_per_pass(walk: LayerWalk, calibration: CalibrationSet, cuts: Sequence[Cut], memory: int | None = None) -> int:
+def rows_per_pass(
+    walk: LayerWalk, calibration: CalibrationSet, trials: Sequence[Trial], memory: int | None = None
+) -> int:
     """How many rows go through the model together."""
     samples, length = calibration.input_ids.shape
     if memory is None:
         memory = _memory_for_states(walk)
     width, size = walk.model.config.get_text_config().hidden_size, walk.model.dtype.itemsize
-    most = max(_alive_keys(walk.num_layers, cuts))
+    # What is alive behind a layer, and one more while it is computed.
+    most = max((len({move.after for move in moves}) for moves in _all_moves(walk.num_layers, trials)), default=1) + 1
     rows = memory // (most * length * width * size)
     small = batch_rows(calibration)
     return max(1, min(samples, rows // small * small if rows >= small else rows))
 
 
-def layer_runs(num_layers: int, cuts: Sequence[Cut]) -> int:
+def layer_runs(num_layers: int, trials: Sequence[Trial]) -> int:
     """How many times a layer is run on each row, for a cost estimate."""
-    total = 0
-    keys: list[Key] = [()] * len(cuts)
-    for i in range(num_layers):
-        moves = [_next(key, i, cut) for key, cut in zip(keys, cuts, strict=True)]
-        total += len({(key, new) for key, (new, runs) in zip(keys, moves, strict=True) if runs})
-        keys = [new for new, _ in moves]
-    return total
+    return sum(len({move for move in moves if move.runs}) for moves in _all_moves(num_layers, trials))
 
 
 def _memory_for_states(walk: LayerWalk) -> int:
@@ -124,61 +128,62 @@ def _memory_for_states(walk: LayerWalk) -> int:
     return psutil.virtual_memory().available // 8 if walk.reads_weights_anew else 256 << 20
 
 
-def _alive_keys(num_layers: int, cuts: Sequence[Cut]) -> list[int]:
-    keys: list[Key] = [()] * len(cuts)
-    found = [1]
+class _Move(NamedTuple):
+    """What a layer does to a trial's states: where they come from, where they go, and whether it is run."""
+
+    before: Key
+    after: Key
+    runs: bool
+
+
+def _all_moves(num_layers: int, trials: Sequence[Trial]) -> Iterator[list[_Move]]:
+    """For each layer, the move of each trial. A key tells a trial's states from those of others."""
+    keys: list[Key] = [()] * len(trials)
     for i in range(num_layers):
-        keys = [_next(key, i, cut)[0] for key, cut in zip(keys, cuts, strict=True)]
-        found.append(len(set(keys)) + 1)  # one more while it is computed
-    return found
-
-
-def _next(key: Key, index: int, cut: Cut) -> tuple[Key, bool]:
-    """What tells a cut's states from others behind a layer, and whether the layer is run."""
-    if index in cut.drop:
-        return (*key, index), False
-    if index in cut.changes:
-        return (*key, (index, id(cut))), True
-    return key, True
+        moves = []
+        for key, trial in zip(keys, trials, strict=True):
+            if i in trial.drop:
+                moves.append(_Move(key, (*key, i), False))
+            else:
+                moves.append(_Move(key, (*key, (i, id(trial))) if i in trial.changes else key, True))
+        yield moves
+        keys = [move.after for move in moves]
 
 
 def _advance(
-    walk: LayerWalk, batches: Sequence[Batch], cuts: Sequence[Cut], bar: tqdm
+    walk: LayerWalk, batches: Sequence[Batch], trials: Sequence[Trial], bar: tqdm
 ) -> list[Sequence[torch.Tensor]]:
-    """Take all cuts through all layers; the states that leave the last, by cut and batch."""
-    keys: list[Key] = [()] * len(cuts)
+    """Take all trials through all layers; the states that leave the last, by trial and batch."""
     states: dict[Key, list[torch.Tensor]] = {(): [batch.hidden for batch in batches]}
     for batch in batches:
         batch.hidden = None
-    for i in range(walk.num_layers):
-        new: dict[Key, list[torch.Tensor]] = {}
-        moves = [_next(key, i, cut) for key, cut in zip(keys, cuts, strict=True)]
-        todo = {after: (before, cut) for before, (after, runs), cut in zip(keys, moves, cuts, strict=True) if runs}
-        for before, (after, runs) in zip(keys, moves, strict=True):
-            if not runs:
-                new[after] = states[before]
-        left = {key: sum(before == key for before, _ in todo.values()) for key in states}
+    moves: list[_Move] = [_Move((), (), False)] * len(trials)
+    for i, moves in enumerate(_all_moves(walk.num_layers, trials)):
+        layer = walk.layers[i]
+        new = {move.after: states[move.before] for move in moves if not move.runs}
+        todo = {move.after: (move.before, trial) for move, trial in zip(moves, trials, strict=True) if move.runs}
+        left = Counter(before for before, _ in todo.values())
         if todo:
             with walk.layer(i) as run:
-                for after, (before, cut) in todo.items():
+                for after, (before, trial) in todo.items():
                     left[before] -= 1
                     source = states[before]
-                    with cut.changes[i](walk.layers[i]) if i in cut.changes else nullcontext():
+                    with trial.changes[i](layer) if i in trial.changes else nullcontext():
                         new[after] = [run(state, batch) for state, batch in zip(source, batches, strict=True)]
                     if not all(torch.isfinite(state).all() for state in new[after]):
-                        raise not_finite(i, walk.layers[i], new[after][0].dtype)
+                        raise not_finite(i, layer, new[after][0].dtype)
                     if not left[before]:
                         del states[before], source
-        states, keys = new, [after for after, _ in moves]
+        states = new
         bar.update()
-    return [states[key] for key in keys]
+    return [states[move.after] for move in moves]
 
 
 def _compare(
-    walk: LayerWalk, input_ids: torch.Tensor, states: Sequence[torch.Tensor], cuts: int, kl: bool
+    walk: LayerWalk, input_ids: torch.Tensor, states: Sequence[torch.Tensor], trials: int, kl: bool
 ) -> torch.Tensor:
-    """Summed losses and divergences `[cuts, 2]` of a batch; with `kl`, the dense model's states are the last."""
-    sums = torch.zeros(cuts, 2, dtype=torch.float32 if walk.device.type == "mps" else torch.float64)
+    """Summed losses and divergences `[trials, 2]` of a batch; with `kl`, the dense model's states are the last."""
+    sums = torch.zeros(trials, 2, dtype=torch.float32 if walk.device.type == "mps" else torch.float64)
     sums = sums.to(walk.device)
     length = input_ids.shape[1]
     for row, ids in enumerate(input_ids):
@@ -186,7 +191,7 @@ def _compare(
             end = min(start + _HEAD_TOKENS, length)
             targets = ids[start + 1 : end + 1]
             reference = Reference(walk.logits(states[-1][row : row + 1, start:end])[0]) if kl else None
-            for number in range(cuts):
+            for number in range(trials):
                 of_tokens = diverge(walk.logits(states[number][row : row + 1, start:end])[0], targets, reference)
                 sums[number, 0] += of_tokens.nll.sum(dtype=sums.dtype)
                 if of_tokens.kl is not None:

@@ -1,0 +1,174 @@
+"""Fit a repair: walk the dense model once, layer by layer, with the calibration set.
+
+What is fitted at a cut goes into weights of layers that stay, so the model keeps its size and its architecture. Behind
+a cut that was repaired, the next one is fitted to the states that the repaired model really has.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..errors import CutError
+from ..families import check_stage
+from ..runtime.walk import Batch, LayerWalk
+from .registry import find_repair
+from .writers import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..calibration.rows import CalibrationSet
+
+logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 32
+_BATCH_ROWS = 8
+HELD_OUT = 5  # every fifth batch judges
+
+
+@dataclass
+class Repair:
+    """New values for some weights of the layers that stay.
+
+    Args:
+        method (`str`): One of `REPAIRS`.
+        tensors (`dict[tuple[int, str], torch.Tensor]`): By the layer's index in the base and the parameter's name in
+            the layer, such as `(11, "mlp.down_proj.weight")`; in the dtype and shape of the old ones, on the CPU.
+        cuts (`list[dict]`): What was fitted at each cut, for the record.
+    """
+
+    method: str
+    tensors: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    cuts: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def modules(self) -> list[tuple[int, str]]:
+        """The modules that change: the layer's index in the base, and the module's name in it."""
+        return sorted({(index, name.rpartition(".")[0]) for index, name in self.tensors})
+
+    def by_layer(self) -> dict[int, dict[str, torch.Tensor]]:
+        """The new values, by the layer's index in the base and the parameter's name in the layer."""
+        layers: dict[int, dict[str, torch.Tensor]] = {}
+        for (index, name), value in self.tensors.items():
+            layers.setdefault(index, {})[name] = value
+        return layers
+
+    def apply(self, layers: Sequence[nn.Module], new_index: dict[int, int] | None = None) -> None:
+        """Put the new values into a model's layers.
+
+        Args:
+            layers (`Sequence[nn.Module]`): The decoder layers.
+            new_index (`dict[int, int]`, *optional*): Where a layer of the base is in `layers`; by default where it
+                was.
+        """
+        for (index, name), value in self.tensors.items():
+            parameter = layers[new_index[index] if new_index else index].get_parameter(name)
+            parameter.data = value.to(parameter.device, parameter.dtype)
+
+
+def blocks(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring layers as blocks.
+
+    Args:
+        layers (`Sequence[int]`): Indices.
+
+    Returns:
+        `list[tuple[int, int]]`: The first layer of each block, and the one behind its last.
+    """
+    runs: list[tuple[int, int]] = []
+    for i in sorted(layers):
+        if runs and runs[-1][1] == i:
+            runs[-1] = (runs[-1][0], i + 1)
+        else:
+            runs.append((i, i + 1))
+    return runs
+
+
+def fit_repair(
+    model: PreTrainedModel | LayerWalk, drop_layers: Sequence[int], calibration: CalibrationSet, method: str = "linear"
+) -> Repair:
+    """Fit what makes up for dropped layers.
+
+    Args:
+        model (`PreTrainedModel` or `LayerWalk`): The dense model. It is left as it is.
+        drop_layers (`Sequence[int]`): The layers that are, or will be, dropped.
+        calibration (`CalibrationSet`): Rows `[samples, seq]`; a fifth of them is held out to choose the ridge.
+        method (`str`, defaults to `"linear"`): `"linear"`: the ridge map of ReplaceMe (arXiv:2505.02819, section 3),
+            folded into the output projection of the MLP in front of each cut. `"refit"`: that projection itself, by
+            the same least squares from what enters it, which is wider than what leaves it and so explains more; it
+            wants more tokens than it has inputs. `"magnitude"`: the rescaling of Prune&Comp (arXiv:2507.18212).
+
+    Returns:
+        `Repair`: The new weights. [`~Repair.apply`] puts them in place.
+
+    Raises:
+        CutError: There is no such repair, no layer in front of a cut, or no weight there that the map can be folded
+            into.
+        UnsupportedModelError: The model type can't be repaired, or its layers can't be run one at a time.
+    """
+    repair = find_repair(method)
+    check_stage((model.model if isinstance(model, LayerWalk) else model).config, "repair")
+    cuts = blocks(drop_layers)
+    if cuts and cuts[0][0] == 0 and repair.in_front:
+        raise CutError(
+            f'repair="{method}" changes the layer in front of a cut, and layer 0 is dropped; keep layer 0 '
+            '(protect_first=1), or use repair="magnitude"'
+        )
+    if len(calibration) < 2:
+        raise CutError("a repair needs two calibration rows, one to fit and one to judge; raise calibration_samples")
+    walk = model if isinstance(model, LayerWalk) else LayerWalk(model)
+    fitter: Fitter = repair.load().fitter(walk, cuts, method)
+    with torch.no_grad():
+        fitter.run(calibration)
+    logger.info("repaired %s: %s", method, "; ".join(map(str, fitter.records)) or "nothing to do")
+    return Repair(method, fitter.tensors, fitter.records)
+
+
+class Fitter:
+    """Walks the dense model once; knows which states enter and leave each cut. A repair overrides what it needs.
+
+    Args:
+        walk (`LayerWalk`): The dense model.
+        cuts (`list[tuple[int, int]]`): Blocks of dropped layers, see [`blocks`].
+    """
+
+    def __init__(self, walk: LayerWalk, cuts: list[tuple[int, int]]) -> None:
+        self.walk, self.cuts = walk, cuts
+        self.tensors: dict[tuple[int, str], torch.Tensor] = {}
+        self.records: list[dict[str, Any]] = []
+        self.first_of = dict(cuts)
+        self.end_of = {end: first for first, end in cuts}
+        self.dropped = {i for first, end in cuts for i in range(first, end)}
+        self.last = self.cuts[-1][1] if cuts else 0
+
+    def run(self, calibration: CalibrationSet) -> None:
+        """Fit at every cut."""
+        walk = self.walk
+        size = max(1, min(_BATCH_ROWS, len(calibration) // HELD_OUT))
+        batches = [walk.begin(ids) for ids in calibration.batches(size)]
+        probe = walk.begin(calibration.input_ids[:1, :_PROBE_TOKENS])
+        for i in tqdm(range(self.last), desc="fitting the repair", unit="layer", disable=None):
+            if i in self.first_of:
+                self.enter(i, batches)
+            with walk.layer(i) as run:
+                self.step(i, run, batches, probe)
+                for batch in (probe, *batches):
+                    batch.hidden = run(batch.hidden, batch)
+            if i + 1 in self.end_of:
+                self.leave(self.end_of[i + 1], i + 1, batches)
+
+    def enter(self, first: int, batches: list[Batch]) -> None:
+        """The states that enter a dropped block, whose first layer is `first`, are there."""
+
+    def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
+        """Layer `i` is about to run; `probe` is a few tokens on which it may be tried out."""
+
+    def leave(self, first: int, end: int, batches: list[Batch]) -> None:
+        """The states that leave a dropped block, the layers `first` to `end - 1`, are there."""
