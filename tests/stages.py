@@ -294,7 +294,7 @@ def _same_when_saved(dense: Any, repair: Repair, drop: tuple[int, ...]) -> None:
 
 KD_SHARE, KD_TEMPERATURE = 0.3, 2.0
 # Loss, and what is trained.
-HEALED = (("ce", "lm_head+last1"), ("kd", "lm_head+last1"), ("ce+kd", "lm_head+last1"), ("ce+kd", "full"))
+HEALED = (("ce", "lm_head+last1"), ("kd", "full"), ("ce+kd", "lm_head+last1"))
 
 
 class RecordingTrainer(HealTrainer):
@@ -329,12 +329,13 @@ def heal_rows() -> Dataset:
 def prove_heal(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
     """Loss and gradients of one step with each loss, against the model's own logits, a row at a time."""
     drop = proven_cuts["middle"]
+    pruned = copy.deepcopy(dense)
+    drop_layers(pruned, drop)
     gc.freeze()  # each training run collects garbage, which takes long among all that was imported
     for loss, method in HEALED:
-        pruned = copy.deepcopy(dense)
-        drop_layers(pruned, drop)
         mine, gradients = _trained(copy.deepcopy(pruned), copy.deepcopy(dense), loss, method, drop)
-        wanted, naive = _naive_step(pruned, dense, loss, list(gradients), untied=method != "full")
+        own = copy.deepcopy(pruned)
+        wanted, naive = _naive_step(own, dense, loss, list(gradients), untied=method != "full")
         name = f"{loss} of {method}"
         same(f"{name}: loss", mine, wanted)
         if not gradients:
@@ -406,23 +407,22 @@ def _naive_step(
 def prove_evaluate(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
     """Perplexity, KL and top-1 agreement, and logits a few positions at a time."""
     rows = tiny_input(seed=5, batch=3, length=12)
-    for drop in proven_cuts.values():
-        pruned = copy.deepcopy(dense)
-        drop_layers(pruned, drop)
-        own, whole = (torch.cat([logits(model, row[None]) for row in rows]) for model in (pruned, dense))
-        measured = distance(pruned, dense, rows, batch_size=2)
-        same("KL", measured.kl, divergence(whole, own)[:, :-1].mean())
-        agreement = (own.argmax(-1) == whole.argmax(-1))[:, :-1].double().mean()
-        same("top-1 agreement", measured.top1_agreement, agreement, 1e-6)
-        for name, nll, model in (("model", measured.nll, own), ("base", measured.base_nll, whole)):
-            same(f"log-likelihood of the {name}", nll, next_token_loss(model, rows))
-        alone = perplexity(pruned, rows, batch_size=2)
-        same("perplexity", alone.perplexity, next_token_loss(own, rows).exp())
-        split = SplitModel(pruned)
-        with evaluating(pruned):
-            split.check(rows[0])
-            part = split.logits(rows, split.decode(rows), slice(3, 7))
-        same("logits of some positions", part, own[:, 3:7])
+    pruned = copy.deepcopy(dense)
+    drop_layers(pruned, proven_cuts["middle"])
+    own, whole = (torch.cat([logits(model, row[None]) for row in rows]) for model in (pruned, dense))
+    measured = distance(pruned, dense, rows, batch_size=2)
+    same("KL", measured.kl, divergence(whole, own)[:, :-1].mean())
+    agreement = (own.argmax(-1) == whole.argmax(-1))[:, :-1].double().mean()
+    same("top-1 agreement", measured.top1_agreement, agreement, 1e-6)
+    for name, nll, model in (("model", measured.nll, own), ("base", measured.base_nll, whole)):
+        same(f"log-likelihood of the {name}", nll, next_token_loss(model, rows))
+    alone = perplexity(pruned, rows, batch_size=2)
+    same("perplexity", alone.perplexity, next_token_loss(own, rows).exp())
+    split = SplitModel(pruned)
+    with evaluating(pruned):
+        split.check(rows[0])
+        part = split.logits(rows, split.decode(rows), slice(3, 7))
+    same("logits of some positions", part, own[:, 3:7])
 
 
 # A stage, to its proof; what a proof returns are the variants that it holds for.

@@ -58,6 +58,7 @@ REFUSED: dict[str, str] = {
     "zamba2": "its hybrid layers share transformer blocks, stored with the first of them",
 }
 
+# Types whose layers can't be run one at a time, as ranking by text and repairs do.
 _STREAMS = "its layers hand on several streams of hidden states"
 _SHARED = "its last layers read keys and values of earlier layers, so none runs alone"
 _UNRANKED: dict[str, str] = {
@@ -68,10 +69,65 @@ _UNRANKED: dict[str, str] = {
     "zaya": "its routers read what the router of the layer before has computed",
 }
 
+_BEHIND = (
+    "no output projection of its layers writes into the hidden states directly: a norm or a mixture of experts stands "
+    "behind each, or it is no plain matrix"
+)
+# Types none of whose layers can take a repair; where some can, single cuts are refused.
+_UNREPAIRED = (
+    "afmoe",
+    "bart",
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "blenderbot-small",
+    "camembert",
+    "data2vec-text",
+    "dbrx",
+    "electra",
+    "ernie",
+    "exaone4",
+    "falcon",
+    "flex_olmo",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "git",
+    "glm4",
+    "gpt_oss",
+    "granitemoe",
+    "hyperclovax",
+    "inkling_text",
+    "jetmoe",
+    "kolibri1",
+    "lfm3",
+    "marian",
+    "minimax_m2",
+    "mixtral",
+    "mvp",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "openai-gpt",
+    "phimoe",
+    "plbart",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen4_exp",
+    "qwen4_exp_text",
+    "rembert",
+    "roberta",
+    "roc_bert",
+    "roformer",
+    "trocr",
+    "xlm-roberta",
+    "xmod",
+)
+
 # Proven for a cut, and refused at a later stage: by stage and model type, the reason.
 REFUSED_AT: dict[str, dict[str, str]] = {
     "rank": _UNRANKED,
-    "repair": _UNRANKED | {},
+    "repair": _UNRANKED | dict.fromkeys(_UNREPAIRED, _BEHIND),
     "heal": {},
     "evaluate": {},
 }
