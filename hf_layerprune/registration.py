@@ -51,15 +51,20 @@ class _RegisteringLoader(importlib.abc.Loader):
 
 
 class _PeftFinder(importlib.abc.MetaPathFinder):
-    """Notices the first import of PEFT, and steps aside."""
+    """Notices the first import of PEFT. Others may only ask whether there is a PEFT, and import it later."""
+
+    _asking = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != "peft":
+        if name != "peft" or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
             spec.loader = _RegisteringLoader(spec.loader)
         return spec

@@ -64,3 +64,12 @@ def test_public_surface() -> None:
     assert set(hf_layerprune.__all__) <= set(dir(hf_layerprune))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hf_layerprune.nothing
+
+
+def test_asking_whether_peft_is_there_does_not_lose_the_registration() -> None:
+    code = (
+        "import hf_layerprune, importlib.util; importlib.util.find_spec('peft'); importlib.util.find_spec('peft'); "
+        "import peft; from hf_layerprune import LayerDropConfig; "
+        "assert LayerDropConfig(drop=1).peft_type in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -128,7 +128,9 @@ _UNREPAIRED = (
 REFUSED_AT: dict[str, dict[str, str]] = {
     "rank": _UNRANKED,
     "repair": _UNRANKED | dict.fromkeys(_UNREPAIRED, _BEHIND),
-    "heal": {},
+    "heal": {
+        "git": "its output embedding has the name of modules inside its layers, and PEFT can't train it alone",
+    },
     "evaluate": {},
 }
 
