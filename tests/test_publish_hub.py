@@ -161,8 +161,8 @@ def test_an_adapter(found: Found) -> None:
 
 @pytest.mark.parametrize(("scenario", "what", "message"), [
     ("words_that_fail", "no token", "there is no token; log in with `hf auth login`, or set HF_TOKEN"),
-    ("words_that_fail", "taken", "org/taken is taken: it is a space on the Hub, and no model; choose another name"),
-    ("words_that_fail", "refused", "'a name' is no name for a repository"),
+    ("words_that_fail", "taken", "org/taken is taken: it is a space on the Hub, not a model; choose another name"),
+    ("words_that_fail", "refused", "'a name' is not a name for a repository"),
     ("no_network", "push", "can't reach the Hub"),
     ("no_network", "verify", "can't reach the Hub for org/model"),
     ("verify_fails_clearly", "absent", "org/absent is not on the Hub, or it is private"),

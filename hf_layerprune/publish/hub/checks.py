@@ -82,7 +82,7 @@ Outcome = Iterator[tuple[str, str]]
 
 def _repository(subject: Subject) -> Outcome:
     if "/" not in subject.repo_id or not is_hub_name(subject.repo_id):
-        yield REFUSAL, f"{subject.repo_id!r} is no name for a repository; write it as NAMESPACE/NAME"
+        yield REFUSAL, f"{subject.repo_id!r} is not a name for a repository; write it as NAMESPACE/NAME"
     else:
         yield OK, subject.repo_id
 

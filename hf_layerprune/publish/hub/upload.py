@@ -15,24 +15,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, cause_of
+from ...files.hub import retry_after
 from ...records.fingerprints import sha256_of
-from ...runtime.loading import first_line
 from ...versions import transport_error
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
 logger = logging.getLogger(__name__)
 
-# So many attempts are made where the Hub stumbles, beyond those that its client makes itself.
+# How often an upload is attempted where the Hub stumbles; its client retries single transfers by itself.
 ATTEMPTS = 4
 FIRST_WAIT = 1.0
-# A Hub that wants to be left alone for longer than this is not waited for.
+# If the Hub asks for a longer pause than this, the user is told so instead.
 MAX_RETRY_AFTER = 120.0
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _Answer = TypeVar("_Answer")
@@ -103,7 +102,7 @@ def log_in(token: str | bool | None = None) -> tuple[HfApi, dict[str, Any]]:
         `tuple[HfApi, dict[str, Any]]`: The client, and what the Hub says of the user.
 
     Raises:
-        PushError: There is none, or it is no good.
+        PushError: There is no token, or it may not write.
     """
     from huggingface_hub import HfApi, constants, get_token
 
@@ -115,7 +114,7 @@ def log_in(token: str | bool | None = None) -> tuple[HfApi, dict[str, Any]]:
         raise PushError("there is no token; log in with `hf auth login`, or set HF_TOKEN")
     api = HfApi(token=token)
     with push_errors("", None):
-        user = _patiently(api.whoami, "the Hub")
+        user = _patiently(api.whoami)
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PushError(
             "this token may only read; make one that may write at https://huggingface.co/settings/tokens, and log in "
@@ -139,86 +138,97 @@ def upload(job: Upload, api: HfApi, user: dict[str, Any]) -> Uploaded:
         PushError: The Hub refused. What a reader sees is what was there before.
         UnreachableError: It could not be reached for long enough.
     """
+    operations: dict[str, CommitOperationAdd] = {}
     with push_errors(job.repo_id, user, job.kind):
-        _open(job, api, user)
-        if job.revision and not job.revision.startswith("refs/pr/"):
-            branch = partial(api.create_branch, job.repo_id, branch=job.revision, repo_type=job.kind, exist_ok=True)
-            _patiently(branch, job.repo_id)
-        if job.create_pr and (found := _proposed(job, api)):
-            return found
-        failures = 0
-        operations: dict[str, Any] = {}
-        while True:
-            # Asked anew each time: a commit whose answer was lost is found here, and is not made twice.
-            head, remote = _tree(job, api, job.revision)
-            added, removed = _difference(job, remote)
-            if not added and not removed:
-                return Uploaded(_url(job, api), head, tuple(operations), ())
-            try:
-                return _commit(job, api, head, added, removed, operations)
-            except Exception as error:
-                failures += 1
-                if not (wait := _wait(error, failures)):
-                    raise
-                logger.info("%s: %s; trying again in %.1f s", job.repo_id, first_line(_cause(error)), wait)
-                time.sleep(wait)
+        return _patiently(lambda: _attempt(job, api, user, operations))
+
+
+def _attempt(job: Upload, api: HfApi, user: dict[str, Any], operations: dict[str, CommitOperationAdd]) -> Uploaded:
+    """One attempt, from the start: what an earlier one did although its answer was lost is found, not done twice.
+
+    Args:
+        job (`Upload`): The state.
+        api (`HfApi`): The client.
+        user (`dict[str, Any]`): What the Hub says of the user.
+        operations (`dict[str, CommitOperationAdd]`): Those of earlier attempts, which know what is in storage already.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    _open(job, api, user)
+    if job.revision and not job.revision.startswith("refs/pr/"):
+        api.create_branch(job.repo_id, branch=job.revision, repo_type=job.kind, exist_ok=True)
+    if job.create_pr and (proposed := _proposed(job, api)):
+        return proposed
+    head, remote = _tree(job, api, job.revision)
+    added, removed = _difference(job, remote)
+    if not added and not removed:
+        return Uploaded(_url(job, api), head, tuple(operations), ())
+    for name in added:
+        if name not in operations:
+            operations[name] = CommitOperationAdd(name, str(job.files[name]))
+    commit = api.create_commit(
+        job.repo_id,
+        [*(operations[name] for name in added), *map(CommitOperationDelete, removed)],
+        commit_message=job.message,
+        repo_type=job.kind,
+        revision=job.revision,
+        create_pr=job.create_pr,
+        parent_commit=head,
+    )
+    return Uploaded(_url(job, api), commit.oid, tuple(added), tuple(removed), commit.pr_url)
 
 
 def _open(job: Upload, api: HfApi, user: dict[str, Any]) -> None:
     """Find the repository, or make it."""
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
-    look = partial(api.repo_info, job.repo_id, repo_type=job.kind)
     try:
-        found = _patiently(look, job.repo_id)
+        info = api.repo_info(job.repo_id, repo_type=job.kind)
     except RepositoryNotFoundError:
         if job.create_pr:
             raise PushError(
                 f"there is no {job.kind} {job.repo_id} to propose anything to; leave out --create-pr"
             ) from None
-        namespace = job.repo_id.rpartition("/")[0]
-        known = {user.get("name"), *(one.get("name") for one in user.get("orgs") or ())}
-        make = partial(
-            api.create_repo,
-            job.repo_id,
-            repo_type=job.kind,
-            private=job.private or None,
-            space_sdk=job.sdk,
-            exist_ok=True,
-        )
+        _create(job, api, user)
         try:
-            _patiently(make, job.repo_id)
-        except HfHubHTTPError as error:
-            if error.response.status_code in (403, 404) and namespace not in known:
-                raise PushError(
-                    f"{user.get('name')} can't make {job.repo_id}: there is no organisation {namespace}, or this "
-                    f"token may not write to it; yours are {', '.join(sorted(filter(None, known)))}"
-                ) from error
-            raise
-        try:
-            found = _patiently(look, job.repo_id)
+            info = api.repo_info(job.repo_id, repo_type=job.kind)
         except RepositoryNotFoundError as error:
             raise PushError(_taken(job, api)) from error
-    if job.private and not found.private:
+    if job.private and not info.private:
         raise PushError(
             f"{job.repo_id} is there and public, and --private was asked for; make it private on its page first, or "
             "choose another name"
         )
 
 
+def _create(job: Upload, api: HfApi, user: dict[str, Any]) -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    private = job.private or None
+    try:
+        api.create_repo(job.repo_id, repo_type=job.kind, private=private, space_sdk=job.sdk, exist_ok=True)
+    except HfHubHTTPError as error:
+        namespace = job.repo_id.rpartition("/")[0]
+        known = {user.get("name"), *(one.get("name") for one in user.get("orgs") or ())}
+        if error.response.status_code not in (403, 404) or namespace in known:
+            raise
+        raise PushError(
+            f"{user.get('name')} can't make {job.repo_id}: there is no organisation {namespace}, or this token may not "
+            f"write to it; yours are {', '.join(sorted(filter(None, known)))}"
+        ) from error
+
+
 def _taken(job: Upload, api: HfApi) -> str:
     for kind in {"model", "space", "dataset"} - {job.kind}:
         if api.repo_exists(job.repo_id, repo_type=kind):
-            return f"{job.repo_id} is taken: it is a {kind} on the Hub, and no {job.kind}; choose another name"
-    return f"the Hub says that {job.repo_id} is there, and does not find it; choose another name"
+            return f"{job.repo_id} is taken: it is a {kind} on the Hub, not a {job.kind}; choose another name"
+    return f"the Hub says that {job.repo_id} exists, but does not find it; choose another name"
 
 
 def _tree(job: Upload, api: HfApi, revision: str | None) -> tuple[str, dict[str, Any]]:
     """The newest commit of a branch, and its files."""
-    look = partial(api.repo_info, job.repo_id, repo_type=job.kind, revision=revision)
-    head = _patiently(look, job.repo_id).sha
-    listing = partial(api.list_repo_tree, job.repo_id, recursive=True, repo_type=job.kind, revision=head)
-    entries = _patiently(lambda: list(listing()), job.repo_id)
+    head = str(api.repo_info(job.repo_id, repo_type=job.kind, revision=revision).sha)
+    entries = api.list_repo_tree(job.repo_id, recursive=True, repo_type=job.kind, revision=head)
     return head, {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
 
 
@@ -237,33 +247,12 @@ def _same(path: Path, entry: Any) -> bool:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == entry.blob_id
 
 
-def _commit(
-    job: Upload, api: HfApi, head: str, added: list[str], removed: list[str], operations: dict[str, Any]
-) -> Uploaded:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    for name in added:
-        if name not in operations:  # one that is there knows what of it is in storage already
-            operations[name] = CommitOperationAdd(name, str(job.files[name]))
-    made = api.create_commit(
-        job.repo_id,
-        [*(operations[name] for name in added), *map(CommitOperationDelete, removed)],
-        commit_message=job.message,
-        repo_type=job.kind,
-        revision=job.revision,
-        create_pr=job.create_pr,
-        parent_commit=head,
-    )
-    return Uploaded(_url(job, api), made.oid, tuple(added), tuple(removed), made.pr_url)
-
-
 def _proposed(job: Upload, api: HfApi) -> Uploaded | None:
-    """An open proposal of ours that says the very same, if there is one."""
-    ask = partial(
-        api.get_repo_discussions, job.repo_id, repo_type=job.kind, discussion_type="pull_request",
-        discussion_status="open",
-    )  # fmt: skip
-    for one in _patiently(lambda: list(ask()), job.repo_id):
+    """An open proposal of ours with the very same content, if there is one."""
+    proposals = api.get_repo_discussions(
+        job.repo_id, repo_type=job.kind, discussion_type="pull_request", discussion_status="open"
+    )
+    for one in proposals:
         if one.title != job.message:
             continue
         head, remote = _tree(job, api, f"refs/pr/{one.num}")
@@ -278,18 +267,19 @@ def _url(job: Upload, api: HfApi) -> str:
     return f"{api.endpoint}/{prefix}{job.repo_id}{branch}"
 
 
-def _patiently(call: Callable[[], _Answer], repo_id: str) -> _Answer:
-    """Ask the Hub, a few times if need be."""
-    failures = 0
-    while True:
+def _patiently(call: Callable[[], _Answer]) -> _Answer:
+    """Ask the Hub, again after a pause where it stumbles."""
+    for attempt in range(ATTEMPTS):
         try:
             return call()
-        except Exception as error:
-            failures += 1
-            if not (wait := _wait(error, failures)):
+        except Exception as raised:
+            error = _cause(raised)
+            pause = max(FIRST_WAIT * 2**attempt, _retry_after(error))
+            if not _stumbled(error) or attempt == ATTEMPTS - 1 or pause > MAX_RETRY_AFTER:
                 raise
-            logger.info("%s: %s; trying again in %.1f s", repo_id, first_line(error), wait)
-            time.sleep(wait)
+            logger.info("%s; trying again in %.1f s", cause_of(error), pause)
+            time.sleep(pause)
+    raise AssertionError("unreachable")
 
 
 def _cause(error: Exception) -> Exception:
@@ -298,20 +288,18 @@ def _cause(error: Exception) -> Exception:
     return inner if isinstance(error, RuntimeError) and isinstance(inner, Exception) else error
 
 
-def _wait(error: Exception, failures: int) -> float | None:
-    """How long to wait before the next attempt, or `None` where there should be none."""
+def _stumbled(error: Exception) -> bool:
+    """Whether the Hub may answer the same request another time."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    from ...files.hub import retry_after
-
-    error = _cause(error)
-    transport = isinstance(error, transport_error())
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if failures >= ATTEMPTS or not (transport or status in _TRY_AGAIN):
-        return None
-    asked = retry_after(error.response.headers.get("Retry-After")) if status else None
-    wait = max(asked or 0.0, FIRST_WAIT * 2 ** (failures - 1))
-    return wait if wait <= MAX_RETRY_AFTER else None
+    return isinstance(error, transport_error()) or status in _TRY_AGAIN
+
+
+def _retry_after(error: Exception) -> float:
+    """The pause in seconds that the Hub asks for; 0 where it asks for none."""
+    response = getattr(error, "response", None)
+    return (retry_after(response.headers.get("Retry-After")) if response is not None else None) or 0.0
 
 
 @contextmanager
@@ -336,23 +324,24 @@ def push_errors(repo_id: str, user: dict[str, Any] | None, kind: str = "model") 
     except Exception as raised:
         error = _cause(raised)
         if isinstance(error, (transport_error(), errors.OfflineModeIsEnabled)):
+            where = f" for {repo_id}" if repo_id else ""
             raise UnreachableError(
-                f"can't reach the Hub{f' for {repo_id}' if repo_id else ''} ({first_line(error)}); run the same command again: what has "
-                "arrived is not sent again"
+                f"can't reach the Hub{where} ({cause_of(error)}); run the same command again: what has arrived is not "
+                "sent again"
             ) from raised
         if isinstance(error, errors.HFValidationError):
-            raise PushError(f"{repo_id!r} is no name for a repository: {first_line(error)}") from raised
+            raise PushError(f"{repo_id!r} is not a name for a repository: {cause_of(error)}") from raised
         if isinstance(error, errors.HfHubHTTPError):
             raise _refused(error, repo_id, user, kind) from raised
         if isinstance(error, ValueError) and "metadata" in str(error):
-            raise PushError(f"the Hub does not accept the YAML of README.md: {first_line(error)}") from raised
+            raise PushError(f"the Hub does not accept the YAML of README.md: {cause_of(error)}") from raised
         raise
 
 
 def _refused(error: Any, repo_id: str, user: dict[str, Any] | None, kind: str) -> PushError:
     from huggingface_hub import errors
 
-    status, says = error.response.status_code, first_line(error)
+    status, says = error.response.status_code, cause_of(error)
     name = user.get("name") if user else None
     if status in _TRY_AGAIN:
         after = error.response.headers.get("Retry-After")
@@ -366,7 +355,7 @@ def _refused(error: Any, repo_id: str, user: dict[str, Any] | None, kind: str) -
     if status == 401 and name is None:
         return PushError("the token is not valid, or has expired; log in again with `hf auth login`")
     if status == 401:
-        return PushError(f"the token is not valid for {repo_id} any more; log in again with `hf auth login`")
+        return PushError(f"the token is not valid for {repo_id} any longer; log in again with `hf auth login`")
     if status == 403:
         return PushError(
             f"{name or 'this token'} may not write to {repo_id}; ask its owner, propose the change with --create-pr, "
