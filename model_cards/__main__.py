@@ -1,6 +1,6 @@
 """Model cards of the models that were really made here, from their records.
 
-python -m model_cards               write every card anew
+python -m model_cards               write every card again
 python -m model_cards --check       say which card is not what its records give
 python -m model_cards --take DIR    take over the records of a model that was made, and write its card
 python -m model_cards --make WORK --data DATA    make and measure all of them in WORK first (see make.py)

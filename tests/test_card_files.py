@@ -96,8 +96,8 @@ def test_a_name_until_it_is_on_the_hub(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("words", "code", "message"), [
     (["--license-name", "x"], 2, "go with --license"),
-    (["--base-model", "no such id!"], 1, "is no Hub id"),
-    (["--name", "org/model"], 1, "is no name for a model"),
+    (["--base-model", "no such id!"], 1, "is not a Hub id"),
+    (["--name", "org/model"], 1, "is not a name for a model"),
     (["--base-model", "other/base"], 1, "not other/base"),
 ])  # fmt: skip
 def test_bad_words(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tests.chat_server  # noqa: F401 (makes the Space's files importable)
@@ -343,3 +345,26 @@ def test_a_model_that_cannot_be_loaded_says_why(pruned: Path, tmp_path: Path, da
     else:
         with pytest.raises(source.CannotLoad, match="nobody/nothing can't be loaded: "):
             source.Source("nobody/nothing")
+
+
+def test_weights_that_are_missing_or_too_many_are_an_error(pruned: Path, tmp_path: Path) -> None:
+    """transformers only warns of them, and would answer with random numbers."""
+    folder = Path(shutil.copytree(pruned, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    gone = "model.layers.2.mlp.up_proj.weight"
+    more = tensors | {"model.layers.9.mlp.up_proj.weight": tensors[gone].clone()}
+    fewer = {name: tensor for name, tensor in tensors.items() if name != gone}
+    for changed, message in ((fewer, f"lacks {gone}"), (more, "holds model.layers.9.mlp.up_proj.weight")):
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        loaded = weights.Models(source.Source(str(folder)))
+        loaded.load()
+        assert loaded.error is not None
+        assert message in loaded.error
+        assert not loaded.sides
+    # What another part of a checkpoint brings is not the language model's.
+    save_file(
+        tensors | {"vision.blocks.0.weight": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    loaded = weights.Models(source.Source(str(folder)))
+    loaded.load()
+    assert loaded.error is None

@@ -165,7 +165,7 @@ def test_packed_weights_need_what_unpacks_them(folder: Path, tmp_path: Path, cap
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CutError, match="'pruned' is no id on the Hub"):
+    with pytest.raises(CutError, match="'pruned' is not a Hub id"):
         build_space(tmp_path / "space", model_repo_id="pruned")
     (tmp_path / "space").mkdir()
     (tmp_path / "space" / "mine").write_text("x")
@@ -219,7 +219,7 @@ def test_a_private_model_and_the_token_that_its_space_reads_it_with(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--space", "chat"], "'chat' is no id on the Hub"),
+        (["--space", "chat"], "'chat' is not a Hub id"),
         (["--space", "org/chat", "--create-pr"], "leave out --revision and --create-pr"),
         (["--space", "org/chat", "--space-secret", "NOT_SET"], "names an environment variable that is not set"),
     ],

@@ -21,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--license-name", metavar="N", help="with --license other: what it is called")
     parser.add_argument("--license-link", metavar="URL", help="with --license other: where its text is")
-    parser.add_argument("--force", action="store_true", help="write over what was changed inside the marked sections")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace what was changed inside the marked sections, and pictures that are not ours",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -32,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from ..publish.card.writing import declare, write_card
 
     if (args.license_name or args.license_link) and not args.license:
-        raise CutError("--license-name and --license-link go with --license (other, where it is no well-known one)")
+        raise CutError("--license-name and --license-link go with --license (other, where it is not a well-known one)")
     folder = Path(args.model).expanduser()
     declare(
         folder,

@@ -79,7 +79,7 @@ def build_space(
         `Path`: The folder.
 
     Raises:
-        CutError: `model_repo_id` or `base_repo_id` is no id on the Hub.
+        CutError: `model_repo_id` or `base_repo_id` is not a Hub id.
         CheckpointError: The folder can't be written.
     """
     for name in filter(None, (model_repo_id, base_repo_id)):
@@ -120,7 +120,7 @@ def push_space(
         `Uploaded`: What was done.
 
     Raises:
-        CutError: `repo_id` is no id on the Hub.
+        CutError: `repo_id` is not a Hub id.
         PushError: The Hub refused.
     """
     check_id(repo_id)
@@ -191,13 +191,13 @@ def secret_from(variable: str | None) -> str | None:
 
 
 def check_id(name: str) -> None:
-    """Refuse what is no id on the Hub.
+    """Refuse what is not a Hub id.
 
     Raises:
         CutError: It isn't one.
     """
     if not _REPO_ID.fullmatch(name):
-        raise CutError(f"{name!r} is no id on the Hub; name NAMESPACE/NAME")
+        raise CutError(f"{name!r} is not a Hub id; write it as NAMESPACE/NAME")
 
 
 def _base_of(model: Path) -> str | None:

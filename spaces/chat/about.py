@@ -16,7 +16,7 @@ from huggingface_hub.repocard import metadata_load
 from measured import table
 from transformers.utils.hub import cached_file
 
-COLUMNS = 16  # at most so many cells in a row of the layer map: readable on a phone
+COLUMNS = 16  # the most cells in a row of the layer map: readable on a phone
 # Settings that say nothing.
 USUAL = (("dtype", "auto"), ("form", "model"))
 
@@ -121,7 +121,7 @@ def measured(metrics: dict[str, Any]) -> str:
         return "<h2>Measured</h2><p>Nothing was measured yet.</p>"
     try:
         return f"<h2>Measured</h2>{table(metrics)}"
-    except (KeyError, TypeError, ValueError, AttributeError):  # whoever wrote it, it is not as it should be
+    except (KeyError, TypeError, ValueError, AttributeError):  # it doesn't follow its schema
         return "<h2>Measured</h2><p>The <code>metrics.json</code> of this repository is damaged.</p>"
 
 

@@ -56,7 +56,7 @@ class Side:
 
 
 class Turns:
-    """A lock that goes to who has waited longest."""
+    """A lock that goes to the thread that has waited longest."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -36,7 +36,7 @@ def prepare(model: str, base: str | None = None) -> gr.Blocks:
         base (`str`, *optional*): The dense model to compare with.
 
     Returns:
-        `gr.Blocks`: The page; or one that says why there is no model.
+        `gr.Blocks`: The page, or one that says why there is no model.
     """
     try:
         if not model:

@@ -16,7 +16,7 @@ from about import bytes_
 from source import Source
 from weights import DEVICE
 
-MAX_WAITING = 32  # questions in the queue; who comes after them is told to come back
+MAX_WAITING = 32  # questions in the queue; later ones are told to come back
 AT_ONCE = 4  # answers in the making: they take turns, so that a short one need not wait for a long one
 
 EXAMPLES = (

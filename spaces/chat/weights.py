@@ -1,4 +1,4 @@
-"""Load the pruned model, and the dense one beside it where there is room, sharing what they have in common."""
+"""Load the pruned model, and the dense one beside it where memory allows, sharing the tensors that are equal."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONTAINER = Path("/sys/fs/cgroup")
+NUMBER = re.compile(r"\.\d+\.")  # of a layer, within the name of a tensor
 HEADROOM = 1.2  # weights, and what comes beside them: the cache of a conversation, activations
 
 
@@ -115,7 +116,32 @@ def load(model: str) -> PreTrainedModel:
             settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         settings["use_safetensors"] = True  # a pickle can run code
-    return AutoModelForCausalLM.from_pretrained(**named(model), trust_remote_code=False, **settings)
+    made, info = AutoModelForCausalLM.from_pretrained(
+        **named(model), trust_remote_code=False, output_loading_info=True, **settings
+    )
+    check_complete(model, made, info)
+    return made
+
+
+def check_complete(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Refuse what transformers only warns of: a tensor that is missing would be random, and answer nonsense.
+
+    Args:
+        name (`str`): What was loaded.
+        model ([`~transformers.PreTrainedModel`]): As it was loaded.
+        info (`dict`): What `from_pretrained` says of it with `output_loading_info=True`.
+
+    Raises:
+        CannotLoad: The weights are not those that the configuration describes.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise CannotLoad(
+            f"{name} lacks {missing[0]}, so its checkpoint is incomplete. Upload all of its weight files."
+        )
+    # Of other parts, such as an image encoder, a checkpoint may have more than a language model takes.
+    lists = {NUMBER.split(key, maxsplit=1)[0] for key in model.state_dict() if NUMBER.search(key)}
+    if stray := sorted(key for key in info["unexpected_keys"] if NUMBER.split(key, maxsplit=1)[0] in lists):
+        raise CannotLoad(f"{name} holds {stray[0]}, which its config.json has no place for. One of the two is wrong.")
 
 
 def load_adapter(model: str) -> PreTrainedModel:

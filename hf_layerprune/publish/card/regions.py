@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ...errors import CheckpointError
 
-# On a line of its own: what others say within a line is no mark.
+# On a line of its own: within a line, the same words are not a mark.
 _MARK = re.compile(r"(?m)^<!-- hf-layerprune:(begin|end) ([a-z-]{1,30})(?: ([0-9a-f]{10}))? -->[ \t]*\r?$")
 
 

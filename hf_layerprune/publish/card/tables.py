@@ -30,7 +30,7 @@ def table(header: Sequence[Any], align: str, rows: Sequence[Sequence[Any]]) -> M
     Args:
         header (`Sequence`): What stands over each column.
         align (`str`): `l` or `r` for each column.
-        rows (`Sequence[Sequence]`): The cells; what is no `Markup` yet is escaped.
+        rows (`Sequence[Sequence]`): The cells; what is not `Markup` yet is escaped.
 
     Returns:
         `Markup`: The table, or nothing where there are no rows.

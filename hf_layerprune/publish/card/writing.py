@@ -53,7 +53,7 @@ def read_card(folder: Path, *, weights: bool = True) -> Card:
 
 def _lineage(folder: Path) -> Lineage:
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder; name a model folder that hf-layerprune prune has written")
+        raise CheckpointError(f"{folder} is not a folder; name a model folder that hf-layerprune prune has written")
     lineage = Lineage.of(folder)
     if lineage is None:
         raise CheckpointError(
@@ -89,7 +89,7 @@ def declare(
         `Lineage`: What the folder's lineage says now.
 
     Raises:
-        CheckpointError: The folder has no lineage, the base is no Hub id, or the name can't be one on the Hub.
+        CheckpointError: The folder has no lineage, the base is not a Hub id, or the name can't be one on the Hub.
     """
     from ...records.names import base_name, is_hub_name
 
@@ -101,7 +101,7 @@ def declare(
     base |= {name: value for name, value in told.items() if value}
     if base_model is not None:
         if not is_hub_name(base_model):
-            raise CheckpointError(f"{base_model!r} is no Hub id; name the base as org/name")
+            raise CheckpointError(f"{base_model!r} is not a Hub id; name the base as org/name")
         if not base.get("commit"):
             base |= {"id": base_name(base), "hub_id": base_model}
         elif base_model != base.get("id"):
@@ -110,7 +110,7 @@ def declare(
         lineage.published = {}  # a Space of the model elsewhere is none of it here
     if name is not None:
         if not is_hub_name(name) or "/" in name:
-            raise CheckpointError(f"{name!r} is no name for a model; use letters, digits, - _ and . only")
+            raise CheckpointError(f"{name!r} is not a name for a model; use letters, digits, - _ and . only")
         published = {"name": name} | (published or {})
     lineage.base, lineage.published = base, lineage.published | (published or {})
     if (lineage.base, lineage.published) != before:

@@ -237,7 +237,7 @@ def _take_over_card(request: PushRequest, staging: Path, api: HfApi) -> None:
 
 
 def _somebodys_result(name: str, request: PushRequest, api: HfApi) -> bool:
-    """Whether a result on the Hub's leaderboards is not of our making."""
+    """Whether a result for the Hub's leaderboards was written by somebody else."""
     if not name.startswith(f"{EVAL_RESULTS}/"):
         return False
     with _on_the_hub(name, request, api) as path:
