@@ -83,10 +83,8 @@ class CalibrationSet:
         if len(self) < 2:
             raise CutError("one calibration row can't be split; raise calibration_samples")
         count = min(len(self) - 1, max(1, round(held_out * len(self))))
-        return tuple(
-            CalibrationSet.of(part, self.source, self.seed)
-            for part in self.input_ids.split([len(self) - count, count])
-        )
+        first, second = self.input_ids.split([len(self) - count, count])
+        return CalibrationSet.of(first, self.source, self.seed), CalibrationSet.of(second, self.source, self.seed)
 
     def record(self) -> dict[str, Any]:
         """What the lineage says of the set."""
@@ -164,7 +162,8 @@ def check_vocabulary(calibration: CalibrationSet, model: PreTrainedModel | None)
     """
     if model is None:
         return
-    size, largest = model.get_input_embeddings().weight.shape[0], int(calibration.input_ids.max())
+    embeddings: Any = model.get_input_embeddings()
+    size, largest = embeddings.weight.shape[0], int(calibration.input_ids.max())
     if largest >= size:
         raise CheckpointError(
             f"the calibration set has token {largest}, and the model's vocabulary ends at {size - 1}; the tokenizer "
@@ -305,7 +304,8 @@ def _tokens(
         elif tokenizer.chat_template is None:
             raise CheckpointError("the calibration set has chats, and the tokenizer has no chat template; name a text")
         else:
-            ids += tokenizer.apply_chat_template(document, return_dict=True).input_ids
+            chat: Any = tokenizer.apply_chat_template(document, return_dict=True)
+            ids += chat.input_ids
         if len(ids) >= enough:
             break
     return ids

@@ -64,7 +64,8 @@ def write_text_with(
         with fast_decoding(model), tqdm(total=draws.numel(), unit="token", desc="writing text", disable=None) as bar:
             for part in draws.split(_rows_at_once(model, length)):
                 prompt = torch.tensor([start] * len(part), device=model.device)
-                written = model.generate(
+                generate: Any = model.generate
+                written = generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=part.shape[1],
@@ -101,8 +102,8 @@ def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     """An empty turn of a user, or how a text begins."""
     if tokenizer is not None and tokenizer.chat_template is not None:
         chat = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
-        before, found, _ = chat.partition(_MARK)
-        if found and before:
+        before, mark, _ = str(chat).partition(_MARK)
+        if mark and before:
             return tokenizer(before, add_special_tokens=False).input_ids
     config = model.config.get_text_config()
     for token in (config.bos_token_id, config.eos_token_id):

@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import families
 from ..errors import CheckpointError
@@ -40,7 +40,7 @@ def model_class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], Pre
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         # The text part of a larger model, saved alone, may have no auto class; its config names its own.
-        own = getattr(transformers, (config.architectures or [""])[0], None)
+        own: Any = getattr(transformers, (config.architectures or [""])[0], None)
         return (own, config) if getattr(own, "config_class", None) is type(config) else None
     model_class = _get_model_class(config, mapping)
     text_class = config.sub_configs.get("text_config")
@@ -79,7 +79,7 @@ def check_tensors(name: str, config: PreTrainedConfig, shapes: Mapping[str, Coll
     state = {key: torch.empty(tuple(shape), device="meta") for key, shape in shapes.items()}
     try:
         with _silence():
-            model, info = model_class.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 None,
                 config=part,
                 state_dict=state,
@@ -94,6 +94,7 @@ def check_tensors(name: str, config: PreTrainedConfig, shapes: Mapping[str, Coll
         raise CheckpointError(
             f"{name} lacks {gap}; the checkpoint is incomplete, download or save it again"
         ) from error
+    model, info = loaded
     forms = {_LAYER.sub(".#.", key) for key in shapes}
     modules = {key.rpartition(".")[0] for key in shapes}
     stem = prefix.rpartition(".")[0]

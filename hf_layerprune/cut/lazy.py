@@ -99,9 +99,10 @@ def load_pruned(
         if is_deepspeed_zero3_enabled():  # its loader scatters tensors, and takes no slices
             state = {name: piece[...] for name, piece in state.items()}
         with boundary(f"can't load {base} cut"):
-            model, info = model_class.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 None, config=pruned, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
+    model, info = loaded
     # Of a larger model, of which only the text part was asked for, the other parts' weights are left over.
     within = find_decoder_layers(model).path + "." if config is not whole else ""
     check_complete(source.name, info, within=within, remark="names in the pruned model")
@@ -137,7 +138,7 @@ def _find(base: str | Path, hub: dict[str, Any]) -> tuple[Base, dict[str, Any]]:
     # Everything else comes from the same commit, and what was just downloaded is not downloaded again.
     hub = (
         hub
-        | {"revision": files.repo.commit, "force_download": False}
+        | {"revision": files.repo.commit if files.repo else None, "force_download": False}
         | ({"subfolder": subfolder} if subfolder else {})
     )
     return files, hub

@@ -166,7 +166,8 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
         log = logger.info if _has_drafts(config) else logger.warning
         log("%d tensors beyond the %d decoder layers go too, such as %s", len(drafts), cut.num_layers, drafts[0])
     kept = _kept(weights, config, cut, names)
-    shards, weight_map = [], {}
+    shards = []
+    weight_map: dict[str, str] = {}
     for number, (file, items) in enumerate(kept.items(), 1):
         target = SINGLE if weights.index is None else _SHARD.format(number, len(kept))
         shards.append(_shard(file, target, weights.headers[file], items))

@@ -96,7 +96,12 @@ def _complete(
     for name, value in source.items():
         # Only the sections: configs whose layers differ refuse to be asked for some fields.
         part = getattr(config, name, None) if name in config.sub_configs else None
-        if hasattr(part, "model_type") and isinstance(value, dict) and isinstance(fields.get(name), dict):
+        if (
+            part is not None
+            and hasattr(part, "model_type")
+            and isinstance(value, dict)
+            and isinstance(fields.get(name), dict)
+        ):
             _complete(value, part, fields[name], num_layers, doubtful)
         elif name in fields:
             continue

@@ -153,7 +153,7 @@ def take_columns(data: bytes, piece: Rows) -> memoryview:
 
     block = np.frombuffer(data, np.uint8).reshape(-1, piece.row_bytes)
     kept = np.concatenate([block[:, start : start + length] for start, length in piece.columns], axis=1)
-    return memoryview(kept).cast("B")
+    return kept.data.cast("B")
 
 
 def _write_companion(path: Path, target: Path) -> Iterator[int]:

@@ -56,7 +56,7 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """
     for name in _TEXT_CONFIGS:
         part = getattr(config, name, None)
-        if hasattr(part, "model_type"):
+        if part is not None and hasattr(part, "model_type"):
             return part
     return config
 

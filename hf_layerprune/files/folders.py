@@ -130,9 +130,10 @@ def _check_replaceable(named: Path, folder: Path, replaces: re.Pattern[str] | No
         for name in names:
             path = name if inside == "." else f"{inside}/{name}"
             if replaces is not None:
-                known = replaces.fullmatch(path)
+                known = bool(replaces.fullmatch(path))
             else:
-                known = _MODEL_FILE.fullmatch(name) and (inside == "." or _MODEL_SUBFOLDERS.fullmatch(inside))
+                at_home = inside == "." or bool(_MODEL_SUBFOLDERS.fullmatch(inside))
+                known = at_home and bool(_MODEL_FILE.fullmatch(name))
             if not known and not (replaces is None and ours and _OUR_FILE.fullmatch(path)):
                 foreign.append(path)
     # os.walk lists links to folders among the folders; whoever made one has put it there.

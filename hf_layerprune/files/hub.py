@@ -170,6 +170,7 @@ class Repo:
         offline = offline or ("local_files_only is set" if local_files_only else None)
         with hub_errors(name, revision):
             validate_repo_id(name)
+        place = None if cache_dir is None else str(cache_dir)
         if offline is None:
             try:
                 with hub_errors(name, revision):
@@ -180,7 +181,7 @@ class Repo:
                     }
                     landmark = next((one for one in _LANDMARKS if one in files), None)
                     if landmark and revision != info.sha:  # so that the cache knows the revision without a connection
-                        hf_hub_download(name, landmark, revision=revision, token=token, cache_dir=cache_dir)
+                        hf_hub_download(name, landmark, revision=revision, token=token, cache_dir=place)
                 return cls(name, str(info.sha), _under(files, subfolder), None, where, subfolder)
             except UnreachableError as error:
                 offline = str(error)
@@ -292,7 +293,7 @@ def _cached(
     from huggingface_hub import try_to_load_from_cache
 
     for landmark in _LANDMARKS:
-        path = try_to_load_from_cache(repo, landmark, cache_dir, revision)
+        path = try_to_load_from_cache(repo, landmark, None if cache_dir is None else str(cache_dir), revision)
         if isinstance(path, str):
             break
     else:

@@ -136,7 +136,7 @@ class _Bench:
         weights_bytes = {weights: float(_weight_bytes(model)) for weights, model in live.items()}
         # What Python and its libraries take is the same whatever is loaded.
         idle = statistics.median(one.idle_rss_bytes for probed in probes.values() for one in probed)
-        costs = {
+        costs: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
             "load_seconds": ("speed", {"cache": "warm"}, weights_bytes),
             "peak_rss_bytes": ("memory", _settings(work), {w: idle + size for w, size in weights_bytes.items()}),
             "peak_cuda_bytes": ("memory", _settings(work), weights_bytes),
@@ -242,10 +242,15 @@ class _Bench:
     def _machine(self) -> dict[str, Any]:
         return {"threads": torch.get_num_threads()} if pick_device(self.request.device) == "cpu" else {}
 
+    @property
+    def _dense(self) -> Subject:
+        assert self.base is not None, "there is a base where two models are compared"
+        return self.base
+
     def _add_comparison(self, kind: str, metric: str, settings: dict[str, Any], fields: dict[str, Any]) -> None:
         if kind in ("speed", "memory") and metric != "kv_cache_bytes_per_token":
             settings = settings | self._machine()
-        record = {"weights": self.model.weights, "base": self.base.weights, "kind": kind, "metric": metric}
+        record = {"weights": self.model.weights, "base": self._dense.weights, "kind": kind, "metric": metric}
         self.store.add(comparisons=[record | {"settings": settings, **fields, "date": now()}])
 
 

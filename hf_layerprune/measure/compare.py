@@ -76,7 +76,8 @@ def compare_answers(ours: Sequence[float], theirs: Sequence[float], chance: floa
     if set(ours) | set(theirs) <= {0, 1}:
         gained = sum(a > b for a, b in zip(ours, theirs, strict=True))
         lost = sum(a < b for a, b in zip(ours, theirs, strict=True))
-        test, p_value = "mcnemar_exact", mcnemar(gained, lost)
+        test = "mcnemar_exact"
+        p_value: float | None = mcnemar(gained, lost)
     else:
         test, p_value = "paired_t", paired_t(ours, theirs)
     kept = None

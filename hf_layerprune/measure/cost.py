@@ -50,7 +50,8 @@ def read_prompt(model: PreTrainedModel, ids: torch.Tensor) -> Any:
     Returns:
         `Any`: The model's output.
     """
-    last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    supports: Any = model._supports_logits_to_keep
+    last = {"logits_to_keep": 1} if supports() else {}
     return model(input_ids=ids, use_cache=True, **last)
 
 
@@ -66,7 +67,8 @@ def decode_bytes(model: PreTrainedModel, batch: int, tokens: int) -> float:
         `float`: All weights once, except for a table of embeddings that is no head, and the cache. Of a mixture of
             experts all are counted, though a small batch reads only some.
     """
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    table: Any = model.get_input_embeddings()
     tied = head is not None and getattr(head, "weight", None) is table.weight
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if not tied:

@@ -10,8 +10,9 @@ in both, so they run once.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -189,7 +190,8 @@ def distance(
             theirs = diverge(base_logits, targets)
             ours = diverge(_logits(head, states, positions), targets, Reference(base_logits))
             for row, values in zip(sums, (ours.nll, theirs.nll, ours.agrees, ours.kl), strict=True):
-                row += _of_windows(values, ids)
+                if values is not None:
+                    row += _of_windows(values, ids)
         sums_of_batches.append(sums)
 
     with evaluating(model, base):
@@ -233,7 +235,8 @@ def check_vocabularies(model: PreTrainedModel, base: PreTrainedModel) -> None:
 def _vocabulary(model: PreTrainedModel) -> int:
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
-    return model.get_input_embeddings().weight.shape[0] if weight is None else weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    return (embeddings.weight if weight is None else weight).shape[0]
 
 
 def _check_rows(rows: torch.Tensor) -> None:
@@ -244,7 +247,7 @@ def _check_rows(rows: torch.Tensor) -> None:
         )
 
 
-def _run(rows: torch.Tensor, batch_size: int, run: object, progress: bool, name: str) -> None:
+def _run(rows: torch.Tensor, batch_size: int, run: Callable[[torch.Tensor], None], progress: bool, name: str) -> None:
     with tqdm(total=len(rows), desc=name, unit="window", disable=not progress) as bar:
         for done in in_batches(rows, batch_size, run, "use shorter windows"):
             bar.update(done)

@@ -90,7 +90,7 @@ def _rows(
     if (vocabulary := model.vocabulary()) is not None:
         check_fits(rows, vocabulary)
         theirs = base.vocabulary() if base else None
-        if theirs is not None and theirs != vocabulary:
+        if base is not None and theirs is not None and theirs != vocabulary:
             raise LayerPruneError(
                 f"{model.name} has a vocabulary of {vocabulary} tokens and {base.name} one of {theirs}, so they can't be "
                 "compared token by token; name the base that the model was made from, or leave the texts out"
@@ -123,7 +123,7 @@ class _Evaluation:
 
     def run(self, texts: list[Text], rows: dict[str, tuple[torch.Tensor, dict[str, Any]]]) -> None:
         """Measure everything."""
-        live: PreTrainedModel | None = self._load(self.model)
+        live: Any = self._load(self.model)
         ours = self._run_tasks(self.model, live)
         if self.base is None:
             for text in texts:
@@ -135,6 +135,11 @@ class _Evaluation:
         self._compare_tasks(ours, self._run_tasks(self.base, dense))
         for text in texts:
             self._distance(text, live, dense, *rows[text.name])
+
+    @property
+    def _dense(self) -> Subject:
+        assert self.base is not None, "there is a base where two models are compared"
+        return self.base
 
     def _load(self, subject: Subject) -> PreTrainedModel:
         model = subject.load(self.request.dtype, self.request.device)
@@ -164,7 +169,7 @@ class _Evaluation:
         return runs
 
     def _base_tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.tokenizer if self._reads_with(self.base) is self.model else self.base.tokenizer()
+        return self.tokenizer if self._reads_with(self._dense) is self.model else self._dense.tokenizer()
 
     def _reads_with(self, subject: Subject) -> Subject:
         """Whose tokenizer a model reads with: its own, or of a base that has none, the pruned model's."""
@@ -270,7 +275,7 @@ class _Evaluation:
         seconds = perf_counter() - start
         mine, dense = found.of_model, found.of_base
         results = self._text_records(self.model, text, mine, settings, seconds)
-        results += self._text_records(self.base, text, dense, settings, seconds)
+        results += self._text_records(self._dense, text, dense, settings, seconds)
         results += self._distance_records(text, found, settings, seconds)
         self.store.add(results=results)
         pairs = {
@@ -333,7 +338,7 @@ class _Evaluation:
             return
         record = {
             "weights": self.model.weights,
-            "base": self.base.weights,
+            "base": self._dense.weights,
             "kind": kind,
             "task": task,
             "metric": metric,

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -120,7 +120,8 @@ def time_models(
     Returns:
         `dict[Workload, dict[str, list[Timing]]]`: One timing a repeat. Those of the same repeat were taken side by side.
     """
-    vocabulary = min(model.get_input_embeddings().weight.shape[0] for model in models.values())
+    embeddings: list[Any] = [model.get_input_embeddings() for model in models.values()]
+    vocabulary = min(table.weight.shape[0] for table in embeddings)
     generator = torch.Generator().manual_seed(seed)
     found: dict[Workload, dict[str, list[Timing]]] = {}
     names = list(models)
@@ -168,7 +169,8 @@ def time_once(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> Timi
     prefill = perf_counter() - start
     clock = _Clock()
     start = perf_counter()
-    model.generate(
+    generate: Any = model.generate
+    generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=work.new_tokens,

@@ -99,7 +99,7 @@ class Subject:
         """How many tokens the model knows, from its config alone; `None` where that does not say."""
         kwargs = {} if self.revision is None else {"revision": self.revision}
         adapter = find_adapter(self.source, **kwargs)
-        source = self.source if adapter is None else adapter.base_model_name_or_path
+        source = self.source if adapter is None else adapter.base_model_name_or_path or ""
         try:
             config = load_config(source, **({} if adapter is not None else kwargs))
         except CheckpointError:
@@ -152,7 +152,8 @@ def _on_hub(repo: str, revision: str | None) -> Subject:
         from ..cut.base import Base
 
         base = Base.open(repo, revision)
-        hub, folder, commit = base.repo, base.folder, base.repo.commit
+        hub: Any = base.repo
+        folder, commit = base.folder, hub.commit
         base.fetch_companions()
         weights = {name: entry for name, entry in hub.fingerprint().items() if name.endswith(WEIGHTS)}
         others = {name: path for name, path in model_files(folder).items() if not name.endswith(WEIGHTS)}
@@ -177,7 +178,7 @@ def _download_adapter(repo: str, revision: str | None) -> Path:
 def _refresh_base(adapter: PeftConfig | None) -> None:
     """Have the Hub client find out which commit an adapter's base is at, so that its identity is what will be loaded."""
     name = adapter.base_model_name_or_path if adapter is not None else None
-    if name and is_hub_id(name):
+    if adapter is not None and name and is_hub_id(name):
         from huggingface_hub import hf_hub_download
 
         with boundary(f"can't find the adapter's base {name}"):

@@ -309,9 +309,8 @@ def write_task(task: LocalTask | LocalText, folder: Path) -> Path:
     """
     import yaml
 
-    is_text = isinstance(task, LocalText)
     data = folder / f"{task.name}.jsonl"
-    rows = [{"text": task.text}] if is_text else task.rows
+    rows: Any = [{"text": task.text}] if isinstance(task, LocalText) else task.rows
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config: dict[str, Any] = {
         "task": task.name,
@@ -321,7 +320,7 @@ def write_task(task: LocalTask | LocalText, folder: Path) -> Path:
         "test_split": "test",
         "metadata": {"version": _VERSION},
     }
-    if is_text:
+    if isinstance(task, LocalText):
         metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
         config |= {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
         config["metric_list"] = [{"metric": metric} for metric in metrics]

@@ -190,7 +190,9 @@ def identity_of(hashes: Mapping[str, str], base: str | None = None) -> Identity:
     Returns:
         `Identity`: What it is.
     """
-    weights, template, others = {}, {}, {}
+    weights: dict[str, str] = {}
+    template: dict[str, str] = {}
+    others: dict[str, str] = {}
     for name, sha256 in hashes.items():
         if is_inert(name) or name in (CONFIG, GENERATION, ADAPTER_CONFIG):
             continue

@@ -242,7 +242,7 @@ def read_history(lineage: Lineage) -> History:
     for number, entry in enumerate(lineage.entries):
         later = [stay for at, stay in cuts if at > number]
         for name, part in _parts(entry):
-            stages.append(Stage(name, part, frozenset(_through(later, part.get("changed_tensors") or ()))))
+            stages.append(Stage(name, part, frozenset(_through(later, part.get("changed_tensors") or []))))
     return History(lineage, n, tuple(kept), tuple(stages))
 
 

@@ -55,7 +55,7 @@ class LogitTransform:
 
     def backward(self, gradient: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
         """The gradient of the head's product, from that of the logits, in place."""
-        if self.cap is not None:
+        if self.cap is not None and logits is not None:
             gradient.mul_(1 - (logits / self.cap).square_())
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
@@ -102,7 +102,8 @@ class OutputHead:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.device = model.get_input_embeddings().weight.device
+        table: Any = model.get_input_embeddings()
+        self.device: torch.device = table.weight.device
         self._module = model.get_output_embeddings()
         self._transform: LogitTransform | None = None
         ids = probe_ids(model, _PROBE_TOKENS)

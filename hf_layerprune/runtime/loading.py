@@ -176,9 +176,10 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     trust = kwargs.pop("trust_remote_code", False)
     with boundary(f"can't load {base}"):
         commit = resolve_commit(name, **lookup)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust, **kwargs
         )
+    model, info = loaded
     # Of a larger model, of which only the text part is made, the other parts' weights are left over.
     part = model_type is not None and model.config.model_type != model_type
     check_complete(str(base), info, within=_decoder_path(model) if part else "")

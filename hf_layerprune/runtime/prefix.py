@@ -101,7 +101,8 @@ class Prefix:
         # How many values each layer returns, see [`returned`]; known once the prefix has run.
         self.returns: list[int | None] = [None] * depth
         self._hidden: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
-        self._device = model.get_input_embeddings().weight.device
+        table: Any = model.get_input_embeddings()
+        self._device: torch.device = table.weight.device
         self._state: torch.Tensor | None = None
         self._skipping = ExitStack()
 
@@ -112,7 +113,8 @@ class Prefix:
         behind = tuple(
             f"{name}." for name in (find_final_norm(self.model, stack), find_output_head(self.model)) if name
         )
-        embeddings = self.model.get_input_embeddings().weight
+        table: Any = self.model.get_input_embeddings()
+        embeddings = table.weight
         yield "embeddings", embeddings
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             if tensor is not embeddings and not name.startswith((*after, *behind)):
@@ -167,7 +169,7 @@ class Prefix:
 
         def stub(index: int) -> Callable[..., Any]:
             last = index == self.depth - 1
-            return layer_stub(lambda hidden, *_: self._state if last else hidden, lambda: self.returns[index])
+            return layer_stub(lambda hidden, *_: self._kept() if last else hidden, lambda: self.returns[index])
 
         self._skipping.enter_context(replaced_forward(self._layers, *map(stub, range(self.depth))))
 
@@ -216,6 +218,10 @@ class Prefix:
         every._parameters = {str(i): parameter for i, parameter in enumerate(hidden)}
         release(every)  # weights that are mapped from a file come back when they are used again
 
+    def _kept(self) -> torch.Tensor:
+        assert self._state is not None, "the prefix is skipped without its states"
+        return self._state
+
     def restore(self) -> None:
         """Make the model what it was, with what was trained since."""
         self._skipping.close()
@@ -259,7 +265,7 @@ class SharedPrefix:
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: The first model's states, and the second's, see [`OutputHead`].
         """
-        inputs = {"use_cache": False}
+        inputs: dict[str, Any] = {"use_cache": False}
         base_ids, ids = ids.to(self._base.device), ids.to(self._head.device)
         if not self.depth:
             theirs = self._base.states(input_ids=base_ids, **inputs)
@@ -279,14 +285,15 @@ class SharedPrefix:
             row (`torch.Tensor`): Some token ids `[length]`.
         """
         depth, ids = self.depth, row[None, :_PROBE_TOKENS]
+        shared: tuple[torch.Tensor, torch.Tensor] | None
         try:
             shared = self.states(ids)
         except TROUBLE as error:
             if is_out_of_memory(error):
                 raise
-            shared = ()
+            shared = None
         self.depth = 0
-        if shared and all(map(close, shared, self.states(ids))):
+        if shared is not None and all(map(close, shared, self.states(ids))):
             self.depth = depth
         elif depth:
             names = [type(head.model).__name__ for head in (self._base, self._head)]
@@ -300,7 +307,8 @@ def _same_around(base: PreTrainedModel, stack: DecoderStack, model: PreTrainedMo
     """Whether all that comes before the first layer is the same: everything but layers, final norm and head."""
     around = []
     for one, where in ((base, stack), (model, other)):
-        after = {where.path, find_final_norm(one, where), find_output_head(one)} - {None}
+        places = (where.path, find_final_norm(one, where), find_output_head(one))
+        after = {path for path in places if path is not None}
         ids = {id(t) for path in after for t in _tensors(one.get_submodule(path)).values()}
         embeddings = _tensors(one.get_input_embeddings())  # a tied head is among them
         rest = {name: t for name, t in _tensors(one).items() if id(t) not in ids}
@@ -320,7 +328,7 @@ def _same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    plain = int | float | str | bool | tuple | type(None)
+    plain = (int, float, str, bool, tuple, type(None))
     ignored = ("training", "gradient_checkpointing", "_is_hf_initialized")
     return {name: value for name, value in vars(module).items() if isinstance(value, plain) and name not in ignored}
 

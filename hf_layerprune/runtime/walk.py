@@ -179,7 +179,7 @@ class LayerWalk:
         def stub(index: int) -> Callable[..., Any]:
             return layer_stub(functools.partial(instead, index), lambda: self._returns[index])
 
-        return replaced_forward(self.layers, *map(stub, range(self.num_layers)))
+        return replaced_forward(list(self.layers), *map(stub, range(self.num_layers)))
 
     def _headless(self) -> AbstractContextManager[None]:
         """Leave the head's product, which nobody will look at, uncomputed: for a few rows it takes long, and on some
@@ -236,7 +236,8 @@ class LayerWalk:
         """Move all but the layers, for good."""
         inside = {id(tensor) for layer in self.layers for tensor in (*layer.parameters(), *layer.buffers())}
         for module in self.model.modules():
-            for tensors in (module._parameters, module._buffers):
+            both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in both:
                 for name, tensor in tensors.items():
                     if tensor is not None and id(tensor) not in inside and tensor.device != self._device:
                         if tensors is module._parameters:

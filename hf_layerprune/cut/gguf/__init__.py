@@ -260,7 +260,7 @@ def _packed(header: GGUFHeader, rewrite: Rewrite, kept: list[tuple[Tensor, str]]
                 return self._pack("I", vtype) + val.data
             return super()._pack_val(val, vtype, add_vtype, sub_type)
 
-    writer = Writer(None, rewrite.architecture)
+    writer: Any = Writer(None, rewrite.architecture)
     writer.data_alignment = header.alignment
     writer.kv_data[0].clear()  # the architecture comes where the source has it
     for key, entry in header.keys.items():

@@ -231,7 +231,8 @@ def _new_value(cut: _Cut, entry: Entry) -> int | list[int] | None:
         return None
     suffix = key.removeprefix(f"{cut.architecture}.")
     if suffix == key:
-        return _unknown(cut, entry)
+        _unknown(cut, entry)
+        return None
     if suffix == "block_count":
         return len(cut.kept)
     if suffix in PER_LAYER and entry.is_array:
@@ -263,9 +264,9 @@ def _new_value(cut: _Cut, entry: Entry) -> int | list[int] | None:
             header.fail(f"{key} is not 0, and what it says about the layers cannot be rewritten for a cut")
     elif suffix in SCALARS or suffix in PER_LAYER:
         if entry.is_array:
-            return _unknown(cut, entry)
+            _unknown(cut, entry)
     elif suffix not in ARRAYS:
-        return _unknown(cut, entry)
+        _unknown(cut, entry)
     return None
 
 

@@ -61,7 +61,7 @@ class _BoundedReader(GGUFReader):
         self.strings += count
         if self.strings > MAX_STRINGS:
             raise ValueError(f"it claims {self.strings} strings, more than any vocabulary has")
-        data, unpack, end = self.data, struct.Struct("<Q").unpack_from, len(self.data)
+        data, unpack, end = self.data.data, struct.Struct("<Q").unpack_from, len(self.data)
         for _ in range(count):
             if position + 8 > end:
                 raise ValueError(f"it ends at byte {end}, inside an array of strings")

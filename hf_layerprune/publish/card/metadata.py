@@ -55,8 +55,8 @@ def metadata(card: Card) -> dict[str, Any]:
         **fields,
     )
     found = data.to_dict()
-    first = ("language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model")
-    first += ("base_model_relation",)
+    first = ["language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model"]
+    first += ["base_model_relation"]
     order = [*first, *(name for name in found if name not in (*first, "model-index")), "model-index"]
     return {name: found[name] for name in order if name in found}
 
@@ -120,14 +120,15 @@ def eval_results(results: Results | None) -> list[Any]:
 
     own = results.own if results else None
     found = []
-    for row in results.rows if results and own else ():
-        cell = row.cells.get(own.weights)
+    for row in results.rows if results else ():
+        cell = row.cells.get(own.weights) if own else None
         if cell is None:
             continue
         record = cell.record
         kind, task, metric = row.key
         dataset = str(record.get("dataset", ""))
-        settings = {name: record[name] for name in ("stderr", "samples", "device", "dtype") if name in record}
+        told = ("stderr", "samples", "device", "dtype")
+        settings: dict[str, Any] = {name: record[name] for name in told if name in record}
         found.append(
             EvalResult(
                 task_type="text-generation",
@@ -162,8 +163,8 @@ def eval_files(results: Results | None) -> dict[str, str]:
 
     own = results.own if results else None
     files: dict[str, str] = {}
-    for row in results.table(["accuracy"]) if results and own else ():
-        cell = row.cells.get(own.weights)
+    for row in results.table(["accuracy"]) if results else ():
+        cell = row.cells.get(own.weights) if own else None
         if cell is None or not _is_benchmark(row, cell.record):
             continue
         record, task = cell.record, row.key[1]

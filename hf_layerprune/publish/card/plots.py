@@ -215,7 +215,9 @@ def _both(columns: Sequence[ResultColumn], speed: Row) -> list[str]:
 def _scores_of(entry: dict[str, Any], history: History) -> tuple[str, list[float | None]] | None:
     """What the layers were chosen by: the criterion, and its score of each layer of the base."""
     selection = entry.get("selection")
-    told = selection.get("scores") if isinstance(selection, dict) else None
+    if not isinstance(selection, dict):
+        return None
+    told = selection.get("scores")
     values = told.get("layers") if isinstance(told, dict) else None
     if not isinstance(values, list) or len(values) != history.num_base_layers:
         return None

@@ -117,7 +117,7 @@ class Card:
     @property
     def digest(self) -> str:
         """A hash of all that the pictures are drawn from."""
-        records = [self.history.lineage.entries]
+        records: list[Any] = [self.history.lineage.entries]
         if self.results is not None:
             records += [self.results.metrics.models, self.results.metrics.results]
         return hashlib.sha256(json.dumps([_DRAWING, *records], sort_keys=True).encode()).hexdigest()[:16]
@@ -188,9 +188,10 @@ def _means(results: Results | None) -> list[Markup]:
     """Mean accuracy of the model and of the dense one, where there are both."""
     means = results.mean_accuracy() if results else {}
     pair = [results.own, results.dense] if results else []
-    if not means or None in pair:
+    columns = [column for column in pair if column is not None]
+    if not means or len(columns) < len(pair):
         return []
-    return [_with_error(*means[column.weights]) for column in pair]
+    return [_with_error(*means[column.weights]) for column in columns]
 
 
 def _has_noise(results: Results | None, kinds: tuple[str, ...]) -> bool:

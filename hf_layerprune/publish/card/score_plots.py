@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ...select.registry import CRITERIA
@@ -30,7 +30,7 @@ def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], p
     ):
         for axes, found in zip(panels.flat, scores, strict=False):
             gone = set(drops[found.criterion])
-            values = {i: score for i, score in enumerate(found.layers) if score is not None}
+            values = {i: score for i, score in enumerate(found.layers or ()) if score is not None}
             kept = [i for i in values if i not in gone]
             axes.bar(kept, [values[i] for i in kept], 0.78, color=CYCLE[4], label="kept")
             chosen = [i for i in values if i in gone]
@@ -41,7 +41,7 @@ def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], p
             axes.set_title(criterion.name + (" (paper)" if found.variant == "paper" else ""), fontsize=9.5, pad=5)
             axes.set_ylabel(criterion.unit, fontsize=8.5)
             axes.tick_params(labelsize=8)
-            axes.set_xlim(-0.8, len(found.layers) - 0.2)
+            axes.set_xlim(-0.8, len(found.layers or ()) - 0.2)
             grid(axes, "y")
         for axes in panels.flat[len(scores) :]:
             axes.axis("off")
@@ -161,6 +161,6 @@ def _heat_map(found: Scores, drops: Sequence[int], path: Path) -> None:
         axes.set_ylabel("layers in the block")
 
 
-def _spread(values: object) -> float:
-    values = list(values)
-    return max(values) / min(values) if values and min(values) > 0 else 0.0
+def _spread(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return max(numbers) / min(numbers) if numbers and min(numbers) > 0 else 0.0

@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import LayerPruneError
 from ...files.copy import write_failed
@@ -112,14 +112,15 @@ def draw(
         from matplotlib.figure import Figure
     except ImportError:
         raise LayerPruneError('plots need matplotlib; pip install "hf-layerprune[plots]"') from None
+    settings: Any = _RC
     # Without pyplot: no window, no global list of figures, and it works in any thread.
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(settings):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(rows, columns, **subplots)
         _write(figure, path)
 
 
-def grid(axes: Axes, axis: str = "y") -> None:
+def grid(axes: Axes, axis: Literal["x", "y", "both"] = "y") -> None:
     """Faint lines to read values from, along one axis."""
     axes.grid(True, axis=axis)
     axes.tick_params(axis=axis, length=0)

@@ -38,7 +38,7 @@ def table(header: Sequence[Any], align: str, rows: Sequence[Sequence[Any]]) -> M
     filled = [index for index in range(len(header)) if any(str(row[index]) for row in rows)]
     if not filled:
         return Markup("")
-    lines = [
+    lines: list[list[str]] = [
         [prose(header[index]) for index in filled],
         [{"l": ":---", "r": "---:"}[align[index]] for index in filled],
     ]
@@ -109,8 +109,9 @@ def training_table(stage: Stage) -> Markup:
     """The settings of a training run that say most of it; all of them are in the list of settings."""
     told = stage.settings
     each = [told.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")]
-    if all(isinstance(number, int) for number in each):
-        told = told | {"rows_a_step": prod(each)}
+    numbers = [number for number in each if isinstance(number, int)]
+    if len(numbers) == len(each):
+        told = told | {"rows_a_step": prod(numbers)}
     told = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in told.items()}
     rows = [[words, code(told[name])] for name, words in _TRAINING.items() if told.get(name) not in (None, "", [], -1)]
     return table([stage.name, ""], "ll", rows)

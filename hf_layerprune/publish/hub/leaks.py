@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from .contents import WEIGHTS
 
@@ -106,7 +107,8 @@ def _patterns() -> list[tuple[str, re.Pattern[str]]]:
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
     from detect_secrets.plugins.base import RegexBasedDetector
 
-    plugins = {name: plugin for name, plugin in get_mapping_from_secret_type_to_class().items() if name not in _LOOSE}
+    known: dict[str, Any] = get_mapping_from_secret_type_to_class()
+    plugins = {name: plugin for name, plugin in known.items() if name not in _LOOSE}
     theirs = [
         (name, pattern)
         for name, plugin in plugins.items() if issubclass(plugin, RegexBasedDetector)

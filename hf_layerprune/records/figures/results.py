@@ -142,8 +142,9 @@ class Results:
         means = {}
         for column in self.columns:
             records = [row.cells[column.weights].record for row in rows]
-            errors = [record.get("stderr") for record in records]
-            stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(rows)
+            errors = [record["stderr"] for record in records if record.get("stderr") is not None]
+            complete = len(errors) == len(records)
+            stderr = math.sqrt(sum(error**2 for error in errors)) / len(rows) if complete else None
             means[column.weights] = (sum(record["value"] for record in records) / len(rows), stderr)
         return means
 
