@@ -7,10 +7,7 @@ before a function is called.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
-
-from packaging.version import Version
 
 from .errors import LayerPruneError
 
@@ -18,15 +15,27 @@ if TYPE_CHECKING:
     import os
     from enum import Enum
 
+    from packaging.version import Version
+
 __version__ = "0.1.0"
 
 
 def installed(distribution: str) -> Version:
     """The installed version of a distribution; `0` where it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from packaging.version import Version
+
     try:
         return Version(version(distribution))
     except PackageNotFoundError:
         return Version("0")
+
+
+def _is_at_least(distribution: str, floor: str) -> bool:
+    from packaging.version import Version
+
+    return installed(distribution) >= Version(floor)
 
 
 # --- PEFT -------------------------------------------------------------------------------------------------
@@ -39,10 +48,9 @@ def check_peft() -> None:
         LayerPruneError: PEFT is older than 0.19: it does not call the hook that puts dropped layers back, so
             `disable_adapter` would give the pruned model where the dense one is asked for.
     """
-    peft = installed("peft")
-    if peft < Version("0.19"):
+    if not _is_at_least("peft", "0.19"):
         raise LayerPruneError(
-            f"peft {peft} is too old: it can't switch between the pruned and the dense model, and would give wrong "
+            f"peft {installed('peft')} is too old: it can't switch between the pruned and the dense model, and would give wrong "
             'results silently; install a newer one: pip install "peft>=0.19"'
         )
 
@@ -56,7 +64,7 @@ def let_peft_save(method: Enum) -> None:
     Args:
         method (`Enum`): The method's name, a member of a string enum.
     """
-    if installed("peft") >= Version("0.21"):
+    if _is_at_least("peft", "0.21"):
         return
     from enum import Enum
 
@@ -121,7 +129,7 @@ def resolve_commit(
 
 def transport_error() -> type[Exception]:
     """What the Hub client raises where a server can't be reached: of httpx until 1.x, of httpx2 from 2.0 on."""
-    library = "httpx2" if installed("huggingface-hub") >= Version("2") else "httpx"
+    library = "httpx2" if _is_at_least("huggingface-hub", "2") else "httpx"
     return import_module(library).TransportError
 
 
@@ -130,9 +138,9 @@ def transport_error() -> type[Exception]:
 
 def trl_pads_by_itself() -> bool:
     """Whether TRL knows `pad_to_multiple_of="auto"`."""
-    return installed("trl") >= Version("1.16")
+    return _is_at_least("trl", "1.16")
 
 
 def trl_drops_rows_without_labels() -> bool:
     """Whether TRL leaves out rows whose prompt alone fills `max_length`, so that nothing is learned from them."""
-    return installed("trl") >= Version("1.10")
+    return _is_at_least("trl", "1.10")
