@@ -32,7 +32,7 @@ def _parse_criteria(text: str) -> list[str]:
 def _check_criteria(names: object) -> list[str]:
     if not isinstance(names, list | tuple) or not names:
         raise CutError("name one criterion or more, such as kl,taylor, or all")
-    scores = [name for name in CRITERIA if name != "auto"]
+    scores = [name for name, criterion in CRITERIA.items() if criterion.kind != "choice"]
     expanded = [each for name in names for each in (scores if name == "all" else [find_criterion(name).name])]
     return list(dict.fromkeys(expanded))
 
