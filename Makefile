@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test fast space matrix compat docs cards lint format demo clean
+.PHONY: install test fast space fuzz matrix compat docs cards lint format demo clean
 
 install: $(STAMP)
 
@@ -22,14 +22,18 @@ $(STAMP): pyproject.toml
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
 test: $(STAMP) lint
-	$(PYTEST) -m 'not space'
+	$(PYTEST) -m 'not space and not fuzz'
 
 fast: $(STAMP)
-	$(PYTEST) -m 'not matrix and not browser and not processes and not space'
+	$(PYTEST) -m 'not matrix and not browser and not processes and not space and not fuzz'
 
 # The published Space in an environment that pip makes from the Space's own requirements.
 space: $(STAMP)
 	$(BIN)/python -m pytest -m space
+
+# 2,000 damaged versions of every file that the commands read: hours.
+fuzz: $(STAMP)
+	$(PYTEST) -m fuzz
 
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -n auto -m matrix

@@ -12,7 +12,6 @@ windows that are used are drawn by a seed.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CheckpointError, CutError, LayerPruneError
+from ..errors import CheckpointError, CutError, LayerPruneError, boundary
+from ..files.json_file import parse_json
+from ..files.text_file import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -200,14 +201,7 @@ def _documents(source: str, seed: int) -> Iterator[str | list[dict[str, Any]]]:
 
 
 def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"calibration file {path} is no text in UTF-8 ({error.reason} at {error.start})"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"calibration file {path} can't be read: {error.strerror or error}") from error
+    text = read_text(path)
     if "\0" in text:
         raise CheckpointError(f"calibration file {path} is binary; name a text")
     if not text.strip():
@@ -243,19 +237,16 @@ def _rows(path: Path, column: str) -> list[str | list[dict[str, Any]]]:
 def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except ValueError as error:
-                raise CheckpointError(f"line {number} of {path} is no JSON: {error}") from error
+            yield f"line {number}", parse_json(line, f"line {number} of {path}")
 
 
 def _json_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}; is it JSON lines? Then name it .jsonl") from error
+        rows = parse_json(text, str(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; is it JSON lines? Then name it .jsonl") from error
     if not isinstance(rows, list):
-        raise CheckpointError(f"{path} is no list of rows; write one row a line and name it .jsonl")
+        raise CheckpointError(f"{path} is not a list of rows; write one row a line and name it .jsonl")
     for number, row in enumerate(rows):
         yield f"row {number}", row
 
@@ -300,11 +291,13 @@ def _tokens(
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in documents:
         if isinstance(document, str):
-            ids += tokenizer(document, add_special_tokens=False, verbose=False).input_ids + between
+            with boundary("the tokenizer can't read the calibration set"):
+                ids += tokenizer(document, add_special_tokens=False, verbose=False).input_ids + between
         elif tokenizer.chat_template is None:
             raise CheckpointError("the calibration set has chats, and the tokenizer has no chat template; name a text")
         else:
-            chat: Any = tokenizer.apply_chat_template(document, return_dict=True)
+            with boundary("the tokenizer's chat template can't render the calibration set", "name a text instead"):
+                chat: Any = tokenizer.apply_chat_template(document, return_dict=True)
             ids += chat.input_ids
         if len(ids) >= enough:
             break

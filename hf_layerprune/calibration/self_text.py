@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, LogitsProce
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, boundary
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -101,7 +101,8 @@ class _Draw(LogitsProcessor):
 def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """An empty turn of a user, or how a text begins."""
     if tokenizer is not None and tokenizer.chat_template is not None:
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+        with boundary("the tokenizer's chat template can't be rendered", "name a text with --calibration"):
+            chat = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
         before, mark, _ = str(chat).partition(_MARK)
         if mark and before:
             return tokenizer(before, add_special_tokens=False).input_ids
