@@ -312,3 +312,25 @@ def test_a_config_is_checked_before_anything_is_built(copy: Path, fields: dict[s
 
 def load_pruned_at_two(folder: Path) -> Any:
     return prune_with(LayerDropConfig(base_model_name_or_path=str(folder), drop_layers=[2]))
+
+
+# --- where numbers go ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_numbers_overwrite_nothing_but_numbers(
+    model: Path, copy: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precious = tmp_path / "precious.txt"
+    precious.write_text("words")
+    link = tmp_path / "link.json"
+    link.symlink_to(precious)
+    os.mkfifo(tmp_path / "pipe")
+    before = {path: path.read_bytes() for path in (*model.iterdir(), *copy.iterdir(), precious)}
+    outputs = [link, precious, tmp_path, tmp_path / "pipe", Path("/dev/null"), copy / "config.json"]
+    outputs += [model / "model.safetensors", model / "new.json", copy / ".." / "copy" / "tokenizer.json"]
+    for output in outputs:
+        words = [*commands(copy, tmp_path)[command], "--base", str(model), "--output", str(output)]
+        assert main(words) == 1
+        assert re.search("name (a|another) file|where only metrics.json is written", one_line_of(capsys))
+    assert {path: path.read_bytes() for path in before} == before

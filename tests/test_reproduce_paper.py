@@ -21,7 +21,7 @@ import yaml
 
 from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.layer_ranges import parse_layers
-from hf_layerprune.measure.evaluate import EvalRequest
+from hf_layerprune.measure.requests import EvalRequest
 from hf_layerprune.stages.prune import PruneRequest
 
 from .measure_models import byte_tokenizer, write_model, write_tasks

@@ -15,13 +15,14 @@ from tqdm.auto import tqdm
 
 from ..errors import LayerPruneError
 from ..records.metrics import Metrics
-from .compare import compare_values, compare_windows
 from .cost import cache_bytes, decode_bytes, prefill_flops
+from .opening import open_measurement
+from .paired import compare_values, compare_windows
 from .probe import Probe, Probed, probe
 from .requests import BenchRequest
 from .speed import Repeats, Timing, Workload, time_models
 from .store import Store, now
-from .subject import Subject, describe_device, describe_dtype, identify, pick_device
+from .subject import Subject, describe_device, describe_dtype, pick_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,11 +54,7 @@ def bench(request: BenchRequest) -> Metrics:
         CheckpointError: A model can't be read, or numbers belong to other weights.
         LayerPruneError: A setting makes no sense, or a model does not fit into memory.
     """
-    model = identify(request.model, request.revision)
-    base = identify(request.base, request.base_revision) if request.base else None
-    if base is not None and base.weights == model.weights:
-        raise LayerPruneError(f"{request.model} and {request.base} have the same weights; name another base")
-    store = Store.open(model, base, output=request.output, history=request.history, force=request.force)
+    model, base, store = open_measurement(request)
     _Bench(request, store, [one for one in (base, model) if one is not None]).run()
     return store.metrics
 

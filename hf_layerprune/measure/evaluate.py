@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, LayerPruneError
 from ..records.metrics import Metrics
 from .answers import Answers
-from .compare import Comparison, compare_answers, compare_values, compare_windows
+from .opening import open_measurement
+from .paired import PairedDifference, compare_answers, compare_values, compare_windows
 from .requests import EvalRequest
 from .store import Store, now
-from .subject import Subject, describe_device, describe_dtype, identify
+from .subject import Subject, describe_device, describe_dtype
 from .tasks import LocalText, TaskSet, read_tasks, task_set
 from .texts import WIKITEXT2, Text, check_fits, check_same_tokens, find_text, windows
 
@@ -64,14 +65,7 @@ def evaluate(request: EvalRequest) -> Metrics:
         CheckpointError: A model can't be read, or numbers belong to other weights.
         LayerPruneError: A task or text can't be had, or the model and its base can't be compared.
     """
-    for name in ("limit", "length", "windows"):
-        if (value := getattr(request, name)) is not None and value < 1:
-            raise LayerPruneError(f"--{name} is {value}, and must be 1 or more")
-    model = identify(request.model, request.revision)
-    base = identify(request.base, request.base_revision) if request.base else None
-    if base is not None and base.weights == model.weights:
-        raise LayerPruneError(f"{request.model} and {request.base} have the same weights; name another base")
-    store = Store.open(model, base, output=request.output, history=request.history, force=request.force)
+    model, base, store = open_measurement(request)
     texts = _texts_of(request)
     tokenizer = model.tokenizer()
     rows = {text.name: _rows(text, tokenizer, request, model, base) for text in texts}
@@ -333,7 +327,9 @@ class _Evaluation:
             records.append(record)
         return records
 
-    def _add_comparison(self, kind: str, task: str, metric: str, settings: dict[str, Any], found: Comparison) -> None:
+    def _add_comparison(
+        self, kind: str, task: str, metric: str, settings: dict[str, Any], found: PairedDifference
+    ) -> None:
         if not math.isfinite(found.difference):
             return
         record = {

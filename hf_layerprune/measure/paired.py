@@ -7,17 +7,20 @@ all: exact McNemar for right and wrong answers, paired t for everything else.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# Of a base that guesses, nothing can be kept: its margin over chance must be so many standard errors.
+from ..errors import LayerPruneError
+
+# A share of the base's margin over chance is given only where that margin is this many standard errors or more.
 _MARGIN = 2
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedDifference:
     """How a number differs from the base's.
 
     Args:
@@ -41,12 +44,12 @@ class Comparison:
     samples: int | None = None
 
     def fields(self) -> dict[str, Any]:
-        """What is known, under the names of `metrics.json`."""
+        """What is known and finite, under the names of `metrics.json`."""
         known = {name: value for name, value in asdict(self).items() if value is not None}
         return {name: value for name, value in known.items() if not isinstance(value, float) or math.isfinite(value)}
 
 
-def compare_values(value: float, base: float) -> Comparison:
+def compare_values(value: float, base: float) -> PairedDifference:
     """Compare two numbers of which nothing more is known.
 
     Args:
@@ -54,12 +57,12 @@ def compare_values(value: float, base: float) -> Comparison:
         base (`float`): The base's.
 
     Returns:
-        `Comparison`: Difference and share.
+        `PairedDifference`: Difference and share.
     """
-    return Comparison(value - base, share=value / base if base else None)
+    return PairedDifference(value - base, share=value / base if base else None)
 
 
-def compare_answers(ours: Sequence[float], theirs: Sequence[float], chance: float | None = None) -> Comparison:
+def compare_answers(ours: Sequence[float], theirs: Sequence[float], chance: float | None = None) -> PairedDifference:
     """Compare scores by question.
 
     Args:
@@ -69,7 +72,7 @@ def compare_answers(ours: Sequence[float], theirs: Sequence[float], chance: floa
         chance (`float`, *optional*): What guessing gets.
 
     Returns:
-        `Comparison`: Of the means.
+        `PairedDifference`: Of the means.
     """
     mean, base = sum(ours) / len(ours), sum(theirs) / len(theirs)
     difference, stderr = _paired(ours, theirs)
@@ -86,10 +89,10 @@ def compare_answers(ours: Sequence[float], theirs: Sequence[float], chance: floa
         if error is not None and base - chance > _MARGIN * error:
             kept = (mean - chance) / (base - chance)
     share = mean / base if base else None
-    return Comparison(difference, stderr, share, kept, test if p_value is not None else None, p_value, len(ours))
+    return PairedDifference(difference, stderr, share, kept, test if p_value is not None else None, p_value, len(ours))
 
 
-def compare_windows(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
+def compare_windows(ours: Sequence[float], theirs: Sequence[float]) -> PairedDifference:
     """Compare a text's negative log-likelihoods by window.
 
     Args:
@@ -97,12 +100,12 @@ def compare_windows(ours: Sequence[float], theirs: Sequence[float]) -> Compariso
         theirs (`Sequence[float]`): The base's, of the same windows.
 
     Returns:
-        `Comparison`: Of the means.
+        `PairedDifference`: Of the means.
     """
     difference, stderr = _paired(ours, theirs)
     p_value, base = paired_t(ours, theirs), sum(theirs)
     test = "paired_t" if p_value is not None else None
-    return Comparison(difference, stderr, sum(ours) / base if base else None, None, test, p_value, len(ours))
+    return PairedDifference(difference, stderr, sum(ours) / base if base else None, None, test, p_value, len(ours))
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -115,13 +118,9 @@ def mcnemar(gained: int, lost: int) -> float:
     Returns:
         `float`: The chance that a fair coin falls as unevenly. 1 where the models never differ.
     """
-    n = gained + lost
-    # Whole numbers throughout: the tail has no rounding, however many questions there are.
-    term, tail = 1, 0
-    for k in range(min(gained, lost) + 1):
-        tail += term
-        term = term * (n - k) // (k + 1)
-    return min(1.0, 2 * tail / (1 << n))
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
 
 
 def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
@@ -138,13 +137,21 @@ def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
     difference, stderr = _paired(ours, theirs)
     if stderr is None or not math.isfinite(difference) or not math.isfinite(stderr):
         return None
-    if stderr == 0:
+    if stderr == 0:  # scipy has no answer where all differences are the same
         return 1.0 if difference == 0 else 0.0
-    # Regularised incomplete beta function: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.1.
-    import mpmath
+    from scipy.stats import ttest_1samp
 
-    freedom, t = len(ours) - 1, difference / stderr
-    return float(mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True))
+    return float(ttest_1samp([a - b for a, b in zip(ours, theirs, strict=True)], 0).pvalue)
+
+
+def require_statistics() -> None:
+    """Refuse, before anything is measured, where two models can't be compared.
+
+    Raises:
+        LayerPruneError: scipy is not installed.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise LayerPruneError('comparing a model with its base needs scipy: pip install "hf-layerprune[eval]"')
 
 
 def _paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
@@ -153,6 +160,7 @@ def _paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, floa
 
 
 def _stderr(values: Sequence[float]) -> float | None:
+    """Standard error of a mean."""
     n = len(values)
     if n < 2:
         return None
