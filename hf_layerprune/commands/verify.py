@@ -6,11 +6,11 @@ import argparse
 
 from ..options import MODEL_HELP
 
-HELP = "prove that a model's weights come from its base"
+HELP = "prove that a model is what its base and its records make it"
 DESCRIPTION = (
-    "Compare MODEL with the base that its lineage.json names: every tensor that no stage changed must be the base's, "
-    "bit for bit. Of what is on the Hub, only headers, hashes and the bytes to compare are fetched. Exit code 0 says "
-    "yes, 1 no."
+    "Make the cut of the base that MODEL's lineage.json names again, and compare hashes: weights, config, tokenizer, chat "
+    "template and every other file that decides how MODEL behaves. Tensors that a repair or training changed cannot be "
+    "derived again; the verdict counts them. Exit code 0: everything is accounted for; 1: it is not."
 )
 
 
@@ -21,15 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", metavar="BASE", help=f"where the base is, if not where lineage.json says: {MODEL_HELP}"
     )
     parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
-    parser.add_argument("--quick", action="store_true", help="headers and hashes only; no tensor is read")
+    parser.add_argument(
+        "--accept-trained",
+        action="store_true",
+        help="take the records' word for the tensors that a repair or training changed",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Verify."""
     from ..publish.verify.verdict import verify
 
-    found = verify(args.model, base=args.base, revision=args.revision, quick=args.quick)
-    for line in found.lines:
+    outcome = verify(args.model, base=args.base, revision=args.revision, accept_trained=args.accept_trained)
+    for line in outcome.lines:
         print(f"{'ok' if line.good else 'NO':<4} {line.what:<8}  {line.text}")
-    print(found.verdict)
-    return 0 if found.good else 1
+    print(outcome.verdict)
+    return 0 if outcome.good else 1

@@ -1,145 +1,153 @@
-"""A published model where it is: a folder, or a repository of which no more is fetched than is asked for."""
+"""The model and the base that `verify` looks at: folders, or repositories of which no more is fetched than is needed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...cut.folder import INDEX, SINGLE, check_index, find_weights, read_json, shard_names
-from ...cut.header import Header, read_header
 from ...errors import CheckpointError
 from ...files.hub import Repo
-from ...records.fingerprints import fingerprint
-from ..hub.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ...records.fingerprints import ADAPTER_CONFIG, CONFIG, WEIGHTS, fingerprint, is_inert, sha256_of
+from ...records.history import History
+from ...records.lineage import FILE_NAME as LINEAGE
+from ...records.metrics import FILE_NAME as METRICS
+from ...records.names import base_name
+from ...runtime.loading import is_hub_id
 
-_WEIGHTS = (".safetensors", ".gguf")
+_RECORDS = (LINEAGE, METRICS)
+_MAX_SMALL = 512 << 20
 
 
 @dataclass(frozen=True)
 class Place:
-    """A model in a folder.
+    """A model where it is.
 
     Args:
         name (`str`): What to call it.
-        folder (`Path`): Where its small files are.
-        names (`frozenset[str]`): The files at its top.
+        folder (`Path`): Where its records and small files are.
+        hashes (`dict[str, str]`): The sha256 of each file that may change how it behaves, by its relative path.
+        repo (`Repo`, *optional*): Its repository, where it is on the Hub.
     """
 
     name: str
     folder: Path
-    names: frozenset[str]
+    hashes: dict[str, str]
+    repo: Repo | None = None
+
+    @classmethod
+    def open(cls, model: str | Path, revision: str | None = None, token: str | bool | None = None) -> Place:
+        """Find a model, and hash its files; of weights on the Hub, the Hub's hashes are taken.
+
+        Args:
+            model (`str` or `Path`): A folder, or a Hub id.
+            revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
+            token (`str` or `bool`, *optional*): As the Hub client takes it; by default the user's own.
+
+        Raises:
+            CheckpointError: There is no such model, or it can't be read.
+        """
+        if is_hub_id(model):
+            return cls._on_hub(Repo.open(str(model), revision, token=token))
+        folder = Path(model).expanduser()
+        if not folder.is_dir():
+            what = "is a file" if folder.is_file() else "does not exist"
+            raise CheckpointError(f"{folder} {what}; name a model folder or a Hub id")
+        hashes: dict[str, str] = {}
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if is_inert(name) or (path.is_dir() and not path.is_symlink()):
+                continue
+            if not path.is_file():
+                raise CheckpointError(f"{path} is a link to a folder or to nothing; remove it")
+            hashes[name] = sha256_of(path)
+        return cls(str(folder), folder, hashes)
+
+    @classmethod
+    def _on_hub(cls, repo: Repo) -> Place:
+        names = [name for name in repo.files if not is_inert(name)]
+        large = [name for name in names if repo.files[name].sha256 and name.endswith(WEIGHTS)]
+        small = [name for name in names if name not in large]
+        if huge := [name for name in small if repo.files[name].size > _MAX_SMALL]:
+            raise CheckpointError(
+                f"{repo.name}/{huge[0]} is too large for a file beside the weights; download the model"
+            )
+        paths = repo.fetch([*small, *(name for name in _RECORDS if name in repo.files)])
+        hashes = {name: str(repo.files[name].sha256) for name in large} | {
+            name: sha256_of(paths[name]) for name in small
+        }
+        folder = next((path.parent for name, path in paths.items() if "/" not in name), Path(repo.name))
+        return cls(repo.name, folder, hashes, repo)
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is an adapter and no model."""
-        return ADAPTER_CONFIG in self.names and "config.json" not in self.names
+        """Whether it is an adapter rather than a whole model."""
+        return ADAPTER_CONFIG in self.hashes and CONFIG not in self.hashes
 
     @property
-    def local(self) -> bool:
-        """Whether reading costs no network."""
-        return True
+    def weights(self) -> list[str]:
+        """The weight files, in any folder."""
+        return [name for name in self.hashes if name.endswith(WEIGHTS)]
 
-    def small(self, name: str) -> Path | None:
-        """A small file, or `None` where there is none of that name."""
-        return self.folder / name if name in self.names else None
-
-    def weights(self) -> dict[str, dict[str, Any]]:
-        """Size and sha256 of the weight files."""
-        return {name: one for name, one in fingerprint(self.folder).items() if name.endswith(_WEIGHTS)}
-
-    def headers(self) -> dict[str, Header]:
-        """Read the headers of the weight files that loaders read.
-
-        Returns:
-            `dict[str, Header]`: By file name.
-
-        Raises:
-            CheckpointError: They are damaged, incomplete, or do not belong together.
-        """
-        index = None
-        if self.is_adapter:
-            names = [ADAPTER_WEIGHTS]
-        elif find_weights(self.names, self.name) == SINGLE:
-            names = [SINGLE]
-        else:
-            index = read_json(self._path(INDEX))
-            names = shard_names(index, f"{self.name}/{INDEX}")
-        missing = sorted(set(names) - self.names)
-        if missing:
-            raise CheckpointError(f"{self.name} lacks {missing[0]}, so it is not complete")
-        headers = {name: read_header(self._path(name)) for name in names}
-        if index is not None:
-            check_index(index["weight_map"], headers, f"{self.name}/{INDEX}")
-        return headers
-
-    def _path(self, name: str) -> Path:
-        return self.folder / name
+    def path(self, name: str) -> Path:
+        """Where a file is; one on the Hub is downloaded."""
+        return self.repo.get(name) if self.repo is not None else self.folder / name
 
 
 @dataclass(frozen=True)
-class HubPlace(Place):
-    """A model in a repository at one commit.
+class Base:
+    """The base of a model.
 
     Args:
-        repo (`Repo`): The repository.
+        source (`str` or `Path`): A Hub id, a folder, or a GGUF file.
+        commit (`str`, *optional*): The commit of a base on the Hub.
+        files (`dict[str, dict]`): Size and sha256 of its weight and JSON files.
+        token (`str` or `bool`, *optional*): As the Hub client takes it.
     """
 
-    repo: Repo
+    source: str | Path
+    commit: str | None
+    files: dict[str, dict[str, Any]]
+    token: str | bool | None = None
 
     @classmethod
-    def open(cls, name: str, revision: str | None, token: str | bool | None = None) -> HubPlace:
-        """List a repository.
+    def find(cls, history: History, named: str | None, token: str | bool | None) -> Base:
+        """Find the base that a lineage names.
+
+        Args:
+            history (`History`): What the lineage says.
+            named (`str`, *optional*): Where the user says that it is.
+            token (`str` or `bool`, *optional*): As the Hub client takes it.
 
         Raises:
-            CheckpointError: There is none, or it can't be read.
+            CheckpointError: It can't be found, or can't be read.
         """
-        repo = Repo.open(name, revision, token=token)
-        return cls(name, Path(), frozenset(file for file in repo.files if "/" not in file), repo)
+        told = history.lineage.base
+        place = named or str(told.get("id") or "")
+        path = Path(place).expanduser()
+        if place and path.exists() and (named or not told.get("commit")):
+            return cls(path, None, fingerprint(path))
+        name = place if named else history.base_on_hub
+        if not name or not is_hub_id(name):
+            raise CheckpointError(f"the base, {named or base_name(told)}, is not here; say where it is with --base")
+        repo = Repo.open(name, told.get("commit") if name == told.get("id") else None, token=token)
+        return cls(name, repo.commit, repo.fingerprint(), token)
 
     @property
-    def local(self) -> bool:
-        """Whether reading costs no network."""
-        return False
+    def packed(self) -> bool:
+        """Whether it is a GGUF file."""
+        return isinstance(self.source, Path) and self.source.is_file()
 
-    def small(self, name: str) -> Path | None:
-        """Download a small file through the client's cache, or `None` where there is none of that name."""
-        return self.repo.get(name) if name in self.names else None
+    def __str__(self) -> str:
+        return f"{self.source} at {self.commit[:12]}" if self.commit else str(self.source)
 
-    def weights(self) -> dict[str, dict[str, Any]]:
-        """Size and sha256 of the weight files, as the Hub lists them."""
-        listed = {
-            name: file for name, file in self.repo.files.items() if name in self.names and name.endswith(_WEIGHTS)
-        }
-        unhashed = sorted(name for name, file in listed.items() if file.sha256 is None)
-        if unhashed:
-            raise CheckpointError(f"the Hub has no sha256 of {self.name}/{unhashed[0]}; download the repository")
-        return {name: {"size": file.size, "sha256": file.sha256} for name, file in listed.items()}
-
-    def _path(self, name: str) -> Path:
-        return self.repo.get(name)
+    def differences(self, told: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """The files that are not those that a lineage names: of weights and config also those that are missing."""
+        decisive = [name for name in told if name.endswith(WEIGHTS) or name == CONFIG]
+        return [name for name in told if (name in decisive or name in self.files)
+                and _bytes(self.files.get(name)) != _bytes(told[name])]  # fmt: skip
 
 
-def open_place(model: str | Path, revision: str | None = None, token: str | bool | None = None) -> Place:
-    """Find a model.
-
-    Args:
-        model (`str` or `Path`): A folder, or a Hub id.
-        revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
-        token (`str` or `bool`, *optional*): As the client library takes it; by default the user's own.
-
-    Returns:
-        `Place`: Where it is.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    from ...runtime.loading import is_hub_id
-
-    if is_hub_id(model):
-        return HubPlace.open(str(model), revision, token)
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        what = "is a file" if folder.is_file() else "does not exist"
-        raise CheckpointError(f"{folder} {what}; name a model folder or a Hub id")
-    return Place(str(folder), folder, frozenset(path.name for path in folder.iterdir() if path.is_file()))
+def _bytes(entry: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
+    return None if entry is None else (entry.get("size"), entry.get("sha256"), entry.get("blob_id"))

@@ -1,224 +1,225 @@
-"""What a model's tensors have to be, if nothing but a cut was done to its base: where the bytes of each come from."""
+"""What a cut of the base has to be: the same cut is planned again, and what it would write is hashed, not written."""
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from ... import families
-from ...cut.base import Base as Files
-from ...cut.base import read_weights
-from ...cut.header import Tensor
-from ...cut.plan import Origin, Rows, Span, kept_tensors, new_names
+from ...cut.disk import plan_cut
+from ...cut.plan import CheckpointPlan, Rows, ShardPlan
 from ...cut.settings import read_config
+from ...cut.write import take_columns
 from ...errors import CheckpointError
 from ...files.copy import LocalFile
-from ...records.fingerprints import fingerprint
+from ...files.json_file import parse_json
+from ...records.fingerprints import CONFIG, WEIGHTS, hash_files, is_inert, model_files, sha256_of
 from ...records.history import History
-from ...records.names import base_name
-from ...runtime.loading import is_hub_id
+from .places import Base
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+_CHUNK = 8 << 20
+_MAX_HEADER = 100_000_000  # what safetensors allows
 
-logger = logging.getLogger(__name__)
 
-CHUNK = 8 << 20
+class TensorHash(NamedTuple):
+    """The type, the shape and the sha256 of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
 
 
 @dataclass(frozen=True)
-class Base:
-    """The base of a model, found.
+class Expected:
+    """What a cut leaves of its base.
 
     Args:
-        name (`str`): Where it is.
-        path (`Path`, *optional*): Its folder or GGUF file.
-        hub (`cut.base.Base`, *optional*): Its repository.
+        files (`dict[str, str]`): The sha256 of each file that may change how a model behaves, by its relative path.
+        inside (`dict[str, dict[str, TensorHash]]`): The tensors of each weight file, by name.
+        config (`dict[str, Any]`): The fields of the config, as its class gives them.
     """
 
-    name: str
-    path: Path | None = None
-    hub: Files | None = None
-
-    @classmethod
-    def find(cls, history: History, named: str | None, token: str | bool | None) -> Base:
-        """Find the base that a lineage names.
-
-        Args:
-            history (`History`): What the lineage says.
-            named (`str`, *optional*): Where the user says that it is.
-            token (`str` or `bool`, *optional*): As the client library takes it.
-
-        Raises:
-            CheckpointError: It is nowhere.
-        """
-        told = history.lineage.base
-        place = named or str(told.get("id") or "")
-        path = Path(place).expanduser()
-        if place and path.exists() and (named or not told.get("commit")):
-            return cls(place, path)
-        hub_id = place if named else history.base_on_hub
-        if not hub_id or not is_hub_id(hub_id):
-            raise CheckpointError(f"the base, {named or base_name(told)}, is not here; say where it is with --base")
-        commit = told.get("commit") if hub_id == told.get("id") else None
-        return cls(hub_id, hub=Files.open(hub_id, commit, token=token))
+    files: dict[str, str]
+    inside: dict[str, dict[str, TensorHash]]
+    config: dict[str, Any]
 
     @property
-    def packed(self) -> bool:
-        """Whether it is a GGUF file."""
-        return self.path is not None and self.path.is_file()
-
-    def differences(self, told: dict[str, dict[str, Any]]) -> list[str]:
-        """The files that are not those that a lineage tells of.
-
-        Args:
-            told (`dict[str, dict[str, Any]]`): Size and sha256 by file name.
-
-        Returns:
-            `list[str]`: Of weights and config, those that differ or are missing; other files decide nothing.
-        """
-        found = self.hub.repo.fingerprint() if self.hub and self.hub.repo else fingerprint(self.path)
-        decisive = [name for name in told if name.endswith((".safetensors", ".gguf")) or name == "config.json"]
-        return [name for name in decisive if _identity(found.get(name)) != _identity(told[name])]
+    def tensors(self) -> dict[str, TensorHash]:
+        """All tensors, by name."""
+        return {name: tensor for tensors in self.inside.values() for name, tensor in tensors.items()}
 
 
-def _identity(entry: dict[str, Any] | None) -> tuple[Any, ...] | None:
-    return None if entry is None else (entry.get("size"), entry.get("sha256"), entry.get("blob_id"))
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Where the bytes of every tensor come from that a cut leaves.
-
-    Args:
-        tensors (`dict[str, Origin]`): By the tensor's name after the cut.
-        others (`dict[str, Origin]`): All tensors of the base by their own names, where they can be looked at.
-        made_again (`bool`): Whether the cut was made again, since a cut of this kind is more than copied bytes.
-    """
-
-    tensors: dict[str, Origin]
-    others: dict[str, Origin] = field(default_factory=dict)
-    made_again: bool = False
-
-
-def expected_config(history: History, base: Base) -> dict[str, Any]:
-    """The fields of the config that the cuts leave.
+def rebuild(history: History, base: Base) -> Expected:
+    """Make the cuts of a history again, as one, without writing it.
 
     Args:
         history (`History`): What was done.
         base (`Base`): The base.
 
     Returns:
-        `dict[str, Any]`: As the config's class gives them.
-    """
-    from ...runtime.loading import load_config
-
-    config = load_config(base.path) if base.packed else read_config(base.hub.folder if base.hub else base.path)
-    for stage in history.stages:
-        if stage.name == "prune":
-            config = families.cut_config(config, families.make_cut(config, stage.settings["drop_layers"]))
-    return config.to_dict()
-
-
-@contextmanager
-def open_reference(history: History, base: Base) -> Iterator[Reference]:
-    """Find out what a model's tensors have to be.
-
-    Args:
-        history (`History`): What was done.
-        base (`Base`): The base.
-
-    Yields:
-        `Reference`: Where the bytes come from.
+        `Expected`: What is left of the base.
 
     Raises:
-        CheckpointError: The base is damaged, or the cut can't be followed.
+        CheckpointError: Nothing was dropped, the base is damaged or another one, or the cut can't be made again.
     """
-    if base.packed or history.dtype is not None:
-        with _made_again(history, base) as reference:
-            yield reference
-        return
-    folder = base.hub.folder if base.hub else base.path
-    config = read_config(folder)
-    if families.layer_count(config) != history.num_base_layers:
-        raise CheckpointError(
-            f"the base has {families.layer_count(config)} layers, and lineage.json says {history.num_base_layers}"
-        )
-    cut = _cut(config, history)
-    weights = read_weights(base.hub or Files.open(folder), lambda names: new_names(names, config, cut).names)
-    every = {
-        tensor.name: Origin(header.source, tensor, (Span(header.data_start + tensor.start, tensor.size),))
-        for header in weights.headers.values()
-        for tensor in header.tensors
-    }
-    yield Reference(kept_tensors(weights, config, cut), every)
-
-
-def _cut(config: PreTrainedConfig, history: History) -> families.Cut:
     if not history.dropped:
-        return families.Cut(tuple(range(history.num_base_layers)), history.num_base_layers)
-    return families.make_cut(config, history.dropped)
+        raise CheckpointError("lineage.json drops no layers")
+    if base.packed or history.dtype is not None:
+        return _converted(history, base)
+    plan = plan_cut(base.source, history.dropped, revision=base.commit, token=base.token)
+    if plan.cut.num_layers != history.num_base_layers:
+        raise CheckpointError(
+            f"the base has {plan.cut.num_layers} layers, and lineage.json says {history.num_base_layers}"
+        )
+    _check_bytes(plan, base.files)
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in plan.files.items()}
+    files |= hash_files({name: plan.source / name for name, _ in plan.companions if not is_inert(name)})
+    inside: dict[str, dict[str, TensorHash]] = {}
+    for shard in plan.shards:
+        with LocalFile(plan.source / shard.source) as source:
+            files[shard.target], inside[shard.target] = digest(_planned(shard, source))
+    with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
+        Path(place, CONFIG).write_bytes(plan.files[CONFIG])
+        return Expected(files, inside, read_config(Path(place)).to_dict())
 
 
-@contextmanager
-def _made_again(history: History, base: Base) -> Iterator[Reference]:
-    """Weights that were converted or unpacked: the cut is made again, by the same means."""
-    from ...stages.prune import PruneRequest, prune_to
+def _check_bytes(plan: CheckpointPlan, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Hold the bytes of the base's weights against their listed hashes: what a cache calls a file proves nothing."""
+    for name in {shard.source for shard in plan.shards}:
+        listed = files.get(name, {}).get("sha256")
+        if listed is not None and sha256_of(plan.source / name) != listed:
+            raise CheckpointError(
+                f"{plan.source / name} does not hold the bytes that its hash promises ({listed[:12]}); remove it from the "
+                "cache, and it is downloaded again"
+            )
+
+
+def _planned(shard: ShardPlan, source: LocalFile) -> Iterator[bytes]:
+    """The bytes of a weight file that a plan would write."""
+    yield shard.header
+    for piece in shard.pieces:
+        if isinstance(piece, Rows):
+            at_once = max(1, _CHUNK // piece.row_bytes)
+            for row in range(0, piece.rows, at_once):
+                count = min(at_once, piece.rows - row)
+                data = source.read(piece.offset + row * piece.row_bytes, count * piece.row_bytes)
+                yield bytes(take_columns(data, piece))
+        else:
+            for start in range(0, piece.length, _CHUNK):
+                yield source.read(piece.offset + start, min(_CHUNK, piece.length - start))
+
+
+def _converted(history: History, base: Base) -> Expected:
+    """A cut whose weights are unpacked or change their type is made in a temporary folder, by the same means."""
+    import torch
+
+    from ...cut.memory import drop_layers
+    from ...runtime.loading import load_base, load_tokenizer
 
     conversions = [
         one for one in history.stages if one.name == "prune" and one.settings.get("dtype", "auto") != "auto"
     ]
     if len(conversions) > 1:
         raise CheckpointError("the weights were converted more than once on the way, which can't be followed")
-    logger.info("the cut is made again from %s, in a temporary folder, since its weights are converted", base.name)
+    dtype = getattr(torch, history.dtype or "", None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"lineage.json says that the weights became {history.dtype!r}, which is not a type")
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
-        target = Path(place, "again")
-        prune_to(
-            PruneRequest(
-                base=str(base.path) if base.path else base.name,
-                output=str(target),
-                drop_layers=list(history.dropped),
-                dtype=history.dtype if conversions else "auto",
-                revision=base.hub.repo.commit if base.hub and base.hub.repo else None,
-            )
-        )
-        weights = read_weights(Files.open(target))
-        yield Reference(
-            {
-                tensor.name: Origin(header.source, tensor, (Span(header.data_start + tensor.start, tensor.size),))
-                for header in weights.headers.values()
-                for tensor in header.tensors
-            },
-            made_again=True,
-        )
+        folder = Path(place)
+        model = load_base(base.source, revision=base.commit, dtype=dtype)
+        drop_layers(model, history.dropped)
+        model.save_pretrained(folder)
+        try:
+            load_tokenizer(base.source, revision=base.commit).save_pretrained(folder)
+        except CheckpointError:
+            pass  # pruning such a base writes no tokenizer either
+        paths = model_files(folder)
+        inside = {name: digest_file(path) for name, path in paths.items() if name.endswith(WEIGHTS)}
+        return Expected(hash_files(paths), inside, read_config(folder).to_dict())
 
 
-def stream(origin: Origin) -> Iterator[bytes]:
-    """The bytes of a tensor, piece by piece."""
-    from ...cut.write import take_columns
+def digest_file(path: Path) -> dict[str, TensorHash]:
+    """The tensors of a safetensors file.
 
-    for piece in origin.pieces:
-        if isinstance(piece, Rows):
-            at_once = max(1, CHUNK // piece.row_bytes)
-            for row in range(0, piece.rows, at_once):
-                count = min(at_once, piece.rows - row)
-                data = origin.source.read(piece.offset + row * piece.row_bytes, count * piece.row_bytes)
-                yield bytes(take_columns(data, piece))
-        else:
-            yield from read_span(origin.source, piece.offset, piece.length)
+    Raises:
+        CheckpointError: It is not one.
+    """
+    with path.open("rb") as file:
+        return digest(iter(lambda: file.read(_CHUNK), b""), str(path))[1]
 
 
-def read_span(source: LocalFile, offset: int, length: int) -> Iterator[bytes]:
-    """A range of a file, piece by piece."""
-    for start in range(0, length, CHUNK):
-        yield source.read(offset + start, min(CHUNK, length - start))
+def digest(stream: Iterable[bytes], name: str = "the base") -> tuple[str, dict[str, TensorHash]]:
+    """Hash a safetensors file that passes by, as a whole and tensor by tensor.
+
+    Args:
+        stream (`Iterable[bytes]`): Its bytes in pieces of any length.
+        name (`str`, *optional*): What to call it in errors.
+
+    Returns:
+        `tuple[str, dict[str, TensorHash]]`: The sha256 of the file, and its tensors by name.
+
+    Raises:
+        CheckpointError: Its header is unsound, or the file ends early or late.
+    """
+    whole, parts = hashlib.sha256(), _Parts(stream)
+    length = int.from_bytes(parts.take(8, whole), "little")
+    if not 2 <= length <= _MAX_HEADER:
+        raise CheckpointError(f"{name} is not a safetensors file; download or save it again")
+    header = parse_json(parts.take(length, whole), name)
+    tensors: dict[str, TensorHash] = {}
+    position = 0
+    try:
+        header.pop("__metadata__", None)
+        for tensor, told in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = told["data_offsets"]
+            if start != position or not start <= end:
+                raise CheckpointError(f"{name}: {tensor} does not begin where the tensor before it ends")
+            own = hashlib.sha256()
+            parts.skip(end - start, whole, own)
+            tensors[tensor] = TensorHash(told["dtype"], tuple(told["shape"]), own.hexdigest())
+            position = end
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{name} has an unsound header: {error}") from error
+    if parts.rest():
+        raise CheckpointError(f"{name} has bytes that belong to no tensor")
+    return whole.hexdigest(), tensors
 
 
-def same_make(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same type and shape."""
-    return (one.dtype, one.shape) == (other.dtype, other.shape)
+class _Parts:
+    """A stream of bytes, of which exact counts are taken."""
+
+    def __init__(self, stream: Iterable[bytes]) -> None:
+        self._stream = iter(stream)
+        self._left = memoryview(b"")
+
+    def _next(self, count: int) -> memoryview:
+        while not self._left:
+            data = next(self._stream, None)
+            if data is None:
+                raise CheckpointError("a weight file is shorter than its header says; download or save it again")
+            self._left = memoryview(data)
+        part, self._left = self._left[:count], self._left[count:]
+        return part
+
+    def take(self, count: int, *digests: Any) -> bytes:
+        taken = bytearray()
+        while len(taken) < count:
+            taken += self._next(count - len(taken))
+        for one in digests:
+            one.update(taken)
+        return bytes(taken)
+
+    def skip(self, count: int, *digests: Any) -> None:
+        while count:
+            part = self._next(count)
+            count -= len(part)
+            for one in digests:
+                one.update(part)
+
+    def rest(self) -> bool:
+        return bool(self._left) or any(bytes(data) for data in self._stream)

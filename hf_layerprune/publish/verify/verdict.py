@@ -1,39 +1,42 @@
-"""`verify`: prove that a model's weights come from its base, by what its `lineage.json` says was done to them.
+"""`verify`: prove that a model is what its base and its `lineage.json` make it, file by file and tensor by tensor.
 
-    found = verify("someone/SmolLM2-135M-Instruct-23L")
-    print(found.good, [line.text for line in found.lines])
+    outcome = verify("someone/SmolLM2-135M-Instruct-23L")
+    print(outcome.verdict, [line.text for line in outcome.lines])
 
-Every tensor that no stage says it changed has to be the base's, to the last bit. Of a model on the Hub nothing is
-downloaded for it where the hash that the Hub lists can be computed from the base's bytes.
+The cut is planned again from the base, and what it would write is hashed. A file of the model with the same hash is
+proven as a whole, and on the Hub it is not even downloaded; of any other weight file each tensor is compared. Tensors
+that a repair or training changed can't be derived again: they are counted apart, and only held against the hash that
+their stage recorded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ...cut.folder import read_json
 from ...cut.settings import read_config
-from ...errors import CheckpointError, LayerPruneError
+from ...errors import CheckpointError, LayerPruneError, shown
 from ...families import MARKER
+from ...files.json_file import read_object
 from ...layer_ranges import format_layers
-from ...records.figures import numbers
-from ...records.fingerprints import weights_hash
+from ...records.fingerprints import ADAPTER_CONFIG, CONFIG, WEIGHTS, base_of_adapter, identity_of, weights_hash
 from ...records.history import History, read_history
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
 from ...records.metrics import Metrics
-from ..hub.contents import ADAPTER_CONFIG
-from .compare import Comparison, by_layer, compare, is_copy
-from .places import Place, open_place
-from .rebuild import Base, Reference, expected_config, open_reference
+from .places import Base, Place
+from .rebuild import Expected, TensorHash, digest_file, rebuild
 
 _MAX_LINES = 20
-# What a reload or a conversion sets anew, or says of the cut itself.
-_VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", MARKER}
+_SINGLE, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+# What saving a model sets, and what says of the cut itself what lineage.json says, too; none of it changes an output.
+_VOLATILE = {"_name_or_path", "transformers_version", "use_cache", MARKER}
 _ADAPTER_PREFIX = "base_model.model."
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Line:
     Args:
         good (`bool`): Whether it speaks for the model.
         what (`str`): What was looked at.
-        text (`str`): What was found.
+        text (`str`): What is the case.
     """
 
     good: bool
@@ -57,35 +60,55 @@ class Verified:
 
     Args:
         name (`str`): The model.
-        quick (`bool`): Whether tensors were left unread.
         lines (`list[Line]`): What was found.
-        comparison (`Comparison`, *optional*): What became of the tensors.
+        recorded (`Counter[str]`): Number of tensors that are only as recorded, by the stages that changed them.
+        accept_trained (`bool`): Whether those count as accounted for.
+        complete (`bool`): Whether everything was looked at.
     """
 
     name: str
-    quick: bool
     lines: list[Line] = field(default_factory=list)
-    comparison: Comparison | None = None
+    recorded: Counter[str] = field(default_factory=Counter)
+    accept_trained: bool = False
+    complete: bool = False
+
+    @property
+    def consistent(self) -> bool:
+        """Whether nothing contradicts the records."""
+        return self.complete and all(line.good for line in self.lines)
 
     @property
     def good(self) -> bool:
-        """Whether the model is what it says."""
-        return self.comparison is not None and all(line.good for line in self.lines)
+        """Whether everything that decides how the model behaves is accounted for."""
+        return self.consistent and (not self.recorded or self.accept_trained)
 
     @property
     def verdict(self) -> str:
-        """One line that says yes or no."""
-        if not self.good:
+        """One line: yes, no, or which part is proven and which is not."""
+        if not self.consistent:
             return f"NO: {self.name} is not proven to be what it says"
-        if self.quick:
-            return (
-                f"YES, so far: headers and hashes of {self.name} agree; its tensors were not read (leave out --quick)"
-            )
-        return f"YES: {self.name} is what it says"
+        if not self.recorded:
+            return f"YES: {self.name} is what it says"
+        stages = ", ".join(f"{name}: {count}" for name, count in sorted(self.recorded.items()))
+        told = (
+            f"{self.recorded.total()} tensors ({stages}) are only as {LINEAGE} records them, which nothing can derive"
+        )
+        if self.accept_trained:
+            return f"YES, as recorded: {self.name} is what it says; {told}"
+        return f"IN PART: all else of {self.name} is proven; {told} (--accept-trained takes the records' word)"
 
     def say(self, good: bool, what: str, text: str) -> None:
         """Note a finding."""
-        self.lines.append(Line(good, what, text))
+        self.lines.append(Line(good, what, shown(text)))
+
+    def say_all(self, what: str, texts: list[str], otherwise: str) -> None:
+        """Note what is wrong, at most `_MAX_LINES` of it, or that nothing is."""
+        for text in texts[:_MAX_LINES]:
+            self.say(False, what, text)
+        if len(texts) > _MAX_LINES:
+            self.say(False, what, f"and {len(texts) - _MAX_LINES} more")
+        if not texts:
+            self.say(True, what, otherwise)
 
 
 def verify(
@@ -93,7 +116,7 @@ def verify(
     *,
     base: str | None = None,
     revision: str | None = None,
-    quick: bool = False,
+    accept_trained: bool = False,
     token: str | bool | None = None,
 ) -> Verified:
     """Hold a model against its base.
@@ -102,212 +125,259 @@ def verify(
         model (`str` or `Path`): A model folder, or a Hub id.
         base (`str`, *optional*): Where the base is, if not where the lineage says.
         revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
-        quick (`bool`, *optional*, defaults to `False`): Headers and hashes only.
-        token (`str` or `bool`, *optional*): As the client library takes it; by default the user's own.
+        accept_trained (`bool`, *optional*, defaults to `False`): Take the records' word for tensors that a repair or
+            training changed.
+        token (`str` or `bool`, *optional*): As the Hub client takes it; by default the user's own.
 
     Returns:
         `Verified`: Whether the model is what it says, and why.
 
     Raises:
-        CheckpointError: There is no such model, or it or its base can't be read.
+        CheckpointError: There is no such model, or it can't be read.
     """
-    place = open_place(model, revision, token)
-    found = Verified(place.name, quick)
-    history = _history(place, found)
-    if history is None:
-        return found
-    weights = place.weights()
-    own = weights_hash(weights)
-    told = history.lineage.entries[-1].get("weights") if history.lineage.entries else None
-    if told == own:
-        found.say(True, "weights", f"their hash is {own[:12]}, as {LINEAGE} says")
-    else:
-        says = f"{LINEAGE} says {str(told)[:12]}: they were changed since, or it was"
-        found.say(False, "weights", f"their hash is {own[:12]}, and {says}")
-    _check_config(place, history, found)
-    _check_metrics(place, history, own, found)
+    place = Place.open(model, revision, token)
+    outcome = Verified(place.name, accept_trained=accept_trained)
     try:
-        source = Base.find(history, base, token)
-    except CheckpointError as error:
-        found.say(False, "base", str(error))
-        return found
-    _check_base(source, history, found)
-    _check_fields(place, source, history, found)
-    hashes = {name: entry["sha256"] for name, entry in weights.items()}
-    try:
-        headers = place.headers()
-        with open_reference(history, source) as reference:
-            rename, may_differ = _rules(place, history)
-            found.comparison = compare(
-                headers, hashes, reference, may_differ, history.kept, rename=rename, local=place.local, quick=quick
-            )
-            _tied(found.comparison, reference, quick)
-    except LayerPruneError as error:
-        found.say(False, "tensors", str(error))
-        return found
-    _tell(place, history, found, found.comparison, reference.made_again)
-    return found
-
-
-def _history(place: Place, found: Verified) -> History | None:
-    path = place.small(LINEAGE)
-    try:
-        lineage = Lineage.of(path.parent) if path is not None else None
+        lineage = Lineage.of(place.folder)
         if lineage is None:
-            found.say(False, "lineage", f"{place.name} has no {LINEAGE}, so it does not say what it was made of")
-            return None
+            raise CheckpointError(f"{place.name} has no {LINEAGE}, so it does not say what it was made of")
         history = read_history(lineage)
     except CheckpointError as error:
-        found.say(False, "lineage", str(error))
-        return None
+        outcome.say(False, "lineage", str(error))
+        return outcome
     done = ", ".join(stage.name for stage in history.stages)
     dropped = format_layers(history.dropped) or "none"
-    found.say(
+    outcome.say(
         True, "lineage",
         f"{history.base_id}: layers {dropped} of {history.num_base_layers} dropped, {len(history.kept)} left ({done})",
     )  # fmt: skip
-    return history
-
-
-def _check_config(place: Place, history: History, found: Verified) -> None:
-    """The config says of the last cut what the lineage says."""
-    cuts = [stage.entry for stage in history.stages if stage.name == "prune"]
-    name = ADAPTER_CONFIG if place.is_adapter else "config.json"
-    path = place.small(name)
-    if path is None or not cuts:
-        found.say(False, "config", f"{place.name} has no {name}" if path is None else f"{LINEAGE} has no cut")
-        return
+    _check_records(place, lineage, outcome)
+    _check_metrics(place, lineage, outcome)
     try:
-        fields = read_json(path)
-        told = fields if place.is_adapter else fields.get(MARKER) or {}
-        dropped, of = told.get("drop_layers"), told.get("num_base_layers")
-    except (LayerPruneError, AttributeError) as error:
-        found.say(False, "config", str(error))
-        return
-    settings, layers = cuts[-1]["settings"], cuts[-1].get("layers") or {}
-    if dropped != sorted(settings["drop_layers"]) or of != layers.get("base"):
-        what = "nothing" if dropped is None else f"layers {format_layers(dropped)} of {of}"
-        wanted = f"{format_layers(settings['drop_layers'])} of {layers.get('base')}"
-        found.say(False, "config", f"{name} says that {what} dropped, and {LINEAGE} says {wanted}: one was edited")
-    else:
-        found.say(True, "config", f"{name} and {LINEAGE} agree on the cut")
-
-
-def _check_metrics(place: Place, history: History, own: str, found: Verified) -> None:
-    path = place.small(METRICS)
-    if path is None:
-        return
-    try:
-        metrics = Metrics.of(path.parent)
-    except CheckpointError as error:
-        found.say(False, "metrics", str(error))
-        return
-    foreign = set(metrics.models) - {own} - history.lineage.known_weights()
-    if metrics.weights != own:
-        found.say(False, "metrics", f"{METRICS} was measured on other weights ({metrics.weights[:12]})")
-    elif foreign:
-        found.say(
-            False, "metrics", f"{METRICS} has numbers of weights ({min(foreign)[:12]}) that {LINEAGE} does not know"
-        )
-    else:
-        found.say(True, "metrics", f"{len(metrics.results)} numbers, of these weights and their history")
-
-
-def _check_base(source: Base, history: History, found: Verified) -> None:
-    told = history.lineage.base.get("files") or {}
-    differ = source.differences(told)
-    where = f"{source.name} at {source.hub.repo.commit[:12]}" if source.hub else source.name
-    if not any(name.endswith((".safetensors", ".gguf")) for name in told):
-        found.say(False, "base", f"{LINEAGE} has no hashes of the base's weights")
-    elif differ:
-        found.say(False, "base", f"{where} is not the base that {LINEAGE} names: {', '.join(differ[:3])} differ")
-    else:
-        found.say(True, "base", f"{where} is the one that {LINEAGE} names, by the hashes of its files")
-
-
-def _check_fields(place: Place, source: Base, history: History, found: Verified) -> None:
-    """The config is what the cut leaves of the base's: an edited one makes another model of the same weights."""
-    path = place.small("config.json")
-    if place.is_adapter or path is None:
-        return
-    try:
-        wanted, has = expected_config(history, source), read_config(path.parent).to_dict()
+        source = Base.find(history, base, token)
+        _check_base(source, lineage, outcome)
+        expected = rebuild(history, source)
+        if place.is_adapter:
+            _check_adapter(place, history, expected, outcome)
+        else:
+            _check_config(place, history, expected, outcome)
+        _check_files(place, expected, outcome)
+        _check_tensors(place, history, expected, outcome)
+        outcome.complete = True
     except LayerPruneError as error:
-        found.say(False, "config", str(error))
-        return
-    differ = sorted(name for name in wanted.keys() | has.keys() if wanted.get(name) != has.get(name))
-    differ = [name for name in differ if name not in _VOLATILE]
-    trained = {stage.name for stage in history.stages} - {"prune", "repair"}
-    if differ and trained:
-        found.say(True, "changed", f"config.json: {', '.join(differ)}")
-    elif differ:
-        told = ", ".join(f"{name} is {has.get(name)!r} and was {wanted.get(name)!r}"[:160] for name in differ[:3])
-        found.say(False, "config", f"config.json is not what the cut leaves of the base's: {told}")
+        outcome.say(False, "base", str(error))
+    return outcome
 
 
-def _rules(place: Place, history: History) -> tuple[Callable[[str], str], Callable[[str], bool]]:
-    """How tensors are named, and which of them a stage says it changed."""
-    changed = history.changed()
-    if not place.is_adapter:
-        return lambda name: name, lambda name: name in changed
-    config = read_json(place.small(ADAPTER_CONFIG))
-    # An adapter holds what was tuned or repaired, and nothing else.
-    modules = [*(config.get("modules_to_save") or ()), *(config.get("repaired_modules") or ())]
-    prefixes = tuple(f"{module}." for module in modules)
-    return (
-        lambda name: name.removeprefix(_ADAPTER_PREFIX),
-        lambda name: name in changed or name.startswith(prefixes),
-    )
-
-
-def _tied(comparison: Comparison, reference: Reference, quick: bool) -> None:
-    """A head that is tied to the embeddings need not be stored twice."""
-    heads = [name for name in comparison.absent if name.rpartition(".")[0].rpartition(".")[2] == "lm_head"]
-    gone = {name for name in heads if quick or is_copy(name, reference)}
-    comparison.absent = [name for name in comparison.absent if name not in gone]
-
-
-def _tell(place: Place, history: History, found: Verified, comparison: Comparison, made_again: bool) -> None:
-    wrong = [f"{name} {told}" for name, told in sorted(comparison.wrong.items())]
-    if not place.is_adapter:
-        wrong += [f"{name} is missing" for name in comparison.absent]
-    for text in _swapped(wrong)[:_MAX_LINES]:
-        found.say(False, "tensors", text)
-    if len(_swapped(wrong)) > _MAX_LINES:
-        found.say(False, "tensors", f"and {len(_swapped(wrong)) - _MAX_LINES} more")
-    for name, stages in _by_station(comparison, history, place).items():
-        for text in by_layer(stages):
-            found.say(True, "changed", f"{name}: {text}")
-    count = len(comparison.same)
-    if found.quick:
-        text = f"{count} of the tensors have the names, types and shapes of the base's"
-    elif made_again:
-        text = f"{count} are those that the same cut of the base gives again, to the last bit"
+def _check_records(place: Place, lineage: Lineage, outcome: Verified) -> None:
+    """The files are those that the last stage wrote, and each stage began with what the one before wrote."""
+    own = _weights_hash(place)
+    last = lineage.entries[-1] if lineage.entries else {}
+    if last.get("weights") == own:
+        outcome.say(True, "weights", f"their hash is {own[:12]}, as {LINEAGE} says")
     else:
-        text = f"{count} are the base's, to the last bit ({numbers.size(comparison.read)} compared)"
-    if not comparison.wrong:
-        found.say(True, "tensors", text)
-    if comparison.changed:
-        found.say(True, "tensors", f"{len(comparison.changed)} were changed, as {LINEAGE} says")
+        says = f"{LINEAGE} says {str(last.get('weights'))[:12]}: they were changed since, or it was"
+        outcome.say(False, "weights", f"their hash is {own[:12]}, and {says}")
+    for before, after in zip(lineage.entries, lineage.entries[1:], strict=False):
+        if after.get("input_weights") != before.get("weights"):
+            text = f"{LINEAGE}: {after['stage']} did not begin with the weights that {before['stage']} wrote"
+            outcome.say(False, "lineage", text)
+    recorded = last.get("files")
+    if recorded is None:
+        outcome.say(False, "files", f"{LINEAGE} does not record the config, the tokenizer and the like; prune again")
+        return
+    here = {name: sha256 for name, sha256 in place.hashes.items() if not name.endswith(WEIGHTS)}
+    changed = sorted(name for name in recorded.keys() | here.keys() if recorded.get(name) != here.get(name))
+    texts = [
+        f"{name} {'is missing' if name not in here else 'was added' if name not in recorded else 'was changed'} since "
+        f"{last['stage']} wrote the model"
+        for name in changed
+    ]
+    outcome.say_all("files", texts, f"{len(here)} files beside the weights are as {last['stage']} left them")
 
 
-def _by_station(comparison: Comparison, history: History, place: Place) -> dict[str, list[str]]:
-    told = history.changed()
-    found: dict[str, list[str]] = {}
-    for name in comparison.changed:
-        default = ["adapter"] if place.is_adapter else ["?"]
-        found.setdefault(" and ".join(dict.fromkeys(told.get(name, default))), []).append(name)
-    return found
+def _weights_hash(place: Place) -> str:
+    return weights_hash({name: {"sha256": place.hashes[name]} for name in place.weights if "/" not in name})
 
 
-def _swapped(wrong: list[str]) -> list[str]:
-    """One line for a layer that is another layer of the base, in place of one for each of its tensors."""
-    found: dict[str, None] = {}
-    for text in wrong:
-        name, _, told = text.partition(" ")
-        if told.startswith("is the base's layer "):
-            parts = name.split(".")
-            at = next(i for i, part in enumerate(parts) if part.isdecimal())
-            text = f"{'.'.join(parts[: at + 1])} {told}"
-        found[text] = None
-    return list(found)
+def _check_metrics(place: Place, lineage: Lineage, outcome: Verified) -> None:
+    try:
+        metrics = Metrics.of(place.folder)
+        if metrics is None:
+            return
+        top = {name: sha256 for name, sha256 in place.hashes.items() if "/" not in name or name.endswith(".jinja")}
+        model = identity_of(top, base_of_adapter(place.folder) if place.is_adapter else None)
+    except CheckpointError as error:
+        outcome.say(False, "metrics", str(error))
+        return
+    foreign = set(metrics.models) - {model.weights} - lineage.known_weights()
+    if metrics.weights != model.weights:
+        outcome.say(False, "metrics", f"{METRICS} was measured on other weights ({metrics.weights[:12]})")
+    elif changed := metrics.changed_since(model):
+        outcome.say(False, "metrics", f"{METRICS} was measured with another {' and '.join(changed)}")
+    elif foreign:
+        text = f"{METRICS} has numbers of weights ({min(foreign)[:12]}) that {LINEAGE} does not know"
+        outcome.say(False, "metrics", text)
+    else:
+        outcome.say(True, "metrics", f"{len(metrics.results)} numbers, of this model and its history")
+
+
+def _check_base(source: Base, lineage: Lineage, outcome: Verified) -> None:
+    told = lineage.base.get("files") or {}
+    if not any(name.endswith(WEIGHTS) for name in told):
+        outcome.say(False, "base", f"{LINEAGE} has no hashes of the base's weights")
+    elif differ := source.differences(told):
+        outcome.say(False, "base", f"{source} is not the base that {LINEAGE} names: {', '.join(differ[:3])} differ")
+    else:
+        outcome.say(True, "base", f"{source} is the one that {LINEAGE} names, by the hashes of its files")
+
+
+def _last_cut(history: History) -> tuple[list[int], Any]:
+    """The layers that the last cut dropped, and of how many."""
+    last = [stage for stage in history.stages if stage.name == "prune"][-1]
+    return sorted(last.settings["drop_layers"]), (last.entry.get("layers") or {}).get("base")
+
+
+def _check_cut(told: dict[str, Any], name: str, history: History, outcome: Verified) -> None:
+    dropped, of = told.get("drop_layers"), told.get("num_base_layers")
+    wanted, of_wanted = _last_cut(history)
+    if (dropped, of) != (wanted, of_wanted):
+        what = "nothing" if not isinstance(dropped, list) else f"layers {format_layers(dropped)} of {of}"
+        text = f"{name} says that {what} dropped, and {LINEAGE} says {format_layers(wanted)} of {of_wanted}"
+        outcome.say(False, "config", f"{text}: one was edited")
+    else:
+        outcome.say(True, "config", f"{name} and {LINEAGE} agree on the cut")
+
+
+def _check_config(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
+    """The config is what the cut leaves of the base's: an edited one makes another model of the same weights."""
+    if CONFIG not in place.hashes:
+        outcome.say(False, "config", f"{place.name} has no {CONFIG}")
+        return
+    _check_cut(read_object(place.path(CONFIG), non_finite=True).get(MARKER) or {}, CONFIG, history, outcome)
+    has, changed = read_config(place.folder).to_dict(), history.changed()
+    differ = {name for name in expected.config.keys() | has.keys() if expected.config.get(name) != has.get(name)}
+    differ -= _VOLATILE
+    if any(name.endswith("lm_head.weight") for name in changed) and has.get("tie_word_embeddings") is False:
+        differ.discard("tie_word_embeddings")  # a head of its own, which was trained
+    types = {_DTYPES.get(tensor.dtype) for tensor in expected.tensors.values()}
+    if expected.config.get("dtype") is None and types == {has.get("dtype")}:
+        differ.discard("dtype")  # saving a model writes down what its weights are
+    texts = [f"{name} is {has.get(name)!r} and was {expected.config.get(name)!r}"[:200] for name in sorted(differ)]
+    outcome.say_all("config", texts, f"{CONFIG} is what the cut leaves of the base's")
+
+
+def _check_adapter(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
+    """An adapter names this base, this cut and this method, and holds the tensors of the modules that it names."""
+    fields = read_object(place.path(ADAPTER_CONFIG))
+    _check_cut(fields, ADAPTER_CONFIG, history, outcome)
+    told = history.lineage.base
+    commit = fields.get("base_commit") or fields.get("revision")
+    wrong = []
+    if fields.get("peft_type") != "LAYER_DROP":
+        wrong.append(f"is an adapter of the method {fields.get('peft_type')!r}, and not of LAYER_DROP")
+    if fields.get("base_model_name_or_path") not in (told.get("id"), told.get("hub_id")):
+        wrong.append(
+            f"names the base {fields.get('base_model_name_or_path')!r}, and {LINEAGE} says {told.get('id')!r}"
+        )
+    if commit != told.get("commit"):
+        wrong.append(f"names the base's commit {commit!r}, and {LINEAGE} says {told.get('commit')!r}")
+    if fields.get("auto_mapping"):
+        wrong.append("names classes of its own to load the base with (auto_mapping)")
+    outcome.say_all("adapter", [f"{ADAPTER_CONFIG} {text}" for text in wrong], f"{ADAPTER_CONFIG} names this base")
+
+
+def _check_files(place: Place, expected: Expected, outcome: Verified) -> None:
+    """Every other file is the one that the cut leaves: tokenizer, chat template, generation settings, ..."""
+    loaded = {_ADAPTER, ADAPTER_CONFIG} if place.is_adapter else {CONFIG, *_weight_files(place)}
+    texts = []
+    for name, sha256 in sorted(place.hashes.items()):
+        if name in loaded or (name == _INDEX and not place.is_adapter):
+            continue
+        if name not in expected.files or name.endswith(WEIGHTS):
+            texts.append(f"{name} is not a file that the cut leaves, and may change how the model behaves; remove it")
+        elif expected.files[name] != sha256:
+            texts.append(f"{name} is not what the cut leaves of the base's")
+    if not place.is_adapter:
+        texts += [
+            f"{name} is missing"
+            for name in sorted(expected.files.keys() - place.hashes.keys())
+            if not name.endswith(WEIGHTS) and name != _INDEX
+        ]
+    others = len(place.hashes.keys() - loaded - {_INDEX})
+    outcome.say_all("files", texts, f"{others} other files are the base's" if others else "there are no other files")
+
+
+def _weight_files(place: Place) -> list[str]:
+    """The weight files that loaders read."""
+    if place.is_adapter:
+        return [_ADAPTER]
+    if _INDEX not in place.hashes:
+        return [_SINGLE]
+    if _SINGLE in place.hashes:
+        raise CheckpointError(f"{place.name} holds both {_SINGLE} and {_INDEX}, and loaders differ in which they read")
+    weight_map = read_object(place.path(_INDEX), max_bytes=200_000_000).get("weight_map")
+    return sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+
+
+def _check_tensors(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
+    """Every tensor is the base's, or was changed by a stage that says so; none is missing, and none is one too many."""
+    changed, tensors = history.changed(), expected.tensors
+    modules = tuple(f"{name}." for name in _repaired_modules(history)) if place.is_adapter else ()
+    wrong, same, seen = [], 0, set()
+    for name, tensor in _tensors(place, expected):
+        wanted = tensors.get(name)
+        seen.add(name)
+        if wanted == tensor:
+            same += 1
+        elif name in changed or (modules and name.startswith(modules)):
+            outcome.recorded[" and ".join(dict.fromkeys(changed.get(name, ["repair"])))] += 1
+        else:
+            wrong.append(_difference(name, tensor, wanted))
+    if not place.is_adapter:
+        wrong += [f"{name} is missing" for name in tensors.keys() - seen if not _is_tied(name, expected, seen)]
+    outcome.say_all("tensors", sorted(wrong), f"{same} are the base's, to the last bit")
+    for stages, count in sorted(outcome.recorded.items()):
+        names = [name for name in changed if " and ".join(dict.fromkeys(changed[name])) == stages]
+        examples = f", such as {names[0]}" if names else ""
+        outcome.say(True, "recorded", f"{count} were changed by {stages}, as {LINEAGE} says{examples}")
+
+
+def _repaired_modules(history: History) -> list[str]:
+    repairs = [stage.entry.get("repair") or {} for stage in history.stages if stage.name == "prune"]
+    return [name for repair in repairs for name in repair.get("changed_modules") or ()]
+
+
+def _tensors(place: Place, expected: Expected) -> Iterator[tuple[str, TensorHash]]:
+    """The tensors of the files that loaders read; a file whose hash is the expected one is not read again."""
+    files = _weight_files(place)
+    weight_map: dict[str, str] = {}
+    for file in files:
+        if file not in place.hashes:
+            raise CheckpointError(f"{place.name} lacks {file}, so it is not complete")
+        if place.hashes[file] == expected.files.get(file):
+            tensors = expected.inside[file]
+        else:
+            tensors = digest_file(place.path(file))
+        for name, tensor in tensors.items():
+            if weight_map.setdefault(name, file) != file:
+                raise CheckpointError(f"{name} is in both {weight_map[name]} and {file}")
+            yield name.removeprefix(_ADAPTER_PREFIX) if place.is_adapter else name, tensor
+    if _INDEX in place.hashes and read_object(place.path(_INDEX), max_bytes=200_000_000)["weight_map"] != weight_map:
+        raise CheckpointError(f"{_INDEX} and the weight files do not agree on which tensor is where")
+
+
+def _difference(name: str, tensor: TensorHash, wanted: TensorHash | None) -> str:
+    if wanted is None:
+        return f"{name} is not a tensor of the base"
+    if (tensor.dtype, tensor.shape) != (wanted.dtype, wanted.shape):
+        has, was = (f"{one.dtype}{list(one.shape)}" for one in (tensor, wanted))
+        return f"{name} is {has}, and the base's is {was}"
+    return f"{name} differs from the base's"
+
+
+def _is_tied(name: str, expected: Expected, seen: set[str]) -> bool:
+    """Whether a head need not be stored, because the embeddings are stored and are the same."""
+    is_head = name.endswith("lm_head.weight") and bool(expected.config.get("tie_word_embeddings"))
+    tensors = expected.tensors
+    return is_head and any(tensors.get(other) == tensors[name] for other in seen)
