@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError
-from ...files.hub import Repo
 from ...records.fingerprints import ADAPTER_CONFIG, CONFIG, WEIGHTS, fingerprint, is_inert, sha256_of
 from ...records.history import History
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.metrics import FILE_NAME as METRICS
 from ...records.names import base_name
 from ...runtime.loading import is_hub_id
+
+if TYPE_CHECKING:
+    from ...files.hub import Repo
 
 _RECORDS = (LINEAGE, METRICS)
 _MAX_SMALL = 512 << 20
@@ -49,6 +51,8 @@ class Place:
             CheckpointError: There is no such model, or it can't be read.
         """
         if is_hub_id(model):
+            from ...files.hub import Repo
+
             return cls._on_hub(Repo.open(str(model), revision, token=token))
         folder = Path(model).expanduser()
         if not folder.is_dir():
@@ -131,6 +135,8 @@ class Base:
         name = place if named else history.base_on_hub
         if not name or not is_hub_id(name):
             raise CheckpointError(f"the base, {named or base_name(told)}, is not here; say where it is with --base")
+        from ...files.hub import Repo
+
         repo = Repo.open(name, told.get("commit") if name == told.get("id") else None, token=token)
         return cls(name, repo.commit, repo.fingerprint(), token)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,10 +133,8 @@ def _converted(history: History, base: Base) -> Expected:
         model = load_base(base.source, revision=base.commit, dtype=dtype)
         drop_layers(model, history.dropped)
         model.save_pretrained(folder)
-        try:
+        with suppress(CheckpointError):  # pruning a base without a tokenizer writes none either
             load_tokenizer(base.source, revision=base.commit).save_pretrained(folder)
-        except CheckpointError:
-            pass  # pruning such a base writes no tokenizer either
         paths = model_files(folder)
         inside = {name: digest_file(path) for name, path in paths.items() if name.endswith(WEIGHTS)}
         return Expected(hash_files(paths), inside, read_config(folder).to_dict())

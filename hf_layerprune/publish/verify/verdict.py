@@ -161,11 +161,15 @@ def verify(
             _check_adapter(place, history, expected, outcome)
         else:
             _check_config(place, history, expected, outcome)
+    except LayerPruneError as error:
+        outcome.say(False, "base", str(error))
+        return outcome
+    try:
         _check_files(place, expected, outcome)
         _check_tensors(place, history, expected, outcome)
         outcome.complete = True
     except LayerPruneError as error:
-        outcome.say(False, "base", str(error))
+        outcome.say(False, "tensors", str(error))
     return outcome
 
 

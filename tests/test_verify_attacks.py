@@ -1,0 +1,355 @@
+"""What an adversary tries so that `verify` says yes: one test each, through the command, with and without forged records."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_layerprune.cli import main
+from hf_layerprune.records.fingerprints import behaviour_hashes, fingerprint, weights_hash
+from hf_layerprune.records.lineage import Lineage
+
+from .tiny_models import tiny_model
+
+NORM = "model.norm.weight"
+
+
+def write_base(folder: Path, shards: str = "1GB") -> Path:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tiny_model("llama").save_pretrained(folder, max_shard_size=shards)
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(128)}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2", pad_token="w0")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a cut of it, the same healed, and an adapter."""
+    place = tmp_path_factory.mktemp("attacks")
+    write_base(place / "base")
+    assert main(["prune", str(place / "base"), str(place / "cut"), "--drop-layers", "2,5"]) == 0
+    small = ["--drop-layers", "2,5", "--adapter", "--tune-layers", "1"]
+    assert main(["prune", str(place / "base"), str(place / "adapter"), *small]) == 0
+    shutil.copytree(place / "cut", place / "healed")
+    train(place / "healed")
+    entry = {"stage": "heal", "settings": {"method": "tail"}, "changed_tensors": [NORM]}
+    Lineage.of(place / "healed").record(place / "healed", entry)
+    return place
+
+
+@pytest.fixture
+def cut(place: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(place / "cut", tmp_path / "model"))
+
+
+@pytest.fixture
+def adapter(place: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(place / "adapter", tmp_path / "model"))
+
+
+def train(folder: Path, name: str = NORM) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def forge(folder: Path) -> None:
+    """Make the records agree with whatever was done to the folder."""
+    lineage = Lineage.of(folder)
+    lineage.entries[-1] |= {"weights": weights_hash(fingerprint(folder)), "files": behaviour_hashes(folder)}
+    lineage.write(folder)
+
+
+def says(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    capsys.readouterr()
+    code = main(["verify", str(folder), *words])
+    out, err = capsys.readouterr()
+    return code, out + err
+
+
+def edit_json(name: str, **fields: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+def write(name: str, content: str | bytes) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return change
+
+
+def test_what_nobody_touched(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cut", "adapter"):
+        code, said = says(place / name, capsys)
+        assert (code, "YES:" in said) == (0, True), said
+    code, said = says(place / "healed", capsys)
+    assert code == 1
+    assert "IN PART: " in said
+    assert "NO  " not in said
+    assert says(place / "healed", capsys, "--accept-trained")[0] == 0
+
+
+BEHAVIOUR: dict[str, tuple[Callable[[Path], object], str]] = {
+    "chat template edited": (write("chat_template.jinja", "{{ 'evil' }}"), "chat_template.jinja"),
+    "chat template removed": (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja"),
+    "another chat template": (write("additional_chat_templates/tool_use.jinja", "{{ 1 }}"), "tool_use.jinja"),
+    "template in the tokenizer's settings": (
+        edit_json("tokenizer_config.json", chat_template="x"),
+        "tokenizer_config",
+    ),
+    "tokenizer edited": (edit_json("tokenizer.json", normalizer={"type": "Lowercase"}), "tokenizer.json"),
+    "tokenizer removed": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+    "added tokens": (write("added_tokens.json", '{"evil": 5}'), "added_tokens.json"),
+    "special tokens": (write("special_tokens_map.json", '{"eos_token": "w5"}'), "special_tokens_map.json"),
+    "end of text": (edit_json("tokenizer_config.json", eos_token="w5"), "tokenizer_config.json"),
+    "generation settings edited": (edit_json("generation_config.json", temperature=9.0), "generation_config.json"),
+    "generation settings removed": (lambda folder: (folder / "generation_config.json").unlink(), "generation_config"),
+    "processor": (write("preprocessor_config.json", "{}"), "preprocessor_config.json"),
+}
+CONFIG: dict[str, Callable[[Path], object]] = {
+    "dtype": edit_json("config.json", dtype="float16"),
+    "rope_theta": edit_json("config.json", rope_parameters={"rope_type": "default", "rope_theta": 17.0}),
+    "rms_norm_eps": edit_json("config.json", rms_norm_eps=0.5),
+    "hidden_act": edit_json("config.json", hidden_act="relu"),
+    "eos_token_id": edit_json("config.json", eos_token_id=99),
+    "tie_word_embeddings": edit_json("config.json", tie_word_embeddings=True),
+    "architectures": edit_json("config.json", architectures=["MistralForCausalLM"]),
+    "auto_map": edit_json("config.json", auto_map={"AutoModelForCausalLM": "evil.Evil"}),
+    "attention": edit_json("config.json", attention_bias=True),
+    "quantization_config": edit_json("config.json", quantization_config={"quant_method": "bitsandbytes"}),
+    "the cut": edit_json("config.json", layer_drop={"drop_layers": [1, 5], "num_base_layers": 8}),
+}
+TENSOR = {"x": torch.ones(1)}
+PLANTED: dict[str, Callable[[Path], object]] = {
+    "an adapter": lambda folder: [
+        write("adapter_config.json", '{"peft_type": "LORA"}')(folder),
+        save_file(TENSOR, folder / "adapter_model.safetensors"),
+    ],
+    "an adapter's config": write("adapter_config.json", '{"peft_type": "LORA"}'),
+    "an adapter's weights": lambda folder: save_file(TENSOR, folder / "adapter_model.safetensors"),
+    "a stray safetensors file": lambda folder: save_file(TENSOR, folder / "stray.safetensors"),
+    "a copy of the weights": lambda folder: shutil.copy(folder / "model.safetensors", folder / "other.safetensors"),
+    "a shard": lambda folder: save_file(TENSOR, folder / "model-00002-of-00002.safetensors"),
+    "an index": write("model.safetensors.index.json", '{"weight_map": {"x": "stray.safetensors"}}'),
+    "a GGUF file": write("model.gguf", b"GGUF"),
+    "a pickle": write("pytorch_model.bin", b"\x80\x04."),
+    "another pickle": write("adapter_model.bin", b"\x80\x04."),
+    "code": write("modeling_evil.py", "raise SystemExit"),
+    "a folder": write("adapter/adapter_config.json", '{"peft_type": "LORA"}'),
+    "a folder with weights": write("onnx/model.onnx", b"x"),
+    "a word list": write("merges.txt", "a b"),
+    "a link to a folder": lambda folder: (folder / "adapter").symlink_to(folder.parent),
+    "a link to nothing": lambda folder: (folder / "extra.json").symlink_to(folder / "absent"),
+    "a file without a kind": write("evil", b"x"),
+}
+
+
+@pytest.mark.parametrize("forged", [False, True])
+@pytest.mark.parametrize("attack", BEHAVIOUR)
+def test_files_that_decide_behaviour(cut: Path, attack: str, forged: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    change, named = BEHAVIOUR[attack]
+    change(cut)
+    if forged:
+        forge(cut)
+    code, said = says(cut, capsys)
+    assert code == 1
+    assert named in said
+    assert "YES" not in said
+
+
+@pytest.mark.parametrize("forged", [False, True])
+@pytest.mark.parametrize("name", ["cut", "healed"])
+@pytest.mark.parametrize("attack", CONFIG)
+def test_config_fields(
+    place: Path, tmp_path: Path, attack: str, name: str, forged: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(place / name, tmp_path / "model"))
+    CONFIG[attack](model)
+    if forged:
+        forge(model)
+    code, said = says(model, capsys, "--accept-trained")
+    assert code == 1
+    assert "YES" not in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("forged", [False, True])
+@pytest.mark.parametrize("attack", PLANTED)
+def test_files_that_were_planted(cut: Path, attack: str, forged: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    PLANTED[attack](cut)
+    if forged and "link" not in attack:
+        forge(cut)
+    code, said = says(cut, capsys)
+    assert code == 1
+    assert "YES" not in said
+    assert "Traceback" not in said
+
+
+ADAPTER: dict[str, Callable[[Path], object]] = {
+    "another base": edit_json("adapter_config.json", base_model_name_or_path="someone/else"),
+    "another method": edit_json("adapter_config.json", peft_type="LORA"),
+    "another commit": edit_json("adapter_config.json", base_commit="0" * 40),
+    "another revision": edit_json("adapter_config.json", revision="evil"),
+    "another cut": edit_json("adapter_config.json", drop_layers=[1, 5]),
+    "classes of its own": edit_json("adapter_config.json", auto_mapping={"parent_library": "evil"}),
+    "a pickle beside it": write("adapter_model.bin", b"\x80\x04."),
+    "stray weights beside it": lambda folder: save_file(TENSOR, folder / "model.safetensors"),
+    "a chat template": write("chat_template.jinja", "{{ 'evil' }}"),
+}
+
+
+@pytest.mark.parametrize("forged", [False, True])
+@pytest.mark.parametrize("attack", ADAPTER)
+def test_an_adapter(adapter: Path, attack: str, forged: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    ADAPTER[attack](adapter)
+    if forged:
+        forge(adapter)
+    code, said = says(adapter, capsys)
+    assert code == 1
+    assert "YES" not in said
+
+
+def invent(**fields: Any) -> dict[str, Any]:
+    return {"stage": "heal", "settings": {}, "changed_tensors": [NORM]} | fields
+
+
+@pytest.mark.parametrize("entry", [
+    invent(), invent(stage="repair"), invent(stage="anything"), invent(stage="prune", settings={"drop_layers": []}),
+    invent(data=[{"name": "alpaca", "rows": 10}], command="accelerate launch recipes/sft_tail.py", seconds=10.0),
+], ids=["bare", "a repair", "a name of its own", "a cut of nothing", "in full"])  # fmt: skip
+def test_a_stage_that_was_invented(cut: Path, entry: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Well forged, it can't be told from a true one: so it is never a yes unless the user takes the records' word."""
+    train(cut)
+    Lineage.of(cut).record(cut, entry)
+    code, said = says(cut, capsys)
+    assert code == 1
+    assert "YES" not in said
+    if "IN PART" in said:
+        assert f"1 tensors ({entry['stage']}: 1) are only as lineage.json records them" in said
+
+
+def test_a_stage_that_does_not_follow(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(cut)
+    lineage = Lineage.of(cut)
+    lineage.record(cut, invent())
+    lineage.entries[-1]["input_weights"] = "0" * 64
+    lineage.write(cut)
+    code, said = says(cut, capsys, "--accept-trained")
+    assert code == 1
+    assert "heal did not begin with the weights that prune wrote" in said
+
+
+def test_a_base_of_links_into_a_cache_whose_names_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The name of a cache's file is no proof of what it holds."""
+    base = write_base(tmp_path / "base")
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    name = fingerprint(base)["model.safetensors"]["sha256"]
+    (base / "model.safetensors").rename(blobs / name)
+    (base / "model.safetensors").symlink_to(blobs / name)
+    assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "2"]) == 0
+    assert says(tmp_path / "cut", capsys)[0] == 0
+    tensors = load_file(blobs / name)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, blobs / name, metadata={"format": "pt"})
+    train(tmp_path / "cut")
+    forge(tmp_path / "cut")
+    code, said = says(tmp_path / "cut", capsys)
+    assert code == 1
+    assert "is not the base that lineage.json names" in said
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_kept_tensor_that_is_missing(tmp_path: Path, both: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write_base(tmp_path / "base")
+    assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "2"]) == 0
+    gone = "model.layers.0.mlp.up_proj.weight"
+    for folder in (tmp_path / "cut", base)[: 1 + both]:
+        path = folder / "model.safetensors"
+        save_file({name: t for name, t in load_file(path).items() if name != gone}, path, metadata={"format": "pt"})
+    lineage = Lineage.of(tmp_path / "cut")
+    lineage.base["files"] = fingerprint(base)
+    lineage.write(tmp_path / "cut")
+    forge(tmp_path / "cut")
+    code, said = says(tmp_path / "cut", capsys)
+    assert code == 1
+    assert gone in said
+
+
+HOSTILE: dict[str, str] = {
+    "40,000 characters": json.dumps({"schema_version": 1, "base": {"id": "x" * 40_000}, "entries": []}),
+    "a command of 40,000": json.dumps(
+        {"schema_version": 1, "base": {}, "entries": [{"stage": "heal", "command": "x" * 40_000}]}
+    ),
+    "deep": '{"schema_version": 1, "base": {"id": ' + "[" * 5000 + "]" * 5000 + '}, "entries": []}',
+    "deep settings": json.dumps({"schema_version": 1, "base": {}, "entries": [{"stage": "a", "settings": {"a": [[[[[[[[
+        [[[[[[[[[[1]]]]]]]]]]]]]]]]]]}}]}),
+    "huge number": '{"schema_version": 1, "base": {}, "entries": [{"stage": "a", "seconds": 1e308}]}',
+    "huge integer": '{"schema_version": 1, "base": {}, "entries": [{"stage": "a", "layers": {"base": ' + "9" * 4000
+    + "}}]}",
+    "ten million layers": '{"schema_version": 1, "base": {}, "entries": [{"stage": "a", "layers": {"base": 10000000}}]}',
+    "not a number": '{"schema_version": 1, "base": {}, "entries": [{"stage": "a", "seconds": NaN}]}',
+    "a list": "[]",
+    "no entries": '{"schema_version": 1, "base": {}}',
+    "another version": '{"schema_version": 9, "base": {}, "entries": []}',
+    "unknown field": '{"schema_version": 1, "base": {}, "entries": [], "evil": 1}',
+    "a key twice": '{"schema_version": 1, "schema_version": 1, "base": {}, "entries": []}',
+    "control characters": json.dumps({"schema_version": 1, "base": {}, "entries": [{"stage": 1, "x": "\x1b[2J\u202e"}]}),
+    "stage of control characters": json.dumps({"schema_version": 1, "base": {}, "entries": [
+        {"stage": "\x1b[2Jprune", "settings": {"drop_layers": [1]}, "layers": {"base": 8}}]}),
+    "layers that are words": json.dumps({"schema_version": 1, "base": {}, "entries": [
+        {"stage": "prune", "settings": {"drop_layers": ["1"]}, "layers": {"base": 8}}]}),
+    "half a character": '{"schema_version": 1, "base": {"id": "\\ud800"}, "entries": []}',
+    "empty": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["verify", "card"])
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_a_hostile_lineage(cut: Path, attack: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (cut / "lineage.json").write_text(HOSTILE[attack])
+    capsys.readouterr()
+    assert main([command, str(cut)]) == 1
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    assert "\x1b" not in out + err
+    assert "\u202e" not in out + err
+    assert len(out + err) < 2000
+
+
+@pytest.mark.parametrize("attack", [
+    '{"schema_version": 1}', "[]", "{", '{"weights": ' + "[" * 5000 + "]" * 5000 + "}",
+    json.dumps({"schema_version": 1, "weights": "0" * 64, "models": {}, "results": [], "comparisons": [], "x": 1}),
+    json.dumps({"schema_version": 1, "weights": "0" * 64, "models": {"0" * 64: {"role": "cut", "name": "x" * 40_000,
+                "layers": 1, "parameters": 1}}, "results": [], "comparisons": []}),
+    json.dumps({"schema_version": 1, "weights": "\x1b[2J", "models": {}, "results": [], "comparisons": []}),
+    json.dumps({"schema_version": 1, "weights": "0" * 64, "models": {"0" * 64: {"role": "cut", "name": "x",
+                "layers": 10**7, "parameters": 1}}, "results": [], "comparisons": []}),
+])  # fmt: skip
+@pytest.mark.parametrize("command", ["verify", "card"])
+def test_hostile_numbers(cut: Path, attack: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (cut / "metrics.json").write_text(attack)
+    capsys.readouterr()
+    assert main([command, str(cut)]) == 1
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    assert "\x1b" not in out + err
+    assert len(out + err) < 2000
