@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 from safetensors import safe_open
 
 from ..files.folders import new_folder
-from ..records.fingerprints import fingerprint
+from ..records.fingerprints import CONFIG, WEIGHTS, fingerprint, model_files
 from ..records.lineage import Lineage
-from ..runtime.loading import load_base, load_tokenizer
+from ..runtime.loading import load_base, load_config, load_tokenizer
 from .store import hash_rows
 from .student import Student
 
@@ -61,7 +62,7 @@ def write_healed(
         merged.name_or_path = merged.config.name_or_path = str(student.folder)
         folder = folders.enter_context(new_folder(output, apart_from=student.folder))
         merged.save_pretrained(folder)
-        _save_tokenizer(student, folder)
+        _copy_beside_weights(student.folder, folder)
         entry["changed_tensors"] = changed_tensors(student.folder, folder)
         entry["layers"] = {"base": student.cut.num_layers, "left": len(student.cut.keep)}
         lineage.record(folder, entry)
@@ -72,7 +73,10 @@ def write_healed(
 def _merged(student: Student, trained: Path, adapter: Path | None, folders: ExitStack) -> PreTrainedModel:
     """The whole model; its adapter, where it is one, is written on the way."""
     if not (trained / "adapter_config.json").is_file():
-        return load_base(trained, dtype=weights_dtype(student))
+        model, before = load_base(trained, dtype=weights_dtype(student)), load_config(student.folder)
+        for name in _SET_BY_TRAINERS:
+            setattr(model.config, name, getattr(before, name, None))
+        return model
     from ..adapter.reading import load_adapter
 
     model = load_adapter(load_base(student.folder, dtype="auto"), str(trained))
@@ -90,6 +94,8 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
     return model.merge_and_unload()
 
 
+# What a trainer sets in a model's config for its own use.
+_SET_BY_TRAINERS = ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
 _DECIDING = (
     "method", "loss", "kd_share", "kd_temperature", "kd_direction", "kd_tokens", "learning_rate", "lr_scheduler_type",
     "warmup_steps", "weight_decay", "max_grad_norm", "optim", "num_train_epochs", "max_steps",
@@ -185,6 +191,17 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
                 yield name, file.get_tensor(name)
+
+
+def _copy_beside_weights(before: Path, after: Path) -> None:
+    """Hand on tokenizer, chat template and generation settings as they are, byte for byte, so that they can be proven."""
+    files = {name: path for name, path in model_files(before).items() if not name.endswith((*WEIGHTS, ".index.json"))}
+    for path in after.glob("generation_config.json"):
+        path.unlink()  # saving a model writes one even where there was none
+    for name, path in files.items():
+        if name != CONFIG:
+            (after / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, after / name)
 
 
 def _save_tokenizer(student: Student, folder: Path) -> None:
