@@ -47,21 +47,19 @@ def test_the_libraries_load_it(found: Found) -> None:
     assert found["the_libraries_push"]["layers"] == 6  # PEFT, an adapter
 
 
-def test_verify_reads_headers_and_hashes_of_the_model(found: Found) -> None:
+def test_verify_downloads_nothing_of_the_weights(found: Found) -> None:
     out = found["verify_what_was_pushed"]
     assert out["yes"][0] == 0
     assert "57 are the base's, to the last bit" in out["yes"][1]
-    # Of the model nothing but the heads of its three files; of the base, what stays of it.
-    assert out["of the model"] == 3 * 4096
-    assert abs(out["of the base"] - out["kept"]) < 20_000
-    assert out["quick"][0] == 0
-    assert out["quick bytes"] == 6 * 4096
+    # Of the model the hashes that the Hub lists are enough; of the base, what stays of it is hashed.
+    assert out["of the model"] == 0
+    assert out["of the base"] >= out["kept"] - 20_000
 
 
 def test_verify_says_what_was_tampered_with(found: Found) -> None:
     out = found["verify_what_was_pushed"]
     assert out["no"][0] == 1
-    assert "self_attn.v_proj.weight differs from the base's in 1 of 2,048 bytes" in out["no"][1]
+    assert "self_attn.v_proj.weight differs from the base's" in out["no"][1]
     assert "metrics.json was measured on other weights" in out["no"][1]
     assert out["old"][0] == 0  # the commit before
 

@@ -9,10 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter.loading import load_model, load_tokenizer
 from ..adapter.reading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_adapter
-from ..errors import CheckpointError, LayerPruneError, boundary
-from ..records.fingerprints import CONFIG, WEIGHTS, Identity, hash_files, identity, identity_of, model_files, sha256_of
+from ..errors import CheckpointError, LayerPruneError
+from ..files.hub import Repo
+from ..records.fingerprints import (
+    CONFIG,
+    RECORDS,
+    WEIGHTS,
+    Identity,
+    base_of_adapter,
+    hash_files,
+    identity,
+    identity_of,
+    is_model_file,
+    model_files,
+)
 from ..records.lineage import Lineage
-from ..runtime.loading import CHECKPOINT_FILES, is_hub_id, load_config, resolve_base
+from ..runtime.loading import is_hub_id, load_config, resolve_base
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -143,46 +155,29 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
 
 
 def _on_hub(repo: str, revision: str | None) -> Subject:
-    adapter = find_adapter(repo, revision=revision)
+    hub = Repo.open(repo, revision)
+    adapter = find_adapter(repo, revision=hub.commit)
     if adapter is not None:
-        folder = _download_adapter(repo, revision)
         _refresh_base(adapter)
-        model, size, commit = identity(folder), (folder / ADAPTER_WEIGHTS).stat().st_size, folder.name
-    else:
-        from ..cut.base import Base
-
-        base = Base.open(repo, revision)
-        hub: Any = base.repo
-        folder, commit = base.folder, hub.commit
-        base.fetch_companions()
-        weights = {name: entry for name, entry in hub.fingerprint().items() if name.endswith(WEIGHTS)}
-        others = {name: path for name, path in model_files(folder).items() if not name.endswith(WEIGHTS)}
-        hashes = {name: entry.get("sha256") or sha256_of(hub.get(name)) for name, entry in weights.items()}
-        model = identity_of(hashes | hash_files(others))
-        size = sum(entry["size"] for entry in weights.values())
+        if ADAPTER_WEIGHTS not in hub.files:
+            raise CheckpointError(f"{repo} has no {ADAPTER_WEIGHTS}, and pickled weights are not read; save it again")
+    names = [name for name in hub.files if is_model_file(name)]
+    weights = [name for name in names if name.endswith(WEIGHTS)]
+    listed = {name: sha256 for name in weights if (sha256 := hub.files[name].sha256)}
+    small = hub.fetch([*(name for name in names if name not in listed), *(n for n in RECORDS if n in hub.files)])
+    folder = next(path.parent for name, path in small.items() if "/" not in name)
+    base = base_of_adapter(folder) if adapter is not None else None
+    model = identity_of(listed | hash_files({name: small[name] for name in names if name in small}), base)
     lineage = Lineage.of(folder)
-    return Subject(repo, repo, model, _role(lineage), lineage, None, commit, size)
-
-
-def _download_adapter(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = [name for name in CHECKPOINT_FILES if not name.endswith(WEIGHTS)]
-    with boundary(f"can't get the adapter {repo}"):
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[ADAPTER_WEIGHTS, *patterns]))
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise CheckpointError(f"{repo} has no {ADAPTER_WEIGHTS}, and pickled weights are not read; save it again")
-    return folder
+    size = sum(hub.files[name].size for name in weights)
+    return Subject(repo, repo, model, _role(lineage), lineage, None, hub.commit, size)
 
 
 def _refresh_base(adapter: PeftConfig | None) -> None:
     """Have the Hub client find out which commit an adapter's base is at, so that its identity is what will be loaded."""
     name = adapter.base_model_name_or_path if adapter is not None else None
     if adapter is not None and name and is_hub_id(name):
-        from huggingface_hub import hf_hub_download
-
-        with boundary(f"can't find the adapter's base {name}"):
-            hf_hub_download(name, CONFIG, revision=adapter.revision)
+        Repo.open(name, adapter.revision).get(CONFIG)
 
 
 def _role(lineage: Lineage | None) -> str:

@@ -22,7 +22,7 @@ WEIGHTS = (".safetensors", ".gguf")
 CONFIG, GENERATION, ADAPTER_CONFIG = "config.json", "generation_config.json", "adapter_config.json"
 TEMPLATES = "additional_chat_templates"
 # What a folder may hold beside the model: records, the card, pictures, licences, and files of git.
-_RECORDS = {"lineage.json", "metrics.json"}
+RECORDS = {"lineage.json", "metrics.json"}
 _INERT = (".md", ".png", ".svg", ".jpg", ".jpeg")
 _NEVER_LOADED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".pkl", ".pickle")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -61,7 +61,7 @@ def fingerprint(path: Path) -> dict[str, dict[str, Any]]:
     """
     suffixes = (*WEIGHTS, ".json")
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in suffixes and p.is_file())
-    hashes = hash_files({file.name: file for file in files if file.name not in _RECORDS})
+    hashes = hash_files({file.name: file for file in files if file.name not in RECORDS})
     return {name: {"size": (path if path.is_file() else path / name).stat().st_size, "sha256": sha256}
             for name, sha256 in hashes.items()}  # fmt: skip
 
@@ -110,7 +110,13 @@ def is_inert(name: str) -> bool:
         return True
     if folder:
         return folder == "assets" and base.endswith(_INERT)
-    return name in _RECORDS or name.lower().endswith(_INERT) or is_licence_file(name)
+    return name in RECORDS or name.lower().endswith(_INERT) or is_licence_file(name)
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a loader may read a file of a model folder, by its relative path; see [`model_files`]."""
+    top = "/" not in name or name.startswith(f"{TEMPLATES}/")
+    return top and not is_inert(name) and not name.endswith(_NEVER_LOADED)
 
 
 def model_files(folder: Path) -> dict[str, Path]:
@@ -126,7 +132,7 @@ def model_files(folder: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for path in sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")]):
         name = path.relative_to(folder).as_posix()
-        if path.is_dir() or is_inert(name) or name.endswith(_NEVER_LOADED):
+        if path.is_dir() or not is_model_file(name):
             continue
         if not path.is_file():
             raise CheckpointError(f"{path} is a link to nothing, or not a file; remove it, or complete the download")
