@@ -93,29 +93,30 @@ def declare(
     """
     from ...records.names import base_name, is_hub_name
 
-    lineage = _lineage(folder)
-    base, before = dict(lineage.base), (lineage.base, lineage.published)
     told = {"license": license, "license_name": license_name, "license_link": license_link}
-    if license is not None:  # another licence, so the old one's name and link go
-        base = {name: value for name, value in base.items() if name not in told}
-    base |= {name: value for name, value in told.items() if value}
-    if base_model is not None:
-        if not is_hub_name(base_model):
-            raise CheckpointError(f"{base_model!r} is not a Hub id; name the base as org/name")
-        if not base.get("commit"):
-            base |= {"id": base_name(base), "hub_id": base_model}
-        elif base_model != base.get("id"):
-            raise CheckpointError(f"the base is {base['id']} at commit {base['commit'][:12]}, not {base_model}")
-    if published and published.get("repo_id") != lineage.published.get("repo_id"):
-        lineage.published = {}  # a Space of the model elsewhere is none of it here
-    if name is not None:
-        if not is_hub_name(name) or "/" in name:
-            raise CheckpointError(f"{name!r} is not a name for a model; use letters, digits, - _ and . only")
-        published = {"name": name} | (published or {})
-    lineage.base, lineage.published = base, lineage.published | (published or {})
-    if (lineage.base, lineage.published) != before:
-        lineage.write(folder)
-    return lineage
+
+    def change(lineage: Lineage) -> None:
+        base, names = dict(lineage.base), dict(published or {})
+        if license is not None:  # another licence, so the old one's name and link go
+            base = {name: value for name, value in base.items() if name not in told}
+        base |= {name: value for name, value in told.items() if value}
+        if base_model is not None:
+            if not is_hub_name(base_model):
+                raise CheckpointError(f"{base_model!r} is not a Hub id; name the base as org/name")
+            if not base.get("commit"):
+                base |= {"id": base_name(base), "hub_id": base_model}
+            elif base_model != base.get("id"):
+                raise CheckpointError(f"the base is {base['id']} at commit {base['commit'][:12]}, not {base_model}")
+        if names and names.get("repo_id") != lineage.published.get("repo_id"):
+            lineage.published = {}  # a Space of the model elsewhere is none of it here
+        if name is not None:
+            if not is_hub_name(name) or "/" in name:
+                raise CheckpointError(f"{name!r} is not a name for a model; use letters, digits, - _ and . only")
+            names = {"name": name} | names
+        lineage.base, lineage.published = base, lineage.published | names
+
+    _lineage(folder)  # says what is wrong with a folder that has none
+    return Lineage.update(folder, change)
 
 
 def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = False) -> str:
