@@ -239,7 +239,7 @@ def plain_text(data: Path, folder: Path) -> Path:
 
 
 def windows(documents: list[list[int]], length: int, seed: int) -> Any:
-    """Documents one after the other, in no order, as rows of so many tokens."""
+    """Documents one after the other, in no order, as rows of equal length."""
     import random
 
     from datasets import Dataset
@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--self-rows", type=int, help="rows that the dense model writes; 12 a minute by default")
-    parser.add_argument("--alpaca-rows", type=int, help="so many of the training rows alone")
+    parser.add_argument("--alpaca-rows", type=int, help="how many of the training rows")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
@@ -315,7 +315,7 @@ def main() -> None:
     every = arms(best)
     chosen = list(every) if args.arms == ["all"] else args.arms
     if unknown := [name for name in chosen if name not in every]:
-        sys.exit(f"there is no arm {unknown[0]!r}; there are: {', '.join(every)}")
+        sys.exit(f"unknown arm {unknown[0]!r}; the arms are {', '.join(every)}")
     (args.work / "metrics").mkdir(parents=True, exist_ok=True)
     base = dense(args)
     if args.arm:

@@ -88,7 +88,7 @@ class RowArguments:
     self_rows: int = field(default=512, metadata={"help": "Rows that the dense model writes."})
     self_length: int = field(default=512, metadata={"help": "Tokens in each."})
     rewrite_answers: bool = field(
-        default=False, metadata={"help": "Let the dense model answer the prompts of the data set anew."}
+        default=False, metadata={"help": "Replace the data set's answers by the dense model's."}
     )
     rewrite_max_tokens: int = field(default=256, metadata={"help": "Longer answers are left out."})
     rewrite_temperature: float = field(default=0.0, metadata={"help": "0 for the most likely answer."})
@@ -103,7 +103,7 @@ class MeasureArguments:
         default=None, metadata={"help": "Texts for perplexity and distance: wikitext2, files."}
     )
     eval_from: str | None = field(default=None, metadata={"help": "A folder with files of tasks and texts."})
-    eval_limit: int | None = field(default=None, metadata={"help": "So many questions of each."})
+    eval_limit: int | None = field(default=None, metadata={"help": "How many questions of each, at most."})
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -85,7 +84,7 @@ def test_states_of_another_shape_are_not_stored(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not"):
         store.write("prefix", 0, torch.zeros(2, WIDTH, dtype=torch.bfloat16))
     assert store.missing("prefix") == [0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json"]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_column_can_come_later_and_go(tmp_path: Path) -> None:
@@ -100,25 +99,35 @@ def test_a_column_can_come_later_and_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "message"),
-    [
-        ("others", [column()], "holds the hidden states of other training rows"),
-        ("rows", [column("changed")], "holds the prefix states of another model"),
-        ("rows", [column(dtype=torch.bfloat16)], "holds the prefix states of another form"),
-    ],
+    ("rows", "other"),
+    [("others", column()), ("rows", column("changed")), ("rows", column(dtype=torch.bfloat16))],
 )
-def test_a_store_of_something_else(tmp_path: Path, rows: str, columns: list[Column], message: str) -> None:
-    StateStore(tmp_path, [2], "rows", [column()])
-    with pytest.raises(CheckpointError, match=f"{message}; delete it, or name another folder with --cache_dir"):
-        StateStore(tmp_path, [2], rows, columns)
-    StateStore(tmp_path, [2], "rows", [column()])  # and it is still what it was
+def test_states_of_something_else_are_not_read(tmp_path: Path, rows: str, other: Column) -> None:
+    filled(StateStore(tmp_path, [2], "rows", [column()]), [2])
+    assert StateStore(tmp_path, [2], rows, [other]).missing("prefix") == [0]
+    assert StateStore(tmp_path, [2], "rows", [column()]).missing("prefix") == []  # and what was there stays
 
 
-@pytest.mark.parametrize("content", ["{", json.dumps({"schema_version": 0})])
-def test_manifest_that_makes_no_sense(tmp_path: Path, content: str) -> None:
-    (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"is damaged|by another version"):
-        StateStore(tmp_path, [2], "rows", [column()])
+def test_only_its_own_columns_are_deleted(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "thesis.txt").write_text("precious")
+    first, second = (StateStore(tmp_path / "cache", [2], "rows", [column(source)]) for source in "ab")
+    filled(first, [2])
+    filled(second, [2])
+    second.delete()
+    assert first.missing("prefix") == []
+    first.delete()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thesis.txt"]
+    alone = StateStore(tmp_path / "alone", [2], "rows", [column()])
+    alone.delete()
+    assert not (tmp_path / "alone").exists()
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("precious")
+    with pytest.raises(CheckpointError, match="cache"):
+        StateStore(tmp_path / "cache", [2], "rows", [column()])
+    assert (tmp_path / "cache").read_text() == "precious"
 
 
 def test_too_large_for_the_disk_is_refused_before_anything_is_computed(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from .methods import method_help
 
 LOSSES = ("ce", "kd", "ce+kd")
 CACHE_MODES = ("auto", "on", "off")
-# A CPU's matrix products are prepared anew for each shape, which takes longer than to multiply some padding.
+# A CPU's matrix products are prepared again for each new shape, which takes longer than multiplying some padding.
 _CPU_MULTIPLE = 64
 
 

@@ -12,8 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
-from ..runtime.loading import first_line
+from ..errors import CheckpointError, boundary
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -57,7 +56,7 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
     from datasets import load_dataset
 
     path = Path(name).expanduser()
-    try:
+    with boundary(f"can't read data set {name}"):
         if path.suffix in _BUILDERS:
             if not path.is_file():
                 raise CheckpointError(f"data file {path} does not exist")
@@ -66,10 +65,6 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
             return load_dataset(kind, data_files=files, streaming=streaming, trust_remote_code=False)
         source = str(path) if path.is_dir() else name
         return load_dataset(source, name=config, streaming=streaming, trust_remote_code=False)
-    except CheckpointError:
-        raise
-    except Exception as error:  # each builder raises what it likes
-        raise CheckpointError(f"can't read data set {name}: {first_line(error)}") from error
 
 
 def load_mixture(mixture: DatasetMixtureConfig, seed: int = 42) -> DatasetDict:
@@ -87,19 +82,25 @@ def load_mixture(mixture: DatasetMixtureConfig, seed: int = 42) -> DatasetDict:
     """
     from trl import get_dataset
 
-    try:
+    names = ", ".join(part.path for part in mixture.datasets)
+    with boundary(f"can't read the mixture of {names}"):
         splits = get_dataset(replace(mixture, test_split_size=None))  # TRL draws the held-out rows without a seed
         if mixture.test_split_size is None:
             return splits
         (rows,) = splits.values()
         return rows.train_test_split(test_size=mixture.test_split_size, seed=seed)
-    except Exception as error:  # each builder raises what it likes
-        names = ", ".join(part.path for part in mixture.datasets)
-        raise CheckpointError(f"can't read the mixture of {names}: {first_line(error)}") from error
 
 
 def pick_split(rows: DatasetDict, split: str, name: str) -> Dataset:
     """One split of a data set.
+
+    Args:
+        rows (`DatasetDict`): All its splits.
+        split (`str`): Which one.
+        name (`str`): What to call the data set in errors.
+
+    Returns:
+        `Dataset`: Its rows.
 
     Raises:
         CheckpointError: It has none of that name.

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from ..runtime.head import Head, LogitTransform
 
-# A chunk's logits take about so many bytes. Two such buffers are alive at a time, with a teacher. On a device, adding
+# About how many bytes a chunk's logits take. With a teacher, two such buffers are alive at a time. On a device, adding
 # each chunk's gradient to that of a trained head is much of the work, and larger chunks make fewer of it.
 CHUNK_BYTES, DEVICE_CHUNK_BYTES = 32 * 2**20, 256 * 2**20
-# On a CPU, what is computed of a chunk's logits in float32 goes through so few at a time that they stay in the cache.
+# On a CPU, a chunk's logits are processed in float32 in parts that are small enough to stay in the cache.
 _CACHED_BYTES = 2**20
 # Rows of the head that are cast, and rows of its gradient that are multiplied, at a time there.
 _WORDS = 8192
@@ -133,7 +133,7 @@ def takes_gradient(weight: torch.Tensor) -> bool:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Loss and gradients in one pass, chunk by chunk; `backward` only scales what `forward` found."""
+    """Loss and gradients in one pass, chunk by chunk; `backward` only scales what `forward` computed."""
 
     @staticmethod
     def forward(

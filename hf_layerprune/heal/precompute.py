@@ -7,24 +7,22 @@ ways. Both are shared out among processes, and go on where they were after an in
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import LayerPruneError
-from ..runtime.head import Head
 from ..runtime.parts import TROUBLE, close
 from ..runtime.prefix import Prefix, first_trained_layer
+from .batches import Precomputed
 from .store import Column, StateStore, fill, hash_rows, hash_tensors
 from .student import cut_of
 from .teacher import Teacher
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel
 
     from .trainer import HealTrainer
@@ -34,73 +32,6 @@ logger = logging.getLogger(__name__)
 # What TRL's collator takes.
 _FED = ("input_ids", "labels", "seq_lengths")
 _CPU_TOKENS, _DEVICE_TOKENS = 4096, 32768
-
-
-@dataclass
-class Precomputed:
-    """What was computed before training.
-
-    Args:
-        store (`StateStore`, *optional*): Where states of rows are.
-        prefix (`Prefix`, *optional*): The frozen layers, where they were taken out.
-        teacher_head (`Head`, *optional*): The dense model's, where it teaches.
-    """
-
-    store: StateStore | None = None
-    prefix: Prefix | None = None
-    teacher_head: Head | None = None
-
-    @property
-    def columns(self) -> list[str]:
-        """What each batch brings along."""
-        return ["prefix"] * (self.prefix is not None) + ["teacher"] * (self.teacher_head is not None)
-
-
-class StateCollator:
-    """Makes a batch as TRL does, and adds the states of its rows.
-
-    Args:
-        inner (`Callable`): TRL's collator.
-        padding_free (`bool`): Whether that puts rows one after the other.
-    """
-
-    def __init__(self, inner: Callable[[list[dict]], dict[str, Any]], padding_free: bool) -> None:
-        self.inner = inner
-        self.padding_free = padding_free
-        self.found: Precomputed | None = None
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Make a batch of rows."""
-        rows = [example["row"] for example in examples if "row" in example]
-        batch = self.inner([{name: value for name, value in e.items() if name != "row"} for e in examples])
-        if not rows:
-            return batch
-        batch["rows"] = torch.tensor(rows)
-        if self.found is not None and self.found.store is not None:
-            for column in self.found.columns:
-                states = self.found.store.read(column, rows)
-                batch[f"{column}_states"] = self.joined(states, batch["input_ids"].shape[1])
-        return batch
-
-    def joined(self, states: list[torch.Tensor], length: int) -> torch.Tensor:
-        """States of rows `[tokens, width]` as a batch `[batch, length, width]`."""
-        if self.padding_free:
-            states = [torch.cat(states)]
-        batch = states[0].new_zeros(len(states), length, states[0].shape[1])
-        for target, source in zip(batch, states, strict=True):
-            target[: len(source)] = source
-        return batch
-
-    def parted(self, batch: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
-        """The reverse."""
-        if self.padding_free:
-            return list(batch[0, : sum(lengths)].split(list(lengths)))
-        return [states[:length] for states, length in zip(batch, lengths, strict=True)]
-
-
-def numbered(dataset: Dataset, first: int) -> Dataset:
-    """A data set with a column `row` that counts from `first`."""
-    return dataset.add_column("row", list(range(first, first + len(dataset))))
 
 
 def precompute(trainer: HealTrainer, teacher: PreTrainedModel | None = None) -> Precomputed:
@@ -115,7 +46,7 @@ def precompute(trainer: HealTrainer, teacher: PreTrainedModel | None = None) -> 
 
     Raises:
         LayerPruneError: `cache="on"` and it can't be; or there is no teacher.
-        CheckpointError: The cache is of another model or other rows, or its disk is too small.
+        CheckpointError: The cache can't be written, or its disk is too small.
     """
     return _Run(trainer).run(teacher)
 
@@ -136,14 +67,14 @@ class _Run:
         self.why_not = _why_not(trainer)
 
     def run(self, teacher_model: PreTrainedModel | None) -> Precomputed:
-        args, found = self.args, Precomputed()
+        args, precomputed = self.args, Precomputed()
         prefix = self._prefix() if args.cache != "off" else None
         if prefix is None and args.cache == "on":
             raise LayerPruneError(f"the frozen layers can't be computed once: {self.why_not}; use cache=auto or off")
         if prefix is None and args.cache == "auto":
             logger.warning("the frozen layers run in every step: %s", self.why_not)
         if prefix is None and not args.distils:
-            return found
+            return precomputed
         if is_split_by_deepspeed(self.model):
             raise LayerPruneError(
                 f"loss={args.loss} needs the dense model whole, and DeepSpeed ZeRO-3 splits what is loaded; use ZeRO-2, "
@@ -152,21 +83,21 @@ class _Run:
         if not self.datasets:
             raise LayerPruneError(f"loss={args.loss} needs rows that can be counted; use loss=ce with streamed data")
         teacher = self._teacher(teacher_model, prefix) if args.distils else None
-        store = found.store = self._open(prefix, teacher)
+        store = precomputed.store = self._open(prefix, teacher)
         if prefix is not None:
             self._run_student(store, prefix, teacher)
             self.accelerator.wait_for_everyone()
             prefix.skip()
             prefix.unload()
-            found.prefix = prefix
+            precomputed.prefix = prefix
         if teacher is not None:
             self._run_teacher(store, teacher, prefix)
             teacher.let_go(self.device, self.output.head())
-            found.teacher_head = teacher.head
+            precomputed.teacher_head = teacher.head
             self.accelerator.wait_for_everyone()
             if self.main:
                 store.forget("shared")
-        return found
+        return precomputed
 
     # --- what can be computed ----------------------------------------------------------------------------
 
@@ -209,8 +140,8 @@ class _Run:
             if not close(*pair):
                 return "what leaves them for a row depends on the rows beside it"
             prefix.skip()
-            found = self.output.states(**prefix.put(recorded, inputs), use_cache=False)
-        return "" if close(found, wanted) else "layers hand more to each other than hidden states"
+            states = self.output.states(**prefix.put(recorded, inputs), use_cache=False)
+        return "" if close(states, wanted) else "layers hand more to each other than hidden states"
 
     def _teacher(self, model: PreTrainedModel | None, prefix: Prefix | None) -> Teacher:
         source = model if model is not None else self.args.teacher
@@ -226,7 +157,7 @@ class _Run:
     def _open(self, prefix: Prefix | None, teacher: Teacher | None) -> StateStore:
         columns = []
         if prefix is not None:
-            columns.append(self._column(prefix))
+            columns.append(self._column(prefix, "prefix", prefix.depth))
         if teacher is not None:
             source = hash_tensors([], teacher.fingerprint, self._settings())
             columns.append(Column("teacher", teacher.width, teacher.dtype, source))
@@ -235,11 +166,11 @@ class _Run:
         with self.accelerator.main_process_first():
             return StateStore(folder, self.lengths, rows, columns, main=self.main)
 
-    def _column(self, prefix: Prefix) -> Column:
+    def _column(self, prefix: Prefix, name: str, depth: int) -> Column:
         with self._inference():
-            state = prefix.run(**self._inputs([0]))[prefix.depth]
-        source = hash_tensors(prefix.parameters(), prefix.depth, self._settings())
-        return Column("prefix", state.shape[-1], state.dtype, source)
+            state = prefix.run((depth,), **self._inputs([0]))[depth]
+        source = hash_tensors(prefix.parameters(), depth, self._settings())
+        return Column(name, state.shape[-1], state.dtype, source)
 
     def _settings(self) -> tuple[Any, ...]:
         precision = self.accelerator.mixed_precision
@@ -249,7 +180,7 @@ class _Run:
         shards = set(store.missing("prefix"))
         depths = {"prefix": prefix.depth}
         if teacher is not None and 0 < teacher.shared < prefix.depth and (untaught := store.missing("teacher")):
-            store.add(Column("shared", store.columns["prefix"].width, store.columns["prefix"].dtype, ""))
+            store.add(self._column(prefix, "shared", teacher.shared))
             depths["shared"] = teacher.shared
             shards |= set(store.missing("shared")) & set(untaught)
 

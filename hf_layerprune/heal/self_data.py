@@ -125,8 +125,8 @@ def rewrite_answers(
         answers = _answers(model, tokenizer, [prompts[i] for i in chosen], max_tokens, temperature)
         return [{"row": i, "answer": answer} for i, answer in zip(chosen, answers, strict=True)]
 
-    found = _in_parts(folder, -(-len(order) // _ANSWERS_A_PART), make, share, wait)
-    answers = {entry["row"]: entry["answer"] for entry in found if entry["answer"]}
+    entries = _in_parts(folder, -(-len(order) // _ANSWERS_A_PART), make, share, wait)
+    answers = {entry["row"]: entry["answer"] for entry in entries if entry["answer"]}
     if not answers:
         raise CheckpointError(f"no answer of the dense model ends within {max_tokens} tokens; allow more")
     if len(answers) < len(rows):

@@ -82,8 +82,8 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
     model = load_adapter(load_base(student.folder, dtype="auto"), str(trained))
     if adapter is not None and student.cut_again:
         logger.warning(
-            "%s was cut from a model that had been cut before, so what was trained is no adapter of %s; only the whole "
-            "model is written",
+            "%s was cut from a model that had been cut before, so what was trained is not an adapter of %s; only the "
+            "whole model is written",
             student.folder,
             student.base,
         )
@@ -189,7 +189,7 @@ def _names(path: Path) -> list[str]:
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
                 yield name, file.get_tensor(name)
 
 

@@ -1,20 +1,20 @@
 """Hidden states of training rows on disk: computed once, read in any order, each epoch again.
 
-A store is a folder. Each column (`prefix`, `teacher`, ...) is a series of safetensors shards, and each shard holds the
-states of some rows one after the other, without padding. A shard appears under its name only once it is whole, so what
-was interrupted goes on where it was. `manifest.json` says of which rows and of which weights the states are; a store of
-others is refused.
+Each column (`prefix`, `teacher`, ...) is a folder of safetensors shards, and each shard holds the states of some rows one
+after the other, without padding. A shard appears under its name only once it is whole, so an interrupted run goes on
+where it was. The folder's name holds a hash of the rows, the weights and the settings that the states come from, so
+states of anything else are never read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +25,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError
-from ..files.copy import check_space, write_failed, write_text
+from ..files.copy import check_space, write_failed
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
 SHARD_BYTES = 128 * 2**20
 
 
@@ -54,12 +52,8 @@ class Column:
     source: str
 
     def bytes_of(self, tokens: int) -> int:
-        """What so many tokens take."""
+        """Bytes of the states of some number of tokens."""
         return tokens * self.width * self.dtype.itemsize
-
-    def described(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {"width": self.width, "dtype": str(self.dtype).removeprefix("torch."), "source": self.source}
 
 
 class StateStore:
@@ -71,10 +65,10 @@ class StateStore:
         rows (`str`): A hash of the rows, see [`hash_rows`].
         columns (`list[Column]`): What is stored.
         shard_bytes (`int`, *optional*): About how large a shard is.
-        main (`bool`, defaults to `True`): Whether this process makes the folder; others wait for it before they come.
+        main (`bool`, defaults to `True`): Whether this process makes the folders; others wait for it before they come.
 
     Raises:
-        CheckpointError: The folder holds states of other rows or weights, or its disk has no room for these.
+        CheckpointError: The folder can't be made, or its disk has no room for the states.
     """
 
     def __init__(
@@ -88,32 +82,46 @@ class StateStore:
         main: bool = True,
     ) -> None:
         self.folder = folder
-        self.columns = {column.name: column for column in columns}
+        self.columns: dict[str, Column] = {}
+        self._rows = rows
+        self._main = main
         self._lengths = np.asarray(lengths, dtype=np.int64)
         # Rows of one length beside each other, so that a batch of them needs no padding; the longest first, so that
         # what does not fit in memory shows at once.
         order = np.argsort(-self._lengths, kind="stable")
         widest = max(column.width * column.dtype.itemsize for column in columns)
-        self.shards = _divided(order, self._lengths, max(1, shard_bytes // widest))
+        self._shard_tokens = max(1, shard_bytes // widest)
+        self.shards = _divided(order, self._lengths, self._shard_tokens)
         self._place = np.zeros((len(lengths), 2), dtype=np.int64)
         for index, shard in enumerate(self.shards):
             ends = np.cumsum(self._lengths[shard])
             self._place[shard, 0] = index
             self._place[shard, 1] = ends - self._lengths[shard]
         self._open: dict[tuple[int, str, int], Any] = {}
-        self._rows = rows
-        self._main = main
-        if main:
-            self._claim()
+        self.add(*columns)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # a data loader's worker opens its own
 
-    def add(self, column: Column) -> None:
-        """One more column, where it turns out that it is needed."""
-        self.columns[column.name] = column
-        if self._main:
-            self._claim()
+    def add(self, *columns: Column) -> None:
+        """Store more columns.
+
+        Args:
+            columns (`Column`): Which ones.
+
+        Raises:
+            CheckpointError: See the class.
+        """
+        self.columns |= {column.name: column for column in columns}
+        if not self._main:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._check_room([column.name for column in columns])
+            for column in columns:
+                self._folder(column.name).mkdir(exist_ok=True)
+        except OSError as error:
+            raise write_failed(self.folder, error) from error
 
     @property
     def tokens(self) -> int:
@@ -141,7 +149,7 @@ class StateStore:
             states (`torch.Tensor`): Those of its rows, one after the other, `[tokens, width]`.
         """
         wanted = self.columns[column]
-        tokens = int(self._lengths[self.shards[shard]].sum())
+        tokens = self._tokens_of(shard)
         if tuple(states.shape) != (tokens, wanted.width) or states.dtype != wanted.dtype:
             raise ValueError(
                 f"{column} {shard} is {states.dtype} {tuple(states.shape)}, not {wanted} of {tokens} tokens"
@@ -169,7 +177,7 @@ class StateStore:
         Raises:
             CheckpointError: A shard is missing or damaged.
         """
-        found = []
+        states = []
         for row in rows:
             shard, start = map(int, self._place[row])
             path = self._path(column, shard)
@@ -177,67 +185,39 @@ class StateStore:
             try:
                 if key not in self._open:
                     self._open[key] = safe_open(path, framework="pt").get_slice("states")
-                found.append(self._open[key][start : start + self.length_of(row)])
+                states.append(self._open[key][start : start + self.length_of(row)])
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path} can't be read ({error}); delete {self.folder} and run again") from error
-        return found
+        return states
 
     def forget(self, column: str) -> None:
-        """Delete a column that has served."""
+        """Delete a column."""
         self._open = {key: shard for key, shard in self._open.items() if key[1] != column}
-        for path in self.folder.glob(f"{column}-*.safetensors"):
-            path.unlink(missing_ok=True)
+        shutil.rmtree(self._folder(column), ignore_errors=True)
+
+    def delete(self) -> None:
+        """Delete all columns, and the folder, if it then is empty."""
+        for column in self.columns:
+            self.forget(column)
+        with suppress(OSError):
+            self.folder.rmdir()
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._open.clear()
 
+    def _folder(self, column: str) -> Path:
+        """A column's folder, named by everything that decides what is in it."""
+        known = hash_tensors([], self._rows, self._shard_tokens, self.columns[column])
+        return self.folder / f"{column}-{known[:16]}"
+
     def _path(self, column: str, shard: int) -> Path:
-        return self.folder / f"{column}-{shard:05d}-of-{len(self.shards):05d}.safetensors"
+        return self._folder(column) / f"{shard:05d}-of-{len(self.shards):05d}.safetensors"
 
-    def _claim(self) -> None:
-        """Make the folder ours, or check that it is."""
-        path = self.folder / MANIFEST
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "rows": self._rows,
-            "shards": len(self.shards),
-            "columns": {name: column.described() for name, column in self.columns.items()},
-        }
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            found = json.loads(path.read_text()) if path.is_file() else None
-        except OSError as error:
-            raise write_failed(self.folder, error) from error
-        except ValueError as error:
-            raise CheckpointError(f"{path} is damaged ({error}); delete {self.folder} and run again") from error
-        if found is not None:
-            self._compare(found, manifest)
-            manifest["columns"] = found["columns"] | manifest["columns"]
-        elif strangers := [entry.name for entry in self.folder.iterdir() if not entry.name.startswith(".")]:
-            raise CheckpointError(
-                f"{self.folder} is to hold hidden states, and has other things in it ({strangers[0]}, ...); name an "
-                "empty folder"
-            )
-        self._announce()
-        write_text(path, json.dumps(manifest, indent=2) + "\n")
-
-    def _compare(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-        way_out = "delete it, or name another folder with --cache_dir"
-        if found.get("schema_version") != SCHEMA_VERSION:
-            raise CheckpointError(f"{self.folder} was written by another version of hf-layerprune; {way_out}")
-        if (found.get("rows"), found.get("shards")) != (wanted["rows"], wanted["shards"]):
-            raise CheckpointError(f"{self.folder} holds the hidden states of other training rows; {way_out}")
-        for name, column in wanted["columns"].items():
-            other = found["columns"].get(name)
-            if other is not None and other != column:
-                what = "another model" if other["source"] != column["source"] else "another form"
-                raise CheckpointError(f"{self.folder} holds the {name} states of {what}; {way_out}")
-
-    def _announce(self) -> None:
+    def _check_room(self, columns: list[str]) -> None:
         need = {
-            name: sum(column.bytes_of(int(self._lengths[self.shards[i]].sum())) for i in self.missing(name))
-            for name, column in self.columns.items()
+            name: sum(self.columns[name].bytes_of(self._tokens_of(shard)) for shard in self.missing(name))
+            for name in columns
         }
         if not any(need.values()):
             logger.info("%s has all hidden states of %d rows", self.folder, len(self._lengths))
@@ -252,6 +232,9 @@ class StateStore:
             _size(free),
         )
         check_space(self.folder, sum(need.values()), free)
+
+    def _tokens_of(self, shard: int) -> int:
+        return int(self._lengths[self.shards[shard]].sum())
 
 
 def hash_rows(dataset: Dataset, columns: Sequence[str] = ("input_ids", "seq_lengths")) -> str:
@@ -274,7 +257,7 @@ def hash_rows(dataset: Dataset, columns: Sequence[str] = ("input_ids", "seq_leng
 
 
 def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]], *settings: Any) -> str:
-    """A hash of named tensors and of whatever else decides what comes out of them.
+    """A hash of named tensors and of everything else that decides what is computed from them.
 
     Args:
         tensors (`Iterable[tuple[str, torch.Tensor]]`): On any device.
@@ -317,8 +300,8 @@ def fill(
         for shard in shards:
             states: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
             for rows in _batches(store.rows_of(shard), store.length_of, max_tokens):
-                for name, found in run(rows).items():
-                    states[name] += [part.cpu() for part in found]
+                for name, of_rows in run(rows).items():
+                    states[name] += [part.cpu() for part in of_rows]
                 bar.update(sum(map(store.length_of, rows)))
             for name, parts in states.items():
                 store.write(name, shard, torch.cat(parts))

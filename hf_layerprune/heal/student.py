@@ -54,7 +54,7 @@ class Student:
             `Student`: What it is.
 
         Raises:
-            CheckpointError: It is no model that was pruned here.
+            CheckpointError: It is not a model that was pruned here.
         """
         folder = Path(name).expanduser()
         if is_hub_id(name):

@@ -34,7 +34,7 @@ class Teacher:
         student (`PreTrainedModel`): The pruned model, before anything was trained.
         cut (`Cut`, *optional*): What was dropped from the dense model, where that is known.
         source (`str` or `PreTrainedModel`): The dense model: a folder, a Hub id, a GGUF file, or loaded.
-        limit (`int`): So many of the student's layers are frozen, and no more can be shared.
+        limit (`int`): How many of the student's layers are frozen; no more can be shared.
         from_pretrained_kwargs: For loading it: `revision`, `attn_implementation`, ...
 
     Raises:

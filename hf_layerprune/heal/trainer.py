@@ -1,7 +1,7 @@
 """`HealTrainer`: TRL's `SFTTrainer`, with the frozen layers and the teacher taken out of the loop.
 
 Before the first step, the frozen layers and the teacher are run once over all rows ([`precompute`]). Then each batch
-brings what it found for its rows, and forward and backward touch the trained layers and the head alone. Everything
+brings what was computed for its rows, and forward and backward touch the trained layers and the head alone. Everything
 else is TRL's and transformers': rows, packing, optimizers, checkpoints, resuming, logging, accelerate's engines.
 """
 
@@ -13,7 +13,6 @@ import logging
 import math
 import random
 import re
-import shutil
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +29,11 @@ from ..families import check_stage
 from ..runtime.head import OutputHead
 from ..runtime.precision import in_fast_precision
 from ..versions import trl_drops_rows_without_labels
+from .batches import Precomputed, StateCollator, numbered, real_tokens, taught_positions, token_counts
 from .config import HealConfig
 from .losses import Distillation, Lesson, head_loss
 from .methods import parse_method
-from .precompute import Precomputed, StateCollator, is_split_by_deepspeed, numbered, precompute
+from .precompute import is_split_by_deepspeed, precompute
 
 from trl import SFTTrainer  # isort: skip (`.config` says what to install where it is missing)
 
@@ -113,7 +113,7 @@ class HealTrainer(SFTTrainer):
             _keep_inputs_without_gradients(model)
         super().__init__(model, args, **kwargs)
         self._teacher_model = teacher
-        self._found = Precomputed()
+        self._precomputed = Precomputed()
         self._hold_in_float32()
         # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
         self._split = is_split_by_deepspeed(self.plain_model)
@@ -200,13 +200,13 @@ class HealTrainer(SFTTrainer):
         def forward(self_: PreTrainedModel, *args: Any, heal: dict[str, Any] | None = None, **kwargs: Any) -> Any:
             if heal is None:
                 return plain_forward(*args, **kwargs)
-            hidden = self.output_head.states(*args, run=plain_forward, **kwargs)[:, :-1]
+            states = self.output_head.states(*args, run=plain_forward, **kwargs)[:, :-1]
             keep = heal["keep"]
             head = self.output_head.head()
             lesson = self._lesson(heal, keep)
             labels, accumulate = heal["labels"][keep], self._owns_gradients and torch.is_grad_enabled()
-            found = head_loss(hidden[keep], head, labels, heal["ce_weight"], lesson, accumulate=accumulate)
-            return _HealOutput(found.loss, found.ce, found.kd, found.correct)
+            losses = head_loss(states[keep], head, labels, heal["ce_weight"], lesson, accumulate=accumulate)
+            return _HealOutput(losses.loss, losses.ce, losses.kd, losses.correct)
 
         # `generate` and the trainer look at what a forward takes.
         model.forward = types.MethodType(functools.wraps(type(model).forward)(forward), model)
@@ -216,7 +216,7 @@ class HealTrainer(SFTTrainer):
             return None
         distillation = Distillation(self.args.kd_temperature, self.args.kd_direction)
         states = heal["teacher_states"][:, :-1][keep]
-        return Lesson(states, self._found.teacher_head, heal["kd_mask"][keep], heal["kd_weight"], distillation)
+        return Lesson(states, self._precomputed.teacher_head, heal["kd_mask"][keep], heal["kd_weight"], distillation)
 
     @property
     def _leaves_loss_to_trl(self) -> bool:
@@ -259,8 +259,8 @@ class HealTrainer(SFTTrainer):
             `TrainOutput`: What transformers' trainer returns.
 
         Raises:
-            TrainingStopped: The loss or a weight is not a number any more.
-            CheckpointError: The cache is of another model or other rows, or its disk is too small.
+            TrainingStopped: The loss or a weight is no longer a finite number.
+            CheckpointError: The cache can't be written, or its disk is too small.
         """
         if str(resume_from_checkpoint).lower() in ("true", "false"):  # from a command line
             resume_from_checkpoint = str(resume_from_checkpoint).lower() == "true"
@@ -269,23 +269,23 @@ class HealTrainer(SFTTrainer):
             if resume_from_checkpoint is None:
                 logger.info("no checkpoint in %s yet: training starts from the beginning", self.args.output_dir)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self._found = precompute(self, self._teacher_model)
-        self.data_collator.found = self._found
+        self._precomputed = precompute(self, self._teacher_model)
+        self.data_collator.precomputed = self._precomputed
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
-            self.data_collator.found = None
-            if self._found.prefix is not None and not sharded:
-                self._found.prefix.restore()
-                self._found.prefix = None
-        if self._found.store is not None:
-            self._found.store.close()
+            self.data_collator.precomputed = None
+            if self._precomputed.prefix is not None and not sharded:
+                self._precomputed.prefix.restore()
+                self._precomputed.prefix = None
+        if self._precomputed.store is not None:
+            self._precomputed.store.close()
             if not self.args.keep_cache and self.is_world_process_zero():
-                shutil.rmtree(self._found.store.folder, ignore_errors=True)
+                self._precomputed.store.delete()
         return result
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of one batch; a loss that is no number ends the training before it does harm."""
+        """Forward and backward of one batch; a loss that is not finite ends the training before it does harm."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             rows = inputs["rows"].tolist() if "rows" in inputs else []
@@ -325,15 +325,17 @@ class HealTrainer(SFTTrainer):
         inputs.pop("rows", None)
         prefix, taught = inputs.pop("prefix_states", None), inputs.pop("teacher_states", None)
         mode = "train" if self.model.training else "eval"
-        local = _counts([inputs], self.args).to(inputs["labels"].device)
-        tokens = _real_tokens(inputs)
+        local = token_counts([inputs], self.args).to(inputs["labels"].device)
+        tokens = real_tokens(inputs)
         if prefix is not None:
-            inputs = self._found.prefix.put(prefix, inputs)
+            inputs = self._precomputed.prefix.put(prefix, inputs)
         if self._leaves_loss_to_trl or return_outputs:
             count = None if num_items_in_batch is None else num_items_in_batch[0]
             return super().compute_loss(model, inputs, return_outputs, count)
         labels = inputs.pop("labels")[:, 1:]
-        kd_mask = _kd_mask(inputs, labels, self.args) if taught is not None else torch.zeros_like(labels, dtype=bool)
+        kd_mask = (
+            taught_positions(inputs, labels, self.args) if taught is not None else torch.zeros_like(labels, dtype=bool)
+        )
         counts = local if num_items_in_batch is None else num_items_in_batch
         share = 0.0 if taught is None else 1.0 if self.args.loss == "kd" else self.args.kd_share
         heal = {
@@ -378,7 +380,7 @@ class HealTrainer(SFTTrainer):
         if self._leaves_loss_to_trl:
             count = super()._get_num_items_in_batch(batch_samples, device)
             return None if count is None else torch.as_tensor(count, device=device).reshape(1)
-        counts = _counts(batch_samples, self.args).to(device)
+        counts = token_counts(batch_samples, self.args).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         return counts
@@ -395,27 +397,3 @@ def _keep_inputs_without_gradients(model: Any) -> None:
     """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     plain.enable_input_require_grads = types.MethodType(lambda self: None, plain)
-
-
-def _counts(batches: list[dict[str, Any]], args: HealConfig) -> torch.Tensor:
-    """How many tokens of some batches have a label, and on how many the teacher is heard."""
-    counts = torch.zeros(2)
-    for batch in batches:
-        labels = batch["labels"][:, 1:]
-        counts += torch.stack([(labels != -100).sum(), _kd_mask(batch, labels, args).sum()]).to(counts)
-    return counts
-
-
-def _kd_mask(inputs: dict[str, Any], labels: torch.Tensor, args: HealConfig) -> torch.Tensor:
-    """On which positions the teacher is heard, `[batch, seq - 1]`: where a next token follows in the same text."""
-    if args.kd_tokens == "completion":
-        return labels != -100
-    if "attention_mask" in inputs:
-        return inputs["attention_mask"][:, 1:] != 0
-    return inputs["position_ids"][:, 1:] != 0
-
-
-def _real_tokens(inputs: dict[str, Any]) -> torch.Tensor:
-    if "attention_mask" in inputs:
-        return inputs["attention_mask"].sum()
-    return torch.tensor(inputs["position_ids"].shape[1])

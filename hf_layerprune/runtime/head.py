@@ -231,5 +231,5 @@ class OutputHead:
     def _refusal(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{type(self.model).__name__} can't be trained or measured by its logits: {why}. Drop layers without "
-            "(hf-layerprune prune), and train it with a trainer of its own"
+            "(hf-layerprune prune), and train it with its own trainer"
         )

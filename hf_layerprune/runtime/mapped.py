@@ -43,13 +43,13 @@ def release(module: nn.Module) -> None:
 
 
 def file_mappings() -> list[tuple[int, int]]:
-    """Where weight files are mapped into this process and unchanged: first address and last. Empty but on Linux.
+    """Where weight files are mapped into this process and unchanged: first address and last; empty except on Linux.
 
     Letting go of any other memory would wipe it.
     """
     if sys.platform != "linux":
         return []
-    found: list[tuple[int, int]] = []
+    unchanged: list[tuple[int, int]] = []
     where: tuple[int, int] | None = None
     with open("/proc/self/smaps") as maps:
         for line in maps:
@@ -58,9 +58,9 @@ def file_mappings() -> list[tuple[int, int]]:
                 where = int(low, 16), int(high, 16)
             elif where is not None and line.startswith("Anonymous:"):
                 if line.split()[1] == "0":  # else a page was written to, and letting go of it would undo that
-                    found.append(where)
+                    unchanged.append(where)
                 where = None
-    return found
+    return unchanged
 
 
 def _madvise(start: int, length: int) -> None:
@@ -69,7 +69,7 @@ def _madvise(start: int, length: int) -> None:
 
 
 def copy_by_mapping(module: nn.Module, name: str, sources: Mapping[str, tuple[Path, str]]) -> bool:
-    """Let the next deep copy of a module map its weights anew in place of copying them.
+    """Make the next deep copy of a module map its weights again instead of copying them.
 
     Args:
         module (`nn.Module`): The module.

@@ -125,7 +125,7 @@ class Prefix:
         """Record what leaves some of the layers.
 
         Args:
-            depths (`tuple[int, ...]`, *optional*): After so many layers each; the whole prefix where none is named.
+            depths (`tuple[int, ...]`, *optional*): After how many layers; by default at the end of the prefix.
             stop (`bool`, defaults to `False`): Whether the forward pass may end after the deepest; see [`run`].
 
         Yields:

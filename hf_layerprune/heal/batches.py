@@ -1,0 +1,110 @@
+"""What a batch brings along: the states that were computed for its rows, and which of its tokens count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..runtime.head import Head
+from ..runtime.prefix import Prefix
+from .store import StateStore
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .config import HealConfig
+
+
+@dataclass
+class Precomputed:
+    """What was computed before training.
+
+    Args:
+        store (`StateStore`, *optional*): Where states of rows are.
+        prefix (`Prefix`, *optional*): The frozen layers, where they were taken out.
+        teacher_head (`Head`, *optional*): The dense model's, where it teaches.
+    """
+
+    store: StateStore | None = None
+    prefix: Prefix | None = None
+    teacher_head: Head | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """What each batch brings along."""
+        return ["prefix"] * (self.prefix is not None) + ["teacher"] * (self.teacher_head is not None)
+
+
+class StateCollator:
+    """Makes a batch as TRL does, and adds the states of its rows.
+
+    Args:
+        inner (`Callable`): TRL's collator.
+        padding_free (`bool`): Whether that puts rows one after the other.
+    """
+
+    def __init__(self, inner: Callable[[list[dict]], dict[str, Any]], padding_free: bool) -> None:
+        self.inner = inner
+        self.padding_free = padding_free
+        self.precomputed: Precomputed | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Make a batch of rows."""
+        rows = [example["row"] for example in examples if "row" in example]
+        batch = self.inner([{name: value for name, value in e.items() if name != "row"} for e in examples])
+        if not rows:
+            return batch
+        batch["rows"] = torch.tensor(rows)
+        if self.precomputed is not None and self.precomputed.store is not None:
+            for column in self.precomputed.columns:
+                states = self.precomputed.store.read(column, rows)
+                batch[f"{column}_states"] = self.joined(states, batch["input_ids"].shape[1])
+        return batch
+
+    def joined(self, states: list[torch.Tensor], length: int) -> torch.Tensor:
+        """States of rows `[tokens, width]` as a batch `[batch, length, width]`."""
+        if self.padding_free:
+            states = [torch.cat(states)]
+        batch = states[0].new_zeros(len(states), length, states[0].shape[1])
+        for target, source in zip(batch, states, strict=True):
+            target[: len(source)] = source
+        return batch
+
+    def parted(self, batch: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+        """The reverse."""
+        if self.padding_free:
+            return list(batch[0, : sum(lengths)].split(list(lengths)))
+        return [states[:length] for states, length in zip(batch, lengths, strict=True)]
+
+
+def numbered(dataset: Dataset, first: int) -> Dataset:
+    """A data set with a column `row` that counts from `first`."""
+    return dataset.add_column("row", list(range(first, first + len(dataset))))
+
+
+def token_counts(batches: list[dict[str, Any]], args: HealConfig) -> torch.Tensor:
+    """How many tokens of some batches have a label, and on how many the teacher is heard, `[2]`."""
+    counts = torch.zeros(2)
+    for batch in batches:
+        labels = batch["labels"][:, 1:]
+        counts += torch.stack([(labels != -100).sum(), taught_positions(batch, labels, args).sum()]).to(counts)
+    return counts
+
+
+def taught_positions(inputs: dict[str, Any], labels: torch.Tensor, args: HealConfig) -> torch.Tensor:
+    """On which positions the teacher is heard, `[batch, seq - 1]`: where a next token follows in the same text."""
+    if args.kd_tokens == "completion":
+        return labels != -100
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"][:, 1:] != 0
+    return inputs["position_ids"][:, 1:] != 0
+
+
+def real_tokens(inputs: dict[str, Any]) -> torch.Tensor:
+    """How many tokens of a batch are not padding."""
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"].sum()
+    return torch.tensor(inputs["position_ids"].shape[1])
