@@ -191,7 +191,9 @@ class StateStore:
         return states
 
     def forget(self, column: str) -> None:
-        """Delete a column."""
+        """Delete a column, where it is stored."""
+        if column not in self.columns:
+            return
         self._open = {key: shard for key, shard in self._open.items() if key[1] != column}
         shutil.rmtree(self._folder(column), ignore_errors=True)
 

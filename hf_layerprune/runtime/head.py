@@ -130,6 +130,7 @@ class OutputHead:
         """Numbers in the states of a token."""
         return self._linear.weight.shape[1] if self.is_linear else self.vocabulary
 
+    @torch.compiler.disable(recursive=False)
     def states(self, *args: Any, run: Callable[..., Any] | None = None, **kwargs: Any) -> torch.Tensor:
         """Run the model up to its head.
 
