@@ -237,7 +237,7 @@ UNCHECKED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCh
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, derandomize=True, database=None, suppress_health_check=UNCHECKED)
+@settings(max_examples=50, derandomize=True, database=None, suppress_health_check=UNCHECKED)
 @given(data=st.data())
 def test_no_file_breaks_a_command(
     sound: Sound, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: st.DataObject

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .. import families
-from ..errors import CutError
+from ..errors import CutError, boundary
 from ..families.layout import DecoderStack, find_decoder_layers
 from .check import CannotCheckError, WrongCutError, bypassed_logits, check_logits
 
@@ -297,7 +297,7 @@ def rehearse_config(config: PreTrainedConfig, new_config: PreTrainedConfig, cut:
     """As `rehearse`, for the class that `AutoModelForCausalLM` makes of a config."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with boundary("no model can be built from the config"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         part = families.text_config(new_config) if type(model.config) is not type(config) else new_config
     return rehearse(type(model), model.config, part, cut)
@@ -312,7 +312,8 @@ def _empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -
         dtype = getattr(part, "dtype", None)
         if part is not None and isinstance(dtype, str):  # as saving leaves it; not every model can be built so
             part.dtype = getattr(torch, dtype)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    what = "no model can be built from the config"
+    with boundary(what), torch.random.fork_rng(devices=[]), torch.device("meta"):
         return model_class(config)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .. import families
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, cause_of
 from ..families.layout import find_decoder_layers
 from ..layer_ranges import format_layers
 from ..options import CutOptions
@@ -90,7 +90,9 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError as error:
+    except Exception as error:  # each model's class raises what it likes
+        if type(config) in AutoModelForCausalLM._model_mapping:
+            raise LayerPruneError(f"no model can be built from the config: {cause_of(error)}") from error
         raise LayerPruneError(
             f"a {config.model_type} model is not a causal language model, so it has no decoder layers to prune"
         ) from error
