@@ -1,0 +1,174 @@
+"""Numbers are bound to what was measured: weights, config, tokenizer, template, generation settings, and an adapter's base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from hf_layerprune.cli import main
+from hf_layerprune.errors import CheckpointError
+from hf_layerprune.measure.evaluate import EvalRequest, evaluate
+from hf_layerprune.measure.store import Store
+from hf_layerprune.measure.subject import identify
+from hf_layerprune.records.fingerprints import identity
+from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.records.locked import locked
+from hf_layerprune.records.metrics import Metrics
+
+from .measure_models import write_model
+from .publish_records import measure_by_hand
+from .test_verify_attacks import BEHAVIOUR, CONFIG, write_base
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("identity")
+    write_base(place / "base")
+    assert main(["prune", str(place / "base"), str(place / "cut"), "--drop-layers", "2,5"]) == 0
+    small = ["--drop-layers", "2,5", "--adapter", "--tune-layers", "1"]
+    assert main(["prune", str(place / "base"), str(place / "adapter"), *small]) == 0
+    measure_by_hand(place / "cut")
+    return place
+
+
+@pytest.fixture
+def cut(place: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(place / "cut", tmp_path / "model"))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    **{name: change for name, (change, _) in BEHAVIOUR.items()},
+    **{name: change for name, change in CONFIG.items() if name not in ("auto_map", "quantization_config")},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_numbers_of_what_was_edited_since(cut: Path, change: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = identity(cut)
+    CHANGES[change](cut)
+    after = identity(cut)
+    assert before.weights == after.weights
+    assert before.digest != after.digest
+    assert main(["card", str(cut)]) == 1
+    assert "changed since it was measured" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"with another .*--force"):
+        Store.open(identify(cut))
+    assert Store.open(identify(cut), force=True).metrics.results == []
+
+
+def test_the_base_of_an_adapter_is_part_of_it(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter = Path(shutil.copytree(place / "base", tmp_path / "base")), tmp_path / "adapter"
+    shutil.copytree(place / "adapter", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    measure_by_hand(adapter)
+    assert main(["card", str(adapter)]) == 0
+    before = identify(adapter).identity
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    after = identify(adapter).identity
+    assert (before.weights, before.adapter) == (after.weights, after.adapter)
+    assert after.changed_since(before.parts) == ["base"]
+    capsys.readouterr()
+    assert main(["card", str(adapter)]) == 1
+    assert "base of the model changed since it was measured" in capsys.readouterr().err
+
+
+def test_a_pickled_adapter_is_not_measured(place: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(place / "adapter", tmp_path / "adapter"))
+    (adapter / "adapter_model.safetensors").rename(adapter / "stray.safetensors")
+    (adapter / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(CheckpointError, match=r"has no adapter_model\.safetensors, and pickled weights"):
+        identify(adapter)
+
+
+def test_answers_are_those_to_the_same_prompts(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    model = write_model(tmp_path / "model")
+    tasks, answers = tmp_path / "tasks", tmp_path / "answers"
+    tasks.mkdir()
+    rows = [{"query": f"what is {n}?", "choices": ["one", "two"], "gold": n % 2} for n in range(4)]
+    (tasks / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def measure() -> int:
+        evaluate(EvalRequest(str(model), tasks_from=tasks, answers=answers, progress=False,
+                             output=tmp_path / "numbers.json", force=True))  # fmt: skip
+        return len(list(answers.iterdir()))
+
+    assert measure() == 1
+    assert measure() == 1
+    (tasks / "asked.yaml").write_text('doc_to_text: "Well: {{query}}"\n')
+    assert measure() == 2
+
+
+def _add(folder: Path, number: int) -> None:
+    own = identity(folder).weights
+
+    def change(metrics: Metrics | None) -> Metrics:
+        assert metrics is not None
+        result: dict[str, Any] = {"weights": own, "kind": "accuracy", "task": f"task{number}", "metric": "acc",
+                                  "value": 0.5, "date": "2026-11-25", "versions": {}}  # fmt: skip
+        metrics.add(results=[result])
+        return metrics
+
+    for _ in range(5):
+        Metrics.update(folder / "metrics.json", change)
+
+        def name(lineage: Lineage) -> None:
+            lineage.base[f"note{number}"] = number
+
+        Lineage.update(folder, name)
+
+
+def test_processes_that_write_at_once_lose_nothing(cut: Path) -> None:
+    context = get_context("fork")
+    workers = [context.Process(target=_add, args=(cut, number)) for number in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0] * 6
+    tasks = {one["task"] for one in Metrics.of(cut).results}
+    assert {f"task{number}" for number in range(6)} <= tasks
+    assert all(Lineage.of(cut).base[f"note{number}"] == number for number in range(6))
+    assert not list(cut.glob(".*.lock"))
+
+
+def test_stores_that_are_open_at_once_keep_each_others_numbers(cut: Path) -> None:
+    """`eval` and `bench` at the same time."""
+    one, other = Store.open(identify(cut)), Store.open(identify(cut))
+    for store, task in ((one, "first"), (other, "second"), (one, "third")):
+        weights = identity(cut).weights
+        store.add(results=[{"weights": weights, "kind": "accuracy", "task": task, "metric": "acc", "value": 0.5}])
+    assert {"piqa", "first", "second", "third"} <= {record["task"] for record in Metrics.of(cut).results}
+
+
+def test_a_lock_that_is_held(cut: Path) -> None:
+    with locked(cut / "metrics.json"):
+        pass
+    context = get_context("fork")
+    ready, done = context.Event(), context.Event()
+
+    def hold() -> None:
+        with locked(cut / "metrics.json"):
+            ready.set()
+            done.wait(60)
+
+    worker = context.Process(target=hold)
+    worker.start()
+    assert ready.wait(60)
+    with (
+        pytest.raises(CheckpointError, match=r"is being written by another process"),
+        locked(cut / "metrics.json", timeout=0.2),
+    ):
+        pass
+    done.set()
+    worker.join(60)
