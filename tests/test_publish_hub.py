@@ -167,7 +167,6 @@ def test_an_adapter(found: Found) -> None:
     ("verify_fails_clearly", "empty", "org/empty has no lineage.json"),
     ("verify_fails_clearly", "revision", "org/model has no revision 'nope'"),
     ("verify_fails_clearly", "gated", "org/model is gated; ask for access on its page"),
-    ("verify_fails_clearly", "storage", "check the connection and run the command again"),
 ])  # fmt: skip
 def test_clear_errors(found: Found, scenario: str, what: str, message: str) -> None:
     code, said = found[scenario][what]

@@ -71,7 +71,10 @@ class Place:
     @classmethod
     def _on_hub(cls, repo: Repo) -> Place:
         names = [name for name in repo.files if not is_inert(name)]
-        large = [name for name in names if repo.files[name].sha256 and name.endswith(WEIGHTS)]
+        if repo.offline and not any(name.endswith(WEIGHTS) for name in names):
+            raise CheckpointError(f"the weights of {repo.name} are not in the cache: {repo.offline}")
+        # Without a connection, the hashes are only what the cache calls its files.
+        large = [name for name in names if repo.files[name].sha256 and name.endswith(WEIGHTS) and not repo.offline]
         small = [name for name in names if name not in large]
         if huge := [name for name in small if repo.files[name].size > _MAX_SMALL]:
             raise CheckpointError(
@@ -138,6 +141,7 @@ class Base:
         from ...files.hub import Repo
 
         repo = Repo.open(name, told.get("commit") if name == told.get("id") else None, token=token)
+        repo.fetch(file for file in told.get("files") or () if file in repo.files and file.endswith(".json"))
         return cls(name, repo.commit, repo.fingerprint(), token)
 
     @property
