@@ -143,18 +143,22 @@ class LinearFitter(Fitter):
 
     def leave(self, first: int, end: int, batches: list[Batch]) -> None:
         """Fit, fold, and go on with the states that the repaired layer gives."""
-        writer, layer, features = self.writer, self.walk.layers[first - 1], []
-        fitted = held_out = None
+        writer, layer, student = self.writer, self.walk.layers[first - 1], self.student or []
+        features: list[torch.Tensor] = []
+        sums: tuple[NormalEquations, NormalEquations] | None = None
         judging = max(2, min(HELD_OUT, len(batches)))
         with self.walk.layer(first - 1) as run, self.look(writer.module, lambda x: features.append(x.clone())):
-            for number, (batch, entering) in enumerate(zip(batches, self.student, strict=True)):
+            for number, (batch, entering) in enumerate(zip(batches, student, strict=True)):
                 state = run(entering, batch).float()
                 change, feature = batch.hidden.float() - state, features.pop()
                 feature = feature.view(*state.shape[:-1], feature.shape[-1]).float() * writer.gain
-                if fitted is None:
+                if sums is None:
                     sizes = feature.shape[-1], self.walk.device, state.shape[-1]
-                    fitted, held_out = NormalEquations(*sizes), NormalEquations(*sizes)
-                (held_out if number % judging == judging - 1 else fitted).add(feature, change)
+                    sums = NormalEquations(*sizes), NormalEquations(*sizes)
+                sums[number % judging == judging - 1].add(feature, change)
+        if sums is None:
+            raise CutError("a repair needs calibration rows; raise calibration_samples")
+        fitted, held_out = sums
         fit = solve_ridge(fitted, held_out)
         if self.method == "linear":
             new = writer.folded(torch.eye(len(fit.change)).to(fit.change) + fit.change)
@@ -163,7 +167,7 @@ class LinearFitter(Fitter):
         new = {f"{writer.name}.{name}": value for name, value in new.items()}
         self.tensors |= {(first - 1, name): value for name, value in new.items()}
         with self.walk.layer(first - 1) as run, swapped(layer, new):
-            self.student = [run(state, batch) for state, batch in zip(self.student, batches, strict=True)]
+            self.student = [run(state, batch) for state, batch in zip(student, batches, strict=True)]
         self.records.append(
             {
                 "layers": [first, end - 1],

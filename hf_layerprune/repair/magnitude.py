@@ -53,7 +53,7 @@ class MagnitudeFitter(Fitter):
 
     def leave(self, first: int, end: int, batches: list[Batch]) -> None:
         """Measure: the mean over tokens of how much larger the states became, in the L1 norm."""
-        total = tokens = 0
+        total, tokens = 0.0, 0
         for before, batch in zip(self.before, batches, strict=True):
             ratio = batch.hidden.float().abs().sum(-1) / before.float().abs().sum(-1).clamp(min=1e-12)
             total, tokens = total + ratio.double().sum().item(), tokens + ratio.numel()

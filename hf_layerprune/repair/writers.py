@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,11 +49,12 @@ class Writer:
             `dict[str, torch.Tensor]`: By parameter name, on the CPU, in the dtype and shape of the module's own.
         """
         matrix = matrix.double().cpu()
-        weight = self.module.weight.detach().double().cpu()
+        module: Any = self.module
+        weight = module.weight.detach().double().cpu()
         transposed = isinstance(self.module, Conv1D)  # keeps its weight as [in, out]
         new = {"weight": weight @ matrix if transposed else matrix.T @ weight}
-        if self.module.bias is not None:
-            new["bias"] = self.module.bias.detach().double().cpu() @ matrix
+        if module.bias is not None:
+            new["bias"] = module.bias.detach().double().cpu() @ matrix
         return {name: value.to(getattr(self.module, name).dtype).contiguous() for name, value in new.items()}
 
     def moved(self, change: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -64,7 +67,8 @@ class Writer:
             `dict[str, torch.Tensor]`: By parameter name, on the CPU, in the dtype and shape of the module's own.
         """
         change = change.double().cpu()
-        weight = self.module.weight.detach()
+        module: Any = self.module
+        weight = module.weight.detach()
         new = weight.double().cpu() + (change if isinstance(self.module, Conv1D) else change.T)
         return {"weight": new.to(weight.dtype).contiguous()}
 
@@ -173,7 +177,7 @@ def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:
     gains = []
     for scale in (1.0, 4.0):  # a norm behind the module would even out the difference
         added = noise * scale * size
-        with outputs(module, lambda output, added=added: _plus(output, added)):
+        with outputs(module, partial(_plus, added=added)):
             change = run(hidden, batch).float() - plain
         added = added.float()
         gain = ((change * added).sum() / added.square().sum()).item()

@@ -62,13 +62,19 @@ class Candidate:
     found_by: str
     outcome: Outcome | None = None
 
+    @property
+    def tried(self) -> Outcome:
+        """The outcome, once the candidate was tried."""
+        assert self.outcome is not None, "the candidate has not been tried yet"
+        return self.outcome
+
     def record(self) -> dict[str, Any]:
         """For the lineage."""
         return {
             "layers": format_layers(self.drop),
             "found_by": self.found_by,
-            "kl": round(self.outcome.kl, 5),
-            "perplexity": round(self.outcome.perplexity, 4),
+            "kl": round(self.tried.divergence, 5),
+            "perplexity": round(self.tried.perplexity, 4),
         }
 
 
@@ -137,7 +143,7 @@ def _try_blocks(
     trials = [Trial(block, {fits[block].before: fits[block].applied} if block in fits else {}) for block in blocks]
     outcomes = zip(blocks, try_out(walk, judging, trials), strict=True)
     alive = tuple(range(walk.num_layers))
-    return Scores("kl", ORIGINAL, alive, blocks={block: outcome.kl for block, outcome in outcomes})
+    return Scores("kl", ORIGINAL, alive, blocks={block: outcome.divergence for block, outcome in outcomes})
 
 
 def _one_after_the_other(
@@ -176,7 +182,7 @@ def _judged(
         raise CutError(f"repair={repair!r} works for none of the layers on the short list; use repair=None")
     for candidate, outcome in zip(fitted, try_out(walk, judging, trials), strict=True):
         candidate.outcome = outcome
-    return sorted(fitted, key=lambda candidate: candidate.outcome.kl)
+    return sorted(fitted, key=lambda candidate: candidate.tried.divergence)
 
 
 def changes_of(repair: Repair) -> dict[int, Any]:
@@ -188,8 +194,8 @@ def _why(ranked: list[Candidate], repair: str | None, judging: CalibrationSet) -
     best = ranked[0]
     state = f"cut and {repair} repair" if repair else "cut"
     why = f"layers {format_layers(best.drop)} ({best.found_by}): after the {state}, KL to the dense model is "
-    why += f"{best.outcome.kl:.3g} nats on {len(judging)} held-out rows"
-    others = "".join(f"; {format_layers(c.drop)} ({c.found_by}) has {c.outcome.kl:.3g}" for c in ranked[1:])
+    why += f"{best.tried.divergence:.3g} nats on {len(judging)} held-out rows"
+    others = "".join(f"; {format_layers(c.drop)} ({c.found_by}) has {c.tried.divergence:.3g}" for c in ranked[1:])
     return why + others
 
 

@@ -8,6 +8,7 @@ which the few tokens with huge states decide; and no score for the last layer, w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -40,7 +41,7 @@ class BlockInfluence(Observer):
         before, after = before.float().flatten(0, -2), after.float().flatten(0, -2)
         if self.variant == ORIGINAL:
             cosines = F.cosine_similarity(before, after, dim=-1)
-            sums = [cosines.sum(dtype=_wide(cosines)), len(cosines), 0]
+            sums: list[Any] = [cosines.sum(dtype=_wide(cosines)), len(cosines), 0]
         else:
             sums = [(x * y).sum(dtype=_wide(x)) for x, y in ((before, after), (before, before), (after, after))]
         self.sums[index] += torch.tensor([float(value) for value in sums], dtype=torch.float64)

@@ -13,4 +13,4 @@ COMPARES = True  # with the dense model
 
 def score(outcome: Outcome) -> float:
     """Mean over all positions, in nats."""
-    return outcome.kl
+    return outcome.divergence

@@ -76,7 +76,8 @@ class Repairability(Observer):
     def watch(self, index: int, layer: nn.Module, run: Run, probe: Batch) -> Iterator[None]:
         """Keep the outputs of the module that a map would be folded into."""
         writers = find_writers(layer, run, probe)
-        self.writer, self.features = (writers[0] if writers else None), []
+        self.writer = writers[0] if writers else None
+        self.features: list[torch.Tensor] = []
         if self.writer is None:
             yield
             return

@@ -35,9 +35,16 @@ def report(
     ]
     if of_layers:
         table = [["layer", *(found.criterion for found in of_layers)]]
-        for i in range(len(of_layers[0].layers)):
-            table.append([str(i), *(_cell(found.layers[i], i in drops[found.criterion]) for found in of_layers)])
-        lines += ["", *_columns(table, right=True), "", "the less, the sooner a layer goes; * would be dropped"]
+        for i in range(len(of_layers[0].layers or ())):
+            table.append(
+                [str(i), *(_cell((found.layers or [])[i], i in drops[found.criterion]) for found in of_layers)]
+            )
+        lines += [
+            "",
+            *_columns(table, right=True),
+            "",
+            "layers with lower scores are dropped first; * would be dropped",
+        ]
     for found in scores.values():
         if CRITERIA[found.criterion].blocks_only:
             length = len(drops[found.criterion])

@@ -213,7 +213,7 @@ class _Work:
             run_pass(self.walk, self.text(of_states[0]), list(observers.values()), self.alive)
         elif observers:
             let_go = isinstance(self.model, LayerWalk) and self.model.reads_weights_anew
-            read_weights(_layers(self.model), list(observers.values()), self.alive, let_go=let_go)
+            read_weights(list(_layers(self.model)), list(observers.values()), self.alive, let_go=let_go)
         return {name: observer.scores() for name, observer in observers.items()}
 
     def tried(self, criteria: Sequence[Criterion]) -> dict[str, Scores]:
@@ -222,7 +222,7 @@ class _Work:
             return {}
         text, num_layers = self.text(criteria[0]), self.walk.num_layers
         gone = [i for i in range(num_layers) if i not in set(self.alive)]
-        sets = [(i,) for i in self.alive] if 1 not in self.lengths else []
+        sets: list[tuple[int, ...]] = [(i,) for i in self.alive] if 1 not in self.lengths else []
         for length in self.lengths:
             sets += neighbours(self.alive, length)
         trials = [Trial(tuple(sorted([*gone, *layers]))) for layers in sets]

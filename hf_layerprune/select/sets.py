@@ -113,11 +113,12 @@ def lowest_block(scores: Mapping[tuple[int, ...], float], count: int, free: Coll
 
 def block_sums(scores: Sequence[float | None], layers: Sequence[int], count: int) -> dict[tuple[int, ...], float]:
     """Blocks of neighbouring layers by the sum of their layers' scores, for a criterion that scores single layers."""
-    return {
-        block: sum(scores[i] for i in block)
-        for block in neighbours(layers, count)
-        if all(scores[i] is not None for i in block)
-    }
+    sums = {}
+    for block in neighbours(layers, count):
+        known = [score for i in block if (score := scores[i]) is not None]
+        if len(known) == len(block):
+            sums[block] = sum(known)
+    return sums
 
 
 def rounds(count: int, steps: int) -> list[int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
@@ -83,11 +84,11 @@ def score(
 
 
 def _backward(
-    walk: LayerWalk, index: int, batches: Sequence[Batch], entering: list[torch.Tensor], down: list[torch.Tensor]
+    walk: LayerWalk, index: int, batches: Sequence[Batch], entering: list[Any], down: list[torch.Tensor]
 ) -> float:
     """One layer's score. `down` holds the gradients of what leaves it, and afterwards of what enters it."""
     weights = [weight for _, weight in weight_matrices(walk.layers[index], index)]
-    sums: list[torch.Tensor | None] = [None] * len(weights)
+    sums: list[Any] = [None] * len(weights)
     with walk.layer(index) as run, torch.enable_grad():
         for weight in weights:
             weight.requires_grad_(True)
@@ -96,12 +97,13 @@ def _backward(
                 hidden = entering[number].detach().requires_grad_(True)
                 entering[number] = None
                 output = run(hidden, batch)
-                down[number], *found = torch.autograd.grad(
-                    output, [hidden, *weights], down[number].to(output.dtype), allow_unused=True
+                gradients: list[Any] = list(
+                    torch.autograd.grad(output, [hidden, *weights], down[number].to(output.dtype), allow_unused=True)
                 )
+                down[number] = gradients.pop(0)
                 del output, hidden
                 for k in range(len(weights)):
-                    gradient, found[k] = found[k], None
+                    gradient, gradients[k] = gradients[k], None
                     if gradient is None:
                         continue
                     if sums[k] is not None:
@@ -135,7 +137,7 @@ def _loss_gradient(walk: LayerWalk, batch: Batch, tokens: int) -> torch.Tensor:
             with torch.enable_grad():
                 loss = F.cross_entropy(walk.logits(piece)[0].float(), targets, reduction="sum") / tokens
                 (gradient[row : row + 1, start : start + len(targets)],) = torch.autograd.grad(loss, piece)
-    batch.hidden = None
+    batch.hidden = batch.hidden.new_empty(0)  # what is not needed is let go of
     return gradient
 
 

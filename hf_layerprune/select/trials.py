@@ -56,6 +56,12 @@ class Outcome:
     kl: float | None = None
 
     @property
+    def divergence(self) -> float:
+        """The divergence, where it was asked for."""
+        assert self.kl is not None, "the trial was made without comparing"
+        return self.kl
+
+    @property
     def perplexity(self) -> float:
         """exp(loss)."""
         return math.exp(self.loss) if self.loss < 709 else math.inf
@@ -156,7 +162,7 @@ def _advance(
     """Take all trials through all layers; the states that leave the last, by trial and batch."""
     states: dict[Key, list[torch.Tensor]] = {(): [batch.hidden for batch in batches]}
     for batch in batches:
-        batch.hidden = None
+        batch.hidden = batch.hidden.new_empty(0)  # what is not needed is let go of
     moves: list[_Move] = [_Move((), (), False)] * len(trials)
     for i, moves in enumerate(_all_moves(walk.num_layers, trials)):
         layer = walk.layers[i]
