@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import LayerDropConfig, drop_layers, prune_with
+from hf_layerprune import LayerDropConfig, LayerPruneError, drop_layers, prune_with
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
 from hf_layerprune.repair.fit import blocks, fit_repair
