@@ -293,9 +293,9 @@ def _same_when_saved(dense: Any, repair: Repair, drop: tuple[int, ...]) -> None:
 # --- heal -----------------------------------------------------------------------------------------------
 
 KD_SHARE, KD_TEMPERATURE = 0.3, 2.0
-# Loss, and what is trained.
 # Attention so sharp that padding moves gradients by more than that, in float32.
 ROUGH = dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), 5 * TOLERANCE)
+# Loss, and what is trained.
 HEALED = (("ce", "lm_head+last1"), ("kd", "full"), ("ce+kd", "lm_head+last1"))
 
 

@@ -249,3 +249,11 @@ def test_a_data_set_on_the_hub(tmp_path: Path) -> None:
     assert "no text in 'number', it has text, other, number" in lines[2]
     assert lines[3].startswith("error can't read calibration org/rows:nosuch")
     assert lines[4].startswith("error can't read calibration org/none")
+
+
+def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "web.txt"
+    with path.open("wb") as file:
+        file.truncate(6 << 30)  # sparse
+    with pytest.raises(CheckpointError, match=r"web\.txt"):
+        load_calibration(str(path), tokenizer, samples=2, length=8)

@@ -34,7 +34,7 @@ def test_proven(model_type: str) -> None:
     table = families.proven_stages()[model_type]
     for stage, outcome in outcomes(model_type).items():
         if stage not in table:
-            assert outcome.startswith(f"refused: model type {model_type!r}"), f"{stage}: {outcome}"
+            assert outcome.startswith("refused: model type "), f"{stage}: {outcome}"
         else:
             assert outcome == ("proven=" + ",".join(table[stage])).rstrip("="), f"{stage}: {outcome}"
 

@@ -80,6 +80,8 @@ def prepare(
 
     walk = calibration = repair = None
     record: dict[str, Any] = {}
+    if config.repair is not None:
+        families.check_stage(model.config, "repair")
     if runs_dense(config):
         walk = LayerWalk(model, device=device, let_go=let_go)
         calibration = calibration_of(config, model, tokenizer, config.revision)

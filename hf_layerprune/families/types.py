@@ -61,11 +61,12 @@ REFUSED: dict[str, str] = {
 # Types whose layers can't be run one at a time, as ranking by text and repairs do.
 _STREAMS = "its layers hand on several streams of hidden states"
 _SHARED = "its last layers read keys and values of earlier layers, so none runs alone"
+_NO_IMAGE = "its cross-attention layers run only where there is an image"
 _UNRANKED: dict[str, str] = {
     **dict.fromkeys(("deepseek_v4", "gemma3n_text", "hy_v4", "xlnet"), _STREAMS),
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _SHARED),
     "glm_moe_dsa": "its layers attend to tokens that an earlier layer has picked, so none runs alone",
-    **dict.fromkeys(("mllama", "mllama_text_model"), "its cross-attention layers run only where there is an image"),
+    **dict.fromkeys(("mllama", "mllama_text_model"), _NO_IMAGE),
     "zaya": "its routers read what the router of the layer before has computed",
 }
 
@@ -130,6 +131,8 @@ REFUSED_AT: dict[str, dict[str, str]] = {
     "repair": _UNRANKED | dict.fromkeys(_UNREPAIRED, _BEHIND),
     "heal": {
         "git": "its output embedding has the name of modules inside its layers, and PEFT can't train it alone",
+        "mpt": "PEFT lets it take no embeddings in place of tokens, as training behind cached layers does",
+        **dict.fromkeys(("mllama", "mllama_text_model"), _NO_IMAGE),
     },
     "evaluate": {},
 }

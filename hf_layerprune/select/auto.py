@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError
+from ..families import check_stage
 from ..layer_ranges import format_layers
 from ..repair.fit import Repair, fit_repair
 from ..repair.registry import find_repair
@@ -96,6 +97,8 @@ def choose(
     Raises:
         CutError: No such set of layers may go, or there are too few rows.
     """
+    if choice.repair:
+        check_stage(walk.model.config, "repair")
     check_vocabulary(calibration, walk.model)
     if len(calibration) < 4:
         raise CutError("criterion 'auto' holds a quarter of the calibration rows out; raise calibration_samples to 4")

@@ -106,6 +106,10 @@ def prune_to(request: PruneRequest) -> str:
     check_target(output.expanduser(), source, request.force)  # before minutes are spent on choosing layers
     config = read_config(hub.folder) if hub else load_config(request.base, revision=request.revision)
     families.check_supported(config)
+    if request.repair is not None:
+        families.check_stage(config, "repair")
+    if request.drop_layers is None and find_criterion(request.criterion).needs == "text":
+        families.check_stage(config, "rank")
     prepared = None
     if looks_at_model(request):
         # The repair looks at the same model and the same text, so it is fitted here as well.

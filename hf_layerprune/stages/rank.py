@@ -73,6 +73,8 @@ def rank(request: RankRequest) -> Ranking:
     criteria = [find_criterion(name) for name in request.criteria]
     config = load_config(request.base, revision=request.revision)
     families.check_supported(config)
+    if any(criterion.needs == "text" for criterion in criteria):
+        families.check_stage(config, "rank")
     n = families.layer_count(config)
     count = drop_count(request.drop, n)
     protected = families.protected_layers(config)
