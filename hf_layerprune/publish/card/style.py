@@ -12,15 +12,13 @@ each role has a marker of its own besides; name bars and lines beside them, so t
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import LayerPruneError
-from ...files.copy import write_failed
+from ...files.copy import new_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,13 +128,7 @@ def _write(figure: Figure, path: Path) -> None:
     kind = path.suffix.removeprefix(".")
     # Left to itself, matplotlib writes the date and its version.
     metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-    partial = path.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}{path.suffix}")
-    try:
+    with new_file(path, force=True) as partial:
         figure.savefig(partial, format=kind, metadata=metadata)
         if (size := partial.stat().st_size) > MAX_BYTES:
             raise LayerPruneError(f"{path} would have {size} bytes, too many for a card; draw fewer points")
-        os.replace(partial, path)
-    except OSError as error:
-        raise write_failed(path, error) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -7,13 +7,12 @@ README.md keeps what people wrote around our marks, and the YAML fields that the
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from pathlib import Path
 
 from ...errors import CheckpointError
-from ...files.copy import write_text
+from ...files.copy import write_bytes, write_text
 from ...records.declared import CARD
 from ...records.licences import NOTICE, is_licence_file
 from ...records.lineage import Lineage
@@ -218,7 +217,7 @@ def _write(folder: Path, name: str, text: str) -> list[str]:
     if read_text(path) == text:
         return []
     path.parent.mkdir(exist_ok=True)
-    write_text(path, text)
+    write_text(path, text, inside=folder)
     return [name]
 
 
@@ -238,7 +237,7 @@ def _draw(card: Card, folder: Path, force: bool) -> list[str]:
                 new = Path(place, path.name)
                 wanted[name](new)
                 stamp(new, digest)
-                os.replace(new, path)
+                write_bytes(path, new.read_bytes(), inside=folder)
         elif name not in wanted and path.is_file():
             path.unlink()
         else:

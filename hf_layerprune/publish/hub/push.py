@@ -9,8 +9,6 @@ checked there; one commit takes it to the Hub; and only then are the new card an
 from __future__ import annotations
 
 import logging
-import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
-from ...files.copy import write_text
+from ...files.copy import write_bytes, write_text
 from ...records.declared import CARD
 from ..card import metadata, regions
 from ..card.writing import (
@@ -187,10 +185,7 @@ def _bring_home(contents: Contents, home: Path) -> None:
         if path.is_symlink() or (target.is_file() and target.read_bytes() == path.read_bytes()):
             continue
         target.parent.mkdir(exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-        with path.open("rb") as source, partial.open("xb") as file:
-            shutil.copyfileobj(source, file)
-        os.replace(partial, target)
+        write_bytes(target, path.read_bytes(), inside=home)
     for part in (ASSETS, EVAL_RESULTS):
         for path in (home / part).glob("*") if (home / part).is_dir() else ():
             name = f"{part}/{path.name}"
