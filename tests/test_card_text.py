@@ -10,13 +10,14 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+import jinja2
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from hf_layerprune.publish.card import metadata, regions
+from hf_layerprune.publish.card import metadata, regions, render
 from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.declared import front_matter
 from hf_layerprune.records.figures.metric_names import METRICS, Metric
@@ -138,6 +139,16 @@ def test_a_new_metric_needs_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     text = Card.of(lineage, metrics).render().replace(NBSP, " ")
     assert "| **WikiText-2** ↓<br><sub>energy per token, of the limit</sub> | 25.0 " in text
     assert "name: energy per token, of the limit" in text
+
+
+def test_a_new_section_is_a_file_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = render._environment()
+    new = jinja2.DictLoader({"energy.md.jinja": "## Energy\n\n{{ card.name }} | <b>\n", "empty.md.jinja": "\n"})
+    monkeypatch.setattr(environment, "loader", jinja2.ChoiceLoader([new, environment.loader]))
+    monkeypatch.setattr(render, "SECTIONS", [*SECTIONS, "energy", "empty"])
+    text = example_card().render()
+    assert sections(text) == [*SECTIONS, "energy"]
+    assert "## Energy\n\nSmolLM2-135M-Instruct-23L | <b>\n" in text
 
 
 def test_every_section_is_there() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Reference:
+class Paper:
     """A paper.
 
     Args:
@@ -42,7 +42,7 @@ class Reference:
         return "\n".join([f"@misc{{{self.key},", *lines, "}"])
 
 
-METHOD = Reference(
+METHOD = Paper(
     "Reassessing Layer Pruning in LLMs: New Insights and Methods",
     "Lu, Yao and Cheng, Hao and Fang, Yujie and Wang, Zeyu and Wei, Jiaheng and Xu, Dongwei and Xuan, Qi and "
     "Yang, Xiaoniu and Zhu, Zhaowei",
@@ -51,18 +51,18 @@ METHOD = Reference(
 )
 # By the value of a stage's setting.
 USED = {
-    ("criterion", "block_influence"): Reference(
+    ("criterion", "block_influence"): Paper(
         "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", "Men, Xin and others", 2024,
         "2403.03853",
     ),
-    ("criterion", "angular_distance"): Reference(
+    ("criterion", "angular_distance"): Paper(
         "The Unreasonable Ineffectiveness of the Deeper Layers", "Gromov, Andrey and others", 2024, "2403.17887"
     ),
-    ("criterion", "taylor"): Reference(
+    ("criterion", "taylor"): Paper(
         "Shortened LLaMA: Depth Pruning for Large Language Models with Comparison of Retraining Methods",
         "Kim, Bo-Kyeong and others", 2024, "2402.02834",
     ),
-    ("repair", "linear"): Reference(
+    ("repair", "linear"): Paper(
         "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block Linearization",
         "Shopkhoev, Dmitriy and others", 2025, "2505.02819",
     ),

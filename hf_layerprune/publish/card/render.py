@@ -29,9 +29,11 @@ from ...records.metrics import Metrics
 from ...records.names import is_hub_name
 from . import escape, metadata, plots, regions, tables
 from .limits import limits
-from .papers import METHOD, USED, Reference
+from .papers import METHOD, USED, Paper
 
-TEMPLATE = "model_card.md.jinja"
+# The sections of a card, in order, each from its own template: `templates/NAME.md.jinja`. What a template prints is
+# escaped unless it was made for Markdown; one that prints nothing leaves no section.
+SECTIONS = ["summary", "results", "speed", "use", "recipe", "training", "limits", "provenance", "licence", "citation"]
 # Another number makes every picture be drawn again.
 _DRAWING = 3
 _MAX_DATASETS = 50
@@ -128,7 +130,7 @@ class Card:
         return metadata.metadata(self)
 
     @property
-    def references(self) -> list[Reference]:
+    def papers(self) -> list[Paper]:
         """The papers of what was used besides the method itself."""
         keys = [(name, str(value)) for stage in self.history.stages for name, value in stage.settings.items()]
         keys += [(stage.name, str(stage.settings.get("method"))) for stage in self.history.stages]
@@ -138,7 +140,9 @@ class Card:
 
     def body(self) -> str:
         """The card without its YAML block."""
-        return _environment().get_template(TEMPLATE).render(_context(self)).strip("\n") + "\n"
+        context, environment = _context(self), _environment()
+        texts = {name: environment.get_template(f"{name}.md.jinja").render(context) for name in SECTIONS}
+        return "\n\n".join(regions.marked(name, text) for name, text in texts.items() if text.strip()) + "\n"
 
     def render(self) -> str:
         """The whole card."""
@@ -171,7 +175,7 @@ def _context(card: Card) -> dict[str, Any]:
         "pictures": card.pictures,
         "dropped": format_layers(history.dropped).replace(",", ", "),
         "done": [stage.name for stage in history.stages],
-        "papers": [reference.bibtex() for reference in (METHOD, *card.references)],
+        "papers": [paper.bibtex() for paper in (METHOD, *card.papers)],
         "measured_with": measured_with(results) if results else [],
         "model_id": card.repo_id or f"path/to/{card.name}",
     }
@@ -248,7 +252,6 @@ def _environment() -> jinja2.Environment:
         "ours": Markup,  # words of our own, which may hold Markdown
     }
     environment.globals |= {
-        "region": _region,
         "link": escape.link,
         "command": escape.command,
         "with_error": _with_error,
@@ -257,11 +260,6 @@ def _environment() -> jinja2.Environment:
         "training_table": tables.training_table,
     }
     return environment
-
-
-def _region(name: str, caller: Callable[[], str]) -> Markup:
-    text = str(caller()).strip("\n")
-    return Markup(regions.marked(name, text) + "\n" if text.strip() else "")
 
 
 def _with_error(value: float, stderr: float | None) -> Markup:

@@ -40,7 +40,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Publication:
     """What is to be published, and where.
 
     Args:
@@ -59,11 +59,11 @@ class Subject:
         return self.contents.folder
 
 
-def run_checks(subject: Subject) -> list[Check]:
+def run_checks(publication: Publication) -> list[Check]:
     """Check a folder before it is published.
 
     Args:
-        subject (`Subject`): What is to be published, and where.
+        publication (`Publication`): What is to be published, and where.
 
     Returns:
         `list[Check]`: All outcomes. A check that can't be made is a refusal.
@@ -71,7 +71,7 @@ def run_checks(subject: Subject) -> list[Check]:
     found: list[Check] = []
     for name, check in _CHECKS.items():
         try:
-            found += [Check(name, level, text) for level, text in check(subject)]
+            found += [Check(name, level, text) for level, text in check(publication)]
         except (LayerPruneError, OSError) as error:
             found.append(Check(name, REFUSAL, str(error)))
     return found
@@ -80,21 +80,21 @@ def run_checks(subject: Subject) -> list[Check]:
 Outcome = Iterator[tuple[str, str]]
 
 
-def _repository(subject: Subject) -> Outcome:
-    if "/" not in subject.repo_id or not is_hub_name(subject.repo_id):
-        yield REFUSAL, f"{subject.repo_id!r} is not a name for a repository; write it as NAMESPACE/NAME"
+def _repository(publication: Publication) -> Outcome:
+    if "/" not in publication.repo_id or not is_hub_name(publication.repo_id):
+        yield REFUSAL, f"{publication.repo_id!r} is not a name for a repository; write it as NAMESPACE/NAME"
     else:
-        yield OK, subject.repo_id
+        yield OK, publication.repo_id
 
 
-def _weights(subject: Subject) -> Outcome:
+def _weights(publication: Publication) -> Outcome:
     """The files are sound, complete, and those that the last stage wrote."""
     from ...cut.base import Base, read_weights
     from ...cut.header import read_header
     from ...cut.settings import read_config
     from ...families import layer_count
 
-    contents, folder = subject.contents, subject.folder
+    contents, folder = publication.contents, publication.folder
     if not contents.weights:
         yield REFUSAL, f"{folder} has no weights; a card without weights is not published"
         return
@@ -130,17 +130,17 @@ def _weights(subject: Subject) -> Outcome:
         yield OK, f"{size} in {files}, as {lineage.entries[-1].get('stage')} left them ({own[:12]})"
 
 
-def _metrics(subject: Subject) -> Outcome:
-    metrics = Metrics.of(subject.folder)
+def _metrics(publication: Publication) -> Outcome:
+    metrics = Metrics.of(publication.folder)
     if metrics is None:
         yield WARNING, f"there is no {METRICS}: the card will say that nothing was measured (hf-layerprune eval)"
         return
-    metrics.check_belongs(subject.folder, Lineage.of(subject.folder))
+    metrics.check_belongs(publication.folder, Lineage.of(publication.folder))
     yield OK, f"{len(metrics.results)} numbers, of these weights and their history"
 
 
-def _base(subject: Subject) -> Outcome:
-    lineage = Lineage.of(subject.folder)
+def _base(publication: Publication) -> Outcome:
+    lineage = Lineage.of(publication.folder)
     if lineage is None:
         return
     if is_local(lineage.base):
@@ -151,8 +151,8 @@ def _base(subject: Subject) -> Outcome:
                 "your folders; say which model it is: hf-layerprune card MODEL --base-model ORG/NAME"
             ),
         )
-    if subject.contents.is_adapter:
-        config = read_json(subject.folder / ADAPTER_CONFIG)
+    if publication.contents.is_adapter:
+        config = read_json(publication.folder / ADAPTER_CONFIG)
         name = str(config.get("base_model_name_or_path"))
         if not is_hub_name(name) or Path(name).exists():
             yield (
@@ -164,13 +164,13 @@ def _base(subject: Subject) -> Outcome:
             )
 
 
-def _licence(subject: Subject) -> Outcome:
-    lineage = Lineage.of(subject.folder)
+def _licence(publication: Publication) -> Outcome:
+    lineage = Lineage.of(publication.folder)
     licence = LicenceFound.of(lineage.base if lineage else {})
-    row, name = licence.row, subject.repo_id.rpartition("/")[2]
+    row, name = licence.row, publication.repo_id.rpartition("/")[2]
     if not licence.known:
         yield (
-            WARNING if subject.private else REFUSAL,
+            WARNING if publication.private else REFUSAL,
             (
                 "the base declares no licence, so it is not known what anybody may do with this model; find it out and "
                 "say it: hf-layerprune card MODEL --license apache-2.0 (or --license other --license-name N "
@@ -189,18 +189,20 @@ def _licence(subject: Subject) -> Outcome:
             REFUSAL,
             (
                 f"{row.title}: the model's name must begin with “{row.prefix}”, and {name!r} does not; push it to "
-                f"{subject.repo_id.rpartition('/')[0]}/{row.prefix.replace(' ', '-')}-..."
+                f"{publication.repo_id.rpartition('/')[0]}/{row.prefix.replace(' ', '-')}-..."
             ),
         )
-    files = [path for path in subject.contents.files if is_licence_file(path)]
+    files = [path for path in publication.contents.files if is_licence_file(path)]
     notices = [path for path in files if path.upper().startswith(NOTICE)]
-    told = any(row.notice in subject.contents.path(path).read_text(errors="replace") for path in notices if row.notice)
+    told = any(
+        row.notice in publication.contents.path(path).read_text(errors="replace") for path in notices if row.notice
+    )
     if row.notice and not told:
         yield REFUSAL, f"{row.title}: a {NOTICE} file with its sentence is missing; hf-layerprune card MODEL writes it"
     texts = [path for path in files if path.upper().startswith(("LICENSE", "LICENCE"))]
     if not texts:
         yield (
-            REFUSAL if row.needs_text and not subject.private else WARNING,
+            REFUSAL if row.needs_text and not publication.private else WARNING,
             (
                 f"{row.title}: a copy of it goes along with the model, and there is none; put it into the folder as "
                 f"LICENSE{_at(licence)}"
@@ -215,8 +217,8 @@ def _at(licence: LicenceFound) -> str:
     return f" ({licence.link})" if licence.link else ""
 
 
-def _secrets(subject: Subject) -> Outcome:
-    contents = subject.contents
+def _secrets(publication: Publication) -> Outcome:
+    contents = publication.contents
     secrets = list(islice(leaks.find_secrets(contents.folder, contents.files, contents.named), _MOST_LEAKS))
     for leak in secrets:
         yield (
@@ -232,20 +234,20 @@ def _secrets(subject: Subject) -> Outcome:
         yield WARNING, f"{leak.file} line {leak.line} tells others {leak.what}"
 
 
-def _loading(subject: Subject) -> Outcome:
+def _loading(publication: Publication) -> Outcome:
     """What people need to load it."""
-    files = subject.contents.files
-    if subject.contents.is_adapter:
+    files = publication.contents.files
+    if publication.contents.is_adapter:
         return
     if not any(name.startswith("tokenizer") or name == "vocab.json" for name in files):
         yield WARNING, "there is no tokenizer, so nobody can use the model without the base's"
     if code := [name for name in files if name.endswith(".py")]:
         yield WARNING, f"{code[0]} is code that runs only for those who pass trust_remote_code"
-    config = read_json(subject.folder / "config.json")
+    config = read_json(publication.folder / "config.json")
     yield OK, f"{config.get('model_type')}, {', '.join(config.get('architectures') or ['no class named'])}"
 
 
-_CHECKS: dict[str, Callable[[Subject], Outcome]] = {
+_CHECKS: dict[str, Callable[[Publication], Outcome]] = {
     "repository": _repository,
     "weights": _weights,
     "metrics": _metrics,

@@ -32,7 +32,7 @@ from ..card.writing import (
     read_text,
     write_card,
 )
-from .checks import REFUSAL, Check, Subject, run_checks
+from .checks import REFUSAL, Check, Publication, run_checks
 from .contents import WEIGHTS, Contents, find_model, is_ours, list_contents
 from .upload import PushError, Upload, Uploaded, log_in, push_errors, upload
 
@@ -142,7 +142,7 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
 
 
 def _plan(request: PushRequest, contents: Contents, home: Path) -> Plan:
-    checks = run_checks(Subject(contents, request.repo_id, request.private))
+    checks = run_checks(Publication(contents, request.repo_id, request.private))
     # The user's folder is what they know by name.
     return Plan(contents, [replace(one, text=one.text.replace(str(contents.folder), str(home))) for one in checks])
 

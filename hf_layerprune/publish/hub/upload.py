@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ...errors import CheckpointError, cause_of
-from ...files.hub import retry_after
+from ...errors import CheckpointError, LayerPruneError, cause_of
+from ...files.hub import UnreachableError, retry_after
 from ...records.fingerprints import sha256_of
 from ...versions import transport_error
 
@@ -39,10 +39,6 @@ _Answer = TypeVar("_Answer")
 
 class PushError(CheckpointError):
     """The Hub did not take it. Nothing that a reader could see was changed."""
-
-
-class UnreachableError(PushError):
-    """The Hub could not be reached for long enough. Trying again later goes on where this stopped."""
 
 
 @dataclass(frozen=True)
@@ -319,7 +315,7 @@ def push_errors(repo_id: str, user: dict[str, Any] | None, kind: str = "model") 
 
     try:
         yield
-    except PushError:
+    except LayerPruneError:
         raise
     except Exception as raised:
         error = _cause(raised)
@@ -338,7 +334,7 @@ def push_errors(repo_id: str, user: dict[str, Any] | None, kind: str = "model") 
         raise
 
 
-def _refused(error: Any, repo_id: str, user: dict[str, Any] | None, kind: str) -> PushError:
+def _refused(error: Any, repo_id: str, user: dict[str, Any] | None, kind: str) -> CheckpointError:
     from huggingface_hub import errors
 
     status, says = error.response.status_code, cause_of(error)
