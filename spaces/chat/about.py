@@ -37,13 +37,13 @@ class Records:
         def path(name: str) -> str | None:
             return cached_file(model, name, _raise_exceptions_for_missing_entries=False)
 
-        found = {}
+        records = {}
         for name in ("lineage", "metrics"):
             if file := path(f"{name}.json"):
                 with open(file, encoding="utf-8") as opened:
-                    found[name] = json.load(opened)
+                    records[name] = json.load(opened)
         readme = path("README.md")
-        return cls(model, card=(metadata_load(readme) or {}) if readme else {}, **found)
+        return cls(model, card=(metadata_load(readme) or {}) if readme else {}, **records)
 
     @property
     def base(self) -> str | None:

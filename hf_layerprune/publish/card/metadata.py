@@ -54,11 +54,11 @@ def metadata(card: Card) -> dict[str, Any]:
         eval_results=eval_results(card.results) or None,
         **fields,
     )
-    found = data.to_dict()
+    present = data.to_dict()
     first = ["language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model"]
     first += ["base_model_relation"]
-    order = [*first, *(name for name in found if name not in (*first, "model-index")), "model-index"]
-    return {name: found[name] for name in order if name in found}
+    order = [*first, *(name for name in present if name not in (*first, "model-index")), "model-index"]
+    return {name: present[name] for name in order if name in present}
 
 
 def front_matter(text: str, where: str) -> tuple[dict[str, Any], str]:
@@ -99,12 +99,12 @@ def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: Our values where both have one, and all tags.
     """
-    found = dict(ours)
-    found |= {name: value for name, value in theirs.items() if name not in ours and name not in OURS}
+    both = dict(ours)
+    both |= {name: value for name, value in theirs.items() if name not in ours and name not in OURS}
     tags, more = ours.get("tags") or [], theirs.get("tags")
     if isinstance(more, list):
-        found["tags"] = [*tags, *(tag for tag in more if tag not in tags)]
-    return found
+        both["tags"] = [*tags, *(tag for tag in more if tag not in tags)]
+    return both
 
 
 def to_yaml(fields: dict[str, Any]) -> str:
@@ -119,7 +119,7 @@ def eval_results(results: Results | None) -> list[Any]:
     from huggingface_hub import EvalResult
 
     own = results.own if results else None
-    found = []
+    entries = []
     for row in results.rows if results else ():
         cell = row.cells.get(own.weights) if own else None
         if cell is None:
@@ -129,7 +129,7 @@ def eval_results(results: Results | None) -> list[Any]:
         dataset = str(record.get("dataset", ""))
         told = ("stderr", "samples", "device", "dtype")
         settings: dict[str, Any] = {name: record[name] for name in told if name in record}
-        found.append(
+        entries.append(
             EvalResult(
                 task_type="text-generation",
                 task_name=plain(row.task) if row.task else "Text generation",
@@ -142,7 +142,7 @@ def eval_results(results: Results | None) -> list[Any]:
                 metric_args=settings or None,
             )
         )
-    return found
+    return entries
 
 
 def _measured_on(record: dict[str, Any], kind: str) -> str:

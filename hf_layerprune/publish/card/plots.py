@@ -193,19 +193,19 @@ def pictures(history: History, results: Results | None) -> dict[str, Callable[[P
     Returns:
         `dict[str, Callable[[Path], None]]`: What draws each of them, by its name.
     """
-    found: dict[str, Callable[[Path], None]] = {"layers": lambda path: layer_map(history, path)}
+    drawings: dict[str, Callable[[Path], None]] = {"layers": lambda path: layer_map(history, path)}
     told = next(filter(None, (_scores_of(stage.entry, history) for stage in history.stages)), None)
     if told is not None:
-        found["scores"] = lambda path: scores(told[1], history.dropped, told[0], path)
+        drawings["scores"] = lambda path: scores(told[1], history.dropped, told[0], path)
     if results is None or len(results.columns) < 2:
-        return found
+        return drawings
     rows = [row for row in results.table(["accuracy"]) if len(row.cells) > 1]
     if rows:
-        found["accuracy"] = lambda path: accuracy(results, rows, path)
+        drawings["accuracy"] = lambda path: accuracy(results, rows, path)
     speed = next((row for row in results.table(["speed"]) if row.key[2] == "decode_tokens_per_second"), None)
     if speed is not None and len([c for c in _both(results.columns, speed) if c in results.mean_accuracy()]) > 1:
-        found["tradeoff"] = lambda path: tradeoff(results, speed, path)
-    return found
+        drawings["tradeoff"] = lambda path: tradeoff(results, speed, path)
+    return drawings
 
 
 def _both(columns: Sequence[ResultColumn], speed: Row) -> list[str]:

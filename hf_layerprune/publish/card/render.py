@@ -101,8 +101,8 @@ class Card:
     @property
     def languages(self) -> list[str]:
         """The languages that the base declares."""
-        found = self.history.lineage.base.get("language") or []
-        return [escape.plain(one, 20) for one in ([found] if isinstance(found, str) else found)]
+        declared = self.history.lineage.base.get("language") or []
+        return [escape.plain(one, 20) for one in ([declared] if isinstance(declared, str) else declared)]
 
     @property
     def datasets(self) -> list[str]:
@@ -215,8 +215,8 @@ def _timed(results: Results | None) -> str:
 
 
 def _versions(history: History) -> str:
-    found = history.lineage.entries[-1].get("versions") if history.lineage.entries else None
-    return ", ".join(f"{name} {number}" for name, number in found.items()) if isinstance(found, dict) else ""
+    versions = history.lineage.entries[-1].get("versions") if history.lineage.entries else None
+    return ", ".join(f"{name} {number}" for name, number in versions.items()) if isinstance(versions, dict) else ""
 
 
 def _settings(stage: Stage) -> str:

@@ -53,19 +53,19 @@ def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], p
         figure.legend(handles, labels, loc="outside upper right", ncols=2)
 
 
-def block_scores(found: Scores, drops: Sequence[int], path: Path) -> None:
+def block_scores(scores: Scores, drops: Sequence[int], path: Path) -> None:
     """Draw blocks by where they start and how long they are; bars where there is one length only.
 
     Args:
-        found (`Scores`): Those of blocks.
+        scores (`Scores`): Those of blocks.
         drops (`Sequence[int]`): The block that would be dropped.
         path (`Path`): The picture to write.
     """
-    lengths = sorted({len(block) for block in found.blocks})
+    lengths = sorted({len(block) for block in scores.blocks})
     if len(lengths) == 1:
-        _bars(found, drops, lengths[0], path)
+        _bars(scores, drops, lengths[0], path)
     else:
-        _heat_map(found, drops, path)
+        _heat_map(scores, drops, path)
 
 
 def choices(drops: Mapping[str, Sequence[int]], num_layers: int, path: Path) -> None:
@@ -104,8 +104,8 @@ def choices(drops: Mapping[str, Sequence[int]], num_layers: int, path: Path) -> 
         axes.set_xlabel("decoder layer of the base")
 
 
-def _bars(found: Scores, drops: Sequence[int], length: int, path: Path) -> None:
-    starts = {block[0]: score for block, score in found.blocks.items()}
+def _bars(scores: Scores, drops: Sequence[int], length: int, path: Path) -> None:
+    starts = {block[0]: score for block, score in scores.blocks.items()}
     chosen = drops[0] if drops else None
     with draw(path, width=7.2, height=2.3) as (_, axes):
         kept = [start for start in starts if start != chosen]
@@ -115,23 +115,23 @@ def _bars(found: Scores, drops: Sequence[int], length: int, path: Path) -> None:
             axes.legend(ncols=1, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
         if _spread(starts.values()) > WIDE:
             axes.set_yscale("log")
-        axes.set_title(found.criterion, pad=6)
+        axes.set_title(scores.criterion, pad=6)
         axes.set_xlabel(f"first layer of the block of {length}")
-        axes.set_ylabel(CRITERIA[found.criterion].unit)
-        axes.set_xlim(-0.8, len(found.alive) - 0.2)
+        axes.set_ylabel(CRITERIA[scores.criterion].unit)
+        axes.set_xlim(-0.8, len(scores.alive) - 0.2)
         grid(axes, "y")
 
 
-def _heat_map(found: Scores, drops: Sequence[int], path: Path) -> None:
+def _heat_map(scores: Scores, drops: Sequence[int], path: Path) -> None:
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
 
-    position = {layer: i for i, layer in enumerate(found.alive)}
-    n, most = len(found.alive), max(len(block) for block in found.blocks)
+    position = {layer: i for i, layer in enumerate(scores.alive)}
+    n, most = len(scores.alive), max(len(block) for block in scores.blocks)
     cells = [[math.nan] * n for _ in range(most)]
-    for block, score in found.blocks.items():
+    for block, score in scores.blocks.items():
         cells[len(block) - 1][position[block[0]]] = score
-    norm = LogNorm() if _spread(found.blocks.values()) > 300 else None
+    norm = LogNorm() if _spread(scores.blocks.values()) > 300 else None
     with draw(path, width=7.2, height=1.2 + min(3.6, 0.14 * most + 0.6)) as (figure, axes):
         mesh = axes.pcolormesh(
             [i - 0.5 for i in range(n + 1)],
@@ -143,7 +143,7 @@ def _heat_map(found: Scores, drops: Sequence[int], path: Path) -> None:
         )
         # The best start of every length, and the block that would go.
         for length in range(1, most + 1):
-            row = [(score, position[block[0]]) for block, score in found.blocks.items() if len(block) == length]
+            row = [(score, position[block[0]]) for block, score in scores.blocks.items() if len(block) == length]
             if row:
                 axes.plot(min(row)[1], length, "o", ms=2.6, color="#ffffff", mec="#0b0f19", mew=0.6)
         if drops:
@@ -155,8 +155,8 @@ def _heat_map(found: Scores, drops: Sequence[int], path: Path) -> None:
             )  # fmt: skip
         bar = figure.colorbar(mesh, ax=axes, pad=0.02)
         bar.outline.set_visible(False)
-        bar.set_label(CRITERIA[found.criterion].unit)
-        axes.set_title(f"{found.criterion}: every block (dots: the best start of each length)", pad=6, fontsize=9.5)
+        bar.set_label(CRITERIA[scores.criterion].unit)
+        axes.set_title(f"{scores.criterion}: every block (dots: the best start of each length)", pad=6, fontsize=9.5)
         axes.set_xlabel("first layer of the block")
         axes.set_ylabel("layers in the block")
 

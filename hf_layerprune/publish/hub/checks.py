@@ -68,13 +68,13 @@ def run_checks(publication: Publication) -> list[Check]:
     Returns:
         `list[Check]`: All outcomes. A check that can't be made is a refusal.
     """
-    found: list[Check] = []
+    outcomes: list[Check] = []
     for name, check in _CHECKS.items():
         try:
-            found += [Check(name, level, text) for level, text in check(publication)]
+            outcomes += [Check(name, level, text) for level, text in check(publication)]
         except (LayerPruneError, OSError) as error:
-            found.append(Check(name, REFUSAL, str(error)))
-    return found
+            outcomes.append(Check(name, REFUSAL, str(error)))
+    return outcomes
 
 
 Outcome = Iterator[tuple[str, str]]

@@ -69,8 +69,8 @@ def find_secrets(folder: Path, files: Iterable[str], named: frozenset[str] = fro
     """
     for name in files:
         seen: set[tuple[int, str]] = set()
-        found = _formats(folder / name)
-        for line, what in [*found, *(_everything(folder / name) if name in named else ())]:
+        leaks = _formats(folder / name)
+        for line, what in [*leaks, *(_everything(folder / name) if name in named else ())]:
             if (line, what) not in seen:
                 seen.add((line, what))
                 yield Leak(name, line, what)
