@@ -186,6 +186,19 @@ def test_a_real_refusal_of_the_kernel_is_one_clear_error(base, tmp_path):
     assert beside(base) == ["base"]
 
 
+@pytest.mark.parametrize("fault", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, None])
+def test_copying_works_without_the_kernels_help(base, tmp_path, monkeypatch, fault):
+    cut(base, tmp_path / "cut")
+
+    def refuse(*_):
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(os, "copy_file_range", (lambda *_: 0) if fault is None else refuse, raising=False)
+    monkeypatch.setattr(files, "CHUNK", 100)
+    cut(base, tmp_path / "again")
+    assert digest(tmp_path / "cut") == digest(tmp_path / "again")
+
+
 def test_a_source_that_changes_meanwhile_is_noticed(base, tmp_path, monkeypatch):
     plan = plan_cut(base, [1])
     shard = base / "model-00003-of-00004.safetensors"
