@@ -150,10 +150,9 @@ def write_all(output: BinaryIO, data: bytes | memoryview) -> None:
 
 @contextmanager
 def open_new(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that must not exist yet, not even as a link, and bring it to disk when the block ends well."""
+    """Open a file that must not exist yet, not even as a link. `new_file` and `new_folder` bring it to disk later."""
     with open(path, "xb", buffering=0) as output:
         yield output
-        os.fsync(output.fileno())
 
 
 def check_space(target: Path, needed: int, free: int) -> None:
