@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_layerprune import families
 
+from .compat import rendered as rendered_versions
 from .matrix import CUT, cuts
 from .tiny_models import MODEL_TYPES, tiny_config
 
@@ -99,6 +100,7 @@ def render() -> str:
             for reason in dict.fromkeys(reasons.values()):
                 types = ", ".join(t for t, why in reasons.items() if why == reason)
                 lines.append(f"| {reason} | {types} |")
+    lines += ["", rendered_versions().rstrip("\n")]
     return "\n".join(lines) + "\n"
 
 

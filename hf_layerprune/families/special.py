@@ -215,6 +215,10 @@ SPECIAL: dict[str, Family] = {
     "gpt_neox_japanese": Family(protect=_last("it alone has an output bias")),
     "qwen4_exp_text": Family(protect=_ngram_layers),
     "nemotron_h": Family(count_field=""),
+    # Each layer counts as two hidden layers, in a field of its own until transformers 5.16.
+    "longcat_flash": Family(
+        count_field="num_layers", rules={"num_hidden_layers": lambda value, cut: 2 * len(cut.keep)}
+    ),
     "xlstm": Family(rules={"num_blocks": lambda value, cut: len(cut.keep)}),
     "gpt2": Family(requires=_scaled_by_index),
     "gpt-sw3": Family(requires=_scaled_by_index),
