@@ -67,10 +67,10 @@ class HealConfig(SFTConfig):
             whole model is.
     """
 
-    learning_rate: float | None = field(
+    learning_rate: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Peak learning rate of AdamW. By default one that suits the method."}
     )
-    gradient_checkpointing: bool | None = field(
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Recompute the trained layers' activations, for memory. Frozen layers have none to keep."},
     )

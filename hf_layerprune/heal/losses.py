@@ -153,11 +153,13 @@ class _HeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         sums = _Sums(*torch.zeros(4, device=device).unbind())
-        d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = into
-        if wants_weight and into is None:
+        d_hidden: Any = torch.empty_like(hidden) if wants_hidden else None
+        d_weight: Any = into
+        if weight is not None and wants_weight and into is None:
             d_weight = torch.zeros(weight.shape, device=device, dtype=torch.float32)
-        d_bias = torch.zeros(bias.shape, device=device, dtype=torch.float32) if wants_bias else None
+        d_bias: Any = (
+            torch.zeros(bias.shape, device=device, dtype=torch.float32) if wants_bias and bias is not None else None
+        )
         vocabulary = hidden.shape[1] if weight is None else weight.shape[0]
         size = max(1, chunk_bytes // (dtype.itemsize * vocabulary))
         rows = max(1, _CACHED_BYTES // (4 * vocabulary)) if device.type == "cpu" else size

@@ -58,7 +58,7 @@ class _Run:
         self.args = trainer.args
         self.accelerator = trainer.accelerator
         self.collator = trainer.data_collator
-        self.model = trainer.plain_model
+        self.model: Any = trainer.plain_model
         self.output = trainer.output_head
         self.device = trainer.args.device
         self.datasets = trainer.numbered_datasets
@@ -161,7 +161,7 @@ class _Run:
         if teacher is not None:
             source = hash_tensors([], teacher.fingerprint, self._settings())
             columns.append(Column("teacher", teacher.width, teacher.dtype, source))
-        folder = Path(self.args.cache_dir or Path(self.args.output_dir) / "cache")
+        folder = Path(self.args.cache_dir or Path(str(self.args.output_dir)) / "cache")
         rows = "-".join(hash_rows(dataset) for dataset in self.datasets)
         with self.accelerator.main_process_first():
             return StateStore(folder, self.lengths, rows, columns, main=self.main)
@@ -202,8 +202,7 @@ class _Run:
         def run(rows: list[int]) -> dict[str, list[torch.Tensor]]:
             inputs, shared = self._inputs(rows), None
             if teacher.shared:
-                states = store.read(column, rows)
-                shared = self.collator.joined(states, inputs["input_ids"].shape[1]).to(self.device)
+                shared = self.collator.joined(store.read(column, rows), inputs["input_ids"].shape[1]).to(self.device)
             states = teacher.states(inputs, shared).to(store.columns["teacher"].dtype)
             return {"teacher": self.collator.parted(states, [self.lengths[row] for row in rows])}
 

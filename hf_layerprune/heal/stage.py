@@ -79,7 +79,7 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
         return model
     from ..adapter.reading import load_adapter
 
-    model = load_adapter(load_base(student.folder, dtype="auto"), str(trained))
+    model: Any = load_adapter(load_base(student.folder, dtype="auto"), str(trained))
     if adapter is not None and student.cut_again:
         logger.warning(
             "%s was cut from a model that had been cut before, so what was trained is not an adapter of %s; only the "

@@ -271,7 +271,7 @@ def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]], *settings: Any) ->
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -57,7 +57,7 @@ class Teacher:
             model = load_base(source, dtype=dtype, **from_pretrained_kwargs)
         else:
             model = source
-        self.model: PreTrainedModel | None = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         layers = len(find_decoder_layers(model).layers)
         if cut is not None and layers != cut.num_layers:
             raise CheckpointError(
@@ -65,14 +65,14 @@ class Teacher:
                 "name the dense model with --teacher"
             )
         self.shared = shared_layers(model, student, min(limit, cut.drop[0]) if cut is not None else 0)
-        self._output = OutputHead(model)
-        self.head = self._output.head()
+        self._output: Any = OutputHead(model)
+        self.head: Head = self._output.head()
         self.dtype = model.dtype
         self.width = self._output.width
         self.fingerprint = hash_tensors(model.named_parameters())
         self._prefix: Prefix | None = None
 
-    def prepare(self, inputs: dict[str, torch.Tensor], device: torch.device, *, needs_ids: bool = False) -> None:
+    def prepare(self, inputs: dict[str, Any], device: torch.device, *, needs_ids: bool = False) -> None:
         """Move what is needed to a device, and leave out what the student does already.
 
         Args:
@@ -98,7 +98,7 @@ class Teacher:
         Returns:
             `torch.Tensor`: `[batch, seq, width]`, as `head` takes them.
         """
-        if self._prefix is not None:
+        if self._prefix is not None and shared is not None:
             inputs = self._prefix.put(shared, inputs)
         return self._output.states(**inputs, use_cache=False)
 
@@ -110,11 +110,10 @@ class Teacher:
             student (`Head`): The student's head; where it is frozen and the same, there is one for both.
         """
         own, mine = student.weight, self.head.weight
-        frozen = own is not None and not own.requires_grad
-        if frozen and mine is not None and own.shape == mine.shape and torch.equal(own.cpu(), mine.cpu()):
-            weight = own.detach()
-        else:
-            weight = None if mine is None else mine.detach().to(device)
+        weight = None if mine is None else mine.detach()
+        if own is not None and weight is not None and not own.requires_grad and own.shape == weight.shape:
+            weight = own.detach() if torch.equal(own.cpu(), weight.cpu()) else weight
+        weight = None if weight is None else weight.to(device)
         bias = None if self.head.bias is None else self.head.bias.detach().to(device)
         self.head = Head(weight, bias, self.head.transform)
         if self._prefix is not None and self._borrowed:

@@ -87,8 +87,13 @@ class HealTrainer(SFTTrainer):
     """
 
     _tag_names = ["trl", "sft", "layer-pruning"]  # noqa: RUF012 (TRL declares it so)
-    # `compute_loss` divides by all tokens of a step, whatever the model says.
-    loss_is_scaled_for_ga = True
+    # `compute_loss` divides by all tokens of a step, for any model.
+    loss_is_scaled_for_ga: Any = True
+
+    args: HealConfig
+    model: Any
+    data_collator: StateCollator
+    output_head: OutputHead
 
     def __init__(
         self,
@@ -118,7 +123,8 @@ class HealTrainer(SFTTrainer):
         # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
         self._split = is_split_by_deepspeed(self.plain_model)
         if not self._leaves_loss_to_trl:
-            self.output_head = OutputHead(self.plain_model)
+            with self.accelerator.autocast():  # what is trained may be held in float32, and the rest in 16 bits
+                self.output_head = OutputHead(self.plain_model)
             self._patch_forward()
         self._check_rows(rows)
         self._leave_out_unseen_rows()
@@ -128,7 +134,7 @@ class HealTrainer(SFTTrainer):
 
     @property
     def plain_model(self) -> PreTrainedModel:
-        """The transformers model inside whatever is around it."""
+        """The transformers model itself, without PEFT's and accelerate's wrappers."""
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -212,11 +218,12 @@ class HealTrainer(SFTTrainer):
         model.forward = types.MethodType(functools.wraps(type(model).forward)(forward), model)
 
     def _lesson(self, heal: dict[str, Any], keep: torch.Tensor) -> Lesson | None:
-        if heal["teacher_states"] is None:
+        head = self._precomputed.teacher_head
+        if heal["teacher_states"] is None or head is None:
             return None
         distillation = Distillation(self.args.kd_temperature, self.args.kd_direction)
         states = heal["teacher_states"][:, :-1][keep]
-        return Lesson(states, self._precomputed.teacher_head, heal["kd_mask"][keep], heal["kd_weight"], distillation)
+        return Lesson(states, head, heal["kd_mask"][keep], heal["kd_weight"], distillation)
 
     @property
     def _leaves_loss_to_trl(self) -> bool:
@@ -265,7 +272,7 @@ class HealTrainer(SFTTrainer):
         if str(resume_from_checkpoint).lower() in ("true", "false"):  # from a command line
             resume_from_checkpoint = str(resume_from_checkpoint).lower() == "true"
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 logger.info("no checkpoint in %s yet: training starts from the beginning", self.args.output_dir)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -304,7 +311,7 @@ class HealTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
 
     def _way_back(self) -> str:
-        last = last_checkpoint(self.args.output_dir)
+        last = last_checkpoint(str(self.args.output_dir))
         kept = f"{last} is the last good checkpoint" if last else "no checkpoint was saved before"
         return f"{kept}; try a smaller learning rate than {self.args.learning_rate:g}, or look at the data"
 
@@ -327,14 +334,16 @@ class HealTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         local = token_counts([inputs], self.args).to(inputs["labels"].device)
         tokens = real_tokens(inputs)
-        if prefix is not None:
+        if prefix is not None and self._precomputed.prefix is not None:
             inputs = self._precomputed.prefix.put(prefix, inputs)
         if self._leaves_loss_to_trl or return_outputs:
             count = None if num_items_in_batch is None else num_items_in_batch[0]
             return super().compute_loss(model, inputs, return_outputs, count)
         labels = inputs.pop("labels")[:, 1:]
         kd_mask = (
-            taught_positions(inputs, labels, self.args) if taught is not None else torch.zeros_like(labels, dtype=bool)
+            taught_positions(inputs, labels, self.args)
+            if taught is not None
+            else torch.zeros_like(labels, dtype=torch.bool)
         )
         counts = local if num_items_in_batch is None else num_items_in_batch
         share = 0.0 if taught is None else 1.0 if self.args.loss == "kd" else self.args.kd_share
