@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from benchmarks.checkpoint import make_llama
 from hf_layerprune.cut import write
@@ -18,6 +19,7 @@ from hf_layerprune.files import copy as files
 from hf_layerprune.files import folders as replace
 
 from .test_checkpoint import assert_same, layer, sharded, tensors
+from .tiny_models import tiny_model
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
@@ -374,3 +376,30 @@ def test_peak_memory_does_not_depend_on_the_size(tmp_path):
     assert max(growth) < 60, growth
     assert max(growth) - min(growth) < 10, growth
     assert max(peaks) - min(peaks) < 20, peaks
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "src/main.py", "package.json", "README.md", "assets/plan.docx"])
+def test_a_file_that_may_be_somebodys_own_is_named_and_never_replaced(base, tmp_path, name):
+    target = tmp_path / "cut"
+    cut(base, target)
+    (target / name).parent.mkdir(exist_ok=True)
+    (target / name).write_text("mine")
+    fields = json.loads((target / "config.json").read_text())
+    fields.pop("layer_drop", None)  # a folder that anybody may have made
+    (target / "config.json").write_text(json.dumps(fields))
+    before = digest(target)
+    with pytest.raises(CheckpointError, match=f"holds files that may be yours: {name}; move them away"):
+        cut(base, target, force=True)
+    assert digest(target) == before
+
+
+@pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_checkpoint_that_lacks_a_kept_tensor_is_refused_by_name(tmp_path, name):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    weights = load_file(path)
+    save_file({key: value for key, value in weights.items() if key != name}, path)
+    lost = name.replace("layers.3.", "layers.2.")
+    with pytest.raises(CheckpointError, match=f"lacks {lost} .*the checkpoint is incomplete"):
+        cut_checkpoint(tmp_path / "base", tmp_path / "cut", [1], progress=False)
+    assert beside(tmp_path / "base") == ["base"]
