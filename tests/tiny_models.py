@@ -167,7 +167,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "whisper",
     )},
     "prophetnet": {"num_encoder_layers": LAYERS},
-    **{t: _MLA for t in ("deepseek_v3", "longcat_flash", "minicpm3", "youtu")},
+    **{t: _MLA for t in ("deepseek_v3", "longcat_flash", "minicpm3", "sarvam_mla", "youtu")},
     **{t: _MLA | _DENSE_AND_SPARSE for t in ("axk1", "axk2", "deepseek_v32", "glm4_moe_lite")},
     **{t: _MLA | _DENSE_AND_SPARSE | {"indexer_types": ["full", "shared"] * 3 + ["full", "full"]}
        for t in ("glm_moe_dsa", "hy_v4")},
