@@ -400,7 +400,7 @@ def test_ruined_models_are_recorded(base: Path, tasks: Path, tmp_path: Path, cap
         (["--tasks", "none", "--text", "none"], 1, "nothing to measure"),
         (["--tasks", "none", "--text", "missing.txt"], 1, "there is no text missing.txt"),
         (["--length", "100000"], 1, "one window has 100000"),
-        (["--device", "gpu"], 1, "'gpu' is no device"),
+        (["--device", "gpu"], 1, "'gpu' is not a device"),
         (["--device", "cuda:7"], 1, "so there is no cuda:7"),
         (["--output", "nowhere/metrics.json"], 1, "nowhere does not exist"),
         (["--output", "."], 1, ". is a folder; name a file"),

@@ -66,7 +66,7 @@ class Store:
 
         Raises:
             CheckpointError: The numbers that are there are not of this model and base as they are now, the history of
-                the model does not know its base, or an earlier stage is none of this model's.
+                the model does not know its base, or an earlier stage does not belong to this model.
         """
         path = output or (model.folder / FILE_NAME if model.folder else None)
         if path is not None:

@@ -212,7 +212,7 @@ def pick_device(name: str) -> str:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise LayerPruneError(f"{name!r} is no device; name cpu, cuda, cuda:1, mps, auto or all") from error
+        raise LayerPruneError(f"{name!r} is not a device; name cpu, cuda, cuda:1, mps, auto or all") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise LayerPruneError(f"this machine has {torch.cuda.device_count()} CUDA GPUs, so there is no {name}")
     if device.type == "mps" and not torch.backends.mps.is_available():

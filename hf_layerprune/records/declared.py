@@ -29,7 +29,7 @@ def front_matter(text: str) -> tuple[dict[str, Any], str]:
         text (`str`): A README.md.
 
     Returns:
-        `tuple[dict[str, Any], str]`: The YAML's fields, none where there is no sound block; and the rest.
+        `tuple[dict[str, Any], str]`: The YAML's fields, empty where it has no valid block; and the rest.
     """
     import yaml
 

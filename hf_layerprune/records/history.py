@@ -44,11 +44,11 @@ class Stage:
     @property
     def data(self) -> list[dict[str, Any]]:
         """The texts that were fitted or trained on."""
-        found = self.entry.get("data") or []
-        found = [one for one in ([found] if isinstance(found, dict) else found) if isinstance(one, dict)]
-        found = [one | {"name": OWN_TEXT} if one.get("name") == "self" else one for one in found]
+        told = self.entry.get("data") or []
+        texts = [one for one in ([told] if isinstance(told, dict) else told) if isinstance(one, dict)]
+        texts = [one | {"name": OWN_TEXT} if one.get("name") == "self" else one for one in texts]
         calibration = self.entry.get("calibration")
-        return found + ([_calibration(calibration)] if isinstance(calibration, dict) else [])
+        return texts + ([_calibration(calibration)] if isinstance(calibration, dict) else [])
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class History:
     @property
     def commit(self) -> str | None:
         """The commit of the base on the Hub."""
-        found = self.lineage.base.get("commit")
-        return found if isinstance(found, str) and found else None
+        commit = self.lineage.base.get("commit")
+        return commit if isinstance(commit, str) and commit else None
 
     @property
     def from_gguf(self) -> bool:
@@ -93,8 +93,8 @@ class History:
     def dtype(self) -> str | None:
         """The type that the weights were converted to on the way, or `None` where they kept the base's."""
         told = [stage.settings.get("dtype") for stage in self.stages if stage.name == "prune"]
-        found = [str(dtype) for dtype in told if dtype not in (None, "auto")]
-        return found[-1] if found else "bfloat16" if self.from_gguf else None
+        types = [str(dtype) for dtype in told if dtype not in (None, "auto")]
+        return types[-1] if types else "bfloat16" if self.from_gguf else None
 
     @property
     def base_id(self) -> str:
@@ -108,36 +108,37 @@ class History:
 
     def changed(self) -> dict[str, list[str]]:
         """Every tensor that a stage says it changed, with the names of those stages."""
-        found: dict[str, list[str]] = {}
+        by_tensor: dict[str, list[str]] = {}
         for stage in self.stages:
             for name in sorted(stage.changed):
-                found.setdefault(name, []).append(stage.name)
-        return found
+                by_tensor.setdefault(name, []).append(stage.name)
+        return by_tensor
 
     def layers_changed(self, stage: str) -> set[int]:
         """Base indices of the layers in which the stages of a name changed something."""
-        found = set()
+        layers = set()
         for one in self.stages:
             for match in map(_LAYER.fullmatch, one.changed if one.name == stage else ()):
                 if match and int(match["index"]) < len(self.kept):
-                    found.add(self.kept[int(match["index"])])
-        return found
+                    layers.add(self.kept[int(match["index"])])
+        return layers
 
     def commands(self) -> list[str]:
-        """The commands that make the model again, one a stage that says so, each calling a folder what the next
+        """The commands that make the model again, one for each stage that records one, each calling a folder what the next
         one calls it.
         """
-        found, source = [], None
+        commands: list[str] = []
+        source = None
         for number, stage in enumerate(self.stages):
             told = stage.entry.get("command")
             if isinstance(told, str) and told.strip():
-                found.append(_folded(_split(told)))
+                commands.append(_folded(_split(told)))
             elif stage.name == "prune" and stage.settings.get("drop_layers"):
                 output = self._taken_up(number) or ("pruned" if source is None else f"{source}-again")
                 if output not in self._names:  # a recipe that begins with the base prunes it, too
-                    found.append(_folded(self._prune(stage, source, output)))
+                    commands.append(_folded(self._prune(stage, source, output)))
                 source = output
-        return found
+        return commands
 
     @property
     def _names(self) -> set[str | None]:
@@ -259,17 +260,17 @@ def _calibration(record: dict[str, Any]) -> dict[str, Any]:
     """A calibration set, as the card lists data."""
     source = str(record.get("source") or "")
     name, _, part = source.partition(":")
-    found: dict[str, Any] = {"name": PurePath(source.replace("\\", "/")).name or "unnamed"}
+    text: dict[str, Any] = {"name": PurePath(source.replace("\\", "/")).name or "unnamed"}
     if source == "self":
-        found["name"] = OWN_TEXT
+        text["name"] = OWN_TEXT
     elif "/" in name and is_hub_name(name):
-        found |= {"id": name, "name": name} | ({"split": part} if part else {})
+        text |= {"id": name, "name": name} | ({"split": part} if part else {})
     samples, length = record.get("samples"), record.get("length")
     if isinstance(samples, int) and isinstance(length, int):
-        found |= {"rows": samples, "tokens": samples * length}
+        text |= {"rows": samples, "tokens": samples * length}
     if isinstance(record.get("fingerprint"), str):
-        found["sha256"] = record["fingerprint"]
-    return found
+        text["sha256"] = record["fingerprint"]
+    return text
 
 
 def _through(cuts: list[list[int]], names: list[str]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """What the licence of a base asks of who publishes a pruned copy of it: one table, one row a licence.
 
 A pruned model is a modified copy, so its base's licence is its own. The rows say what the licence texts ask of such
-a copy, in short; they are no legal advice, and every card links the text. A licence that is not in the table is named
+a copy, in short; they are not legal advice, and every card links the text. A licence that is not in the table is named
 as it is, and the card and the push say that its duties are not known here; none at all is never passed over.
 """
 

@@ -1,4 +1,4 @@
-"""`lineage.json`: where a model comes from, and what was done to it, one entry a stage."""
+"""`lineage.json`: where a model comes from, and what was done to it, one entry for each stage."""
 
 from __future__ import annotations
 

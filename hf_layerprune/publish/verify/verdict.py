@@ -33,7 +33,7 @@ from .rebuild import Expected, TensorHash, digest_file, rebuild
 
 _MAX_LINES = 20
 _SINGLE, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
-# What saving a model sets, and what says of the cut itself what lineage.json says, too; none of it changes an output.
+# Fields that saving a model sets, and the marker of the cut, which is checked apart; none of them changes an output.
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache", MARKER}
 _ADAPTER_PREFIX = "base_model.model."
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -60,7 +60,7 @@ class Verified:
 
     Args:
         name (`str`): The model.
-        lines (`list[Line]`): What was found.
+        lines (`list[Line]`): The findings.
         recorded (`Counter[str]`): Number of tensors that are only as recorded, by the stages that changed them.
         accept_trained (`bool`): Whether those count as accounted for.
         complete (`bool`): Whether everything was looked at.
