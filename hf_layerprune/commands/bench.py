@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..errors import shown
 from ..measure.requests import BenchRequest
 from ..options import add, gather
 
@@ -23,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
     from ..measure.bench import bench
     from ..measure.report import report
 
-    print(report(bench(gather(args, BenchRequest)), ("size", "speed", "memory")))
+    print(shown(report(bench(gather(args, BenchRequest)), ("size", "speed", "memory"))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..errors import shown
 from ..measure.requests import EvalRequest
 from ..options import add, gather
 
@@ -23,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
     from ..measure.evaluate import evaluate
     from ..measure.report import report
 
-    print(report(evaluate(gather(args, EvalRequest))))
+    print(shown(report(evaluate(gather(args, EvalRequest)))))

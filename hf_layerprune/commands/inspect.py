@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..errors import shown
 from ..options import add, gather
 from ..stages.requests import InspectRequest
 
@@ -20,4 +21,4 @@ def run(args: argparse.Namespace) -> None:
     """Inspect."""
     from ..stages.inspect import inspect_model
 
-    print(inspect_model(gather(args, InspectRequest)))
+    print(shown(inspect_model(gather(args, InspectRequest))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..errors import shown
 from ..options import add, gather
 from ..stages.requests import PruneRequest
 
@@ -22,4 +23,4 @@ def run(args: argparse.Namespace) -> None:
     """Prune."""
     from ..stages.prune import prune_to
 
-    print(prune_to(gather(args, PruneRequest)))
+    print(shown(str(prune_to(gather(args, PruneRequest)))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..errors import shown
 from ..options import add, gather
 from ..stages.requests import RankRequest
 
@@ -22,6 +23,6 @@ def run(args: argparse.Namespace) -> None:
     from ..stages.rank import rank
 
     request = gather(args, RankRequest)
-    print(rank(request))
+    print(shown(rank(request)))
     if request.output is not None:
         print(f"\nscores.json and the plots are in {request.output}")

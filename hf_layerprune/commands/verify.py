@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..errors import shown
 from ..options import MODEL_HELP
 
 HELP = "prove that a model is what its base and its records make it"
@@ -34,6 +35,6 @@ def run(args: argparse.Namespace) -> int:
 
     outcome = verify(args.model, base=args.base, revision=args.revision, accept_trained=args.accept_trained)
     for line in outcome.lines:
-        print(f"{'ok' if line.good else 'NO':<4} {line.what:<8}  {line.text}")
-    print(outcome.verdict)
+        print(shown(f"{'ok' if line.good else 'NO':<4} {line.what:<8}  {line.text}"))
+    print(shown(outcome.verdict))
     return 0 if outcome.good else 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, boundary
 from ..records.metrics import Metrics
 from .cost import cache_bytes, decode_bytes, prefill_flops
 from .opening import open_measurement
@@ -84,9 +84,10 @@ class _Bench:
         if probes:
             self._record_probes(probes, live)
         start = perf_counter()
-        timed = time_models(
-            live, _workloads(self.request), repeats=self.request.repeats, progress=self.request.progress
-        )
+        with boundary("the models can't be timed", kind=LayerPruneError):
+            timed = time_models(
+                live, _workloads(self.request), repeats=self.request.repeats, progress=self.request.progress
+            )
         seconds = (perf_counter() - start) / max(1, len(timed))
         for work, timings in timed.items():
             self._record_timings(work, timings, live, seconds)

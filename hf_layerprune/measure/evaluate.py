@@ -10,7 +10,7 @@ import math
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, LayerPruneError
+from ..errors import CheckpointError, LayerPruneError, boundary
 from ..records.metrics import Metrics
 from .answers import Answers
 from .opening import open_measurement
@@ -251,7 +251,8 @@ class _Evaluation:
         from .distance import perplexity
 
         start = perf_counter()
-        found = perplexity(model, rows, progress=self.request.progress)
+        with boundary(f"{text.name} can't be measured", kind=LayerPruneError):
+            found = perplexity(model, rows, progress=self.request.progress)
         self.store.add(results=self._text_records(self.model, text, found, settings, perf_counter() - start))
 
     def _distance(
@@ -265,7 +266,8 @@ class _Evaluation:
         from .distance import distance
 
         start = perf_counter()
-        found = distance(model, base, rows, progress=self.request.progress)
+        with boundary(f"{text.name} can't be measured", kind=LayerPruneError):
+            found = distance(model, base, rows, progress=self.request.progress)
         seconds = perf_counter() - start
         mine, dense = found.of_model, found.of_base
         results = self._text_records(self.model, text, mine, settings, seconds)

@@ -246,4 +246,6 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
         kwargs["gguf_file"] = gguf_file
     trust = kwargs.pop("trust_remote_code", False)
     with boundary(f"{model} has no tokenizer that can be loaded"):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **kwargs)
+        tokenizer("a")  # what is wrong with its settings shows when it is used
+    return tokenizer
