@@ -1,4 +1,4 @@
-"""What a criterion found: a number for each layer, or for each block, and the less the sooner it goes."""
+"""The scores of a criterion: a number for each layer or each block; the lowest go first."""
 
 from __future__ import annotations
 
