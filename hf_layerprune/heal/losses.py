@@ -277,7 +277,7 @@ def _gradient(
     z = logits.sub_(largest)
     of_target = z.gather(-1, targets)
     ce_rows = counted[:, None] * (0.0 if ce_weight is None else ce_weight)
-    if lesson is None:
+    if lesson is None or taught is None:
         q = z.exp_()
         total = q.sum(-1, keepdim=True)
         gradient = q.mul_(ce_rows / total)
@@ -296,10 +296,9 @@ def _gradient(
         norms = (q_total.log() - p_total.log())[:, 0]
         mask = lesson.mask[part]
         kd_rows = (mask * (lesson.weight * t))[:, None]
+        shared: torch.Tensor | float = 0.0
         if t == 1.0:
             total, shared = q_total, ce_rows
-        else:
-            shared = 0.0
         if lesson.distillation.direction == "forward":  # d KL(p || q) / dz = (q - p) / t
             kl = torch.linalg.vecdot(p, gap) / p_total[:, 0] + norms
             gradient = q.mul_((kd_rows + shared) / q_total).addcmul_(p, kd_rows / p_total, value=-1)

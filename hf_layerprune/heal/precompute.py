@@ -254,7 +254,7 @@ class _Run:
 def _why_not(trainer: HealTrainer) -> str:
     """What rules out that frozen layers are computed once, before any is looked at."""
     args, parallel = trainer.args, trainer.accelerator.parallelism_config
-    model = trainer.plain_model
+    model: Any = trainer.plain_model
     if not trainer.numbered_datasets:
         return "the data are streamed, so rows can't be counted"
     if args.neftune_noise_alpha is not None:

@@ -148,7 +148,8 @@ def rewrite_answers(
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True).input_ids
+    chat: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    return chat.input_ids
 
 
 @torch.no_grad()
@@ -167,13 +168,14 @@ def _answers(
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     settings = {"max_new_tokens": max_tokens, "pad_token_id": padding, "do_sample": False} | sampling
     with fast_decoding(model):
-        made = model.generate(ids, attention_mask=mask, **settings)
+        generate: Any = model.generate
+        made = generate(ids, attention_mask=mask, **settings)
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or [tokenizer.eos_token_id])
     answers = []
     for row in made[:, longest:].tolist():
         ended = next((i for i, token in enumerate(row) if token in ends), None)
-        answers.append("" if ended is None else tokenizer.decode(row[:ended], skip_special_tokens=True).strip())
+        answers.append("" if ended is None else str(tokenizer.decode(row[:ended], skip_special_tokens=True)).strip())
     return answers
 
 

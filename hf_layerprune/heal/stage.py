@@ -79,7 +79,7 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
         return model
     from ..adapter.reading import load_adapter
 
-    model: Any = load_adapter(load_base(student.folder, dtype="auto"), str(trained))
+    adapted: Any = load_adapter(load_base(student.folder, dtype="auto"), str(trained))
     if adapter is not None and student.cut_again:
         logger.warning(
             "%s was cut from a model that had been cut before, so what was trained is not an adapter of %s; only the "
@@ -89,9 +89,9 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
         )
     elif adapter is not None:
         folder = folders.enter_context(new_folder(adapter, apart_from=student.folder))
-        model.save_pretrained(folder)
+        adapted.save_pretrained(folder)
         _save_tokenizer(student, folder)
-    return model.merge_and_unload()
+    return adapted.merge_and_unload()
 
 
 # What a trainer sets in a model's config for its own use.

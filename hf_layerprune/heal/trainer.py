@@ -114,7 +114,8 @@ class HealTrainer(SFTTrainer):
             for one in (model, teacher):
                 if one is not None:
                     in_fast_precision(one)
-        if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        recompute: Any = args.gradient_checkpointing_kwargs or {}
+        if args.gradient_checkpointing and not recompute.get("use_reentrant"):
             _keep_inputs_without_gradients(model)
         super().__init__(model, args, **kwargs)
         self._teacher_model = teacher
@@ -178,7 +179,8 @@ class HealTrainer(SFTTrainer):
     def _number_rows(self) -> None:
         """Count the rows of all data sets through, so that each has a number; streamed ones can't be counted."""
         several = isinstance(self.eval_dataset, dict)
-        sets = {"": self.train_dataset, **(self.eval_dataset if several else {"eval": self.eval_dataset})}
+        evaluated: Any = self.eval_dataset if several else {"eval": self.eval_dataset}
+        sets = {"": self.train_dataset, **evaluated}
         if not all(dataset is None or isinstance(dataset, Dataset) for dataset in sets.values()):
             return
         for name, dataset in sets.items():
@@ -254,12 +256,13 @@ class HealTrainer(SFTTrainer):
 
     # --- training ----------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; see [`~transformers.Trainer.train`].
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint to go on from; `True` for the last whole
                 one in the output folder, where there is one.
+            args: Passed on.
             kwargs: Passed on.
 
         Returns:
@@ -279,7 +282,7 @@ class HealTrainer(SFTTrainer):
         self._precomputed = precompute(self, self._teacher_model)
         self.data_collator.precomputed = self._precomputed
         try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.data_collator.precomputed = None
             if self._precomputed.prefix is not None and not sharded:
@@ -325,7 +328,7 @@ class HealTrainer(SFTTrainer):
         model: Any,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of one batch; see [`~trl.SFTTrainer`]."""
         inputs = dict(inputs)
@@ -384,7 +387,7 @@ class HealTrainer(SFTTrainer):
             self._total_train_tokens += int(seen)
         metrics["num_tokens"] = [self._total_train_tokens]
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Any:
         """Labelled tokens and taught tokens of all batches of a step, `[2]`."""
         if self._leaves_loss_to_trl:
             count = super()._get_num_items_in_batch(batch_samples, device)
@@ -396,8 +399,9 @@ class HealTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "row" not in self._signature_columns:
-            self._signature_columns.append("row")
+        columns: Any = self._signature_columns
+        if "row" not in columns:
+            columns.append("row")
 
 
 def _keep_inputs_without_gradients(model: Any) -> None:
