@@ -154,7 +154,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("command", ["rank", "adapter", "eval", "bench"])
+@pytest.mark.parametrize("command", ["prune", "rank", "adapter", "eval", "bench"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_weights_that_do_not_fit_are_refused(
     copy: Path, tmp_path: Path, command: str, damage: str, capsys: pytest.CaptureFixture[str]
