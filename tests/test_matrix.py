@@ -4,6 +4,7 @@ import re
 from importlib.metadata import version
 
 import pytest
+import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_layerprune import UnsupportedModelError, families
@@ -47,6 +48,13 @@ def test_refused(model_type: str) -> None:
         families.check_supported(config)
 
 
+of_this_version = pytest.mark.skipif(
+    f"of transformers {transformers.__version__}:" not in DOCUMENT.read_text(encoding="utf-8"),
+    reason="the table is that of another version, whose list of types is another one",
+)
+
+
+@of_this_version
 def test_no_third_state() -> None:
     assert set(MODEL_TYPES) <= set(families.REFUSED) | proven()
     assert not set(families.REFUSED) & proven()
@@ -63,6 +71,7 @@ def test_no_third_state_at_any_stage() -> None:
 
 
 @pytest.mark.skipif(f"transformers {version('transformers')}:" not in DOCUMENT.read_text(), reason="another version")
+@of_this_version
 def test_document_is_current() -> None:
     assert DOCUMENT.read_text() == render(), "docs/architectures.md is stale: run `make docs`"
 
