@@ -23,6 +23,6 @@ def run(args: argparse.Namespace) -> None:
     from ..stages.rank import rank
 
     request = gather(args, RankRequest)
-    print(shown(rank(request)))
+    print(shown(str(rank(request))))
     if request.output is not None:
         print(f"\nscores.json and the plots are in {request.output}")
