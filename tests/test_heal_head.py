@@ -132,7 +132,7 @@ def test_training_from_the_models_own_logits(loss: str, tmp_path: Path, monkeypa
 def test_a_model_without_logits_is_refused() -> None:
     model = tiny_model("llama")
     model.forward = lambda *args, **kwargs: model.model(*args, **kwargs)
-    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM can't be trained or measured by its logits"):
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM can't be healed or evaluated"):
         OutputHead(model)
 
 

@@ -348,7 +348,7 @@ def test_batches_halve_where_memory_ends(
         halved = harness.run("asked", loaded.tasks["asked"])
         assert harness.batch_size == 2
         assert sizes[:3] == [8, 4, 2]
-        assert "going on with batches of 4" in caplog.text
+        assert "continuing with batches of 4" in caplog.text
         assert halved.scores == plain.scores
         model.register_forward_pre_hook(lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
         with pytest.raises(LayerPruneError, match="out of memory with a single question"):

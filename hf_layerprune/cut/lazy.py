@@ -23,9 +23,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import str_to_torch_dtype
 
 from .. import families
-from ..errors import CheckpointError, boundary
+from ..errors import CheckpointError, boundary, cause_of
 from ..families.layout import find_decoder_layers
-from ..runtime.loading import check_complete, check_config_of, first_line, is_hub_id, resolve_base
+from ..runtime.loading import check_complete, check_config_of, is_hub_id, resolve_base
 from .base import Base
 from .check import tell_if_presumed
 from .complete import model_class_of
@@ -208,7 +208,7 @@ def _open_slices(
             try:
                 opened[filename] = stack.enter_context(safe_open(path, framework="pt", backend=backend))
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} can't be read as safetensors: {first_line(error)}") from error
+                raise CheckpointError(f"{path} can't be read as safetensors: {cause_of(error)}") from error
         return opened[filename]
 
     files = _tensor_files(source, config, variant, handle)

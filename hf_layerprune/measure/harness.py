@@ -195,7 +195,7 @@ class _Halving(HFLM):
                     raise LayerPruneError("out of memory with a single question; use a GPU with more of it") from error
                 self.batch_size_per_gpu = self.batch_size // 2
             free_memory()
-            logger.warning("out of memory; going on with batches of %d", self.batch_size)
+            logger.warning("out of memory; continuing with batches of %d", self.batch_size)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
         return super().loglikelihood(requests, disable_tqdm or not self.progress)

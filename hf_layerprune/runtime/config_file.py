@@ -1,4 +1,4 @@
-"""`config.json`, checked at the door: what of it this package or its libraries count, allocate or loop over."""
+"""Validate `config.json` before use: every field that this package or its libraries count, allocate or loop over."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..files.json_file import Validator, check_schema, read_object
 
 _MOST_LAYERS = 10_000
 _MOST_TOKENS = 2**31
-# Sections that are configs of their own.
+# Nested configs.
 _SECTIONS = ("text_config", "decoder", "encoder", "vision_config", "audio_config")
 
 
 def _schema() -> dict[str, Any]:
-    # `maximum` and the like hold for numbers only: fields that some architectures give as lists or leave empty pass.
+    # `maximum` and the like apply to numbers only, so a field that an architecture gives as a list or null passes.
     count = {"type": ["integer", "null"], "minimum": 1, "maximum": _MOST_LAYERS}
     names = {"type": ["array", "null"], "items": {"type": "string"}}
     fields: dict[str, Any] = {
@@ -56,7 +56,7 @@ def _validator() -> Validator:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a `config.json` and refuse what no decoder has, before transformers builds anything from it.
+    """Read a `config.json` and reject values that no decoder has, before transformers builds anything from it.
 
     Args:
         path (`Path`): The file.
@@ -66,7 +66,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: It can't be read, a field that this package uses has the wrong type, a number is out of
-            bounds (such as more than 10,000 layers), or the model needs code of its own.
+            bounds (such as more than 10,000 layers), or there is no `model_type`.
     """
     fields = read_object(path, non_finite=True)
     check_schema(fields, _validator(), str(path))
@@ -76,14 +76,14 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def check_no_code(fields: dict[str, Any], name: str) -> None:
-    """Refuse a model whose architecture is code in its own repository.
+    """Refuse a model whose architecture is defined by code in its own repository.
 
     Args:
         fields (`dict[str, Any]`): The fields of its config.
-        name (`str`): What the user called it.
+        name (`str`): The model's name in error messages.
 
     Raises:
-        CheckpointError: transformers does not know its model type, and its config names code to run.
+        CheckpointError: transformers does not know the model type, and the config names code to run.
     """
     from transformers import CONFIG_MAPPING
 

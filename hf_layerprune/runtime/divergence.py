@@ -1,4 +1,4 @@
-"""Losses of a model's next-token distributions, and their divergence from another model's: KL(reference || model)."""
+"""Next-token losses of a model, and the divergence of its distributions from a reference: KL(reference || model)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-_CACHED_LOGITS = 1 << 18  # in float32 1 MiB: logits of 16 bits are reduced in a quarter of the time
+_CACHED_LOGITS = 1 << 18  # 1 MiB in float32; with chunks of this size, 16-bit logits take a quarter of the time
 
 
 @dataclass
 class Divergence:
-    """What was found for some tokens.
+    """Losses and divergence of some tokens.
 
     Args:
         nll (`torch.Tensor`): Negative log-likelihood of the next token, in nats, `[targets]`.
         kl (`torch.Tensor`, *optional*): KL(reference || model) of the next-token distribution, in nats, `[tokens]`.
-        agrees (`torch.Tensor`, *optional*): Whether both find the same next token likeliest, boolean `[tokens]`.
+        agrees (`torch.Tensor`, *optional*): Whether both have the same top-1 token, boolean `[tokens]`.
     """
 
     nll: torch.Tensor
@@ -26,7 +26,7 @@ class Divergence:
 
 
 class Reference:
-    """The next-token distributions that others are compared with, and what a comparison needs of them.
+    """The next-token distributions that a model is compared with, and the terms that depend on them alone.
 
     Args:
         logits (`torch.Tensor`): `[tokens, vocabulary]`.
@@ -39,7 +39,7 @@ class Reference:
         for piece in _pieces(logits):
             self.norms[piece] = self.logits[piece].logsumexp(-1)
             torch.sub(self.logits[piece], self.norms[piece, None], out=self.probabilities[piece]).exp_()
-        self.excludes = bool(self.logits.amin().isneginf())  # whether any token is impossible
+        self.excludes = bool(self.logits.amin().isneginf())  # whether any token has probability 0
 
 
 def diverge(logits: torch.Tensor, targets: torch.Tensor, reference: Reference | None = None) -> Divergence:
@@ -47,11 +47,12 @@ def diverge(logits: torch.Tensor, targets: torch.Tensor, reference: Reference | 
 
     Args:
         logits (`torch.Tensor`): `[tokens, vocabulary]`, of any type.
-        targets (`torch.Tensor`): What follows the first of the tokens, `[targets]`; the last may have no successor.
-        reference (`Reference`, *optional*): Of the same tokens.
+        targets (`torch.Tensor`): The next token after each of the first tokens, `[targets]`; there may be fewer
+            targets than tokens.
+        reference (`Reference`, *optional*): For the same tokens.
 
     Returns:
-        `Divergence`: One number for each token.
+        `Divergence`: One value for each token.
     """
     parts = [_of_piece(logits[piece].float(), targets[piece], reference, piece) for piece in _pieces(logits)]
     nll, *others = map(torch.cat, zip(*parts, strict=True))
@@ -65,16 +66,16 @@ def _of_piece(
     nll = norms[: len(targets)] - logits[: len(targets)].gather(-1, targets[:, None])[:, 0]
     if reference is None:
         return (nll,)
-    # log p - log q = (its logits - ours) - (its norms - ours), and p sums to one.
+    # log p - log q is the difference of the logits less the difference of the norms, and p sums to one.
     gaps = reference.logits[piece] - logits
-    if reference.excludes:  # what is impossible adds nothing, though its logarithm is infinite
+    if reference.excludes:  # a token of probability 0 adds nothing, though its log is infinite
         gaps.masked_fill_(reference.logits[piece].isneginf(), 0)
     kl = torch.linalg.vecdot(reference.probabilities[piece], gaps) - reference.norms[piece] + norms
     return nll, kl, logits.argmax(-1) == reference.logits[piece].argmax(-1)
 
 
 def _pieces(logits: torch.Tensor) -> Iterator[slice]:
-    """Slices of the tokens: on a CPU few enough that their logits stay in its cache, elsewhere all of them."""
+    """Slices of the tokens: on a CPU, small enough that the logits stay in its cache; elsewhere, a single one."""
     tokens, vocabulary = logits.shape
     step = max(1, _CACHED_LOGITS // vocabulary) if logits.device.type == "cpu" else tokens
     return (slice(start, start + step) for start in range(0, tokens, step))

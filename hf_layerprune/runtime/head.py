@@ -1,10 +1,10 @@
-"""How a model turns its last hidden states into logits: found out from the model itself, and checked against it.
+"""How a model turns its last hidden states into logits: measured on the model and checked against its own logits.
 
-In nearly all models the last step is a matrix, the output embedding, which some follow by a factor and a bound. Where
-that is so, loss and gradients can be computed from what enters the matrix, a few tokens at a time, and without the
-model. What a model does to the matrix's product is measured: its own forward is run with numbers of our choice in the
-product's place. No config field is read, so none can be misread. Then the logits of a few tokens, computed our way, are
-compared with the model's own; where they differ, states are the model's own logits, and nothing is computed from them.
+In nearly all models the last step is a matrix product with the output embedding; some models then scale or softcap the
+result. For those, loss and gradients can be computed from the input of the matrix, a few tokens at a time, without
+running the model. The scale and the softcap are measured rather than read from the config: the model's forward pass is
+run with known test values in place of the matrix product. The logits of a few tokens are then computed from the
+measured transform and compared with the model's own. If they differ, [`OutputHead.states`] returns the model's logits.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 8
-# The numbers that take the product's place reach from where any function is a straight line to where any bound shows.
+# The test values range from small enough for a softcap to be linear to large enough for any softcap to show.
 _SMALL, _LARGE = 1e-3, 1e5
-# A measured factor or bound is taken for a number of the config where it is that close to it, in float32 and 16 bits.
+# A measured scale or softcap within this relative distance of a config value is replaced by it (float32; 16 bits).
 _SAME_NUMBER, _SAME_NUMBER_HALF = 1e-4, 5e-3
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to the product of its head: `z -> cap * tanh(scale * z / cap)`, or only `scale * z`.
+    """What a model does after the product with its head: `z -> cap * tanh(scale * z / cap)`, or only `scale * z`.
 
     Args:
-        scale (`float`, defaults to 1.0): A factor.
-        cap (`float`, *optional*): A bound on the logits' size.
+        scale (`float`, defaults to 1.0): The factor.
+        cap (`float`, *optional*): The softcap, a bound on the logits' absolute value.
     """
 
     scale: float = 1.0
     cap: float | None = None
 
     def forward(self, raw: torch.Tensor) -> torch.Tensor:
-        """Logits of the head's product, float32, in place where that can be."""
+        """From the head's product to float32 logits, in place where possible."""
         logits = raw.float()
         if self.scale != 1.0:
             logits = logits.mul_(self.scale)
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
 
     def backward(self, gradient: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
-        """The gradient of the head's product, from that of the logits, in place."""
+        """From the gradient of the logits to that of the head's product, in place."""
         if self.cap is not None and logits is not None:
             gradient.mul_(1 - (logits / self.cap).square_())
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
@@ -62,12 +62,12 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class Head:
-    """From states to logits.
+    """Maps states to logits.
 
     Args:
         weight (`torch.Tensor`, *optional*): `[vocabulary, width]`; without one, the states are the logits.
         bias (`torch.Tensor`, *optional*): `[vocabulary]`.
-        transform (`LogitTransform`): What follows.
+        transform (`LogitTransform`): Applied after the product.
     """
 
     weight: torch.Tensor | None = None
@@ -75,7 +75,7 @@ class Head:
     transform: LogitTransform = LogitTransform()
 
     def raw(self, states: torch.Tensor) -> torch.Tensor:
-        """`[..., width]` to `[..., vocabulary]`, before the transform, in memory of its own."""
+        """`[..., width]` to `[..., vocabulary]`, before the transform, in newly allocated memory."""
         if self.weight is None:
             return states.clone()
         return F.linear(states.to(self.weight.dtype), self.weight, self.bias)
@@ -91,13 +91,13 @@ class OutputHead:
 
         output = OutputHead(model)
         states = output.states(input_ids=ids)       # [batch, seq, width]
-        logits = output.head().logits(states)       # [batch, seq, vocabulary], as the model's own
+        logits = output.head().logits(states)       # [batch, seq, vocabulary], equal to the model's own
 
     Args:
         model (`PreTrainedModel`): The model, plain or inside a PEFT model. A few tokens are run through it.
 
     Raises:
-        UnsupportedModelError: The model can't be run on tokens alone, or makes no logits for each of them.
+        UnsupportedModelError: The model can't be run on token ids alone, or doesn't return logits for each token.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -112,22 +112,22 @@ class OutputHead:
                 own = model(input_ids=ids, use_cache=False).logits
             except TROUBLE as error:
                 cause = (str(error).splitlines() or [type(error).__name__])[0][:160]
-                raise self._refusal(f"it can't be run on tokens alone ({cause})") from error
+                raise self._refusal(f"it can't be run on token ids alone ({cause})") from error
             if own.shape[:2] != ids.shape:
-                raise self._refusal(f"for tokens {list(ids.shape)} it makes logits {list(own.shape)}")
+                raise self._refusal(f"for input_ids of shape {list(ids.shape)} its logits have {list(own.shape)}")
             self.vocabulary: int = own.shape[-1]
             self.why_not = self._why_not(ids, own)
         if self.why_not:
-            logger.info("logits of %s are taken from the model as they are: %s", type(model).__name__, self.why_not)
+            logger.info("using the logits of %s as the model computes them: %s", type(model).__name__, self.why_not)
 
     @property
     def is_linear(self) -> bool:
-        """Whether states are what enters the output embedding; else they are the model's own logits."""
+        """Whether states are the input of the output embedding; otherwise they are the model's own logits."""
         return self._transform is not None
 
     @property
     def width(self) -> int:
-        """Numbers in the states of a token."""
+        """Size of a token's states."""
         return self._linear.weight.shape[1] if self.is_linear else self.vocabulary
 
     @torch.compiler.disable(recursive=False)
@@ -135,12 +135,12 @@ class OutputHead:
         """Run the model up to its head.
 
         Args:
-            args: What the model takes.
-            run (`Callable`, *optional*): What to call in place of the model: its own forward.
-            kwargs: What the model takes.
+            args: Passed to the model.
+            run (`Callable`, *optional*): Called instead of the model, such as the forward method that was patched.
+            kwargs: Passed to the model.
 
         Returns:
-            `torch.Tensor`: `[batch, seq, width]`, for `head()`. Gradients flow if they are switched on.
+            `torch.Tensor`: `[batch, seq, width]`, for `head()`. Gradients flow if they are enabled.
         """
         run = run or self.model
         if not self.is_linear:
@@ -149,14 +149,14 @@ class OutputHead:
 
         def keep(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             kept.append(states)
-            return states[..., :1].detach()  # nobody looks at what becomes of it
+            return states[..., :1].detach()  # a placeholder: the logits are discarded
 
         with replaced_forward([self._module], keep):
             run(*args, **kwargs)
         return kept[0]
 
     def head(self) -> Head:
-        """The head as it is now. Sharded weights are gathered."""
+        """The head with its current weights. Sharded weights are gathered."""
         if self._transform is None:
             return Head()
         weight, bias = (
@@ -165,37 +165,37 @@ class OutputHead:
         )
         return Head(weight, bias, self._transform)
 
-    # --- finding out -------------------------------------------------------------------------------------
+    # --- measuring the transform -------------------------------------------------------------------------
 
     @property
     def _linear(self) -> nn.Linear:
-        """The matrix itself, where PEFT has put a trained copy in its place."""
+        """The linear layer itself: PEFT's trained copy where there is one."""
         if isinstance(self._module, ModulesToSaveWrapper) and not self._module.disable_adapters:
             return self._module.modules_to_save[self._module.active_adapters[0]]
         return getattr(self._module, "original_module", self._module)
 
     def _why_not(self, ids: torch.Tensor, own: torch.Tensor) -> str:
-        """Why states can't be what enters the output embedding; empty if they can."""
+        """Why states can't be the input of the output embedding; empty if they can."""
         linear = self._linear
         if linear is None or type(linear).forward is not nn.Linear.forward or not linear.weight.is_floating_point():
             return "its output embedding is not a plain matrix"
         if linear.weight.is_meta:
-            return "its output embedding is in memory only while it runs"
+            return "its output embedding is offloaded, and in memory only while it runs"
         try:
             self._transform = self._measured(ids)
             if self._transform is None:
-                return "what follows its output embedding is not a factor and a bound"
+                return "it does more after its output embedding than scale and softcap"
             logits = self.head().logits(self.states(input_ids=ids, use_cache=False))
         except TROUBLE as error:
             self._transform = None
             return f"it can't be run without its output embedding ({(str(error).splitlines() or [''])[0][:120]})"
         if not close(logits, own):
             self._transform = None
-            return "more than its output embedding makes the logits"
+            return "its logits depend on more than its output embedding"
         return ""
 
     def _measured(self, ids: torch.Tensor) -> LogitTransform | None:
-        """What the model does to the product of its head, where that is a factor and perhaps a bound."""
+        """What the model does after the product with its head, if that is a scale and possibly a softcap."""
         words = self._linear.weight.shape[0]
         generator = torch.Generator().manual_seed(0)
         shape = (*ids.shape, words)
@@ -222,7 +222,7 @@ class OutputHead:
         return transform if torch.allclose(transform.forward(raw.clone()), made, rtol=1e-2, atol=0) else None
 
     def _named(self, number: float, exact: bool) -> float:
-        """The number of the config that a measured one is, or the inverse of one; else itself."""
+        """The config value, or inverse of one, that a measured number is close to; the number itself if there is none."""
         config = self.model.config.get_text_config().to_dict()
         numbers = {float(v) for v in config.values() if isinstance(v, int | float) and not isinstance(v, bool) and v}
         best = min([1.0, *numbers, *(1 / n for n in numbers)], key=lambda n: abs(n - number))
@@ -231,6 +231,6 @@ class OutputHead:
 
     def _refusal(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{type(self.model).__name__} can't be trained or measured by its logits: {why}. Drop layers without "
+            f"{type(self.model).__name__} can't be healed or evaluated: {why}. Only drop its layers "
             "(hf-layerprune prune), and train it with its own trainer"
         )

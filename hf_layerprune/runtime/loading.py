@@ -1,4 +1,4 @@
-"""Find and load a base: a Hub id, a folder, or a GGUF file. Whatever the libraries raise here becomes one line."""
+"""Find and load a base: a Hub id, a folder, or a GGUF file. Errors of the libraries become a one-line error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, boundary
-from ..errors import cause_of as first_line  # noqa: F401  (the name that older callers use)
 from ..versions import gguf_options, resolve_commit
 from .config_file import check_no_code, read_config_file
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a checkpoint is made of: never pickles, nor the same weights in other formats.
+# Files of a checkpoint: no pickles, and no second copy of the weights in another format.
 CHECKPOINT_FILES = [
     "*.json",
     "*.jinja",
@@ -29,22 +28,22 @@ CHECKPOINT_FILES = [
     "NOTICE*",
     "USE_POLICY*",
 ]
-# The arguments of `from_pretrained` that say where files are.
+# The arguments of `from_pretrained` that locate files.
 _WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
-    """Tell a GGUF file from a folder or a Hub id.
+    """Turn a GGUF file, a folder or a Hub id into arguments of `from_pretrained`.
 
     Args:
-        base (`str` or `Path`): What the user named.
-        gguf_file (`str`, *optional*): A GGUF file inside it.
+        base (`str` or `Path`): A Hub id, a folder, or a GGUF file.
+        gguf_file (`str`, *optional*): A GGUF file inside the folder or repository.
 
     Returns:
-        `tuple[str, str | None]`: What `from_pretrained` takes, and the GGUF file in it.
+        `tuple[str, str | None]`: The name for `from_pretrained`, and the GGUF file in it.
 
     Raises:
-        CheckpointError: A path that does not exist, or a folder without a config.
+        CheckpointError: The path does not exist, or is a folder without a config.
     """
     path = as_path(base)
     if path.is_file():
@@ -68,27 +67,27 @@ def is_hub_id(base: str | Path) -> bool:
     """Whether a base is on the Hub rather than in the file system.
 
     Args:
-        base (`str` or `Path`): What the user named.
+        base (`str` or `Path`): A Hub id, a folder, or a GGUF file.
 
     Returns:
-        `bool`: Whether it is neither a file or folder that exists, nor looks like the path of one that doesn't.
+        `bool`: `False` for an existing file or folder, and for what looks like the path of a missing one.
     """
     path = as_path(base)
     return not (isinstance(base, Path) or path.exists() or _looks_like_a_path(str(base)) or path.suffix == ".gguf")
 
 
 def as_path(base: str | Path) -> Path:
-    """What a user named, as a path.
+    """A base as a path.
 
     Raises:
-        CheckpointError: It is empty, or no file could ever have this name.
+        CheckpointError: The name is empty, or can't be a file name.
     """
     if not str(base).strip() or "\0" in str(base):
         raise CheckpointError(f"{str(base)!r} names no model; name a model folder, a .gguf file, or a Hub id")
     try:
         path = Path(base).expanduser()
         path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name, or no such user's home
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, or `~user` of no user
         raise CheckpointError(f"{str(base)[:200]} names no model: {error}") from error
     return path
 
@@ -126,14 +125,14 @@ def check_config_of(name: str, **kwargs: Any) -> dict[str, Any]:
     """Check the `config.json` of a folder or a Hub repository before anything is built from it.
 
     Args:
-        name (`str`): What `from_pretrained` takes.
-        kwargs: As for `from_pretrained`; those that say where files are, and `trust_remote_code`, are used.
+        name (`str`): A folder or a Hub id.
+        kwargs: As for `from_pretrained`; those that locate files, and `trust_remote_code`, are used.
 
     Returns:
         `dict[str, Any]`: Its fields.
 
     Raises:
-        CheckpointError: There is none, or it is not the config of a model that can be loaded without running code.
+        CheckpointError: There is no config, or its model can't be loaded without running code from the repository.
     """
     from transformers.utils.hub import cached_file
 
@@ -159,8 +158,7 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
         `PreTrainedModel`: In evaluation mode.
 
     Raises:
-        CheckpointError: There is no such model, it can't be loaded, or its weights are not those that its config
-            asks for.
+        CheckpointError: There is no such model, it can't be loaded, or its weights do not match its config.
     """
     from transformers import AutoModelForCausalLM
 
@@ -180,7 +178,7 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
             name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust, **kwargs
         )
     model, info = loaded
-    # Of a larger model, of which only the text part is made, the other parts' weights are left over.
+    # When only the text part of a larger model is built, the other parts' weights are unexpected but harmless.
     part = model_type is not None and model.config.model_type != model_type
     check_complete(str(base), info, within=_decoder_path(model) if part else "")
     if commit is not None:
@@ -197,23 +195,23 @@ def _decoder_path(model: PreTrainedModel) -> str:
 
 
 def check_complete(name: str, info: dict[str, Any], *, within: str = "", remark: str = "") -> None:
-    """Refuse what the loader only warns of: a missing tensor is random, and one too many says that the names don't fit.
+    """Refuse what the loader only warns of: missing tensors, which it fills at random, and unexpected ones.
 
     Args:
-        name (`str`): What was loaded.
+        name (`str`): The model's name in error messages.
         info (`dict[str, Any]`): `missing_keys`, `unexpected_keys` and `mismatched_keys`, as `from_pretrained` returns
             them with `output_loading_info=True`. It leaves out tied weights and what the model's class ignores.
-        within (`str`, *optional*): Only unexpected weights whose names begin so are refused.
-        remark (`str`, *optional*): What to say of the names, in parentheses.
+        within (`str`, *optional*): Only unexpected weights whose names start with this are refused.
+        remark (`str`, *optional*): Added after the names, in parentheses.
 
     Raises:
-        CheckpointError: The weights are not those that the model asks for.
+        CheckpointError: The weights do not match the model.
     """
     mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
     problems: tuple[tuple[str, Iterable[str]], ...] = (
         ("lacks", info["missing_keys"]),
         ("has weights that the model has no place for:", [k for k in info["unexpected_keys"] if k.startswith(within)]),
-        ("has weights of another shape than the model's:", mismatched),
+        ("has weights whose shapes differ from the model's:", mismatched),
     )
     for what, keys in problems:
         if names := sorted(keys):
@@ -225,7 +223,7 @@ def check_complete(name: str, info: dict[str, Any], *, within: str = "", remark:
 
 
 def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder, a Hub id, or a GGUF file.
+    """Load a tokenizer.
 
     Args:
         model (`str` or `Path`): A Hub id, a folder, or a GGUF file. The folder may be an adapter's.
@@ -247,5 +245,5 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     trust = kwargs.pop("trust_remote_code", False)
     with boundary(f"{model} has no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **kwargs)
-        tokenizer("a")  # what is wrong with its settings shows when it is used
+        tokenizer("a")  # some broken settings show only on use
     return tokenizer

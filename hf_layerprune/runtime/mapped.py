@@ -1,7 +1,7 @@
-"""Weights that are mapped from safetensors files: letting go of their memory, and copies that cost none.
+"""Weights that are mapped from safetensors files: release their memory, and copy them without using any.
 
-`from_pretrained` leaves weights on a CPU as private mappings of their files: a page comes into memory when it is
-looked at, and becomes the process's own when it is written to.
+On a CPU, `from_pretrained` leaves weights as private mappings of their files: a page is read into memory on first
+access, and becomes the process's own memory when it is written to.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _MADV_DONTNEED = 4
 
 
 def release(module: nn.Module) -> None:
-    """Let go of the memory of weights that are mapped from a file; they are read again when they are used again.
+    """Release the memory of weights that are mapped from a file; the next access reads them again.
 
     Args:
-        module (`nn.Module`): Its parameters and buffers. Those that are in ordinary memory, or in a file of which
-            anything was changed since it was loaded, are left alone.
+        module (`nn.Module`): Releases its parameters and buffers, except those in ordinary memory and those in a
+            mapping that was written to since it was loaded.
     """
     spans = sorted(
         (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
@@ -43,9 +43,9 @@ def release(module: nn.Module) -> None:
 
 
 def file_mappings() -> list[tuple[int, int]]:
-    """Where weight files are mapped into this process and unchanged: first address and last; empty except on Linux.
+    """Start and end addresses of the weight files that are mapped into this process and unmodified; Linux only.
 
-    Letting go of any other memory would wipe it.
+    Releasing any other memory would wipe its contents.
     """
     if sys.platform != "linux":
         return []
@@ -57,7 +57,7 @@ def file_mappings() -> list[tuple[int, int]]:
                 low, _, high = line.split(" ", 1)[0].partition("-")
                 where = int(low, 16), int(high, 16)
             elif where is not None and line.startswith("Anonymous:"):
-                if line.split()[1] == "0":  # else a page was written to, and letting go of it would undo that
+                if line.split()[1] == "0":  # otherwise a page was written to, and releasing it would undo that
                     unchanged.append(where)
                 where = None
     return unchanged
@@ -69,16 +69,16 @@ def _madvise(start: int, length: int) -> None:
 
 
 def copy_by_mapping(module: nn.Module, name: str, sources: Mapping[str, tuple[Path, str]]) -> bool:
-    """Make the next deep copy of a module map its weights again instead of copying them.
+    """Make the next deep copy of a module map its weights from their files instead of copying them.
 
     Args:
         module (`nn.Module`): The module.
         name (`str`): Its full name in the model.
-        sources (`Mapping[str, tuple[Path, str]]`): By full name of a parameter: the file that it was mapped from, and
-            its name there.
+        sources (`Mapping[str, tuple[Path, str]]`): For the full name of each parameter, the file that it was mapped
+            from and its name there.
 
     Returns:
-        `bool`: Whether that can be: all its weights are mapped, as they are in the file.
+        `bool`: Whether this is possible: all its weights are mapped and unmodified.
     """
     parameters = dict(module.named_parameters())
     full = {key: f"{name}.{key}" for key in parameters}

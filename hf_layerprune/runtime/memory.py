@@ -1,4 +1,4 @@
-"""Work that fits into memory: logits a few positions at a time, and batches that are halved where memory runs out."""
+"""Stay within memory: compute logits a few positions at a time, and halve batches when memory runs out."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ..errors import LayerPruneError
 
 logger = logging.getLogger(__name__)
 
-# The most float32 logits of one model that are in memory at once, in bytes: those of 2,048 tokens and a vocabulary of
-# 256,000 would take 2 GB.
+# The most bytes of float32 logits that one model holds at a time; 2,048 tokens and a vocabulary of 256,000 would take
+# 2 GB.
 LOGITS_BYTES = 64 << 20
 
 
 def positions_at_once(length: int, batch: int, vocabulary: int, budget: int = LOGITS_BYTES) -> int:
-    """How many positions of a text go through the head at once.
+    """How many positions of a text go through the head at a time.
 
     Args:
         length (`int`): Tokens in a text.
-        batch (`int`): Texts at once.
-        vocabulary (`int`): Logits at a position.
+        batch (`int`): Texts in a batch.
+        vocabulary (`int`): Logits per position.
         budget (`int`, defaults to `LOGITS_BYTES`): Bytes of float32 logits.
 
     Returns:
-        `int`: Chunks of this size are as even as can be; where there are several, it is a multiple of 32 (also where
-            fewer would fit), since processors multiply those faster.
+        `int`: A chunk size that divides the text evenly. If there are several chunks, it is rounded up to a multiple
+            of 32, which processors multiply faster, even if that exceeds the budget.
     """
     most = max(1, budget // (4 * batch * vocabulary))
     chunks = -(-length // most)
@@ -39,19 +39,19 @@ def positions_at_once(length: int, batch: int, vocabulary: int, budget: int = LO
 def in_batches(
     rows: torch.Tensor, size: int, run: Callable[[torch.Tensor], None], advice: str = "use shorter texts"
 ) -> Iterator[int]:
-    """Run something on a few rows at a time; where memory runs out, on half as many from then on.
+    """Run a function on batches of rows, halving the batch size each time memory runs out.
 
     Args:
         rows (`torch.Tensor`): All rows.
-        size (`int`): How many at a time, at first.
-        run (`Callable`): What to run on some of them. It may be run again on rows on which it failed.
-        advice (`str`): The way out where not even one fits.
+        size (`int`): Rows in a batch, at first.
+        run (`Callable`): Called with each batch. It may be called again with rows on which it failed.
+        advice (`str`): What the error suggests when a single row does not fit.
 
     Yields:
         `int`: How many rows were done.
 
     Raises:
-        LayerPruneError: Not even one row fits into memory.
+        LayerPruneError: A single row does not fit into memory.
     """
     start, size = 0, max(1, size)
     while start < len(rows):
@@ -71,11 +71,11 @@ def in_batches(
             yield len(batch)
             continue
         free_memory()
-        logger.warning("out of memory; going on with batches of %d", size)
+        logger.warning("out of memory; continuing with batches of %d", size)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of the machine or of its GPU is used up."""
+    """Whether an error means that the machine or its GPU is out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, Exception) and (
@@ -84,6 +84,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Give back what the GPU's allocator holds and no tensor uses."""
+    """Return the memory that the GPU's allocator holds but no tensor uses."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

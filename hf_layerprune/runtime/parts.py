@@ -1,4 +1,4 @@
-"""What running a model by parts is made of: modules that do something else for a while, and layers that hand on."""
+"""Helpers for running a model in parts: temporary forward methods and stubs that stand in for layers."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-# What can go wrong in a model that can't be run by parts.
+# What a model that can't be run in parts may raise.
 TROUBLE = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 
 
 @contextmanager
 def replaced_forward(modules: Sequence[nn.Module], *forwards: Callable[..., Any]) -> Iterator[None]:
-    """Replace what modules do.
+    """Replace the forward methods of modules inside a `with` block.
 
     Args:
-        modules (`Sequence[nn.Module]`): Which modules.
-        forwards (`Callable`): What they do instead while this lasts: one function for all, or one for each.
+        modules (`Sequence[nn.Module]`): The modules.
+        forwards (`Callable`): Their temporary forward methods: one function for all, or one for each.
     """
     each = forwards * len(modules) if len(forwards) == 1 else forwards
     with ExitStack() as stack:
         for module, forward in zip(modules, each, strict=True):
-            if "forward" in vars(module):  # such as where accelerate moves weights to a device
+            if "forward" in vars(module):  # patched already, such as by accelerate's hooks
                 stack.callback(setattr, module, "forward", vars(module)["forward"])
             else:
                 stack.callback(delattr, module, "forward")
@@ -34,10 +34,10 @@ def replaced_forward(modules: Sequence[nn.Module], *forwards: Callable[..., Any]
 
 @contextmanager
 def hooked(*handles: Any) -> Iterator[None]:
-    """Remove hooks in the end.
+    """Remove hooks at the end of a `with` block.
 
     Args:
-        handles: What `register_forward_hook` returned.
+        handles: As returned by `register_forward_hook`.
     """
     try:
         yield
@@ -48,7 +48,7 @@ def hooked(*handles: Any) -> Iterator[None]:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Run models in evaluation mode and without gradients; afterwards, every module is in the mode it was in."""
+    """Put models into evaluation mode, without gradients, inside a `with` block; then restore each module's mode."""
     before = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -61,7 +61,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def hidden_of(output: Any) -> torch.Tensor:
-    """The hidden states in what a layer returns."""
+    """The hidden states in a layer's output."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
@@ -73,16 +73,15 @@ def returned(output: Any) -> int | None:
 def layer_stub(
     instead: Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor], returns: Callable[[], int | None]
 ) -> Callable[..., Any]:
-    """A function to call in place of a layer.
+    """A forward method that stands in for a layer's.
 
     Args:
-        instead (`Callable`): From the hidden states that enter the layer, and the other arguments that it is called
-            with, to the hidden states that leave it.
+        instead (`Callable`): Takes the layer's input hidden states and its other arguments, positional and keyword,
+            and returns the layer's output hidden states.
         returns (`Callable`): How many values the layer returns, see [`returned`].
 
     Returns:
-        `Callable`: It takes what the layer takes and returns what the layer returns, with `None` for what is not
-            hidden states.
+        `Callable`: It has the layer's arguments and return values, with `None` for every value but the hidden states.
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -98,13 +97,13 @@ def layer_stub(
 
 
 def probe_ids(model: Any, tokens: int) -> torch.Tensor:
-    """A row of tokens to try a model on, `[1, tokens]`, without the special tokens that come first in vocabularies."""
+    """Token ids for trying a model, `[1, tokens]`, without the special tokens at the start of vocabularies."""
     ids = torch.arange(3, 3 + tokens)[None] % model.config.get_text_config().vocab_size
     return ids.to(model.get_input_embeddings().weight.device)
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two ways to compute the same tensor agree, to the precision of the second's type."""
+    """Whether two tensors agree to the precision of the second one's type."""
     if one.shape != other.shape:
         return False
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}.get(other.dtype, 2e-2)

@@ -1,4 +1,4 @@
-"""Which type a processor should compute in: many CPUs multiply numbers of 16 bits several times slower than float32."""
+"""The type to compute in: many CPUs multiply 16-bit numbers several times more slowly than float32."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 def slow_in_16_bits() -> bool:
-    """Whether the CPU has no fast products of bfloat16, as x86 has from AVX-512 on.
+    """Whether the CPU lacks fast bfloat16 multiplication, which x86 has from AVX-512 on.
 
-    torch then multiplies in loops of its own, which take 4 to 9 times as long as float32 does.
+    Without it, torch falls back to plain loops, which take 4 to 9 times as long as float32.
     """
     try:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -27,14 +27,14 @@ def slow_in_16_bits() -> bool:
 
 
 def warn_if_slow(model: PreTrainedModel, instead: str) -> None:
-    """Say that a model will be slow in its type, where it is on a CPU that has no fast products of it; once.
+    """Warn once about a 16-bit model on a CPU without fast 16-bit multiplication.
 
     Args:
         model (`PreTrainedModel`): The model.
-        instead (`str`): What to do about it.
+        instead (`str`): The advice at the end of the warning.
     """
     if model.dtype in (torch.bfloat16, torch.float16) and model.device.type == "cpu" and slow_in_16_bits():
-        _warn_once(f"this CPU has no fast products of {_name(model.dtype)}, so this is slow; {instead}")
+        _warn_once(f"this CPU has no fast {_name(model.dtype)} multiplication, so this is slow; {instead}")
 
 
 @functools.cache
@@ -47,15 +47,15 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def in_fast_precision(model: PreTrainedModel) -> PreTrainedModel:
-    """Bring a model that will compute on a CPU to the type in which that is fast.
+    """Convert a 16-bit model to float32 where that is faster.
 
     Args:
-        model (`PreTrainedModel`): Of 16 bits, on a CPU without fast products of those, it is changed to float32, which
-            holds every value that it has; where memory is short, that is said, and nothing is changed. Any other model
-            stays as it is.
+        model (`PreTrainedModel`): If it is a 16-bit model on a CPU without fast 16-bit multiplication, it is converted
+            to float32 in place, which is exact. If memory is short, a warning is logged and nothing changes. Any other
+            model is left unchanged.
 
     Returns:
-        `PreTrainedModel`: The same.
+        `PreTrainedModel`: The same model.
     """
     weights = [weight for weight in model.parameters() if weight.dtype in (torch.bfloat16, torch.float16)]
     if (
@@ -68,11 +68,11 @@ def in_fast_precision(model: PreTrainedModel) -> PreTrainedModel:
     name = _name(weights[0].dtype)
     if 4 * sum(weight.numel() for weight in weights) > psutil.virtual_memory().available // 2:
         logger.warning(
-            "this CPU has no fast products of %s, and there is not enough memory for the model in float32: it will be slow",
+            "this CPU has no fast %s multiplication, and float32 would not fit in memory: the model will be slow",
             name,
         )
         return model
-    logger.info("this CPU has no fast products of %s: computing in float32", name)
+    logger.info("this CPU has no fast %s multiplication: computing in float32", name)
     model.float()
     model.config.dtype = torch.float32
     return model

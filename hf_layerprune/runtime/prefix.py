@@ -1,9 +1,9 @@
-"""The first layers of a model: record what leaves them, and run the rest without them.
+"""The first layers of a model: record their output, and run the rest of the model from it.
 
-Where the first layers are frozen, or the same in two models, what leaves them depends on the row alone. `Prefix` can
-record it, and put it back in later: every layer of the prefix then hands its input on, and the last of them hands on
-what was recorded. The weights of all of them, with the embeddings, can be taken out of the model and off its device.
-Names and indices stay as they are, so what is trained is saved and loaded as usual.
+When the first layers are frozen, or the same in two models, their output depends on the row alone. `Prefix` records it
+and feeds it back later: every layer of the prefix then passes its input through, and the last one returns the recorded
+states. The weights of the prefix, with the embeddings, can be taken out of the model and off its device. Module names
+and indices do not change, so trained weights are saved and loaded as usual.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _PROBE_TOKENS = 32
 
 
 def first_trained_layer(model: PreTrainedModel) -> int:
-    """The first layer that anything trained is in.
+    """The first layer that has a trained parameter.
 
     Args:
-        model (`PreTrainedModel`): A model, with or without PEFT's layers in it, whose parameters say whether they are
+        model (`PreTrainedModel`): A model, with or without PEFT's layers in it; parameters with `requires_grad` are
             trained.
 
     Returns:
-        `int`: The index of a layer; the number of layers if only what follows them is trained; 0 if something before
-            them is.
+        `int`: The index of the layer; the number of layers if only the final norm or the head is trained; 0 if
+            anything before the layers is.
     """
     stack = find_decoder_layers(model)
     behind = tuple(f"{name}." for name in (find_final_norm(model, stack), find_output_head(model)) if name)
     first = len(stack.layers)
-    for name, parameter in model.named_parameters():  # a tied head goes by the name of the embeddings
+    for name, parameter in model.named_parameters():  # a tied head has the name of the embeddings
         if not parameter.requires_grad:
             continue
         if name.startswith(f"{stack.path}."):
@@ -57,15 +57,15 @@ def first_trained_layer(model: PreTrainedModel) -> int:
 
 
 def shared_layers(base: PreTrainedModel, model: PreTrainedModel, limit: int | None = None) -> int:
-    """How many layers at the start do the same in two models, with everything that comes before them.
+    """How many leading layers are the same in two models.
 
     Args:
         base (`PreTrainedModel`): One model.
         model (`PreTrainedModel`): The other.
-        limit (`int`, *optional*): No more are looked at.
+        limit (`int`, *optional*): The most layers to compare.
 
     Returns:
-        `int`: 0 where already what comes before the layers differs, or where the two are one.
+        `int`: The number of layers; 0 if the models differ before the first layer, or are the same object.
     """
     try:
         stacks = find_decoder_layers(base), find_decoder_layers(model)
@@ -89,7 +89,7 @@ class Prefix:
     Args:
         model (`PreTrainedModel`): The model, plain or inside a PEFT model.
         depth (`int`): How many of its layers; at least 1.
-        needs_ids (`bool`, defaults to `False`): Whether the rest of the model looks at token ids too, so that the
+        needs_ids (`bool`, defaults to `False`): Whether the rest of the model needs token ids too, so that the
             embeddings have to stay.
     """
 
@@ -107,7 +107,7 @@ class Prefix:
         self._skipping = ExitStack()
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All weights and buffers that decide what leaves the prefix, by name."""
+        """Names and values of all weights and buffers that decide the prefix's output."""
         stack = find_decoder_layers(self.model)
         after = tuple(f"{stack.path}.{i}." for i in range(self.depth, len(stack.layers)))
         behind = tuple(
@@ -122,11 +122,12 @@ class Prefix:
 
     @contextmanager
     def recorded(self, depths: tuple[int, ...] = (), stop: bool = False) -> Iterator[dict[int, torch.Tensor]]:
-        """Record what leaves some of the layers.
+        """Record the output of some of the layers inside a `with` block.
 
         Args:
-            depths (`tuple[int, ...]`, *optional*): After how many layers; by default at the end of the prefix.
-            stop (`bool`, defaults to `False`): Whether the forward pass may end after the deepest; see [`run`].
+            depths (`tuple[int, ...]`, *optional*): After how many layers to record; by default at the end of the
+                prefix.
+            stop (`bool`, defaults to `False`): Whether to end the forward pass after the deepest; see [`run`].
 
         Yields:
             `dict[int, torch.Tensor]`: Filled by each forward pass: hidden states `[batch, seq, hidden]` by depth.
@@ -138,7 +139,7 @@ class Prefix:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 self.returns[depth - 1] = returned(output)
                 if depth in depths:
-                    states[depth] = hidden_of(output).clone()  # what comes next may change it in place
+                    states[depth] = hidden_of(output).clone()  # the next module may change it in place
                     if stop and depth == max(depths):
                         raise _Enough
 
@@ -153,7 +154,7 @@ class Prefix:
 
         Args:
             depths (`tuple[int, ...]`, *optional*): See [`recorded`].
-            inputs: What the model takes.
+            inputs: Arguments of the model.
 
         Returns:
             `dict[int, torch.Tensor]`: See [`recorded`].
@@ -162,10 +163,10 @@ class Prefix:
             self.model(**inputs, use_cache=False)
         return states
 
-    # --- without it --------------------------------------------------------------------------------------
+    # --- running without the prefix ----------------------------------------------------------------------
 
     def skip(self) -> None:
-        """From now on, what [`put`] was given leaves the prefix. Run the prefix once before, for what its layers return."""
+        """Skip the prefix: from now on it returns the states given to [`put`]. It must have run once before."""
 
         def stub(index: int) -> Callable[..., Any]:
             last = index == self.depth - 1
@@ -174,29 +175,29 @@ class Prefix:
         self._skipping.enter_context(replaced_forward(self._layers, *map(stub, range(self.depth))))
 
     def put(self, state: torch.Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Say what leaves the prefix in the next forward pass.
+        """Set the prefix's output for the next forward pass.
 
         Args:
             state (`torch.Tensor`): `[batch, seq, hidden]`.
-            inputs (`dict[str, Any]`): What the model would be called with.
+            inputs (`dict[str, Any]`): The model's usual arguments.
 
         Returns:
-            `dict[str, Any]`: What to call it with.
+            `dict[str, Any]`: The arguments to call the model with.
         """
         self._state = state.to(self._device)
         if self.needs_ids:
             return inputs
-        # Of no use to the layers; it spares the embeddings, and their memory.
+        # The layers ignore it; it only avoids the embeddings and their memory.
         return {name: value for name, value in inputs.items() if name != "input_ids"} | {"inputs_embeds": self._state}
 
     def unload(self) -> None:
-        """Take what the tail does without out of the model and off its device.
+        """Take weights that the tail does not need out of the model and off its device.
 
-        That is the weights of the skipped layers, the embeddings, and what trained copies stand in for. What the rest
-        of the model shares with them stays.
+        Those are the weights of the skipped layers, the embeddings, and the originals that trained copies replace.
+        Weights that the rest of the model shares with them stay.
         """
         wrappers = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
-        # Copies, such as of what a repair changed, are what the adapter saves.
+        # The adapter saves the copies, such as those of modules that a repair changed.
         copies = {id(module) for wrapper in wrappers for module in wrapper.modules_to_save.modules()}
         parts = [*self._layers, *(wrapper.original_module for wrapper in wrappers)]
         gone = {id(module): module for part in parts for module in part.modules() if id(module) not in copies}
@@ -216,14 +217,14 @@ class Prefix:
         every = nn.Module()
         hidden = [p for _, parameters, _ in self._hidden for p in parameters.values() if p is not None]
         every._parameters = {str(i): parameter for i, parameter in enumerate(hidden)}
-        release(every)  # weights that are mapped from a file come back when they are used again
+        release(every)  # weights that are mapped from a file are read again on the next access
 
     def _kept(self) -> torch.Tensor:
         assert self._state is not None, "the prefix is skipped without its states"
         return self._state
 
     def restore(self) -> None:
-        """Make the model what it was, with what was trained since."""
+        """Restore the full model; trained weights keep their new values."""
         self._skipping.close()
         self._move(self._device)
         for module, parameters, buffers in self._hidden:
@@ -232,7 +233,7 @@ class Prefix:
         self._state = None
 
     def _move(self, device: torch.device | str) -> None:
-        """Move what is hidden."""
+        """Move the weights that were taken out."""
         for _, parameters, buffers in self._hidden:
             for parameter in parameters.values():
                 if parameter is not None:
@@ -241,11 +242,11 @@ class Prefix:
 
 
 class SharedPrefix:
-    """Two models whose leading layers, where they are the same, run only once.
+    """Two models whose identical leading layers run only once.
 
     Args:
-        base (`OutputHead`): The first model's.
-        head (`OutputHead`): The second model's.
+        base (`OutputHead`): The first model's output head.
+        head (`OutputHead`): The second model's output head.
     """
 
     def __init__(self, base: OutputHead, head: OutputHead) -> None:
@@ -279,10 +280,10 @@ class SharedPrefix:
             self._to.restore()
 
     def check(self, row: torch.Tensor) -> None:
-        """Do without sharing where it makes a difference.
+        """Turn sharing off if it changes the result.
 
         Args:
-            row (`torch.Tensor`): Some token ids `[length]`.
+            row (`torch.Tensor`): Token ids to try it on, `[length]`.
         """
         depth, ids = self.depth, row[None, :_PROBE_TOKENS]
         shared: tuple[torch.Tensor, torch.Tensor] | None
@@ -297,14 +298,14 @@ class SharedPrefix:
             self.depth = depth
         elif depth:
             names = [type(head.model).__name__ for head in (self._base, self._head)]
-            logger.info("%s can't take over what %s computed, so both run whole", *reversed(names))
+            logger.info("%s can't reuse the leading layers of %s, so both run in full", *reversed(names))
 
 
 # --- whether two models are the same at the start ---------------------------------------------------------
 
 
 def _same_around(base: PreTrainedModel, stack: DecoderStack, model: PreTrainedModel, other: DecoderStack) -> bool:
-    """Whether all that comes before the first layer is the same: everything but layers, final norm and head."""
+    """Whether everything but the layers, the final norm and the head is the same."""
     around = []
     for one, where in ((base, stack), (model, other)):
         places = (where.path, find_final_norm(one, where), find_output_head(one))
@@ -317,7 +318,7 @@ def _same_around(base: PreTrainedModel, stack: DecoderStack, model: PreTrainedMo
 
 
 def _same(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two layers are the same: their classes, plain attributes and weights."""
+    """Whether two layers have the same classes, plain attributes and weights."""
     ours, theirs = list(one.modules()), list(other.modules())
     if len(ours) != len(theirs):
         return False

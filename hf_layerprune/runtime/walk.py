@@ -1,4 +1,4 @@
-"""Run a decoder layer by layer: many batches and many candidates through one layer before the next is touched.
+"""Run a decoder layer by layer: all batches and candidates go through one layer before the next one is used.
 
     walk = LayerWalk(model)
     batches = [walk.begin(ids) for ids in rows.split(8)]
@@ -7,13 +7,13 @@
             for batch in batches:
                 batch.hidden = run(batch.hidden, batch)
 
-What a layer is called with (masks, rotary embeddings) is recorded from the model's own forward, in which every layer
-hands its input on, so nothing of a family is rebuilt here. Whether layers can be run one at a time is tried on a few
-tokens first: a model whose layers hand more to each other than hidden states is refused.
+Each layer's arguments (masks, rotary embeddings) are recorded from the model's own forward pass, with every layer
+stubbed to pass its input through, so no family's code is reimplemented here. The walk is first tried on a few tokens: a
+model whose layers pass more than hidden states to each other is refused.
 
-Weights that are mapped from a file, as `from_pretrained` leaves them on a CPU, come in when a layer runs, and with
-`let_go` they leave memory after it; with `device`, a layer's weights are on that device only while it runs. So a model
-may be larger than memory, and each weight is read once a pass.
+Weights that are mapped from a file, as `from_pretrained` leaves them on a CPU, are read when a layer runs; with
+`let_go` they are released after it. With `device`, a layer's weights are on that device only while it runs. So a model
+may be larger than memory, and each weight is read once per pass.
 """
 
 from __future__ import annotations
@@ -41,13 +41,12 @@ _PROBE_TOKENS = 8
 
 @dataclass
 class Batch:
-    """Rows that are on their way through the decoder.
+    """Rows that are going through the decoder.
 
     Args:
         input_ids (`torch.Tensor`): Token ids `[batch, seq]`.
-        hidden (`torch.Tensor`): The hidden states `[batch, seq, hidden]` that enter the next layer; at the start those
-            that enter the first.
-        calls (`list[tuple[tuple, dict]]`): What each layer is called with besides the hidden states.
+        hidden (`torch.Tensor`): The input hidden states `[batch, seq, hidden]` of the next layer.
+        calls (`list[tuple[tuple, dict]]`): Each layer's arguments other than the hidden states.
     """
 
     input_ids: torch.Tensor
@@ -59,11 +58,11 @@ class LayerWalk:
     """A causal language model whose decoder layers are run one at a time.
 
     Args:
-        model (`PreTrainedModel`): The model, in evaluation mode. It is left as it is.
+        model (`PreTrainedModel`): The model, in evaluation mode. It is not changed.
         device (`str` or `torch.device`, *optional*): Where a layer's weights are moved to while it runs. By default
             layers run where they are.
-        let_go (`bool`, defaults to `False`): Whether weights that are mapped from a file leave memory after use. Only
-            for a model that nobody has changed since it was loaded: what was changed would be read from the file again.
+        let_go (`bool`, defaults to `False`): Whether to release weights that are mapped from a file after use. Only
+            for a model that has not been changed since it was loaded: changed weights would revert to the file's.
 
     Raises:
         UnsupportedModelError: The model's layers can't be run one at a time.
@@ -88,12 +87,12 @@ class LayerWalk:
 
     @property
     def device(self) -> torch.device:
-        """Where hidden states are."""
+        """The device of the hidden states."""
         return self._device or self._home
 
     @property
     def reads_weights_anew(self) -> bool:
-        """Whether each pass over the layers has to bring their weights in again."""
+        """Whether each pass over the layers has to load their weights again."""
         return self._let_go or self._streams
 
     def begin(self, input_ids: torch.Tensor) -> Batch:
@@ -103,7 +102,7 @@ class LayerWalk:
             input_ids (`torch.Tensor`): Token ids `[batch, seq]`, without padding.
 
         Returns:
-            `Batch`: With the hidden states that enter the first layer.
+            `Batch`: With the input hidden states of the first layer.
         """
         calls: list[Any] = [None] * self.num_layers
         hidden: list[torch.Tensor] = []
@@ -123,14 +122,14 @@ class LayerWalk:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Callable[[torch.Tensor, Batch], torch.Tensor]]:
-        """Bring in one layer.
+        """Load one layer inside a `with` block.
 
         Args:
-            index (`int`): Which one.
+            index (`int`): The layer.
 
         Yields:
             `Callable`: Runs the layer: takes hidden states `[batch, seq, hidden]` and the batch that they belong to,
-                gives the hidden states that leave the layer. Gradients flow if they are switched on.
+                and returns the layer's output hidden states. Gradients flow if they are enabled.
         """
         layer = self.layers[index]
 
@@ -144,10 +143,10 @@ class LayerWalk:
             release(layer)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Final norm and head, and whatever the model does to its logits.
+        """Apply the final norm, the head, and whatever the model does to its logits.
 
         Args:
-            hidden (`torch.Tensor`): Hidden states `[batch, seq, hidden]` that left the last layer.
+            hidden (`torch.Tensor`): The last layer's output hidden states `[batch, seq, hidden]`.
 
         Returns:
             `torch.Tensor`: `[batch, seq, vocabulary]`.
@@ -160,13 +159,13 @@ class LayerWalk:
             return self._forward(torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device))
 
     def rest(self) -> None:
-        """Let the embeddings and the head leave memory too, while layers run; they come back when they are used."""
+        """Release the embeddings and the head too while layers run; they are read again on the next access."""
         if self._let_go:
             for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
                 if module is not None:
                     release(module)
 
-    # --- how it works ------------------------------------------------------------------------------------
+    # --- internals ---------------------------------------------------------------------------------------
 
     def _forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.model(input_ids=input_ids, use_cache=False, return_dict=True, **kwargs).logits
@@ -182,14 +181,14 @@ class LayerWalk:
         return replaced_forward(list(self.layers), *map(stub, range(self.num_layers)))
 
     def _headless(self) -> AbstractContextManager[None]:
-        """Leave the head's product, which nobody will look at, uncomputed: for a few rows it takes long, and on some
-        CPUs ten times the memory of its weights.
+        """Skip the head where its logits are not used: its product is slow for a few rows, and on some CPUs takes ten
+        times the memory of its weights.
         """
         head = self.model.get_output_embeddings()
         return replaced_forward([] if head is None else [head], lambda hidden, *args, **kwargs: hidden)
 
     def _try_out(self) -> None:
-        """Run a few tokens the usual way and layer by layer, and refuse a model for which that differs."""
+        """Run a few tokens normally and layer by layer, and refuse a model for which the results differ."""
         ids = probe_ids(self.model, _PROBE_TOKENS).to(self.device)
         order: list[int] = []
 
@@ -211,20 +210,20 @@ class LayerWalk:
             with torch.no_grad():
                 batch = self.begin(ids)
                 if batch.hidden.shape[:-1] != ids.shape:
-                    raise self._refusal("they hand on several streams of states")
+                    raise self._refusal("they pass on several streams of hidden states")
                 for index in range(self.num_layers):
                     with self.layer(index) as run:
                         batch.hidden = run(batch.hidden, batch)
                 logits = self.logits(batch.hidden)
         except TROUBLE as error:
-            raise self._refusal(f"run alone, one fails ({str(error).splitlines()[0][:120]})") from error
+            raise self._refusal(f"one fails when it is run alone ({str(error).splitlines()[0][:120]})") from error
         if not close(logits, wanted):
-            raise self._refusal("they hand more to each other than hidden states")
+            raise self._refusal("they pass more than hidden states to each other")
         self.rest()
 
     def _refusal(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"the layers of {type(self.model).__name__} can't be run one at a time: {why}. Choose layers by a "
+            f"the layers of {type(self.model).__name__} can't be run one at a time: {why}. Choose layers with a "
             "criterion that needs no data (reverse_order, random, magnitude_l1, magnitude_l2), or name them yourself"
         )
 
@@ -233,7 +232,7 @@ class LayerWalk:
         return self._device is not None and self._device != self._home
 
     def _move_surroundings(self) -> None:
-        """Move all but the layers, for good."""
+        """Move everything but the layers to the device, permanently."""
         inside = {id(tensor) for layer in self.layers for tensor in (*layer.parameters(), *layer.buffers())}
         for module in self.model.modules():
             both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -247,7 +246,7 @@ class LayerWalk:
 
     @contextmanager
     def _moved(self, *layers: nn.Module) -> Iterator[None]:
-        """Keep layers on the device while the block runs; their own tensors are put back after it."""
+        """Move layers to the device inside a `with` block; their original tensors are restored after it."""
         if not self._streams:
             yield
             return
