@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import CheckpointError
 
 # Reading into one buffer and writing it again is fastest while the buffer fits a processor's cache.
 CHUNK = 1 << 20
-# What the kernel copies at once where it can, without the bytes passing through this process, as `cp` has it.
-KERNEL_CHUNK = 64 << 20
-# The errors by which it says that it can't copy between these two files.
-_NOT_THIS_WAY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+# How much is written before the system is asked to start bringing it to disk, so that the final fsync has little to do.
+WRITEBACK = 32 << 20
 
 
 class FileState(NamedTuple):
@@ -122,23 +121,26 @@ class LocalFile:
             CheckpointError: This file got shorter meanwhile.
             OSError: Writing failed.
         """
-        end, in_kernel = offset + length, hasattr(os, "copy_file_range")
-        while in_kernel and offset < end:
-            try:
-                count = os.copy_file_range(
-                    self._file.fileno(), output.fileno(), min(KERNEL_CHUNK, end - offset), offset
-                )
-            except OSError as error:
-                if error.errno not in _NOT_THIS_WAY:
-                    raise
-                count = 0
-            in_kernel = count > 0  # else it can't be done between these two files, or this one has ended
-            offset += count
-            if count:
-                yield count
-        for part in self.chunks(offset, end - offset):
+        for part in self.chunks(offset, length):
             write_all(output, part)
             yield len(part)
+
+
+class _NewFile(io.FileIO):
+    """An unbuffered file that is brought to disk while it is written, where the system can be asked to do so."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "x")
+        self._asked = self._written = 0
+
+    def write(self, data: Any) -> int:
+        """Write some of the data, and return how many bytes."""
+        count = super().write(data)
+        self._written += count
+        if self._written - self._asked >= WRITEBACK and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fileno(), self._asked, self._written - self._asked, os.POSIX_FADV_DONTNEED)
+            self._asked = self._written
+        return count
 
 
 def write_all(output: BinaryIO, data: bytes | memoryview) -> None:
@@ -151,7 +153,7 @@ def write_all(output: BinaryIO, data: bytes | memoryview) -> None:
 @contextmanager
 def open_new(path: Path) -> Iterator[BinaryIO]:
     """Open a file that must not exist yet, not even as a link. `new_file` and `new_folder` bring it to disk later."""
-    with open(path, "xb", buffering=0) as output:
+    with _NewFile(path) as output:
         yield output
 
 
