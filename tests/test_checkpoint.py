@@ -105,14 +105,18 @@ LLAMA = {
 
 def layer(i: int, **extra: torch.Tensor) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(i)
-    found = {
-        "self_attn.q_proj.weight": torch.randn(16, 16, generator=generator).bfloat16(),
+    square = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    weights = {
+        **{f"{name}.weight": torch.randn(16, 16, generator=generator).bfloat16() for name in square},
+        "mlp.gate_proj.weight": torch.randn(24, 16, generator=generator).bfloat16(),
+        "mlp.up_proj.weight": torch.randn(24, 16, generator=generator).bfloat16(),
         "mlp.down_proj.weight": torch.randn(16, 24, generator=generator).to(torch.float8_e4m3fn),
         "mlp.down_proj.weight_scale_inv": torch.randn(1, generator=generator),
         "input_layernorm.weight": torch.randn(16, generator=generator),
+        "post_attention_layernorm.weight": torch.randn(16, generator=generator),
         **extra,
     }
-    return {f"model.layers.{i}.{name}": tensor for name, tensor in found.items()}
+    return {f"model.layers.{i}.{name}": tensor for name, tensor in weights.items()}
 
 
 def make(folder: Path, shards: list[dict[str, torch.Tensor]], config: dict | None = None) -> Path:
@@ -229,12 +233,13 @@ def test_tensors_stay_aligned_when_odd_ones_before_them_go(tmp_path):
     assert_same(tensors(tmp_path / "cut"), {new: before[old] for old, new in plan.tensor_names.items()})
 
 
-def test_layers_that_draft_further_tokens_go_too(tmp_path, caplog):
+def test_layers_for_multi_token_prediction_are_dropped_too(tmp_path, caplog):
     drafts = layer(4, eh_proj=torch.ones(2))
-    with caplog.at_level(logging.WARNING):
-        base = make(tmp_path / "base", [EMBED | layer(0) | layer(1) | layer(2) | layer(3) | NORM | drafts])
+    shard = EMBED | layer(0) | layer(1) | layer(2) | layer(3) | NORM | drafts
+    with caplog.at_level(logging.INFO):
+        base = make(tmp_path / "base", [shard], LLAMA | {"num_nextn_predict_layers": 1})
         cut_checkpoint(base, tmp_path / "cut", [3], progress=False)
-    assert "5 tensors beyond the 4 decoder layers go too" in caplog.text
+    assert f"{len(drafts)} tensors of layers for multi-token prediction are dropped too" in caplog.text
     assert_same(tensors(tmp_path / "cut"), EMBED | NORM | layer(0) | layer(1) | layer(2))
 
 
@@ -348,7 +353,7 @@ def test_quantised_layouts_are_bytes_like_any_other(tmp_path, layout):
         return {
             f"model.layers.{i}.mlp.up_proj.{suffix}": torch.randint(0, 100, (7, i + 3), generator=generator).to(dtype)
             for suffix, dtype in suffixes.items()
-        }
+        } | {f"model.layers.{i}.{norm}_layernorm.weight": torch.ones(16) for norm in ("input", "post_attention")}
 
     layers = [packed(i) for i in range(4)]
     settings = {"quant_method": layout, "bits": 4, "modules_to_not_convert": ["lm_head", "model.layers.3.mlp"]}

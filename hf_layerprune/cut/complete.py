@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .. import families
-from ..errors import CheckpointError
+from ..errors import CheckpointError, cause_of
 from ..families.layout import find_decoder_layers
 from ..runtime.loading import check_complete
 
@@ -53,10 +53,10 @@ def model_class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], Pre
 
 
 def check_tensors(name: str, config: PreTrainedConfig, shapes: Mapping[str, Collection[int]], prefix: str) -> None:
-    """Refuse a cut whose tensors are not those that the cut model asks for.
+    """Refuse a cut whose tensors are not those that the cut model needs.
 
-    Where every layer stores a weight in another form, such as packed, nothing can be said about it here; but what one
-    layer has, the others of its kind must have too.
+    In a quantised checkpoint, weights are stored under other names and in other shapes. There, a packed weight is only
+    known to be missing from a layer if another layer has it.
 
     Args:
         name (`str`): What to call the checkpoint.
@@ -87,23 +87,26 @@ def check_tensors(name: str, config: PreTrainedConfig, shapes: Mapping[str, Coll
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
+    except NotImplementedError:  # this model's loader needs the content of some tensors
+        if not packed:
+            _check_names(name, model_class, part, shapes, prefix)
+        return
     except (RuntimeError, ValueError, KeyError) as error:
-        gap = _gap(shapes)
-        if packed or gap is None:  # not a form that the loader can take without its content
+        if packed:
             return
-        raise CheckpointError(
-            f"{name} lacks {gap}; the checkpoint is incomplete, download or save it again"
-        ) from error
+        if gap := _gap(shapes):
+            problem = f"lacks {gap}; the checkpoint is incomplete, download or save it again"
+        else:
+            problem = (
+                f"does not hold the weights that its model is built from ({cause_of(error)}); the checkpoint is "
+                "incomplete, or its config belongs to another one"
+            )
+        raise CheckpointError(f"{name} {problem}") from error
     model, info = loaded
-    forms = {_LAYER.sub(".#.", key) for key in shapes}
-    modules = {key.rpartition(".")[0] for key in shapes}
     stem = prefix.rpartition(".")[0]
-    missing = [
-        key
-        for key in info["missing_keys"]
-        if not (packed and any(module.startswith(key.rpartition(".")[0]) for module in modules))
-        and (not _LAYER.search(key) or _any_form(key, forms))
-    ]
+    missing = info["missing_keys"]
+    if packed:
+        missing = _missing_though_packed(missing, shapes, model)
     whole = type(part) is type(config)
     decoder = find_decoder_layers(model).path + "."
     unexpected = [
@@ -115,6 +118,42 @@ def check_tensors(name: str, config: PreTrainedConfig, shapes: Mapping[str, Coll
     if packed:  # other names and shapes are what packing is
         known |= {"unexpected_keys": [], "mismatched_keys": []}
     check_complete(name, known, remark="names in the pruned model")
+
+
+def _check_names(
+    name: str, model_class: type[PreTrainedModel], config: PreTrainedConfig, names: Collection[str], prefix: str
+) -> None:
+    """Compare names with those of an empty model, where the model names its layers as the checkpoint does."""
+    import torch
+
+    with _silence(), torch.device("meta"):
+        model = model_class(copy.deepcopy(config))
+    if find_decoder_layers(model).path + "." != prefix:
+        return
+    missing = [key for key in model.state_dict() if key not in names and key not in model.all_tied_weights_keys]
+    lost = {
+        "missing_keys": _missing_though_packed(missing, names, model),
+        "unexpected_keys": [],
+        "mismatched_keys": [],
+    }
+    check_complete(name, lost, remark="names in the pruned model")
+
+
+def _missing_though_packed(missing: Collection[str], names: Collection[str], model: PreTrainedModel) -> list[str]:
+    """Of the weights that the loader misses in a quantised checkpoint, those that are not just stored in packed form.
+
+    A module with any tensor in the checkpoint counts as packed. Of the other modules, a weight in a decoder layer is
+    missing if some layer stores it, or if it is a vector, such as a norm's: vectors are never packed.
+    """
+    forms = {_LAYER.sub(".#.", name) for name in names}
+    modules = {name.rpartition(".")[0] for name in names}
+    parameters = dict(model.named_parameters())
+    return [
+        key
+        for key in missing
+        if not any(module.startswith(key.rpartition(".")[0]) for module in modules)
+        and (not _LAYER.search(key) or _any_form(key, forms) or (key in parameters and parameters[key].ndim == 1))
+    ]
 
 
 def _any_form(key: str, forms: Collection[str]) -> bool:
@@ -132,12 +171,13 @@ def _is_odd(key: str, shapes: Collection[str], stem: str, num_layers: int) -> bo
 
 
 def _gap(names: Collection[str]) -> str | None:
-    """A tensor that numbered siblings, such as the experts of a layer, have and one of them lacks."""
+    """A tensor that one of the numbered modules in a layer, such as an expert, lacks and another one has."""
     last: dict[str, set[int]] = {}
     groups: dict[tuple[str, str], set[int]] = {}
     for name in names:
-        *_, match = [None, *_LAYER.finditer(name)]
-        if match is not None:
+        matches = list(_LAYER.finditer(name))
+        if len(matches) > 1:  # layers may differ in kind, the numbered modules in one do not
+            match = matches[-1]
             before, after, index = name[: match.start() + 1], name[match.end() - 1 :], int(match[0].strip("."))
             groups.setdefault((before, after), set()).add(index)
             last.setdefault(before, set()).add(index)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +83,6 @@ class Header:
     def size(self) -> int:
         """Size of the file."""
         return self.version.size
-
-    @cached_property
-    def source(self) -> LocalFile:
-        """The file, opened for reading."""
-        return LocalFile(self.path)
 
 
 def read_header(path: Path) -> Header:

@@ -73,7 +73,8 @@ def load_pruned(
     kwargs = dict(from_pretrained_kwargs)
     if ours := [name for name in _OURS if kwargs.get(name)]:
         raise CheckpointError(f"{ours[0]} can't be passed when {base} is loaded cut; load it whole, then prune it")
-    for name in (*_OURS, "use_safetensors"):  # nothing but safetensors is read
+    # Only safetensors are read, and weights of another shape are always refused.
+    for name in (*_OURS, "use_safetensors", "ignore_mismatched_sizes"):
         kwargs.pop(name, None)
     variant, disable_mmap = kwargs.pop("variant", None), kwargs.pop("disable_mmap", None)
     hub = {name: kwargs.pop(name, None) for name in _HUB}

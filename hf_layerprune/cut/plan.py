@@ -6,8 +6,10 @@ be refused is refused here; `write.py` then follows it without looking left or r
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,13 +19,14 @@ from .. import families
 from ..errors import CheckpointError
 from ..families.layout import find_layer_prefix
 from .base import Weights
+from .complete import model_class_of
 from .folder import SINGLE
 from .header import DTYPE_BITS, Header, Tensor, write_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from ..files.copy import FileState, LocalFile
+    from ..files.copy import FileState
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +166,9 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
     stored = weights.tensor_names
     names, drafts, prefix = new_names(stored, config, cut)
     if drafts:
-        log = logger.info if _has_drafts(config) else logger.warning
-        log("%d tensors beyond the %d decoder layers go too, such as %s", len(drafts), cut.num_layers, drafts[0])
+        logger.info(
+            "%d tensors of layers for multi-token prediction are dropped too, such as %s", len(drafts), drafts[0]
+        )
     kept = _kept(weights, config, cut, names)
     shards = []
     weight_map: dict[str, str] = {}
@@ -183,37 +187,6 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
     return WeightsPlan(prefix, tuple(shards), index, names, dropped, shapes)
 
 
-class Origin(NamedTuple):
-    """Where a tensor of a cut checkpoint comes from: the base's file, the tensor as it will be, and its bytes there."""
-
-    source: LocalFile
-    tensor: Tensor
-    pieces: tuple[Span | Rows, ...]
-
-
-def kept_tensors(weights: Weights, config: PreTrainedConfig, cut: families.Cut) -> dict[str, Origin]:
-    """Where each tensor of a cut checkpoint comes from.
-
-    Args:
-        weights (`Weights`): The base's files.
-        config (`PreTrainedConfig`): The base's config.
-        cut (`families.Cut`): Which layers stay.
-
-    Returns:
-        `dict[str, Origin]`: By the tensor's name after the cut.
-
-    Raises:
-        CheckpointError: Tensors do not fit the config, or two would get the same name.
-        UnsupportedModelError: It is not clear where the decoder layers are.
-    """
-    names = new_names(weights.tensor_names, config, cut).names
-    return {
-        item.new.name: Origin(weights.headers[file].source, item.new, item.pieces)
-        for file, items in _kept(weights, config, cut, names).items()
-        for item in items
-    }
-
-
 def _kept(
     weights: Weights, config: PreTrainedConfig, cut: families.Cut, names: dict[str, str]
 ) -> dict[str, list[_Kept]]:
@@ -226,12 +199,20 @@ def _kept(
     return {file: items for file, items in kept.items() if items}
 
 
-# Config fields that count layers which draft further tokens; a cut sets them to zero.
+# Config fields with the number of layers for multi-token prediction; a cut sets them to zero.
 _DRAFT_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
-def _has_drafts(config: PreTrainedConfig) -> bool:
-    return any(getattr(families.text_config(config), name, None) for name in _DRAFT_COUNTS)
+def _draft_count(config: PreTrainedConfig) -> int:
+    counts = [getattr(families.text_config(config), name, None) for name in _DRAFT_COUNTS]
+    return max((count for count in counts if isinstance(count, int)), default=0)
+
+
+def _is_ignored(name: str, config: PreTrainedConfig) -> bool:
+    """Whether the model's class skips this tensor on loading, as some do with layers for multi-token prediction."""
+    picked = model_class_of(copy.deepcopy(config))
+    patterns = getattr(picked[0], "_keys_to_ignore_on_load_unexpected", None) if picked else None
+    return any(re.search(pattern, name) for pattern in patterns or ())
 
 
 class Renaming(NamedTuple):
@@ -260,12 +241,13 @@ def new_names(tensors: Iterable[str], config: PreTrainedConfig, cut: families.Cu
         `Renaming`: What stays, and what goes.
 
     Raises:
-        CheckpointError: A tensor has no plain layer index, or two would get the same name.
+        CheckpointError: A tensor has no plain layer index or belongs to a layer that the config does not have, or two
+            tensors would get the same name.
         UnsupportedModelError: It is not clear where the decoder layers are.
     """
     tensors = list(tensors)
     prefix = find_layer_prefix(tensors, cut.num_layers)
-    has_drafts = _has_drafts(config)
+    draft_count = _draft_count(config)
     names: dict[str, str] = {}
     drafts: list[str] = []
     for name in tensors:
@@ -277,11 +259,17 @@ def new_names(tensors: Iterable[str], config: PreTrainedConfig, cut: families.Cu
                 if not dot or index != str(layer):
                     raise CheckpointError(f"tensor {name!r} has no plain layer index; save the checkpoint again")
                 if layer >= cut.num_layers:
+                    if layer >= cut.num_layers + draft_count and not _is_ignored(name, config):
+                        raise CheckpointError(
+                            f"tensor {name!r} belongs to layer {layer}, but the config describes only the layers "
+                            f"0..{cut.num_layers - 1}; the weights and the config do not belong together, so download "
+                            "or save both again"
+                        )
                     drafts.append(name)
                 if layer not in cut.new_index:
                     continue
                 new = f"{prefix}{cut.new_index[layer]}.{rest}"
-        elif has_drafts and "mtp" in name.split("."):
+        elif draft_count and "mtp" in name.split("."):
             drafts.append(name)
             continue
         names[name] = new
