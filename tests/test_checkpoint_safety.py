@@ -431,8 +431,10 @@ def test_a_model_whose_loader_reads_content_is_checked_by_name(tmp_path):
     drop = cuts("qwen4_exp_text", AutoConfig.from_pretrained(tmp_path / "base"))["middle"]
     plan_cut(tmp_path / "base", drop)
     path = tmp_path / "base" / "model.safetensors"
-    save_file({key: value for key, value in load_file(path).items() if "layers.0.linear_attn.norm" not in key}, path)
-    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.0\.linear_attn\.norm\.weight "):
+    save_file(
+        {key: value for key, value in load_file(path).items() if "layers.2.mlp.shared_expert_gate" not in key}, path
+    )
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.shared_expert_gate\.weight "):
         plan_cut(tmp_path / "base", drop)
 
 
