@@ -26,7 +26,8 @@ OVERLAYS = ROOT / ".compat"
 PROVEN_AT = ROOT / "hf_layerprune" / "families" / "versions.json"
 
 FAST = ["-m", "not matrix and not browser and not processes and not space", "tests"]
-SMOKE = ["tests/test_registration.py", "tests/test_check.py", "tests/test_prune_with.py"]
+# gemma3n_text is not proven with transformers 5.4, whose own generation with a cache is wrong for it.
+SMOKE = ["-k", "not gemma3n_text", *(f"tests/test_{name}.py" for name in ("registration", "check", "prune_with"))]
 _PEFT = [f"tests/test_{name}.py" for name in ("adapter", "prune_with", "registration", "push_adapter")]
 _TRL = [f"tests/test_heal_{name}.py" for name in ("data", "losses", "methods", "store", "trainer")]
 _HUB = ["-m", "not browser and not space", *(f"tests/test_{name}.py" for name in ("hub_server", "hub_writing"))]
