@@ -80,7 +80,7 @@ CASES = [
     Case("committing: 429 for an hour", lambda hub: _commit(hub, 429, MANY, Retry_After="3600"), "again in 3600 s"),
     Case("committing: cut off all the time",
          lambda hub: hub.hang_up("/commit/main", 0, MANY, method="POST"), "can't reach the Hub"),
-    Case("committing: somebody was faster", lambda hub: _commit(hub, 412), "somebody else has changed"),
+    Case("committing: somebody was faster", lambda hub: _commit(hub, 412), "somebody else changed"),
     Case("committing: 400", lambda hub: _commit(hub, 400), "refused org/model"),
     Case("committing: 500 all the time, to what is there", lambda hub: _commit(hub, 500, MANY), UNREACHABLE, known=True),
     Case("the card's YAML is refused", lambda hub: hub.status("/validate-yaml", 400, MANY), "README.md"),

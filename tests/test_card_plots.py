@@ -142,6 +142,6 @@ def test_nothing_half_drawn(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="could not be cast"):
         drawing([[1, "x"], {}])
-    with pytest.raises(LayerPruneError, match="too many for a card"):
+    with pytest.raises(LayerPruneError, match="too large for a card"):
         drawing(np.random.default_rng(0).random(60_000))
     assert list(tmp_path.iterdir()) == []

@@ -108,6 +108,13 @@ def test_bad_lines(tmp_path: Path, line: Any, message: str) -> None:
         ({"a.txt": b"\xff\xfe"}, "a.txt is not UTF-8: invalid start byte at byte 0"),
         ({"a.txt": "text", "a.jsonl": json.dumps(QUESTION)}, "have the same name"),
         ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "task: x"}, "a field 'task', and only doc_to_text"),
+        *(
+            (
+                {"a.jsonl": json.dumps(QUESTION), "a.yaml": f"{field}: x"},
+                f"a.yaml has a field '{field}', and only doc_to_text, target_delimiter, description, metadata can be set",
+            )
+            for field in ("doc_to_choice", "doc_to_target", "dataset_path", "process_docs")
+        ),
         ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "[1]"}, "must have fields"),
         ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "doc_to_text: !function os.system"}, "a.yaml is not usable YAML"),
     ],

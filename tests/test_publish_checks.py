@@ -72,13 +72,18 @@ def test_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert snapshot(folder) == before
 
 
+def edit_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 def test_weights_that_were_changed(folder: Path) -> None:
     path = sorted(folder.glob("*.safetensors"))[0]
     tensors = load_file(path)
     next(iter(tensors.values())).flatten()[0] += 1
     save_file(tensors, path, metadata={"format": "pt"})
     found = refusals(folder)
-    assert "the weights are not those that lineage.json tells of" in found
+    assert "are not those in lineage.json" in found
     assert "was measured on other weights" in found
     assert str(folder) in found  # as the user knows it
 
@@ -90,6 +95,7 @@ def test_weights_that_were_changed(folder: Path) -> None:
     (lambda f: next(f.glob("*.safetensors")).write_bytes(b"1234567890"), "not a sound safetensors file"),
     (lambda f: (f / "vocab.txt").symlink_to(f / "nowhere"), "is a link, and only files"),
     (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
+    (lambda f: edit_config(f, architectures=[1]), "config.json has an unexpected value at architectures/0"),
 ])  # fmt: skip
 def test_broken_folders(folder: Path, break_it: Any, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     break_it(folder)
@@ -104,7 +110,7 @@ def test_records_that_were_edited(folder: Path) -> None:
     lineage["entries"][0]["settings"]["drop_layers"] = [5, 6, 7]
     lineage["entries"][0]["layers"]["left"] = 5
     (folder / "lineage.json").write_text(json.dumps(lineage))
-    assert "differ in how many layers are left; one of them was edited" in refusals(folder)
+    assert "disagree on the number of layers; one of them was edited" in refusals(folder)
 
 
 @pytest.mark.parametrize(
@@ -137,14 +143,14 @@ def test_licences_that_allow(folder: Path) -> None:
     assert "NOTICE" in plan(PushRequest(folder, "org/Llama-small")).contents.files
     assert not (folder / "NOTICE").exists()
     (folder / "LICENSE").unlink()
-    assert "a copy of it goes along with the model" in refusals(folder, "org/Llama-small")
+    assert "a copy of it must accompany the model" in refusals(folder, "org/Llama-small")
     edit_base(folder, {"license": "other", "license_name": "qwen-research"})
     (folder / "LICENSE").write_text("Qwen RESEARCH LICENSE AGREEMENT")
     assert refusals(folder) == ""
     assert "no commercial use" in warnings(folder)
     edit_base(folder, {"license": "other", "license_name": "house rules", "license_link": "https://example.org/l"})
     assert refusals(folder) == ""
-    assert "house rules: its duties are not known here; read it (https://example.org/l)" in warnings(folder)
+    assert "house rules: its conditions are not listed here; read it (https://example.org/l)" in warnings(folder)
     edit_base(folder, {"license": None, "license_name": None, "license_link": None})
     assert refusals(folder, private=True) == ""
     assert "declares no licence" in warnings(folder, private=True)
@@ -195,7 +201,7 @@ def test_secrets_stay_home(folder: Path) -> None:
     key = SECRETS["AWS Access Key"]
     (folder / "vocab.txt").write_text("one\n" * 400_000 + f"key = '{key}'\n")  # beyond the first chunk
     message = refusals(folder)
-    assert "vocab.txt line 400001 holds what looks like a secret (AWS Access Key)" in message
+    assert "vocab.txt line 400001 contains what looks like a secret (AWS Access Key)" in message
     assert key not in message
 
 
@@ -229,7 +235,7 @@ def test_secrets_wherever_they_hide(tmp_path: Path, text: str) -> None:
 def test_secrets_in_the_header_of_weights(folder: Path) -> None:
     path = sorted(folder.glob("*.safetensors"))[0]
     save_file(load_file(path), path, metadata={"format": "pt", "run": TOKEN})
-    assert f"{path.name} line 1 holds what looks like a secret (Hugging Face Token)" in refusals(folder)
+    assert f"{path.name} line 1 contains what looks like a secret (Hugging Face Token)" in refusals(folder)
 
 
 @pytest.mark.parametrize(("name", "text"), [
@@ -242,7 +248,7 @@ def test_what_only_the_user_named_is_scanned_by_everything(folder: Path, name: s
     (folder / name).write_text(text)
     assert refusals(folder) == ""
     assert name in plan(PushRequest(folder, "org/small")).contents.left_out
-    assert f"{name} line 1 holds what looks like a secret" in refusals(folder, include=(name,))
+    assert f"{name} line 1 contains what looks like a secret" in refusals(folder, include=(name,))
 
 
 @settings(max_examples=20, deadline=None)
@@ -341,7 +347,7 @@ def test_a_folder_in_place_of_a_file(folder: Path, capsys: pytest.CaptureFixture
 
 def test_an_adapter_beside_a_model(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
-    assert "lies beside a whole model" in refusals(folder)
+    assert "is in the folder of a whole model" in refusals(folder)
 
 
 def test_paths_of_somebodys_disk(folder: Path) -> None:
@@ -350,7 +356,7 @@ def test_paths_of_somebodys_disk(folder: Path) -> None:
     declare(folder, base_model="org/base")
     assert refusals(folder) == ""
     (folder / "LICENSE").write_text("see /home/alice/work\n")
-    assert "LICENSE line 1 tells others the path /home/alice" in warnings(folder)
+    assert "LICENSE line 1 reveals the path /home/alice" in warnings(folder)
 
 
 def test_adapters(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,7 +364,7 @@ def test_adapters(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["prune", str(base), str(tmp_path / "whole" / "adapter"), "--drop", "2", "--adapter"]) == 0
     adapter = tmp_path / "whole" / "adapter"
     declare(adapter, base_model="org/base")
-    assert "from which nobody else can load it" in refusals(adapter)
+    assert "which nobody else can load" in refusals(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
     assert refusals(adapter) == ""
@@ -370,7 +376,7 @@ def test_adapters(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("repo_id", ["small", "a/b/c", "org/..", "org/a b", "-/x", ""])
 def test_names_that_are_none(folder: Path, repo_id: str) -> None:
-    assert "is not a name for a repository" in refusals(folder, repo_id)
+    assert "is not a valid repository name" in refusals(folder, repo_id)
 
 
 def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -411,3 +417,25 @@ def test_a_token_given_in_place_of_something_else_is_not_repeated(
     assert code != 0
     assert captured.err
     assert TOKEN not in captured.out + captured.err
+
+
+@pytest.mark.parametrize("words", [
+    ["{folder}", TOKEN],
+    ["{folder}", f"{TOKEN}/x y"],
+    ["{folder}/" + TOKEN, "org/small"],
+    ["{folder}", "org/small", "--include", TOKEN],
+])  # fmt: skip
+def test_a_dry_run_repeats_no_token(folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", *(word.format(folder=folder) for word in words), "--dry-run"]) == 1
+    captured = capsys.readouterr()
+    assert "hf_***" in captured.out + captured.err
+    assert TOKEN not in captured.out + captured.err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such file names")
+def test_a_dry_run_shows_a_file_name_on_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / f"notes\n        ok  secrets: {TOKEN}\x1b[31m").write_text("")
+    assert main(["push", str(folder), "org/small", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert r"notes\n        ok  secrets: hf_***\x1b[31m: not part of the model" in out
+    assert TOKEN not in out

@@ -93,7 +93,7 @@ def test_a_pull_request(found: Found) -> None:
     assert out["pulls"] == ["refs/pr/1", "refs/pr/2"]
     assert out["merged"]
     assert "nothing has changed" in out["nothing to do"][1]
-    assert "there is no model org/absent to propose anything to" in out["of nothing"][1]
+    assert "there is no model org/absent to open a pull request for" in out["of nothing"][1]
 
 
 def test_private(found: Found) -> None:
@@ -103,7 +103,7 @@ def test_private(found: Found) -> None:
     assert "nothing has changed" in out["again"][1]
     assert out["seen"][0] == 0
     assert out["public"][0] == 1
-    assert "org/model is there and public, and --private was asked for" in out["public"][1]
+    assert "org/model exists and is public, but --private was given" in out["public"][1]
 
 
 def test_what_people_write_on_the_page_stays(found: Found) -> None:
@@ -115,13 +115,13 @@ def test_what_people_write_on_the_page_stays(found: Found) -> None:
     assert fields["tags"][-1] == "poems"
     assert out["taken over"]  # into the folder's card, too
     assert out["both"][0] == 1
-    assert "bring them together" in out["both"][1]
+    assert "combine them in the folder" in out["both"][1]
 
 
 def test_what_people_write_inside_is_not_lost(found: Found) -> None:
     out = found["two_authors"]
     assert out["inside"][0] == 1
-    assert "was changed inside the section that hf-layerprune writes (limits)" in out["inside"][1]
+    assert "was changed inside a section that hf-layerprune writes (limits)" in out["inside"][1]
     assert "--overwrite-card" in out["inside"][1]
     assert out["safe"]
     assert out["overwritten"][0] == 0
@@ -159,8 +159,8 @@ def test_an_adapter(found: Found) -> None:
 
 @pytest.mark.parametrize(("scenario", "what", "message"), [
     ("words_that_fail", "no token", "there is no token; log in with `hf auth login`, or set HF_TOKEN"),
-    ("words_that_fail", "taken", "org/taken is taken: it is a space on the Hub, not a model; choose another name"),
-    ("words_that_fail", "refused", "'a name' is not a name for a repository"),
+    ("words_that_fail", "taken", "org/taken is already a space on the Hub, not a model; choose another name"),
+    ("words_that_fail", "refused", "'a name' is not a valid repository name"),
     ("no_network", "push", "can't reach the Hub"),
     ("no_network", "verify", "can't reach the Hub for org/model"),
     ("verify_fails_clearly", "absent", "org/absent is not on the Hub, or it is private"),

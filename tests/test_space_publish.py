@@ -161,7 +161,7 @@ def test_packed_weights_need_what_unpacks_them(folder: Path, tmp_path: Path, cap
             assert ("bitsandbytes" in requirements(space)) == (method == "bitsandbytes")
     finally:
         config.write_text(text)
-    assert "weights of the kind unheard-of" in caplog.text
+    assert "a package for unheard-of weights" in caplog.text
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

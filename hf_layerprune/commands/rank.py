@@ -25,4 +25,4 @@ def run(args: argparse.Namespace) -> None:
     request = gather(args, RankRequest)
     print(shown(str(rank(request))))
     if request.output is not None:
-        print(f"\nscores.json and the plots are in {request.output}")
+        print(shown(f"\nscores.json and the plots are in {request.output}"))

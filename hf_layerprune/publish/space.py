@@ -1,16 +1,15 @@
-"""A Space in which a model can be tried: written for a model on the Hub, published there, or served on this machine.
+"""A Space for trying a model: written for a model on the Hub, and published there or served on this machine.
 
     build_space(Path("space"), model_repo_id="me/pruned", model=Path("pruned"))
     push_space(Path("space"), "me/pruned-chat")
 
-The Space is `spaces/chat/`, as it is, with the model's name in its front matter and a copy of `records/figures/`, by which
-it writes the numbers as the card does. It needs nothing else of this package, unless the model is an adapter.
+The Space is a copy of `spaces/chat/` with the model's name in its front matter, and a copy of `records/figures/`, with
+which it formats numbers as the card does. It needs nothing else of this package, unless the model is an adapter.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -23,6 +22,7 @@ from ..errors import CheckpointError, CutError
 from ..files.folders import new_folder
 from ..records import figures
 from ..records.lineage import Lineage
+from ..runtime.config_file import read_config_file
 from ..runtime.loading import is_hub_id, resolve_base
 from .hub.upload import Upload, Uploaded, log_in, push_errors, upload
 
@@ -30,19 +30,19 @@ logger = logging.getLogger(__name__)
 
 MESSAGE = "Upload a chat with hf-layerprune"
 SECRET = "HF_TOKEN"
-# What loads weights of these kinds, beside transformers.
+# The packages that transformers needs to load quantised weights.
 _QUANTIZERS = {"bitsandbytes": "bitsandbytes>=0.50", "gptq": "gptqmodel", "awq": "gptqmodel"}
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def space_source() -> Path:
-    """Where the Space's files are: in a checkout, or in an installed package.
+    """Find the files of the Space, in a checkout or an installed package.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        CheckpointError: This installation has none.
+        CheckpointError: This installation lacks them.
     """
     package = Path(__file__).parents[1]
     for folder in (package / "spaces" / "chat", package.parent / "spaces" / "chat"):
@@ -62,18 +62,18 @@ def build_space(
     licence: str = "apache-2.0",
     force: bool = False,
 ) -> Path:
-    """Write a complete Space for a model: `app.py` and what it needs, pinned requirements, and the front matter.
+    """Write a complete Space for a model: `app.py` and its modules, pinned requirements, and the front matter.
 
     Args:
-        folder (`Path`): The folder to make.
+        folder (`Path`): The folder to write.
         model_repo_id (`str`): The model on the Hub.
         base_repo_id (`str`, *optional*): The dense model to compare with; by default the base that the lineage of
             `model` names, if that is on the Hub.
-        model (`Path`, *optional*): The model's folder, which says what the Space needs to load it.
-        adapter (`bool`, *optional*): Whether what is on the Hub is an adapter; by default whether `model` is one.
+        model (`Path`, *optional*): The model's folder, from which the required packages are derived.
+        adapter (`bool`, *optional*): Whether the model on the Hub is an adapter; by default whether `model` is one.
         title (`str`, *optional*): The Space's title.
-        licence (`str`, defaults to `"apache-2.0"`): Of the Space's own files; the model's is shown in it.
-        force (`bool`, defaults to `False`): Replace a folder that is there.
+        licence (`str`, defaults to `"apache-2.0"`): The licence of the Space's own files; the Space shows the model's.
+        force (`bool`, defaults to `False`): Replace an existing folder.
 
     Returns:
         `Path`: The folder.
@@ -106,15 +106,15 @@ def build_space(
 def push_space(
     folder: Path, repo_id: str, *, private: bool = False, secret: str | None = None, token: str | bool | None = None
 ) -> Uploaded:
-    """Publish a Space, by one commit or none.
+    """Publish a Space in one commit.
 
     Args:
-        folder (`Path`): What `build_space` has written.
-        repo_id (`str`): The Space, `namespace/name`. It is made where it is missing.
+        folder (`Path`): A folder written by `build_space`.
+        repo_id (`str`): The Space, `namespace/name`, created if it does not exist.
         private (`bool`, defaults to `False`): Make a new Space private, and refuse a public one.
-        secret (`str`, *optional*): A token that may read the model, stored as the Space's secret `HF_TOKEN`. Nothing
-            is stored unless it is given.
-        token (`str` or `bool`, *optional*): As the client library takes it; by default the user's own.
+        secret (`str`, *optional*): A token that may read the model, stored as the Space's secret `HF_TOKEN`. By
+            default, nothing is stored.
+        token (`str` or `bool`, *optional*): As for `huggingface_hub`; by default the user's own.
 
     Returns:
         `Uploaded`: What was done.
@@ -137,17 +137,17 @@ def push_space(
 def local_run(
     model: str, base: str | None = None, *, port: int | None = None, host: str | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """How to serve the Space on this machine.
+    """The command that serves the Space on this machine.
 
     Args:
         model (`str`): A Hub id, a folder or a GGUF file; a model or an adapter.
-        base (`str`, *optional*): The dense model to compare with; by default that of an adapter, or the one that the
-            lineage names, if it is a folder on this machine.
-        port (`int`, *optional*): The port; by default the first that is free from 7860 on.
-        host (`str`, *optional*): The address; by default this machine's own.
+        base (`str`, *optional*): The dense model to compare with; by default the base of an adapter, or the one that
+            the lineage names if it is a folder on this machine.
+        port (`int`, *optional*): The port; by default the first free one from 7860.
+        host (`str`, *optional*): The address; by default 127.0.0.1.
 
     Returns:
-        `tuple[list[str], dict[str, str]]`: The words of a process, and its environment.
+        `tuple[list[str], dict[str, str]]`: The arguments of a process, and its environment.
 
     Raises:
         CheckpointError: There is no such model, or Gradio is missing.
@@ -155,35 +155,35 @@ def local_run(
     missing = [name for name in ("gradio", "mcp") if importlib.util.find_spec(name) is None]
     if missing:
         raise CheckpointError(f'the chat needs {" and ".join(missing)}: pip install "hf-layerprune[space]"')
-    base = _model_there_is(base) if base else _local_base_of(Path(model).expanduser())
-    environment = os.environ | {"MODEL_ID": _model_there_is(model), "BASE_ID": base or ""}
+    base = _existing_model(base) if base else _local_base_of(Path(model).expanduser())
+    environment = os.environ | {"MODEL_ID": _existing_model(model), "BASE_ID": base or ""}
     environment |= {"GRADIO_SERVER_PORT": str(port)} if port else {}
     environment |= {"GRADIO_SERVER_NAME": host} if host else {}
     return [sys.executable, str(space_source() / "app.py")], environment
 
 
-def _model_there_is(model: str) -> str:
-    """Refuse a path that leads nowhere, which the page would take for an id on the Hub."""
+def _existing_model(model: str) -> str:
+    """Refuse a path that does not exist, which the page would take for a Hub id."""
     if not Path(model, "adapter_config.json").expanduser().is_file():
         resolve_base(model)
     return str(Path(model).expanduser()) if not is_hub_id(model) else model
 
 
 def secret_from(variable: str | None) -> str | None:
-    """A token out of an environment variable, so that it stands in no shell history.
+    """Read a token from an environment variable, so that it is not in the shell history.
 
     Args:
-        variable (`str`, *optional*): Its name.
+        variable (`str`, *optional*): The variable's name.
 
     Returns:
         `str`, *optional*: The token; `None` without a name.
 
     Raises:
-        CutError: There is no such variable.
+        CutError: The variable is not set.
     """
     if variable is None:
         return None
-    if not (token := os.environ.get(variable)):  # which is not repeated: it may be the token itself
+    if not (token := os.environ.get(variable)):  # the name is not repeated: it may be the token itself
         raise CutError(
             "--space-secret names an environment variable that is not set; name the one that holds the token"
         )
@@ -191,10 +191,10 @@ def secret_from(variable: str | None) -> str | None:
 
 
 def check_id(name: str) -> None:
-    """Refuse what is not a Hub id.
+    """Refuse a name that is not a Hub id.
 
     Raises:
-        CutError: It isn't one.
+        CutError: It is not a Hub id.
     """
     if not _REPO_ID.fullmatch(name):
         raise CutError(f"{name!r} is not a Hub id; write it as NAMESPACE/NAME")
@@ -216,26 +216,20 @@ def _local_base_of(model: Path) -> str | None:
 
 
 def _requirements_of(model: Path | None, adapter: bool) -> list[str]:
-    """What a Space needs for this model, beside what it always does."""
+    """The packages that a Space needs for this model in addition to its usual ones."""
     from ..versions import __version__
 
     if adapter:
         return [f"hf-layerprune=={__version__}"]
     if model is None:
         return []
-    method = _read(model / "config.json").get("quantization_config", {}).get("quant_method")
-    if method is None:
+    quantization = read_config_file(model / "config.json").get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") is None:
         return []
+    method = str(quantization["quant_method"])
     if method not in _QUANTIZERS:
-        logger.warning("the Space may need a package for weights of the kind %s: see its requirements.txt", method)
+        logger.warning("the Space may need a package for %s weights; add it to its requirements.txt", method)
     return [_QUANTIZERS[method]] if method in _QUANTIZERS else []
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read: {error}") from error
 
 
 def _write_front_matter(readme: Path, values: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What got worse, and by how much: the sentences of a card's limits, each from a measured number."""
+"""The sentences of a card's "Limits" section: what got worse and by how much, each from a measured number."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from ...records.figures import numbers
 from ...records.figures.results import Cell, Results, Row, comparison
 from .escape import prose
 
-# At this ratio of perplexities to the dense model, text is no longer predicted in any useful sense.
+# Above this ratio of its perplexity to the dense model's, the model no longer predicts text in any useful sense.
 _BROKEN = 10.0
 _WORSE = 1.02
 
 
 def limits(results: Results | None) -> list[Markup]:
-    """Say what a pruned model lost.
+    """Describe what a pruned model lost.
 
     Args:
         results (`Results`, *optional*): What was measured.
 
     Returns:
-        `list[Markup]`: One sentence for each number that got worse, and what the numbers can't tell.
+        `list[Markup]`: One sentence for each number that got worse, and one on the smallest detectable difference.
     """
     own = results.own if results else None
     if results is None or own is None:
         return [Markup("This model has not been measured. Measure it before you rely on it.")]
-    beside = [] if results.dense else [Markup("Its base was not measured, so what it lost is unknown.")]
+    missing_base = [] if results.dense else [Markup("Its base was not measured, so what it lost is unknown.")]
     rows = [row for row in results.table(["accuracy", "text", "distance"]) if own.weights in row.cells]
-    sentences = [*beside, *_accuracy(rows, own.weights), *_text(rows, own.weights, results)]
-    if unseen := _unseen(results, rows):
-        sentences.append(unseen)
+    sentences = [*missing_base, *_accuracy(rows, own.weights), *_text(rows, own.weights, results)]
+    if detection_limit := _detection_limit(results, rows):
+        sentences.append(detection_limit)
     return sentences
 
 
@@ -88,8 +88,8 @@ def _text(rows: list[Row], own: str, results: Results) -> Iterator[Markup]:
             )
 
 
-def _unseen(results: Results, rows: list[Row]) -> Markup | None:
-    """The smallest difference that can be detected with this many questions."""
+def _detection_limit(results: Results, rows: list[Row]) -> Markup | None:
+    """A sentence with the smallest difference that this many questions can detect."""
     errors = []
     for row in rows:
         for cell in row.cells.values():

@@ -1,4 +1,4 @@
-"""The YAML of a card, and `.eval_results/`, from the same records as its text."""
+"""A card's YAML block and the files in `.eval_results/`, from the same records as its text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .render import Card
 
 TAGS = ("layer-pruning", "depth-pruning", "hf_layerprune")
-# Fields that are ours alone: when there is nothing to say any more, they go. Of the others, what somebody wrote stays.
+# Fields that only this package writes: they are removed once they no longer apply. Other fields are kept.
 OURS = {"model-index", "base_model", "base_model_relation", "library_name"}
 _HASH = re.compile(r"[0-9a-f]{40,64}")
 
@@ -24,10 +24,10 @@ def metadata(card: Card) -> dict[str, Any]:
     """The fields of a card's YAML block.
 
     Args:
-        card (`Card`): What the card says.
+        card (`Card`): The card.
 
     Returns:
-        `dict[str, Any]`: As `huggingface_hub` lays them out.
+        `dict[str, Any]`: The fields in the layout of `huggingface_hub`.
     """
     from huggingface_hub import ModelCardData
 
@@ -35,7 +35,7 @@ def metadata(card: Card) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if card.history.base_on_hub:
         fields["base_model"] = card.history.base_on_hub
-        # A cut model is neither a quantised nor a merged one; the Hub knows no closer word.
+        # A pruned model is neither quantised nor merged; the Hub has no better value for this field.
         fields["base_model_relation"] = "adapter" if card.form == "adapter" else "finetune"
     if licence.known:
         fields["license"] = plain(licence.id)
@@ -62,24 +62,24 @@ def metadata(card: Card) -> dict[str, Any]:
 
 
 def front_matter(text: str, where: str) -> tuple[dict[str, Any], str]:
-    """Split a card into the fields of its YAML block and what follows it.
+    """Split a card into the fields of its YAML block and the text that follows it.
 
     Args:
         text (`str`): A README.md.
-        where (`str`): What to call it in errors.
+        where (`str`): The file's name in errors.
 
     Returns:
-        `tuple[dict[str, Any], str]`: The fields, all of them, in their order; and the rest.
+        `tuple[dict[str, Any], str]`: All fields in their original order, and the rest of the text.
 
     Raises:
-        CheckpointError: The YAML can't be read, so writing it again would lose what somebody wrote.
+        CheckpointError: The YAML can't be read, so rewriting it would lose what somebody wrote.
     """
     import yaml
     from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
 
     if REGEX_YAML_BLOCK.search(text) is None:
         if re.match(r"\s*---[ \t]*\n[\w-]+:", text):
-            raise CheckpointError(f"the YAML block of {where} never ends; put a line of three dashes after it")
+            raise CheckpointError(f"the YAML block of {where} has no end; put a line of three dashes after it")
         return {}, text
     try:
         card = RepoCard(text)
@@ -90,14 +90,14 @@ def front_matter(text: str, where: str) -> tuple[dict[str, Any], str]:
 
 
 def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Our fields, with those that somebody else has added.
+    """Our fields plus those that somebody else has added.
 
     Args:
         ours (`dict[str, Any]`): See `metadata`.
-        theirs (`dict[str, Any]`): What the card that is there says.
+        theirs (`dict[str, Any]`): The fields of the existing card.
 
     Returns:
-        `dict[str, Any]`: Our values where both have one, and all tags.
+        `dict[str, Any]`: Our value where both have one, and the tags of both.
     """
     both = dict(ours)
     both |= {name: value for name, value in theirs.items() if name not in ours and name not in OURS}
@@ -108,14 +108,14 @@ def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_yaml(fields: dict[str, Any]) -> str:
-    """A YAML block, with its two lines of dashes."""
+    """A YAML block between two lines of dashes."""
     from huggingface_hub.utils import yaml_dump
 
     return f"---\n{yaml_dump(fields, sort_keys=False, line_break=chr(10)).strip()}\n---\n"
 
 
 def eval_results(results: Results | None) -> list[Any]:
-    """Every number that was measured on the model itself, for the `model-index`."""
+    """Every number measured on this model, for the `model-index`."""
     from huggingface_hub import EvalResult
 
     own = results.own if results else None
@@ -127,8 +127,8 @@ def eval_results(results: Results | None) -> list[Any]:
         record = cell.record
         kind, task, metric = row.key
         dataset = str(record.get("dataset", ""))
-        told = ("stderr", "samples", "device", "dtype")
-        settings: dict[str, Any] = {name: record[name] for name in told if name in record}
+        optional = ("stderr", "samples", "device", "dtype")
+        settings: dict[str, Any] = {name: record[name] for name in optional if name in record}
         entries.append(
             EvalResult(
                 task_type="text-generation",
@@ -150,13 +150,13 @@ def _measured_on(record: dict[str, Any], kind: str) -> str:
 
 
 def eval_files(results: Results | None) -> dict[str, str]:
-    """`.eval_results/`: numbers of benchmarks that are data sets on the Hub, measured whole.
+    """The files in `.eval_results/`: scores on whole benchmarks whose data sets are on the Hub.
 
     Args:
         results (`Results`, *optional*): What was measured.
 
     Returns:
-        `dict[str, str]`: Content by path. A number of a part of a benchmark is not its score, and is left out.
+        `dict[str, str]`: Content by path. A number from part of a benchmark is not its score and is left out.
     """
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     from huggingface_hub.utils import yaml_dump

@@ -1,4 +1,4 @@
-"""What a card cites: the paper of the method, and the papers of what was used besides."""
+"""The papers that a card cites: that of the method, and those of the criteria and repairs that were used."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper.
+    """A paper on arXiv.
 
     Args:
-        title (`str`): Its title.
-        authors (`str`): The first author, or all of them.
-        year (`int`): When it appeared.
-        arxiv (`str`): Its number there.
+        title (`str`): The title.
+        authors (`str`): All authors, or the first one "and others".
+        year (`int`): The year of the first version.
+        arxiv (`str`): The arXiv identifier.
     """
 
     title: str
@@ -24,12 +24,12 @@ class Paper:
 
     @property
     def key(self) -> str:
-        """What a bibliography calls it: `lu2024reassessing`."""
+        """Its BibTeX key, such as `lu2024reassessing`."""
         words = [word for word in re.findall(r"\w+", self.title.lower()) if word not in ("a", "an", "the")]
         return f"{self.authors.partition(',')[0].lower()}{self.year}{words[0]}"
 
     def bibtex(self) -> str:
-        """An entry for a bibliography."""
+        """Its BibTeX entry."""
         fields = {
             "title": self.title,
             "author": self.authors,
@@ -49,7 +49,7 @@ METHOD = Paper(
     2024,
     "2411.15558",
 )
-# By the value of a stage's setting.
+# By a stage's setting and its value.
 USED = {
     ("criterion", "block_influence"): Paper(
         "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", "Men, Xin and others", 2024,

@@ -1,4 +1,4 @@
-"""The pictures of a card, each from the same records as its text."""
+"""The plots of a card, drawn from the same records as its text."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ...records.history import History
 from .escape import plain
 from .style import CYCLE, FAINT, INK, ROLE_COLOURS, ROLE_MARKERS, WIDE, draw, grid
 
-# The most tiles in a row of the layer map: their numbers can be read on a phone.
+# The most tiles in a row of the layer map, so that their numbers stay readable on a phone.
 _ROW = 16
 _DARK = "#0b0f19"
 _LIGHT = "#ffffff"
 
 
 def layer_map(history: History, path: Path) -> None:
-    """Draw the stack of decoder layers: which stay, which went, and which were changed since.
+    """Draw the stack of decoder layers: which were kept, which were dropped, and which were changed later.
 
     Args:
         history (`History`): What was done.
@@ -33,7 +33,7 @@ def layer_map(history: History, path: Path) -> None:
     shown: list[str] = []
 
     def style(i: int) -> tuple[str, str, str, str]:
-        """What a layer is, its fill, its edge and the colour of its number."""
+        """A layer's state, fill colour, edge colour and label colour."""
         if i not in kept:
             return "cut", "none", ROLE_COLOURS["cut"], ROLE_COLOURS["cut"]
         if i in healed:
@@ -76,7 +76,7 @@ def layer_map(history: History, path: Path) -> None:
 
 
 def accuracy(results: Results, rows: Sequence[Row], path: Path) -> None:
-    """Draw the accuracies of all stages with their standard errors, one line for each task, and chance.
+    """Draw the accuracy of all stages on each task with standard errors, and chance.
 
     Args:
         results (`Results`): What was measured.
@@ -114,10 +114,10 @@ def accuracy(results: Results, rows: Sequence[Row], path: Path) -> None:
 
 
 def tradeoff(results: Results, speed: Row, path: Path) -> None:
-    """Draw quality against speed: the mean accuracy of every stage over its decode throughput.
+    """Draw quality against speed: the mean accuracy of every stage against its decode throughput.
 
     Args:
-        results (`Results`): What was measured, the mean accuracy of all stages among it.
+        results (`Results`): What was measured, including the mean accuracy of each stage.
         speed (`Row`): Decode throughput.
         path (`Path`): The picture to write.
     """
@@ -143,12 +143,12 @@ def tradeoff(results: Results, speed: Row, path: Path) -> None:
 
 
 def scores(values: Sequence[float | None], dropped: Sequence[int], label: str, path: Path) -> None:
-    """Draw a criterion's scores, layer by layer, and which layers were dropped for them.
+    """Draw a criterion's score of each layer, and mark the layers that were dropped.
 
     Args:
-        values (`Sequence[float]`): One score for each layer of the base; `None` where it has none.
-        dropped (`Sequence[int]`): The layers that went.
-        label (`str`): What the scores are.
+        values (`Sequence[float | None]`): One score for each layer of the base; `None` for a layer without one.
+        dropped (`Sequence[int]`): The dropped layers.
+        label (`str`): The label of the score axis.
         path (`Path`): The picture to write.
     """
     gone, known = set(dropped), {i: value for i, value in enumerate(values) if value is not None}
@@ -184,19 +184,19 @@ def _mark(role: str) -> dict[str, object]:
 
 
 def pictures(history: History, results: Results | None) -> dict[str, Callable[[Path], None]]:
-    """The pictures that the records suffice for.
+    """The plots that can be drawn from the records.
 
     Args:
         history (`History`): What was done.
         results (`Results`, *optional*): What was measured.
 
     Returns:
-        `dict[str, Callable[[Path], None]]`: What draws each of them, by its name.
+        `dict[str, Callable[[Path], None]]`: The function that draws each plot, by name.
     """
     drawings: dict[str, Callable[[Path], None]] = {"layers": lambda path: layer_map(history, path)}
-    told = next(filter(None, (_scores_of(stage.entry, history) for stage in history.stages)), None)
-    if told is not None:
-        drawings["scores"] = lambda path: scores(told[1], history.dropped, told[0], path)
+    layer_scores = next(filter(None, (_scores_of(stage.entry, history) for stage in history.stages)), None)
+    if layer_scores is not None:
+        drawings["scores"] = lambda path: scores(layer_scores[1], history.dropped, layer_scores[0], path)
     if results is None or len(results.columns) < 2:
         return drawings
     rows = [row for row in results.table(["accuracy"]) if len(row.cells) > 1]
@@ -213,12 +213,12 @@ def _both(columns: Sequence[ResultColumn], speed: Row) -> list[str]:
 
 
 def _scores_of(entry: dict[str, Any], history: History) -> tuple[str, list[float | None]] | None:
-    """What the layers were chosen by: the criterion, and its score of each layer of the base."""
+    """The criterion that the layers were chosen by, and its score of each layer of the base."""
     selection = entry.get("selection")
     if not isinstance(selection, dict):
         return None
-    told = selection.get("scores")
-    values = told.get("layers") if isinstance(told, dict) else None
+    recorded = selection.get("scores")
+    values = recorded.get("layers") if isinstance(recorded, dict) else None
     if not isinstance(values, list) or len(values) != history.num_base_layers:
         return None
     if not all(value is None or (isinstance(value, int | float) and abs(value) < 1e300) for value in values):

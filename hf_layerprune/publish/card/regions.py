@@ -1,11 +1,11 @@
-"""A card with two authors: what stands between our marks is ours, everything else is theirs and stays.
+"""Cards with two authors: the text between our marks is generated, everything else is kept as it is.
 
     <!-- hf-layerprune:begin results 5d41402abc -->
     ...
     <!-- hf-layerprune:end results -->
 
-A begin mark holds a hash of what we wrote. Where somebody wrote inside, the hash tells, and nothing is overwritten
-without their word.
+A begin mark holds a hash of the generated text. If somebody edited that text, the hash no longer matches, and nothing
+is overwritten without `--force`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from dataclasses import dataclass
 
 from ...errors import CheckpointError
 
-# On a line of its own: within a line, the same words are not a mark.
+# Only on a line of its own; the same words inside a line are not a mark.
 _MARK = re.compile(r"(?m)^<!-- hf-layerprune:(begin|end) ([a-z-]{1,30})(?: ([0-9a-f]{10}))? -->[ \t]*\r?$")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a card.
+    """A part of a card.
 
     Args:
-        text (`str`): What it says, without marks.
-        region (`str`, *optional*): The name of our region, or `None` where the text is theirs.
-        digest (`str`, *optional*): Of our region, the hash in its begin mark.
+        text (`str`): Its text, without marks.
+        region (`str`, *optional*): The name of our region; `None` for text that somebody else wrote.
+        digest (`str`, *optional*): The hash in the begin mark of our region.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Part:
 
     @property
     def edited(self) -> bool:
-        """Whether our region says something else than we wrote."""
+        """Whether our region was changed after it was written."""
         return self.region is not None and self.digest != _digest(self.text)
 
 
@@ -52,15 +52,15 @@ def parse(card: str, where: str = "the card", *, strict: bool = True) -> list[Pa
 
     Args:
         card (`str`): What follows the YAML block.
-        where (`str`, *optional*): What to call it in errors.
-        strict (`bool`, *optional*, defaults to `True`): Refuse marks that don't go together. Otherwise such a mark is
-            dropped, and what stands beside it is taken for theirs.
+        where (`str`, *optional*): The card's name in errors.
+        strict (`bool`, *optional*, defaults to `True`): Refuse unmatched marks. Otherwise an unmatched mark is dropped
+            and the text next to it counts as somebody else's.
 
     Returns:
-        `list[Part]`: Ours and theirs, in order; their stretches that are empty are left out.
+        `list[Part]`: All parts in order, without empty text between our regions.
 
     Raises:
-        CheckpointError: A mark lacks its other half, or a region stands in it twice.
+        CheckpointError: A mark is unmatched, or a region occurs twice.
     """
     parts: list[Part] = []
     position, opened = 0, None
@@ -74,8 +74,8 @@ def parse(card: str, where: str = "the card", *, strict: bool = True) -> list[Pa
             stray = opened or (mark if kind == "end" else None)
             if stray and strict:
                 raise CheckpointError(
-                    f"{where} has a mark of hf-layerprune without its other half, or twice ({stray[0]}); put it right, "
-                    "or use --force, which drops the mark and keeps the text beside it"
+                    f"{where} has an unmatched or repeated mark of hf-layerprune ({stray[0]}); correct it, or use "
+                    "--force, which drops the mark and keeps the text next to it"
                 )
             parts += [Part(text)] if text.strip() else []
             opened = mark if kind == "begin" else None
@@ -84,17 +84,17 @@ def parse(card: str, where: str = "the card", *, strict: bool = True) -> list[Pa
 
 
 def theirs(parts: Iterable[Part]) -> list[str]:
-    """What others have written, stretch by stretch."""
+    """The parts that others have written."""
     return [part.text.strip() for part in parts if part.region is None]
 
 
 def merge(new: list[Part], old: list[Part]) -> str:
-    """Our newest regions, with what others have written at the place where it stood.
+    """Combine our new regions with the text that others wrote, each text in its old place.
 
     Args:
-        new (`list[Part]`): What we would write; only its regions count.
-        old (`list[Part]`): The card that is there. What follows one of our regions in it goes on following that; where
-            the region is gone, it follows the one before.
+        new (`list[Part]`): The new card; only its regions count.
+        old (`list[Part]`): The existing card. Text that follows one of our regions there still follows it; if that
+            region no longer exists, it follows the one before.
 
     Returns:
         `str`: The body of the card.
@@ -107,7 +107,7 @@ def merge(new: list[Part], old: list[Part]) -> str:
             after.setdefault(anchor, []).append(part.text.strip("\n"))
         elif part.region in regions:
             anchor = part.region
-    if not any(part.region for part in old):  # a card that was never ours: what it says comes last
+    if not any(part.region for part in old):  # a card without our regions: its text comes last
         after = {next(reversed(regions), None): after.get(None, [])}
     pieces = list(after.get(None, ()))
     for name, part in regions.items():

@@ -3,8 +3,8 @@
     card = Card.of(Lineage.of(folder), Metrics.of(folder))
     text = card.render()
 
-What neither of the two records is not on the card. Every value that the template prints is escaped (`escape.py`),
-and every section stands between marks (`regions.py`), so that what people write around it stays.
+The card contains nothing that is not in these records. Every value that a template prints is escaped (`escape.py`),
+and every section is enclosed in marks (`regions.py`), so that text which people write around it is kept.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from .limits import limits
 from .papers import METHOD, USED, Paper
 
 # The sections of a card, in order, each from its own template: `templates/NAME.md.jinja`. What a template prints is
-# escaped unless it was made for Markdown; one that prints nothing leaves no section.
+# escaped unless it is `Markup`; a template that prints nothing leaves no section.
 SECTIONS = ["summary", "results", "speed", "use", "recipe", "training", "limits", "provenance", "licence", "citation"]
-# Another number makes every picture be drawn again.
+# Changing this number makes every plot be redrawn.
 _DRAWING = 3
 _MAX_DATASETS = 50
 _MAX_SETTINGS = 60
@@ -42,13 +42,13 @@ _MAX_SETTINGS = 60
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says.
+    """The content of a card.
 
     Args:
-        name (`str`): What the model is called.
-        repo_id (`str`, *optional*): Where it is on the Hub, once it is.
+        name (`str`): The model's name.
+        repo_id (`str`, *optional*): Its repository on the Hub, once it is published.
         space (`str`, *optional*): The Space in which it can be tried.
-        history (`History`): Where it comes from.
+        history (`History`): How it was made.
         licence (`LicenceFound`): The base's licence.
         results (`Results`, *optional*): What was measured.
     """
@@ -62,14 +62,14 @@ class Card:
 
     @classmethod
     def of(cls, lineage: Lineage, metrics: Metrics | None = None) -> Card:
-        """Read the records.
+        """Build a card from the records.
 
         Args:
-            lineage (`Lineage`): Where the model comes from.
+            lineage (`Lineage`): How the model was made.
             metrics (`Metrics`, *optional*): What was measured on it.
 
         Returns:
-            `Card`: What can be said of it.
+            `Card`: The card.
 
         Raises:
             CheckpointError: The lineage contradicts itself.
@@ -106,19 +106,19 @@ class Card:
 
     @property
     def datasets(self) -> list[str]:
-        """Hub ids of the data sets that were fitted or trained on."""
+        """Hub ids of the data sets used for a repair or for training."""
         fitted = [one for one in self.history.stages if one.name != "prune" or one.entry.get("repair")]
         named = [str(one.get("id", "")) for stage in fitted for one in stage.data]
         return list(dict.fromkeys(name for name in named if is_hub_name(name)))[:_MAX_DATASETS]
 
     @property
     def pictures(self) -> dict[str, Callable]:
-        """What draws each picture, by its name."""
+        """The function that draws each plot, by name."""
         return plots.pictures(self.history, self.results)
 
     @property
     def digest(self) -> str:
-        """A hash of all that the pictures are drawn from."""
+        """A hash of everything that the plots are drawn from."""
         records: list[Any] = [self.history.lineage.entries]
         if self.results is not None:
             records += [self.results.metrics.models, self.results.metrics.results]
@@ -131,7 +131,7 @@ class Card:
 
     @property
     def papers(self) -> list[Paper]:
-        """The papers of what was used besides the method itself."""
+        """The papers of the criteria and repairs that were used."""
         keys = [(name, str(value)) for stage in self.history.stages for name, value in stage.settings.items()]
         keys += [(stage.name, str(stage.settings.get("method"))) for stage in self.history.stages]
         chosen = [stage.entry.get("selection") for stage in self.history.stages]
@@ -182,14 +182,14 @@ def _context(card: Card) -> dict[str, Any]:
 
 
 def _gap(history: History) -> str:
-    """What closed the gap that the dropped layers left, in words."""
+    """What closed the gap left by the dropped layers, in words."""
     methods = [str(one.settings.get("method")) for one in history.stages if one.name == "repair"]
     words = {"linear": "a linear map", "refit": "a refitted projection", "magnitude": "a rescaling"}
     return words.get(methods[-1] if methods else "", "a repair")
 
 
 def _means(results: Results | None) -> list[Markup]:
-    """Mean accuracy of the model and of the dense one, where there are both."""
+    """Mean accuracy of the model and of the dense model, if both were measured."""
     means = results.mean_accuracy() if results else {}
     pair = [results.own, results.dense] if results else []
     columns = [column for column in pair if column is not None]
@@ -199,13 +199,13 @@ def _means(results: Results | None) -> list[Markup]:
 
 
 def _has_noise(results: Results | None, kinds: tuple[str, ...]) -> bool:
-    """Whether a table has differences that are noise."""
+    """Whether a table has differences that are indistinguishable from noise."""
     rows = results.table(kinds, every=True) if results else []
     return any(cell.noise for row in rows for cell in row.cells.values())
 
 
 def _timed(results: Results | None) -> str:
-    """What the runs were that were timed: what all of them share."""
+    """The settings that all timed runs share."""
     if results is None or not results.usual_run:
         return ""
     records = [cell.record for row in results.rows if row.run for cell in row.cells.values()]
@@ -224,14 +224,14 @@ def _settings(stage: Stage) -> str:
     from huggingface_hub.utils import yaml_dump
 
     fields = dict(list(stage.settings.items())[:_MAX_SETTINGS])
-    # Through JSON: what YAML would write with tags of its own becomes plain.
+    # Through JSON, so that YAML needs no tags for special types.
     fields = json.loads(json.dumps(fields, default=str))
     return "\n".join(yaml_dump({name: value}, default_flow_style=None).strip("{}\n") for name, value in fields.items())
 
 
 @cache
 def _environment() -> jinja2.Environment:
-    """Jinja, in which whatever is printed is escaped as prose unless it was made for Markdown."""
+    """A Jinja environment that escapes everything as prose unless it is `Markup`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "templates"),
         finalize=lambda value: value if isinstance(value, Markup) else "" if value is None else escape.prose(value),
@@ -249,7 +249,7 @@ def _environment() -> jinja2.Environment:
         "count": numbers.count,
         "settings": _settings,
         "line": tables.stage_line,
-        "ours": Markup,  # words of our own, which may hold Markdown
+        "ours": Markup,  # our own text, which may contain Markdown
     }
     environment.globals |= {
         "link": escape.link,

@@ -1,4 +1,4 @@
-"""The pictures of a ranking: every criterion's scores, every block's, and what each would drop."""
+"""The plots of a ranking: the scores of layers and blocks, and what each criterion would drop."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _DROPPED = {"facecolor": "#d55e002e", "edgecolor": ROLE_COLOURS["cut"], "lw": 1.
 
 
 def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], path: Path) -> None:
-    """Draw bars, one panel a criterion, with the layers that it would drop outlined.
+    """Draw one bar chart per criterion, with the layers that it would drop outlined.
 
     Args:
-        scores (`Sequence[Scores]`): Those of single layers.
-        drops (`Mapping[str, Sequence[int]]`): What each criterion would drop, by name.
+        scores (`Sequence[Scores]`): The scores of single layers, one item per criterion.
+        drops (`Mapping[str, Sequence[int]]`): The layers that each criterion would drop, by its name.
         path (`Path`): The picture to write.
     """
     columns = min(_COLUMNS, len(scores))
@@ -28,20 +28,22 @@ def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], p
         figure,
         panels,
     ):
-        for axes, found in zip(panels.flat, scores, strict=False):
-            gone = set(drops[found.criterion])
-            values = {i: score for i, score in enumerate(found.layers or ()) if score is not None}
+        for axes, panel_scores in zip(panels.flat, scores, strict=False):
+            gone = set(drops[panel_scores.criterion])
+            values = {i: score for i, score in enumerate(panel_scores.layers or ()) if score is not None}
             kept = [i for i in values if i not in gone]
             axes.bar(kept, [values[i] for i in kept], 0.78, color=CYCLE[4], label="kept")
             chosen = [i for i in values if i in gone]
             axes.bar(chosen, [values[i] for i in chosen], 0.78, label="would be dropped", **_DROPPED)
             if _spread(values.values()) > WIDE:
                 axes.set_yscale("log")
-            criterion = CRITERIA[found.criterion]
-            axes.set_title(criterion.name + (" (paper)" if found.variant == "paper" else ""), fontsize=9.5, pad=5)
+            criterion = CRITERIA[panel_scores.criterion]
+            axes.set_title(
+                criterion.name + (" (paper)" if panel_scores.variant == "paper" else ""), fontsize=9.5, pad=5
+            )
             axes.set_ylabel(criterion.unit, fontsize=8.5)
             axes.tick_params(labelsize=8)
-            axes.set_xlim(-0.8, len(found.layers or ()) - 0.2)
+            axes.set_xlim(-0.8, len(panel_scores.layers or ()) - 0.2)
             grid(axes, "y")
         for axes in panels.flat[len(scores) :]:
             axes.axis("off")
@@ -54,10 +56,10 @@ def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], p
 
 
 def block_scores(scores: Scores, drops: Sequence[int], path: Path) -> None:
-    """Draw blocks by where they start and how long they are; bars where there is one length only.
+    """Draw the scores of blocks by start and length, as a heat map; as bars if all have the same length.
 
     Args:
-        scores (`Scores`): Those of blocks.
+        scores (`Scores`): The scores of blocks.
         drops (`Sequence[int]`): The block that would be dropped.
         path (`Path`): The picture to write.
     """
@@ -69,10 +71,10 @@ def block_scores(scores: Scores, drops: Sequence[int], path: Path) -> None:
 
 
 def choices(drops: Mapping[str, Sequence[int]], num_layers: int, path: Path) -> None:
-    """Draw what every criterion would drop, one row each, and below it how many agree.
+    """Draw the layers that each criterion would drop, one row each, and below them how many agree.
 
     Args:
-        drops (`Mapping[str, Sequence[int]]`): By criterion.
+        drops (`Mapping[str, Sequence[int]]`): The layers that each criterion would drop, by its name.
         num_layers (`int`): How many layers the base has.
         path (`Path`): The picture to write.
     """
@@ -141,7 +143,7 @@ def _heat_map(scores: Scores, drops: Sequence[int], path: Path) -> None:
             norm=norm,
             rasterized=True,  # thousands of cells would make a heavy SVG
         )
-        # The best start of every length, and the block that would go.
+        # The best start of every length, and the block that would be dropped.
         for length in range(1, most + 1):
             row = [(score, position[block[0]]) for block, score in scores.blocks.items() if len(block) == length]
             if row:

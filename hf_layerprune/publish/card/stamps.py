@@ -1,4 +1,4 @@
-"""A picture that knows what it was drawn from: a digest in a text chunk of a PNG file, so that it is drawn once."""
+"""Digests in PNG files: a text chunk names the data of a plot, so that it is redrawn only when they change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def stamp(path: Path, digest: str) -> None:
 
     Args:
         path (`Path`): The file.
-        digest (`str`): What it was drawn from.
+        digest (`str`): The digest of the data it was drawn from.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -24,18 +24,18 @@ def stamp(path: Path, digest: str) -> None:
 
 
 def stamped(path: Path) -> str | None:
-    """The digest that a PNG file holds.
+    """Read the digest from a PNG file.
 
     Args:
         path (`Path`): The file, which need not exist.
 
     Returns:
-        `str`, *optional*: `None` where it holds none.
+        `str`, *optional*: The digest; `None` if there is none.
     """
     try:
         from PIL import Image
 
         with Image.open(path, formats=["PNG"]) as picture:
             return picture.info.get(_KEY)
-    except Exception:  # not there, not a picture, or not one that Pillow opens; or there is no Pillow
+    except Exception:  # missing, not a readable picture, or Pillow is not installed
         return None

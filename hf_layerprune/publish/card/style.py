@@ -1,13 +1,13 @@
-"""How the project's plots look: one palette, one set of marks, transparent, and the same file from the same numbers.
+"""The style of the project's plots: one palette, one set of markers, transparent, and reproducible byte for byte.
 
     with draw(folder / "scores.svg", width=7.2, height=2.6) as (figure, axes):
         axes.bar(range(30), scores, color=ROLE_COLOURS["dense"])
         axes.set_ylabel("block influence")
 
-A card is read on white and on near black, and a picture in it doesn't learn which. So the ground is transparent and
-every colour has a lightness between the two: text reaches a contrast of 4.3 : 1 on white, on GitHub's and on the
-Hub's dark pages, marks at least 3 : 1. The roles' colours stay apart for readers who see no red, green or blue, and
-each role has a marker of its own besides; name bars and lines beside them, so that nothing is told by colour alone.
+A card is read on white and on near-black pages, and a picture can't know which. So the background is transparent and
+every colour has a medium lightness: text has a contrast of 4.3:1 on white and on the dark pages of GitHub and the Hub,
+marks have at least 3:1. The role colours remain distinguishable with any kind of colour blindness, and each role also
+has its own marker; label bars and lines directly, so that nothing is conveyed by colour alone.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Text and axes, and what should step back behind them.
+# Text and axes, and less prominent elements.
 INK = "#737985"
 FAINT = "#7379855c"
-# What each role of `metrics.json` is drawn in, in the order in which a model goes through them.
+# The colour of each role in `metrics.json`, in the order of the stages.
 ROLE_COLOURS = {
     "dense": "#656b78",
     "cut": "#d55e00",
@@ -36,19 +36,19 @@ ROLE_COLOURS = {
     "model": "#c15bb0",
 }
 ROLE_MARKERS = {"dense": "s", "cut": "v", "repaired": "D", "healed": "o", "model": "^"}
-# For series that are no roles, such as criteria.
+# For series other than roles, such as criteria.
 CYCLE = ("#2b73d1", "#d55e00", "#12a583", "#c15bb0", "#656b78")
-# Scores that differ by more than this factor are drawn on a logarithmic axis: on a plain one, a first layer that
-# changes everything hides what tells the others apart.
+# Scores that differ by more than this factor are drawn on a logarithmic axis: on a linear one, a very large score of
+# the first layer would hide the differences between the others.
 WIDE = 30
-# A picture that is heavier than this has too many points for its size.
+# A larger file has too many points for the size of the plot.
 MAX_BYTES = 256 * 1024
 
 _RC: dict[str, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
-    "savefig.dpi": 160,  # of a PNG; twice what a page shows
+    "savefig.dpi": 160,  # for PNG: twice the resolution shown on a page
     "text.color": INK,
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
@@ -73,13 +73,13 @@ _RC: dict[str, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 9,
     "font.family": "sans-serif",
-    # Comes with matplotlib, so text is measured alike everywhere; a browser without it takes its own sans-serif.
+    # Comes with matplotlib, so layout is the same everywhere; a browser without it uses its own sans-serif.
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.5,
     "lines.linewidth": 1.8,
-    # Text stays text: readable by a screen reader, searchable, and a tenth of the size.
+    # Text stays text: searchable, accessible to screen readers, and a tenth of the size.
     "svg.fonttype": "none",
-    # The same numbers give the same file.
+    # Makes the file reproducible.
     "svg.hashsalt": "hf_layerprune",
 }
 
@@ -88,21 +88,21 @@ _RC: dict[str, Any] = {
 def draw(
     path: Path, *, width: float = 7.2, height: float = 3.0, columns: int = 1, rows: int = 1, **subplots: Any
 ) -> Iterator[tuple[Figure, Any]]:
-    """Make a figure in the project's style, and write it when the block ends well.
+    """Make a figure in the project's style, and write it when the block ends without an error.
 
     Args:
-        path (`Path`): Where to, `.svg` or `.png`. It is there whole or not at all.
-        width (`float`, *optional*, defaults to 7.2): In inches of 100 pixels: a card's column is about 7.2 wide.
+        path (`Path`): The file, `.svg` or `.png`. It is written completely or not at all.
+        width (`float`, *optional*, defaults to 7.2): In inches of 100 pixels; a card's column is about 7.2 wide.
         height (`float`, *optional*, defaults to 3.0): In inches.
         columns (`int`, *optional*, defaults to 1): Axes side by side.
         rows (`int`, *optional*, defaults to 1): Axes below each other.
-        subplots: For `Figure.subplots`: `sharey`, `width_ratios`, ...
+        subplots: Arguments for `Figure.subplots`: `sharey`, `width_ratios`, ...
 
     Yields:
-        `tuple[Figure, Axes]`: The figure, and its axes, an array of them where there are several.
+        `tuple[Figure, Axes]`: The figure, and its axes; an array if there are several.
 
     Raises:
-        LayerPruneError: matplotlib is not installed, or the picture is too heavy for a card.
+        LayerPruneError: matplotlib is not installed, or the file is too large for a card.
         CheckpointError: The file can't be written.
     """
     try:
@@ -111,7 +111,7 @@ def draw(
     except ImportError:
         raise LayerPruneError('plots need matplotlib; pip install "hf-layerprune[plots]"') from None
     settings: Any = _RC
-    # Without pyplot: no window, no global list of figures, and it works in any thread.
+    # Without pyplot, there is no window and no global state, and any thread can draw.
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(rows, columns, **subplots)
@@ -119,16 +119,16 @@ def draw(
 
 
 def grid(axes: Axes, axis: Literal["x", "y", "both"] = "y") -> None:
-    """Faint lines to read values from, along one axis."""
+    """Add faint grid lines along one axis."""
     axes.grid(True, axis=axis)
     axes.tick_params(axis=axis, length=0)
 
 
 def _write(figure: Figure, path: Path) -> None:
     kind = path.suffix.removeprefix(".")
-    # Left to itself, matplotlib writes the date and its version.
+    # By default, matplotlib writes the date and its version.
     metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
     with new_file(path, force=True) as partial:
         figure.savefig(partial, format=kind, metadata=metadata)
         if (size := partial.stat().st_size) > MAX_BYTES:
-            raise LayerPruneError(f"{path} would have {size} bytes, too many for a card; draw fewer points")
+            raise LayerPruneError(f"{path} would have {size} bytes, which is too large for a card; draw fewer points")

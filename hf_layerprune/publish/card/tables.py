@@ -15,7 +15,7 @@ from ...records.history import Stage
 from .escape import code, hub_link, prose
 
 _NBSP = "\u00a0"
-# What a reader wants to know of a training run first.
+# The most important settings of a training run.
 _TRAINING = {
     "method": "what is trained", "loss": "loss", "kd_direction": "direction of the KL divergence",
     "learning_rate": "learning rate", "lr_scheduler_type": "schedule", "optim": "optimiser",
@@ -25,15 +25,15 @@ _TRAINING = {
 
 
 def table(header: Sequence[Any], align: str, rows: Sequence[Sequence[Any]]) -> Markup:
-    """A table without the columns that are empty.
+    """A Markdown table without empty columns.
 
     Args:
-        header (`Sequence`): What stands over each column.
+        header (`Sequence`): The heading of each column.
         align (`str`): `l` or `r` for each column.
-        rows (`Sequence[Sequence]`): The cells; what is not `Markup` yet is escaped.
+        rows (`Sequence[Sequence]`): The cells; whatever is not `Markup` is escaped.
 
     Returns:
-        `Markup`: The table, or nothing where there are no rows.
+        `Markup`: The table; empty if there are no rows.
     """
     filled = [index for index in range(len(header)) if any(str(row[index]) for row in rows)]
     if not filled:
@@ -47,9 +47,9 @@ def table(header: Sequence[Any], align: str, rows: Sequence[Sequence[Any]]) -> M
 
 
 def results_table(rows: Sequence[Row], results: Results) -> Markup:
-    """A row for each number, a column for each stage, and below each value its difference from the dense model's."""
+    """One row per number and one column per stage; below each value, its difference from the dense model's."""
     columns = results.columns
-    # The values come first: a phone shows two or three columns of a table, and the rest on demand.
+    # The values come first, because a phone shows only the first two or three columns without scrolling.
     roles = [Markup(f"{prose(one.role)}<br><sub>this{_NBSP}model</sub>" if one.own else one.role) for one in columns]
     header = ["", *roles, "chance", "n"]
     lines = []
@@ -69,7 +69,7 @@ def _cell(row: Row, column: ResultColumn) -> Markup:
     cell = row.cells.get(column.weights)
     if cell is None:
         return Markup("")
-    # Numbers of ours, not text of others; never broken across lines.
+    # Our own numbers, which need no escaping; a line break must not split them.
     value, change = (text.replace(" ", _NBSP) for text in (cell.value, cell.change))
     value = f"**{value}**" if column.own else value
     if not change:
@@ -78,7 +78,7 @@ def _cell(row: Row, column: ResultColumn) -> Markup:
 
 
 def data_table(stages: Sequence[Stage]) -> Markup:
-    """What was fitted or trained on."""
+    """The data used for choosing layers, repair and training."""
     rows = []
     for stage in stages:
         for one in stage.data:
@@ -98,7 +98,7 @@ def data_table(stages: Sequence[Stage]) -> Markup:
 
 
 def _use(stage: Stage) -> str:
-    """What a stage used its data for."""
+    """The purpose for which a stage used its data."""
     if stage.name != "prune":
         return stage.name
     uses = {"selection": "choose layers", "repair": "repair"}
@@ -106,19 +106,23 @@ def _use(stage: Stage) -> str:
 
 
 def training_table(stage: Stage) -> Markup:
-    """The settings of a training run that say most of it; all of them are in the list of settings."""
-    told = stage.settings
-    each = [told.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")]
+    """The most important settings of a training run; the list of settings has all of them."""
+    settings = stage.settings
+    each = [
+        settings.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+    ]
     numbers = [number for number in each if isinstance(number, int)]
     if len(numbers) == len(each):
-        told = told | {"rows_a_step": prod(numbers)}
-    told = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in told.items()}
-    rows = [[words, code(told[name])] for name, words in _TRAINING.items() if told.get(name) not in (None, "", [], -1)]
+        settings = settings | {"rows_a_step": prod(numbers)}
+    texts = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in settings.items()}
+    rows = [
+        [words, code(texts[name])] for name, words in _TRAINING.items() if texts.get(name) not in (None, "", [], -1)
+    ]
     return table([stage.name, ""], "ll", rows)
 
 
 def stage_line(stage: Stage) -> Markup:
-    """One stage in one line: what, how many tensors, how long."""
+    """One line about a stage: what was done, how many tensors changed, how long it took."""
     settings, entry = stage.settings, stage.entry
     line = f"**{prose(stage.name)}**"
     if stage.name == "prune":

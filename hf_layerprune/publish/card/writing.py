@@ -1,8 +1,8 @@
-"""Writing the card of a folder: README.md, its pictures, the licence's notice, and results for the Hub's leaderboards.
+"""Writes the card of a folder: README.md, its plots, the licence's notice, and results for the Hub's leaderboards.
 
     write_card(folder)
 
-README.md keeps what people wrote around our marks, and the YAML fields that they added.
+README.md keeps the text that people wrote around our marks, and the YAML fields that they added.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .stamps import stamp, stamped
 
 ASSETS = "assets"
 EVAL_RESULTS = ".eval_results"
-# What we draw, and may remove again.
+# The plots that we draw and may remove again.
 PICTURES = ("layers", "scores", "accuracy", "tradeoff")
 EVAL_MARK = "# by hf-layerprune, from metrics.json\n"
-# What libraries add to the template of a card that nobody has filled in.
+# Text that libraries add to a card template that nobody has filled in.
 _ADDED = re.compile(r"#+ Framework versions|- \w+ [\w.+]+|")
 
 
@@ -38,7 +38,7 @@ def read_card(folder: Path, *, weights: bool = True) -> Card:
         weights (`bool`, *optional*, defaults to `True`): Refuse records of other weights than the folder's.
 
     Returns:
-        `Card`: What can be said of the model.
+        `Card`: The card.
 
     Raises:
         CheckpointError: There are no records, they contradict themselves, or they belong to other weights.
@@ -56,8 +56,7 @@ def _lineage(folder: Path) -> Lineage:
     lineage = Lineage.of(folder)
     if lineage is None:
         raise CheckpointError(
-            f"{folder} has no lineage.json, so nothing can be said of where it comes from; make it with "
-            "hf-layerprune prune"
+            f"{folder} has no lineage.json, so its origin is unknown; make the model with hf-layerprune prune"
         )
     return lineage
 
@@ -72,33 +71,33 @@ def declare(
     name: str | None = None,
     published: dict[str, str] | None = None,
 ) -> Lineage:
-    """Record what nobody but the user knows: the base's licence or Hub id, or where the model is published.
+    """Record what only the user knows: the base's licence or Hub id, or where the model is published.
 
     Args:
-        folder (`Path`): A model folder; its `lineage.json` is changed where something is new.
-        license (`str`, *optional*): The identifier of the base's licence, as the Hub has it; `other` for the rest.
+        folder (`Path`): A model folder; its `lineage.json` is updated if something is new.
+        license (`str`, *optional*): The Hub's identifier of the base's licence; `other` if it has none.
         license_name (`str`, *optional*): The name of a licence that is `other`.
-        license_link (`str`, *optional*): Where its text is.
-        base_model (`str`, *optional*): The Hub id of the base, or of the model that a local base is a copy of. The
-            base is then no longer named by its path.
-        name (`str`, *optional*): What the model is called, as long as it is not on the Hub.
+        license_link (`str`, *optional*): The URL of its text.
+        base_model (`str`, *optional*): The Hub id of the base, or of the model that a local base is a copy of. It
+            replaces the path of a local base.
+        name (`str`, *optional*): The model's name until it is on the Hub.
         published (`dict[str, str]`, *optional*): `repo_id`, and `space`.
 
     Returns:
-        `Lineage`: What the folder's lineage says now.
+        `Lineage`: The updated lineage.
 
     Raises:
         CheckpointError: The folder has no lineage, the base is not a Hub id, or the name can't be one on the Hub.
     """
     from ...records.names import base_name, is_hub_name
 
-    told = {"license": license, "license_name": license_name, "license_link": license_link}
+    licence = {"license": license, "license_name": license_name, "license_link": license_link}
 
     def change(lineage: Lineage) -> None:
         base, names = dict(lineage.base), dict(published or {})
-        if license is not None:  # another licence, so the old one's name and link go
-            base = {name: value for name, value in base.items() if name not in told}
-        base |= {name: value for name, value in told.items() if value}
+        if license is not None:  # another licence: the name and link of the old one no longer apply
+            base = {name: value for name, value in base.items() if name not in licence}
+        base |= {name: value for name, value in licence.items() if value}
         if base_model is not None:
             if not is_hub_name(base_model):
                 raise CheckpointError(f"{base_model!r} is not a Hub id; name the base as org/name")
@@ -107,31 +106,31 @@ def declare(
             elif base_model != base.get("id"):
                 raise CheckpointError(f"the base is {base['id']} at commit {base['commit'][:12]}, not {base_model}")
         if names and names.get("repo_id") != lineage.published.get("repo_id"):
-            lineage.published = {}  # a Space of the model elsewhere is none of it here
+            lineage.published = {}  # a Space that belongs to another repository
         if name is not None:
             if not is_hub_name(name) or "/" in name:
-                raise CheckpointError(f"{name!r} is not a name for a model; use letters, digits, - _ and . only")
+                raise CheckpointError(f"{name!r} is not a valid model name; use only letters, digits, - _ and .")
             names = {"name": name} | names
         lineage.base, lineage.published = base, lineage.published | names
 
-    _lineage(folder)  # says what is wrong with a folder that has none
+    _lineage(folder)  # raises if there is none
     return Lineage.update(folder, change)
 
 
 def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = False) -> str:
-    """The text of a README.md: our newest sections, and theirs from the one that is there.
+    """The text of README.md: our current sections, and the text of others from the existing file.
 
     Args:
-        card (`Card`): What we say.
-        old (`str`, *optional*): The README.md that is there.
-        where (`str`, *optional*): What to call it in errors.
-        force (`bool`, *optional*, defaults to `False`): Write over what was changed inside our sections.
+        card (`Card`): The card.
+        old (`str`, *optional*): The existing README.md.
+        where (`str`, *optional*): The file's name in errors.
+        force (`bool`, *optional*, defaults to `False`): Overwrite changes inside our sections.
 
     Returns:
         `str`: The whole file.
 
     Raises:
-        CheckpointError: Somebody wrote inside our sections, or a mark is gone.
+        CheckpointError: Somebody edited our sections, or a mark is missing.
     """
     ours = regions.parse(card.body())
     fields, body = ({}, "") if old is None or is_generic(old) else metadata.front_matter(old, where)
@@ -139,8 +138,8 @@ def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = Fal
     edited = [str(part.region) for part in parts if part.edited]
     if edited and not force:
         raise CheckpointError(
-            f"{where} was changed inside the section that hf-layerprune writes ({', '.join(edited)}); move your words "
-            "outside its marks, where they are kept, or write over them with --force"
+            f"{where} was changed inside a section that hf-layerprune writes ({', '.join(edited)}); move your text "
+            "outside its marks, where it is kept, or overwrite it with --force"
         )
     return metadata.to_yaml(metadata.merged(card.metadata, fields)) + "\n" + regions.merge(ours, parts)
 
@@ -157,43 +156,43 @@ def is_generic(text: str) -> bool:
 
 
 def write_card(folder: Path, *, force: bool = False, weights: bool = True) -> list[str]:
-    """Write the card of a folder, and what belongs to it.
+    """Write the card of a folder, with its plots, notice and result files.
 
     Args:
         folder (`Path`): A model folder with `lineage.json`, and `metrics.json` if something was measured.
-        force (`bool`, *optional*, defaults to `False`): Write over what was changed inside our sections.
+        force (`bool`, *optional*, defaults to `False`): Overwrite changes inside our sections.
         weights (`bool`, *optional*, defaults to `True`): Refuse records of other weights than the folder's.
 
     Returns:
-        `list[str]`: The files that are new or changed, by their path in the folder.
+        `list[str]`: The files that are new or changed, relative to the folder.
 
     Raises:
         CheckpointError: See `read_card` and `compose`.
-        LayerPruneError: matplotlib is missing, and with it the pictures.
+        LayerPruneError: matplotlib, which draws the plots, is not installed.
     """
     for name in (ASSETS, EVAL_RESULTS):
         if (path := folder / name).is_symlink() or (path.exists() and not path.is_dir()):
-            raise CheckpointError(f"{path} is a link or a file, and hf-layerprune writes a folder there; remove it")
+            raise CheckpointError(f"{path} is a link or a file, but hf-layerprune needs a folder there; remove it")
     card = read_card(folder, weights=weights)
     readme = compose(card, read_text(folder / CARD), where=str(folder / CARD), force=force)
     changed = _draw(card, folder, force)
     changed += _notice(card, folder)
     changed += _eval_results(card, folder)
-    # Last, so that it never shows what is not there.
+    # Last, so that it never refers to a missing file.
     return changed + _write(folder, CARD, readme)
 
 
 def read_text(path: Path) -> str | None:
-    """A text that people write too, to the letter, so that writing it again loses nothing.
+    """Read a text that people edit too, exactly, so that rewriting it loses nothing.
 
     Args:
         path (`Path`): The file.
 
     Returns:
-        `str`, *optional*: The text; `None` where there is no such file.
+        `str`, *optional*: The text; `None` if there is no such file.
 
     Raises:
-        CheckpointError: It is a link, a folder or not UTF-8, or it can't be read.
+        CheckpointError: It is a link, a folder, not UTF-8, or unreadable.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise CheckpointError(
@@ -222,7 +221,7 @@ def _write(folder: Path, name: str, text: str) -> list[str]:
 
 
 def _draw(card: Card, folder: Path, force: bool) -> list[str]:
-    """Draw what is missing or was drawn from other records, and remove what can no longer be drawn."""
+    """Draw plots that are missing or outdated, and remove those that can no longer be drawn."""
     assets = folder / ASSETS
     changed: list[str] = []
     wanted, digest = card.pictures, card.digest
@@ -231,7 +230,7 @@ def _draw(card: Card, folder: Path, force: bool) -> list[str]:
         path = assets / f"{name}.png"
         drawn_from = stamped(path)
         if (path.is_symlink() or (path.exists() and drawn_from is None)) and not force:
-            raise CheckpointError(f"{path} was not drawn by hf-layerprune; move it away, or replace it with --force")
+            raise CheckpointError(f"{path} was not drawn by hf-layerprune; move it, or replace it with --force")
         if name in wanted and drawn_from != digest:
             with tempfile.TemporaryDirectory(dir=assets, prefix=".drawing-") as place:
                 new = Path(place, path.name)
@@ -247,7 +246,7 @@ def _draw(card: Card, folder: Path, force: bool) -> list[str]:
 
 
 def _notice(card: Card, folder: Path) -> list[str]:
-    """The file that some licences ask for, with their sentence and with what was changed."""
+    """Write the NOTICE file that some licences require: their sentence, and what was changed."""
     sentence = card.licence.row.notice if card.licence.row else None
     if sentence is None:
         return []
@@ -277,6 +276,6 @@ def _eval_results(card: Card, folder: Path) -> list[str]:
 
 
 def is_our_result(path: Path) -> bool:
-    """Whether a result for the Hub's leaderboards was written here, and not by somebody else."""
+    """Whether this package wrote a result file for the Hub's leaderboards."""
     with path.open("rb") as file:
         return file.read(len(EVAL_MARK)) == EVAL_MARK.encode()

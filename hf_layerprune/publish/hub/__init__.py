@@ -1,1 +1,1 @@
-"""What goes to the Hub, and the checks before it goes."""
+"""Publishing on the Hub, and the checks before it."""

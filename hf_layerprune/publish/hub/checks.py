@@ -1,4 +1,4 @@
-"""What is checked before anything is pushed. Nothing here asks the Hub."""
+"""The checks before a push. None of them contacts the Hub."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
 from ...records.names import is_hub_name, is_local
+from ...runtime.config_file import read_config_file
 from ..card.render import Card
 from . import leaks
 from .contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, METRICS, Contents
 
 OK, WARNING, REFUSAL = "ok", "warning", "refusal"
-_MOST_LEAKS = 5  # that are named in one go
+_MOST_LEAKS = 5  # reported in one run
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Check:
     """The outcome of one check.
 
     Args:
-        name (`str`): What was looked at.
+        name (`str`): The name of the check.
         level (`str`): `ok`, `warning` or `refusal`.
-        text (`str`): What was found; of a refusal, with the way out.
+        text (`str`): The finding; for a refusal, also how to resolve it.
     """
 
     name: str
@@ -41,12 +42,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Publication:
-    """What is to be published, and where.
+    """What to publish, and where.
 
     Args:
         contents (`Contents`): The files.
         repo_id (`str`): The repository.
-        private (`bool`): Whether nobody else will see it.
+        private (`bool`): Whether the repository is private.
     """
 
     contents: Contents
@@ -55,7 +56,7 @@ class Publication:
 
     @property
     def folder(self) -> Path:
-        """The folder."""
+        """The folder with the files."""
         return self.contents.folder
 
 
@@ -63,10 +64,10 @@ def run_checks(publication: Publication) -> list[Check]:
     """Check a folder before it is published.
 
     Args:
-        publication (`Publication`): What is to be published, and where.
+        publication (`Publication`): What to publish, and where.
 
     Returns:
-        `list[Check]`: All outcomes. A check that can't be made is a refusal.
+        `list[Check]`: All outcomes. A check that fails to run is a refusal.
     """
     outcomes: list[Check] = []
     for name, check in _CHECKS.items():
@@ -82,13 +83,13 @@ Outcome = Iterator[tuple[str, str]]
 
 def _repository(publication: Publication) -> Outcome:
     if "/" not in publication.repo_id or not is_hub_name(publication.repo_id):
-        yield REFUSAL, f"{publication.repo_id!r} is not a name for a repository; write it as NAMESPACE/NAME"
+        yield REFUSAL, f"{publication.repo_id!r} is not a valid repository name; write it as NAMESPACE/NAME"
     else:
         yield OK, publication.repo_id
 
 
 def _weights(publication: Publication) -> Outcome:
-    """The files are sound, complete, and those that the last stage wrote."""
+    """Check that the weights are sound, complete, and as the last stage wrote them."""
     from ...cut.base import Base, read_weights
     from ...cut.header import read_header
     from ...cut.settings import read_config
@@ -104,30 +105,30 @@ def _weights(publication: Publication) -> Outcome:
     else:
         used = set(read_weights(Base.open(folder)).headers)
         if ADAPTER_CONFIG in contents.files:
-            yield REFUSAL, f"{ADAPTER_CONFIG} lies beside a whole model, and loaders would apply it; remove it"
+            yield REFUSAL, f"{ADAPTER_CONFIG} is in the folder of a whole model, and loaders would apply it; remove it"
     if stray := sorted(set(contents.weights) - used):
         yield REFUSAL, f"{stray[0]} is a weight file that the model does not use; remove it"
     lineage = Lineage.of(folder)
     if lineage is None or not lineage.entries:
-        yield REFUSAL, f"{folder} has no {LINEAGE}; only what hf-layerprune prune has written is published"
+        yield REFUSAL, f"{folder} has no {LINEAGE}; only models written by hf-layerprune prune are published"
         return
     card = Card.of(lineage)
     own = weights_hash(fingerprint(folder))
-    told = lineage.entries[-1].get("weights")
-    if told != own:
+    recorded = lineage.entries[-1].get("weights")
+    if recorded != own:
         yield (
             REFUSAL,
             (
-                f"the weights are not those that {LINEAGE} tells of ({own[:12]}, and it says {str(told)[:12]}); they were "
-                "changed since, so make them again, or record the change as a stage"
+                f"the weights ({own[:12]}) are not those in {LINEAGE} ({str(recorded)[:12]}), so they were changed later; "
+                "make them again, or record the change as a stage"
             ),
         )
     elif not contents.is_adapter and layer_count(read_config(folder)) != len(card.history.kept):
-        yield REFUSAL, f"config.json and {LINEAGE} differ in how many layers are left; one of them was edited"
+        yield REFUSAL, f"config.json and {LINEAGE} disagree on the number of layers; one of them was edited"
     else:
         size = numbers.size(sum(contents.files[name] for name in contents.weights))
         files = f"{len(contents.weights)} file{'s' * (len(contents.weights) > 1)}"
-        yield OK, f"{size} in {files}, as {lineage.entries[-1].get('stage')} left them ({own[:12]})"
+        yield OK, f"{size} in {files}, as the stage {lineage.entries[-1].get('stage')} wrote them ({own[:12]})"
 
 
 def _metrics(publication: Publication) -> Outcome:
@@ -136,7 +137,7 @@ def _metrics(publication: Publication) -> Outcome:
         yield WARNING, f"there is no {METRICS}: the card will say that nothing was measured (hf-layerprune eval)"
         return
     metrics.check_belongs(publication.folder, Lineage.of(publication.folder))
-    yield OK, f"{len(metrics.results)} numbers, of these weights and their history"
+    yield OK, f"{len(metrics.results)} numbers, measured on these weights and earlier stages"
 
 
 def _base(publication: Publication) -> Outcome:
@@ -147,8 +148,8 @@ def _base(publication: Publication) -> Outcome:
         yield (
             REFUSAL,
             (
-                f"{LINEAGE} names the base by a path on your disk, {lineage.base['id']}, which tells others nothing but "
-                "your folders; say which model it is: hf-layerprune card MODEL --base-model ORG/NAME"
+                f"{LINEAGE} names the base by a path on your disk, {lineage.base['id']}, which is of no use to others; "
+                "name its Hub id: hf-layerprune card MODEL --base-model ORG/NAME"
             ),
         )
     if publication.contents.is_adapter:
@@ -158,8 +159,8 @@ def _base(publication: Publication) -> Outcome:
             yield (
                 REFUSAL,
                 (
-                    f"{ADAPTER_CONFIG} names the base {name!r}, from which nobody else can load it; make the adapter from "
-                    "the base's Hub id"
+                    f"{ADAPTER_CONFIG} names the base {name!r}, which nobody else can load; make the adapter from the "
+                    "base's Hub id"
                 ),
             )
 
@@ -172,14 +173,14 @@ def _licence(publication: Publication) -> Outcome:
         yield (
             WARNING if publication.private else REFUSAL,
             (
-                "the base declares no licence, so it is not known what anybody may do with this model; find it out and "
-                "say it: hf-layerprune card MODEL --license apache-2.0 (or --license other --license-name N "
+                "the base declares no licence, so it is unclear what this model may be used for; find out and record it: "
+                "hf-layerprune card MODEL --license apache-2.0 (or --license other --license-name N "
                 "--license-link URL)"
             ),
         )
         return
     if row is None:
-        yield WARNING, f"{licence.title}: its duties are not known here; read it{_at(licence)}"
+        yield WARNING, f"{licence.title}: its conditions are not listed here; read it{_at(licence)}"
         return
     if row.forbidden:
         yield REFUSAL, f"{row.title}: {row.forbidden}{_at(licence)}"
@@ -194,22 +195,25 @@ def _licence(publication: Publication) -> Outcome:
         )
     files = [path for path in publication.contents.files if is_licence_file(path)]
     notices = [path for path in files if path.upper().startswith(NOTICE)]
-    told = any(
+    has_sentence = any(
         row.notice in publication.contents.path(path).read_text(errors="replace") for path in notices if row.notice
     )
-    if row.notice and not told:
-        yield REFUSAL, f"{row.title}: a {NOTICE} file with its sentence is missing; hf-layerprune card MODEL writes it"
+    if row.notice and not has_sentence:
+        yield (
+            REFUSAL,
+            f"{row.title}: a {NOTICE} file with the required sentence is missing; write it with hf-layerprune card MODEL",
+        )
     texts = [path for path in files if path.upper().startswith(("LICENSE", "LICENCE"))]
     if not texts:
         yield (
             REFUSAL if row.needs_text and not publication.private else WARNING,
             (
-                f"{row.title}: a copy of it goes along with the model, and there is none; put it into the folder as "
+                f"{row.title}: a copy of it must accompany the model, and there is none; put it into the folder as "
                 f"LICENSE{_at(licence)}"
             ),
         )
     if row.non_commercial:
-        yield WARNING, f"{row.title}: no commercial use, by you or by those who take the model from you"
+        yield WARNING, f"{row.title}: no commercial use, neither by you nor by users of the model"
     yield OK, row.title
 
 
@@ -224,27 +228,27 @@ def _secrets(publication: Publication) -> Outcome:
         yield (
             REFUSAL,
             (
-                f"{leak.file} line {leak.line} holds what looks like a secret ({leak.what}); take it out, and revoke it "
-                "if it was real"
+                f"{leak.file} line {leak.line} contains what looks like a secret ({leak.what}); remove it, and revoke it "
+                "if it is real"
             ),
         )
     if not secrets:
         yield OK, f"no secrets in {len(contents.files)} files"
     for leak in leaks.find_paths(contents.folder, contents.files):
-        yield WARNING, f"{leak.file} line {leak.line} tells others {leak.what}"
+        yield WARNING, f"{leak.file} line {leak.line} reveals {leak.what}"
 
 
 def _loading(publication: Publication) -> Outcome:
-    """What people need to load it."""
+    """Check that others can load the model."""
     files = publication.contents.files
     if publication.contents.is_adapter:
         return
     if not any(name.startswith("tokenizer") or name == "vocab.json" for name in files):
-        yield WARNING, "there is no tokenizer, so nobody can use the model without the base's"
+        yield WARNING, "there is no tokenizer, so the model needs that of its base"
     if code := [name for name in files if name.endswith(".py")]:
-        yield WARNING, f"{code[0]} is code that runs only for those who pass trust_remote_code"
-    config = read_json(publication.folder / "config.json")
-    yield OK, f"{config.get('model_type')}, {', '.join(config.get('architectures') or ['no class named'])}"
+        yield WARNING, f"{code[0]} is code, which runs only with trust_remote_code"
+    config = read_config_file(publication.folder / "config.json")
+    yield OK, f"{config['model_type']}, {', '.join(config.get('architectures') or ['no class named'])}"
 
 
 _CHECKS: dict[str, Callable[[Publication], Outcome]] = {

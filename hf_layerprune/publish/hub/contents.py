@@ -1,6 +1,6 @@
-"""What a push publishes: what transformers, PEFT, TRL and this package write, and what the user names besides.
+"""Selects the files of a push: those that transformers, PEFT, TRL and this package write, and those the user names.
 
-Everything else stays at home, with the reason. Links are never followed: the files of a model folder are in it.
+Everything else is left out, with a reason. Links are never followed: the files of a model folder must be inside it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..card.writing import ASSETS, EVAL_RESULTS, PICTURES, is_our_result
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TEMPLATES = "additional_chat_templates"
 WEIGHTS = (".safetensors", ".gguf")
-# Files that tokenizers write, beside those whose name begins with `tokenizer`.
+# Files that tokenizers write.
 _TOKENIZER = {
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "sentencepiece.bpe.model",
     "source.spm", "special_tokens_map.json", "spiece.model", "target.spm", "tekken.json", "tokenizer.json",
@@ -34,7 +34,7 @@ _SETTINGS = {
 }  # fmt: skip
 _ALLOWED = {CARD, LINEAGE, METRICS, INDEX} | _SETTINGS | _TOKENIZER
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
-# A licence's text, and not a licence key.
+# The text of a licence, as opposed to a licence key.
 _LICENCE_ENDS = re.compile(r"|\.(md|txt|rst|pdf|html|\d+)", re.IGNORECASE)
 _MOST_FILES = 10_000
 
@@ -46,8 +46,8 @@ class Contents:
     Args:
         folder (`Path`): The folder.
         files (`dict[str, int]`): The size of each file that is published, by its path in the repository.
-        left_out (`dict[str, str]`): Why each of the others is not.
-        named (`frozenset[str]`): Those of `files` that are published because the user named them.
+        left_out (`dict[str, str]`): The reason why each other file is left out.
+        named (`frozenset[str]`): Those in `files` that are published because the user named them.
     """
 
     folder: Path
@@ -57,12 +57,12 @@ class Contents:
 
     @property
     def size(self) -> int:
-        """Size of everything that is published."""
+        """Total size of the published files in bytes."""
         return sum(self.files.values())
 
     @property
     def weights(self) -> list[str]:
-        """The weight files."""
+        """The paths of the weight files."""
         return [name for name in self.files if name.endswith(WEIGHTS)]
 
     @property
@@ -71,17 +71,17 @@ class Contents:
         return ADAPTER_CONFIG in self.files and "config.json" not in self.files
 
     def path(self, name: str) -> Path:
-        """Where a file is."""
+        """The location of a file on disk."""
         return self.folder / name
 
 
 def find_model(folder: Path, *, adapter_only: bool = False) -> Path:
-    """The folder to publish.
+    """Find the folder to publish.
 
     Args:
-        folder (`Path`): What the user named.
-        adapter_only (`bool`, *optional*, defaults to `False`): Publish the small form: the folder itself where it is
-            an adapter, or else the folder `adapter` in it.
+        folder (`Path`): The folder that the user named.
+        adapter_only (`bool`, *optional*, defaults to `False`): Publish only the adapter: the folder itself if it is
+            one, or else its subfolder `adapter`.
 
     Returns:
         `Path`: The folder.
@@ -90,7 +90,7 @@ def find_model(folder: Path, *, adapter_only: bool = False) -> Path:
         CheckpointError: There is no model, or no adapter.
     """
     if folder.is_file():
-        raise CheckpointError(f"{folder} is a file; name the model folder that hf-layerprune prune has written")
+        raise CheckpointError(f"{folder} is a file; name a model folder written by hf-layerprune prune")
     if not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist; name a model folder")
     if not adapter_only:
@@ -99,33 +99,32 @@ def find_model(folder: Path, *, adapter_only: bool = False) -> Path:
         if (place / ADAPTER_CONFIG).is_file() and (place / ADAPTER_WEIGHTS).is_file():
             return place
     raise CheckpointError(
-        f"{folder} holds no adapter, and --adapter-only publishes nothing else; make one with hf-layerprune prune "
-        "--adapter, or leave the option out"
+        f"{folder} holds no adapter, so --adapter-only has nothing to publish; make one with hf-layerprune prune "
+        "--adapter, or omit the option"
     )
 
 
 def list_contents(folder: Path, *, adapter_only: bool = False, include: Sequence[str] = ()) -> Contents:
-    """List a model folder.
+    """List the files of a model folder.
 
     Args:
         folder (`Path`): A model folder.
-        adapter_only (`bool`, *optional*, defaults to `False`): Leave a whole model's weights out.
-        include (`Sequence[str]`, *optional*): Files to publish although no library writes them, by their path in the
-            folder.
+        adapter_only (`bool`, *optional*, defaults to `False`): Leave out the weights of a whole model.
+        include (`Sequence[str]`, *optional*): Additional files to publish, by their path in the folder.
 
     Returns:
-        `Contents`: What is published, and what is not.
+        `Contents`: The files to publish, and those left out.
 
     Raises:
-        CheckpointError: What would be published is a link or not a regular file, a name is not UTF-8, or a file of
-            `include` does not exist or may not be published.
+        CheckpointError: A file to publish is a link or not a regular file, a name is not UTF-8, or a file of `include`
+            does not exist or may not be published.
     """
     named = frozenset(name.replace(os.sep, "/") for name in include)
     files: dict[str, int] = {}
     left_out: dict[str, str] = {}
     for name, entry in _walk(folder):
         if name in (ASSETS, EVAL_RESULTS, TEMPLATES) and not entry.is_dir(follow_symlinks=False):
-            raise CheckpointError(f"{folder / name} is not a folder but {_kind(entry)}; remove it")
+            raise CheckpointError(f"{folder / name} must be a folder, not {_kind(entry)}; remove it")
         reason = _why_not(name, entry, adapter_only, name in named)
         if entry.is_dir(follow_symlinks=False) and reason is not None:
             continue
@@ -135,7 +134,7 @@ def list_contents(folder: Path, *, adapter_only: bool = False, include: Sequence
             files[name] = entry.stat(follow_symlinks=False).st_size
         else:
             raise CheckpointError(
-                f"{folder / name} is {_kind(entry)}, and only files are published; put the file itself there"
+                f"{folder / name} is {_kind(entry)}, and only files are published; replace it by the file itself"
             )
     for name in sorted(named - files.keys()):
         reason = left_out.get(name, f"there is no such file in {folder}")
@@ -144,7 +143,7 @@ def list_contents(folder: Path, *, adapter_only: bool = False, include: Sequence
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """All entries below a folder with their relative paths, in order, without following any link."""
+    """All entries below a folder in order, with relative paths, without following links."""
     todo, count = [""], 0
     while todo:
         place = todo.pop(0)
@@ -166,7 +165,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
 
 
 def _why_not(name: str, entry: os.DirEntry[str], adapter_only: bool, named: bool) -> str | None:
-    """Why a file is not published, or `None` where it is."""
+    """The reason why a file is not published; `None` if it is."""
     top, _, rest = name.partition("/")
     if name.endswith(_PICKLES):
         return "may hold a pickle, which can run code when it is loaded"
@@ -198,10 +197,9 @@ def _is_part(top: str, name: str, entry: os.DirEntry[str]) -> bool:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file of a repository is of the kind that a push makes, so that a push may remove it again.
+    """Whether a push writes files of this kind, and so may remove one that no longer belongs to the model.
 
-    Weights and records that no longer belong to the model must not stay beside it; whatever else people have put
-    there does.
+    Outdated weights and records must not remain in the repository; other files that people have put there must.
     """
     top, _, rest = name.partition("/")
     if rest:

@@ -1,8 +1,9 @@
-"""What must not leave the machine: secrets in any file, and paths that tell of somebody's disk.
+"""Finds what must not be published: secrets in any file, and paths that reveal the user's folders.
 
-`detect-secrets` does the looking. Its patterns of known formats are run over every file, and so are a few that it
-lacks. Files that only the user named are scanned by all of it: keywords beside a value, and strings that look random.
-In files with a known structure those would report every hash of the records and half of a vocabulary.
+The patterns of `detect-secrets` for known formats, and a few that it lacks, are run over every file. Files that are
+published only because the user named them are also scanned by its other detectors: keywords next to a value, and
+strings that look random. In files of a known structure, these would report every hash in the records and much of a
+vocabulary.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Any
 from .contents import WEIGHTS
 
 _CHUNK = 1 << 20  # characters
-# As long as the longest secret that is looked for: this much of a chunk is looked at again with the next one.
+# The length of the longest secret that can be found: this much of each chunk is searched again with the next one.
 _OVERLAP = 512
-_MAX_HEADER = 100_000_000  # bytes of a safetensors header, by its format
-# Above this, a file is not one that somebody wrote by hand, and line by line takes long.
+_MAX_HEADER = 100_000_000  # bytes; the format's limit for a safetensors header
+# Larger files are unlikely to be written by hand, and scanning them line by line takes long.
 _MAX_LINES = 16 << 20
 # Formats that detect-secrets 1.5 does not know.
 _MORE = {
@@ -34,9 +35,9 @@ _MORE = {
     "Kaggle Key": r"[\"']key[\"']\s*:\s*[\"'][0-9a-f]{32}[\"']",
     "Bearer Token": r"(?i)authorization[\"']?\s*[:=]\s*[\"']?bearer\s+[A-Za-z0-9._~+/-]{20,}",
 }
-# Formats too loose for text with many words, and addresses, which are no secrets.
+# Patterns that match too much ordinary text, and IP addresses, which are not secrets.
 _LOOSE = {"Artifactory Credentials", "Public IP (ipv4)"}
-# Escapes of JSON and of most programming languages: a secret may begin right after one.
+# Escape sequences of JSON and most programming languages; a secret may begin right after one.
 _ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrtbf])")
 _PATHS = re.compile(r"(?:/home/|/Users/|/root/|[A-Za-z]:\\{1,2}Users\\{1,2})[\w.@-]+")
 
@@ -46,9 +47,9 @@ class Leak:
     """Something that should not be published.
 
     Args:
-        file (`str`): Where, by its path in the repository.
-        line (`int`): In which line.
-        what (`str`): What it looks like; never the thing itself.
+        file (`str`): The file's path in the repository.
+        line (`int`): The line number.
+        what (`str`): The kind of secret, never the secret itself; or the path.
     """
 
     file: str
@@ -57,15 +58,15 @@ class Leak:
 
 
 def find_secrets(folder: Path, files: Iterable[str], named: frozenset[str] = frozenset()) -> Iterator[Leak]:
-    """Look for secrets.
+    """Find secrets in files.
 
     Args:
-        folder (`Path`): Where the files are.
-        files (`Iterable[str]`): Their paths in it. Of weight files, the header is looked at.
-        named (`frozenset[str]`, *optional*): Those of which nothing is known but that the user named them.
+        folder (`Path`): The folder.
+        files (`Iterable[str]`): Paths in it. Of safetensors files, only the header is searched.
+        named (`frozenset[str]`, *optional*): The files that are published only because the user named them.
 
     Yields:
-        `Leak`: Each line with a secret, once for each kind.
+        `Leak`: Each line with a secret, once for each kind of secret.
     """
     for name in files:
         seen: set[tuple[int, str]] = set()
@@ -77,11 +78,11 @@ def find_secrets(folder: Path, files: Iterable[str], named: frozenset[str] = fro
 
 
 def find_paths(folder: Path, files: Iterable[str]) -> Iterator[Leak]:
-    """Look for paths into somebody's home folder, one a file.
+    """Find paths into a home folder, at most one per file.
 
     Args:
-        folder (`Path`): Where the files are.
-        files (`Iterable[str]`): Their paths in it.
+        folder (`Path`): The folder.
+        files (`Iterable[str]`): Paths in it.
 
     Yields:
         `Leak`: The first such path of each file.
@@ -94,7 +95,7 @@ def find_paths(folder: Path, files: Iterable[str]) -> Iterator[Leak]:
 
 
 def _formats(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with something of a known format."""
+    """Lines that match a known format."""
     for start, chunk in _chunks(path):
         for what, pattern in _patterns():
             for match in pattern.finditer(chunk):
@@ -103,7 +104,7 @@ def _formats(path: Path) -> Iterator[tuple[int, str]]:
 
 @cache
 def _patterns() -> list[tuple[str, re.Pattern[str]]]:
-    """All formats that are known, by what they are called."""
+    """The patterns of all known formats, with their names."""
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
     from detect_secrets.plugins.base import RegexBasedDetector
 
@@ -118,7 +119,7 @@ def _patterns() -> list[tuple[str, re.Pattern[str]]]:
 
 
 def _everything(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines in which detect-secrets finds anything at all."""
+    """Lines in which any detector of detect-secrets finds something."""
     if path.stat().st_size > _MAX_LINES:
         return
     from detect_secrets.core.scan import scan_file
@@ -133,7 +134,7 @@ def _everything(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _chunks(path: Path) -> Iterator[tuple[int, str]]:
-    """Stretches of a file with the number of their first line; each begins with the end of the one before."""
+    """Chunks of a file with the number of their first line; each begins with the end of the previous one."""
     line, before = 1, ""
     for text in _raw(path):
         chunk = before + text
@@ -143,7 +144,7 @@ def _chunks(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _raw(path: Path) -> Iterator[str]:
-    """A file as text, in stretches. Without the zeros of UTF-16 and UTF-32, ASCII reads alike in all encodings."""
+    """A file as text, in chunks. Zero bytes are removed, so that ASCII in UTF-16 and UTF-32 can be read too."""
     with path.open("rb") as file:
         left = path.stat().st_size
         if path.suffix == ".safetensors":
@@ -157,4 +158,4 @@ def _raw(path: Path) -> Iterator[str]:
 
 def _unescaped(match: re.Match[str]) -> str:
     character = chr(int(match[1], 16)) if match[1] else " "
-    return " " if character == "\n" else character  # the numbers of lines stay
+    return " " if character == "\n" else character  # keeps the line numbers

@@ -1,9 +1,10 @@
-"""`push`: a model folder onto the Hub, so that its main never shows a card without weights or weights without a card.
+"""Publishes a model folder on the Hub, so that its main branch never has a card without weights or the reverse.
 
-    push("pruned", "someone/SmolLM2-135M-Instruct-23L")
+    push(PushRequest(Path("pruned"), "someone/SmolLM2-135M-Instruct-23L"))
 
-The card and the records are made ready in a staging folder, of copies and of links to the weights; everything is
-checked there; one commit takes it to the Hub; and only then are the new card and records put into the model's own folder.
+The card and the records are prepared in a staging folder, which holds copies of the small files and links to the
+weights. Everything is checked there, then uploaded in one commit. Only after that are the new card and records copied
+to the model's own folder.
 """
 
 from __future__ import annotations
@@ -46,19 +47,19 @@ MESSAGE = "Upload a pruned model with hf-layerprune"
 
 @dataclass(frozen=True)
 class PushRequest:
-    """What to push, and where to.
+    """What to push, and where.
 
     Args:
         folder (`Path`): The model's folder.
         repo_id (`str`): The repository, `namespace/name`.
         private (`bool`, defaults to `False`): Make a new repository private, and refuse a public one.
-        adapter_only (`bool`, defaults to `False`): Only the adapter: of the folder, or of `adapter` in it.
-        include (`tuple[str, ...]`, defaults to `()`): Files to publish although no library writes them.
-        revision (`str`, *optional*): A branch, which is made where it is missing; or `refs/pr/N`.
-        create_pr (`bool`, defaults to `False`): Propose the change instead of making it.
-        overwrite_card (`bool`, defaults to `False`): Write over what somebody changed in the card on the Hub.
-        space (`str`, *optional*): A Space for the model, which the card links.
-        token (`str` or `bool`, *optional*): As the client library takes it; by default the user's own.
+        adapter_only (`bool`, defaults to `False`): Push only the adapter in the folder or its subfolder `adapter`.
+        include (`tuple[str, ...]`, defaults to `()`): Additional files to publish.
+        revision (`str`, *optional*): A branch, created if it does not exist; or `refs/pr/N`.
+        create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
+        overwrite_card (`bool`, defaults to `False`): Overwrite changes that somebody made to the card on the Hub.
+        space (`str`, *optional*): A Space for the model, which the card links to.
+        token (`str` or `bool`, *optional*): As for `huggingface_hub`; by default the user's own.
     """
 
     folder: Path
@@ -79,7 +80,7 @@ class Plan:
 
     Args:
         contents (`Contents`): The files, in the staging folder.
-        checks (`list[Check]`): What was checked.
+        checks (`list[Check]`): The outcomes of the checks.
     """
 
     contents: Contents
@@ -87,12 +88,12 @@ class Plan:
 
     @property
     def refusals(self) -> list[Check]:
-        """Why nothing will be pushed."""
+        """The checks that prevent a push."""
         return [check for check in self.checks if check.level == REFUSAL]
 
 
 def plan(request: PushRequest) -> Plan:
-    """Make everything ready and check it, without asking the Hub or changing the folder.
+    """Prepare and check a push, without contacting the Hub or changing the folder.
 
     Args:
         request (`PushRequest`): What to push.
@@ -114,11 +115,12 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
         request (`PushRequest`): What to push.
 
     Returns:
-        `tuple[Plan, Uploaded]`: What was checked, and what was done.
+        `tuple[Plan, Uploaded]`: The checks, and what was uploaded.
 
     Raises:
-        PushError: A check or the Hub refused; or it could not be reached. Nothing that a reader of the repository
-            could see was changed.
+        PushError: A check failed or the Hub refused the push. Nothing that a reader of the repository can see was
+            changed.
+        UnreachableError: The Hub could not be reached.
         CheckpointError: There is no model, or its card can't be written.
     """
     with _staged(request) as (contents, home):
@@ -143,13 +145,13 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
 
 def _plan(request: PushRequest, contents: Contents, home: Path) -> Plan:
     checks = run_checks(Publication(contents, request.repo_id, request.private))
-    # The user's folder is what they know by name.
+    # Messages name the user's folder, not the staging folder.
     return Plan(contents, [replace(one, text=one.text.replace(str(contents.folder), str(home))) for one in checks])
 
 
 @contextmanager
 def _staged(request: PushRequest) -> Iterator[tuple[Contents, Path]]:
-    """What is published, in a folder of its own, with the card and the records as they will be; and the model's folder."""
+    """Prepare the files in a staging folder, with the new card and records; also yield the model's own folder."""
     home = find_model(Path(request.folder).expanduser(), adapter_only=request.adapter_only)
     listed = list_contents(home, adapter_only=request.adapter_only, include=request.include)
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
@@ -160,7 +162,7 @@ def _staged(request: PushRequest) -> Iterator[tuple[Contents, Path]]:
         try:
             published = {"repo_id": request.repo_id} | ({"space": request.space} if request.space else {})
             declare(staging, published=published)
-            write_card(staging, weights=False)  # whether the records belong to the weights is checked after
+            write_card(staging, weights=False)  # the checks compare the records with the weights
         except CheckpointError as error:
             raise type(error)(str(error).replace(str(staging), str(home))) from error
         files = sorted(path for path in staging.rglob("*") if path.is_file())
@@ -169,17 +171,17 @@ def _staged(request: PushRequest) -> Iterator[tuple[Contents, Path]]:
 
 
 def _stage(path: Path, target: Path) -> None:
-    """A copy of a file, or a link to one of weights, which nothing here writes."""
+    """Copy a file; link to weights, which are only read."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if path.name.endswith(WEIGHTS):
-        with suppress(OSError):  # where symbolic links are not allowed
+        with suppress(OSError):  # symbolic links may not be allowed
             target.symlink_to(path.resolve())
             return
     shutil.copyfile(path, target, follow_symlinks=False)
 
 
 def _bring_home(contents: Contents, home: Path) -> None:
-    """Put what is new in the staging folder into the model's own."""
+    """Copy new files from the staging folder to the model's own folder."""
     for name in contents.files:
         path, target = contents.path(name), home / name
         if path.is_symlink() or (target.is_file() and target.read_bytes() == path.read_bytes()):
@@ -194,7 +196,7 @@ def _bring_home(contents: Contents, home: Path) -> None:
 
 
 def _take_over_card(request: PushRequest, staging: Path, api: HfApi) -> None:
-    """Keep what people have written into the card on the Hub."""
+    """Keep the text that people have added to the card on the Hub."""
     if request.overwrite_card:
         return
     where = f"README.md of {request.repo_id}"
@@ -203,7 +205,7 @@ def _take_over_card(request: PushRequest, staging: Path, api: HfApi) -> None:
             remote = read_text(path) if path else None
         except CheckpointError as error:
             raise PushError(
-                f"{where} is not UTF-8 text; correct it there, or replace it with --overwrite-card"
+                f"{where} is not UTF-8 text; correct it on the Hub, or replace it with --overwrite-card"
             ) from error
     if remote is None or is_generic(remote):
         return
@@ -213,14 +215,14 @@ def _take_over_card(request: PushRequest, staging: Path, api: HfApi) -> None:
         remote_fields, remote_body = metadata.front_matter(remote, where)
         local_fields, local_body = metadata.front_matter(local, str(request.folder / CARD))
         theirs, mine = (regions.theirs(regions.parse(body, where)) for body in (remote_body, local_body))
-        # What was written on the Hub, unless all of it is in the folder's card already.
+        # The text added on the Hub, unless the folder's card already has all of it.
         body = local_body if mine else remote_body
         if mine and not all(any(one in own for own in mine) for one in theirs):
             raise PushError(
-                f"{where} has words that {request.folder}'s has not, and the other way round; bring them together in the "
-                "folder's, or write over the Hub's with --overwrite-card"
+                f"{where} and the one in {request.folder} each have text that the other lacks; combine them in the folder, "
+                "or overwrite the one on the Hub with --overwrite-card"
             )
-        compose(card, remote, where=where)  # refuses where our own sections were changed there
+        compose(card, remote, where=where)  # raises if our own sections were changed on the Hub
         old = metadata.to_yaml(metadata.merged(local_fields, remote_fields)) + "\n" + body
         text = compose(card, old, where=where)
     except PushError:
@@ -232,7 +234,7 @@ def _take_over_card(request: PushRequest, staging: Path, api: HfApi) -> None:
 
 
 def _somebodys_result(name: str, request: PushRequest, api: HfApi) -> bool:
-    """Whether a result for the Hub's leaderboards was written by somebody else."""
+    """Whether somebody else wrote a result file for the Hub's leaderboards."""
     if not name.startswith(f"{EVAL_RESULTS}/"):
         return False
     with _on_the_hub(name, request, api) as path:
@@ -241,7 +243,7 @@ def _somebodys_result(name: str, request: PushRequest, api: HfApi) -> bool:
 
 @contextmanager
 def _on_the_hub(name: str, request: PushRequest, api: HfApi) -> Iterator[Path | None]:
-    """A file of the repository as it is there now, or `None` where it is not."""
+    """The current version of a file in the repository; `None` if it does not exist."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 

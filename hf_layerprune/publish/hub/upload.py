@@ -1,10 +1,10 @@
-"""Bringing a repository on the Hub to a state, by one commit or none.
+"""Uploads files to a repository on the Hub in a single commit, or none if nothing has changed.
 
-    upload(Upload("org/name", {"config.json": Path("pruned/config.json"), ...}))
+    upload(Upload("org/name", {"config.json": Path("pruned/config.json"), ...}), *log_in())
 
-Large files go to storage first, where nobody sees them; then one commit names them all. Before it, the repository's
-main is what it was, after it, everything is there. What is there already is not sent again: a second upload makes no
-commit, and one that was broken off goes on where it stopped.
+Large files are first sent to storage, where nobody sees them; then one commit refers to all of them. Until then, the
+branch is unchanged. Files that the Hub already has are not sent again: repeating an upload makes no commit, and an
+interrupted upload resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How often an upload is attempted where the Hub stumbles; its client retries single transfers by itself.
+# The number of attempts after temporary failures of the Hub; its client retries single transfers by itself.
 ATTEMPTS = 4
 FIRST_WAIT = 1.0
-# If the Hub asks for a longer pause than this, the user is told so instead.
+# If the Hub asks for a longer pause than this, the error says so instead of waiting.
 MAX_RETRY_AFTER = 120.0
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _Answer = TypeVar("_Answer")
 
 
 class PushError(CheckpointError):
-    """The Hub did not take it. Nothing that a reader could see was changed."""
+    """A push was refused. Nothing that a reader of the repository can see was changed."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A state of a repository.
+    """What a repository should contain.
 
     Args:
         repo_id (`str`): The repository.
-        files (`dict[str, Path]`): Where each of its files is here, by its path there.
+        files (`dict[str, Path]`): The local file for each path in the repository.
         kind (`str`): `"model"`, `"space"` or `"dataset"`.
-        sdk (`str`, *optional*): Of a Space that has to be made.
-        private (`bool`): Whether nobody else may see it. A public repository that is there is then refused; without
-            it, a new one is what its owner's settings say.
-        revision (`str`, *optional*): A branch, which is made where it is missing; or `refs/pr/N`.
-        create_pr (`bool`): Propose the change instead of making it.
-        message (`str`): The commit's title.
-        removable (`Callable[[str], bool]`): Which other files of the repository have to go.
+        sdk (`str`, *optional*): The SDK of a new Space.
+        private (`bool`): Make a new repository private, and refuse an existing public one. If `False`, the owner's
+            settings decide about a new one.
+        revision (`str`, *optional*): A branch, created if it does not exist; or `refs/pr/N`.
+        create_pr (`bool`): Open a pull request instead of committing.
+        message (`str`): The title of the commit.
+        removable (`Callable[[str], bool]`): Whether to remove another file of the repository, by its path.
     """
 
     repo_id: str
@@ -74,11 +74,11 @@ class Uploaded:
     """What an upload did.
 
     Args:
-        url (`str`): Where to look at it.
-        commit (`str`): The commit at which everything is there.
-        added (`tuple[str, ...]`): The files that are new or changed; none where everything was there.
-        removed (`tuple[str, ...]`): The files that went.
-        pull_request (`str`, *optional*): Where the change is proposed.
+        url (`str`): The page of the repository.
+        commit (`str`): The commit that contains all files.
+        added (`tuple[str, ...]`): The files that are new or changed; empty if the Hub had all of them.
+        removed (`tuple[str, ...]`): The removed files.
+        pull_request (`str`, *optional*): The URL of the pull request.
     """
 
     url: str
@@ -89,16 +89,17 @@ class Uploaded:
 
 
 def log_in(token: str | bool | None = None) -> tuple[HfApi, dict[str, Any]]:
-    """Prove that there is a token, that the Hub knows it, and that it may write.
+    """Check that there is a token, that the Hub accepts it, and that it may write.
 
     Args:
-        token (`str` or `bool`, *optional*): As the client library takes it; by default the user's own.
+        token (`str` or `bool`, *optional*): As for `huggingface_hub`; by default the user's own.
 
     Returns:
-        `tuple[HfApi, dict[str, Any]]`: The client, and what the Hub says of the user.
+        `tuple[HfApi, dict[str, Any]]`: The client, and the Hub's description of the user.
 
     Raises:
         PushError: There is no token, or it may not write.
+        UnreachableError: The Hub is offline or could not be reached.
     """
     from huggingface_hub import HfApi, constants, get_token
 
@@ -110,43 +111,43 @@ def log_in(token: str | bool | None = None) -> tuple[HfApi, dict[str, Any]]:
         raise PushError("there is no token; log in with `hf auth login`, or set HF_TOKEN")
     api = HfApi(token=token)
     with push_errors("", None):
-        user = _patiently(api.whoami)
+        user = _with_retries(api.whoami)
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PushError(
-            "this token may only read; make one that may write at https://huggingface.co/settings/tokens, and log in "
+            "this token may only read; create one that may write at https://huggingface.co/settings/tokens, and log in "
             "with it"
         )
     return api, user
 
 
 def upload(job: Upload, api: HfApi, user: dict[str, Any]) -> Uploaded:
-    """Bring a repository to a state.
+    """Upload files in one commit.
 
     Args:
-        job (`Upload`): The state.
+        job (`Upload`): What the repository should contain.
         api (`HfApi`): The client, see `log_in`.
-        user (`dict[str, Any]`): What the Hub says of the user.
+        user (`dict[str, Any]`): The Hub's description of the user, see `log_in`.
 
     Returns:
         `Uploaded`: What was done.
 
     Raises:
-        PushError: The Hub refused. What a reader sees is what was there before.
-        UnreachableError: It could not be reached for long enough.
+        PushError: The Hub refused. What a reader sees is unchanged.
+        UnreachableError: The Hub could not be reached, even after several attempts.
     """
     operations: dict[str, CommitOperationAdd] = {}
     with push_errors(job.repo_id, user, job.kind):
-        return _patiently(lambda: _attempt(job, api, user, operations))
+        return _with_retries(lambda: _attempt(job, api, user, operations))
 
 
 def _attempt(job: Upload, api: HfApi, user: dict[str, Any], operations: dict[str, CommitOperationAdd]) -> Uploaded:
-    """One attempt, from the start: what an earlier one did although its answer was lost is found, not done twice.
+    """One complete attempt. If an earlier commit succeeded but its answer was lost, it is not repeated.
 
     Args:
-        job (`Upload`): The state.
+        job (`Upload`): What the repository should contain.
         api (`HfApi`): The client.
-        user (`dict[str, Any]`): What the Hub says of the user.
-        operations (`dict[str, CommitOperationAdd]`): Those of earlier attempts, which know what is in storage already.
+        user (`dict[str, Any]`): The Hub's description of the user.
+        operations (`dict[str, CommitOperationAdd]`): Those of earlier attempts, which know what is already in storage.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -175,7 +176,7 @@ def _attempt(job: Upload, api: HfApi, user: dict[str, Any], operations: dict[str
 
 
 def _open(job: Upload, api: HfApi, user: dict[str, Any]) -> None:
-    """Find the repository, or make it."""
+    """Find the repository, or create it."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -183,7 +184,7 @@ def _open(job: Upload, api: HfApi, user: dict[str, Any]) -> None:
     except RepositoryNotFoundError:
         if job.create_pr:
             raise PushError(
-                f"there is no {job.kind} {job.repo_id} to propose anything to; leave out --create-pr"
+                f"there is no {job.kind} {job.repo_id} to open a pull request for; omit --create-pr"
             ) from None
         _create(job, api, user)
         try:
@@ -192,8 +193,8 @@ def _open(job: Upload, api: HfApi, user: dict[str, Any]) -> None:
             raise PushError(_taken(job, api)) from error
     if job.private and not info.private:
         raise PushError(
-            f"{job.repo_id} is there and public, and --private was asked for; make it private on its page first, or "
-            "choose another name"
+            f"{job.repo_id} exists and is public, but --private was given; make it private on its page first, or choose "
+            "another name"
         )
 
 
@@ -209,20 +210,20 @@ def _create(job: Upload, api: HfApi, user: dict[str, Any]) -> None:
         if error.response.status_code not in (403, 404) or namespace in known:
             raise
         raise PushError(
-            f"{user.get('name')} can't make {job.repo_id}: there is no organisation {namespace}, or this token may not "
-            f"write to it; yours are {', '.join(sorted(filter(None, known)))}"
+            f"{user.get('name')} can't create {job.repo_id}: there is no organisation {namespace}, or this token may not "
+            f"write to it; use one of your namespaces: {', '.join(sorted(filter(None, known)))}"
         ) from error
 
 
 def _taken(job: Upload, api: HfApi) -> str:
     for kind in {"model", "space", "dataset"} - {job.kind}:
         if api.repo_exists(job.repo_id, repo_type=kind):
-            return f"{job.repo_id} is taken: it is a {kind} on the Hub, not a {job.kind}; choose another name"
-    return f"the Hub says that {job.repo_id} exists, but does not find it; choose another name"
+            return f"{job.repo_id} is already a {kind} on the Hub, not a {job.kind}; choose another name"
+    return f"the Hub reports that {job.repo_id} exists, but can't find it; choose another name"
 
 
 def _tree(job: Upload, api: HfApi, revision: str | None) -> tuple[str, dict[str, Any]]:
-    """The newest commit of a branch, and its files."""
+    """The latest commit of a branch, and its files."""
     head = str(api.repo_info(job.repo_id, repo_type=job.kind, revision=revision).sha)
     entries = api.list_repo_tree(job.repo_id, recursive=True, repo_type=job.kind, revision=head)
     return head, {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
@@ -244,7 +245,7 @@ def _same(path: Path, entry: Any) -> bool:
 
 
 def _proposed(job: Upload, api: HfApi) -> Uploaded | None:
-    """An open proposal of ours with the very same content, if there is one."""
+    """An open pull request of ours with exactly the same content, if there is one."""
     proposals = api.get_repo_discussions(
         job.repo_id, repo_type=job.kind, discussion_type="pull_request", discussion_status="open"
     )
@@ -263,15 +264,15 @@ def _url(job: Upload, api: HfApi) -> str:
     return f"{api.endpoint}/{prefix}{job.repo_id}{branch}"
 
 
-def _patiently(call: Callable[[], _Answer]) -> _Answer:
-    """Ask the Hub, again after a pause where it stumbles."""
+def _with_retries(call: Callable[[], _Answer]) -> _Answer:
+    """Call the Hub; after a temporary failure, wait and try again."""
     for attempt in range(ATTEMPTS):
         try:
             return call()
         except Exception as raised:
             error = _cause(raised)
             pause = max(FIRST_WAIT * 2**attempt, _retry_after(error))
-            if not _stumbled(error) or attempt == ATTEMPTS - 1 or pause > MAX_RETRY_AFTER:
+            if not _is_temporary(error) or attempt == ATTEMPTS - 1 or pause > MAX_RETRY_AFTER:
                 raise
             logger.info("%s; trying again in %.1f s", cause_of(error), pause)
             time.sleep(pause)
@@ -279,13 +280,13 @@ def _patiently(call: Callable[[], _Answer]) -> _Answer:
 
 
 def _cause(error: Exception) -> Exception:
-    """What is behind the client's `Error while uploading ...`."""
+    """The cause of the client's `Error while uploading ...`."""
     inner = error.__cause__
     return inner if isinstance(error, RuntimeError) and isinstance(inner, Exception) else error
 
 
-def _stumbled(error: Exception) -> bool:
-    """Whether the Hub may answer the same request another time."""
+def _is_temporary(error: Exception) -> bool:
+    """Whether the same request may succeed later."""
     from huggingface_hub.errors import HfHubHTTPError
 
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
@@ -293,23 +294,23 @@ def _stumbled(error: Exception) -> bool:
 
 
 def _retry_after(error: Exception) -> float:
-    """The pause in seconds that the Hub asks for; 0 where it asks for none."""
+    """The pause in seconds that the Hub asks for, or 0."""
     response = getattr(error, "response", None)
     return (retry_after(response.headers.get("Retry-After")) if response is not None else None) or 0.0
 
 
 @contextmanager
 def push_errors(repo_id: str, user: dict[str, Any] | None, kind: str = "model") -> Iterator[None]:
-    """Turn what the client raises into one line that says what, where, and the way out.
+    """Turn exceptions of the client into one line that says what, where, and the way out.
 
     Args:
-        repo_id (`str`): The repository; empty where it is about the user alone.
-        user (`dict[str, Any]`, *optional*): What the Hub says of the user.
-        kind (`str`, *optional*, defaults to `"model"`): What the repository is.
+        repo_id (`str`): The repository; empty if only the user is concerned.
+        user (`dict[str, Any]`, *optional*): The Hub's description of the user.
+        kind (`str`, *optional*, defaults to `"model"`): The kind of the repository.
 
     Raises:
         PushError: The Hub refused.
-        UnreachableError: It could not be reached.
+        UnreachableError: The Hub could not be reached.
     """
     from huggingface_hub import errors
 
@@ -322,11 +323,11 @@ def push_errors(repo_id: str, user: dict[str, Any] | None, kind: str = "model") 
         if isinstance(error, (transport_error(), errors.OfflineModeIsEnabled)):
             where = f" for {repo_id}" if repo_id else ""
             raise UnreachableError(
-                f"can't reach the Hub{where} ({cause_of(error)}); run the same command again: what has arrived is not "
-                "sent again"
+                f"can't reach the Hub{where} ({cause_of(error)}); run the same command again: files that have arrived "
+                "are not sent again"
             ) from raised
         if isinstance(error, errors.HFValidationError):
-            raise PushError(f"{repo_id!r} is not a name for a repository: {cause_of(error)}") from raised
+            raise PushError(f"{repo_id!r} is not a valid repository name: {cause_of(error)}") from raised
         if isinstance(error, errors.HfHubHTTPError):
             raise _refused(error, repo_id, user, kind) from raised
         if isinstance(error, ValueError) and "metadata" in str(error):
@@ -343,26 +344,26 @@ def _refused(error: Any, repo_id: str, user: dict[str, Any] | None, kind: str) -
         after = error.response.headers.get("Retry-After")
         later = f" in {after} s" if status == 429 and after else " later"
         return UnreachableError(
-            f"the Hub answers {status}{f' for {repo_id}' if repo_id else ''}; run the same command again{later}: what has arrived is not sent "
-            "again"
+            f"the Hub answers {status}{f' for {repo_id}' if repo_id else ''}; run the same command again{later}: files "
+            "that have arrived are not sent again"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return PushError(f"{repo_id} has no such branch or pull request; check --revision")
     if status == 401 and name is None:
         return PushError("the token is not valid, or has expired; log in again with `hf auth login`")
     if status == 401:
-        return PushError(f"the token is not valid for {repo_id} any longer; log in again with `hf auth login`")
+        return PushError(f"the token is no longer valid for {repo_id}; log in again with `hf auth login`")
     if status == 403:
         return PushError(
-            f"{name or 'this token'} may not write to {repo_id}; ask its owner, propose the change with --create-pr, "
-            "or push to a name of your own"
+            f"{name or 'this token'} may not write to {repo_id}; ask its owner, open a pull request with --create-pr, "
+            "or push to another repository"
         )
     if status == 404:
         return PushError(
-            f"there is no {kind} {repo_id} for {name or 'this token'}; check the name and the token's rights"
+            f"{name or 'this token'} can't find the {kind} {repo_id}; check the name and the token's permissions"
         )
     if status == 412:
-        return PushError(f"somebody else has changed {repo_id} meanwhile; run the command again")
+        return PushError(f"somebody else changed {repo_id} in the meantime; run the command again")
     if status == 402:
         return PushError(f"the Hub asks for a paid plan for {repo_id} ({says})")
     return PushError(f"the Hub refused {repo_id}: {says}")

@@ -28,6 +28,7 @@ from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
 from ...records.metrics import Metrics
+from ...runtime.config_file import read_config_file
 from .places import Base, Place
 from .rebuild import Expected, TensorHash, digest_file, rebuild
 
@@ -246,7 +247,8 @@ def _check_cut(told: dict[str, Any], name: str, history: History, outcome: Verif
     dropped, of = told.get("drop_layers"), told.get("num_base_layers")
     wanted, of_wanted = _last_cut(history)
     if (dropped, of) != (wanted, of_wanted):
-        what = "nothing" if not isinstance(dropped, list) else f"layers {format_layers(dropped)} of {of}"
+        is_layers = isinstance(dropped, list) and all(isinstance(layer, int) for layer in dropped)
+        what = f"layers {format_layers(dropped)} of {of}" if is_layers else "nothing"
         text = f"{name} says that {what} dropped, and {LINEAGE} says {format_layers(wanted)} of {of_wanted}"
         outcome.say(False, "config", f"{text}: one was edited")
     else:
@@ -258,7 +260,7 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
     if CONFIG not in place.hashes:
         outcome.say(False, "config", f"{place.name} has no {CONFIG}")
         return
-    _check_cut(read_object(place.path(CONFIG), non_finite=True).get(MARKER) or {}, CONFIG, history, outcome)
+    _check_cut(read_config_file(place.path(CONFIG)).get(MARKER) or {}, CONFIG, history, outcome)
     has, changed = read_config(place.folder).to_dict(), history.changed()
     differ = {name for name in expected.config.keys() | has.keys() if expected.config.get(name) != has.get(name)}
     differ -= _VOLATILE
@@ -367,7 +369,10 @@ def _tensors(place: Place, expected: Expected) -> Iterator[tuple[str, TensorHash
             if weight_map.setdefault(name, file) != file:
                 raise CheckpointError(f"{name} is in both {weight_map[name]} and {file}")
             yield name.removeprefix(_ADAPTER_PREFIX) if place.is_adapter else name, tensor
-    if _INDEX in place.hashes and read_object(place.path(_INDEX), max_bytes=200_000_000)["weight_map"] != weight_map:
+    if (
+        _INDEX in place.hashes
+        and read_object(place.path(_INDEX), max_bytes=200_000_000).get("weight_map") != weight_map
+    ):
         raise CheckpointError(f"{_INDEX} and the weight files do not agree on which tensor is where")
 
 
