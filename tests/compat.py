@@ -178,11 +178,11 @@ def rendered() -> str:
     lines = [
         "## With other versions of transformers",
         "",
-        "The proof of the cut, for the listed types that a version has (`make compat`). In a version that is not named",
-        "here, a cut on disk says so once, and `hf-layerprune prune --check` compares it with its base; a cut in memory is",
-        "always compared.",
+        "Results of the cut proof for the listed types that each version has (`make compat`). With a version that is not",
+        "in this table, a cut on disk logs a warning once, and `hf-layerprune prune --check` compares the pruned model with",
+        "its base; a cut in memory is always compared.",
         "",
-        "| transformers | proven | not proven | fail uncut as well |",
+        "| transformers | proven | not proven | fail even without a cut |",
         "|---|---|---|---|",
     ]
     for version, row in table.items():

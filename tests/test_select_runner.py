@@ -232,7 +232,7 @@ def test_auto_needs_rows_and_layers(model: Any, text: CalibrationSet) -> None:
     few = CalibrationSet.of(text.input_ids[:3], "few")
     with pytest.raises(CutError, match="raise calibration_samples"):
         choose_layers(model, few, CutOptions(criterion="auto"))
-    with pytest.raises(CutError, match="looks at text"):
+    with pytest.raises(CutError, match="needs text"):
         choose_layers(model, None, CutOptions(criterion="auto"))
     with pytest.raises(CutError, match="no 4 neighbouring"):
         choose_layers(model, text, CutOptions(drop=4, contiguous=True, criterion="auto"), protected=[3, 4])
@@ -263,7 +263,7 @@ def test_bad_settings(kwargs: dict[str, Any], message: str, model: Any, text: Ca
 
 def test_no_text(model: Any) -> None:
     for criterion in ("taylor", "kl", "block_influence"):
-        with pytest.raises(CutError, match="looks at text"):
+        with pytest.raises(CutError, match="needs text"):
             choose_layers(model, None, CutOptions(criterion=criterion))
     assert choose_layers(model, None, CutOptions(drop=2, criterion="magnitude_l1")).drop_layers == [4, 5]
     assert choose_layers(model, None, CutOptions(drop=2, criterion="reverse_order")).drop_layers == [6, 7]
@@ -272,7 +272,7 @@ def test_no_text(model: Any) -> None:
 def test_tokens_of_another_model(model: Any) -> None:
     other = CalibrationSet.of(torch.full((4, 8), VOCAB), "other")
     for criterion in ("block_influence", "taylor", "perplexity", "auto"):
-        with pytest.raises(CheckpointError, match="belongs to another model"):
+        with pytest.raises(CheckpointError, match="use the tokenizer of this model"):
             choose_layers(model, other, CutOptions(criterion=criterion))
 
 
@@ -294,13 +294,13 @@ def test_states_beyond_the_dtype_are_named(text: CalibrationSet) -> None:
     walk = LayerWalk(model)
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.mul_(6e4)
-    with pytest.raises(CheckpointError, match=r"leave layer 2 are not finite in float16.*bfloat16"):
+    with pytest.raises(CheckpointError, match=r"leave layer 2 are not finite: they overflow float16.*bfloat16"):
         choose_layers(walk, text, CutOptions(drop=2, criterion="kl"))
 
 
 def test_experts_and_norms_have_no_repairability(text: CalibrationSet) -> None:
     for model_type in ("gemma2", "mixtral"):
-        with pytest.raises(UnsupportedModelError, match="repairability has nothing to say"):
+        with pytest.raises(UnsupportedModelError, match="repairability has no scores"):
             choose_layers(tiny_model(model_type), text, CutOptions(drop=3, criterion="repairability"))
     with pytest.raises(UnsupportedModelError, match=r"'gemma2' can't be repaired: .*use repair=None"):
         choose_layers(tiny_model("gemma2"), text, CutOptions(drop=3, repair="linear", criterion="auto"))

@@ -1,1 +1,1 @@
-"""Rows of tokens that criteria and repairs look at."""
+"""Calibration: the rows of tokens that criteria and repairs use."""

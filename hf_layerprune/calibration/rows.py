@@ -1,12 +1,12 @@
-"""Calibration sets: rows of tokens that a criterion or a repair looks at.
+"""Calibration sets: the rows of tokens that criteria and repairs use.
 
-    calibration = load_calibration("self", tokenizer, model=model)             # text that the dense model writes
-    calibration = load_calibration("notes.txt", tokenizer, samples=64)         # a local text
+    calibration = load_calibration("self", tokenizer, model=model)             # text written by the dense model
+    calibration = load_calibration("notes.txt", tokenizer, samples=64)         # a local text file
     calibration = load_calibration("rows.jsonl:output", tokenizer)             # a column of a local file
     calibration = load_calibration("allenai/c4@en:train:text", tokenizer)      # a column of a data set on the Hub
 
-Rows are windows without padding: documents are put behind each other, an end-of-text token between them, and the
-windows that are used are drawn by a seed.
+Rows are windows without padding: documents are concatenated, separated by an end-of-text token, and a seeded random
+sample of the windows is used.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 SELF = "self"
 _HELD_BACK = ("test", "validation", "valid", "dev")
-# How many times the tokens that are needed are looked through, so that rows are not all from the first documents.
+# How many times the required number of tokens is read, so that rows don't all come from the first documents.
 _POOL = 4
-# Characters of a running text that are tokenised at once; rows of a streamed data set that are shuffled at a time.
+# Characters of a text file that are tokenised at once; size of the shuffle buffer for streamed data sets, in rows.
 _PIECE = 1 << 16
 _BUFFER = 1000
 
@@ -45,9 +45,9 @@ class CalibrationSet:
 
     Args:
         input_ids (`torch.Tensor`): `[samples, length]`, int64, without padding.
-        source (`str`): Where they come from, as it was asked for.
-        fingerprint (`str`): sha256 over the exact tokens and their shape.
-        seed (`int`, defaults to 42): What drew them.
+        source (`str`): Where they come from, as given by the user.
+        fingerprint (`str`): sha256 of the tokens and their shape.
+        seed (`int`, defaults to 42): The seed that the rows were sampled with.
     """
 
     input_ids: torch.Tensor
@@ -66,17 +66,17 @@ class CalibrationSet:
         return len(self.input_ids)
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
-        """The rows, so many at a time."""
+        """The rows, `size` at a time."""
         yield from self.input_ids.split(size)
 
     def split(self, held_out: float) -> tuple[CalibrationSet, CalibrationSet]:
-        """Set a share of the rows apart.
+        """Hold out a share of the rows.
 
         Args:
-            held_out (`float`): The share, between 0 and 1; at least one row stays on either side.
+            held_out (`float`): The share, between 0 and 1; both parts have at least one row.
 
         Returns:
-            `tuple[CalibrationSet, CalibrationSet]`: The rest, and the rows that are held out.
+            `tuple[CalibrationSet, CalibrationSet]`: The remaining rows, and the held-out ones.
 
         Raises:
             CutError: There are fewer than two rows.
@@ -88,7 +88,7 @@ class CalibrationSet:
         return CalibrationSet.of(first, self.source, self.seed), CalibrationSet.of(second, self.source, self.seed)
 
     def record(self) -> dict[str, Any]:
-        """What the lineage says of the set."""
+        """The entry for `lineage.json`."""
         samples, length = self.input_ids.shape
         return {
             "source": self.source,
@@ -108,26 +108,26 @@ def load_calibration(
     seed: int = 42,
     model: PreTrainedModel | None = None,
 ) -> CalibrationSet:
-    """Make a calibration set.
+    """Load a calibration set.
 
     Args:
         source (`str`): `"self"`, a `.txt`, `.json` or `.jsonl` file (`rows.jsonl:column`, `text` by default), or
             `id[@config][:split[:column]]` of a data set on the Hub (split `train` and column `text` by default). A
             column holds text, or chats as lists of messages.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): The model's. `"self"` does without, and then begins with the
-            bare beginning of a text rather than with an empty turn of a chat.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The model's tokenizer. Optional for `"self"`, where text then
+            starts from the beginning-of-text token instead of an empty chat turn.
         samples (`int`, defaults to 128): How many rows.
-        length (`int`, defaults to 512): How many tokens a row.
-        seed (`int`, defaults to 42): Draws the rows, or the text.
-        model (`PreTrainedModel`, *optional*): The dense model: it writes the text for `"self"`, and its vocabulary
-            must hold every token.
+        length (`int`, defaults to 512): How many tokens per row.
+        seed (`int`, defaults to 42): For sampling the rows, or the text.
+        model (`PreTrainedModel`, *optional*): The dense model. It writes the text for `"self"`; otherwise every token is
+            checked against its vocabulary.
 
     Returns:
         `CalibrationSet`: The rows.
 
     Raises:
         CheckpointError: The text can't be read, is empty, or too short.
-        CutError: The settings make no sense.
+        CutError: A setting is out of range, or the model or tokenizer it needs is missing.
     """
     for name, value, least in (("calibration_samples", samples, 1), ("calibration_length", length, 2)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -136,7 +136,7 @@ def load_calibration(
         _check_length(model, length)
     if source == SELF:
         if model is None:
-            raise CutError('calibration="self" is text that the dense model writes, and no model is at hand')
+            raise CutError('calibration="self" is text written by the dense model; pass the model')
         from .self_text import write_text_with
 
         return CalibrationSet.of(write_text_with(model, tokenizer, samples, length, seed), source, seed)
@@ -146,8 +146,8 @@ def load_calibration(
     rows = len(ids) // length
     if rows < samples:
         raise CheckpointError(
-            f"calibration {source} is too short: {len(ids):,} tokens make {rows} rows of {length}, and {samples} are "
-            f"asked for; use calibration_samples={rows or 1}, a smaller calibration_length, or more text"
+            f"calibration {source} is too short: {len(ids):,} tokens make {rows} rows of {length}, not "
+            f"{samples}; use calibration_samples={rows or 1}, a smaller calibration_length, or more text"
         )
     chosen = sorted(Random(seed).sample(range(rows), samples))
     calibration = CalibrationSet.of(torch.tensor(ids[: rows * length]).view(rows, length)[chosen], source, seed)
@@ -156,7 +156,7 @@ def load_calibration(
 
 
 def check_vocabulary(calibration: CalibrationSet, model: PreTrainedModel | None) -> None:
-    """Refuse tokens that a model does not know.
+    """Refuse tokens outside a model's vocabulary.
 
     Raises:
         CheckpointError: A token is outside the model's embeddings.
@@ -167,15 +167,17 @@ def check_vocabulary(calibration: CalibrationSet, model: PreTrainedModel | None)
     size, largest = embeddings.weight.shape[0], int(calibration.input_ids.max())
     if largest >= size:
         raise CheckpointError(
-            f"the calibration set has token {largest}, and the model's vocabulary ends at {size - 1}; the tokenizer "
-            "belongs to another model"
+            f"the calibration set has token {largest}, but the model's vocabulary ends at {size - 1}; use the tokenizer "
+            "of this model"
         )
 
 
 def _check_length(model: PreTrainedModel, length: int) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit < length:
-        raise CutError(f"calibration_length={length} is more than the {limit} positions that the model knows")
+        raise CutError(
+            f"calibration_length={length} is more than the {limit} positions of the model; use {limit} or less"
+        )
 
 
 # --- text from files and data sets ----------------------------------------------------------------------
@@ -203,14 +205,14 @@ def _documents(source: str, seed: int) -> Iterator[str | list[dict[str, Any]]]:
 def _read(path: Path) -> str:
     text = read_text(path)
     if "\0" in text:
-        raise CheckpointError(f"calibration file {path} is binary; name a text")
+        raise CheckpointError(f"calibration file {path} is binary; name a text file")
     if not text.strip():
-        raise CheckpointError(f"calibration file {path} is empty")
+        raise CheckpointError(f"calibration file {path} is empty; name one with text")
     return text
 
 
 def _text(path: Path) -> list[str]:
-    """A running text, in pieces so long that it matters little where they end."""
+    """The text in large pieces, so that their boundaries matter little."""
     pieces, piece, size = [], [], 0
     for line in _read(path).splitlines(keepends=True):
         piece.append(line)
@@ -223,15 +225,15 @@ def _text(path: Path) -> list[str]:
 
 def _rows(path: Path, column: str) -> list[str | list[dict[str, Any]]]:
     text = _read(path)
-    found = []
+    documents = []
     for where, row in _json_array(path, text) if path.suffix == ".json" else _json_lines(path, text):
         if not isinstance(row, dict) or not _is_document(row.get(column)):
             has = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
             raise CheckpointError(
-                f"{where} of {path} has no text in {column!r}, it has {has}; name the column: {path}:COLUMN"
+                f"{where} of {path} has no text in {column!r}, only {has}; name the column: {path}:COLUMN"
             )
-        found.append(row[column])
-    return found
+        documents.append(row[column])
+    return documents
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -246,13 +248,13 @@ def _json_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     except CheckpointError as error:
         raise CheckpointError(f"{error}; is it JSON lines? Then name it .jsonl") from error
     if not isinstance(rows, list):
-        raise CheckpointError(f"{path} is not a list of rows; write one row a line and name it .jsonl")
+        raise CheckpointError(f"{path} is not a list of rows; write one row per line and name it .jsonl")
     for number, row in enumerate(rows):
         yield f"row {number}", row
 
 
 def _is_document(value: Any) -> bool:
-    """Whether it is a text, or a chat as a list of messages."""
+    """Whether a value is text, or a chat as a list of messages."""
     return isinstance(value, str) or (
         isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
     )
@@ -262,25 +264,27 @@ def _data_set(source: str, seed: int) -> Iterator[str | list[dict[str, Any]]]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise LayerPruneError('data sets on the Hub need datasets; pip install "hf-layerprune[eval]"') from None
+        raise LayerPruneError(
+            'data sets on the Hub need the package datasets; pip install "hf-layerprune[eval]"'
+        ) from None
     name, _, rest = source.partition(":")
     split, _, column = rest.partition(":")
     name, _, config = name.partition("@")
     split, column = split or "train", column or "text"
     if split.partition("[")[0] in _HELD_BACK:
-        logger.warning("calibration looks at the %s split of %s: don't measure on it afterwards", split, name)
+        logger.warning("calibration uses the %s split of %s; don't evaluate on it afterwards", split, name)
     try:
-        # Streamed, so that a web-sized data set costs what is looked at.
+        # Streamed, so that only the rows that are used are downloaded.
         rows = load_dataset(name, config or None, split=split, streaming=True, trust_remote_code=False)
         for row in rows.shuffle(seed, buffer_size=_BUFFER):
             if not _is_document(row.get(column)):
                 raise CheckpointError(
-                    f"{name} has no text in {column!r}, it has {', '.join(row)}; name the column: {name}:{split}:COLUMN"
+                    f"{name} has no text in {column!r}, only {', '.join(row)}; name the column: {name}:{split}:COLUMN"
                 )
             yield row[column]
     except CheckpointError:
         raise
-    except Exception as error:  # whatever stands between us and a data set; the library raises many kinds
+    except Exception as error:  # the library raises many kinds of errors
         raise CheckpointError(f"can't read calibration {source}: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -294,9 +298,11 @@ def _tokens(
             with boundary("the tokenizer can't read the calibration set"):
                 ids += tokenizer(document, add_special_tokens=False, verbose=False).input_ids + between
         elif tokenizer.chat_template is None:
-            raise CheckpointError("the calibration set has chats, and the tokenizer has no chat template; name a text")
+            raise CheckpointError(
+                "the calibration set has chats, but the tokenizer has no chat template; name a set with plain text"
+            )
         else:
-            with boundary("the tokenizer's chat template can't render the calibration set", "name a text instead"):
+            with boundary("the tokenizer's chat template can't render the calibration set", "name plain text instead"):
                 chat: Any = tokenizer.apply_chat_template(document, return_dict=True)
             ids += chat.input_ids
         if len(ids) >= enough:

@@ -1,7 +1,7 @@
-"""Text that a model writes itself: calibration without a data set.
+"""Text written by the model itself: calibration without a data set.
 
-Sampled at temperature 1 from an empty turn of a chat, as in Magpie (arXiv:2406.08464), or from the beginning of a text
-where the tokenizer has no chat template. An end of text does not end a row: what the model says next follows it.
+Sampled at temperature 1 after an empty user turn, as in Magpie (arXiv:2406.08464), or from the beginning of a text if
+the tokenizer has no chat template. An end-of-text token does not end a row; sampling continues after it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def write_text_with(
     """Sample rows of text from a model.
 
     Args:
-        model (`PreTrainedModel`): Whose text it is. It is left as it was.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Gives the beginning, and the tokens that are used at all.
+        model (`PreTrainedModel`): The model that writes; left unchanged.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Provides the prompt, and limits the tokens to its vocabulary.
         samples (`int`): How many rows.
-        length (`int`): How many tokens a row, its beginning among them.
-        seed (`int`): Decides every token; how many rows are written at once does not.
+        length (`int`): How many tokens per row, including the prompt.
+        seed (`int`): Determines every token, whatever the batch size.
 
     Returns:
         `torch.Tensor`: Token ids `[samples, length]`.
@@ -52,14 +52,14 @@ def write_text_with(
     from transformers import GenerationConfig, LogitsProcessorList
 
     start = _beginning(model, tokenizer)[: length - 1]
-    # Rows that differ only in numerical noise of a batch's size still draw the same numbers.
+    # Drawn in advance, so that the numbers don't depend on the batch size.
     draws = torch.rand(samples, length - len(start), generator=torch.Generator().manual_seed(seed))
     size = model.config.get_text_config().vocab_size
-    known = min(size, len(tokenizer)) if tokenizer is not None else size  # the rest pads the embeddings
-    rows, was_training, habits = [], model.training, model.generation_config
+    known = min(size, len(tokenizer)) if tokenizer is not None else size  # the rest is padding of the embeddings
+    rows, was_training, generation_config = [], model.training, model.generation_config
     try:
         model.eval()
-        # None of the model's own: no repetition penalty, no end.
+        # None of the model's own settings: no repetition penalty, no end-of-text token.
         model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=start[0])
         with fast_decoding(model), tqdm(total=draws.numel(), unit="token", desc="writing text", disable=None) as bar:
             for part in draws.split(_rows_at_once(model, length)):
@@ -69,23 +69,23 @@ def write_text_with(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=part.shape[1],
-                    do_sample=False,  # the processor below has drawn before the largest is taken
+                    do_sample=False,  # the processor below leaves only the sampled token
                     logits_processor=LogitsProcessorList([_Draw(part.to(model.device), len(start), known, bar)]),
                 )
                 rows.append(written.cpu())
     except (AttributeError, NotImplementedError, TypeError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} can't write its own calibration text ({str(error)[:120]}); name a text with "
-            "calibration="
+            f"{type(model).__name__} can't write its own calibration text ({str(error)[:120]}); name a text "
+            "or a data set with calibration="
         ) from error
     finally:
-        model.generation_config = habits
+        model.generation_config = generation_config
         model.train(was_training)
     return torch.cat(rows)
 
 
 class _Draw(LogitsProcessor):
-    """Draws a token for each row, and leaves it as the only one that is possible."""
+    """Samples a token for each row, and masks all others."""
 
     def __init__(self, draws: torch.Tensor, start: int, known: int, bar: tqdm) -> None:
         self.draws, self.start, self.known, self.bar = draws, start, known, bar
@@ -99,9 +99,11 @@ class _Draw(LogitsProcessor):
 
 
 def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """An empty turn of a user, or how a text begins."""
+    """The start of an empty user turn, or the beginning-of-text token."""
     if tokenizer is not None and tokenizer.chat_template is not None:
-        with boundary("the tokenizer's chat template can't be rendered", "name a text with --calibration"):
+        with boundary(
+            "the tokenizer's chat template can't be rendered", "name a text or a data set with --calibration"
+        ):
             chat = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
         before, mark, _ = str(chat).partition(_MARK)
         if mark and before:
@@ -114,7 +116,7 @@ def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 
 def _rows_at_once(model: PreTrainedModel, length: int) -> int:
-    """As many rows as half of the free memory holds."""
+    """As many rows as fit into half of the free memory."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1) or 1
     shared = (getattr(config, "num_key_value_heads", heads) or heads) / heads
@@ -137,7 +139,7 @@ _GROUPED = "layerprune_grouped"
 
 @contextmanager
 def fast_decoding(model: PreTrainedModel) -> Iterator[None]:
-    """On a CPU, torch's attention kernel takes ten times as long for a single token a row as two matrix products."""
+    """Use matrix products for attention on a CPU: for one token per row, torch's kernel takes ten times as long."""
     if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
         yield
         return
@@ -159,11 +161,11 @@ def _grouped_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one new token to all before it; anything else is left to transformers' own."""
+    """Attention of one new token to all previous ones; other cases fall back to transformers' implementation."""
     batch, heads, length, width = query.shape
     if length > 1 or heads % key.shape[1] or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    # Query heads that share a key are the rows of one product.
+    # Query heads that share a key form the rows of one product.
     grouped = query.view(batch, key.shape[1], heads // key.shape[1], width)
     scores = (grouped @ key.transpose(2, 3)).float() * (width**-0.5 if scaling is None else scaling)
     if attention_mask is not None:

@@ -1,7 +1,7 @@
-"""The one table of architectures: where a decoder keeps its layers, and how a cut rewrites its config.
+"""Architectures: where a decoder keeps its layers, and how a cut rewrites its config.
 
-No other part of the package names a model family. An architecture is accepted only if the matrix in
-`tests/test_matrix.py` proves it (docs/architectures.md); anything unknown is refused, never guessed.
+This is the only part of the package that names model families. An architecture is supported only if the matrix in
+`tests/test_matrix.py` proves it (docs/architectures.md); unknown ones are refused.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ __all__ = [
     "wide_tensors",
 ]
 
-# The config attribute by which a cut model says what was done to it.
+# The config attribute in which a pruned model records its cut.
 MARKER = "layer_drop"
 
-# Names under which composite configs keep their language decoder.
+# Attributes in which composite configs keep the config of their language decoder.
 _TEXT_CONFIGS = ("text_config", "decoder")
 
 
@@ -52,7 +52,7 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
         config (`PreTrainedConfig`): A model's config.
 
     Returns:
-        `PreTrainedConfig`: The very object, not a copy, so that changing it changes the whole.
+        `PreTrainedConfig`: The object itself, not a copy, so changes to it change `config`.
     """
     for name in _TEXT_CONFIGS:
         part = getattr(config, name, None)
@@ -66,7 +66,7 @@ def _family(config: PreTrainedConfig) -> Family:
 
 
 def count_field(config: PreTrainedConfig) -> str:
-    """The field that holds the layer count of a text config; empty where a list's length is the count."""
+    """The field that holds the layer count of a text config; empty if the count is the length of a list."""
     declared = _family(config).count_field
     if declared is not None:
         return declared
@@ -74,7 +74,9 @@ def count_field(config: PreTrainedConfig) -> str:
     for name in COUNT_FIELDS:
         if isinstance(fields.get(name), int):
             return name
-    raise UnsupportedModelError(f"the config of model type {config.model_type!r} has no layer count")
+    raise UnsupportedModelError(
+        f"the config of model type {config.model_type!r} has no layer count; only decoders with one can be pruned"
+    )
 
 
 def layer_count(config: PreTrainedConfig) -> int:
@@ -85,14 +87,14 @@ def layer_count(config: PreTrainedConfig) -> int:
 
 
 def check_supported(config: PreTrainedConfig) -> None:
-    """Refuse a model that is not proven to survive a cut.
+    """Refuse a model type that is not proven to survive a cut.
 
     Args:
         config (`PreTrainedConfig`): The model's config.
 
     Raises:
-        UnsupportedModelError: The model type is refused (with the reason) or unknown, or this very config turns
-            on something that a cut would change.
+        UnsupportedModelError: The model type is refused (with the reason) or unknown, or this config enables a
+            feature that a cut would break.
     """
     for part in (config, text_config(config)):
         if reason := REFUSED.get(part.model_type):
@@ -100,8 +102,8 @@ def check_supported(config: PreTrainedConfig) -> None:
     part = text_config(config)
     if not {config.model_type, part.model_type} & proven():
         raise UnsupportedModelError(
-            f"model type {part.model_type!r} is not among the {len(proven())} proven ones (docs/architectures.md); "
-            "refusing, since an unknown layout could change silently on reload"
+            f"model type {part.model_type!r} is not among the {len(proven())} proven ones (docs/architectures.md), "
+            "and a cut of an unknown layout could change silently on reload; choose a model of a proven type"
         )
     family = _family(part)
     if family.requires and (reason := family.requires(part.to_dict())):
@@ -109,16 +111,16 @@ def check_supported(config: PreTrainedConfig) -> None:
 
 
 def check_stage(config: PreTrainedConfig, stage: str) -> None:
-    """Refuse a model at a stage that gives wrong results for its type.
+    """Refuse a model whose type is known to fail at a stage.
 
-    Types that were never proven pass: what runs a model checks it against the model's own forward as well.
+    Unproven types pass here; the code that runs them layer by layer checks them against their own forward.
 
     Args:
         config (`PreTrainedConfig`): The model's config.
         stage (`str`): One of `STAGES`.
 
     Raises:
-        UnsupportedModelError: The type is refused at that stage, with the reason and the way out.
+        UnsupportedModelError: The type is refused at that stage; says why, and what to do instead.
     """
     for part in (config, text_config(config)):
         if reason := REFUSED_AT[stage].get(part.model_type):
@@ -129,37 +131,37 @@ def check_stage(config: PreTrainedConfig, stage: str) -> None:
 
 
 def protected_layers(config: PreTrainedConfig) -> dict[int, str]:
-    """Layers that this architecture can't lose, by base index, each with the reason."""
+    """Layers that can't be dropped from this architecture: the reason, by base index."""
     part = text_config(config)
     protect = _family(part).protect
     return protect(part.to_dict(), layer_count(part)) if protect else {}
 
 
 def wide_tensors(config: PreTrainedConfig) -> tuple[tuple[WideTensor, int], ...]:
-    """Tensors outside the layers that hold one slice a layer, each with the width of a slice."""
+    """Tensors outside the layers that hold one slice per layer, each with the width of a slice."""
     part = text_config(config)
     return tuple((wide, width) for wide in _family(part).wide if (width := getattr(part, wide.width_field, None)))
 
 
 def make_cut(config: PreTrainedConfig, drop_layers: Sequence[int]) -> Cut:
-    """Check a set of layers against a config.
+    """Check that a set of layers can be dropped, and describe the cut.
 
     Args:
         config (`PreTrainedConfig`): The base's config.
         drop_layers (`Sequence[int]`): Base indices of the layers to drop, in any order.
 
     Returns:
-        `Cut`: What stays.
+        `Cut`: The layers that stay.
 
     Raises:
-        CutError: An index is out of range, given twice or protected, or nothing or everything would go.
+        CutError: An index is out of range, given twice or protected, or no layer or all of them would be dropped.
     """
     n = layer_count(config)
     if not drop_layers:
         raise CutError("drop_layers is empty: nothing would be dropped; name at least one layer, or set drop")
     for i in drop_layers:
         if not 0 <= i < n:
-            raise CutError(f"drop_layers has {i}, but the model's layers are 0..{n - 1}")
+            raise CutError(f"drop_layers has {i}, but the model's layers are 0..{n - 1}; name layers in that range")
     if len(set(drop_layers)) != len(drop_layers):
         twice = sorted({i for i in drop_layers if list(drop_layers).count(i) > 1})
         raise CutError(f"drop_layers names {', '.join(map(str, twice))} more than once; name each layer once")
@@ -176,18 +178,18 @@ def make_cut(config: PreTrainedConfig, drop_layers: Sequence[int]) -> Cut:
 
 
 def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:
-    """The config of the model that remains.
+    """The config of the pruned model.
 
     Args:
-        config (`PreTrainedConfig`): The base's config; it is not changed.
+        config (`PreTrainedConfig`): The base's config; left unchanged.
         cut (`Cut`): Which layers stay.
 
     Returns:
-        `PreTrainedConfig`: A new config of the same class, validated by its own class, with a `layer_drop` entry
-            that says what was dropped.
+        `PreTrainedConfig`: A new config of the same class, validated by that class, with a `layer_drop` entry that
+            records the cut.
 
     Raises:
-        CutError: The config's class can't describe the kept layers.
+        CutError: The config class can't describe the kept layers.
         UnsupportedModelError: See `check_supported`.
     """
     check_supported(config)
@@ -212,7 +214,7 @@ def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:
 
 
 def _cut_quantization(old: PreTrainedConfig, new: PreTrainedConfig, cut: Cut) -> None:
-    """Renumber the layers that quantisation settings name."""
+    """Renumber the layers named in quantisation settings."""
     from .quantization import rewrite_quantization
 
     several_stacks = text_config(old) is not old
@@ -228,15 +230,16 @@ def _cut_quantization(old: PreTrainedConfig, new: PreTrainedConfig, cut: Cut) ->
             elif not isinstance(settings, dict):
                 try:
                     changed = type(settings).from_dict(changed)
-                except Exception as error:  # each quantiser's class raises what it likes
+                except Exception as error:  # each quantiser's class raises its own errors
                     raise CutError(
-                        f"{type(settings).__name__} can't hold the kept layers' settings: {error}"
+                        f"{type(settings).__name__} can't hold the settings of the kept layers ({error}); drop other layers, or "
+                        "prune the model before it is quantised"
                     ) from error
             setattr(part, name, changed)
 
 
 def is_cut(config: PreTrainedConfig, drop_layers: Sequence[int], num_base_layers: int) -> bool:
-    """Whether the model of this config is what is left of a base after exactly this cut."""
+    """Whether a config belongs to a model pruned by exactly this cut."""
     marker = getattr(config, MARKER, None) or {}
     return (
         marker.get("num_base_layers") == num_base_layers
@@ -245,12 +248,12 @@ def is_cut(config: PreTrainedConfig, drop_layers: Sequence[int], num_base_layers
     )
 
 
-# Kinds of layers whose cache does not count tokens.
+# Layer types whose cache does not track the number of tokens.
 _UNCOUNTED = {"linear_attention", "mamba", "conv", "recurrent", "moe", "mlp"}
 
 
 def _check_attention_left(part: PreTrainedConfig, cut: Cut) -> None:
-    """A hybrid's cache asks an attention layer how many tokens it holds: one must stay."""
+    """A hybrid's cache gets its token count from an attention layer, so one must stay."""
     kinds = getattr(part, "layer_types", None) or getattr(part, "layers_block_type", None) or []
     counted = [i for i, kind in enumerate(kinds) if kind not in _UNCOUNTED]
     if counted and not any(i in cut.new_index for i in counted):
@@ -261,14 +264,16 @@ def _check_attention_left(part: PreTrainedConfig, cut: Cut) -> None:
 
 
 def _rebuild(old: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
-    """A config of the same class from new fields, with what `to_dict` leaves out carried over."""
+    """Build a config of the same class from new fields, keeping the attributes that `to_dict` omits."""
     try:
         rebuilt = type(old).from_dict(copy.deepcopy(fields))
         rebuilt.validate()
-    except Exception as error:  # each config class raises what it likes
+    except Exception as error:  # each config class raises its own errors
         reason = " ".join(str(error).split())
-        raise CutError(f"the kept layers make no valid {type(old).__name__}: {reason}") from error
-    # Run-time choices (attention and expert kernels, the resolved commit) are in no dictionary.
+        raise CutError(
+            f"the kept layers don't give a valid {type(old).__name__} ({reason}); drop other layers"
+        ) from error
+    # Run-time choices (attention and expert kernels, the resolved commit) are not in `to_dict`.
     for name, value in vars(old).items():
         if name.startswith("_") and name != "_heterogeneity_spec":
             vars(rebuilt)[name] = value
@@ -276,13 +281,13 @@ def _rebuild(old: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _check_kept(config: PreTrainedConfig, changed: dict[str, Any]) -> None:
-    """Refuse where the config class replaced what was written, as it would again on every reload."""
+    """Refuse a config whose class replaces rewritten values, as it would on every reload."""
     fields = config.to_dict()
     for name, value in changed.items():
-        if name == "per_layer_config":  # normalised by the class; its values are checked by the layers themselves
+        if name == "per_layer_config":  # normalised by the class; the layers check its values
             continue
         if fields.get(name) != value:
             raise CutError(
                 f"{type(config).__name__} turns {name}={value!r} into {fields.get(name)!r}, "
-                "so the kept layers would come back changed"
+                "so the kept layers would change on reload; drop other layers"
             )

@@ -1,9 +1,9 @@
 """How each per-layer field of a model config changes when layers are dropped.
 
-One rule a field name. A rule takes the old value and a `Cut` (which layers stay, of how many) and returns
-the value that describes the same layers at their new positions, or raises `CutError` where no value does.
-Fields that only *seed* another, explicit field (a period from which `layer_types` was once computed) stay as
-they are: a saved config carries the explicit list, and the list wins.
+Each field name has one rule. A rule takes the old value and a `Cut`, and returns the value that describes the same layers
+at their new positions; it raises `CutError` if there is none. Fields that only *seed* another, explicit field (such as
+the period from which `layer_types` is computed) stay unchanged: a saved config contains the explicit list, and the list
+takes precedence.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 from ..errors import CutError
 
-# What the lists of whole layers are called. Lists of parts of layers (`attentions`, `ffns`) are not among them.
+# Names of lists of whole layers; lists of parts of layers (`attentions`, `ffns`) are not included.
 LIST_NAMES = ("layers", "layer", "h", "blocks", "block")
-# Towers for modalities other than text may be as deep as the decoder.
+# Marks stacks for modalities other than text, which may have as many layers as the decoder.
 NOT_TEXT = re.compile(r"vision|visual|image|img|audio|speech|video")
 
 
@@ -36,7 +36,7 @@ class Cut:
 
     @property
     def drop(self) -> tuple[int, ...]:
-        """Base indices of the layers that go, ascending."""
+        """Base indices of the dropped layers, ascending."""
         kept = set(self.keep)
         return tuple(i for i in range(self.num_layers) if i not in kept)
 
@@ -50,27 +50,27 @@ Rule = Callable[[Any, Cut], Any]
 
 
 def select(value: Any, cut: Cut) -> Any:
-    """A list with one entry a layer: take the entries of the kept layers. A scalar holds for all layers."""
+    """A list with one entry per layer: take those of the kept layers. A scalar applies to all layers."""
     if not isinstance(value, list | tuple):
         return value
     if len(value) < cut.num_layers:
         raise CutError(f"has {len(value)} entries for {cut.num_layers} layers")
-    # Some published configs carry longer lists than layers; only the first `num_layers` are ever read.
+    # Some published configs have more entries than layers; only the first `num_layers` are used.
     return [value[i] for i in cut.keep]
 
 
 def remap(value: Any, cut: Cut) -> Any:
-    """A set of layer indices: forget the dropped ones, renumber the rest."""
+    """A set of layer indices: remove the dropped ones, and renumber the rest."""
     return None if value is None else [cut.new_index[i] for i in value if i in cut.new_index]
 
 
 def remap_one_based(value: Any, cut: Cut) -> Any:
-    """A set of layer numbers that start at 1."""
+    """Like [`remap`], for layer numbers that start at 1."""
     return None if value is None else [cut.new_index[i - 1] + 1 for i in value if i - 1 in cut.new_index]
 
 
 def remap_keys(value: Any, cut: Cut) -> Any:
-    """A mapping from layer index (an int, or digits) to something."""
+    """A mapping keyed by layer index, as an int or a string of digits."""
     if value is None:
         return None
     return {cut.new_index[int(k)]: v for k, v in value.items() if int(k) in cut.new_index}
@@ -82,17 +82,17 @@ def count_below(value: Any, cut: Cut) -> Any:
 
 
 def count_last(value: Any, cut: Cut) -> Any:
-    """A number of layers, counted from the end: count the kept ones among them."""
+    """A number of layers at the end: count the kept layers among them."""
     return None if value is None else sum(i >= cut.num_layers - value for i in cut.keep)
 
 
 def spell_out_pattern(value: Any, cut: Cut) -> Any:
-    """A pattern that is repeated over the layers: write the kept layers out as one long pattern."""
+    """A pattern that repeats over the layers: write out the kept layers as one pattern."""
     return None if not value else [value[i % len(value)] for i in cut.keep]
 
 
 def spell_out_runs(value: Any, cut: Cut) -> Any:
-    """Nested runs `[[[kind, ...], repeats], ...]`: write the kept layers out as one run."""
+    """Nested runs `[[[kind, ...], repeats], ...]`: write out the kept layers as one run."""
     if not value:
         return value
     flat = [kind for kinds, repeats in value for _ in range(repeats) for kind in kinds]
@@ -100,22 +100,22 @@ def spell_out_runs(value: Any, cut: Cut) -> Any:
 
 
 def rescale_depth(value: Any, cut: Cut) -> Any:
-    """A residual scale that is divided by the square root of the layer count: keep the quotient."""
+    """A residual scale that the model divides by the square root of the layer count: keep the quotient."""
     return None if value is None else value / math.sqrt(cut.num_layers) * math.sqrt(len(cut.keep))
 
 
 def none_left(value: Any, cut: Cut) -> Any:
-    """A number of extra layers that draft further tokens. They were trained on the dense model, and go with a cut."""
+    """A number of multi-token prediction layers. They were trained on the dense model, so a cut removes them."""
     return 0 if isinstance(value, int) else value
 
 
 def unchanged(value: Any, cut: Cut) -> Any:
-    """Not per layer, or only the seed of an explicit list that is rewritten."""
+    """Not per layer, or only the seed of an explicit list that has its own rule."""
     return value
 
 
 FIELDS: dict[str, Rule] = {
-    # One entry a layer.
+    # One entry per layer.
     "layer_types": select,
     "mlp_layer_types": select,
     "layers_block_type": select,
@@ -125,7 +125,7 @@ FIELDS: dict[str, Rule] = {
     "layer_rope_theta": select,
     "attention_layers": select,
     "activation_sparsity_pattern": select,
-    # Scalars in most families, one entry a layer in some.
+    # Scalars in most families, one entry per layer in some.
     "intermediate_size": select,
     "num_experts": select,
     "moe_topk": select,
@@ -165,7 +165,7 @@ FIELDS: dict[str, Rule] = {
     "index_topk_pattern": unchanged,
     "index_skip_topk_offset": unchanged,
     "hybrid_override_pattern": unchanged,
-    # Of other stacks than the decoder: encoders, multi-token prediction, per-layer embedding widths.
+    # Not the decoder's layers: encoders, multi-token prediction, per-layer embedding widths.
     "encoder_layers": unchanged,
     "num_encoder_layers": unchanged,
     "num_nextn_predict_layers": none_left,
@@ -176,7 +176,7 @@ FIELDS: dict[str, Rule] = {
     "mtp_local_layer_ids": unchanged,
     "vocab_size_per_layer_input": unchanged,
     "hidden_size_per_layer_input": unchanged,
-    # Lists that say nothing of layers, whatever their length.
+    # Lists that are not per layer, whatever their length.
     "architectures": unchanged,
     "bos_token_id": unchanged,
     "eos_token_id": unchanged,
@@ -199,7 +199,7 @@ COUNT_FIELDS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_
 
 
 def looks_per_layer(name: str, value: Any, num_layers: int) -> str | None:
-    """Why a field that no rule knows might describe layers one by one, or `None` where it does not look so."""
+    """Why a field without a rule may be per layer, or `None` if it does not look like it."""
     if isinstance(value, list | tuple) and len(value) == num_layers:
         return f"is a list with one entry for each of the {num_layers} layers"
     if isinstance(value, dict) and value and all(str(key).isdigit() and int(key) < num_layers for key in value):
@@ -218,14 +218,14 @@ def rewrite_fields(
     Args:
         fields (`dict[str, Any]`): A config's `to_dict()`.
         cut (`Cut`): Which layers stay.
-        rules (`dict[str, Rule]`): Rules that go before `FIELDS`, by field name.
-        skip (`Sequence[str]`): Fields to leave alone (the layer count, which is set apart).
+        rules (`dict[str, Rule]`): Rules that take precedence over `FIELDS`, by field name.
+        skip (`Sequence[str]`): Fields to leave alone, such as the layer count, which is set separately.
 
     Returns:
-        `dict[str, Any]`: Only the fields whose value changes.
+        `dict[str, Any]`: Only the fields whose values change.
 
     Raises:
-        CutError: A rule found no value for the kept layers, or an unknown field looks per-layer.
+        CutError: A field can't describe the kept layers, or an unknown field may be per layer.
     """
     changed: dict[str, Any] = {}
     for name, value in fields.items():
@@ -235,8 +235,7 @@ def rewrite_fields(
         if rule is None:
             if why := looks_per_layer(name, value, cut.num_layers):
                 raise CutError(
-                    f"config field {name!r} {why}, and it is not known how a cut changes it; "
-                    "refusing rather than guessing"
+                    f"config field {name!r} {why}, and there is no rule for how a cut changes it; add one in families/fields.py"
                 )
             continue
         try:

@@ -1,15 +1,15 @@
-"""What the metadata keys of a GGUF file say about layers, and which architectures are known to survive a cut.
+"""How GGUF metadata keys describe layers, and which GGUF architectures can be pruned.
 
-Two tables. The first sorts every key that belongs to an architecture: one value per layer, a number of layers, an
-index-driven period, or nothing to do with layers. The second lists the architectures whose llama.cpp code was read
-and found to treat a layer by its tensors and keys alone, or by a fixed period or layer count that is written down
-here. The names are those of `general.architecture`, which are llama.cpp's and not transformers'.
+There are two tables. The first classifies each architecture's keys: one value per layer, a number of layers, a period,
+or not about layers. The second lists architectures whose llama.cpp code was reviewed: it depends only on a layer's
+tensors and keys, or on a fixed period or layer count that is noted here. Architecture names are those of
+`general.architecture`, which are llama.cpp's, not transformers'.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-# No model comes near this; it bounds what a damaged file can ask for.
+# Far above any real model; limits what a damaged file can request.
 MAX_LAYERS = 4096
 
 
@@ -17,7 +17,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# One value for all layers, or an array with one value a layer.
+# One value for all layers, or an array with one value per layer.
 PER_LAYER = _words(
     """
     activation_sparsity_scale attention.compress_ratios attention.head_count attention.head_count_kv
@@ -26,38 +26,38 @@ PER_LAYER = _words(
     swiglu_clamp_shexp
     """
 )
-# Of these, the ones whose first value also sizes the whole model (the default head size is one example), ...
+# Of these, keys whose first value also sets a size of the whole model, such as the default head size.
 FIRST_SIZES_ALL = _words(
     """
     attention.head_count attention.head_count_kv expert_feed_forward_length expert_used_count feed_forward_length
     """
 )
-# ... and the ones that say, by zero or not zero, which of two kinds a layer is.
+# Of these, keys that distinguish two kinds of layers by zero and non-zero values.
 TWO_KINDS = frozenset({"attention.head_count_kv", "attention.recurrent_layers"})
-# The same as `PER_LAYER`, for the few keys that do not carry the architecture's name.
+# Like `PER_LAYER`, for the few keys without the architecture's name as a prefix.
 PER_LAYER_UNPREFIXED = frozenset({"xielu.alpha_p", "xielu.alpha_n", "xielu.beta", "xielu.eps"})
-# The number of layers at the start, or at the end, that are different.
+# A number of layers at the start, or at the end, that differ from the rest.
 LEADING = frozenset({"leading_dense_block_count", "hash_layer_count"})
 TRAILING = frozenset({"nextn_predict_layers"})
-# "Every n-th layer is different": which layers of a group of n the reader picks out.
+# Periods (every n-th layer differs): whether llama.cpp treats a layer as different.
 PERIODS: dict[str, Callable[[int, int], bool]] = {
     "attention.sliding_window_pattern": lambda layer, n: (layer + 1) % n == 0,
     "full_attention_interval": lambda layer, n: (layer + 1) % n == 0,
     "interleave_moe_layer_step": lambda layer, n: (layer + 1) % n == 0,
     "moe_every_n_layers": lambda layer, n: layer % n == 1,
 }
-# Layers that must stay exactly where they are, because something outside the file or baked into the weights
-# depends on their index: the first n, or all that are kept.
+# Layers that must keep their index, because something outside the file, or baked into the weights, depends on it:
+# the first n layers, or all kept layers.
 UNMOVED_FIRST = frozenset({"n_deepstack_layers"})
 UNMOVED_ALL = frozenset({"rescale_every_n_layers"})
-# Other statements about layers, for which no exact rewrite is known: fine only if 0.
+# Other keys about layers, without a known exact rewrite; accepted only if 0.
 ZERO_ONLY = _words(
     """
     attention.shared_kv_layers attn_res.block_size block_size convnext.block_count decoder_block_count
     hrm.layers_per_stack num_loops posnet.block_count
     """
 )
-# Not about layers. An array here is copied as it is.
+# Not about layers; arrays are copied unchanged.
 ARRAYS = frozenset({"rope.dimension_sections", "classifier.output_labels"})
 # Not about layers, and never an array.
 SCALARS = _words(
@@ -94,7 +94,7 @@ SCALARS = _words(
 
 
 class ArchRule(NamedTuple):
-    """What llama.cpp ties to a layer's index in one architecture, beside what the metadata says."""
+    """How llama.cpp's code for an architecture depends on layer indices, besides the metadata."""
 
     period: int = 0
     period_key: str = ""
@@ -102,7 +102,7 @@ class ArchRule(NamedTuple):
     counts: tuple[frozenset[int], ...] = ()
 
 
-# llama.cpp treats these layers by their tensors and metadata alone.
+# For these, llama.cpp depends only on a layer's tensors and metadata.
 _FREE = _words(
     """
     apertus arcee bailingmoe bitnet bloom chatglm codeshell dbrx deepseek dots1 ernie4_5 ernie4_5-moe exaone falcon
@@ -116,8 +116,8 @@ ARCHITECTURES: dict[str, ArchRule] = {
     **{arch: ArchRule() for arch in _FREE},
     # Every fourth layer has no rotary embedding.
     "smollm3": ArchRule(4),
-    # Sliding and full attention take turns. Where layers are counted, the count picks the model size, and with it
-    # the attention scale or the presence of whole tensors.
+    # Sliding-window and full attention alternate. Where `counts` is given, llama.cpp derives the model size from the
+    # layer count, and from it the attention scale or which tensors exist.
     "gemma2": ArchRule(2, _WINDOW, counts=(frozenset({46}),)),
     "gemma3": ArchRule(6, _WINDOW, counts=(frozenset({62}),)),
     "cohere2": ArchRule(4, _WINDOW),
@@ -127,12 +127,12 @@ ARCHITECTURES: dict[str, ArchRule] = {
     "exaone4": ArchRule(counts=(frozenset({64}),)),
     "command-r": ArchRule(counts=(frozenset(range(64, MAX_LAYERS + 1)),)),
     "deepseek2": ArchRule(counts=(frozenset({26, 27}), frozenset({47}), frozenset({48}))),
-    # Linear and full attention take turns.
+    # Linear and full attention alternate.
     "qwen3next": ArchRule(4, _INTERVAL),
     "qwen35": ArchRule(4, _INTERVAL),
     "qwen35moe": ArchRule(4, _INTERVAL),
 }
-# Known, and known not to work.
+# Known not to work.
 REFUSED = {
     "baichuan": "llama.cpp picks rotary or ALiBi positions by the number of layers",
     "deci": "its layers may have no tensors at all",

@@ -25,7 +25,7 @@ class DecoderStack:
     """The decoder layers of a model.
 
     Args:
-        path (`str`): The module list's full name in the model, such as `model.layers`.
+        path (`str`): Full name of the module list in the model, such as `model.layers`.
         layers (`nn.ModuleList`): The layers.
     """
 
@@ -44,7 +44,7 @@ class DecoderStack:
 
 
 def find_decoder_layers(model: PreTrainedModel) -> DecoderStack:
-    """Find the list of decoder layers, also inside a multimodal model.
+    """Find the list of decoder layers, including that of a multimodal model.
 
     Args:
         model (`PreTrainedModel`): A causal language model.
@@ -53,7 +53,7 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderStack:
         `DecoderStack`: Where the layers are.
 
     Raises:
-        UnsupportedModelError: No list, or more than one, fits the layer count in the config.
+        UnsupportedModelError: No list, or more than one, has the length given by the config.
     """
     from torch import nn
 
@@ -63,7 +63,7 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderStack:
         if not isinstance(root, nn.Module):
             continue
         inside = {id(module) for module in root.modules()}
-        found = [
+        lists = [
             (path, module)
             for path, module in model.named_modules()
             if isinstance(module, nn.ModuleList)
@@ -71,37 +71,37 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderStack:
             and path.rpartition(".")[2] in LIST_NAMES
             and len(module) == n
         ]
-        if len(found) > 1:
-            found = [(path, module) for path, module in found if not NOT_TEXT.search(path)]
-        # A list inside a layer of another list is a part of that layer.
-        found = [
-            (path, module) for path, module in found if not any(path.startswith(outer + ".") for outer, _ in found)
+        if len(lists) > 1:
+            lists = [(path, module) for path, module in lists if not NOT_TEXT.search(path)]
+        # A list inside a layer of another list is part of that layer.
+        lists = [
+            (path, module) for path, module in lists if not any(path.startswith(outer + ".") for outer, _ in lists)
         ]
-        if len(found) == 1:
-            return DecoderStack(*found[0])
-        if found:
+        if len(lists) == 1:
+            return DecoderStack(*lists[0])
+        if lists:
             raise UnsupportedModelError(
-                f"{type(model).__name__} has several lists of {n} layers: {', '.join(path for path, _ in found)}"
+                f"{type(model).__name__} has several lists of {n} layers: {', '.join(path for path, _ in lists)}"
             )
     raise UnsupportedModelError(
-        f"{type(model).__name__} has no list of {n} decoder layers, as its config says; is it a "
-        f"{text_config(model.config).model_type} model, and do the model and its config belong together?"
+        f"{type(model).__name__} has no list of {n} decoder layers, the number in its config; check that the config belongs "
+        f"to this model and that it is a {text_config(model.config).model_type} model"
     )
 
 
 def find_layer_prefix(names: Iterable[str], num_layers: int) -> str:
-    """Find how a checkpoint names its decoder layers, from the names of its tensors alone.
+    """Find the prefix of decoder layers in a checkpoint's tensor names.
 
     Args:
         names (`Iterable[str]`): All tensor names.
         num_layers (`int`): How many decoder layers the config describes.
 
     Returns:
-        `str`: What stands before a layer's index, such as `model.layers.`. Indices of `num_layers` and above, which
-            some families use for layers that draft further tokens, may follow it too.
+        `str`: The part of the name before the layer index, such as `model.layers.`. Some families also use it for
+            multi-token prediction layers, with indices from `num_layers` up.
 
     Raises:
-        UnsupportedModelError: No prefix, or more than one, has tensors for every layer.
+        UnsupportedModelError: No prefix, or more than one, has tensors for all layers.
     """
     indices: dict[str, set[int]] = {}
     for name in names:
@@ -109,23 +109,23 @@ def find_layer_prefix(names: Iterable[str], num_layers: int) -> str:
         for position, part in enumerate(parts[:-1]):
             if part in LIST_NAMES and parts[position + 1].isdecimal():
                 indices.setdefault(".".join([*parts[: position + 1], ""]), set()).add(int(parts[position + 1]))
-                break  # a list further down is a part of a layer
-    found = [prefix for prefix, seen in indices.items() if seen >= set(range(num_layers))]
-    if len(found) > 1:
-        found = [prefix for prefix in found if not NOT_TEXT.search(prefix)]
-    if len(found) > 1:  # of an encoder and a decoder, a causal language model is the decoder
-        found = [prefix for prefix in found if "decoder." in prefix]
-    if len(found) != 1:
+                break  # a nested list is part of a layer
+    prefixes = [prefix for prefix, seen in indices.items() if seen >= set(range(num_layers))]
+    if len(prefixes) > 1:
+        prefixes = [prefix for prefix in prefixes if not NOT_TEXT.search(prefix)]
+    if len(prefixes) > 1:  # an encoder and a decoder: the causal language model is the decoder
+        prefixes = [prefix for prefix in prefixes if "decoder." in prefix]
+    if len(prefixes) != 1:
         have = {prefix: len(seen) for prefix, seen in indices.items()}
         raise UnsupportedModelError(
-            f"the config describes {num_layers} decoder layers, and the tensors are named for {have or 'no layers'}; "
+            f"the config describes {num_layers} decoder layers, but the tensor names give {have or 'no layers'}; "
             "the weights and the config do not belong together, or the checkpoint is incomplete"
         )
-    return found[0]
+    return prefixes[0]
 
 
 def find_final_norm(model: PreTrainedModel, stack: DecoderStack) -> str | None:
-    """Full name of the norm between the last decoder layer and the head, or `None` where there is none."""
+    """Full name of the norm between the last decoder layer and the head, or `None` if there is none."""
     parent = model.get_submodule(stack.parent_path) if stack.parent_path else model
     for name in _NORM_NAMES:
         if hasattr(parent, name) and next(getattr(parent, name).parameters(), None) is not None:
@@ -134,6 +134,6 @@ def find_final_norm(model: PreTrainedModel, stack: DecoderStack) -> str | None:
 
 
 def find_output_head(model: PreTrainedModel) -> str | None:
-    """Full name of the module that turns hidden states into logits, or `None` where there is none."""
+    """Full name of the module that computes logits from hidden states, or `None` if there is none."""
     head = model.get_output_embeddings()
     return next((path for path, module in model.named_modules() if module is head), None) if head is not None else None

@@ -1,9 +1,9 @@
-r"""How a cut changes the quantisation settings that name layers by index.
+r"""Rewrite quantisation settings that name layers by index.
 
-Each quantiser has its own fields for it (skip lists, ignore patterns, targets, overrides a module), and new ones come
-up all the time, so no field is looked for by name: every text and every key of the settings is examined. A name
+Each quantiser has its own fields for this (skip lists, ignore patterns, targets, per-module overrides), and new ones keep
+appearing. So fields are not looked up by name; every string and every key of the settings is examined. A name
 (`model.layers.12.mlp.down_proj`) is renumbered, or removed with its layer. A pattern (`re:.*layers\.(0|31)\..*`,
-`model.layers.3*`) is resolved to the layers that it picks, and written again for the new indices. What can't be
+`model.layers.3*`) is resolved to the layers it matches, and rewritten for the new indices. Anything that can't be
 resolved exactly is refused.
 """
 
@@ -16,16 +16,16 @@ from typing import Any
 from ..errors import CutError
 from .fields import LIST_NAMES, NOT_TEXT, Cut
 
-# What sets a regular expression apart from a module's name, and from a name with wildcards.
+# Characters that distinguish a regular expression from a module name, with or without wildcards.
 _REGEX = re.compile(r"[\\^$()|+{]")
 _WILD = re.compile(r"[*?\[]")
-# Words by which a multimodal model tells its decoder from its other stacks.
+# Words that identify the decoder of a multimodal model among its other stacks.
 _TEXT = re.compile(r"language|text|decoder|llm")
 _INDEX_TOKEN = re.compile(r"[0-9]|\\d|\[(?:[0-9-]|\\d)+\]")
 _QUANTIFIER = re.compile(r"(?:[*+?]|\{[0-9]*,?[0-9]*\})[?+]?")
 _SEPARATOR = r"\\\.|\.(?![*+?{])|\[\.\]"
 _ANY_DIGIT = re.compile(r"(?<!\{)(?<!,)(?:\\d|[0-9]+)")
-# A segment that is any index at all.
+# A segment that matches any index.
 _ANY_INDEX = re.compile(r"(?<=\\\.)(?:\\d|\[0-9\])\+(?=\\\.)")
 _WORD_END = re.compile(r"(?:^|[^\\A-Za-z0-9_])(?:\\b)?[A-Za-z_][A-Za-z0-9_]*$")
 _OWNER = re.compile(r"(?:(?<=\\b)|(?<!\\))(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_]*)(\\\.|\.|\[\.\])$")
@@ -38,20 +38,20 @@ def rewrite_quantization(
     *,
     several_stacks: bool = False,
 ) -> dict[str, Any]:
-    """The quantisation settings of the model that remains.
+    """The quantisation settings of the pruned model.
 
     Args:
-        quantization_config (`dict[str, Any]`): The settings; they are not changed.
+        quantization_config (`dict[str, Any]`): The base's settings; left unchanged.
         cut (`Cut`): Which layers stay.
-        layer_list_names (`Sequence[str]`, *optional*): What a list of decoder layers may be called.
-        several_stacks (`bool`, *optional*, defaults to `False`): Whether the model has other layers besides its
-            decoder's. A pattern that may mean either is refused then.
+        layer_list_names (`Sequence[str]`, *optional*): Possible names of a list of decoder layers.
+        several_stacks (`bool`, *optional*, defaults to `False`): Whether the model has layers outside its
+            decoder. If so, ambiguous patterns are refused.
 
     Returns:
-        `dict[str, Any]`: New settings. Entries of dropped layers are gone, those of kept ones are renumbered.
+        `dict[str, Any]`: New settings, with entries of dropped layers removed and those of kept layers renumbered.
 
     Raises:
-        CutError: An entry picks layers in a way that can't be rewritten exactly.
+        CutError: An entry names layers in a way that can't be rewritten exactly.
     """
     return _Rewriter(cut, tuple(layer_list_names), several_stacks).walk(quantization_config, "")
 
@@ -69,7 +69,9 @@ class _Rewriter:
             return self._walk_dict(value, where)
         if isinstance(value, list | tuple):
             if "layer" in where.lower() and value and all(type(item) is int for item in value):
-                raise CutError(f"quantization_config field {where!r} may list layers by index; refusing to guess")
+                raise CutError(
+                    f"quantization_config field {where!r} may list layers by index, which is ambiguous; name modules instead"
+                )
             new: list[Any] = []
             for item in value:
                 new += self._texts(item, where) if isinstance(item, str) else [self.walk(item, where)]
@@ -77,7 +79,7 @@ class _Rewriter:
         if isinstance(value, str):
             texts = self._texts(value, where)
             if len(texts) != 1:
-                raise self._refuse(value, f"field {where!r} can hold one name only, and {len(texts)} would be needed")
+                raise self._refuse(value, f"field {where!r} can hold only one name, but {len(texts)} would be needed")
             return texts[0]
         return value
 
@@ -97,7 +99,7 @@ class _Rewriter:
         return new
 
     def _texts(self, text: str, where: str) -> list[str]:
-        """What a text becomes: nothing where only dropped layers are meant, and several where a wildcard is spelt out."""
+        """Rewrite a string: none if it only names dropped layers, several if a wildcard has to be written out."""
         mark = next((mark for mark in ("re:", "+:", "-:") if text.startswith(mark)), "")
         body = text[len(mark) :]
         if mark or where == "dynamic" or _REGEX.search(body):
@@ -106,10 +108,10 @@ class _Rewriter:
         if not any(char.isdecimal() for char in body):
             return [text]
         if "[" in body:
-            # A wildcard for one program and a regular expression for another; both pick the same layers.
+            # Accepted if it means the same as a wildcard and as a regular expression.
             if self._regex(text, body) == body:
                 return [text]
-            raise self._refuse(text, "it can be read as a wildcard and as a regular expression")
+            raise self._refuse(text, "it could be a wildcard or a regular expression")
         return self._name(text)
 
     # --- names, with or without wildcards --------------------------------------------------------------------
@@ -136,10 +138,10 @@ class _Rewriter:
         if len(index) < 10 and index.isascii() and index.isdecimal():
             return [".".join([head, str(new), *tail]) for new in self._new([int(index)])]
         if not re.fullmatch(r"[0-9]+\*", index):
-            raise self._refuse(text, f"{index!r} is no plain index")
-        # A star reaches over dots: it stands for more digits, and for whatever hangs below the layer.
-        found = self._new(i for i in range(self._cut.num_layers) if str(i).startswith(index[:-1]))
-        return [".".join([head, str(new), *rest]) for new in found for rest in (tail, ["*", *tail])]
+            raise self._refuse(text, f"{index!r} is not a plain index")
+        # A star also matches dots: it stands for more digits, and for any module inside the layer.
+        indices = self._new(i for i in range(self._cut.num_layers) if str(i).startswith(index[:-1]))
+        return [".".join([head, str(new), *rest]) for new in indices for rest in (tail, ["*", *tail])]
 
     # --- regular expressions ---------------------------------------------------------------------------------
 
@@ -156,7 +158,7 @@ class _Rewriter:
             else:
                 new = group
             out += body[done : match.end()] + new
-            # Letters in place of the index: what is left must have no other.
+            # The index is replaced by a letter: no other index may remain.
             rest += body[done : match.end()] + ("x" if group else "")
             done = end
         out, rest = out + body[done:], rest + body[done:]
@@ -166,7 +168,7 @@ class _Rewriter:
         return out
 
     def _index_end(self, body: str, start: int) -> int:
-        """Where a sub-pattern ends that matches digits only."""
+        """The end of a sub-pattern that matches only digits."""
         position, depth, end = start, 0, start
         while position < len(body):
             if body.startswith("(?:", position):
@@ -194,7 +196,7 @@ class _Rewriter:
         try:
             pattern = re.compile(group)
         except (re.error, RecursionError) as error:
-            raise self._refuse(text, f"it is no regular expression ({error})") from None
+            raise self._refuse(text, f"it is not a valid regular expression ({error})") from None
         layers = range(self._cut.num_layers)
         exactly = [i for i in layers if pattern.fullmatch(str(i))]
         begun = [i for i in layers if any(pattern.fullmatch(str(i)[:end]) for end in range(1, len(str(i)) + 1))]
@@ -206,10 +208,10 @@ class _Rewriter:
             picked, close = begun, r"(?!\d)"
         elif not after or after[0] in "|)":
             if exactly != begun:
-                raise self._refuse(text, f"programs differ in whether it picks layers {exactly} or {begun}")
+                raise self._refuse(text, f"it matches layers {exactly} or {begun}, depending on the program")
             picked, close = exactly, r"(?!\d)"
         else:
-            raise self._refuse(text, "what follows its layer index is not understood")
+            raise self._refuse(text, "the part after its layer index is not supported")
         wild = not before.strip("^") or bool(re.search(r"[*+?\[(|]", before))
         self._check_stack(text, before, wild)
         new = self._new(picked)
@@ -218,13 +220,13 @@ class _Rewriter:
         return (str(new[0]) if len(new) == 1 else f"(?:{'|'.join(map(str, new))})") + close, True
 
     def _check_no_index(self, text: str, rest: str) -> None:
-        """Digits are harmless inside a word (`w1`), or as the index of something that is no layer (`experts.0`)."""
+        """Refuse remaining indices. Digits inside a word (`w1`), or as an index outside a layer list (`experts.0`), are fine."""
         rest = _ANY_INDEX.sub("x", rest)
         for match in _ANY_DIGIT.finditer(rest):
             before = rest[: match.start()]
             if match[0] != r"\d" and _WORD_END.search(before):
                 continue
-            # Back to the start of the sub-pattern that the digit is a part of.
+            # Back to the start of the sub-pattern that contains the digit.
             opened = re.sub(r"[\[(?:|0-9\\d-]+$", "", before) if before[-1:] in tuple("[(:|-0123456789") else before
             if opened != before and _WORD_END.search(opened):
                 continue
@@ -243,12 +245,12 @@ class _Rewriter:
 
     def _check_stack(self, text: str, before: str, wild: bool) -> None:
         if self._several_stacks and wild and not _TEXT.search(before):
-            raise self._refuse(text, "it may mean layers of another stack than the decoder as well")
+            raise self._refuse(text, "it may also match layers outside the decoder")
 
     @staticmethod
     def _refuse(text: str, why: str) -> CutError:
         shown = repr(text if len(text) <= 200 else text[:197] + "...")
         return CutError(
             f"quantization_config names layers by {shown}, which can't be rewritten exactly for the kept layers: "
-            f"{why}; spell the modules out one by one in the base's config"
+            f"{why}; list the modules one by one in the base's config"
         )

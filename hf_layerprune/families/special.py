@@ -1,6 +1,6 @@
-"""Families whose layers depend on one another or on their position: what a cut must respect, family by family.
+"""Families whose layers depend on each other or on their position, and the constraints on a cut.
 
-A family that is not named here needs no more than the field rules of `fields.py`.
+Families that are not listed here need only the field rules in `fields.py`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class WideTensor:
-    """A tensor outside the layers that holds one slice a layer.
+    """A tensor outside the layers that holds one slice per layer.
 
     Args:
-        suffix (`str`): How the parameter's name ends.
-        dim (`int`): The dimension that is `num_layers * width` long.
+        suffix (`str`): The end of the parameter's name.
+        dim (`int`): The dimension of size `num_layers * width`.
         width_field (`str`): The config field that holds `width`.
     """
 
@@ -32,16 +32,16 @@ class WideTensor:
 
 @dataclass(frozen=True)
 class Family:
-    """What is special about a model type.
+    """The special rules of a model type.
 
     Args:
-        rules (`dict[str, Rule]`): Field rules that differ from the common ones.
-        couple (`Callable`, *optional*): Rewrites fields that only make sense together; returns the changed ones.
-        check (`Callable`, *optional*): Raises `CutError` for a set of layers that can't go.
-        protect (`Callable`, *optional*): Layers that can never go, with the reason.
-        requires (`Callable`, *optional*): A reason to refuse this config, or `None`.
+        rules (`dict[str, Rule]`): Field rules that replace those in `FIELDS`.
+        couple (`Callable`, *optional*): Rewrites fields that depend on each other; returns the changed ones.
+        check (`Callable`, *optional*): Raises `CutError` for a cut that is not possible.
+        protect (`Callable`, *optional*): Layers that can never be dropped: the reason, by base index.
+        requires (`Callable`, *optional*): The reason to refuse a config, or `None`.
         wide (`tuple[WideTensor, ...]`): Tensors to slice along with the layers.
-        count_field (`str`, *optional*): The field with the layer count; `""` where a list's length is the count.
+        count_field (`str`, *optional*): The field with the layer count; `""` if the count is the length of a list.
     """
 
     rules: dict[str, Rule] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Family:
 
 
 def _sparse_step(fields: Fields, cut: Cut) -> Fields:
-    """`(i + 1) % decoder_sparse_step` picks the expert layers: list the dense ones instead, which says the same."""
+    """Replace `decoder_sparse_step`, which makes layer i sparse if it divides i + 1, by a list of the dense layers."""
     step, listed = fields["decoder_sparse_step"], fields.get("mlp_only_layers") or []
     dense = [i for i in range(cut.num_layers) if i in listed or (i + 1) % step]
     return {"decoder_sparse_step": 1, "mlp_only_layers": remap(dense, cut)}
@@ -67,14 +67,14 @@ SPARSE_STEP = Family(rules={"decoder_sparse_step": unchanged, "mlp_only_layers":
 
 
 def _refit(flags: list[bool], what: str, period: int, offset: int) -> tuple[int, int]:
-    """The period and offset that give these flags: the old ones where they still do, else the shortest that does."""
+    """The period and offset that give these flags: the old ones if they still do, otherwise the shortest period."""
     candidates = [(period, offset), *((p, o) for p in range(1, len(flags) + 1) for o in range(p))]
     for p, o in candidates:
         if all(flag == (i % p == o) for i, flag in enumerate(flags)):
             return p, o
     raise CutError(
-        f"{what} layers stand at a fixed period ({period}, offset {offset}), which is all that the config can say, "
-        f"and the kept layers no longer do; drop whole periods, or one layer of each"
+        f"the config can only describe {what} layers at a fixed period (here {period}, offset {offset}), which the "
+        f"kept layers don't follow; drop whole periods, or one layer of each"
     )
 
 
@@ -97,7 +97,7 @@ TWO_PERIODS = Family(
 
 
 def _interval_between(fields: Fields, cut: Cut) -> Fields:
-    """Expert layers are every n-th one from a first to a last index."""
+    """Expert layers: every n-th one between a first and a last index."""
     names = "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"
     start, end, interval = (fields[name] for name in names)
     end = cut.num_layers - 1 if end == -1 else end
@@ -108,7 +108,10 @@ def _interval_between(fields: Fields, cut: Cut) -> Fields:
     for n in (interval, *range(1, len(flags) + 1)):
         if all(flag == ((i + 1) % n == 0 and first <= i <= last) for i, flag in enumerate(flags)):
             return dict(zip(names, (first, last, n), strict=True))
-    raise CutError(f"expert layers stand at every {interval}th place, and the kept layers no longer do")
+    raise CutError(
+        f"the config can only describe expert layers at a fixed interval (here {interval}), which the kept layers don't "
+        "follow; drop whole intervals"
+    )
 
 
 INTERVAL_BETWEEN = Family(
@@ -120,7 +123,7 @@ INTERVAL_BETWEEN = Family(
 
 
 def _sharing_check(fields: Fields, cut: Cut) -> None:
-    """The last layers read keys and values of the last layer of their type before them: it must stay."""
+    """Sharing layers at the end read the keys and values of the last earlier layer of their type, which must stay."""
     types, shared = fields["layer_types"], fields.get("num_kv_shared_layers") or 0
     first = cut.num_layers - shared
     for i in range(first, cut.num_layers):
@@ -139,19 +142,19 @@ def _full_attention_last(fields: Fields, cut: Cut) -> None:
     if types[cut.keep[-1]] != "full_attention":
         full = [i for i in range(cut.num_layers) if types[i] == "full_attention"]
         raise CutError(
-            f"the last layer of this architecture always has full attention, and layer {cut.keep[-1]}, the last that "
-            f"would remain, has not; end the kept layers at one of {full} (protect_last=1 keeps the present last one)"
+            f"the last layer of this architecture must have full attention, but layer {cut.keep[-1]}, the last one kept, "
+            f"does not; let one of {full} be the last one kept (protect_last=1 keeps the current one)"
         )
 
 
 def _indexer_check(fields: Fields, cut: Cut) -> None:
-    """A layer with a shared indexer reads the tokens that the nearest earlier full one picked: that one must stay."""
+    """A layer with a shared indexer uses the tokens selected by the nearest earlier full indexer, which must stay."""
     types = fields.get("indexer_types") or []
     for i in cut.keep:
         if types[i : i + 1] == ["shared"]:
             producer = max(j for j in range(i) if types[j] != "shared")
             if producer not in cut.new_index:
-                raise CutError(f"layer {producer} picks the tokens that layer {i} attends to; keep it, or drop both")
+                raise CutError(f"layer {producer} selects the tokens that layer {i} attends to; keep it, or drop both")
 
 
 _PER_LAYER_EMBEDDINGS = (
@@ -162,7 +165,7 @@ _PER_LAYER_EMBEDDINGS = (
 SHARED_KV = Family(check=_sharing_check, wide=_PER_LAYER_EMBEDDINGS)
 SHARED_KV_FULL_LAST = Family(check=_full_attention_last, wide=_PER_LAYER_EMBEDDINGS)
 
-# --- layers that only one place in the stack can hold --------------------------------------------------------
+# --- layers that must keep their position --------------------------------------------------------
 
 
 def _first(reason: str) -> Callable[[Fields, int], dict[int, str]]:
@@ -174,11 +177,11 @@ def _last(reason: str) -> Callable[[Fields, int], dict[int, str]]:
 
 
 def _ngram_layers(fields: Fields, num_layers: int) -> dict[int, str]:
-    reason = "it holds an n-gram table, whose hashes depend on how many such layers stand before it"
+    reason = "it holds an n-gram table, whose hashes depend on how many such layers precede it"
     return {i - 1: reason for i in fields.get("ple_layer_ids") or []}
 
 
-# --- configs that turn a decoder into something that can't be cut --------------------------------------------
+# --- configs that can't be pruned --------------------------------------------
 
 
 def _must_be_decoder(fields: Fields) -> str | None:
@@ -210,12 +213,12 @@ SPECIAL: dict[str, Family] = {
     "gemma4_text": SHARED_KV_FULL_LAST,
     "gemma4_unified_text": SHARED_KV_FULL_LAST,
     **dict.fromkeys(("glm_moe_dsa", "hy_v4"), Family(check=_indexer_check)),
-    "modernbert-decoder": Family(protect=_first("it alone has no attention norm, as the embeddings are normalised")),
-    "zaya": Family(protect=_first("its router alone has no router before it to average with")),
-    "gpt_neox_japanese": Family(protect=_last("it alone has an output bias")),
+    "modernbert-decoder": Family(protect=_first("it is the only layer without an attention norm, since the embeddings are normalised")),
+    "zaya": Family(protect=_first("its router is the only one that does not average with the router of an earlier layer")),
+    "gpt_neox_japanese": Family(protect=_last("it is the only layer with an output bias")),
     "qwen4_exp_text": Family(protect=_ngram_layers),
     "nemotron_h": Family(count_field=""),
-    # Each layer counts as two hidden layers, in a field of its own until transformers 5.16.
+    # Each layer counts as two hidden layers, in a separate field until transformers 5.16.
     "longcat_flash": Family(
         count_field="num_layers", rules={"num_hidden_layers": lambda value, cut: 2 * len(cut.keep)}
     ),

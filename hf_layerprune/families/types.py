@@ -1,8 +1,8 @@
 """Which model types are proven for which stages, and why the others are refused.
 
-`proven.txt` beside this file is the table: a model type a line, then the stages that it is proven for. `make docs`
-writes it, together with docs/architectures.md, from a run of the matrix, and `tests/test_matrix.py` holds both to the
-truth. A type that some supported versions of transformers don't have may be in it.
+The table is `proven.txt` in this folder: one model type per line, followed by the stages it is proven for. `make docs`
+writes it together with docs/architectures.md from a run of the matrix, and `tests/test_matrix.py` checks both. It may
+contain types that some supported versions of transformers don't have.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from importlib.resources import files
 
 @dataclass(frozen=True)
 class Stage:
-    """What a proven type may be used for besides a cut.
+    """A stage besides the cut, and the words for refusing it.
 
     Args:
-        can_not (`str`): What is refused, as in "model type 'x' can't be ...".
-        instead (`str`): The way out.
+        can_not (`str`): Completes "model type 'x' can't be ...".
+        instead (`str`): What to do instead.
     """
 
     can_not: str
@@ -28,13 +28,13 @@ class Stage:
 
 STAGES: dict[str, Stage] = {
     "rank": Stage(
-        "ranked by what its layers do to a text",
-        "choose layers by a criterion that needs no text (reverse_order, random, magnitude_l1, magnitude_l2), or name "
-        "them yourself (drop_layers)",
+        "ranked on text",
+        "use a criterion that needs no text (reverse_order, random, magnitude_l1, magnitude_l2), or name the layers "
+        "yourself (drop_layers)",
     ),
-    "repair": Stage("repaired", 'use repair=None, and tune the layers beside the cut (tune_layers="cut")'),
-    "heal": Stage("healed", "train the pruned model with transformers' Trainer, which leaves the loss to the model"),
-    "evaluate": Stage("measured on texts", "run lm-eval's own command on the model's folder"),
+    "repair": Stage("repaired", 'use repair=None, and train the layers next to the cut (tune_layers="cut")'),
+    "heal": Stage("healed", "train the pruned model with transformers' Trainer, which uses the model's own loss"),
+    "evaluate": Stage("evaluated on text", "run lm-eval's own command on the model's folder"),
 }
 
 REFUSED: dict[str, str] = {
@@ -42,41 +42,41 @@ REFUSED: dict[str, str] = {
     "blt": "it is four stacks of layers (patcher, encoder, global, decoder) that depend on one another",
     "cpmant": "its generation with a cache differs from the one without, uncut as well, so a cut can't be proven",
     "diffllama": "each layer derives its attention's lambda from its own index, so layers above a cut would change",
-    "dory": "its config counts input, recurrent and output layers apart, which a cut would have to keep in step",
-    "gemma3n": "its vision tower needs timm, without which it was not proven; its text decoder, gemma3n_text, is",
+    "dory": "its config counts input, recurrent and output layers separately, and a cut would have to update all three",
+    "gemma3n": "its vision tower needs timm, and it was not proven without it; its text decoder, gemma3n_text, is proven",
     "gemma4_assistant": "it drafts for another model and reads that model's key-value cache layer by layer",
     "gemma4_unified_assistant": "it drafts for another model and reads that model's key-value cache layer by layer",
-    "hrm_text": "it runs two stacks of layers over and over in cycles, so there is no layer to drop",
-    "inkling2_text": "its residuals run over blocks of layers that are counted off by index",
-    "inkling2_loop_text": "it runs some of its layers in a loop, and its residuals run over blocks counted off by index",
+    "hrm_text": "it runs two stacks of layers in repeated cycles, so no layer can be dropped",
+    "inkling2_text": "its residuals span blocks of layers that are defined by index",
+    "inkling2_loop_text": "it runs some of its layers in a loop, and its residuals span blocks that are defined by index",
     "minimax": "its linear attention decays at a rate computed from the layer's index and the number of layers",
     "musicgen": "it generates audio codes for a text encoder, and can't be loaded as a causal language model alone",
     "musicgen_melody": "it generates audio codes for a text encoder, and can't be loaded as a causal language model alone",
     "prophetnet": "its generation with a cache differs from the one without, uncut as well, so a cut can't be proven",
-    "reformer": "its reversible layers run forward and backward in one stack with a hashed attention",
-    "rwkv": "it halves the hidden states and rescales weights at every few layers, counted off by index",
+    "reformer": "its reversible layers run forward and backward in one stack with hashed attention",
+    "rwkv": "it halves the hidden states and rescales weights every few layers, by layer index",
     "xlm": "it keeps attentions, norms and feed-forwards in parallel lists, not in layers",
     "zamba": "its hybrid layers share one transformer block, stored with the first of them",
     "zamba2": "its hybrid layers share transformer blocks, stored with the first of them",
 }
 
-# Types whose layers can't be run one at a time, as ranking by text and repairs do.
-_STREAMS = "its layers hand on several streams of hidden states"
-_SHARED = "its last layers read keys and values of earlier layers, so none runs alone"
-_NO_IMAGE = "its cross-attention layers run only where there is an image"
+# Types whose layers can't be run one at a time, as ranking on text and repairs require.
+_STREAMS = "its layers pass on several streams of hidden states"
+_SHARED = "its last layers read keys and values of earlier layers, so they can't run alone"
+_NO_IMAGE = "its cross-attention layers run only if there is an image"
 _UNRANKED: dict[str, str] = {
     **dict.fromkeys(("deepseek_v4", "gemma3n_text", "hy_v4", "xlnet"), _STREAMS),
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _SHARED),
-    "glm_moe_dsa": "its layers attend to tokens that an earlier layer has picked, so none runs alone",
+    "glm_moe_dsa": "its layers attend to tokens selected by an earlier layer, so they can't run alone",
     **dict.fromkeys(("mllama", "mllama_text_model"), _NO_IMAGE),
-    "zaya": "its routers read what the router of the layer before has computed",
+    "zaya": "its routers read the output of the previous layer's router",
 }
 
 _BEHIND = (
-    "no output projection of its layers writes into the hidden states directly: a norm or a mixture of experts stands "
-    "behind each, or it is no plain matrix"
+    "no output projection of its layers writes into the hidden states directly: each is followed by a norm, belongs to a "
+    "mixture of experts, or is not a plain matrix"
 )
-# Types none of whose layers can take a repair; where some can, single cuts are refused.
+# Types without any layer that can be repaired. If some layers can be, only cuts at the others are refused.
 _UNREPAIRED = (
     "afmoe",
     "bart",
@@ -127,13 +127,13 @@ _UNREPAIRED = (
     "xmod",
 )
 
-# Proven for a cut, and refused at a later stage: by stage and model type, the reason.
+# Types that are proven for a cut but refused at a later stage: the reason, by stage and model type.
 REFUSED_AT: dict[str, dict[str, str]] = {
     "rank": _UNRANKED,
     "repair": _UNRANKED | dict.fromkeys(_UNREPAIRED, _BEHIND),
     "heal": {
-        "git": "its output embedding has the name of modules inside its layers, and PEFT can't train it alone",
-        "mpt": "PEFT lets it take no embeddings in place of tokens, as training behind cached layers does",
+        "git": "its output embedding shares its name with modules inside its layers, so PEFT can't train it alone",
+        "mpt": "with PEFT it accepts no input embeddings, which training behind cached layers needs",
         **dict.fromkeys(("mllama", "mllama_text_model"), _NO_IMAGE),
     },
     "evaluate": {},
@@ -142,7 +142,7 @@ REFUSED_AT: dict[str, dict[str, str]] = {
 
 @cache
 def proven_stages() -> dict[str, dict[str, tuple[str, ...]]]:
-    """The table: by model type, what it is proven for, `"cut"` first, each with its variants, such as the repairs."""
+    """The proven stages of each model type, `"cut"` first, each with its variants, such as the repairs."""
     table: dict[str, dict[str, tuple[str, ...]]] = {}
     for line in files(__package__).joinpath("proven.txt").read_text().splitlines():
         model_type, *stages = line.split()
@@ -153,7 +153,7 @@ def proven_stages() -> dict[str, dict[str, tuple[str, ...]]]:
 
 @cache
 def proven() -> frozenset[str]:
-    """Model types that are proven to survive a cut, with the text decoders inside multimodal ones."""
+    """Model types that are proven to survive a cut, including the text decoders of multimodal models."""
     return frozenset(proven_stages())
 
 
@@ -164,9 +164,9 @@ def _versions() -> dict[str, frozenset[str]]:
 
 
 def proven_versions(*model_types: str) -> list[str]:
-    """The versions of transformers with which the matrix proves one of some model types, oldest first.
+    """The versions of transformers for which the matrix proves any of the given model types, oldest first.
 
-    `versions.json` beside this file lists, for each version that was tried, the types that were proven and those that
-    failed; `make compat` writes it.
+    `versions.json` in this folder lists the proven and failed types for each version that was tested; `make compat`
+    writes it.
     """
     return [version for version, types in _versions().items() if types.intersection(model_types)]

@@ -1,8 +1,8 @@
-"""Make up for dropped layers in closed form, before anything is trained.
+"""Compensate for dropped layers in closed form, without training.
 
     repair = fit_repair(model, drop_layers, calibration, method="linear")
 
-A repair is a file of its own, and a line in `registry.py`. `fit.py` walks the model for all of them.
+Each repair has its own file and one entry in `registry.py`. `fit.py` runs the dense model for all of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,6 @@ __all__ = ["REPAIRS", "Repair", "RepairMethod", "find_repair", "fit_repair"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Repair", "fit_repair"):  # they import torch
+    if name in ("Repair", "fit_repair"):  # loaded on first use, since they import torch
         return getattr(import_module(".fit", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""Fit a repair: walk the dense model once, layer by layer, with the calibration set.
+"""Fit a repair: run the dense model once, layer by layer, on the calibration set.
 
-What is fitted at a cut goes into weights of layers that stay, so the model keeps its size and its architecture. Behind
-a cut that was repaired, the next one is fitted to the states that the repaired model really has.
+A repair only changes weights of layers that stay, so the pruned model keeps its size and its architecture. Behind a
+repaired block, the next one is fitted to the hidden states of the repaired model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 32
 _BATCH_ROWS = 8
-HELD_OUT = 5  # every fifth batch judges
+HELD_OUT = 5  # every fifth batch is held out
 
 
 @dataclass
@@ -39,9 +39,10 @@ class Repair:
 
     Args:
         method (`str`): One of `REPAIRS`.
-        tensors (`dict[tuple[int, str], torch.Tensor]`): By the layer's index in the base and the parameter's name in
-            the layer, such as `(11, "mlp.down_proj.weight")`; in the dtype and shape of the old ones, on the CPU.
-        cuts (`list[dict]`): What was fitted at each cut, for the record.
+        tensors (`dict[tuple[int, str], torch.Tensor]`): The new values, by the layer's index in the base and the
+            parameter's name in the layer, such as `(11, "mlp.down_proj.weight")`; same dtype and shape as the old
+            values, on the CPU.
+        cuts (`list[dict]`): A record of the fit at each dropped block.
     """
 
     method: str
@@ -50,7 +51,7 @@ class Repair:
 
     @property
     def modules(self) -> list[tuple[int, str]]:
-        """The modules that change: the layer's index in the base, and the module's name in it."""
+        """The modules that the repair changes: the layer's index in the base, and the module's name in the layer."""
         return sorted({(index, name.rpartition(".")[0]) for index, name in self.tensors})
 
     def by_layer(self) -> dict[int, dict[str, torch.Tensor]]:
@@ -61,12 +62,12 @@ class Repair:
         return layers
 
     def apply(self, layers: Sequence[nn.Module], new_index: dict[int, int] | None = None) -> None:
-        """Put the new values into a model's layers.
+        """Write the new values into a model's layers.
 
         Args:
             layers (`Sequence[nn.Module]`): The decoder layers.
-            new_index (`dict[int, int]`, *optional*): Where a layer of the base is in `layers`; by default where it
-                was.
+            new_index (`dict[int, int]`, *optional*): Maps base indices to indices in `layers`; by default they are
+                the same.
         """
         for (index, name), value in self.tensors.items():
             parameter = layers[new_index[index] if new_index else index].get_parameter(name)
@@ -74,13 +75,13 @@ class Repair:
 
 
 def blocks(layers: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring layers as blocks.
+    """Group layers into blocks of consecutive indices.
 
     Args:
-        layers (`Sequence[int]`): Indices.
+        layers (`Sequence[int]`): Layer indices, in any order.
 
     Returns:
-        `list[tuple[int, int]]`: The first layer of each block, and the one behind its last.
+        `list[tuple[int, int]]`: For each block, its first layer and the index after its last.
     """
     runs: list[tuple[int, int]] = []
     for i in sorted(layers):
@@ -94,23 +95,23 @@ def blocks(layers: Sequence[int]) -> list[tuple[int, int]]:
 def fit_repair(
     model: PreTrainedModel | LayerWalk, drop_layers: Sequence[int], calibration: CalibrationSet, method: str = "linear"
 ) -> Repair:
-    """Fit what makes up for dropped layers.
+    """Fit a repair for dropped layers.
 
     Args:
-        model (`PreTrainedModel` or `LayerWalk`): The dense model. It is left as it is.
-        drop_layers (`Sequence[int]`): The layers that are, or will be, dropped.
+        model (`PreTrainedModel` or `LayerWalk`): The dense model; left unchanged.
+        drop_layers (`Sequence[int]`): Base indices of the layers to drop.
         calibration (`CalibrationSet`): Rows `[samples, seq]`; a fifth of them is held out to choose the ridge.
         method (`str`, defaults to `"linear"`): `"linear"`: the ridge map of ReplaceMe (arXiv:2505.02819, section 3),
-            folded into the output projection of the MLP in front of each cut. `"refit"`: that projection itself, by
-            the same least squares from what enters it, which is wider than what leaves it and so explains more; it
-            wants more tokens than it has inputs. `"magnitude"`: the rescaling of Prune&Comp (arXiv:2507.18212).
+            folded into the output projection of the MLP in front of each block. `"refit"`: the same least squares for
+            the projection's own weight. Its input is wider than its output, so the fit explains more, but it needs
+            more tokens than the projection has inputs. `"magnitude"`: the rescaling of Prune&Comp (arXiv:2507.18212).
 
     Returns:
-        `Repair`: The new weights. [`~Repair.apply`] puts them in place.
+        `Repair`: The new weights; [`~Repair.apply`] writes them into a model.
 
     Raises:
-        CutError: There is no such repair, no layer in front of a cut, or no weight there that the map can be folded
-            into.
+        CutError: The repair does not exist, a block has no layer in front of it, or that layer has no weight that
+            the map can be folded into.
         UnsupportedModelError: The model type can't be repaired, or its layers can't be run one at a time.
     """
     repair = find_repair(method)
@@ -118,11 +119,13 @@ def fit_repair(
     cuts = blocks(drop_layers)
     if cuts and cuts[0][0] == 0 and repair.in_front:
         raise CutError(
-            f'repair="{method}" changes the layer in front of a cut, and layer 0 is dropped; keep layer 0 '
+            f'repair="{method}" changes the layer in front of a dropped block, but layer 0 is dropped; keep layer 0 '
             '(protect_first=1), or use repair="magnitude"'
         )
     if len(calibration) < 2:
-        raise CutError("a repair needs two calibration rows, one to fit and one to judge; raise calibration_samples")
+        raise CutError(
+            "a repair needs two calibration rows or more, to fit and to hold out; raise calibration_samples"
+        )
     walk = model if isinstance(model, LayerWalk) else LayerWalk(model)
     fitter: Fitter = repair.load().fitter(walk, cuts, method)
     with torch.no_grad():
@@ -132,11 +135,11 @@ def fit_repair(
 
 
 class Fitter:
-    """Walks the dense model once; knows which states enter and leave each cut. A repair overrides what it needs.
+    """Runs the dense model once and calls hooks at each dropped block. Each repair overrides the hooks it needs.
 
     Args:
         walk (`LayerWalk`): The dense model.
-        cuts (`list[tuple[int, int]]`): Blocks of dropped layers, see [`blocks`].
+        cuts (`list[tuple[int, int]]`): The dropped blocks, see [`blocks`].
     """
 
     def __init__(self, walk: LayerWalk, cuts: list[tuple[int, int]]) -> None:
@@ -149,7 +152,7 @@ class Fitter:
         self.last = self.cuts[-1][1] if cuts else 0
 
     def run(self, calibration: CalibrationSet) -> None:
-        """Fit at every cut."""
+        """Run the dense model, and fit the repair."""
         walk = self.walk
         size = max(1, min(_BATCH_ROWS, len(calibration) // HELD_OUT))
         batches = [walk.begin(ids) for ids in calibration.batches(size)]
@@ -165,10 +168,10 @@ class Fitter:
                 self.leave(self.end_of[i + 1], i + 1, batches)
 
     def enter(self, first: int, batches: list[Batch]) -> None:
-        """The states that enter a dropped block, whose first layer is `first`, are there."""
+        """Called with the states that enter the dropped block that starts at layer `first`."""
 
     def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
-        """Layer `i` is about to run; `probe` is a few tokens on which it may be tried out."""
+        """Called before layer `i` runs; `probe` holds a few tokens for trial runs of the layer."""
 
     def leave(self, first: int, end: int, batches: list[Batch]) -> None:
-        """The states that leave a dropped block, the layers `first` to `end - 1`, are there."""
+        """Called with the states that leave the dropped block, layers `first` to `end - 1`."""

@@ -1,7 +1,7 @@
-"""Modules that a repair changed, as an adapter carries them: saved with it, and not trained.
+"""Repaired modules in an adapter: saved with it, but not trained.
 
-PEFT saves a module of its own and trains it, both through `ModulesToSaveWrapper`, which switches gradients on for
-whatever it copies. The parameters of a repaired module refuse that, so the layers below the first trained one stay frozen.
+PEFT saves whole modules with `ModulesToSaveWrapper`, which also enables gradients on its copies. The parameters defined
+here ignore that, so repaired modules stay frozen, and so do the layers below the first trained one.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from .fit import Repair
 
 
 class _Frozen(nn.Parameter):
-    """A parameter that never asks for gradients, and neither do its copies."""
+    """A parameter that never requires gradients; nor do its copies."""
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         return super().requires_grad_(False)
 
 
 def freeze(module: nn.Module) -> None:
-    """Let a module refuse to be trained. Copies of it refuse as well."""
+    """Freeze a module for good; its copies are frozen too."""
     for name, parameter in module.named_parameters(recurse=False):
         setattr(module, name, _Frozen(parameter.data, requires_grad=False))
 
 
 def thaw(model: nn.Module) -> None:
-    """Make modules that refuse to be trained plain ones again."""
+    """Undo [`freeze`] for all modules of a model."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, _Frozen):
@@ -39,19 +39,19 @@ def thaw(model: nn.Module) -> None:
 
 
 def module_names(repair: Repair, stack: DecoderStack, cut: families.Cut) -> list[str]:
-    """Full names, in the pruned model, of the modules that a repair changes."""
+    """Full names in the pruned model of the modules that a repair changes."""
     return [f"{stack.path}.{cut.new_index[index]}.{name}" for index, name in repair.modules]
 
 
 def put(repair: Repair, model: nn.Module, stack_path: str, cut: families.Cut, adapter_name: str) -> None:
-    """Write the new weights into an adapter's copies of the modules; the originals stay as they are.
+    """Write the new weights into an adapter's copies of the modules; the originals stay unchanged.
 
     Args:
         repair (`Repair`): The new weights.
         model (`nn.Module`): The pruned model, with the adapter's wrappers in place.
         stack_path (`str`): Full name of the list of decoder layers.
         cut (`families.Cut`): Which layers stay.
-        adapter_name (`str`): Whose copies.
+        adapter_name (`str`): The adapter that holds the copies.
     """
     for (index, name), value in repair.tensors.items():
         module: Any = model

@@ -1,15 +1,16 @@
-"""What stands in for a dropped block, and how it is fitted: a linear map, or the projection in front of it itself.
+"""Replace a dropped block by a linear map folded into the projection in front of it, or by refitting that projection.
 
-ReplaceMe (arXiv:2505.02819): let `Y + M` be the hidden states that enter the block, `M` the output of the last kept
-layer's MLP and `Y` all else, and `X` the hidden states that left the block in the dense model. The map `T` with
-`Y + M T` closest to `X` is folded into the MLP's output projection, so the model stays as small as the cut made it.
+ReplaceMe (arXiv:2505.02819): let `Y + M` be the hidden states that enter the block, where `M` is the output of the MLP
+of the last layer in front of it and `Y` the rest, and let `X` be the hidden states that leave the block in the dense
+model. The map `T` that brings `Y + M T` closest to `X` is folded into the MLP's output projection, so the pruned model
+does not grow.
 
-With `T = I + D` the least-squares problem is `M D = X - (Y + M)`: `D` says what the block did. It is solved from
-normal equations that are summed batch by batch in float64, with a ridge on `D`, so that a stronger ridge leads back
-to the plain cut. The strength is the one that does best on rows that were held out.
+With `T = I + D`, the least-squares problem is `M D = X - (Y + M)`, so `D` models the block's effect. The normal
+equations are summed batch by batch in float64 and solved with a ridge on `D`, so a stronger ridge approaches the plain
+cut. The ridge strength is chosen on held-out rows.
 
-`M` is itself a product, `A W`, of what enters that projection and its weight, and `A` is wider than `M`: for `refit`
-the same problem is solved for a change of `W`, `A D = X - (Y + M)`, which a map behind `M` is a special case of.
+`M` itself is a product `A W` of the projection's input and its weight, and `A` is wider than `M`. `refit` solves the same
+problem for a change of `W`: `A D = X - (Y + M)`. A map applied to `M` is a special case of it.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ class NormalEquations:
     """Sums for a least-squares problem `features @ D = change`.
 
     Args:
-        width (`int`): How wide the features are.
-        device (`torch.device`): Where to sum.
-        outputs (`int`, *optional*): How wide the change is; as wide as the features by default.
+        width (`int`): Width of the features.
+        device (`torch.device`): Where to accumulate the sums.
+        outputs (`int`, *optional*): Width of the change; by default that of the features.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu", outputs: int | None = None) -> None:
         device = torch.device(device)
-        # Of the accelerators, Apple's knows no float64.
+        # MPS does not support float64.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.gram = torch.zeros(width, width, dtype=dtype, device=device)
         self.moment = torch.zeros(width, outputs or width, dtype=dtype, device=device)
@@ -48,8 +49,8 @@ class NormalEquations:
         """Add tokens.
 
         Args:
-            features (`torch.Tensor`): `[..., width]`, what the map is applied to.
-            change (`torch.Tensor`): `[..., hidden]`, what it should give.
+            features (`torch.Tensor`): `[..., width]`, the input of the map.
+            change (`torch.Tensor`): `[..., hidden]`, its target.
         """
         x, z = features.flatten(0, -2).to(self.gram), change.flatten(0, -2).to(self.gram)
         self.gram += x.T @ x
@@ -58,12 +59,12 @@ class NormalEquations:
         self.tokens += len(x)
 
     def residual(self, solution: torch.Tensor) -> float:
-        """The sum of squares that a solution leaves, over these tokens."""
+        """The residual sum of squares of a solution, over these tokens."""
         d = solution.to(self.gram)
         return (self.total - 2 * (d * self.moment).sum() + (d * (self.gram @ d)).sum()).clamp(min=0).item()
 
     def unexplained(self, solution: torch.Tensor) -> float:
-        """The share of the change that a solution leaves unexplained; 1 is the plain cut."""
+        """The share of the change that a solution leaves unexplained; 1 for the plain cut."""
         total = self.total.item()
         return self.residual(solution) / total if total else 0.0
 
@@ -74,8 +75,8 @@ class Fit:
 
     Args:
         change (`torch.Tensor`): `D`, `[width, hidden]`.
-        strength (`float`): The ridge that was chosen, as a multiple of the mean squared feature.
-        unexplained (`float`): The share of what the block did that the map does not explain, on held-out rows.
+        strength (`float`): The chosen ridge, as a multiple of the mean squared feature.
+        unexplained (`float`): The share of the block's effect that the map leaves unexplained, on held-out rows.
     """
 
     change: torch.Tensor
@@ -84,14 +85,14 @@ class Fit:
 
 
 def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
-    """Solve with every strength of the ridge, and keep what does best on the held-out tokens.
+    """Solve with every ridge strength, and keep the solution that does best on the held-out tokens.
 
     Args:
-        fitted (`NormalEquations`): What to fit.
-        held_out (`NormalEquations`): What to judge by.
+        fitted (`NormalEquations`): Sums over the tokens to fit.
+        held_out (`NormalEquations`): Sums over the held-out tokens.
 
     Returns:
-        `Fit`: The best map. Where none beats the plain cut, no change at all.
+        `Fit`: The best map; a zero change if none beats the plain cut.
     """
     values, vectors = torch.linalg.eigh(fitted.gram)
     values = values.clamp(min=0)
@@ -107,12 +108,12 @@ def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
 
 
 class LinearFitter(Fitter):
-    """Fits what stands in for each block; from the first cut on, the repaired model's own states go along.
+    """Fits a map or a projection for each block. From the first block on, the repaired model's states are computed too.
 
     Args:
         walk (`LayerWalk`): The dense model.
-        cuts (`list[tuple[int, int]]`): Blocks of dropped layers.
-        method (`str`): `"linear"`, from what the projection gives, or `"refit"`, from what enters it.
+        cuts (`list[tuple[int, int]]`): The dropped blocks.
+        method (`str`): `"linear"`: fit from the projection's output; `"refit"`: from its input.
     """
 
     def __init__(self, walk: LayerWalk, cuts: list[tuple[int, int]], method: str) -> None:
@@ -122,7 +123,7 @@ class LinearFitter(Fitter):
         self.student: list[torch.Tensor] | None = None
 
     def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
-        """Take the repaired model's states along, and find the module that a map can be folded into."""
+        """Advance the repaired model's states; in front of a block, find the module to change."""
         if i in self.dropped:
             return
         if i + 1 not in self.first_of:
@@ -132,17 +133,17 @@ class LinearFitter(Fitter):
         writers = find_writers(self.walk.layers[i], run, probe)
         if not writers:
             raise CutError(
-                f'repair="{self.method}" has nothing to fold its map into: no output projection of layer {i} writes '
-                "into the hidden states directly (a norm, or a mixture of experts, stands in between); use "
-                'repair=None and tune the layers beside the cut (tune_layers="cut")'
+                f'repair="{self.method}" has no weight to change: no output projection of layer {i} writes into '
+                "the hidden states directly (each is followed by a norm or belongs to a mixture of experts); use "
+                'repair=None and train the layers next to the cut (tune_layers="cut")'
             )
         self.writer = writers[0]
-        # The layer is run again when the block has ended, so that nothing as wide as an MLP is kept for all rows.
+        # The layer runs again after the block, so that nothing as wide as an MLP has to be kept for all rows.
         if self.student is None:
             self.student = [batch.hidden for batch in batches]
 
     def leave(self, first: int, end: int, batches: list[Batch]) -> None:
-        """Fit, fold, and go on with the states that the repaired layer gives."""
+        """Fit the block, change the weights, and continue with the states of the repaired layer."""
         writer, layer, student = self.writer, self.walk.layers[first - 1], self.student or []
         features: list[torch.Tensor] = []
         sums: tuple[NormalEquations, NormalEquations] | None = None

@@ -1,9 +1,9 @@
-"""Rescaling after a cut: what a dropped block did to the size of the hidden states.
+"""Rescale the layers behind a cut, to compensate for the growth of the hidden states in the dropped block.
 
-Prune&Comp (arXiv:2507.18212) multiplies everything that reached the cut by the ratio of the hidden states' sizes behind
-and before the dropped block. Every layer reads its input through a norm, which size does not pass, so dividing all that
-the layers behind the cut add is the same thing: neither the embeddings nor a head that is tied to them change.
-Behind a cut at the tail there is only the final norm, so there is nothing to rescale.
+Prune&Comp (arXiv:2507.18212) multiplies the hidden states at the cut by the ratio of their magnitudes after and before
+the dropped block. Since every layer normalises its input, dividing the outputs of all layers behind the cut by the same
+ratio is equivalent, and leaves the embeddings, and a head tied to them, unchanged. Behind a cut at the tail there is
+only the final norm, so there is nothing to rescale.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ROUNDING = 1e-3
 
 
 class MagnitudeFitter(Fitter):
-    """Measures how a dropped block changes the size of the states, and scales the layers behind it."""
+    """Measures how a dropped block changes the magnitude of the states, and rescales the layers behind it."""
 
     def __init__(self, walk: LayerWalk, cuts: list[tuple[int, int]], method: str) -> None:
         super().__init__(walk, cuts)
@@ -38,21 +38,22 @@ class MagnitudeFitter(Fitter):
         if any(end < walk.num_layers for _, end in cuts):
             self.last = walk.num_layers
         elif cuts:
-            logger.warning('repair="magnitude" has nothing to do behind the last layers: the final norm undoes it')
+            logger.warning(
+                'repair="magnitude" changes nothing when only the last layers are dropped: the final norm undoes it'
+            )
             self.last = 0
 
     def enter(self, first: int, batches: list[Batch]) -> None:
-        """Keep the states in front of the block."""
         self.before = [batch.hidden for batch in batches]
 
     def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
-        """Scale a layer behind a cut."""
+        """Rescale a kept layer behind a cut."""
         if i not in self.dropped and self.factor != 1.0:
             new = scaled_writers(i, self.walk.layers[i], run, probe, self.factor)
             self.tensors |= {(i, name): value for name, value in new.items()}
 
     def leave(self, first: int, end: int, batches: list[Batch]) -> None:
-        """Measure: the mean over tokens of how much larger the states became, in the L1 norm."""
+        """Measure the ratio of the L1 norms of the states after and before the block, averaged over tokens."""
         total, tokens = 0.0, 0
         for before, batch in zip(self.before, batches, strict=True):
             ratio = batch.hidden.float().abs().sum(-1) / before.float().abs().sum(-1).clamp(min=1e-12)
@@ -67,12 +68,12 @@ fitter = MagnitudeFitter
 
 @torch.no_grad()
 def scaled_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor: float) -> dict[str, torch.Tensor]:
-    """A layer's parameters after all that it adds to the residual stream is multiplied by a factor.
+    """A layer's parameters, changed so that everything it adds to the residual stream is multiplied by a factor.
 
     Args:
-        index (`int`): The layer's index in the base, for messages.
+        index (`int`): The layer's index in the base, for error messages.
         layer (`nn.Module`): The layer.
-        run (`Callable`): Runs it.
+        run (`Callable`): Runs the layer.
         batch (`Batch`): A few tokens, with the hidden states that enter the layer.
         factor (`float`): The factor.
 
@@ -88,7 +89,8 @@ def scaled_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor:
     if not writers or rest.norm() > _ROUNDING * batch.hidden.float().norm():
         raise _cannot(
             index,
-            "it adds to the hidden states by more than its output projections (experts, a norm, or a bias of its own)",
+            "not everything that it adds to the hidden states comes from its output projections (it has experts, a norm "
+            "or a bias behind them)",
         )
     new = {
         f"{writer.name}.{name}": (parameter.detach().double().cpu() * factor).to(parameter.dtype)
@@ -100,19 +102,19 @@ def scaled_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor:
 
 
 def _check(index: int, run: Run, batch: Batch, writers: list[Writer], factor: float) -> None:
-    """Refuse a layer that reads the size of its input, such as one without a norm in front."""
+    """Refuse a layer whose output depends on the magnitude of its input, such as one without an input norm."""
     wanted = run(batch.hidden, batch).float() * factor
     old = [parameter for writer in writers for parameter in writer.module.parameters(recurse=False)]
     data = [parameter.data for parameter in old]
     try:
         for parameter in old:
             parameter.data = parameter.data * factor
-        found = run(batch.hidden * factor, batch).float()
+        scaled = run(batch.hidden * factor, batch).float()
     finally:
         for parameter, value in zip(old, data, strict=True):
             parameter.data = value
-    if (found - wanted).norm() > _TOLERANCE * wanted.norm():
-        raise _cannot(index, "what it adds depends on the size of its input")
+    if (scaled - wanted).norm() > _TOLERANCE * wanted.norm():
+        raise _cannot(index, "what it adds depends on the magnitude of its input")
 
 
 def _cannot(index: int, why: str) -> CutError:

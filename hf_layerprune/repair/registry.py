@@ -1,4 +1,4 @@
-"""The repairs: what each is called, what it needs, and where it comes from. Importing this imports no torch."""
+"""The repairs: name, requirements and source of each. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..options import find
 
 @dataclass(frozen=True)
 class RepairMethod:
-    """One way to make up for dropped layers. The module of that name fits it.
+    """A way to compensate for dropped layers.
 
     Args:
-        name (`str`): What people write.
-        module (`str`): The file beside this one, with `fitter(walk, cuts, name)`.
-        what (`str`): A few words for help and tables.
-        source (`str`): Where it was published.
-        in_front (`bool`): Whether it changes the layer in front of a cut, and so needs one there.
+        name (`str`): Its name in options and records.
+        module (`str`): The module in this package that fits it, and defines `fitter(walk, cuts, name)`.
+        what (`str`): A short description for help and tables.
+        source (`str`): The publication it comes from.
+        in_front (`bool`): Whether it changes the layer in front of a dropped block, and so needs one there.
     """
 
     name: str
@@ -28,7 +28,6 @@ class RepairMethod:
     in_front: bool
 
     def load(self) -> ModuleType:
-        """The module that fits it."""
         return import_module(f".{self.module}", __package__)
 
 
@@ -45,9 +44,9 @@ REPAIRS: dict[str, RepairMethod] = {
 
 
 def find_repair(name: str) -> RepairMethod:
-    """Look a repair up.
+    """Look up a repair by name.
 
     Raises:
-        CutError: There is none of that name.
+        CutError: The repair does not exist.
     """
     return REPAIRS[find("repair", name, REPAIRS)]

@@ -1,9 +1,9 @@
-"""Find the linear modules of a decoder layer that write into the residual stream, by trying them out.
+"""Find the linear modules of a decoder layer that write into the residual stream, by experiment.
 
-A module is a writer when whatever is added to its output arrives in the layer's output as it is, times one number
-(the gain: 1 in most families, the residual multiplier in Granite). That is what lets a matrix behind it be folded into
-its weight. No family is named here: a norm behind the module (Gemma 2 and 3), a mixture of experts, or packed weights
-simply fail the trial.
+A module is a writer if anything added to its output arrives unchanged in the layer's output, up to a constant factor
+(the gain: 1 in most families, the residual multiplier in Granite). A matrix applied to its output can then be folded
+into its weight. No model family is named here: modules followed by a norm (Gemma 2 and 3), experts and packed weights
+simply fail the test.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..runtime.walk import Batch
 
 _TOLERANCE = 0.03  # bfloat16 keeps two to three digits
-_ROUNDING = 2e-3  # what of a gain of 1 is noise
+_ROUNDING = 2e-3  # a gain this close to 1 is taken as 1
 Run = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 
@@ -32,7 +32,7 @@ class Writer:
     Args:
         name (`str`): Its name inside the layer, such as `mlp.down_proj`.
         module (`nn.Module`): An `nn.Linear` or a `Conv1D`.
-        gain (`float`): What its output is multiplied with on the way.
+        gain (`float`): The factor between its output and what arrives in the residual stream.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Writer:
     gain: float
 
     def folded(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The module's parameters with a matrix behind it.
+        """The module's parameters with a matrix folded into them.
 
         Args:
             matrix (`torch.Tensor`): `[hidden, hidden]`, for row vectors: the new output is `output @ matrix`.
@@ -58,7 +58,7 @@ class Writer:
         return {name: value.to(getattr(self.module, name).dtype).contiguous() for name, value in new.items()}
 
     def moved(self, change: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The module's parameters with something added to its weight.
+        """The module's parameters with a change added to its weight.
 
         Args:
             change (`torch.Tensor`): `[in, hidden]`: the new output is `output + input @ change`.
@@ -75,12 +75,12 @@ class Writer:
 
 @contextmanager
 def outputs(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
-    """Look at, or change, a module's output while the block runs.
+    """Observe or change a module's output inside a `with` block.
 
     Args:
         module (`nn.Module`): The module.
-        change (`Callable`): Takes the output; gives what to put in its place, or `None` to leave it. To keep the output,
-            clone it: some families add to it in place (Llama 4's shared expert).
+        change (`Callable`): Takes the output, and returns its replacement, or `None` to leave it. Clone the output to
+            keep it, since some families add to it in place (Llama 4's shared expert).
     """
     handle = module.register_forward_hook(lambda module, args, output: change(output))
     try:
@@ -91,7 +91,7 @@ def outputs(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | N
 
 @contextmanager
 def inputs(module: nn.Module, look: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Look at a module's input while the block runs."""
+    """Observe a module's input inside a `with` block."""
     handle = module.register_forward_pre_hook(lambda module, args: look(args[0]))
     try:
         yield
@@ -101,7 +101,7 @@ def inputs(module: nn.Module, look: Callable[[torch.Tensor], None]) -> Iterator[
 
 @contextmanager
 def swapped(layer: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Run a layer with other values for some of its parameters, by name, while the block runs."""
+    """Replace some of a layer's parameters, by name, inside a `with` block."""
     parameters = {name: layer.get_parameter(name) for name in values}
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:
@@ -119,12 +119,12 @@ def find_writers(layer: nn.Module, run: Run, batch: Batch) -> list[Writer]:
 
     Args:
         layer (`nn.Module`): The decoder layer.
-        run (`Callable`): Runs it, see [`~runtime.walk.LayerWalk.layer`].
+        run (`Callable`): Runs the layer, see [`~runtime.walk.LayerWalk.layer`].
         batch (`Batch`): A few tokens, with the hidden states that enter the layer.
 
     Returns:
-        `list[Writer]`: The last to run first: the MLP's output projection, then the attention's. Empty where there
-            are none that a matrix can be folded into.
+        `list[Writer]`: In reverse order of execution: the MLP's output projection, then the attention's. Empty if the
+            layer has none.
     """
     hidden = batch.hidden
     order: list[tuple[str, nn.Module]] = []
@@ -141,13 +141,13 @@ def find_writers(layer: nn.Module, run: Run, batch: Batch) -> list[Writer]:
     if len({name for name, _ in order}) != len(order):  # run more than once: experts, or shared weights
         order = [(name, module) for name, module in order if sum(name == other for other, _ in order) == 1]
 
-    found: list[Writer] = []
+    writers: list[Writer] = []
     for name, module in reversed(order):
-        with silenced(found):  # what is behind it must not react
+        with silenced(writers):  # later writers must not respond to the change
             gain = _gain(module, run, batch)
         if gain is not None:
-            found.append(Writer(name, module, gain))
-    return found
+            writers.append(Writer(name, module, gain))
+    return writers
 
 
 def _is_plain_linear(module: nn.Module, hidden_size: int) -> bool:
@@ -159,7 +159,7 @@ def _is_plain_linear(module: nn.Module, hidden_size: int) -> bool:
 
 @contextmanager
 def silenced(writers: list[Writer]) -> Iterator[None]:
-    """Let writers write nothing while the block runs."""
+    """Set the outputs of writers to zero inside a `with` block."""
     if not writers:
         yield
         return
@@ -168,14 +168,14 @@ def silenced(writers: list[Writer]) -> Iterator[None]:
 
 
 def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:
-    """What the module's output is multiplied with on its way out, or `None` where it is not that simple."""
+    """The factor by which the module's output enters the layer's output, or `None` if it is not a constant."""
     hidden = batch.hidden
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
     plain = run(hidden, batch).float()
-    # Beside what the layer gives: a first layer's input can be so much smaller that rounding would swallow the noise.
+    # Scaled to the layer's output too: the first layer's input can be so small that the noise would be lost to rounding.
     size = max(hidden.float().std().item(), plain.std().item())
     gains = []
-    for scale in (1.0, 4.0):  # a norm behind the module would even out the difference
+    for scale in (1.0, 4.0):  # a norm behind the module would cancel the scale
         added = noise * scale * size
         with outputs(module, partial(_plus, added=added)):
             change = run(hidden, batch).float() - plain
@@ -190,5 +190,5 @@ def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:
 
 
 def _plus(output: torch.Tensor, added: torch.Tensor) -> torch.Tensor | None:
-    """The sum, also where a family runs its linear modules on `[batch * seq, hidden]`; `None` for experts."""
+    """The sum, in the shape of `output`, which may be `[batch * seq, hidden]`; `None` if the sizes differ (experts)."""
     return output + added.view_as(output) if output.numel() == added.numel() else None

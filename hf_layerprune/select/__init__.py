@@ -6,8 +6,8 @@
     choice = choose_layers(model, calibration, CutOptions(drop=0.25, criterion="auto"))
     choice.drop_layers, choice.why
 
-A criterion is a file of its own, and a line in `registry.py`. `runner.py` walks the model once for all that are asked
-for, `sets.py` turns scores into layers.
+Each criterion has its own file and one entry in `registry.py`. `runner.py` computes all requested criteria in a shared
+pass over the model, and `sets.py` turns scores into a set of layers.
 """
 
 from __future__ import annotations
@@ -44,33 +44,33 @@ _LAZY = {"Choice": ".runner", "choose_layers": ".runner", "score_layers": ".runn
 
 
 def needs_model(criterion: str) -> bool:
-    """Whether a criterion has to look at the model, and not only at how many layers it has.
+    """Whether a criterion needs the model itself, and not just its number of layers.
 
     Raises:
-        CutError: There is no such criterion.
+        CutError: The criterion does not exist.
     """
     return find_criterion(criterion).needs != "count"
 
 
 def select_layers(num_layers: int, choice: CutOptions, protected: Collection[int] = ()) -> list[int]:
-    """Choose the layers to drop by a criterion that looks at nothing but their number.
+    """Choose the layers to drop with a criterion that needs only the number of layers.
 
     Args:
         num_layers (`int`): Number of decoder layers.
-        choice (`CutOptions`): How many go, by which criterion. A contiguous choice is the block that goes first by the
-            sum of its layers' ranks.
-        protected (`Collection[int]`): Further layers that must stay, as the architecture demands.
+        choice (`CutOptions`): How many layers to drop, and by which criterion. With `contiguous`, the block with the lowest
+            sum of its layers' ranks is chosen.
+        protected (`Collection[int]`): Other layers that the architecture requires to stay.
 
     Returns:
         `list[int]`: Base indices, ascending.
 
     Raises:
-        CutError: The criterion looks at the model, or more layers would go than may.
+        CutError: The criterion needs the model, or too few layers may be dropped.
     """
     count = drop_count(choice.drop, num_layers)
     criterion = find_criterion(choice.criterion)
     if needs_model(choice.criterion):
-        raise CutError(f"criterion {choice.criterion!r} looks at the model; use choose_layers")
+        raise CutError(f"criterion {choice.criterion!r} needs the model; use choose_layers")
     free = free_layers(num_layers, count, *criterion.protection(choice), protected)
     order = criterion.load().order(num_layers, count, choice.seed, choice.variant)
     if not choice.contiguous:

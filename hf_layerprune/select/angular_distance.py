@@ -1,7 +1,7 @@
 """Angular distance between the states at the two ends of a block (Gromov et al., arXiv:2403.17887, section 3.2).
 
-`arccos(cos(x_l, x_l+n)) / pi`, at the last token of each row, its mean over the rows. One pass scores every block of
-every length, since all it keeps is a token a row at each layer.
+`arccos(cos(x_l, x_l+n)) / pi` at the last token of each row, averaged over the rows. One pass scores blocks of every
+length, since only one token per row has to be kept at each layer.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ class AngularDistance(Observer):
     """Keeps the last token of each row at every layer."""
 
     def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
-        """The states before the first layer."""
         self.alive = tuple(alive)
         self.ends = [self._last(batches)]
 
     def end(self, index: int, batches: Sequence[Batch]) -> None:
-        """The states behind a layer."""
         self.ends.append(self._last(batches))
 
     @staticmethod
@@ -34,7 +32,6 @@ class AngularDistance(Observer):
         return F.normalize(torch.cat([batch.hidden[:, -1].double().cpu() for batch in batches]), dim=-1)
 
     def scores(self) -> Scores:
-        """By block."""
         points = torch.stack(self.ends)  # [layers + 1, rows, hidden]
         cosines = torch.einsum("ard,brd->abr", points, points).clamp(-1, 1)
         distances = (cosines.arccos() / torch.pi).mean(-1)
@@ -49,5 +46,4 @@ class AngularDistance(Observer):
 
 
 def observer(criterion: Criterion, variant: str, num_layers: int, lengths: Sequence[int]) -> AngularDistance:
-    """What looks on."""
     return AngularDistance()

@@ -1,17 +1,18 @@
-"""Auto: short-list cheaply, try the best few out, say why.
+"""Auto: build a short list cheaply, evaluate the best few candidates, and explain the choice.
 
-What counts is how far the model that the cut leaves, repaired where a repair will follow, is from the dense one: KL of
-the next token, on text that nothing was fitted to. So that is what the short list is drawn up by as well, on few rows:
+Candidates are judged by the KL divergence of the cut model's next-token distribution from the dense model's, after the
+repair if one will follow, on held-out text. The short list uses the same measure on fewer rows:
 
-1. Every block of the wanted length is tried on a few held-out rows. Where a fitted repair will follow, one pass over
-   the other rows has fitted the map of every block before, and each block is tried with its map. All blocks advance
-   through the model together, so this costs about as much as running the model once for each three blocks.
-2. If the layers need not lie side by side: the layers are also removed one after the other, each time the one whose
-   loss changes the model least.
-3. The best few are tried on all held-out rows, each with the repair that it would really get, and the best one stays.
+1. Every block of the requested length is evaluated on a few held-out rows. If a fitted repair will follow, one pass over
+   the remaining rows first fits a map for every block, and each block is evaluated with its map. All blocks advance
+   through the model together, so this costs about one run of the model per three blocks.
+2. If the layers need not be contiguous, layers are also removed greedily: in each step, the one whose removal changes
+   the model least.
+3. The best few candidates are evaluated on all held-out rows, each with the repair it would actually get, and the best
+   one is chosen.
 
-Neither the damage of the raw cut nor the share that a map leaves unexplained finds the best repaired block alone:
-docs/experiments.md has the comparison.
+Neither the KL of the unrepaired cut nor the share that a map leaves unexplained is enough to find the best repaired
+block; docs/experiments.md has the comparison.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HELD_OUT = 0.25
-# Rows for the short list: to fit every block's map, to try every block, to try layers one after the other.
+# Rows for the short list: to fit the maps, to evaluate the blocks, and for greedy removal.
 _FIT_ROWS, _TRY_ROWS, _GREEDY_ROWS = 48, 8, 2
 _SHORT_LIST = 3
 
@@ -55,8 +56,8 @@ class Candidate:
 
     Args:
         drop (`tuple[int, ...]`): The layers.
-        found_by (`str`): Where it comes from.
-        outcome (`Outcome`, *optional*): What it does to the model, on all held-out rows, repaired.
+        found_by (`str`): `"best block"` or `"greedy"`.
+        outcome (`Outcome`, *optional*): The loss and KL of the repaired cut on all held-out rows.
     """
 
     drop: tuple[int, ...]
@@ -65,12 +66,12 @@ class Candidate:
 
     @property
     def tried(self) -> Outcome:
-        """The outcome, once the candidate was tried."""
-        assert self.outcome is not None, "the candidate has not been tried yet"
+        """The outcome; the candidate must have been evaluated."""
+        assert self.outcome is not None, "the candidate has not been evaluated yet"
         return self.outcome
 
     def record(self) -> dict[str, Any]:
-        """For the lineage."""
+        """The entry for `lineage.json`."""
         return {
             "layers": format_layers(self.drop),
             "found_by": self.found_by,
@@ -82,26 +83,28 @@ class Candidate:
 def choose(
     walk: LayerWalk, calibration: CalibrationSet, count: int, free: Collection[int], choice: ChoiceOptions
 ) -> Choice:
-    """Choose layers.
+    """Choose the layers to drop.
 
     Args:
         walk (`LayerWalk`): The dense model.
-        calibration (`CalibrationSet`): The text; a quarter of its rows is held out to judge by.
-        count (`int`): How many layers go.
-        free (`Collection[int]`): Which may.
-        choice (`ChoiceOptions`): Whether they must be neighbours, and which repair will make up for them.
+        calibration (`CalibrationSet`): The text; a quarter of its rows is held out for evaluation.
+        count (`int`): How many layers to drop.
+        free (`Collection[int]`): The layers that may be dropped.
+        choice (`ChoiceOptions`): Whether the layers must be contiguous, and which repair will follow.
 
     Returns:
-        `Choice`: The layers, and why.
+        `Choice`: The layers, and the reason.
 
     Raises:
-        CutError: No such set of layers may go, or there are too few rows.
+        CutError: No set of `count` layers may be dropped, or there are too few rows.
     """
     if choice.repair:
         check_stage(walk.model.config, "repair")
     check_vocabulary(calibration, walk.model)
     if len(calibration) < 4:
-        raise CutError("criterion 'auto' holds a quarter of the calibration rows out; raise calibration_samples to 4")
+        raise CutError(
+            "criterion 'auto' holds out a quarter of the calibration rows; raise calibration_samples to 4 or more"
+        )
     fitting, judging = calibration.split(HELD_OUT)
     repair = choice.repair and find_repair(choice.repair)
     in_front = bool(repair and repair.in_front)
@@ -117,7 +120,7 @@ def choose(
     if not choice.contiguous and count > 1:
         candidates.append(Candidate(_one_after_the_other(walk, _first(judging, _GREEDY_ROWS), count, free), "greedy"))
     elif not blocks:
-        lowest_block({}, count, free)  # says that there is none
+        lowest_block({}, count, free)  # raises the error that no block may be dropped
     candidates = list({candidate.drop: candidate for candidate in reversed(candidates)}.values())[::-1]
     logger.info("short list: %s", "; ".join(format_layers(candidate.drop) for candidate in candidates))
     judged = _judged(walk, candidates, fitting, judging, choice.repair)
@@ -137,7 +140,7 @@ def _try_blocks(
     judging: CalibrationSet,
     in_front: bool,
 ) -> Scores:
-    """KL of every block, on a few rows, with its map where a fitted repair will follow."""
+    """KL of every block on a few rows, with its map applied if a fitted repair will follow."""
     fits: dict[tuple[int, ...], BlockFit] = {}
     if in_front:
         observer = Repairability({len(blocks[0])}, keep=True)
@@ -171,25 +174,25 @@ def _judged(
     judging: CalibrationSet,
     repair: str | None,
 ) -> list[Candidate]:
-    """The candidates with what each does to the model, with the repair that it would get; the best first."""
+    """Evaluate each candidate with the repair it would get, and sort them, best first."""
     trials: list[Trial] = []
     fitted: list[Candidate] = []
     for candidate in candidates:
         try:
             changes = changes_of(fit_repair(walk, candidate.drop, fitting, repair)) if repair else {}
-        except CutError:  # nothing to fold a map into in front of one of its cuts
+        except CutError:  # no projection to fold a map into in front of one of its blocks
             continue
         fitted.append(candidate)
         trials.append(Trial(candidate.drop, changes))
     if not trials:
-        raise CutError(f"repair={repair!r} works for none of the layers on the short list; use repair=None")
+        raise CutError(f"repair={repair!r} works for none of the candidates on the short list; use repair=None")
     for candidate, outcome in zip(fitted, try_out(walk, judging, trials), strict=True):
         candidate.outcome = outcome
     return sorted(fitted, key=lambda candidate: candidate.tried.divergence)
 
 
 def changes_of(repair: Repair) -> dict[int, Any]:
-    """What a repair does to the layers that it changes, as [`~trials.Trial`] takes it."""
+    """A repair as the `changes` of a [`~trials.Trial`]."""
     return {index: partial(swapped, values=values) for index, values in repair.by_layer().items()}
 
 

@@ -1,8 +1,9 @@
-"""Block influence: how far a layer turns the hidden states.
+"""Block influence: how much a layer changes the direction of the hidden states.
 
-Original (ShortGPT, arXiv:2403.03853, section 3): `1 - E[cos(x_in, x_out)]`, over tokens, taken at the layer itself.
-Paper: as the code of arXiv:2411.15558 has it: one cosine between all states of all tokens, flattened into one vector,
-which the few tokens with huge states decide; and no score for the last layer, which is never dropped so.
+Original (ShortGPT, arXiv:2403.03853, section 3): `1 - E[cos(x_in, x_out)]` over tokens, between the states that enter
+and leave the layer. Paper (the code of arXiv:2411.15558): a single cosine between the states of all tokens, flattened
+into one vector, so the few tokens with very large states dominate it. The last layer gets no score there, and is
+therefore never dropped.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .scores import Scores
 
 
 class BlockInfluence(Observer):
-    """Compares what enters and leaves each layer.
+    """Compares the states that enter and leave each layer.
 
     Args:
         variant (`str`): `"original"` or `"paper"`.
@@ -31,13 +32,11 @@ class BlockInfluence(Observer):
         self.variant, self.num_layers = variant, num_layers
 
     def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
-        """Start from zero."""
         self.alive = tuple(alive)
-        # Sums by layer: of the cosines and their number, or of the products and the squares.
+        # Sums per layer: cosines and their number, or products and squares.
         self.sums = torch.zeros(self.num_layers, 3, dtype=torch.float64)
 
     def states(self, index: int, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Add a batch."""
         before, after = before.float().flatten(0, -2), after.float().flatten(0, -2)
         if self.variant == ORIGINAL:
             cosines = F.cosine_similarity(before, after, dim=-1)
@@ -47,7 +46,6 @@ class BlockInfluence(Observer):
         self.sums[index] += torch.tensor([float(value) for value in sums], dtype=torch.float64)
 
     def scores(self) -> Scores:
-        """By layer."""
         a, b, c = self.sums.unbind(1)
         influence = (1 - a / (b if self.variant == ORIGINAL else (b * c).sqrt())).tolist()
         scored = self.alive if self.variant == ORIGINAL else self.alive[:-1]
@@ -60,5 +58,4 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
 
 
 def observer(criterion: Criterion, variant: str, num_layers: int, lengths: Sequence[int]) -> BlockInfluence:
-    """What looks on."""
     return BlockInfluence(variant, num_layers)

@@ -1,4 +1,4 @@
-"""What scoring will cost, before it starts: counted in runs of a layer, timed on one batch."""
+"""An estimate of the cost of scoring: layer runs are counted, and one batch is timed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .sets import neighbours
 from .trials import Trial, layer_runs, rows_per_pass
 
 _HEAD_TOKENS = 256
-# A layer's backward pass runs it once more and then computes gradients for its input and its weights.
+# The backward pass runs a layer again, then computes the gradients of its input and its weights.
 _BACKWARD = 3
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call of `score_layers` will take.
+    """The estimated cost of a call of `score_layers`.
 
     Args:
-        layers (`int`): Runs of one layer, each on all rows.
-        heads (`int`): Runs of the head, each on all rows.
-        passes (`int`): How often every weight is brought in.
-        seconds (`float`): All of it, by the time that one batch took.
+        layers (`int`): Runs of a single layer over all rows.
+        heads (`int`): Runs of the head over all rows.
+        passes (`int`): How many times all weights are loaded.
+        seconds (`float`): Total time, extrapolated from one batch.
     """
 
     layers: int
@@ -53,18 +53,18 @@ def estimate(
     count: int,
     lengths: Collection[int] | None = None,
 ) -> Cost:
-    """Count and time the work of `score_layers`.
+    """Estimate the cost of `score_layers`.
 
     Args:
         walk (`LayerWalk`): The dense model.
         samples (`int`): Rows of the calibration set.
-        length (`int`): Tokens a row.
-        criteria (`Sequence[str]`): Names.
-        count (`int`): How many layers should go.
-        lengths (`Collection[int]`, *optional*): Of blocks, see `score_layers`.
+        length (`int`): Tokens per row.
+        criteria (`Sequence[str]`): Names of the criteria.
+        count (`int`): How many layers to drop.
+        lengths (`Collection[int]`, *optional*): Block lengths, see `score_layers`.
 
     Returns:
-        `Cost`: An estimate.
+        `Cost`: The estimate.
     """
     n, passes, layers, heads = walk.num_layers, 0, 0, 0
     wanted = [find_criterion(name) for name in criteria]

@@ -1,14 +1,14 @@
-"""Divergence from the dense model without a layer, or without a block: KL(dense || cut) of the next token.
+"""KL: the divergence KL(dense || cut) of the next-token distribution without a layer or a block.
 
-Unlike perplexity it means something on any text, also on one that a model wrote, and sees changes that a text's own next
-tokens don't show.
+Unlike perplexity, it is meaningful on any text, including text that the model wrote itself, and it detects changes that
+don't affect the probability of the text's own next tokens.
 """
 
 from __future__ import annotations
 
 from .trials import Outcome
 
-COMPARES = True  # with the dense model
+COMPARES = True  # needs the dense model's logits
 
 
 def score(outcome: Outcome) -> float:

@@ -1,8 +1,8 @@
-"""Magnitude: a layer with small weights matters little.
+"""Magnitude: layers with small weights are assumed to matter least.
 
-Original (Shortened LLaMA, arXiv:2402.02834, and arXiv:2411.15558, section 3): the sum over a layer's weights of their
-p-norms, `sum_k |W_k|_p`. Paper: as the code of arXiv:2411.15558 has it, without the p-th root, so that l2 is the sum of
-squares. Biases don't count; the norms' weights do.
+Original (Shortened LLaMA, arXiv:2402.02834, and arXiv:2411.15558, section 3): the sum of the p-norms of a layer's
+weights, `sum_k |W_k|_p`. Paper (the code of arXiv:2411.15558): without the p-th root, so l2 is the sum of squares. The
+weights of norms are included; biases are not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .scores import Scores
 
 
 class Magnitude(Observer):
-    """Sums up weights.
+    """Sums the weight norms of each layer.
 
     Args:
         name (`str`): `"magnitude_l1"` or `"magnitude_l2"`.
@@ -32,7 +32,6 @@ class Magnitude(Observer):
         self.sums: list[float | None] = [None] * num_layers
 
     def weights(self, index: int, layer: nn.Module) -> None:
-        """Sum over one layer."""
         total = 0.0
         for _, parameter in weight_matrices(layer, index):
             size = parameter.detach().float().abs().pow(self.power).sum(dtype=torch.float64).item()
@@ -40,27 +39,25 @@ class Magnitude(Observer):
         self.sums[index] = total
 
     def scores(self) -> Scores:
-        """By layer."""
         alive = tuple(i for i, score in enumerate(self.sums) if score is not None)
         return Scores(self.name, self.variant, alive, layers=self.sums)
 
 
 def weight_matrices(layer: nn.Module, index: int) -> list[tuple[str, nn.Parameter]]:
-    """The weights of a layer that count: all but biases.
+    """All weights of a layer except biases.
 
     Raises:
-        UnsupportedModelError: They are packed.
+        UnsupportedModelError: The weights are packed (quantised).
     """
     matrices = [(name, parameter) for name, parameter in layer.named_parameters() if not name.endswith("bias")]
     packed = [name for name, parameter in matrices if not parameter.is_floating_point()]
     if packed:
         raise UnsupportedModelError(
-            f"layer {index} keeps its weights packed ({packed[0]}), and a sum over packed numbers means nothing; load "
-            "the model without quantisation, or choose by another criterion"
+            f"layer {index} has packed weights ({packed[0]}), whose norms are meaningless; load the model without "
+            "quantisation, or use another criterion"
         )
     return matrices
 
 
 def observer(criterion: Criterion, variant: str, num_layers: int, lengths: Sequence[int]) -> Magnitude:
-    """What looks on."""
     return Magnitude(criterion.name, variant, num_layers)

@@ -1,6 +1,7 @@
-"""One pass over the dense model, for all criteria that look at its states or weights while it runs.
+"""A single pass over the dense model, shared by all criteria that observe its hidden states or weights.
 
-All batches go through a layer before the next one is brought in, so each weight is read once, whatever is asked for.
+All batches go through a layer before the next layer is loaded, so each weight is read once, however many criteria were
+requested.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from ..runtime.mapped import release
 from ..runtime.walk import Batch, LayerWalk
 from .scores import Scores
 
-# Tokens of a batch: enough to keep a processor busy, few enough that what a layer holds while it runs stays small.
+# Tokens per batch: enough to keep the processor busy, few enough to keep a layer's activations small.
 BATCH_TOKENS = 4096
 _PROBE_TOKENS = 32
 
 
 class Observer:
-    """Looks on while the dense model runs. A criterion overrides what it needs."""
+    """Observes the dense model while it runs. Each criterion overrides the methods it needs."""
 
     def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
-        """The states that enter the first layer are there.
+        """Called before the first layer runs, with the hidden states that enter it.
 
         Args:
             alive (`Sequence[int]`): The layers that run, as indices in the base.
@@ -36,25 +37,25 @@ class Observer:
         """
 
     def weights(self, index: int, layer: nn.Module) -> None:
-        """A layer's weights are there, `index` in the base."""
+        """Called when a layer's weights are loaded; `index` is its index in the base."""
 
     def watch(self, index: int, layer: nn.Module, run: Run, probe: Batch) -> AbstractContextManager:
-        """Hooks that are in place while a layer runs; `probe` is a few tokens on which it may be tried out."""
+        """A context that is active while a layer runs, for hooks; `probe` holds a few tokens for trial runs of the layer."""
         return nullcontext()
 
     def states(self, index: int, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """A layer has run: the states `[batch, seq, hidden]` that entered and left it, of batch `number`."""
+        """Called after a layer has run on batch `number`, with the states `[batch, seq, hidden]` before and after it."""
 
     def end(self, index: int, batches: Sequence[Batch]) -> None:
-        """All batches have left a layer."""
+        """Called after a layer has run on all batches."""
 
     def scores(self) -> Scores:
-        """What was found."""
+        """The scores, after the pass."""
         raise NotImplementedError
 
 
 def batch_rows(calibration: CalibrationSet) -> int:
-    """How many rows run at once."""
+    """How many rows to run at once."""
     samples, length = calibration.input_ids.shape
     return max(1, min(BATCH_TOKENS // length, samples))
 
@@ -63,12 +64,12 @@ def batch_rows(calibration: CalibrationSet) -> int:
 def run_pass(
     walk: LayerWalk, calibration: CalibrationSet, observers: Sequence[Observer], alive: Sequence[int] | None = None
 ) -> None:
-    """Run the model once.
+    """Run the model once, with observers.
 
     Args:
         walk (`LayerWalk`): The dense model.
         calibration (`CalibrationSet`): The text.
-        observers (`Sequence[Observer]`): What looks on.
+        observers (`Sequence[Observer]`): Called along the way.
         alive (`Sequence[int]`, *optional*): The layers that run; all by default.
 
     Raises:
@@ -80,7 +81,7 @@ def run_pass(
     walk.rest()
     for observer in observers:
         observer.begin(alive, batches)
-    for i in tqdm(alive, desc="looking at the dense model", unit="layer", disable=None):
+    for i in tqdm(alive, desc="running the dense model", unit="layer", disable=None):
         layer = walk.layers[i]
         with walk.layer(i) as run:
             for observer in observers:
@@ -103,7 +104,7 @@ def run_pass(
 def read_weights(
     layers: Sequence[nn.Module], observers: Sequence[Observer], alive: Sequence[int], *, let_go: bool = False
 ) -> None:
-    """Show the weights alone, for observers that need no states, and for models that can't be walked."""
+    """Pass only the weights to observers that need no states; works for models that can't be run layer by layer too."""
     for i in alive:
         for observer in observers:
             observer.weights(i, layers[i])
@@ -112,14 +113,14 @@ def read_weights(
 
 
 def not_finite(index: int, layer: nn.Module, dtype: torch.dtype) -> CheckpointError:
-    """The error for states that are not finite behind a layer, with its cause."""
+    """The error for a layer that returns non-finite hidden states, with the cause."""
     for name, parameter in layer.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             return CheckpointError(
-                f"layer {index} has weights that are not finite, in {name}: the checkpoint is damaged"
+                f"layer {index} has weights that are not finite, in {name}: the checkpoint is damaged; use an intact copy"
             )
     name = str(dtype).removeprefix("torch.")
     return CheckpointError(
-        f"the hidden states that leave layer {index} are not finite in {name}: they are beyond what it holds; load the "
-        "model in bfloat16 or float32 (--dtype)"
+        f"the hidden states that leave layer {index} are not finite: they overflow {name}; load the model in bfloat16 or "
+        "float32 (--dtype)"
     )

@@ -1,8 +1,9 @@
-"""Repairability: the share of what a block does that no linear map makes up for.
+"""Repairability: the share of a block's effect that a linear map can't reproduce.
 
-For a block of layers, the map of `repair/linear.py` is fitted to what the block adds to the states, from the output of
-the last module in front of it that writes into them; the score is what that map leaves unexplained on held-out tokens.
-All blocks are fitted in one pass. A block at the very start has nothing in front of it, and so no score.
+For each block of layers, the map of `repair/linear.py` is fitted to what the block adds to the hidden states, from the
+output of the last module in front of it that writes into the residual stream. The score is the share that the map leaves
+unexplained on held-out tokens. All blocks are fitted in one pass. A block that starts at layer 0 has no module in front
+of it, and so no score.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class BlockFit:
     """The map for one block.
 
     Args:
-        block (`tuple[int, ...]`): The layers that it stands in for.
-        before (`int`): The layer whose output it changes.
-        writer (`Writer`): The module of that layer.
+        block (`tuple[int, ...]`): The layers that the map replaces.
+        before (`int`): The layer in front of the block, whose output the map changes.
+        writer (`Writer`): The module of that layer that the map is applied to.
         fit (`Fit`): The map, in float32.
     """
 
@@ -53,10 +54,10 @@ class BlockFit:
 
 
 class Repairability(Observer):
-    """Fits the map of every block of some lengths.
+    """Fits a map for every block of the given lengths.
 
     Args:
-        lengths (`Collection[int]`): Of how many layers.
+        lengths (`Collection[int]`): Block lengths, in layers.
         keep (`bool`, defaults to `False`): Whether to keep the maps, in `fits`.
     """
 
@@ -66,15 +67,14 @@ class Repairability(Observer):
         self.shares: dict[tuple[int, ...], float] = {}
 
     def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
-        """Nothing is in front of the first layer."""
         self.alive = tuple(alive)
         self.position = {layer: position for position, layer in enumerate(alive)}
-        # By the position at which a block would start: the module in front of it, its outputs, the states there.
+        # By the position where a block may start: the module in front of it, its outputs, and the hidden states.
         self.starts: dict[int, tuple[Writer, list[torch.Tensor], list[torch.Tensor]]] = {}
 
     @contextmanager
     def watch(self, index: int, layer: nn.Module, run: Run, probe: Batch) -> Iterator[None]:
-        """Keep the outputs of the module that a map would be folded into."""
+        """Record the outputs of the module that a map would be folded into."""
         writers = find_writers(layer, run, probe)
         self.writer = writers[0] if writers else None
         self.features: list[torch.Tensor] = []
@@ -85,7 +85,7 @@ class Repairability(Observer):
             yield
 
     def end(self, index: int, batches: Sequence[Batch]) -> None:
-        """Fit the blocks that end here, and remember where others may start."""
+        """Fit the blocks that end at this layer, and keep the states for blocks that start behind it."""
         last = self.position[index]
         for length in self.lengths:
             start = last + 1 - length
@@ -108,7 +108,7 @@ class Repairability(Observer):
         judging = max(2, min(HELD_OUT, len(batches)))
         for number, (feature, state, batch) in enumerate(zip(features, states, batches, strict=True)):
             feature, change = feature.view_as(state).float() * writer.gain, batch.hidden.float() - state.float()
-            if len(batches) == 1:  # one batch is all there is: its last rows judge
+            if len(batches) == 1:  # a single batch: hold out its last rows
                 rows = max(1, len(state) // HELD_OUT)
                 fitted.add(feature[:-rows], change[:-rows])
                 held_out.add(feature[-rows:], change[-rows:])
@@ -120,20 +120,18 @@ class Repairability(Observer):
             self.fits[block] = BlockFit(block, before, writer, Fit(fit.change.float(), fit.strength, fit.unexplained))
 
     def scores(self) -> Scores:
-        """By block."""
         if not self.shares:
             raise UnsupportedModelError(
-                "no layer of this model has an output projection that a linear map could be folded into (a norm, or a "
-                "mixture of experts, stands behind each), so repairability has nothing to say; use kl or perplexity"
+                "no layer of this model has an output projection that a linear map could be folded into (each is followed "
+                "by a norm or belongs to a mixture of experts), so repairability has no scores; use kl or perplexity"
             )
         return Scores("repairability", ORIGINAL, self.alive, blocks=self.shares)
 
 
 def observer(criterion: Criterion, variant: str, num_layers: int, lengths: Sequence[int]) -> Repairability:
-    """What looks on."""
     return Repairability(lengths)
 
 
 def layer_runs(num_layers: int, lengths: Sequence[int]) -> int:
-    """Each block's sums take about as long as a run of a layer."""
+    """The cost in layer runs: summing one block costs about as much as running one layer."""
     return sum(num_layers - length for length in lengths)

@@ -1,4 +1,4 @@
-"""A ranking as text: what each criterion would drop, and every layer's scores."""
+"""A ranking as text: the layers each criterion would drop, and the scores of every layer."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _BEST_BLOCKS = 3
 def report(
     scores: Mapping[str, Scores], drops: Mapping[str, Sequence[int]], why: Mapping[str, str] | None = None
 ) -> str:
-    """Tables for a terminal.
+    """Format a ranking as tables for a terminal.
 
     Args:
         scores (`Mapping[str, Scores]`): By criterion.
-        drops (`Mapping[str, Sequence[int]]`): What each would drop, by criterion; also of some that have no scores.
-        why (`Mapping[str, str]`, *optional*): A sentence for those that explain themselves.
+        drops (`Mapping[str, Sequence[int]]`): The layers each criterion would drop; criteria without scores included.
+        why (`Mapping[str, str]`, *optional*): The reason for the choice, for criteria that give one.
 
     Returns:
-        `str`: Lines.
+        `str`: The tables, several lines.
     """
     lines = _columns(
         [["criterion", "would drop", "by"]]
@@ -30,27 +30,25 @@ def report(
     )
     for name, reason in (why or {}).items():
         lines += ["", f"{name}: {reason}"]
-    of_layers = [
-        found for found in scores.values() if found.layers is not None and CRITERIA[found.criterion].needs != "count"
-    ]
-    if of_layers:
-        table = [["layer", *(found.criterion for found in of_layers)]]
-        for i in range(len(of_layers[0].layers or ())):
-            table.append(
-                [str(i), *(_cell((found.layers or [])[i], i in drops[found.criterion]) for found in of_layers)]
-            )
+    layer_scores = [s for s in scores.values() if s.layers is not None and CRITERIA[s.criterion].needs != "count"]
+    if layer_scores:
+        table = [["layer", *(s.criterion for s in layer_scores)]]
+        for i in range(len(layer_scores[0].layers or ())):
+            table.append([str(i), *(_cell((s.layers or [])[i], i in drops[s.criterion]) for s in layer_scores)])
         lines += [
             "",
             *_columns(table, right=True),
             "",
             "layers with lower scores are dropped first; * would be dropped",
         ]
-    for found in scores.values():
-        if CRITERIA[found.criterion].blocks_only:
-            length = len(drops[found.criterion])
-            ranked = sorted((s, b) for b, s in found.blocks.items() if len(b) == length)[:_BEST_BLOCKS]
-            best = ", ".join(f"{format_layers(block)} ({score:.4g})" for score, block in ranked)
-            lines.append(f"{found.criterion}, blocks of {length}: {best}")
+    for name, criterion_scores in scores.items():
+        if CRITERIA[name].blocks_only:
+            length = len(drops[name])
+            of_length = [(score, block) for block, score in criterion_scores.blocks.items() if len(block) == length]
+            best = ", ".join(
+                f"{format_layers(block)} ({score:.4g})" for score, block in sorted(of_length)[:_BEST_BLOCKS]
+            )
+            lines.append(f"{name}, blocks of {length}: {best}")
     return "\n".join(lines)
 
 

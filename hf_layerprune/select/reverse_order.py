@@ -4,5 +4,5 @@ from __future__ import annotations
 
 
 def order(num_layers: int, count: int, seed: int, variant: str = "original") -> list[int]:
-    """All layers, the last first."""
+    """All layers, last first."""
     return list(range(num_layers - 1, -1, -1))

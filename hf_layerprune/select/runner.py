@@ -1,7 +1,7 @@
-"""Score layers by any number of criteria, and choose which to drop.
+"""Score layers by one or more criteria, and choose which to drop.
 
-What several criteria need is done once: all that look at the dense model look at the same pass, and perplexity and KL
-are read off the same trials.
+Work is shared between criteria: those that observe the dense model share one pass, and perplexity and KL are computed
+from the same trials.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Choice:
 
     Args:
         drop_layers (`list[int]`): Base indices, ascending.
-        criterion (`str`): What chose them.
-        why (`str`): One sentence.
-        scores (`list[Scores]`): What it looked at, one for each round and criterion.
-        details (`dict[str, Any]`): What else belongs in a record, such as the short list of `auto`.
+        criterion (`str`): The criterion that chose them.
+        why (`str`): The reason, in one sentence.
+        scores (`list[Scores]`): The scores the choice is based on, one entry per round and criterion.
+        details (`dict[str, Any]`): Further entries for the record, such as the short list of `auto`.
     """
 
     drop_layers: list[int]
@@ -52,9 +52,9 @@ class Choice:
     details: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """For the lineage."""
+        """The entry for `lineage.json`."""
         record = {"criterion": self.criterion, "why": self.why} | self.details
-        if len(self.scores) == 1 and self.scores[0].layers is not None:  # in one round: what the choice was made by
+        if len(self.scores) == 1 and self.scores[0].layers is not None:  # chosen in one round, by these scores
             record["scores"] = self.scores[0].record()
         return record
 
@@ -70,38 +70,40 @@ def score_layers(
     gone: Collection[int] = (),
     seed: int = 42,
 ) -> dict[str, Scores]:
-    """Score the layers of a model by several criteria, with the work shared.
+    """Score the layers of a model by several criteria, sharing work between them.
 
     Args:
-        model (`PreTrainedModel` or `LayerWalk`): The dense model. It is left as it is.
-        calibration (`CalibrationSet`, *optional*): The text; not needed by criteria that look at no text.
-        criteria (`Sequence[str]`, defaults to all but `"auto"`): Names.
-        variant (`str`, defaults to `"original"`): `"original"`: as its own source defines a criterion, or `"paper"`: as
-            the code of arXiv:2411.15558 computed it, for the criteria that it did.
-        drop (`float` or `int`, defaults to 0.25): How many layers should go: the length of the blocks.
+        model (`PreTrainedModel` or `LayerWalk`): The dense model; left unchanged.
+        calibration (`CalibrationSet`, *optional*): The text; only criteria that run the model on text need it.
+        criteria (`Sequence[str]`, defaults to all but `"auto"`): Names of the criteria.
+        variant (`str`, defaults to `"original"`): `"original"`: as the criterion's own source defines it; `"paper"`: as
+            the code of arXiv:2411.15558 computes it, where it does.
+        drop (`float` or `int`, defaults to 0.25): How many layers to drop, which is also the block length.
         lengths (`Collection[int]`, *optional*): Score blocks of these lengths, also by perplexity and KL. By default
-            only repairability and the angular distance score blocks, the first of `drop` layers, the second of any
-            length.
-        gone (`Collection[int]`): Layers that were dropped before.
-        seed (`int`, defaults to 42): For criteria that draw.
+            only repairability and angular distance score blocks: repairability those of `drop` layers, angular distance
+            those of any length.
+        gone (`Collection[int]`): Layers that have already been dropped.
+        seed (`int`, defaults to 42): For criteria that draw random numbers.
 
     Returns:
-        `dict[str, Scores]`: By name.
+        `dict[str, Scores]`: The scores, by criterion.
 
     Raises:
-        CutError: A criterion or a variant does not exist, or blocks would be as long as the model.
-        CheckpointError: The calibration set is of another model, or a score is not finite.
+        CutError: A criterion or variant does not exist, or a block length leaves no layer.
+        CheckpointError: The calibration set belongs to another model, or a score is not finite.
         UnsupportedModelError: The model's layers can't be run one at a time.
     """
     find("variant", variant, VARIANTS)
     wanted = [find_criterion(name) for name in dict.fromkeys(criteria)]
     if any(criterion.kind == "choice" for criterion in wanted):
-        raise CutError("auto is no score of its own; use choose_layers")
+        raise CutError("criterion 'auto' gives no scores; use choose_layers")
     num_layers = len(_layers(model))
     alive = [i for i in range(num_layers) if i not in set(gone)]
     for length in lengths or ():
         if not 0 < length < len(alive):
-            raise CutError(f"blocks of {length} layers: there are {len(alive)} layers, and one must stay")
+            raise CutError(
+                f"blocks of {length} layers don't fit: there are {len(alive)} layers, and at least one must stay"
+            )
     count = drop_count(drop, num_layers)
     work = _Work(model, calibration, variant, alive, sorted(lengths or ()))
     scores: dict[str, Scores] = {}
@@ -128,18 +130,18 @@ def choose_layers(
     """Choose the layers to drop.
 
     Args:
-        model (`PreTrainedModel` or `LayerWalk`): The dense model. It is left as it is.
-        calibration (`CalibrationSet`, *optional*): The text; not needed by criteria that look at no text.
-        choice (`CutOptions`): How many go, and by which criterion. `"auto"` takes the repair that will follow into
-            account.
-        protected (`Collection[int]`): Further layers that must stay, as the architecture demands.
+        model (`PreTrainedModel` or `LayerWalk`): The dense model; left unchanged.
+        calibration (`CalibrationSet`, *optional*): The text; only criteria that run the model on text need it.
+        choice (`CutOptions`): How many layers to drop, and by which criterion. `"auto"` takes the repair that will
+            follow into account.
+        protected (`Collection[int]`): Other layers that the architecture requires to stay.
 
     Returns:
-        `Choice`: The layers, and why.
+        `Choice`: The layers, and the reason.
 
     Raises:
-        CutError: Options that contradict each other, or more layers would go than may.
-        CheckpointError: The calibration set is of another model, or a score is not finite.
+        CutError: Options contradict each other, or too few layers may be dropped.
+        CheckpointError: The calibration set belongs to another model, or a score is not finite.
         UnsupportedModelError: The model's layers can't be run one at a time.
     """
     criterion = find_criterion(choice.criterion)
@@ -151,7 +153,9 @@ def choose_layers(
         return criterion.load().choose(_walk(model), text, count, free, choice)
     shares = rounds(count, choice.steps)
     if choice.contiguous and len(shares) > 1:
-        raise CutError("steps and contiguous don't go together: one block is chosen at once; leave one of them out")
+        raise CutError(
+            "steps and contiguous exclude each other, since a block is chosen in one step; leave one of them out"
+        )
     if criterion.needs == "text":
         model = _walk(model)
     gone: list[int] = []
@@ -182,7 +186,7 @@ def _why(criterion: Criterion, variant: str, dropped: Sequence[int], steps: int)
 
 @dataclass
 class _Work:
-    """What the criteria of one call share."""
+    """The work shared by the criteria of one call."""
 
     model: PreTrainedModel | LayerWalk
     calibration: CalibrationSet | None
@@ -200,7 +204,7 @@ class _Work:
         return text
 
     def observed(self, criteria: Sequence[Criterion], count: int) -> dict[str, Scores]:
-        """Those that look on while the dense model runs once."""
+        """Scores by criteria that observe the dense model, all in one pass."""
         num_layers = len(_layers(self.model))
         observers: dict[str, Observer] = {
             criterion.name: criterion.load().observer(
@@ -217,7 +221,7 @@ class _Work:
         return {name: observer.scores() for name, observer in observers.items()}
 
     def tried(self, criteria: Sequence[Criterion]) -> dict[str, Scores]:
-        """Those that try the model without a layer, or without a block."""
+        """Scores by criteria that run the model without a layer or a block."""
         if not criteria:
             return {}
         text, num_layers = self.text(criteria[0]), self.walk.num_layers
@@ -247,7 +251,7 @@ def _ranks(criterion: Criterion, variant: str, num_layers: int, order: Sequence[
 
 def _text(calibration: CalibrationSet | None, criterion: Criterion) -> CalibrationSet:
     if calibration is None:
-        raise CutError(f"criterion {criterion.name!r} looks at text; pass a calibration set")
+        raise CutError(f"criterion {criterion.name!r} needs text; pass a calibration set")
     return calibration
 
 

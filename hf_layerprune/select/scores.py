@@ -1,4 +1,4 @@
-"""The scores of a criterion: a number for each layer or each block; the lowest go first."""
+"""The scores of a criterion: one number per layer or block; the lowest are dropped first."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Scores:
     """The scores of one criterion.
 
     Args:
-        criterion (`str`): Its name.
+        criterion (`str`): The criterion's name.
         variant (`str`): `"original"` or `"paper"`.
-        alive (`tuple[int, ...]`): The layers that were there, as indices in the base.
-        layers (`list[float | None]`, *optional*): By index in the base; `None` for a layer without a score. Not
-            there for a criterion of blocks.
-        blocks (`dict[tuple[int, ...], float]`): By the layers of a block.
+        alive (`tuple[int, ...]`): The layers that had not been dropped yet, as base indices.
+        layers (`list[float | None]`, *optional*): Scores by base index; `None` for a layer without a score. Omitted for
+            criteria that only score blocks.
+        blocks (`dict[tuple[int, ...], float]`): Scores of blocks, by their layers.
     """
 
     criterion: str
@@ -33,31 +33,31 @@ class Scores:
     blocks: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse what is no number."""
+        """Refuse scores that are not finite."""
         for i, score in enumerate(self.layers or ()):
             if score is not None and not math.isfinite(score):
                 raise CheckpointError(
-                    f"{self.criterion} gives layer {i} the score {score}: what the layer does to the calibration set "
-                    "is beyond what numbers of this dtype hold; load the model in bfloat16 or float32"
+                    f"{self.criterion} gives layer {i} the score {score}: its effect on the calibration set overflows "
+                    "this dtype; load the model in bfloat16 or float32"
                 )
         for block, score in self.blocks.items():
             if not math.isfinite(score):
                 raise CheckpointError(
-                    f"{self.criterion} gives layers {format_layers(block)} the score {score}: what is left without "
-                    "them is beyond what numbers of this dtype hold; load the model in bfloat16 or float32"
+                    f"{self.criterion} gives layers {format_layers(block)} the score {score}: without them, the model "
+                    "overflows this dtype; load the model in bfloat16 or float32"
                 )
 
     def pick(self, count: int, free: Collection[int], contiguous: bool = False) -> list[int]:
         """The layers to drop.
 
         Args:
-            count (`int`): How many.
-            free (`Collection[int]`): Which may go.
-            contiguous (`bool`, defaults to `False`): Whether they must lie side by side; a criterion of blocks takes
-                it so anyway.
+            count (`int`): How many layers to drop.
+            free (`Collection[int]`): The layers that may be dropped.
+            contiguous (`bool`, defaults to `False`): Whether they must be contiguous; always so for criteria that only
+                score blocks.
 
         Returns:
-            `list[int]`: Ascending.
+            `list[int]`: Base indices, ascending.
         """
         if self.layers is not None and not contiguous:
             return lowest_layers(self.layers, count, free)
@@ -67,17 +67,17 @@ class Scores:
         return lowest_block(scored, count, free)
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
-        found: dict[str, Any] = {"variant": self.variant, "unit": CRITERIA[self.criterion].unit}
+        """The scores as a JSON object."""
+        record: dict[str, Any] = {"variant": self.variant, "unit": CRITERIA[self.criterion].unit}
         if self.layers is not None:
-            found["layers"] = self.layers
+            record["layers"] = self.layers
         if self.blocks:
-            found["blocks"] = [
+            record["blocks"] = [
                 {"start": block[0], "length": len(block), "score": score}
                 | ({} if _is_run(block) else {"layers": list(block)})
                 for block, score in sorted(self.blocks.items(), key=lambda item: (len(item[0]), item[0]))
             ]
-        return found
+        return record
 
 
 def _is_run(block: Sequence[int]) -> bool:

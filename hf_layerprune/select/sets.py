@@ -1,4 +1,4 @@
-"""From scores to a set of layers: how many, which of them may go, and whether they must lie side by side."""
+"""From scores to a set of layers: how many to drop, which may be dropped, and whether they must be contiguous."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..options import DROP, checked
 
 
 def drop_count(drop: float | int, num_layers: int) -> int:
-    """How many layers a `drop` setting means.
+    """Turn a `drop` setting into a number of layers.
 
     Args:
         drop (`float` or `int`): A fraction between 0 and 1, floored to whole layers as in arXiv:2411.15558
@@ -22,7 +22,7 @@ def drop_count(drop: float | int, num_layers: int) -> int:
         `int`: At least 1, and less than `num_layers`.
 
     Raises:
-        CutError: The setting is out of range, or means no layer or all of them.
+        CutError: The setting is out of range, or would drop no layer or all of them.
     """
     drop = checked("drop", drop, DROP)
     if isinstance(drop, int):
@@ -40,79 +40,85 @@ def drop_count(drop: float | int, num_layers: int) -> int:
 def free_layers(
     num_layers: int, count: int, protect_first: int, protect_last: int, protected: Collection[int] = ()
 ) -> set[int]:
-    """The layers that may go.
+    """The layers that may be dropped.
 
     Args:
-        num_layers (`int`): How many there are.
-        count (`int`): How many should go.
+        num_layers (`int`): How many layers the model has.
+        count (`int`): How many layers to drop.
         protect_first (`int`): Layers at the start that must stay.
         protect_last (`int`): Layers at the end that must stay.
-        protected (`Collection[int]`): Further layers that must stay, as the architecture demands.
+        protected (`Collection[int]`): Other layers that the architecture requires to stay.
 
     Returns:
         `set[int]`: Base indices, `count` or more.
 
     Raises:
-        CutError: A setting is out of range, or more layers would go than may.
+        CutError: Fewer than `count` layers may be dropped.
     """
     free = {i for i in range(protect_first, num_layers - protect_last) if i not in protected}
     if count > len(free):
         raise CutError(
-            f"{count} of {num_layers} layers should go, but only {len(free)} may "
-            f"(protect_first={protect_first}, protect_last={protect_last}, by architecture {sorted(protected)})"
+            f"can't drop {count} of {num_layers} layers: only {len(free)} may be dropped "
+            f"(protect_first={protect_first}, protect_last={protect_last}, by architecture {sorted(protected)}); drop "
+            "fewer layers, or protect fewer"
         )
     return free
 
 
 def neighbours(layers: Sequence[int], length: int) -> list[tuple[int, ...]]:
-    """Every block of so many layers that lie side by side in a list."""
+    """Every block of `length` consecutive entries of `layers`."""
     return [tuple(layers[start : start + length]) for start in range(len(layers) - length + 1)]
 
 
 def lowest_layers(scores: Sequence[float | None], count: int, free: Collection[int]) -> list[int]:
-    """The layers with the lowest scores; of two alike, the first.
+    """The layers with the lowest scores; on a tie, the first.
 
     Args:
-        scores (`Sequence[float | None]`): By layer. What has no score stays.
-        count (`int`): How many.
-        free (`Collection[int]`): Which may go.
+        scores (`Sequence[float | None]`): By layer. Layers without a score stay.
+        count (`int`): How many layers to drop.
+        free (`Collection[int]`): The layers that may be dropped.
 
     Returns:
-        `list[int]`: Ascending.
+        `list[int]`: Base indices, ascending.
 
     Raises:
         CutError: Too few of the layers have a score.
     """
     ranked = sorted((score, i) for i, score in enumerate(scores) if score is not None and i in free)
     if len(ranked) < count:
-        raise CutError(f"{count} layers should go, but only {len(ranked)} of those that may have a score")
+        raise CutError(
+            f"can't drop {count} layers: only {len(ranked)} of the layers that may be dropped have a score; drop fewer"
+        )
     return sorted(i for _, i in ranked[:count])
 
 
 def lowest_block(scores: Mapping[tuple[int, ...], float], count: int, free: Collection[int]) -> list[int]:
-    """The block with the lowest score; of two alike, the first.
+    """The block with the lowest score; on a tie, the first.
 
     Args:
         scores (`Mapping[tuple[int, ...], float]`): By the layers of the block.
-        count (`int`): Of so many layers.
-        free (`Collection[int]`): Which layers may go.
+        count (`int`): The length of the block, in layers.
+        free (`Collection[int]`): The layers that may be dropped.
 
     Returns:
-        `list[int]`: Ascending.
+        `list[int]`: Base indices, ascending.
 
     Raises:
-        CutError: No such block may go.
+        CutError: No block of that length may be dropped.
     """
     ranked = sorted(
         (score, block) for block, score in scores.items() if len(block) == count and all(i in free for i in block)
     )
     if not ranked:
-        raise CutError(f"no {count} neighbouring layers may all go; the layers that may are {sorted(free)}")
+        raise CutError(
+            f"no block of {count} layers may be dropped; drop fewer, or allow separate layers: those that may be "
+            f"dropped are {sorted(free)}"
+        )
     return list(ranked[0][1])
 
 
 def block_sums(scores: Sequence[float | None], layers: Sequence[int], count: int) -> dict[tuple[int, ...], float]:
-    """Blocks of neighbouring layers by the sum of their layers' scores, for a criterion that scores single layers."""
+    """Scores of blocks as sums of their layers' scores, for criteria that score single layers."""
     sums = {}
     for block in neighbours(layers, count):
         known = [score for i in block if (score := scores[i]) is not None]
@@ -122,6 +128,6 @@ def block_sums(scores: Sequence[float | None], layers: Sequence[int], count: int
 
 
 def rounds(count: int, steps: int) -> list[int]:
-    """The number of layers that go in each round: as even as can be, the larger shares first."""
+    """How many layers to drop in each round: as even as possible, larger rounds first."""
     steps = min(steps, count)
     return [count // steps + (i < count % steps) for i in range(steps)]

@@ -1,13 +1,13 @@
-"""Taylor: the change of the loss, to first order, if a layer's weights were zero.
+"""Taylor: the first-order change of the loss if a layer's weights were set to zero.
 
-Original (Shortened LLaMA, arXiv:2402.02834, and arXiv:2411.15558, section 3): `sum_k sum |W_k * dL/dW_k|`, with `L`
-the mean loss of a token of the whole calibration set. Paper: as the code of arXiv:2411.15558 has it: `W * dL/dW` summed
-with its sign over batches of ten rows, each with the mean loss of its own, and then made absolute. Weights count,
-biases don't.
+Original (Shortened LLaMA, arXiv:2402.02834, and arXiv:2411.15558, section 3): `sum_k sum |W_k * dL/dW_k|`, where `L` is
+the mean loss per token over the whole calibration set. Paper (the code of arXiv:2411.15558): the signed `W * dL/dW` is
+summed over batches of ten rows, each with its own mean loss, and the absolute value is taken afterwards. Biases are
+left out.
 
-One forward pass keeps what enters each layer. Then one backward pass, layer by layer from the end: a layer is run again
-with all batches, its gradients are summed, and the gradient of its input is handed down. So there are never more
-gradients than one layer's.
+A forward pass keeps the input of each layer. A backward pass then goes through the layers from the last to the first:
+it runs a layer again on all batches, sums the gradients of its weights, and passes the gradient of its input on to the
+layer below. Only one layer's gradients are in memory at a time.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ def score(
     Args:
         walk (`LayerWalk`): The dense model.
         calibration (`CalibrationSet`): The text.
-        variant (`str`, defaults to `"original"`): Or `"paper"`.
+        variant (`str`, defaults to `"original"`): `"original"` or `"paper"`.
         alive (`Sequence[int]`, *optional*): The layers that run; all by default.
 
     Returns:
-        `Scores`: By layer.
+        `Scores`: One per layer.
 
     Raises:
-        CutError: What enters each layer does not fit into memory for so many rows.
+        CutError: The hidden states that enter the layers don't fit into memory.
     """
     alive = list(range(walk.num_layers) if alive is None else alive)
     _check_memory(walk, calibration, len(alive))
     for i in alive:
-        weight_matrices(walk.layers[i], i)  # refuses packed weights before the work
+        weight_matrices(walk.layers[i], i)  # refuses packed weights before any work is done
     parts = calibration.input_ids.split(_PAPER_BATCH if variant == PAPER else batch_rows(calibration))
     with _frozen(walk.model):
         batches = [walk.begin(ids) for ids in parts]
@@ -76,17 +76,17 @@ def score(
                 for batch in batches
             ]
             walk.rest()
-            found: list[float | None] = [None] * walk.num_layers
+            scores: list[float | None] = [None] * walk.num_layers
             for i in reversed(alive):
-                found[i] = _backward(walk, i, batches, entering.pop(), down)
+                scores[i] = _backward(walk, i, batches, entering.pop(), down)
                 bar.update()
-    return Scores("taylor", variant, tuple(alive), layers=found)
+    return Scores("taylor", variant, tuple(alive), layers=scores)
 
 
 def _backward(
     walk: LayerWalk, index: int, batches: Sequence[Batch], entering: list[Any], down: list[torch.Tensor]
 ) -> float:
-    """One layer's score. `down` holds the gradients of what leaves it, and afterwards of what enters it."""
+    """One layer's score. `down` holds the gradients with respect to its output, and on return to its input."""
     weights = [weight for _, weight in weight_matrices(walk.layers[index], index)]
     sums: list[Any] = [None] * len(weights)
     with walk.layer(index) as run, torch.enable_grad():
@@ -108,7 +108,7 @@ def _backward(
                         continue
                     if sums[k] is not None:
                         sums[k].add_(gradient)
-                    else:  # there is nothing to add to a single batch's
+                    else:  # with a single batch, nothing is accumulated, so its dtype will do
                         sums[k] = gradient if len(batches) == 1 else gradient.float()
                     del gradient
         finally:
@@ -122,13 +122,13 @@ def _backward(
 
 
 def _sum_of_products(weight: torch.Tensor, gradient: torch.Tensor) -> float:
-    """`sum |W * G|`, a few rows at a time: in float32 a whole product would take twice the weights."""
+    """`sum |W * G|`, a few rows at a time, since the whole product in float32 could take twice the memory of the weights."""
     pieces = zip(weight.split(_WEIGHT_ROWS), gradient.split(_WEIGHT_ROWS), strict=True)
     return sum((w.float() * g).abs().sum(dtype=torch.float64).item() for w, g in pieces)
 
 
 def _loss_gradient(walk: LayerWalk, batch: Batch, tokens: int) -> torch.Tensor:
-    """The gradient of the summed loss over `tokens`, with respect to the states that leave the last layer."""
+    """The gradient of the summed loss divided by `tokens`, with respect to the output of the last layer."""
     gradient = torch.zeros_like(batch.hidden)
     for row, ids in enumerate(batch.input_ids):
         for start in range(0, len(ids) - 1, _HEAD_TOKENS):
@@ -137,13 +137,13 @@ def _loss_gradient(walk: LayerWalk, batch: Batch, tokens: int) -> torch.Tensor:
             with torch.enable_grad():
                 loss = F.cross_entropy(walk.logits(piece)[0].float(), targets, reduction="sum") / tokens
                 (gradient[row : row + 1, start : start + len(targets)],) = torch.autograd.grad(loss, piece)
-    batch.hidden = batch.hidden.new_empty(0)  # what is not needed is let go of
+    batch.hidden = batch.hidden.new_empty(0)  # frees the memory
     return gradient
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients but those that are asked for."""
+    """Disable gradients for all parameters, and restore the settings afterwards."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     try:
@@ -154,7 +154,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def state_bytes(walk: LayerWalk, calibration: CalibrationSet, layers: int) -> int:
-    """What the states that enter all layers take."""
+    """The size of the hidden states that enter the layers, in bytes."""
     return (
         calibration.input_ids.numel()
         * walk.model.config.get_text_config().hidden_size
@@ -169,6 +169,6 @@ def _check_memory(walk: LayerWalk, calibration: CalibrationSet, layers: int) -> 
     if needed > free:
         samples = len(calibration)
         raise CutError(
-            f"taylor keeps what enters each layer, {needed / 1e9:.1f} GB for {samples} rows, and {free / 1e9:.1f} GB are "
-            f"free; use calibration_samples={max(1, int(samples * free / needed / 2))}"
+            f"taylor keeps the input of every layer, {needed / 1e9:.1f} GB for {samples} rows, but only "
+            f"{free / 1e9:.1f} GB are free; use calibration_samples={max(1, int(samples * free / needed / 2))}"
         )

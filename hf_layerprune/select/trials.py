@@ -1,9 +1,9 @@
-"""Try cuts out: the loss of the model without some layers, and its divergence from the dense one, for many cuts at once.
+"""Evaluate many cuts at once: the loss of the model without some layers, and its KL divergence from the dense model.
 
-Cuts that have dropped the same layers so far share their states, so a cut costs only what comes behind its first
-dropped layer. All cuts advance together, so each layer is brought in once a pass; the rows go through in as many passes
-as the memory for states demands, in one for small sets. At the end the head runs once for each cut and a few positions
-at a time, and the dense model's distribution is computed once for all of them.
+Cuts that have dropped the same layers so far share their hidden states, so a cut only costs the layers behind the first
+one it drops. All cuts advance together, so each layer is loaded once per pass. Small sets take a single pass; larger
+ones take as many passes as the memory for hidden states requires. At the end the head runs for each cut, a few
+positions at a time; the dense model's distribution is computed once for all cuts.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ _HEAD_TOKENS = 256
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A set of layers to try the model without.
+    """A cut to evaluate.
 
     Args:
-        drop (`tuple[int, ...]`): The layers, ascending; none is the dense model.
-        changes (`Mapping[int, Callable]`): By layer that stays: a context in which it runs changed, for a repair.
+        drop (`tuple[int, ...]`): The layers to leave out, ascending; empty for the dense model.
+        changes (`Mapping[int, Callable]`): By the index of a kept layer: a context manager that applies a repair to the
+            layer while it runs.
     """
 
     drop: tuple[int, ...]
@@ -45,10 +46,10 @@ class Trial:
 
 @dataclass
 class Outcome:
-    """What a cut does to the model.
+    """The effect of a cut on the model.
 
     Args:
-        loss (`float`): Mean negative log-likelihood of a token, in nats.
+        loss (`float`): Mean negative log-likelihood per token, in nats.
         kl (`float`, *optional*): Mean KL(dense || cut) of the next-token distribution, over all positions, in nats.
     """
 
@@ -57,13 +58,13 @@ class Outcome:
 
     @property
     def divergence(self) -> float:
-        """The divergence, where it was asked for."""
-        assert self.kl is not None, "the trial was made without comparing"
+        """The KL divergence; the trial must have been run with `kl=True`."""
+        assert self.kl is not None, "the trial was run with kl=False"
         return self.kl
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """`exp(loss)`, infinite where that overflows."""
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
 
@@ -76,18 +77,18 @@ def try_out(
     kl: bool = True,
     memory: int | None = None,
 ) -> list[Outcome]:
-    """Run a model without some of its layers.
+    """Run the model with each of some cuts.
 
     Args:
         walk (`LayerWalk`): The dense model.
         calibration (`CalibrationSet`): The text.
-        trials (`Sequence[Trial]`): What to try.
+        trials (`Sequence[Trial]`): The cuts.
         kl (`bool`, defaults to `True`): Whether to compare with the dense model.
-        memory (`int`, *optional*): Bytes for hidden states; by default a part of what is free where a pass has to read
-            weights again, and little where it does not.
+        memory (`int`, *optional*): Bytes for hidden states. By default a share of the free memory if each pass has to
+            read the weights again, otherwise 256 MiB.
 
     Returns:
-        `list[Outcome]`: One for each trial.
+        `list[Outcome]`: One per trial.
     """
     tracks = [*trials, Trial(())] if kl else list(trials)
     rows = rows_per_pass(walk, calibration, tracks, memory)
@@ -95,7 +96,7 @@ def try_out(
     sums = torch.zeros(len(trials), 2, dtype=torch.float64)
     tokens = torch.zeros(2, dtype=torch.float64)
     runs = walk.num_layers * len(parts)
-    with tqdm(total=runs, desc=f"trying {len(trials)} cuts", unit="layer", disable=None) as bar:
+    with tqdm(total=runs, desc=f"evaluating {len(trials)} cuts", unit="layer", disable=None) as bar:
         for part in parts:
             batches = [walk.begin(ids) for ids in part.split(batch_rows(calibration))]
             states = _advance(walk, batches, tracks, bar)
@@ -110,12 +111,12 @@ def try_out(
 def rows_per_pass(
     walk: LayerWalk, calibration: CalibrationSet, trials: Sequence[Trial], memory: int | None = None
 ) -> int:
-    """How many rows go through the model together."""
+    """How many rows to run through the model in one pass."""
     samples, length = calibration.input_ids.shape
     if memory is None:
         memory = _memory_for_states(walk)
     width, size = walk.model.config.get_text_config().hidden_size, walk.model.dtype.itemsize
-    # What is alive behind a layer, and one more while it is computed.
+    # The hidden states kept after a layer, plus one set while it is computed.
     most = max((len({move.after for move in moves}) for moves in _all_moves(walk.num_layers, trials)), default=1) + 1
     rows = memory // (most * length * width * size)
     small = batch_rows(calibration)
@@ -123,19 +124,19 @@ def rows_per_pass(
 
 
 def layer_runs(num_layers: int, trials: Sequence[Trial]) -> int:
-    """How many times a layer is run on each row, for a cost estimate."""
+    """How many layer runs each row takes, for a cost estimate."""
     return sum(len({move for move in moves if move.runs}) for moves in _all_moves(num_layers, trials))
 
 
 def _memory_for_states(walk: LayerWalk) -> int:
     if walk.device.type == "cuda":
         return torch.cuda.mem_get_info(walk.device)[0] // 3
-    # Where weights stay in memory, more passes cost nothing, and small ones stay in the cache.
+    # If the weights stay in memory, extra passes cost nothing, and small ones stay in the cache.
     return psutil.virtual_memory().available // 8 if walk.reads_weights_anew else 256 << 20
 
 
 class _Move(NamedTuple):
-    """What a layer does to a trial's states: where they come from, where they go, and whether it is run."""
+    """One layer of one trial: the keys of its hidden states before and after, and whether the layer runs."""
 
     before: Key
     after: Key
@@ -143,7 +144,7 @@ class _Move(NamedTuple):
 
 
 def _all_moves(num_layers: int, trials: Sequence[Trial]) -> Iterator[list[_Move]]:
-    """For each layer, the move of each trial. A key tells a trial's states from those of others."""
+    """For each layer, the move of each trial. Trials whose hidden states are the same have the same key."""
     keys: list[Key] = [()] * len(trials)
     for i in range(num_layers):
         moves = []
@@ -159,10 +160,10 @@ def _all_moves(num_layers: int, trials: Sequence[Trial]) -> Iterator[list[_Move]
 def _advance(
     walk: LayerWalk, batches: Sequence[Batch], trials: Sequence[Trial], bar: tqdm
 ) -> list[Sequence[torch.Tensor]]:
-    """Take all trials through all layers; the states that leave the last, by trial and batch."""
+    """Run all trials through all layers; returns the final hidden states, by trial and batch."""
     states: dict[Key, list[torch.Tensor]] = {(): [batch.hidden for batch in batches]}
     for batch in batches:
-        batch.hidden = batch.hidden.new_empty(0)  # what is not needed is let go of
+        batch.hidden = batch.hidden.new_empty(0)  # frees the memory
     moves: list[_Move] = [_Move((), (), False)] * len(trials)
     for i, moves in enumerate(_all_moves(walk.num_layers, trials)):
         layer = walk.layers[i]
@@ -188,7 +189,7 @@ def _advance(
 def _compare(
     walk: LayerWalk, input_ids: torch.Tensor, states: Sequence[torch.Tensor], trials: int, kl: bool
 ) -> torch.Tensor:
-    """Summed losses and divergences `[trials, 2]` of a batch; with `kl`, the dense model's states are the last."""
+    """Summed losses and KL `[trials, 2]` of a batch; with `kl`, the last entry of `states` is the dense model's."""
     sums = torch.zeros(trials, 2, dtype=torch.float32 if walk.device.type == "mps" else torch.float64)
     sums = sums.to(walk.device)
     length = input_ids.shape[1]
