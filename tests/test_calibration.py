@@ -118,7 +118,7 @@ def test_fingerprint_is_of_tokens_and_shape() -> None:
         ("a.txt", b"x" * 200, "use calibration_samples=3"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', "line 2 of .* is not JSON"),
         ("a.jsonl", b'{"body": "a", "title": "b"}\n', "has no text in 'text', only body, title"),
-        ("a.jsonl", b"[1]\n", "it has a list"),
+        ("a.jsonl", b"[1]\n", "only a list"),
         ("a.json", b'{"text": "a"}', "is not a list of rows"),
         ("a.json", b'{"text": "a"}\n{"text": "b"}', "name it .jsonl"),
     ],
@@ -246,7 +246,7 @@ def test_a_data_set_on_the_hub(tmp_path: Path) -> None:
     assert "validation" not in lines[0]
     assert "alidation other" in lines[1]
     assert "don't evaluate on it" in done.stderr
-    assert "no text in 'number', it has text, other, number" in lines[2]
+    assert "no text in 'number', only text, other, number" in lines[2]
     assert lines[3].startswith("error can't read calibration org/rows:nosuch")
     assert lines[4].startswith("error can't read calibration org/none")
 

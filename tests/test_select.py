@@ -67,7 +67,7 @@ def test_random_is_the_seed() -> None:
 
 def test_architecture_protects() -> None:
     assert select_layers(8, CutOptions(drop=2), protected=[7]) == [5, 6]
-    with pytest.raises(CutError, match="no 3 neighbouring"):
+    with pytest.raises(CutError, match="no block of 3 layers"):
         select_layers(8, CutOptions(drop=3, contiguous=True), protected=[2, 5])
     with pytest.raises(CutError, match="only 2 may"):
         select_layers(8, CutOptions(drop=3, protect_first=3, protect_last=3))

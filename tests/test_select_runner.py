@@ -234,7 +234,7 @@ def test_auto_needs_rows_and_layers(model: Any, text: CalibrationSet) -> None:
         choose_layers(model, few, CutOptions(criterion="auto"))
     with pytest.raises(CutError, match="needs text"):
         choose_layers(model, None, CutOptions(criterion="auto"))
-    with pytest.raises(CutError, match="no 4 neighbouring"):
+    with pytest.raises(CutError, match="no block of 4 layers"):
         choose_layers(model, text, CutOptions(drop=4, contiguous=True, criterion="auto"), protected=[3, 4])
     found = choose_layers(model, text, CutOptions(drop=4, criterion="auto"), protected=[3])
     assert 3 not in found.drop_layers

@@ -114,13 +114,13 @@ def load_calibration(
         source (`str`): `"self"`, a `.txt`, `.json` or `.jsonl` file (`rows.jsonl:column`, `text` by default), or
             `id[@config][:split[:column]]` of a data set on the Hub (split `train` and column `text` by default). A
             column holds text, or chats as lists of messages.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): The model's tokenizer. Optional for `"self"`, where text then
-            starts from the beginning-of-text token instead of an empty chat turn.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The model's tokenizer. Optional for `"self"`, where text
+            then starts from the beginning-of-text token instead of an empty chat turn.
         samples (`int`, defaults to 128): How many rows.
         length (`int`, defaults to 512): How many tokens per row.
         seed (`int`, defaults to 42): For sampling the rows, or the text.
-        model (`PreTrainedModel`, *optional*): The dense model. It writes the text for `"self"`; otherwise every token is
-            checked against its vocabulary.
+        model (`PreTrainedModel`, *optional*): The dense model. It writes the text for `"self"`; otherwise every token
+            is checked against its vocabulary.
 
     Returns:
         `CalibrationSet`: The rows.
@@ -167,8 +167,8 @@ def check_vocabulary(calibration: CalibrationSet, model: PreTrainedModel | None)
     size, largest = embeddings.weight.shape[0], int(calibration.input_ids.max())
     if largest >= size:
         raise CheckpointError(
-            f"the calibration set has token {largest}, but the model's vocabulary ends at {size - 1}; use the tokenizer "
-            "of this model"
+            f"the calibration set has token {largest}, but the model's vocabulary ends at {size - 1}; use the "
+            "tokenizer of this model"
         )
 
 

@@ -37,7 +37,8 @@ def write_text_with(
 
     Args:
         model (`PreTrainedModel`): The model that writes; left unchanged.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Provides the prompt, and limits the tokens to its vocabulary.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Provides the prompt, and limits the tokens to its
+            vocabulary.
         samples (`int`): How many rows.
         length (`int`): How many tokens per row, including the prompt.
         seed (`int`): Determines every token, whatever the batch size.

@@ -232,8 +232,8 @@ def _cut_quantization(old: PreTrainedConfig, new: PreTrainedConfig, cut: Cut) ->
                     changed = type(settings).from_dict(changed)
                 except Exception as error:  # each quantiser's class raises its own errors
                     raise CutError(
-                        f"{type(settings).__name__} can't hold the settings of the kept layers ({error}); drop other layers, or "
-                        "prune the model before it is quantised"
+                        f"{type(settings).__name__} can't hold the settings of the kept layers ({error}); drop other "
+                        "layers, or prune the model before it is quantised"
                     ) from error
             setattr(part, name, changed)
 

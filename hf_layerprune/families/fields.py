@@ -1,9 +1,9 @@
 """How each per-layer field of a model config changes when layers are dropped.
 
-Each field name has one rule. A rule takes the old value and a `Cut`, and returns the value that describes the same layers
-at their new positions; it raises `CutError` if there is none. Fields that only *seed* another, explicit field (such as
-the period from which `layer_types` is computed) stay unchanged: a saved config contains the explicit list, and the list
-takes precedence.
+Each field name has one rule. A rule takes the old value and a `Cut`, and returns the value that describes the same
+layers at their new positions; it raises `CutError` if there is none. Fields that only *seed* another, explicit field
+(such as the period from which `layer_types` is computed) stay unchanged: a saved config contains the explicit list,
+and the list takes precedence.
 """
 
 from __future__ import annotations
@@ -235,7 +235,8 @@ def rewrite_fields(
         if rule is None:
             if why := looks_per_layer(name, value, cut.num_layers):
                 raise CutError(
-                    f"config field {name!r} {why}, and there is no rule for how a cut changes it; add one in families/fields.py"
+                    f"config field {name!r} {why}, and there is no rule for how a cut changes it; add one in "
+                    "families/fields.py"
                 )
             continue
         try:

@@ -84,8 +84,8 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderStack:
                 f"{type(model).__name__} has several lists of {n} layers: {', '.join(path for path, _ in lists)}"
             )
     raise UnsupportedModelError(
-        f"{type(model).__name__} has no list of {n} decoder layers, the number in its config; check that the config belongs "
-        f"to this model and that it is a {text_config(model.config).model_type} model"
+        f"{type(model).__name__} has no list of {n} decoder layers, the number in its config; check that the config "
+        f"belongs to this model and that it is a {text_config(model.config).model_type} model"
     )
 
 

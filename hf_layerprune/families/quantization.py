@@ -1,7 +1,7 @@
 r"""Rewrite quantisation settings that name layers by index.
 
-Each quantiser has its own fields for this (skip lists, ignore patterns, targets, per-module overrides), and new ones keep
-appearing. So fields are not looked up by name; every string and every key of the settings is examined. A name
+Each quantiser has its own fields for this (skip lists, ignore patterns, targets, per-module overrides), and new ones
+keep appearing. So fields are not looked up by name; every string and every key of the settings is examined. A name
 (`model.layers.12.mlp.down_proj`) is renumbered, or removed with its layer. A pattern (`re:.*layers\.(0|31)\..*`,
 `model.layers.3*`) is resolved to the layers it matches, and rewritten for the new indices. Anything that can't be
 resolved exactly is refused.
@@ -70,7 +70,8 @@ class _Rewriter:
         if isinstance(value, list | tuple):
             if "layer" in where.lower() and value and all(type(item) is int for item in value):
                 raise CutError(
-                    f"quantization_config field {where!r} may list layers by index, which is ambiguous; name modules instead"
+                    f"quantization_config field {where!r} may list layers by index, which is ambiguous; name modules "
+                    "instead"
                 )
             new: list[Any] = []
             for item in value:
@@ -220,7 +221,7 @@ class _Rewriter:
         return (str(new[0]) if len(new) == 1 else f"(?:{'|'.join(map(str, new))})") + close, True
 
     def _check_no_index(self, text: str, rest: str) -> None:
-        """Refuse remaining indices. Digits inside a word (`w1`), or as an index outside a layer list (`experts.0`), are fine."""
+        """Refuse remaining indices, except digits in a word (`w1`) or outside a layer list (`experts.0`)."""
         rest = _ANY_INDEX.sub("x", rest)
         for match in _ANY_DIGIT.finditer(rest):
             before = rest[: match.start()]

@@ -109,8 +109,8 @@ def _interval_between(fields: Fields, cut: Cut) -> Fields:
         if all(flag == ((i + 1) % n == 0 and first <= i <= last) for i, flag in enumerate(flags)):
             return dict(zip(names, (first, last, n), strict=True))
     raise CutError(
-        f"the config can only describe expert layers at a fixed interval (here {interval}), which the kept layers don't "
-        "follow; drop whole intervals"
+        f"the config can only describe expert layers at a fixed interval (here {interval}), which the kept layers "
+        "don't follow; drop whole intervals"
     )
 
 
@@ -142,8 +142,8 @@ def _full_attention_last(fields: Fields, cut: Cut) -> None:
     if types[cut.keep[-1]] != "full_attention":
         full = [i for i in range(cut.num_layers) if types[i] == "full_attention"]
         raise CutError(
-            f"the last layer of this architecture must have full attention, but layer {cut.keep[-1]}, the last one kept, "
-            f"does not; let one of {full} be the last one kept (protect_last=1 keeps the current one)"
+            f"the last layer of this architecture must have full attention, but layer {cut.keep[-1]}, the last one "
+            f"kept, does not; let one of {full} be the last one kept (protect_last=1 keeps the current one)"
         )
 
 
@@ -187,7 +187,7 @@ def _ngram_layers(fields: Fields, num_layers: int) -> dict[int, str]:
 def _must_be_decoder(fields: Fields) -> str | None:
     if fields.get("is_decoder") or fields.get("is_causal"):
         return None
-    return "it is an encoder (config.is_decoder is false), and only decoders are pruned; set is_decoder=True to use it as one"
+    return "it is an encoder (config.is_decoder is false), and only decoders can be pruned; set is_decoder=True"
 
 
 DECODER_ONLY = Family(requires=_must_be_decoder)
@@ -213,8 +213,8 @@ SPECIAL: dict[str, Family] = {
     "gemma4_text": SHARED_KV_FULL_LAST,
     "gemma4_unified_text": SHARED_KV_FULL_LAST,
     **dict.fromkeys(("glm_moe_dsa", "hy_v4"), Family(check=_indexer_check)),
-    "modernbert-decoder": Family(protect=_first("it is the only layer without an attention norm, since the embeddings are normalised")),
-    "zaya": Family(protect=_first("its router is the only one that does not average with the router of an earlier layer")),
+    "modernbert-decoder": Family(protect=_first("it is the only layer without an attention norm")),
+    "zaya": Family(protect=_first("its router alone does not average with that of an earlier layer")),
     "gpt_neox_japanese": Family(protect=_last("it is the only layer with an output bias")),
     "qwen4_exp_text": Family(protect=_ngram_layers),
     "nemotron_h": Family(count_field=""),

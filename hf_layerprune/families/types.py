@@ -42,16 +42,16 @@ REFUSED: dict[str, str] = {
     "blt": "it is four stacks of layers (patcher, encoder, global, decoder) that depend on one another",
     "cpmant": "its generation with a cache differs from the one without, uncut as well, so a cut can't be proven",
     "diffllama": "each layer derives its attention's lambda from its own index, so layers above a cut would change",
-    "dory": "its config counts input, recurrent and output layers separately, and a cut would have to update all three",
-    "gemma3n": "its vision tower needs timm, and it was not proven without it; its text decoder, gemma3n_text, is proven",
+    "dory": "its config counts input, recurrent and output layers separately; a cut would have to update all three",
+    "gemma3n": "its vision tower needs timm, so it was not proven; its text decoder, gemma3n_text, is proven",
     "gemma4_assistant": "it drafts for another model and reads that model's key-value cache layer by layer",
     "gemma4_unified_assistant": "it drafts for another model and reads that model's key-value cache layer by layer",
     "hrm_text": "it runs two stacks of layers in repeated cycles, so no layer can be dropped",
     "inkling2_text": "its residuals span blocks of layers that are defined by index",
-    "inkling2_loop_text": "it runs some of its layers in a loop, and its residuals span blocks that are defined by index",
+    "inkling2_loop_text": "it runs some layers in a loop, and its residuals span blocks that are defined by index",
     "minimax": "its linear attention decays at a rate computed from the layer's index and the number of layers",
-    "musicgen": "it generates audio codes for a text encoder, and can't be loaded as a causal language model alone",
-    "musicgen_melody": "it generates audio codes for a text encoder, and can't be loaded as a causal language model alone",
+    "musicgen": "it generates audio codes for a text encoder; it can't be loaded as a causal language model alone",
+    "musicgen_melody": "it generates audio codes for a text encoder; it can't be loaded as a causal language model alone",
     "prophetnet": "its generation with a cache differs from the one without, uncut as well, so a cut can't be proven",
     "reformer": "its reversible layers run forward and backward in one stack with hashed attention",
     "rwkv": "it halves the hidden states and rescales weights every few layers, by layer index",
@@ -73,8 +73,8 @@ _UNRANKED: dict[str, str] = {
 }
 
 _BEHIND = (
-    "no output projection of its layers writes into the hidden states directly: each is followed by a norm, belongs to a "
-    "mixture of experts, or is not a plain matrix"
+    "no output projection of its layers writes into the hidden states directly: each is followed by a norm, belongs "
+    "to a mixture of experts, or is not a plain matrix"
 )
 # Types without any layer that can be repaired. If some layers can be, only cuts at the others are refused.
 _UNREPAIRED = (

@@ -1,7 +1,7 @@
 """Repaired modules in an adapter: saved with it, but not trained.
 
-PEFT saves whole modules with `ModulesToSaveWrapper`, which also enables gradients on its copies. The parameters defined
-here ignore that, so repaired modules stay frozen, and so do the layers below the first trained one.
+PEFT saves whole modules with `ModulesToSaveWrapper`, which also enables gradients on its copies. The parameters
+defined here ignore that, so repaired modules stay frozen, and so do the layers below the first trained one.
 """
 
 from __future__ import annotations

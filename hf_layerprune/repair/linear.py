@@ -9,8 +9,8 @@ With `T = I + D`, the least-squares problem is `M D = X - (Y + M)`, so `D` model
 equations are summed batch by batch in float64 and solved with a ridge on `D`, so a stronger ridge approaches the plain
 cut. The ridge strength is chosen on held-out rows.
 
-`M` itself is a product `A W` of the projection's input and its weight, and `A` is wider than `M`. `refit` solves the same
-problem for a change of `W`: `A D = X - (Y + M)`. A map applied to `M` is a special case of it.
+`M` itself is a product `A W` of the projection's input and its weight, and `A` is wider than `M`. `refit` solves the
+same problem for a change of `W`: `A D = X - (Y + M)`. A map applied to `M` is a special case of it.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
 
 
 class LinearFitter(Fitter):
-    """Fits a map or a projection for each block. From the first block on, the repaired model's states are computed too.
+    """Fits a map or a projection for each block. From the first block on, it also runs the repaired model.
 
     Args:
         walk (`LayerWalk`): The dense model.

@@ -1,9 +1,9 @@
 """Rescale the layers behind a cut, to compensate for the growth of the hidden states in the dropped block.
 
 Prune&Comp (arXiv:2507.18212) multiplies the hidden states at the cut by the ratio of their magnitudes after and before
-the dropped block. Since every layer normalises its input, dividing the outputs of all layers behind the cut by the same
-ratio is equivalent, and leaves the embeddings, and a head tied to them, unchanged. Behind a cut at the tail there is
-only the final norm, so there is nothing to rescale.
+the dropped block. Since every layer normalises its input, dividing the outputs of all layers behind the cut by the
+same ratio is equivalent, and leaves the embeddings, and a head tied to them, unchanged. Behind a cut at the tail there
+is only the final norm, so there is nothing to rescale.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def scaled_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor:
     if not writers or rest.norm() > _ROUNDING * batch.hidden.float().norm():
         raise _cannot(
             index,
-            "not everything that it adds to the hidden states comes from its output projections (it has experts, a norm "
-            "or a bias behind them)",
+            "not everything that it adds to the hidden states comes from its output projections (it has experts, a "
+            "norm or a bias behind them)",
         )
     new = {
         f"{writer.name}.{name}": (parameter.detach().double().cpu() * factor).to(parameter.dtype)

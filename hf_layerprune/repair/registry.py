@@ -37,8 +37,8 @@ REPAIRS: dict[str, RepairMethod] = {
     repair.name: repair
     for repair in (
         RepairMethod("linear", "linear", "a linear map, folded into the projection in front of a cut", _LINEAR, True),
-        RepairMethod("refit", "linear", "that projection itself, by least squares", f"this project, after {_LINEAR}", True),
-        RepairMethod("magnitude", "magnitude", "the size of the hidden states", "Prune&Comp, arXiv:2507.18212", False),
+        RepairMethod("refit", "linear", "the projection in front of a cut, refitted", f"this project, after {_LINEAR}", True),
+        RepairMethod("magnitude", "magnitude", "the magnitude of the hidden states", "Prune&Comp, arXiv:2507.18212", False),
     )
 }  # fmt: skip
 

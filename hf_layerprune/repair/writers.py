@@ -172,7 +172,7 @@ def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:
     hidden = batch.hidden
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
     plain = run(hidden, batch).float()
-    # Scaled to the layer's output too: the first layer's input can be so small that the noise would be lost to rounding.
+    # Scaled to the output too: the first layer's input can be so small that the noise would be lost to rounding.
     size = max(hidden.float().std().item(), plain.std().item())
     gains = []
     for scale in (1.0, 4.0):  # a norm behind the module would cancel the scale
@@ -190,5 +190,5 @@ def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:
 
 
 def _plus(output: torch.Tensor, added: torch.Tensor) -> torch.Tensor | None:
-    """The sum, in the shape of `output`, which may be `[batch * seq, hidden]`; `None` if the sizes differ (experts)."""
+    """The sum in the shape of `output`, also `[batch * seq, hidden]`; `None` if the sizes differ (experts)."""
     return output + added.view_as(output) if output.numel() == added.numel() else None

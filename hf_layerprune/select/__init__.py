@@ -57,8 +57,8 @@ def select_layers(num_layers: int, choice: CutOptions, protected: Collection[int
 
     Args:
         num_layers (`int`): Number of decoder layers.
-        choice (`CutOptions`): How many layers to drop, and by which criterion. With `contiguous`, the block with the lowest
-            sum of its layers' ranks is chosen.
+        choice (`CutOptions`): How many layers to drop, and by which criterion. With `contiguous`, the block with the
+            lowest sum of its layers' ranks is chosen.
         protected (`Collection[int]`): Other layers that the architecture requires to stay.
 
     Returns:

@@ -3,9 +3,9 @@
 Candidates are judged by the KL divergence of the cut model's next-token distribution from the dense model's, after the
 repair if one will follow, on held-out text. The short list uses the same measure on fewer rows:
 
-1. Every block of the requested length is evaluated on a few held-out rows. If a fitted repair will follow, one pass over
-   the remaining rows first fits a map for every block, and each block is evaluated with its map. All blocks advance
-   through the model together, so this costs about one run of the model per three blocks.
+1. Every block of the requested length is evaluated on a few held-out rows. If a fitted repair will follow, one pass
+   over the remaining rows first fits a map for every block, and each block is evaluated with its map. All blocks
+   advance through the model together, so this costs about one run of the model per three blocks.
 2. If the layers need not be contiguous, layers are also removed greedily: in each step, the one whose removal changes
    the model least.
 3. The best few candidates are evaluated on all held-out rows, each with the repair it would actually get, and the best

@@ -40,11 +40,11 @@ class Observer:
         """Called when a layer's weights are loaded; `index` is its index in the base."""
 
     def watch(self, index: int, layer: nn.Module, run: Run, probe: Batch) -> AbstractContextManager:
-        """A context that is active while a layer runs, for hooks; `probe` holds a few tokens for trial runs of the layer."""
+        """A context that is active while a layer runs, for hooks; `probe` holds a few tokens for trial runs."""
         return nullcontext()
 
     def states(self, index: int, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Called after a layer has run on batch `number`, with the states `[batch, seq, hidden]` before and after it."""
+        """Called after a layer has run on a batch, with the states `[batch, seq, hidden]` before and after it."""
 
     def end(self, index: int, batches: Sequence[Batch]) -> None:
         """Called after a layer has run on all batches."""
@@ -104,7 +104,7 @@ def run_pass(
 def read_weights(
     layers: Sequence[nn.Module], observers: Sequence[Observer], alive: Sequence[int], *, let_go: bool = False
 ) -> None:
-    """Pass only the weights to observers that need no states; works for models that can't be run layer by layer too."""
+    """Pass only the weights to observers that need no states; also for models that can't run layer by layer."""
     for i in alive:
         for observer in observers:
             observer.weights(i, layers[i])
@@ -117,10 +117,11 @@ def not_finite(index: int, layer: nn.Module, dtype: torch.dtype) -> CheckpointEr
     for name, parameter in layer.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             return CheckpointError(
-                f"layer {index} has weights that are not finite, in {name}: the checkpoint is damaged; use an intact copy"
+                f"layer {index} has weights that are not finite, in {name}: the checkpoint is damaged; use an intact "
+                "copy"
             )
     name = str(dtype).removeprefix("torch.")
     return CheckpointError(
-        f"the hidden states that leave layer {index} are not finite: they overflow {name}; load the model in bfloat16 or "
-        "float32 (--dtype)"
+        f"the hidden states that leave layer {index} are not finite: they overflow {name}; load the model in bfloat16 "
+        "or float32 (--dtype)"
     )

@@ -1,9 +1,9 @@
 """Repairability: the share of a block's effect that a linear map can't reproduce.
 
 For each block of layers, the map of `repair/linear.py` is fitted to what the block adds to the hidden states, from the
-output of the last module in front of it that writes into the residual stream. The score is the share that the map leaves
-unexplained on held-out tokens. All blocks are fitted in one pass. A block that starts at layer 0 has no module in front
-of it, and so no score.
+output of the last module in front of it that writes into the residual stream. The score is the share that the map
+leaves unexplained on held-out tokens. All blocks are fitted in one pass. A block that starts at layer 0 has no module
+in front of it, and so no score.
 """
 
 from __future__ import annotations
@@ -122,8 +122,9 @@ class Repairability(Observer):
     def scores(self) -> Scores:
         if not self.shares:
             raise UnsupportedModelError(
-                "no layer of this model has an output projection that a linear map could be folded into (each is followed "
-                "by a norm or belongs to a mixture of experts), so repairability has no scores; use kl or perplexity"
+                "no layer of this model has an output projection that a linear map could be folded into (each is "
+                "followed by a norm or belongs to a mixture of experts), so repairability has no scores; use kl or "
+                "perplexity"
             )
         return Scores("repairability", ORIGINAL, self.alive, blocks=self.shares)
 

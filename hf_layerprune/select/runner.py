@@ -76,12 +76,12 @@ def score_layers(
         model (`PreTrainedModel` or `LayerWalk`): The dense model; left unchanged.
         calibration (`CalibrationSet`, *optional*): The text; only criteria that run the model on text need it.
         criteria (`Sequence[str]`, defaults to all but `"auto"`): Names of the criteria.
-        variant (`str`, defaults to `"original"`): `"original"`: as the criterion's own source defines it; `"paper"`: as
-            the code of arXiv:2411.15558 computes it, where it does.
+        variant (`str`, defaults to `"original"`): `"original"`: as the criterion's own source defines it; `"paper"`:
+            as the code of arXiv:2411.15558 computes it, where it does.
         drop (`float` or `int`, defaults to 0.25): How many layers to drop, which is also the block length.
         lengths (`Collection[int]`, *optional*): Score blocks of these lengths, also by perplexity and KL. By default
-            only repairability and angular distance score blocks: repairability those of `drop` layers, angular distance
-            those of any length.
+            only repairability and angular distance score blocks: repairability those of `drop` layers, angular
+            distance those of any length.
         gone (`Collection[int]`): Layers that have already been dropped.
         seed (`int`, defaults to 42): For criteria that draw random numbers.
 

@@ -21,8 +21,8 @@ class Scores:
         criterion (`str`): The criterion's name.
         variant (`str`): `"original"` or `"paper"`.
         alive (`tuple[int, ...]`): The layers that had not been dropped yet, as base indices.
-        layers (`list[float | None]`, *optional*): Scores by base index; `None` for a layer without a score. Omitted for
-            criteria that only score blocks.
+        layers (`list[float | None]`, *optional*): Scores by base index; `None` for a layer without a score. Omitted
+            for criteria that only score blocks.
         blocks (`dict[tuple[int, ...], float]`): Scores of blocks, by their layers.
     """
 

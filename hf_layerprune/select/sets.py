@@ -32,7 +32,8 @@ def drop_count(drop: float | int, num_layers: int) -> int:
     count = math.floor(Fraction(str(drop)) * num_layers)  # exact: 0.3 * 10 is 3, not 2.9999999999999996
     if count == 0:
         raise CutError(
-            f"drop={drop} of {num_layers} layers is less than one layer; the smallest useful drop is {1 / num_layers:.3g}"
+            f"drop={drop} of {num_layers} layers is less than one layer; the smallest useful drop is "
+            f"{1 / num_layers:.3g}"
         )
     return count
 
@@ -111,8 +112,8 @@ def lowest_block(scores: Mapping[tuple[int, ...], float], count: int, free: Coll
     )
     if not ranked:
         raise CutError(
-            f"no block of {count} layers may be dropped; drop fewer, or allow separate layers: those that may be "
-            f"dropped are {sorted(free)}"
+            f"no block of {count} layers may be dropped; drop fewer layers, or protect fewer (those that may be "
+            f"dropped are {sorted(free)})"
         )
     return list(ranked[0][1])
 

@@ -1,8 +1,8 @@
 """Taylor: the first-order change of the loss if a layer's weights were set to zero.
 
-Original (Shortened LLaMA, arXiv:2402.02834, and arXiv:2411.15558, section 3): `sum_k sum |W_k * dL/dW_k|`, where `L` is
-the mean loss per token over the whole calibration set. Paper (the code of arXiv:2411.15558): the signed `W * dL/dW` is
-summed over batches of ten rows, each with its own mean loss, and the absolute value is taken afterwards. Biases are
+Original (Shortened LLaMA, arXiv:2402.02834, and arXiv:2411.15558, section 3): `sum_k sum |W_k * dL/dW_k|`, where `L`
+is the mean loss per token over the whole calibration set. Paper (the code of arXiv:2411.15558): the signed `W * dL/dW`
+is summed over batches of ten rows, each with its own mean loss, and the absolute value is taken afterwards. Biases are
 left out.
 
 A forward pass keeps the input of each layer. A backward pass then goes through the layers from the last to the first:
@@ -122,7 +122,7 @@ def _backward(
 
 
 def _sum_of_products(weight: torch.Tensor, gradient: torch.Tensor) -> float:
-    """`sum |W * G|`, a few rows at a time, since the whole product in float32 could take twice the memory of the weights."""
+    """`sum |W * G|`, a few rows at a time, since a whole product in float32 could be twice as large as the weights."""
     pieces = zip(weight.split(_WEIGHT_ROWS), gradient.split(_WEIGHT_ROWS), strict=True)
     return sum((w.float() * g).abs().sum(dtype=torch.float64).item() for w, g in pieces)
 

@@ -1,8 +1,8 @@
 """Evaluate many cuts at once: the loss of the model without some layers, and its KL divergence from the dense model.
 
-Cuts that have dropped the same layers so far share their hidden states, so a cut only costs the layers behind the first
-one it drops. All cuts advance together, so each layer is loaded once per pass. Small sets take a single pass; larger
-ones take as many passes as the memory for hidden states requires. At the end the head runs for each cut, a few
+Cuts that have dropped the same layers so far share their hidden states, so a cut only costs the layers behind the
+first one it drops. All cuts advance together, so each layer is loaded once per pass. Small sets take a single pass;
+larger ones take as many passes as the memory for hidden states requires. At the end the head runs for each cut, a few
 positions at a time; the dense model's distribution is computed once for all cuts.
 """
 
@@ -36,8 +36,8 @@ class Trial:
 
     Args:
         drop (`tuple[int, ...]`): The layers to leave out, ascending; empty for the dense model.
-        changes (`Mapping[int, Callable]`): By the index of a kept layer: a context manager that applies a repair to the
-            layer while it runs.
+        changes (`Mapping[int, Callable]`): By the index of a kept layer: a context manager that applies a repair to
+            the layer while it runs.
     """
 
     drop: tuple[int, ...]
