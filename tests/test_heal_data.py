@@ -86,7 +86,7 @@ def test_another_name_for_text() -> None:
         (
             [{"question": "a", "answers": "b"}],
             {},
-            "my rows has the columns question, answers, and training needs prompt",
+            "my rows has the columns question, answers, but training needs prompt",
         ),
         ([{"messages": [{"role": "user", "content": "a"}]}], {}, "the tokenizer has no chat template for them"),
         ([{"messages": [{"role": "user", "content": "a"}]}], {"chat": True}, "no row of messages has an answer"),

@@ -173,7 +173,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(base: Path, healed: tuple[
     assert not (output / "model").exists()
     (half / "trainer_state.json").write_text("")  # wherever in the writing the kill came
     log = launch(base, output, save_steps=4, save_strategy="steps", resume_from_checkpoint="true")
-    assert f"{half} is not whole and is passed over" in log
+    assert f"{half} is incomplete and is skipped" in log
     assert len(losses(log)) == 12  # of the 16 steps
     mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (output, healed[0]))
     assert mine.keys() == theirs.keys()
@@ -246,7 +246,7 @@ def test_one_line_for_an_error(base: Path, tmp_path: Path) -> None:
         ({"method": "qlora"}, "method=qlora needs a CUDA GPU, and there is none here; use method=lora"),
         ({"drop_layers": "3-12"}, r"drop_layers has 8, but the model's layers are 0\.\.7"),
         ({"model_name_or_path": "/nowhere"}, "/nowhere does not exist"),
-        ({"max_length": 2}, "none of the 32 training rows has a token to learn within max_length=2"),
+        ({"max_length": 2}, "none of the 32 training rows has a labelled token within max_length=2"),
         ({"dataset_test_split": "test", "eval_strategy": "steps"}, "has no split 'test'; it has train"),
     ],
 )

@@ -241,15 +241,15 @@ def test_frozen_layers_build_no_graph_without_the_cache(llama: Bench, checkpoint
     assert losses(trainer) == llama.losses(cache="off", max_steps=2)
 
 
-# --- where it can't be computed once -------------------------------------------------------------------
+# --- where it can't be precomputed ------------------------------------------------------------------------
 
 
 def test_dropout_turns_it_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(tmp_path, "gpt2")  # its config drops a tenth of what leaves each block
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         assert len(bench.losses(max_steps=2)) == 2
-    assert "the frozen layers run in every step: what leaves them differs in training, as with dropout" in caplog.text
-    with pytest.raises(LayerPruneError, match="can't be computed once: what leaves them differs in training"):
+    assert "the frozen layers run in every step: their output differs in training mode, as with dropout" in caplog.text
+    with pytest.raises(LayerPruneError, match="can't be precomputed: their output differs in training mode"):
         bench.trainer(cache="on").train()
 
 
@@ -257,7 +257,7 @@ def test_several_streams_of_states_turn_it_off(tmp_path: Path, caplog: pytest.Lo
     bench = Bench(tmp_path, "deepseek_v4")
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         assert len(bench.losses(max_steps=2, loss="ce+kd")) == 2
-    assert "the frozen layers run in every step: layers hand on several streams of states" in caplog.text
+    assert "the frozen layers run in every step: layers pass on several streams of hidden states" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_cache_is_kept_and_used_again(llama: Bench, cache: Path, caplog: pytest.
     before = {path: path.stat().st_mtime_ns for path in shards}
     with caplog.at_level(logging.INFO, "hf_layerprune"):
         llama.trainer(cache="on", cache_dir=str(cache), keep_cache=True, loss="kd").train()
-    assert "has all hidden states" in caplog.text
+    assert "already has the hidden states" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == before
 
 
@@ -358,14 +358,14 @@ def test_weights_that_are_no_numbers_are_not_saved(llama: Bench, tmp_path: Path)
                 next(p for p in model.parameters() if p.requires_grad).data.fill_(float("inf"))
 
     trainer.add_callback(Break())
-    with pytest.raises(TrainingStopped, match="not a number after step 4"):
+    with pytest.raises(TrainingStopped, match="not finite after step 4"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_rows_that_are_all_too_long(llama: Bench) -> None:
     with pytest.raises(
-        LayerPruneError, match=r"none of the 24 training rows has a token to learn within max_length=3"
+        LayerPruneError, match=r"none of the 24 training rows has a labelled token within max_length=3"
     ):
         llama.trainer(max_length=3)
 
@@ -373,7 +373,7 @@ def test_rows_that_are_all_too_long(llama: Bench) -> None:
 def test_teacher_of_another_depth(llama: Bench) -> None:
     trainer = llama.trainer(loss="kd")
     trainer._teacher_model = AutoModelForCausalLM.from_pretrained(llama.pruned)
-    with pytest.raises(CheckpointError, match="the teacher has 6 layers, and this model was cut from one with 8"):
+    with pytest.raises(CheckpointError, match="the teacher has 6 layers, but this model was cut from one with 8"):
         trainer.train()
 
 

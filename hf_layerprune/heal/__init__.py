@@ -1,5 +1,5 @@
-"""Heal: bring a model that lost layers back towards the dense one by training the few layers that need it.
+"""Heal: recover a pruned model's quality by training a few of its layers.
 
-What never changes is computed once: the frozen layers below the first trained one (`prefix`), and the dense model's
-answers (`teacher`). Training then runs the tail alone, on TRL's trainer (`trainer`).
+The outputs that training does not change are computed once: those of the frozen layers below the first trained one
+(`runtime.prefix`), and those of the dense model (`teacher`). TRL's trainer then runs the tail alone (`trainer`).
 """

@@ -1,4 +1,4 @@
-"""What a batch brings along: the states that were computed for its rows, and which of its tokens count."""
+"""Batches with the states that were precomputed for their rows, and the masks of the tokens that count."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Precomputed:
-    """What was computed before training.
+    """The result of [`precompute`].
 
     Args:
-        store (`StateStore`, *optional*): Where states of rows are.
-        prefix (`Prefix`, *optional*): The frozen layers, where they were taken out.
-        teacher_head (`Head`, *optional*): The dense model's, where it teaches.
+        store (`StateStore`, *optional*): The states of the rows.
+        prefix (`Prefix`, *optional*): The frozen layers, if they were taken out of the model.
+        teacher_head (`Head`, *optional*): The dense model's head, in distillation.
     """
 
     store: StateStore | None = None
@@ -34,16 +34,16 @@ class Precomputed:
 
     @property
     def columns(self) -> list[str]:
-        """What each batch brings along."""
+        """The kinds of states that each batch contains."""
         return ["prefix"] * (self.prefix is not None) + ["teacher"] * (self.teacher_head is not None)
 
 
 class StateCollator:
-    """Makes a batch as TRL does, and adds the states of its rows.
+    """TRL's collator, which adds the precomputed states of the rows to each batch.
 
     Args:
         inner (`Callable`): TRL's collator.
-        padding_free (`bool`): Whether that puts rows one after the other.
+        padding_free (`bool`): Whether TRL's collator concatenates the rows instead of padding them.
     """
 
     def __init__(self, inner: Callable[[list[dict]], dict[str, Any]], padding_free: bool) -> None:
@@ -52,7 +52,7 @@ class StateCollator:
         self.precomputed: Precomputed | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Make a batch of rows."""
+        """Collate rows; states are added as `prefix_states` and `teacher_states`, and row numbers as `rows`."""
         rows = [example["row"] for example in examples if "row" in example]
         batch = self.inner([{name: value for name, value in e.items() if name != "row"} for e in examples])
         if not rows:
@@ -65,7 +65,7 @@ class StateCollator:
         return batch
 
     def joined(self, states: list[torch.Tensor], length: int) -> torch.Tensor:
-        """States of rows `[tokens, width]` as a batch `[batch, length, width]`."""
+        """Combine states of rows `[tokens, width]` into a batch `[batch, length, width]`."""
         if self.padding_free:
             states = [torch.cat(states)]
         batch = states[0].new_zeros(len(states), length, states[0].shape[1])
@@ -74,19 +74,19 @@ class StateCollator:
         return batch
 
     def parted(self, batch: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
-        """The reverse."""
+        """Split a batch `[batch, length, width]` into states of rows `[tokens, width]`, the inverse of [`joined`]."""
         if self.padding_free:
             return list(batch[0, : sum(lengths)].split(list(lengths)))
         return [states[:length] for states, length in zip(batch, lengths, strict=True)]
 
 
 def numbered(dataset: Dataset, first: int) -> Dataset:
-    """A data set with a column `row` that counts from `first`."""
+    """Add a column `row` of row numbers that start at `first`."""
     return dataset.add_column("row", list(range(first, first + len(dataset))))
 
 
 def token_counts(batches: list[dict[str, Any]], args: HealConfig) -> torch.Tensor:
-    """How many tokens of some batches have a label, and on how many the teacher is heard, `[2]`."""
+    """How many tokens of the batches have a label, and on how many the distillation loss is computed, `[2]`."""
     counts = torch.zeros(2)
     for batch in batches:
         labels = batch["labels"][:, 1:]
@@ -95,7 +95,7 @@ def token_counts(batches: list[dict[str, Any]], args: HealConfig) -> torch.Tenso
 
 
 def taught_positions(inputs: dict[str, Any], labels: torch.Tensor, args: HealConfig) -> torch.Tensor:
-    """On which positions the teacher is heard, `[batch, seq - 1]`: where a next token follows in the same text."""
+    """The positions of the distillation loss, `[batch, seq - 1]`: those with a next token in the same text."""
     if args.kd_tokens == "completion":
         return labels != -100
     if "attention_mask" in inputs:
@@ -104,7 +104,7 @@ def taught_positions(inputs: dict[str, Any], labels: torch.Tensor, args: HealCon
 
 
 def real_tokens(inputs: dict[str, Any]) -> torch.Tensor:
-    """How many tokens of a batch are not padding."""
+    """The number of tokens in a batch that are not padding."""
     if "attention_mask" in inputs:
         return inputs["attention_mask"].sum()
     return torch.tensor(inputs["position_ids"].shape[1])

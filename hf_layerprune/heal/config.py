@@ -1,4 +1,4 @@
-"""`HealConfig`: TRL's `SFTConfig`, and what healing adds to it."""
+"""`HealConfig`: TRL's `SFTConfig` with the settings of healing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .methods import method_help
 
 LOSSES = ("ce", "kd", "ce+kd")
 CACHE_MODES = ("auto", "on", "off")
-# A CPU's matrix products are prepared again for each new shape, which takes longer than multiplying some padding.
+# On a CPU, each new shape costs a set-up of the matrix product that takes longer than multiplying some padding.
 _CPU_MULTIPLE = 64
 
 
@@ -29,42 +29,41 @@ class HealConfig(SFTConfig):
     """
     Configuration of a [`HealTrainer`].
 
-    It is TRL's `SFTConfig` with other defaults: no gradient checkpointing, which TRL switches on and which would force
-    gradients through all frozen layers; a learning rate that depends on what is trained; a short warm-up; on a CPU, rows
-    padded to a multiple of 64; and float32 in place of mixed precision on a CPU without fast products of bfloat16.
+    It is TRL's `SFTConfig` with other defaults: no gradient checkpointing, which TRL enables and which would force
+    gradients through all frozen layers; a learning rate that depends on the method; a short warm-up; on a CPU, rows
+    padded to a multiple of 64; and float32 instead of mixed precision on a CPU without fast bfloat16 multiplication.
 
     Args:
         method (`str`, defaults to `"auto"`):
-            What is trained, such as `"lm_head+last3"`, `"cut2"`, `"lora"` or `"full"`; by default it goes by where the
-            cut is. `hf_layerprune.heal.methods` lists them all.
+            What is trained, such as `"lm_head+last3"`, `"cut2"`, `"lora"` or `"full"`; by default it depends on where
+            the cut is. `hf_layerprune.heal.methods` lists all methods.
         learning_rate (`float`, *optional*):
-            AdamW's, at its peak. By default the method's own, see `hf_layerprune.heal.methods`.
+            Peak learning rate of AdamW. By default the method's own, see `hf_layerprune.heal.methods`.
         loss (`str`, defaults to `"ce"`):
             `"ce"` for cross-entropy on the data, `"kd"` for distillation from the dense model, `"ce+kd"` for both.
         kd_share (`float`, defaults to 0.5):
-            Of `"ce+kd"`, what distillation counts; cross-entropy counts the rest.
+            Weight of distillation in `"ce+kd"`; cross-entropy has the rest.
         kd_temperature (`float`, defaults to 1.0):
             Temperature of both distributions in distillation.
         kd_direction (`str`, defaults to `"forward"`):
             `"forward"` for KL(teacher || student), `"reverse"` for KL(student || teacher).
         kd_tokens (`str`, defaults to `"all"`):
-            `"all"` to learn from the teacher on every token, prompts included; `"completion"` only where
-            cross-entropy would count.
+            `"all"` to distil on every token, prompts included; `"completion"` to distil only on tokens with a label.
         teacher (`str`, *optional*):
-            The dense model. By default what the model was pruned from.
+            The dense model. By default the one that the model was pruned from.
         cache (`str`, defaults to `"auto"`):
-            Whether the frozen layers' output is computed once and kept on disk: `"auto"` where that is exact, `"on"`
-            to be told if it is not, `"off"`.
+            Whether to compute the frozen layers' output once and keep it on disk: `"auto"` if that is exact, `"on"` to
+            raise an error if it is not, `"off"`.
         cache_dir (`str`, *optional*):
-            Where. By default `cache` in the output folder. Processes on several machines must share it.
+            Folder of the cache. By default `cache` in the output folder. Processes on several machines must share it.
         cache_batch_tokens (`int`, *optional*):
-            How many tokens go through the frozen layers at once. By default 4096 on a CPU and 32768 elsewhere.
+            How many tokens go through the frozen layers at a time. By default 4096 on a CPU and 32768 elsewhere.
         keep_cache (`bool`, defaults to `False`):
-            Whether it stays there when training has ended.
+            Whether to keep the cache after training.
         float32_weights (`bool`, defaults to `True`):
-            Whether what is trained is held in float32 while it is trained in mixed precision: a small step on a
-            bfloat16 weight rounds to nothing. Without mixed precision, on a CPU without fast products of bfloat16, the
-            whole model is.
+            Whether to hold trained weights in float32 in mixed-precision training, since a small step on a bfloat16
+            weight is lost to rounding. Without mixed precision, on a CPU without fast bfloat16 multiplication, the
+            whole model is held in float32.
     """
 
     learning_rate: float | None = field(  # type: ignore[assignment]
@@ -72,12 +71,12 @@ class HealConfig(SFTConfig):
     )
     gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "Recompute the trained layers' activations, for memory. Frozen layers have none to keep."},
+        metadata={"help": "Recompute the trained layers' activations to save memory. Frozen layers store none."},
     )
     warmup_steps: float = field(
-        default=0.03, metadata={"help": "Steps of linear warm-up, or below 1 the share of all steps."}
+        default=0.03, metadata={"help": "Steps of linear warm-up; a value below 1 is a share of all steps."}
     )
-    # TRL's newest defaults, for every version: others would leave the loss to TRL, or don't know the field.
+    # TRL's newest defaults, for every version: older defaults would leave the loss to TRL, or the field is missing.
     loss_type: str = field(default="nll", metadata={"help": "TRL's loss: nll or dft."})
     router_aux_loss_coef: float | None = field(
         default=None, metadata={"help": "Weight of a mixture of experts' load-balancing loss. By default 0."}
@@ -93,35 +92,38 @@ class HealConfig(SFTConfig):
         default="ce",
         metadata={"help": "ce (the data), kd (distillation from the dense model) or ce+kd.", "choices": list(LOSSES)},
     )
-    kd_share: float = field(default=0.5, metadata={"help": "Of ce+kd, what distillation counts."})
+    kd_share: float = field(default=0.5, metadata={"help": "Weight of distillation in ce+kd."})
     kd_temperature: float = field(default=1.0, metadata={"help": "Temperature of distillation."})
     kd_direction: str = field(
         default="forward",
-        metadata={"help": "forward: KL(teacher || student); reverse.", "choices": list(DIRECTIONS)},
+        metadata={
+            "help": "forward: KL(teacher || student); reverse: KL(student || teacher).",
+            "choices": list(DIRECTIONS),
+        },
     )
     kd_tokens: str = field(
         default="all",
-        metadata={"help": "Tokens that the teacher is heard on: all or completion.", "choices": ["all", "completion"]},
+        metadata={"help": "Tokens to distil on: all or completion.", "choices": ["all", "completion"]},
     )
     teacher: str | None = field(
-        default=None, metadata={"help": "The dense model. By default what the model was pruned from."}
+        default=None, metadata={"help": "The dense model. By default the one that the model was pruned from."}
     )
     cache: str = field(
         default="auto",
         metadata={
-            "help": "Compute the frozen layers once: auto (where that is exact), on or off.",
+            "help": "Compute the frozen layers' output once: auto (if that is exact), on or off.",
             "choices": list(CACHE_MODES),
         },
     )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for it. By default `cache` in the output folder."}
+        default=None, metadata={"help": "Folder of the cache. By default `cache` in the output folder."}
     )
     cache_batch_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens that go through the frozen layers at once."}
+        default=None, metadata={"help": "Tokens that go through the frozen layers at a time."}
     )
-    keep_cache: bool = field(default=False, metadata={"help": "Keep the cache when training has ended."})
+    keep_cache: bool = field(default=False, metadata={"help": "Keep the cache after training."})
     float32_weights: bool = field(
-        default=True, metadata={"help": "Hold what is trained in float32 in mixed-precision training."}
+        default=True, metadata={"help": "Hold trained weights in float32 in mixed-precision training."}
     )
 
     def __post_init__(self) -> None:
@@ -149,5 +151,5 @@ class HealConfig(SFTConfig):
 
     @property
     def distils(self) -> bool:
-        """Whether the dense model teaches."""
+        """Whether the loss includes distillation from the dense model."""
         return "kd" in self.loss

@@ -1,7 +1,7 @@
-"""Training rows: read them from the Hub or from a file, and shape them into what TRL takes.
+"""Training rows: read them from the Hub or from a file, and convert them to TRL's formats.
 
 Known shapes: `prompt` and `completion`; `messages` or `conversations`; `instruction`, `input` and `output` (Alpaca), or
-`instruction`, `context` and `response` (Dolly); `text`; and `input_ids`, which are left alone.
+`instruction`, `context` and `response` (Dolly); `text`; and `input_ids`, which are used as they are.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 TEMPLATES = ("auto", "chat", "alpaca")
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-# Columns of an instruction, of what it is about, and of its answer.
+# Columns of an instruction, of its context, and of its answer.
 _INSTRUCTIONS = (("instruction", "input", "output"), ("instruction", "context", "response"))
 _ROLES = {"human": "user", "gpt": "assistant"}
 _SHAPES = (
-    "prompt and completion, messages, conversations, instruction and output (input may be there), instruction and "
-    "response (context may be there), or text"
+    "prompt and completion, messages, conversations, instruction and output (input is optional), instruction and "
+    "response (context is optional), or text"
 )
 
-# The template of Stanford Alpaca, which the paper trains with.
+# The template of Stanford Alpaca, with which the paper trains.
 _ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 )
@@ -45,7 +45,7 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
         name (`str`): A Hub id; a folder; or a `.json`, `.jsonl`, `.parquet` or `.csv` file, which becomes the split
             `train`.
         config (`str`, *optional*): The configuration of a data set on the Hub.
-        streaming (`bool`, defaults to `False`): Whether rows are read as they are needed.
+        streaming (`bool`, defaults to `False`): Whether to read rows only when they are needed.
 
     Returns:
         `DatasetDict`: Its splits.
@@ -68,17 +68,17 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
 
 
 def load_mixture(mixture: DatasetMixtureConfig, seed: int = 42) -> DatasetDict:
-    """Read a mixture of data sets, as TRL does; what is held out is drawn by a seed, so that all processes agree.
+    """Read a mixture of data sets, as TRL does, but hold rows out with a seed, so that all processes agree.
 
     Args:
-        mixture (`DatasetMixtureConfig`): Which ones, and how much of each.
-        seed (`int`, defaults to 42): Decides which rows are held out.
+        mixture (`DatasetMixtureConfig`): The data sets, and how much of each.
+        seed (`int`, defaults to 42): Seed that decides which rows are held out.
 
     Returns:
-        `DatasetDict`: Its splits, `train` and, where a part is held out, `test`.
+        `DatasetDict`: Its splits: `train` and, if rows are held out, `test`.
 
     Raises:
-        CheckpointError: One can't be read, or they don't fit together.
+        CheckpointError: A data set can't be read, or they can't be combined.
     """
     from trl import get_dataset
 
@@ -92,18 +92,18 @@ def load_mixture(mixture: DatasetMixtureConfig, seed: int = 42) -> DatasetDict:
 
 
 def pick_split(rows: DatasetDict, split: str, name: str) -> Dataset:
-    """One split of a data set.
+    """Pick one split of a data set.
 
     Args:
         rows (`DatasetDict`): All its splits.
-        split (`str`): Which one.
-        name (`str`): What to call the data set in errors.
+        split (`str`): Name of the split.
+        name (`str`): The data set's name in error messages.
 
     Returns:
-        `Dataset`: Its rows.
+        `Dataset`: The rows of the split.
 
     Raises:
-        CheckpointError: It has none of that name.
+        CheckpointError: There is no such split.
     """
     if split not in rows:
         raise CheckpointError(f"data set {name} has no split {split!r}; it has {', '.join(rows)}")
@@ -117,21 +117,22 @@ def shape_rows(
     name: str = "the data set",
     text_field: str = "text",
 ) -> Dataset:
-    """Shape rows into `prompt` and `completion`, or leave them as they are where TRL takes them so.
+    """Convert rows to `prompt` and `completion`, or leave them unchanged if TRL accepts them.
 
     Args:
-        rows (`Dataset`): In one of the shapes of this module's docstring.
-        tokenizer (`PreTrainedTokenizerBase`): Says whether there is a chat template.
-        template (`str`, defaults to `"auto"`): For instructions: `"chat"` for the tokenizer's own template, `"alpaca"`
-            for the paper's, `"auto"` for the first of them that there is. Messages always go through the chat template.
-        name (`str`, *optional*): What to call the rows in errors.
+        rows (`Dataset`): In one of the shapes that this module's docstring lists.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer, which may have a chat template.
+        template (`str`, defaults to `"auto"`): For instructions: `"chat"` for the tokenizer's chat template,
+            `"alpaca"` for the paper's template, `"auto"` for the chat template if there is one, otherwise Alpaca's.
+            Messages always use the chat template.
+        name (`str`, *optional*): The data set's name in error messages.
         text_field (`str`, *optional*): The column that holds plain text, where there is one.
 
     Returns:
         `Dataset`: With `prompt` and `completion`, `messages`, `text` or `input_ids`.
 
     Raises:
-        CheckpointError: It has none of the shapes, or needs a chat template that is not there.
+        CheckpointError: The rows have none of these shapes, or need a chat template that the tokenizer lacks.
     """
     columns = rows.column_names or list(next(iter(rows)))
     if template not in TEMPLATES:
@@ -142,18 +143,18 @@ def shape_rows(
     for conversation in ("messages", "conversations"):
         if conversation in columns:
             if not chats:
-                raise CheckpointError(f"{name} has {conversation}, and the tokenizer has no chat template for them")
+                raise CheckpointError(f"{name} has {conversation}, but the tokenizer has no chat template for them")
             return _split_conversations(rows, conversation, columns)
     for question, about, answer in _INSTRUCTIONS:
         if {question, answer} <= set(columns):
             if template == "chat" and not chats:
-                raise CheckpointError("template=chat, and the tokenizer has no chat template; use template=alpaca")
+                raise CheckpointError("template=chat, but the tokenizer has no chat template; use template=alpaca")
             make = _chat_row if template == "chat" or (template == "auto" and chats) else _alpaca_row
             names = {"question": question, "about": about, "answer": answer}
             return rows.map(_from_columns, fn_kwargs={"make": make, **names}, remove_columns=columns)
     if text_field in columns:
         return rows
-    raise CheckpointError(f"{name} has the columns {', '.join(columns)}, and training needs {_SHAPES}")
+    raise CheckpointError(f"{name} has the columns {', '.join(columns)}, but training needs {_SHAPES}")
 
 
 def _from_columns(row: dict[str, Any], make: Callable, question: str, about: str, answer: str) -> dict[str, Any]:
@@ -174,14 +175,14 @@ def _alpaca_row(instruction: str, about: str, answer: str) -> dict[str, Any]:
 
 
 def _message(part: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates take it, also from ShareGPT's `{from, value}`."""
+    """A message in the format of chat templates, converted from ShareGPT's `{from, value}` if necessary."""
     if "from" not in part:
         return part
     return {"role": _ROLES.get(part["from"], part["from"]), "content": part["value"]}
 
 
 def _split_conversations(rows: Dataset, column: str, columns: list[str]) -> Dataset:
-    """The last answer is the completion, and all before it is the prompt."""
+    """Make the last answer the completion, and everything before it the prompt."""
 
     def split(row: dict[str, Any]) -> dict[str, Any]:
         messages = [_message(part) for part in row[column]]
@@ -191,8 +192,8 @@ def _split_conversations(rows: Dataset, column: str, columns: list[str]) -> Data
     def answers(row: dict[str, Any]) -> bool:
         return bool(row["prompt"]) and row["completion"][0]["role"] == "assistant"
 
-    logger.info("of each conversation, the last answer is what is learned; what comes before it is the prompt")
+    logger.info("only the last answer of each conversation is learned; everything before it is the prompt")
     shaped = rows.map(split, remove_columns=columns).filter(answers)
     if hasattr(shaped, "__len__") and not len(shaped):
-        raise CheckpointError(f"no row of {column} has an answer of an assistant after something else")
+        raise CheckpointError(f"no row of {column} has an assistant's answer after another message")
     return shaped

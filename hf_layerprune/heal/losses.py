@@ -1,8 +1,8 @@
 """Cross-entropy and distillation from last hidden states, without holding the logits of all tokens.
 
-The head is run over a chunk of tokens at a time, and each chunk's gradients are taken before its logits are let go: one
-product for the student's logits, two for the gradients, one for the teacher's logits, and nothing is computed twice.
-Logits are kept in the type in which they were multiplied, and their gradients take their place.
+The head runs over a chunk of tokens at a time, and each chunk's gradients are computed before its logits are freed:
+one product for the student's logits, two for the gradients, one for the teacher's logits, and nothing is computed
+twice. Logits stay in the type of the product, and are overwritten by their gradients.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from ..runtime.head import Head, LogitTransform
 
-# About how many bytes a chunk's logits take. With a teacher, two such buffers are alive at a time. On a device, adding
-# each chunk's gradient to that of a trained head is much of the work, and larger chunks make fewer of it.
+# Approximate size of a chunk's logits. With a teacher, two such buffers exist at a time. On a GPU, adding each chunk's
+# gradient to that of a trained head is much of the work, so larger chunks are faster.
 CHUNK_BYTES, DEVICE_CHUNK_BYTES = 32 * 2**20, 256 * 2**20
 # On a CPU, a chunk's logits are processed in float32 in parts that are small enough to stay in the cache.
 _CACHED_BYTES = 2**20
-# Rows of the head that are cast, and rows of its gradient that are multiplied, at a time there.
+# On a CPU, the rows of the head that are cast, and the rows of its gradient that are computed, at a time.
 _WORDS = 8192
 
 DIRECTIONS = ("forward", "reverse")
@@ -28,13 +28,13 @@ DIRECTIONS = ("forward", "reverse")
 
 @dataclass(frozen=True)
 class Distillation:
-    """How the teacher's distribution p and the student's q are held against each other.
+    """How the teacher's distribution p and the student's q are compared.
 
     Args:
         temperature (`float`, defaults to 1.0): Logits of both are divided by it, and the loss is multiplied by its
-            square, so that gradients keep their size (arXiv:1503.02531).
-        direction (`str`, defaults to `"forward"`): `"forward"` for KL(p || q), which covers all that the teacher would
-            say, `"reverse"` for KL(q || p), which keeps to what it says most.
+            square, so that gradients keep their scale (arXiv:1503.02531).
+        direction (`str`, defaults to `"forward"`): `"forward"` for KL(p || q), which is mode-covering, or `"reverse"`
+            for KL(q || p), which is mode-seeking.
     """
 
     temperature: float = 1.0
@@ -48,8 +48,8 @@ class HeadLoss:
     Args:
         loss (`torch.Tensor`): The weighted sum over tokens; gradients flow from here.
         ce (`torch.Tensor`): Cross-entropy, summed over the tokens with a label, without gradient.
-        kd (`torch.Tensor`): Divergence from the teacher, summed over the tokens of its mask, without gradient.
-        correct (`torch.Tensor`): How many labels are the student's most likely token.
+        kd (`torch.Tensor`): Divergence from the teacher, summed over the tokens of the mask, without gradient.
+        correct (`torch.Tensor`): How many labels are the student's top-1 token.
     """
 
     loss: torch.Tensor
@@ -60,13 +60,13 @@ class HeadLoss:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the teacher says about some tokens.
+    """The teacher's side of the loss for some tokens.
 
     Args:
-        hidden (`torch.Tensor`): Its states `[tokens, its width]`, as its head takes them.
-        head (`Head`): Its head; no gradient flows there.
-        mask (`torch.Tensor`): Which tokens count, boolean `[tokens]`.
-        weight (`torch.Tensor`): What each of them counts, a number.
+        hidden (`torch.Tensor`): The teacher's states `[tokens, teacher's width]`, the input of its head.
+        head (`Head`): The teacher's head, which gets no gradient.
+        mask (`torch.Tensor`): The tokens to distil on, boolean `[tokens]`.
+        weight (`torch.Tensor`): Weight of each of them, a scalar.
         distillation (`Distillation`): How the two distributions are compared.
     """
 
@@ -77,7 +77,7 @@ class Lesson:
     distillation: Distillation
 
     def raw_logits(self, part: slice) -> torch.Tensor:
-        """What the teacher's head gives for some of the tokens."""
+        """The teacher's logits for a slice of the tokens, before its head's transform."""
         return self.head.raw(self.hidden[part])
 
 
@@ -94,17 +94,17 @@ def head_loss(
     """Weighted cross-entropy and divergence from a teacher, summed over tokens.
 
     Args:
-        hidden (`torch.Tensor`): The student's states `[tokens, width]`, as the head takes them.
-        head (`Head`): Its head.
-        labels (`torch.Tensor`): The next tokens `[tokens]`, -100 where there is none to learn.
-        ce_weight (`torch.Tensor`, *optional*): What the cross-entropy of a labelled token counts, a number. Without
-            one, cross-entropy is only reported.
+        hidden (`torch.Tensor`): The student's states `[tokens, width]`, the input of its head.
+        head (`Head`): The student's head.
+        labels (`torch.Tensor`): The next tokens `[tokens]`, -100 for tokens without a label.
+        ce_weight (`torch.Tensor`, *optional*): Weight of a labelled token's cross-entropy, a scalar. Without one,
+            cross-entropy is only reported.
         lesson (`Lesson`, *optional*): The teacher's side.
-        chunk_bytes (`int`, *optional*): About how large a chunk's logits may be. By default 32 MiB on a CPU and 256 MiB
+        chunk_bytes (`int`, *optional*): Approximate size of a chunk's logits. By default 32 MiB on a CPU and 256 MiB
             elsewhere.
-        accumulate (`bool`, defaults to `False`): Add the gradient of the head's weights to their `grad` at once, which
-            spares a second matrix of their size. Only where `backward` follows, and follows on this very loss: if it
-            was multiplied by anything, `backward` raises a `RuntimeError`.
+        accumulate (`bool`, defaults to `False`): Add the gradient of the head's weights to their `grad` directly,
+            which saves a second matrix of their size. Use it only if `backward` is called on this loss without scaling
+            it: otherwise `backward` raises a `RuntimeError`.
 
     Returns:
         `HeadLoss`: The loss and its parts.
@@ -121,7 +121,7 @@ def head_loss(
 
 
 def takes_gradient(weight: torch.Tensor) -> bool:
-    """Whether nobody but `grad` waits for a weight's gradient: a float32 leaf without hooks, with gradients on."""
+    """Whether a gradient may be added to `weight.grad` directly: a float32 leaf without hooks, gradients enabled."""
     hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
     return (
         torch.is_grad_enabled()
@@ -163,10 +163,10 @@ class _HeadLoss(torch.autograd.Function):
         vocabulary = hidden.shape[1] if weight is None else weight.shape[0]
         size = max(1, chunk_bytes // (dtype.itemsize * vocabulary))
         rows = max(1, _CACHED_BYTES // (4 * vocabulary)) if device.type == "cpu" else size
-        # On a CPU the whole product takes twice the time of its parts, and memory to turn it over.
+        # On a CPU the whole product takes twice as long as its parts, and memory for a transposed copy.
         words = _WORDS if device.type == "cpu" else vocabulary
         with torch.autocast(device.type, enabled=False):
-            # Elsewhere casting it for each chunk would take as long as the products.
+            # On a GPU, casting the weights for each chunk would take as long as the products, so they are cast once.
             cast = weight.to(dtype) if weight is not None and device.type != "cpu" else weight
             matrix = _Matrix(None if cast is None else cast.detach(), dtype, words)
             offset = bias.to(dtype) if bias is not None else None
@@ -175,7 +175,7 @@ class _HeadLoss(torch.autograd.Function):
                 states = hidden[part].to(dtype)
                 raw = matrix.logits(states, offset)
                 taught = None if lesson is None else lesson.raw_logits(part)
-                for first in range(0, len(raw), rows):  # the gradient takes the place of the logits
+                for first in range(0, len(raw), rows):  # the gradient overwrites the logits
                     piece = slice(first, min(first + rows, len(raw)))
                     few = slice(start + piece.start, start + piece.stop)
                     logits = transform.forward(raw[piece])
@@ -202,7 +202,8 @@ class _HeadLoss(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         if ctx.accumulated and d_loss != 1:
             raise RuntimeError(
-                f"the head's gradient was added up, and the loss multiplied by {d_loss.item()} after that"
+                f"the loss was multiplied by {d_loss.item()} after the head's gradient had been added up; use "
+                "accumulate=False"
             )
         return (
             None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype),
@@ -214,12 +215,12 @@ class _HeadLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Matrix:
-    """The head's weights as factors of another type; of float32 weights no copy is made as a whole.
+    """Products with the head's weights in another type, without casting all of the weights at once.
 
     Args:
         weight (`torch.Tensor`, *optional*): `[vocabulary, hidden]`; without one, states are logits already.
-        dtype (`torch.dtype`): In which it is multiplied.
-        words (`int`): How many of its rows are cast at a time.
+        dtype (`torch.dtype`): The type of the product.
+        words (`int`): How many rows of the weights are cast at a time.
     """
 
     weight: torch.Tensor | None
@@ -249,7 +250,7 @@ class _Matrix:
 
 @dataclass
 class _Sums:
-    """What is summed over chunks."""
+    """Sums over chunks."""
 
     loss: torch.Tensor
     ce: torch.Tensor
@@ -266,9 +267,9 @@ def _gradient(
     part: slice,
     sums: _Sums,
 ) -> torch.Tensor:
-    """Add some tokens' losses to the sums, and give the gradient of their logits, in the logits' own memory.
+    """Add the losses of some tokens to the sums, and return the gradient of their logits, in the logits' memory.
 
-    With z the logits less their largest and Q the sum of exp(z), log q = z - log Q; the same for the teacher's y and P.
+    With z the logits less their maximum and Q the sum of exp(z), log q = z - log Q; likewise y and P of the teacher.
     """
     counted = labels != -100
     targets = torch.where(counted, labels, 0)[:, None]

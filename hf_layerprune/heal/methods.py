@@ -1,8 +1,8 @@
-"""What is trained after a cut, by name, and at which learning rate.
+"""The healing methods: which weights they train, and at which learning rate.
 
-A method's name is one of `METHODS`, or several that train whole layers joined by `+`, such as `lm_head+last3`, which is
-the paper's way. A new method is one more entry there: its help, its learning rate, and either the layers that it trains
-or the adapter that it puts on the model.
+A method's name is an entry of `METHODS`, or several entries that train whole layers joined by `+`, such as the paper's
+`lm_head+last3`. To add a method, add an entry: its help, its learning rate, and either the layers that it trains or
+the adapter that it puts on the model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _behind(cut: Cut, n: int) -> Collection[int]:
 
 
 def _lora(*, r: int, alpha: int, dropout: float, target_modules: list[str] | str | None) -> PeftConfig:
-    """LoRA on a pruned model, which is its base: on every linear layer but the head, unless named otherwise."""
+    """LoRA on a pruned model: on every linear layer but the head, unless `target_modules` says otherwise."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -78,12 +78,12 @@ def _four_bits() -> dict[str, Any]:
 
 # --- the methods ------------------------------------------------------------------------------------------
 
-# Adam's step does not shrink with a layer's width, and what a layer can take does: its best learning rate falls about
-# as one over the width (arXiv:2203.03466). These are right for the tails of SmolLM2-135M, 576 wide, where they were
-# tried (docs/experiments.md), and give 2.4e-5 and 1.2e-5 at 4096.
+# Adam's step does not shrink with a layer's width, but the step that a layer tolerates does: the best learning rate is
+# about proportional to 1 / width (arXiv:2203.03466). These constants were tuned on the tails of SmolLM2-135M, whose
+# width is 576 (docs/experiments.md), and give 2.4e-5 and 1.2e-5 at width 4096.
 _LAYERS, _FULL = 0.1, 0.05
-# LoRA's own scale makes one value good for all widths. The paper trained it at 1e-5, as it did whole layers, twenty
-# times less than LoRA is commonly trained at, so its comparison of the two says little.
+# LoRA's own scaling makes one value work for all widths. The paper trained LoRA at 1e-5, the rate that it used for
+# whole layers and a twentieth of what is common for LoRA, so its comparison of the two says little.
 _LORA = 2e-4
 
 
@@ -92,18 +92,18 @@ class Tuning:
     """One way to train a pruned model.
 
     Args:
-        name (`str`): What people write.
+        name (`str`): The name without its number.
         help (`str`): What is trained, in a few words.
         learning_rate (`Callable[[int], float]`): AdamW's peak learning rate for a model's width.
         layers (`Callable[[Cut, int], Collection[int]]`, *optional*): For methods that train whole layers, which can be
-            joined: from the cut and the number behind the name to indices in the base.
-        number (`str`, defaults to `""`): Whether a number stands behind the name: `""`, `"N"` where it has to, `"[N]"`
-            where it may and is 1 otherwise.
+            joined: maps the cut and the number after the name to layer indices in the base.
+        number (`str`, defaults to `""`): Whether the name takes a number: `""` for none, `"N"` if it is required,
+            `"[N]"` if it is optional and defaults to 1.
         lm_head (`bool`, defaults to `False`): Whether the head is trained.
         final_norm (`bool`, defaults to `False`): Whether the norm before the head is trained.
-        adapter (`Callable`, *optional*): For other methods: makes the PEFT config from the settings of LoRA. Without
-            one and without `layers`, all weights are trained.
-        loading (`Callable[[], dict]`, *optional*): More arguments for `from_pretrained`; raises `LayerPruneError` where
+        adapter (`Callable`, *optional*): For other methods: makes the PEFT config from the LoRA settings. Without
+            `adapter` and `layers`, all weights are trained.
+        loading (`Callable[[], dict]`, *optional*): Extra arguments for `from_pretrained`; raises `LayerPruneError` if
             the method can't run.
     """
 
@@ -118,7 +118,7 @@ class Tuning:
     loading: Callable[[], dict[str, Any]] | None = None
 
     def count(self, word: str) -> int | None:
-        """The number behind the name in a word, 0 where there is none; `None` where the word is not this method's."""
+        """The number after the name, 0 for a method that takes none; `None` if the word is not this method."""
         number = {"": "", "N": r"([1-9]\d*)", "[N]": r"([1-9]\d*)?"}[self.number]
         match = re.fullmatch(re.escape(self.name) + number, word)
         return None if match is None else int((match[1] or 1) if self.number else 0)
@@ -136,32 +136,33 @@ METHODS: dict[str, Tuning] = {
         Tuning("last", "the last N layers and the final norm; a tied head stays tied", _per_width(_LAYERS), _last, "N",
                final_norm=True),
         Tuning("cut", "N layers on each side of the cut", _per_width(_LAYERS), _beside, "[N]"),
-        Tuning("behind", "N layers before the first cut and all behind it, where gradients go anyway, and the final norm",
+        # Gradients pass through all layers behind the cut anyway.
+        Tuning("behind", "N layers before the first cut, all layers after it, and the final norm",
                _per_width(_LAYERS), _behind, "[N]", final_norm=True),
         Tuning("lora", "LoRA on every linear layer but the head", lambda width: _LORA, adapter=_lora),
-        Tuning("qlora", "LoRA on a model in 4 bits", lambda width: _LORA, adapter=_lora, loading=_four_bits),
+        Tuning("qlora", "LoRA on a 4-bit model", lambda width: _LORA, adapter=_lora, loading=_four_bits),
         Tuning("full", "all weights", _per_width(_FULL)),
     )
 }  # fmt: skip
 
 
 def method_names() -> str:
-    """All methods, for errors and help; `auto` goes by where the cut is, see `choose_method`."""
+    """All methods, for errors and help; `auto` depends on where the cut is, see `choose_method`."""
     return ", ".join(["auto", *(f"{method.name}{method.number}" for method in METHODS.values())])
 
 
 def method_help() -> str:
-    """What each method trains, for the reference."""
+    """What each method trains, for the help of `--method`."""
     lines = [f"{method.name}{method.number} ({method.help})" for method in METHODS.values()]
-    return f"What is trained: auto (by where the cut is), {', '.join(lines)}; join those of layers with +"
+    return f"What is trained: auto (depends on the cut), {', '.join(lines)}; join methods that train layers with +"
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a name means.
+    """A parsed method.
 
     Args:
-        name (`str`): As it was asked for.
+        name (`str`): The name as the user gave it.
         parts (`tuple[tuple[Tuning, int], ...]`): The methods in it, with their numbers.
     """
 
@@ -174,16 +175,16 @@ class Method:
         return self.parts[0][0].layers is not None
 
     def layers(self, cut: Cut) -> list[int]:
-        """Which layers are trained whole, as indices in the base.
+        """The layers that are trained whole, as indices in the base.
 
         Args:
-            cut (`Cut`): What stays.
+            cut (`Cut`): The cut.
 
         Returns:
             `list[int]`: Ascending.
 
         Raises:
-            CutError: Fewer layers remain.
+            CutError: Fewer layers remain than the method trains.
         """
         return sorted({layer for part, n in self.parts if part.layers for layer in part.layers(cut, n)})
 
@@ -202,8 +203,8 @@ class Method:
         """The adapter that trains whole layers.
 
         Args:
-            cut (`Cut`): The cut that was made.
-            base (`str`, *optional*): What the adapter is of.
+            cut (`Cut`): The cut.
+            base (`str`, *optional*): The base of the adapter.
 
         Returns:
             `LayerDropConfig`: For `get_peft_model` on the pruned model.
@@ -220,24 +221,24 @@ class Method:
         )
 
     def adapter(self, **lora: Any) -> PeftConfig | None:
-        """The adapter of a method that does not train whole layers; `None` where all weights are trained."""
+        """The adapter of a method that does not train whole layers; `None` if all weights are trained."""
         make = self.parts[0][0].adapter
         return None if make is None else make(**lora)
 
     def loading(self) -> dict[str, Any]:
-        """What `from_pretrained` has to be told besides the usual."""
+        """Extra arguments for `from_pretrained`."""
         load = self.parts[0][0].loading
         return {} if load is None else load()
 
 
 def parse_method(name: str) -> Method:
-    """Read a method's name.
+    """Parse the name of a method.
 
     Args:
         name (`str`): One or several of `METHODS`. `auto` needs a model: see `choose_method`.
 
     Returns:
-        `Method`: What it means.
+        `Method`: The parsed method.
 
     Raises:
         CutError: There is no such method.
@@ -251,8 +252,8 @@ def parse_method(name: str) -> Method:
                 parts[tuning.name] = tuning, count
     if len(parts) != len(words):
         raise CutError(
-            f"method={name!r} is unknown; it may be {method_names()}, where N is a number of layers, or several that "
-            "train layers joined by +"
+            f"method={name!r} is unknown; it may be {method_names()}, where N is a number of layers; methods that "
+            "train layers may be joined with +"
         )
     return Method(name, tuple(parts.values()))
 
@@ -261,15 +262,15 @@ def choose_method(cut: Cut, tied: bool) -> tuple[Method, str]:
     """The method that suits a cut.
 
     Args:
-        cut (`Cut`): What stays.
-        tied (`bool`): Whether the head is the embedding matrix.
+        cut (`Cut`): The cut.
+        tied (`bool`): Whether the head shares the embedding matrix.
 
     Returns:
-        `tuple[Method, str]`: The method, and why.
+        `tuple[Method, str]`: The method, and the reason for it.
     """
     if cut.drop[-1] != cut.num_layers - 1:
-        return parse_method("cut2"), "the cut is inside the model, so the layers beside it have to bridge it"
+        return parse_method("cut2"), "the cut is inside the model, so the layers next to it have to bridge it"
     last = min(3, len(cut.keep))
     if tied:
-        return parse_method(f"last{last}"), "the end was dropped; the head is tied, and training it would untie it"
-    return parse_method(f"lm_head+last{last}"), "the end was dropped, so head, norm and last layers have to take over"
+        return parse_method(f"last{last}"), "the last layers were dropped; training the tied head would untie it"
+    return parse_method(f"lm_head+last{last}"), "the last layers were dropped, so head, norm and new last layers adapt"

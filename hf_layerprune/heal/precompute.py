@@ -1,7 +1,7 @@
-"""What a training run computes once: what leaves the frozen layers, and what the dense model makes of each row.
+"""Computed once per training run: the frozen layers' output, and the dense model's last hidden states, for each row.
 
-One pass with the student, which then gives up its frozen layers; one with the teacher, which begins where the two part
-ways. Both are shared out among processes, and go on where they were after an interruption.
+There is one pass with the student, whose frozen layers are then unloaded, and one with the teacher, which starts at
+the first layer that differs from the student's. Both are divided among processes, and resume after an interruption.
 """
 
 from __future__ import annotations
@@ -29,23 +29,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What TRL's collator takes.
+# The columns that TRL's collator takes.
 _FED = ("input_ids", "labels", "seq_lengths")
 _CPU_TOKENS, _DEVICE_TOKENS = 4096, 32768
 
 
 def precompute(trainer: HealTrainer, teacher: PreTrainedModel | None = None) -> Precomputed:
-    """Compute what does not change.
+    """Compute the states that training does not change.
 
     Args:
-        trainer ([`HealTrainer`]): Before training.
-        teacher (`PreTrainedModel`, *optional*): The dense model, where it is loaded already.
+        trainer ([`HealTrainer`]): The trainer, before training.
+        teacher (`PreTrainedModel`, *optional*): The dense model, if it is loaded already.
 
     Returns:
-        `Precomputed`: Where it is. The trainer's model has given up its frozen layers if those were computed.
+        `Precomputed`: The stored states. If the frozen layers' output was computed, these layers are unloaded from the
+            trainer's model.
 
     Raises:
-        LayerPruneError: `cache="on"` and it can't be; or there is no teacher.
+        LayerPruneError: `cache="on"` is not possible, or there is no teacher.
         CheckpointError: The cache can't be written, or its disk is too small.
     """
     return _Run(trainer).run(teacher)
@@ -70,18 +71,18 @@ class _Run:
         args, precomputed = self.args, Precomputed()
         prefix = self._prefix() if args.cache != "off" else None
         if prefix is None and args.cache == "on":
-            raise LayerPruneError(f"the frozen layers can't be computed once: {self.why_not}; use cache=auto or off")
+            raise LayerPruneError(f"the frozen layers can't be precomputed: {self.why_not}; use cache=auto or off")
         if prefix is None and args.cache == "auto":
             logger.warning("the frozen layers run in every step: %s", self.why_not)
         if prefix is None and not args.distils:
             return precomputed
         if is_split_by_deepspeed(self.model):
             raise LayerPruneError(
-                f"loss={args.loss} needs the dense model whole, and DeepSpeed ZeRO-3 splits what is loaded; use ZeRO-2, "
+                f"loss={args.loss} needs the dense model whole, but DeepSpeed ZeRO-3 splits every model; use ZeRO-2, "
                 "FSDP or DDP, or loss=ce"
             )
         if not self.datasets:
-            raise LayerPruneError(f"loss={args.loss} needs rows that can be counted; use loss=ce with streamed data")
+            raise LayerPruneError(f"loss={args.loss} does not work with streamed data; use loss=ce, or do not stream")
         teacher = self._teacher(teacher_model, prefix) if args.distils else None
         store = precomputed.store = self._open(prefix, teacher)
         if prefix is not None:
@@ -99,10 +100,10 @@ class _Run:
                 store.forget("shared")
         return precomputed
 
-    # --- what can be computed ----------------------------------------------------------------------------
+    # --- what can be precomputed -------------------------------------------------------------------------
 
     def _prefix(self) -> Prefix | None:
-        """The frozen layers, if their output can take their place; tried out on a few rows."""
+        """The frozen layers, if a trial on a few rows shows that their recorded output can replace them."""
         if self.why_not:
             return None
         depth = first_trained_layer(self.model)
@@ -115,14 +116,14 @@ class _Run:
             try:
                 self.why_not = self._try_out(prefix)
             except TROUBLE as error:
-                self.why_not = f"the model can't do without them ({str(error).splitlines()[0][:120]})"
+                self.why_not = f"the model fails without them ({str(error).splitlines()[0][:120]})"
             prefix.restore()
             if not self.why_not:
                 return prefix
         return None
 
     def _try_out(self, prefix: Prefix) -> str:
-        """Why the recorded states can't take the place of the layers, if so."""
+        """Why the recorded states can't replace the layers; empty if they can."""
         rows = list(range(min(2, len(self.datasets[0]))))
         inputs = self._inputs(rows)
         with self._inference():
@@ -130,18 +131,18 @@ class _Run:
                 wanted = self.output.states(**inputs, use_cache=False)
             recorded = states[prefix.depth]
             if recorded.shape[:-1] != inputs["input_ids"].shape:
-                return "layers hand on several streams of states"
+                return "layers pass on several streams of hidden states"
             with self._training():
                 again = prefix.run(**inputs)[prefix.depth]
             if not close(again, recorded):
-                return "what leaves them differs in training, as with dropout"
+                return "their output differs in training mode, as with dropout"
             alone = prefix.run(**self._inputs(rows[:1]))[prefix.depth]
             pair = [self.collator.parted(s, [self.lengths[rows[0]]])[0] for s in (alone, recorded[:1])]
             if not close(*pair):
-                return "what leaves them for a row depends on the rows beside it"
+                return "their output for a row depends on the other rows of the batch"
             prefix.skip()
             states = self.output.states(**prefix.put(recorded, inputs), use_cache=False)
-        return "" if close(states, wanted) else "layers hand more to each other than hidden states"
+        return "" if close(states, wanted) else "layers pass more than hidden states to each other"
 
     def _teacher(self, model: PreTrainedModel | None, prefix: Prefix | None) -> Teacher:
         source = model if model is not None else self.args.teacher
@@ -215,7 +216,7 @@ class _Run:
         mine = [shard for shard in sorted(shards) if shard % world == rank]
         usual = _CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS
         tokens = self.args.cache_batch_tokens or usual
-        if self.collator.padding_free:  # one sequence of all rows: attention is as long as all of them
+        if self.collator.padding_free:  # all rows form one sequence, so attention spans all of them
             tokens = min(tokens, self.args.per_device_train_batch_size * (self.args.max_length or tokens))
         with self._inference():
             fill(store, columns, mine, run, tokens, description, show=self.main)
@@ -237,7 +238,7 @@ class _Run:
         self.model.eval()
 
     def _inputs(self, rows: list[int]) -> dict[str, Any]:
-        """Some rows as the model takes them."""
+        """The model's arguments for some rows."""
         batch = self.collator.inner([self._example(row) for row in rows])
         moved = {name: v.to(self.device) if torch.is_tensor(v) else v for name, v in batch.items()}
         moved.pop("labels", None)
@@ -252,13 +253,13 @@ class _Run:
 
 
 def _why_not(trainer: HealTrainer) -> str:
-    """What rules out that frozen layers are computed once, before any is looked at."""
+    """Settings that rule out precomputing the frozen layers; empty if there are none."""
     args, parallel = trainer.args, trainer.accelerator.parallelism_config
     model: Any = trainer.plain_model
     if not trainer.numbered_datasets:
-        return "the data are streamed, so rows can't be counted"
+        return "the data are streamed, so rows can't be numbered"
     if args.neftune_noise_alpha is not None:
-        return "neftune_noise_alpha adds noise to what enters them"
+        return "neftune_noise_alpha adds noise to their input"
     if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled):
         return "the model or its sequences are split over devices"
     if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
@@ -266,7 +267,7 @@ def _why_not(trainer: HealTrainer) -> str:
     if is_split_by_deepspeed(model):
         return "DeepSpeed ZeRO-3 has split the weights"
     if trainer._is_vision_dataset:
-        return "rows have images"
+        return "the rows contain images"
     return ""
 
 

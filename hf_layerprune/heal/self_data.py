@@ -1,7 +1,7 @@
-"""Training rows that the dense model writes itself, and answers of a data set that it rewrites.
+"""Training rows that the dense model generates, and data sets whose answers it rewrites.
 
-Both are made in parts that are kept in a folder of their own, named by a hash of all that decides them: what was
-interrupted goes on, processes share the work, and the rows do not depend on how many there are.
+Rows are generated in parts, which are kept in a folder named by a hash of everything that decides them. An interrupted
+run resumes, processes share the work, and the rows do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ def write_rows(
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
 ) -> Dataset:
-    """Let a model write its own training rows.
+    """Generate training rows with a model.
 
-    Every other part begins with an empty turn of a chat, through the chat template, and the others with the bare
-    beginning of a text; the model goes on from there, at temperature 1.
+    Every other part starts with an empty chat turn, from the chat template; the others start with the beginning of a
+    plain text. The model continues from there, at temperature 1.
 
     Args:
         model (`PreTrainedModel`): The dense model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         folder (`Path`): Where parts are kept.
-        count (`int`): How many rows.
-        length (`int`): Tokens a row.
-        seed (`int`): Decides every token.
-        share (`tuple[int, int]`, *optional*): Which process this is, and of how many.
+        count (`int`): Number of rows.
+        length (`int`): Tokens per row.
+        seed (`int`): Seed of the sampling.
+        share (`tuple[int, int]`, *optional*): Rank of this process, and number of processes.
         wait (`Callable`, *optional*): Waits for the other processes.
 
     Returns:
-        `Dataset`: `input_ids` and `labels`; every token counts.
+        `Dataset`: `input_ids` and `labels`; every token has a label.
     """
     from datasets import Dataset
 
@@ -72,7 +72,7 @@ def write_rows(
         return [{"input_ids": row} for row in ids.tolist()]
 
     rows = _in_parts(folder, parts, make, share, wait)
-    logger.info("%d rows of %d tokens that the dense model wrote are in %s", count, length, folder)
+    logger.info("the dense model wrote %d rows of %d tokens to %s", count, length, folder)
     return Dataset.from_list([{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows])
 
 
@@ -88,33 +88,33 @@ def rewrite_answers(
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
 ) -> Dataset:
-    """Put a model's own answers in place of those of a data set (arXiv:2410.09982).
+    """Replace the answers of a data set with a model's own (arXiv:2410.09982).
 
     Args:
         model (`PreTrainedModel`): The dense model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         rows (`Dataset`): With `prompt` and `completion`, text or messages.
         folder (`Path`): Where parts are kept.
-        max_tokens (`int`): No answer is longer; rows whose answer would be are left out.
-        temperature (`float`): Of sampling; 0 for the most likely answer.
-        seed (`int`): Decides what is sampled.
-        share (`tuple[int, int]`, *optional*): Which process this is, and of how many.
+        max_tokens (`int`): The most tokens of an answer; rows whose answer would be longer are left out.
+        temperature (`float`): Sampling temperature; 0 for greedy decoding.
+        seed (`int`): Seed of the sampling.
+        share (`tuple[int, int]`, *optional*): Rank of this process, and number of processes.
         wait (`Callable`, *optional*): Waits for the other processes.
 
     Returns:
         `Dataset`: With `prompt` and `completion`.
 
     Raises:
-        CheckpointError: The rows have no prompts, or no answer came to its end.
+        CheckpointError: The rows have no prompts, or no answer ended within `max_tokens`.
     """
     from datasets import Dataset
 
     if not {"prompt", "completion"} <= set(rows.column_names):
         raise CheckpointError(
-            f"answers can be rewritten where there are prompts, and the rows have {', '.join(rows.column_names)}"
+            f"rewriting answers needs rows with prompt and completion, but these have {', '.join(rows.column_names)}"
         )
     prompts = [_prompt_ids(tokenizer, row["prompt"]) for row in rows]
-    # Prompts of about one length together, so that little of a batch is padding.
+    # Batch prompts of similar length, to keep padding low.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     settings = ("answers", prompts, max_tokens, temperature, seed)
     folder = folder / hash_tensors(model.named_parameters(), *settings)[:16]
@@ -128,10 +128,10 @@ def rewrite_answers(
     entries = _in_parts(folder, -(-len(order) // _ANSWERS_A_PART), make, share, wait)
     answers = {entry["row"]: entry["answer"] for entry in entries if entry["answer"]}
     if not answers:
-        raise CheckpointError(f"no answer of the dense model ends within {max_tokens} tokens; allow more")
+        raise CheckpointError(f"no answer of the dense model ends within {max_tokens} tokens; allow longer answers")
     if len(answers) < len(rows):
         logger.warning(
-            "%d of %d rows are left out: their answer would be longer than %d tokens",
+            "%d of %d rows are left out, because their answer would be longer than %d tokens",
             len(rows) - len(answers),
             len(rows),
             max_tokens,
@@ -160,7 +160,7 @@ def _answers(
     max_tokens: int,
     temperature: float,
 ) -> list[str]:
-    """One answer for each prompt; empty where it did not come to its end."""
+    """One answer for each prompt; empty if it did not end within `max_tokens`."""
     longest = max(map(len, prompts))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
@@ -186,7 +186,7 @@ def _in_parts(
     share: tuple[int, int],
     wait: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """Make the parts that are not there yet, and read them all."""
+    """Make the missing parts, and read all parts."""
     from tqdm.auto import tqdm
 
     rank, world = share

@@ -1,4 +1,4 @@
-"""The heal stage: from what was trained to a whole model folder, with its history."""
+"""The heal stage: turn the trained weights into a complete model folder with its history."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def write_healed(
     *,
     adapter: Path | None = None,
 ) -> Path:
-    """Merge what was trained into the pruned model, and write it as a plain one.
+    """Merge the trained weights into the pruned model, and write it as a plain model.
 
     Args:
-        student ([`Student`]): What was trained.
-        trained (`Path`): What the trainer saved: an adapter, or a whole model.
+        student ([`Student`]): The pruned model that was trained.
+        trained (`Path`): The folder that the trainer saved: an adapter, or a whole model.
         output (`Path`): The folder to write.
-        entry (`dict[str, Any]`): The stage's, see [`~records.lineage.stage`]; it gets the names of the tensors
-            that changed.
-        adapter (`Path`, *optional*): Where to write the adapter, where it is one, in the model's own type. A model that
-            was cut more than once has none.
+        entry (`dict[str, Any]`): The stage's entry in the history, see [`~records.lineage.stage`]; the names of the
+            changed tensors are added to it.
+        adapter (`Path`, *optional*): Where to write the adapter, if the trainer saved one, in the model's own type. A
+            model that was cut more than once has none.
 
     Returns:
         `Path`: The output.
@@ -57,7 +57,7 @@ def write_healed(
     lineage = Lineage.of(student.folder) or Lineage(
         {"id": str(student.folder), "commit": None, "files": fingerprint(student.folder)}
     )
-    with ExitStack() as folders:  # the adapter gets its name after the model, which says that the run is over
+    with ExitStack() as folders:  # folders get their names in reverse order: the model, then its adapter
         merged = _merged(student, trained, adapter, folders)
         merged.name_or_path = merged.config.name_or_path = str(student.folder)
         folder = folders.enter_context(new_folder(output, apart_from=student.folder))
@@ -66,12 +66,12 @@ def write_healed(
         entry["changed_tensors"] = changed_tensors(student.folder, folder)
         entry["layers"] = {"base": student.cut.num_layers, "left": len(student.cut.keep)}
         lineage.record(folder, entry)
-    logger.info("%d tensors of the model were trained; it is in %s", len(entry["changed_tensors"]), output)
+    logger.info("training changed %d tensors; the model is in %s", len(entry["changed_tensors"]), output)
     return output
 
 
 def _merged(student: Student, trained: Path, adapter: Path | None, folders: ExitStack) -> PreTrainedModel:
-    """The whole model; its adapter, where it is one, is written on the way."""
+    """The merged model; writes its adapter too, if there is one."""
     if not (trained / "adapter_config.json").is_file():
         model, before = load_base(trained, dtype=weights_dtype(student)), load_config(student.folder)
         for name in _SET_BY_TRAINERS:
@@ -82,8 +82,8 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
     adapted: Any = load_adapter(load_base(student.folder, dtype="auto"), str(trained))
     if adapter is not None and student.cut_again:
         logger.warning(
-            "%s was cut from a model that had been cut before, so what was trained is not an adapter of %s; only the "
-            "whole model is written",
+            "%s was cut from a model that had been cut before, so no adapter of %s can be written; only the whole "
+            "model is",
             student.folder,
             student.base,
         )
@@ -94,7 +94,7 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
     return adapted.merge_and_unload()
 
 
-# What a trainer sets in a model's config for its own use.
+# Fields of a model's config that a trainer sets for its own use.
 _SET_BY_TRAINERS = ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
 _DECIDING = (
     "method", "loss", "kd_share", "kd_temperature", "kd_direction", "kd_tokens", "learning_rate", "lr_scheduler_type",
@@ -105,17 +105,17 @@ _DECIDING = (
 
 
 def settings_of(args: HealConfig) -> dict[str, Any]:
-    """All settings that decide the outcome, for the history."""
+    """All settings that affect the result, for the history."""
     names = [name for name in _DECIDING if args.distils or not name.startswith("kd_")]
     return {name: getattr(value := getattr(args, name), "value", value) for name in names}
 
 
 def describe_rows(datasets: Sequence[Dataset], source: str) -> list[dict[str, Any]]:
-    """What was trained on, for the history.
+    """Describe the training data, for the history.
 
     Args:
-        datasets (`Sequence[Dataset]`): Prepared rows, those of the training set first; empty where they were streamed.
-        source (`str`): Where they come from: a Hub id or several with a `+` between them, a file, or `"self"`.
+        datasets (`Sequence[Dataset]`): Prepared rows, the training set first; empty if the data were streamed.
+        source (`str`): Where they come from: one or several Hub ids joined with `+`, a file, or `"self"`.
 
     Returns:
         `list[dict]`: One entry for each source; the first holds the counts and the hash of all rows.
@@ -133,14 +133,14 @@ def describe_rows(datasets: Sequence[Dataset], source: str) -> list[dict[str, An
 
 
 def describe_command(launcher: Sequence[str], words: Sequence[str]) -> str:
-    """How a run was started, without secrets and places.
+    """The command of a run, without tokens and without the folders of absolute paths.
 
     Args:
-        launcher (`Sequence[str]`): What stands before the arguments.
+        launcher (`Sequence[str]`): The command before the arguments.
         words (`Sequence[str]`): The arguments.
 
     Returns:
-        `str`: One line for a shell.
+        `str`: A shell command on one line.
     """
     kept, secret = [], False
     for word in words:
@@ -158,11 +158,11 @@ def weights_dtype(student: Student) -> torch.dtype:
 
 
 def changed_tensors(before: Path, after: Path) -> list[str]:
-    """Names of the tensors of a folder that another one has not, or has with other bytes.
+    """Names of the tensors that are new or different in a model folder.
 
     Args:
-        before (`Path`): A model folder.
-        after (`Path`): Another.
+        before (`Path`): The model folder to compare with.
+        after (`Path`): The model folder whose tensors are named.
 
     Returns:
         `list[str]`: Ascending.
@@ -194,7 +194,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _copy_beside_weights(before: Path, after: Path) -> None:
-    """Hand on tokenizer, chat template and generation settings as they are, byte for byte, so that they can be proven."""
+    """Copy tokenizer, chat template and generation settings byte for byte, so that they can be verified."""
     files = {name: path for name, path in model_files(before).items() if not name.endswith((*WEIGHTS, ".index.json"))}
     for path in after.glob("generation_config.json"):
         path.unlink()  # saving a model writes one even where there was none

@@ -1,9 +1,9 @@
-"""Hidden states of training rows on disk: computed once, read in any order, each epoch again.
+"""Hidden states of training rows on disk: computed once, and read in any order in each epoch.
 
-Each column (`prefix`, `teacher`, ...) is a folder of safetensors shards, and each shard holds the states of some rows one
-after the other, without padding. A shard appears under its name only once it is whole, so an interrupted run goes on
-where it was. The folder's name holds a hash of the rows, the weights and the settings that the states come from, so
-states of anything else are never read.
+Each column (`prefix`, `teacher`, ...) is a folder of safetensors shards, and each shard holds the states of some rows,
+concatenated without padding. A shard gets its name only once it is complete, so an interrupted run can resume. The
+folder's name contains a hash of the rows, the weights and the settings that decide the states, so stale states are
+never read.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Column:
 
     Args:
         name (`str`): Such as `"prefix"`.
-        width (`int`): Numbers a token.
-        dtype (`torch.dtype`): Of each.
-        source (`str`): A hash of all that decides their values but the rows: weights, layers, kernels.
+        width (`int`): Size of a token's states.
+        dtype (`torch.dtype`): Type of the states.
+        source (`str`): A hash of everything but the rows that decides their values: weights, layers, kernels.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Column:
     source: str
 
     def bytes_of(self, tokens: int) -> int:
-        """Bytes of the states of some number of tokens."""
+        """The size in bytes of the states of so many tokens."""
         return tokens * self.width * self.dtype.itemsize
 
 
@@ -60,15 +60,15 @@ class StateStore:
     """The states of some rows, in a folder.
 
     Args:
-        folder (`Path`): Where; it is made if needed.
+        folder (`Path`): The folder; it is created if necessary.
         lengths (`Sequence[int]`): Tokens of each row.
         rows (`str`): A hash of the rows, see [`hash_rows`].
-        columns (`list[Column]`): What is stored.
-        shard_bytes (`int`, *optional*): About how large a shard is.
-        main (`bool`, defaults to `True`): Whether this process makes the folders; others wait for it before they come.
+        columns (`list[Column]`): The kinds of states to store.
+        shard_bytes (`int`, *optional*): Approximate size of a shard.
+        main (`bool`, defaults to `True`): Whether this process creates the folders; the others must wait for it.
 
     Raises:
-        CheckpointError: The folder can't be made, or its disk has no room for the states.
+        CheckpointError: The folder can't be created, or its disk has no room for the states.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class StateStore:
         self._rows = rows
         self._main = main
         self._lengths = np.asarray(lengths, dtype=np.int64)
-        # Rows of one length beside each other, so that a batch of them needs no padding; the longest first, so that
-        # what does not fit in memory shows at once.
+        # Sort rows by length, so that batches need little padding; the longest come first, so that running out of
+        # memory happens at once.
         order = np.argsort(-self._lengths, kind="stable")
         widest = max(column.width * column.dtype.itemsize for column in columns)
         self._shard_tokens = max(1, shard_bytes // widest)
@@ -101,13 +101,13 @@ class StateStore:
         self.add(*columns)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # a data loader's worker opens its own
+        return {**self.__dict__, "_open": {}}  # each data loader worker opens its own files
 
     def add(self, *columns: Column) -> None:
-        """Store more columns.
+        """Add columns to the store.
 
         Args:
-            columns (`Column`): Which ones.
+            columns (`Column`): The columns.
 
         Raises:
             CheckpointError: See the class.
@@ -125,11 +125,11 @@ class StateStore:
 
     @property
     def tokens(self) -> int:
-        """How many tokens all rows have."""
+        """The number of tokens in all rows."""
         return int(self._lengths.sum())
 
     def missing(self, column: str) -> list[int]:
-        """Shards of a column that are still to be written."""
+        """Indices of a column's shards that have not been written yet."""
         return [index for index in range(len(self.shards)) if not self._path(column, index).is_file()]
 
     def rows_of(self, shard: int) -> list[int]:
@@ -137,16 +137,16 @@ class StateStore:
         return self.shards[shard].tolist()
 
     def length_of(self, row: int) -> int:
-        """Tokens of a row."""
+        """The number of tokens in a row."""
         return int(self._lengths[row])
 
     def write(self, column: str, shard: int, states: torch.Tensor) -> None:
-        """Store a shard, whole or not at all.
+        """Write a shard atomically.
 
         Args:
-            column (`str`): Which kind.
-            shard (`int`): Which shard.
-            states (`torch.Tensor`): Those of its rows, one after the other, `[tokens, width]`.
+            column (`str`): Name of the column.
+            shard (`int`): Index of the shard.
+            states (`torch.Tensor`): The concatenated states of its rows, `[tokens, width]`.
         """
         wanted = self.columns[column]
         tokens = self._tokens_of(shard)
@@ -168,11 +168,11 @@ class StateStore:
         """The states of some rows.
 
         Args:
-            column (`str`): Which kind.
-            rows (`Iterable[int]`): Which rows.
+            column (`str`): Name of the column.
+            rows (`Iterable[int]`): Numbers of the rows.
 
         Returns:
-            `list[torch.Tensor]`: For each row `[tokens, width]`, on the CPU.
+            `list[torch.Tensor]`: `[tokens, width]` for each row, on the CPU.
 
         Raises:
             CheckpointError: A shard is missing or damaged.
@@ -181,7 +181,7 @@ class StateStore:
         for row in rows:
             shard, start = map(int, self._place[row])
             path = self._path(column, shard)
-            key = (os.getpid(), column, shard)  # an open file is not to be shared with a worker's process
+            key = (os.getpid(), column, shard)  # worker processes must not share an open file
             try:
                 if key not in self._open:
                     self._open[key] = safe_open(path, framework="pt").get_slice("states")
@@ -191,14 +191,14 @@ class StateStore:
         return states
 
     def forget(self, column: str) -> None:
-        """Delete a column, where it is stored."""
+        """Delete a column, if it is stored."""
         if column not in self.columns:
             return
         self._open = {key: shard for key, shard in self._open.items() if key[1] != column}
         shutil.rmtree(self._folder(column), ignore_errors=True)
 
     def delete(self) -> None:
-        """Delete all columns, and the folder, if it then is empty."""
+        """Delete all columns, and the folder if it is empty then."""
         for column in self.columns:
             self.forget(column)
         with suppress(OSError):
@@ -209,7 +209,7 @@ class StateStore:
         self._open.clear()
 
     def _folder(self, column: str) -> Path:
-        """A column's folder, named by everything that decides what is in it."""
+        """A column's folder, named by a hash of everything that decides its contents."""
         known = hash_tensors([], self._rows, self._shard_tokens, self.columns[column])
         return self.folder / f"{column}-{known[:16]}"
 
@@ -222,11 +222,11 @@ class StateStore:
             for name in columns
         }
         if not any(need.values()):
-            logger.info("%s has all hidden states of %d rows", self.folder, len(self._lengths))
+            logger.info("%s already has the hidden states of all %d rows", self.folder, len(self._lengths))
             return
         free = shutil.disk_usage(self.folder).free
         logger.info(
-            "%s will take %s for the hidden states of %s tokens (%s); %s are free",
+            "%s will take up %s for the hidden states of %s tokens (%s); %s is free",
             self.folder,
             _size(sum(need.values())),
             f"{self.tokens:,}",
@@ -244,7 +244,7 @@ def hash_rows(dataset: Dataset, columns: Sequence[str] = ("input_ids", "seq_leng
 
     Args:
         dataset (`Dataset`): With `input_ids`.
-        columns (`Sequence[str]`, *optional*): What counts, where it is there.
+        columns (`Sequence[str]`, *optional*): The columns to hash; missing ones are skipped.
 
     Returns:
         `str`: A sha256.
@@ -259,11 +259,11 @@ def hash_rows(dataset: Dataset, columns: Sequence[str] = ("input_ids", "seq_leng
 
 
 def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]], *settings: Any) -> str:
-    """A hash of named tensors and of everything else that decides what is computed from them.
+    """A hash of named tensors and of the settings of a computation with them.
 
     Args:
-        tensors (`Iterable[tuple[str, torch.Tensor]]`): On any device.
-        settings: Anything that prints the same each time.
+        tensors (`Iterable[tuple[str, torch.Tensor]]`): Names and tensors, on any device.
+        settings: Values with a stable `repr`.
 
     Returns:
         `str`: A sha256.
@@ -287,13 +287,13 @@ def fill(
     """Compute shards and store them.
 
     Args:
-        store (`StateStore`): Where to.
-        columns (`Sequence[str]`): What `run` gives.
-        shards (`Sequence[int]`): Which shards.
-        run (`Callable`): From some rows to the states of each, by column, on any device.
-        max_tokens (`int`): How many tokens, padding included, go through the model at once.
-        description (`str`): For the progress bar.
-        show (`bool`, defaults to `True`): Whether there is one.
+        store (`StateStore`): The store to write to.
+        columns (`Sequence[str]`): The columns that `run` returns.
+        shards (`Sequence[int]`): Indices of the shards.
+        run (`Callable`): Takes row numbers and returns, for each column, the states of each row, on any device.
+        max_tokens (`int`): The most tokens, padding included, that go through the model at a time.
+        description (`str`): Label of the progress bar.
+        show (`bool`, defaults to `True`): Whether to show a progress bar.
     """
     from tqdm.auto import tqdm
 
@@ -310,7 +310,7 @@ def fill(
 
 
 def _batches(rows: list[int], length_of: Callable[[int], int], max_tokens: int) -> Iterable[list[int]]:
-    """Neighbours, as many as fit: rows are sorted, so the first of a batch is its longest."""
+    """Split sorted rows into batches of at most `max_tokens`; the first row of a batch is its longest."""
     batch: list[int] = []
     for row in rows:
         if batch and (len(batch) + 1) * length_of(batch[0]) > max_tokens:

@@ -1,4 +1,4 @@
-"""The pruned model as it is trained: loaded, and wrapped by the adapter of a method."""
+"""The pruned model to train: find it, load it, and make the adapter config of a method."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Student:
     """A pruned model on disk.
 
     Args:
-        folder (`Path`): A whole model, not an adapter.
-        cut (`Cut`): What was dropped.
-        base (`str`, *optional*): What it was pruned from, where its history says so.
-        revision (`str`, *optional*): The commit of that.
+        folder (`Path`): Folder of a whole model, not an adapter.
+        cut (`Cut`): Which layers were dropped.
+        base (`str`, *optional*): The model that it was pruned from, if its history says so.
+        revision (`str`, *optional*): The commit of the base.
         repaired (`tuple[str, ...]`): Full names of the modules that a repair changed.
-        cut_again (`bool`, defaults to `False`): Whether what was cut here had been cut or healed before. Then it is no
-            adapter of the base.
+        cut_again (`bool`, defaults to `False`): Whether the model was pruned more than once. It can't be written as an
+            adapter of the base then.
     """
 
     folder: Path
@@ -44,17 +44,17 @@ class Student:
 
     @classmethod
     def at(cls, name: str | Path, revision: str | None = None) -> Student:
-        """Read what a pruned model says of itself.
+        """Read the cut and the history of a pruned model.
 
         Args:
             name (`str` or `Path`): A folder, or a Hub id, which is downloaded.
-            revision (`str`, *optional*): Of a Hub id.
+            revision (`str`, *optional*): Branch, tag or commit of a Hub id.
 
         Returns:
-            `Student`: What it is.
+            `Student`: The pruned model.
 
         Raises:
-            CheckpointError: It is not a model that was pruned here.
+            CheckpointError: The model was not pruned by this package.
         """
         folder = Path(name).expanduser()
         if is_hub_id(name):
@@ -71,7 +71,7 @@ class Student:
         return cls(folder, cut, base.get("id"), base.get("commit"), _repaired(lineage), again)
 
     def method(self, name: str) -> Method:
-        """The method of that name, or for `"auto"` the one that suits this model, with a word on why."""
+        """The method of that name; `"auto"` chooses the one that suits this model, and logs why."""
         if name != "auto":
             return parse_method(name)
         config = load_config(self.folder).get_text_config()
@@ -81,7 +81,7 @@ class Student:
 
 
 def cut_of(config: PreTrainedConfig) -> Cut | None:
-    """What was dropped, as a pruned model's config says it; `None` for any other model."""
+    """The cut that a pruned model's config records; `None` for any other model."""
     marker = getattr(config, families.MARKER, None)
     if not marker:
         return None
@@ -93,8 +93,8 @@ def load_student(student: Student, method: Method, **from_pretrained_kwargs: Any
     """Load a pruned model for training.
 
     Args:
-        student ([`Student`]): Which one.
-        method ([`Method`]): How it will be trained; some, such as `qlora`, load it in another way.
+        student ([`Student`]): The pruned model.
+        method ([`Method`]): How it will be trained; some methods, such as `qlora`, change how it is loaded.
         from_pretrained_kwargs: `dtype`, `attn_implementation`, ...
 
     Returns:
@@ -105,20 +105,20 @@ def load_student(student: Student, method: Method, **from_pretrained_kwargs: Any
     """
     model = load_base(student.folder, **from_pretrained_kwargs, **method.loading())
     if method.trains_layers and student.base and not student.cut_again:
-        model.name_or_path = student.base  # PEFT writes this into the adapter, which is one of the base
+        model.name_or_path = student.base  # PEFT writes this into the adapter, whose base is the dense model
     return model
 
 
 def adapter_config(student: Student, method: Method, **lora: Any) -> PeftConfig | None:
-    """The adapter of a method.
+    """The adapter config of a method.
 
-    One that trains whole layers is an adapter of the dense base: it names the cut, and holds what was trained and what
-    a repair changed. LoRA's is one of the pruned model, which is its base as it lies in its folder.
+    The adapter of a method that trains whole layers has the dense model as its base: it records the cut, and holds the
+    trained and the repaired weights. A LoRA adapter has the folder of the pruned model as its base.
 
     Args:
-        student ([`Student`]): The model.
+        student ([`Student`]): The pruned model.
         method ([`Method`]): The method.
-        lora: Of LoRA: `r`, `alpha`, `dropout`, `target_modules`.
+        lora: Settings of LoRA: `r`, `alpha`, `dropout`, `target_modules`.
 
     Returns:
         `PeftConfig`, *optional*: For `get_peft_model`; `None` for `full`.

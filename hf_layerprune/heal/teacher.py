@@ -1,8 +1,8 @@
 """The dense model as teacher: its last hidden states for each training row, computed once.
 
-Up to the first layer that was dropped or changed it is the student, so its pass starts from what leaves the student's
-layers there. Only the last hidden states are kept, one vector a token; logits are had from them, chunk by chunk, with
-the dense model's head, when the loss needs them.
+Up to the first layer that was dropped or changed, the teacher is the same as the student, so its pass starts from the
+student's hidden states there. Only the last hidden states are kept, one vector per token; the loss computes logits
+from them with the dense model's head, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ logger = logging.getLogger(__name__)
 
 
 class Teacher:
-    """A dense model that is asked once.
+    """A dense model that runs once over the training rows.
 
     Args:
-        student (`PreTrainedModel`): The pruned model, before anything was trained.
-        cut (`Cut`, *optional*): What was dropped from the dense model, where that is known.
-        source (`str` or `PreTrainedModel`): The dense model: a folder, a Hub id, a GGUF file, or loaded.
-        limit (`int`): How many of the student's layers are frozen; no more can be shared.
+        student (`PreTrainedModel`): The pruned model, before training.
+        cut (`Cut`, *optional*): The cut that was made in the dense model, if it is known.
+        source (`str` or `PreTrainedModel`): The dense model: a folder, a Hub id, a GGUF file, or a loaded model.
+        limit (`int`): How many of the student's layers are frozen; no more than these can be shared.
         from_pretrained_kwargs: For loading it: `revision`, `attn_implementation`, ...
 
     Raises:
-        CheckpointError: It can't be loaded, or is not what the student was cut from.
+        CheckpointError: It can't be loaded, or has a different number of layers than the student's base.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Teacher:
     ) -> None:
         self._borrowed = not isinstance(source, str)
         if isinstance(source, str):
-            logger.info("loading the dense model %s to learn from it", source)
-            # Not `student.dtype`: what is trained may be held in float32.
+            logger.info("loading the dense model %s as the teacher", source)
+            # Not `student.dtype`: trained weights may be held in float32.
             dtype = getattr(student.config, "dtype", None) or student.dtype
             model = load_base(source, dtype=dtype, **from_pretrained_kwargs)
         else:
@@ -61,7 +61,7 @@ class Teacher:
         layers = len(find_decoder_layers(model).layers)
         if cut is not None and layers != cut.num_layers:
             raise CheckpointError(
-                f"the teacher has {layers} layers, and this model was cut from one with {cut.num_layers}; "
+                f"the teacher has {layers} layers, but this model was cut from one with {cut.num_layers}; "
                 "name the dense model with --teacher"
             )
         self.shared = shared_layers(model, student, min(limit, cut.drop[0]) if cut is not None else 0)
@@ -73,11 +73,11 @@ class Teacher:
         self._prefix: Prefix | None = None
 
     def prepare(self, inputs: dict[str, Any], device: torch.device, *, needs_ids: bool = False) -> None:
-        """Move what is needed to a device, and leave out what the student does already.
+        """Move the model to a device, without the layers that it shares with the student.
 
         Args:
-            inputs (`dict[str, torch.Tensor]`): A few rows as the model takes them.
-            device (`torch.device`): Where to.
+            inputs (`dict[str, torch.Tensor]`): The model's arguments for a few rows.
+            device (`torch.device`): The device.
             needs_ids (`bool`, defaults to `False`): See [`Prefix`].
         """
         if self.shared:
@@ -92,22 +92,22 @@ class Teacher:
         """The last hidden states of some rows.
 
         Args:
-            inputs (`dict[str, torch.Tensor]`): The rows as the model takes them.
-            shared (`torch.Tensor`, *optional*): What leaves the shared layers, where there are any.
+            inputs (`dict[str, torch.Tensor]`): The model's arguments for the rows.
+            shared (`torch.Tensor`, *optional*): The output of the shared layers, if there are any.
 
         Returns:
-            `torch.Tensor`: `[batch, seq, width]`, as `head` takes them.
+            `torch.Tensor`: `[batch, seq, width]`, the input of `head`.
         """
         if self._prefix is not None and shared is not None:
             inputs = self._prefix.put(shared, inputs)
         return self._output.states(**inputs, use_cache=False)
 
     def let_go(self, device: torch.device, student: Head) -> None:
-        """Keep only the head, on a device.
+        """Free the model, and keep only its head on a device.
 
         Args:
-            device (`torch.device`): Which one.
-            student (`Head`): The student's head; where it is frozen and the same, there is one for both.
+            device (`torch.device`): The device.
+            student (`Head`): The student's head; if it is frozen and has the same weights, both share one copy.
         """
         own, mine = student.weight, self.head.weight
         weight = None if mine is None else mine.detach()

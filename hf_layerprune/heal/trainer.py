@@ -1,8 +1,9 @@
-"""`HealTrainer`: TRL's `SFTTrainer`, with the frozen layers and the teacher taken out of the loop.
+"""`HealTrainer`: TRL's `SFTTrainer`, with the frozen layers and the teacher taken out of the training loop.
 
-Before the first step, the frozen layers and the teacher are run once over all rows ([`precompute`]). Then each batch
-brings what was computed for its rows, and forward and backward touch the trained layers and the head alone. Everything
-else is TRL's and transformers': rows, packing, optimizers, checkpoints, resuming, logging, accelerate's engines.
+Before the first step, the frozen layers and the teacher run once over all rows ([`precompute`]). Each batch then
+contains the states that were computed for its rows, and the forward and backward passes run the trained layers and the
+head alone. Everything else comes from TRL and transformers: rows, packing, optimizers, checkpoints, resuming, logging,
+accelerate's engines.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .losses import Distillation, Lesson, head_loss
 from .methods import parse_method
 from .precompute import is_split_by_deepspeed, precompute
 
-from trl import SFTTrainer  # isort: skip (`.config` says what to install where it is missing)
+from trl import SFTTrainer  # isort: skip (if TRL is missing, `.config` raises an error that says what to install)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingStopped(LayerPruneError):
-    """Training can't go on."""
+    """Training can't continue, because the loss or a weight is not finite."""
 
 
 @dataclass
@@ -56,7 +57,7 @@ class _HealOutput(ModelOutput):
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint; one that was being written when its run was killed is passed over.
+    """The newest complete checkpoint; a checkpoint that was interrupted while it was written is skipped.
 
     Args:
         folder (`str` or `Path`): The output folder of a run.
@@ -69,7 +70,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
         try:  # transformers writes this file last
             json.loads((path / TRAINER_STATE_NAME).read_text())
         except (OSError, ValueError):
-            logger.warning("%s is not whole and is passed over", path)
+            logger.warning("%s is incomplete and is skipped", path)
         else:
             return str(path)
     return None
@@ -79,11 +80,11 @@ class HealTrainer(SFTTrainer):
     """Trains the tail of a pruned model.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): The pruned model. What of it is trained is what requires gradients.
-        args ([`HealConfig`]): Everything that can be set.
-        teacher (`PreTrainedModel`, *optional*): The dense model, where it is loaded already; it is not changed, but
-            parts of it may end up on another device, and on some CPUs in float32. By default `args.teacher`.
-        kwargs: What [`~trl.SFTTrainer`] takes: `train_dataset`, `eval_dataset`, `processing_class`, `peft_config`, ...
+        model (`PreTrainedModel` or `PeftModel`): The pruned model. Parameters with `requires_grad` are trained.
+        args ([`HealConfig`]): The settings.
+        teacher (`PreTrainedModel`, *optional*): The dense model, if it is loaded already. Its values do not change,
+            but parts of it may end up on another device, and on some CPUs in float32. By default `args.teacher`.
+        kwargs: For [`~trl.SFTTrainer`]: `train_dataset`, `eval_dataset`, `processing_class`, `peft_config`, ...
     """
 
     _tag_names = ["trl", "sft", "layer-pruning"]  # noqa: RUF012 (TRL declares it so)
@@ -105,7 +106,7 @@ class HealTrainer(SFTTrainer):
     ) -> None:
         check_stage(model.config, "heal")
         if args.router_aux_loss_coef is None:
-            args.router_aux_loss_coef = 0.0  # the routers in front of the trained layers have no say any more
+            args.router_aux_loss_coef = 0.0  # the routers of the frozen layers do not run in training
         if args.learning_rate is None:
             method = parse_method("last1" if args.method == "auto" else args.method)
             args.learning_rate = method.learning_rate(model.config.get_text_config().hidden_size)
@@ -124,7 +125,7 @@ class HealTrainer(SFTTrainer):
         # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
         self._split = is_split_by_deepspeed(self.plain_model)
         if not self._leaves_loss_to_trl:
-            with self.accelerator.autocast():  # what is trained may be held in float32, and the rest in 16 bits
+            with self.accelerator.autocast():  # trained weights may be in float32, and the others in 16 bits
                 self.output_head = OutputHead(self.plain_model)
             self._patch_forward()
         self._check_rows(rows)
@@ -142,7 +143,7 @@ class HealTrainer(SFTTrainer):
     # --- set-up ------------------------------------------------------------------------------------------
 
     def _check_rows(self, rows: Any) -> None:
-        """Refuse to train on nothing, and say what was cut."""
+        """Refuse to train without labelled tokens, and log how many rows are truncated or left out."""
         left, limit = self.train_dataset, self.args.max_length
         if not isinstance(left, Dataset):
             return
@@ -150,14 +151,14 @@ class HealTrainer(SFTTrainer):
             left = self.train_dataset = left.filter(lambda row: any(row["completion_mask"][:limit]))
         if len(left) == 0:
             raise LayerPruneError(
-                f"none of the {len(rows)} training rows has a token to learn within max_length={limit}: all prompts "
+                f"none of the {len(rows)} training rows has a labelled token within max_length={limit}: all prompts "
                 "are longer; raise --max_length"
             )
         if limit is not None and not self.args.packing:
             cut = sum(len(ids) >= limit for ids in left["input_ids"])
             if cut or len(left) < len(rows):
                 logger.info(
-                    "of %d rows, %d fill max_length=%d, and may have been cut; %d are left out, since their prompts do",
+                    "of %d rows, %d reach max_length=%d and may be cut; %d are left out, as their prompts reach it",
                     len(rows),
                     cut,
                     limit,
@@ -165,19 +166,19 @@ class HealTrainer(SFTTrainer):
                 )
 
     def _leave_out_unseen_rows(self) -> None:
-        """Where training ends before it has seen all rows, draw those that it will see: no others are computed."""
+        """If training ends before it has seen all rows, sample those that it will see: only these are computed."""
         args, rows = self.args, self.train_dataset
         if not isinstance(rows, Dataset):
             return
         a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         seen = args.max_steps * a_step if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(rows))
         if seen < len(rows):
-            logger.info("training ends after %d of %d rows; the others are left out", seen, len(rows))
+            logger.info("training ends after %d of %d rows; the other rows are left out", seen, len(rows))
             drawn = random.Random(args.data_seed or args.seed).sample(range(len(rows)), seen)
             self.train_dataset = rows.select(sorted(drawn))
 
     def _number_rows(self) -> None:
-        """Count the rows of all data sets through, so that each has a number; streamed ones can't be counted."""
+        """Number the rows of all data sets consecutively, unless one of them is streamed."""
         several = isinstance(self.eval_dataset, dict)
         evaluated: Any = self.eval_dataset if several else {"eval": self.eval_dataset}
         sets = {"": self.train_dataset, **evaluated}
@@ -201,7 +202,7 @@ class HealTrainer(SFTTrainer):
                 parameter.data = parameter.data.float()
 
     def _patch_forward(self) -> None:
-        """Let the model compute our loss inside its forward, where DDP and FSDP expect all of the work to be."""
+        """Compute the loss inside the model's forward method, where DDP and FSDP expect all computation to happen."""
         model = self.plain_model
         plain_forward = model.forward
 
@@ -216,7 +217,7 @@ class HealTrainer(SFTTrainer):
             losses = head_loss(states[keep], head, labels, heal["ce_weight"], lesson, accumulate=accumulate)
             return _HealOutput(losses.loss, losses.ce, losses.kd, losses.correct)
 
-        # `generate` and the trainer look at what a forward takes.
+        # `generate` and the trainer inspect the signature of forward.
         model.forward = types.MethodType(functools.wraps(type(model).forward)(forward), model)
 
     def _lesson(self, heal: dict[str, Any], keep: torch.Tensor) -> Lesson | None:
@@ -229,7 +230,7 @@ class HealTrainer(SFTTrainer):
 
     @property
     def _leaves_loss_to_trl(self) -> bool:
-        """Whether a setting asks for a loss that only TRL computes."""
+        """Whether a setting requires a loss that only TRL computes."""
         parallel = self.accelerator.parallelism_config
         split = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled)
         smoothed = self.label_smoother is not None or self.compute_loss_func is not None
@@ -238,13 +239,13 @@ class HealTrainer(SFTTrainer):
         if asked and self.args.distils:
             raise LayerPruneError(
                 f"loss={self.args.loss} can't be combined with loss_type, label smoothing, a router loss, images, or a "
-                "model split over devices; use loss=ce, or leave the others out"
+                "model split over devices; use loss=ce, or do without these"
             )
         return asked
 
     @property
     def _owns_gradients(self) -> bool:
-        """Whether a gradient may be added up before `backward`: one process that neither scales nor compiles."""
+        """Whether gradients may be added up before `backward`: a single process without loss scaling or compiling."""
         accelerator = self.accelerator
         plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
         return (
@@ -260,16 +261,16 @@ class HealTrainer(SFTTrainer):
         """Train; see [`~transformers.Trainer.train`].
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint to go on from; `True` for the last whole
-                one in the output folder, where there is one.
-            args: Passed on.
-            kwargs: Passed on.
+            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint to resume from; `True` for the last
+                complete one in the output folder, if there is one.
+            args: Passed on to [`~transformers.Trainer.train`].
+            kwargs: Passed on to [`~transformers.Trainer.train`].
 
         Returns:
-            `TrainOutput`: What transformers' trainer returns.
+            `TrainOutput`: The result of [`~transformers.Trainer.train`].
 
         Raises:
-            TrainingStopped: The loss or a weight is no longer a finite number.
+            TrainingStopped: The loss or a weight is not finite.
             CheckpointError: The cache can't be written, or its disk is too small.
         """
         if str(resume_from_checkpoint).lower() in ("true", "false"):  # from a command line
@@ -295,7 +296,7 @@ class HealTrainer(SFTTrainer):
         return result
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of one batch; a loss that is not finite ends the training before it does harm."""
+        """Run forward and backward for one batch, and stop training if the loss is not finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             rows = inputs["rows"].tolist() if "rows" in inputs else []
@@ -309,17 +310,17 @@ class HealTrainer(SFTTrainer):
         broken = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if broken:
             raise TrainingStopped(
-                f"{broken[0]} has a value that is not a number after step {self.state.global_step}; {self._way_back()}"
+                f"{broken[0]} has a value that is not finite after step {self.state.global_step}; {self._way_back()}"
             )
         super()._save_checkpoint(model, trial)
 
     def _way_back(self) -> str:
         last = last_checkpoint(str(self.args.output_dir))
         kept = f"{last} is the last good checkpoint" if last else "no checkpoint was saved before"
-        return f"{kept}; try a smaller learning rate than {self.args.learning_rate:g}, or look at the data"
+        return f"{kept}; try a learning rate below {self.args.learning_rate:g}, or check the data"
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the card is made from what was recorded and measured."""
+        """Do nothing: `hf-layerprune card` writes the card from the model's history and metrics."""
 
     # --- the loss ----------------------------------------------------------------------------------------
 
@@ -368,7 +369,7 @@ class HealTrainer(SFTTrainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        """The loss of one batch in evaluation; older versions of TRL compute all of its logits for it."""
+        """The evaluation loss of one batch, without its logits, which older versions of TRL compute in full."""
         if not prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -388,7 +389,7 @@ class HealTrainer(SFTTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Any:
-        """Labelled tokens and taught tokens of all batches of a step, `[2]`."""
+        """The labelled and the distilled tokens in all batches of a step, `[2]`."""
         if self._leaves_loss_to_trl:
             count = super()._get_num_items_in_batch(batch_samples, device)
             return None if count is None else torch.as_tensor(count, device=device).reshape(1)
@@ -405,8 +406,9 @@ class HealTrainer(SFTTrainer):
 
 
 def _keep_inputs_without_gradients(model: Any) -> None:
-    """Checkpointing is switched on with gradients for what leaves the embeddings, which would then flow through all
-    frozen layers. Only the reentrant kind needs them.
+    """Keep gradients from flowing through all frozen layers.
+
+    Gradient checkpointing makes the output of the embeddings require gradients; only reentrant checkpointing needs it.
     """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     plain.enable_input_require_grads = types.MethodType(lambda self: None, plain)
