@@ -1,13 +1,13 @@
-"""Time and peak memory of cutting a checkpoint on disk, against copying it and against other ways to cut it.
+"""Time and peak memory of cutting a checkpoint on disk, compared with copying it and with other ways to cut it.
 
     python benchmarks/checkpoint.py
     python benchmarks/checkpoint.py --gb 8 --repeats 5 --mergekit /path/to/python
 
-Makes a bf16 Llama of random bytes (32 layers, shards of about 1 GB), drops 8 layers from it in several ways, one
-after the other in each round, and prints a markdown table. Every way runs as a process of its own. Two peaks are
-given: the resident set, which counts every page of a mapped file that was looked at, and anonymous memory, which is the
-process's own. Both are read from the child's `/proc/PID/status` while it runs: the `ru_maxrss` of a child starts at its
-parent's on Linux, and would show a large parent. Everything is removed at the end.
+Makes a bf16 Llama of random bytes (32 layers, shards of about 1 GB), drops 8 layers from it in several ways, in turn
+in each round, and prints a Markdown table. Each way runs in its own process. Two peaks are reported: the resident set,
+which includes every page of a mapped file that was accessed, and anonymous memory, which is the process's own. Both
+are read from the child's `/proc/PID/status` while it runs, because on Linux the `ru_maxrss` of a child starts at its
+parent's value. Everything is removed at the end.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ model.save_pretrained(sys.argv[2], max_shard_size="1GB")
 
 
 def llama_config(gb: float) -> dict:
-    """The config of a Llama whose bf16 weights take about `gb` billion bytes."""
+    """The config of a Llama with about `gb` billion bytes of bf16 weights."""
     width = 64
     while 2 * (13 * LAYERS * width**2 + 2 * VOCAB * width) < gb * 1e9:
         width += 64
@@ -106,12 +106,12 @@ def make_llama(
     """Write a Llama checkpoint of a given size.
 
     Args:
-        folder (`Path`): Where.
-        gb (`float`): Size of the weights in billions of bytes, roughly.
+        folder (`Path`): The folder to create.
+        gb (`float`): Approximate size of the weights in billions of bytes.
         sparse (`bool`, *optional*, defaults to `False`): Leave holes instead of random bytes.
-        shard_bytes (`int`, *optional*): The most that goes into one file.
-        noise (`bytes`, *optional*): What the weights are filled with, again and again; random bytes by default, which
-            are no numbers to compute with.
+        shard_bytes (`int`, *optional*): The largest size of one file.
+        noise (`bytes`, *optional*): A pattern that is repeated to fill the weights; random bytes by default, which
+            are not meaningful as numbers.
     """
     folder.mkdir(parents=True)
     config = llama_config(gb)
@@ -153,7 +153,7 @@ def mergekit_recipe(source: Path) -> str:
 
 
 class Peaks:
-    """Watches the memory of a process: the most that was resident, and the most of it that was anonymous, in MB."""
+    """Watches the memory of a process: its peak resident set and its peak anonymous memory, in MB."""
 
     def __init__(self, pid: int) -> None:
         self.resident = self.anonymous = 0.0
@@ -174,7 +174,7 @@ class Peaks:
 
 
 def run(command: list[str]) -> tuple[float, Peaks, str]:
-    """Run a command. Returns seconds, its peaks of memory and what it printed."""
+    """Run a command. Returns its seconds, its memory peaks and its output."""
     started = time.perf_counter()
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -196,11 +196,11 @@ def remove(paths: Iterable[Path]) -> None:
 
 
 def measure(work: Path, repeats: int, mergekit: str | None) -> dict[str, list[tuple[float, Peaks]]]:
-    """Seconds and peak MB of each way, for each round."""
+    """Measure seconds and memory peaks of each way, in each round."""
     source, target, recipe = work / "base", work / "cut", work / "merge.yaml"
     python, drop = sys.executable, ",".join(map(str, DROP))
     recipe.write_text(mergekit_recipe(source))
-    # The bytes to keep, as one file.
+    # The bytes that remain after the cut, in one file.
     run([python, "-c", OURS, str(source), str(target), drop])
     kept = work / "kept"
     with open(kept, "wb") as output:
@@ -254,9 +254,9 @@ def table(results: dict[str, list[tuple[float, Peaks]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=3, help="size of the base's weights in billions of bytes")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds, of which the median is taken")
+    parser.add_argument("--repeats", type=int, default=7, help="number of rounds; the table has medians")
     parser.add_argument("--work", type=Path, help="a folder to work in; default: a temporary one")
-    parser.add_argument("--mergekit", metavar="PYTHON", help="a Python that has mergekit, to compare with it too")
+    parser.add_argument("--mergekit", metavar="PYTHON", help="a Python with mergekit, to compare with it too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work, prefix="checkpoint-benchmark-") as folder:
         work = Path(folder)

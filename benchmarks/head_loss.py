@@ -1,10 +1,10 @@
-"""The head's loss, chunk by chunk, against the plain way: all logits at once, and autograd.
+"""The chunked head loss compared with the plain way: all logits at once, and autograd.
 
     python benchmarks/head_loss.py
     python benchmarks/head_loss.py --tokens 4096 --vocabulary 128256 --hidden 4096
 
-Cross-entropy with a trained head, and distillation with a frozen one, in bfloat16 on random states. The two ways in turn;
-seconds are those of the processor.
+Cross-entropy with a trained head, and distillation with a frozen one, in bfloat16 on random states. The two ways run
+in turn; times are CPU seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_layerprune.runtime.head import Head
 
 
 def plain(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:
-    """What one would write by hand."""
+    """The loss as one would write it by hand."""
     logits = F.linear(hidden, head).float()
     if taught is None:
         return F.cross_entropy(logits, labels)
@@ -55,12 +55,11 @@ def main() -> None:
     states, taught = (torch.randn(args.tokens, args.hidden).bfloat16() for _ in range(2))
     weight = (torch.randn(args.vocabulary, args.hidden) / args.hidden**0.5).bfloat16()
     labels = torch.randint(0, args.vocabulary, (args.tokens,))
-    print(
-        "| loss | plain, s | ours, s | times as fast | loss, plain | loss, ours | gradients apart |\n|---|---|---|---|---|---|---|"
-    )
+    print("| loss | plain, s | ours, s | speed-up | loss, plain | loss, ours | gradient difference |")
+    print("|---|---|---|---|---|---|---|")
     for name, trained in (("cross-entropy, trained head", True), ("distillation, frozen head", False)):
         times: dict[str, list[float]] = {"plain": [], "ours": []}
-        found = {}
+        outcomes = {}
         for number in range(args.repeats + 1):
             for way, function in (("plain", plain), ("ours", ours)):
                 hidden, head = states.clone().requires_grad_(), weight.clone().requires_grad_(trained)
@@ -69,12 +68,12 @@ def main() -> None:
                 loss.backward()
                 if number:  # the first round warms up
                     times[way].append(time.process_time() - start)
-                found[way] = loss.item(), hidden.grad.float()
+                outcomes[way] = loss.item(), hidden.grad.float()
         seconds = {way: statistics.median(runs) for way, runs in times.items()}
-        apart = ((found["ours"][1] - found["plain"][1]).norm() / found["plain"][1].norm()).item()
+        apart = ((outcomes["ours"][1] - outcomes["plain"][1]).norm() / outcomes["plain"][1].norm()).item()
         print(
             f"| {name} | {seconds['plain']:.2f} | {seconds['ours']:.2f} | {seconds['plain'] / seconds['ours']:.2f} "
-            f"| {found['plain'][0]:.4f} | {found['ours'][0]:.4f} | {apart:.1e} |",
+            f"| {outcomes['plain'][0]:.4f} | {outcomes['ours'][0]:.4f} | {apart:.1e} |",
             flush=True,
         )
 

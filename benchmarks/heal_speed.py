@@ -1,21 +1,22 @@
-"""Training speed and peak memory: the frozen layers computed once, against stock TRL and the paper's trainer.
+"""Training speed and peak memory with precomputed frozen layers, compared with stock TRL and the paper's trainer.
 
     python benchmarks/heal_speed.py --data alpaca_en_demo.json --rows 96 --epochs 3
 
-SmolLM2-135M-Instruct (or `--model`) without its last quarter; what is trained is the paper's: head (untied), final norm
-and last three layers. Same rows, batches, optimizer, and the same loss, cross-entropy on answers. Each way runs in a
-process of its own, in turn; the times after 1, 2, 3 epochs are of one run, and hold all that is computed before the first
-step. Peak memory is the largest resident set, and how far that lies above the imports.
+The model is SmolLM2-135M-Instruct (or `--model`) without its last quarter. As in the paper, the head (untied), the
+final norm and the last three layers are trained. Rows, batches, optimizer and loss (cross-entropy on answers) are the
+same for all. Each way runs in its own process, in turn; the times after 1, 2, 3 epochs are from one run, and include
+everything that is computed before the first step. Peak memory is the peak resident set, also given relative to the
+memory after the imports.
 
 - `ours`: `HealTrainer`. Frozen weights bfloat16, trained ones float32, bfloat16 autocast.
-- `ours-checkpointed`: the same with gradient checkpointing, as TRL has it by default.
+- `ours-checkpointed`: the same with gradient checkpointing, which is TRL's default.
 - `ours-uncached`: `ours` with `cache="off"`.
-- `trl-default`: `SFTTrainer` as it comes: weights float32, bfloat16 autocast, gradient checkpointing.
-- `trl-tuned`: `SFTTrainer`, gradient checkpointing off, all weights bfloat16: the fastest by hand.
-- `paper`: transformers' `Trainer` on all logits, weights float32, autocast (bfloat16: a CPU has no float16), no
-  checkpointing, padding to a multiple of 8, batches of 4, 16 of them a step.
+- `trl-default`: `SFTTrainer` with its defaults: weights float32, bfloat16 autocast, gradient checkpointing.
+- `trl-tuned`: `SFTTrainer`, gradient checkpointing off, all weights bfloat16: the fastest settings of TRL.
+- `paper`: transformers' `Trainer` on all logits, weights float32, autocast (in bfloat16, as CPUs have no float16
+  autocast), no checkpointing, padding to a multiple of 8, batches of 4, 16 batches per step.
 
-Beside it stands what the multiplications alone would allow, for this model and for Llama-3.1-8B.
+The table also has the speed-ups that the number of multiplications predicts, for this model and for Llama-3.1-8B.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def peak_mb() -> float:
 
 
 def run(way: str, pruned: str, data: str, count: int, epochs: int, length: int, threads: int) -> dict[str, Any]:
-    """Train one way, and give the seconds after each epoch."""
+    """Train one way, and measure the seconds after each epoch."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -115,7 +116,7 @@ def run(way: str, pruned: str, data: str, count: int, epochs: int, length: int, 
 
 
 def prepared(tokenizer: Any, rows: list[dict[str, str]], length: int) -> list[dict[str, list[int]]]:
-    """Instructions as chats, in tokens; only answers have labels."""
+    """Tokenize instructions as chats; only answers have labels."""
     made = []
     for row in rows:
         question = [{"role": "user", "content": f"{row['instruction']}\n\n{row['input']}".strip()}]
@@ -128,7 +129,7 @@ def prepared(tokenizer: Any, rows: list[dict[str, str]], length: int) -> list[di
 
 
 def by_hand(model: Any) -> None:
-    """What is trained, as one would choose it without this package."""
+    """Choose the trained parameters as one would without this package."""
     import torch
 
     model.config.tie_word_embeddings = False
@@ -156,25 +157,25 @@ def ours(model: Any, arguments: dict[str, Any], common: dict[str, Any], way: str
 
 
 def papers(model: Any, arguments: dict[str, Any], common: dict[str, Any]) -> Any:
-    """Transformers' trainer, as the paper's code sets it up."""
+    """Transformers' `Trainer`, set up as in the paper's code."""
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     collator = DataCollatorForSeq2Seq(common["processing_class"], pad_to_multiple_of=8, return_tensors="pt")
     return Trainer(model, TrainingArguments(**arguments), data_collator=collator, **common)
 
 
-# --- what multiplications allow --------------------------------------------------------------------------
+# --- predictions from the number of multiplications ------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Weights that every token is multiplied by, in millions.
+    """The weights that each token is multiplied by.
 
     Args:
-        name: Of the model.
-        layers: Left after the cut.
-        layer: Of one of them.
-        head: Of the head.
+        name: Name of the model.
+        layers: Number of layers after the cut.
+        layer: Weights of one layer, in millions.
+        head: Weights of the head, in millions.
     """
 
     name: str
@@ -183,7 +184,7 @@ class Shape:
     head: float
 
     def cost(self, way: str, epochs: int, labelled: float) -> float:
-        """Products a token and epoch: forward, its repetition, gradients of inputs and of weights."""
+        """Multiplications per token and epoch: forward, recomputed forward, gradients of inputs and of weights."""
         frozen, tail = (self.layers - LAST) * self.layer, LAST * self.layer
         if way == "ours":
             return frozen / epochs + 3 * tail + 3 * self.head * labelled
@@ -191,9 +192,9 @@ class Shape:
             return frozen / epochs + 4 * tail + 3 * self.head * labelled
         if way == "ours-uncached":
             return frozen + 3 * tail + 3 * self.head * labelled
-        if way == "trl-default":  # every layer: forward twice, gradients of inputs; of weights in the tail
+        if way == "trl-default":  # every layer: forward twice, gradients of inputs; in the tail, of weights too
             return 3 * frozen + 4 * tail + 4 * self.head
-        head = 4 if way == "trl-tuned" else 3  # TRL repeats the head's forward instead of keeping all logits
+        head = 4 if way == "trl-tuned" else 3  # TRL recomputes the head's forward instead of keeping all logits
         return frozen + 3 * tail + head * self.head
 
 
@@ -201,7 +202,7 @@ SMOLLM2 = Shape("SmolLM2-135M, 23 of 30 layers", 23, 3.54, 28.3)
 LLAMA = Shape("Llama-3.1-8B, 24 of 32 layers", 24, 218.1, 525.3)
 
 
-# --- all of them -----------------------------------------------------------------------------------------
+# --- all ways --------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -222,8 +223,8 @@ def main() -> None:
     if args.data is None:
         sys.exit("name a file of Alpaca rows with --data, or its folder in HF_LAYERPRUNE_DATA")
     if args.way:
-        found = run(args.way, args.pruned, args.data, args.rows, args.epochs, args.length, args.threads)
-        print("RESULT " + json.dumps(found))
+        outcome = run(args.way, args.pruned, args.data, args.rows, args.epochs, args.length, args.threads)
+        print("RESULT " + json.dumps(outcome))
         return
     with tempfile.TemporaryDirectory() as folder:
         pruned = prune(args.model, Path(folder))
@@ -236,7 +237,7 @@ def main() -> None:
 
 
 def prune(model: str | None, folder: Path) -> Path:
-    """The base without its last quarter."""
+    """Drop the last quarter of the model's layers, and return the folder."""
     from importlib.util import find_spec
 
     from hf_layerprune.stages.prune import PruneRequest, prune_to
@@ -251,7 +252,7 @@ def prune(model: str | None, folder: Path) -> Path:
 
 
 def in_a_process(way: str, pruned: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Run one way by itself."""
+    """Run one way in its own process."""
     words = [sys.executable, __file__, "--way", way, "--pruned", str(pruned), "--data", args.data]
     for name in ("rows", "length", "epochs", "threads"):
         words += [f"--{name}", str(getattr(args, name))]
@@ -263,33 +264,33 @@ def in_a_process(way: str, pruned: Path, args: argparse.Namespace) -> dict[str, 
 
 
 def report(results: dict[str, list[dict[str, Any]]], epochs: int) -> None:
-    """Print what was found, as a table in Markdown."""
-    best = {way: min(runs, key=lambda found: found["seconds"][-1]) for way, runs in results.items()}
+    """Print the results as Markdown tables."""
+    best = {way: min(runs, key=lambda outcome: outcome["seconds"][-1]) for way, runs in results.items()}
     one = next(iter(best.values()))
     share = one["labelled"] / one["tokens"]
-    print(f"\n{one['tokens']:,} tokens an epoch, {share:.0%} of them with a label\n")
+    print(f"\n{one['tokens']:,} tokens per epoch, {share:.0%} of them with a label\n")
     heads = [f"tokens/s, {n} epochs" for n in range(1, epochs + 1)]
-    print(f"| way | {' | '.join(heads)} | peak MB | above imports | first loss | last |")
+    print(f"| way | {' | '.join(heads)} | peak MB | above imports | first loss | last loss |")
     print("|---" * (epochs + 5) + "|")
-    for way, found in best.items():
-        speeds = [f"{n * found['tokens'] / seconds:.0f}" for n, seconds in enumerate(found["seconds"], 1)]
-        memory = f"{found['peak_mb']:.0f} | {found['peak_mb'] - found['imports_mb']:.0f}"
-        print(f"| `{way}` | {' | '.join(speeds)} | {memory} | {found['loss']:.4f} | {found['last_loss']:.4f} |")
-    print("\nTimes as fast as the others, measured (what multiplications alone allow; for Llama-3.1-8B):\n")
-    print(f"| `ours` against | {' | '.join(f'{n} epochs' for n in range(1, epochs + 1))} | without end | peak MB |")
+    for way, outcome in best.items():
+        speeds = [f"{n * outcome['tokens'] / seconds:.0f}" for n, seconds in enumerate(outcome["seconds"], 1)]
+        memory = f"{outcome['peak_mb']:.0f} | {outcome['peak_mb'] - outcome['imports_mb']:.0f}"
+        print(f"| `{way}` | {' | '.join(speeds)} | {memory} | {outcome['loss']:.4f} | {outcome['last_loss']:.4f} |")
+    print("\nSpeed-up over the others: measured (predicted from multiplications; predicted for Llama-3.1-8B):\n")
+    print(f"| `ours` against | {' | '.join(f'{n} epochs' for n in range(1, epochs + 1))} | in the limit | peak MB |")
     print("|---" * (epochs + 3) + "|")
     mine = best["ours"]
-    for way, found in best.items():
+    for way, outcome in best.items():
         if way == "ours":
             continue
         cells = []
         for n in range(1, epochs + 1):
-            measured = found["seconds"][n - 1] / mine["seconds"][n - 1]
+            measured = outcome["seconds"][n - 1] / mine["seconds"][n - 1]
             limits = [shape.cost(way, n, share) / shape.cost("ours", n, share) for shape in (SMOLLM2, LLAMA)]
             cells.append(f"{measured:.2f} ({limits[0]:.2f}; {limits[1]:.2f})")
         ends = [shape.cost(way, 10**9, share) / shape.cost("ours", 10**9, share) for shape in (SMOLLM2, LLAMA)]
-        memory = f"{mine['peak_mb'] / found['peak_mb']:.2f}"
-        above = (mine["peak_mb"] - mine["imports_mb"]) / (found["peak_mb"] - found["imports_mb"])
+        memory = f"{mine['peak_mb'] / outcome['peak_mb']:.2f}"
+        above = (mine["peak_mb"] - mine["imports_mb"]) / (outcome["peak_mb"] - outcome["imports_mb"])
         print(
             f"| `{way}` | {' | '.join(cells)} | ({ends[0]:.2f}; {ends[1]:.2f}) | {memory}, above imports {above:.2f} |"
         )

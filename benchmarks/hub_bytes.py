@@ -1,11 +1,11 @@
-"""Bytes, time and peak memory of cutting a checkpoint straight from the Hub, against downloading all of it.
+"""Bytes, time and peak memory of cutting a checkpoint straight from the Hub, compared with downloading all of it.
 
     python benchmarks/hub_bytes.py
     python benchmarks/hub_bytes.py --gb 2
 
 Makes a bf16 Llama of random bytes (32 layers, shards of about 100 MB), serves it from the tests' stand-in Hub over
-HTTP on loopback, drops 8 layers from it by its id, downloads all of it with `snapshot_download`, and prints a markdown
-table. Bytes are counted at the server. Each way runs as a process of its own; everything is removed at the end.
+HTTP on loopback, drops 8 layers from it by its id, downloads all of it with `snapshot_download`, and prints a Markdown
+table. Bytes are counted on the server. Each way runs in its own process; everything is removed at the end.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SNAPSHOT = TIMED.format(
 
 
 def run(script: str, server: HubServer, folder: Path) -> dict:
-    """Run one way, and count what it was sent."""
+    """Run one way, and count the bytes that it was sent."""
     server.reset()
     command = [sys.executable, "-c", script, str(folder / "out"), json.dumps(DROP)]
     env = client_env(server, folder / "home") | {"PYTHONPATH": str(ROOT)}
@@ -61,11 +61,11 @@ def main() -> None:
         make_llama(work / "base", args.gb, shard_bytes=100_000_000)
         size = sum(path.stat().st_size for path in (work / "base").glob("*.safetensors"))
         with HubServer({"org/llama": work / "base"}) as server:
-            server.repos["org/llama"].at("main")  # hashes the files, once and for both
+            server.repos["org/llama"].at("main")  # hashes the files once, for both ways
             ours = run(OURS, server, work / "ours")
             every = run(SNAPSHOT, server, work / "every")
     print(f"{size / 1e6:.0f} MB, {os.cpu_count()} cores; 8 of 32 layers dropped: {ours['kept'] / 1e6:.0f} MB stay\n")
-    print("| way | bytes served | of what stays | seconds | peak MB | above its start |")
+    print("| way | bytes served | ratio to kept bytes | seconds | peak MB | above start |")
     print("|---|---|---|---|---|---|")
     for label, row in (("cut from the Hub", ours), ("snapshot_download of everything", every)):
         print(

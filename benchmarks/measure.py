@@ -1,11 +1,11 @@
-"""The instruments held against others: lm-eval's own command line and a textbook loop, for numbers and for time.
+"""The evaluation compared with lm-eval's own command line and with a textbook perplexity loop: results and time.
 
     python benchmarks/measure.py --model FOLDER --data FOLDER            (or HF_LAYERPRUNE_DATA=FOLDER)
 
-For each task file in the data folder: accuracy and its standard error as `hf-layerprune eval` and as `lm_eval run` give
-them, at the same batch size, which must be equal to the last digit; and the time of the two commands, in turns. For
-each text: perplexity against a loop over `model(ids, labels=ids).loss`, and the time of one pass over the model and a
-pruned copy of it, layers shared, against one pass over each.
+For each task file in the data folder: accuracy and standard error from `hf-layerprune eval` and from `lm_eval run`, at
+the same batch size, which must agree to the last digit; and the time of both commands, run in turn. For each text:
+perplexity compared with a loop over `model(ids, labels=ids).loss`, and the time of one pass over the model and a
+pruned copy with shared layers, compared with one pass over each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hf_layerprune.measure.tasks import LocalTask, LocalText, read_tasks, write_
 
 
 def run(command: list[str]) -> float:
-    """Seconds that a command takes, in a process of its own."""
+    """Run a command in its own process. Returns its seconds."""
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if done.returncode:
@@ -42,8 +42,8 @@ def ours(model: Path, data: Path, task: str, limit: int, batch: str, out: Path) 
     command = [sys.executable, "-c", code, "eval", str(model), "--tasks-from", str(data), "--tasks", task]
     command += ["--limit", str(limit), "--batch-size", batch, "--dtype", "bfloat16", "--device", "cpu"]
     seconds = run([*command, "--text", "none", "--output", str(target)])
-    found = json.loads(target.read_text())["results"]
-    return seconds, {one["metric"]: (one["value"], one["stderr"]) for one in found}
+    results = json.loads(target.read_text())["results"]
+    return seconds, {one["metric"]: (one["value"], one["stderr"]) for one in results}
 
 
 def theirs(model: Path, yaml: Path, task: str, limit: int, batch: str, out: Path) -> tuple[float, dict[str, Any]]:
@@ -55,14 +55,14 @@ def theirs(model: Path, yaml: Path, task: str, limit: int, batch: str, out: Path
     command += ["--model_args", f"pretrained={model},dtype=bfloat16", "--device", "cpu", "--output_path", str(folder)]
     seconds = run([*command, "--limit", str(limit), "--batch_size", batch])
     (path,) = folder.rglob("results*.json")
-    found = json.loads(path.read_text())["results"][task]
+    results = json.loads(path.read_text())["results"][task]
     return seconds, {
-        metric: (found[f"{metric},none"], found[f"{metric}_stderr,none"]) for metric in ("acc", "acc_norm")
+        metric: (results[f"{metric},none"], results[f"{metric}_stderr,none"]) for metric in ("acc", "acc_norm")
     }
 
 
 def compare_tasks(args: argparse.Namespace, tasks: list[LocalTask], folder: Path) -> None:
-    """Numbers and time of both commands."""
+    """Compare results and time of both commands."""
     print(
         "| task | questions | batch | acc, ours | acc, lm-eval | acc_norm, ours | acc_norm, lm-eval | same | s, ours | s, lm-eval |"
     )
@@ -89,7 +89,7 @@ def compare_tasks(args: argparse.Namespace, tasks: list[LocalTask], folder: Path
 
 
 def compare_text(args: argparse.Namespace, text: LocalText) -> None:
-    """Perplexity against the textbook, and what sharing layers saves."""
+    """Compare perplexity with the textbook loop, and measure what sharing layers saves."""
     import torch
 
     from hf_layerprune import drop_layers
@@ -108,15 +108,16 @@ def compare_text(args: argparse.Namespace, text: LocalText) -> None:
     times: dict[str, list[float]] = {"both at once": [], "one after the other": []}
     for _ in range(args.repeats):
         start = time.perf_counter()
-        found = distance(cut, model, rows)
+        measured = distance(cut, model, rows)
         times["both at once"].append(time.perf_counter() - start)
         start = time.perf_counter()
         alone = perplexity(cut, rows), perplexity(model, rows)
         times["one after the other"].append(time.perf_counter() - start)
-    assert found.nll == alone[0].nll
-    print(f"\n{text.name}: {len(rows)} windows of {args.length} tokens, {found.shared_layers} of {n} layers shared")
+    assert measured.nll == alone[0].nll
+    print(f"\n{text.name}: {len(rows)} windows of {args.length} tokens, {measured.shared_layers} of {n} layers shared")
     print(
-        f"perplexity {found.base_perplexity:.9f}, textbook {expected:.9f}: {found.base_perplexity / expected - 1:+.1e}"
+        f"perplexity {measured.base_perplexity:.9f}, textbook {expected:.9f}: "
+        f"{measured.base_perplexity / expected - 1:+.1e}"
     )
     for name, seconds in times.items():
         print(f"{name}: {statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})")
@@ -130,7 +131,7 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, default=1000, help="questions of each task")
     parser.add_argument(
-        "--batch-sizes", nargs="+", default=["8", "auto"], help="auto is held against lm-eval's own, 1"
+        "--batch-sizes", nargs="+", default=["8", "auto"], help="auto is compared with lm-eval's default, 1"
     )
     parser.add_argument("--repeats", type=int, default=1, help="runs of each")
     parser.add_argument("--length", type=int, default=1024, help="tokens in a window")

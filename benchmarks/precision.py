@@ -1,10 +1,10 @@
-"""Is a model faster in float32 on this CPU than in bfloat16, and does the package decide so?
+"""Is a model faster in float32 or in bfloat16 on this CPU, and does the package choose the faster type?
 
     python benchmarks/precision.py
     python benchmarks/precision.py --model SmolLM2-135M-Instruct --tokens 512
 
-A forward pass of a model in both types, in turn; then the same of a model that `in_fast_precision` was asked about.
-Without `--model`, a Llama with random weights and the shape of SmolLM2-135M.
+Times a forward pass of a model in both types, and of the bfloat16 model after `in_fast_precision`, in turn. Without
+`--model`, it is a Llama with random weights and the shape of SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
     models = {
         "float32": load(args.model, torch.float32),
         "bfloat16": load(args.model, torch.bfloat16),
-        "what the package makes of bfloat16": in_fast_precision(load(args.model, torch.bfloat16)),
+        "bfloat16, after in_fast_precision": in_fast_precision(load(args.model, torch.bfloat16)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in models}
     ids = torch.randint(3, models["float32"].config.vocab_size, (1, args.tokens))
@@ -57,7 +57,7 @@ def main() -> None:
                 seconds[name].append(time.process_time() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"{args.tokens} tokens, {args.threads} threads, medians of {args.repeats}\n")
-    print("| | computes in | CPU seconds | of float32's |\n|---|---|---|---|")
+    print("| | computes in | CPU seconds | ratio to float32 |\n|---|---|---|---|")
     for name, value in medians.items():
         dtype = str(models[name].dtype).removeprefix("torch.")
         print(f"| {name} | {dtype} | {value:.2f} | {value / medians['float32']:.2f} |")

@@ -1,14 +1,14 @@
-"""Load time and peak memory of `prune_with` at 25 %, against loading the dense model.
+"""Load time and peak memory of `prune_with` at 25 %, compared with loading the dense model.
 
     python benchmarks/prune_with.py --gb 2 --repeats 5
 
-A synthetic bf16 Llama checkpoint is written to a temporary folder, then loaded by fresh processes that take
-turns: `dense` with `AutoModelForCausalLM.from_pretrained`, `loaded` with `load_pruned`, `pruned` with
-`prune_with`, which on top of that copies what it will tune (three layers and the head, unless `--tune-layers`
-says otherwise), and `import`, which loads nothing. Three cases, since transformers maps a file and reads a weight
-only when it is used: `mapped`, the load alone, which reads next to nothing; `used`, the load and a pass of one
-token, which reads each weight once; `converted`, a load in float32, which reads and copies all. Peak memory is
-the largest resident set, mapped pages of the checkpoint included. The files are in the page cache throughout.
+A synthetic bf16 Llama checkpoint is written to a temporary folder, then loaded by fresh processes in turn: `dense`
+with `AutoModelForCausalLM.from_pretrained`, `loaded` with `load_pruned`, `pruned` with `prune_with`, which also copies
+the weights that it will tune (three layers and the head, unless `--tune-layers` says otherwise), and `import`, which
+loads nothing. Since transformers maps a file and reads a weight only when it is used, there are three cases: `mapped`,
+the load alone, which reads next to nothing; `used`, the load and a forward pass of one token, which reads each weight
+once; `converted`, a load in float32, which reads and copies every weight. Peak memory is the peak resident set,
+including mapped pages of the checkpoint. The files are in the page cache throughout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CASES = ("mapped", "used", "converted")
 
 
 def write_checkpoint(folder: Path, gb: float, layers: int = 32) -> None:
-    """A Llama of about so many GB in bf16, all of whose weights are alike."""
+    """Write a Llama of about `gb` GB in bf16, with a constant for all weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -48,7 +48,7 @@ def write_checkpoint(folder: Path, gb: float, layers: int = 32) -> None:
 
 
 def peak_mb() -> float:
-    """The largest resident set of this process so far, in MB."""
+    """The peak resident set of this process so far, in MB."""
     status = Path("/proc/self/status")
     if status.exists():  # `ru_maxrss` starts at the parent's on Linux
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1e3
@@ -58,7 +58,7 @@ def peak_mb() -> float:
 
 
 def measure(mode: str, case: str, folder: str, tune_layers: int) -> dict[str, float]:
-    """Import, load, and use the model if asked to; what it took."""
+    """Import, load, and use the model in the case `used`. Returns the time and the peak memory."""
     start = time.perf_counter()
     import torch
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -116,7 +116,9 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each kind")
     parser.add_argument("--folder", help="where to write the checkpoint, or where it is; default: a temporary folder")
-    parser.add_argument("--tune-layers", type=int, default=3, help="layers that prune_with tunes; 0: nor the head")
+    parser.add_argument(
+        "--tune-layers", type=int, default=3, help="layers that prune_with tunes; 0: none, and not the head"
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="which of the three cases")
     parser.add_argument("--measure", choices=MODES, help=argparse.SUPPRESS)
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)

@@ -1,10 +1,10 @@
-"""Which criterion picks the best layers? Every criterion on one model, judged on a text that none of them saw.
+"""Which criterion picks the best layers? All criteria on one model, evaluated on a text that none of them has seen.
 
     python benchmarks/select_quality.py --model MODEL --report wikitext2-valid.txt --calibration self
     python benchmarks/select_quality.py --model MODEL --report wikitext2-valid.txt --calibration alpaca.jsonl
 
-For each criterion: the layers that it drops, then KL to the dense model and perplexity after the cut, and after the
-cut and each fitted repair. Then every contiguous block the same way, and how well cheap scores rank the repaired blocks.
+For each criterion: the layers that it drops, then perplexity and KL from the dense model, after the cut alone and
+after each fitted repair. Then the same for every contiguous block, and how well cheap scores rank the repaired blocks.
 """
 
 from __future__ import annotations
@@ -72,16 +72,16 @@ def main() -> None:
     n = walk.num_layers
     count = drop_count(args.drop, n)
     few = first(text, args.try_rows)
-    found: dict[str, Any] = {"calibration": text.record(), "report": report.record(), "count": count, "criteria": {}}
+    results: dict[str, Any] = {"calibration": text.record(), "report": report.record(), "count": count, "criteria": {}}
 
     def save() -> None:
-        args.output.write_text(json.dumps(found, indent=1))
+        args.output.write_text(json.dumps(results, indent=1))
 
     sets: dict[tuple[int, ...], list[str]] = {}
 
     def chose(name: str, drop: list[int], seconds: float) -> None:
         sets.setdefault(tuple(drop), []).append(name)
-        found["criteria"][name] = {"layers": format_layers(drop), "seconds": round(seconds, 1)}
+        results["criteria"][name] = {"layers": format_layers(drop), "seconds": round(seconds, 1)}
         print(f"{name:32} {format_layers(drop):24} {seconds:.0f} s", flush=True)
         save()
 
@@ -91,7 +91,7 @@ def main() -> None:
     for variant in ("original", "paper"):
         names = [name for name in ALL if name not in ("perplexity", "kl")]
         if variant == "paper":
-            # Taylor's sums differ by a factor only, and by which layers are protected.
+            # Taylor's variants differ only by a factor and by which layers are protected.
             chose("taylor (paper)", scores["taylor"].pick(count, free), 0)
             names = ["random", "magnitude_l1", "magnitude_l2", "block_influence"]
         start = time.process_time()
@@ -113,25 +113,25 @@ def main() -> None:
                 seconds / len(names),
             )
             if name == "repairability":
-                found["shares"] = {format_layers(b): s for b, s in scores[name].blocks.items()}
+                results["shares"] = {format_layers(b): s for b, s in scores[name].blocks.items()}
     start = time.process_time()
     tried = score_layers(walk, few, ["perplexity", "kl"], drop=count, lengths=[count])
     seconds = time.process_time() - start
     for name in ("perplexity", "kl"):
         chose(name, tried[name].pick(count, free), seconds / 4)
         chose(f"{name}, contiguous", tried[name].pick(count, free, contiguous=True), seconds / 4)
-    found["raw_kl"] = {format_layers(b): s for b, s in tried["kl"].blocks.items()}
+    results["raw_kl"] = {format_layers(b): s for b, s in tried["kl"].blocks.items()}
     for repair in (None, *_FITTED):
         start = time.process_time()
         choice = choose_layers(walk, text, CutOptions(drop=count, criterion="auto", repair=repair))
         chose(f"auto, repair={repair}", choice.drop_layers, time.process_time() - start)
-        found[f"auto_{repair}"] = choice.record()
+        results[f"auto_{repair}"] = choice.record()
         print("  ", choice.why, flush=True)
     start = time.process_time()
     greedy = choose_layers(walk, first(text, 4), CutOptions(drop=count, criterion="kl", steps=count))
     chose("kl, one after the other", greedy.drop_layers, time.process_time() - start)
 
-    # What each choice does to the model, on the other text.
+    # The effect of each choice on the model, on the other text.
     cuts, repaired = [Trial(drop) for drop in sets], {}
     for drop in sets:
         for method in _FITTED:
@@ -142,13 +142,13 @@ def main() -> None:
     outcomes = try_out(walk, report, [*cuts, *repaired.values(), Trial(())])
     dense = outcomes.pop()
     after = dict(zip(repaired, outcomes[len(cuts) :], strict=True))
-    found["dense"] = numbers(dense)
+    results["dense"] = numbers(dense)
     heads = " | ".join(f"KL, {name} | perplexity, {name}" for name in ("cut", *_FITTED))
     print(f"\ndense perplexity {dense.perplexity:.2f}\n\n| criterion | layers | {heads} |")
     print("|---" * (2 * len(_FITTED) + 4) + "|")
     for cut, outcome in zip(cuts, outcomes, strict=False):
         for name in sets[cut.drop]:
-            entry = found["criteria"][name]
+            entry = results["criteria"][name]
             ways = {"cut": outcome} | {m: after[cut.drop, m] for m in _FITTED if (cut.drop, m) in after}
             entry |= {way: numbers(one) for way, one in ways.items()}
             cells = [
@@ -157,7 +157,7 @@ def main() -> None:
             print(f"| {name} | {entry['layers']} | {' | '.join(cells)} |", flush=True)
     save()
 
-    # Every block, and what ranks the repaired ones.
+    # Every block, and how well the scores rank the repaired blocks.
     observer = Repairability({count}, keep=True)
     run_pass(walk, text, [observer])
     blocks = [block for block in neighbours(range(n), count) if block in observer.fits]
@@ -177,17 +177,17 @@ def main() -> None:
     }
     wanted = [outcome.kl for outcome in fixed]
     best = min(range(len(blocks)), key=wanted.__getitem__)
-    found["blocks"] = [
+    results["blocks"] = [
         {"layers": format_layers(block), "cut": numbers(a), "repaired": numbers(b), "share": s, "raw_kl": k}
         for block, a, b, s, k in zip(blocks, raw, fixed, shares, kls, strict=True)
     ]
-    found["predictors"] = {}
+    results["predictors"] = {}
     print(
         f"\nbest repaired block: {format_layers(blocks[best])}\n\n| score | rank correlation with repaired KL | its choice | that choice's repaired KL | and perplexity |\n|---|---|---|---|---|"
     )
     for name, values in predictors.items():
         pick = min(range(len(blocks)), key=values.__getitem__)
-        found["predictors"][name] = {
+        results["predictors"][name] = {
             "spearman": spearman(values, wanted),
             "pick": format_layers(blocks[pick]),
             "values": values,
@@ -200,7 +200,7 @@ def main() -> None:
     print(
         "\n| block | KL, cut | perplexity, cut | share | KL, repaired | perplexity, repaired |\n|---|---|---|---|---|---|"
     )
-    for block in found["blocks"]:
+    for block in results["blocks"]:
         print(
             f"| {block['layers']} | {block['cut']['kl']:.2f} | {block['cut']['perplexity']:.3g} | {block['share']:.2f} | {block['repaired']['kl']:.3f} | {block['repaired']['perplexity']:.1f} |"
         )

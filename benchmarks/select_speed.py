@@ -1,13 +1,13 @@
-"""Time and peak memory of scoring layers, against plain loops and against published implementations.
+"""Time and peak memory of scoring layers, compared with plain loops and with published implementations.
 
     python benchmarks/select_speed.py --model MODEL --text TEXT
     python benchmarks/select_speed.py --model MODEL --text TEXT --shortened CHECKOUT --pruneme CHECKOUT
     python benchmarks/select_speed.py --stream 3
 
-The first two print a table for one model: every way as a process of its own, one after the other in each round, with
-the same rows of tokens. `--shortened` is a checkout of Shortened LLaMA (Nota-NetsPresso/shortened-llm), `--pruneme` one
-of PruneMe (arcee-ai/PruneMe): their own functions are called, in the order in which their scripts call them. The last
-makes a Llama of so many GB and compares ranking it layer by layer with loading it.
+The first two commands print a table for one model: each way runs in its own process, in turn in each round, on the
+same rows of tokens. `--shortened` is a checkout of Shortened LLaMA (Nota-NetsPresso/shortened-llm), `--pruneme` one of
+PruneMe (arcee-ai/PruneMe): their own functions are called in the order of their scripts. The last command makes a
+Llama of the given size in GB, and compares ranking it layer by layer with loading it.
 """
 
 from __future__ import annotations
@@ -54,26 +54,26 @@ def without(model: Any, layers: list[int]) -> Any:
 
 
 def naive_perplexity(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:
-    """One forward pass of the whole cut model for each layer; nothing is copied."""
-    found = []
+    """One forward pass of the whole cut model for each layer, without copying weights."""
+    scores = []
     for i in range(model.config.num_hidden_layers):
         cut = without(model, [i])
-        found.append(float(torch.tensor(loss_of(model, rows, args.batch)).exp()))
+        scores.append(float(torch.tensor(loss_of(model, rows, args.batch)).exp()))
         cut.restore()
-    return found
+    return scores
 
 
 def shortened_perplexity(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:
-    """Shortened LLaMA's script: a new model for each layer, then one row at a time."""
+    """Shortened LLaMA's script: a new model for each layer, and one row at a time."""
     sys.path.insert(0, str(Path(args.shortened) / "src"))
     from utils import get_block_pruned_network
 
-    found = []
+    scores = []
     for i in range(model.config.num_hidden_layers):
         with contextlib.redirect_stdout(io.StringIO()):
             cut = get_block_pruned_network(model, [i], 1, device="cpu", use_bfloat=model.dtype == torch.bfloat16)
-        found.append(float(torch.tensor(loss_of(cut, rows, 1)).exp()))
-    return found
+        scores.append(float(torch.tensor(loss_of(cut, rows, 1)).exp()))
+    return scores
 
 
 def our_perplexity(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:
@@ -81,7 +81,7 @@ def our_perplexity(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> 
 
 
 def naive_greedy(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:
-    """SLEB's procedure: each round tries every layer that is left, with a forward pass of the whole model."""
+    """SLEB's procedure: each round tries every remaining layer, with a forward pass of the whole model."""
     n, gone = model.config.num_hidden_layers, []
     for _ in range(_STEPS):
         losses = {}
@@ -104,12 +104,12 @@ def pruneme_distance(model: Any, rows: torch.Tensor, args: argparse.Namespace) -
     sys.path.insert(0, str(Path(args.pruneme) / "compute_block_similarity"))
     from utils import compute_block_distances, get_last_non_padded_tokens
 
-    found = []
+    scores = []
     for ids in rows.split(args.batch):
         states = model(ids, output_hidden_states=True).hidden_states
         last = get_last_non_padded_tokens(states, torch.ones_like(ids))[1:]
-        found.append(compute_block_distances(last, LENGTH_OF_BLOCK))
-    return [sum(values) / len(values) for values in zip(*found, strict=True)]
+        scores.append(compute_block_distances(last, LENGTH_OF_BLOCK))
+    return [sum(values) / len(values) for values in zip(*scores, strict=True)]
 
 
 def our_distance(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:
@@ -176,9 +176,11 @@ def compare(args: argparse.Namespace) -> None:
         for what, ways in WAYS.items():
             if args.criteria and what not in args.criteria:
                 continue
-            found: dict[str, list[dict]] = {way: [] for way in ways if way in ("ours", "naive") or getattr(args, way)}
+            results: dict[str, list[dict]] = {
+                way: [] for way in ways if way in ("ours", "naive") or getattr(args, way)
+            }
             for _ in range(args.repeats):
-                for way, runs in found.items():
+                for way, runs in results.items():
                     command = [sys.executable, __file__, *sys.argv[1:], "--only", f"{what}/{way}"]
                     command[command.index("--text") + 1] = file.name
                     done = subprocess.run(command, capture_output=True, text=True)
@@ -186,14 +188,14 @@ def compare(args: argparse.Namespace) -> None:
                         print(f"| {what} | {way} | fails: {done.stderr.strip().splitlines()[-1][:160]} |")
                         break
                     runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
-            own = statistics.median(run["cpu"] for run in found["ours"])
-            for way, runs in found.items():
+            own = statistics.median(run["cpu"] for run in results["ours"])
+            for way, runs in results.items():
                 if runs:
                     seconds, cpu = (statistics.median(run[key] for run in runs) for key in ("seconds", "cpu"))
                     peak = max(run["peak"] for run in runs) / 1e6
                     print(
                         f"| {what} | {way} | {seconds:.1f} | {cpu:.1f} | {cpu / own:.2f} | {peak:.0f} | "
-                        f"{difference(found['ours'][0]['scores'], runs[0]['scores'])} |",
+                        f"{difference(results['ours'][0]['scores'], runs[0]['scores'])} |",
                         flush=True,
                     )
 
@@ -201,11 +203,11 @@ def compare(args: argparse.Namespace) -> None:
 def difference(ours: list[float], theirs: list[float]) -> str:
     if len(ours) == len(theirs):
         return f"{max(abs(a - b) / max(abs(a), 1e-12) for a, b in zip(ours, theirs, strict=True)):.1e}"
-    # PruneMe leaves out the block at the very start, and its last state is behind the final norm.
+    # PruneMe leaves out the first block, and takes its last hidden state after the final norm.
     return f"{max(abs(a - b) / a for a, b in zip(ours[1:-1], theirs, strict=False)):.1e} (common blocks but the last)"
 
 
-# --- a model that is not loaded -------------------------------------------------------------------------
+# --- ranking without loading the model ------------------------------------------------------------------
 
 
 def stream(args: argparse.Namespace) -> None:
@@ -218,20 +220,20 @@ def stream(args: argparse.Namespace) -> None:
         noise = (0.02 * torch.randn(8 << 20)).bfloat16().view(torch.uint8).numpy().tobytes()
         make_llama(path, args.stream, noise=noise)
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-        found = {}
+        outcomes = {}
         for way in ("nothing", "load", "stream"):
             command = [sys.executable, __file__, "--stream-child", f"{way}:{path}:{','.join(criteria)}"]
             command += ["--rows", str(args.rows), "--length", str(args.length), "--threads", str(args.threads)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[way] = json.loads(done.stdout.strip().splitlines()[-1])
-        floor = found["nothing"]["peak"]
-        load, streamed = found["load"]["peak"] - floor, found["stream"]["peak"] - floor
-        bound = found["stream"]["bound"]
+            outcomes[way] = json.loads(done.stdout.strip().splitlines()[-1])
+        floor = outcomes["nothing"]["peak"]
+        load, streamed = outcomes["load"]["peak"] - floor, outcomes["stream"]["peak"] - floor
+        bound = outcomes["stream"]["bound"]
         print(f"{floor / 1e6:.0f} MB: Python, torch and a model without weights")
         print(f"{size / 1e9:.2f} GB of weights; {', '.join(criteria)} on {args.rows} rows of {args.length} tokens")
         print("| way | peak memory above Python, torch and a model without weights, MB | seconds |\n|---|---|---|")
-        print(f"| loaded whole, and only that | {load / 1e6:.0f} | {found['load']['seconds']:.0f} |")
-        print(f"| ranked layer by layer | {streamed / 1e6:.0f} | {found['stream']['seconds']:.0f} |")
+        print(f"| loaded whole, and only that | {load / 1e6:.0f} | {outcomes['load']['seconds']:.0f} |")
+        print(f"| ranked layer by layer | {streamed / 1e6:.0f} | {outcomes['stream']['seconds']:.0f} |")
         print(f"\n{streamed / load:.2f} of loading; embeddings + head + 3 layers + states: {bound / 1e6:.0f} MB")
 
 
@@ -243,7 +245,7 @@ def stream_child(args: argparse.Namespace) -> None:
         model = load_base(path, dtype="auto")
         if way == "load":
             for parameter in model.parameters():
-                parameter.data.view(-1)[::1024].sum()  # every page is read
+                parameter.data.view(-1)[::1024].sum()  # reads every page
         else:
             rows = torch.randint(3, 30_000, (args.rows, args.length), generator=torch.Generator().manual_seed(0))
             score_layers(LayerWalk(model, let_go=True), CalibrationSet.of(rows, "random"), criteria.split(","))
@@ -254,7 +256,7 @@ def stream_child(args: argparse.Namespace) -> None:
     else:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        with torch.device("meta"):  # all but the weights
+        with torch.device("meta"):  # without weights
             AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
         F.linear(torch.ones(1, 1), torch.ones(1, 1))
     print(json.dumps({"peak": peak_rss(), "seconds": time.perf_counter() - start, "bound": bound}))
@@ -266,7 +268,7 @@ def main() -> None:
     parser.add_argument("--text")
     parser.add_argument("--rows", type=int, default=10)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=10, help="rows at once, where a way does not fix it itself")
+    parser.add_argument("--batch", type=int, default=10, help="rows per batch, for ways that leave it open")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--criteria", action="append", choices=tuple(WAYS))

