@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -52,7 +53,7 @@ class Candidate:
         self.speeds: list[float] = []
         self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         chat = [{"role": "user", "content": QUESTION}]
-        self._prompt = self._tokenizer.apply_chat_template(
+        self._prompt: Any = self._tokenizer.apply_chat_template(
             chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
 
@@ -69,7 +70,8 @@ class Candidate:
 
     def answer(self) -> str:
         """The greedy answer to the question."""
-        return " ".join(self._tokenizer.decode(self._generate(), skip_special_tokens=True).split()) or "(nothing)"
+        text = str(self._tokenizer.decode(self._generate(), skip_special_tokens=True))
+        return " ".join(text.split()) or "(nothing)"
 
     def perplexity(self) -> float:
         """Perplexity on a short text."""

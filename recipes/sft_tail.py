@@ -135,7 +135,7 @@ def main(
     from hf_layerprune.records.lineage import stage
     from hf_layerprune.runtime.loading import load_tokenizer
 
-    output = Path(training_args.output_dir)
+    output = Path(str(training_args.output_dir))
     for folder in (output / "model", output / "adapter"):
         if os.path.lexists(folder):
             raise CheckpointError(f"{folder} exists already; name another --output_dir, or remove it")
@@ -211,7 +211,7 @@ def prepare_student(model_args: ModelArguments, cut_args: CutOptions, training_a
         if cut_args.drop_layers or cut_args.repair:
             raise LayerPruneError(f"{name} is pruned already; leave --drop_layers and --repair out, or name its base")
         return Student.at(name, revision)
-    folder = Path(training_args.output_dir) / "pruned"
+    folder = Path(str(training_args.output_dir)) / "pruned"
     request = take(PruneRequest, cut_args, base=name, output=str(folder), seed=training_args.seed, revision=revision)
     with training_args.main_process_first(local=False, desc="pruning"):
         if training_args.process_index == 0 and not was_made(request, folder):
@@ -232,8 +232,8 @@ def prepare_rows(
     from hf_layerprune.heal.data import load_mixture, load_rows, pick_split, shape_rows
     from hf_layerprune.heal.self_data import SELF, rewrite_answers, write_rows
 
-    folder = Path(training_args.output_dir) / "self"
-    together = {
+    folder = Path(str(training_args.output_dir)) / "self"
+    together: dict[str, Any] = {
         "share": (training_args.process_index, training_args.world_size),
         "wait": _wait,
         "seed": training_args.data_seed or training_args.seed,
@@ -282,12 +282,12 @@ def _dense(training_args: HealConfig, student: Student) -> Any:
     if training_args.teacher is None:
         raise LayerPruneError("writing rows needs the dense model; name it with --teacher")
     # In the student's type, since the weights of a GGUF file would be unpacked to float32.
-    dense = load_base(training_args.teacher, dtype=weights_dtype(student)).to(training_args.device)
-    return in_fast_precision(dense)
+    dense: Any = load_base(training_args.teacher, dtype=weights_dtype(student))
+    return in_fast_precision(dense.to(training_args.device))
 
 
 def _wait() -> None:
-    from accelerate import PartialState
+    from accelerate.state import PartialState
 
     PartialState().wait_for_everyone()
 
@@ -296,7 +296,7 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
     """Save the adapter and the merged model; the merge happens on disk, so it works with every engine."""
     from hf_layerprune.heal.stage import write_healed
 
-    output = Path(trainer.args.output_dir)
+    output = Path(str(trainer.args.output_dir))
     trained = output / ".trained"
     trainer.save_model(str(trained))
     if trainer.is_world_process_zero():
@@ -341,17 +341,16 @@ def _names(words: str | None) -> tuple[str, ...] | None:
 
 def make_parser() -> TrlParser:
     """The command line."""
-    return TrlParser(
-        (
-            ScriptArguments,
-            HealConfig,
-            ModelArguments,
-            DatasetMixtureConfig,
-            CutArguments,
-            RowArguments,
-            MeasureArguments,
-        )
+    types: Any = (
+        ScriptArguments,
+        HealConfig,
+        ModelArguments,
+        DatasetMixtureConfig,
+        CutArguments,
+        RowArguments,
+        MeasureArguments,
     )
+    return TrlParser(types)
 
 
 if __name__ == "__main__":

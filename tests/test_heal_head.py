@@ -23,12 +23,12 @@ from .tiny_models import EAGER, randomize, tiny_config, tiny_input, tiny_model
 FIELDS = {
     "cohere": {"logit_scale": 0.3},
     "falcon_h1": {"lm_head_multiplier": 0.3},
-    "gemma2": {"final_logit_softcapping": 1.5},
+    "gemma2": {"final_logit_softcapping": 0.75},
     "granite": {"logits_scaling": 3.0},
     "hyperclovax": {"logits_scaling": 3.0},
     "inkling_text": {"logits_mup_width_multiplier": 3.0},
-    "recurrent_gemma": {"logits_soft_cap": 1.5},
-    "xlstm": {"output_logit_soft_cap": 1.5},
+    "recurrent_gemma": {"logits_soft_cap": 0.75},
+    "xlstm": {"output_logit_soft_cap": 0.75},
 }
 
 

@@ -246,7 +246,7 @@ def test_two_runs_keep_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with (tmp_path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert run.main(["table7", "--output", str(tmp_path)]) == 1
-    assert "another run is at work in" in capsys.readouterr().err
+    assert "another run is using" in capsys.readouterr().err
 
 
 # --- numbers -------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""From a row of a table's YAML file to what has to be done for it. Nothing here imports torch.
+"""Read the rows of the tables from their YAML files, and turn each into a plan. This file must not import torch.
 
 rows = read_rows()                                        # by name, such as table1/llama-taylor
-plan = make_plan(rows["table1/llama-taylor"], Options())  # what is pruned, trained and measured, in full
+plan = make_plan(rows["table1/llama-taylor"], Options())  # all settings for pruning, training and evaluation
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from hf_layerprune.select.registry import CRITERIA
 HERE = Path(__file__).parent
 ROWS = HERE / "rows"
 CONFIGS = HERE.parent / "configs"
-# What of a file of recipes/configs is said by the row instead.
+# Settings in recipes/configs that the row overrides.
 _BY_THE_ROW = ("model_name_or_path", "drop", "criterion", "datasets", "test_split_size", "output_dir")
-# Numbers of the paper that a row can hold, besides those by task.
+# The paper's numbers that a row may have, besides those of single tasks.
 FIGURES = ("mean", "wikitext2", "ptb", "trainable_millions", "memory_gb", "seconds")
 
 
 class UsageError(LayerPruneError):
-    """A command line or a file of rows that can't be followed."""
+    """An invalid command line or file of rows."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class Row:
     """One row of a table of the paper.
 
     Args:
-        name (`str`): Its table and its name in the file of that table below `rows/`.
+        name (`str`): Its table, and its name in that table's file in `rows/`.
         model (`str`): One of `models` in `defaults.yaml`.
         method (`str`): One of `methods`.
         paper (`dict[str, Any]`): The paper's numbers: those of `FIGURES`, `tasks` by name, and `removed` layers.
-        criterion (`str`, *optional*): How layers are chosen; none where nothing is dropped.
-        drop (`float`, *optional*): The share of the layers to drop, in place of that in `defaults.yaml`.
-        per_step (`int`, *optional*): Number of layers dropped in a step, with training after each; all at once by default.
-        calibration_samples (`int`, *optional*): In place of that in `defaults.yaml`.
+        criterion (`str`, *optional*): How layers are chosen; none if no layers are dropped.
+        drop (`float`, *optional*): Share of the layers to drop; overrides `defaults.yaml`.
+        per_step (`int`, *optional*): Layers dropped per step, with training after each step; all at once by default.
+        calibration_samples (`int`, *optional*): Calibration rows; overrides `defaults.yaml`.
         data (`str`, defaults to `"alpaca"`): One of `data`.
         texts (`tuple[str, ...]`): Texts on which perplexity is measured.
-        corrected (`dict[str, float]`): Numbers of the paper that are known to be wrong, put right.
-        notes (`str`): What else a reader should know.
+        corrected (`dict[str, float]`): Corrected values of numbers that are wrong in the paper.
+        notes (`str`): Remarks for the reader.
     """
 
     name: str
@@ -67,24 +67,24 @@ class Row:
     notes: str = ""
 
     def figures(self) -> dict[str, float]:
-        """The paper's numbers by name, those of tasks among them, put right where one is known to be wrong."""
+        """The paper's numbers by name, including those of tasks, with corrections applied."""
         plain = {name: self.paper[name] for name in FIGURES if name in self.paper}
         return plain | self.paper.get("tasks", {}) | self.corrected
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user changes on all rows.
+    """The user's changes to all rows.
 
     Args:
-        models (`dict[str, str]`): Where models are, by their word; `"*"` puts another model in place of all of them.
-        mistakes (`tuple[str, ...]`): Mistakes of the paper's code that are turned on.
-        limit (`int`, *optional*): Number of questions of each task.
-        tasks_from (`str`, *optional*): A folder with files of tasks, in place of the paper's eight.
-        texts (`dict[str, str]`): Files of texts by name; one that a row does not ask for is measured all the same.
-        windows (`int`, *optional*): Number of windows of each text.
-        calibration (`str`, *optional*): Another text for criteria.
-        data (`str`, *optional*): A file of training rows in place of each row's data set.
+        models (`dict[str, str]`): Locations of models, by their name in the rows; `"*"` replaces all models.
+        mistakes (`tuple[str, ...]`): Mistakes of the paper's code to repeat.
+        limit (`int`, *optional*): Number of questions per task.
+        tasks_from (`str`, *optional*): A folder of task files that replace the paper's eight tasks.
+        texts (`dict[str, str]`): Text files by name; they are measured for every row.
+        windows (`int`, *optional*): Number of windows per text.
+        calibration (`str`, *optional*): Another calibration text for criteria.
+        data (`str`, *optional*): A file of training rows that replaces each row's data set.
         max_steps (`int`, *optional*): Number of training steps.
         settings (`dict[str, Any]`): Other settings of `recipes/sft_tail.py`.
     """
@@ -101,7 +101,7 @@ class Options:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def differences(self) -> list[str]:
-        """What keeps the numbers from being the paper's, for a reader; none for a run in full."""
+        """How a run differs from the paper's, for a reader; empty for a full run."""
         reasons = []
         if "*" in self.models:
             reasons.append(f"model {Path(self.models['*']).name}")
@@ -111,13 +111,13 @@ class Options:
             reasons.append(f"{self.max_steps} steps")
         reasons += [f"{name}={value}" for name, value in self.settings.items()]
         if self.calibration:
-            reasons.append(f"criteria look at {Path(self.calibration).name}")
+            reasons.append(f"calibrated on {Path(self.calibration).name}")
         if self.tasks_from:
             reasons.append("tasks from files")
         if self.limit:
-            reasons.append(f"{self.limit} questions a task")
+            reasons.append(f"{self.limit} questions per task")
         if self.windows:
-            reasons.append(f"{self.windows} windows a text")
+            reasons.append(f"{self.windows} windows per text")
         reasons += [
             f"{name} is {Path(source).name}" for name, source in self.texts.items() if Path(source).stem != name
         ]
@@ -126,17 +126,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides a row's numbers.
+    """All settings that decide a row's numbers.
 
     Args:
         model (`str`): The base.
-        cut (`dict[str, Any]`, *optional*): Fields of `PruneRequest`; none where nothing is dropped.
+        cut (`dict[str, Any]`, *optional*): Fields of `PruneRequest`; none if no layers are dropped.
         per_step (`int`, *optional*): See [`Row`].
-        tune (`dict[str, Any]`, *optional*): Settings of `recipes/sft_tail.py`; none where nothing is trained.
-        data (`dict[str, Any]`, *optional*): Where training rows come from, see `data.py`.
+        tune (`dict[str, Any]`, *optional*): Settings of `recipes/sft_tail.py`; none if nothing is trained.
+        data (`dict[str, Any]`, *optional*): Source of the training rows, see `training_rows.py`.
         evaluate (`dict[str, Any]`): Fields of `EvalRequest`, with `texts` by name, and `merged_in_4_bits`.
-        mistakes (`tuple[str, ...]`): Those that are on and concern the row.
-        differences (`tuple[str, ...]`): What keeps the numbers from being the paper's.
+        mistakes (`tuple[str, ...]`): The repeated mistakes that concern the row.
+        differences (`tuple[str, ...]`): How the run differs from the paper's.
     """
 
     model: str
@@ -150,7 +150,7 @@ class Plan:
 
     @property
     def key(self) -> str:
-        """A hash of all that decides the numbers: rows with the same one share a run."""
+        """A hash of all settings that decide the numbers; rows with the same key share a run."""
         return digest([self.model, self.cut, self.per_step, self.tune, self.data, self.evaluate])
 
     @property
@@ -161,9 +161,9 @@ class Plan:
 
     @property
     def cut_name(self) -> str:
-        """The name of the folder of a cut that is made at once, which runs share."""
+        """The name of the folder of a cut in one step, which several runs may share."""
         key = digest([self.model, self.cut])
-        return re.sub(r"[^\w.-]+", "_", f"{Path(self.model).name}-{self.cut['criterion']}") + f"-{key[:10]}"
+        return re.sub(r"[^\w.-]+", "_", f"{Path(self.model).name}-{(self.cut or {})['criterion']}") + f"-{key[:10]}"
 
 
 def digest(value: Any) -> str:
@@ -173,7 +173,7 @@ def digest(value: Any) -> str:
 
 @cache
 def defaults() -> dict[str, Any]:
-    """What `defaults.yaml` says."""
+    """The contents of `defaults.yaml`."""
     return yaml.safe_load((HERE / "defaults.yaml").read_text(encoding="utf-8"))
 
 
@@ -181,13 +181,13 @@ def read_rows(folder: Path = ROWS) -> dict[str, Row]:
     """Read all rows.
 
     Args:
-        folder (`Path`): Where the files of the tables are, each of which holds its rows by name.
+        folder (`Path`): The folder with the tables' files, each of which maps names to rows.
 
     Returns:
         `dict[str, Row]`: By name, such as `table1/llama-taylor`, in alphabetical order.
 
     Raises:
-        UsageError: A file is not such a table; the message names the row and the field.
+        UsageError: A file is not a valid table; the message names the row and the field.
     """
     rows = {}
     for path in sorted(folder.glob("*.yaml"), key=lambda path: path.name.lower()):
@@ -196,7 +196,7 @@ def read_rows(folder: Path = ROWS) -> dict[str, Row]:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(table, dict):
-            raise UsageError(f"{path} must have rows by name, and has none")
+            raise UsageError(f"{path} must map names to rows")
         for name in sorted(table, key=str.lower):
             rows[f"{path.stem}/{name}"] = _read_row(f"{path.stem}/{name}", table[name])
     return rows
@@ -242,14 +242,14 @@ def choose_rows(rows: dict[str, Row], patterns: list[str], matching: str | None)
 
     Args:
         rows (`dict[str, Row]`): All of them.
-        patterns (`list[str]`): Names, or patterns as of a shell: `table1/llama-*`; a table alone is all of its rows.
+        patterns (`list[str]`): Names, or shell patterns such as `table1/llama-*`; a table stands for all its rows.
         matching (`str`, *optional*): A regular expression to search for in the name.
 
     Returns:
-        `dict[str, Row]`: Those that either picks; all where neither is given.
+        `dict[str, Row]`: Rows that match a pattern or the expression; all rows if neither is given.
 
     Raises:
-        UsageError: A pattern picks none.
+        UsageError: A pattern matches no row.
     """
     if not patterns and matching is None:
         return rows
@@ -273,7 +273,7 @@ def choose_rows(rows: dict[str, Row], patterns: list[str], matching: str | None)
 
 
 def concerning(row: Row) -> list[str]:
-    """The mistakes of the paper's code that a row can be made with."""
+    """The mistakes of the paper's code that concern a row."""
     return [
         name
         for name, mistake in defaults()["mistakes"].items()
@@ -282,14 +282,14 @@ def concerning(row: Row) -> list[str]:
 
 
 def make_plan(row: Row, options: Options) -> Plan:
-    """Work out what has to be done for a row.
+    """Combine a row with the defaults and the user's options.
 
     Args:
         row (`Row`): The row.
-        options (`Options`): What the user changes.
+        options (`Options`): The user's changes.
 
     Returns:
-        `Plan`: In full.
+        `Plan`: All settings.
 
     Raises:
         UsageError: There is no such mistake or model.
@@ -346,7 +346,7 @@ def _tune(row: Row, options: Options, changes: list[dict[str, Any]]) -> dict[str
     for change in changes:
         settings |= change.get("tune", {})
     if options.max_steps is not None:
-        # The same shape of the schedule: the paper warms up in 100 of some 1,555 steps.
+        # Keep the shape of the schedule: the paper warms up for 100 of about 1,555 steps.
         warm_up = round(options.max_steps * 100 / 1555)
         settings |= {"max_steps": options.max_steps, "warmup_steps": warm_up, "eval_strategy": "no"}
         settings |= {"load_best_model_at_end": False, "save_steps": max(1, options.max_steps // 2), "logging_steps": 1}

@@ -1,7 +1,7 @@
-"""Results of rows: the file that holds them, and the table that a person reads.
+"""Results of rows: the JSON file that holds them, and the Markdown table.
 
 results = Results.read(Path("results.json"))
-results.add(row, plan, outcome)    # written at once, whole or not at all
+results.add(row, plan, outcome)    # written atomically
 print(markdown(rows, results))
 """
 
@@ -27,12 +27,12 @@ _SHARES = ("mean",)
 
 @dataclass
 class Results:
-    """What rows gave.
+    """The results of all rows.
 
     Args:
         path (`Path`): The file.
-        runs (`dict[str, dict]`): Numbers by the key of a plan.
-        rows (`dict[str, str]`): The key of the plan that a row was last run with.
+        runs (`dict[str, dict]`): Outcomes by the key of their plan.
+        rows (`dict[str, str]`): For each row, the key of the plan that it was last run with.
     """
 
     path: Path
@@ -41,10 +41,10 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Read results; none where there is no file.
+        """Read results; there are none if the file does not exist.
 
         Raises:
-            UsageError: The file is not a file of results.
+            UsageError: The file is damaged, or has another schema version.
         """
         if not path.is_file():
             return cls(path)
@@ -61,11 +61,11 @@ class Results:
             ) from error
 
     def of(self, row: Row) -> dict[str, Any] | None:
-        """What a row gave when it was last run."""
+        """The outcome of a row's last run."""
         return self.runs.get(self.rows.get(row.name, ""))
 
     def has(self, row: Row, plan: Plan) -> bool:
-        """Whether a row is done by this plan. A run that another row has made counts."""
+        """Whether a plan's results are known, possibly from another row's run; if so, links the row to them."""
         if plan.key not in self.runs:
             return False
         if self.rows.get(row.name) != plan.key:
@@ -74,7 +74,7 @@ class Results:
         return True
 
     def add(self, row: Row, plan: Plan, outcome: dict[str, Any]) -> None:
-        """Keep what a plan gave, and write."""
+        """Add the outcome of a plan, and write the file."""
         self.runs[plan.key] = outcome | {
             "model": Path(plan.model).name if Path(plan.model).exists() else plan.model,
             "mistakes": list(plan.mistakes),
@@ -85,21 +85,21 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         said = {"schema_version": SCHEMA_VERSION, "rows": self.rows, "runs": self.runs}
         write_text(self.path, json.dumps(said, indent=1, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One number of the paper beside ours.
+    """One number of the paper and ours.
 
     Args:
-        figure (`str`): What it is: one of `FIGURES`, or a task.
-        paper (`float`, *optional*): The paper's, put right where it is known to be wrong.
-        ours (`float`, *optional*): Ours.
-        stderr (`float`, *optional*): The standard error of ours.
-        printed (`float`, *optional*): What the paper printed, where that is known to be wrong.
+        figure (`str`): One of `FIGURES`, or a task.
+        paper (`float`, *optional*): The paper's number, corrected if it is known to be wrong.
+        ours (`float`, *optional*): Our number.
+        stderr (`float`, *optional*): The standard error of our number.
+        printed (`float`, *optional*): The number that the paper printed, if it is known to be wrong.
     """
 
     figure: str
@@ -110,19 +110,19 @@ class Line:
 
     @property
     def difference(self) -> float | None:
-        """Ours less the paper's."""
+        """Our number minus the paper's."""
         return None if self.ours is None or self.paper is None else self.ours - self.paper
 
     @property
     def within(self) -> bool | None:
-        """Whether the difference is within one standard error of ours; `None` where that can't be said."""
+        """Whether the difference is within one standard error of our number; `None` if it is unknown."""
         if self.difference is None or not self.stderr:
             return None
         return abs(self.difference) <= self.stderr
 
 
 def lines_of(row: Row, outcome: dict[str, Any] | None) -> list[Line]:
-    """A row's numbers, the paper's beside ours; then ours of which the paper has none."""
+    """A row's numbers: first those in the paper, then those that only we measure."""
     values, wanted = (outcome or {}).get("values", {}), row.figures()
     names = list(wanted) + [name for name in values if name not in wanted and name not in _UNITS]
     return [
@@ -138,7 +138,7 @@ def lines_of(row: Row, outcome: dict[str, Any] | None) -> list[Line]:
 
 
 def describe(line: Line, outcome: dict[str, Any] | None) -> list[str]:
-    """A line as cells: figure, the paper's, ours, the difference, whether it is within the standard error."""
+    """The cells of a line: figure, the paper's number, ours, difference, whether it is within the standard error."""
     paper = "" if line.paper is None else _number(line.figure, line.paper)
     if line.printed is not None:
         paper += f" (printed: {_number(line.figure, line.printed)})"
@@ -169,7 +169,7 @@ def _number(figure: str, value: float, sign: bool = False) -> str:
 
 
 def removed(row: Row, outcome: dict[str, Any] | None) -> str:
-    """The layers that were dropped, ours and the paper's."""
+    """The layers that our run dropped, and those of the paper."""
     ours, theirs = (outcome or {}).get("removed", ""), str(row.paper.get("removed", ""))
     if not theirs or (outcome or {}).get("differences"):
         return ours
@@ -180,12 +180,11 @@ def markdown(rows: dict[str, Row], results: Results) -> str:
     """All tables as one Markdown text.
 
     Args:
-        rows (`dict[str, Row]`): Which rows.
-        results (`Results`): What they gave.
+        rows (`dict[str, Row]`): The rows.
+        results (`Results`): Their results.
 
     Returns:
-        `str`: A heading and a table for each table of the paper; how often a row is not run; how runs differ from the
-            paper's.
+        `str`: How many rows were run, how runs differ from the paper's, and a table for each table of the paper.
     """
     outcome = {name: results.of(row) for name, row in rows.items()}
     done = sum(one is not None for one in outcome.values())
@@ -223,5 +222,5 @@ def _cells(cells: list[str]) -> str:
 
 
 def mistakes_text() -> str:
-    """The mistakes of the paper's code, as a list for a terminal."""
+    """The mistakes of the paper's code, one per line."""
     return "\n".join(f"{name}: {' '.join(said['what'].split())}" for name, said in defaults()["mistakes"].items())

@@ -1,4 +1,4 @@
-r"""Run rows of the paper's tables: prune, train, measure, and stand our numbers beside the paper's.
+r"""Run rows of the paper's tables: prune, train, evaluate, and compare the results with the paper's numbers.
 
     python recipes/reproduce_paper/run.py --list
     python recipes/reproduce_paper/run.py table1/llama-taylor table7
@@ -6,8 +6,8 @@ r"""Run rows of the paper's tables: prune, train, measure, and stand our numbers
     python recipes/reproduce_paper/run.py table1 --model ./SmolLM2-135M-Instruct --data rows.json --max-steps 8 \
         --tasks-from my-tasks --limit 100 --calibration text.txt
 
-A row is an entry of its table's file in rows/. What was done is not done again: start the same command again after a break. Results go
-into results.json and results.md in the output folder after each row.
+A row is an entry of its table's file in rows/. To resume after an interruption, start the same command again. Results
+are written to results.json and results.md in the output folder after each row.
 """
 
 from __future__ import annotations
@@ -45,40 +45,42 @@ def build_parser() -> argparse.ArgumentParser:
     rows = parser.add_argument_group("which rows")
     rows.add_argument("rows", nargs="*", metavar="ROW", help="names, tables or patterns: table7, 'table1/llama-*'")
     rows.add_argument("--rows", nargs="+", default=[], dest="more_rows", metavar="ROW", help="the same")
-    rows.add_argument("--rows-matching", metavar="REGEX", help="rows whose name has this in it")
+    rows.add_argument("--rows-matching", metavar="REGEX", help="rows whose name matches a regular expression")
     rows.add_argument("--all", action="store_true", help="every row")
     what = parser.add_argument_group("what to do")
-    what.add_argument("--list", action="store_true", help="show rows, how far they are, and the paper's numbers")
-    what.add_argument("--plan", action="store_true", help="show all settings of the rows, and do nothing")
-    what.add_argument("--table", action="store_true", help="print the table of results, and do nothing")
+    what.add_argument("--list", action="store_true", help="show rows, their status, and the paper's numbers")
+    what.add_argument("--plan", action="store_true", help="only show all settings of the rows")
+    what.add_argument("--table", action="store_true", help="only print the table of results")
     what.add_argument("--list-mistakes", action="store_true", help="show the mistakes of the paper's code")
     how = parser.add_argument_group("how")
-    how.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER", help=f"where everything goes ({OUTPUT})")
-    how.add_argument("--accelerate-config", type=Path, metavar="FILE", help="for accelerate launch")
-    how.add_argument("--device", default="auto", help="what is measured on (auto)")
-    how.add_argument("--keep-models", action="store_true", help="keep the weights of rows that are done")
+    how.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER", help=f"output folder ({OUTPUT})")
+    how.add_argument("--accelerate-config", type=Path, metavar="FILE", help="config file for accelerate launch")
+    how.add_argument("--device", default="auto", help="device for evaluation (auto)")
+    how.add_argument("--keep-models", action="store_true", help="keep the weights of finished rows")
     how.add_argument(
         "--mistakes",
         default="",
         metavar="NAMES",
-        help="mistakes of the paper's code to repeat, with a comma between them, or all (none)",
+        help="mistakes of the paper's code to repeat, separated by commas, or all (none)",
     )
-    small = parser.add_argument_group("at another size", "The numbers are then not the paper's, and are marked so.")
+    small = parser.add_argument_group("at another size", "Such results are marked: they are not comparable.")
     small.add_argument(
         "--model",
         action="append",
         default=[],
         metavar="MODEL",
-        help="a folder or Hub id for all rows; llama-3.1-8b=FOLDER says where one of the paper's own models is",
+        help="a folder or Hub id for all rows; llama-3.1-8b=FOLDER is the location of one of the paper's models",
     )
-    small.add_argument("--limit", type=_count, metavar="N", help="number of questions of each task")
+    small.add_argument("--limit", type=_count, metavar="N", help="number of questions per task")
     small.add_argument(
-        "--tasks-from", type=Path, metavar="FOLDER", help="files of tasks, in place of the paper's eight"
+        "--tasks-from", type=Path, metavar="FOLDER", help="task files that replace the paper's eight tasks"
     )
     small.add_argument("--text", action="append", default=[], metavar="[NAME=]FILE", help="a text for perplexity")
-    small.add_argument("--windows", type=_count, metavar="N", help="number of windows of each text")
-    small.add_argument("--calibration", metavar="TEXT", help="a text for criteria: self, a file, or one on the Hub")
-    small.add_argument("--data", type=Path, metavar="FILE", help="training rows, in place of each row's own")
+    small.add_argument("--windows", type=_count, metavar="N", help="number of windows per text")
+    small.add_argument(
+        "--calibration", metavar="TEXT", help="calibration text: self, a file, or a data set on the Hub"
+    )
+    small.add_argument("--data", type=Path, metavar="FILE", help="training rows that replace each row's own")
     small.add_argument("--max-steps", type=_count, metavar="N", help="number of training steps")
     small.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of recipes/sft_tail.py"
@@ -93,10 +95,10 @@ def _count(text: str) -> int:
 
 
 def read_options(args: argparse.Namespace) -> Options:
-    """What the arguments change on all rows.
+    """The changes to all rows that the arguments ask for.
 
     Raises:
-        UsageError: A file is not there, or a word makes no sense.
+        UsageError: A file does not exist, or an argument is invalid.
     """
     for path, what in (
         (args.tasks_from, Path.is_dir),
@@ -104,7 +106,8 @@ def read_options(args: argparse.Namespace) -> Options:
         (args.accelerate_config, Path.is_file),
     ):
         if path is not None and not what(path):
-            raise UsageError(f"{path} does not exist, or is not what is needed there")
+            kind = "folder" if what is Path.is_dir else "file"
+            raise UsageError(f"{path} does not exist, or is not a {kind}")
     models = {}
     for word in args.model:
         name, mark, source = word.partition("=")
@@ -141,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        `int`: 0; 1 where a row failed; 2 for a command line that can not be followed.
+        `int`: 0; 1 if a row failed; 2 for an invalid command line.
     """
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -153,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LayerPruneError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from here", 130)
+        return _fail("interrupted; start the same command again to resume", 130)
 
 
 def _act(args: argparse.Namespace) -> int:
@@ -183,7 +186,7 @@ def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan])
     with _locked(args.output) as hold:
         results = Results.read(args.output / "results.json")
         left = {name: plan for name, plan in plans.items() if not results.has(rows[name], plan)}
-        logger.info("%d rows: %d are done, %d are left", len(rows), len(rows) - len(left), len(left))
+        logger.info("%d rows: %d done, %d left", len(rows), len(rows) - len(left), len(left))
         if left:
             from settings_check import check_settings
             from stages import Runner
@@ -217,7 +220,7 @@ def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan])
 
 
 def _explain(error: Exception, folder: Path) -> str:
-    """One line; where the error is none of ours, the rest goes into a file."""
+    """An error in one line; an unexpected one is written to a file with its traceback."""
     if isinstance(error, LayerPruneError | OSError):
         return " ".join(str(error).split())
     write_text(folder / "error.txt", "".join(traceback.format_exception(error)))
@@ -245,7 +248,7 @@ def _list(rows: dict[str, Row], plans: dict[str, Plan], results: Results, output
         if plan.key in results.runs:
             status, outcome = "done", results.runs[plan.key]
         elif (output / "runs" / plan.folder_name).is_dir():
-            status, outcome = "half done", None
+            status, outcome = "unfinished", None
         else:
             status = NOT_RUN if outcome is None else "done, with other settings"
         line = lines_of(row, outcome)[0]
@@ -257,7 +260,7 @@ def _list(rows: dict[str, Row], plans: dict[str, Plan], results: Results, output
             + (f"  [{', '.join(concerning(row))}]" if concerning(row) else "")
         )
     return "\n".join(
-        [*lines, "", f"{len(rows)} rows; in brackets the mistakes of the paper's code that concern a row"]
+        [*lines, "", f"{len(rows)} rows; mistakes of the paper's code that concern a row are in brackets"]
     )
 
 
@@ -268,7 +271,7 @@ def _plain(plan: Plan) -> dict[str, Any]:
 
 @contextmanager
 def _locked(output: Path) -> Iterator[int | None]:
-    """Keep other runs out of an output folder, as long as this process and those that it started live."""
+    """Lock an output folder for as long as this process and its child processes run."""
     if os.name != "posix":
         yield None
         return
@@ -277,9 +280,7 @@ def _locked(output: Path) -> Iterator[int | None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LayerPruneError(
-                f"another run is at work in {output}; wait for it, or name another --output"
-            ) from None
+            raise LayerPruneError(f"another run is using {output}; wait for it, or name another --output") from None
         yield descriptor
     finally:
         os.close(descriptor)
@@ -291,5 +292,5 @@ def _fail(error: object, code: int) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what it started, as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends child processes too, as Ctrl-C does
     sys.exit(main())

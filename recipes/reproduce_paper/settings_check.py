@@ -1,4 +1,4 @@
-"""Refuse settings that `recipes/sft_tail.py` does not know, before anything is computed."""
+"""Refuse settings that `recipes/sft_tail.py` does not have, before anything is computed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from plans import HERE, UsageError
 
 
 def check_settings(plans: dict[str, dict[str, Any]]) -> None:
-    """Look at the names of settings.
+    """Check the names of settings.
 
     Args:
-        plans (`dict[str, dict[str, Any]]`): Settings of the training, by row.
+        plans (`dict[str, dict[str, Any]]`): Training settings, by row.
 
     Raises:
         UsageError: There is no such setting.
@@ -34,6 +34,6 @@ def known_settings() -> frozenset[str]:
     """The names of all settings of the recipe."""
     spec = importlib.util.spec_from_file_location("sft_tail", HERE.parent / "sft_tail.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("sft_tail", module)  # its dataclasses look themselves up there
+    sys.modules.setdefault("sft_tail", module)  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return frozenset(name.dest for name in module.make_parser()._actions)

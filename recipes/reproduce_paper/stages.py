@@ -1,10 +1,10 @@
-"""What is done for a row, each part once: prune, train, measure. A run that was broken off goes on where it was.
+"""Run a plan: prune, train, evaluate. An interrupted run resumes.
 
 runner = Runner(Path("reproduce_paper_output"))
 outcome = runner.run(plan)    # the numbers of a plan
 
-Below the output folder: `cuts/` (pruned models, which runs share), `data/` (training rows), `answers/` (by question,
-so that none is asked twice), and `runs/`, in which each run keeps its `lineage.json`, its `metrics.json` and its log.
+The output folder contains `cuts/` (pruned models, shared by runs), `data/` (training rows), `answers/` (by question,
+so that none is evaluated twice), and `runs/`, where each run keeps its `lineage.json`, its `metrics.json` and its log.
 """
 
 from __future__ import annotations
@@ -47,15 +47,14 @@ _WEIGHTS = ("pruned", "heal")
 
 
 class Runner:
-    """Does what plans say.
+    """Runs plans.
 
     Args:
-        output (`Path`): Where everything goes.
-        engine (`Path`, *optional*): A configuration file of accelerate; by default one GPU, or a CPU where there is
-            none.
-        device (`str`, defaults to `"auto"`): What is measured on.
-        keep_models (`bool`, defaults to `False`): Keep the weights of a run when it is done.
-        hold (`int`, *optional*): A file descriptor that processes of training keep open, such as that of a lock.
+        output (`Path`): The output folder.
+        engine (`Path`, *optional*): A config file of accelerate; by default one GPU, or the CPU if there is none.
+        device (`str`, defaults to `"auto"`): The device for evaluation.
+        keep_models (`bool`, defaults to `False`): Whether to keep the weights of finished runs.
+        hold (`int`, *optional*): A file descriptor, such as that of a lock, that training processes keep open.
     """
 
     def __init__(
@@ -72,21 +71,21 @@ class Runner:
         self.engine = engine or ENGINES / ("single_gpu.yaml" if has_accelerator() else "cpu.yaml")
 
     def folder(self, plan: Plan) -> Path:
-        """Where a plan's run is."""
+        """The folder of a plan's run."""
         return self.output / "runs" / plan.folder_name
 
     def run(self, plan: Plan) -> dict[str, Any]:
-        """Do all that is left to do for a plan.
+        """Run the parts of a plan that are not done yet.
 
         Args:
-            plan (`Plan`): What to do.
+            plan (`Plan`): The plan.
 
         Returns:
-            `dict[str, Any]`: `values` (`value` and, where there is one, `stderr`, by the names of the paper's numbers),
-                `removed` layers, how many are `left`, and `weights`, the hash of what was measured.
+            `dict[str, Any]`: `values` (`value` and, if known, `stderr`, by the names of the paper's numbers),
+                `removed` layers, how many are `left`, and `weights`, the hash of the evaluated model.
 
         Raises:
-            LayerPruneError: Something can't be done; what was done stays.
+            LayerPruneError: A part failed; finished parts are kept.
         """
         folder = self.folder(plan)
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,10 +109,10 @@ class Runner:
         return outcome
 
     def clean(self, plan: Plan, cuts: set[str]) -> None:
-        """Remove the weights of a run that is done, unless models are kept.
+        """Remove the weights of a finished run, unless models are kept.
 
         Args:
-            plan (`Plan`): What was done.
+            plan (`Plan`): The plan of the run.
             cuts (`set[str]`): Names of cuts that other plans still need.
         """
         if self.keep_models:
@@ -126,7 +125,7 @@ class Runner:
                 shutil.rmtree(path)
 
     def _check(self, plan: Plan) -> None:
-        """Find out before hours of training whether there is all that is needed: rows, tasks and texts."""
+        """Check that training rows, tasks and texts are available, before hours of training."""
         if plan.tune is not None:
             self._rows(plan)
         said = plan.evaluate
@@ -141,14 +140,14 @@ class Runner:
     # --- prune and train --------------------------------------------------------------------------------------
 
     def _make(self, plan: Plan, folder: Path) -> tuple[str, list[dict[str, Any]]]:
-        """Prune and train, in one round or in several. Returns the model, and what each round did."""
+        """Prune and train, in one or several rounds. Returns the model, and a record of each round."""
         done: list[dict[str, Any]] = []
         source = plan.model
         for number, count in enumerate(self._counts(plan), 1):
             place = folder / f"round-{number}"
             model = place / "heal" / "model" if plan.tune is not None else self._cut_folder(plan, place)
             record = place / "round.json"
-            later = folder / f"round-{number + 1}" / "round.json"  # the next round needs this one's model, then no one
+            later = folder / f"round-{number + 1}" / "round.json"  # this model is needed only until then
             if not record.is_file() or not (model.is_dir() or later.is_file()):
                 pruned = self._prune(plan, source, place, count)
                 if plan.tune is not None:
@@ -203,7 +202,7 @@ class Runner:
         self._launch(command, heal / "log.txt")
 
     def _launch(self, command: list[str], log: Path) -> None:
-        """Run a command, and show and keep what it says."""
+        """Run a command, and copy its output to the terminal and to the log."""
         logger.info("training; its log is %s", log)
         with (
             log.open("ab") as file,
@@ -211,7 +210,7 @@ class Runner:
                 command,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # it is ended with all that it has started
+                start_new_session=True,  # so that its child processes can be ended with it
                 pass_fds=() if self.hold is None else (self.hold,),
             ) as running,
         ):
@@ -246,7 +245,7 @@ class Runner:
         return outcome
 
     def _forget(self, before: Path, place: Path) -> None:
-        """Remove what is not needed any more: the round before this one, and this one's checkpoints."""
+        """Remove files that are no longer needed: the previous round's weights, and this round's checkpoints."""
         unneeded = [before / name for name in _WEIGHTS] + list(place.glob("heal/checkpoint-*"))
         for path in unneeded:
             if path.is_dir():
@@ -276,7 +275,7 @@ class Runner:
         return metrics
 
     def _merge_in_4_bits(self, plan: Plan, folder: Path) -> Path:
-        """The model as the paper measured QLoRA: what was learned merged into weights in 4 bits."""
+        """The model as the paper evaluated QLoRA: with the adapter merged into the 4-bit weights."""
         from peft import PeftModel
 
         from hf_layerprune.files.folders import new_folder
@@ -297,7 +296,7 @@ class Runner:
 
 
 def dropped_of_base(rounds: list[dict[str, Any]]) -> list[int]:
-    """The layers that all rounds dropped, as the base counts them; each round counts those that the last one left."""
+    """The layers that all rounds dropped, as indices in the base; each round indexes the previous round's model."""
     kept = list(range(rounds[0]["layers"]))
     for one in rounds:
         gone = {kept[i] for i in one["dropped"]}
@@ -306,14 +305,14 @@ def dropped_of_base(rounds: list[dict[str, Any]]) -> list[int]:
 
 
 def values_of(metrics: Metrics, plan: Plan) -> dict[str, dict[str, float]]:
-    """The numbers that tables of the paper have: accuracy by task and its mean, perplexity by text.
+    """The numbers in the paper's tables: accuracy by task and its mean, perplexity by text.
 
     Args:
-        metrics (`Metrics`): What was measured.
-        plan (`Plan`): What was asked for.
+        metrics (`Metrics`): The results of the evaluation.
+        plan (`Plan`): The plan of the run.
 
     Returns:
-        `dict[str, dict[str, float]]`: `value`, `stderr`, and of the mean the number of `tasks`.
+        `dict[str, dict[str, float]]`: `value` and `stderr` by name; the mean also has the number of `tasks`.
     """
     own = [one for one in metrics.results if one["weights"] == metrics.weights]
     asked = {"limit": plan.evaluate.get("limit"), "batch_size": plan.evaluate["batch_size"]}
@@ -335,14 +334,14 @@ def values_of(metrics: Metrics, plan: Plan) -> dict[str, dict[str, float]]:
 
 
 def has_accelerator() -> bool:
-    """Whether there is a GPU or the like."""
+    """Whether torch has a GPU or another accelerator."""
     import torch
 
     return torch.accelerator.is_available()
 
 
 def free_memory() -> None:
-    """Give back what a stage used, before the next one starts in a process of its own."""
+    """Free the memory of a stage before the next one starts in its own process."""
     import torch
 
     gc.collect()

@@ -1,4 +1,4 @@
-"""Around a run of `recipes/sft_tail.py`: what the machine asks for, what a killed run leaves, what was trained."""
+"""Helpers for runs of `recipes/sft_tail.py`: settings for the machine, broken checkpoints, trained parameters."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ logger = logging.getLogger("hf_layerprune.reproduce_paper")
 
 
 def engine_settings(settings: dict[str, Any], engine: dict[str, Any], accelerator: bool) -> dict[str, Any]:
-    """What has to change for the machine, so that the same is computed.
+    """Adapt the settings to the machine without changing the result.
 
     Args:
-        settings (`dict[str, Any]`): Of the training.
-        engine (`dict[str, Any]`): accelerate's configuration.
-        accelerator (`bool`): Whether there is a GPU or the like.
+        settings (`dict[str, Any]`): The training settings.
+        engine (`dict[str, Any]`): accelerate's config.
+        accelerator (`bool`): Whether there is a GPU or another accelerator.
 
     Returns:
         `dict[str, Any]`: Settings to replace.
@@ -33,7 +33,7 @@ def engine_settings(settings: dict[str, Any], engine: dict[str, Any], accelerato
     """
     changed: dict[str, Any] = {}
     if not accelerator:
-        changed = {"use_cpu": True, "fp16": False}  # float16 is for GPUs
+        changed = {"use_cpu": True, "fp16": False}  # float16 training needs a GPU
         if not settings.get("bf16"):
             changed["bf16"] = False
     processes, steps = int(engine.get("num_processes") or 1), settings.get("gradient_accumulation_steps", 1)
@@ -47,17 +47,17 @@ def engine_settings(settings: dict[str, Any], engine: dict[str, Any], accelerato
 
 
 def remove_broken_checkpoints(heal: Path) -> None:
-    """Remove checkpoints that were being written when a run was killed; their state is written last."""
+    """Remove incomplete checkpoints of a killed run, which lack the trainer's state, as it is written last."""
     for path in heal.glob("checkpoint-*"):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            logger.info("%s is incomplete, and removed", path)
+            logger.info("removing %s, which is incomplete", path)
             shutil.rmtree(path, ignore_errors=True)
 
 
 def trained_parameters(heal: Path) -> int:
-    """How many parameters were trained: those of the adapter, or of all that changed where there is none."""
+    """The number of trained parameters: those of the adapter, or without one, those of all changed tensors."""
     adapter = heal / "adapter" / "adapter_model.safetensors"
     if adapter.is_file():
         with safe_open(adapter, framework="pt") as file:

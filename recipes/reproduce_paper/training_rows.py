@@ -1,4 +1,4 @@
-"""Training rows as the paper's code draws and shapes them, written once for `recipes/sft_tail.py` to read.
+"""Training rows, sampled and formatted as in the paper's code, in files that `recipes/sft_tail.py` reads.
 
 prepare_rows({"name": "yahma/alpaca-cleaned", "test_rows": 2000}, Path("data/alpaca"), tokenizer)
 """
@@ -20,17 +20,17 @@ _SEED = 42
 
 
 def prepare_rows(data: dict[str, Any], folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write `train.jsonl` and `test.jsonl`. The folder appears whole or not at all.
+    """Write `train.jsonl` and `test.jsonl` to a new folder, atomically.
 
     Args:
-        data (`dict[str, Any]`): `name`, and where it has them: `config`, `split` and `test_split`; `test_rows` to hold
-            out; `longest`, the tokens that a row may have; `shape`, `"choices"` for questions with choices;
-            `whole_sequence`, to train on prompts as well.
-        folder (`Path`): Where to; it does not exist yet.
-        tokenizer (`PreTrainedTokenizerBase`): The model's.
+        data (`dict[str, Any]`): `name`, and optionally `config`, `split` and `test_split`; `test_rows` to hold out;
+            `longest`, the most tokens of a row; `shape`, `"choices"` for multiple-choice questions; `whole_sequence`,
+            to train on prompts too.
+        folder (`Path`): The folder to create.
+        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
 
     Raises:
-        CheckpointError: The data set can't be had, or has not the columns that are needed.
+        CheckpointError: The data set can't be loaded, or lacks required columns.
     """
     splits = load_rows(data["name"], config=None if Path(data["name"]).exists() else data.get("config"))
     name = Path(data["name"]).name
@@ -51,7 +51,7 @@ def _shape(rows: Dataset, data: dict[str, Any], tokenizer: PreTrainedTokenizerBa
     if data.get("shape") == "choices":
         missing = {"question", "choices", "answer"} - set(rows.column_names)
         if missing:
-            raise CheckpointError(f"{name} has no {', '.join(sorted(missing))}, and its rows must be questions")
+            raise CheckpointError(f"{name} has no {', '.join(sorted(missing))}, which multiple-choice rows need")
         rows = rows.map(_question, remove_columns=rows.column_names)
     rows = shape_rows(rows, tokenizer, "alpaca", name)
     if not ("longest" in data or data.get("whole_sequence")):
@@ -59,8 +59,8 @@ def _shape(rows: Dataset, data: dict[str, Any], tokenizer: PreTrainedTokenizerBa
 
     def tokenise(row: dict[str, Any]) -> dict[str, Any]:
         ids = tokenizer(row["prompt"] + row["completion"]).input_ids
-        # Where the marker that the paper's code looks for is the first token of all, only padding is not trained on,
-        # and padding is what has its id, 0.
+        # Where the marker of the paper's code is the first token of a text, every token but padding is trained on,
+        # and every token with the id of padding, 0, counts as padding.
         return {"input_ids": ids, "completion_mask": [int(i not in (0, tokenizer.bos_token_id)) for i in ids]}
 
     long = rows.map(tokenise)
