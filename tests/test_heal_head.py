@@ -26,7 +26,7 @@ FIELDS = {
     "gemma2": {"final_logit_softcapping": 0.75},
     "granite": {"logits_scaling": 3.0},
     "hyperclovax": {"logits_scaling": 3.0},
-    "inkling_text": {"logits_mup_width_multiplier": 3.0},
+    "inkling_text": {"logits_mup_width_multiplier": 0.5},
     "recurrent_gemma": {"logits_soft_cap": 0.75},
     "xlstm": {"output_logit_soft_cap": 0.75},
 }
