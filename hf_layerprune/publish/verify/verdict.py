@@ -247,8 +247,9 @@ def _check_cut(told: dict[str, Any], name: str, history: History, outcome: Verif
     dropped, of = told.get("drop_layers"), told.get("num_base_layers")
     wanted, of_wanted = _last_cut(history)
     if (dropped, of) != (wanted, of_wanted):
-        is_layers = isinstance(dropped, list) and all(isinstance(layer, int) for layer in dropped)
-        what = f"layers {format_layers(dropped)} of {of}" if is_layers else "nothing"
+        what = "nothing was"
+        if isinstance(dropped, list) and all(isinstance(layer, int) for layer in dropped):
+            what = f"layers {format_layers(dropped)} of {of} were"
         text = f"{name} says that {what} dropped, and {LINEAGE} says {format_layers(wanted)} of {of_wanted}"
         outcome.say(False, "config", f"{text}: one was edited")
     else:
