@@ -100,8 +100,8 @@ def test_ranges_name_each_layer_once(layers: set[int]) -> None:
 
 def test_a_model_without_records_has_a_page(tmp_path: Path) -> None:
     text = about.page(about.Records.of(str(tmp_path)))
-    assert "not on record" in text
-    assert "Nothing was measured" in text
+    assert "the dropped layers are unknown" in text
+    assert "Nothing has been measured" in text
     assert "the card names none" in text
 
 

@@ -93,9 +93,9 @@ def test_records_are_those_of_the_repository(client: Client) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"message": "x" * 100_000}, "100,000 characters, and 40,000 are the limit"),
+        ({"message": "x" * 100_000}, "100,000 characters, but the limit is 40,000"),
         ({"message": "ba", "system_prompt": "x" * 100_000}, "100,002 characters"),
-        ({"message": "ba " * 10_000}, "has 10,004 tokens. The model reads 4,096, of which 256 are kept"),
+        ({"message": "ba " * 10_000}, "has 10,004 tokens. The context is 4,096 tokens, of which 256 are reserved"),
     ],
 )
 def test_a_prompt_that_is_too_long_gets_a_clear_limit(client: Client, asked: dict, message: str) -> None:

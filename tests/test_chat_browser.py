@@ -206,7 +206,7 @@ def test_side_by_side(visit: Callable[..., Visit]) -> None:
 def test_a_prompt_of_100000_characters_gets_a_clear_limit(visit: Callable[..., Visit]) -> None:
     here = visit().ready()
     here.send("x" * 100_000)
-    expect(here.page.get_by_text("This prompt has 100,000 characters, and 40,000 are the limit")).to_be_visible()
+    expect(here.page.get_by_text("This prompt has 100,000 characters, but the limit is 40,000")).to_be_visible()
     assert len(here.box.input_value()) == 100_000  # nobody has to write it again
     assert not here.said("user")
     here.send("   ")
@@ -360,8 +360,8 @@ def test_about_this_model(visit: Callable[..., Visit], browser: Browser, folder:
     here.tab("About this model")
     page = here.page
     expect(page.get_by_role("heading", name="6 of 8 layers")).to_be_visible()
-    expect(page.get_by_role("img", name="6 of 8 layers left; dropped: 3-4")).to_be_visible()
-    expect(page.get_by_text("Nothing was measured yet")).to_be_visible()
+    expect(page.get_by_role("img", name="6 of 8 layers remain; dropped: 3-4")).to_be_visible()
+    expect(page.get_by_text("Nothing has been measured yet")).to_be_visible()
     expect(page.get_by_text("drop layers 3-4")).to_be_visible()
     assert not page.locator("#settings").is_visible()
     here.tab("Chat")

@@ -142,7 +142,7 @@ def test_loading_in_a_process_of_its_own(base: Path) -> None:
     assert 0 < found.load_seconds < 60
     assert 50e6 < found.idle_rss_bytes <= found.peak_rss_bytes
     assert found.peak_cuda_bytes is None
-    with pytest.raises(LayerPruneError, match=r"loading ./nowhere in a process of its own failed: .*does not exist"):
+    with pytest.raises(LayerPruneError, match=r"loading ./nowhere in a separate process failed: .*does not exist"):
         probe(Probe("./nowhere", None, "auto", "cpu", 1, 8, 2))
 
 
@@ -155,7 +155,7 @@ def test_loading_in_a_process_of_its_own(base: Path) -> None:
         (
             ["--prompt-lengths", "510", "--load-repeats", "0"],
             1,
-            "base reads 512 tokens, and prompts with what follows",
+            "base has a context of 512 tokens, but prompts with new tokens",
         ),
         (["--base", "SAME"], 1, "have the same weights"),
     ],

@@ -241,13 +241,13 @@ def test_numbers_of_other_weights_are_refused(cut: Path, tasks: Path) -> None:
 def test_a_base_that_the_history_does_not_know(base: Path, cut: Path, tasks: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", seed=1)
     with pytest.raises(
-        CheckpointError, match=r"the history of cut does not know the weights of other .*--output FILE"
+        CheckpointError, match=r"the history of cut does not contain the weights of other .*--output FILE"
     ):
         measure(cut, tasks, base=str(other))
     found = measure(cut, tasks, base=str(other), output=tmp_path / "both.json", tasks=("asked",), texts=())
     assert len(found.comparisons) == 2
     (cut / "lineage.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no lineage\.json that says it was made from base"):
+    with pytest.raises(CheckpointError, match=r"has no lineage\.json, so it is unknown whether it was made from base"):
         measure(cut, tasks, base=str(base))
     with pytest.raises(LayerPruneError, match="have the same weights"):
         measure(cut, tasks, base=str(cut))
@@ -360,7 +360,7 @@ def test_a_model_without_a_tokenizer(base: Path, tasks: Path, tmp_path: Path) ->
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(base / name, folder)
-    with pytest.raises(CheckpointError, match="has no tokenizer that can be loaded; copy the tokenizer's files"):
+    with pytest.raises(CheckpointError, match="has no tokenizer that can be loaded; copy the tokenizer files"):
         measure(folder, tasks)
 
 
@@ -372,10 +372,10 @@ def test_another_vocabulary(base: Path, tasks: Path, tmp_path: Path) -> None:
         measure(wide, tasks, **more)
     assert measure(wide, tasks, tasks=("asked",), texts=(), **more).comparisons
     bos = write_model(tmp_path / "bos", bos=True, seed=2)
-    with pytest.raises(LayerPruneError, match="read the text as other tokens"):
+    with pytest.raises(LayerPruneError, match="split the text into different tokens"):
         measure(bos, tasks, base=str(base), output=tmp_path / "bos.json")
     small = write_model(tmp_path / "small", vocabulary=90)
-    with pytest.raises(LayerPruneError, match="its tokenizer is another model's"):
+    with pytest.raises(LayerPruneError, match="use the model's own tokenizer"):
         measure(small, tasks, output=tmp_path / "small.json")
 
 
@@ -389,7 +389,7 @@ def test_ruined_models_are_recorded(base: Path, tasks: Path, tmp_path: Path, cap
     found = measure(ruined, tasks, base=str(base), tasks=(), output=tmp_path / "metrics.json")
     assert found.find(found.weights, "perplexity", "words") is None
     assert found.find(found.weights, "nll", "words")["value"] > 700
-    assert "perplexity of words is inf, which is not recorded" in caplog.text
+    assert "perplexity on words is inf and is not recorded" in caplog.text
     assert any(one["metric"] == "nll" for one in found.comparisons)
 
 
@@ -399,9 +399,9 @@ def test_ruined_models_are_recorded(base: Path, tasks: Path, tmp_path: Path, cap
         (["--tasks", "askd"], 1, "did you mean asked"),
         (["--tasks", "none", "--text", "none"], 1, "nothing to measure"),
         (["--tasks", "none", "--text", "missing.txt"], 1, "there is no text missing.txt"),
-        (["--length", "100000"], 1, "one window has 100000"),
+        (["--length", "100000"], 1, "a window has 100000"),
         (["--device", "gpu"], 1, "'gpu' is not a device"),
-        (["--device", "cuda:7"], 1, "so there is no cuda:7"),
+        (["--device", "cuda:7"], 1, "so cuda:7 does not exist"),
         (["--output", "nowhere/metrics.json"], 1, "nowhere does not exist"),
         (["--output", "."], 1, ". is a folder; name a file"),
         (["--tasks-from", "nowhere"], 1, "nowhere is not a folder"),

@@ -84,12 +84,12 @@ def test_the_yaml_is_the_harness_own(tmp_path: Path) -> None:
         ({"query": "a", "choices": ["b", "c"]}, "a question is"),
         (QUESTION | {"gold": 2}, r"line 2: gold is 2, but the choices are 0\.\.1"),
         (QUESTION | {"gold": -1}, r"gold is -1, but the choices are 0\.\.1"),
-        (QUESTION | {"gold": "0"}, "gold is '0', and must be the number of the right choice"),
-        (QUESTION | {"gold": True}, "gold is True, and must be the number"),
-        (QUESTION | {"query": " "}, "query is ' ', and must be a text"),
-        (QUESTION | {"choices": ["a"]}, "two texts or more"),
+        (QUESTION | {"gold": "0"}, "gold is '0', but must be the index of the right choice"),
+        (QUESTION | {"gold": True}, "gold is True, but must be the index"),
+        (QUESTION | {"query": " "}, "query is ' ', but must be a non-empty text"),
+        (QUESTION | {"choices": ["a"]}, "at least two texts"),
         (QUESTION | {"choices": ["a", ""]}, "none of them empty"),
-        (QUESTION | {"choices": "ab"}, "two texts or more"),
+        (QUESTION | {"choices": "ab"}, "at least two texts"),
     ],
 )
 def test_bad_lines(tmp_path: Path, line: Any, message: str) -> None:
@@ -107,11 +107,11 @@ def test_bad_lines(tmp_path: Path, line: Any, message: str) -> None:
         ({"a.txt": " \n"}, "a.txt is empty"),
         ({"a.txt": b"\xff\xfe"}, "a.txt is not UTF-8: invalid start byte at byte 0"),
         ({"a.txt": "text", "a.jsonl": json.dumps(QUESTION)}, "have the same name"),
-        ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "task: x"}, "a field 'task', and only doc_to_text"),
+        ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "task: x"}, "a field 'task', but only doc_to_text"),
         *(
             (
                 {"a.jsonl": json.dumps(QUESTION), "a.yaml": f"{field}: x"},
-                f"a.yaml has a field '{field}', and only doc_to_text, target_delimiter, description, metadata can be set",
+                f"a.yaml has a field '{field}', but only doc_to_text, target_delimiter, description, metadata can be set",
             )
             for field in ("doc_to_choice", "doc_to_target", "dataset_path", "process_docs")
         ),
@@ -149,7 +149,10 @@ def test_names_of_the_harness(tmp_path: Path) -> None:
         message = f"'{name}' is neither a task of lm-evaluation-harness nor a file in .*; did you mean .*{near}"
         with pytest.raises(LayerPruneError, match=message), task_set(["asked", name], tmp_path):
             pass
-    with pytest.raises(LayerPruneError, match="'§§§' is no task of the harness; lm-eval ls tasks"), task_set(["§§§"]):
+    with (
+        pytest.raises(LayerPruneError, match="'§§§' is not a task of the harness; lm-eval ls tasks"),
+        task_set(["§§§"]),
+    ):
         pass
     manager = tasks._all_tasks()
     assert set(PAPER) <= set(manager.all_tasks)
@@ -186,15 +189,15 @@ def test_windows_begin_as_the_tokenizer_does() -> None:
 
 
 def test_bad_texts(tmp_path: Path) -> None:
-    with pytest.raises(LayerPruneError, match="the text has 5 tokens, and one window has 64"):
+    with pytest.raises(LayerPruneError, match="the text has 5 tokens, but a window has 64"):
         windows("short", byte_tokenizer(), 64)
     with pytest.raises(LayerPruneError, match="too short; give --length"):
         windows("short", byte_tokenizer(), 1)
     with pytest.raises(LayerPruneError, match=r"there is no text nowhere\.txt; name a file, or wikitext2"):
         find_text("nowhere.txt")
-    with pytest.raises(LayerPruneError, match=r"wikitext2 can't be had .*name a file with --text"):
+    with pytest.raises(LayerPruneError, match=r"wikitext2 can't be downloaded .*name a file with --text"):
         find_text("wikitext2")
-    with pytest.raises(LayerPruneError, match="as other tokens"):
+    with pytest.raises(LayerPruneError, match="into different tokens"):
         check_same_tokens(byte_tokenizer(), byte_tokenizer(bos=True), "some text")
 
 

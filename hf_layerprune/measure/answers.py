@@ -1,8 +1,8 @@
-"""Answers by question, kept in a folder, so that no model is asked the same question twice.
+"""A cache of answers, so that no model is asked the same question twice.
 
-The base of ten pruned models answers once, and a run that was broken off goes on. A file holds what one model got in one
-task, with everything that the answers depend on: another model (weights, config, tokenizer, ...), other prompts, settings
-or versions find no such file.
+The base of ten pruned models is evaluated once, and an interrupted run resumes where it stopped. A file holds the results
+of one model on one task, with everything that they depend on; another model (weights, config, tokenizer, ...), other
+prompts, other settings or other versions have a file of their own.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ _MAX_BYTES = 512 << 20
 
 
 class Answers:
-    """The answers in a folder.
+    """A folder of answers.
 
     Args:
-        folder (`Path`, *optional*): The folder, made if need be; without one nothing is kept.
+        folder (`Path`, *optional*): The folder, created if missing; without one, nothing is kept.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
     def find(self, key: dict[str, Any]) -> TaskRun | None:
-        """What was answered before.
+        """Read earlier answers.
 
         Args:
             key (`dict[str, Any]`): Everything that the answers depend on.
 
         Returns:
-            `TaskRun`, *optional*: `None` where there is nothing, or it is damaged.
+            `TaskRun`, *optional*: The answers; `None` if there are none, or their file is damaged.
         """
         path = self._path(key)
         if path is None or not path.is_file():
@@ -57,13 +57,13 @@ class Answers:
             scores = {metric: Score(**score) for metric, score in run.pop("scores").items()}
             answered = TaskRun(**run, scores=scores)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("%s is damaged (%s) and is measured again", path, error)
+            logger.warning("%s is damaged (%s), so the task is run again", path, error)
             return None
-        logger.info("%s: answered before, in %s", key["task"], path)
+        logger.info("%s: using the answers in %s", key["task"], path)
         return answered
 
     def keep(self, key: dict[str, Any], run: TaskRun) -> None:
-        """Keep answers.
+        """Save answers.
 
         Args:
             key (`dict[str, Any]`): Everything that they depend on.

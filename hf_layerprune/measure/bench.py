@@ -1,4 +1,4 @@
-"""What a model costs: size, load time, speed and memory, beside its base's and beside what theory promises.
+"""The cost of a model: size, load time, speed and memory, compared with its base and with theory.
 
 metrics = bench(BenchRequest("pruned", base="org/base"))
 """
@@ -42,17 +42,17 @@ _UNITS = {
 
 
 def bench(request: BenchRequest) -> Metrics:
-    """Time a model, and its base if there is one, in turns.
+    """Measure size, speed and memory of a model and its base; the two are timed in turns.
 
     Args:
-        request (`BenchRequest`): What to time.
+        request (`BenchRequest`): What to measure.
 
     Returns:
-        `Metrics`: The numbers, with those that the file held before.
+        `Metrics`: The numbers, including those that the file already had.
 
     Raises:
-        CheckpointError: A model can't be read, or numbers belong to other weights.
-        LayerPruneError: A setting makes no sense, or a model does not fit into memory.
+        CheckpointError: A model can't be read, or existing numbers belong to other weights.
+        LayerPruneError: A setting is invalid, or a model does not fit into memory.
     """
     model, base, store = open_measurement(request)
     _Bench(request, store, [one for one in (base, model) if one is not None]).run()
@@ -69,7 +69,7 @@ def _workloads(request: BenchRequest) -> list[Workload]:
 
 
 class _Bench:
-    """One run: a model alone, or a base and a model."""
+    """One run for a model alone, or for a model and its base."""
 
     def __init__(self, request: BenchRequest, store: Store, subjects: list[Subject]) -> None:
         self.request, self.store, self.subjects = request, store, subjects
@@ -77,7 +77,7 @@ class _Bench:
         self.where: dict[str, dict[str, str]] = {}
 
     def run(self) -> None:
-        """Measure everything; first what needs no other model in memory."""
+        """Measure everything, starting with the probes, for which no other model may be in memory."""
         probes = self._probe()
         live = {subject.weights: self._load(subject) for subject in self.subjects}
         self._record_size(live)
@@ -99,19 +99,20 @@ class _Bench:
         longest = max(self.request.prompt_lengths) + self.request.new_tokens
         if most is not None and longest > most:
             raise LayerPruneError(
-                f"{subject.name} reads {most} tokens, and prompts with what follows are {longest} long"
+                f"{subject.name} has a context of {most} tokens, but prompts with new tokens are {longest} long; "
+                "use shorter --prompt-lengths or fewer --new-tokens"
             )
         self.store.add_model(subject, model)
         return model
 
-    # --- each in a process of its own -----------------------------------------------------------------------
+    # --- each in its own process ------------------------------------------------------------------------------
 
     def _probe(self) -> dict[str, list[Probed]]:
-        """Load each model in fresh processes, in turns, after one that fills the system's cache of files."""
+        """Load each model in fresh processes, in turns; the first one fills the file cache and is not counted."""
         request, device = self.request, pick_device(self.request.device)
         if not request.load_repeats:
             return {}
-        found: dict[str, list[Probed]] = {subject.weights: [] for subject in self.subjects}
+        probes: dict[str, list[Probed]] = {subject.weights: [] for subject in self.subjects}
         total = (request.load_repeats + 1) * len(self.subjects)
         with tqdm(total=total, desc="loading", unit="process", disable=not request.progress) as bar:
             for repeat in range(request.load_repeats + 1):
@@ -125,14 +126,14 @@ class _Bench:
                         max(request.prompt_lengths),
                         request.new_tokens,
                     )
-                    found[subject.weights].append(probe(what))
+                    probes[subject.weights].append(probe(what))
                     bar.update()
-        return {weights: probed[1:] for weights, probed in found.items()}
+        return {weights: probed[1:] for weights, probed in probes.items()}
 
     def _record_probes(self, probes: dict[str, list[Probed]], live: dict[str, PreTrainedModel]) -> None:
         work = Workload(max(self.request.batch_sizes), max(self.request.prompt_lengths), self.request.new_tokens)
         weights_bytes = {weights: float(_weight_bytes(model)) for weights, model in live.items()}
-        # What Python and its libraries take is the same whatever is loaded.
+        # Python and its libraries take the same memory for every model.
         idle = statistics.median(one.idle_rss_bytes for probed in probes.values() for one in probed)
         costs: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
             "load_seconds": ("speed", {"cache": "warm"}, weights_bytes),
@@ -195,27 +196,27 @@ class _Bench:
         cost: dict[str, float],
         seconds: float | None = None,
     ) -> None:
-        """Record a number that was measured several times, and how it compares.
+        """Record a number that was measured several times, and its comparison with the base.
 
         Args:
             kind (`str`): Its kind.
             metric (`str`): Its name.
-            settings (`dict[str, Any]`): What was read and written.
-            values (`dict[str, tuple[float, ...]]`): One a repeat, by weights.
-            cost (`dict[str, float]`): What theory says that it depends on.
-            seconds (`float`, *optional*): What the measurement took.
+            settings (`dict[str, Any]`): The workload.
+            values (`dict[str, tuple[float, ...]]`): One value per repeat, by weights.
+            cost (`dict[str, float]`): The theoretical cost that it is proportional to, by weights.
+            seconds (`float`, *optional*): The duration of the measurement.
         """
         records = []
         for weights, numbers in values.items():
             repeats = Repeats(numbers)
-            found = self._result(weights, kind, metric, repeats.median, settings)
-            found |= {"spread": list(repeats.spread), "samples": len(numbers), "seconds": seconds}
-            records.append(found)
+            record = self._result(weights, kind, metric, repeats.median, settings)
+            record |= {"spread": list(repeats.spread), "samples": len(numbers), "seconds": seconds}
+            records.append(record)
         self.store.add(results=records)
         if self.base is None:
             return
         ours, theirs = values[self.model.weights], values[self.base.weights]
-        # The ratio of two runs that were made side by side is free of whatever slowed both.
+        # The ratio of two runs that follow each other is not affected by whatever slowed down both.
         fields = compare_windows(ours, theirs).fields()
         fields["share"] = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
         kept = cost[self.model.weights] / cost[self.base.weights]

@@ -1,7 +1,7 @@
-"""What a model has to compute and to read, from which a theoretical speed-up follows.
+"""The operations and memory traffic of a model, from which a theoretical speed-up follows.
 
-Reading a prompt is bound by arithmetic, so its ideal speed-up is the share of floating-point operations that are kept.
-Writing a token reads every weight once, so its ideal speed-up is the share of bytes that are kept.
+Prefill is bound by arithmetic, so its ideal time is proportional to the floating-point operations. Decoding a token reads
+every weight once, so its ideal time is proportional to the bytes read.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     return sdpa_flop_count(query, key, value)
 
 
-# The processor's own attention kernel, which torch's counter passes over.
+# The attention kernel for CPUs, which torch's counter ignores.
 _UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 def prefill_flops(model: PreTrainedModel, batch: int, length: int) -> int:
-    """Floating-point operations of a prompt, counted while the model reads one.
+    """Floating-point operations of a prefill, counted during one.
 
     Args:
         model (`PreTrainedModel`): The model.
-        batch (`int`): Prompts at once.
-        length (`int`): Tokens in a prompt.
+        batch (`int`): Prompts per batch.
+        length (`int`): Tokens per prompt.
 
     Returns:
-        `int`: Of all matrix products and attention, with logits for the last token alone.
+        `int`: The operations of all matrix products and attention, with logits for the last token only.
     """
     ids = torch.ones(batch, length, dtype=torch.long, device=model.device)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
@@ -41,7 +41,7 @@ def prefill_flops(model: PreTrainedModel, batch: int, length: int) -> int:
 
 
 def read_prompt(model: PreTrainedModel, ids: torch.Tensor) -> Any:
-    """Read prompts as `generate` does: with a cache, and logits for the last token alone.
+    """Run a prefill as `generate` does: with a cache, and logits for the last token only.
 
     Args:
         model (`PreTrainedModel`): The model.
@@ -56,16 +56,16 @@ def read_prompt(model: PreTrainedModel, ids: torch.Tensor) -> Any:
 
 
 def decode_bytes(model: PreTrainedModel, batch: int, tokens: int) -> float:
-    """Bytes that are read to write one token for each of a batch.
+    """Bytes that are read to decode one token for each sequence of a batch.
 
     Args:
         model (`PreTrainedModel`): The model.
-        batch (`int`): Texts at once.
-        tokens (`int`): How many tokens the cache holds of each.
+        batch (`int`): Sequences per batch.
+        tokens (`int`): Tokens of each sequence in the cache.
 
     Returns:
-        `float`: All weights once, except for a table of embeddings that is no head, and the cache. Of a mixture of
-            experts all are counted, though a small batch reads only some.
+        `float`: The size of the cache and of all weights, without embeddings that are not tied to the head. All experts
+            of a mixture are counted, although a small batch reads only some.
     """
     head: Any = model.get_output_embeddings()
     table: Any = model.get_input_embeddings()
@@ -78,14 +78,14 @@ def decode_bytes(model: PreTrainedModel, batch: int, tokens: int) -> float:
 
 @torch.no_grad()
 def cache_bytes(model: PreTrainedModel, length: int = 32) -> float:
-    """Bytes that the cache keeps for a token of a text.
+    """Size of the key-value cache in bytes per token.
 
     Args:
         model (`PreTrainedModel`): The model.
-        length (`int`, defaults to 32): Tokens in the text that it is measured on.
+        length (`int`, defaults to 32): Tokens in the text that it is measured with.
 
     Returns:
-        `float`: 0 for a model without such a cache.
+        `float`: Bytes per token; 0 for a model without such a cache.
     """
     output = model(input_ids=torch.ones(1, length, dtype=torch.long, device=model.device), use_cache=True)
     layers = getattr(getattr(output, "past_key_values", None), "layers", ())

@@ -1,10 +1,10 @@
 """How far a model is from its base: divergence, agreement and perplexity on the same text, token by token.
 
-    found = distance(pruned, base, rows)
-    print(found.kl, found.top1_agreement, found.perplexity, found.base_perplexity)
+    result = distance(pruned, base, rows)
+    print(result.kl, result.top1_agreement, result.perplexity, result.base_perplexity)
 
-Both models see the same tokens in one pass. The layers before the first one that was dropped or changed are the same
-in both, so they run once.
+Both models read the same tokens in one pass. The layers before the first one that was dropped or changed are the same
+in both, so they run only once.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Perplexity:
     Standard errors are over windows, since the tokens of one are not independent.
 
     Args:
-        perplexity (`float`): `exp(nll)`; infinite where that is too large for a float.
+        perplexity (`float`): `exp(nll)`; infinite if that is too large for a float.
         nll (`float`): Mean negative log-likelihood of a token, in nats.
-        nll_stderr (`float`, *optional*): Its standard error; `None` of a single window.
-        tokens (`int`): How many tokens were predicted: all but the first of each window.
-        windows (`int`): How many windows.
-        window_nll (`tuple[float, ...]`): The mean of each window, to pair with another model's.
+        nll_stderr (`float`, *optional*): Its standard error; `None` for a single window.
+        tokens (`int`): Number of predicted tokens: all but the first of each window.
+        windows (`int`): Number of windows.
+        window_nll (`tuple[float, ...]`): The mean of each window, for paired comparisons.
     """
 
     perplexity: float
@@ -64,22 +64,22 @@ class Distance:
     Standard errors are over windows, since the tokens of one are not independent.
 
     Args:
-        kl (`float`): Mean over tokens of KL(base || model), in nats: how much likelihood the model loses, in place of
-            the base, where the base is right.
-        kl_stderr (`float`, *optional*): Its standard error; `None` of a single window.
-        top1_agreement (`float`): Share of tokens at which both find the same next token likeliest.
+        kl (`float`): Mean over tokens of KL(base || model), in nats: the log-likelihood that is lost by predicting with
+            the model instead of the base, if the base is right.
+        kl_stderr (`float`, *optional*): Its standard error; `None` for a single window.
+        top1_agreement (`float`): Share of tokens for which both models have the same most likely next token.
         top1_agreement_stderr (`float`, *optional*): Its standard error.
-        perplexity (`float`): Of the model on the text, see [`Perplexity`].
-        base_perplexity (`float`): Of the base.
+        perplexity (`float`): Perplexity of the model on the text, see [`Perplexity`].
+        base_perplexity (`float`): Perplexity of the base.
         nll (`float`): Mean negative log-likelihood of a token under the model, in nats.
         base_nll (`float`): The same under the base.
         nll_stderr (`float`, *optional*): Standard error of `nll`.
         base_nll_stderr (`float`, *optional*): Standard error of `base_nll`.
-        tokens (`int`): How many tokens were predicted: all but the first of each window.
-        windows (`int`): How many windows.
-        window_nll (`tuple[float, ...]`): The model's mean of each window.
-        base_window_nll (`tuple[float, ...]`): The base's.
-        shared_layers (`int`): How many leading layers were run once for both.
+        tokens (`int`): Number of predicted tokens: all but the first of each window.
+        windows (`int`): Number of windows.
+        window_nll (`tuple[float, ...]`): The model's mean `nll` of each window.
+        base_window_nll (`tuple[float, ...]`): The base's mean `nll` of each window.
+        shared_layers (`int`): Number of leading layers that ran once for both.
     """
 
     kl: float
@@ -117,17 +117,17 @@ def perplexity(
     """Perplexity of a model on windows of a text.
 
     Args:
-        model (`PreTrainedModel`): A causal language model; its mode (training or evaluation) stays what it is.
-        rows (`torch.Tensor`): Token ids `[windows, length]`, without padding. A window is read on its own, and its
+        model (`PreTrainedModel`): A causal language model; its mode (training or evaluation) is restored.
+        rows (`torch.Tensor`): Token ids `[windows, length]`, without padding. Each window is read on its own, and its
             first token is not predicted.
-        batch_size (`int`, defaults to 1): Windows at once; half as many once memory runs out.
-        progress (`bool`, defaults to `False`): Show a bar.
+        batch_size (`int`, defaults to 1): Windows per batch, halved when memory runs out.
+        progress (`bool`, defaults to `False`): Show a progress bar.
 
     Returns:
         `Perplexity`: The mean over all predicted tokens.
 
     Raises:
-        LayerPruneError: The rows are no such windows, or one does not fit into memory.
+        LayerPruneError: `rows` has another shape, or a window does not fit into memory.
     """
     check_stage(model.config, "evaluate")
     _check_rows(rows)
@@ -158,19 +158,19 @@ def distance(
     """Distance of a model from its base on windows of a text.
 
     Args:
-        model (`PreTrainedModel`): The pruned model; its mode (training or evaluation) stays what it is.
-        base (`PreTrainedModel`): What it was pruned from. Any layers at the start that both have in common, with
-            everything that comes before them, run once for both.
-        rows (`torch.Tensor`): Token ids `[windows, length]`, without padding. A window is read on its own, and its
+        model (`PreTrainedModel`): The pruned model; its mode (training or evaluation) is restored.
+        base (`PreTrainedModel`): The model it was pruned from. The embeddings and leading layers that both have in
+            common run once for both.
+        rows (`torch.Tensor`): Token ids `[windows, length]`, without padding. Each window is read on its own, and its
             first token is not predicted.
-        batch_size (`int`, defaults to 1): Windows at once; half as many once memory runs out.
-        progress (`bool`, defaults to `False`): Show a bar.
+        batch_size (`int`, defaults to 1): Windows per batch, halved when memory runs out.
+        progress (`bool`, defaults to `False`): Show a progress bar.
 
     Returns:
         `Distance`: Means over all predicted tokens.
 
     Raises:
-        LayerPruneError: The rows are no such windows, the vocabularies differ, or a window does not fit into memory.
+        LayerPruneError: `rows` has another shape, the vocabularies differ, or a window does not fit into memory.
     """
     check_stage(model.config, "evaluate")
     _check_rows(rows)
@@ -219,7 +219,7 @@ def distance(
 
 
 def check_vocabularies(model: PreTrainedModel, base: PreTrainedModel) -> None:
-    """Refuse to compare models that speak of other tokens.
+    """Refuse to compare models with different vocabularies.
 
     Raises:
         LayerPruneError: The vocabularies differ in size.
@@ -228,7 +228,7 @@ def check_vocabularies(model: PreTrainedModel, base: PreTrainedModel) -> None:
     if ours != theirs:
         raise LayerPruneError(
             f"the model has a vocabulary of {ours} tokens and its base one of {theirs}, so they can't be compared token "
-            "by token; name the base that it was made from"
+            "by token; name the base that the model was made from"
         )
 
 
@@ -242,7 +242,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 def _check_rows(rows: torch.Tensor) -> None:
     if rows.ndim != 2 or not len(rows) or rows.shape[1] < 2:
         raise LayerPruneError(
-            f"rows of tokens must be [windows, length] with 2 tokens or more in a window, not {list(rows.shape)}; "
+            f"rows of tokens must be [windows, length] with at least 2 tokens per window, not {list(rows.shape)}; "
             "the text may be too short for one window"
         )
 
@@ -254,7 +254,7 @@ def _run(rows: torch.Tensor, batch_size: int, run: Callable[[torch.Tensor], None
 
 
 def _chunks(ids: torch.Tensor, vocabulary: int) -> list[slice]:
-    """Positions that go through the head at once; the last of a window has nothing to predict."""
+    """Ranges of positions that go through the head together; the last position of a window predicts nothing."""
     predicted = ids.shape[1] - 1
     size = positions_at_once(ids.shape[1], len(ids), vocabulary)
     return [slice(start, min(start + size, predicted)) for start in range(0, predicted, size)]

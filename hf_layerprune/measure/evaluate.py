@@ -1,4 +1,4 @@
-"""The measure stage: run tasks and texts on a model and its base, and write the numbers beside the model.
+"""The measure stage: evaluate a model and its base on tasks and texts, and write the numbers to the model's folder.
 
 metrics = evaluate(EvalRequest("pruned", base="org/base", tasks=("paper",)))
 """
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def _tasks_of(request: EvalRequest) -> tuple[str, ...] | None:
-    """The tasks by name; `None` for all in the folder."""
+    """The names of the tasks; `None` for all in the folder."""
     if request.tasks is not None or request.tasks_from is not None:
         return request.tasks
     return ("paper",) if request.texts is None else ()
@@ -50,20 +50,19 @@ def _texts_of(request: EvalRequest) -> list[Text]:
 
 
 def evaluate(request: EvalRequest) -> Metrics:
-    """Measure a model, and its base if there is one.
+    """Evaluate a model, and its base if one is given.
 
-    Everything that can be refused is refused before a model is loaded, and what was measured is written at once, task
-    by task.
+    Invalid requests are refused before a model is loaded, and results are written after each task.
 
     Args:
         request (`EvalRequest`): What to measure.
 
     Returns:
-        `Metrics`: The numbers, with those that the file held before.
+        `Metrics`: The numbers, including those that the file already had.
 
     Raises:
-        CheckpointError: A model can't be read, or numbers belong to other weights.
-        LayerPruneError: A task or text can't be had, or the model and its base can't be compared.
+        CheckpointError: A model can't be read, or existing numbers belong to other weights.
+        LayerPruneError: A task or text is not available, or the model and its base can't be compared.
     """
     model, base, store = open_measurement(request)
     texts = _texts_of(request)
@@ -79,7 +78,7 @@ def evaluate(request: EvalRequest) -> Metrics:
 def _rows(
     text: Text, tokenizer: PreTrainedTokenizerBase, request: EvalRequest, model: Subject, base: Subject | None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """A text as windows, and what to record of them."""
+    """A text as windows, and the settings to record with their results."""
     rows, begun = windows(text.text, tokenizer, request.length, request.windows)
     if (vocabulary := model.vocabulary()) is not None:
         check_fits(rows, vocabulary)
@@ -87,13 +86,13 @@ def _rows(
         if base is not None and theirs is not None and theirs != vocabulary:
             raise LayerPruneError(
                 f"{model.name} has a vocabulary of {vocabulary} tokens and {base.name} one of {theirs}, so they can't be "
-                "compared token by token; name the base that the model was made from, or leave the texts out"
+                "compared token by token; name the base that the model was made from, or omit the texts"
             )
     if base is not None:
         try:
             check_same_tokens(tokenizer, base.tokenizer(), text.text)
         except CheckpointError:
-            logger.info("%s has no tokenizer of its own, and reads what the model's makes", base.name)
+            logger.info("%s has no tokenizer, so it reads the tokens of the model's tokenizer", base.name)
     settings = {"length": request.length, "windows": len(rows), "starts_with_bos": begun}
     return rows, settings
 
@@ -124,7 +123,7 @@ class _Evaluation:
                 self._perplexity(text, live, *rows[text.name])
             return
         if not texts:
-            live = None  # the two need not be in memory at once
+            live = None  # without texts, the two need not be in memory together
         dense = self._load(self.base)
         self._compare_tasks(ours, self._run_tasks(self.base, dense))
         for text in texts:
@@ -166,7 +165,7 @@ class _Evaluation:
         return self.tokenizer if self._reads_with(self._dense) is self.model else self._dense.tokenizer()
 
     def _reads_with(self, subject: Subject) -> Subject:
-        """Whose tokenizer a model reads with: its own, or of a base that has none, the pruned model's."""
+        """The subject whose tokenizer a model uses: itself, or the pruned model if the base has none."""
         try:
             subject.tokenizer()
         except CheckpointError:
@@ -174,7 +173,7 @@ class _Evaluation:
         return subject
 
     def _key(self, subject: Subject, name: str, task: Task | Group) -> dict[str, Any]:
-        """Everything that answers depend on."""
+        """Everything that the answers depend on."""
         from .harness import prompts_hash
 
         versions = self.store.versions
@@ -236,14 +235,14 @@ class _Evaluation:
                     continue
                 if score.outcomes and score.outcomes.keys() == other.outcomes.keys():
                     questions = list(score.outcomes)
-                    found = compare_answers(
+                    difference = compare_answers(
                         [score.outcomes[q] for q in questions],
                         [other.outcomes[q] for q in questions],
                         run.chance if metric in ("acc", "acc_norm") else None,
                     )
                 else:
-                    found = compare_values(score.value, other.value)
-                self._add_comparison(kind_of(metric), name, metric, self._settings(name), found)
+                    difference = compare_values(score.value, other.value)
+                self._add_comparison(kind_of(metric), name, metric, self._settings(name), difference)
 
     # --- texts ----------------------------------------------------------------------------------------------
 
@@ -252,8 +251,8 @@ class _Evaluation:
 
         start = perf_counter()
         with boundary(f"{text.name} can't be measured", kind=LayerPruneError):
-            found = perplexity(model, rows, progress=self.request.progress)
-        self.store.add(results=self._text_records(self.model, text, found, settings, perf_counter() - start))
+            result = perplexity(model, rows, progress=self.request.progress)
+        self.store.add(results=self._text_records(self.model, text, result, settings, perf_counter() - start))
 
     def _distance(
         self,
@@ -267,12 +266,12 @@ class _Evaluation:
 
         start = perf_counter()
         with boundary(f"{text.name} can't be measured", kind=LayerPruneError):
-            found = distance(model, base, rows, progress=self.request.progress)
+            result = distance(model, base, rows, progress=self.request.progress)
         seconds = perf_counter() - start
-        mine, dense = found.of_model, found.of_base
+        mine, dense = result.of_model, result.of_base
         results = self._text_records(self.model, text, mine, settings, seconds)
         results += self._text_records(self._dense, text, dense, settings, seconds)
-        results += self._distance_records(text, found, settings, seconds)
+        results += self._distance_records(text, result, settings, seconds)
         self.store.add(results=results)
         pairs = {
             "nll": compare_windows(mine.window_nll, dense.window_nll),
@@ -282,19 +281,19 @@ class _Evaluation:
             self._add_comparison("text", text.name, metric, settings, comparison)
 
     def _text_records(
-        self, subject: Subject, text: Text, found: Perplexity, settings: dict[str, Any], seconds: float
+        self, subject: Subject, text: Text, result: Perplexity, settings: dict[str, Any], seconds: float
     ) -> list[dict[str, Any]]:
-        values = {"perplexity": (found.perplexity, found.perplexity_stderr), "nll": (found.nll, found.nll_stderr)}
-        return self._of_text(subject, "text", text, values, found.tokens, settings, seconds)
+        values = {"perplexity": (result.perplexity, result.perplexity_stderr), "nll": (result.nll, result.nll_stderr)}
+        return self._of_text(subject, "text", text, values, result.tokens, settings, seconds)
 
     def _distance_records(
-        self, text: Text, found: Distance, settings: dict[str, Any], seconds: float
+        self, text: Text, result: Distance, settings: dict[str, Any], seconds: float
     ) -> list[dict[str, Any]]:
         values = {
-            "kl": (found.kl, found.kl_stderr),
-            "top1_agreement": (found.top1_agreement, found.top1_agreement_stderr),
+            "kl": (result.kl, result.kl_stderr),
+            "top1_agreement": (result.top1_agreement, result.top1_agreement_stderr),
         }
-        return self._of_text(self.model, "distance", text, values, found.tokens, settings, seconds)
+        return self._of_text(self.model, "distance", text, values, result.tokens, settings, seconds)
 
     def _of_text(
         self,
@@ -309,7 +308,7 @@ class _Evaluation:
         records = []
         for metric, (value, stderr) in values.items():
             if not math.isfinite(value):
-                logger.warning("%s: %s of %s is %s, which is not recorded", subject.name, metric, text.name, value)
+                logger.warning("%s: %s on %s is %s and is not recorded", subject.name, metric, text.name, value)
                 continue
             record = {
                 "weights": subject.weights,
@@ -330,9 +329,9 @@ class _Evaluation:
         return records
 
     def _add_comparison(
-        self, kind: str, task: str, metric: str, settings: dict[str, Any], found: PairedDifference
+        self, kind: str, task: str, metric: str, settings: dict[str, Any], difference: PairedDifference
     ) -> None:
-        if not math.isfinite(found.difference):
+        if not math.isfinite(difference.difference):
             return
         record = {
             "weights": self.model.weights,
@@ -341,7 +340,7 @@ class _Evaluation:
             "task": task,
             "metric": metric,
             "settings": settings,
-            **found.fields(),
+            **difference.fields(),
             "date": now(),
         }
         self.store.add(comparisons=[record])

@@ -1,8 +1,8 @@
-"""lm-evaluation-harness, in process, on a model that is loaded already.
+"""Runs lm-evaluation-harness in this process, on a model that is already loaded.
 
-Each task is run by itself, so that a number depends on the model, the task and the batch size alone: the harness pads
-the questions of a batch to one length, and half precision rounds by length. It equals what its own command line prints
-for that task at that batch size.
+Each task is run on its own, so that a number depends only on the model, the task and the batch size: the harness pads
+the questions of a batch to the same length, and in half precision, results depend on that length. A number equals the
+one that the harness's command line prints for that task and batch size.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 # The harness's own default.
 SEED = 1234
-# What `auto` starts with. A processor gains nothing from more; a GPU's memory says where to stop.
+# The first batch size of `auto`. A CPU gains nothing from more; on a GPU, memory is the limit.
 _AUTO = {"cpu": 8}
 _AUTO_ELSEWHERE = 64
-# The metrics of a text; all others are of questions.
+# The metrics of texts; all others are metrics of questions.
 _OF_TEXT = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
@@ -50,9 +50,9 @@ class Score:
 
     Args:
         value (`float`): The number.
-        stderr (`float`, *optional*): Its standard error, by the harness.
-        higher_is_better (`bool`, *optional*): Whether it is.
-        outcomes (`dict[str, float]`): What it is the mean of, by question; empty where it is no mean.
+        stderr (`float`, *optional*): Its standard error, as the harness computes it.
+        higher_is_better (`bool`, *optional*): Whether higher values are better.
+        outcomes (`dict[str, float]`): The values that it is the mean of, by question; empty if it is not a mean.
     """
 
     value: float
@@ -63,17 +63,17 @@ class Score:
 
 @dataclass(frozen=True)
 class TaskRun:
-    """What a model got in a task.
+    """The results of a model on a task.
 
     Args:
-        task (`str`): Its name.
-        scores (`dict[str, Score]`): By metric.
-        chance (`float`, *optional*): The accuracy of guessing, from the number of choices; `None` where one does not
-            choose.
-        samples (`int`): How many questions were asked.
-        shots (`int`): How many answered questions were shown before each.
-        version (`str` or `float`, *optional*): Of the task.
-        seconds (`float`): What it took.
+        task (`str`): The task's name.
+        scores (`dict[str, Score]`): The scores, by metric.
+        chance (`float`, *optional*): The accuracy of random guessing, from the number of choices; `None` if the task is
+            not multiple choice.
+        samples (`int`): Number of questions.
+        shots (`int`): Number of few-shot examples before each question.
+        version (`str` or `float`, *optional*): The task's version.
+        seconds (`float`): The duration of the run.
     """
 
     task: str
@@ -86,14 +86,14 @@ class TaskRun:
 
 
 class Harness:
-    """A model, ready for tasks.
+    """The harness, set up for one model.
 
     Args:
         model (`PreTrainedModel`): A causal language model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        batch_size (`int` or `"auto"`, defaults to `"auto"`): Questions' choices at once. Where memory runs out, half as
-            many from then on.
-        progress (`bool`, defaults to `True`): Show a bar.
+        batch_size (`int` or `"auto"`, defaults to `"auto"`): Answers that are scored together; halved when memory runs
+            out.
+        progress (`bool`, defaults to `True`): Show a progress bar.
     """
 
     def __init__(
@@ -112,51 +112,51 @@ class Harness:
 
     @property
     def batch_size(self) -> int:
-        """How many choices go through the model at once, by now."""
+        """The current number of answers that are scored together."""
         return self._lm.batch_size
 
     def run(self, name: str, task: Task | Group, *, limit: int | None = None, shots: int | None = None) -> TaskRun:
-        """Run one task, or group of tasks.
+        """Run a task or a group of tasks.
 
         Args:
             name (`str`): Its name.
             task (`Task` or `Group`): The harness's object.
-            limit (`int`, *optional*): Only so many questions of each (sub)task.
-            shots (`int`, *optional*): So many answered questions before each; what the task says by default.
+            limit (`int`, *optional*): Number of questions of each (sub)task; by default all.
+            shots (`int`, *optional*): Number of few-shot examples before each question; by default the task's own.
 
         Returns:
-            `TaskRun`: The numbers.
+            `TaskRun`: The results.
 
         Raises:
-            LayerPruneError: A single question does not fit into memory, or no question was asked.
+            LayerPruneError: A single question does not fit into memory, or the task gave no result.
         """
         start = time.perf_counter()
-        with _quiet(), torch.no_grad(), boundary(f"task {name} can't be run", "leave it out", LayerPruneError):
-            found = simple_evaluate(
+        with _quiet(), torch.no_grad(), boundary(f"task {name} can't be run", "omit it", LayerPruneError):
+            evaluated = simple_evaluate(
                 model=self._lm, tasks=[task], limit=limit, num_fewshot=shots, task_manager=_no_tasks()
             )
         seconds = time.perf_counter() - start
-        samples = _by_question(found["samples"])
-        if name not in found["results"] or not samples:
-            raise LayerPruneError(f"task {name} gave no result; leave it out")
+        samples = _by_question(evaluated["samples"])
+        if name not in evaluated["results"] or not samples:
+            raise LayerPruneError(f"task {name} gave no result; omit it")
         return TaskRun(
             task=name,
-            scores=_scores(found, name, samples),
+            scores=_scores(evaluated, name, samples),
             chance=_chance(samples),
             samples=len(samples),
-            shots=max((int(n) for n in found["n-shot"].values() if isinstance(n, int)), default=0),
-            version=_version(found["versions"].get(name)),
+            shots=max((int(n) for n in evaluated["n-shot"].values() if isinstance(n, int)), default=0),
+            version=_version(evaluated["versions"].get(name)),
             seconds=seconds,
         )
 
 
 def prompts_hash(task: Task | Group, limit: int | None, shots: int | None) -> str:
-    """One hash for everything that a task asks a model: its prompts as they are sent, choices and right answers.
+    """One hash of everything that a task asks a model: the final prompts, the choices and the right answers.
 
     Args:
         task (`Task` or `Group`): The harness's object.
         limit (`int`, *optional*): Number of questions.
-        shots (`int`, *optional*): Number of answered questions before each.
+        shots (`int`, *optional*): Number of few-shot examples before each question.
 
     Returns:
         `str`: A sha256 in hex.
@@ -175,12 +175,12 @@ def prompts_hash(task: Task | Group, limit: int | None, shots: int | None) -> st
 
 @cache
 def _no_tasks() -> TaskManager:
-    """The tasks are there already; without this, the harness would look through all of its own for each."""
+    """An empty index: tasks are already loaded, and by default the harness would index all of its own for each."""
     return TaskManager(include_defaults=False)
 
 
 class _Halving(HFLM):
-    """Goes on with smaller batches where memory runs out. The longest questions come first, so little is done twice."""
+    """Halves the batch when memory runs out. The longest questions come first, so little work is repeated."""
 
     progress = True
 
@@ -192,7 +192,9 @@ class _Halving(HFLM):
                 if not is_out_of_memory(error):
                     raise
                 if self.batch_size <= 1:
-                    raise LayerPruneError("out of memory with a single question; use a GPU with more of it") from error
+                    raise LayerPruneError(
+                        "out of memory with a single question; use a GPU with more memory"
+                    ) from error
                 self.batch_size_per_gpu = self.batch_size // 2
             free_memory()
             logger.warning("out of memory; continuing with batches of %d", self.batch_size)
@@ -206,12 +208,12 @@ class _Halving(HFLM):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's notes on how it was called, and its bars for what takes no time.
+    """Suppress the harness's log messages, and its progress bars for steps that take no time.
 
-    Also without its survey of the machine, which asks pip and others for seconds after each task, and is not read here.
+    Also skip its report on the environment, which takes seconds after each task and is not used here.
     """
     log = logging.getLogger("lm_eval")
-    level, bar, survey = log.level, lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info
+    level, bar, add_env_info = log.level, lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info
     log.setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = partial(bar, disable=True)
     lm_eval.evaluator.add_env_info = lambda results: None
@@ -219,11 +221,11 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
-        lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info = bar, survey
+        lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info = bar, add_env_info
 
 
 def _by_question(samples: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """The logged questions, by a name that is the same for every model."""
+    """The logged questions, by a key that is the same for every model."""
     return {
         f"{task}/{one['doc_id']}/{one['doc_hash'][:16]}": one
         for task, rows in samples.items()
@@ -232,8 +234,8 @@ def _by_question(samples: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str
     }
 
 
-def _scores(found: dict[str, Any], name: str, samples: dict[str, dict[str, Any]]) -> dict[str, Score]:
-    results, better = found["results"][name], found["higher_is_better"].get(name, {})
+def _scores(evaluated: dict[str, Any], name: str, samples: dict[str, dict[str, Any]]) -> dict[str, Score]:
+    results, better = evaluated["results"][name], evaluated["higher_is_better"].get(name, {})
     scores: dict[str, Score] = {}
     for key, value in results.items():
         metric, _, which = key.partition(",")
@@ -253,7 +255,7 @@ def _scores(found: dict[str, Any], name: str, samples: dict[str, dict[str, Any]]
 
 
 def _chance(samples: dict[str, dict[str, Any]]) -> float | None:
-    """What guessing gets: the mean of one over the number of choices."""
+    """The accuracy of random guessing: the mean of one over the number of choices."""
     choices = [len(one["arguments"]) for one in samples.values()]
     if min(choices) < 2 or any("acc" not in one for one in samples.values()):
         return None
@@ -265,5 +267,5 @@ def _version(version: Any) -> str | float | None:
 
 
 def kind_of(metric: str) -> str:
-    """What `metrics.json` calls the kind of a metric."""
+    """The kind of a metric in `metrics.json`."""
     return "text" if metric in _OF_TEXT else "accuracy"

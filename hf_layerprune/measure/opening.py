@@ -1,4 +1,4 @@
-"""Everything that `eval` and `bench` can refuse before a model is loaded."""
+"""The checks of `eval` and `bench` before a model is loaded."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .subject import Subject, identify
 
 
 def open_measurement(request: EvalRequest | BenchRequest) -> tuple[Subject, Subject | None, Store]:
-    """Identify the models of a request, and read what was measured before.
+    """Identify the models of a request, and read earlier numbers.
 
     Args:
         request (`EvalRequest` or `BenchRequest`): What to measure.
 
     Returns:
-        `tuple[Subject, Subject | None, Store]`: The model, its base if there is one, and where the numbers go.
+        `tuple[Subject, Subject | None, Store]`: The model, its base if one is given, and the store for the numbers.
 
     Raises:
-        CheckpointError: A model can't be read, or numbers belong to another one.
-        LayerPruneError: The two models are the same one, or the numbers can't be written where they shall go.
+        CheckpointError: A model can't be read, or existing numbers belong to another one.
+        LayerPruneError: Model and base are the same, or the numbers can't be written.
     """
     if request.base is not None:
         require_statistics()
@@ -38,11 +38,11 @@ def open_measurement(request: EvalRequest | BenchRequest) -> tuple[Subject, Subj
 
 
 def check_output(output: Path | None, sources: list[str | None]) -> None:
-    """Refuse to write numbers over anything but numbers.
+    """Refuse an output that would overwrite something other than numbers.
 
     Args:
         output (`Path`, *optional*): The file that the user named.
-        sources (`list[str | None]`): The models that are read.
+        sources (`list[str | None]`): The models of the request.
 
     Raises:
         LayerPruneError: It is a link, a device, a folder, or a file of a model that is not its `metrics.json`.

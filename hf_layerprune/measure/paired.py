@@ -1,8 +1,8 @@
 """Differences between a model and its base over the same questions or the same windows of a text.
 
-Two models that answer the same questions make many of the same mistakes, so the difference of their scores is known far
-better than either score. Every difference here is paired, with its standard error and a test of whether it is there at
-all: exact McNemar for right and wrong answers, paired t for everything else.
+Two models that answer the same questions make many of the same mistakes, so the difference of their scores has a much
+smaller error than either score. Every difference here is paired, with its standard error and a significance test: the
+exact McNemar test for right and wrong answers, the paired t test for everything else.
 """
 
 from __future__ import annotations
@@ -15,24 +15,23 @@ from typing import Any
 
 from ..errors import LayerPruneError
 
-# A share of the base's margin over chance is given only where that margin is this many standard errors or more.
+# A share of the base's margin over chance is reported only if that margin is at least this many standard errors.
 _MARGIN = 2
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How a number differs from the base's.
+    """The difference of a number from the base's.
 
     Args:
-        difference (`float`): The value less the base's.
+        difference (`float`): The value minus the base's.
         stderr (`float`, *optional*): Standard error of the paired difference.
-        share (`float`, *optional*): The value over the base's.
-        share_of_margin (`float`, *optional*): The value's margin over chance, over the base's; `None` where the base
+        share (`float`, *optional*): The value divided by the base's.
+        share_of_margin (`float`, *optional*): The value's margin over chance divided by the base's; `None` if the base
             is not clearly better than chance.
         test (`str`, *optional*): `"mcnemar_exact"` or `"paired_t"`.
-        p_value (`float`, *optional*): The chance of a difference as large as this between models that are equally
-            good.
-        samples (`int`, *optional*): How many pairs.
+        p_value (`float`, *optional*): The probability of a difference at least this large between equally good models.
+        samples (`int`, *optional*): Number of pairs.
     """
 
     difference: float
@@ -44,17 +43,17 @@ class PairedDifference:
     samples: int | None = None
 
     def fields(self) -> dict[str, Any]:
-        """What is known and finite, under the names of `metrics.json`."""
+        """The fields that are known and finite, named as in `metrics.json`."""
         known = {name: value for name, value in asdict(self).items() if value is not None}
         return {name: value for name, value in known.items() if not isinstance(value, float) or math.isfinite(value)}
 
 
 def compare_values(value: float, base: float) -> PairedDifference:
-    """Compare two numbers of which nothing more is known.
+    """Compare two single numbers, without a test.
 
     Args:
-        value (`float`): The model's.
-        base (`float`): The base's.
+        value (`float`): The model's number.
+        base (`float`): The base's number.
 
     Returns:
         `PairedDifference`: Difference and share.
@@ -66,13 +65,13 @@ def compare_answers(ours: Sequence[float], theirs: Sequence[float], chance: floa
     """Compare scores by question.
 
     Args:
-        ours (`Sequence[float]`): The model's score of each question: 1 for a right answer and 0 for a wrong one, or
-            anything between.
-        theirs (`Sequence[float]`): The base's, of the same questions in the same order.
-        chance (`float`, *optional*): What guessing gets.
+        ours (`Sequence[float]`): The model's score on each question: 1 for a right answer and 0 for a wrong one, or
+            a value in between.
+        theirs (`Sequence[float]`): The base's scores on the same questions in the same order.
+        chance (`float`, *optional*): The accuracy of random guessing.
 
     Returns:
-        `PairedDifference`: Of the means.
+        `PairedDifference`: The difference of the means.
     """
     mean, base = sum(ours) / len(ours), sum(theirs) / len(theirs)
     difference, stderr = _paired(ours, theirs)
@@ -93,14 +92,14 @@ def compare_answers(ours: Sequence[float], theirs: Sequence[float], chance: floa
 
 
 def compare_windows(ours: Sequence[float], theirs: Sequence[float]) -> PairedDifference:
-    """Compare a text's negative log-likelihoods by window.
+    """Compare measurements by window or by run.
 
     Args:
-        ours (`Sequence[float]`): The model's mean of each window.
-        theirs (`Sequence[float]`): The base's, of the same windows.
+        ours (`Sequence[float]`): The model's mean negative log-likelihood of each window, or its value of each run.
+        theirs (`Sequence[float]`): The base's values for the same windows or runs.
 
     Returns:
-        `PairedDifference`: Of the means.
+        `PairedDifference`: The difference of the means.
     """
     difference, stderr = _paired(ours, theirs)
     p_value, base = paired_t(ours, theirs), sum(theirs)
@@ -109,14 +108,14 @@ def compare_windows(ours: Sequence[float], theirs: Sequence[float]) -> PairedDif
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Exact McNemar test, two-sided.
+    """Two-sided exact McNemar test.
 
     Args:
-        gained (`int`): Questions that the model gets right and the base wrong.
-        lost (`int`): Questions that the base gets right and the model wrong.
+        gained (`int`): Number of questions that only the model answers correctly.
+        lost (`int`): Number of questions that only the base answers correctly.
 
     Returns:
-        `float`: The chance that a fair coin falls as unevenly. 1 where the models never differ.
+        `float`: The p-value of a sign test on the questions where the two differ; 1 if they never differ.
     """
     from scipy.stats import binomtest
 
@@ -124,20 +123,20 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
-    """Student's t test on paired differences, two-sided.
+    """Two-sided paired t test.
 
     Args:
         ours (`Sequence[float]`): The model's numbers.
         theirs (`Sequence[float]`): The base's.
 
     Returns:
-        `float`, *optional*: The chance of a mean difference as large; `None` of fewer than two pairs, or where numbers
-            are not finite.
+        `float`, *optional*: The p-value of the mean difference; `None` for fewer than two pairs, or if a number is not
+            finite.
     """
     difference, stderr = _paired(ours, theirs)
     if stderr is None or not math.isfinite(difference) or not math.isfinite(stderr):
         return None
-    if stderr == 0:  # scipy has no answer where all differences are the same
+    if stderr == 0:  # scipy returns nan if all differences are the same
         return 1.0 if difference == 0 else 0.0
     from scipy.stats import ttest_1samp
 
@@ -145,7 +144,7 @@ def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
 
 
 def require_statistics() -> None:
-    """Refuse, before anything is measured, where two models can't be compared.
+    """Check, before anything is measured, that models can be compared.
 
     Raises:
         LayerPruneError: scipy is not installed.

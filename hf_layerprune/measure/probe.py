@@ -1,9 +1,9 @@
-"""Load one model in a process of its own, use it once, and print what that took, as a line of JSON.
+"""Loads one model in a separate process, uses it once, and prints time and memory as a line of JSON.
 
     python -m hf_layerprune.measure.probe '{"source": "org/name", "dtype": "auto", "device": "cpu", ...}'
 
-Memory that a process had once is not given back, and files that are mapped are counted where they are used. So the
-peak of a model is that of a process which does nothing else.
+A process does not return all memory that it once had, and mapped files count only once they are read. So the peak
+memory of a model is measured in a process that does nothing else.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ..errors import LayerPruneError
 
 @dataclass(frozen=True)
 class Probe:
-    """What to load, and what to do with it.
+    """What to load and run.
 
     Args:
         source (`str`): A Hub id, a folder, or a GGUF file.
         revision (`str`, *optional*): The commit on the Hub.
-        dtype (`str`): Of the weights.
-        device (`str`): Where to.
-        batch (`int`): Texts that are read at once.
-        prompt_tokens (`int`): Tokens in each.
-        new_tokens (`int`): Tokens that are written after each.
+        dtype (`str`): The type of the weights.
+        device (`str`): The device.
+        batch (`int`): Prompts per batch.
+        prompt_tokens (`int`): Tokens per prompt.
+        new_tokens (`int`): Tokens to generate after each prompt.
     """
 
     source: str
@@ -44,13 +44,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class Probed:
-    """What it took.
+    """The time and memory of a probe.
 
     Args:
-        load_seconds (`float`): Until the model has read its first token, imports not counted.
-        idle_rss_bytes (`int`): Memory of the process before it loaded anything: Python, torch and transformers.
-        peak_rss_bytes (`int`): The most memory that the process had resident, weights that are mapped included.
-        peak_cuda_bytes (`int`, *optional*): The most that torch's allocator had in use on a GPU.
+        load_seconds (`float`): Time to load the model and read one token, without imports.
+        idle_rss_bytes (`int`): Memory of the process before loading: Python, torch and transformers.
+        peak_rss_bytes (`int`): Peak resident memory of the process, including mapped weights.
+        peak_cuda_bytes (`int`, *optional*): Peak memory of torch's allocator on a GPU.
     """
 
     load_seconds: float
@@ -63,19 +63,19 @@ def probe(what: Probe) -> Probed:
     """Run a probe in a fresh process.
 
     Args:
-        what (`Probe`): What to load and do.
+        what (`Probe`): What to load and run.
 
     Returns:
-        `Probed`: What it took.
+        `Probed`: Time and memory.
 
     Raises:
-        LayerPruneError: It failed there, such as for want of memory.
+        LayerPruneError: The process failed, for example for lack of memory.
     """
     command = [sys.executable, "-m", "hf_layerprune.measure.probe", json.dumps(asdict(what))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = (done.stderr.strip() or "it was killed; is there enough memory?").splitlines()[-1]
-        raise LayerPruneError(f"loading {what.source} in a process of its own failed: {said[:300]}")
+        reason = (done.stderr.strip() or "it was killed; is there enough memory?").splitlines()[-1]
+        raise LayerPruneError(f"loading {what.source} in a separate process failed: {reason[:300]}")
     return Probed(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
@@ -93,7 +93,7 @@ def _probe(what: Probe) -> Probed:
     subject = Subject(what.source, what.source, Identity(""), "model", revision=what.revision)
     model = subject.load(what.dtype, what.device)
     with torch.no_grad():
-        # Weights are read when they are used first.
+        # Mapped weights are read on first use.
         read_prompt(model, torch.ones(1, 1, dtype=torch.long, device=model.device))
         synchronise(model)
         seconds = perf_counter() - start
@@ -104,16 +104,16 @@ def _probe(what: Probe) -> Probed:
 
 
 def import_everything() -> None:
-    """Import what loading a model would import on its way."""
+    """Import the modules that loading a model would import."""
     import accelerate  # noqa: F401
     import peft  # noqa: F401
     from transformers import AutoModelForCausalLM, GenerationMixin  # noqa: F401
 
 
 def highest_rss() -> int:
-    """The most memory in bytes that this process had resident so far."""
+    """Peak resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # what `getrusage` says starts at the parent's peak on Linux
+    if status.exists():  # on Linux, the value of `getrusage` starts at the parent's peak
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     from ..records.lineage import peak_rss
 
@@ -121,9 +121,9 @@ def highest_rss() -> int:
 
 
 def main(argv: list[str]) -> None:
-    """Print what a probe found."""
-    said: dict[str, Any] = json.loads(argv[0])
-    print(json.dumps(asdict(_probe(Probe(**said)))))
+    """Run a probe and print its result."""
+    fields: dict[str, Any] = json.loads(argv[0])
+    print(json.dumps(asdict(_probe(Probe(**fields)))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Numbers as a table for a terminal: the model's, beside those of its base and of the stages between them."""
+"""Formats numbers as a table for a terminal: the model, its base, and the stages in between."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from ..records.metrics import Metrics
 
 _ROLES = ("dense", "cut", "repaired", "healed", "model")
 _SHARES = ("acc", "acc_norm", "top1_agreement", "exact_match", "f1")
-# A difference this likely between models that are equally good is called noise.
+# A difference with a larger p-value is called noise.
 _NOISE = 0.05
 
 
 def report(metrics: Metrics, kinds: Iterable[str] = ("accuracy", "text", "distance")) -> str:
-    """Spell numbers out for a person.
+    """Format numbers as a table.
 
     Args:
         metrics (`Metrics`): The numbers of a model.
-        kinds (`Iterable[str]`): Which kinds of them.
+        kinds (`Iterable[str]`): The kinds of numbers to show.
 
     Returns:
-        `str`: Several lines.
+        `str`: The table, with a heading and notes.
     """
     kinds = tuple(kinds)
     results = [record for record in metrics.results if record["kind"] in kinds]
@@ -51,7 +51,7 @@ def report(metrics: Metrics, kinds: Iterable[str] = ("accuracy", "text", "distan
 
 
 def aligned(table: list[list[str]]) -> list[str]:
-    """Lines with columns of even width: the first two to the left, numbers to the right."""
+    """Lines with aligned columns: the first two to the left, numbers to the right."""
     table = [row for row in table if row]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     used = (
@@ -98,7 +98,7 @@ def _error(metric: str, error: float, value: float) -> str:
 
 
 def number(metric: str, value: float) -> str:
-    """A number with as many digits as say something."""
+    """A number with its significant digits and its unit."""
     if metric in _SHARES:
         return f"{100 * value:.1f} %"
     if metric.endswith("bytes") or metric.startswith("bytes") or "_bytes_" in metric:
@@ -112,24 +112,29 @@ def number(metric: str, value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
-def _compared(metric: str, found: dict[str, Any] | None) -> list[str]:
-    if found is None:
+def _compared(metric: str, comparison: dict[str, Any] | None) -> list[str]:
+    if comparison is None:
         return ["", "", "", ""]
     difference = ""
     if metric in _SHARES:
-        difference = f"{100 * found['difference']:+.1f}"
-        if "stderr" in found:
-            difference += f" ± {100 * found['stderr']:.1f}"
-    elif found["kind"] in ("text", "accuracy"):
-        difference = f"{found['difference']:+.4g}"
-        if "stderr" in found:
-            difference += f" ± {found['stderr']:.2g}"
-    share = _share(found.get("share"))
-    if "theoretical_share" in found:
-        share += f" (theory {_share(found['theoretical_share'])})"
-    p_value = found.get("p_value")
+        difference = f"{100 * comparison['difference']:+.1f}"
+        if "stderr" in comparison:
+            difference += f" ± {100 * comparison['stderr']:.1f}"
+    elif comparison["kind"] in ("text", "accuracy"):
+        difference = f"{comparison['difference']:+.4g}"
+        if "stderr" in comparison:
+            difference += f" ± {comparison['stderr']:.2g}"
+    share = _share(comparison.get("share"))
+    if "theoretical_share" in comparison:
+        share += f" (theory {_share(comparison['theoretical_share'])})"
+    p_value = comparison.get("p_value")
     p = "" if p_value is None else "<1e-4" if p_value < 1e-4 else f"{p_value:.2g}"
-    return [difference, share, _share(found.get("share_of_margin")), p + (" noise" if (p_value or 0) > _NOISE else "")]
+    return [
+        difference,
+        share,
+        _share(comparison.get("share_of_margin")),
+        p + (" noise" if (p_value or 0) > _NOISE else ""),
+    ]
 
 
 def _share(share: float | None) -> str:
@@ -143,14 +148,14 @@ def _notes(metrics: Metrics, base: str | None, table: list[list[str]]) -> list[s
     shown = {row[1] for row in table}
     if base is not None and shown & {"acc", "acc_norm", "nll"}:
         notes.append(
-            "difference: to dense, over the same questions or windows, with its standard error; p: exact McNemar test for "
+            "difference: from dense, over the same questions or windows, with its standard error; p: exact McNemar test for "
             "answers, paired t test for nll"
         )
     if base is not None and shown & {"acc", "acc_norm"}:
         notes.append(
-            "of margin: what is left of the dense model's margin over chance; none is given where that margin is below "
+            "of margin: the share of the dense model's margin over chance that remains; omitted if that margin is below "
             "two standard errors"
         )
     if "kl" in shown:
-        notes.append("kl: KL(dense || model), nats a token; top1_agreement: same likeliest next token as dense")
+        notes.append("kl: KL(dense || model), nats per token; top1_agreement: same most likely next token as dense")
     return ["", *notes] if notes else []

@@ -1,4 +1,4 @@
-"""What `eval` and `bench` can be asked for. Importing this imports no torch."""
+"""The requests of `eval` and `bench`. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _parse_names(text: str) -> tuple[str, ...]:
 
 
 def _number_or(word: str, meaning: Any) -> Kind:
-    """A number of 1 or more, or a word with a meaning of its own."""
+    """A number of at least 1, or a word with a special meaning."""
     number = whole(1)
 
     def check(value: Any) -> Any:
@@ -34,15 +34,17 @@ def _number_or(word: str, meaning: Any) -> Kind:
 class MeasureOptions(Options):
     """How a model is loaded, and where its numbers go."""
 
-    dtype: str = option("auto", "Type of the weights; auto keeps the checkpoint's", choices=DTYPES)
-    device: str = option("auto", "Device: cpu, cuda, cuda:1, mps, all (GPUs), or auto, which takes a GPU if any")
+    dtype: str = option("auto", "Data type of the weights; auto keeps the checkpoint's", choices=DTYPES)
+    device: str = option(
+        "auto", "Device: cpu, cuda, cuda:1, mps, all (GPUs), or auto, which uses a GPU if there is one"
+    )
     revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub")
     base_revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
     output: Path | None = option(None, "File for the numbers; by default metrics.json in the model's folder", PATH)
     history: tuple[Path, ...] = option(
-        (), "Folder of an earlier stage of MODEL, whose numbers are taken over; repeatable", many(PATH)
+        (), "Folder of an earlier stage of MODEL, whose numbers are copied; repeatable", many(PATH)
     )
-    force: bool = option(False, "Replace the numbers of other weights")
+    force: bool = option(False, "Replace existing numbers of other weights")
     progress: bool = option(True, "Show no progress bars", flag="quiet")
 
 
@@ -60,7 +62,7 @@ class EvalRequest(MeasureOptions):
         Kind(_parse_names, _check_names, "T,T"),
     )
     tasks_from: Path | None = option(
-        None, "Folder with NAME.jsonl (one {query, choices, gold} a line) and NAME.txt (texts)", PATH
+        None, "Folder with NAME.jsonl (one {query, choices, gold} per line) and NAME.txt (texts)", PATH
     )
     texts: tuple[str, ...] | None = option(
         None,
@@ -68,20 +70,20 @@ class EvalRequest(MeasureOptions):
         many(Kind(str, lambda value: value, "FILE"), _check_names),
         flag="text",
     )
-    limit: int | None = option(None, "Number of questions of each task; by default all", whole(1))
+    limit: int | None = option(None, "Number of questions per task; by default all", whole(1))
     num_fewshot: int | None = option(
-        None, "Number of answered questions before each; by default the task's own", whole(0, 1000)
+        None, "Number of few-shot examples before each question; by default the task's own", whole(0, 1000)
     )
-    batch_size: int | str = option("auto", "Number of answers that are scored together", _number_or("auto", "auto"))
+    batch_size: int | str = option("auto", "Number of answers scored together", _number_or("auto", "auto"))
     length: int = option(1024, "Number of tokens in a window of a text", whole(1))
-    windows: int | None = option(64, "Number of windows of each text, from its start, or all", _number_or("all", None))
-    answers: Path | None = option(None, "Folder that keeps the answers, to continue an interrupted run", PATH)
+    windows: int | None = option(64, "Number of windows from the start of each text, or all", _number_or("all", None))
+    answers: Path | None = option(None, "Folder that stores the answers, to resume an interrupted run", PATH)
 
 
 @documented
 @dataclass
 class BenchRequest(MeasureOptions):
-    """What to time, and how."""
+    """What to measure, and how."""
 
     model: str = option(MISSING, f"{MODEL_HELP}; an adapter too", MODEL)
     base: str | None = option(None, "Dense model to compare with; the two are timed in turns", MODEL)

@@ -1,4 +1,4 @@
-"""How fast models read and write, each in its turn, so that whatever slows the machine down slows all of them.
+"""Times prefill and decoding of several models in turns, so that a slow phase of the machine affects all of them.
 
 runs = time_models({"dense": dense, "pruned": pruned}, [Workload(1, 128, 32)], repeats=5)
 """
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Workload:
-    """What is read and written at once.
+    """One batch of prompts.
 
     Args:
-        batch (`int`): How many texts.
-        prompt_tokens (`int`): Tokens in each prompt.
-        new_tokens (`int`): Tokens that are written after each.
+        batch (`int`): Prompts per batch.
+        prompt_tokens (`int`): Tokens per prompt.
+        new_tokens (`int`): Tokens to generate after each prompt.
     """
 
     batch: int
@@ -45,9 +45,9 @@ class Timing:
     """One run of a workload, in seconds.
 
     Args:
-        prefill (`float`): Reading the prompts, with logits for their last token.
-        first_token (`float`): Until `generate` has the first token.
-        decode (`float`): From the first token to the last.
+        prefill (`float`): Time to read the prompts, with logits for their last token.
+        first_token (`float`): Time until `generate` returns the first token.
+        decode (`float`): Time from the first token to the last.
     """
 
     prefill: float
@@ -55,14 +55,14 @@ class Timing:
     decode: float
 
     def metrics(self, work: Workload) -> dict[str, float]:
-        """The numbers of a run, under the names of `metrics.json`."""
-        found = {
+        """The metrics of a run, named as in `metrics.json`."""
+        metrics = {
             "prefill_tokens_per_second": work.batch * work.prompt_tokens / self.prefill,
             "time_to_first_token": self.first_token,
         }
         if work.new_tokens > 1:
-            found["decode_tokens_per_second"] = work.batch * (work.new_tokens - 1) / self.decode
-        return found
+            metrics["decode_tokens_per_second"] = work.batch * (work.new_tokens - 1) / self.decode
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -70,30 +70,30 @@ class Repeats:
     """A number, measured several times.
 
     Args:
-        values (`tuple[float, ...]`): One a repeat, in the order in which they were taken.
+        values (`tuple[float, ...]`): One value per repeat, in order.
     """
 
     values: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The median."""
+        """The median of the values."""
         return statistics.median(self.values)
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The lowest and the highest."""
+        """The lowest and the highest value."""
         return min(self.values), max(self.values)
 
 
 class _Clock:
-    """A streamer that notes when each token was there."""
+    """A streamer that records the time of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, tokens: torch.Tensor) -> None:
-        """Called with the prompt, then with each token, once it is in the machine's own memory."""
+        """Called with the prompt, then with each token once it is in host memory."""
         self.times.append(perf_counter())
 
     def end(self) -> None:
@@ -111,19 +111,20 @@ def time_models(
     """Time models on the same prompts, in turns.
 
     Args:
-        models (`Mapping[str, PreTrainedModel]`): By name.
-        workloads (`Sequence[Workload]`): What to time. One that does not fit into memory is left out, with a warning.
-        repeats (`int`, defaults to 5): Timed runs of each, after one that is not.
-        seed (`int`, defaults to 0): Of the prompts, which are drawn from the whole vocabulary.
-        progress (`bool`, defaults to `False`): Show a bar.
+        models (`Mapping[str, PreTrainedModel]`): The models, by name.
+        workloads (`Sequence[Workload]`): What to time. One that does not fit into memory is skipped with a warning.
+        repeats (`int`, defaults to 5): Timed runs of each workload, after one warm-up run.
+        seed (`int`, defaults to 0): Seed of the prompts, which are drawn from the whole vocabulary.
+        progress (`bool`, defaults to `False`): Show a progress bar.
 
     Returns:
-        `dict[Workload, dict[str, list[Timing]]]`: One timing a repeat. Those of the same repeat were taken side by side.
+        `dict[Workload, dict[str, list[Timing]]]`: One timing per repeat, by model. Runs of the same repeat directly follow
+            each other.
     """
     embeddings: list[Any] = [model.get_input_embeddings() for model in models.values()]
     vocabulary = min(table.weight.shape[0] for table in embeddings)
     generator = torch.Generator().manual_seed(seed)
-    found: dict[Workload, dict[str, list[Timing]]] = {}
+    timed: dict[Workload, dict[str, list[Timing]]] = {}
     names = list(models)
     with (
         evaluating(*models.values()),
@@ -136,30 +137,30 @@ def time_models(
             timings: dict[str, list[Timing]] = {name: [] for name in names}
             try:
                 for repeat in range(repeats + 1):
-                    # Who goes first takes turns too.
+                    # The order alternates too.
                     for name in names if repeat % 2 else names[::-1]:
                         timings[name].append(time_once(models[name], ids, work))
                         bar.update()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                logger.warning("out of memory with %d x %d tokens, which are left out", work.batch, work.prompt_tokens)
+                logger.warning("out of memory with %d x %d tokens, which are skipped", work.batch, work.prompt_tokens)
                 free_memory()
                 continue
-            found[work] = {name: runs[1:] for name, runs in timings.items()}
-    return found
+            timed[work] = {name: runs[1:] for name, runs in timings.items()}
+    return timed
 
 
 def time_once(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> Timing:
     """Run a workload once.
 
     Args:
-        model (`PreTrainedModel`): In evaluation mode.
+        model (`PreTrainedModel`): The model, in evaluation mode.
         ids (`torch.Tensor`): The prompts `[batch, prompt_tokens]`.
         work (`Workload`): The workload.
 
     Returns:
-        `Timing`: What it took.
+        `Timing`: The times of the run.
     """
     ids = ids.to(model.device)
     synchronise(model)
@@ -180,11 +181,11 @@ def time_once(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> Timi
         streamer=clock,
     )
     synchronise(model)
-    _, first, *_ = clock.times  # the prompt is put, then each token
+    _, first, *_ = clock.times  # the first call has the prompt
     return Timing(prefill, first - start, clock.times[-1] - first)
 
 
 def synchronise(model: PreTrainedModel) -> None:
-    """Wait until a GPU has done what it was told."""
+    """Wait until the accelerator has finished its work."""
     if model.device.type != "cpu":
         torch.accelerator.synchronize()

@@ -1,4 +1,4 @@
-"""Where numbers go: `metrics.json` in the model's folder, or a file that the user names."""
+"""Stores numbers in `metrics.json` in the model's folder, or in a file that the user names."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 class Store:
-    """The numbers of a model, and where they are written.
+    """The numbers of a model and their file.
 
     Args:
-        metrics (`Metrics`): The numbers that are there already.
-        path (`Path`, *optional*): The file; `None` where they are only shown.
+        metrics (`Metrics`): The existing numbers.
+        path (`Path`, *optional*): The file; `None` if they are only shown.
         roles (`dict[str, str]`): The role of each model, by the hash of its weights.
-        replace (`bool`, defaults to `False`): Whether the first number replaces a file that can't be added to.
+        replace (`bool`, defaults to `False`): Replace the file with the first write.
     """
 
     def __init__(self, metrics: Metrics, path: Path | None, roles: dict[str, str], *, replace: bool = False) -> None:
@@ -39,7 +39,7 @@ class Store:
         self.path = path
         self._roles = roles
         self._replace = replace
-        self._new = Metrics(metrics.weights)  # what the file does not hold yet
+        self._new = Metrics(metrics.weights)  # not in the file yet
 
     @classmethod
     def open(
@@ -51,13 +51,13 @@ class Store:
         history: Sequence[Path] = (),
         force: bool = False,
     ) -> Store:
-        """Read what was measured before, and refuse what does not belong to this model.
+        """Read earlier numbers, and refuse those that do not belong to this model.
 
         Args:
             model (`Subject`): The model.
             base (`Subject`, *optional*): Its base.
-            output (`Path`, *optional*): The file to write in place of `metrics.json` in the model's folder.
-            history (`Sequence[Path]`): Folders of earlier stages, whose numbers are taken over.
+            output (`Path`, *optional*): The file to write instead of `metrics.json` in the model's folder.
+            history (`Sequence[Path]`): Folders of earlier stages, whose numbers are copied.
             force (`bool`, defaults to `False`): Replace numbers of other weights, or of the same weights with another
                 config, tokenizer, chat template or base.
 
@@ -65,8 +65,8 @@ class Store:
             `Store`: Nothing is written yet.
 
         Raises:
-            CheckpointError: The numbers that are there are not of this model and base as they are now, the history of
-                the model does not know its base, or an earlier stage does not belong to this model.
+            CheckpointError: The existing numbers do not belong to this model and base as they are now, the model's
+                history does not contain the base, or an earlier stage does not belong to this model.
         """
         path = output or (model.folder / FILE_NAME if model.folder else None)
         if path is not None:
@@ -90,11 +90,11 @@ class Store:
 
     @cached_property
     def versions(self) -> dict[str, str]:
-        """The versions of what measures."""
+        """The versions of the packages that take part in measuring."""
         return versions()
 
     def add_model(self, subject: Subject, model: PreTrainedModel) -> None:
-        """Say what was measured."""
+        """Record a model that was measured."""
         self._new.add_model(
             subject.identity,
             role=self._roles[subject.weights],
@@ -104,15 +104,15 @@ class Store:
         )
 
     def add(self, *, results: Sequence[dict[str, Any]] = (), comparisons: Sequence[dict[str, Any]] = ()) -> None:
-        """Add numbers, and write. What another process has added to the file meanwhile stays.
+        """Add numbers and write them. Numbers that another process added to the file in the meantime are kept.
 
         Args:
-            results (`Sequence[dict]`): Numbers, without `date` and `versions`; what is `None` is left out.
-            comparisons (`Sequence[dict]`): Differences.
+            results (`Sequence[dict]`): Numbers, without `date` and `versions`; fields that are `None` are omitted.
+            comparisons (`Sequence[dict]`): Differences from the base.
 
         Raises:
-            CheckpointError: They don't follow the schema, can't be written, or the file holds numbers of another model
-                by now.
+            CheckpointError: The numbers don't follow the schema, can't be written, or the file now holds numbers of
+                another model.
         """
         common = {"date": now(), "versions": self.versions}
         self._new.add(
@@ -127,14 +127,14 @@ class Store:
         self._new.results, self._new.comparisons = [], []
 
     def _merged(self, current: Metrics | None) -> Metrics:
-        """What the file shall hold, from what it holds by now."""
+        """The new content of the file, from its current content."""
         if current is None or self._replace:
             current = Metrics(self._new.weights)
-        for weights, told in self._new.models.items():
-            recorded = current.models.get(weights, told)
-            if current.weights != self._new.weights or recorded.get("identity") != told.get("identity"):
+        for weights, measured in self._new.models.items():
+            recorded = current.models.get(weights, measured)
+            if current.weights != self._new.weights or recorded.get("identity") != measured.get("identity"):
                 raise CheckpointError(
-                    f"{self.path} holds numbers of another model by now; measure again, with --output FILE or --force"
+                    f"{self.path} now holds numbers of another model; measure again with --output FILE or --force"
                 )
         self._merge_into(current)
         return current
@@ -145,7 +145,7 @@ class Store:
 
 
 def now() -> str:
-    """The time, as records have it."""
+    """The current time in the format of the records."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -157,17 +157,17 @@ def _known(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_writable(path: Path) -> None:
-    """Find out before hours of measuring."""
+    """Check that the file can be written, before hours of measuring."""
     if path.is_dir():
         raise LayerPruneError(f"{path} is a folder; name a file for the numbers")
     if not path.parent.is_dir():
-        raise LayerPruneError(f"{path.parent} does not exist, so {path.name} can't be written there; make it first")
+        raise LayerPruneError(f"{path.parent} does not exist, so {path.name} can't be written there; create it first")
     if not os.access(path.parent, os.W_OK):
-        raise LayerPruneError(f"{path.parent} can't be written to; keep the numbers elsewhere with --output FILE")
+        raise LayerPruneError(f"{path.parent} is not writable; write the numbers elsewhere with --output FILE")
 
 
 def _before(path: Path | None, model: Subject, base: Subject | None, force: bool) -> Metrics | None:
-    """The numbers that are there already; `None` where they are to be replaced."""
+    """The existing numbers; `None` if they are to be replaced."""
     if path is None:
         return Metrics(model.weights)
     way_out = "replace them with --force, or write elsewhere with --output FILE"
@@ -175,7 +175,7 @@ def _before(path: Path | None, model: Subject, base: Subject | None, force: bool
         metrics = Metrics.read(path) or Metrics(model.weights)
         if metrics.weights != model.weights:
             raise CheckpointError(
-                f"{path} holds numbers of other weights ({metrics.weights[:12]}, and those of {model.name} are "
+                f"{path} holds numbers of other weights ({metrics.weights[:12]}; those of {model.name} are "
                 f"{model.weights[:12]}); {way_out}"
             )
         for subject in (model, base):
@@ -188,7 +188,7 @@ def _before(path: Path | None, model: Subject, base: Subject | None, force: bool
     except CheckpointError:
         if not force:
             raise
-        logger.warning("%s is replaced", path)
+        logger.warning("replacing %s", path)
         return None
     return metrics
 
@@ -198,30 +198,30 @@ def _check_base(model: Subject, base: Subject) -> None:
     if base.weights in known:
         return
     why = (
-        f"the history of {model.name} does not know the weights of {base.name} ({base.weights[:12]}); it was made from "
+        f"the history of {model.name} does not contain the weights of {base.name} ({base.weights[:12]}); it was made from "
         f"{model.lineage.base.get('id', 'another base')}"
         if model.lineage
-        else f"{model.source} has no lineage.json that says it was made from {base.name}"
+        else f"{model.source} has no lineage.json, so it is unknown whether it was made from {base.name}"
     )
-    raise CheckpointError(f"{why}; compare them in a file of its own with --output FILE")
+    raise CheckpointError(f"{why}; write the comparison to a separate file with --output FILE")
 
 
 def _take_over(metrics: Metrics, model: Subject, folder: Path) -> None:
-    """Copy the numbers of an earlier stage, and of what it was compared with."""
+    """Copy the numbers of an earlier stage, and of the models that it was compared with."""
     earlier = Metrics.of(folder)
     if earlier is None:
         raise CheckpointError(f"{folder} has no {FILE_NAME}; measure it with hf-layerprune eval {folder}")
     now_there = identity(folder)
     if earlier.weights != now_there.weights or earlier.changed_since(now_there):
-        raise CheckpointError(f"{folder / FILE_NAME} was not measured on what the folder holds now; measure it again")
+        raise CheckpointError(f"{folder / FILE_NAME} was measured on an earlier state of the folder; measure it again")
     known = {model.weights} | (model.lineage.known_weights() if model.lineage else set())
     if earlier.weights not in known:
         raise CheckpointError(
-            f"{folder} ({earlier.weights[:12]}) is not an earlier stage of {model.name}: its history does not know it"
+            f"{folder} ({earlier.weights[:12]}) is not an earlier stage of {model.name}: it is not in its history; omit --history for it"
         )
-    for weights, said in earlier.models.items():
+    for weights, recorded in earlier.models.items():
         if weights in known:
-            metrics.models.setdefault(weights, said)
+            metrics.models.setdefault(weights, recorded)
     metrics.add(
         results=[one for one in earlier.results if one["weights"] in known and one["weights"] != model.weights],
         comparisons=[one for one in earlier.comparisons if {one["weights"], one["base"]} <= known],

@@ -1,4 +1,4 @@
-"""What is measured: a folder, a Hub id, an adapter or a GGUF file, and the hash of its weights."""
+"""Models to be measured: a folder, a Hub id, an adapter or a GGUF file, and the hash of its weights."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Subject:
     """A model that can be measured, before it is loaded.
 
     Args:
-        source (`str`): As the user named it.
+        source (`str`): The model as the user named it.
         name (`str`): Its Hub id, or the name of its folder or file.
-        identity (`Identity`): The hashes of its weights, and of whatever else decides how it behaves.
+        identity (`Identity`): The hashes of its weights and of all other files that affect its behaviour.
         role (`str`): `"cut"`, `"repaired"` or `"healed"` by the last stage in its history; `"model"` without one.
         lineage (`Lineage`, *optional*): Its history.
-        folder (`Path`, *optional*): Its folder, where it is a local one.
+        folder (`Path`, *optional*): Its folder, if it is local.
         revision (`str`, *optional*): The commit on the Hub.
-        bytes_on_disk (`int`): The size of its weight files; of an adapter, without those of its base.
+        bytes_on_disk (`int`): The size of its weight files; for an adapter, without its base.
     """
 
     source: str
@@ -68,13 +68,13 @@ class Subject:
         """Load the model.
 
         Args:
-            dtype (`str`, defaults to `"auto"`): The name of a type, or `"auto"` for the checkpoint's own; of a GGUF
-                file, that is bfloat16.
-            device (`str`, defaults to `"auto"`): A device of torch; `"auto"` is a GPU if there is one, and `"all"`
-                spreads the model over all there are.
+            dtype (`str`, defaults to `"auto"`): A torch data type, or `"auto"` for the checkpoint's own, which for a
+                GGUF file is bfloat16.
+            device (`str`, defaults to `"auto"`): A torch device; `"auto"` uses a GPU if there is one, and `"all"`
+                spreads the model over all GPUs.
 
         Returns:
-            `PreTrainedModel`: In evaluation mode, adapters merged.
+            `PreTrainedModel`: The model in evaluation mode, with adapters merged.
         """
         import torch
 
@@ -88,39 +88,39 @@ class Subject:
             kwargs["device_map"] = "auto" if device == "all" else {"": device}
         model = load_model(self.source, **kwargs)
         if dtype == "auto":
-            warn_if_slow(model, "--dtype float32 is faster, and needs twice the memory")
+            warn_if_slow(model, "--dtype float32 is faster but needs twice the memory")
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load its tokenizer.
+        """Load the tokenizer.
 
         Raises:
-            CheckpointError: It has none.
+            CheckpointError: There is none.
         """
         kwargs = {} if self.revision is None else {"revision": self.revision}
-        missing = f"{self.source} has no tokenizer that can be loaded; copy the tokenizer's files of its base into it"
+        missing = f"{self.source} has no tokenizer that can be loaded; copy the tokenizer files of its base into it"
         try:
             tokenizer = load_tokenizer(self.source, **kwargs)
         except CheckpointError as error:
             raise CheckpointError(missing) from error
-        if not len(tokenizer):  # what transformers may make of a config alone
+        if not len(tokenizer):  # transformers may make an empty one from a config alone
             raise CheckpointError(missing)
         return tokenizer
 
     def vocabulary(self) -> int | None:
-        """How many tokens the model knows, from its config alone; `None` where that does not say."""
+        """The vocabulary size in the config; `None` if it has none."""
         kwargs = {} if self.revision is None else {"revision": self.revision}
         adapter = find_adapter(self.source, **kwargs)
         source = self.source if adapter is None else adapter.base_model_name_or_path or ""
         try:
             config = load_config(source, **({} if adapter is not None else kwargs))
         except CheckpointError:
-            return None  # loading the model says what is wrong with it
+            return None  # loading the model will report the error
         return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def identify(source: str | Path, revision: str | None = None) -> Subject:
-    """Find out what a model is, by its files alone.
+    """Identify a model by its files, without loading it.
 
     Args:
         source (`str` or `Path`): A Hub id, a model folder, an adapter's folder, or a GGUF file.
@@ -130,7 +130,7 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
         `Subject`: The model.
 
     Raises:
-        CheckpointError: There is no such model, or it has no weights that can be hashed.
+        CheckpointError: The model does not exist, or has no weights that can be hashed.
     """
     if is_hub_id(source):
         return _on_hub(str(source), revision)
@@ -144,7 +144,7 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
             raise CheckpointError(f"{path} has no {ADAPTER_WEIGHTS}, and pickled weights are not read; save it again")
         _refresh_base(find_adapter(path))
     else:
-        resolve_base(path)  # says what is wrong with what is not a model
+        resolve_base(path)  # raises if it is not a model
     files = {path.name: path} if path.is_file() else model_files(path)
     sizes = [file.stat().st_size for name, file in files.items() if name.endswith(WEIGHTS)]
     if not sizes:
@@ -174,7 +174,7 @@ def _on_hub(repo: str, revision: str | None) -> Subject:
 
 
 def _refresh_base(adapter: PeftConfig | None) -> None:
-    """Have the Hub client find out which commit an adapter's base is at, so that its identity is what will be loaded."""
+    """Make the Hub client resolve the commit of an adapter's base, so that the identity is that of the loaded base."""
     name = adapter.base_model_name_or_path if adapter is not None else None
     if adapter is not None and name and is_hub_id(name):
         Repo.open(name, adapter.revision).get(CONFIG)
@@ -184,22 +184,22 @@ def _role(lineage: Lineage | None) -> str:
     if lineage is None or not lineage.entries:
         return "model"
     last = lineage.entries[-1]
-    if last.get("stage") == "prune" and last.get("repair"):  # repaired on the way
+    if last.get("stage") == "prune" and last.get("repair"):  # repaired while pruning
         return "repaired"
     return _ROLES.get(str(last.get("stage")), "model")
 
 
 def pick_device(name: str) -> str:
-    """The device that a name stands for.
+    """Resolve the name of a device.
 
     Args:
-        name (`str`): A device of torch, `"auto"` or `"all"`.
+        name (`str`): A torch device, `"auto"` or `"all"`.
 
     Returns:
-        `str`: A GPU for `"auto"`, if there is one.
+        `str`: The device; for `"auto"`, a GPU if there is one.
 
     Raises:
-        LayerPruneError: There is no such device.
+        LayerPruneError: This machine has no such device.
     """
     import torch
 
@@ -212,16 +212,18 @@ def pick_device(name: str) -> str:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise LayerPruneError(f"{name!r} is not a device; name cpu, cuda, cuda:1, mps, auto or all") from error
+        raise LayerPruneError(f"{name!r} is not a device; use cpu, cuda, cuda:1, mps, auto or all") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise LayerPruneError(f"this machine has {torch.cuda.device_count()} CUDA GPUs, so there is no {name}")
+        raise LayerPruneError(
+            f"this machine has {torch.cuda.device_count()} CUDA GPUs, so {name} does not exist; use auto or another device"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise LayerPruneError("this machine has no MPS device; name cpu")
+        raise LayerPruneError("this machine has no MPS device; use cpu")
     return name if device.type != "cuda" or device.index is not None else "cuda:0"
 
 
 def describe_device(model: PreTrainedModel) -> str:
-    """What a model runs on, for a record of it."""
+    """The device of a model, as recorded in `metrics.json`."""
     import torch
 
     if model.device.type != "cuda":
@@ -230,5 +232,5 @@ def describe_device(model: PreTrainedModel) -> str:
 
 
 def describe_dtype(model: PreTrainedModel) -> str:
-    """The type of a model's weights, for a record of it."""
+    """The data type of a model's weights, as recorded in `metrics.json`."""
     return str(model.dtype).removeprefix("torch.")

@@ -1,14 +1,14 @@
-r"""Which tasks are measured: the harness's own by name, and files in a folder, which become tasks of the harness.
+r"""The tasks of an evaluation: the harness's own by name, and files in a folder, which become tasks of the harness.
 
-    with task_set(["piqa", "mmlu"]) as tasks: ...              # names of lm-evaluation-harness; "paper" is eight of them
+    with task_set(["piqa", "mmlu"]) as tasks: ...              # tasks of lm-evaluation-harness; "paper" means eight of them
     with task_set(None, Path("my-tasks")) as tasks: ...        # every *.jsonl in the folder
 
 A line of a `.jsonl` file is one question: `{"query": "...", "choices": ["...", "..."], "gold": 0}`. The model scores
-`query + " " + choice`; where every query of a file begins with "Question: ", "\nAnswer:" follows the query. A YAML file
-of the same name may set the harness's `doc_to_text`, `target_delimiter`, `description` and `metadata`, and nothing
+`query + " " + choice`; if every query of a file begins with "Question: ", "\nAnswer:" is appended to the query. A YAML
+file of the same name may set the harness's `doc_to_text`, `target_delimiter`, `description` and `metadata`, and nothing
 else. The first three are Jinja templates, which run in Jinja's sandbox: a folder of tasks can't run code. A `.txt` file
-is a text, on which perplexity and distance are measured; named in `tasks`, it also becomes a task of the harness, which
-then gives its perplexity by words and bytes.
+is a text, on which perplexity and distance are measured; if it is named in `tasks`, it also becomes a task of the
+harness, which measures its per-word and per-byte perplexity.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
-# The eight of arXiv:2411.15558: zero-shot, no chat template.
+# The eight tasks of arXiv:2411.15558: zero-shot, without a chat template.
 PAPER = ("piqa", "hellaswag", "openbookqa", "arc_easy", "arc_challenge", "mmlu", "cmmlu", "winogrande")
 
 _SIDECAR_FIELDS = {"doc_to_text": str, "target_delimiter": str, "description": str, "metadata": dict}
@@ -51,7 +51,7 @@ class LocalTask:
         name (`str`): The file's name without `.jsonl`.
         path (`Path`): The file.
         rows (`list[dict]`): `query`, `choices` and `gold` of each question.
-        fields (`dict[str, Any]`): What the harness's YAML says of the prompt.
+        fields (`dict[str, Any]`): The fields of the harness's YAML that set the prompt.
     """
 
     name: str
@@ -67,7 +67,7 @@ class LocalText:
     Args:
         name (`str`): The file's name without `.txt`.
         path (`Path`): The file.
-        text (`str`): What it says.
+        text (`str`): Its content.
     """
 
     name: str
@@ -76,18 +76,18 @@ class LocalText:
 
     @property
     def sha256(self) -> str:
-        """Hash of its content."""
+        """The sha256 of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class TaskSet:
-    """Tasks that are ready to run: their data is there.
+    """Tasks that are ready to run, with their data loaded.
 
     Args:
         tasks (`dict[str, Task | Group]`): The harness's objects, by name.
-        datasets (`dict[str, str]`): Hub id of each one's data, or the sha256 of its file.
-        local (`frozenset[str]`): Those that are files.
+        datasets (`dict[str, str]`): The Hub id of each task's data, or the sha256 of its file.
+        local (`frozenset[str]`): The names of the tasks that are local files.
     """
 
     tasks: dict[str, Task | Group] = field(default_factory=dict)
@@ -97,18 +97,18 @@ class TaskSet:
 
 @contextmanager
 def task_set(names: Sequence[str] | None, folder: Path | None = None) -> Iterator[TaskSet]:
-    """Find and load tasks. Everything that is wrong with them is found here, before a model is loaded.
+    """Find and load tasks. Errors in them are reported here, before a model is loaded.
 
     Args:
         names (`Sequence[str]`, *optional*): Tasks, groups, tags or patterns of the harness, files of `folder` without
             their extension, or `"paper"`. By default every `.jsonl` file of `folder`.
-        folder (`Path`, *optional*): A folder with files of tasks.
+        folder (`Path`, *optional*): A folder with task files.
 
     Yields:
-        `TaskSet`: The tasks, which can be run while this lasts.
+        `TaskSet`: The tasks, which can be run inside the `with` block.
 
     Raises:
-        LayerPruneError: A task is unknown, its data can't be had, or a file is no task.
+        LayerPruneError: A task is unknown, its data is not available, or a file is not a valid task.
     """
     files = read_tasks(folder) if folder else {}
     wanted = list(names) if names is not None else [name for name, one in files.items() if isinstance(one, LocalTask)]
@@ -130,7 +130,7 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> Iterato
 
 
 def require_harness() -> None:
-    """Raise where lm-evaluation-harness is not installed, and keep it from running code that a template reaches for."""
+    """Check that lm-evaluation-harness is installed, and make it render templates in a sandbox."""
     if importlib.util.find_spec("lm_eval") is None:
         raise LayerPruneError('tasks need lm-evaluation-harness: pip install "hf-layerprune[eval]"')
     import lm_eval.utils
@@ -140,14 +140,14 @@ def require_harness() -> None:
 
 
 def sandbox() -> SandboxedEnvironment:
-    """Jinja as the harness sets it up, but with Python's own objects out of reach."""
+    """A Jinja environment with the harness's settings, in which templates can't reach Python objects."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
 
-# --- the harness's own ----------------------------------------------------------------------------------
+# --- tasks of the harness ----------------------------------------------------------------------------------
 
 
 def _load_named(names: Sequence[str], files: Sequence[str], folder: Path | None) -> dict[str, Task | Group]:
@@ -155,19 +155,19 @@ def _load_named(names: Sequence[str], files: Sequence[str], folder: Path | None)
         return {}
     manager = _all_tasks()
     known = dict.fromkeys(manager.all_tasks)
-    found: dict[str, Task | Group] = {}
+    loaded: dict[str, Task | Group] = {}
     for name in names:
         matches = [name] if name in known else manager.match_tasks([name])
         if not matches:
             raise LayerPruneError(_unknown(name, [*files, *known], folder))
         for match in matches:
-            found |= _load(manager, match)
-    return found
+            loaded |= _load(manager, match)
+    return loaded
 
 
 @cache
 def _all_tasks() -> TaskManager:
-    """The harness's index of its tasks, which takes seconds to make."""
+    """The harness's index of its tasks, which takes seconds to build."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -175,7 +175,9 @@ def _all_tasks() -> TaskManager:
 
 def _unknown(name: str, known: Sequence[str], folder: Path | None) -> str:
     near = difflib.get_close_matches(name, ["paper", *known], n=3, cutoff=0.5)
-    where = f"neither a task of lm-evaluation-harness nor a file in {folder}" if folder else "no task of the harness"
+    where = (
+        f"neither a task of lm-evaluation-harness nor a file in {folder}" if folder else "not a task of the harness"
+    )
     return f"{name!r} is {where}; " + (f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists all")
 
 
@@ -199,61 +201,61 @@ def read_tasks(folder: Path) -> dict[str, LocalTask | LocalText]:
     """Read all tasks and texts of a folder.
 
     Args:
-        folder (`Path`): Where the files are.
+        folder (`Path`): The folder.
 
     Returns:
-        `dict[str, LocalTask | LocalText]`: By name, in alphabetical order.
+        `dict[str, LocalTask | LocalText]`: The tasks and texts by name, in alphabetical order.
 
     Raises:
-        LayerPruneError: There are none, or one is damaged; the message names the line.
+        LayerPruneError: The folder has none, or one is invalid; the message names the line.
     """
     if not folder.is_dir():
         raise LayerPruneError(f"{folder} is not a folder; name one with .jsonl files (tasks) or .txt files (texts)")
-    found: dict[str, LocalTask | LocalText] = {}
+    files: dict[str, LocalTask | LocalText] = {}
     for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.txt")]):
-        if path.stem in found:
-            raise LayerPruneError(f"{path} and {found[path.stem].path} have the same name; rename one")
-        found[path.stem] = read_task(path) if path.suffix == ".jsonl" else read_text(path)
-    if not found:
-        raise LayerPruneError(f"{folder} has no .jsonl file (a task) and no .txt file (a text)")
-    return found
+        if path.stem in files:
+            raise LayerPruneError(f"{path} and {files[path.stem].path} have the same name; rename one")
+        files[path.stem] = read_task(path) if path.suffix == ".jsonl" else read_text(path)
+    if not files:
+        raise LayerPruneError(f"{folder} has no .jsonl file (a task) and no .txt file (a text); name another folder")
+    return files
 
 
 def read_task(path: Path) -> LocalTask:
-    """Read one file of questions.
+    """Read a file of questions.
 
     Args:
         path (`Path`): A `.jsonl` file.
 
     Returns:
-        `LocalTask`: Its questions.
+        `LocalTask`: The task.
 
     Raises:
-        LayerPruneError: A line is no question.
+        LayerPruneError: A line is not a valid question.
     """
     rows = []
     for number, line in enumerate(read_text_file(path).split("\n"), 1):
         if not line.strip():
             continue
         row = parse_json(line, f"{path}, line {number}")
-        if (wrong := _wrong_with(row)) is not None:
-            raise LayerPruneError(f"{path}, line {number}: {wrong}")
+        if (problem := _problem_of(row)) is not None:
+            raise LayerPruneError(f"{path}, line {number}: {problem}")
         rows.append({name: row[name] for name in ("query", "choices", "gold")})
     if not rows:
         raise LayerPruneError(f"{path} has no questions; put one on each line")
     return LocalTask(path.stem, path, rows, _prompt(path, rows))
 
 
-def _wrong_with(row: Any) -> str | None:
+def _problem_of(row: Any) -> str | None:
     if not isinstance(row, dict) or not {"query", "choices", "gold"} <= row.keys():
         return 'a question is {"query": "...", "choices": ["...", "..."], "gold": 0}'
     query, choices, gold = row["query"], row["choices"], row["gold"]
     if not isinstance(query, str) or not query.strip():
-        return f"query is {query!r}, and must be a text that is not empty"
+        return f"query is {query!r}, but must be a non-empty text"
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        return "choices must be two texts or more, none of them empty"
+        return "choices must be at least two texts, none of them empty"
     if isinstance(gold, bool) or not isinstance(gold, int):
-        return f"gold is {gold!r}, and must be the number of the right choice, counted from 0"
+        return f"gold is {gold!r}, but must be the index of the right choice, counted from 0"
     if not 0 <= gold < len(choices):
         return f"gold is {gold}, but the choices are 0..{len(choices) - 1}"
     return None
@@ -269,10 +271,12 @@ def _prompt(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     for name, value in fields.items():
         if name not in _SIDECAR_FIELDS:
             raise LayerPruneError(
-                f"{sidecar} has a field {name!r}, and only {', '.join(_SIDECAR_FIELDS)} can be set for a local task"
+                f"{sidecar} has a field {name!r}, but only {', '.join(_SIDECAR_FIELDS)} can be set for a local task"
             )
         if not isinstance(value, _SIDECAR_FIELDS[name]):
-            raise LayerPruneError(f"{sidecar}: {name} is a {type(value).__name__}; it must be text (metadata: fields)")
+            raise LayerPruneError(
+                f"{sidecar}: {name} is a {type(value).__name__}, but must be text (metadata: a mapping)"
+            )
         if isinstance(value, str) and value not in rows[0]:
             with boundary(f"{sidecar}: the template {name} can't be used", kind=LayerPruneError):
                 sandbox().from_string(value).render(**rows[0])
@@ -280,7 +284,7 @@ def _prompt(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> LocalText:
-    """Read one file with a text.
+    """Read a text file.
 
     Args:
         path (`Path`): A `.txt` file.
@@ -289,20 +293,20 @@ def read_text(path: Path) -> LocalText:
         `LocalText`: The text.
 
     Raises:
-        LayerPruneError: It is empty, or no UTF-8.
+        LayerPruneError: It is empty, or not UTF-8.
     """
     text = read_text_file(path)
     if not text.strip():
-        raise LayerPruneError(f"{path} is empty; a text is needed to measure perplexity on")
+        raise LayerPruneError(f"{path} is empty; put a text into it to measure perplexity on")
     return LocalText(path.stem, path, text)
 
 
 def write_task(task: LocalTask | LocalText, folder: Path) -> Path:
-    """Write a file as a task of the harness: its rows, and a YAML file that names them.
+    """Write a local task or text as a task of the harness: its rows, and a YAML file that refers to them.
 
     Args:
         task (`LocalTask` or `LocalText`): The task.
-        folder (`Path`): Where to write. `lm_eval run --include_path FOLDER --tasks NAME` runs it from there.
+        folder (`Path`): The folder to write to, from which `lm_eval run --include_path FOLDER --tasks NAME` runs it.
 
     Returns:
         `Path`: The YAML file.
@@ -315,7 +319,7 @@ def write_task(task: LocalTask | LocalText, folder: Path) -> Path:
     config: dict[str, Any] = {
         "task": task.name,
         "dataset_path": "json",
-        # The cache beside the files goes when they go.
+        # The cache is deleted together with the files.
         "dataset_kwargs": {"data_files": {"test": str(data.resolve())}, "cache_dir": str(folder.resolve() / "cache")},
         "test_split": "test",
         "metadata": {"version": _VERSION},
@@ -342,12 +346,12 @@ def _load_files(names: Sequence[str], folder: Path) -> dict[str, Task | Group]:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    shown = datasets.are_progress_bars_disabled()
+    bars_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         return {name: one for wanted in names for name, one in _load(manager, wanted).items()}
     finally:
-        if not shown:
+        if not bars_disabled:
             datasets.enable_progress_bars()
 
 

@@ -1,4 +1,4 @@
-"""Texts as windows of tokens, for perplexity and distance."""
+"""Texts, and how they are cut into windows of tokens, for perplexity and distance."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-# A text that papers on pruning measure on, as it is published: the rows of the test split, an empty line between them.
+# A text that papers on pruning commonly use: the rows of the test split, separated by empty lines.
 WIKITEXT2 = "wikitext2"
 _WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
-# So much of a text is looked at to tell whether two tokenizers are the same.
+# The number of characters on which two tokenizers are compared.
 _SAMPLE = 20_000
 
 
@@ -25,9 +25,9 @@ class Text:
     """A text to measure on.
 
     Args:
-        name (`str`): What to call it.
-        text (`str`): What it says.
-        dataset (`str`): Hub id of where it comes from, or the sha256 of its content.
+        name (`str`): Its name.
+        text (`str`): Its content.
+        dataset (`str`): The Hub id of its data set, or the sha256 of its content.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Text:
 
     @classmethod
     def of(cls, one: LocalText) -> Text:
-        """A text from a file."""
+        """Build a text from a file."""
         return cls(one.name, one.text, one.sha256)
 
 
 def find_text(name: str) -> Text:
-    """Find a text by name.
+    """Find a text by its name.
 
     Args:
         name (`str`): A file, or `"wikitext2"`.
@@ -50,7 +50,7 @@ def find_text(name: str) -> Text:
         `Text`: The text.
 
     Raises:
-        LayerPruneError: There is no such text, or it can't be fetched.
+        LayerPruneError: There is no such text, or it can't be downloaded.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -65,37 +65,39 @@ def _wikitext2() -> str:
         from datasets import load_dataset
     except ImportError as error:
         raise LayerPruneError(
-            f'{WIKITEXT2} is fetched with datasets: pip install "hf-layerprune[eval]"; or name a file with --text'
+            f'{WIKITEXT2} needs datasets to download: pip install "hf-layerprune[eval]"; or name a file with --text'
         ) from error
     repo, config, split = _WIKITEXT2
     try:
         rows = load_dataset(repo, config, split=split, trust_remote_code=False)
     except Exception as error:  # whatever the Hub, its client and `datasets` raise
-        raise LayerPruneError(f"{WIKITEXT2} can't be had ({cause_of(error)}); name a file with --text") from error
+        raise LayerPruneError(
+            f"{WIKITEXT2} can't be downloaded ({cause_of(error)}); name a file with --text"
+        ) from error
     return "\n\n".join(rows["text"])
 
 
 def tokenise(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """All tokens `[tokens]` of a text, without special tokens."""
-    # A text is longer than any model's context on purpose, of which the tokenizer would warn.
+    # Texts are longer than a model's context on purpose; `verbose=False` suppresses the warning.
     return tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
 
 
 def windows(
     text: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None = None
 ) -> tuple[torch.Tensor, bool]:
-    """Cut a text into windows that follow each other.
+    """Cut a text into consecutive windows of tokens.
 
     Args:
         text (`str`): The text.
-        tokenizer (`PreTrainedTokenizerBase`): Where it begins texts with a token of its own, every window does, since a
-            model that was trained so predicts badly without.
-        length (`int`): Tokens in a window.
-        most (`int`, *optional*): So many windows at most, from the start.
+        tokenizer (`PreTrainedTokenizerBase`): If it begins texts with a special token, every window begins with it too,
+            because a model that was trained with it predicts badly without.
+        length (`int`): Tokens per window.
+        most (`int`, *optional*): The most windows to return, from the start of the text; by default all.
 
     Returns:
-        `tuple[torch.Tensor, bool]`: Token ids `[windows, length]`, and whether each begins with a token of the
-            tokenizer's own. What is left over at the end of the text is not used.
+        `tuple[torch.Tensor, bool]`: Token ids `[windows, length]`, and whether each window begins with a special token.
+            An incomplete window at the end is dropped.
 
     Raises:
         LayerPruneError: The text is too short for one window.
@@ -106,13 +108,13 @@ def windows(
     own = length - (begin is not None)
     if own < 2:
         raise LayerPruneError(f"a window of {length} tokens is too short; give --length 2 or more")
-    if most is not None:  # no character is more than a few tokens, and few tokens are long: a start is enough
+    if most is not None:  # tokens average far fewer than 64 characters, so this part is enough
         text = text[: most * length * 64]
     ids = tokenise(text, tokenizer)
     count = len(ids) // own
     if not count:
         raise LayerPruneError(
-            f"the text has {len(ids)} tokens, and one window has {length}; name a longer text, or give --length {len(ids)}"
+            f"the text has {len(ids)} tokens, but a window has {length}; name a longer text, or give --length {len(ids)}"
         )
     rows = ids[: count * own].view(count, own)[:most]
     if begin is not None:
@@ -121,14 +123,14 @@ def windows(
 
 
 def begins_with(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that a tokenizer puts before every text, or `None`."""
+    """The special token that a tokenizer puts before every text; `None` if there is none."""
     with_it = tokenizer("a").input_ids
     without = tokenizer("a", add_special_tokens=False).input_ids
     return with_it[0] if len(with_it) > len(without) and with_it[0] != without[0] else None
 
 
 def check_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, text: str) -> None:
-    """Refuse to compare models that read a text as other tokens.
+    """Refuse to compare models whose tokenizers differ on a text.
 
     Args:
         ours (`PreTrainedTokenizerBase`): The model's tokenizer.
@@ -136,27 +138,28 @@ def check_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizer
         text (`str`): The text that both will read.
 
     Raises:
-        LayerPruneError: They differ on it.
+        LayerPruneError: They tokenise it differently.
     """
     sample = text[:_SAMPLE]
     if ours(sample, verbose=False).input_ids != theirs(sample, verbose=False).input_ids:
         raise LayerPruneError(
-            "the tokenizers of the model and of its base read the text as other tokens, so the models can't be compared "
+            "the tokenizers of the model and its base split the text into different tokens, so the models can't be compared "
             "token by token; name the base that the model was made from"
         )
 
 
 def check_fits(rows: torch.Tensor, vocabulary: int) -> None:
-    """Refuse tokens that a model does not have.
+    """Refuse token ids outside a model's vocabulary.
 
     Args:
         rows (`torch.Tensor`): Token ids.
-        vocabulary (`int`): How many the model has.
+        vocabulary (`int`): The size of the model's vocabulary.
 
     Raises:
-        LayerPruneError: There are others.
+        LayerPruneError: A token id is too large.
     """
     if (highest := int(rows.max())) >= vocabulary:
         raise LayerPruneError(
-            f"the tokenizer makes token {highest}, and the model knows {vocabulary}; its tokenizer is another model's"
+            f"the tokenizer produces token {highest}, but the model has a vocabulary of {vocabulary}; use the model's own "
+            "tokenizer"
         )

@@ -1,7 +1,7 @@
-"""The page "About this model": the records of the model's repository, as HTML.
+"""The page "About this model": the records in the model's repository, as HTML.
 
-The records are the files that its card is made of: `lineage.json` (where the weights come from and what was done to
-them), `metrics.json` (what was measured) and the metadata of `README.md`. The numbers are written as there.
+The records are the files that its card is made from: `lineage.json` (where the weights come from and how they were
+changed), `metrics.json` (what was measured) and the metadata of `README.md`. Numbers are formatted as on the card.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from huggingface_hub.repocard import metadata_load
 from measured import table
 from transformers.utils.hub import cached_file
 
-COLUMNS = 16  # the most cells in a row of the layer map: readable on a phone
-# Settings that say nothing.
+COLUMNS = 16  # the most cells in a row of the layer map, to stay readable on a phone
+# Default settings that are not shown.
 USUAL = (("dtype", "auto"), ("form", "model"))
 
 
 @dataclass
 class Records:
-    """What a repository says about its model; each part is empty where the repository has no such file."""
+    """The records of a model; each part is empty if the repository has no such file."""
 
     model: str
     lineage: dict[str, Any] = field(default_factory=dict)
@@ -47,34 +47,34 @@ class Records:
 
     @property
     def base(self) -> str | None:
-        """What the model was cut from, as its maker named it."""
+        """The model's base, as its maker named it."""
         named, base = self.card.get("base_model"), self.lineage.get("base", {})
         named = named[0] if isinstance(named, list) and named else named
         return named or base.get("hub_id") or base.get("id")
 
     def layers(self) -> tuple[int, list[int]] | None:
-        """How many layers the base has, and which of them are left, as indices in the base."""
+        """The number of layers in the base, and the indices of those that remain."""
         cuts = [entry for entry in self.lineage.get("entries", []) if entry["stage"] == "prune"]
         if not cuts:
             return None
         total = cuts[0]["layers"]["base"]
         left = list(range(total))
-        for cut in cuts:  # each one counts the layers that it found
+        for cut in cuts:  # each cut counts the layers that were left before it
             gone = set(cut["settings"]["drop_layers"])
             left = [layer for position, layer in enumerate(left) if position not in gone]
         return total, left
 
 
 def page(records: Records) -> str:
-    """All there is to know about a model."""
+    """The whole page as HTML."""
     parts = [layer_map(records), measured(records.metrics), history(records.lineage), sources(records)]
     return f'<div class="about">{"".join(parts)}</div>'
 
 
 def layer_map(records: Records) -> str:
-    """The base's layers, those that are gone drawn as holes."""
+    """A map of the base's layers, with the dropped ones drawn as holes."""
     if (layers := records.layers()) is None:
-        return "<p>This repository has no <code>lineage.json</code>, so what was dropped is not on record.</p>"
+        return "<p>This repository has no <code>lineage.json</code>, so the dropped layers are unknown.</p>"
     total, left = layers
     gone = sorted(set(range(total)) - set(left))
     size, gap = 24, 4
@@ -90,7 +90,7 @@ def layer_map(records: Records) -> str:
             f'<text x="{x + size / 2}" y="{y + size / 2}">{layer}</text></g>'
         )
     width, height = columns * (size + gap) - gap + 2, rows * (size + gap) - gap + 2
-    words = f"{len(left)} of {total} layers left; dropped: {ranges(gone)}"
+    words = f"{len(left)} of {total} layers remain; dropped: {ranges(gone)}"
     return (
         f"<h2>{len(left)} of {total} layers</h2>"
         f'<svg class="layers" viewBox="0 0 {width} {height}" style="max-width:{width * 1.25:.0f}px" role="img" '
@@ -100,7 +100,7 @@ def layer_map(records: Records) -> str:
 
 
 def at_a_glance(records: Records) -> str:
-    """What an empty page shows; nothing where no layers are on record."""
+    """A small layer map for an empty chat; empty if the layers are unknown."""
     if (layers := records.layers()) is None:
         return ""
     total, left = layers
@@ -110,15 +110,15 @@ def at_a_glance(records: Records) -> str:
     rows = -(-total // COLUMNS)
     columns = -(-total // rows)
     cells = [f'<span class="{"kept" if layer in left else "gone"}"></span>' for layer in range(total)]
-    # No SVG, from which a chatbot takes the attributes that scale it.
+    # Not an SVG: Gradio's chatbot removes the attributes that scale it.
     stack = "".join(f"<div>{''.join(cells[row * columns : (row + 1) * columns])}</div>" for row in range(rows))
     return f'<div class="glance">{stack}<p>{base} without {word} {ranges(gone)}</p></div>'
 
 
 def measured(metrics: dict[str, Any]) -> str:
-    """One table of all results, a column for each model that was measured."""
+    """A table of all results, with a column for each measured model."""
     if not metrics.get("results"):
-        return "<h2>Measured</h2><p>Nothing was measured yet.</p>"
+        return "<h2>Measured</h2><p>Nothing has been measured yet.</p>"
     try:
         return f"<h2>Measured</h2>{table(metrics)}"
     except (KeyError, TypeError, ValueError, AttributeError):  # it doesn't follow its schema
@@ -126,7 +126,7 @@ def measured(metrics: dict[str, Any]) -> str:
 
 
 def history(lineage: dict[str, Any]) -> str:
-    """What was done, stage by stage."""
+    """The stages in which the model was made."""
     if not lineage.get("entries"):
         return ""
     items = []
@@ -145,7 +145,7 @@ def history(lineage: dict[str, Any]) -> str:
 
 
 def sources(records: Records) -> str:
-    """The licence, and where to read on."""
+    """The licence, and links to the model and its base."""
     base, licence = records.base, records.card.get("license_name") or records.card.get("license")
     lines = [f"Model card: {link(records.model)}"]
     if base:
@@ -156,7 +156,7 @@ def sources(records: Records) -> str:
 
 
 def link(model: str) -> str:
-    """A model's name, leading to its page where it has one."""
+    """A model's name, linked to its page if it is on the Hub."""
     name = escape(model)
     if model.count("/") != 1 or model.startswith((".", "~", "/")):
         return name
@@ -164,7 +164,7 @@ def link(model: str) -> str:
 
 
 def ranges(layers: list[int]) -> str:
-    """Layers in words: 20-26, 29."""
+    """Layers as ranges, such as `20-26, 29`."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
@@ -175,7 +175,7 @@ def ranges(layers: list[int]) -> str:
 
 
 def bytes_(count: float) -> str:
-    """A number of bytes in words."""
+    """A number of bytes with a unit."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

@@ -1,7 +1,7 @@
-"""Let models answer: streamed, seeded, measured, and stopped as soon as nobody listens.
+"""Generates answers: streamed, seeded, timed, and stopped as soon as nobody is listening.
 
-Models that answer at the same time take turns, token by token, and the clock of each one runs in its own turns only.
-So a speed is that of the model alone, and no answer slows down another one's figure.
+Models that answer at the same time take turns, token by token, and each one is timed only during its own turns. So the
+speed is that of the model alone, and is not affected by other answers.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from transformers import (
 if TYPE_CHECKING:
     from weights import Models
 
-TICK = 0.05  # seconds between two looks at a growing answer
+TICK = 0.05  # seconds between two updates of an answer
 
 
 class Stopped(Exception):
-    """Raised inside a model whose answer nobody waits for any more."""
+    """Raised inside a model when nobody is waiting for its answer."""
 
 
 class Side:
     """A model that answers.
 
     Args:
-        name (`str`): How its maker named it.
+        name (`str`): Its Hub id, folder or file.
         model ([`~transformers.PreTrainedModel`]): The model.
     """
 
@@ -56,7 +56,7 @@ class Side:
 
 
 class Turns:
-    """A lock that goes to the thread that has waited longest."""
+    """A fair lock: it goes to the thread that has waited longest."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -80,11 +80,11 @@ class Turns:
 
 
 TURNS = Turns()
-_here = threading.local()  # the answer that a thread is busy with
+_here = threading.local()  # the answer that a thread is generating
 
 
 def _stop_if_left(*_: Any) -> None:
-    """Before each layer: a long prompt is left as soon as the next word of an answer is."""
+    """Runs before each layer, so that even the prefill of a long prompt stops at once."""
     answer = getattr(_here, "answer", None)
     if answer is not None and answer.stop.is_set():
         raise Stopped
@@ -93,12 +93,12 @@ def _stop_if_left(*_: Any) -> None:
 class Draw(LogitsProcessor):
     """Draws the next token, so that the highest score is the token drawn (the Gumbel-max trick).
 
-    `generate` takes no generator, and the global one is shared by all threads. With a generator of its own, an answer
-    depends on its seed and on nothing that goes on beside it.
+    `generate` takes no generator, and all threads share the global one. With its own generator, an answer depends only
+    on its seed, and not on other answers.
 
     Args:
-        seed (`int`): Of the generator.
-        device (`torch.device`): Where the scores are.
+        seed (`int`): The generator's seed.
+        device (`torch.device`): The device of the scores.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -111,11 +111,11 @@ class Draw(LogitsProcessor):
 
 
 class Answer(TextStreamer):
-    """One answer in the making: its text so far, and what it took.
+    """An answer that is being generated: its text so far, and its figures.
 
     Args:
-        side (`Side`): Who answers.
-        source (`Source`): Where the tokenizer is.
+        side (`Side`): The model that answers.
+        source (`Source`): The source of the tokenizer.
         ids (`list[int]`): The prompt.
         settings (`dict`): `temperature`, `top_p`, `max_tokens`, `seed`.
     """
@@ -129,7 +129,7 @@ class Answer(TextStreamer):
         self.thread = threading.Thread(target=self._run, name="answer", daemon=True)
 
     def put(self, value: torch.Tensor) -> None:
-        """Take in the next token, and let the others have a turn."""
+        """Receive the next token, and let other answers have a turn."""
         self.seconds += time.perf_counter() - self._began
         if not self.next_tokens_are_prompt:
             self.tokens += value.numel()
@@ -140,11 +140,11 @@ class Answer(TextStreamer):
         self._began = time.perf_counter()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Take in the next words."""
+        """Receive the next words."""
         self.text += text
 
     def state(self) -> dict[str, Any]:
-        """The answer and its figures, as they are now."""
+        """The answer so far, and its figures."""
         decoding = self.seconds - self.first
         return {
             "text": self.text,
@@ -180,7 +180,7 @@ class Answer(TextStreamer):
             self.cache_bytes = _cache_bytes(made.past_key_values)
         except Stopped:
             pass
-        except Exception as error:  # the thread has nobody else to tell
+        except Exception as error:  # raised by the thread that waits for the answer
             self.error = error
         finally:
             TURNS.leave()
@@ -202,9 +202,9 @@ def _cache_bytes(cache: Any) -> int:
 
 
 def answer(models: Models, roles: list[str], ids: list[int], settings: dict[str, Any]) -> Iterator[list[dict]]:
-    """Let one or both models answer, and look at the answers while they grow.
+    """Let one or both models answer, and yield the answers while they grow.
 
-    When the caller stops listening, so do the models, within a layer.
+    When the caller stops listening, the models stop within one layer.
 
     Args:
         models (`Models`): The models.

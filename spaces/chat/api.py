@@ -1,19 +1,19 @@
-"""What a program can ask, through `gradio_client` or as tools over MCP.
+"""The functions that programs can call, through `gradio_client` or as tools over MCP.
 
-Gradio makes the documentation of both from the names, signatures and docstrings here. Where it says `-> str`, one is
-what each piece of a stream is.
+Gradio documents both from the names, signatures and docstrings here. A return type such as `-> str` is the type of each
+streamed piece.
 """
 
 from typing import Any
 
 import chat as talk
 
-# No `from __future__ import annotations`: Gradio reads the types as they are.
+# No `from __future__ import annotations`: Gradio needs the types themselves.
 
 
 def chat(
     message: str,
-    history: list[dict[str, str]] = [],  # noqa: B006 (Gradio reads the default, and nobody writes to it)
+    history: list[dict[str, str]] = [],  # noqa: B006 (Gradio reads the default, which is never changed)
     system_prompt: str = "",
     temperature: float = 0.6,
     top_p: float = 0.9,
@@ -25,12 +25,12 @@ def chat(
 
     Args:
         message: The question.
-        history: What was said before: messages with "role" and "content". The oldest are left out where they don't fit.
+        history: Earlier messages with "role" and "content". The oldest are left out if they don't fit.
         system_prompt: How the model should behave.
-        temperature: 0 for the likeliest word at each step; up to 2.
-        top_p: Draw from the likeliest words that make up this share.
-        max_tokens: The most tokens of the answer.
-        seed: The same seed gives the same answer; -1 draws one.
+        temperature: 0 for the most likely token at each step; up to 2.
+        top_p: Sample from the most likely tokens whose probabilities add up to this.
+        max_tokens: Maximum number of new tokens.
+        seed: The same seed gives the same answer; -1 for a random one.
     """
     talk.check(message, system_prompt)
     settings = talk.settings_of(temperature, top_p, max_tokens, seed)
@@ -57,10 +57,10 @@ def compare(
     Args:
         prompt: The question.
         system_prompt: How the models should behave.
-        temperature: 0 for the likeliest word at each step; up to 2.
-        top_p: Draw from the likeliest words that make up this share.
-        max_tokens: The most tokens of an answer.
-        seed: The same seed gives the same answers; -1 draws one.
+        temperature: 0 for the most likely token at each step; up to 2.
+        top_p: Sample from the most likely tokens whose probabilities add up to this.
+        max_tokens: Maximum number of new tokens for each answer.
+        seed: The same seed gives the same answers; -1 for a random one.
 
     Returns:
         For "pruned" and "dense": the text, its figures, and the bytes of weights and cache in memory.

@@ -2,7 +2,7 @@
 
     MODEL_ID=me/pruned BASE_ID=me/dense python app.py
 
-Runs on a processor, on one GPU and on ZeroGPU. `MODEL_ID` is a Hub id or a folder, by default the first of `models` in
+Runs on a CPU, on one GPU and on ZeroGPU. `MODEL_ID` is a Hub id or a folder, by default the first of `models` in
 README.md. `BASE_ID`, by default the second, is the dense model to compare with. A private model needs `HF_TOKEN`.
 """
 
@@ -29,14 +29,14 @@ HERE = Path(__file__).parent
 
 
 def prepare(model: str, base: str | None = None) -> gr.Blocks:
-    """Make the page of a model, and have its weights loaded meanwhile.
+    """Build the page of a model, and load its weights in the background.
 
     Args:
         model (`str`): A Hub id, a folder or a `.gguf` file; a model or an adapter.
         base (`str`, *optional*): The dense model to compare with.
 
     Returns:
-        `gr.Blocks`: The page, or one that says why there is no model.
+        `gr.Blocks`: The page, or one with the reason why the model can't be loaded.
     """
     try:
         if not model:
@@ -45,7 +45,7 @@ def prepare(model: str, base: str | None = None) -> gr.Blocks:
         made = page(chat.models.source)
     except CannotLoad as error:
         return failure(model, str(error))
-    if ZERO_GPU:  # where weights are handed over to the GPU when the page starts
+    if ZERO_GPU:  # ZeroGPU hands the weights to the GPU when the page starts
         chat.models.load()
     else:
         threading.Thread(target=chat.models.load, daemon=True).start()
@@ -53,7 +53,7 @@ def prepare(model: str, base: str | None = None) -> gr.Blocks:
 
 
 def launch(made: gr.Blocks, **settings: Any) -> Any:
-    """Serve a page, and its tools over MCP."""
+    """Serve the page, and its tools over MCP."""
     font, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="indigo", neutral_hue="zinc", font=font, font_mono=mono, radius_size="lg")
     theme.set(
@@ -67,6 +67,6 @@ def launch(made: gr.Blocks, **settings: Any) -> Any:
 
 
 if __name__ == "__main__":
-    # The front matter names the model first, and then its base.
+    # The front matter names the model, then its base.
     names = [*(metadata_load(HERE / "README.md") or {}).get("models", []), "", ""]
     launch(prepare(os.environ.get("MODEL_ID") or names[0], os.environ.get("BASE_ID") or names[1]))

@@ -1,4 +1,4 @@
-"""What the page and the API have in common, and the page's answers: from a conversation to a streamed answer with its figures."""
+"""Streams answers with their figures, for the page and the API."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
-try:  # ZeroGPU lends a GPU for the time of a call
+try:  # ZeroGPU assigns a GPU for the duration of a call
     from spaces import GPU
 except ImportError:
 
@@ -21,15 +21,15 @@ from about import bytes_
 from source import Message, TooLong
 from weights import Models
 
-MAX_CHARACTERS = 40_000  # of a prompt; what fits in the model is counted in tokens, later
+MAX_CHARACTERS = 40_000  # of a prompt; later, its tokens are counted
 MAX_TOKENS = 1024  # of an answer
 
-models: Models | None = None  # set once, at the start: ZeroGPU wants it to be a module's own
+models: Models | None = None  # set once at the start; ZeroGPU needs a module variable
 
 
 @GPU
 def run(roles: list[str], ids: list[int], settings: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
-    """What needs the GPU, and nothing else."""
+    """The part that needs the GPU."""
     yield from answers.answer(models, roles, ids, settings)
 
 
@@ -37,18 +37,18 @@ def run(roles: list[str], ids: list[int], settings: dict[str, Any]) -> Iterator[
 
 
 def reply(talk: list[dict], system: str, *numbers: float | None) -> Iterator[tuple[list[dict], str]]:
-    """Answer the last message of a conversation: the conversation with the answer so far, and its figures."""
+    """Answer the last message; yields the conversation with the answer so far, and its figures."""
     check(system, text_of(talk[-1]))
     settings = settings_of(*numbers)
     for [state], note in converse(talk, system, settings, ["pruned"]):
         answer = [{"role": "assistant", "content": state["text"]}] if state["text"] else []
         yield [*talk, *answer], small(figures(state), f"seed {settings['seed']}", note)
     if not state["text"]:
-        raise gr.Error("The model ended its answer at once. Try another seed.", print_exception=False)
+        raise gr.Error("The model returned an empty answer. Try another seed.", print_exception=False)
 
 
 def complete(text: str, *numbers: float | None) -> Iterator[tuple[str, str]]:
-    """Go on with a text: the text so far, and its figures."""
+    """Continue a text; yields the text so far, and its figures."""
     check(text)
     settings = settings_of(*numbers)
     for [state], _ in go_on(text, settings, ["pruned"]):
@@ -56,7 +56,7 @@ def complete(text: str, *numbers: float | None) -> Iterator[tuple[str, str]]:
 
 
 def compare(prompt: str, system: str, *numbers: float | None) -> Iterator[tuple]:
-    """Let both models answer one prompt: conversation and figures of each, and a line on both."""
+    """Let both models answer a prompt; yields the conversation and figures of each, and a line about both."""
     settings = settings_of(*numbers)
     for states, note in both(prompt, system, settings):
         sides: list[Any] = []
@@ -70,7 +70,7 @@ def compare(prompt: str, system: str, *numbers: float | None) -> Iterator[tuple]
 
 
 def check(*texts: str | None) -> None:
-    """Refuse what comes too early or is too long to look at.
+    """Refuse a prompt while the weights are loading, or one that is far too long.
 
     Raises:
         gr.Error: With a message for the user.
@@ -79,13 +79,13 @@ def check(*texts: str | None) -> None:
         raise gr.Error(models.error or "The weights are still loading: try again in a moment.", print_exception=False)
     if (length := sum(len(text or "") for text in texts)) > MAX_CHARACTERS:
         raise gr.Error(
-            f"This prompt has {length:,} characters, and {MAX_CHARACTERS:,} are the limit. Shorten it.",
+            f"This prompt has {length:,} characters, but the limit is {MAX_CHARACTERS:,}. Shorten it.",
             print_exception=False,
         )
 
 
 def settings_of(temperature: float, top_p: float, max_tokens: int, seed: float | None) -> dict[str, Any]:
-    """The settings of an answer, each one brought within its limits. Without a seed, one is drawn."""
+    """The settings of an answer, clamped to their limits; without a seed, with a random one."""
     return {
         "temperature": min(max(float(temperature), 0.0), 2.0),
         "top_p": min(max(float(top_p), 0.01), 1.0),
@@ -95,22 +95,22 @@ def settings_of(temperature: float, top_p: float, max_tokens: int, seed: float |
 
 
 def most_tokens() -> int:
-    """The most tokens that an answer may have: no more than half of what the model reads."""
+    """The maximum length of an answer in tokens: at most half of the context."""
     return min(MAX_TOKENS, models.source.context // 2)
 
 
 def text_of(message: dict[str, Any]) -> str:
-    """The text of a message, whose content Gradio sends in parts."""
+    """The text of a message, whose content Gradio may split into parts."""
     content = message["content"]
     parts = content if isinstance(content, list) else [content]
     return "\n".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
 
 
 def plain(talk: list[dict[str, Any]]) -> list[Message]:
-    """A conversation as chat templates want it: text for content, and the roles in turn."""
+    """A conversation in the form that chat templates need: text contents and alternating roles."""
     turns: list[Message] = []
     for message in talk:
-        if turns and turns[-1]["role"] == message["role"]:  # an answer that was stopped before its first word
+        if turns and turns[-1]["role"] == message["role"]:  # the answer in between was stopped before its first word
             turns[-1]["content"] += f"\n\n{text_of(message)}"
         else:
             turns.append({"role": message["role"], "content": text_of(message)})
@@ -121,20 +121,20 @@ Pieces = Iterator[tuple[list[dict[str, Any]], str]]
 
 
 def fitted(talk: list[dict[str, Any]], system: str | None, max_tokens: float) -> tuple[list[int], int]:
-    """A conversation as token ids, and how many messages had to be left out.
+    """A conversation as token ids, and the number of messages that had to be left out.
 
     Raises:
         gr.Error: The last message alone is too long.
     """
-    said = [{"role": "system", "content": system.strip()}] if system and system.strip() else []
+    start = [{"role": "system", "content": system.strip()}] if system and system.strip() else []
     try:
-        return models.source.fit(said + plain(talk), int(max_tokens))
+        return models.source.fit(start + plain(talk), int(max_tokens))
     except TooLong as error:
         raise gr.Error(str(error), print_exception=False) from error
 
 
 def converse(talk: list[dict[str, Any]], system: str | None, settings: dict[str, Any], roles: list[str]) -> Pieces:
-    """Answer the last message: the answers' states, and a note on what no longer fits."""
+    """Answer the last message; yields the states of the answers, and a note on omitted messages."""
     ids, left_out = fitted(talk, system, settings["max_tokens"])
     note = f"the first {left_out} messages no longer fit and are left out" if left_out else ""
     for states in run(roles, ids, settings):
@@ -142,7 +142,7 @@ def converse(talk: list[dict[str, Any]], system: str | None, settings: dict[str,
 
 
 def go_on(text: str, settings: dict[str, Any], roles: list[str]) -> Pieces:
-    """Go on with a text, for models without a chat template."""
+    """Continue a text, for models without a chat template."""
     try:
         ids = models.source.fit_text(text, settings["max_tokens"])
     except TooLong as error:
@@ -163,7 +163,7 @@ def both(prompt: str, system: str | None, settings: dict[str, Any]) -> Pieces:
 
 
 def figures(state: dict[str, Any]) -> str:
-    """What an answer took, in one line."""
+    """The length and speed of an answer, in one line."""
     if not state["tokens"]:
         return "reading the prompt …"
     words = [f"{state['tokens']} tokens"]
@@ -173,13 +173,13 @@ def figures(state: dict[str, Any]) -> str:
 
 
 def memory(state: dict[str, Any]) -> str:
-    """What the model of an answer holds in memory, in one line."""
+    """The memory used by a model and its cache, in one line."""
     cache = f" · {bytes_(state['cache_bytes'])} of cache" if state["cache_bytes"] else ""
     return f"{bytes_(state['weights_bytes'])} of weights{cache}"
 
 
 def memory_of_both(states: list[dict[str, Any]]) -> str:
-    """What both models hold together: less than their sum, where they share tensors."""
+    """The memory used by both models together, which is less than their sum if they share tensors."""
     shared = states[0]["shared_bytes"]
     total = bytes_(sum(state["weights_bytes"] for state in states) - shared)
     return f"{total} of weights for both" + (f", of which they share {bytes_(shared)}" if shared else "")

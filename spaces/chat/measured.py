@@ -1,4 +1,4 @@
-"""The table of what was measured: `metrics.json`, in the words and figures of the model's card."""
+"""The table of `metrics.json`, with the labels and number formats of the model's card."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from html import escape
 from types import SimpleNamespace
 from typing import Any
 
-try:  # published: a copy that `push --space` puts beside this file
+try:  # in a published Space: a copy that `push --space` adds
     from figures import results
 except ImportError:  # in a checkout or an installed package
     from hf_layerprune.records.figures import results
 
-KINDS = (results.QUALITY, results.COST)  # what a model is worth, and what it takes
+KINDS = (results.QUALITY, results.COST)  # quality, and cost
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """What was measured: a column for each model, and below each number its difference from the dense model's.
+    """A column for each model; below each number, its difference from the dense model's.
 
     Args:
         metrics (`dict`): The content of `metrics.json`.
@@ -41,7 +41,7 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def label(row: results.Row) -> str:
-    """What a row is about."""
+    """The label of a row: task, metric, number of samples, chance."""
     notes = [f"n = {row.samples:,}"] if row.samples else []
     notes += [f"chance {row.chance}"] if row.chance else []
     first, rest = (row.task, [row.metric, *notes]) if row.task else (row.metric, notes)
@@ -56,7 +56,7 @@ def shown(cell: results.Cell) -> str:
 
 
 def legend(arranged: results.Results, noise: bool) -> str:
-    """How to read the table, and how its numbers were measured."""
+    """The legend: how to read the table, and how its numbers were measured."""
     words = ["Small below a value: its difference from the dense model, or the ratio to it. ± is a standard error."]
     if noise:
         words.append("<em>In italics</em>: indistinguishable from noise (p &gt; 0.05).")

@@ -1,4 +1,4 @@
-"""The page: what is where, and what happens on which event."""
+"""The page: its layout and its events."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from about import bytes_
 from source import Source
 from weights import DEVICE
 
-MAX_WAITING = 32  # questions in the queue; later ones are told to come back
-AT_ONCE = 4  # answers in the making: they take turns, so that a short one need not wait for a long one
+MAX_WAITING = 32  # questions in the queue; more are refused
+AT_ONCE = 4  # concurrent answers; they take turns, so that a short one need not wait for a long one
 
 EXAMPLES = (
     "What is the capital of France?",
@@ -32,7 +32,7 @@ ANSWER: dict[str, Any] = {
     "show_progress": "minimal",
 }
 QUICK: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-# What may be refused goes through the queue, where an error reaches the page with its message.
+# Events that may be refused go through the queue, because only then does an error reach the page with its message.
 CHECKED: dict[str, Any] = QUICK | {"queue": True, "concurrency_limit": None}
 TALK: dict[str, Any] = {
     "show_label": False,
@@ -50,11 +50,11 @@ BOX: dict[str, Any] = {
     "elem_classes": "box",
 }
 SMALL: dict[str, Any] = {"size": "sm", "scale": 0, "min_width": 96}
-# A box that was closed while the model wrote has lost the focus. On a phone the keyboard would jump up.
+# A box loses the focus while it is disabled. Not on a phone, where the keyboard would pop up.
 FOCUS = "() => matchMedia('(hover: hover)').matches && document.querySelector('#%s textarea')?.focus()"
 
 
-# What Markdown takes for code: a block between fences, which may still be being written, or a piece of a line.
+# Markdown code: a fenced block, which may be unfinished while it is streamed, or a code span.
 CODE = re.compile(
     r"^ {0,3}(?P<fence>`{3,})[^`\n]*\n.*?(?:\n {0,3}(?P=fence)`*[ \t]*$|\Z)"
     r"|(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\n).){1,500}?(?<!`)(?P=ticks)(?!`)",
@@ -65,17 +65,17 @@ ESCAPED = re.compile(r"&lt;(?=[A-Za-z/!?])|&amp;(?=#?\w+;)")
 
 
 def shown(text: str) -> str:
-    """Take the meaning from what would be HTML, so that it is seen. Within code it has none."""
-    return outside_code(text, lambda part: MARKUP.sub(lambda found: {"<": "&lt;", "&": "&amp;"}[found[0]], part))
+    """Escape HTML outside code, so that it is shown as text."""
+    return outside_code(text, lambda part: MARKUP.sub(lambda match: {"<": "&lt;", "&": "&amp;"}[match[0]], part))
 
 
 def meant(text: str) -> str:
-    """The text that `shown` was given."""
-    return outside_code(text, lambda part: ESCAPED.sub(lambda found: {"&lt;": "<", "&amp;": "&"}[found[0]], part))
+    """Undo `shown`."""
+    return outside_code(text, lambda part: ESCAPED.sub(lambda match: {"&lt;": "<", "&amp;": "&"}[match[0]], part))
 
 
 def outside_code(text: str, change: Callable[[str], str]) -> str:
-    """Change a Markdown text where it is not code."""
+    """Change the parts of a Markdown text that are not code."""
     parts, end = [], 0
     for code in CODE.finditer(text):
         parts += [change(text[end : code.start()]), code[0]]
@@ -84,10 +84,10 @@ def outside_code(text: str, change: Callable[[str], str]) -> str:
 
 
 def chatbot(**settings: Any) -> gr.Chatbot:
-    """A chatbot that shows HTML as it was written, in place of rendering or removing it.
+    """A chatbot that shows HTML as text instead of rendering or removing it.
 
-    What is text to the model is Markdown to the page. The change is made where one becomes the other, so that nothing
-    else has to know. (Not in a subclass: Gradio writes a file beside the source of one.)
+    The model reads and writes plain text, but the page renders Markdown. The text is escaped and unescaped between the
+    two, so that no other code is affected. (Not in a subclass: Gradio writes a file next to the source of one.)
     """
 
     def change(data: Any, how: Callable[[str], str]) -> Any:
@@ -105,7 +105,7 @@ def chatbot(**settings: Any) -> gr.Chatbot:
 
 
 def page(source: Source) -> gr.Blocks:
-    """The page of a model whose small files are there; the weights may still be on their way.
+    """Build the page of a model whose small files are available; its weights may still be loading.
 
     Args:
         source (`Source`): The model.
@@ -116,7 +116,7 @@ def page(source: Source) -> gr.Blocks:
     name = source.model.rstrip("/").rsplit("/", 1)[-1]
     settings = settings_of_an_answer(source)
     with gr.Blocks(title=name) as demo:
-        # First, so that no event of the page takes one of these names.
+        # First, so that no event of the page gets one of these names.
         gr.api(api.chat, api_name="chat", concurrency_id="answer", concurrency_limit=AT_ONCE)
         gr.api(api.compare, api_name="compare", concurrency_id="answer", concurrency_limit=AT_ONCE)
         gr.api(api.about, api_name="about", concurrency_limit=None)
@@ -139,14 +139,14 @@ def page(source: Source) -> gr.Blocks:
             tab.select(lambda visible=visible: gr.update(visible=visible), None, panel, **QUICK)
 
         async def watch() -> AsyncIterator[list[Any]]:
-            """Tell an open page how loading goes, until it is done."""
-            told, done = None, False
+            """Update an open page until loading is done."""
+            last, done = None, False
             while not done:
                 done, ready, dense = (
                     chat.models.done.is_set(),
                     *(side in chat.models.sides for side in ("pruned", "dense")),
                 )
-                if told != (told := (done, ready, dense)):
+                if last != (last := (done, ready, dense)):
                     reason = "" if dense else chat.models.no_dense or "The dense model is still loading."
                     yield [
                         heading(name, status()),
@@ -168,19 +168,19 @@ def page(source: Source) -> gr.Blocks:
 
 
 def failure(model: str, message: str) -> gr.Blocks:
-    """The page of a model that can't be loaded."""
+    """Build the page of a model that can't be loaded."""
     with gr.Blocks(title="No model") as demo:
         gr.HTML(heading(model or "No model", f"<p class='failed' role='alert'>{escape(message)}</p>"), padding=False)
     return demo
 
 
 def heading(name: str, below: str) -> str:
-    """The head of the page."""
+    """The heading of the page."""
     return f"<h1>{escape(name)}</h1>{below}"
 
 
 def status() -> str:
-    """What there is to say about the weights."""
+    """A line about the weights: loading, failed, or their size."""
     models = chat.models
     if models.error:
         return f"<p class='failed' role='alert'>{escape(models.error)}</p>"
@@ -198,7 +198,7 @@ def status() -> str:
 
 
 def settings_of_an_answer(source: Source) -> list[Any]:
-    """The settings of an answer, not yet placed, beginning with those that the model's makers advise."""
+    """The inputs for the settings of an answer, not yet rendered; their defaults are those of the model."""
     advised, most = source.generation, chat.most_tokens()
     each: dict[str, Any] = {"min_width": 220, "render": False}
     return [
@@ -206,12 +206,12 @@ def settings_of_an_answer(source: Source) -> list[Any]:
         gr.Slider(0, 2, advised["temperature"], step=0.05, label="Temperature", **each),
         gr.Slider(0.05, 1, advised["top_p"], step=0.05, label="Top-p", **each),
         gr.Slider(1, most, min(256, most), step=1, label="Maximum of new tokens", **each),
-        gr.Number(-1, label="Seed (-1: another each time)", precision=0, minimum=-1, **each),
+        gr.Number(-1, label="Seed (-1: random)", precision=0, minimum=-1, **each),
     ]
 
 
 def chat_tab(settings: list[Any], glance: str) -> gr.Textbox:
-    """A chat with the pruned model, which begins with a glance at it; returns its box."""
+    """Build the chat with the pruned model, which starts with a small layer map; returns its text box."""
     talk = chatbot(
         editable="user",
         height="max(14rem, 100dvh - 19.5rem)",
@@ -226,7 +226,7 @@ def chat_tab(settings: list[Any], glance: str) -> gr.Textbox:
     def ask(message: str, said: list[dict], system: str, max_tokens: float) -> tuple[Any, list[dict]]:
         check(message)
         said = [*said, {"role": "user", "content": message}]
-        chat.fitted(said, system, max_tokens)  # or else the message stays in the box
+        chat.fitted(said, system, max_tokens)  # raises if it is too long, and then the message stays in the box
         return closed(value=""), said
 
     def again(said: list[dict], at: gr.RetryData) -> tuple[Any, list[dict]]:
@@ -257,29 +257,29 @@ def chat_tab(settings: list[Any], glance: str) -> gr.Textbox:
 
 
 def check(message: str | None) -> None:
-    """Refuse an empty message, and what `chat.check` does."""
+    """Refuse an empty message, and whatever `chat.check` refuses."""
     if not (message or "").strip():
         raise gr.Error("Write a message first.", print_exception=False)
     chat.check(message)
 
 
 def closed(**more: Any) -> Any:
-    """A box while the model writes: its button stops that."""
+    """The box while the model writes: its button stops the answer."""
     return gr.update(interactive=False, submit_btn=False, stop_btn=True, **more)
 
 
 def index_of(at: gr.EventData) -> int:
-    """Which message an event is about."""
+    """The index of the message that an event belongs to."""
     return at.index[0] if isinstance(at.index, list | tuple) else at.index
 
 
 def complete_tab(settings: list[Any]) -> gr.Textbox:
-    """A text that the pruned model goes on with; returns its box."""
+    """Build the tab for continuing a text; returns its text box."""
     box = gr.Textbox(
         label="Text",
         lines=10,
         max_lines=24,
-        placeholder="Begin a text, and let the model go on.",
+        placeholder="Start a text for the model to continue.",
         interactive=False,
         submit_btn="Continue",
         elem_id="message",
@@ -300,7 +300,7 @@ def complete_tab(settings: list[Any]) -> gr.Textbox:
 
 
 def compare_tab(settings: list[Any]) -> tuple[gr.Textbox, gr.HTML]:
-    """Both models side by side; returns their box, and where to say why it is closed."""
+    """Build the tab with both models; returns its text box, and the element that shows why it is disabled."""
     sides: list[Any] = []
     why = gr.HTML(padding=False)
     box = gr.Textbox(label="Prompt for both", placeholder="Ask both models", elem_id="prompt", **BOX)
@@ -321,7 +321,7 @@ def compare_tab(settings: list[Any]) -> tuple[gr.Textbox, gr.HTML]:
 
 
 def streams(starts: list[Any], answer: Callable, inputs: list[Any], outputs: list[Any], box: gr.Textbox) -> None:
-    """Have an answer streamed after each of some events, which close a box; then open it again."""
+    """Stream an answer after each of the events, which disable a box; then enable it again."""
     button = box.submit_btn
     runs = [start.success(answer, inputs, outputs, **ANSWER) for start in starts]
     for ended in [how for run in runs for how in (run.then, run.failure)]:

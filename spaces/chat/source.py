@@ -1,4 +1,4 @@
-"""A model before any weight is read: its small files, which are enough to build the page, and its conversations."""
+"""A model's small files, which are enough to build the page, and its conversations as token ids."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils.hub import cached_file
 
-MAX_CONTEXT = int(os.environ.get("MAX_CONTEXT", 8192))  # tokens, where the model itself has room for as many
+MAX_CONTEXT = int(os.environ.get("MAX_CONTEXT", 8192))  # tokens; less if the model's own context is shorter
 
 Message = dict[str, str]
 
 
 class CannotLoad(Exception):
-    """A model that isn't there, or doesn't fit. The message is for the page."""
+    """A model that does not exist or does not fit. The message is shown on the page."""
 
 
 class TooLong(Exception):
-    """A prompt that the model can't read. The message is for the page."""
+    """A prompt that does not fit into the context. The message is shown on the page."""
 
 
 class Source:
@@ -32,10 +32,10 @@ class Source:
 
     Args:
         model (`str`): A Hub id, a folder or a `.gguf` file; a whole model or an adapter.
-        base (`str`, *optional*): The dense model to compare with; by default that of an adapter.
+        base (`str`, *optional*): The dense model to compare with; by default the base of an adapter.
 
     Raises:
-        CannotLoad: They aren't there or can't be read.
+        CannotLoad: The files are missing or can't be read.
     """
 
     def __init__(self, model: str, base: str | None = None) -> None:
@@ -59,36 +59,36 @@ class Source:
         return bool(self.tokenizer.chat_template)
 
     def encode(self, messages: list[Message]) -> list[int]:
-        """A conversation as token ids, ready for the answer."""
+        """A conversation as token ids, with the prompt for an answer."""
         template = self.tokenizer.apply_chat_template
         try:
             return template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         except TemplateError:
             if messages[0]["role"] != "system":
                 raise
-            # Some templates know no system prompt: it goes in front of the first question.
+            # Some templates have no system role, so the system prompt is put before the first question.
             system, first, *rest = messages
             first = {**first, "content": f"{system['content']}\n\n{first['content']}"}
             return template([first, *rest], add_generation_prompt=True, return_dict=True)["input_ids"]
 
     def fit(self, messages: list[Message], max_tokens: int) -> tuple[list[int], int]:
-        """Leave out the oldest questions and their answers, until the rest and a new answer fit.
+        """Leave out the oldest questions and their answers until the rest and a new answer fit.
 
         Args:
             messages (`list[dict]`): The conversation; the last one is the question.
-            max_tokens (`int`): The most tokens that the answer may have.
+            max_tokens (`int`): The maximum length of the answer in tokens.
 
         Returns:
-            `tuple[list[int], int]`: Token ids, and how many messages were left out.
+            `tuple[list[int], int]`: Token ids, and the number of messages that were left out.
 
         Raises:
-            TooLong: The question alone doesn't fit.
+            TooLong: The question alone does not fit.
         """
         system = [message for message in messages[:1] if message["role"] == "system"]
         talk = messages[len(system) :]
         starts = [i for i, message in enumerate(talk) if message["role"] == "user"]
         room = self.context - max_tokens
-        # So many characters are never so few tokens, and counting the tokens of a book would take a while.
+        # Skip messages that can't fit (more than 16 characters per token), because tokenising a book takes a while.
         sizes = [0]
         for message in reversed(talk):
             sizes.append(sizes[-1] + len(message["content"]))
@@ -101,22 +101,28 @@ class Source:
         ids = self.encode(system + talk[start:])
         if len(ids) > room:
             raise TooLong(
-                f"This prompt has {len(ids):,} tokens. The model reads {self.context:,}, of which {max_tokens:,} are "
-                "kept for the answer: shorten the prompt or the system prompt, or lower the maximum of new tokens."
+                f"This prompt has {len(ids):,} tokens. The context is {self.context:,} tokens, of which {max_tokens:,} are "
+                "reserved for the answer: shorten the prompt or the system prompt, or lower the maximum of new tokens."
             )
         return ids, start
 
     def fit_text(self, text: str, max_tokens: int) -> list[int]:
-        """A text to go on with, as token ids: its end, as far as it fits."""
+        """A text to continue, as token ids.
+
+        Raises:
+            TooLong: It does not fit.
+        """
         ids = self.tokenizer(text)["input_ids"]
         room = self.context - max_tokens
         if len(ids) > room:
-            raise TooLong(f"This text has {len(ids):,} tokens, and {room:,} fit in front of {max_tokens:,} new ones.")
+            raise TooLong(
+                f"This text has {len(ids):,} tokens, but only {room:,} fit before {max_tokens:,} new ones: shorten it."
+            )
         return ids
 
 
 def named(model: str) -> dict[str, str]:
-    """How `from_pretrained` wants a model named."""
+    """The arguments of `from_pretrained` that name a model."""
     if not model.endswith(".gguf"):
         return {"pretrained_model_name_or_path": model}
     path = Path(model)
@@ -124,7 +130,7 @@ def named(model: str) -> dict[str, str]:
 
 
 def advised(model: str) -> dict[str, float]:
-    """The settings that a model's makers advise, or some that do no harm."""
+    """The sampling settings in a model's generation config, or reasonable defaults."""
     try:
         config = GenerationConfig.from_pretrained(named(model)["pretrained_model_name_or_path"])
     except (OSError, ValueError):
@@ -133,7 +139,7 @@ def advised(model: str) -> dict[str, float]:
 
 
 def find_adapter(model: str) -> Any:
-    """The configuration of the adapter that a model is, or `None` for a whole one."""
+    """The configuration of an adapter; `None` for a whole model."""
 
     def has(name: str) -> bool:
         return cached_file(model, name, _raise_exceptions_for_missing_entries=False) is not None
@@ -148,7 +154,7 @@ def find_adapter(model: str) -> Any:
 
 
 def tokenizer_of(model: str, whole: str) -> Any:
-    """The tokenizer of a model, or else of its base."""
+    """The tokenizer of a model, or that of its base if it has none."""
     try:
         return AutoTokenizer.from_pretrained(**named(model), trust_remote_code=False)
     except (OSError, ValueError, KeyError):
@@ -158,7 +164,7 @@ def tokenizer_of(model: str, whole: str) -> Any:
 
 
 def weights_size(model: str) -> int:
-    """Bytes that the weights of a model take."""
+    """The size of a model's weights in bytes."""
     if model.endswith(".gguf"):
         return 4 * Path(model).stat().st_size  # unpacked: 16 bits for what can be as little as 4
     folder = Path(model)
@@ -172,7 +178,7 @@ def weights_size(model: str) -> int:
 
 
 def explain(model: str, error: BaseException) -> str:
-    """Why a model can't be loaded, and the way out."""
+    """A message that says why a model can't be loaded and what to do."""
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)

@@ -1,4 +1,4 @@
-"""Load the pruned model, and the dense one beside it where memory allows, sharing the tensors that are equal."""
+"""Loads the pruned model, and its dense base if memory allows; the two share equal tensors."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONTAINER = Path("/sys/fs/cgroup")
 NUMBER = re.compile(r"\.\d+\.")  # of a layer, within the name of a tensor
-HEADROOM = 1.2  # weights, and what comes beside them: the cache of a conversation, activations
+HEADROOM = 1.2  # memory relative to the weights: also the key-value cache and activations
 
 
 class Models:
-    """The weights. They are loaded in the background, so that the page is there at once.
+    """The loaded models. They are loaded in the background, so that the page appears at once.
 
     Args:
-        source (`Source`): Which model, and which base.
+        source (`Source`): The model and its base.
     """
 
     def __init__(self, source: Source) -> None:
@@ -40,10 +40,10 @@ class Models:
         self.done = threading.Event()
 
     def load(self) -> None:
-        """Load what fits, and say so in `sides`, `error` and `no_dense`."""
+        """Load the models that fit; sets `sides`, `error` and `no_dense`."""
         try:
             self._load()
-        except Exception as error:  # whatever it is, the page has to tell
+        except Exception as error:  # the page shows any error
             self.error = str(error) if isinstance(error, CannotLoad) else explain(self.source.model, error)
             self.no_dense = self.error
         self.done.set()
@@ -55,14 +55,14 @@ class Models:
             from peft import PeftModel
 
             dense = load(source.base)
-            # The cut is made in a second tree of modules over the same tensors. Only what was tuned is there twice.
+            # The cut is made in a second tree of modules over the same tensors, so only tuned tensors exist twice.
             pruned = PeftModel.from_pretrained(same_weights(dense), source.model).merge_and_unload()
             self.sides["pruned"] = Side(source.model, pruned)
             self._add_dense(dense)
             return
         if HEADROOM * source.size > (free := free_bytes()):
             raise CannotLoad(
-                f"{source.model} needs {bytes_(HEADROOM * source.size)}, and {bytes_(free)} are free here."
+                f"{source.model} needs {bytes_(HEADROOM * source.size)}, but only {bytes_(free)} are free here."
             )
         pruned = load_adapter(source.model) if adapter else load(source.model)
         self.sides["pruned"] = Side(source.model, pruned)
@@ -83,7 +83,7 @@ class Models:
         dense.shared_bytes = pruned.shared_bytes = sum(dense.tensors[pointer] for pointer in shared)
 
     def _size_of_dense(self) -> int | None:
-        """Size of the dense model, if there is one and room for it beside the pruned one."""
+        """The size of the dense model; `None` if there is none, or both together do not fit into memory."""
         if not self.source.base:
             return None
         try:
@@ -93,12 +93,12 @@ class Models:
             return None
         needed, free = HEADROOM * (size + self.source.size), free_bytes()
         if needed > free:
-            self.no_dense = f"{self.source.base} beside it needs {bytes_(needed)}, and {bytes_(free)} are free here."
+            self.no_dense = f"Both models need {bytes_(needed)}, but only {bytes_(free)} are free here."
             return None
         return size
 
     def _kept(self) -> list[int]:
-        """Which layer of the base each of the pruned model's was, as far as that is on record."""
+        """The base's layer for each layer of the pruned model; empty if unknown."""
         layers = self.source.records.layers()
         return layers[1] if layers else []
 
@@ -107,12 +107,12 @@ def load(model: str) -> PreTrainedModel:
     """Load a whole model onto the device."""
     settings: dict[str, Any] = {"dtype": "auto"}
     if DEVICE == "cpu" and AutoConfig.from_pretrained(**named(model), trust_remote_code=False).dtype == torch.float16:
-        settings["dtype"] = torch.bfloat16  # which processors are fast at
+        settings["dtype"] = torch.bfloat16  # faster on CPUs
     if DEVICE != "cpu":
         settings["device_map"] = DEVICE
     if model.endswith(".gguf"):
         settings["dtype"] = torch.bfloat16
-        if hasattr(transformers, "GgufConfig"):  # before 5.17 the weights are always unpacked
+        if hasattr(transformers, "GgufConfig"):  # before 5.17, weights are always dequantised
             settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         settings["use_safetensors"] = True  # a pickle can run code
@@ -124,47 +124,47 @@ def load(model: str) -> PreTrainedModel:
 
 
 def check_complete(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Refuse what transformers only warns of: a tensor that is missing would be random, and answer nonsense.
+    """Refuse incomplete weights, of which transformers only warns: missing tensors would be random.
 
     Args:
-        name (`str`): What was loaded.
-        model ([`~transformers.PreTrainedModel`]): As it was loaded.
-        info (`dict`): What `from_pretrained` says of it with `output_loading_info=True`.
+        name (`str`): The model's name.
+        model ([`~transformers.PreTrainedModel`]): The loaded model.
+        info (`dict`): The information that `from_pretrained` returns with `output_loading_info=True`.
 
     Raises:
-        CannotLoad: The weights are not those that the configuration describes.
+        CannotLoad: The weights do not match the configuration.
     """
     if missing := sorted(info["missing_keys"]):
         raise CannotLoad(
             f"{name} lacks {missing[0]}, so its checkpoint is incomplete. Upload all of its weight files."
         )
-    # Of other parts, such as an image encoder, a checkpoint may have more than a language model takes.
+    # Unexpected tensors outside the layers are fine: a checkpoint may have other parts, such as an image encoder.
     lists = {NUMBER.split(key, maxsplit=1)[0] for key in model.state_dict() if NUMBER.search(key)}
     if stray := sorted(key for key in info["unexpected_keys"] if NUMBER.split(key, maxsplit=1)[0] in lists):
-        raise CannotLoad(f"{name} holds {stray[0]}, which its config.json has no place for. One of the two is wrong.")
+        raise CannotLoad(f"{name} has {stray[0]}, which does not fit its config.json. One of the two is wrong.")
 
 
 def load_adapter(model: str) -> PreTrainedModel:
-    """Load an adapter, merged. Of a base whose layers it drops, those are never read."""
+    """Load and merge an adapter, without reading the layers of the base that it drops."""
     from hf_layerprune.adapter.loading import load_model
 
     return load_model(model, dtype="auto", **({} if DEVICE == "cpu" else {"device_map": DEVICE}))
 
 
 def same_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A second tree of modules over the very same tensors."""
+    """A second tree of modules over the same tensors."""
     return copy.deepcopy(model, {id(t): t for t in chain(model.parameters(), model.buffers())})
 
 
 def share_equal_weights(pruned: PreTrainedModel, dense: PreTrainedModel, kept: list[int]) -> None:
-    """Let the pruned model use the dense one's tensors where they hold the same values, and drop its own.
+    """Make the pruned model use the dense one's tensors wherever the values are equal.
 
     Args:
         pruned ([`~transformers.PreTrainedModel`]): The pruned model.
         dense ([`~transformers.PreTrainedModel`]): Its base.
-        kept (`list[int]`): Which layer of the base each of the pruned model's layers was.
+        kept (`list[int]`): The base's layer for each layer of the pruned model.
     """
-    if ZERO_GPU:  # which moves each model's tensors on its own
+    if ZERO_GPU:  # it moves the tensors of each model separately
         return
     originals, number = dict(dense.named_parameters()), dict(enumerate(kept))
     for name, parameter in pruned.named_parameters():
@@ -177,13 +177,13 @@ def share_equal_weights(pruned: PreTrainedModel, dense: PreTrainedModel, kept: l
 
 
 def free_bytes() -> int:
-    """Memory that is left for weights."""
+    """The memory available for weights in bytes."""
     if ZERO_GPU:
-        return 60 << 30  # of the card that is lent for each call; this process has none
+        return 60 << 30  # of the GPU that is assigned for each call; this process has none
     if DEVICE == "cuda":
         return torch.cuda.mem_get_info()[0]
     free = psutil.virtual_memory().available
-    try:  # a container has a limit of its own
+    try:  # a container may have a lower limit
         used = re.search(r"^anon (\d+)$", (CONTAINER / "memory.stat").read_text(), re.MULTILINE)
         free = min(free, int((CONTAINER / "memory.max").read_text()) - int(used[1]))
     except (OSError, ValueError, TypeError):
