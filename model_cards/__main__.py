@@ -1,11 +1,11 @@
-"""Model cards of the models that were really made here, from their records.
+"""Renders the cards of models that were made with this project, from their records.
 
-python -m model_cards               write every card again
-python -m model_cards --check       say which card is not what its records give
-python -m model_cards --take DIR    take over the records of a model that was made, and write its card
-python -m model_cards --make WORK --data DATA    make and measure all of them in WORK first (see make.py)
+python -m model_cards               rewrite every card
+python -m model_cards --check       report cards that differ from their records
+python -m model_cards --take DIR    copy the records of a model, and write its card
+python -m model_cards --make WORK --data DATA    first make and measure all models in WORK (see make.py)
 
-What the weights were is in the records; the weights themselves are not kept.
+The records contain hashes of the weights; the weights themselves are not kept.
 """
 
 from __future__ import annotations
@@ -27,26 +27,28 @@ RECORDS = ("lineage.json", "metrics.json")
 
 
 def models() -> list[Path]:
-    """The folders with records."""
+    """The folders that contain records."""
     return sorted(path.parent for path in HERE.glob("*/lineage.json"))
 
 
 def take(folder: Path) -> Path:
-    """Take over the records of a model.
+    """Copy the records of a model.
 
     Args:
-        folder (`Path`): The folder of a model that was made.
+        folder (`Path`): The model's folder.
 
     Returns:
-        `Path`: Where its records are now.
+        `Path`: The folder that the records were copied to.
 
     Raises:
-        CheckpointError: They are not complete, don't belong to its weights, or name the base by a path.
+        CheckpointError: The records are incomplete, don't belong to the weights, or name the base by a path.
     """
     read_card(folder)
     lineage = Lineage.of(folder)
     if is_local(lineage.base):
-        raise CheckpointError(f"{folder} names its base by a path; hf-layerprune card {folder} --base-model ORG/NAME")
+        raise CheckpointError(
+            f"{folder} names its base by a path; run hf-layerprune card {folder} --base-model ORG/NAME"
+        )
     target = HERE / folder.resolve().name
     target.mkdir(exist_ok=True)
     for name in RECORDS:
@@ -59,16 +61,16 @@ def take(folder: Path) -> Path:
 def main() -> int:
     """Write or check the cards."""
     parser = argparse.ArgumentParser(prog="python -m model_cards", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a card would change")
-    parser.add_argument("--take", type=Path, metavar="DIR", help="take over the records of this model first")
-    parser.add_argument("--make", type=Path, metavar="WORK", help="make and measure the models in this folder first")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a card would change")
+    parser.add_argument("--take", type=Path, metavar="DIR", help="first copy the records of this model")
+    parser.add_argument("--make", type=Path, metavar="WORK", help="first make and measure the models in this folder")
     parser.add_argument(
-        "--data", type=Path, metavar="DATA", help="with --make: the folder of the questions and the text"
+        "--data", type=Path, metavar="DATA", help="with --make: folder with the questions and the text"
     )
     parser.add_argument(
-        "--limit", type=int, default=200, metavar="N", help="with --make: questions a task, 0: all (200)"
+        "--limit", type=int, default=200, metavar="N", help="with --make: questions per task, 0 for all (200)"
     )
-    parser.add_argument("--rows", type=int, default=64, metavar="N", help="with --make: rows to train on (64)")
+    parser.add_argument("--rows", type=int, default=64, metavar="N", help="with --make: training rows (64)")
     args = parser.parse_args()
     if args.make:
         if not args.data:
@@ -83,10 +85,10 @@ def main() -> int:
             text = (folder / "README.md").read_text(encoding="utf-8")
             same = compose(read_card(folder, weights=False), text) == text
             stale |= not same
-            print(f"{folder.name}: {'as its records say' if same else 'not what its records give'}")
+            print(f"{folder.name}: {'up to date' if same else 'differs from its records'}")
         else:
             changed = write_card(folder, weights=False)
-            print(f"{folder.name}: {', '.join(changed) or 'as it should be'}")
+            print(f"{folder.name}: {', '.join(changed) or 'up to date'}")
     return 1 if stale else 0
 
 

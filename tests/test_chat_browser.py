@@ -327,7 +327,7 @@ def test_a_phone(visit: Callable[..., Visit], width: int) -> None:
     assert (dense["y"] > pruned["y"] + 20) == (width < 600)  # one below the other where it is narrow
     fits()
     page.get_by_role("tab", name="About this model").tap()
-    expect(page.get_by_role("img", name=re.compile("6 of 8 layers left"))).to_be_visible()
+    expect(page.get_by_role("img", name=re.compile("6 of 8 layers remain"))).to_be_visible()
     fits()
 
 

@@ -99,7 +99,7 @@ def test_the_oldest_messages_make_room(pruned: Path, turns: int, system: str) ->
 
 def test_a_question_that_is_too_long_is_refused_with_its_length(pruned: Path) -> None:
     found = source.Source(str(pruned))
-    with pytest.raises(source.TooLong, match=r"has 504 tokens\. The model reads 256, of which 56 are kept"):
+    with pytest.raises(source.TooLong, match=r"has 504 tokens\. The context is 256 tokens, of which 56 are reserved"):
         found.fit(talk("ba " * 500), 56)
     with pytest.raises(source.TooLong, match="has 500 tokens, but only 200 fit before 56 new ones"):
         found.fit_text("ba " * 500, 56)
@@ -311,7 +311,7 @@ def test_the_dense_side_is_off_where_it_has_no_room(
     found = load(pruned, base)
     assert set(found.sides) == {"pruned"}
     assert found.error is None
-    assert "Both models need" in found.no_dense
+    assert "base as well needs" in found.no_dense
     assert set(load(adapter).sides) == {"pruned"}
     monkeypatch.setattr(weights, "free_bytes", lambda: size)
     found = load(pruned, base)

@@ -93,7 +93,9 @@ class Models:
             return None
         needed, free = HEADROOM * (size + self.source.size), free_bytes()
         if needed > free:
-            self.no_dense = f"Both models need {bytes_(needed)}, but only {bytes_(free)} are free here."
+            self.no_dense = (
+                f"Loading {self.source.base} as well needs {bytes_(needed)}, but {bytes_(free)} are free here."
+            )
             return None
         return size
 
