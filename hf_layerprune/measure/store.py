@@ -80,7 +80,7 @@ class Store:
                 _check_base(model, base)
         store = cls(before or Metrics(model.weights), path, roles, replace=before is None)
         for folder in history:
-            _take_over(store._new, model, folder.expanduser())
+            _copy_numbers(store._new, model, folder.expanduser())
         store._merge_into(store.metrics)
         if path is None:
             logger.info(
@@ -206,7 +206,7 @@ def _check_base(model: Subject, base: Subject) -> None:
     raise CheckpointError(f"{why}; write the comparison to a separate file with --output FILE")
 
 
-def _take_over(metrics: Metrics, model: Subject, folder: Path) -> None:
+def _copy_numbers(metrics: Metrics, model: Subject, folder: Path) -> None:
     """Copy the numbers of an earlier stage, and of the models that it was compared with."""
     earlier = Metrics.of(folder)
     if earlier is None:

@@ -70,6 +70,6 @@ def compare(
 
 
 def about() -> dict[str, Any]:
-    """What is on record about the pruned model: its lineage, what was measured, and the metadata of its card."""
+    """The records of the pruned model: its lineage, its measurements, and the metadata of its card."""
     records = talk.models.source.records
     return {"model": records.model, "lineage": records.lineage, "metrics": records.metrics, "card": records.card}

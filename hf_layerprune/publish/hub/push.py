@@ -128,7 +128,7 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
         if made.refusals:
             raise PushError("; ".join(check.text for check in made.refusals))
         api, user = log_in(request.token)
-        _take_over_card(request, contents.folder, api)
+        _merge_remote_card(request, contents.folder, api)
         job = Upload(
             repo_id=request.repo_id,
             files={name: contents.path(name) for name in contents.files},
@@ -136,10 +136,10 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
             revision=request.revision,
             create_pr=request.create_pr,
             message=MESSAGE,
-            removable=lambda name: is_ours(name) and not _somebodys_result(name, request, api),
+            removable=lambda name: is_ours(name) and not _is_foreign_result(name, request, api),
         )
         done = upload(job, api, user)
-        _bring_home(contents, home)
+        _copy_back(contents, home)
         return made, done
 
 
@@ -180,7 +180,7 @@ def _stage(path: Path, target: Path) -> None:
     shutil.copyfile(path, target, follow_symlinks=False)
 
 
-def _bring_home(contents: Contents, home: Path) -> None:
+def _copy_back(contents: Contents, home: Path) -> None:
     """Copy new files from the staging folder to the model's own folder."""
     for name in contents.files:
         path, target = contents.path(name), home / name
@@ -195,12 +195,12 @@ def _bring_home(contents: Contents, home: Path) -> None:
                 path.unlink()
 
 
-def _take_over_card(request: PushRequest, staging: Path, api: HfApi) -> None:
+def _merge_remote_card(request: PushRequest, staging: Path, api: HfApi) -> None:
     """Keep the text that people have added to the card on the Hub."""
     if request.overwrite_card:
         return
     where = f"README.md of {request.repo_id}"
-    with _on_the_hub(CARD, request, api) as path:
+    with _remote_file(CARD, request, api) as path:
         try:
             remote = read_text(path) if path else None
         except CheckpointError as error:
@@ -233,16 +233,16 @@ def _take_over_card(request: PushRequest, staging: Path, api: HfApi) -> None:
         write_text(staging / CARD, text)
 
 
-def _somebodys_result(name: str, request: PushRequest, api: HfApi) -> bool:
+def _is_foreign_result(name: str, request: PushRequest, api: HfApi) -> bool:
     """Whether somebody else wrote a result file for the Hub's leaderboards."""
     if not name.startswith(f"{EVAL_RESULTS}/"):
         return False
-    with _on_the_hub(name, request, api) as path:
+    with _remote_file(name, request, api) as path:
         return path is None or not is_our_result(path)
 
 
 @contextmanager
-def _on_the_hub(name: str, request: PushRequest, api: HfApi) -> Iterator[Path | None]:
+def _remote_file(name: str, request: PushRequest, api: HfApi) -> Iterator[Path | None]:
     """The current version of a file in the repository; `None` if it does not exist."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
