@@ -354,7 +354,7 @@ def test_weights_that_are_missing_or_too_many_are_an_error(pruned: Path, tmp_pat
     gone = "model.layers.2.mlp.up_proj.weight"
     more = tensors | {"model.layers.9.mlp.up_proj.weight": tensors[gone].clone()}
     fewer = {name: tensor for name, tensor in tensors.items() if name != gone}
-    for changed, message in ((fewer, f"lacks {gone}"), (more, "holds model.layers.9.mlp.up_proj.weight")):
+    for changed, message in ((fewer, f"lacks {gone}"), (more, "has model.layers.9.mlp.up_proj.weight")):
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
         loaded = weights.Models(source.Source(str(folder)))
         loaded.load()
