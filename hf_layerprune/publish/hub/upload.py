@@ -352,7 +352,7 @@ def _refused(error: Any, repo_id: str, user: dict[str, Any] | None, kind: str) -
     if status == 401 and name is None:
         return PushError("the token is not valid, or has expired; log in again with `hf auth login`")
     if status == 401:
-        return PushError(f"the token is no longer valid for {repo_id}; log in again with `hf auth login`")
+        return PushError(f"the token is not valid for {repo_id} any more; log in again with `hf auth login`")
     if status == 403:
         return PushError(
             f"{name or 'this token'} may not write to {repo_id}; ask its owner, open a pull request with --create-pr, "
