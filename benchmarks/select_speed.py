@@ -49,8 +49,7 @@ def loss_of(model: Any, rows: torch.Tensor, batch: int) -> float:
 
 
 def without(model: Any, layers: list[int]) -> Any:
-    cut = drop_layers(model, layers, keep_dropped=True)
-    return cut
+    return drop_layers(model, layers, keep_dropped=True)
 
 
 def naive_perplexity(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:
@@ -82,16 +81,16 @@ def our_perplexity(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> 
 
 def naive_greedy(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:
     """SLEB's procedure: each round tries every remaining layer, with a forward pass of the whole model."""
-    n, gone = model.config.num_hidden_layers, []
+    n, dropped = model.config.num_hidden_layers, []
     for _ in range(_STEPS):
         losses = {}
         for i in range(n):
-            if i not in gone:
-                cut = without(model, sorted([*gone, i]))
+            if i not in dropped:
+                cut = without(model, sorted([*dropped, i]))
                 losses[i] = loss_of(model, rows, 1)
                 cut.restore()
-        gone.append(min(losses, key=losses.__getitem__))
-    return sorted(gone)
+        dropped.append(min(losses, key=losses.__getitem__))
+    return sorted(dropped)
 
 
 def our_greedy(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:

@@ -52,7 +52,7 @@ class Column:
     source: str
 
     def bytes_of(self, tokens: int) -> int:
-        """The size in bytes of the states of so many tokens."""
+        """The size in bytes of the states of a number of tokens."""
         return tokens * self.width * self.dtype.itemsize
 
 

@@ -85,8 +85,8 @@ def cut_of(config: PreTrainedConfig) -> Cut | None:
     marker = getattr(config, families.MARKER, None)
     if not marker:
         return None
-    gone, n = set(marker["drop_layers"]), marker["num_base_layers"]
-    return Cut(tuple(i for i in range(n) if i not in gone), n)
+    dropped, n = set(marker["drop_layers"]), marker["num_base_layers"]
+    return Cut(tuple(i for i in range(n) if i not in dropped), n)
 
 
 def load_student(student: Student, method: Method, **from_pretrained_kwargs: Any) -> PreTrainedModel:

@@ -109,10 +109,10 @@ class Teacher:
             device (`torch.device`): The device.
             student (`Head`): The student's head; if it is frozen and has the same weights, both share one copy.
         """
-        own, mine = student.weight, self.head.weight
-        weight = None if mine is None else mine.detach()
-        if own is not None and weight is not None and not own.requires_grad and own.shape == weight.shape:
-            weight = own.detach() if torch.equal(own.cpu(), weight.cpu()) else weight
+        shared = student.weight
+        weight = None if self.head.weight is None else self.head.weight.detach()
+        if shared is not None and weight is not None and not shared.requires_grad and shared.shape == weight.shape:
+            weight = shared.detach() if torch.equal(shared.cpu(), weight.cpu()) else weight
         weight = None if weight is None else weight.to(device)
         bias = None if self.head.bias is None else self.head.bias.detach().to(device)
         self.head = Head(weight, bias, self.head.transform)

@@ -200,24 +200,24 @@ class Prefix:
         # The adapter saves the copies, such as those of modules that a repair changed.
         copies = {id(module) for wrapper in wrappers for module in wrapper.modules_to_save.modules()}
         parts = [*self._layers, *(wrapper.original_module for wrapper in wrappers)]
-        gone = {id(module): module for part in parts for module in part.modules() if id(module) not in copies}
+        unloaded = {id(module): module for part in parts for module in part.modules() if id(module) not in copies}
         embeddings = self.model.get_input_embeddings()
         needed = {
             id(parameter)
             for module in self.model.modules()
-            if id(module) not in gone and module is not embeddings
+            if id(module) not in unloaded and module is not embeddings
             for parameter in module._parameters.values()
         }
         if not self.needs_ids and not any(id(p) in needed for p in embeddings._parameters.values()):
-            gone[id(embeddings)] = embeddings
-        for module in gone.values():
+            unloaded[id(embeddings)] = embeddings
+        for module in unloaded.values():
             self._hidden.append((module, module._parameters, module._buffers))
             module._parameters, module._buffers = {}, {}
         self._move("cpu")
-        every = nn.Module()
+        holder = nn.Module()
         hidden = [p for _, parameters, _ in self._hidden for p in parameters.values() if p is not None]
-        every._parameters = {str(i): parameter for i, parameter in enumerate(hidden)}
-        release(every)  # weights that are mapped from a file are read again on the next access
+        holder._parameters = {str(i): parameter for i, parameter in enumerate(hidden)}
+        release(holder)  # weights that are mapped from a file are read again on the next access
 
     def _kept(self) -> torch.Tensor:
         assert self._state is not None, "the prefix is skipped without its states"
