@@ -158,7 +158,7 @@ def _verdict(line: Line, outcome: dict[str, Any] | None) -> str:
         return "another machine"
     if line.within is None:
         return ""
-    return "yes" if line.within else f"no, {abs(line.difference) / line.stderr:.1f} s.e."
+    return "yes" if line.within else f"no, {abs(line.difference) / (line.stderr or 1):.1f} s.e."
 
 
 def _number(figure: str, value: float, sign: bool = False) -> str:

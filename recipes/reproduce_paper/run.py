@@ -108,7 +108,7 @@ def read_options(args: argparse.Namespace) -> Options:
         if path is not None and not what(path):
             kind = "folder" if what is Path.is_dir else "file"
             raise UsageError(f"{path} does not exist, or is not a {kind}")
-    models = {}
+    models: dict[str, str] = {}
     for word in args.model:
         name, mark, source = word.partition("=")
         models |= {name: source} if mark else {"*": name}
@@ -214,8 +214,8 @@ def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan])
             write_text(args.output / "results.md", markdown(read_rows(), results))
             print(_report(rows[name], results), flush=True)
     write_text(args.output / "results.md", markdown(read_rows(), results))
-    for name, error in failed.items():
-        _fail(f"{name} failed: {error}", 1)
+    for name, why in failed.items():
+        _fail(f"{name} failed: {why}", 1)
     return 1 if failed else 0
 
 
@@ -228,7 +228,7 @@ def _explain(error: Exception, folder: Path) -> str:
 
 
 def _report(row: Row, results: Results) -> str:
-    outcome = results.of(row)
+    outcome: Any = results.of(row)
     cells = [describe(line, outcome) for line in lines_of(row, outcome)]
     width = max(len(one[0]) for one in cells)
     lines = [f"{row.name}: layers {outcome['removed']} dropped" if outcome.get("removed") else row.name]

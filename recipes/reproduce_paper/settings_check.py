@@ -32,7 +32,7 @@ def check_settings(plans: dict[str, dict[str, Any]]) -> None:
 @cache
 def known_settings() -> frozenset[str]:
     """The names of all settings of the recipe."""
-    spec = importlib.util.spec_from_file_location("sft_tail", HERE.parent / "sft_tail.py")
+    spec: Any = importlib.util.spec_from_file_location("sft_tail", HERE.parent / "sft_tail.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault("sft_tail", module)  # dataclasses look up their module there
     spec.loader.exec_module(module)

@@ -92,7 +92,8 @@ class Runner:
         write_text(folder / "plan.json", json.dumps(_plain(plan), indent=2) + "\n")
         self._check(plan)
         outcome: dict[str, Any] = {"values": {}}
-        model, rounds = plan.model, []
+        model = plan.model
+        rounds: list[dict[str, Any]] = []
         if plan.cut is not None:
             model, rounds = self._make(plan, folder)
             gone = dropped_of_base(rounds)
@@ -162,9 +163,9 @@ class Runner:
     def _counts(self, plan: Plan) -> Iterator[float | int]:
         """How much each round drops."""
         if plan.per_step is None:
-            yield plan.cut["drop"]
+            yield (plan.cut or {})["drop"]
             return
-        left = math.floor(plan.cut["drop"] * families.layer_count(load_config(plan.model)))
+        left = math.floor((plan.cut or {})["drop"] * families.layer_count(load_config(plan.model)))
         while left > 0:
             yield min(plan.per_step, left)
             left -= plan.per_step
@@ -176,7 +177,8 @@ class Runner:
         pruned = self._cut_folder(plan, place)
         if not pruned.is_dir():
             pruned.parent.mkdir(parents=True, exist_ok=True)
-            logger.info("%s", prune_to(PruneRequest(base=source, output=str(pruned), **plan.cut | {"drop": count})))
+            cut = (plan.cut or {}) | {"drop": count}
+            logger.info("%s", prune_to(PruneRequest(base=source, output=str(pruned), **cut)))
             free_memory()
         return pruned
 
@@ -186,7 +188,7 @@ class Runner:
             return
         heal.mkdir(parents=True, exist_ok=True)
         engine = yaml.safe_load(self.engine.read_text(encoding="utf-8"))
-        settings = plan.tune | {
+        settings = (plan.tune or {}) | {
             "model_name_or_path": str(pruned),
             "dataset_name": str(self._rows(plan)),
             "output_dir": str(heal),
@@ -214,8 +216,9 @@ class Runner:
                 pass_fds=() if self.hold is None else (self.hold,),
             ) as running,
         ):
+            output: Any = running.stdout
             try:
-                for piece in iter(lambda: os.read(running.stdout.fileno(), 1 << 16), b""):
+                for piece in iter(lambda: os.read(output.fileno(), 1 << 16), b""):
                     file.write(piece)
                     file.flush()
                     sys.stderr.buffer.write(piece)
@@ -229,18 +232,20 @@ class Runner:
             raise LayerPruneError(f"training failed: {said} (log: {log})")
 
     def _rows(self, plan: Plan) -> Path:
-        by_tokens = "longest" in plan.data or "whole_sequence" in plan.data
-        key = digest([plan.data, plan.model if by_tokens else None])
-        folder = self.output / "data" / f"{Path(plan.data['name']).stem}-{key[:10]}"
+        data = plan.data or {}
+        by_tokens = "longest" in data or "whole_sequence" in data
+        key = digest([data, plan.model if by_tokens else None])
+        folder = self.output / "data" / f"{Path(data['name']).stem}-{key[:10]}"
         if not folder.is_dir():
-            prepare_rows(plan.data, folder, load_tokenizer(plan.model))
+            prepare_rows(data, folder, load_tokenizer(plan.model))
         return folder
 
     def _describe(self, plan: Plan, pruned: Path, place: Path) -> dict[str, Any]:
         cut = load_config(pruned).layer_drop
         outcome = {"dropped": list(cut["drop_layers"]), "layers": cut["num_base_layers"]}
         if plan.tune is not None:
-            entry = Lineage.of(place / "heal" / "model").entries[-1]
+            lineage: Any = Lineage.of(place / "heal" / "model")
+            entry = lineage.entries[-1]
             outcome |= {"seconds": entry["seconds"], "trainable": trained_parameters(place / "heal")}
         return outcome
 
@@ -316,7 +321,8 @@ def values_of(metrics: Metrics, plan: Plan) -> dict[str, dict[str, float]]:
     """
     own = [one for one in metrics.results if one["weights"] == metrics.weights]
     asked = {"limit": plan.evaluate.get("limit"), "batch_size": plan.evaluate["batch_size"]}
-    outcome, tasks = {}, {}
+    outcome: dict[str, dict[str, float]] = {}
+    tasks: dict[str, dict[str, float]] = {}
     for one in own:
         same = all(one["settings"].get(name) == value for name, value in asked.items())
         if one["kind"] == "accuracy" and one["metric"] == "acc" and same:

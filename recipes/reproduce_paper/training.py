@@ -62,7 +62,8 @@ def trained_parameters(heal: Path) -> int:
     if adapter.is_file():
         with safe_open(adapter, framework="pt") as file:
             return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    changed, total = set(Lineage.of(heal / "model").entries[-1]["changed_tensors"]), 0
+    lineage: Any = Lineage.of(heal / "model")
+    changed, total = set(lineage.entries[-1]["changed_tensors"]), 0
     for path in (heal / "model").glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             total += sum(math.prod(file.get_slice(name).get_shape()) for name in changed & set(file.keys()))
