@@ -245,7 +245,9 @@ def test_frozen_layers_build_no_graph_without_the_cache(llama: Bench, checkpoint
 
 
 def test_dropout_turns_it_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    bench = Bench(tmp_path, "gpt2")  # its config drops a tenth of what leaves each block
+    bench = Bench(tmp_path, "gpt2")
+    config = bench.pruned / "config.json"  # tiny models have no dropout of their own
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"resid_pdrop": 0.1}))
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         assert len(bench.losses(max_steps=2)) == 2
     assert "the frozen layers run in every step: their output differs in training mode, as with dropout" in caplog.text
