@@ -78,7 +78,7 @@ class RankRequest(CalibrationOptions, ChoiceOptions):
     )
     dtype: str = option(
         "auto",
-        "Type of the weights; auto keeps the base's, or is float32 on a CPU without fast products of 16 bits",
+        "Type of the weights; auto keeps the base's, or is float32 on a CPU without fast 16-bit multiplication",
         choices=DTYPES,
     )
     device: str = option("auto", "Device that runs the layers, one at a time: cpu, cuda, ...; auto takes a GPU if any")
