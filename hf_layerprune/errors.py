@@ -1,8 +1,8 @@
-"""What a user can do wrong, and what is done with an exception that a library raises.
+"""Errors for a user's mistakes, and the conversion of exceptions that libraries raise.
 
-Every `LayerPruneError` is a `ValueError` with one line that says what, where, and the way out. Code that calls into a
-library at an edge of the package (a config, a tokenizer, weights, the Hub, training) does so inside `boundary`, which
-turns whatever the library raises into one of these.
+Every `LayerPruneError` is a `ValueError` whose message says in one line what is wrong, where, and how to fix it. Code
+that calls a library on user input (a config, a tokenizer, weights, the Hub, training) does so inside `boundary`, which
+turns any exception of the library into a `LayerPruneError`.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Control characters, those that reorder text or hide in it (such as U+202E), and halves of surrogate pairs.
+# Control characters, characters that reorder or hide text (such as U+202E), and unpaired surrogates.
 _UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     r"\U000e0000-\U000e0fff]"
 )
-# A token of the Hub, which no message may repeat.
+# Hub tokens, which must not appear in any message.
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
-_MOST = 300  # characters of a library's message that are repeated
-# Kinds whose message says enough without the kind's name.
+_MOST = 300  # characters to keep of a library's message
+# Exceptions whose message is clear without the class name.
 _PLAIN = (OSError, ValueError, RuntimeError, ImportError)
 
 
 class LayerPruneError(ValueError):
-    """Base class: anything this package refuses.
+    """Base class of all errors of this package.
 
     Args:
-        message (`str`): One line; characters that a terminal would act on are escaped.
+        message (`str`): One line; control characters are escaped.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -35,7 +35,7 @@ class LayerPruneError(ValueError):
 
 
 class UnsupportedModelError(LayerPruneError):
-    """The model's architecture is not one that is proven to survive a cut."""
+    """The model's architecture is not proven to survive a cut."""
 
 
 class CutError(LayerPruneError):
@@ -43,21 +43,21 @@ class CutError(LayerPruneError):
 
 
 class CheckpointError(LayerPruneError):
-    """A file or folder is missing, damaged, or not what it says it is."""
+    """A file or folder is missing, damaged, or not of the expected kind."""
 
 
 @contextmanager
 def boundary(what: str, hint: str = "", kind: type[LayerPruneError] = CheckpointError) -> Iterator[None]:
-    """Turn whatever a library raises into one line with its cause.
+    """Turn any exception of a library into a one-line error with its cause.
 
     Args:
-        what (`str`): What could not be done, such as `"can't load the tokenizer of org/model"`.
-        hint (`str`, *optional*): The way out, after the cause.
-        kind (`type[LayerPruneError]`, defaults to `CheckpointError`): What is raised.
+        what (`str`): The action that failed, such as `"can't load the tokenizer of org/model"`.
+        hint (`str`, *optional*): How to fix it; appended after the cause.
+        kind (`type[LayerPruneError]`, defaults to `CheckpointError`): The error class to raise.
 
     Raises:
-        LayerPruneError: The block raised; the library's exception is its `__cause__`. An error of this package passes
-            unchanged.
+        LayerPruneError: The block raised an exception, which becomes the `__cause__`. Errors of this package are passed
+            on unchanged.
     """
     try:
         yield
@@ -66,13 +66,13 @@ def boundary(what: str, hint: str = "", kind: type[LayerPruneError] = Checkpoint
     except Exception as error:
         raise kind(f"{what}: {cause_of(error)}{f'; {hint}' if hint else ''}") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # how a Rust library, such as tokenizers, gives up
+        if type(error).__name__ != "PanicException":  # a panic in a Rust library such as tokenizers
             raise
         raise kind(f"{what}: {cause_of(error)}{f'; {hint}' if hint else ''}") from error
 
 
 def cause_of(error: BaseException) -> str:
-    """What an exception says, on one line of bounded length, with its kind where the message alone may mislead."""
+    """The message of an exception on one line of limited length, with the class name if it adds information."""
     text = one_line(str(error))
     if not text or not isinstance(error, _PLAIN):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -80,14 +80,12 @@ def cause_of(error: BaseException) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text with runs of white space as single spaces, and with unprintable characters escaped."""
+    """Collapse white space and escape control characters."""
     return shown(" ".join(text.split()))
 
 
 def shown(text: str) -> str:
-    """A text with every character escaped that a terminal would act on rather than show, and without tokens of the
-    Hub; line ends stay.
-    """
+    """Escape control characters other than line ends, and mask Hub tokens."""
     text = _TOKEN.sub(r"\1_***", text)
     return "\n".join(_UNPRINTABLE.sub(_escape, line) for line in text.split("\n"))
 

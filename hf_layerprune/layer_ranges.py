@@ -1,4 +1,4 @@
-"""Sets of layers as people write them: `20-26,29`."""
+"""Parse and format sets of layers, such as `20-26,29`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _PART = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 
 
 def parse_layers(text: str) -> list[int]:
-    """Read a set of layers.
+    """Parse a set of layers.
 
     Args:
         text (`str`): Indices and inclusive ranges, separated by commas: `20-26,29`.
 
     Returns:
-        `list[int]`: The indices, ascending.
+        `list[int]`: The indices in ascending order.
 
     Raises:
-        CutError: The text is not of that form, a range runs backwards, or a layer is named twice.
+        CutError: The text is malformed, a range runs backwards, or a layer is named twice.
     """
     layers: list[int] = []
     for part in text.split(","):
@@ -35,7 +35,7 @@ def parse_layers(text: str) -> list[int]:
             raise CutError(f"the range {part.strip()} in {text!r} runs backwards; write {last}-{first}")
         layers.extend(range(first, last + 1))
         if len(layers) > _MOST:
-            raise CutError(f"{text[:50]}... names more than {_MOST} layers; no model has so many")
+            raise CutError(f"{text[:50]}... names more than {_MOST} layers; name only layers of the model")
     ordered = sorted(layers)
     for one, next_one in pairwise(ordered):
         if one == next_one:
@@ -44,7 +44,7 @@ def parse_layers(text: str) -> list[int]:
 
 
 def format_layers(layers: Collection[int]) -> str:
-    """Write a set of layers the short way: `[20, 21, 22, 29]` is `20-22,29`."""
+    """Format a set of layers as ranges: `[20, 21, 22, 29]` becomes `20-22,29`."""
     runs: list[list[int]] = []
     for i in sorted(layers):
         if runs and i == runs[-1][-1] + 1:

@@ -1,7 +1,7 @@
-"""Everything that differs between the versions of transformers, PEFT, TRL and the Hub client that are supported.
+"""All differences between the supported versions of transformers, PEFT, TRL and the Hub client.
 
-No other module asks for a version, or imports a name that only some of these versions have. Nothing heavy is imported
-before a function is called.
+No other module checks a version or imports a name that only some versions have. Heavy packages are imported inside the
+functions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 
 
 def installed(distribution: str) -> Version:
-    """The installed version of a distribution; `0` where it is not installed."""
+    """The installed version of a distribution, or `0` if it is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     from packaging.version import Version
@@ -42,24 +42,24 @@ def _is_at_least(distribution: str, floor: str) -> bool:
 
 
 def check_peft() -> None:
-    """Refuse a PEFT that would load adapters of this method wrongly, without an error of its own.
+    """Refuse a version of PEFT that would silently load adapters of this method wrongly.
 
     Raises:
-        LayerPruneError: PEFT is older than 0.19: it does not call the hook that puts dropped layers back, so
-            `disable_adapter` would give the pruned model where the dense one is asked for.
+        LayerPruneError: PEFT is older than 0.19. It does not call the hook that restores dropped layers, so the model
+            would still be pruned inside `disable_adapter`.
     """
     if not _is_at_least("peft", "0.19"):
         raise LayerPruneError(
-            f"peft {installed('peft')} is too old: it can't switch between the pruned and the dense model, and would give wrong "
-            'results silently; install a newer one: pip install "peft>=0.19"'
+            f"peft {installed('peft')} is too old: it can't switch between the pruned and the dense model and would silently give "
+            'wrong results; upgrade it: pip install "peft>=0.19"'
         )
 
 
 def let_peft_save(method: Enum) -> None:
     """Let PEFT 0.19 and 0.20 save adapters of a method that is not a member of PEFT's own enum.
 
-    They look for the method among the members when they save, and nowhere else; a copy of the enum with one member
-    more equals the original in every comparison, since members are strings.
+    They look up the method in the enum only when saving. A copy of the enum with an added member compares equal to the
+    original everywhere, since the members are strings.
 
     Args:
         method (`Enum`): The method's name, a member of a string enum.
@@ -78,10 +78,10 @@ def let_peft_save(method: Enum) -> None:
 
 
 def gguf_options() -> dict[str, Any]:
-    """What `from_pretrained` needs beside `gguf_file` to unpack the weights to floats.
+    """Arguments besides `gguf_file` with which `from_pretrained` dequantises the weights.
 
     Returns:
-        `dict[str, Any]`: Nothing before transformers 5.17, which always unpacks.
+        `dict[str, Any]`: Empty before transformers 5.17, which always dequantises.
     """
     import transformers
 
@@ -100,18 +100,18 @@ def resolve_commit(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> str | None:
-    """The commit that a revision of a repository is at, as far as it can be found out.
+    """The commit that a revision of a repository points to, if it can be determined.
 
     Args:
         repo (`str` or `os.PathLike`): A Hub id. A folder has no commit.
         revision (`str`, *optional*): Branch, tag or commit.
         token (`str` or `bool`, *optional*): As the Hub client takes it.
         cache_dir (`str` or `os.PathLike`, *optional*): The Hub client's cache.
-        local_files_only (`bool`, defaults to `False`): Whether only the cache is asked.
+        local_files_only (`bool`, defaults to `False`): Whether to use only the cache.
 
     Returns:
-        `str`, *optional*: The full hash, or `None` for a folder and where the Hub does not say. Loading then reports
-            what is wrong.
+        `str`, *optional*: The full hash, or `None` for a folder or if it can't be determined. Loading the model then
+            reports the problem.
     """
     import os
 
@@ -123,12 +123,12 @@ def resolve_commit(
     where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": offline}
     try:
         return HfApi().resolve_revision(str(repo), revision=revision, **where).resolved
-    except Exception:  # whatever it is, loading meets it again and reports it in full
+    except Exception:  # loading raises it again and reports it in full
         return None
 
 
 def transport_error() -> type[Exception]:
-    """What the Hub client raises where a server can't be reached: of httpx until 1.x, of httpx2 from 2.0 on."""
+    """The exception of the Hub client for an unreachable server: from httpx up to 1.x, from httpx2 since 2.0."""
     library = "httpx2" if _is_at_least("huggingface-hub", "2") else "httpx"
     return import_module(library).TransportError
 
@@ -137,10 +137,10 @@ def transport_error() -> type[Exception]:
 
 
 def trl_pads_by_itself() -> bool:
-    """Whether TRL knows `pad_to_multiple_of="auto"`."""
+    """Whether TRL supports `pad_to_multiple_of="auto"`."""
     return _is_at_least("trl", "1.16")
 
 
 def trl_drops_rows_without_labels() -> bool:
-    """Whether TRL leaves out rows whose prompt alone fills `max_length`, so that nothing is learned from them."""
+    """Whether TRL drops rows whose prompt fills `max_length`, which would have no labels."""
     return _is_at_least("trl", "1.10")

@@ -89,7 +89,7 @@ BAD = {
 def test_a_bad_header_is_one_clear_error(name):
     started = time.monotonic()
     with pytest.raises(
-        CheckpointError, match=r"memory is not a sound safetensors file: .*; download or save it again"
+        CheckpointError, match=r"memory is not a valid safetensors file: .*; download or save it again"
     ) as caught:
         read(BAD[name])
     assert "\n" not in str(caught.value)
@@ -334,4 +334,4 @@ def test_every_truncation_of_a_shard_is_noticed(tmp_path):
     raw = shard.read_bytes()
     for size in (0, 7, 8, 100, len(raw) // 2, len(raw) - 1):
         shard.write_bytes(raw[:size])
-        refused(base, "model-00003-of-00004.safetensors is not a sound safetensors file")
+        refused(base, "model-00003-of-00004.safetensors is not a valid safetensors file")

@@ -1,4 +1,4 @@
-"""Cutting straight from the Hub: the same files as a local cut, and only weight files that hold something that stays."""
+"""Cutting straight from the Hub: the same files as a local cut, and only weight files with tensors to keep."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_only_files_with_something_that_stays_are_fetched_and_once(
     assert "error" not in offline.cut("org/big", tmp_path / "offline", BIG_DROP, tmp_path / "cache")
     assert content(tmp_path / "offline") == content(tmp_path / "cut")
     error = offline.cut("org/big", tmp_path / "more", [3], tmp_path / "cache")["error"]
-    assert "is not in the cache, and the Hub can't be asked (HF_HUB_OFFLINE is set)" in error
+    assert "is not in the cache, and the Hub can't be reached (HF_HUB_OFFLINE is set)" in error
     assert "is not in the cache" in offline.cut("org/single", tmp_path / "more", [3], tmp_path / "cache")["error"]
     offline.stop()
     assert hub.log == []
@@ -232,7 +232,7 @@ def test_a_file_that_arrives_otherwise_than_listed_is_refused(
         weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
         os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))  # the stand-in hashes it again otherwise
         answer = client.cut("org/single", tmp_path / "cut", [3])
-        assert "org/single/model.safetensors did not arrive as the Hub has it" in answer["error"]
+        assert "org/single/model.safetensors differs from the file on the Hub" in answer["error"]
         assert "run the command again" in answer["error"]
         assert not list((tmp_path / "cache").rglob("model.safetensors"))
         weights.write_bytes(raw)
@@ -266,7 +266,7 @@ def test_what_answers_is_not_the_hub(tmp_path: Path) -> None:
 
     client = Client(Hub, tmp_path / "home")
     error = client.cut("org/model", tmp_path / "cut", [3])["error"]
-    assert "is not the Hub's" in error
+    assert "is not from the Hub" in error
     assert "log-in page or a proxy" in error
     assert "\n" not in error
     client.stop()
@@ -275,7 +275,7 @@ def test_what_answers_is_not_the_hub(tmp_path: Path) -> None:
     # And with nothing there at all:
     client = Client(Hub, tmp_path / "home")
     error = client.cut("org/model", tmp_path / "cut", [3])["error"]
-    assert "is not in the cache, and the Hub can't be asked" in error
+    assert "is not in the cache, and the Hub can't be reached" in error
     client.stop()
 
 

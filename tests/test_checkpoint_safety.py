@@ -128,7 +128,7 @@ def test_a_target_that_appears_meanwhile_is_not_touched(base, tmp_path, monkeypa
         (target / "config.json").write_text("theirs")
 
     monkeypatch.setattr(write, "_check_written", somebody_is_faster)
-    with pytest.raises(CheckpointError, match="has appeared meanwhile"):
+    with pytest.raises(CheckpointError, match="was created in the meantime"):
         cut(base, target)
     assert [path.name for path in target.iterdir()] == ["config.json"]
     assert beside(target) == ["base", "cut"]
@@ -142,19 +142,25 @@ def test_missing_folders_above_the_target_are_made(base, tmp_path):
 def test_a_full_disk_is_foreseen(base, tmp_path, monkeypatch, caplog):
     needed = plan_cut(base, [1]).target_bytes
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 1}))
-    with pytest.raises(CheckpointError, match=rf"needs {needed} bytes, and its disk has {needed - 1} free; make room"):
+    with pytest.raises(
+        CheckpointError, match=rf"needs {needed} bytes, but its disk has only {needed - 1} free; free some space"
+    ):
         cut(base, tmp_path / "cut")
     assert beside(base) == ["base"]
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed}))
     with caplog.at_level("INFO"):
         cut(base, tmp_path / "cut")
-    assert f"keeping 3 of 4 layers; {needed} bytes to read and write" in caplog.text
+    assert f"keeping 3 of 4 layers; copying {needed} of " in caplog.text
 
 
 @pytest.mark.parametrize(
     ("raised", "expected", "match"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), CheckpointError, "No space left on device; make room"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            CheckpointError,
+            "No space left on device; free some space",
+        ),
         (OSError(errno.EIO, "Input/output error"), CheckpointError, "could not write .*cut: Input/output error"),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
         (MemoryError(), MemoryError, None),
@@ -209,7 +215,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(base, tmp_path, monkeypatch)
     plan = plan_cut(base, [1])
     shard = base / "model-00003-of-00004.safetensors"
     os.utime(shard, ns=(1, 1))
-    with pytest.raises(CheckpointError, match=r"00003.*changed while it was read"):
+    with pytest.raises(CheckpointError, match=r"00003.*changed while it was being read"):
         write.write_checkpoint(plan, tmp_path / "cut", progress=False)
     copy = files.LocalFile.copy_into
 
@@ -219,7 +225,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(base, tmp_path, monkeypatch)
         yield from copy(self, output, offset, length)
 
     monkeypatch.setattr(files.LocalFile, "copy_into", shrinking)
-    with pytest.raises(CheckpointError, match=r"00003.*got shorter while it was read"):
+    with pytest.raises(CheckpointError, match=r"00003.*became shorter while it was being read"):
         cut(base, tmp_path / "cut")
     assert beside(base) == ["base"]
 
@@ -245,7 +251,7 @@ def test_what_killed_runs_left_is_removed_by_the_next_run_and_nothing_else(base,
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("left")
     (tmp_path / ".cut.partial-89abcdef").symlink_to(base)
-    with pytest.raises(CheckpointError, match="was put back after a killed run; replace it with --force"):
+    with pytest.raises(CheckpointError, match="was restored after a killed run; replace it with --force"):
         cut(base, tmp_path / "cut")
     assert (tmp_path / "cut/config.json").read_text() == "left"
     cut(base, tmp_path / "cut", force=True)

@@ -150,7 +150,7 @@ def test_the_target_is_never_overwritten_unasked(tmp_path, monkeypatch):
         (tmp_path / "cut.gguf").write_text("theirs")
 
     monkeypatch.setattr(gguf_file.LocalFile, "check_unchanged", somebody_is_faster)
-    with refused("has appeared meanwhile"):
+    with refused("was created in the meantime"):
         cut(source, [1])
     assert (tmp_path / "cut.gguf").read_text() == "theirs"
     assert sorted(os.listdir(tmp_path)) == ["a.gguf", "cut.gguf"]
@@ -171,7 +171,7 @@ def test_the_source_is_never_the_target(tmp_path, link):
 
 def test_targets_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
     source = make_gguf(tmp_path / "a.gguf")
-    with refused("no/such does not exist; make it first"):
+    with refused("no/such does not exist; create it first"):
         cut_gguf(source, tmp_path / "no/such/cut.gguf", [1])
     with refused("is a folder"):
         cut_gguf(source, tmp_path, [1], force=True)
@@ -180,7 +180,7 @@ def test_targets_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
     with refused("is not a file"):
         plan_gguf_cut(tmp_path, [1])
     monkeypatch.setattr(gguf_file.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with refused("needs [0-9]+ bytes, and its disk has 10 free"):
+    with refused("needs [0-9]+ bytes, but its disk has only 10 free"):
         cut(source, [1])
     assert os.listdir(tmp_path) == ["a.gguf"]
 
@@ -205,7 +205,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
     source = make_gguf(tmp_path / "a.gguf")
     sync = os.fsync
     monkeypatch.setattr(gguf_file.os, "fsync", lambda fd: (sync(fd), os.utime(source, ns=(1, 1))))
-    with refused("changed while it was read"):
+    with refused("changed while it was being read"):
         cut(source, [1])
     assert os.listdir(tmp_path) == ["a.gguf"]
 

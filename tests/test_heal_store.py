@@ -131,7 +131,7 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
 
 
 def test_too_large_for_the_disk_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="free; make room or write elsewhere"):
+    with pytest.raises(CheckpointError, match="free; free some space or write elsewhere"):
         StateStore(tmp_path, [10**12], "rows", [column()])
     assert list(tmp_path.iterdir()) == []
 

@@ -1,1 +1,1 @@
-"""Drop decoder layers and renumber what is left: in memory, in safetensors files, in GGUF files."""
+"""Drop decoder layers and renumber the remaining ones: in memory, in safetensors files and in GGUF files."""

@@ -1,4 +1,4 @@
-"""Where the files of a base are, a folder or a repository on the Hub, and what its weight files hold."""
+"""Find the files of a base model, in a folder or on the Hub, and read the headers of its weight files."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .header import Header, read_header
 
 logger = logging.getLogger(__name__)
 
-# A larger file is no tokenizer and no licence.
+# Tokenizers and licences are smaller than this.
 _LARGE = 512 << 20
 
 
 @dataclass(frozen=True)
 class Base:
-    """Where the files of a checkpoint are: in a folder, or in a repository whose files are downloaded when asked for.
+    """The files of a checkpoint: in a folder, or in a Hub repository from which they are downloaded on demand.
 
     Args:
-        name (`str`): What to call it.
-        folder (`Path`): The folder; of a repository, the one in the Hub client's cache, which fills up.
-        sizes (`Mapping[str, int]`): The size of each file by its path in the folder or repository.
+        name (`str`): The name to use in messages.
+        folder (`Path`): The folder. For a repository, its folder in the Hub client's cache.
+        sizes (`Mapping[str, int]`): The size of each file in bytes, by its path in the folder or repository.
         repo (`Repo`, *optional*): The repository.
     """
 
@@ -40,20 +40,22 @@ class Base:
 
     @classmethod
     def open(cls, source: str | os.PathLike[str], revision: str | None = None, **hub: Any) -> Base:
-        """Find a checkpoint, and make sure that it has a config.
+        """Locate a checkpoint and check that it has a config.
 
         Args:
             source (`str` or `os.PathLike`): A folder, or a Hub id.
             revision (`str`, *optional*): Branch, tag or commit of a repository.
-            hub: Further arguments of `Repo.open`.
+            hub: Passed on to `Repo.open`.
 
         Raises:
-            CheckpointError: There is no such model, or it can't be reached.
+            CheckpointError: The model does not exist or can't be reached.
         """
         if isinstance(source, str) and is_hub_id(source):
             repo = Repo.open(source, revision, **hub)
             if CONFIG not in repo.files:
-                raise CheckpointError(f"{source} has no {CONFIG}, so it is not a model that can be cut; name another")
+                raise CheckpointError(
+                    f"{source} has no {CONFIG}, so it is not a model that can be cut; choose another"
+                )
             sizes = {name: file.size for name, file in repo.files.items()}
             return cls(source, repo.get(CONFIG).parent, sizes, repo)
         folder = Path(source).expanduser()
@@ -61,30 +63,30 @@ class Base:
             raise CheckpointError(
                 f"{folder} is not a folder; name a model folder with a {CONFIG} and safetensors weights"
             )
-        # Only what a companion may be is looked at below the top.
+        # Below the top level, only folders that may hold companion files are listed.
         paths = [*folder.iterdir(), *(path for name in SUBFOLDERS for path in folder.glob(f"{name}/*"))]
         return cls(str(folder), folder, {_relative(path, folder): _size(path) for path in sorted(paths)})
 
     def get(self, name: str) -> Path:
-        """A file of the checkpoint, downloaded if need be."""
+        """The path of a file, downloaded first if necessary."""
         return self.repo.get(name) if self.repo else self.folder / name
 
     def fetch(self, names: Collection[str]) -> None:
-        """Have files in the folder."""
+        """Download files into the folder, if the checkpoint is on the Hub."""
         if self.repo:
             self.repo.fetch(names)
 
     def companions(self) -> list[tuple[str, int]]:
-        """The other files that belong to the model: tokenizer, chat templates, generation settings, licence.
+        """The files to copy along with the weights: tokenizer, chat templates, generation settings, licence.
 
         Returns:
-            `list[tuple[str, int]]`: Path relative to the folder, and size.
+            `list[tuple[str, int]]`: Path relative to the folder, and size in bytes.
 
         Raises:
-            CheckpointError: One is a broken link.
+            CheckpointError: One of them is a broken link.
         """
         names = [name for name in sorted(self.sizes) if is_companion(name)]
-        if self.repo:  # whatever else people keep in a repository is not downloaded
+        if self.repo:  # other files in the repository are not downloaded
             names = [name for name in names if any(fnmatch(name, pattern) for pattern in CHECKPOINT_FILES)]
         else:
             for path in (self.folder / name for name in names):
@@ -94,18 +96,20 @@ class Base:
         sizes = [(name, self.sizes[name]) for name in names]
         for name, size in sizes:
             if size > _LARGE:
-                logger.warning("%s/%s is left out: it has %d bytes, too many for a side file", self.name, name, size)
+                logger.warning(
+                    "%s/%s is not copied: at %d bytes it is too large for a companion file", self.name, name, size
+                )
         return [(name, size) for name, size in sizes if size <= _LARGE]
 
     def fetch_companions(self) -> list[tuple[str, int]]:
-        """Have the companions in the folder, and the index of the weights; returns the companions."""
+        """Download the companion files and the index of the weights; return the companions."""
         companions = self.companions()
         self.fetch([name for name, _ in companions] + [name for name in (INDEX,) if name in self.sizes])
         return companions
 
     @property
     def names(self) -> Collection[str]:
-        """Names of the files at the top."""
+        """Names of the files at the top level."""
         return [name for name in self.sizes if "/" not in name]
 
 
@@ -124,8 +128,8 @@ class Weights:
     Args:
         headers (`dict[str, Header]`): The header of each file, by file name.
         index (`dict`, *optional*): The parsed index of a sharded checkpoint, or `None` for a single file.
-        skipped (`dict[str, int]`): Size of each file that was not opened, because the index says that it holds
-            nothing that stays.
+        skipped (`dict[str, int]`): Size of each file that was not opened because, according to the index, it holds no
+            tensor that is kept.
     """
 
     headers: dict[str, Header]
@@ -134,7 +138,7 @@ class Weights:
 
     @property
     def tensor_names(self) -> list[str]:
-        """Names of all tensors, also of those in files that were not opened."""
+        """Names of all tensors, including those in files that were not opened."""
         weight_map = self.index["weight_map"] if self.index is not None and self.skipped else {}
         return [
             *(tensor.name for header in self.headers.values() for tensor in header.tensors),
@@ -143,20 +147,20 @@ class Weights:
 
     @property
     def size(self) -> int:
-        """Size of all the files."""
+        """Total size of the files in bytes."""
         return sum(header.size for header in self.headers.values()) + sum(self.skipped.values())
 
 
 def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] | None = None) -> Weights:
-    """Read the headers of a checkpoint's weight files, downloading those that hold something that stays.
+    """Read the headers of a checkpoint's weight files; from the Hub, only download files with tensors to keep.
 
     Args:
         base (`Base`): The checkpoint.
-        kept (`Callable`, *optional*): Of the names of all tensors, those that stay. Of a checkpoint on the Hub, a file
-            that holds none of them is not downloaded, and what the index says of it is believed.
+        kept (`Callable`, *optional*): Selects the tensors to keep from the names of all tensors. A file on the Hub that
+            holds none of them is not downloaded; its content is taken from the index.
 
     Returns:
-        `Weights`: Checked headers, and an index that agrees with them.
+        `Weights`: The checked headers and a consistent index.
 
     Raises:
         CheckpointError: There are no safetensors weights, more than one set, or they are damaged or incomplete.
@@ -172,8 +176,7 @@ def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] 
             names = sorted(needed)
     if base.repo:
         logger.info(
-            "%s: %d weight files with %d bytes hold something that stays; %d files with %d bytes do not, and are not "
-            "downloaded",
+            "%s: %d weight files (%d bytes) hold tensors to keep; the other %d files (%d bytes) are not downloaded",
             base.name,
             len(names),
             sum(base.sizes.get(name, 0) for name in names),

@@ -1,7 +1,7 @@
 """Check a cut by running it: a few tokens through the pruned model and through the dense one with its dropped layers bypassed.
 
-The architectures table says how a cut is made, and the matrix of the tests proves it for some versions of transformers.
-This check holds for the version that is installed: a release that changes what a layer does with its position shows here.
+The tables in `families` say how a cut is made, and the test matrix proves them for some versions of transformers. This
+check covers the installed version: it detects a release in which layers use their position differently.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TOKENS = 8
-# Kernels round by the alignment of what they multiply. Of the largest logit:
+# Kernels round differently depending on the alignment of their operands. Relative to the largest logit:
 _TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.005}
 _TOLERANCE_ELSEWHERE = 1e-5
 _DOES_NOT_RUN = (
@@ -36,32 +36,32 @@ _told: set[str] = set()
 
 
 class WrongCutError(LayerPruneError):
-    """A pruned model computes something else than its base with the dropped layers bypassed."""
+    """A pruned model gives other logits than its base with the dropped layers bypassed."""
 
 
 class CannotCheckError(LayerPruneError):
-    """A model can't be run on a few tokens here."""
+    """A model can't be run here to check a cut."""
 
 
 def bypassed_logits(model: PreTrainedModel, layers: Sequence[int]) -> torch.Tensor:
     """Logits of a few tokens from the dense model, with some of its layers bypassed.
 
     Args:
-        model (`PreTrainedModel`): The dense model. It is left as it is.
-        layers (`Sequence[int]`): Indices of the layers that hand their input on unchanged.
+        model (`PreTrainedModel`): The dense model. It is not changed.
+        layers (`Sequence[int]`): Indices of the layers to bypass, so that they return their input unchanged.
 
     Returns:
         `torch.Tensor`: `[1, seq, vocab]`.
 
     Raises:
-        CannotCheckError: Its weights are not in memory, are spread over processes, or it needs other inputs than
-            tokens.
+        CannotCheckError: The weights are not in memory or are sharded across processes, or the model needs other inputs
+            than tokens.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise CannotCheckError(f"{name} is not in memory")
         if hasattr(parameter, "ds_id") or type(parameter).__name__ in ("DTensor", "FlatParameter"):
-            raise CannotCheckError("the dense model's weights are spread over processes")
+            raise CannotCheckError("the dense model's weights are sharded across processes")
     try:
         with _bypassed(model, layers):
             return few_logits(model)
@@ -78,11 +78,11 @@ def few_logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def check_logits(pruned: PreTrainedModel, expected: torch.Tensor) -> None:
-    """Compare a pruned model with what the dense one gave.
+    """Compare the logits of a pruned model with those of the dense one.
 
     Args:
-        pruned (`PreTrainedModel`): The pruned model. It is left as it is.
-        expected (`torch.Tensor`): What `bypassed_logits` returned for the dense model.
+        pruned (`PreTrainedModel`): The pruned model. It is not changed.
+        expected (`torch.Tensor`): The logits from `bypassed_logits` for the dense model.
 
     Raises:
         WrongCutError: They differ by more than rounding, or the pruned model does not run.
@@ -101,14 +101,14 @@ def check_logits(pruned: PreTrainedModel, expected: torch.Tensor) -> None:
 
 
 def check_cut(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
-    """Check a pruned model, however it was made, against its base.
+    """Check a pruned model against its base.
 
     Args:
-        dense (`PreTrainedModel`): The base. It is left as it is.
-        pruned (`PreTrainedModel`): What is left of it, neither repaired nor trained. It is left as it is.
+        dense (`PreTrainedModel`): The base. It is not changed.
+        pruned (`PreTrainedModel`): The pruned model, neither repaired nor trained. It is not changed.
 
     Raises:
-        WrongCutError: The pruned model computes something else than the base with its dropped layers bypassed.
+        WrongCutError: The pruned model gives other logits than the base with its dropped layers bypassed.
         CannotCheckError: The base can't be run here.
     """
     marker = getattr(pruned.config, families.MARKER, None)
@@ -118,7 +118,7 @@ def check_cut(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
 
 
 def tell_if_presumed(config: PreTrainedConfig) -> None:
-    """Say, once for each model type, where a cut is not proven with the installed version of transformers.
+    """Warn, once for each model type, if a cut is not proven with the installed version of transformers.
 
     Args:
         config (`PreTrainedConfig`): The base's config.
@@ -149,13 +149,13 @@ def _mismatch(config: PreTrainedConfig, what: str) -> str:
 
 @contextmanager
 def _bypassed(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
-    """Layers run, and hand on what they were given."""
+    """Let layers run, but return their input."""
 
     def hand_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         if not isinstance(output, tuple | list):
             return hidden
-        # Some layers hand on more than hidden states: whatever they take and return in the same place, token by token.
+        # Some layers pass on more than hidden states: any per-token tensor with the same position in inputs and outputs.
         given = args or (hidden,)
         carried = 1
         while carried < min(len(given), len(output)) and _is_handed_on(given[carried], output[carried], hidden):
@@ -178,7 +178,7 @@ def _is_handed_on(taken: Any, returned: Any, hidden: torch.Tensor) -> bool:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards, every module is in the mode it was in."""
+    """Switch to evaluation mode, and restore the mode of every module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

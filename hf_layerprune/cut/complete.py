@@ -1,7 +1,7 @@
-"""Does a checkpoint hold what its model asks for? Found out by transformers' own loader, from names and shapes alone.
+"""Check with transformers' own loader that a cut checkpoint holds the weights of its model, without reading any.
 
-A model that lacks a weight gets a random one, with no more than a warning. So the cut model is built without weights,
-"loaded" from tensors without content, and what the loader finds missing, left over or of another shape is refused.
+transformers initialises a missing weight randomly and only warns. So the cut model is built on the meta device and
+"loaded" from empty tensors of the same names and shapes; missing, unexpected and mismatched weights are then refused.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _LAYER = re.compile(r"\.\d+\.")
 
 
 def model_class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig] | None:
-    """The class that `AutoModelForCausalLM` would pick, and the part of the config that it takes.
+    """The class that `AutoModelForCausalLM` would choose, and the part of the config that it takes.
 
     Args:
         config (`PreTrainedConfig`): A model's config.
 
     Returns:
-        `tuple[type[PreTrainedModel], PreTrainedConfig]`, *optional*: `None` where the config belongs to no causal
+        `tuple[type[PreTrainedModel], PreTrainedConfig]`, *optional*: `None` if the config does not belong to a causal
             language model.
     """
     import transformers
@@ -39,7 +39,7 @@ def model_class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], Pre
 
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
-        # The text part of a larger model, saved alone, may have no auto class; its config names its own.
+        # The text part of a larger model, saved alone, may have no auto class; its config names the class.
         own: Any = getattr(transformers, (config.architectures or [""])[0], None)
         return (own, config) if getattr(own, "config_class", None) is type(config) else None
     model_class = _get_model_class(config, mapping)
@@ -59,13 +59,13 @@ def check_tensors(name: str, config: PreTrainedConfig, shapes: Mapping[str, Coll
     known to be missing from a layer if another layer has it.
 
     Args:
-        name (`str`): What to call the checkpoint.
+        name (`str`): The name of the checkpoint, for errors.
         config (`PreTrainedConfig`): The config after the cut.
         shapes (`Mapping[str, Collection[int]]`): The shape of each tensor, by its name after the cut.
-        prefix (`str`): What stands before a layer's index in a tensor's name.
+        prefix (`str`): The part of a tensor's name before the layer index.
 
     Raises:
-        CheckpointError: A tensor is missing, has no place in the model, or has another shape.
+        CheckpointError: A tensor is missing, is not part of the model, or has the wrong shape.
     """
     import torch
 
@@ -115,7 +115,7 @@ def check_tensors(name: str, config: PreTrainedConfig, shapes: Mapping[str, Coll
         if (whole or key.startswith(decoder)) and _is_odd(key, shapes, stem, families.layer_count(config))
     ]
     known = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": info["mismatched_keys"]}
-    if packed:  # other names and shapes are what packing is
+    if packed:  # packed weights have other names and shapes
         known |= {"unexpected_keys": [], "mismatched_keys": []}
     check_complete(name, known, remark="names in the pruned model")
 
@@ -157,13 +157,13 @@ def _missing_though_packed(missing: Collection[str], names: Collection[str], mod
 
 
 def _any_form(key: str, forms: Collection[str]) -> bool:
-    """Whether another layer has such a tensor. The loader may know the checkpoint's names by another beginning."""
+    """Whether another layer has this tensor. The loader's names may have another prefix than the checkpoint's."""
     form = _LAYER.sub(".#.", key)
     return any(form.endswith(other[other.find("#") :]) for other in forms if "#" in other)
 
 
 def _is_odd(key: str, shapes: Collection[str], stem: str, num_layers: int) -> bool:
-    """Whether a tensor is outside the layers, or in some of them and not in others."""
+    """Whether a tensor is outside the layers, or present in only some of them."""
     match = _LAYER.search(key)
     if match is None or not stem:
         return True
@@ -189,7 +189,7 @@ def _gap(names: Collection[str]) -> str | None:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the loader from reporting on a model that nobody will see."""
+    """Silence the loader's reports and progress bars."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

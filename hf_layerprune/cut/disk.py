@@ -1,14 +1,14 @@
-"""Drop decoder layers of a safetensors checkpoint on disk: rename and copy bytes, without building a model.
+"""Drop decoder layers of a safetensors checkpoint on disk by renaming tensors and copying bytes.
 
     from hf_layerprune.cut.disk import cut_checkpoint
 
     cut_checkpoint("Llama-3.1-8B", "Llama-3.1-6B", drop_layers=range(21, 29))
     cut_checkpoint("meta-llama/Llama-3.1-8B", "Llama-3.1-6B", drop_layers=range(21, 29))
 
-First a plan is made from headers, index and configs alone (`base.py`, `header.py`, `settings.py`, `plan.py`), and
-everything that can be refused is refused; then a loop copies (`write.py`). Of a base on the Hub, the weight files that
-hold something that stays come through the Hub client's cache. Tensors keep their bytes, whatever their type: quantised
-checkpoints are cut in the same way.
+The cut is first planned from headers, index and configs alone (`base.py`, `header.py`, `settings.py`, `plan.py`), and
+every check is made at this point; then the bytes are copied (`write.py`). For a base on the Hub, only weight files with
+tensors to keep are downloaded, into the Hub client's cache. Tensors are copied byte for byte whatever their type, so
+quantised checkpoints are cut in the same way.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ def plan_cut(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> CheckpointPlan:
-    """Plan a cut from headers, index and config, and refuse it if it could not be exact. Writes nothing.
+    """Plan a cut from headers, index and config, and refuse it if it can't be exact. Nothing is written.
 
     Args:
-        source (`str`, `os.PathLike` or `Base`): The base's folder, with safetensors weights, or its Hub id. Of a base
-            on the Hub, the weight files that hold something that stays are downloaded into the Hub client's cache.
+        source (`str`, `os.PathLike` or `Base`): The base's folder, with safetensors weights, or its Hub id. From the
+            Hub, weight files with tensors to keep are downloaded into the Hub client's cache.
         drop_layers (`Sequence[int]`): Base indices of the layers to drop.
-        config (`PreTrainedConfig`, *optional*): The base's config, where the caller has it already.
+        config (`PreTrainedConfig`, *optional*): The base's config, if it is already loaded.
         revision (`str`, *optional*): Branch, tag or commit of a base on the Hub.
-        token (`str` or `bool`, *optional*): For the Hub, as its client takes it; by default the user's own.
-        cache_dir (`str` or `os.PathLike`, *optional*): The Hub client's cache, if it is not the usual one.
+        token (`str` or `bool`, *optional*): Token for the Hub, as its client takes it; by default the stored one.
+        cache_dir (`str` or `os.PathLike`, *optional*): The Hub client's cache, if not the default.
 
     Returns:
-        `CheckpointPlan`: What stays, under which name, and what it will cost.
+        `CheckpointPlan`: The tensors to keep, their new names, and the sizes to write.
 
     Raises:
-        CheckpointError: The base is damaged, incomplete, its parts do not belong together, or it can't be reached.
+        CheckpointError: The base is damaged, incomplete or inconsistent, or can't be reached.
         CutError: These layers can't be dropped from this model.
-        UnsupportedModelError: The architecture is not one that is proven to survive a cut.
+        UnsupportedModelError: The architecture is not proven to survive a cut.
     """
     for layer in drop_layers:
         if type(layer) is not int:
@@ -111,29 +111,29 @@ def cut_checkpoint(
 ) -> CheckpointPlan:
     """Write a copy of a safetensors checkpoint without some of its layers.
 
-    The copy is written to a temporary folder beside the target, brought to disk and renamed, so the target is absent,
-    the old one, or complete, whenever the process dies. The source is only read. Of a base on the Hub, the weight
-    files that hold something that stays are downloaded into the Hub client's cache, where they stay.
+    The copy is written to a temporary folder next to the target, flushed to disk and renamed. Whenever the process
+    dies, the target is therefore absent, unchanged or complete. The source is only read. For a base on the Hub, weight
+    files with tensors to keep are downloaded into the Hub client's cache and stay there.
 
     Args:
         source (`str` or `os.PathLike`): The base's folder, with safetensors weights, or its Hub id.
-        target (`str` or `os.PathLike`): The folder to make.
+        target (`str` or `os.PathLike`): The folder to create.
         drop_layers (`Sequence[int]`): Base indices of the layers to drop.
         revision (`str`, *optional*): Branch, tag or commit of a base on the Hub.
-        token (`str` or `bool`, *optional*): For the Hub, as its client takes it; by default the user's own.
-        cache_dir (`str` or `os.PathLike`, *optional*): The Hub client's cache, if it is not the usual one.
-        force (`bool`, *optional*, defaults to `False`): Replace the target if it is a model folder already.
-        link (`bool`, *optional*, defaults to `False`): Hard-link weight files that stay as they are instead of
-            copying them. They are then one file with the base's: whoever writes into one changes both.
+        token (`str` or `bool`, *optional*): Token for the Hub, as its client takes it; by default the stored one.
+        cache_dir (`str` or `os.PathLike`, *optional*): The Hub client's cache, if not the default.
+        force (`bool`, *optional*, defaults to `False`): Replace the target if it is already a model folder.
+        link (`bool`, *optional*, defaults to `False`): Hard-link unchanged weight files instead of copying them.
+            They then share their content with the base's files: writing to one changes both.
         progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
 
     Returns:
-        `CheckpointPlan`: What was done.
+        `CheckpointPlan`: The plan that was carried out.
 
     Raises:
-        CheckpointError: The source is damaged, the target is in the way, the disk is too full, or writing failed.
+        CheckpointError: The source is damaged, the target exists, the disk is too full, or writing failed.
         CutError: These layers can't be dropped from this model.
-        UnsupportedModelError: The architecture is not one that is proven to survive a cut.
+        UnsupportedModelError: The architecture is not proven to survive a cut.
     """
     from .check import tell_if_presumed
 

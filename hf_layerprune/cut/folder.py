@@ -1,4 +1,4 @@
-"""What a checkpoint consists of: which weight files, which other files go along, and which never do."""
+"""The files of a checkpoint: its weight files, the companion files to copy, and the files never to copy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _MAX_JSON = 200_000_000
 _MAX_SHARDS = 10_000
-# Other files of a model folder go along unless they are weights, state of a training, or about the base alone:
+# Other files of a model folder are copied unless they are weights, training state, or describe the base alone:
 # its card, its measurements, and the settings of a weight format that is not copied.
 _NEVER = {"readme.md", "metrics.json", "params.json", "trainer_state.json", "consolidated.safetensors", CONFIG, INDEX}
 _WEIGHTS = (
@@ -31,22 +31,22 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of a checkpoint.
 
     Raises:
-        CheckpointError: It is missing, too large, or not a sound JSON object.
+        CheckpointError: The file is missing, too large, or not a valid JSON object.
     """
-    with LocalFile(path):  # says what is wrong with what is not a file
+    with LocalFile(path):  # raises a clear error if this is not a regular file
         return read_object(path, max_bytes=_MAX_JSON, non_finite=True)
 
 
 def find_weights(names: Collection[str], where: str, variant: str | None = None) -> str:
-    """Tell from a list of files where a checkpoint keeps its weights.
+    """Find the weights of a checkpoint in a list of its files.
 
     Args:
-        names (`Collection[str]`): All files.
-        where (`str`): What to call their folder in errors.
+        names (`Collection[str]`): Names of all files.
+        where (`str`): The name of the folder, for errors.
         variant (`str`, *optional*): The variant of the weights, such as `"fp16"`.
 
     Returns:
-        `str`: `SINGLE` or `INDEX`, or their names in the variant.
+        `str`: `SINGLE` or `INDEX`, or the name of that file in the given variant.
 
     Raises:
         CheckpointError: There are no safetensors weights, or more than one set.
@@ -66,7 +66,7 @@ def find_weights(names: Collection[str], where: str, variant: str | None = None)
     others = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
     if others:
         raise CheckpointError(
-            f"{where} holds only pickled weights ({others[0]}), which can run code when they are read and are never "
+            f"{where} holds only pickled weights ({others[0]}), which can run code when loaded and are never "
             "opened here; convert them to safetensors first (load the model and save_pretrained it)"
         )
     if "adapter_config.json" in names:
@@ -77,17 +77,17 @@ def find_weights(names: Collection[str], where: str, variant: str | None = None)
 
 
 def shard_names(index: dict[str, Any], where: str) -> list[str]:
-    """The files that an index names, each proven to be a plain name.
+    """The files that an index lists, after checking that each is a plain file name.
 
     Args:
         index (`dict`): The parsed index.
-        where (`str`): What to call it in errors.
+        where (`str`): The name of the index, for errors.
 
     Returns:
         `list[str]`: File names, sorted.
 
     Raises:
-        CheckpointError: The index is not shaped as one, or names something outside its folder.
+        CheckpointError: The index is malformed, or names a file outside its folder.
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -110,15 +110,15 @@ def shard_names(index: dict[str, Any], where: str) -> list[str]:
 
 
 def check_index(weight_map: Mapping[str, str], headers: Mapping[str, Header], where: str) -> None:
-    """Hold an index against the files that it names.
+    """Check an index against the files that it lists.
 
     Args:
-        weight_map (`Mapping[str, str]`): The file of each tensor, as the index says.
+        weight_map (`Mapping[str, str]`): The file of each tensor, according to the index.
         headers (`Mapping[str, Header]`): The header of each file.
-        where (`str`): What to call the index in errors.
+        where (`str`): The name of the index, for errors.
 
     Raises:
-        CheckpointError: A tensor is in another file than the index says, in none, in two, or not in the index.
+        CheckpointError: A tensor is in a file other than the index says, in no file, in two files, or not in the index.
     """
     seen: dict[str, str] = {}
     for file, header in headers.items():
@@ -141,7 +141,7 @@ def check_index(weight_map: Mapping[str, str], headers: Mapping[str, Header], wh
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file, by its path relative to the model folder, is one that belongs to the model."""
+    """Whether the file at a path relative to the model folder should be copied along with the weights."""
     folder, _, name = name.lower().rpartition("/")
     if folder not in ("", *SUBFOLDERS):
         return False

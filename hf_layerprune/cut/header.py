@@ -1,8 +1,8 @@
-"""The header of a safetensors file: read through the safetensors library, with the place of each tensor's bytes.
+"""Read the header of a safetensors file with the safetensors library, and locate the bytes of each tensor.
 
-The library proves what a header says (types, shapes, no gap and no overlap), in time and memory that grow with the
-header's length alone, which is bounded here first. It hands out tensors, not byte ranges; since the tensors of a sound
-file lie back to back, the ranges follow from their order and sizes.
+The library validates the header (types, shapes, no gaps, no overlaps) in time and memory proportional to its length,
+which is bounded here first. It returns tensors rather than byte ranges, but the tensors of a valid file are contiguous,
+so the ranges follow from their order and sizes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..files.copy import FileState, LocalFile
 
-# Bits an element.
+# Bits per element.
 DTYPE_BITS: dict[str, int] = {
     "F4": 4,
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -26,9 +26,9 @@ DTYPE_BITS: dict[str, int] = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
-# Ten times the header of the largest models in one file; the format allows 100 MB.
+# Ten times the header of the largest single-file models; the format allows 100 MB.
 MAX_HEADER = 1 << 25
-# The first tensor is aligned as the safetensors library aligns it.
+# Alignment of the tensor data, as in the safetensors library.
 _ALIGNMENT = 8
 
 
@@ -37,11 +37,11 @@ class Tensor:
     """One tensor of a safetensors file.
 
     Args:
-        name (`str`): Its name.
-        dtype (`str`): Its type, as the header spells it.
-        shape (`tuple[int, ...]`): Its shape.
-        start (`int`): Where its bytes start, counted from the end of the header.
-        end (`int`): Where they end.
+        name (`str`): The name.
+        dtype (`str`): The type, as spelled in the header.
+        shape (`tuple[int, ...]`): The shape.
+        start (`int`): Offset of the first byte, from the end of the header.
+        end (`int`): Offset after the last byte.
     """
 
     name: str
@@ -52,25 +52,25 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """How many bytes it has."""
+        """Size in bytes."""
         return self.end - self.start
 
     @property
     def elements(self) -> int:
-        """How many elements it has."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file holds, and where.
+    """The content of a safetensors file.
 
     Args:
         path (`Path`): The file.
-        version (`FileState`): Tells whether the file is still the one that was read.
-        data_start (`int`): Where the tensors' bytes start in the file.
-        tensors (`tuple[Tensor, ...]`): The tensors, in the order of their bytes.
-        metadata (`dict[str, str]`, *optional*): The file's own notes, or `None` where there are none.
+        version (`FileState`): The state of the file when it was read, to detect later changes.
+        data_start (`int`): Offset of the tensor data in the file.
+        tensors (`tuple[Tensor, ...]`): The tensors, in file order.
+        metadata (`dict[str, str]`, *optional*): The metadata of the file, if any.
     """
 
     path: Path
@@ -81,7 +81,7 @@ class Header:
 
     @property
     def size(self) -> int:
-        """Size of the file."""
+        """Size of the file in bytes."""
         return self.version.size
 
 
@@ -92,7 +92,7 @@ def read_header(path: Path) -> Header:
         path (`Path`): The file.
 
     Returns:
-        `Header`: Its tensors, each with a byte range that lies in the file and fits its shape.
+        `Header`: The tensors, each with a byte range that lies within the file and fits its shape.
 
     Raises:
         CheckpointError: The file is damaged, or not a safetensors file.
@@ -119,7 +119,7 @@ def read_header(path: Path) -> Header:
                 position = end
     except CheckpointError:
         raise
-    except Exception as error:  # of the library's own kind, or the system's
+    except Exception as error:  # SafetensorError or OSError, among others
         raise _unsound(path, " ".join(str(error).split())[:200]) from error
     if 8 + length + position != version.size:
         raise _unsound(path, f"its tensors end at byte {8 + length + position}, and the file at {version.size}")
@@ -127,18 +127,18 @@ def read_header(path: Path) -> Header:
 
 
 def _unsound(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} is not a sound safetensors file: {what}; download or save it again")
+    return CheckpointError(f"{path} is not a valid safetensors file: {what}; download or save it again")
 
 
 def write_header(tensors: list[Tensor], metadata: dict[str, str] | None) -> bytes:
-    """Make the first bytes of a safetensors file, up to the first tensor's.
+    """The bytes of a safetensors file that precede the tensor data.
 
     Args:
         tensors (`list[Tensor]`): The tensors, in order.
-        metadata (`dict[str, str]`, *optional*): The file's own notes.
+        metadata (`dict[str, str]`, *optional*): The metadata of the file.
 
     Returns:
-        `bytes`: Header length, header and padding.
+        `bytes`: The header length, the header and its padding.
     """
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
     for tensor in tensors:

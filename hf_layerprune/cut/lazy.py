@@ -1,8 +1,8 @@
-"""Load a model already cut, reading only the weights of the layers that stay.
+"""Load a pruned model directly, reading only the weights of the layers to keep.
 
-The config alone says what remains. So the config is cut first, the tensors are planned by name from the
-headers, and transformers' own loader builds the small model and fills it from a state dict of safetensors
-slices under their new names: it reads a slice when it needs it, and the slices of dropped layers are not there.
+The config is cut first and the tensors are selected by name from the headers. transformers' own loader then builds the
+small model and fills it from a state dict of lazy safetensors slices under their new names. It reads each slice when it
+needs it; slices of dropped layers are not in the state dict.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The attribute of a model loaded cut that says how many parameters its dropped layers have.
+# Attribute of a model that was loaded pruned: the number of parameters in its dropped layers.
 SAVED = "_layer_drop_saved"
-# And the one that says where its parameters are mapped from, see `mapped.copy_by_mapping`.
+# And the files that its parameters are mapped from, see `mapped.copy_by_mapping`.
 SOURCES = "_layer_drop_sources"
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -52,23 +52,23 @@ def load_pruned(
     drop_layers: Sequence[int] | Callable[[PreTrainedConfig], Sequence[int]],
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a causal language model without some of its decoder layers, whose weights are never read.
+    """Load a causal language model without some of its decoder layers. The weights of these are never read.
 
     Args:
-        base (`str` or `Path`): A folder, or a Hub id, with safetensors weights. Of a sharded checkpoint on the Hub,
-            only the shards that hold a tensor that stays are downloaded.
-        drop_layers (`Sequence[int]` or `Callable`): Base indices of the layers to drop, or a function that picks them
-            from the model's config; where the function picks none, the model is loaded whole.
-        from_pretrained_kwargs: What `from_pretrained` takes: `dtype`, `device_map` (by the names in the pruned model),
+        base (`str` or `Path`): A folder, or a Hub id, with safetensors weights. From a sharded checkpoint on the
+            Hub, only shards with tensors to keep are downloaded.
+        drop_layers (`Sequence[int]` or `Callable`): Base indices of the layers to drop, or a function that chooses
+            them from the model's config. If it returns none, the whole model is loaded.
+        from_pretrained_kwargs: Passed on to `from_pretrained`: `dtype`, `device_map` (by the names in the pruned model),
             `attn_implementation`, `quantization_config`, `revision`, `token`, `trust_remote_code`, ...
 
     Returns:
         `PreTrainedModel`: The pruned model, in evaluation mode.
 
     Raises:
-        CheckpointError: There is no such model, it has no safetensors weights, or they don't fit its config.
-        CutError: These layers can't be dropped. No weight was read, and none downloaded.
-        UnsupportedModelError: The architecture is not one that is proven to survive a cut.
+        CheckpointError: The model does not exist, has no safetensors weights, or they don't fit its config.
+        CutError: These layers can't be dropped. No weights were read or downloaded.
+        UnsupportedModelError: The architecture is not proven to survive a cut.
     """
     kwargs = dict(from_pretrained_kwargs)
     if ours := [name for name in _OURS if kwargs.get(name)]:
@@ -89,7 +89,7 @@ def load_pruned(
     else:
         cut = families.make_cut(config, dropped)
         pruned = families.cut_config(config, cut)
-        # Refuses, before any weight is read, whatever the cut of a live model would.
+        # Makes the checks of a cut in memory, before any weight is read.
         saved = rehearse(model_class, config, pruned, cut).saved
         tell_if_presumed(config)
 
@@ -97,14 +97,14 @@ def load_pruned(
         state, origins = _open_slices(source, config, cut, variant, stack, disable_mmap)
         if kwargs.get("dtype", "auto") == "auto" and pruned.dtype is None:
             kwargs["dtype"] = _first_float_dtype(state.values())
-        if is_deepspeed_zero3_enabled():  # its loader scatters tensors, and takes no slices
+        if is_deepspeed_zero3_enabled():  # its loader scatters whole tensors and does not accept slices
             state = {name: piece[...] for name, piece in state.items()}
         with boundary(f"can't load {base} cut"):
             loaded: Any = model_class.from_pretrained(
                 None, config=pruned, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
     model, info = loaded
-    # Of a larger model, of which only the text part was asked for, the other parts' weights are left over.
+    # If only the text part of a larger model is loaded, the weights of the other parts are not used.
     within = find_decoder_layers(model).path + "." if config is not whole else ""
     check_complete(source.name, info, within=within, remark="names in the pruned model")
 
@@ -125,7 +125,7 @@ def load_pruned(
 
 
 def _find(base: str | Path, hub: dict[str, Any]) -> tuple[Base, dict[str, Any]]:
-    """Where the files of a base are, and what `from_pretrained` needs to find the same ones."""
+    """The files of a base, and the arguments with which `from_pretrained` finds the same ones."""
     subfolder = hub.pop("subfolder", None) or ""
     if Path(base).expanduser().is_dir():
         base, subfolder = Path(base, subfolder), ""
@@ -136,7 +136,7 @@ def _find(base: str | Path, hub: dict[str, Any]) -> tuple[Base, dict[str, Any]]:
         return Base.open(Path(name)), {}
     where = {key: hub[key] for key in ("token", "cache_dir", "local_files_only", "force_download") if key in hub}
     files = Base.open(name, hub.get("revision"), subfolder=subfolder, **where)
-    # Everything else comes from the same commit, and what was just downloaded is not downloaded again.
+    # Everything else must come from the same commit, and nothing is downloaded twice.
     hub = (
         hub
         | {"revision": files.repo.commit if files.repo else None, "force_download": False}
@@ -146,7 +146,7 @@ def _find(base: str | Path, hub: dict[str, Any]) -> tuple[Base, dict[str, Any]]:
 
 
 def _load_config(source: Base, hub: dict[str, Any], kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """The base's config, and what is left of the keyword arguments, shared out as the auto classes do it."""
+    """The base's config and the remaining keyword arguments, divided as the auto classes divide them."""
     dtype = kwargs.pop("torch_dtype", None)
     dtype = kwargs.pop("dtype", dtype)
     explicit = {"dtype": dtype, "quantization_config": kwargs.pop("quantization_config", None)}
@@ -171,7 +171,7 @@ def _load_config(source: Base, hub: dict[str, Any], kwargs: dict[str, Any]) -> t
 def _model_class(
     source: Base, hub: dict[str, Any], config: PreTrainedConfig, kwargs: dict[str, Any]
 ) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class that `AutoModelForCausalLM` would pick, and the part of the config that it takes."""
+    """The class that `AutoModelForCausalLM` would choose, and the part of the config that it takes."""
     reference = (getattr(config, "auto_map", None) or {}).get(AutoModelForCausalLM.__name__)
     if reference and kwargs.get("trust_remote_code"):
         where = {key: value for key, value in hub.items() if key != "subfolder"}
@@ -180,12 +180,12 @@ def _model_class(
     if picked is None:
         families.check_supported(config)
         raise CheckpointError(
-            f"{source.name} has a {type(config).__name__}, which belongs to no causal language model"
+            f"{source.name} has a {type(config).__name__}, which does not belong to a causal language model; choose another model"
         )
     return picked
 
 
-# --- the tensors that stay ------------------------------------------------------------------------------
+# --- the tensors to keep --------------------------------------------------------------------------------
 
 
 def _open_slices(
@@ -196,8 +196,8 @@ def _open_slices(
     stack: ExitStack,
     disable_mmap: bool | None,
 ) -> tuple[dict[str, Any], dict[str, tuple[Path, str]]]:
-    """All tensors that stay, by their names in the pruned model, none of them read yet; and where each is stored."""
-    # A mapping reserves memory for whole files on Windows, and can't be moved to a Mac's GPU.
+    """Lazy slices of all tensors to keep, by their names in the pruned model, and the file and name of each."""
+    # On Windows a mapping reserves memory for the whole file; on a Mac it can't be moved to the GPU.
     backend = "pread" if disable_mmap or sys.platform in ("win32", "darwin") else "mmap"
     opened: dict[str, Any] = {}
 
@@ -205,7 +205,9 @@ def _open_slices(
         if filename not in opened:
             path = source.folder / filename
             if not path.is_file():
-                raise CheckpointError(f"{source.name} has no {filename}, which holds weights that stay")
+                raise CheckpointError(
+                    f"{source.name} has no {filename}, which holds weights to keep; download the checkpoint again"
+                )
             try:
                 opened[filename] = stack.enter_context(safe_open(path, framework="pt", backend=backend))
             except (SafetensorError, OSError) as error:
@@ -238,7 +240,7 @@ def _open_slices(
 def _tensor_files(
     source: Base, config: PreTrainedConfig, variant: str | None, handle: Callable[[str], Any]
 ) -> dict[str, str]:
-    """Which file holds which tensor, from the index, or else from the header of the only file."""
+    """The file of each tensor, from the index or, for a single file, from its header."""
     name = getattr(config, "transformers_weights", None) or find_weights(source.names, source.name, variant)
     if name not in source.names:
         raise CheckpointError(f"{source.name} has no {name}, which its config names as its weights")
@@ -251,7 +253,7 @@ def _tensor_files(
 
 
 class _WideSlice:
-    """A view, read when it is indexed, of a tensor that holds a piece a layer: the pieces of the kept layers."""
+    """A lazy view of a tensor with one slice per layer, limited to the slices of the kept layers."""
 
     def __init__(self, name: str, piece: Any, dim: int, width: int, cut: families.Cut) -> None:
         self._piece, self._dim = piece, dim
@@ -279,7 +281,7 @@ class _WideSlice:
 
 
 def _first_float_dtype(pieces: Iterable[Any]) -> torch.dtype:
-    """What `dtype="auto"` means where the config names none: the first dtype that a model can be built in."""
+    """The meaning of `dtype="auto"` if the config names none: the first floating-point dtype in the checkpoint."""
     dtypes = [str_to_torch_dtype.get(piece.get_dtype(), torch.uint8) for piece in pieces]
     usable = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     return next((dtype for dtype in dtypes if dtype in usable), torch.float32)

@@ -1,11 +1,10 @@
 """Drop decoder layers of a model in memory, and put them back.
 
-A cut must leave exactly the model that `from_pretrained` would build from the rewritten config. So two empty
-models (on the meta device, no memory) are built, of the old config and of the new one, and compared layer by
-layer: the kept layers must be of the same make, and every attribute that differs (a layer index, a layer
-count, where shared keys and values come from) is carried over to the live model. A difference that is not an
-index or a count, such as a scale computed from the layer's position, would change the model on reload, so it
-is a refusal.
+The pruned model must be exactly the one that `from_pretrained` would build from the rewritten config. So two empty
+models are built on the meta device, from the old and the new config, and compared layer by layer. The kept layers must
+have the same modules, and every attribute that differs (a layer index, a layer count, the source of shared keys and
+values) is copied to the live model. Any other difference, such as a scale computed from the layer's position, would
+change the model on reload, so the cut is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _ABSENT = object()
 
-# Attributes that may differ between a layer at its old and at its new place: where it stands, nothing else.
+# Attributes that may differ between the old and the new position of a layer, because they only describe the position.
 _POSITIONAL = (
     "idx",
     "index",
@@ -48,7 +47,7 @@ _POSITIONAL = (
 
 @dataclass
 class _Change:
-    """One attribute of one object before and after a cut. Plain data, so that a model with a cut can be deep-copied."""
+    """One attribute of an object before and after a cut. Plain data, so that the model can still be deep-copied."""
 
     owner: Any
     name: str
@@ -56,7 +55,7 @@ class _Change:
     new: Any
 
     def apply(self, value: Any) -> None:
-        """Set the attribute past every property and hook, or remove it."""
+        """Set or remove the attribute, bypassing properties and hooks."""
         if isinstance(self.owner, nn.Module):
             setattr(self.owner, self.name, value)
         elif value is _ABSENT:
@@ -67,12 +66,12 @@ class _Change:
 
 @dataclass
 class LayerCut:
-    """A cut that was made on a live model, with what it takes to undo it.
+    """A cut of a model in memory, with the data to undo it.
 
     Args:
-        cut (`families.Cut`): Which layers stayed.
-        dropped (`list[nn.Module]`): The dropped layers, where they were kept; empty otherwise.
-        changes (`list[_Change]`): What was changed, in order; empty where the dropped layers were not kept.
+        cut (`families.Cut`): The kept and dropped layers.
+        dropped (`list[nn.Module]`): The dropped layers, if they were kept in memory; otherwise empty.
+        changes (`list[_Change]`): The changes in order, if the dropped layers were kept in memory; otherwise empty.
     """
 
     cut: families.Cut
@@ -81,7 +80,7 @@ class LayerCut:
     active: bool = True
 
     def restore(self) -> None:
-        """Put the dropped layers back: the model is dense again, to the last bit.
+        """Put the dropped layers back, which restores the dense model bit for bit.
 
         Raises:
             CutError: The dropped layers were not kept.
@@ -107,23 +106,23 @@ class LayerCut:
 def drop_layers(
     model: PreTrainedModel, layers: Sequence[int], *, keep_dropped: bool = False, check: bool = True
 ) -> LayerCut:
-    """Drop decoder layers of a live model, in place.
+    """Drop decoder layers of a model in memory, in place.
 
     Args:
-        model (`PreTrainedModel`): A causal language model; its modules, its config and the layer indices in it
-            change, its weights do not.
+        model (`PreTrainedModel`): A causal language model. Its modules, config and layer indices change, its weights
+            do not.
         layers (`Sequence[int]`): Indices of the layers to drop.
-        keep_dropped (`bool`, defaults to `False`): Hold on to the dropped layers, outside of the module tree, so
-            that `LayerCut.restore` can put them back.
-        check (`bool`, defaults to `True`): Compare a few logits with those of the dense model in which the dropped
-            layers are bypassed, which takes two forward passes over 8 tokens. See [`~cut.check`].
+        keep_dropped (`bool`, defaults to `False`): Keep the dropped layers in memory, outside of the module tree,
+            so that `LayerCut.restore` can put them back.
+        check (`bool`, defaults to `True`): Compare logits with those of the dense model with the dropped layers
+            bypassed, which takes two forward passes over 8 tokens. See [`~cut.check`].
 
     Returns:
-        `LayerCut`: What was done.
+        `LayerCut`: The cut.
 
     Raises:
         CutError: These layers can't be dropped. The model is unchanged.
-        WrongCutError: The cut model computes something else. The model is unchanged.
+        WrongCutError: The pruned model gives other logits. The model is unchanged.
         UnsupportedModelError: The architecture is not proven. The model is unchanged.
     """
     cut = families.make_cut(model.config, layers)
@@ -154,15 +153,15 @@ def drop_layers(
     logger.info("dropped layers %s of %d from %s", list(cut.drop), cut.num_layers, stack.path)
     if keep_dropped:
         return LayerCut(cut, [stack.layers[i] for i in cut.drop], changes)
-    return LayerCut(cut, [], [])  # the changes hold the old list of layers; without them its memory is free
+    return LayerCut(cut, [], [])  # the changes reference the old layers and would keep them in memory
 
 
 def _expected(model: PreTrainedModel, cut: families.Cut) -> torch.Tensor | None:
-    """What the cut model has to compute, or `None` where the dense one can't be run here."""
+    """The logits that the pruned model must give, or `None` if the dense model can't be run here."""
     try:
         return bypassed_logits(model, cut.drop)
     except CannotCheckError as error:
-        logger.info("the cut is not checked on tokens: %s", error)
+        logger.info("the logits of the cut are not checked: %s", error)
         return None
 
 
@@ -174,9 +173,9 @@ def _swap_layers(model: PreTrainedModel, stack: DecoderStack, cut: families.Cut)
 
 
 def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig) -> list[_Change]:
-    """Change every config object that modules hold, in place, since they are shared by reference.
+    """Changes to every config object that a module holds, in place, since they are shared by reference.
 
-    Some modules hold a copy with a field or two of their own: only what the cut changes is changed.
+    Some modules hold a modified copy of the config, so only the fields that the cut changes are set.
     """
     old_part, new_part = families.text_config(model.config), families.text_config(new_config)
     before, after = dict(vars(old_part)), vars(new_part)
@@ -227,12 +226,12 @@ def _slice_wide_tensors(model: PreTrainedModel, cut: families.Cut) -> list[_Chan
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What comparing a model without weights of the old config with one of the new config shows.
+    """The result of comparing empty models of the old and the new config.
 
     Args:
-        saved (`int`): How many parameters the cut saves.
-        attributes (`list[tuple[str, str, Any]]`): Name of a module in the dense model, attribute, and the value that
-            it has after the cut.
+        saved (`int`): Number of parameters that the cut removes.
+        attributes (`list[tuple[str, str, Any]]`): Name of a module in the dense model, name of an attribute, and its
+            value after the cut.
     """
 
     saved: int
@@ -242,19 +241,19 @@ class Rehearsal:
 def rehearse(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut
 ) -> Rehearsal:
-    """Compare empty models of the old and of the new config; see the module's docstring.
+    """Compare empty models of the old and the new config; see the docstring of this module.
 
     Args:
-        model_class (`type[PreTrainedModel]`): What the configs are configs of.
-        config (`PreTrainedConfig`): The base's.
-        new_config (`PreTrainedConfig`): What `families.cut_config` made of it.
-        cut (`families.Cut`): Which layers stay.
+        model_class (`type[PreTrainedModel]`): The class to build from both configs.
+        config (`PreTrainedConfig`): The config of the base.
+        new_config (`PreTrainedConfig`): The config after the cut, from `families.cut_config`.
+        cut (`families.Cut`): The kept and dropped layers.
 
     Returns:
-        `Rehearsal`: What the cut will change.
+        `Rehearsal`: The changes that the cut will make.
 
     Raises:
-        CutError: A kept layer would be another one after a reload.
+        CutError: A kept layer would be built differently on reload.
     """
     old, new = _empty_model(model_class, config), _empty_model(model_class, new_config)
     new_modules = dict(new.named_modules())
@@ -270,11 +269,11 @@ def rehearse(
         target = name if layer is None else ".".join(filter(None, [prefix + str(cut.new_index[layer]), inner]))
         after = new_modules.pop(target, None)
         if after is None and layer is None and next(before.parameters(), None) is None:
-            continue  # such as one rotary embedding a base frequency, where a frequency went with its layers
+            continue  # such as a rotary embedding for a base frequency that only dropped layers use
         if after is None or type(before) is not type(after):
             raise CutError(
-                f"{name} would come back as {type(after).__name__ if after is not None else 'nothing'} after a cut, "
-                f"not as {type(before).__name__}: this architecture builds it from its position"
+                f"{name} would be reloaded as {type(after).__name__ if after is not None else 'nothing'} after a cut, "
+                f"not as {type(before).__name__}: its type depends on its position; drop other layers"
             )
         if layer is not None:
             _check_same_shapes(name, before, after)
@@ -282,19 +281,19 @@ def rehearse(
             if layer is not None and not _is_positional(attribute, vars(before)[attribute], value, cut):
                 raise CutError(
                     f"{name}.{attribute} is computed from the layer's position: {vars(before)[attribute]!r} here, "
-                    f"{value!r} after a reload; this cut would change the model silently"
+                    f"{value!r} after a reload; this cut would silently change the model, so drop other layers"
                 )
             attributes.append((name, attribute, value))
     extra = [name for name in new_modules if name.startswith(prefix)]
     if extra:
         raise CutError(
-            f"{extra[0]} would appear from nowhere after a reload: the kept layers would be built differently"
+            f"{extra[0]} would be added on reload, because the kept layers would be built differently; drop other layers"
         )
     return Rehearsal(old.num_parameters() - new.num_parameters(), attributes)
 
 
 def rehearse_config(config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut) -> Rehearsal:
-    """As `rehearse`, for the class that `AutoModelForCausalLM` makes of a config."""
+    """As `rehearse`, for the class that `AutoModelForCausalLM` chooses for a config."""
     from transformers import AutoModelForCausalLM
 
     with boundary("no model can be built from the config"), torch.device("meta"):
@@ -310,7 +309,7 @@ def _empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -
         del config.quantization_config
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         dtype = getattr(part, "dtype", None)
-        if part is not None and isinstance(dtype, str):  # as saving leaves it; not every model can be built so
+        if part is not None and isinstance(dtype, str):  # as it is saved; not every class accepts the name of a dtype
             part.dtype = getattr(torch, dtype)
     what = "no model can be built from the config"
     with boundary(what), torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -318,7 +317,7 @@ def _empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -
 
 
 def _is_positional(attribute: str, before: Any, after: Any, cut: families.Cut) -> bool:
-    """Whether two values say where a layer stands, or the same thing up to rounding, or are a rewritten config list."""
+    """Whether two values only give a layer's position, are equal up to rounding, or are a rewritten per-layer list."""
     if isinstance(before, list) and len(before) == cut.num_layers:
         return after == [before[i] for i in cut.keep]
     if isinstance(before, float) and isinstance(after, float):
@@ -331,16 +330,18 @@ def _check_same_shapes(name: str, before: nn.Module, after: nn.Module) -> None:
         old, new = getattr(before, kind), getattr(after, kind)
         shapes = [{k: tuple(t.shape) for k, t in tensors.items() if t is not None} for tensors in (old, new)]
         if shapes[0] != shapes[1]:
-            raise CutError(f"{name} has tensors {shapes[0]}, and {shapes[1]} after a reload at its new place")
+            raise CutError(
+                f"{name} has tensors {shapes[0]}, but {shapes[1]} after a reload at its new position; drop other layers"
+            )
 
 
 def _differences(before: nn.Module, after: nn.Module) -> list[tuple[str, Any]]:
-    """Plain attributes (numbers, strings, lists of them) in which two modules differ, with the second's value."""
+    """Plain attributes (numbers, strings, lists of these) that differ, with their value in the second module."""
     plain = (int, float, str, bool, list, tuple, type(None))
     different: list[tuple[str, Any]] = []
     for name, value in vars(before).items():
         other = vars(after).get(name, _ABSENT)
-        if isinstance(value, tuple) and isinstance(other, list):  # a JSON round trip makes lists of tuples
+        if isinstance(value, tuple) and isinstance(other, list):  # a JSON round trip turns tuples into lists
             other = tuple(other)
         if other is not _ABSENT and isinstance(value, plain) and isinstance(other, plain) and value != other:
             different.append((name, other))

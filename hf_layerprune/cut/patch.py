@@ -1,4 +1,4 @@
-"""Give some tensors of a checkpoint new values, in place: the same names, types and shapes, other bytes."""
+"""Overwrite the values of tensors in a checkpoint in place; names, types and shapes stay the same."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def patch_layers(folder: Path, num_layers: int, values: Mapping[tuple[int, str],
     """Overwrite tensors of decoder layers.
 
     Args:
-        folder (`Path`): A folder of safetensors files that belong to this run alone: not linked, and not yet under
-            their final name.
-        num_layers (`int`): How many layers the checkpoint has.
-        values (`Mapping[tuple[int, str], torch.Tensor]`): The new values, by the layer's index in this checkpoint and
-            the tensor's name in the layer.
+        folder (`Path`): A folder of safetensors files that only this run uses: not linked, and not yet under their
+            final name.
+        num_layers (`int`): Number of layers in the checkpoint.
+        values (`Mapping[tuple[int, str], torch.Tensor]`): The new values, by layer index in this checkpoint and name of
+            the tensor within the layer.
 
     Returns:
-        `list[str]`: The names of the tensors, as the checkpoint has them.
+        `list[str]`: The names of the tensors in the checkpoint.
 
     Raises:
-        CheckpointError: The checkpoint has no such tensor, or not of that type and shape. Nothing was written.
+        CheckpointError: A tensor is not in the checkpoint, or has another type or shape. Nothing was written.
     """
     stored: dict[str, tuple[Path, int, Tensor]] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -55,7 +55,9 @@ def patch_layers(folder: Path, num_layers: int, values: Mapping[tuple[int, str],
     for name, raw in data.items():
         path, data_start, tensor = stored[name]
         if path.stat().st_nlink > 1:
-            raise CheckpointError(f"{path.name} is linked to a file of the base, which is never written to")
+            raise CheckpointError(
+                f"{path.name} is a hard link to a file of the base, which is never written to; prune without --link"
+            )
         with path.open("r+b") as file:
             file.seek(data_start + tensor.start)
             file.write(raw)

@@ -1,7 +1,7 @@
-"""Planning a cut of a safetensors checkpoint: which bytes go where, under which name.
+"""Plan a cut of a safetensors checkpoint: which bytes to copy, where to, and under which names.
 
-Nothing here reads a tensor or writes a file. A plan is made from headers, an index and configs alone, and whatever can
-be refused is refused here; `write.py` then follows it without looking left or right.
+Nothing here reads a tensor or writes a file. The plan is made from headers, the index and configs alone, and every check
+is made here; `write.py` then carries it out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SHARD = "model-{:05d}-of-{:05d}.safetensors"
 
 
 class Span(NamedTuple):
-    """A range of a source file that is copied as it is."""
+    """A range of a source file to copy unchanged."""
 
     offset: int
     length: int
@@ -42,13 +42,13 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A matrix in a source file of which only some columns are copied, row by row.
+    """A matrix in a source file, of which only some columns are copied, row by row.
 
     Args:
-        offset (`int`): Where it starts.
-        rows (`int`): How many rows it has.
-        row_bytes (`int`): How long a row is.
-        columns (`tuple[Span, ...]`): What to keep of each row.
+        offset (`int`): Offset of the matrix in the file.
+        rows (`int`): Number of rows.
+        row_bytes (`int`): Length of a row in bytes.
+        columns (`tuple[Span, ...]`): The ranges of each row to keep.
     """
 
     offset: int
@@ -58,7 +58,7 @@ class Rows:
 
     @property
     def length(self) -> int:
-        """How many bytes are kept."""
+        """Number of bytes that are kept."""
         return self.rows * sum(span.length for span in self.columns)
 
 
@@ -67,12 +67,12 @@ class ShardPlan:
     """One file to write.
 
     Args:
-        source (`str`): Name of the file that it comes from.
-        version (`FileState`): What tells whether that file is still the one that was planned for.
+        source (`str`): Name of the source file.
+        version (`FileState`): The state of the source file when the plan was made.
         target (`str`): Name of the file to write.
-        header (`bytes`): Its first bytes.
-        pieces (`tuple[Span | Rows, ...]`): What follows, in order.
-        whole (`bool`): Whether the source file stays as it is, byte for byte.
+        header (`bytes`): The header to write.
+        pieces (`tuple[Span | Rows, ...]`): The data to copy after the header, in order.
+        whole (`bool`): Whether the source file is copied unchanged.
     """
 
     source: str
@@ -84,7 +84,7 @@ class ShardPlan:
 
     @property
     def size(self) -> int:
-        """How many bytes the file will have."""
+        """Size of the file in bytes."""
         return len(self.header) + sum(piece.length for piece in self.pieces)
 
 
@@ -93,16 +93,16 @@ class CheckpointPlan:
     """Everything that a cut will do, known before the first byte is written.
 
     Args:
-        source (`Path`): The base's folder; of a base on the Hub, the one in the cache.
-        cut (`families.Cut`): Which layers stay.
-        config (`PreTrainedConfig`): The config of what remains.
-        layer_prefix (`str`): What stands before a layer's index in a tensor's name.
+        source (`Path`): The base's folder; for a base on the Hub, its folder in the cache.
+        cut (`families.Cut`): The kept and dropped layers.
+        config (`PreTrainedConfig`): The config of the pruned model.
+        layer_prefix (`str`): The part of a tensor's name before the layer index.
         shards (`tuple[ShardPlan, ...]`): The weight files to write.
-        files (`dict[str, bytes]`): The small files whose content changes.
-        companions (`tuple[tuple[str, int], ...]`): The files that are copied as they are, with their sizes.
-        tensor_names (`dict[str, str]`): Old name to new name, of every tensor that stays.
-        dropped_tensors (`tuple[str, ...]`): Names of those that go.
-        source_bytes (`int`): Size of the base's weight files.
+        files (`dict[str, bytes]`): The content of small files that change, by name.
+        companions (`tuple[tuple[str, int], ...]`): The files that are copied unchanged, with their sizes in bytes.
+        tensor_names (`dict[str, str]`): Old to new name of every tensor that is kept.
+        dropped_tensors (`tuple[str, ...]`): Names of the tensors that are dropped.
+        source_bytes (`int`): Size of the base's weight files in bytes.
     """
 
     source: Path
@@ -118,17 +118,17 @@ class CheckpointPlan:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the weight files to write."""
+        """Size of the weight files to write, in bytes."""
         return sum(shard.size for shard in self.shards)
 
     @property
     def target_bytes(self) -> int:
-        """Size of everything to write."""
+        """Size of all files to write, in bytes."""
         return self.weight_bytes + sum(map(len, self.files.values())) + sum(size for _, size in self.companions)
 
 
 class _Kept(NamedTuple):
-    """A tensor that stays: as it was, as it will be (without its place), and the bytes to take."""
+    """A tensor to keep: before the cut, after it (without its offsets), and the bytes to copy."""
 
     old: Tensor
     new: Tensor
@@ -137,7 +137,7 @@ class _Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightsPlan:
-    """The part of a plan that is about weights."""
+    """The part of a plan that concerns weights."""
 
     layer_prefix: str
     shards: tuple[ShardPlan, ...]
@@ -151,16 +151,16 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
     """Plan the weight files of a cut.
 
     Args:
-        weights (`Weights`): The base's files.
+        weights (`Weights`): The base's weight files.
         config (`PreTrainedConfig`): The base's config.
-        cut (`families.Cut`): Which layers stay.
+        cut (`families.Cut`): The kept and dropped layers.
 
     Returns:
-        `WeightsPlan`: What to write.
+        `WeightsPlan`: The weight files to write.
 
     Raises:
         CheckpointError: Tensors do not fit the config, or two would get the same name.
-        UnsupportedModelError: It is not clear where the decoder layers are.
+        UnsupportedModelError: The decoder layers can't be identified.
     """
     tensors = [tensor for header in weights.headers.values() for tensor in header.tensors]
     stored = weights.tensor_names
@@ -190,7 +190,7 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
 def _kept(
     weights: Weights, config: PreTrainedConfig, cut: families.Cut, names: dict[str, str]
 ) -> dict[str, list[_Kept]]:
-    """What stays of each file, of those of which something does."""
+    """The tensors to keep from each file, for files that hold any."""
     slicer = _Slicer(config, cut)
     kept = {
         file: [slicer.keep(tensor, names[tensor.name], header) for tensor in header.tensors if tensor.name in names]
@@ -216,12 +216,12 @@ def _is_ignored(name: str, config: PreTrainedConfig) -> bool:
 
 
 class Renaming(NamedTuple):
-    """What the tensors of a checkpoint are called after a cut.
+    """The names of a checkpoint's tensors after a cut.
 
     Args:
-        names (`dict[str, str]`): Old name to new name of each tensor that stays.
-        drafts (`list[str]`): Names of those that only draft further tokens, and go.
-        prefix (`str`): What stands before a layer's index.
+        names (`dict[str, str]`): Old to new name of each tensor that is kept.
+        drafts (`list[str]`): Names of tensors for multi-token prediction, which are dropped.
+        prefix (`str`): The part of a tensor's name before the layer index.
     """
 
     names: dict[str, str]
@@ -230,20 +230,20 @@ class Renaming(NamedTuple):
 
 
 def new_names(tensors: Iterable[str], config: PreTrainedConfig, cut: families.Cut) -> Renaming:
-    """What the tensors of a checkpoint are called after a cut.
+    """Work out the names of a checkpoint's tensors after a cut.
 
     Args:
-        tensors (`Iterable[str]`): Names of all of them.
+        tensors (`Iterable[str]`): Names of all tensors.
         config (`PreTrainedConfig`): The base's config.
-        cut (`families.Cut`): Which layers stay.
+        cut (`families.Cut`): The kept and dropped layers.
 
     Returns:
-        `Renaming`: What stays, and what goes.
+        `Renaming`: The tensors that are kept and dropped.
 
     Raises:
         CheckpointError: A tensor has no plain layer index or belongs to a layer that the config does not have, or two
             tensors would get the same name.
-        UnsupportedModelError: It is not clear where the decoder layers are.
+        UnsupportedModelError: The decoder layers can't be identified.
     """
     tensors = list(tensors)
     prefix = find_layer_prefix(tensors, cut.num_layers)
@@ -279,7 +279,7 @@ def new_names(tensors: Iterable[str], config: PreTrainedConfig, cut: families.Cu
 
 
 class _Slicer:
-    """Takes a tensor as it is, or the kept layers' slices of one that holds a slice a layer."""
+    """Selects the bytes of a tensor to keep: all, or the kept layers' slices of a tensor with one slice per layer."""
 
     def __init__(self, config: PreTrainedConfig, cut: families.Cut) -> None:
         self._cut = cut
@@ -294,7 +294,7 @@ class _Slicer:
                 return self._sliced(tensor, name, start, wide.dim, width)
             if f".{stem}." in dotted:
                 raise CheckpointError(
-                    f"tensor {tensor.name!r} goes with one that holds a slice for each layer, and it is not known how "
+                    f"tensor {tensor.name!r} belongs to one that holds a slice for each layer, and it is not known how "
                     "to slice it; start from a checkpoint in which that tensor is not quantised"
                 )
         return _Kept(tensor, replace(tensor, name=name), (Span(start, tensor.size),))
@@ -308,7 +308,9 @@ class _Slicer:
             )
         bits = DTYPE_BITS[tensor.dtype] * math.prod(shape[dim + 1 :]) * width
         if bits % 8:
-            raise CheckpointError(f"tensor {tensor.name!r} of type {tensor.dtype} can't be sliced at whole bytes")
+            raise CheckpointError(
+                f"tensor {tensor.name!r} of type {tensor.dtype} can't be sliced at byte boundaries; start from another checkpoint"
+            )
         slice_bytes, rows = bits // 8, math.prod(shape[:dim])
         columns = tuple(merged(Span(i * slice_bytes, slice_bytes) for i in self._cut.keep))
         pieces: tuple[Span | Rows, ...] = (Rows(start, rows, n * slice_bytes, columns),)
@@ -324,7 +326,7 @@ def _alignment(tensor: Tensor) -> int:
 
 
 def _in_order(kept: list[_Kept]) -> list[_Kept]:
-    """The order of the source, unless a tensor would lose the alignment that it had there by it."""
+    """The source order, unless a tensor would lose its alignment; then the widest types first."""
     position = 0
     for item in kept:
         wanted = _alignment(item.old)
@@ -355,7 +357,7 @@ def _shard(file: str, target: str, header: Header, kept: list[_Kept]) -> ShardPl
 
 
 def merged(pieces: Sequence[Any] | Iterator[Any]) -> Iterator[Any]:
-    """Join spans that follow one another; everything else passes through."""
+    """Join adjacent spans; other pieces are returned unchanged."""
     last: Any = None
     for piece in pieces:
         if not piece.length:
@@ -370,7 +372,7 @@ def merged(pieces: Sequence[Any] | Iterator[Any]) -> Iterator[Any]:
         yield last
 
 
-# Elements of these types are parameters, one each.
+# Types with one parameter per element.
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 
 
@@ -381,12 +383,12 @@ def _index_metadata(
     if "total_size" in new:
         new["total_size"] = sum(item.new.size for item in kept)
     if "total_parameters" in new and not complete:
-        # Some of what goes was never looked at, so it can't be taken off; what stays is counted, where it can be.
+        # Files that were not opened can't be subtracted, so the kept parameters are counted, if their type allows it.
         del new["total_parameters"]
         if all(item.new.dtype in _PLAIN for item in kept):
             new["total_parameters"] = sum(item.new.elements for item in kept)
     elif "total_parameters" in new:
-        # Packed weights have fewer elements than parameters, so the old number is taken for right.
+        # Packed weights have fewer elements than parameters, so the old number is trusted and reduced.
         gone = sum(tensor.elements for tensor in tensors) - sum(item.new.elements for item in kept)
         total = new["total_parameters"]
         if type(total) is int and total >= gone:

@@ -1,4 +1,4 @@
-"""The JSON files of a cut checkpoint: its config, with nothing lost on the way, and its quantisation settings."""
+"""The JSON files of a cut checkpoint: its config, with every field of the base's, and its quantisation settings."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Settings that some quantisers write beside the config.
+# Settings files that some quantisers write next to the config.
 QUANTISERS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-# What a reload sets again.
+# Fields that are set on every load.
 _VOLATILE = ("_name_or_path", "transformers_version")
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """Read the config of a model folder, without running any code that lies in it.
+    """Read the config of a model folder without running code from it.
 
     Args:
         folder (`Path`): A model folder.
@@ -33,7 +33,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         `PreTrainedConfig`: The config.
 
     Raises:
-        CheckpointError: There is none, or it can't be read.
+        CheckpointError: The config is missing or can't be read.
     """
     from ..runtime.loading import load_config
 
@@ -42,28 +42,30 @@ def read_config(folder: Path) -> PreTrainedConfig:
         return load_config(folder, trust_remote_code=False)
     except CheckpointError:
         raise
-    except Exception as error:  # each config class raises what it likes
+    except Exception as error:  # config classes raise exceptions of any type
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder / CONFIG} describes no model ({reason}); is it the right folder?") from error
+        raise CheckpointError(
+            f"{folder / CONFIG} does not describe a model ({reason}); is it the right folder?"
+        ) from error
 
 
 def config_fields(source: dict[str, Any], config: PreTrainedConfig, num_layers: int) -> dict[str, Any]:
     """The config.json of a cut checkpoint.
 
-    It holds what transformers would save, and every field of the base's own file besides, such as defaults that
-    transformers leaves out and old spellings that other programs read: with the new value where there is one, and
-    else as it was, if a reload gives the same config with it.
+    It contains what transformers would save, and also every other field of the base's file, such as defaults that
+    transformers omits and old spellings that other programs read. Such a field gets its new value if there is one;
+    otherwise it is kept unchanged if that does not alter the config on reload.
 
     Args:
         source (`dict`): The base's config.json.
         config (`PreTrainedConfig`): The config after the cut.
-        num_layers (`int`): How many layers the base has.
+        num_layers (`int`): Number of layers in the base.
 
     Returns:
-        `dict`: What to write.
+        `dict`: The fields to write.
 
     Raises:
-        CutError: A reload would give another config.
+        CutError: A reload would give a different config.
     """
     fields = json.loads(config.to_json_string(use_diff=True))
     doubtful: list[tuple[dict[str, Any], str, Any]] = []
@@ -72,12 +74,14 @@ def config_fields(source: dict[str, Any], config: PreTrainedConfig, num_layers: 
     wanted = _plain(config)
     if expected != wanted:
         names = sorted(name for name in expected.keys() | wanted.keys() if expected.get(name) != wanted.get(name))
-        raise CutError(f"{type(config).__name__} changes {', '.join(names)} on a reload, so the cut would not last")
+        raise CutError(
+            f"{type(config).__name__} changes {', '.join(names)} on reload, so the cut can't be saved; drop other layers"
+        )
     for part, name, value in doubtful:
         part[name] = value
         try:
             same = _reloaded(config, fields) == expected
-        except Exception:  # each config class raises what it likes
+        except Exception:  # config classes raise exceptions of any type
             same = False
         if not same:
             del part[name]
@@ -94,7 +98,7 @@ def _complete(
 ) -> None:
     whole = json.loads(config.to_json_string(use_diff=False))
     for name, value in source.items():
-        # Only the sections: configs whose layers differ refuse to be asked for some fields.
+        # Only for sections: some fields of a config with different layers can't be read.
         part = getattr(config, name, None) if name in config.sub_configs else None
         if (
             part is not None
@@ -122,27 +126,27 @@ def _plain(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _reloaded(config: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
     def number(value: dict[str, Any]) -> Any:
-        # JSON has no infinity; this is how transformers spells it.
+        # JSON has no infinity; transformers writes it this way.
         return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
     return _plain(type(config).from_dict(json.loads(json.dumps(fields), object_hook=number)))
 
 
 def to_bytes(fields: dict[str, Any]) -> bytes:
-    """JSON as transformers lays it out."""
+    """JSON in the layout that transformers writes."""
     return (json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def quantiser_files(folder: Path, cut: families.Cut, several_stacks: bool) -> dict[str, bytes]:
-    """The quantisers' own settings, for those that name layers by index.
+    """Rewrite the quantisers' settings files in which layers are named by index.
 
     Args:
         folder (`Path`): A model folder.
-        cut (`families.Cut`): Which layers stay.
-        several_stacks (`bool`): Whether the model has layers besides the decoder's.
+        cut (`families.Cut`): The kept and dropped layers.
+        several_stacks (`bool`): Whether the model has layers outside the decoder.
 
     Returns:
-        `dict[str, bytes]`: New content by file name.
+        `dict[str, bytes]`: The new content of each file that changes, by file name.
 
     Raises:
         CutError: An entry can't be rewritten exactly.

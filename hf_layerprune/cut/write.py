@@ -1,4 +1,4 @@
-"""Carrying out a plan: a plain copy loop into a new folder."""
+"""Carry out a plan: copy bytes into a new folder."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from .plan import CheckpointPlan, Rows, ShardPlan
 
 logger = logging.getLogger(__name__)
 
-# The most that is read at once where a tensor is copied in slices of its rows.
+# Bytes to read at once when a tensor is copied in slices of its rows.
 _ROWS_CHUNK = 8 << 20
 
 
 def write_checkpoint(
     plan: CheckpointPlan, target: Path, *, force: bool = False, link: bool = False, progress: bool = True
 ) -> None:
-    """Follow a plan.
+    """Write a planned checkpoint to a new folder.
 
     Args:
-        plan (`CheckpointPlan`): What to write.
-        target (`Path`): The folder to make.
-        force (`bool`, *optional*, defaults to `False`): Replace the target if it is a model folder already.
-        link (`bool`, *optional*, defaults to `False`): Hard-link weight files that stay as they are.
+        plan (`CheckpointPlan`): The plan.
+        target (`Path`): The folder to create.
+        force (`bool`, *optional*, defaults to `False`): Replace the target if it is already a model folder.
+        link (`bool`, *optional*, defaults to `False`): Hard-link unchanged weight files.
         progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
 
     Raises:
-        CheckpointError: The target is in the way, the disk is too full, the source changed, or writing failed.
+        CheckpointError: The target exists, the disk is too full, the source changed, or writing failed.
     """
     with new_folder(target, force=force, apart_from=plan.source) as folder:
         fill(plan, folder, link=link, progress=progress, name=target.name)
@@ -46,14 +46,14 @@ def write_checkpoint(
 def fill(
     plan: CheckpointPlan, folder: Path, *, link: bool = False, progress: bool = True, name: str | None = None
 ) -> None:
-    """Follow a plan into a folder that exists, is empty, and does not have its final name yet.
+    """Write a planned checkpoint to an empty folder that does not have its final name yet.
 
     Args:
-        plan (`CheckpointPlan`): What to write.
-        folder (`Path`): Where to.
-        link (`bool`, *optional*, defaults to `False`): Hard-link weight files that stay as they are.
+        plan (`CheckpointPlan`): The plan.
+        folder (`Path`): The folder.
+        link (`bool`, *optional*, defaults to `False`): Hard-link unchanged weight files.
         progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
-        name (`str`, *optional*): What the progress bar calls it.
+        name (`str`, *optional*): The name to show in the progress bar.
 
     Raises:
         CheckpointError: The disk is too full, or the source changed.
@@ -64,7 +64,7 @@ def fill(
     total = plan.target_bytes - sum(shard.size for shard in plan.shards if shard.target in linked)
     free = shutil.disk_usage(folder).free
     logger.info(
-        "%s: keeping %d of %d layers; %d bytes to read and write, of %d, %d files to link; %d bytes free",
+        "%s: keeping %d of %d layers; copying %d of %d bytes, linking %d files; %d bytes free",
         plan.source,
         len(plan.cut.keep),
         plan.cut.num_layers,
@@ -93,8 +93,8 @@ def _linkable(plan: CheckpointPlan, folder: Path) -> frozenset[str]:
     for shard in plan.shards:
         if (plan.source / shard.source).stat().st_dev != folder.stat().st_dev:
             raise CheckpointError(
-                f"{plan.source / shard.source} and {folder.parent} are on different file systems, and a hard link can't reach "
-                "from one to the other; write to the same file system, or do without --link (link=True)"
+                f"{plan.source / shard.source} and {folder.parent} are on different file systems, which hard links can't "
+                "span; write to the same file system, or omit --link (link=True)"
             )
     return frozenset(shard.target for shard in plan.shards if shard.whole)
 
@@ -105,7 +105,7 @@ def _write_shard(plan: CheckpointPlan, shard: ShardPlan, folder: Path, linked: b
         if source.version != shard.version:
             raise source.changed()
         if linked:
-            # The file itself, not a link to it, as in the cache of the Hub client.
+            # Link to the file itself: in the Hub client's cache, `path` is a symbolic link.
             os.link(os.path.realpath(path), folder / shard.target)
             return
         with open_new(folder / shard.target) as output:
@@ -124,11 +124,11 @@ def copy_rows(source: LocalFile, output: BinaryIO, piece: Rows) -> Iterator[int]
 
     Args:
         source (`LocalFile`): The file that holds the matrix.
-        output (`BinaryIO`): A file that is open for writing.
+        output (`BinaryIO`): A file open for writing.
         piece (`Rows`): The matrix and its columns.
 
     Yields:
-        `int`: The size of each chunk.
+        `int`: The size of each chunk in bytes.
     """
     at_once = max(1, _ROWS_CHUNK // piece.row_bytes)
     for row in range(0, piece.rows, at_once):
@@ -140,14 +140,14 @@ def copy_rows(source: LocalFile, output: BinaryIO, piece: Rows) -> Iterator[int]
 
 
 def take_columns(data: bytes, piece: Rows) -> memoryview:
-    """Keep some columns of whole rows.
+    """Select columns from complete rows of a matrix.
 
     Args:
         data (`bytes`): The rows.
         piece (`Rows`): The matrix and its columns.
 
     Returns:
-        `memoryview`: What stays, row after row.
+        `memoryview`: The selected bytes, row by row.
     """
     import numpy as np
 
@@ -163,11 +163,11 @@ def _write_companion(path: Path, target: Path) -> Iterator[int]:
 
 
 def _check_written(plan: CheckpointPlan, folder: Path) -> None:
-    """Read back what says where the tensors are."""
+    """Read the headers and the index back and compare them with the plan."""
     headers = {shard.target: read_header(folder / shard.target) for shard in plan.shards}
     index = folder / INDEX
     if index.exists():
         check_index(read_json(index)["weight_map"], headers, str(index))
     names = {tensor.name for header in headers.values() for tensor in header.tensors}
     if names != set(plan.tensor_names.values()) or (not index.exists() and set(headers) != {SINGLE}):
-        raise CheckpointError(f"{folder} did not come out as planned; check the disk")
+        raise CheckpointError(f"{folder} was not written as planned; check the disk")

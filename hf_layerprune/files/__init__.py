@@ -1,1 +1,1 @@
-"""Copy and write so that a file or folder appears whole or not at all."""
+"""Copy and write files and folders atomically; read files from disk and from the Hub."""

@@ -1,4 +1,4 @@
-"""Reading and copying ranges of files, and writing a file so that it is there whole or not at all."""
+"""Read and copy ranges of files, and write files atomically."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import CheckpointError
 
-# Reading into one buffer and writing it again is fastest while the buffer fits a processor's cache.
+# Copying through a buffer is fastest if the buffer fits into the processor's cache.
 CHUNK = 1 << 20
-# How much is written before the system is asked to start bringing it to disk, so that the final fsync has little to do.
+# Bytes to write before the system is asked to start flushing them, so that the final fsync has little left to do.
 WRITEBACK = 32 << 20
 
 
 class FileState(NamedTuple):
-    """Tells whether a file is still the one that was looked at."""
+    """Identifies a version of a file, to detect later changes."""
 
     device: int
     inode: int
@@ -30,19 +30,19 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, file: int | Path) -> FileState:
-        """The state of a file, by path or descriptor."""
+        """The state of a file, given by path or descriptor."""
         status = os.stat(file)
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 class LocalFile:
-    """A file that is read by range, and that must not change meanwhile.
+    """A file that is read by range and must not change while it is open.
 
     Args:
         path (`Path`): The file, or a symbolic link to it.
 
     Raises:
-        CheckpointError: It is missing, unreadable, or not a regular file.
+        CheckpointError: The file is missing, unreadable, or not a regular file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class LocalFile:
         self.path = path
         self._lock = threading.Lock()
         try:
-            # Looked at first: opening a pipe would wait for a writer.
+            # Checked first, since opening a pipe would wait for a writer.
             if not path.is_file():
                 what = "is not a file" if os.path.lexists(path) else "does not exist"
                 raise CheckpointError(f"{path} {what}; is the download complete?")
@@ -70,31 +70,33 @@ class LocalFile:
         return FileState.of(self._file.fileno())
 
     def check_unchanged(self) -> None:
-        """Make sure that the file is the one that was opened.
+        """Check that the file has not changed since it was opened.
 
         Raises:
-            CheckpointError: It has changed.
+            CheckpointError: The file has changed.
         """
         if self._state() != self.version:
             raise self.changed()
 
     def changed(self) -> CheckpointError:
-        """The error to raise where the file is no longer the one that was planned for."""
-        return CheckpointError(f"{self.name} changed while it was read; make sure that nothing else writes it")
+        """The error to raise if the file has changed."""
+        return CheckpointError(
+            f"{self.name} changed while it was being read; make sure that nothing else writes to it"
+        )
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read exactly `length` bytes from `offset` on.
+        """Read exactly `length` bytes starting at `offset`.
 
         Raises:
-            CheckpointError: The file ends before, or can't be read.
+            CheckpointError: The file is too short or can't be read.
         """
         return b"".join(bytes(part) for part in self.chunks(offset, length))
 
     def chunks(self, offset: int, length: int) -> Iterator[memoryview]:
-        """Read a range piece by piece. Each piece is only good until the next one is asked for.
+        """Read a range in chunks. Each chunk is valid only until the next one is requested.
 
         Raises:
-            CheckpointError: The file ends before, or can't be read.
+            CheckpointError: The file is too short or can't be read.
         """
         buffer = memoryview(bytearray(min(CHUNK, length)))
         try:
@@ -104,7 +106,7 @@ class LocalFile:
                     count = self._file.readinto(buffer[:length])
                 if not count:
                     raise CheckpointError(
-                        f"{self.name} got shorter while it was read; make sure that nothing else writes it"
+                        f"{self.name} became shorter while it was being read; make sure that nothing else writes to it"
                     )
                 yield buffer[:count]
                 offset, length = offset + count, length - count
@@ -112,13 +114,13 @@ class LocalFile:
             raise CheckpointError(f"could not read {self.name}: {error.strerror or error}") from error
 
     def copy_into(self, output: BinaryIO, offset: int, length: int) -> Iterator[int]:
-        """Append a range of this file to a file that is open for writing.
+        """Append a range of this file to a file open for writing.
 
         Yields:
-            `int`: The size of each piece, once it is written.
+            `int`: The size of each chunk in bytes, once it is written.
 
         Raises:
-            CheckpointError: This file got shorter meanwhile.
+            CheckpointError: This file has become shorter.
             OSError: Writing failed.
         """
         for part in self.chunks(offset, length):
@@ -152,41 +154,41 @@ def write_all(output: BinaryIO, data: bytes | memoryview) -> None:
 
 @contextmanager
 def open_new(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that must not exist yet, not even as a link. `new_file` and `new_folder` bring it to disk later."""
+    """Create and open a file that must not exist, even as a link. `new_file` and `new_folder` flush it to disk later."""
     with _NewFile(path) as output:
         yield output
 
 
 def check_space(target: Path, needed: int, free: int) -> None:
-    """Refuse to start what can't fit.
+    """Check that there is enough disk space.
 
     Args:
-        target (`Path`): What is written, for the message.
-        needed (`int`): How many bytes it takes.
-        free (`int`): How many bytes its disk has left.
+        target (`Path`): The file or folder to write, for the error.
+        needed (`int`): Bytes to write.
+        free (`int`): Bytes free on its disk.
 
     Raises:
-        CheckpointError: The disk has too little room.
+        CheckpointError: There is not enough disk space.
     """
     if free < needed:
         raise CheckpointError(
-            f"{target} needs {needed} bytes, and its disk has {free} free; make room or write elsewhere"
+            f"{target} needs {needed} bytes, but its disk has only {free} free; free some space or write elsewhere"
         )
 
 
 def write_failed(target: Path, error: OSError) -> CheckpointError:
-    """The error to raise for a failed write, with the way out where it is known."""
+    """The error to raise for a failed write, with a solution if one is known."""
     advice = {
-        errno.ENOSPC: "; make room or write elsewhere",
-        getattr(errno, "EDQUOT", None): "; make room or write elsewhere",
+        errno.ENOSPC: "; free some space or write elsewhere",
+        getattr(errno, "EDQUOT", None): "; free some space or write elsewhere",
         errno.EROFS: "; write elsewhere",
-        errno.EACCES: "; write to a place where you have permission",
+        errno.EACCES: "; write to a folder where you have permission",
     }.get(error.errno or 0, "")
     return CheckpointError(f"could not write {target}: {error.strerror or error}{advice}")
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to disk."""
+    """Flush the entries of a folder to disk."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -198,26 +200,28 @@ def sync_folder(folder: Path) -> None:
 def check_file_target(
     target: Path, *, force: bool, inside: Path | None = None, apart_from: Path | None = None
 ) -> None:
-    """Refuse a file that can't be written without touching something else.
+    """Check that a file can be written without affecting any other file.
 
     Args:
         target (`Path`): The file to write.
-        force (`bool`): Whether it may replace a file that is there.
-        inside (`Path`, *optional*): A folder that it must not lead out of, by a link or otherwise.
+        force (`bool`): Whether it may replace an existing file.
+        inside (`Path`, *optional*): A folder that must contain the target, also after links are resolved.
         apart_from (`Path`, *optional*): A file that is only read, or a folder of such files.
 
     Raises:
-        CheckpointError: The target is a link, a folder, a device or one of the files that are read; it leads out of
-            `inside`; it exists; or its folder does not.
+        CheckpointError: The target is a link, a folder, a device or one of the files that are only read; it is outside
+            `inside`; it exists; or its folder does not exist.
     """
     if not target.parent.is_dir():
-        raise CheckpointError(f"the folder {target.parent} does not exist; make it first")
+        raise CheckpointError(f"the folder {target.parent} does not exist; create it first")
     if inside is not None:
         plain = os.path.normpath(os.path.join(os.path.realpath(inside), os.path.relpath(target.parent, inside)))
         if os.path.realpath(target.parent) != plain or not os.path.realpath(plain).startswith(
             os.path.realpath(inside)
         ):
-            raise CheckpointError(f"{target} leads out of {inside}, and nothing is written there; remove the link")
+            raise CheckpointError(
+                f"{target} leads out of {inside}, and nothing is written outside it; remove the link"
+            )
     real = Path(os.path.realpath(target))
     if apart_from is not None and apart_from.exists():
         source = Path(os.path.realpath(apart_from))
@@ -226,7 +230,7 @@ def check_file_target(
         if source in real.parents:
             raise CheckpointError(f"{target} is inside {apart_from}, which is only read; write to another folder")
     if target.is_symlink():
-        raise CheckpointError(f"{target} is a symbolic link, and nothing is written through one; name another file")
+        raise CheckpointError(f"{target} is a symbolic link, and nothing is written through links; name another file")
     if target.is_dir():
         raise CheckpointError(f"{target} is a folder; name a file to write")
     if target.exists() and not target.is_file():
@@ -239,23 +243,23 @@ def check_file_target(
 def new_file(
     target: Path, *, force: bool = False, inside: Path | None = None, apart_from: Path | None = None
 ) -> Iterator[Path]:
-    """Write a file under a temporary name beside the target, and give it its own when the block ends well.
+    """Write a file under a temporary name next to the target, and rename it when the block succeeds.
 
     Args:
         target (`Path`): The file to write.
-        force (`bool`, *optional*, defaults to `False`): Replace a file that is there. It stays until the new one is
+        force (`bool`, *optional*, defaults to `False`): Replace an existing file. It stays until the new one is
             complete and on disk.
-        inside (`Path`, *optional*): A folder that the target must not lead out of, by a link or otherwise.
+        inside (`Path`, *optional*): A folder that must contain the target, also after links are resolved.
         apart_from (`Path`, *optional*): A file or folder that is only read.
 
     Yields:
-        `Path`: The file to write; it does not exist yet.
+        `Path`: The temporary file to write; it does not exist yet.
 
     Raises:
-        CheckpointError: The target is in the way, or writing fails. Nothing of the new file is left.
+        CheckpointError: The target can't be written or replaced, or writing fails. The temporary file is removed.
     """
     check_file_target(target, force=force, inside=inside, apart_from=apart_from)
-    # A name of its own, so that nothing that lies there already, a link or anybody's file, is written to.
+    # A random name, so that no existing link or file is written to.
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
         yield partial
@@ -272,29 +276,31 @@ def new_file(
 
 
 def _claim(target: Path, partial: Path) -> None:
-    """Take a name that must still be free: a hard link, unlike a rename, fails where it is not."""
+    """Claim a name that must not exist: unlike a rename, a hard link fails if it does."""
     try:
         os.link(partial, target)
     except OSError as error:  # not every file system has hard links
         if os.path.lexists(target):
-            raise CheckpointError(f"{target} has appeared meanwhile; replace it with --force (force=True)") from error
+            raise CheckpointError(
+                f"{target} was created in the meantime; replace it with --force (force=True)"
+            ) from error
 
 
 def write_bytes(path: Path, data: bytes, *, inside: Path | None = None) -> None:
-    """Write a file so that it is there whole or as it was: a temporary sibling, brought to disk, and renamed.
+    """Write a file atomically: write a temporary file, flush it to disk, and rename it.
 
     Args:
-        path (`Path`): The file; its folder exists.
-        data (`bytes`): Its content.
-        inside (`Path`, *optional*): A folder that the file must not lead out of.
+        path (`Path`): The file, in an existing folder.
+        data (`bytes`): The content.
+        inside (`Path`, *optional*): A folder that must contain the file, also after links are resolved.
 
     Raises:
-        CheckpointError: The file is a link or in the way, or the file system refused.
+        CheckpointError: The file is a link or can't be replaced, or writing fails.
     """
     with new_file(path, force=True, inside=inside) as partial, open_new(partial) as output:
         write_all(output, data)
 
 
 def write_text(path: Path, text: str, *, inside: Path | None = None) -> None:
-    """As `write_bytes`, for text in UTF-8."""
+    """Write text as UTF-8, as `write_bytes` does."""
     write_bytes(path, text.encode(), inside=inside)

@@ -1,4 +1,4 @@
-"""Making a folder so that it appears whole, and replacing one so that either the old or the new one is there."""
+"""Create and replace folders atomically."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import CheckpointError
 from .copy import sync_folder, write_failed
 
 # What transformers, PEFT, TRL and this package write into a model folder. Only a folder that holds nothing else may be
-# replaced: a file that may be somebody's own work is named instead.
+# replaced; any other file may be a user's own work.
 _MODEL_FILE = re.compile(
     r"""
     (config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template
@@ -33,7 +33,7 @@ _MODEL_FILE = re.compile(
 _MODEL_SUBFOLDERS = re.compile(
     r"adapter|checkpoint-\d+|runs(/[\w.-]+)?|additional_chat_templates|assets|\.eval_results"
 )
-# What only a folder of ours has beside the model: the card and what belongs to it.
+# Files next to the model that only folders written by this package hold: the card and its pictures and results.
 _OUR_FILE = re.compile(r"README\.md|assets/[\w.-]+\.(png|svg)|\.eval_results/[\w.-]+\.yaml|[\w.-]+/README\.md")
 _MODEL_SIGNS = {"config.json", "adapter_config.json"}
 
@@ -46,21 +46,21 @@ def new_folder(
     apart_from: Path | None = None,
     replaces: re.Pattern[str] | None = None,
 ) -> Iterator[Path]:
-    """Make a folder under a temporary name, and give it its own when the block ends well.
+    """Create a folder under a temporary name, and rename it when the block succeeds.
 
     Args:
-        target (`Path`): The folder to make.
-        force (`bool`, defaults to `False`): Replace a model folder that is there. It stays until the new one is
-            complete and on disk.
+        target (`Path`): The folder to create.
+        force (`bool`, defaults to `False`): Replace an existing model folder. It stays until the new one is complete
+            and on disk.
         apart_from (`Path`, *optional*): A file or folder that must not be written to.
-        replaces (`re.Pattern`, *optional*): Of a folder that is not a model's, the names of the files that such a folder
-            holds; one that holds others is not replaced.
+        replaces (`re.Pattern`, *optional*): For folders other than model folders, a pattern of the files that they may
+            hold; a folder with other files is not replaced.
 
     Yields:
         `Path`: The folder to write into.
 
     Raises:
-        CheckpointError: The target is in the way, or writing fails. Nothing of the new folder is left.
+        CheckpointError: The target can't be replaced, or writing fails. The temporary folder is removed.
     """
     from safetensors import SafetensorError
 
@@ -71,30 +71,30 @@ def new_folder(
             folder.publish()
     except OSError as error:
         raise write_failed(target, error) from error
-    except SafetensorError as error:  # of its own kind, and no OSError, also when the disk is full
+    except SafetensorError as error:  # not an OSError, even when the disk is full
         raise CheckpointError(f"could not write {target}: {error}") from error
 
 
 def check_target(target: Path, source: Path | None, force: bool, replaces: re.Pattern[str] | None = None) -> Path:
-    """Refuse a target that can't be made without touching something else.
+    """Check that a folder can be created without affecting any other file.
 
     Args:
-        target (`Path`): The folder to make.
-        source (`Path`, *optional*): The file or folder that is read, if it is one.
+        target (`Path`): The folder to create.
+        source (`Path`, *optional*): The file or folder that is read, if any.
         force (`bool`): Whether the target may be replaced.
         replaces (`re.Pattern`, *optional*): See `new_folder`.
 
     Returns:
-        `Path`: The target without any link on the way to it.
+        `Path`: The target, with links in its parent folders resolved.
 
     Raises:
-        CheckpointError: It is the source or overlaps with it, exists, or is not a folder; or it holds a file that does
+        CheckpointError: The target is or overlaps with the source, exists, is not a folder, or holds a file that does
             not belong to a model.
     """
     named = target
     target = Path(os.path.abspath(target))
     if target.is_symlink():
-        raise CheckpointError(f"{named} is a symbolic link, and nothing is written through one; name a new folder")
+        raise CheckpointError(f"{named} is a symbolic link, and nothing is written through links; name a new folder")
     target = Path(os.path.realpath(target.parent)) / target.name
     if source is not None and source.exists():
         _check_apart(named, target, source)
@@ -102,7 +102,7 @@ def check_target(target: Path, source: Path | None, force: bool, replaces: re.Pa
         raise CheckpointError(f"{named} can't be replaced; name a new folder")
     if os.path.lexists(target):
         if not target.is_dir():
-            raise CheckpointError(f"{named} is a file; name a folder to make")
+            raise CheckpointError(f"{named} is a file; name a folder to create")
         if next(os.scandir(target), None) is not None:
             if not force:
                 raise CheckpointError(
@@ -112,13 +112,13 @@ def check_target(target: Path, source: Path | None, force: bool, replaces: re.Pa
     for parent in target.parents:
         if os.path.lexists(parent):
             if not parent.is_dir():
-                raise CheckpointError(f"{parent} is a file, so {named} can't be made in it; name another folder")
+                raise CheckpointError(f"{parent} is a file, so {named} can't be created in it; name another folder")
             break
     return target
 
 
 def _check_replaceable(named: Path, folder: Path, replaces: re.Pattern[str] | None) -> None:
-    """Only a folder of the kind that is written, without anybody's own files in it, may go."""
+    """Check that a folder is of the kind to be written and holds no other files."""
     if replaces is None and not any((folder / name).is_file() for name in _MODEL_SIGNS):
         raise CheckpointError(
             f"{named} is not a model folder, so it is not replaced; remove it yourself, or name another"
@@ -136,7 +136,7 @@ def _check_replaceable(named: Path, folder: Path, replaces: re.Pattern[str] | No
                 known = at_home and bool(_MODEL_FILE.fullmatch(name))
             if not known and not (replaces is None and ours and _OUR_FILE.fullmatch(path)):
                 foreign.append(path)
-    # os.walk lists links to folders among the folders; whoever made one has put it there.
+    # os.walk lists links to folders as folders; such links are the user's.
     foreign += [path.name for path in folder.iterdir() if path.is_symlink() and path.is_dir()]
     if foreign:
         shown = ", ".join(sorted(foreign)[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
@@ -147,7 +147,7 @@ def _check_replaceable(named: Path, folder: Path, replaces: re.Pattern[str] | No
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether this package wrote a folder: it has a history, or its config names the dropped layers."""
+    """Whether this package wrote a folder: it has a lineage, or its config lists the dropped layers."""
     if (folder / "lineage.json").is_file():
         return True
     for name in _MODEL_SIGNS:
@@ -163,7 +163,7 @@ def _check_apart(named: Path, target: Path, source: Path) -> None:
     if target == base:
         raise CheckpointError(f"{named} is the source itself; write to another folder")
     if base in target.parents:
-        raise CheckpointError(f"{named} is inside the source {source}; write to a folder outside it")
+        raise CheckpointError(f"{named} is inside the source {source}; write to a folder outside of it")
     if target in base.parents:
         raise CheckpointError(f"the source {source} is inside {named}; write to another folder")
     for file in source.iterdir() if source.is_dir() else ():
@@ -172,14 +172,14 @@ def _check_apart(named: Path, target: Path, source: Path) -> None:
 
 
 class NewFolder:
-    """A folder that is filled under a temporary name beside the target, and then takes the target's place.
+    """A folder that is filled under a temporary name next to the target and then replaces the target.
 
-    The temporary name is `.NAME.partial-XXXX`. What killed runs left under such names is removed by the next run
-    for the same target.
+    The temporary name is `.NAME.partial-XXXXXXXX`. Folders that killed runs left under such names are removed by the
+    next run for the same target.
 
     Args:
-        target (`Path`): Where the folder will be.
-        force (`bool`): Whether it may replace one that is there.
+        target (`Path`): The final path of the folder.
+        force (`bool`): Whether it may replace an existing folder.
         replaces (`re.Pattern`, *optional*): See `new_folder`.
     """
 
@@ -215,13 +215,13 @@ class NewFolder:
         _unlock(self._lock)
 
     def _clear_up(self) -> None:
-        """Remove what killed runs left, and put back a target that was on its way out."""
+        """Remove what killed runs left, and restore a target that was being replaced."""
         for old in self._siblings("old"):
             if not os.path.lexists(self._target):
                 old.rename(self._target)
                 if not self._force:
                     raise CheckpointError(
-                        f"{self._target} was put back after a killed run; replace it with --force (force=True)"
+                        f"{self._target} was restored after a killed run; replace it with --force (force=True)"
                     )
             else:
                 shutil.rmtree(old)
@@ -234,11 +234,11 @@ class NewFolder:
             _unlock(lock)
 
     def publish(self) -> None:
-        """Bring the folder to disk and let it take the target's place.
+        """Flush the folder to disk and rename it to the target.
 
         Raises:
-            CheckpointError: The target has appeared meanwhile.
-            OSError: The file system refused.
+            CheckpointError: The target was created in the meantime.
+            OSError: The rename failed.
         """
         for path in self.path.rglob("*"):
             if path.is_dir():
@@ -255,16 +255,15 @@ class NewFolder:
                 raise
             if not self._force:
                 raise CheckpointError(
-                    f"{self._target} has appeared meanwhile; replace it with --force (force=True)"
+                    f"{self._target} was created in the meantime; replace it with --force (force=True)"
                 ) from None
             self._replace()
         sync_folder(self._target.parent)
 
     def _replace(self) -> None:
-        """Two renames: a run that is killed between them has its old folder put back by the next one."""
-        check_target(
-            self._target, None, self._force, self._replaces
-        )  # what it holds may have changed while the new one was made
+        """Replace the target by two renames; if the process is killed between them, the next run restores the old folder."""
+        # The content of the target may have changed in the meantime.
+        check_target(self._target, None, self._force, self._replaces)
         old = self._sibling("old")
         os.rename(self._target, old)
         try:
@@ -277,10 +276,10 @@ class NewFolder:
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder while this process lives, where the system can: a descriptor to close.
+    """Lock a folder for the lifetime of this process, if the system supports it; returns a descriptor to close.
 
     Raises:
-        BlockingIOError: Another process has it.
+        BlockingIOError: Another process holds the lock.
     """
     try:
         import fcntl
@@ -293,7 +292,7 @@ def _lock(folder: Path) -> int | None:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
             raise
-        return None  # some network file systems know no locks
+        return None  # some network file systems do not support locks
     return descriptor
 
 

@@ -1,10 +1,10 @@
-"""Everything that is fetched from the Hub: one listing of a repository at one commit, and files through its cache.
+"""Read repositories on the Hub: list one at a fixed commit, and download its files through the Hub client's cache.
 
     repo = Repo.open("org/name", revision="main")
     path = repo.get("config.json")
 
-Transfers, retries, resuming and Xet are the Hub client's; here is what it leaves open: what a failure means for the
-user, whether what arrived is what the Hub lists, and what to do without a connection.
+The Hub client handles transfers, retries, resuming and Xet. This module adds clear errors, a check of downloaded files
+against the hashes that the Hub lists, and offline use.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AT_ONCE = 4
-# Files of which one is in every repository that holds a model; they tell which commit a cache knows a revision as.
+# Every model repository has one of these; they are used to look up the commit of a revision in the cache.
 _LANDMARKS = ("config.json", "adapter_config.json", "lineage.json", "README.md")
 
 
@@ -37,14 +37,14 @@ class UnreachableError(CheckpointError):
 
 @contextmanager
 def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the Hub client raises into one line that says what, where, and the way out.
+    """Turn exceptions of the Hub client into errors of this package.
 
     Args:
-        repo (`str`): The repository that is read.
-        revision (`str`, *optional*): The revision that was asked for.
+        repo (`str`): The repository.
+        revision (`str`, *optional*): The requested revision.
 
     Raises:
-        CheckpointError: The Hub refused, or what answered is not the Hub.
+        CheckpointError: The Hub refused the request, or the answer is not from the Hub.
         UnreachableError: The Hub could not be reached.
     """
     from huggingface_hub import errors
@@ -85,17 +85,19 @@ def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
             raise UnreachableError(
                 f"can't reach the Hub for {repo} ({cause_of(error)}); check the connection"
             ) from error
-        if isinstance(error, OSError):  # of the cache: no space, no permission
+        if isinstance(error, OSError):  # from the cache: no space or no permission
             raise CheckpointError(f"can't store {repo} in the cache: {error.strerror or cause_of(error)}") from error
-        if isinstance(error, ValueError | KeyError | TypeError | AttributeError):  # an answer that is not the Hub's
+        if isinstance(
+            error, ValueError | KeyError | TypeError | AttributeError
+        ):  # the answer is not in the Hub's format
             raise CheckpointError(_not_the_hub(repo, error)) from error
         raise
 
 
 def _not_the_hub(repo: str, error: Exception) -> str:
     return (
-        f"the answer to a request for {repo} is not the Hub's ({cause_of(error)}); is there a log-in page or a proxy in "
-        "between?"
+        f"the answer to a request for {repo} is not from the Hub ({cause_of(error)}); check for a log-in page or a proxy "
+        "in between"
     )
 
 
@@ -104,9 +106,9 @@ class HubFile:
     """One file of a repository, as its listing describes it.
 
     Args:
-        size (`int`): Its size in bytes.
-        sha256 (`str`, *optional*): The hash of its content, where it is stored by LFS or Xet.
-        blob_id (`str`, *optional*): What git calls it.
+        size (`int`): The size in bytes.
+        sha256 (`str`, *optional*): The hash of the content, if the file is stored in LFS or Xet.
+        blob_id (`str`, *optional*): The git object id.
     """
 
     size: int
@@ -119,10 +121,10 @@ class Repo:
     """A model repository at one commit.
 
     Args:
-        name (`str`): Its id.
-        commit (`str`): The commit that everything is read at.
-        files (`dict[str, HubFile]`): Its files, or those of its subfolder; without a connection, what the cache has.
-        offline (`str`, *optional*): Why the Hub can't be asked, where that is so.
+        name (`str`): The Hub id.
+        commit (`str`): The commit to read.
+        files (`dict[str, HubFile]`): The files, of the subfolder if there is one; offline, only those in the cache.
+        offline (`str`, *optional*): The reason why only the cache is used, if so.
     """
 
     name: str
@@ -144,23 +146,23 @@ class Repo:
         force_download: bool = False,
         subfolder: str = "",
     ) -> Repo:
-        """Resolve and list a repository. Nothing but a small file is downloaded yet.
+        """Resolve a revision and list the repository. At most one small file is downloaded.
 
         Args:
-            name (`str`): Its id.
+            name (`str`): The Hub id.
             revision (`str`, *optional*): Branch, tag or commit.
-            token (`str` or `bool`, *optional*): As the Hub client takes it; by default the user's own.
-            cache_dir (`str` or `os.PathLike`, *optional*): The Hub client's cache, if it is not the usual one.
-            local_files_only (`bool`, *optional*, defaults to `False`): Do not ask the Hub.
-            force_download (`bool`, *optional*, defaults to `False`): Download also what the cache has.
+            token (`str` or `bool`, *optional*): As the Hub client takes it; by default the stored one.
+            cache_dir (`str` or `os.PathLike`, *optional*): The Hub client's cache, if not the default.
+            local_files_only (`bool`, *optional*, defaults to `False`): Only use the cache.
+            force_download (`bool`, *optional*, defaults to `False`): Download files even if they are in the cache.
             subfolder (`str`, *optional*): The folder in the repository that holds the model.
 
         Returns:
-            `Repo`: Where the Hub can't be reached, of what is in the cache.
+            `Repo`: The repository; its cached part if the Hub can't be reached.
 
         Raises:
-            CheckpointError: There is no such repository or revision, it is closed to the user, or neither the Hub nor
-                the cache has it.
+            CheckpointError: The repository or revision does not exist or the user has no access, or the Hub can't be
+                reached and the repository is not in the cache.
         """
         from huggingface_hub import HfApi, constants, hf_hub_download
         from huggingface_hub.utils import validate_repo_id
@@ -180,30 +182,30 @@ class Repo:
                         for one in info.siblings or ()
                     }
                     landmark = next((one for one in _LANDMARKS if one in files), None)
-                    if landmark and revision != info.sha:  # so that the cache knows the revision without a connection
+                    if landmark and revision != info.sha:  # so that the revision can be resolved offline later
                         hf_hub_download(name, landmark, revision=revision, token=token, cache_dir=place)
                 return cls(name, str(info.sha), _under(files, subfolder), None, where, subfolder)
             except UnreachableError as error:
                 offline = str(error)
                 logger.info("%s; looking in the cache", error)
-        found = _cached(name, revision, cache_dir)
-        if found is None:
+        cached = _cached(name, revision, cache_dir)
+        if cached is None:
             raise CheckpointError(
-                f"{name} is not in the cache, and the Hub can't be asked ({offline}); go online, or name a folder"
+                f"{name} is not in the cache, and the Hub can't be reached ({offline}); go online, or name a folder"
             )
-        return cls(name, found[0], _under(found[1], subfolder), offline, where, subfolder)
+        return cls(name, cached[0], _under(cached[1], subfolder), offline, where, subfolder)
 
     def get(self, name: str) -> Path:
         """Download a file into the cache, unless it is there.
 
         Args:
-            name (`str`): Its path in the repository, or in its subfolder.
+            name (`str`): The path of the file in the repository, or in the subfolder.
 
         Returns:
-            `Path`: Where it is.
+            `Path`: The file in the cache.
 
         Raises:
-            CheckpointError: The repository has no such file, it can't be had, or it is not what the Hub lists.
+            CheckpointError: The file does not exist, can't be downloaded, or differs from what the Hub lists.
         """
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
@@ -217,7 +219,7 @@ class Repo:
                 )
             )
         if path.stat().st_size != file.size:
-            raise CheckpointError(f"{path} is not whole; delete it from the cache, and it is downloaded again")
+            raise CheckpointError(f"{path} is incomplete; delete it from the cache to download it again")
         if (arrived or self._where["force_download"]) and not self.offline:
             self._check(path, name, file)
         return path
@@ -227,12 +229,12 @@ class Repo:
             return
         if self.offline:
             raise CheckpointError(
-                f"{self.name}/{name} is not in the cache, and the Hub can't be asked ({self.offline}); go online"
+                f"{self.name}/{name} is not in the cache, and the Hub can't be reached ({self.offline}); go online"
             )
         raise CheckpointError(f"{self.name} has no {name}; choose another revision")
 
     def _check(self, path: Path, name: str, file: HubFile) -> None:
-        """Hold a file that has just arrived against the hash that the Hub lists."""
+        """Check a downloaded file against the hash that the Hub lists."""
         if file.sha256 is None:
             return
         with path.open("rb") as content:
@@ -243,12 +245,12 @@ class Repo:
             with suppress(OSError):
                 part.unlink()
         raise CheckpointError(
-            f"{self.name}/{name} did not arrive as the Hub has it (its sha256 is not {file.sha256[:12]}...); it was "
+            f"{self.name}/{name} differs from the file on the Hub (its sha256 is not {file.sha256[:12]}...); it was "
             "removed from the cache, so run the command again"
         )
 
     def fetch(self, names: Iterable[str]) -> dict[str, Path]:
-        """Download several files into the cache, a few at once; see `get`."""
+        """Download several files into the cache in parallel; see `get`."""
         names = list(dict.fromkeys(names))
         for name in names:  # before anything is downloaded
             self._check_listed(name)
@@ -256,14 +258,14 @@ class Repo:
             return dict(zip(names, pool.map(self.get, names), strict=True))
 
     def fingerprint(self, suffixes: tuple[str, ...] = (".safetensors", ".json")) -> dict[str, dict[str, Any]]:
-        """Size and sha256 of the files at the top that make a model what it is, as the Hub lists them.
+        """Size and sha256 of the files at the top level that define a model, as the Hub lists them.
 
         Args:
-            suffixes (`tuple[str, ...]`, *optional*): Which files count.
+            suffixes (`tuple[str, ...]`, *optional*): The suffixes of these files.
 
         Returns:
-            `dict[str, dict[str, Any]]`: By file name. Of a small file that is not stored by LFS, the hash is computed
-                if the cache has it; a weight file of that kind has git's `blob_id` instead, and others are left out.
+            `dict[str, dict[str, Any]]`: By file name. For files that are not stored in LFS, the hash is computed if the
+                file is in the cache; otherwise a weight file has git's `blob_id` instead, and other files are omitted.
         """
         from huggingface_hub import try_to_load_from_cache
 
@@ -289,7 +291,7 @@ def _under(files: dict[str, HubFile], subfolder: str) -> dict[str, HubFile]:
 def _cached(
     repo: str, revision: str | None, cache_dir: str | os.PathLike[str] | None
 ) -> tuple[str, dict[str, HubFile]] | None:
-    """The commit that the cache knows a revision as, and what it has of it."""
+    """The commit of a revision according to the cache, and its files in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     for landmark in _LANDMARKS:

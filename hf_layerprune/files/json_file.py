@@ -1,4 +1,4 @@
-"""Reading a JSON file that somebody else may have written: bounded, strict, and with one line for what is wrong."""
+"""Read untrusted JSON files: bounded in size and depth, strict, and with one-line errors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MAX_DEPTH = 64
 
 
 class Validator(Protocol):
-    """What is used of a validator of `jsonschema`."""
+    """The part of a `jsonschema` validator that is used here."""
 
     def iter_errors(self, instance: Any) -> Any:
-        """Everything that is wrong with a value."""
+        """All errors of a value."""
 
 
 def read_json(
@@ -35,17 +35,17 @@ def read_json(
 
     Args:
         path (`Path`): The file.
-        max_bytes (`int`, defaults to 32 MiB): A larger file is not read.
-        max_depth (`int`, defaults to 64): How deep lists and objects may be nested.
-        non_finite (`bool`, defaults to `False`): Accept `NaN` and `Infinity`, which some model configs hold.
-        schema (`Validator`, *optional*): What the content must follow, see [`load_schema`].
+        max_bytes (`int`, defaults to 32 MiB): The largest file to read.
+        max_depth (`int`, defaults to 64): The deepest allowed nesting of lists and objects.
+        non_finite (`bool`, defaults to `False`): Accept `NaN` and `Infinity`, which occur in some model configs.
+        schema (`Validator`, *optional*): A schema for the content, from [`load_schema`].
 
     Returns:
         `Any`: The content.
 
     Raises:
-        CheckpointError: The file can't be read, is too large, is not UTF-8 or not JSON, is nested too deeply, names a
-            key twice, holds a number that no float can hold, or does not follow the schema.
+        CheckpointError: The file can't be read, is too large, is not UTF-8 or not JSON, is nested too deeply, repeats
+            a key, holds a number larger than any float, or does not follow the schema.
     """
     content = parse_json(read_bytes(path, max_bytes), str(path), max_depth=max_depth, non_finite=non_finite)
     if schema is not None:
@@ -70,8 +70,8 @@ def parse_json(data: bytes | str, name: str, *, max_depth: int = MAX_DEPTH, non_
 
     Args:
         data (`bytes` or `str`): The text.
-        name (`str`): What to call it in an error: a file, or a file and a line.
-        max_depth (`int`, defaults to 64): How deep lists and objects may be nested.
+        name (`str`): The file, or file and line, to name in errors.
+        max_depth (`int`, defaults to 64): The deepest allowed nesting of lists and objects.
         non_finite (`bool`, defaults to `False`): Accept `NaN` and `Infinity`.
 
     Raises:
@@ -80,7 +80,7 @@ def parse_json(data: bytes | str, name: str, *, max_depth: int = MAX_DEPTH, non_
 
     def constant(word: str) -> float:
         if not non_finite:
-            raise ValueError(f"{word} is not a number that JSON knows")
+            raise ValueError(f"{word} is not a JSON number")
         return float(word)
 
     def number(text: str) -> float:
@@ -109,12 +109,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+        raise ValueError(f"key {twice!r} is repeated")
     return content
 
 
 def _check_values(content: Any, name: str, max_depth: int) -> None:
-    """Refuse what is nested too deeply, and text that can't be written again."""
+    """Refuse deep nesting, and text that can't be encoded."""
     level, depth = [content], 0
     while level:
         if depth > max_depth:
@@ -136,11 +136,11 @@ def _check_values(content: Any, name: str, max_depth: int) -> None:
 
 @cache
 def load_schema(package: str, file_name: str) -> Validator:
-    """A validator for a schema that lies beside a module.
+    """Load a validator for a schema that is stored in a package.
 
     Args:
-        package (`str`): The package that holds it.
-        file_name (`str`): Its file, a JSON schema of draft 2020-12.
+        package (`str`): The package.
+        file_name (`str`): The file, a JSON schema of draft 2020-12.
     """
     from jsonschema import Draft202012Validator
 
@@ -151,12 +151,12 @@ def check_schema(content: Any, schema: Validator, name: str) -> None:
     """Refuse content that does not follow a schema.
 
     Args:
-        content (`Any`): What was read.
-        schema (`Validator`): What it must follow.
+        content (`Any`): The parsed content.
+        schema (`Validator`): The schema.
         name (`str`): The file, for the error.
 
     Raises:
-        CheckpointError: It does not; the line says where, and what is wrong there.
+        CheckpointError: The content does not follow the schema. The message gives the place and the problem.
     """
     error = next(iter(schema.iter_errors(content)), None)
     if error is not None:

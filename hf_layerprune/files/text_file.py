@@ -1,4 +1,4 @@
-"""Reading a text or YAML file that somebody else may have written: bounded, and with one line for what is wrong."""
+"""Read untrusted text and YAML files: bounded in size, and with one-line errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     """Read a regular file of bounded size.
 
     Raises:
-        CheckpointError: It is not there, not a regular file, can't be read, or is too large.
+        CheckpointError: The file is missing, not a regular file, unreadable, or too large.
     """
     try:
         if not path.is_file():  # a pipe or a device may never end
@@ -28,19 +28,19 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
             raise
         raise CheckpointError(f"{path} can't be read: {cause_of(error)}") from error
     if len(data) > max_bytes:
-        raise CheckpointError(f"{path} is larger than {max_bytes:,} bytes, the most that is read of such a file")
+        raise CheckpointError(f"{path} is larger than {max_bytes:,} bytes, the limit for such a file")
     return data
 
 
 def read_text(path: Path, max_bytes: int = MAX_TEXT) -> str:
-    r"""Read a UTF-8 text; line ends of any system become `\n`.
+    r"""Read a UTF-8 text; all line endings become `\n`.
 
     Args:
         path (`Path`): The file.
-        max_bytes (`int`, defaults to 256 MiB): A larger file is refused.
+        max_bytes (`int`, defaults to 256 MiB): The largest file to read.
 
     Raises:
-        CheckpointError: It can't be read, is too large, or is not UTF-8.
+        CheckpointError: The file can't be read, is too large, or is not UTF-8.
     """
     try:
         text = read_bytes(path, max_bytes).decode("utf-8")
@@ -50,14 +50,14 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT) -> str:
 
 
 def read_yaml(path: Path, max_bytes: int = MAX_YAML) -> dict[str, Any]:
-    """Read a YAML file with fields. No tag in it can make anything but plain values.
+    """Read a YAML mapping with string keys. Tags can only create plain values.
 
     Args:
         path (`Path`): The file.
-        max_bytes (`int`, defaults to 1 MiB): A larger file is refused.
+        max_bytes (`int`, defaults to 1 MiB): The largest file to read.
 
     Raises:
-        CheckpointError: It can't be read, is not YAML, or holds something other than fields with names.
+        CheckpointError: The file can't be read, is not YAML, or is not a mapping with string keys.
     """
     return parse_yaml(read_text(path, max_bytes), str(path))
 
@@ -67,7 +67,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
 
     Args:
         text (`str`): The text.
-        name (`str`): What to call it in an error.
+        name (`str`): The name to use in errors.
 
     Raises:
         CheckpointError: As for `read_yaml`.
@@ -76,8 +76,8 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
 
     try:
         fields = yaml.safe_load(text)
-    except Exception as error:  # dates, numbers and tags raise kinds of their own
-        raise CheckpointError(f"{name} is not usable YAML: {cause_of(error)}") from error
+    except Exception as error:  # dates, numbers and tags raise other exceptions
+        raise CheckpointError(f"{name} is not valid YAML: {cause_of(error)}") from error
     if not isinstance(fields, Mapping) or not all(isinstance(key, str) for key in fields):
-        raise CheckpointError(f"{name} must have fields with names, and has {type(fields).__name__}")
+        raise CheckpointError(f"{name} must be a mapping with string keys, but is a {type(fields).__name__}")
     return dict(fields)
