@@ -53,7 +53,7 @@ def test_the_hand_made_file_is_good(tmp_path):
 
 
 # What the library finds, or what it would have read beyond the end of the file.
-UNREADABLE = r"it can't be read \(.+\); it is truncated or damaged, so get it again"
+UNREADABLE = r"it can't be read \(.+\); it is truncated or damaged, so download it again"
 HOSTILE = {
     "empty": (b"", "not a GGUF file"),
     "bad magic": (b"GGML" + with_key()[4:], "not a GGUF file"),
@@ -116,10 +116,10 @@ HOSTILE = {
     "2^60 byte tensor name": (with_infos(u64(HUGE)), UNREADABLE),
     "beyond block_count": (with_infos(*GOOD_INFOS, raw_info("blk.99.w", (0,))), "beyond llama.block_count = 2"),
     "huge layer number": (with_infos(*GOOD_INFOS, raw_info(f"blk.{10**30}.w", (0,))), "not like a decoder layer's"),
-    "layer x": (with_infos(*GOOD_INFOS, raw_info("blk.x.w", (0,))), "'blk.x.w' is numbered, and not like"),
-    "layer 01": (with_infos(*GOOD_INFOS, raw_info("blk.01.w", (0,))), "'blk.01.w' is numbered, and not like"),
-    "layer -1": (with_infos(*GOOD_INFOS, raw_info("blk.-1.w", (0,))), "'blk.-1.w' is numbered, and not like"),
-    "no layer": (with_infos(*GOOD_INFOS, raw_info("blk.w", (0,))), "'blk.w' is numbered, and not like"),
+    "layer x": (with_infos(*GOOD_INFOS, raw_info("blk.x.w", (0,))), "'blk.x.w' is numbered, but not like"),
+    "layer 01": (with_infos(*GOOD_INFOS, raw_info("blk.01.w", (0,))), "'blk.01.w' is numbered, but not like"),
+    "layer -1": (with_infos(*GOOD_INFOS, raw_info("blk.-1.w", (0,))), "'blk.-1.w' is numbered, but not like"),
+    "no layer": (with_infos(*GOOD_INFOS, raw_info("blk.w", (0,))), "'blk.w' is numbered, but not like"),
     "text to upset a terminal": (
         with_infos(*GOOD_INFOS, raw_info("blk.\x1b[2J\n.0.w" + "x" * 50, (0,))),
         r"'blk.\\x1b\[2J\\n.0.w",

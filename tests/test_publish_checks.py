@@ -92,7 +92,7 @@ def test_weights_that_were_changed(folder: Path) -> None:
     (lambda f: [path.unlink() for path in f.glob("*.safetensors*")], "has no weights; a card without weights"),
     (lambda f: next(f.glob("*-00001-*.safetensors")).unlink(), "does not exist; is the download complete?"),
     (lambda f: (f / "extra.safetensors").write_bytes(next(f.glob("*.safetensors")).read_bytes()), "does not use"),
-    (lambda f: next(f.glob("*.safetensors")).write_bytes(b"1234567890"), "not a sound safetensors file"),
+    (lambda f: next(f.glob("*.safetensors")).write_bytes(b"1234567890"), "not a valid safetensors file"),
     (lambda f: (f / "vocab.txt").symlink_to(f / "nowhere"), "is a link, and only files"),
     (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
     (lambda f: edit_config(f, architectures=[1]), "config.json has an unexpected value at architectures/0"),

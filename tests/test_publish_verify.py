@@ -209,7 +209,7 @@ def test_a_base_that_has_moved(place: Path, cut: Path, tmp_path: Path, monkeypat
     lineage.write(cut)
     found = verify(cut)
     assert not found.good
-    assert "base: the base, gone, is not here; say where it is with --base" in said(found, False)
+    assert "base: the base, gone, is not available here; give its location with --base" in said(found, False)
     found = verify(cut, base=str(place / "single"))
     assert found.good, said(found)
 

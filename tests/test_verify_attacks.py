@@ -254,7 +254,7 @@ def test_a_stage_that_does_not_follow(cut: Path, capsys: pytest.CaptureFixture[s
     lineage.write(cut)
     code, said = says(cut, capsys, "--accept-trained")
     assert code == 1
-    assert "heal did not begin with the weights that prune wrote" in said
+    assert "heal did not start from the weights that prune wrote" in said
 
 
 def test_a_base_of_links_into_a_cache_whose_names_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

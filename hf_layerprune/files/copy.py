@@ -129,14 +129,14 @@ class LocalFile:
 
 
 class _NewFile(io.FileIO):
-    """An unbuffered file that is brought to disk while it is written, where the system can be asked to do so."""
+    """An unbuffered file that is flushed to disk while it is being written, if the system supports it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "x")
         self._asked = self._written = 0
 
     def write(self, data: Any) -> int:
-        """Write some of the data, and return how many bytes."""
+        """Write some of the data; return the number of bytes written."""
         count = super().write(data)
         self._written += count
         if self._written - self._asked >= WRITEBACK and hasattr(os, "posix_fadvise"):

@@ -1,1 +1,1 @@
-"""What a model folder says about itself: lineage, history, metrics, licences."""
+"""The records of a model folder: lineage, history, metrics and licences."""

@@ -1,6 +1,6 @@
-"""What a base says about itself: licence, languages, whether it chats; from its card or from a GGUF file's own keys.
+"""Read the licence, languages and chat support that a base declares, from its card or from the keys of a GGUF file.
 
-`prune` records it in `lineage.json` while the base is at hand, so that a card can be made later without the base.
+`prune` records them in `lineage.json`, so that a card can be made later without the base.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-# The fields of a card that are taken over, all of them text; `language` may be a list.
+# The text fields to copy from a card; `language`, which may be a list, is read separately.
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 _MAX_CARD = 2 << 20
 _MAX_TEXT = 300
@@ -23,13 +23,13 @@ _FRONT_MATTER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.
 
 
 def front_matter(text: str) -> tuple[dict[str, Any], str]:
-    """Split a card into its YAML block and what follows it.
+    """Split a card into its YAML front matter and its body.
 
     Args:
         text (`str`): A README.md.
 
     Returns:
-        `tuple[dict[str, Any], str]`: The YAML's fields, empty where it has no valid block; and the rest.
+        `tuple[dict[str, Any], str]`: The fields, empty without a valid YAML block; and the body.
     """
     import yaml
 
@@ -45,17 +45,17 @@ def front_matter(text: str) -> tuple[dict[str, Any], str]:
 
 
 def declared_by(folder: Path, card: Path | None = None, repository: str | None = None) -> dict[str, Any]:
-    """What a base declares about itself.
+    """Read what a base declares about itself.
 
     Args:
         folder (`Path`): A model folder.
-        card (`Path`, *optional*): Its card, where that does not lie in the folder.
-        repository (`str`, *optional*): Where the base is on the Hub, as `org/name/blob/COMMIT`. A link of the card that
-            is relative to its repository becomes a whole one.
+        card (`Path`, *optional*): Its card, if not in the folder.
+        repository (`str`, *optional*): The base on the Hub, as `org/name/blob/COMMIT`. A relative licence link in the
+            card is resolved against it.
 
     Returns:
-        `dict[str, Any]`: Of `license`, `license_name`, `license_link` and `language`, those that it declares; and
-            `chat`, where it has a chat template.
+        `dict[str, Any]`: Those of `license`, `license_name`, `license_link` and `language` that it declares, and
+            `chat` if it has a chat template.
     """
     declared = _of_card(card or folder / CARD) | _chat(folder)
     link = declared.get("license_link")
@@ -65,13 +65,13 @@ def declared_by(folder: Path, card: Path | None = None, repository: str | None =
 
 
 def declared_in_gguf(keys: Mapping[str, str]) -> dict[str, Any]:
-    """What a GGUF file declares about itself.
+    """Read what a GGUF file declares about itself.
 
     Args:
-        keys (`Mapping[str, str]`): The text of its metadata, by key.
+        keys (`Mapping[str, str]`): Its text metadata, by key.
 
     Returns:
-        `dict[str, Any]`: As `declared_by` gives it; a GGUF file names no languages.
+        `dict[str, Any]`: As from `declared_by`, without languages.
     """
     names = {"license": "general.license", "license_name": "general.license.name"}
     names["license_link"] = "general.license.link"
@@ -80,7 +80,7 @@ def declared_in_gguf(keys: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _chat(folder: Path) -> dict[str, Any]:
-    """Whether a folder has a chat template: in a file of its own, or in the tokenizer's settings."""
+    """Whether a folder has a chat template, in a separate file or in the tokenizer config."""
     settings = folder / "tokenizer_config.json"
     try:
         inside = (

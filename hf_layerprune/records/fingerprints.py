@@ -1,4 +1,4 @@
-"""Hashes of a model's files: what its weights are, and what else decides how it behaves."""
+"""Hashes of a model's weights and of the other files that affect its behaviour."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .names import is_hub_name
 WEIGHTS = (".safetensors", ".gguf")
 CONFIG, GENERATION, ADAPTER_CONFIG = "config.json", "generation_config.json", "adapter_config.json"
 TEMPLATES = "additional_chat_templates"
-# What a folder may hold beside the model: records, the card, pictures, licences, and files of git.
+# Files that do not affect the model's behaviour: records, the card, pictures, licences, and files of git.
 RECORDS = {"lineage.json", "metrics.json"}
 _INERT = (".md", ".png", ".svg", ".jpg", ".jpeg")
 _NEVER_LOADED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".pkl", ".pickle")
@@ -29,7 +29,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, which are read once as long as the file does not change."""
+    """The sha256 of a file, cached until the file changes."""
     blob = path.resolve()
     return _hashed(blob, FileState.of(blob))
 
@@ -45,16 +45,16 @@ def _read_hash(path: Path) -> str:
 
 
 def hash_files(paths: Mapping[str, Path]) -> dict[str, str]:
-    """The sha256 of several files, by the same names."""
+    """The sha256 of several files, under the same keys."""
     with ThreadPoolExecutor(2) as pool:  # hashing releases the interpreter lock
         return dict(zip(paths, pool.map(sha256_of, paths.values()), strict=True))
 
 
 def fingerprint(path: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of the weight and JSON files that make a base what it is.
+    """Size and sha256 of the weight and JSON files of a base.
 
     Args:
-        path (`Path`): A folder, or one file.
+        path (`Path`): A folder, or a single file.
 
     Returns:
         `dict[str, dict[str, Any]]`: By file name.
@@ -70,24 +70,23 @@ def weights_hash(files: Mapping[str, Mapping[str, Any]]) -> str:
     """One hash for the weights of a model.
 
     Args:
-        files (`Mapping[str, Mapping[str, Any]]`): Size and sha256 by file name, as `fingerprint` gives them.
+        files (`Mapping[str, Mapping[str, Any]]`): Size and sha256 by file name, from `fingerprint`.
 
     Returns:
-        `str`: The sha256 over the names and hashes of all weight files. Other files don't count, and the same
-            weights in other shards have another hash.
+        `str`: The sha256 over the names and hashes of all weight files. Other files are ignored; the same weights in
+            other shards have another hash.
     """
     return _combined({name: entry["sha256"] for name, entry in files.items() if name.endswith(WEIGHTS)})
 
 
 def passing_weights_hash(folder: Path) -> str:
-    """The hash of a folder's weights that are about to be changed in place.
+    """The hash of weights that are about to be changed in place.
 
     Args:
         folder (`Path`): A model folder.
 
     Returns:
-        `str`: As `weights_hash` gives it. It isn't remembered by the file's time of change, which may not move
-            between this reading and the change.
+        `str`: As from `weights_hash`, but not cached: the modification time may be too coarse to show the change.
     """
     paths = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
     return weights_hash({path.name: {"sha256": _read_hash(path)} for path in paths})
@@ -102,11 +101,11 @@ def is_inert(name: str) -> bool:
     """Whether a file of a model folder cannot change how the model behaves.
 
     Args:
-        name (`str`): Its path relative to the folder. Records, the card, pictures, licences and hidden files are inert;
-            whatever is not known to be counts as behaviour.
+        name (`str`): The path relative to the folder. Records, the card, pictures, licences and hidden files are inert;
+            any other file counts as affecting the behaviour.
     """
     folder, _, base = name.rpartition("/")
-    if name.startswith(".") or "/." in name:  # of git, of the Hub client; no loader looks for them
+    if name.startswith(".") or "/." in name:  # of git or of the Hub client; never loaded
         return True
     if folder:
         return folder == "assets" and base.endswith(_INERT)
@@ -114,20 +113,20 @@ def is_inert(name: str) -> bool:
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a loader may read a file of a model folder, by its relative path; see [`model_files`]."""
+    """Whether a loader may read the file at this path relative to a model folder; see [`model_files`]."""
     top = "/" not in name or name.startswith(f"{TEMPLATES}/")
     return top and not is_inert(name) and not name.endswith(_NEVER_LOADED)
 
 
 def model_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder that a loader may read: those at its top, and further chat templates.
+    """The files of a folder that a loader may read: those at the top level, and additional chat templates.
 
     Returns:
-        `dict[str, Path]`: By the path relative to the folder. Pickles and weights in other formats are left out, since
-            they are never loaded here.
+        `dict[str, Path]`: By path relative to the folder. Pickles and weights in other formats are omitted, since they
+            are never loaded here.
 
     Raises:
-        CheckpointError: A link leads to nothing, or there is something that is not a file.
+        CheckpointError: An entry is a broken link or not a file.
     """
     files: dict[str, Path] = {}
     for path in sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")]):
@@ -135,28 +134,28 @@ def model_files(folder: Path) -> dict[str, Path]:
         if path.is_dir() or not is_model_file(name):
             continue
         if not path.is_file():
-            raise CheckpointError(f"{path} is a link to nothing, or not a file; remove it, or complete the download")
+            raise CheckpointError(f"{path} is a broken link or not a file; remove it, or complete the download")
         files[name] = path
     return files
 
 
 def behaviour_hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of every file of a folder, apart from weights, that may change how the model behaves."""
+    """The sha256 of every file of a folder, except weights, that may affect the model's behaviour."""
     return hash_files({name: path for name, path in model_files(folder).items() if not name.endswith(WEIGHTS)})
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a model is: numbers that were measured on one identity say nothing of another.
+    """The identity of a model. Numbers that were measured on one identity are not valid for another.
 
     Args:
         weights (`str`): The hash of its weight files.
         config (`str`, *optional*): The sha256 of `config.json`.
         generation (`str`, *optional*): The sha256 of `generation_config.json`.
-        tokenizer (`str`, *optional*): One hash for the tokenizer's files, and for whatever else is not named here.
-        template (`str`, *optional*): One hash for the chat templates that are files of their own.
+        tokenizer (`str`, *optional*): One hash for the tokenizer's files and all files not listed here.
+        template (`str`, *optional*): One hash for the chat templates in separate files.
         adapter (`str`, *optional*): The sha256 of `adapter_config.json`.
-        base (`str`, *optional*): Of an adapter, its base: `ID@COMMIT` on the Hub, or the digest of a folder's identity.
+        base (`str`, *optional*): For an adapter, its base: `ID@COMMIT` on the Hub, or the digest of a folder's identity.
     """
 
     weights: str
@@ -169,16 +168,16 @@ class Identity:
 
     @property
     def digest(self) -> str:
-        """One hash for all of it."""
+        """One hash for all fields."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
     def parts(self) -> dict[str, str]:
-        """Everything but the weights, as `metrics.json` records it."""
+        """All fields except the weights, as recorded in `metrics.json`."""
         return {name: value for name, value in asdict(self).items() if value is not None and name != "weights"}
 
     def changed_since(self, recorded: Mapping[str, str] | None) -> list[str]:
-        """Which parts differ from recorded ones; `["identity"]` where none were recorded."""
+        """The parts that differ from the recorded ones; `["identity"]` if none were recorded."""
         if recorded is None:
             return ["identity"]
         return sorted(
@@ -187,14 +186,14 @@ class Identity:
 
 
 def identity_of(hashes: Mapping[str, str], base: str | None = None) -> Identity:
-    """The identity of a model whose files' hashes are known.
+    """The identity of a model, from the hashes of its files.
 
     Args:
-        hashes (`Mapping[str, str]`): The sha256 of each file, by its path relative to the model folder.
-        base (`str`, *optional*): Of an adapter, its base.
+        hashes (`Mapping[str, str]`): The sha256 of each file, by path relative to the model folder.
+        base (`str`, *optional*): For an adapter, its base.
 
     Returns:
-        `Identity`: What it is.
+        `Identity`: The identity.
     """
     weights: dict[str, str] = {}
     template: dict[str, str] = {}
@@ -226,10 +225,10 @@ def identity(path: Path) -> Identity:
         path (`Path`): The folder or file.
 
     Returns:
-        `Identity`: What it is, by the bytes of its files.
+        `Identity`: The identity.
 
     Raises:
-        CheckpointError: A link leads to nothing, or `adapter_config.json` can't be read.
+        CheckpointError: An entry is a broken link, or `adapter_config.json` can't be read.
     """
     if path.is_file():
         return identity_of({path.name: sha256_of(path)})
@@ -238,10 +237,10 @@ def identity(path: Path) -> Identity:
 
 
 def base_of_adapter(folder: Path) -> str | None:
-    """The base of an adapter: `ID@COMMIT` on the Hub, the digest of a folder's identity, or `None` where it has none.
+    """The base of an adapter: `ID@COMMIT` on the Hub, the digest of a folder's identity, or `None` if it has none.
 
-    The commit is the one that `adapter_config.json` pins, or else the one that its revision means in the Hub client's
-    cache, which is what a load without a connection takes.
+    The commit is the one pinned in `adapter_config.json`, or else the one to which the revision resolves in the Hub
+    client's cache, as in an offline load.
     """
     from huggingface_hub import try_to_load_from_cache
 

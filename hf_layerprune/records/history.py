@@ -1,4 +1,4 @@
-"""A lineage, read: which layers of the base are left, and what each stage did to which tensors."""
+"""Follow a lineage: which layers of the base are left, and which tensors each stage changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LAYER = re.compile(r"(?P<before>.*?\b(?:layers|layer|h|blocks|block)\.)(?P<inde
 _MAX_LAYERS = 10_000
 _LINE = 80
 OWN_TEXT = "text that the dense model wrote itself"
-# What a repair's record says besides how it was made.
+# Fields of a repair's record that are not settings.
 _NO_SETTINGS = ("changed_tensors", "changed_modules", "input_weights")
 
 
@@ -28,8 +28,8 @@ class Stage:
 
     Args:
         name (`str`): `prune`, `repair`, `heal`, ...
-        entry (`dict[str, Any]`): What `lineage.json` says.
-        changed (`frozenset[str]`): The tensors that it changed, by their names in the final model.
+        entry (`dict[str, Any]`): The entry in `lineage.json`.
+        changed (`frozenset[str]`): The tensors that the stage changed, by their names in the final model.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Stage:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decided the outcome."""
+        """The settings that determine the result."""
         return self.entry.get("settings") or {}
 
     @property
     def data(self) -> list[dict[str, Any]]:
-        """The texts that were fitted or trained on."""
+        """The data used for fitting or training."""
         told = self.entry.get("data") or []
         texts = [one for one in ([told] if isinstance(told, dict) else told) if isinstance(one, dict)]
         texts = [one | {"name": OWN_TEXT} if one.get("name") == "self" else one for one in texts]
@@ -53,13 +53,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class History:
-    """What a lineage says, stage by stage.
+    """The stages of a lineage.
 
     Args:
         lineage (`Lineage`): The lineage.
-        num_base_layers (`int`): How many decoder layers the base has.
-        kept (`tuple[int, ...]`): The base's indices of those that are left, in order.
-        stages (`tuple[Stage, ...]`): What was done, oldest first.
+        num_base_layers (`int`): Number of decoder layers in the base.
+        kept (`tuple[int, ...]`): Base indices of the remaining layers, in order.
+        stages (`tuple[Stage, ...]`): The stages, oldest first.
     """
 
     lineage: Lineage = field(repr=False)
@@ -69,12 +69,12 @@ class History:
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        """The base's indices of the layers that are gone."""
+        """Base indices of the dropped layers."""
         return tuple(i for i in range(self.num_base_layers) if i not in set(self.kept))
 
     @property
     def form(self) -> str:
-        """`model`, or `adapter` where only the plan and the tuned tail were saved."""
+        """`model`, or `adapter` if only the plan and the tuned tail were saved."""
         forms = [stage.settings["form"] for stage in self.stages if stage.settings.get("form")]
         return "adapter" if forms and forms[-1] == "adapter" else "model"
 
@@ -86,28 +86,28 @@ class History:
 
     @property
     def from_gguf(self) -> bool:
-        """Whether the base is a GGUF file, whose packed weights were unpacked."""
+        """Whether the base is a GGUF file whose weights were dequantised."""
         return str(self.lineage.base.get("id") or "").lower().endswith(".gguf")
 
     @property
     def dtype(self) -> str | None:
-        """The type that the weights were converted to on the way, or `None` where they kept the base's."""
+        """The dtype to which the weights were converted, or `None` if they kept the base's."""
         told = [stage.settings.get("dtype") for stage in self.stages if stage.name == "prune"]
         types = [str(dtype) for dtype in told if dtype not in (None, "auto")]
         return types[-1] if types else "bfloat16" if self.from_gguf else None
 
     @property
     def base_id(self) -> str:
-        """The base as the lineage names it; of a path on somebody's disk, only the last part."""
+        """The base as named in the lineage; for a local path, only the last part."""
         return base_name(self.lineage.base)
 
     @property
     def base_on_hub(self) -> str | None:
-        """The Hub id of the base, or of the model that a local base is a copy of; `None` where none is recorded."""
+        """The Hub id of the base, or of the model that a local base is a copy of; `None` if none is recorded."""
         return hub_base(self.lineage.base)
 
     def changed(self) -> dict[str, list[str]]:
-        """Every tensor that a stage says it changed, with the names of those stages."""
+        """Every tensor that was changed according to the lineage, with the names of the stages that changed it."""
         by_tensor: dict[str, list[str]] = {}
         for stage in self.stages:
             for name in sorted(stage.changed):
@@ -115,7 +115,7 @@ class History:
         return by_tensor
 
     def layers_changed(self, stage: str) -> set[int]:
-        """Base indices of the layers in which the stages of a name changed something."""
+        """Base indices of the layers that stages of this name changed."""
         layers = set()
         for one in self.stages:
             for match in map(_LAYER.fullmatch, one.changed if one.name == stage else ()):
@@ -124,8 +124,8 @@ class History:
         return layers
 
     def commands(self) -> list[str]:
-        """The commands that make the model again, one for each stage that records one, each calling a folder what the next
-        one calls it.
+        """The commands that reproduce the model, one for each stage that records one. Folder names match between
+        consecutive commands.
         """
         commands: list[str] = []
         source = None
@@ -135,18 +135,18 @@ class History:
                 commands.append(_folded(_split(told)))
             elif stage.name == "prune" and stage.settings.get("drop_layers"):
                 output = self._taken_up(number) or ("pruned" if source is None else f"{source}-again")
-                if output not in self._names:  # a recipe that begins with the base prunes it, too
+                if output not in self._names:  # a recipe that starts from the base also prunes it
                     commands.append(_folded(self._prune(stage, source, output)))
                 source = output
         return commands
 
     @property
     def _names(self) -> set[str | None]:
-        """How the base may be called."""
+        """The names under which commands may refer to the base."""
         return {self.base_id, self.base_on_hub}
 
     def _taken_up(self, number: int) -> str | None:
-        """What the command that follows a stage calls the model that it is given."""
+        """The name that the next command uses for the output of a stage."""
         for stage in self.stages[number + 1 :]:
             words = _split(str(stage.entry.get("command") or ""))
             if "--model_name_or_path" in words[:-1]:
@@ -155,7 +155,7 @@ class History:
 
     def _prune(self, stage: Stage, source: str | None, output: str) -> list[str]:
         settings, base = stage.settings, self.lineage.base
-        # Whoever has no copy of the base takes it from the Hub; a GGUF file is other weights than those there.
+        # Prefer the base on the Hub, which every reader can get; a GGUF file has other weights than that.
         start = self.base_id if self.from_gguf or not self.base_on_hub else self.base_on_hub
         words = ["hf-layerprune", "prune", source or start, output]
         words += ["--drop-layers", format_layers(settings["drop_layers"])]
@@ -173,12 +173,12 @@ class History:
 def _split(command: str) -> list[str]:
     try:
         return shlex.split(command)
-    except ValueError:  # a quote without its other half
+    except ValueError:  # an unclosed quote
         return command.split()
 
 
 def _folded(words: list[str]) -> str:
-    """A command on lines that a page shows whole, each but the last ending in a backslash."""
+    """Wrap a command into lines of limited length with trailing backslashes."""
     lines = [""]
     for word, after in zip(words, [*words[1:], ""], strict=True):
         text = shlex.quote(word)
@@ -191,7 +191,7 @@ def _folded(words: list[str]) -> str:
 
 
 def _calibration_words(record: Any) -> list[str]:
-    """The words of the command line for a calibration set, where it is not the usual one."""
+    """The command-line options for a calibration set that differ from the defaults."""
     if not isinstance(record, dict):
         return []
     source = str(record.get("source", "self"))
@@ -211,10 +211,10 @@ def read_history(lineage: Lineage) -> History:
         lineage (`Lineage`): The lineage.
 
     Returns:
-        `History`: What was done.
+        `History`: The stages.
 
     Raises:
-        CheckpointError: It contradicts itself.
+        CheckpointError: The lineage contradicts itself.
     """
     n: int | None = None
     kept: list[int] = []
@@ -229,7 +229,9 @@ def read_history(lineage: Lineage) -> History:
             continue
         drop = (entry.get("settings") or {}).get("drop_layers") or []
         if n is None or any(type(i) is not int or not 0 <= i < len(kept) for i in drop):
-            raise CheckpointError(f"lineage.json drops layers {drop} of {len(kept)}; it was edited, or is damaged")
+            raise CheckpointError(
+                f"lineage.json drops layers {drop} of {len(kept)}; it was edited or is damaged, so prune the model again"
+            )
         stay = [i for i in range(len(kept)) if i not in set(drop)]
         kept = [kept[i] for i in stay]
         cuts.append((number, stay))
@@ -248,7 +250,7 @@ def read_history(lineage: Lineage) -> History:
 
 
 def _parts(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """An entry, and the repair that was made on the way, as a stage of its own."""
+    """An entry, followed by its repair, if any, as a separate stage."""
     yield str(entry.get("stage")), entry
     repair = entry.get("repair")
     if isinstance(repair, dict):
@@ -257,7 +259,7 @@ def _parts(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _calibration(record: dict[str, Any]) -> dict[str, Any]:
-    """A calibration set, as the card lists data."""
+    """A calibration set in the form in which the card lists data."""
     source = str(record.get("source") or "")
     name, _, part = source.partition(":")
     text: dict[str, Any] = {"name": PurePath(source.replace("\\", "/")).name or "unnamed"}
@@ -274,7 +276,7 @@ def _calibration(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _through(cuts: list[list[int]], names: list[str]) -> Iterator[str]:
-    """Names of tensors after further cuts; those whose layer went are left out."""
+    """Names of tensors after further cuts, without those of dropped layers."""
     for name in names:
         for stay in cuts:
             match = _LAYER.fullmatch(name)

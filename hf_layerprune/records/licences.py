@@ -1,8 +1,8 @@
-"""What the licence of a base asks of who publishes a pruned copy of it: one table, one row a licence.
+"""A table of what the licence of a base requires from the publisher of a pruned copy.
 
-A pruned model is a modified copy, so its base's licence is its own. The rows say what the licence texts ask of such
-a copy, in short; they are not legal advice, and every card links the text. A licence that is not in the table is named
-as it is, and the card and the push say that its duties are not known here; none at all is never passed over.
+A pruned model is a modified copy, so the licence of its base applies. The rows summarise what the licence texts require
+for such a copy; they are not legal advice, and every card links to the text. For a licence that is not in the table, the
+card and `push` say that its conditions are not known here. A missing licence is always reported.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class Licence:
     """One row of the table.
 
     Args:
-        title (`str`): What the licence is called.
-        link (`str`, *optional*): Its text.
-        duties (`tuple[str, ...]`): What it asks of a modified copy that is published, one sentence each.
-        built_with (`str`, *optional*): Words that must be displayed.
-        prefix (`str`, *optional*): What the model's name must begin with.
-        notice (`str`, *optional*): A sentence that a file named NOTICE must hold.
-        needs_text (`bool`): Whether a copy of the licence must go along.
-        non_commercial (`bool`): Whether commercial use is ruled out.
+        title (`str`): The name of the licence.
+        link (`str`, *optional*): A link to the text.
+        duties (`tuple[str, ...]`): The conditions for publishing a modified copy, one sentence each.
+        built_with (`str`, *optional*): A text that must be displayed.
+        prefix (`str`, *optional*): The required start of the model's name.
+        notice (`str`, *optional*): A sentence that the NOTICE file must contain.
+        needs_text (`bool`): Whether a copy of the licence must be included.
+        non_commercial (`bool`): Whether commercial use is forbidden.
         forbidden (`str`, *optional*): Why a modified copy may not be published at all.
     """
 
@@ -51,7 +51,7 @@ _META_MAU = "Services with more than 700 million monthly users need a licence of
 
 
 def _llama(version: str, *, name: str = "Llama", more: tuple[str, ...] = ()) -> Licence:
-    """A row of the Llama community licences from version 3 on, which differ in names only."""
+    """A row for a Llama community licence from version 3 on; these differ only in names."""
     called = f"{'Meta ' if version == '3' else ''}Llama {version}"
     words = "Built with Meta Llama 3" if version == "3" else "Built with Llama"
     page = {"3": "llama3/license", "4": "llama4/license"}.get(version, f"llama{version.replace('.', '_')}/license")
@@ -188,7 +188,7 @@ TABLE: dict[str, Licence] = {
         notice="Licensed by NVIDIA Corporation under the NVIDIA Open Model License", needs_text=True,
     ),
 }  # fmt: skip
-# Other spellings, as cards have them.
+# Other spellings that occur in cards.
 _ALIASES = {
     "tongyi-qianwen-license": "tongyi-qianwen",
     "tongyi-qianwen-license-agreement": "tongyi-qianwen",
@@ -218,10 +218,10 @@ class LicenceFound:
     """The licence of a base, as it declares it.
 
     Args:
-        id (`str`, *optional*): `license` of the card, or `None` where the base declares none.
+        id (`str`, *optional*): `license` of the card, or `None` if the base declares none.
         name (`str`, *optional*): `license_name`.
-        link (`str`, *optional*): `license_link`, or else the table's.
-        row (`Licence`, *optional*): Its row in the table, where it has one.
+        link (`str`, *optional*): `license_link`, or else the link in the table.
+        row (`Licence`, *optional*): The row in the table, if any.
     """
 
     id: str | None = None
@@ -231,7 +231,7 @@ class LicenceFound:
 
     @classmethod
     def of(cls, base: dict[str, Any]) -> LicenceFound:
-        """Look up what `lineage.json` records of its base."""
+        """Look up the licence that `lineage.json` records for the base."""
         declared, name, link = (base.get(key) for key in ("license", "license_name", "license_link"))
         if not declared and name:
             declared = "other"
@@ -248,7 +248,7 @@ class LicenceFound:
 
     @property
     def title(self) -> str:
-        """What to call it."""
+        """The name to display."""
         return self.row.title if self.row else self.name or self.id or "unknown"
 
 
@@ -257,5 +257,5 @@ def _key(text: str) -> str:
 
 
 def is_licence_file(name: str) -> bool:
-    """Whether a file of a model folder is the licence, a notice or a use policy, which go along with every copy."""
+    """Whether a file of a model folder is a licence, notice or use policy, which every copy must include."""
     return _FILES.fullmatch(name) is not None

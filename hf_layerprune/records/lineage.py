@@ -1,4 +1,4 @@
-"""`lineage.json`: where a model comes from, and what was done to it, one entry for each stage."""
+"""`lineage.json`: the base of a model and the stages that produced it, one entry per stage."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Lineage:
     """The history of a model folder.
 
     Args:
-        base (`dict[str, Any]`): `id` as the user named it, `commit` on the Hub or `None`, `files`: the size and the
-            sha256 of each of its weight and config files, and what its own card declares (see `declared.py`).
-        entries (`list[dict[str, Any]]`): One for each stage, oldest first.
-        published (`dict[str, str]`): What this very model is called: `repo_id` on the Hub, and `space` if it has one;
-            or else a `name`. What is made of it is another model, so a stage's entry empties this.
+        base (`dict[str, Any]`): `id` as the user gave it; `commit` on the Hub or `None`; `files`, the size and sha256 of
+            each weight and config file; and the fields that its card declares (see `declared.py`).
+        entries (`list[dict[str, Any]]`): One entry per stage, oldest first.
+        published (`dict[str, str]`): The names of this model: `repo_id` on the Hub, and `space` if it has one; or else
+            a `name`. A new stage makes a different model, so it clears this field.
     """
 
     base: dict[str, Any]
@@ -47,7 +47,7 @@ class Lineage:
 
     @classmethod
     def of(cls, folder: Path) -> Lineage | None:
-        """Read the history of a folder, or `None` where it has none.
+        """Read the history of a folder, or return `None` if it has none.
 
         Raises:
             CheckpointError: The file does not follow its schema.
@@ -59,26 +59,26 @@ class Lineage:
         version = data.get("schema_version")
         if isinstance(version, int) and SCHEMA_VERSION < version < 1000:
             raise CheckpointError(
-                f"{path} has schema version {version}, and this version of hf-layerprune reads {SCHEMA_VERSION}; use a "
-                "newer one"
+                f"{path} has schema version {version}, but this version of hf-layerprune reads {SCHEMA_VERSION}; use a "
+                "newer version"
             )
         check_schema(data, _schema(), str(path))
         return cls(data["base"], data["entries"], data.get("published", {}))
 
     @classmethod
     def update(cls, folder: Path, change: Callable[[Lineage], None]) -> Lineage:
-        """Change the history of a folder under a lock, so that no other change is lost.
+        """Change the history of a folder under a lock, so that concurrent changes are not lost.
 
         Args:
             folder (`Path`): A model folder.
-            change (`Callable[[Lineage], None]`): Changes what the file holds by now; nothing is written where it
-                changes nothing.
+            change (`Callable[[Lineage], None]`): Modifies the current history in place. If it modifies nothing, the file
+                is not written.
 
         Returns:
-            `Lineage`: What the file holds now.
+            `Lineage`: The new history.
 
         Raises:
-            CheckpointError: The folder has no history, it does not follow its schema, or it can't be written.
+            CheckpointError: The folder has no history, or the history does not follow its schema or can't be written.
         """
         with locked(folder / FILE_NAME):
             lineage = cls.of(folder)
@@ -91,7 +91,7 @@ class Lineage:
         return lineage
 
     def known_weights(self) -> set[str]:
-        """The hashes of the base's weights and of what each stage wrote or repaired, where it says so."""
+        """The recorded hashes of the base's weights and of the weights that each stage read, wrote or repaired."""
         parts = [part for entry in self.entries for part in (entry, entry.get("repair")) if isinstance(part, dict)]
         known = {part[key] for part in parts for key in ("weights", "input_weights") if key in part}
         return known | ({weights_hash(self.base["files"])} if self.base.get("files") else set())
@@ -100,10 +100,10 @@ class Lineage:
         """Append a stage's entry and write the history, as the last thing that a stage does.
 
         Args:
-            folder (`Path`): What the stage has written.
-            entry (`dict[str, Any]`): See [`stage`]. It gets `input_weights`, the hash of the weights that the stage
-                before wrote; `weights`, the hash of those that it wrote itself; and `files`, the sha256 of every other
-                file that decides how the model behaves: config, tokenizer, chat template, generation settings, ...
+            folder (`Path`): The output of the stage.
+            entry (`dict[str, Any]`): See [`stage`]. Added to it are `input_weights`, the hash of the weights from the
+                previous stage; `weights`, the hash of the weights from this stage; and `files`, the sha256 of every
+                other file that affects the model's behaviour: config, tokenizer, chat template, generation settings.
         """
         if self.entries and "weights" in self.entries[-1]:
             entry["input_weights"] = self.entries[-1]["weights"]
@@ -114,7 +114,7 @@ class Lineage:
         self.write(folder)
 
     def write(self, folder: Path) -> None:
-        """Write the history into a folder, whole or not at all."""
+        """Write the history into a folder, atomically."""
         data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "base": self.base, "entries": self.entries}
         if self.published:
             data["published"] = self.published
@@ -131,11 +131,11 @@ def stage(name: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Time a stage and describe it.
 
     Args:
-        name (`str`): What is done, such as `"prune"`.
-        settings (`dict[str, Any]`): All that decides the outcome.
+        name (`str`): The name of the stage, such as `"prune"`.
+        settings (`dict[str, Any]`): All settings that determine the result.
 
     Yields:
-        `dict[str, Any]`: The entry. The caller adds results to it; seconds and peak memory are filled in at the end.
+        `dict[str, Any]`: The entry, to which the caller adds results. Seconds and peak memory are added at the end.
     """
     entry: dict[str, Any] = {
         "stage": name,
@@ -150,9 +150,9 @@ def stage(name: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def peak_rss() -> int:
-    """The most memory in bytes that this process had resident so far."""
+    """Peak resident set size of this process, in bytes."""
     status = Path("/proc/self/status")
-    if status.is_file():  # on Linux `ru_maxrss` starts at the parent's
+    if status.is_file():  # on Linux, `ru_maxrss` includes the peak of the parent process
         peak_line = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
         if peak_line:
             return int(peak_line[1]) * 1024
@@ -167,7 +167,7 @@ def peak_rss() -> int:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide an outcome, of those that are installed."""
+    """The versions of Python and of the installed packages that affect results."""
     installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""One writer at a time: a record is read, changed and written under a lock."""
+"""A lock for reading, changing and writing a record."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ TIMEOUT = 60.0
 
 @contextmanager
 def locked(path: Path, timeout: float = TIMEOUT) -> Iterator[None]:
-    """Keep other processes from changing a record.
+    """Prevent other processes from changing a record.
 
     Args:
-        path (`Path`): The record; a lock file lies beside it as long as the lock is held.
+        path (`Path`): The record. A lock file exists next to it while the lock is held.
         timeout (`float`, defaults to 60): Seconds to wait for another process.
 
     Raises:
-        CheckpointError: Another process kept the lock, or the folder can't be written to.
+        CheckpointError: Another process holds the lock, or the folder is not writable.
     """
     from filelock import FileLock, Timeout
 
@@ -30,14 +30,16 @@ def locked(path: Path, timeout: float = TIMEOUT) -> Iterator[None]:
         lock.acquire(timeout=timeout)
     except Timeout as error:
         raise CheckpointError(
-            f"{path} is being written by another process, for more than {timeout:.0f} s; wait for it, or remove "
-            f"{place.name} if it was left by a machine that is gone"
+            f"{path} has been locked by another process for more than {timeout:.0f} s; wait for it, or remove "
+            f"{place.name} if that process no longer exists"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{path} can't be locked: {error.strerror or error}; write where you may") from error
+        raise CheckpointError(
+            f"{path} can't be locked: {error.strerror or error}; write to a folder where you have permission"
+        ) from error
     try:
         yield
     finally:
-        with suppress(OSError):  # a waiting process notices that its lock file is gone, and makes a new one
+        with suppress(OSError):  # a waiting process notices that the lock file is gone and creates a new one
             place.unlink()
         lock.release()

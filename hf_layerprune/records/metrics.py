@@ -1,8 +1,8 @@
-"""`metrics.json`: the measured numbers of a model folder, each bound to the weights that it was measured on.
+"""`metrics.json`: the measured numbers of a model folder, each with the hash of the weights that it was measured on.
 
-The schema is `metrics.schema.json` beside this file, and nothing is written that does not follow it. A file holds
-numbers of the folder's own weights, of its base, and of the stages between them (cut, repaired, healed), which
-`lineage.json` names by the same hash; numbers of any other weights are refused.
+The schema is `metrics.schema.json` next to this file, and is checked on every write. A file holds numbers for the
+folder's own weights, its base, and the stages in between (cut, repaired, healed), which `lineage.json` lists with the
+same hashes. Numbers for other weights are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FILE_NAME = "metrics.json"
 SCHEMA_VERSION = 1
 _MAX_BYTES = 32 << 20
 _MAX_DEPTH = 16
-# What tells one number from another: a new one with the same key takes the place of the old.
+# The fields that identify a number; a new number replaces an old one with the same key.
 _KEY = ("weights", "base", "kind", "task", "metric", "settings")
 
 
@@ -35,11 +35,11 @@ class Metrics:
 
     Args:
         weights (`str`): The hash of the folder's weights, see [`~records.fingerprints.weights_hash`].
-        models (`dict[str, dict]`): What was measured, by the hash of its weights: `role` (`"dense"`, `"cut"`,
-            `"repaired"`, `"healed"` or `"model"`), `name`, `layers`, `parameters`, and `identity`, the hashes of
-            whatever else decides how it behaves.
-        results (`list[dict]`): One measured number each; the fields are those of the schema.
-        comparisons (`list[dict]`): One difference to the base each.
+        models (`dict[str, dict]`): The measured models, by the hash of their weights: `role` (`"dense"`, `"cut"`,
+            `"repaired"`, `"healed"` or `"model"`), `name`, `layers`, `parameters`, and `identity`, the hashes of other
+            files that affect the behaviour.
+        results (`list[dict]`): The measured numbers; see the schema for the fields.
+        comparisons (`list[dict]`): Differences from the base.
     """
 
     weights: str
@@ -49,7 +49,7 @@ class Metrics:
 
     @classmethod
     def of(cls, folder: Path) -> Metrics | None:
-        """Read the numbers of a folder, or `None` where it has none.
+        """Read the numbers of a folder, or return `None` if it has none.
 
         Raises:
             CheckpointError: The file does not follow the schema.
@@ -58,7 +58,7 @@ class Metrics:
 
     @classmethod
     def read(cls, path: Path) -> Metrics | None:
-        """Read a file of numbers, or `None` where there is none.
+        """Read a file of numbers, or return `None` if it does not exist.
 
         Raises:
             CheckpointError: The file does not follow the schema.
@@ -74,18 +74,17 @@ class Metrics:
 
     @classmethod
     def update(cls, path: Path, change: Callable[[Metrics | None], Metrics]) -> Metrics:
-        """Change a file of numbers under a lock, so that what another process adds meanwhile is kept.
+        """Change a file of numbers under a lock, so that concurrent changes are not lost.
 
         Args:
             path (`Path`): The file.
-            change (`Callable[[Metrics | None], Metrics]`): Gets what the file holds by now, and returns what it shall
-                hold.
+            change (`Callable[[Metrics | None], Metrics]`): Takes the current numbers and returns the new ones.
 
         Returns:
-            `Metrics`: What was written.
+            `Metrics`: The new numbers.
 
         Raises:
-            CheckpointError: What is there or what would be written does not follow the schema, or it can't be written.
+            CheckpointError: The old or new content does not follow the schema, or the file can't be written.
         """
         with locked(path):
             metrics = change(cls.read(path))
@@ -93,27 +92,27 @@ class Metrics:
         return metrics
 
     def add_model(self, model: Identity, *, role: str, name: str, layers: int, parameters: int) -> None:
-        """Say what a hash of weights stands for, and with which config, tokenizer, ... they were measured."""
+        """Add a measured model, with the hashes of the config, tokenizer and other files that it was measured with."""
         told = {"role": role, "name": name, "layers": layers, "parameters": parameters, "identity": model.parts}
         self.models[model.weights] = told
 
     def changed_since(self, model: Identity) -> list[str]:
-        """Which parts of a model, such as `config`, differ from those with which its numbers were measured.
+        """The parts of a model, such as `config`, that have changed since its numbers were measured.
 
         Returns:
-            `list[str]`: Empty where nothing differs, or where the model was not measured.
+            `list[str]`: Empty if nothing changed, or if the model was not measured.
         """
         told = self.models.get(model.weights)
         return model.changed_since(told.get("identity")) if told is not None else []
 
     def add(self, *, results: Sequence[dict[str, Any]] = (), comparisons: Sequence[dict[str, Any]] = ()) -> None:
-        """Add numbers. One that was measured before, of the same weights with the same settings, is replaced."""
+        """Add numbers, replacing earlier ones for the same weights and settings."""
         for name, new in (("results", results), ("comparisons", comparisons)):
             keys = {_key(record) for record in new}
             setattr(self, name, [old for old in getattr(self, name) if _key(old) not in keys] + list(new))
 
     def find(self, weights: str, metric: str, task: str | None = None, **settings: Any) -> dict[str, Any] | None:
-        """The newest number of this kind, or `None`."""
+        """The newest matching number, or `None`."""
         for record in reversed(self.results):
             same = record["weights"] == weights and record["metric"] == metric and record.get("task") == task
             if same and settings.items() <= record.get("settings", {}).items():
@@ -121,16 +120,16 @@ class Metrics:
         return None
 
     def check_belongs(self, folder: Path, lineage: Lineage | None) -> None:
-        """Refuse numbers of other weights.
+        """Refuse numbers that belong to other weights.
 
         Args:
-            folder (`Path`): The folder that the file lies in.
+            folder (`Path`): The folder that contains the file.
             lineage (`Lineage`, *optional*): Its history.
 
         Raises:
-            CheckpointError: The folder's weights are not those that were measured, its config, tokenizer, chat template,
-                generation settings or base changed since, or a number belongs to weights that are neither the folder's
-                nor in its history.
+            CheckpointError: The folder's weights, config, tokenizer, chat template, generation settings or base have
+                changed since they were measured, or a number belongs to weights that are neither the folder's nor in
+                its history.
         """
         model = identity(folder)
         own = model.weights
@@ -149,23 +148,23 @@ class Metrics:
         if foreign:
             names = ", ".join(f"{self.models[weights]['name']} ({weights[:12]})" for weights in foreign)
             raise CheckpointError(
-                f"{folder / FILE_NAME} holds numbers of {names}, which the history of this model does not know; "
+                f"{folder / FILE_NAME} holds numbers of {names}, which are not in the history of this model; "
                 "measure again without them"
             )
 
     def write(self, folder: Path) -> None:
-        """Write the numbers into a folder, whole or not at all.
+        """Write the numbers into a folder, atomically.
 
         Raises:
-            CheckpointError: They don't follow the schema.
+            CheckpointError: The numbers don't follow the schema.
         """
         self.write_file(folder / FILE_NAME)
 
     def write_file(self, path: Path) -> None:
-        """Write the numbers into a file of any name, whole or not at all.
+        """Write the numbers into a file of any name, atomically.
 
         Raises:
-            CheckpointError: They don't follow the schema.
+            CheckpointError: The numbers don't follow the schema.
         """
         data = {
             "schema_version": SCHEMA_VERSION,

@@ -1,4 +1,4 @@
-"""What to call a base: its Hub id, or a name that tells nothing of somebody's disk."""
+"""Public names of a base: its Hub id, or a name that does not reveal local paths."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether a text has the form of `org/name` or `name`, as the Hub has it."""
+    """Whether a text is a valid Hub id, `org/name` or `name`."""
     return _HUB_ID.fullmatch(text) is not None and not text.endswith((".git", ".", "-"))
 
 
 def base_name(base: dict[str, Any]) -> str:
-    """What to call a base in public: its Hub id, or the last part of its path."""
+    """The public name of a base: its Hub id, or the last part of its path."""
     name = str(base.get("id") or "")
     if base.get("commit") or (is_hub_name(name) and "/" in name):
         return name
@@ -23,7 +23,7 @@ def base_name(base: dict[str, Any]) -> str:
 
 
 def hub_base(base: dict[str, Any]) -> str | None:
-    """The Hub id of a base, or of what it is a copy of."""
+    """The Hub id of a base, or of the model that it is a copy of."""
     name = str(base.get("id") or "")
     if base.get("commit") and is_hub_name(name):
         return name
@@ -32,6 +32,6 @@ def hub_base(base: dict[str, Any]) -> str | None:
 
 
 def is_local(base: dict[str, Any]) -> bool:
-    """Whether a base is named by more than one part of a path on somebody's disk."""
+    """Whether a base is named by a local path with more than one part."""
     name = str(base.get("id") or "")
     return not base.get("commit") and not is_hub_name(name) and PurePath(name.replace("\\", "/")).name != name

@@ -4,9 +4,8 @@
 
     cut_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-101M.Q4_1.gguf", drop_layers=range(23, 30))
 
-A cut is planned from the header alone: the new header, as `gguf.GGUFWriter` writes it, and the tensors to copy. What
-does not change is handed to the writer as the bytes that it was read as, and tensors are copied byte for byte, whatever
-their type.
+A cut is planned from the header alone: a new header, written by `gguf.GGUFWriter`, and the tensors to copy. Metadata that
+does not change is passed to the writer as raw bytes, and tensors are copied byte for byte, whatever their type.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _NUMBERED = re.compile(r"\.[0-9]+\.|^(blk|.*\.blk)\.")
 
 
 class ByteRange(NamedTuple):
-    """A range of the source file that is copied as it is."""
+    """A range of the source file to copy unchanged."""
 
     offset: int
     length: int
@@ -63,12 +62,12 @@ class GGUFCutPlan:
 
     @property
     def target_bytes(self) -> int:
-        """Size of the file to write."""
+        """Size of the file to write, in bytes."""
         return len(self.header) + sum(_padded(piece.length, self.alignment) for piece in self.pieces)
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a file is a GGUF file, by its first bytes and not by its name.
+    """Whether a file is a GGUF file, judged by its first bytes and not by its name.
 
     Args:
         path (`str` or `os.PathLike`): The file.
@@ -95,13 +94,13 @@ def gguf_layer_count(source: str | os.PathLike[str]) -> int:
         `int`: The number of layers that can be named in `drop_layers`.
 
     Raises:
-        CheckpointError: If the file cannot be read or is no GGUF model.
+        CheckpointError: If the file cannot be read or is not a GGUF model.
     """
     return block_count_of(_read(Path(source)))
 
 
 def gguf_texts(source: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a GGUF file that is text, such as its licence and its chat template.
+    """The text metadata of a GGUF file, such as its licence and its chat template.
 
     Args:
         source (`str` or `os.PathLike`): The GGUF file.
@@ -117,18 +116,18 @@ def gguf_texts(source: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def plan_gguf_cut(source: str | os.PathLike[str], drop_layers: Sequence[int]) -> GGUFCutPlan:
-    """Plan a cut from the file's header, and refuse it if it could not be exact. Writes nothing.
+    """Plan a cut from the file's header, and refuse it if it can't be exact. Nothing is written.
 
     Args:
         source (`str` or `os.PathLike`): The GGUF file.
         drop_layers (`Sequence[int]`): Indices of the layers to drop.
 
     Returns:
-        `GGUFCutPlan`: What stays, what changes, and how large the result will be.
+        `GGUFCutPlan`: The kept tensors, the metadata changes, and the size of the result.
 
     Raises:
         CheckpointError: If the file is damaged or of an unknown kind, or if the cut could not be exact.
-        CutError: If an index is out of range or named twice, or nothing or everything would go.
+        CutError: If an index is out of range or named twice, or if no layer or every layer would be dropped.
     """
     return _plan(_read(Path(source)), drop_layers)
 
@@ -143,22 +142,22 @@ def cut_gguf(
 ) -> GGUFCutPlan:
     """Write a copy of a GGUF model file without some of its layers.
 
-    The copy is written to a temporary file beside the target and renamed when it is complete and on disk, so the
-    target is absent (or the old one) or whole, whenever the process dies.
+    The copy is written to a temporary file next to the target and renamed when it is complete and on disk. Whenever the
+    process dies, the target is therefore absent, unchanged or complete.
 
     Args:
         source (`str` or `os.PathLike`): The GGUF file. It is only read.
-        target (`str` or `os.PathLike`): The file to write, in a folder that exists.
+        target (`str` or `os.PathLike`): The file to write, in an existing folder.
         drop_layers (`Sequence[int]`): Indices of the layers to drop.
         force (`bool`, *optional*, defaults to `False`): Replace the target if it exists.
         progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
 
     Returns:
-        `GGUFCutPlan`: What was done.
+        `GGUFCutPlan`: The plan that was carried out.
 
     Raises:
-        CheckpointError: If the cut is refused, the target is in the way, the disk is too full, or writing fails.
-        CutError: If an index is out of range or named twice, or nothing or everything would go.
+        CheckpointError: If the cut is refused, the target exists, the disk is too full, or writing fails.
+        CutError: If an index is out of range or named twice, or if no layer or every layer would be dropped.
     """
     source, target = Path(source), Path(target)
     with LocalFile(source) as file:
@@ -202,10 +201,10 @@ def _write(file: LocalFile, plan: GGUFCutPlan, partial: Path) -> Iterator[int]:
 
 
 def _read(source: Path) -> GGUFHeader:
-    from .reader import read_header  # imports gguf, which takes a while
+    from .reader import read_header  # importing gguf is slow
 
     try:
-        # Looked at first: opening a pipe would wait for a writer.
+        # Checked first, since opening a pipe would wait for a writer.
         if not stat.S_ISREG(source.stat().st_mode):
             raise CheckpointError(f"{source} is not a file; name a .gguf file")
         return read_header(source)
@@ -248,12 +247,12 @@ def _plan(header: GGUFHeader, drop_layers: Sequence[int]) -> GGUFCutPlan:
 
 
 def _packed(header: GGUFHeader, rewrite: Rewrite, kept: list[tuple[Tensor, str]]) -> bytes:
-    """The new header, by the library's own writer."""
+    """The new header, from the library's writer."""
     from gguf import GGUFValueType, GGUFWriter
     from gguf.gguf_writer import WriterState
 
     class Writer(GGUFWriter):
-        """Takes a value as the bytes of the source file too, which keeps empty arrays and text that is not UTF-8."""
+        """Also accepts raw bytes of the source file, which preserves empty arrays and text that is not UTF-8."""
 
         def _pack_val(self, val: Any, vtype: Any, add_vtype: bool, sub_type: Any = None) -> bytes:
             if isinstance(val, _Raw):
@@ -262,7 +261,7 @@ def _packed(header: GGUFHeader, rewrite: Rewrite, kept: list[tuple[Tensor, str]]
 
     writer: Any = Writer(None, rewrite.architecture)
     writer.data_alignment = header.alignment
-    writer.kv_data[0].clear()  # the architecture comes where the source has it
+    writer.kv_data[0].clear()  # the architecture is written in the position that it has in the source
     for key, entry in header.keys.items():
         if key in rewrite.changes:
             after = rewrite.changes[key][1]
@@ -286,13 +285,13 @@ class _Raw(NamedTuple):
 
 
 def _sort_tensors(header: GGUFHeader, architecture: str, block_count: int) -> dict[str, int]:
-    """Map the name of each tensor that belongs to a layer to that layer, and check that no layer is missing."""
+    """Map the name of each layer's tensors to the layer, and check that no layer is missing."""
     layer_of: dict[str, int] = {}
     for tensor in header.tensors:
         match = _LAYER_TENSOR.fullmatch(tensor.name)
         if match is None:
             if _NUMBERED.search(tensor.name):
-                header.fail(f"tensor {tensor.name!r} is numbered, and not like a decoder layer's (blk.0.NAME)")
+                header.fail(f"tensor {tensor.name!r} is numbered, but not like a decoder layer's (blk.0.NAME)")
             continue
         layer = int(match[1])
         if layer >= block_count:
@@ -303,7 +302,7 @@ def _sort_tensors(header: GGUFHeader, architecture: str, block_count: int) -> di
         layer_of[tensor.name] = layer
     present = set(layer_of.values())
     trailing = header.keys.get(f"{architecture}.nextn_predict_layers")
-    # A model may be stored without the layers that only predict further tokens.
+    # A model may be stored without its layers for multi-token prediction.
     optional = trailing.values[0] if trailing is not None and trailing.is_integer else 0
     for layer in range(block_count - optional):
         if layer not in present:

@@ -1,7 +1,7 @@
-"""Rewrite what a GGUF file says about its layers when some are dropped.
+"""Rewrite the metadata of a GGUF file that describes its layers.
 
-`families/gguf.py` says what each key means and which architectures are known. What is not in its tables is refused: a
-model that loads and quietly computes something else is the one outcome that must not happen.
+`families/gguf.py` lists the meaning of each key and the known architectures. Anything not in its tables is refused,
+because a model that loads but silently gives wrong results must never be written.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LAYER_WORDS = re.compile(r"layer|block|blk|every|interval|period|pattern|depth|
 
 
 class Rewrite(NamedTuple):
-    """What becomes of the metadata in one cut; `changes` holds the old and the new value of each key that changes."""
+    """The metadata of a cut. `changes` holds the old and the new value of each key that changes."""
 
     architecture: str
     block_count: int
@@ -60,7 +60,7 @@ class _Cut(NamedTuple):
 
 
 def architecture_of(header: GGUFHeader) -> str:
-    """Name the architecture of a GGUF model file.
+    """Read the architecture of a GGUF model file.
 
     Args:
         header (`GGUFHeader`): The file's header.
@@ -69,7 +69,7 @@ def architecture_of(header: GGUFHeader) -> str:
         `str`: The value of `general.architecture`.
 
     Raises:
-        CheckpointError: If the file names none, is not a model, or is one part of a split model.
+        CheckpointError: If the architecture is missing, or the file is not a model or is part of a split model.
     """
     kind = header.keys.get("general.type")
     if kind is not None and kind.text != "model":
@@ -93,7 +93,7 @@ def block_count_of(header: GGUFHeader) -> int:
         header (`GGUFHeader`): The file's header.
 
     Returns:
-        `int`: The value of `{arch}.block_count`, which counts next-token-prediction layers too.
+        `int`: The value of `{arch}.block_count`, which includes layers for multi-token prediction.
 
     Raises:
         CheckpointError: If the count is missing or out of bounds.
@@ -113,13 +113,13 @@ def check_drop_layers(drop_layers: Sequence[int], block_count: int) -> tuple[int
 
     Args:
         drop_layers (`Sequence[int]`): Indices of the layers to drop, in any order.
-        block_count (`int`): How many layers the model has.
+        block_count (`int`): Number of layers in the model.
 
     Returns:
-        `tuple[int, ...]`: The layers that stay, ascending.
+        `tuple[int, ...]`: The layers to keep, in ascending order.
 
     Raises:
-        CutError: If an index is no whole number, out of range or there twice, or if none or all are named.
+        CutError: If an index is not an integer, out of range or repeated, or if no or all layers are named.
     """
     layers = f"0..{block_count - 1}"
     seen: set[int] = set()
@@ -150,10 +150,10 @@ def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> Rewrite:
         drop_layers (`Sequence[int]`): Indices of the layers to drop.
 
     Returns:
-        `Rewrite`: The layers that stay, and each entry that changes.
+        `Rewrite`: The layers to keep, and each entry that changes.
 
     Raises:
-        CheckpointError: If the architecture, a key or the set of layers is one that cannot be cut exactly.
+        CheckpointError: If the architecture, a key or the set of layers does not allow an exact cut.
     """
     arch = architecture_of(header)
     block_count = block_count_of(header)
@@ -180,7 +180,7 @@ def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> Rewrite:
 def _check_architecture(cut: _Cut) -> None:
     rule = ARCHITECTURES.get(cut.architecture)
     if rule is None:
-        reason = REFUSED.get(cut.architecture, "nobody has checked yet what it ties to a layer's index")
+        reason = REFUSED.get(cut.architecture, "its dependence on layer indices has not been checked")
         cut.header.fail(
             f"the GGUF architecture {cut.architecture!r} cannot be cut in this format: {reason}; "
             "cut the model's safetensors checkpoint instead and convert that"
@@ -221,7 +221,7 @@ def _check_turns(cut: _Cut, period: int, picked: Callable[[int, int], bool], sou
 
 
 def _new_value(cut: _Cut, entry: Entry) -> int | list[int] | None:
-    """The entry's new number, the array items to keep, or `None` to copy it as it is."""
+    """The entry's new number, the array items to keep, or `None` to copy the entry unchanged."""
     header, key = cut.header, entry.key
     if key in PER_LAYER_UNPREFIXED:
         return _per_layer(cut, entry) if entry.is_array else None

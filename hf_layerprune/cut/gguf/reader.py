@@ -1,7 +1,7 @@
-"""Read the header of a GGUF file through the `gguf` library, within bounds that a damaged or hostile file can't move.
+"""Read the header of a GGUF file with the `gguf` library, within fixed bounds for damaged or hostile files.
 
-`gguf.GGUFReader` believes what a file claims, and makes several objects of each token of the vocabulary: hundreds of
-megabytes. So every range is held against the file's size here, counts are bounded, and an array is read as a whole.
+`gguf.GGUFReader` trusts the counts in a file and creates several objects for each token of the vocabulary, which takes
+hundreds of megabytes. Here every range is checked against the file's size, counts are bounded, and arrays are read whole.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NOT_WHOLE = {GGUFValueType.FLOAT32, GGUFValueType.FLOAT64, GGUFValueType.BOOL}
 
 
 class _BoundedReader(GGUFReader):
-    """The library's reader, which here never looks beyond the end of the file."""
+    """The library's reader, limited to the size of the file."""
 
     strings = 0
 
@@ -57,7 +57,7 @@ class _BoundedReader(GGUFReader):
         return sum(part.nbytes for part in parts), parts, [2], [GGUFValueType.ARRAY, kind]
 
     def _strings_end(self, position: int, count: int) -> int:
-        # The budget bounds the time: without it a huge file of zeros is billions of empty strings.
+        # Bounds the time: without it, a huge file of zeros would be read as billions of empty strings.
         self.strings += count
         if self.strings > MAX_STRINGS:
             raise ValueError(f"it claims {self.strings} strings, more than any vocabulary has")
@@ -74,11 +74,11 @@ class Entry:
     """One metadata entry.
 
     Args:
-        key (`str`): Its key.
-        kind (`GGUFValueType`): Its type.
-        item_kind (`GGUFValueType`, *optional*): Of an array, the type of its items.
-        count (`int`): Of an array, how many items it has.
-        raw (`bytes`): Its value as it stands in the file, after its type.
+        key (`str`): The key.
+        kind (`GGUFValueType`): The type.
+        item_kind (`GGUFValueType`, *optional*): For an array, the type of its items.
+        count (`int`): For an array, the number of items; otherwise 1.
+        raw (`bytes`): The value as stored in the file, after its type.
     """
 
     key: str
@@ -94,12 +94,12 @@ class Entry:
 
     @property
     def is_numeric(self) -> bool:
-        """Whether the value, or each item of the array, is a number or a truth value."""
+        """Whether the value, or each item of the array, is a number or a boolean."""
         return (self.item_kind or self.kind) in GGUFReader.gguf_scalar_to_np
 
     @property
     def is_integer(self) -> bool:
-        """Whether the value is one whole number."""
+        """Whether the value is a single integer."""
         return not self.is_array and self.is_numeric and self.kind not in _NOT_WHOLE
 
     @property
@@ -109,7 +109,7 @@ class Entry:
 
     @cached_property
     def values(self) -> list[Any]:
-        """The items of a numeric array of at most one value a layer, or the one number."""
+        """The items of a numeric array with at most one value per layer, or the single number."""
         if not self.is_numeric or self.count > MAX_LAYERS:
             return []
         offset = 12 if self.is_array else 0
@@ -120,7 +120,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the file; `offset` counts from the start of the file, and `shape` is as numpy would have it."""
+    """One tensor of the file. `offset` is from the start of the file, and `shape` is in numpy's order."""
 
     name: str
     shape: tuple[int, ...]
@@ -131,7 +131,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """Everything in a GGUF file but the tensors' data."""
+    """Everything in a GGUF file except the tensor data."""
 
     path: Path
     keys: dict[str, Entry]
@@ -142,7 +142,7 @@ class GGUFHeader:
         """Refuse the file.
 
         Args:
-            what (`str`): What is wrong and the way out.
+            what (`str`): The problem and how to fix it.
 
         Raises:
             CheckpointError: Always.
@@ -151,7 +151,7 @@ class GGUFHeader:
 
 
 def _refused(path: Path, what: str) -> CheckpointError:
-    # Names in the file are anybody's text: no line breaks, no terminal codes, no pages of it.
+    # Names in the file are untrusted: remove line breaks and control characters, and limit the length.
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in what)
     return CheckpointError(f"{path}: {line if len(line) <= 1000 else line[:1000] + '...'}")
 
@@ -166,14 +166,14 @@ def read_header(path: Path) -> GGUFHeader:
         `GGUFHeader`: The metadata and the tensor descriptions.
 
     Raises:
-        CheckpointError: The file is not a whole, sane, little-endian GGUF file of version 2 or 3.
+        CheckpointError: The file is not a complete and valid little-endian GGUF file of version 2 or 3.
     """
     with path.open("rb") as file:
         start = file.read(_FIXED.size)
     if start[:4] != b"GGUF":
         raise _refused(path, "this is not a GGUF file: it does not start with 'GGUF'")
     if len(start) < _FIXED.size:
-        raise _refused(path, f"the file ends at byte {len(start)}; it is truncated, so get it again")
+        raise _refused(path, f"the file ends at byte {len(start)}; it is truncated, so download it again")
     _, version, tensor_count, key_count = _FIXED.unpack(start)
     if version and not version & 0xFFFF:
         raise _refused(path, "this is a big-endian GGUF file; convert it with gguf-convert-endian first")
@@ -186,7 +186,7 @@ def read_header(path: Path) -> GGUFHeader:
             f"{MAX_KEYS} are supported; the file is damaged",
         )
     try:
-        with np.errstate(all="ignore"):  # what wraps around is found out below
+        with np.errstate(all="ignore"):  # integer overflows are detected below
             reader = _BoundedReader(path)
         keys = {key: _entry(key, field) for key, field in reader.fields.items() if not key.startswith("GGUF.")}
         tensors = tuple(
@@ -200,7 +200,9 @@ def read_header(path: Path) -> GGUFHeader:
             for one in reader.tensors
         )
     except (ValueError, KeyError, OverflowError, MemoryError, IndexError, TypeError) as error:
-        raise _refused(path, f"it can't be read ({error}); it is truncated or damaged, so get it again") from error
+        raise _refused(
+            path, f"it can't be read ({error}); it is truncated or damaged, so download it again"
+        ) from error
     header = GGUFHeader(path, keys, tensors, int(reader.alignment))
     _check_layout(header, reader.data_offset)
     return header
@@ -209,7 +211,7 @@ def read_header(path: Path) -> GGUFHeader:
 def _entry(key: str, field: Any) -> Entry:
     if not key:
         raise ValueError("a metadata key is empty")
-    raw = b"".join(part.tobytes() for part in field.parts[3:])  # what stands before it: the key and the type
+    raw = b"".join(part.tobytes() for part in field.parts[3:])  # the parts before are the key and the type
     is_array = field.types[0] == GGUFValueType.ARRAY
     return Entry(
         key, field.types[0], field.types[1] if is_array else None, int(field.parts[4][0]) if is_array else 1, raw
@@ -224,9 +226,9 @@ def _check_layout(header: GGUFHeader, data_start: int) -> None:
         if (tensor.offset - data_start) % header.alignment:
             header.fail(
                 f"tensor {tensor.name!r} starts at byte {tensor.offset}, not aligned to {header.alignment} bytes; "
-                "the file is damaged, so get it again"
+                "the file is damaged, so download it again"
             )
         if tensor.size and tensor.offset < end:
-            header.fail(f"tensors {before!r} and {tensor.name!r} overlap; the file is damaged, so get it again")
+            header.fail(f"tensors {before!r} and {tensor.name!r} overlap; the file is damaged, so download it again")
         if tensor.size:
             end, before = tensor.offset + tensor.size, tensor.name

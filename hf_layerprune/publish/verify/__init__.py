@@ -1,1 +1,1 @@
-"""Whether a model is what its records say it is."""
+"""Verify a model against its base and its records."""

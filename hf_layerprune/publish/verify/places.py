@@ -1,4 +1,4 @@
-"""The model and the base that `verify` looks at: folders, or repositories of which no more is fetched than is needed."""
+"""The model and the base for `verify`: local folders, or Hub repositories of which only needed files are downloaded."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _MAX_SMALL = 512 << 20
 
 @dataclass(frozen=True)
 class Place:
-    """A model where it is.
+    """A model in a folder or on the Hub.
 
     Args:
-        name (`str`): What to call it.
-        folder (`Path`): Where its records and small files are.
-        hashes (`dict[str, str]`): The sha256 of each file that may change how it behaves, by its relative path.
-        repo (`Repo`, *optional*): Its repository, where it is on the Hub.
+        name (`str`): The name to use in messages.
+        folder (`Path`): The folder with its records and small files.
+        hashes (`dict[str, str]`): The sha256 of each file that may affect the model's behaviour, by relative path.
+        repo (`Repo`, *optional*): The repository, if the model is on the Hub.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Place:
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None = None, token: str | bool | None = None) -> Place:
-        """Find a model, and hash its files; of weights on the Hub, the Hub's hashes are taken.
+        """Locate a model and hash its files. For weights on the Hub, the hashes that the Hub lists are used.
 
         Args:
             model (`str` or `Path`): A folder, or a Hub id.
             revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
-            token (`str` or `bool`, *optional*): As the Hub client takes it; by default the user's own.
+            token (`str` or `bool`, *optional*): As the Hub client takes it; by default the stored one.
 
         Raises:
-            CheckpointError: There is no such model, or it can't be read.
+            CheckpointError: The model does not exist or can't be read.
         """
         if is_hub_id(model):
             from ...files.hub import Repo
@@ -64,7 +64,7 @@ class Place:
             if is_inert(name) or (path.is_dir() and not path.is_symlink()):
                 continue
             if not path.is_file():
-                raise CheckpointError(f"{path} is a link to a folder or to nothing; remove it")
+                raise CheckpointError(f"{path} is a broken link or a link to a folder; remove it")
             hashes[name] = sha256_of(path)
         return cls(str(folder), folder, hashes)
 
@@ -72,13 +72,13 @@ class Place:
     def _on_hub(cls, repo: Repo) -> Place:
         names = [name for name in repo.files if not is_inert(name)]
         if repo.offline and not any(name.endswith(WEIGHTS) for name in names):
-            raise CheckpointError(f"the weights of {repo.name} are not in the cache: {repo.offline}")
-        # Without a connection, the hashes are only what the cache calls its files.
+            raise CheckpointError(f"the weights of {repo.name} are not in the cache ({repo.offline}); go online")
+        # Offline, the listed hashes are only the names of files in the cache, so all files are hashed.
         large = [name for name in names if repo.files[name].sha256 and name.endswith(WEIGHTS) and not repo.offline]
         small = [name for name in names if name not in large]
         if huge := [name for name in small if repo.files[name].size > _MAX_SMALL]:
             raise CheckpointError(
-                f"{repo.name}/{huge[0]} is too large for a file beside the weights; download the model"
+                f"{repo.name}/{huge[0]} is too large for a companion file; download the model and verify the folder"
             )
         paths = repo.fetch([*small, *(name for name in _RECORDS if name in repo.files)])
         hashes = {name: str(repo.files[name].sha256) for name in large} | {
@@ -89,16 +89,16 @@ class Place:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is an adapter rather than a whole model."""
+        """Whether this is an adapter rather than a complete model."""
         return ADAPTER_CONFIG in self.hashes and CONFIG not in self.hashes
 
     @property
     def weights(self) -> list[str]:
-        """The weight files, in any folder."""
+        """The weight files, including those in subfolders."""
         return [name for name in self.hashes if name.endswith(WEIGHTS)]
 
     def path(self, name: str) -> Path:
-        """Where a file is; one on the Hub is downloaded."""
+        """The path of a file, downloaded first if the model is on the Hub."""
         return self.repo.get(name) if self.repo is not None else self.folder / name
 
 
@@ -109,7 +109,7 @@ class Base:
     Args:
         source (`str` or `Path`): A Hub id, a folder, or a GGUF file.
         commit (`str`, *optional*): The commit of a base on the Hub.
-        files (`dict[str, dict]`): Size and sha256 of its weight and JSON files.
+        files (`dict[str, dict]`): Size and sha256 of the weight and JSON files, by name.
         token (`str` or `bool`, *optional*): As the Hub client takes it.
     """
 
@@ -120,15 +120,15 @@ class Base:
 
     @classmethod
     def find(cls, history: History, named: str | None, token: str | bool | None) -> Base:
-        """Find the base that a lineage names.
+        """Locate the base that a lineage names.
 
         Args:
-            history (`History`): What the lineage says.
-            named (`str`, *optional*): Where the user says that it is.
+            history (`History`): The stages of the lineage.
+            named (`str`, *optional*): The location of the base, if given by the user.
             token (`str` or `bool`, *optional*): As the Hub client takes it.
 
         Raises:
-            CheckpointError: It can't be found, or can't be read.
+            CheckpointError: The base can't be found or read.
         """
         told = history.lineage.base
         place = named or str(told.get("id") or "")
@@ -137,7 +137,9 @@ class Base:
             return cls(path, None, fingerprint(path))
         name = place if named else history.base_on_hub
         if not name or not is_hub_id(name):
-            raise CheckpointError(f"the base, {named or base_name(told)}, is not here; say where it is with --base")
+            raise CheckpointError(
+                f"the base, {named or base_name(told)}, is not available here; give its location with --base"
+            )
         from ...files.hub import Repo
 
         repo = Repo.open(name, told.get("commit") if name == told.get("id") else None, token=token)
@@ -146,14 +148,14 @@ class Base:
 
     @property
     def packed(self) -> bool:
-        """Whether it is a GGUF file."""
+        """Whether the base is a GGUF file."""
         return isinstance(self.source, Path) and self.source.is_file()
 
     def __str__(self) -> str:
         return f"{self.source} at {self.commit[:12]}" if self.commit else str(self.source)
 
     def differences(self, told: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """The files that are not those that a lineage names: of weights and config also those that are missing."""
+        """Names of the files that differ from those in a lineage, including missing weight files and a missing config."""
         decisive = [name for name in told if name.endswith(WEIGHTS) or name == CONFIG]
         return [name for name in told if (name in decisive or name in self.files)
                 and _bytes(self.files.get(name)) != _bytes(told[name])]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a cut of the base has to be: the same cut is planned again, and what it would write is hashed, not written."""
+"""Repeat the cut of the base, hashing the files instead of writing them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ...records.history import History
 from .places import Base
 
 _CHUNK = 8 << 20
-_MAX_HEADER = 100_000_000  # what safetensors allows
+_MAX_HEADER = 100_000_000  # the limit of safetensors
 
 
 class TensorHash(NamedTuple):
@@ -35,12 +35,12 @@ class TensorHash(NamedTuple):
 
 @dataclass(frozen=True)
 class Expected:
-    """What a cut leaves of its base.
+    """The expected content of a pruned model.
 
     Args:
-        files (`dict[str, str]`): The sha256 of each file that may change how a model behaves, by its relative path.
+        files (`dict[str, str]`): The sha256 of each file that may affect the model's behaviour, by relative path.
         inside (`dict[str, dict[str, TensorHash]]`): The tensors of each weight file, by name.
-        config (`dict[str, Any]`): The fields of the config, as its class gives them.
+        config (`dict[str, Any]`): The fields of the config, as loaded by its class.
     """
 
     files: dict[str, str]
@@ -54,26 +54,26 @@ class Expected:
 
 
 def rebuild(history: History, base: Base) -> Expected:
-    """Make the cuts of a history again, as one, without writing it.
+    """Repeat all cuts of a history as a single one, without writing the result.
 
     Args:
-        history (`History`): What was done.
+        history (`History`): The stages of the model.
         base (`Base`): The base.
 
     Returns:
-        `Expected`: What is left of the base.
+        `Expected`: The expected content of the pruned model.
 
     Raises:
-        CheckpointError: Nothing was dropped, the base is damaged or another one, or the cut can't be made again.
+        CheckpointError: No layers were dropped, the base is damaged or a different one, or the cut can't be repeated.
     """
     if not history.dropped:
-        raise CheckpointError("lineage.json drops no layers")
+        raise CheckpointError("lineage.json does not drop any layers")
     if base.packed or history.dtype is not None:
         return _converted(history, base)
     plan = plan_cut(base.source, history.dropped, revision=base.commit, token=base.token)
     if plan.cut.num_layers != history.num_base_layers:
         raise CheckpointError(
-            f"the base has {plan.cut.num_layers} layers, and lineage.json says {history.num_base_layers}"
+            f"the base has {plan.cut.num_layers} layers, but lineage.json says {history.num_base_layers}"
         )
     _check_bytes(plan, base.files)
     files = {name: hashlib.sha256(content).hexdigest() for name, content in plan.files.items()}
@@ -88,18 +88,18 @@ def rebuild(history: History, base: Base) -> Expected:
 
 
 def _check_bytes(plan: CheckpointPlan, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Hold the bytes of the base's weights against their listed hashes: what a cache calls a file proves nothing."""
+    """Check the base's weights against their listed hashes, since file names in a cache prove nothing."""
     for name in {shard.source for shard in plan.shards}:
         listed = files.get(name, {}).get("sha256")
         if listed is not None and sha256_of(plan.source / name) != listed:
             raise CheckpointError(
-                f"{plan.source / name} does not hold the bytes that its hash promises ({listed[:12]}); remove it from the "
-                "cache, and it is downloaded again"
+                f"{plan.source / name} does not match its hash ({listed[:12]}); remove it from the cache to "
+                "download it again"
             )
 
 
 def _planned(shard: ShardPlan, source: LocalFile) -> Iterator[bytes]:
-    """The bytes of a weight file that a plan would write."""
+    """The bytes of a planned weight file."""
     yield shard.header
     for piece in shard.pieces:
         if isinstance(piece, Rows):
@@ -114,7 +114,7 @@ def _planned(shard: ShardPlan, source: LocalFile) -> Iterator[bytes]:
 
 
 def _converted(history: History, base: Base) -> Expected:
-    """A cut whose weights are unpacked or change their type is made in a temporary folder, by the same means."""
+    """Repeat a cut whose weights are dequantised or converted, in a temporary folder."""
     import torch
 
     from ...cut.memory import drop_layers
@@ -124,16 +124,18 @@ def _converted(history: History, base: Base) -> Expected:
         one for one in history.stages if one.name == "prune" and one.settings.get("dtype", "auto") != "auto"
     ]
     if len(conversions) > 1:
-        raise CheckpointError("the weights were converted more than once on the way, which can't be followed")
+        raise CheckpointError("the weights were converted more than once, which can't be verified")
     dtype = getattr(torch, history.dtype or "", None)
     if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"lineage.json says that the weights became {history.dtype!r}, which is not a type")
+        raise CheckpointError(
+            f"lineage.json says that the weights were converted to {history.dtype!r}, which is not a dtype"
+        )
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
         folder = Path(place)
         model = load_base(base.source, revision=base.commit, dtype=dtype)
         drop_layers(model, history.dropped)
         model.save_pretrained(folder)
-        with suppress(CheckpointError):  # pruning a base without a tokenizer writes none either
+        with suppress(CheckpointError):  # a base may have no tokenizer
             load_tokenizer(base.source, revision=base.commit).save_pretrained(folder)
         paths = model_files(folder)
         inside = {name: digest_file(path) for name, path in paths.items() if name.endswith(WEIGHTS)}
@@ -141,27 +143,27 @@ def _converted(history: History, base: Base) -> Expected:
 
 
 def digest_file(path: Path) -> dict[str, TensorHash]:
-    """The tensors of a safetensors file.
+    """Hash the tensors of a safetensors file.
 
     Raises:
-        CheckpointError: It is not one.
+        CheckpointError: The file is not a valid safetensors file.
     """
     with path.open("rb") as file:
         return digest(iter(lambda: file.read(_CHUNK), b""), str(path))[1]
 
 
 def digest(stream: Iterable[bytes], name: str = "the base") -> tuple[str, dict[str, TensorHash]]:
-    """Hash a safetensors file that passes by, as a whole and tensor by tensor.
+    """Hash a stream of a safetensors file, as a whole and tensor by tensor.
 
     Args:
-        stream (`Iterable[bytes]`): Its bytes in pieces of any length.
-        name (`str`, *optional*): What to call it in errors.
+        stream (`Iterable[bytes]`): The bytes of the file, in chunks of any length.
+        name (`str`, *optional*): The name to use in errors.
 
     Returns:
-        `tuple[str, dict[str, TensorHash]]`: The sha256 of the file, and its tensors by name.
+        `tuple[str, dict[str, TensorHash]]`: The sha256 of the file, and the hashes of its tensors by name.
 
     Raises:
-        CheckpointError: Its header is unsound, or the file ends early or late.
+        CheckpointError: The header is invalid, or the file is too short or too long.
     """
     whole, parts = hashlib.sha256(), _Parts(stream)
     length = int.from_bytes(parts.take(8, whole), "little")
@@ -183,14 +185,14 @@ def digest(stream: Iterable[bytes], name: str = "the base") -> tuple[str, dict[s
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{name} has an unsound header: {error}") from error
+        raise CheckpointError(f"{name} has an invalid header: {error}") from error
     if parts.rest():
-        raise CheckpointError(f"{name} has bytes that belong to no tensor")
+        raise CheckpointError(f"{name} has bytes that do not belong to any tensor")
     return whole.hexdigest(), tensors
 
 
 class _Parts:
-    """A stream of bytes, of which exact counts are taken."""
+    """A stream of bytes that is consumed in exact counts."""
 
     def __init__(self, stream: Iterable[bytes]) -> None:
         self._stream = iter(stream)

@@ -1,12 +1,12 @@
-"""`verify`: prove that a model is what its base and its `lineage.json` make it, file by file and tensor by tensor.
+"""`verify`: prove that a model follows from its base and its `lineage.json`, file by file and tensor by tensor.
 
     outcome = verify("someone/SmolLM2-135M-Instruct-23L")
     print(outcome.verdict, [line.text for line in outcome.lines])
 
-The cut is planned again from the base, and what it would write is hashed. A file of the model with the same hash is
-proven as a whole, and on the Hub it is not even downloaded; of any other weight file each tensor is compared. Tensors
-that a repair or training changed can't be derived again: they are counted apart, and only held against the hash that
-their stage recorded.
+The cut is repeated from the base, and the resulting files are hashed. A file with the same hash in the model is proven
+as a whole, and is not downloaded if it is on the Hub. Other weight files are compared tensor by tensor. Tensors that a
+repair or training changed can't be derived again, so they are counted separately and only covered by the hash of the
+weights that their stage recorded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .rebuild import Expected, TensorHash, digest_file, rebuild
 
 _MAX_LINES = 20
 _SINGLE, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
-# Fields that saving a model sets, and the marker of the cut, which is checked apart; none of them changes an output.
+# Fields that are set on saving, and the marker of the cut, which is checked separately; none affects the outputs.
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache", MARKER}
 _ADAPTER_PREFIX = "base_model.model."
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -45,9 +45,9 @@ class Line:
     """One finding.
 
     Args:
-        good (`bool`): Whether it speaks for the model.
-        what (`str`): What was looked at.
-        text (`str`): What is the case.
+        good (`bool`): Whether the check passed.
+        what (`str`): The part that was checked.
+        text (`str`): The result.
     """
 
     good: bool
@@ -62,9 +62,10 @@ class Verified:
     Args:
         name (`str`): The model.
         lines (`list[Line]`): The findings.
-        recorded (`Counter[str]`): Number of tensors that are only as recorded, by the stages that changed them.
-        accept_trained (`bool`): Whether those count as accounted for.
-        complete (`bool`): Whether everything was looked at.
+        recorded (`Counter[str]`): Number of tensors that can only be checked against the records, by the stages that changed
+            them.
+        accept_trained (`bool`): Whether to accept such tensors.
+        complete (`bool`): Whether all checks were made.
     """
 
     name: str
@@ -80,12 +81,12 @@ class Verified:
 
     @property
     def good(self) -> bool:
-        """Whether everything that decides how the model behaves is accounted for."""
+        """Whether everything that affects the model's behaviour is accounted for."""
         return self.consistent and (not self.recorded or self.accept_trained)
 
     @property
     def verdict(self) -> str:
-        """One line: yes, no, or which part is proven and which is not."""
+        """One line: yes, no, or in part, with the unproven part."""
         if not self.consistent:
             return f"NO: {self.name} is not proven to be what it says"
         if not self.recorded:
@@ -99,11 +100,11 @@ class Verified:
         return f"IN PART: all else of {self.name} is proven; {told} (--accept-trained takes the records' word)"
 
     def say(self, good: bool, what: str, text: str) -> None:
-        """Note a finding."""
+        """Add a finding."""
         self.lines.append(Line(good, what, shown(text)))
 
     def say_all(self, what: str, texts: list[str], otherwise: str) -> None:
-        """Note what is wrong, at most `_MAX_LINES` of it, or that nothing is."""
+        """Add the problems as findings, at most `_MAX_LINES`; without problems, add one good finding."""
         for text in texts[:_MAX_LINES]:
             self.say(False, what, text)
         if len(texts) > _MAX_LINES:
@@ -120,21 +121,21 @@ def verify(
     accept_trained: bool = False,
     token: str | bool | None = None,
 ) -> Verified:
-    """Hold a model against its base.
+    """Verify a model against its base.
 
     Args:
         model (`str` or `Path`): A model folder, or a Hub id.
-        base (`str`, *optional*): Where the base is, if not where the lineage says.
+        base (`str`, *optional*): The location of the base, if other than recorded in the lineage.
         revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
-        accept_trained (`bool`, *optional*, defaults to `False`): Take the records' word for tensors that a repair or
-            training changed.
-        token (`str` or `bool`, *optional*): As the Hub client takes it; by default the user's own.
+        accept_trained (`bool`, *optional*, defaults to `False`): Trust the records for tensors that a repair or training
+            changed.
+        token (`str` or `bool`, *optional*): As the Hub client takes it; by default the stored one.
 
     Returns:
-        `Verified`: Whether the model is what it says, and why.
+        `Verified`: The verdict and all findings.
 
     Raises:
-        CheckpointError: There is no such model, or it can't be read.
+        CheckpointError: The model does not exist or can't be read.
     """
     place = Place.open(model, revision, token)
     outcome = Verified(place.name, accept_trained=accept_trained)
@@ -175,7 +176,7 @@ def verify(
 
 
 def _check_records(place: Place, lineage: Lineage, outcome: Verified) -> None:
-    """The files are those that the last stage wrote, and each stage began with what the one before wrote."""
+    """Check that the files are those of the last stage, and that each stage started from the output of the previous one."""
     own = _weights_hash(place)
     last = lineage.entries[-1] if lineage.entries else {}
     if last.get("weights") == own:
@@ -185,7 +186,7 @@ def _check_records(place: Place, lineage: Lineage, outcome: Verified) -> None:
         outcome.say(False, "weights", f"their hash is {own[:12]}, and {says}")
     for before, after in zip(lineage.entries, lineage.entries[1:], strict=False):
         if after.get("input_weights") != before.get("weights"):
-            text = f"{LINEAGE}: {after['stage']} did not begin with the weights that {before['stage']} wrote"
+            text = f"{LINEAGE}: {after['stage']} did not start from the weights that {before['stage']} wrote"
             outcome.say(False, "lineage", text)
     recorded = last.get("files")
     if recorded is None:
@@ -198,7 +199,7 @@ def _check_records(place: Place, lineage: Lineage, outcome: Verified) -> None:
         f"{last['stage']} wrote the model"
         for name in changed
     ]
-    outcome.say_all("files", texts, f"{len(here)} files beside the weights are as {last['stage']} left them")
+    outcome.say_all("files", texts, f"{len(here)} files besides the weights are as {last['stage']} wrote them")
 
 
 def _weights_hash(place: Place) -> str:
@@ -238,7 +239,7 @@ def _check_base(source: Base, lineage: Lineage, outcome: Verified) -> None:
 
 
 def _last_cut(history: History) -> tuple[list[int], Any]:
-    """The layers that the last cut dropped, and of how many."""
+    """The layers that the last cut dropped, and the number of layers before it."""
     last = [stage for stage in history.stages if stage.name == "prune"][-1]
     return sorted(last.settings["drop_layers"]), (last.entry.get("layers") or {}).get("base")
 
@@ -257,7 +258,7 @@ def _check_cut(told: dict[str, Any], name: str, history: History, outcome: Verif
 
 
 def _check_config(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
-    """The config is what the cut leaves of the base's: an edited one makes another model of the same weights."""
+    """Check that the config is that of the repeated cut: an edited config makes another model of the same weights."""
     if CONFIG not in place.hashes:
         outcome.say(False, "config", f"{place.name} has no {CONFIG}")
         return
@@ -266,16 +267,16 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
     differ = {name for name in expected.config.keys() | has.keys() if expected.config.get(name) != has.get(name)}
     differ -= _VOLATILE
     if any(name.endswith("lm_head.weight") for name in changed) and has.get("tie_word_embeddings") is False:
-        differ.discard("tie_word_embeddings")  # a head of its own, which was trained
+        differ.discard("tie_word_embeddings")  # the head was untied and trained
     types = {_DTYPES.get(tensor.dtype) for tensor in expected.tensors.values()}
     if expected.config.get("dtype") is None and types == {has.get("dtype")}:
-        differ.discard("dtype")  # saving a model writes down what its weights are
+        differ.discard("dtype")  # saving a model records the dtype of its weights
     texts = [f"{name} is {has.get(name)!r} and was {expected.config.get(name)!r}"[:200] for name in sorted(differ)]
     outcome.say_all("config", texts, f"{CONFIG} is what the cut leaves of the base's")
 
 
 def _check_adapter(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
-    """An adapter names this base, this cut and this method, and holds the tensors of the modules that it names."""
+    """Check that an adapter names this base, cut and method."""
     fields = read_object(place.path(ADAPTER_CONFIG))
     _check_cut(fields, ADAPTER_CONFIG, history, outcome)
     told = history.lineage.base
@@ -290,12 +291,12 @@ def _check_adapter(place: Place, history: History, expected: Expected, outcome: 
     if commit != told.get("commit"):
         wrong.append(f"names the base's commit {commit!r}, and {LINEAGE} says {told.get('commit')!r}")
     if fields.get("auto_mapping"):
-        wrong.append("names classes of its own to load the base with (auto_mapping)")
+        wrong.append("names custom classes for loading the base (auto_mapping)")
     outcome.say_all("adapter", [f"{ADAPTER_CONFIG} {text}" for text in wrong], f"{ADAPTER_CONFIG} names this base")
 
 
 def _check_files(place: Place, expected: Expected, outcome: Verified) -> None:
-    """Every other file is the one that the cut leaves: tokenizer, chat template, generation settings, ..."""
+    """Check all other files against the repeated cut: tokenizer, chat template, generation settings, ..."""
     loaded = {_ADAPTER, ADAPTER_CONFIG} if place.is_adapter else {CONFIG, *_weight_files(place)}
     texts = []
     for name, sha256 in sorted(place.hashes.items()):
@@ -328,7 +329,7 @@ def _weight_files(place: Place) -> list[str]:
 
 
 def _check_tensors(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
-    """Every tensor is the base's, or was changed by a stage that says so; none is missing, and none is one too many."""
+    """Check that every tensor is the base's or was changed by a recorded stage, and that none is missing or extra."""
     changed, tensors = history.changed(), expected.tensors
     modules = tuple(f"{name}." for name in _repaired_modules(history)) if place.is_adapter else ()
     wrong, same, seen = [], 0, set()
@@ -356,7 +357,7 @@ def _repaired_modules(history: History) -> list[str]:
 
 
 def _tensors(place: Place, expected: Expected) -> Iterator[tuple[str, TensorHash]]:
-    """The tensors of the files that loaders read; a file whose hash is the expected one is not read again."""
+    """The tensors of the files that loaders read. Files with the expected hash are not read."""
     files = _weight_files(place)
     weight_map: dict[str, str] = {}
     for file in files:
@@ -387,7 +388,7 @@ def _difference(name: str, tensor: TensorHash, wanted: TensorHash | None) -> str
 
 
 def _is_tied(name: str, expected: Expected, seen: set[str]) -> bool:
-    """Whether a head need not be stored, because the embeddings are stored and are the same."""
+    """Whether a tensor is an LM head that need not be stored because it is tied to the stored embeddings."""
     is_head = name.endswith("lm_head.weight") and bool(expected.config.get("tie_word_embeddings"))
     tensors = expected.tensors
     return is_head and any(tensors.get(other) == tensors[name] for other in seen)

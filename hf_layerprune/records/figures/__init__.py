@@ -1,5 +1,5 @@
-"""Measured numbers as people read them: what a metric is called, how a number is written, which rows and columns.
+"""Presentation of measured numbers: labels of metrics, formatting of numbers, and tables of results.
 
-The terminal, the card and the Space read the same. The files here import nothing but each other, since a published
-Space carries a copy of them.
+The terminal, the card and the Space all use these files. They import only each other, since a published Space contains
+a copy of them.
 """

@@ -1,7 +1,7 @@
-"""Every metric by its name in `metrics.json`: what people call it, in what unit, and which direction is better.
+"""Labels, units and directions of all metrics, by their names in `metrics.json`.
 
-A new metric is one line of `METRICS`. One that is not listed, such as a task of lm-eval may bring, is shown under its own
-name, with what the name says of it.
+A new metric is one line in `METRICS`. A metric that is not listed, such as one from an lm-eval task, is shown under its
+own name; its unit and direction are guessed from the name.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ SHARE, BYTES, SECONDS, COUNT, NUMBER = "share", "bytes", "seconds", "count", "nu
 
 @dataclass(frozen=True)
 class Metric:
-    """What is known of a metric.
+    """Label, unit and direction of a metric.
 
     Args:
-        label (`str`): What people call it, with its unit where the number does not show one.
-        unit (`str`, defaults to `"number"`): How the number is written: `share` (0 to 1, in percent), `bytes`,
+        label (`str`): The label, with the unit if the formatted number does not show one.
+        unit (`str`, defaults to `"number"`): The format of the number: `share` (0 to 1, in percent), `bytes`,
             `seconds`, `count` or `number`.
-        higher_is_better (`bool`, defaults to `False`): The direction.
-        help (`str`, defaults to `""`): What it measures, in a sentence.
-        instead_of (`str`, *optional*): A metric that says the same of the same task, and gives way to this one.
-        of_the_file (`bool`, defaults to `False`): Whether it depends on how a file packs its weights.
+        higher_is_better (`bool`, defaults to `False`): Whether higher values are better.
+        help (`str`, defaults to `""`): A sentence on what the metric measures.
+        instead_of (`str`, *optional*): An equivalent metric of the same task that is hidden if this one is present.
+        of_the_file (`bool`, defaults to `False`): Whether the metric depends on how a file stores its weights.
     """
 
     label: str
@@ -63,7 +63,7 @@ METRICS: dict[str, Metric] = {
 _SHARES = {"acc", "agreement", "match", "em", "f1"}
 _LOWER = ("perplexity", "nll", "kl", "bits_per", "bytes", "seconds", "time_", "parameters", "loss", "error")
 
-# Tasks as their authors spell them.
+# Names of tasks as their authors spell them.
 TASKS = {
     "piqa": "PIQA", "hellaswag": "HellaSwag", "openbookqa": "OpenBookQA", "openbook_qa": "OpenBookQA",
     "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "mmlu": "MMLU", "cmmlu": "CMMLU",
@@ -73,15 +73,15 @@ TASKS = {
 
 
 def metric_named(name: str, kind: str | None = None, unit: str | None = None) -> Metric:
-    """What is known of a metric, or what its name tells.
+    """Look up a metric, or guess its unit and direction.
 
     Args:
-        name (`str`): Its name in `metrics.json`.
-        kind (`str`, *optional*): Its kind there.
-        unit (`str`, *optional*): Its unit there.
+        name (`str`): The name in `metrics.json`.
+        kind (`str`, *optional*): The kind in `metrics.json`.
+        unit (`str`, *optional*): The unit in `metrics.json`.
 
     Returns:
-        `Metric`: From `METRICS`, or guessed.
+        `Metric`: From `METRICS`, or guessed from the arguments.
     """
     if name in METRICS:
         return METRICS[name]

@@ -1,4 +1,4 @@
-"""How measured numbers are written for people."""
+"""Format measured numbers for display."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
 def number(value: float) -> str:
-    """Three significant digits; powers of ten where nobody counts zeros."""
+    """Three significant digits; powers of ten for very large and very small numbers."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -26,12 +26,12 @@ def number(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share, without its sign."""
+    """A share in percent, without the percent sign."""
     return f"{100 * value:.1f}".replace("-", MINUS)
 
 
 def count(value: float) -> str:
-    """A number of parameters or tokens."""
+    """A number of parameters or tokens, such as `1.24 B`."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9995:
             digits = 2 if abs(value) < 10 * size else 1
@@ -40,7 +40,7 @@ def count(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """A number of bytes, in the decimal units of disks."""
+    """A number of bytes in decimal units."""
     for unit_size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(value) >= unit_size * 0.9995:
             return f"{value / unit_size:.{2 if abs(value) < 10 * unit_size else 1}f} {unit}"
@@ -48,7 +48,7 @@ def size(value: float) -> str:
 
 
 def with_error(text: str, value: float, stderr: float, *, share: bool) -> str:
-    """A value and its standard error, to the same decimal."""
+    """A value and its standard error, with the same number of decimals."""
     if share:
         return f"{text} ± {percent(stderr)}"
     decimals = len(text.partition(".")[2]) if TIMES not in text else -1
@@ -57,7 +57,7 @@ def with_error(text: str, value: float, stderr: float, *, share: bool) -> str:
 
 
 def seconds(value: float) -> str:
-    """A length of time."""
+    """A duration."""
     if value < 1:
         return f"{1000 * value:.3g} ms"
     if value < 120:
@@ -69,26 +69,26 @@ def seconds(value: float) -> str:
 
 
 def signed(text: str, value: float) -> str:
-    """A difference with its sign, from how its amount is written."""
+    """A formatted difference with a plus sign if it is not negative."""
     return text if text.startswith(MINUS) or value < 0 else f"+{text}"
 
 
 def ratio(value: float) -> str:
-    """How many times as much."""
+    """A ratio, with a multiplication sign in front."""
     return f"{TIMES} {value:.2f}" if 0.01 <= value < 100 else f"{TIMES} {number(value)}"
 
 
 def measured(metric: str, value: float, kind: str | None = None, unit: str | None = None) -> str:
-    """A value of a metric.
+    """Format the value of a metric.
 
     Args:
-        metric (`str`): Its name, as in `metrics.json`.
+        metric (`str`): The name in `metrics.json`.
         value (`float`): The value.
-        kind (`str`, *optional*): Its kind, as there.
-        unit (`str`, *optional*): Its unit, as there.
+        kind (`str`, *optional*): The kind in `metrics.json`.
+        unit (`str`, *optional*): The unit in `metrics.json`.
 
     Returns:
-        `str`: The text, with the unit where the metric's label does not say it.
+        `str`: The formatted value, with the unit unless the metric's label contains it.
     """
     return _WRITTEN[metric_named(metric, kind, unit).unit](value)
 

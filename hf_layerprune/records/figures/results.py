@@ -1,7 +1,7 @@
-"""What was measured as a table, from `metrics.json`: one column for each stage, one row for each number.
+"""Arrange the numbers of `metrics.json` in a table: one column per stage, one row per metric and task.
 
-What was not measured has no column, no row, or an empty cell. A difference to the dense model is the paired one that
-`metrics.json` holds, with its standard error; where it holds none, the difference of the two values, without one.
+A stage or metric without numbers has no column or row, and a missing number is an empty cell. Differences from the dense
+model are the paired ones in `metrics.json`, with standard errors, or else plain differences without.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 ROLES = ("dense", "cut", "repaired", "healed", "model")
 QUALITY = ("accuracy", "text", "distance")
 COST = ("size", "speed", "memory")
-# Settings of a run that is timed, and how they are told.
+# Settings of a timed run, and their descriptions.
 RUN = {"batch": "batch size {}", "prompt_tokens": "{} prompt tokens", "new_tokens": "{} new tokens"}
-# A difference is called noise above this.
+# A difference with a larger p-value is called noise.
 SIGNIFICANT = 0.05
 
 
@@ -34,9 +34,9 @@ class ResultColumn:
     Args:
         role (`str`): `dense`, `cut`, `repaired`, `healed` or `model`.
         weights (`str`): The hash of its weights.
-        layers (`int`): How many decoder layers it has.
-        parameters (`int`): How many parameters.
-        own (`bool`): Whether it is the model that the card is about.
+        layers (`int`): Number of decoder layers.
+        parameters (`int`): Number of parameters.
+        own (`bool`): Whether this is the model that the card describes.
     """
 
     role: str
@@ -48,13 +48,13 @@ class ResultColumn:
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table, with how far it is from the dense model's.
+    """One number in a table, and its difference from the dense model's.
 
     Args:
         value (`str`): The number, with its standard error.
         change (`str`): The difference or ratio; empty for the dense model.
-        noise (`bool`): Whether a paired test can't tell the difference from chance.
-        record (`dict`): What `metrics.json` says.
+        noise (`bool`): Whether the difference is not significant in a paired test.
+        record (`dict`): The record in `metrics.json`.
     """
 
     value: str
@@ -68,14 +68,14 @@ class Row:
     """One metric of one task.
 
     Args:
-        task (`str`): What to call the task; empty for what has none.
-        metric (`str`): What to call the metric.
+        task (`str`): The label of the task; empty if there is none.
+        metric (`str`): The label of the metric.
         better (`str`): `↑`, `↓`, or empty.
-        samples (`int`, *optional*): On how many questions, tokens or repeats.
-        chance (`str`): What guessing gets; empty where that has no meaning.
+        samples (`int`, *optional*): Number of questions, tokens or repeats.
+        chance (`str`): The value for random guessing; empty if not applicable.
         cells (`dict[str, Cell]`): By the weights of the column.
         key (`tuple[str, ...]`): `kind`, `task`, `metric`, as in `metrics.json`.
-        run (`tuple[tuple[str, int], ...]`): Of a speed, at which batch size and lengths: `RUN` and its numbers.
+        run (`tuple[tuple[str, int], ...]`): For a speed, the batch size and lengths of the run, by the keys of `RUN`.
     """
 
     task: str
@@ -90,12 +90,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """All that was measured, as the card shows it.
+    """All measured numbers, arranged for the card.
 
     Args:
-        columns (`list[ResultColumn]`): The stages, in the order in which the model went through them.
+        columns (`list[ResultColumn]`): The stages, in order.
         rows (`list[Row]`): All rows.
-        metrics (`Metrics`): What they were made of.
+        metrics (`Metrics`): The source of the numbers.
     """
 
     columns: list[ResultColumn]
@@ -104,7 +104,7 @@ class Results:
 
     @property
     def own(self) -> ResultColumn | None:
-        """The column of the model that the card is about."""
+        """The column of the model that the card describes."""
         return next((column for column in self.columns if column.own), None)
 
     @property
@@ -118,8 +118,8 @@ class Results:
         return _is_packed(self.metrics, self.dense)
 
     def table(self, kinds: Iterable[str], *, every: bool = False) -> list[Row]:
-        """The rows of some kinds. Unless `every`, without those that repeat another one: plain accuracy beside the
-        length-normalised one, nats beside a perplexity, and speeds of other runs than `usual_run`.
+        """The rows of the given kinds. Unless `every` is set, redundant rows are omitted: plain accuracy next to the
+        length-normalised one, cross-entropy next to a perplexity, and speeds of runs other than `usual_run`.
         """
         rows = [row for row in self.rows if row.key[0] in tuple(kinds)]
         if every:
@@ -130,12 +130,12 @@ class Results:
 
     @property
     def usual_run(self) -> tuple[tuple[str, int], ...]:
-        """The run that stands for all: of the smallest batch, and in that with the longest prompt."""
+        """The run to show: the smallest batch size and, within that, the longest prompt."""
         runs = [row.run for row in self.rows if row.run]
         return max(runs, key=lambda run: (-dict(run).get("batch", 0), dict(run).get("prompt_tokens", 0)), default=())
 
     def mean_accuracy(self) -> dict[str, tuple[float, float | None]]:
-        """Mean and standard error over the tasks that every column has, by weights; empty with less than two tasks."""
+        """Mean and standard error over the tasks that all columns have, by weights; empty for fewer than two tasks."""
         rows = [row for row in self.table(["accuracy"]) if all(one.weights in row.cells for one in self.columns)]
         if len(rows) < 2:
             return {}
@@ -150,13 +150,13 @@ class Results:
 
 
 def results_of(metrics: Metrics | None) -> Results | None:
-    """Arrange what was measured.
+    """Arrange measured numbers in a table.
 
     Args:
         metrics (`Metrics`, *optional*): The numbers of a folder.
 
     Returns:
-        `Results`, *optional*: `None` where there are no numbers.
+        `Results`, *optional*: `None` if there are no numbers.
     """
     if metrics is None or not metrics.results:
         return None
@@ -181,7 +181,7 @@ def _columns(metrics: Metrics) -> Iterator[ResultColumn]:
         present = [
             weights for weights, model in metrics.models.items() if model["role"] == role and weights in measured
         ]
-        # Of several models of one stage, the folder's own; or else the newest.
+        # If several models have this role, use the folder's own, or else the newest.
         for weights in [metrics.weights] if metrics.weights in present else present[-1:]:
             model = metrics.models[weights]
             own = weights == metrics.weights and role != "dense"
@@ -189,7 +189,7 @@ def _columns(metrics: Metrics) -> Iterator[ResultColumn]:
 
 
 def _is_packed(metrics: Metrics, dense: ResultColumn | None) -> bool:
-    """Whether the dense model was a GGUF file, and this one is not."""
+    """Whether the dense model was a GGUF file and this one is not."""
     names = [
         metrics.models[weights]["name"]
         for weights in (dense.weights if dense else "", metrics.weights)
@@ -208,7 +208,7 @@ def _row(
     sample = next(iter(by_weights.values()))
     kind, task, metric = sample["kind"], sample.get("task", ""), sample["metric"]
     base = by_weights.get(dense.weights) if dense else None
-    # A packed file and an unpacked one are no measure of each other.
+    # Quantised and unquantised files can't be compared in this metric.
     known = metric_named(metric, kind, sample.get("unit"))
     if packed and known.of_the_file:
         base = None
@@ -263,12 +263,12 @@ def comparison(metrics: Metrics, record: dict[str, Any], base: str) -> dict[str,
 
 
 def run_words(run: Iterable[tuple[str, int]]) -> str:
-    """At which batch size and lengths a speed was measured."""
+    """Describe the batch size and lengths of a timed run."""
     return ", ".join(RUN[name].format(f"{number:,}") for name, number in run)
 
 
 def measured_with(results: Results) -> list[str]:
-    """How the numbers were measured: what all of them have in common."""
+    """Describe the conditions under which the numbers were measured."""
     records = [cell.record for row in results.rows for cell in row.cells.values()]
     quality = [record for record in records if record["kind"] in QUALITY]
     words = []
