@@ -257,7 +257,7 @@ def test_an_error_of_our_own_is_one_line(capsys: pytest.CaptureFixture[str], mon
         (b"{", "is not JSON"),
         (b"\xff\xfe{}", "is not UTF-8"),
         (b'{"a": 1, "a": 2}', "key 'a' is repeated"),
-        (b'{"a": NaN}', "NaN is not a number"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
         (b'{"a": 1e999}', "larger than any float"),
         (b'{"a": ' + b"1" * 5000 + b"}", "usable JSON"),
         (b"[" * 100_000, "nested more than"),

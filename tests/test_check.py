@@ -100,7 +100,7 @@ def test_what_has_no_weights_here_is_not_checked(caplog: pytest.LogCaptureFixtur
     model = copy.deepcopy(tiny_model("llama")).to("meta")
     with caplog.at_level(logging.INFO, "hf_layerprune"):
         drop_layers(model, DROP)
-    assert "not checked on tokens: model.embed_tokens.weight is not in memory" in caplog.text
+    assert "logits of the cut are not checked: model.embed_tokens.weight is not in memory" in caplog.text
 
 
 class TestAnUnprovenVersion:
