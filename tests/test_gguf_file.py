@@ -203,8 +203,13 @@ def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, monkeypatch, er
 
 def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
     source = make_gguf(tmp_path / "a.gguf")
-    sync = os.fsync
-    monkeypatch.setattr(gguf_file.os, "fsync", lambda fd: (sync(fd), os.utime(source, ns=(1, 1))))
+    copy_into = gguf_file.LocalFile.copy_into
+
+    def touched(self, *args):
+        yield from copy_into(self, *args)
+        os.utime(source, ns=(1, 1))
+
+    monkeypatch.setattr(gguf_file.LocalFile, "copy_into", touched)
     with refused("changed while it was being read"):
         cut(source, [1])
     assert os.listdir(tmp_path) == ["a.gguf"]
