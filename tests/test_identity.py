@@ -166,7 +166,7 @@ def test_a_lock_that_is_held(cut: Path) -> None:
     worker.start()
     assert ready.wait(60)
     with (
-        pytest.raises(CheckpointError, match=r"is being written by another process"),
+        pytest.raises(CheckpointError, match=r"has been locked by another process"),
         locked(cut / "metrics.json", timeout=0.2),
     ):
         pass
