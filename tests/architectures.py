@@ -23,10 +23,9 @@ from hf_layerprune import families
 
 from .compat import rendered as rendered_versions
 from .matrix import CUT, cuts
-from .tiny_models import MODEL_TYPES, tiny_config
+from .tiny_models import DOCUMENT, MODEL_TYPES, tiny_config
 
 ROOT = Path(__file__).parents[1]
-DOCUMENT = ROOT / "docs" / "architectures.md"
 PROVEN = ROOT / "hf_layerprune" / "families" / "proven.txt"
 COLUMNS = (CUT, *families.STAGES)
 

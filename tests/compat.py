@@ -1,11 +1,12 @@
-"""Run the tests against other versions of transformers, PEFT, TRL and the Hub client.
+"""Run the tests against other versions of transformers, PEFT, TRL, the Hub client and other libraries.
 
-python -m tests.compat                    all stacks: the fast tests, the matrix, and the floors' own test files
+python -m tests.compat                    the fast tests, the matrix and the floors' own test files in all stacks but torch's
+python -m tests.compat torch-2.8          torch's floor, which pip downloads with its dependencies
 python -m tests.compat floor newest       some stacks
 python -m tests.compat --smoke            a few test files at the floor and at the newest
 
 Each stack is an overlay: its packages, without their dependencies, in a folder under `.compat/` that stands in front of
-the environment on the path. What the matrix proves goes to hf_layerprune/families/versions.json, what the tests gave to
+the environment on the path. With transformers 5.4, tests skip the model types that it doesn't have or breaks itself. What the matrix proves goes to hf_layerprune/families/versions.json, what the tests gave to
 `.compat/results.json`.
 """
 
@@ -24,14 +25,18 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[1]
 OVERLAYS = ROOT / ".compat"
 PROVEN_AT = ROOT / "hf_layerprune" / "families" / "versions.json"
+UNCUT = "fails uncut as well"
 
-FAST = ["-m", "not matrix and not browser and not processes and not space", "tests"]
-# gemma3n_text is not proven with transformers 5.4, whose own generation with a cache is wrong for it.
-SMOKE = ["-k", "not gemma3n_text", *(f"tests/test_{name}.py" for name in ("registration", "check", "prune_with"))]
+_WORKERS = ["-n", "auto", "--dist", "loadfile"]
+FAST = [*_WORKERS, "-m", "not matrix and not browser and not processes and not space and not fuzz", "tests"]
+SMOKE = [f"tests/test_{name}.py" for name in ("registration", "check", "prune_with")]
 _PEFT = [f"tests/test_{name}.py" for name in ("adapter", "prune_with", "registration", "push_adapter")]
 _TRL = [f"tests/test_heal_{name}.py" for name in ("data", "losses", "methods", "store", "trainer")]
 _HUB = ["-m", "not browser and not space", *(f"tests/test_{name}.py" for name in ("hub_server", "hub_writing"))]
-_UNCUT = "fails uncut as well"
+_FLOORS = [
+    f"tests/test_{name}.py"
+    for name in ("adapter", "walk", "check", "repair", "heal_losses", "heal_methods", "gguf_layers", "gguf_file")
+]
 _OLD_TOKENIZERS = "tokenizers==0.22.2"
 
 
@@ -43,11 +48,13 @@ class Stack:
         packages (`list[str]`): Pins, as pip takes them.
         tests (`list[str]`): What pytest runs.
         matrix (`bool`): Whether every architecture is proven as well.
+        only_by_name (`bool`): Installed with its dependencies (gigabytes), and therefore run only when named.
     """
 
     packages: list[str]
     tests: list[str] = field(default_factory=lambda: list(FAST))
     matrix: bool = False
+    only_by_name: bool = False
 
 
 STACKS = {
@@ -57,6 +64,7 @@ STACKS = {
     "5.10": Stack(["transformers==5.10.4", _OLD_TOKENIZERS, "huggingface-hub==1.31.0"], matrix=True),
     "5.16": Stack(["transformers==5.16.1", "huggingface-hub==1.33.0"], matrix=True),
     "newest": Stack(["transformers==5.24.0"], matrix=True),
+    "floors": Stack(["accelerate==1.4.0", "datasets==4.7.0", "gguf==0.18.0"], _FLOORS),
     "peft-0.19": Stack(["peft==0.19.0"], _PEFT),
     "peft-0.20": Stack(["peft==0.20.0"], _PEFT),
     "trl-1.0": Stack(["trl==1.0.0"], _TRL),
@@ -64,6 +72,7 @@ STACKS = {
     "trl-1.15": Stack(["trl==1.15.0"], _TRL),
     "hub-1.31": Stack(["huggingface-hub==1.31.0", "transformers==5.16.1"], _HUB),
     "hub-2.0": Stack(["huggingface-hub==2.0.0"], _HUB),
+    "torch-2.8": Stack(["torch==2.8.0"], _FLOORS, only_by_name=True),
 }
 
 
@@ -73,8 +82,9 @@ def overlay(name: str) -> Path:
     stamp = folder / "pins.txt"
     if not stamp.is_file() or stamp.read_text() != pins:
         subprocess.run(["rm", "-rf", folder], check=True)
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([*pip, "--target", str(folder), *STACKS[name].packages], check=True)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        alone = [] if STACKS[name].only_by_name else ["--no-deps"]
+        subprocess.run([*pip, *alone, "--target", str(folder), *STACKS[name].packages], check=True)
         stamp.write_text(pins)
     return folder
 
@@ -102,8 +112,13 @@ def test(name: str, tests: list[str]) -> dict[str, object]:
     return {"passed": passed, "failed": failed, "skipped": skipped, "seconds": round(time.perf_counter() - start)}
 
 
-def prove_all(output: Path) -> None:
-    """Prove every listed model type that this transformers has; a line of JSON for each, so that it can be taken up again."""
+def prove_all(output: Path, types: list[str]) -> None:
+    """Prove the listed model types that this transformers has; a line of JSON for each, so that it can be taken up again.
+
+    Args:
+        output (`Path`): The lines.
+        types (`list[str]`): Only these; all if empty.
+    """
     import torch
     import transformers
 
@@ -111,21 +126,24 @@ def prove_all(output: Path) -> None:
 
     from .matrix import CUT
     from .stages import outcomes
-    from .tiny_models import MODEL_TYPES
+    from .tiny_models import MODEL_TYPES, tiny_config
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     done = {json.loads(line)["type"] for line in output.read_text().splitlines()} if output.is_file() else set()
-    for model_type in MODEL_TYPES:
+    for model_type in types or MODEL_TYPES:
         if model_type in families.REFUSED or model_type not in families.proven() or model_type in done:
             continue
         outcome = outcomes(model_type, (CUT,))[CUT]
         error = None if outcome.startswith("proven") else " ".join(outcome.split())[:200]
         if error is not None and _fails_uncut(model_type):
-            error = f"{_UNCUT}; {error}"
+            error = f"{UNCUT}; {error}"
+        row = {"version": transformers.__version__, "type": model_type, "error": error}
+        if error is None:
+            row["text"] = families.text_config(tiny_config(model_type)).model_type
         with output.open("a") as file:
-            file.write(json.dumps({"version": transformers.__version__, "type": model_type, "error": error}) + "\n")
+            file.write(json.dumps(row) + "\n")
 
 
 def _fails_uncut(model_type: str) -> bool:
@@ -149,24 +167,27 @@ def _fails_uncut(model_type: str) -> bool:
         return True
 
 
-def record(output: Path) -> str:
+def record(output: Path, add: bool = False) -> str:
     """Enter what a run of the matrix proved into versions.json.
+
+    Args:
+        output (`Path`): The lines that [`prove_all`] wrote.
+        add (`bool`): Keep what is known of other types with this version.
 
     Returns:
         `str`: A line that says how much.
     """
-    from hf_layerprune import families
-
-    from .tiny_models import tiny_config
-
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     version = rows[0]["version"]
     table = json.loads(PROVEN_AT.read_text()) if PROVEN_AT.is_file() else {}
     proven = {row["type"] for row in rows if row["error"] is None}
-    table[version] = {  # with the text decoders inside multimodal types
-        "proven": sorted(proven | {families.text_config(tiny_config(one)).model_type for one in proven}),
-        "failed": {row["type"]: row["error"] for row in rows if row["error"] is not None},
-    }
+    failed = {row["type"]: row["error"] for row in rows if row["error"] is not None}
+    listed = proven | {row["text"] for row in rows if "text" in row}  # and the text decoders inside multimodal types
+    if add and version in table:
+        known = table[version]
+        listed |= set(known["proven"]) - failed.keys()
+        failed |= {name: why for name, why in known["failed"].items() if name not in listed | failed.keys()}
+    table[version] = {"proven": sorted(listed), "failed": dict(sorted(failed.items()))}
     ordered = sorted(table.items(), key=lambda item: tuple(map(int, item[0].split("."))))
     PROVEN_AT.write_text(json.dumps(dict(ordered), indent=1) + "\n")
     return f"transformers {version}: {len(proven)} of {len(rows)} types proven"
@@ -186,7 +207,7 @@ def rendered() -> str:
         "|---|---|---|---|",
     ]
     for version, row in table.items():
-        uncut = sorted(name for name, why in row["failed"].items() if why.startswith(_UNCUT))
+        uncut = sorted(name for name, why in row["failed"].items() if why.startswith(UNCUT))
         ours = sorted(row["failed"].keys() - set(uncut))
         lines.append(f"| {version} | {len(row['proven'])} | {', '.join(ours)} | {', '.join(uncut)} |")
     return "\n".join(lines) + "\n"
@@ -198,12 +219,15 @@ def main() -> int:
     parser.add_argument("stacks", nargs="*", help=f"of {', '.join(STACKS)}; all by default")
     parser.add_argument("--smoke", action="store_true", help="a few test files at the floor and at the newest")
     parser.add_argument("--only", choices=("tests", "matrix"), help="one of the two")
+    parser.add_argument("--types", nargs="*", default=[], help="only these rows of the matrix; the others stay")
     parser.add_argument("--prove", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.prove:
-        prove_all(args.prove)
+        prove_all(args.prove, args.types)
         return 0
-    names = args.stacks or (["floor", "newest"] if args.smoke else list(STACKS))
+    names = args.stacks or (
+        ["floor", "newest"] if args.smoke else [n for n, s in STACKS.items() if not s.only_by_name]
+    )
     if unknown := [name for name in names if name not in STACKS]:
         parser.error(f"no stack {unknown[0]}; there are {', '.join(STACKS)}")
     OVERLAYS.mkdir(exist_ok=True)
@@ -215,9 +239,11 @@ def main() -> int:
             failed |= bool(results[name]["failed"]) or not results[name]["passed"]
             print(f"{name}: {json.dumps(results[name])}", flush=True)
         if stack.matrix and not args.smoke and args.only != "tests":
-            output = OVERLAYS / f"{name}.matrix.jsonl"
-            run(name, ["-m", "tests.compat", "--prove", str(output)])
-            print(f"{name}: {record(output)}", flush=True)
+            output = OVERLAYS / f"{name}.{'-'.join(['matrix', *args.types])}.jsonl"
+            if run(name, ["-m", "tests.compat", "--prove", str(output), "--types", *args.types]):
+                failed = True  # what is done so far is taken up again by the next run
+                continue
+            print(f"{name}: {record(output, add=bool(args.types))}", flush=True)
             output.unlink()
     (OVERLAYS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return int(failed)

@@ -9,18 +9,30 @@ layers, shared keys and values) within `LAYERS` layers.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .compat import PROVEN_AT, UNCUT
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
 LAYERS = 8
 VOCAB = 128
 # Plain kernels: the fused ones round differently with the alignment of a tensor in memory, which a reload changes.
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+# What is done about a type that the installed transformers doesn't have, or breaks itself: a test is skipped
+# (tests/conftest.py), and the matrix tries.
+on_unusable: Callable[[str], Any] | None = None
 
 _LAYER_COUNTS = dict.fromkeys(
     ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers"), LAYERS
@@ -244,8 +256,26 @@ def _small(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]:
     return small | scales | still | overrides
 
 
+def is_current() -> bool:
+    """Whether the matrix was run with the installed version of transformers."""
+    return f"of transformers {transformers.__version__} is" in DOCUMENT.read_text(encoding="utf-8")
+
+
+@cache
+def unusable(model_type: str, version: str = transformers.__version__) -> str | None:
+    """Why no test can use a type, or None: transformers doesn't have it, or its uncut model fails with the version."""
+    if model_type not in CONFIG_MAPPING:
+        return f"there is no model type {model_type} with transformers {version}"
+    why = json.loads(PROVEN_AT.read_text()).get(version, {}).get("failed", {}).get(model_type, "")
+    return (
+        f"model type {model_type} with transformers {version} {shorten(why, 120)}" if why.startswith(UNCUT) else None
+    )
+
+
 def tiny_config(model_type: str):
     """A small config of the model type."""
+    if on_unusable is not None and (reason := unusable(model_type)):
+        on_unusable(reason)
     config_class = CONFIG_MAPPING[model_type]
     overrides = dict(OVERRIDES.get(model_type, {}))
     for name, part in config_class.sub_configs.items():
