@@ -167,7 +167,8 @@ def test_a_file_with_only_one_part_is_no_split_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arch", "reason"), [("gemma3n", "one tensor for all layers"), ("rwkv7", "feeds all"), ("hal9000", "nobody has")]
+    ("arch", "reason"),
+    [("gemma3n", "one tensor for all layers"), ("rwkv7", "feeds all"), ("hal9000", "has not been checked")],
 )
 def test_an_unknown_architecture_is_refused(tmp_path, arch, reason):
     with refused(f"'{arch}' cannot be cut in this format: .*{reason}"):
