@@ -11,7 +11,9 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 import trl.trainer.utils
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -113,7 +115,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     [
         {},
         {"packing": True},
-        {"completion_only_loss": False},
+        pytest.param(
+            {"completion_only_loss": False},
+            marks=pytest.mark.skipif(
+                Version(transformers.__version__) < Version("5.10"),
+                reason="the Trainer of transformers 5.4 counts each row's first token, which nothing predicts",
+            ),
+        ),
         {"gradient_accumulation_steps": 2, "max_steps": 3},
         {"gradient_accumulation_steps": 3, "max_steps": 3, "method": "lm_head+last1", "max_grad_norm": 0.1},
     ],
