@@ -9,7 +9,7 @@ from hf_layerprune import UnsupportedModelError, families
 from hf_layerprune.families.types import proven
 
 from .architectures import proven_types, render
-from .matrix import ProofError, cuts, prove_cut
+from .matrix import CUT, ProofError, cuts, prove_cut
 from .stages import outcomes
 from .tiny_models import DOCUMENT, MODEL_TYPES, is_current, tiny_config, tiny_model, unusable
 
@@ -29,10 +29,16 @@ PROVEN = [
 
 @pytest.mark.parametrize("model_type", PROVEN)
 def test_proven(model_type: str) -> None:
-    """At each stage a type is proven or refused, as the table says."""
+    """At each stage a type is proven or refused, as the table says.
+
+    With another version of transformers than the table's, this holds for the cut; the other stages may fail with an error,
+    but must not give wrong results.
+    """
     table = families.proven_stages()[model_type]
     for stage, outcome in outcomes(model_type).items():
-        if stage not in table:
+        if stage != CUT and not is_current():
+            assert not outcome.startswith(("WRONG: ProofError", "WRONG: AssertionError")), f"{stage}: {outcome}"
+        elif stage not in table:
             assert outcome.startswith("refused: model type "), f"{stage}: {outcome}"
         else:
             assert outcome == ("proven=" + ",".join(table[stage])).rstrip("="), f"{stage}: {outcome}"

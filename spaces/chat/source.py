@@ -157,7 +157,7 @@ def tokenizer_of(model: str, whole: str) -> Any:
     """The tokenizer of a model, or that of its base if it has none."""
     try:
         return AutoTokenizer.from_pretrained(**named(model), trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, ImportError):  # transformers 5.4 looks for protobuf first
         if model == whole:
             raise
         return AutoTokenizer.from_pretrained(**named(whole), trust_remote_code=False)
