@@ -144,7 +144,7 @@ KINDS: dict[str, Kind] = {
     "lineage.json": (
         lambda s: s.pruned / "lineage.json",
         _json,
-        lambda s: [["verify", "{}", "--quick"], ["verify", "{}"], ["card", "{}"], ["eval", "{}", *s.text]],
+        lambda s: [["verify", "{}"], ["verify", "{}", "--accept-trained"], ["card", "{}"], ["eval", "{}", *s.text]],
     ),
     "metrics.json": (
         lambda s: s.pruned / "metrics.json",
