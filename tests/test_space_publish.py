@@ -220,7 +220,7 @@ def test_a_private_model_and_the_token_that_its_space_reads_it_with(
     ("words", "message"),
     [
         (["--space", "chat"], "'chat' is not a Hub id"),
-        (["--space", "org/chat", "--create-pr"], "leave out --revision and --create-pr"),
+        (["--space", "org/chat", "--create-pr"], "omit --revision and --create-pr"),
         (["--space", "org/chat", "--space-secret", "NOT_SET"], "names an environment variable that is not set"),
     ],
 )
