@@ -246,4 +246,6 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     with boundary(f"{model} has no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **kwargs)
         tokenizer("a")  # some broken settings show only on use
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers 5.4 makes one up
+            raise ValueError("its vocabulary has only special tokens")
     return tokenizer
