@@ -181,7 +181,7 @@ def main(
 
     if trainer.is_world_process_zero():
         finish(folder, training_args.teacher, measure_args, hub)
-    trainer.end()
+    trainer.accelerator.end_training()  # Trainer.end came after transformers 5.16
 
 
 def push_request(training_args: HealConfig, folder: Path) -> PushRequest | None:
