@@ -47,7 +47,9 @@ def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:
     with boundary(f"can't read the adapter {base}"):
         config = PeftConfig.from_pretrained(name, **where)
     if not isinstance(config.base_model_name_or_path, str | None):
-        raise CheckpointError(f"{config_path} names {config.base_model_name_or_path!r} as its base, which is no name")
+        raise CheckpointError(
+            f"{config_path} names {config.base_model_name_or_path!r} as its base, not a model's name"
+        )
     return config
 
 
