@@ -17,7 +17,7 @@ from hf_layerprune.options import declared
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 _HEAD = """# Options
 
-Made by `make docs` from the declarations in `hf_layerprune/options.py` and in the requests of the rooms; don't edit.
+Made by `make docs` from the declarations in `hf_layerprune/options/` and in the requests of the rooms; don't edit.
 """
 
 

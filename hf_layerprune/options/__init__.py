@@ -1,0 +1,24 @@
+"""Options: each is declared once, with its type, default, choices, help and check. Importing this imports no torch.
+
+A dataclass whose fields are options is all that a config, a request and a command line need:
+
+    @dataclass(kw_only=True)
+    class PruneRequest(CutOptions):
+        dtype: str = option("auto", "Type of the weights", choices=DTYPES)
+
+    add(parser, PruneRequest)             # --drop, --criterion, ..., --dtype
+    request = gather(args, PruneRequest)  # checked, as PruneRequest(drop=...) is
+
+`docs/options.md` is made from the same declarations (`make docs`).
+"""
+
+from .command_line import add, arguments, gather
+from .declare import bind, check, declared, documented, find, option, take
+from .kinds import DROP, DTYPES, LAYERS, MODEL, MODEL_HELP, PATH, Kind, checked, many, whole
+from .shared import CalibrationOptions, ChoiceOptions, CutOptions, Options, TuningOptions
+
+__all__ = [
+    "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "PATH", "CalibrationOptions", "ChoiceOptions", "CutOptions",
+    "Kind", "Options", "TuningOptions", "add", "arguments", "bind", "check", "checked", "declared", "documented",
+    "find", "gather", "many", "option", "take", "whole",
+]  # fmt: skip

@@ -1,0 +1,97 @@
+"""Options as words: for argparse, and for the parser that transformers makes of a dataclass."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
+
+from ..errors import CutError
+from .declare import Option, declared
+from .kinds import FLAG, TEXT, quoted
+
+T = TypeVar("T")
+
+
+def add(parser: Any, cls: type, *names: str, skip: Collection[str] = ()) -> None:
+    """Add the options of a dataclass to a parser.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Or a group of one.
+        cls (`type`): The dataclass.
+        names (`str`): Only these; all by default.
+        skip (`Collection[str]`): All but these.
+    """
+    options = declared(cls)
+    for name in names or options:
+        if name not in skip:
+            _add(parser, name, options[name])
+
+
+def _add(parser: Any, name: str, known: Option) -> None:
+    listed = not isinstance(known.choices, str) and bool(known.choices)  # by argparse itself
+    text = (known.help if listed else known.text).replace("%", "%%")
+    text = text if text[1:2].isupper() else text[0].lower() + text[1:]
+    words: dict[str, Any] = {"help": text}
+    flag = known.flag or name.replace("_", "-")
+    if known.kind is FLAG:
+        off = "store_false" if known.flag else argparse.BooleanOptionalAction
+        action = off if known.default else "store_true"
+        parser.add_argument(f"--{flag}", action=action, dest=name, default=known.default, **words)
+        return
+    if known.kind.repeated:
+        words["action"] = "append"
+    elif known.default not in (None, dataclasses.MISSING):
+        several = isinstance(known.default, list | tuple)
+        default = ",".join(map(str, known.default)) if several else known.default
+        words |= {"default": known.default, "help": f"{text} ({default})"}
+    if listed:
+        words["choices"] = known.choices
+    elif known.kind is not TEXT:
+        words["type"] = word_of(known)
+    if known.positional or known.default is dataclasses.MISSING:
+        if known.default is None:
+            words |= {"nargs": "?", "default": None}
+        parser.add_argument(name, metavar=name.upper(), **words)
+        return
+    if "choices" not in words:
+        words["metavar"] = known.kind.metavar or name.rpartition("_")[2].upper()
+    parser.add_argument(f"--{flag}", dest=name, **words)
+
+
+def word_of(known: Option) -> Callable[[str], Any]:
+    """How argparse reads an option's word."""
+
+    def parse(text: str) -> Any:
+        try:
+            return known.kind.parse(text)
+        except ValueError as error:
+            said = str(error) if isinstance(error, CutError) else f"{quoted(text)} {error}"
+            raise argparse.ArgumentTypeError(said) from None
+
+    return parse
+
+
+def gather(args: argparse.Namespace, cls: type[T], **others: Any) -> T:
+    """Make a dataclass of a command line's words, and of others that it doesn't have."""
+    said = {name: getattr(args, name) for name in declared(cls) if hasattr(args, name)}
+    said = {name: value for name, value in said.items() if value is not None}
+    return cls(**said | others)
+
+
+def arguments(name: str, cls: type[T], skip: Collection[str] = ()) -> type[T]:
+    """A subclass of a dataclass of options that transformers' `HfArgumentParser` (and TRL's) can read.
+
+    Args:
+        name (`str`): The name of the subclass.
+        cls (`type`): A dataclass, all of whose fields are options with defaults.
+        skip (`Collection[str]`): Options that are not read; they keep their defaults.
+    """
+    fields = []
+    for option_name, known in declared(cls).items():
+        skipped = option_name in skip
+        field = dataclasses.field(default=known.default, init=not skipped, metadata={"help": f"{known.text}."})
+        kind = bool if known.kind is FLAG else str if known.kind is TEXT else word_of(known)
+        fields.append((option_name, kind, field))
+    return dataclasses.make_dataclass(name, fields, bases=(cls,), kw_only=True)

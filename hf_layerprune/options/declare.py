@@ -1,0 +1,135 @@
+"""Declare a field of a dataclass as an option, and check what it is set to."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Collection
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from ..errors import CutError
+from .kinds import FLAG, TEXT, Kind, checked, quoted
+
+T = TypeVar("T")
+
+# Names that an option may have, by what they name: a room's registry enters its own, see `bind`.
+_TABLES: dict[str, Collection[str]] = {}
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option besides its name and its type, which are the field's.
+
+    Args:
+        default (`Any`): `dataclasses.MISSING` for what has to be given.
+        help (`str`): One sentence without a full stop, and without its choices.
+        kind (`Kind`): What values are accepted.
+        choices (`Collection[str]` or `str`): The names it may have; or the name of the table that a room has bound.
+        flag (`str`, *optional*): The name on the command line, where it is not the field's. Of an option that is on by
+            default, the name that turns it off.
+        positional (`bool`): Whether it stands on the command line without a name.
+    """
+
+    default: Any
+    help: str
+    kind: Kind
+    choices: Collection[str] | str = ()
+    flag: str | None = None
+    positional: bool = False
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names it may have; none where any value of its kind will do, or no room has entered any."""
+        return _TABLES.get(self.choices, ()) if isinstance(self.choices, str) else self.choices
+
+    @property
+    def text(self) -> str:
+        """The help with its choices."""
+        return f"{self.help}: {', '.join(self.names)}" if self.names else self.help
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value as it is kept.
+
+        Raises:
+            CutError: It is not accepted.
+        """
+        if value is None and self.default is None:
+            return None
+        if self.names and self.kind is TEXT:
+            return find(name, value, self.names)
+        return checked(name, value, self.kind)
+
+
+def option(
+    default: Any,
+    help: str,
+    kind: Kind | None = None,
+    *,
+    choices: Collection[str] | str = (),
+    flag: str | None = None,
+    positional: bool = False,
+) -> Any:
+    """Declare a field of a dataclass as an option; see [`Option`]. PEFT and transformers read its `help`."""
+    kind = kind or (FLAG if isinstance(default, bool) else TEXT)
+    declared = Option(default, help, kind, choices, flag, positional)
+    metadata = {"help": f"{help}.", "option": declared}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def bind(table: str, names: Collection[str]) -> None:
+    """Say which names the options of a table may have. A registry is bound itself, so later entries count as well."""
+    _TABLES[table] = names
+
+
+def find(what: str, name: Any, names: Collection[str]) -> str:
+    """Look a name up.
+
+    Raises:
+        CutError: There is none of that name; the message lists what there is.
+    """
+    if isinstance(name, str) and name in names:
+        return name
+    near = get_close_matches(str(name)[:100], names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}? There are" if near else "; there are"
+    raise CutError(f"{what} {quoted(name)} is unknown{hint} {', '.join(names)}")
+
+
+def declared(cls: Any) -> dict[str, Option]:
+    """The options among the fields of a dataclass, by name."""
+    return {f.name: f.metadata["option"] for f in dataclasses.fields(cls) if "option" in f.metadata}
+
+
+def check(values: Any) -> None:
+    """Check all options of a dataclass, and bring them to the form in which they are kept.
+
+    Raises:
+        CutError: One of them is not accepted.
+    """
+    for name, known in declared(values).items():
+        setattr(values, name, known.check(name, getattr(values, name)))
+
+
+def take(cls: type[T], values: Any, **changes: Any) -> T:
+    """Make a dataclass of those fields that another one has by the same name.
+
+    Args:
+        cls (`type`): What to make.
+        values (`Any`): The other dataclass.
+        changes: Fields that are set to something else.
+    """
+    names = {f.name for f in dataclasses.fields(values)} & {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    return cls(**{name: getattr(values, name) for name in names} | changes)
+
+
+def documented(cls: type[T]) -> type[T]:
+    """Write the options of a dataclass into its docstring, as its `Args`."""
+    lines = []
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if "option" in field.metadata:
+            default = "" if field.default is dataclasses.MISSING else f", defaults to `{field.default!r}`"
+            lines.append(f"    {field.name} (`{field.type}`{default}): {field.metadata['option'].text}.")
+    own, colon, rest = (cls.__doc__ or "").rstrip().partition("\n\nArgs:\n")
+    cls.__doc__ = "\n".join([f"{inspect.cleandoc(own)}\n\nArgs:", *lines, rest if colon else ""])
+    return cls

@@ -1,0 +1,173 @@
+"""Kinds of values: how an option's word is read, and what a value must be."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CutError
+from ..layer_ranges import parse_layers
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+MODEL_HELP = "A Hub id, a model folder, or a .gguf file"
+MOST_LAYERS = 100_000
+_MOST_CHARACTERS = 4096
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value.
+
+    Args:
+        parse (`Callable[[str], Any]`): The value of a word on a command line; raises `ValueError`.
+        check (`Callable[[Any], Any]`): The value as it is kept; raises `ValueError` with what it must be.
+        metavar (`str`, *optional*): What stands for it in `--help`.
+        repeated (`bool`): Whether its option may be given several times, for a value each.
+    """
+
+    parse: Callable[[str], Any]
+    check: Callable[[Any], Any]
+    metavar: str | None = None
+    repeated: bool = False
+
+
+def whole(least: int = 1, most: int = 1_000_000, metavar: str = "N") -> Kind:
+    """A whole number from `least` to `most`."""
+
+    def check(value: Any) -> int:
+        number = _index(value)
+        if number is None or not least <= number <= most:
+            raise ValueError(f"must be a whole number from {least} to {most}")
+        return number
+
+    def parse(text: str) -> int:
+        digits = text.strip().removeprefix("-")
+        if not (digits.isascii() and digits.isdecimal() and len(digits) <= 20):
+            raise ValueError(f"must be a whole number from {least} to {most}")
+        return int(text)
+
+    return Kind(parse, check, metavar)
+
+
+def many(kind: Kind, check: Callable[[Any], Any] | None = None, separator: str | None = None) -> Kind:
+    """Several values of a kind, as a tuple: an option for each, or with a `separator` all in one word."""
+
+    def check_each(values: Any) -> tuple[Any, ...]:
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise ValueError("must be a list")
+        return tuple(kind.check(value) for value in values)
+
+    def parse(text: str) -> Any:
+        return tuple(kind.parse(part) for part in text.split(separator)) if separator else kind.parse(text)
+
+    metavar = f"{kind.metavar},{kind.metavar}" if separator else kind.metavar
+    return Kind(parse, check or check_each, metavar, repeated=separator is None)
+
+
+def _check_text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip() or "\0" in value or len(value) > _MOST_CHARACTERS:
+        raise ValueError(f"must be a text of 1 to {_MOST_CHARACTERS} characters")
+    return value
+
+
+def _check_path(value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError("must be a path")
+    return Path(_check_text(os.fspath(value)))
+
+
+def _check_flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be True or False")
+    return value
+
+
+def _check_drop(value: Any) -> float | int:
+    number = _index(value)
+    if number is not None and 0 < number <= MOST_LAYERS:
+        return number
+    if number is not None or not isinstance(value, float) or not math.isfinite(value) or value <= 0:
+        raise ValueError("must be a fraction between 0 and 1, or a number of layers")
+    if value >= 1:
+        way_out = f" such as drop={int(value)}" if value < MOST_LAYERS else ""
+        raise ValueError(f"must be a fraction below 1, or a whole number of layers{way_out}")
+    return value
+
+
+def _parse_drop(text: str) -> float | int:
+    try:
+        return int(text) if len(text) < 20 and text.strip().isdecimal() else float(text)
+    except ValueError:
+        raise ValueError("is neither a fraction such as 0.25 nor a number of layers") from None
+
+
+def _check_layers(value: Any) -> list[int]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise ValueError("must be a list of layer indices such as [6, 7]")
+    numbers = [_index(i) for i in value]
+    if any(i is None or not 0 <= i < MOST_LAYERS for i in numbers):
+        raise ValueError(f"must be a list of layer indices, whole numbers from 0 to {MOST_LAYERS - 1}")
+    return sorted(i for i in numbers if i is not None)
+
+
+def _check_tune_layers(value: Any) -> int | str | list[int]:
+    try:
+        if value == "cut":
+            return "cut"
+        number = _index(value)
+        if number is None and isinstance(value, str):
+            return _parse_tune_layers(value)
+        return _check_layers(value) if number is None else whole(0, MOST_LAYERS).check(number)
+    except ValueError:
+        raise ValueError("must be a number of last layers, 'cut', or a list of base indices") from None
+
+
+def _parse_tune_layers(text: str) -> int | str | list[int]:
+    return text if text == "cut" else int(text) if text.isdecimal() and len(text) < 7 else parse_layers(text)
+
+
+def _index(value: Any) -> int | None:
+    """A whole number of any type, such as numpy's; `None` for anything else, `True` and `3.0` included."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+TEXT = Kind(str, _check_text)
+MODEL = Kind(str, lambda value: _check_text(os.fspath(value) if isinstance(value, os.PathLike) else value))
+PATH = Kind(Path, _check_path, "PATH")
+FLAG = Kind(bool, _check_flag)
+DROP = Kind(_parse_drop, _check_drop, "D")
+LAYERS = Kind(parse_layers, _check_layers, "L")
+TUNE_LAYERS = Kind(_parse_tune_layers, _check_tune_layers, "T")
+
+
+def checked(name: str, value: Any, kind: Kind) -> Any:
+    """A value as it is kept.
+
+    Raises:
+        CutError: It is not of that kind.
+    """
+    try:
+        return kind.check(value)
+    except CutError:  # says what it is about itself
+        raise
+    except ValueError as error:
+        raise CutError(f"{name}={quoted(value)} {error}") from None
+
+
+def quoted(value: Any) -> str:
+    """A value as an error quotes it: short, whatever somebody passed."""
+    try:
+        text = repr(value[:50] if isinstance(value, str | list | tuple) else value)
+    except ValueError:  # an integer of thousands of digits
+        return f"{type(value).__name__} of enormous size"
+    return text if len(text) <= 80 else f"{text[:80]}..."

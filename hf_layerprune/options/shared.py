@@ -1,0 +1,85 @@
+"""The options that several commands, configs and recipes share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .declare import check, option
+from .kinds import DROP, LAYERS, MOST_LAYERS, TUNE_LAYERS, whole
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Options that are checked when they are made."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(kw_only=True)
+class CalibrationOptions(Options):
+    """The text that criteria and repairs look at."""
+
+    calibration: str = option(
+        "self",
+        "Text that criteria and repairs look at: self (the dense model writes it), a .txt or .jsonl file "
+        "(rows.jsonl:column), or a data set on the Hub (id:split:column)",
+    )
+    calibration_samples: int = option(128, "Number of rows in the calibration set", whole(1))
+    calibration_length: int = option(512, "Number of tokens in each calibration row", whole(1))
+    seed: int = option(42, "Seed for everything random: layers, rows, text", whole(0, 2**63 - 1, "SEED"))
+
+
+@dataclass(kw_only=True)
+class ChoiceOptions(Options):
+    """How many layers are dropped, and which may be."""
+
+    drop: float | int = option(
+        0.25, "Fraction of the layers to drop, rounded down to whole layers, or the number of layers", DROP
+    )
+    variant: str = option(
+        "original",
+        "Definition of the criterion: as its own source has it, or as the code of the paper (arXiv:2411.15558) does",
+        choices="variant",
+    )
+    protect_first: int | None = option(
+        None, "Number of layers at the start that are never dropped; by default the criterion's own",
+        whole(0, MOST_LAYERS),
+    )  # fmt: skip
+    protect_last: int | None = option(
+        None, "Number of layers at the end that are never dropped; by default the criterion's own",
+        whole(0, MOST_LAYERS),
+    )  # fmt: skip
+    contiguous: bool = option(False, "Drop one block of adjacent layers")
+    repair: str | None = option(
+        None, "Closed-form compensation for the dropped layers, before any training", choices="repair"
+    )
+
+
+@dataclass(kw_only=True)
+class CutOptions(CalibrationOptions, ChoiceOptions):
+    """Which layers are dropped, and what makes up for them before training."""
+
+    drop_layers: list[int] | None = option(
+        None, "Base indices of the layers to drop, such as 20-26,29; overrides drop and criterion", LAYERS
+    )
+    criterion: str = option("reverse_order", "How the layers are chosen", choices="criterion")
+    steps: int = option(
+        1,
+        "Number of rounds in which the layers are chosen; each round scores what the one before left",
+        whole(1, 10_000),
+    )
+
+
+@dataclass(kw_only=True)
+class TuningOptions(Options):
+    """What an adapter tunes."""
+
+    tune_layers: int | str | list[int] = option(
+        3,
+        "Layers to tune: a number of last layers, cut (the layers next to each cut), or base indices such as 20-22",
+        TUNE_LAYERS,
+    )
+    tune_lm_head: bool = option(
+        True, "Tune lm_head; where it is tied to the embeddings, this unties it, which adds a matrix"
+    )
