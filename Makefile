@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test fast space fuzz matrix compat docs cards lint format demo clean
+.PHONY: install test fast space fuzz matrix compat docs site dist-check cards lint format demo clean
 
 install: $(STAMP)
 
@@ -46,6 +46,14 @@ docs: $(STAMP)
 	$(BIN)/python -m tests.architectures --write
 	$(BIN)/python -m tests.options_page --write
 
+# The documentation as a site, in site/; any warning is an error.
+site: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# The wheel and the sdist, built and used in an empty environment (minutes).
+dist-check: $(STAMP)
+	$(BIN)/python -m tests.dist
+
 cards: $(STAMP)
 	$(BIN)/python -m model_cards
 
@@ -63,4 +71,4 @@ demo: $(STAMP)
 	$(BIN)/python recipes/demo.py
 
 clean:
-	rm -rf $(VENV) .compat demo_output .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .compat dist site demo_output .pytest_cache .ruff_cache .hypothesis
