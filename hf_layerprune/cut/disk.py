@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import families
-from ..errors import CheckpointError, CutError
+from ..errors import CheckpointError
 from ..files.folders import check_target
 from .base import Base, read_weights
 from .complete import check_tensors
@@ -62,9 +62,6 @@ def plan_cut(
         CutError: These layers can't be dropped from this model.
         UnsupportedModelError: The architecture is not proven to survive a cut.
     """
-    for layer in drop_layers:
-        if type(layer) is not int:
-            raise CutError(f"drop_layers has {layer!r}, which is not a layer index")
     base = source if isinstance(source, Base) else Base.open(source, revision, token=token, cache_dir=cache_dir)
     folder = base.folder
     try:

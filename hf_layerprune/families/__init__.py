@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError, UnsupportedModelError
-from .fields import COUNT_FIELDS, Cut, rewrite_fields
+from .fields import COUNT_FIELDS, Cut, cut_of, rewrite_fields
 from .special import SPECIAL, Family, WideTensor
 from .types import REFUSED, REFUSED_AT, STAGES, proven, proven_stages
 
@@ -156,25 +156,13 @@ def make_cut(config: PreTrainedConfig, drop_layers: Sequence[int]) -> Cut:
     Raises:
         CutError: An index is out of range, given twice or protected, or no layer or all of them would be dropped.
     """
-    n = layer_count(config)
-    if not drop_layers:
-        raise CutError("drop_layers is empty: nothing would be dropped; name at least one layer, or set drop")
-    for i in drop_layers:
-        if not 0 <= i < n:
-            raise CutError(f"drop_layers has {i}, but the model's layers are 0..{n - 1}; name layers in that range")
-    if len(set(drop_layers)) != len(drop_layers):
-        twice = sorted({i for i in drop_layers if list(drop_layers).count(i) > 1})
-        raise CutError(f"drop_layers names {', '.join(map(str, twice))} more than once; name each layer once")
-    if len(drop_layers) == n:
-        raise CutError(f"drop_layers names all {n} layers of the model; at least one must stay")
-    protected = protected_layers(config)
-    for i in sorted(drop_layers):
+    cut, protected = cut_of(drop_layers, layer_count(config)), protected_layers(config)
+    for i in cut.drop:
         if i in protected:
             raise CutError(
                 f"layer {i} of this {text_config(config).model_type} model can't be dropped: {protected[i]}"
             )
-    gone = set(drop_layers)
-    return Cut(tuple(i for i in range(n) if i not in gone), n)
+    return cut
 
 
 def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:

@@ -9,6 +9,7 @@ and the list takes precedence.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,39 @@ class Cut:
     def new_index(self) -> dict[int, int]:
         """Base index to new index, for the layers that stay."""
         return {old: new for new, old in enumerate(self.keep)}
+
+
+def cut_of(drop_layers: Sequence[int], num_layers: int) -> Cut:
+    """Check a list of layers to drop.
+
+    Args:
+        drop_layers (`Sequence[int]`): Base indices of the layers to drop, in any order.
+        num_layers (`int`): How many layers the base has.
+
+    Returns:
+        `Cut`: The layers that stay.
+
+    Raises:
+        CutError: An entry is not an index, out of range or given twice, or no layer or all of them would be dropped.
+    """
+    gone: set[int] = set()
+    for item in drop_layers:
+        try:
+            i = operator.index(item)
+        except TypeError:
+            i = None
+        if i is None or isinstance(item, bool):
+            raise CutError(f"drop_layers has {item!r}, which is not a layer index; name layers of 0..{num_layers - 1}")
+        if not 0 <= i < num_layers:
+            raise CutError(f"drop_layers has {i}, but the model's layers are 0..{num_layers - 1}")
+        if i in gone:
+            raise CutError(f"drop_layers names {i} more than once; name each layer once")
+        gone.add(i)
+    if not gone:
+        raise CutError("drop_layers is empty: nothing would be dropped; name at least one layer, or set drop")
+    if len(gone) == num_layers:
+        raise CutError(f"drop_layers names all {num_layers} layers; at least one must stay")
+    return Cut(tuple(i for i in range(num_layers) if i not in gone), num_layers)
 
 
 Rule = Callable[[Any, Cut], Any]

@@ -6,13 +6,13 @@ because a model that loads but silently gives wrong results must never be writte
 
 from __future__ import annotations
 
-import operator
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import CutError
+from ...families.fields import cut_of
 from ...families.gguf import (
     ARCHITECTURES,
     ARRAYS,
@@ -32,22 +32,15 @@ from ...families.gguf import (
 )
 
 if TYPE_CHECKING:
-    from .reader import Entry, GGUFHeader
+    from .header import Entry, GGUFHeader
 
 _NOT_ABOUT_LAYERS = ("general.", "tokenizer.", "split.", "quantize.", "diffusion.")
 _LAYER_WORDS = re.compile(r"layer|block|blk|every|interval|period|pattern|depth|stage|stack|loop|_step")
 
 
-class Rewrite(NamedTuple):
-    """The metadata of a cut. `changes` holds the old and the new value of each key that changes."""
+class GGUFCut(NamedTuple):
+    """A cut of a file whose last `block_count - main_count` layers are for multi-token prediction."""
 
-    architecture: str
-    block_count: int
-    kept: tuple[int, ...]
-    changes: dict[str, tuple[Any, Any]]
-
-
-class _Cut(NamedTuple):
     header: GGUFHeader
     architecture: str
     block_count: int
@@ -56,6 +49,7 @@ class _Cut(NamedTuple):
 
     @property
     def kept_main(self) -> int:
+        """How many of the decoder's layers stay."""
         return bisect_left(self.kept, self.main_count)
 
 
@@ -108,41 +102,7 @@ def block_count_of(header: GGUFHeader) -> int:
     return count
 
 
-def check_drop_layers(drop_layers: Sequence[int], block_count: int) -> tuple[int, ...]:
-    """Check a list of layers to drop and turn it into the layers to keep.
-
-    Args:
-        drop_layers (`Sequence[int]`): Indices of the layers to drop, in any order.
-        block_count (`int`): Number of layers in the model.
-
-    Returns:
-        `tuple[int, ...]`: The layers to keep, in ascending order.
-
-    Raises:
-        CutError: If an index is not an integer, out of range or repeated, or if no or all layers are named.
-    """
-    layers = f"0..{block_count - 1}"
-    seen: set[int] = set()
-    for item in drop_layers:
-        try:
-            layer = operator.index(item)
-        except TypeError:
-            layer = None
-        if layer is None or isinstance(item, bool):
-            raise CutError(f"drop_layers has {item!r}, which is not a layer index; name layers of {layers}")
-        if not 0 <= layer < block_count:
-            raise CutError(f"drop_layers has {layer}, but the model's layers are {layers}")
-        if layer in seen:
-            raise CutError(f"drop_layers has {layer} twice; name each layer once")
-        seen.add(layer)
-    if not seen:
-        raise CutError(f"drop_layers is empty, so nothing would be dropped; name layers of {layers}")
-    if len(seen) == block_count:
-        raise CutError(f"drop_layers has all {block_count} layers; at least one must stay")
-    return tuple(layer for layer in range(block_count) if layer not in seen)
-
-
-def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> Rewrite:
+def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> tuple[GGUFCut, dict[str, tuple[Any, Any]]]:
     """Work out every metadata entry that changes when layers are dropped.
 
     Args:
@@ -150,19 +110,20 @@ def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> Rewrite:
         drop_layers (`Sequence[int]`): Indices of the layers to drop.
 
     Returns:
-        `Rewrite`: The layers to keep, and each entry that changes.
+        `tuple[GGUFCut, dict[str, tuple[Any, Any]]]`: The layers to keep, and the old and the new value of each entry
+            that changes, by key.
 
     Raises:
         CheckpointError: If the architecture, a key or the set of layers does not allow an exact cut.
     """
     arch = architecture_of(header)
     block_count = block_count_of(header)
-    kept = check_drop_layers(drop_layers, block_count)
+    kept = cut_of(drop_layers, block_count).keep
     trailing = header.keys.get(f"{arch}.nextn_predict_layers")
     main_count = block_count - (0 if trailing is None else _whole_number(header, trailing))
     if not 0 < main_count <= block_count:
         header.fail(f"{arch}.nextn_predict_layers does not fit the {block_count} layers; the file is damaged")
-    cut = _Cut(header, arch, block_count, main_count, kept)
+    cut = GGUFCut(header, arch, block_count, main_count, kept)
     if not cut.kept_main:
         raise CutError(f"drop_layers has all of the decoder's layers 0..{main_count - 1}; one must stay")
     _check_architecture(cut)
@@ -171,13 +132,13 @@ def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> Rewrite:
     for entry in header.keys.values():
         after = _new_value(cut, entry)
         if isinstance(after, list):
-            changes[entry.key] = (tuple(entry.values), tuple(entry.values[index] for index in after))
+            changes[entry.key] = (entry.values, tuple(entry.values[index] for index in after))
         elif after is not None and after != entry.values[0]:
             changes[entry.key] = (entry.values[0], after)
-    return Rewrite(arch, block_count, kept, changes)
+    return cut, changes
 
 
-def _check_architecture(cut: _Cut) -> None:
+def _check_architecture(cut: GGUFCut) -> None:
     rule = ARCHITECTURES.get(cut.architecture)
     if rule is None:
         reason = REFUSED.get(cut.architecture, "its dependence on layer indices has not been checked")
@@ -202,7 +163,7 @@ def _check_architecture(cut: _Cut) -> None:
     _check_turns(cut, period, lambda layer, n: (layer + 1) % n == 0, f"every {cut.architecture} model")
 
 
-def _check_turns(cut: _Cut, period: int, picked: Callable[[int, int], bool], source: str) -> None:
+def _check_turns(cut: GGUFCut, period: int, picked: Callable[[int, int], bool], source: str) -> None:
     if not period:
         return
     kept = cut.kept[: cut.kept_main]
@@ -220,7 +181,7 @@ def _check_turns(cut: _Cut, period: int, picked: Callable[[int, int], bool], sou
         cut.header.fail(f"layers take turns in groups of {period} ({source}), and only one kind would be left")
 
 
-def _new_value(cut: _Cut, entry: Entry) -> int | list[int] | None:
+def _new_value(cut: GGUFCut, entry: Entry) -> int | list[int] | None:
     """The entry's new number, the array items to keep, or `None` to copy the entry unchanged."""
     header, key = cut.header, entry.key
     if key in PER_LAYER_UNPREFIXED:
@@ -270,7 +231,7 @@ def _new_value(cut: _Cut, entry: Entry) -> int | list[int] | None:
     return None
 
 
-def _per_layer(cut: _Cut, entry: Entry) -> list[int]:
+def _per_layer(cut: GGUFCut, entry: Entry) -> list[int]:
     if not entry.is_numeric or entry.count not in (cut.block_count, cut.main_count):
         cut.header.fail(
             f"{entry.key} should have one number for each of the {cut.block_count} layers, and is an array of "
@@ -279,7 +240,7 @@ def _per_layer(cut: _Cut, entry: Entry) -> list[int]:
     return list(cut.kept if entry.count == cut.block_count else cut.kept[: cut.kept_main])
 
 
-def _unknown(cut: _Cut, entry: Entry) -> None:
+def _unknown(cut: GGUFCut, entry: Entry) -> None:
     if entry.is_array:
         suspect = entry.count in (cut.block_count, cut.main_count)
     else:

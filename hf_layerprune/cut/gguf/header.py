@@ -1,0 +1,264 @@
+"""Read and write the header of a GGUF file: its metadata, and where each tensor is.
+
+The format is plain: numbers, and texts preceded by their length. The reader of the `gguf` library trusts every count in a
+file and creates several objects for each token of the vocabulary; its writer refuses empty arrays and text that is not
+UTF-8. So both are done here, within fixed bounds for damaged or hostile files. The block sizes of the tensor types come
+from the library.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from ...errors import CheckpointError
+from ...families.gguf import MAX_LAYERS
+from ...files.copy import LocalFile
+
+MAX_KEYS = 4096
+MAX_TENSORS = 1 << 18
+MAX_STRINGS = 1 << 23
+MAX_VALUE = 1 << 28
+_MAX_DIMENSIONS = 4
+_ALIGNMENTS = [1 << power for power in range(21)]
+_FIXED = struct.Struct("<4sIQQ")
+# The type of a value, and for numbers its `struct` format.
+_STRING, _ARRAY = 8, 9
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+def padded(size: int, alignment: int) -> int:
+    """A size, rounded up to a multiple of the alignment."""
+    return -(-size // alignment) * alignment
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One metadata entry.
+
+    Args:
+        key (`str`): The key.
+        kind (`int`): The type of the value; for an array, of its items.
+        is_array (`bool`): Whether the value is an array.
+        count (`int`): For an array, the number of items; otherwise 1.
+        raw (`bytes`): The value as stored in the file; for an array, its items.
+    """
+
+    key: str
+    kind: int
+    is_array: bool
+    count: int
+    raw: bytes
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether the value, or each item of the array, is a number or a boolean."""
+        return self.kind in _NUMBERS
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the value is a single integer."""
+        return not self.is_array and _NUMBERS.get(self.kind, "?") not in "fd?"
+
+    @property
+    def text(self) -> str | None:
+        """The value if it is a string, else `None`."""
+        is_text = self.kind == _STRING and not self.is_array
+        return self.raw[8:].decode("utf-8", errors="replace") if is_text else None
+
+    @cached_property
+    def values(self) -> tuple[Any, ...]:
+        """The items of a numeric array with at most one value per layer, or the single number."""
+        if not self.is_numeric or self.count > MAX_LAYERS:
+            return ()
+        return struct.unpack(f"<{self.count}{_NUMBERS[self.kind]}", self.raw)
+
+    def packed(self, values: Sequence[Any] | None = None) -> bytes:
+        """The entry as stored in a file, with other numbers if any are given."""
+        raw = self.raw if values is None else struct.pack(f"<{len(values)}{_NUMBERS[self.kind]}", *values)
+        count = self.count if values is None else len(values)
+        types = struct.pack("<IIQ", _ARRAY, self.kind, count) if self.is_array else struct.pack("<I", self.kind)
+        return _packed_text(self.key) + types + raw
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the file. `dimensions` has the innermost first, and `offset` is from the start of the data."""
+
+    name: str
+    dimensions: tuple[int, ...]
+    kind: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """Everything in a GGUF file except the tensor data."""
+
+    path: Path
+    keys: dict[str, Entry]
+    tensors: tuple[Tensor, ...]
+    alignment: int
+    data_start: int
+
+    def fail(self, what: str) -> NoReturn:
+        """Refuse the file.
+
+        Args:
+            what (`str`): The problem and how to fix it.
+
+        Raises:
+            CheckpointError: Always.
+        """
+        raise _refused(self.path, what)
+
+
+def _refused(path: Path, what: str) -> CheckpointError:
+    # Names in the file are untrusted: remove line breaks and control characters, and limit the length.
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in what)
+    return CheckpointError(f"{path}: {line if len(line) <= 1000 else line[:1000] + '...'}")
+
+
+class _Reader:
+    """Reads values one after another, none beyond the end of the file."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size, self.position, self._strings = file, size, 0, 0
+
+    def take(self, length: int) -> bytes:
+        if length > min(self._size - self.position, MAX_VALUE):
+            raise ValueError(f"{length} bytes from byte {self.position} are claimed, and the file has {self._size}")
+        self.position += length
+        return self._file.read(length)
+
+    def number(self, form: str) -> int:
+        return struct.unpack(f"<{form}", self.take(struct.calcsize(form)))[0]
+
+    def text(self) -> bytes:
+        length = self.take(8)
+        return length + self.take(int.from_bytes(length, "little"))
+
+    def name(self) -> str:
+        return self.text()[8:].decode()
+
+    def entry(self) -> Entry:
+        key, kind, count = self.name(), self.number("I"), 1
+        if not key:
+            raise ValueError("a metadata key is empty")
+        if is_array := kind == _ARRAY:
+            kind, count = self.number("I"), self.number("Q")
+        if kind != _STRING:  # an array of arrays has no format and raises a KeyError
+            return Entry(key, kind, is_array, count, self.take(count * struct.calcsize(_NUMBERS[kind])))
+        # Bounds the time: without it, a huge file of zeros would be read as billions of empty strings.
+        self._strings += count * is_array
+        if self._strings > MAX_STRINGS:
+            raise ValueError(f"it claims {self._strings} strings, more than any vocabulary has")
+        return Entry(key, kind, is_array, count, b"".join(self.text() for _ in range(count)))
+
+    def tensor(self) -> Tensor:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType  # importing gguf is slow
+
+        name, rank = self.name(), self.number("I")
+        if rank > _MAX_DIMENSIONS:
+            raise ValueError(f"tensor {name!r} has {rank} dimensions")
+        dimensions = tuple(self.number("Q") for _ in range(rank))
+        kind, offset = GGMLQuantizationType(self.number("I")), self.number("Q")
+        block, block_size = GGML_QUANT_SIZES[kind]
+        if (dimensions or (1,))[0] % block:
+            raise ValueError(f"tensor {name!r} ends inside a block of {block} values")
+        return Tensor(name, dimensions, int(kind), offset, math.prod(dimensions) // block * block_size)
+
+
+def read_header(path: Path) -> GGUFHeader:
+    """Read and check the header of a GGUF file.
+
+    Args:
+        path (`Path`): The file.
+
+    Returns:
+        `GGUFHeader`: The metadata and the tensor descriptions.
+
+    Raises:
+        CheckpointError: The file is not a complete and valid little-endian GGUF file of version 2 or 3.
+    """
+    with LocalFile(path) as source:
+        start, size = source.read(0, min(_FIXED.size, source.size)), source.size
+    if start[:4] != b"GGUF":
+        raise _refused(path, "this is not a GGUF file: it does not start with 'GGUF'")
+    if len(start) < _FIXED.size:
+        raise _refused(path, f"the file ends at byte {size}; it is truncated, so download it again")
+    _, version, tensor_count, key_count = _FIXED.unpack(start)
+    if version and not version & 0xFFFF:
+        raise _refused(path, "this is a big-endian GGUF file; convert it with gguf-convert-endian first")
+    if version not in (2, 3):
+        raise _refused(path, f"GGUF version {version} is not supported; convert the model again to get version 3")
+    if tensor_count > MAX_TENSORS or key_count > MAX_KEYS:
+        raise _refused(
+            path,
+            f"the header claims {tensor_count} tensors and {key_count} metadata keys, and at most {MAX_TENSORS} and "
+            f"{MAX_KEYS} are supported; the file is damaged",
+        )
+    try:
+        with path.open("rb") as file:
+            reader = _Reader(file, size)
+            reader.take(_FIXED.size)
+            entries = [reader.entry() for _ in range(key_count)]
+            tensors = tuple(reader.tensor() for _ in range(tensor_count))
+        keys = {entry.key: entry for entry in entries}
+        setting = keys.get("general.alignment")
+        alignment = 32 if setting is None else struct.unpack("<I", setting.raw)[0]
+        if alignment not in _ALIGNMENTS:
+            raise ValueError(f"general.alignment is {alignment}")
+        data_start = padded(reader.position, alignment)
+        if len(keys) < key_count or len({tensor.name for tensor in tensors}) < tensor_count:
+            raise ValueError("a key or a tensor is in it twice")
+        if tensors and data_start + max(tensor.offset + tensor.size for tensor in tensors) > size:
+            raise ValueError(f"its tensors go on beyond byte {size}, where the file ends")
+    except (ValueError, KeyError, struct.error, OSError) as error:
+        raise _refused(
+            path, f"it can't be read ({error}); it is truncated or damaged, so download it again"
+        ) from error
+    header = GGUFHeader(path, keys, tensors, alignment, data_start)
+    end, before = 0, ""
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.size)):
+        if tensor.offset % alignment:
+            header.fail(
+                f"tensor {tensor.name!r} starts at byte {data_start + tensor.offset}, not aligned to {alignment} bytes; "
+                "the file is damaged, so download it again"
+            )
+        if tensor.size and tensor.offset < end:
+            header.fail(f"tensors {before!r} and {tensor.name!r} overlap; the file is damaged, so download it again")
+        if tensor.size:
+            end, before = tensor.offset + tensor.size, tensor.name
+    return header
+
+
+def write_header(entries: Sequence[bytes], tensors: Sequence[Tensor], alignment: int) -> bytes:
+    """The bytes of a GGUF file that precede the tensor data.
+
+    Args:
+        entries (`Sequence[bytes]`): The metadata, packed.
+        tensors (`Sequence[Tensor]`): The tensors, in order; their offsets are not used.
+        alignment (`int`): The alignment of each tensor.
+
+    Returns:
+        `bytes`: The header and its padding.
+    """
+    header, offset = _FIXED.pack(b"GGUF", 3, len(tensors), len(entries)) + b"".join(entries), 0
+    for tensor in tensors:
+        rank = len(tensor.dimensions)
+        header += _packed_text(tensor.name)
+        header += struct.pack(f"<I{rank}QIQ", rank, *tensor.dimensions, tensor.kind, offset)
+        offset += padded(tensor.size, alignment)
+    return header.ljust(padded(len(header), alignment), b"\0")
+
+
+def _packed_text(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
