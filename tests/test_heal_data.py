@@ -11,8 +11,10 @@ from datasets import Dataset
 
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.heal.data import load_mixture, load_rows, pick_split, shape_rows
+from hf_layerprune.heal.self_data import write_rows
 
 from .heal_makers import word_tokenizer
+from .tiny_models import tiny_model
 
 CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 ALPACA = [
@@ -90,6 +92,8 @@ def test_another_name_for_text() -> None:
         ),
         ([{"messages": [{"role": "user", "content": "a"}]}], {}, "the tokenizer has no chat template for them"),
         ([{"messages": [{"role": "user", "content": "a"}]}], {"chat": True}, "no row of messages has an answer"),
+        ([{"messages": [{"content": "a"}]}], {"chat": True}, "can't use the rows of my rows: .*role"),
+        ([{"conversations": ["a"]}], {"chat": True}, "can't use the rows of my rows"),
         (ALPACA, {"template": "chat"}, "no chat template; use template=alpaca"),
         (ALPACA, {"template": "vicuna"}, "template='vicuna' is unknown"),
     ],
@@ -135,3 +139,20 @@ def test_what_a_mixture_holds_out_is_drawn_by_the_seed(tmp_path: Path) -> None:
     assert len(held_out(1)) == 15
     assert held_out(1) == held_out(1)
     assert held_out(1) != held_out(2)
+
+
+@pytest.mark.parametrize(
+    "damage", ["{", '["a"]', "1", '{"input": [3]}', '{"input_ids": "a"}', '{"input_ids": [[3], 4]}']
+)
+def test_rows_of_an_earlier_run_that_are_damaged(tmp_path: Path, damage: str) -> None:
+    model = tiny_model("llama")
+
+    def write() -> Dataset:
+        return write_rows(model, word_tokenizer(), tmp_path, count=2, length=8, seed=0)
+
+    rows = write().to_list()
+    assert [len(row["input_ids"]) for row in rows] == [8, 8]
+    (part,) = tmp_path.glob("*/part-*")
+    part.write_text(part.read_text() + damage + "\n")
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        write()

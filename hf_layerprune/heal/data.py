@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,8 @@ def shape_rows(
     Raises:
         CheckpointError: The rows have none of these shapes, or need a chat template that the tokenizer lacks.
     """
-    columns = rows.column_names or list(next(iter(rows)))
+    with boundary(f"can't read data set {name}"):
+        columns = rows.column_names or list(next(iter(rows)))
     if template not in TEMPLATES:
         raise CheckpointError(f"template={template!r} is unknown; it may be {', '.join(TEMPLATES)}")
     chats = tokenizer.chat_template is not None
@@ -144,17 +146,23 @@ def shape_rows(
         if conversation in columns:
             if not chats:
                 raise CheckpointError(f"{name} has {conversation}, but the tokenizer has no chat template for them")
-            return _split_conversations(rows, conversation, columns)
+            with _rows_of(name):
+                return _split_conversations(rows, conversation, columns)
     for question, about, answer in _INSTRUCTIONS:
         if {question, answer} <= set(columns):
             if template == "chat" and not chats:
                 raise CheckpointError("template=chat, but the tokenizer has no chat template; use template=alpaca")
             make = _chat_row if template == "chat" or (template == "auto" and chats) else _alpaca_row
             names = {"question": question, "about": about, "answer": answer}
-            return rows.map(_from_columns, fn_kwargs={"make": make, **names}, remove_columns=columns)
+            with _rows_of(name):
+                return rows.map(_from_columns, fn_kwargs={"make": make, **names}, remove_columns=columns)
     if text_field in columns:
         return rows
     raise CheckpointError(f"{name} has the columns {', '.join(columns)}, but training needs {_SHAPES}")
+
+
+def _rows_of(name: str) -> AbstractContextManager[None]:
+    return boundary(f"can't use the rows of {name}", "each needs all its columns, and each message a role and content")
 
 
 def _from_columns(row: dict[str, Any], make: Callable, question: str, about: str, answer: str) -> dict[str, Any]:

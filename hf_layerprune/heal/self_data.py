@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..calibration.self_text import fast_decoding, write_text_with
-from ..errors import CheckpointError
+from ..errors import CheckpointError, boundary
 from ..files.copy import write_text
+from ..files.json_file import parse_json
+from ..files.text_file import read_text
 from .store import hash_tensors
 
 if TYPE_CHECKING:
@@ -73,7 +76,8 @@ def write_rows(
 
     rows = _in_parts(folder, parts, make, share, wait)
     logger.info("the dense model wrote %d rows of %d tokens to %s", count, length, folder)
-    return Dataset.from_list([{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows])
+    with _made_before(folder):
+        return Dataset.from_list([{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows])
 
 
 def rewrite_answers(
@@ -113,7 +117,8 @@ def rewrite_answers(
         raise CheckpointError(
             f"rewriting answers needs rows with prompt and completion, but these have {', '.join(rows.column_names)}"
         )
-    prompts = [_prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    with boundary("can't make prompts of the rows"):
+        prompts = [_prompt_ids(tokenizer, row["prompt"]) for row in rows]
     # Batch prompts of similar length, to keep padding low.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     settings = ("answers", prompts, max_tokens, temperature, seed)
@@ -126,7 +131,8 @@ def rewrite_answers(
         return [{"row": i, "answer": answer} for i, answer in zip(chosen, answers, strict=True)]
 
     entries = _in_parts(folder, -(-len(order) // _ANSWERS_A_PART), make, share, wait)
-    answers = {entry["row"]: entry["answer"] for entry in entries if entry["answer"]}
+    with _made_before(folder):
+        answers = {int(entry["row"]): str(entry["answer"]) for entry in entries if entry["answer"]}
     if not answers:
         raise CheckpointError(f"no answer of the dense model ends within {max_tokens} tokens; allow longer answers")
     if len(answers) < len(rows):
@@ -137,11 +143,12 @@ def rewrite_answers(
             max_tokens,
         )
     shaped = []
-    for i, answer in sorted(answers.items()):
-        row = rows[i]
-        plain = isinstance(row["prompt"], str)
-        completion = answer if plain else [{"role": "assistant", "content": answer}]
-        shaped.append({"prompt": row["prompt"], "completion": completion})
+    with _made_before(folder):
+        for i, answer in sorted(answers.items()):
+            row = rows[i]
+            plain = isinstance(row["prompt"], str)
+            completion = answer if plain else [{"role": "assistant", "content": answer}]
+            shaped.append({"prompt": row["prompt"], "completion": completion})
     return Dataset.from_list(shaped)
 
 
@@ -196,4 +203,13 @@ def _in_parts(
     for part in tqdm(mine, desc="The dense model writes", unit="part", disable=None if rank == 0 else True):
         write_text(paths[part], "".join(json.dumps(row) + "\n" for row in make(part)))
     wait()
-    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for path in paths for row in _read(path)]
+
+
+def _read(path: Path) -> list[Any]:
+    """The rows of a part, which may come from an earlier run."""
+    return [parse_json(line, str(path)) for line in read_text(path).splitlines()]
+
+
+def _made_before(folder: Path) -> AbstractContextManager[None]:
+    return boundary(f"can't use the rows in {folder}", "remove it, and they are written again")

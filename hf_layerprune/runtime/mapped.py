@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 _MADV_DONTNEED = 4
+_WORTH_IT = 1 << 20  # bytes; finding the mappings reads the whole of smaps, which can take 0.1 s
 
 
 def release(module: nn.Module) -> None:
@@ -25,14 +26,14 @@ def release(module: nn.Module) -> None:
 
     Args:
         module (`nn.Module`): Releases its parameters and buffers, except those in ordinary memory and those in a
-            mapping that was written to since it was loaded.
+            mapping that was written to since it was loaded. A module of less than 1 MiB is left alone.
     """
     spans = sorted(
         (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
         for tensor in (*module.parameters(), *module.buffers())
         if tensor.device.type == "cpu" and tensor.numel() and tensor.is_contiguous() and not tensor.is_meta
     )
-    if not spans:
+    if sum(end - start for start, end in spans) < _WORTH_IT:
         return
     mapped = file_mappings()
     page = mmap.PAGESIZE
