@@ -22,7 +22,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hf_layerprune.measure.tasks import LocalTask, LocalText, read_tasks, write_task
+import yaml
+
+from hf_layerprune.measure.tasks import LocalTask, read_tasks, rows_of, task_config
+from hf_layerprune.measure.texts import Text
+
+
+def write_task(task: LocalTask | Text, folder: Path) -> Path:
+    """Write a local task or text as a task that `lm_eval run --include_path FOLDER` reads. Returns the YAML file."""
+    data = folder / f"{task.name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(task)), encoding="utf-8")
+    place = {"data_files": {"test": str(data.resolve())}, "cache_dir": str(folder.resolve() / "cache")}
+    path = folder / f"{task.name}.yaml"
+    config = task_config(task) | {"dataset_path": "json", "dataset_kwargs": place}
+    path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
 
 
 def run(command: list[str]) -> float:
@@ -88,7 +102,7 @@ def compare_tasks(args: argparse.Namespace, tasks: list[LocalTask], folder: Path
             print(f"| {task.name} | {n} | {shown} | {' | '.join(cells)} | {same} | {' | '.join(spent)} |", flush=True)
 
 
-def compare_text(args: argparse.Namespace, text: LocalText) -> None:
+def compare_text(args: argparse.Namespace, text: Text) -> None:
     """Compare perplexity with the textbook loop, and measure what sharing layers saves."""
     import torch
 
@@ -116,8 +130,8 @@ def compare_text(args: argparse.Namespace, text: LocalText) -> None:
     assert measured.nll == alone[0].nll
     print(f"\n{text.name}: {len(rows)} windows of {args.length} tokens, {measured.shared_layers} of {n} layers shared")
     print(
-        f"perplexity {measured.base_perplexity:.9f}, textbook {expected:.9f}: "
-        f"{measured.base_perplexity / expected - 1:+.1e}"
+        f"perplexity {measured.base.perplexity:.9f}, textbook {expected:.9f}: "
+        f"{measured.base.perplexity / expected - 1:+.1e}"
     )
     for name, seconds in times.items():
         print(f"{name}: {statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})")
@@ -143,7 +157,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         compare_tasks(args, [one for one in files if isinstance(one, LocalTask)], Path(folder))
     for one in files:
-        if isinstance(one, LocalText):
+        if isinstance(one, Text):
             compare_text(args, one)
 
 

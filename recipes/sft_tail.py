@@ -46,7 +46,7 @@ import os
 import shutil
 import sys
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,7 @@ except ImportError:
 from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError, boundary
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.options import CutOptions, arguments, take
+from hf_layerprune.records.requirements import RequireOptions
 from hf_layerprune.stages.requests import PruneRequest
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 
     from hf_layerprune.heal.student import Student
     from hf_layerprune.heal.trainer import HealTrainer
+    from hf_layerprune.measure.requests import EvalRequest
     from hf_layerprune.publish.hub.push import PushRequest
 
 logger = logging.getLogger("hf_layerprune.recipe")
@@ -73,6 +75,8 @@ logger = logging.getLogger("hf_layerprune.recipe")
 
 # The cut and the repair. A model that is pruned already is used as it is.
 CutArguments = arguments("CutArguments", CutOptions, skip=("seed",))
+# What the finished model must reach.
+RequireArguments = arguments("RequireArguments", RequireOptions)
 
 
 @dataclass
@@ -97,8 +101,8 @@ class RowArguments:
 
 
 @dataclass
-class MeasureArguments:
-    """The evaluation at the end."""
+class MeasureArguments(RequireArguments):
+    """The evaluation at the end. If the model misses a requirement, the exit code is 1 and it is not pushed."""
 
     eval_tasks: str | None = field(default=None, metadata={"help": "Tasks, such as piqa,arc_easy; none by default."})
     eval_texts: str | None = field(
@@ -127,8 +131,8 @@ def main(
     cut_args: CutOptions,
     row_args: RowArguments,
     measure_args: MeasureArguments,
-) -> None:
-    """Prune, repair, train, merge, evaluate, publish."""
+) -> list[str]:
+    """Prune, repair, train, merge, evaluate, publish. Returns a line for each requirement that the model misses."""
     from hf_layerprune.heal.stage import describe_command, describe_rows, settings_of
     from hf_layerprune.heal.student import adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
@@ -142,6 +146,8 @@ def main(
     if any(getattr(args, "trust_remote_code", False) for args in (training_args, model_args)):
         raise LayerPruneError("models that need code of their own can't be healed; leave --trust_remote_code out")
     hub = push_request(training_args, output / "model")
+    dense = training_args.teacher or model_args.model_name_or_path
+    evaluation = eval_request(output / "model", dense, measure_args)
 
     student = prepare_student(model_args, cut_args, training_args)
     method = student.method(training_args.method)
@@ -179,9 +185,11 @@ def main(
     entry |= {"command": describe_command(["accelerate", "launch", "recipes/sft_tail.py"], sys.argv[1:])}
     folder = save(trainer, student, entry)
 
+    missed = []
     if trainer.is_world_process_zero():
-        finish(folder, training_args.teacher, measure_args, hub)
+        missed = finish(folder, evaluation and replace(evaluation, base=training_args.teacher), hub)
     trainer.accelerator.end_training()  # Trainer.end came after transformers 5.16
+    return missed
 
 
 def push_request(training_args: HealConfig, folder: Path) -> PushRequest | None:
@@ -195,6 +203,27 @@ def push_request(training_args: HealConfig, folder: Path) -> PushRequest | None:
         raise LayerPruneError("--push_to_hub needs the name of a repository: --hub_model_id NAMESPACE/NAME")
     private = bool(training_args.hub_private_repo)
     return PushRequest(folder, training_args.hub_model_id, private=private, token=training_args.hub_token)
+
+
+def eval_request(folder: Path, base: str | None, measure_args: MeasureArguments) -> EvalRequest | None:
+    """The evaluation at the end, if there is one. A requirement on what it will not measure is refused."""
+    from hf_layerprune.measure.evaluate import EvalRequest, check_required
+
+    if not (measure_args.eval_tasks or measure_args.eval_texts or measure_args.eval_from):
+        if measure_args.require:
+            raise CutError("--require needs numbers; say what to measure: --eval_tasks, --eval_texts or --eval_from")
+        return None
+    request = EvalRequest(
+        str(folder),
+        base=base,
+        tasks=_names(measure_args.eval_tasks),
+        tasks_from=Path(measure_args.eval_from) if measure_args.eval_from else None,
+        texts=_names(measure_args.eval_texts),
+        limit=measure_args.eval_limit,
+        require=measure_args.require,
+    )
+    check_required(request)
+    return request
 
 
 def prepare_student(model_args: ModelArguments, cut_args: CutOptions, training_args: HealConfig) -> Student:
@@ -306,33 +335,28 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
     return output / "model"
 
 
-def finish(folder: Path, base: str | None, measure_args: MeasureArguments, hub: PushRequest | None) -> None:
-    """Evaluate the model, write its card, and push it."""
+def finish(folder: Path, evaluation: EvalRequest | None, hub: PushRequest | None) -> list[str]:
+    """Evaluate the model, write its card, and push it if it meets its requirements. Returns those that it misses."""
     from hf_layerprune.publish.card.writing import write_card
 
-    if measure_args.eval_tasks or measure_args.eval_texts or measure_args.eval_from:
-        from hf_layerprune.measure.evaluate import EvalRequest, evaluate
+    missed = []
+    if evaluation is not None:
+        from hf_layerprune.measure.evaluate import evaluate
 
-        evaluate(
-            EvalRequest(
-                str(folder),
-                base=base,
-                tasks=_names(measure_args.eval_tasks),
-                tasks_from=Path(measure_args.eval_from) if measure_args.eval_from else None,
-                texts=_names(measure_args.eval_texts),
-                limit=measure_args.eval_limit,
-            )
-        )
+        missed = [outcome.text for outcome in evaluate(evaluation).outcomes if not outcome.met]
     try:
         write_card(folder)
     except LayerPruneError as error:  # such as a licence that only the user knows; the model is complete without it
         logger.warning("the model card was not written: %s (hf-layerprune card %s)", error, folder)
     logger.info("the model is in %s", folder)
-    if hub is not None:
+    if hub is not None and missed:
+        logger.warning("the model was not pushed, because it misses a requirement")
+    elif hub is not None:
         from hf_layerprune.publish.hub.push import push
 
         _, done = push(hub)
         logger.info("pushed to %s", done.url)
+    return missed
 
 
 def _names(words: str | None) -> tuple[str, ...] | None:
@@ -359,9 +383,12 @@ if __name__ == "__main__":
     try:
         with boundary("can't read the settings", kind=CutError):
             settings = make_parser().parse_args_and_config()
-        main(*settings)
+        missed = main(*settings)
     except LayerPruneError as error:
         if os.environ.get("HF_LAYERPRUNE_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, CutError) else 1)
+    for line in missed:
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(1 if missed else 0)

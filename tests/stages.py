@@ -417,7 +417,7 @@ def prove_evaluate(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
     same("KL", measured.kl, divergence(whole, own)[:, :-1].mean())
     agreement = (own.argmax(-1) == whole.argmax(-1))[:, :-1].double().mean()
     same("top-1 agreement", measured.top1_agreement, agreement, 1e-6)
-    for name, nll, model in (("model", measured.nll, own), ("base", measured.base_nll, whole)):
+    for name, nll, model in (("model", measured.nll, own), ("base", measured.base.nll, whole)):
         same(f"log-likelihood of the {name}", nll, next_token_loss(model, rows))
     alone = perplexity(pruned, rows, batch_size=2)
     same("perplexity", alone.perplexity, next_token_loss(own, rows).exp())

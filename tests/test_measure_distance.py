@@ -44,9 +44,9 @@ def check(model: Any, base: Any, rows: torch.Tensor, **kwargs: Any) -> Any:
     assert found.kl_stderr == pytest.approx(kl.mean(1).std().item() / len(rows) ** 0.5, rel=1e-3)
     assert found.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item(), abs=1e-9)
     assert found.window_nll == pytest.approx(nll.mean(1).tolist(), rel=1e-5)
-    assert found.base_window_nll == pytest.approx(base_nll.mean(1).tolist(), rel=1e-5)
+    assert found.base.window_nll == pytest.approx(base_nll.mean(1).tolist(), rel=1e-5)
     assert found.perplexity == pytest.approx(nll.mean().exp().item(), rel=1e-5)
-    assert found.base_perplexity == pytest.approx(base_nll.mean().exp().item(), rel=1e-5)
+    assert found.base.perplexity == pytest.approx(base_nll.mean().exp().item(), rel=1e-5)
     assert found.nll_stderr == pytest.approx(nll.mean(1).std().item() / len(rows) ** 0.5, rel=1e-3)
     assert found.tokens == len(rows) * (rows.shape[1] - 1)
     return found
@@ -125,7 +125,7 @@ def test_a_model_against_itself() -> None:
     base = tiny_model("llama")
     found = distance(base, base, ROWS)
     assert (found.kl, found.top1_agreement, found.shared_layers) == (0, 1, 0)
-    assert found.perplexity == found.base_perplexity
+    assert found.perplexity == found.base.perplexity
 
 
 @pytest.mark.parametrize("size", [1, 7, 24])

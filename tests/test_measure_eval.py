@@ -18,13 +18,14 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
+from benchmarks.measure import write_task
 from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.adapter.loading import load_model, load_tokenizer
 from hf_layerprune.cli import main
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.harness import Harness
 from hf_layerprune.measure.subject import identify
-from hf_layerprune.measure.tasks import read_tasks, task_set, write_task
+from hf_layerprune.measure.tasks import read_tasks, task_set
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage, stage
 from hf_layerprune.records.metrics import Metrics
@@ -149,10 +150,10 @@ def test_the_paired_difference_is_over_the_same_questions(base: Path, cut: Path,
     """Held against the harness's own log of each question."""
     found = measure(cut, tasks, base=str(base), tasks=("asked",), texts=())
     right = []
-    with task_set(["asked"], tasks) as loaded:
-        for folder in (cut, base):
-            harness = Harness(load_model(folder), load_tokenizer(folder), 8, progress=False)
-            right.append(list(harness.run("asked", loaded.tasks["asked"]).scores["acc"].outcomes.values()))
+    asked = task_set(["asked"], tasks).tasks["asked"]
+    for folder in (cut, base):
+        harness = Harness(load_model(folder), load_tokenizer(folder), 8, progress=False)
+        right.append(list(harness.run("asked", asked).scores["acc"].outcomes.values()))
     (compared,) = (one for one in found.comparisons if one["metric"] == "acc")
     differences = [a - b for a, b in zip(*right, strict=True)]
     assert compared["difference"] == pytest.approx(sum(differences) / 24)
@@ -209,8 +210,8 @@ def test_a_gguf_file(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found.find(dense, "acc", "asked")["dtype"] == "bfloat16"
     # The same as the model that it unpacks to.
     model, tokenizer = load_model(path, dtype=torch.bfloat16), load_tokenizer(path)
-    with task_set(["asked"], tasks) as loaded:
-        run = Harness(model, tokenizer, "auto", progress=False).run("asked", loaded.tasks["asked"], limit=8)
+    asked = task_set(["asked"], tasks).tasks["asked"]
+    run = Harness(model, tokenizer, "auto", progress=False).run("asked", asked, limit=8)
     assert run.scores["acc"].value == found.find(dense, "acc", "asked")["value"]
 
 
@@ -347,18 +348,18 @@ def test_batches_halve_where_memory_ends(
         if len(ids) > 2:
             torch.empty(1 << 60, dtype=torch.uint8)
 
-    with task_set(["asked"], tasks) as loaded:
-        plain = Harness(model, load_tokenizer(base), 2, progress=False).run("asked", loaded.tasks["asked"])
-        model.register_forward_pre_hook(forget, with_kwargs=True)
-        harness = Harness(model, load_tokenizer(base), 8, progress=False)
-        halved = harness.run("asked", loaded.tasks["asked"])
-        assert harness.batch_size == 2
-        assert sizes[:3] == [8, 4, 2]
-        assert "continuing with batches of 4" in caplog.text
-        assert halved.scores == plain.scores
-        model.register_forward_pre_hook(lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
-        with pytest.raises(LayerPruneError, match="out of memory with a single question"):
-            harness.run("asked", loaded.tasks["asked"])
+    asked = task_set(["asked"], tasks).tasks["asked"]
+    plain = Harness(model, load_tokenizer(base), 2, progress=False).run("asked", asked)
+    model.register_forward_pre_hook(forget, with_kwargs=True)
+    harness = Harness(model, load_tokenizer(base), 8, progress=False)
+    halved = harness.run("asked", asked)
+    assert harness.batch_size == 2
+    assert sizes[:3] == [8, 4, 2]
+    assert "continuing with batches of 4" in caplog.text
+    assert halved.scores == plain.scores
+    model.register_forward_pre_hook(lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+    with pytest.raises(LayerPruneError, match="out of memory with a single question"):
+        harness.run("asked", asked)
 
 
 def test_a_model_without_a_tokenizer(base: Path, tasks: Path, tmp_path: Path) -> None:
@@ -366,7 +367,17 @@ def test_a_model_without_a_tokenizer(base: Path, tasks: Path, tmp_path: Path) ->
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(base / name, folder)
-    with pytest.raises(CheckpointError, match="has no tokenizer that can be loaded; copy the tokenizer files"):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer that can be loaded: .*; copy the tokenizer files"):
+        measure(folder, tasks)
+
+
+def test_a_model_that_needs_its_own_code(base: Path, tasks: Path, tmp_path: Path) -> None:
+    """Its tokenizer can't be loaded either, but that is not what is wrong."""
+    folder = Path(shutil.copytree(base, tmp_path / "own"))
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(CheckpointError, match="auto_map.*trust_remote_code"):
         measure(folder, tasks)
 
 
@@ -407,7 +418,7 @@ def test_ruined_models_are_recorded(base: Path, tasks: Path, tmp_path: Path, cap
         (["--tasks", "none", "--text", "missing.txt"], 1, "there is no text missing.txt"),
         (["--length", "100000"], 1, "a window has 100000"),
         (["--device", "gpu"], 1, "'gpu' is not a device"),
-        (["--device", "cuda:7"], 1, "so cuda:7 does not exist"),
+        (["--device", "cuda:7"], 1, "'cuda:7' is not a device"),
         (["--output", "nowhere/metrics.json"], 1, "nowhere does not exist"),
         (["--output", "."], 1, ". is a folder; name a file"),
         (["--tasks-from", "nowhere"], 1, "nowhere is not a folder"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given, settings
@@ -12,12 +13,13 @@ from scipy import stats
 
 from hf_layerprune.measure.paired import (
     PairedDifference,
-    compare_answers,
+    compare_pairs,
     compare_values,
-    compare_windows,
     mcnemar,
     paired_t,
 )
+from hf_layerprune.measure.store import Store
+from hf_layerprune.records.metrics import Metrics
 
 COUNTS = st.integers(min_value=0, max_value=400)
 FINITE = st.floats(-1e3, 1e3, allow_nan=False)
@@ -58,7 +60,7 @@ def test_paired_t_at_its_ends() -> None:
 def test_answers() -> None:
     ours = [1, 1, 0, 0, 1, 0, 0, 0, 1, 0]
     theirs = [1, 1, 1, 1, 1, 1, 0, 1, 0, 0]
-    found = compare_answers(ours, theirs, chance=0.25)
+    found = compare_pairs(ours, theirs, chance=0.25)
     assert found.difference == pytest.approx(-0.3)
     assert found.share == pytest.approx(0.4 / 0.7)
     assert found.share_of_margin == pytest.approx(0.15 / 0.45)
@@ -74,7 +76,7 @@ def test_a_paired_difference_is_known_better_than_two_scores() -> None:
     theirs = [draw.random() < 0.6 for _ in range(1000)]
     ours = [int(right and draw.random() < 0.95) for right in theirs]
     theirs = [int(right) for right in theirs]
-    found = compare_answers(ours, theirs, 0.5)
+    found = compare_pairs(ours, theirs, 0.5)
     unpaired = math.hypot(stats.sem(ours), stats.sem(theirs))
     assert found.stderr < unpaired / 2
     assert found.p_value < 1e-6
@@ -83,20 +85,20 @@ def test_a_paired_difference_is_known_better_than_two_scores() -> None:
 def test_nothing_is_kept_of_a_margin_that_is_not_there() -> None:
     """A base near chance has no margin, and a share of noise says nothing."""
     guesses = [1, 0] * 20 + [1, 1]
-    assert compare_answers([1, 0] * 21, guesses, chance=0.5).share_of_margin is None
-    assert compare_answers([1, 0] * 21, guesses).share_of_margin is None
-    assert compare_answers([1, 1, 0, 0] * 25, [1, 1, 1, 0] * 25, chance=0.25).share_of_margin == pytest.approx(0.5)
+    assert compare_pairs([1, 0] * 21, guesses, chance=0.5).share_of_margin is None
+    assert compare_pairs([1, 0] * 21, guesses).share_of_margin is None
+    assert compare_pairs([1, 1, 0, 0] * 25, [1, 1, 1, 0] * 25, chance=0.25).share_of_margin == pytest.approx(0.5)
 
 
 def test_scores_between_right_and_wrong() -> None:
-    found = compare_answers([0.5, 0.25, 1.0], [0.75, 0.5, 0.5])
+    found = compare_pairs([0.5, 0.25, 1.0], [0.75, 0.5, 0.5])
     assert found.test == "paired_t"
     assert found.p_value == pytest.approx(stats.ttest_rel([0.5, 0.25, 1.0], [0.75, 0.5, 0.5]).pvalue)
 
 
 def test_windows_and_plain_values() -> None:
     ours, theirs = [4.0, 4.2, 4.5], [3.0, 3.1, 3.7]
-    found = compare_windows(ours, theirs)
+    found = compare_pairs(ours, theirs)
     assert found.difference == pytest.approx(2.9 / 3)
     assert found.stderr == pytest.approx(stats.sem([1.0, 1.1, 0.8]))
     assert found.p_value == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
@@ -105,4 +107,9 @@ def test_windows_and_plain_values() -> None:
 
 
 def test_only_what_is_known_and_finite_is_recorded() -> None:
-    assert PairedDifference(1.0, math.inf, math.nan, None, None, None, 3).fields() == {"difference": 1.0, "samples": 3}
+    store = Store(Metrics("a" * 64), None)
+    key = {"weights": "a" * 64, "base": "b" * 64, "kind": "text", "metric": "nll"}
+    unknown = PairedDifference(1.0, math.inf, math.nan, None, None, None, 3)
+    store.add(comparisons=[key | asdict(unknown), key | asdict(PairedDifference(math.nan))])
+    (one,) = store.metrics.comparisons
+    assert one == key | {"difference": 1.0, "samples": 3, "date": one["date"]}

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import SecurityError, UndefinedError
 
+from benchmarks.measure import write_task
 from hf_layerprune import LayerPruneError
 from hf_layerprune.measure import tasks
-from hf_layerprune.measure.tasks import PAPER, LocalTask, LocalText, read_task, read_tasks, task_set, write_task
-from hf_layerprune.measure.texts import begins_with, check_same_tokens, find_text, windows
+from hf_layerprune.measure.tasks import PAPER, LocalTask, read_task, read_tasks, task_set
+from hf_layerprune.measure.texts import Text, begins_with, check_same_tokens, find_text, windows
 
 from .measure_models import byte_tokenizer, write_tasks
 
@@ -32,7 +33,7 @@ def test_a_folder_of_tasks(tmp_path: Path) -> None:
     found = read_tasks(tmp_path)
     assert list(found) == ["asked", "begun", "mixed", "words"]
     assert isinstance(found["asked"], LocalTask)
-    assert isinstance(found["words"], LocalText)
+    assert isinstance(found["words"], Text)
     assert found["asked"].fields["doc_to_text"] == "{{query}}\nAnswer:"
     assert found["begun"].fields["doc_to_text"] == "query"
 
@@ -40,11 +41,11 @@ def test_a_folder_of_tasks(tmp_path: Path) -> None:
 def test_the_harness_asks_what_the_file_says(tmp_path: Path) -> None:
     write(tmp_path / "one.jsonl", QUESTION, {"query": "Question: {{7*7}}?", "choices": ["49", "7 {% x"], "gold": 1})
     write(tmp_path / "two.jsonl", {"query": "12", "choices": ["34", "[5]", "6"], "gold": 2})
-    with task_set(None, tmp_path) as found:
-        asked = {}
-        for name, task in found.tasks.items():
-            task.build_all_requests(rank=0, world_size=1)
-            asked[name] = [request.args for request in task.instances]
+    found = task_set(None, tmp_path)
+    asked = {}
+    for name, task in found.tasks.items():
+        task.build_all_requests(rank=0, world_size=1)
+        asked[name] = [request.args for request in task.instances]
     text = "Question: {{7*7}}?\nAnswer:"
     assert asked["one"][:2] == [("Question: Is it so?\nAnswer:", " yes"), ("Question: Is it so?\nAnswer:", " no")]
     assert asked["one"][2:] == [(text, " 49"), (text, " 7 {% x")]
@@ -58,11 +59,10 @@ def test_a_file_beside_it_sets_the_prompt(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text(
         'doc_to_text: "Q {{query}} A"\ntarget_delimiter: ": "\nmetadata: {version: 7}\n'
     )
-    with task_set(["one"], tmp_path) as found:
-        task = found.tasks["one"]
-        task.build_all_requests(rank=0, world_size=1)
-        assert task.instances[1].args == ("Q Question: Is it so? A", ": no")
-        assert task.VERSION == 7
+    task = task_set(["one"], tmp_path).tasks["one"]
+    task.build_all_requests(rank=0, world_size=1)
+    assert task.instances[1].args == ("Q Question: Is it so? A", ": no")
+    assert task.VERSION == 7
 
 
 def test_the_yaml_is_the_harness_own(tmp_path: Path) -> None:
@@ -147,13 +147,10 @@ def test_names_of_the_harness(tmp_path: Path) -> None:
     write_tasks(tmp_path)
     for name, near in (("hellaswagg", "hellaswag"), ("arc_eesy", "arc_easy"), ("aksed", "asked"), ("papper", "paper")):
         message = f"'{name}' is neither a task of lm-evaluation-harness nor a file in .*; did you mean .*{near}"
-        with pytest.raises(LayerPruneError, match=message), task_set(["asked", name], tmp_path):
-            pass
-    with (
-        pytest.raises(LayerPruneError, match="'§§§' is not a task of the harness; lm-eval ls tasks"),
-        task_set(["§§§"]),
-    ):
-        pass
+        with pytest.raises(LayerPruneError, match=message):
+            task_set(["asked", name], tmp_path)
+    with pytest.raises(LayerPruneError, match="'§§§' is not a task of the harness; lm-eval ls tasks"):
+        task_set(["§§§"])
     manager = tasks._all_tasks()
     assert set(PAPER) <= set(manager.all_tasks)
     assert {"mmlu", "cmmlu"} <= set(manager.all_groups)
@@ -161,8 +158,8 @@ def test_names_of_the_harness(tmp_path: Path) -> None:
 
 def test_tasks_whose_data_is_far_away() -> None:
     message = "can't load task piqa: .*; go online, or name files with --tasks-from FOLDER"
-    with pytest.raises(LayerPruneError, match=message), task_set(["paper"]):
-        pass
+    with pytest.raises(LayerPruneError, match=message):
+        task_set(["paper"])
 
 
 # --- texts --------------------------------------------------------------------------------------------------
@@ -195,7 +192,7 @@ def test_bad_texts(tmp_path: Path) -> None:
         windows("short", byte_tokenizer(), 1)
     with pytest.raises(LayerPruneError, match=r"there is no text nowhere\.txt; name a file, or wikitext2"):
         find_text("nowhere.txt")
-    with pytest.raises(LayerPruneError, match=r"wikitext2 can't be downloaded .*name a file with --text"):
+    with pytest.raises(LayerPruneError, match=r"wikitext2 can't be downloaded: .*; name a file with --text"):
         find_text("wikitext2")
     with pytest.raises(LayerPruneError, match="into different tokens"):
         check_same_tokens(byte_tokenizer(), byte_tokenizer(bos=True), "some text")

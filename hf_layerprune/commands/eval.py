@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
-from ..errors import shown
+from ..errors import one_line, shown
 from ..measure.requests import EvalRequest
 from ..options import add, gather
 
 HELP = "measure accuracy, perplexity, and the distance to the dense model"
 DESCRIPTION = """Measure MODEL: zero-shot accuracy by lm-evaluation-harness, perplexity, and, with --base, how far it is
 from the dense model. The numbers go to metrics.json in the model's folder, each with the hash of the weights that it
-was measured on. Without --tasks, --tasks-from and --text, it is the paper's eight tasks and WikiText-2."""
+was measured on. Without --tasks, --tasks-from and --text, it is the paper's eight tasks and WikiText-2. With --require, the
+exit code is 1 if a number misses its bound; push then refuses the model."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(parser, EvalRequest)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure."""
+def run(args: argparse.Namespace) -> int:
+    """Measure. Returns 1 if a requirement of this run is missed."""
     from ..measure.evaluate import evaluate
     from ..measure.report import report
 
-    print(shown(report(evaluate(gather(args, EvalRequest)))))
+    request = gather(args, EvalRequest)
+    metrics = evaluate(request)
+    print(shown(report(metrics)))
+    missed = [outcome.text for outcome in metrics.outcomes if not outcome.met] if request.require else []
+    for line in missed:
+        print(f"hf-layerprune: {one_line(line)}", file=sys.stderr)
+    return 1 if missed else 0

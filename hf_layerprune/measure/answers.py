@@ -25,57 +25,38 @@ logger = logging.getLogger(__name__)
 _MAX_BYTES = 512 << 20
 
 
-class Answers:
-    """A folder of answers.
+def answers_file(folder: Path, key: dict[str, Any]) -> Path:
+    """The file for answers.
 
     Args:
-        folder (`Path`, *optional*): The folder, created if missing; without one, nothing is kept.
+        folder (`Path`): The folder that the user named.
+        key (`dict[str, Any]`): Everything that the answers depend on.
     """
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return folder / f"{key['task']}-{digest[:16]}.json"
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
 
-    def find(self, key: dict[str, Any]) -> TaskRun | None:
-        """Read earlier answers.
+def find_answers(path: Path, key: dict[str, Any]) -> TaskRun | None:
+    """Read earlier answers; `None` if there are none, or their file is damaged or of another key."""
+    if not path.is_file():
+        return None
+    from .harness import Score, TaskRun
 
-        Args:
-            key (`dict[str, Any]`): Everything that the answers depend on.
-
-        Returns:
-            `TaskRun`, *optional*: The answers; `None` if there are none, or their file is damaged.
-        """
-        path = self._path(key)
-        if path is None or not path.is_file():
+    try:
+        data = read_object(path, max_bytes=_MAX_BYTES)
+        if data["key"] != key:
             return None
-        from .harness import Score, TaskRun
+        run = data["run"]
+        scores = {metric: Score(**score) for metric, score in run.pop("scores").items()}
+        answered = TaskRun(**run, scores=scores)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s is damaged (%s), so the task is run again", path, error)
+        return None
+    logger.info("%s: using the answers in %s", key["task"], path)
+    return answered
 
-        try:
-            data = read_object(path, max_bytes=_MAX_BYTES)
-            if data["key"] != key:
-                return None
-            run = data["run"]
-            scores = {metric: Score(**score) for metric, score in run.pop("scores").items()}
-            answered = TaskRun(**run, scores=scores)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("%s is damaged (%s), so the task is run again", path, error)
-            return None
-        logger.info("%s: using the answers in %s", key["task"], path)
-        return answered
 
-    def keep(self, key: dict[str, Any], run: TaskRun) -> None:
-        """Save answers.
-
-        Args:
-            key (`dict[str, Any]`): Everything that they depend on.
-            run (`TaskRun`): The answers.
-        """
-        path = self._path(key)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps({"key": key, "run": asdict(run)}) + "\n")
-
-    def _path(self, key: dict[str, Any]) -> Path | None:
-        if self._folder is None:
-            return None
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return self._folder / f"{key['task']}-{digest[:16]}.json"
+def keep_answers(path: Path, key: dict[str, Any], run: TaskRun) -> None:
+    """Save answers, with everything that they depend on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({"key": key, "run": asdict(run)}) + "\n")

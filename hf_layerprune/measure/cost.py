@@ -15,12 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
 # The attention kernel for CPUs, which torch's counter ignores.
-_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+_UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
 
 
 def prefill_flops(model: PreTrainedModel, batch: int, length: int) -> int:
@@ -70,10 +68,15 @@ def decode_bytes(model: PreTrainedModel, batch: int, tokens: int) -> float:
     head: Any = model.get_output_embeddings()
     table: Any = model.get_input_embeddings()
     tied = head is not None and getattr(head, "weight", None) is table.weight
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    weights = weight_bytes(model)
     if not tied:
         weights -= table.weight.numel() * table.weight.element_size()
     return weights + batch * tokens * cache_bytes(model)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Size of a model's weights in memory."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 @torch.no_grad()

@@ -6,47 +6,29 @@ metrics = evaluate(EvalRequest("pruned", base="org/base", tasks=("paper",)))
 from __future__ import annotations
 
 import logging
-import math
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, LayerPruneError, boundary
 from ..records.metrics import Metrics
-from .answers import Answers
-from .opening import open_measurement
-from .paired import PairedDifference, compare_answers, compare_values, compare_windows
+from ..records.requirements import check_measurable
+from .answers import answers_file, find_answers, keep_answers
+from .measurement import Measurement
+from .paired import compare_pairs, compare_values
 from .requests import EvalRequest
-from .store import Store, now
-from .subject import Subject, describe_device, describe_dtype
-from .tasks import LocalText, TaskSet, read_tasks, task_set
-from .texts import WIKITEXT2, Text, check_fits, check_same_tokens, find_text, windows
+from .subject import Subject
+from .tasks import TaskSet, read_tasks, task_set
+from .texts import WIKITEXT2, Text, check_same_tokens, find_text, windows
 
 if TYPE_CHECKING:
     import torch
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from .distance import Distance, Perplexity
     from .harness import TaskRun
 
 logger = logging.getLogger(__name__)
-
-
-def _tasks_of(request: EvalRequest) -> tuple[str, ...] | None:
-    """The names of the tasks; `None` for all in the folder."""
-    if request.tasks is not None or request.tasks_from is not None:
-        return request.tasks
-    return ("paper",) if request.texts is None else ()
-
-
-def _texts_of(request: EvalRequest) -> list[Text]:
-    if request.texts is not None:
-        return [find_text(name) for name in request.texts]
-    if request.tasks_from is not None:
-        tasks = read_tasks(request.tasks_from).values()
-        return [Text.of(task) for task in tasks if isinstance(task, LocalText)]
-    return [find_text(WIKITEXT2)] if request.tasks is None else []
 
 
 def evaluate(request: EvalRequest) -> Metrics:
@@ -58,87 +40,109 @@ def evaluate(request: EvalRequest) -> Metrics:
         request (`EvalRequest`): What to measure.
 
     Returns:
-        `Metrics`: The numbers, including those that the file already had.
+        `Metrics`: The numbers, including those that the file already had. `outcomes` says which requirements they meet.
 
     Raises:
+        CutError: A requirement is about something that is not measured.
         CheckpointError: A model can't be read, or existing numbers belong to other weights.
         LayerPruneError: A task or text is not available, or the model and its base can't be compared.
     """
-    model, base, store = open_measurement(request)
-    texts = _texts_of(request)
-    tokenizer = model.tokenizer()
-    rows = {text.name: _rows(text, tokenizer, request, model, base) for text in texts}
-    with task_set(_tasks_of(request), request.tasks_from) as tasks:
-        if not tasks.tasks and not texts:
-            raise LayerPruneError("there is nothing to measure: name tasks, or texts")
-        _Evaluation(request, store, model, base, tokenizer, tasks).run(texts, rows)
-    return store.metrics
+    evaluation = _Evaluation(request)
+    evaluation.run()
+    return evaluation.store.metrics
 
 
-def _rows(
-    text: Text, tokenizer: PreTrainedTokenizerBase, request: EvalRequest, model: Subject, base: Subject | None
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """A text as windows, and the settings to record with their results."""
-    rows, begun = windows(text.text, tokenizer, request.length, request.windows)
-    if (vocabulary := model.vocabulary()) is not None:
-        check_fits(rows, vocabulary)
-        theirs = base.vocabulary() if base else None
-        if base is not None and theirs is not None and theirs != vocabulary:
-            raise LayerPruneError(
-                f"{model.name} has a vocabulary of {vocabulary} tokens and {base.name} one of {theirs}, so they can't be "
-                "compared token by token; name the base that the model was made from, or omit the texts"
-            )
-    if base is not None:
-        try:
-            check_same_tokens(tokenizer, base.tokenizer(), text.text)
-        except CheckpointError:
-            logger.info("%s has no tokenizer, so it reads the tokens of the model's tokenizer", base.name)
-    settings = {"length": request.length, "windows": len(rows), "starts_with_bos": begun}
-    return rows, settings
+def check_required(request: EvalRequest) -> None:
+    """Refuse requirements on what an evaluation will not measure, without its model.
+
+    Args:
+        request (`EvalRequest`): The evaluation, whose model need not exist yet. Its tasks and texts are loaded.
+
+    Raises:
+        CutError: A requirement is about something that is not measured.
+        LayerPruneError: A task or text is not available.
+    """
+    if request.require:
+        texts, tasks = [text.name for text in _texts_of(request)], [*_tasks_of(request).tasks]
+        check_measurable(request.require, Metrics(""), tasks=tasks, texts=texts, base=request.base is not None)
 
 
-class _Evaluation:
+def _tasks_of(request: EvalRequest) -> TaskSet:
+    names = request.tasks
+    if names is None and request.tasks_from is None:
+        names = ("paper",) if request.texts is None else ()
+    return task_set(names, request.tasks_from)
+
+
+def _texts_of(request: EvalRequest) -> list[Text]:
+    if request.texts is not None:
+        return [find_text(name) for name in request.texts]
+    if request.tasks_from is not None:
+        return [one for one in read_tasks(request.tasks_from).values() if isinstance(one, Text)]
+    return [find_text(WIKITEXT2)] if request.tasks is None else []
+
+
+class _Evaluation(Measurement):
     """One run over all tasks and texts."""
 
-    def __init__(
-        self,
-        request: EvalRequest,
-        store: Store,
-        model: Subject,
-        base: Subject | None,
-        tokenizer: PreTrainedTokenizerBase,
-        tasks: TaskSet,
-    ) -> None:
-        self.request, self.store, self.tasks = request, store, tasks
-        self.model, self.base, self.tokenizer = model, base, tokenizer
-        self.answers = Answers(request.answers)
-        self.where: dict[str, dict[str, str]] = {}
+    def __init__(self, request: EvalRequest) -> None:
+        super().__init__(request)
+        self.request = request
+        self.vocabulary = self.model.vocabulary()
+        self.tokenizer = self.model.tokenizer()
+        self.base_tokenizer, self.base_reads_with = self.tokenizer, self.model
+        if self.base is not None:
+            try:
+                self.base_tokenizer, self.base_reads_with = self.base.tokenizer(), self.base
+            except CheckpointError:
+                logger.info("%s has no tokenizer, so it reads the tokens of the model's tokenizer", self.base.name)
+        self.texts = [(text, *self._rows(text)) for text in _texts_of(request)]
+        self.tasks = _tasks_of(request)
+        if not self.tasks.tasks and not self.texts:
+            raise LayerPruneError("there is nothing to measure: name tasks, or texts")
+        if request.require is not None:
+            texts = [text.name for text, *_ in self.texts]
+            check_measurable(
+                request.require, self.store.metrics, tasks=[*self.tasks.tasks], texts=texts, base=self.base is not None
+            )
+            self.store.require(request.require)
 
-    def run(self, texts: list[Text], rows: dict[str, tuple[torch.Tensor, dict[str, Any]]]) -> None:
+    def _rows(self, text: Text) -> tuple[torch.Tensor, dict[str, Any]]:
+        """A text as windows, and the settings to record with their results."""
+        rows, begun = windows(text.text, self.tokenizer, self.request.length, self.request.windows)
+        if self.vocabulary is not None and (highest := int(rows.max())) >= self.vocabulary:
+            raise LayerPruneError(
+                f"the tokenizer produces token {highest}, but the model has a vocabulary of {self.vocabulary}; use the "
+                "model's own tokenizer"
+            )
+        if self.base is not None:
+            theirs = self.base.vocabulary()
+            if None not in (theirs, self.vocabulary) and theirs != self.vocabulary:
+                raise LayerPruneError(
+                    f"{self.model.name} has a vocabulary of {self.vocabulary} tokens and {self.base.name} one of {theirs}, "
+                    "so they can't be compared token by token; name the base that the model was made from, or omit the "
+                    "texts"
+                )
+            check_same_tokens(self.tokenizer, self.base_tokenizer, text.text)
+        return rows, {"length": self.request.length, "windows": len(rows), "starts_with_bos": begun}
+
+    def run(self) -> None:
         """Measure everything."""
-        live: Any = self._load(self.model)
+        live: Any = self.load(self.model)
         ours = self._run_tasks(self.model, live)
         if self.base is None:
-            for text in texts:
-                self._perplexity(text, live, *rows[text.name])
+            for text, rows, settings in self.texts:
+                self._measure_text(text, live, None, rows, settings)
             return
-        if not texts:
+        if not self.texts:
             live = None  # without texts, the two need not be in memory together
-        dense = self._load(self.base)
-        self._compare_tasks(ours, self._run_tasks(self.base, dense))
-        for text in texts:
-            self._distance(text, live, dense, *rows[text.name])
-
-    @property
-    def _dense(self) -> Subject:
-        assert self.base is not None, "there is a base where two models are compared"
-        return self.base
-
-    def _load(self, subject: Subject) -> PreTrainedModel:
-        model = subject.load(self.request.dtype, self.request.device)
-        self.store.add_model(subject, model)
-        self.where[subject.weights] = {"dtype": describe_dtype(model), "device": describe_device(model)}
-        return model
+        dense = self.load(self.base)
+        theirs = self._run_tasks(self.base, dense)
+        for name, run in ours.items():
+            for metric in run.scores.keys() & theirs[name].scores.keys():
+                self._compare_scores(name, metric, run, theirs[name])
+        for text, rows, settings in self.texts:
+            self._measure_text(text, live, dense, rows, settings)
 
     # --- tasks ----------------------------------------------------------------------------------------------
 
@@ -147,40 +151,32 @@ class _Evaluation:
             return {}
         from .harness import Harness
 
-        tokenizer = self.tokenizer if subject is self.model else self._base_tokenizer()
+        tokenizer = self.tokenizer if subject is self.model else self.base_tokenizer
         harness, runs = None, {}
         for name, task in self.tasks.tasks.items():
             key = self._key(subject, name, task) if self.request.answers else {}
-            run = self.answers.find(key)
+            file = answers_file(self.request.answers, key) if self.request.answers else None
+            run = find_answers(file, key) if file else None
             if run is None:
                 harness = harness or Harness(model, tokenizer, self.request.batch_size, progress=self.request.progress)
                 logger.info("%s: %s", subject.name, name)
                 run = harness.run(name, task, limit=self.request.limit, shots=self.request.num_fewshot)
-                self.answers.keep(key, run)
+                if file:
+                    keep_answers(file, key, run)
             runs[name] = run
-            self.store.add(results=self._task_records(subject, name, run))
+            self.store.add(results=self._task_results(subject, name, run))
         return runs
-
-    def _base_tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.tokenizer if self._reads_with(self._dense) is self.model else self._dense.tokenizer()
-
-    def _reads_with(self, subject: Subject) -> Subject:
-        """The subject whose tokenizer a model uses: itself, or the pruned model if the base has none."""
-        try:
-            subject.tokenizer()
-        except CheckpointError:
-            return self.model
-        return subject
 
     def _key(self, subject: Subject, name: str, task: Task | Group) -> dict[str, Any]:
         """Everything that the answers depend on."""
         from .harness import prompts_hash
 
         versions = self.store.versions
+        reader = self.model if subject is self.model else self.base_reads_with
         return {
             "weights": subject.weights,
             "identity": subject.identity.parts,
-            "tokenizer_of": self._reads_with(subject).identity.parts,
+            "tokenizer_of": reader.identity.parts,
             "task": name,
             "prompts": prompts_hash(task, self.request.limit, self.request.num_fewshot),
             "dataset": self.tasks.datasets[name],
@@ -199,148 +195,73 @@ class _Evaluation:
             settings["local_file"] = True
         return settings
 
-    def _task_records(self, subject: Subject, name: str, run: TaskRun) -> list[dict[str, Any]]:
+    def _task_results(self, subject: Subject, name: str, run: TaskRun) -> list[dict[str, Any]]:
         from .harness import SEED, kind_of
 
-        records = []
+        more = {
+            "task": name,
+            "samples": run.samples,
+            "shots": run.shots,
+            "seed": SEED,
+            "task_version": run.version,
+            "dataset": self.tasks.datasets[name],
+            "seconds": round(run.seconds, 3),
+        }
+        results = []
         for metric, score in run.scores.items():
-            record = {
-                "weights": subject.weights,
-                "kind": kind_of(metric),
-                "task": name,
-                "metric": metric,
-                "value": score.value,
+            known = {
                 "stderr": score.stderr,
                 "higher_is_better": score.higher_is_better,
-                "chance": run.chance if metric in ("acc", "acc_norm") else None,
-                "samples": run.samples,
-                "shots": run.shots,
-                "seed": SEED,
-                "task_version": run.version,
-                "dataset": self.tasks.datasets[name],
-                "settings": self._settings(name),
-                "seconds": round(run.seconds, 3),
-                **self.where[subject.weights],
+                "chance": run.chance_of(metric),
             }
-            records.append(record)
-        return records
+            kind, settings = kind_of(metric), self._settings(name)
+            results.append(self.result(subject.weights, kind, metric, score.value, settings, **known, **more))
+        return results
 
-    def _compare_tasks(self, ours: dict[str, TaskRun], theirs: dict[str, TaskRun]) -> None:
+    def _compare_scores(self, name: str, metric: str, ours: TaskRun, theirs: TaskRun) -> None:
         from .harness import kind_of
 
-        for name, run in ours.items():
-            for metric, score in run.scores.items():
-                other = theirs[name].scores.get(metric)
-                if other is None:
-                    continue
-                if score.outcomes and score.outcomes.keys() == other.outcomes.keys():
-                    questions = list(score.outcomes)
-                    difference = compare_answers(
-                        [score.outcomes[q] for q in questions],
-                        [other.outcomes[q] for q in questions],
-                        run.chance if metric in ("acc", "acc_norm") else None,
-                    )
-                else:
-                    difference = compare_values(score.value, other.value)
-                self._add_comparison(kind_of(metric), name, metric, self._settings(name), difference)
+        mine, other = ours.scores[metric], theirs.scores[metric]
+        if mine.outcomes and mine.outcomes.keys() == other.outcomes.keys():
+            theirs_in_order = [other.outcomes[question] for question in mine.outcomes]
+            difference = compare_pairs(list(mine.outcomes.values()), theirs_in_order, ours.chance_of(metric))
+        else:
+            difference = compare_values(mine.value, other.value)
+        self.compare(kind_of(metric), metric, self._settings(name), difference, task=name)
 
     # --- texts ----------------------------------------------------------------------------------------------
 
-    def _perplexity(self, text: Text, model: PreTrainedModel, rows: torch.Tensor, settings: dict[str, Any]) -> None:
-        from .distance import perplexity
-
-        start = perf_counter()
-        with boundary(f"{text.name} can't be measured", kind=LayerPruneError):
-            result = perplexity(model, rows, progress=self.request.progress)
-        self.store.add(results=self._text_records(self.model, text, result, settings, perf_counter() - start))
-
-    def _distance(
+    def _measure_text(
         self,
         text: Text,
         model: PreTrainedModel,
-        base: PreTrainedModel,
+        base: PreTrainedModel | None,
         rows: torch.Tensor,
         settings: dict[str, Any],
     ) -> None:
-        from .distance import distance
+        from .distance import Distance, distance, perplexity
 
-        start = perf_counter()
+        start, progress = perf_counter(), self.request.progress
         with boundary(f"{text.name} can't be measured", kind=LayerPruneError):
-            result = distance(model, base, rows, progress=self.request.progress)
-        seconds = perf_counter() - start
-        mine, dense = result.of_model, result.of_base
-        results = self._text_records(self.model, text, mine, settings, seconds)
-        results += self._text_records(self._dense, text, dense, settings, seconds)
-        results += self._distance_records(text, result, settings, seconds)
-        self.store.add(results=results)
-        pairs = {
-            "nll": compare_windows(mine.window_nll, dense.window_nll),
-            "perplexity": compare_values(mine.perplexity, dense.perplexity),
-        }
-        for metric, comparison in pairs.items():
-            self._add_comparison("text", text.name, metric, settings, comparison)
-
-    def _text_records(
-        self, subject: Subject, text: Text, result: Perplexity, settings: dict[str, Any], seconds: float
-    ) -> list[dict[str, Any]]:
-        values = {"perplexity": (result.perplexity, result.perplexity_stderr), "nll": (result.nll, result.nll_stderr)}
-        return self._of_text(subject, "text", text, values, result.tokens, settings, seconds)
-
-    def _distance_records(
-        self, text: Text, result: Distance, settings: dict[str, Any], seconds: float
-    ) -> list[dict[str, Any]]:
-        values = {
-            "kl": (result.kl, result.kl_stderr),
-            "top1_agreement": (result.top1_agreement, result.top1_agreement_stderr),
-        }
-        return self._of_text(self.model, "distance", text, values, result.tokens, settings, seconds)
-
-    def _of_text(
-        self,
-        subject: Subject,
-        kind: str,
-        text: Text,
-        values: dict[str, tuple[float, float | None]],
-        tokens: int,
-        settings: dict[str, Any],
-        seconds: float,
-    ) -> list[dict[str, Any]]:
-        records = []
-        for metric, (value, stderr) in values.items():
-            if not math.isfinite(value):
-                logger.warning("%s: %s on %s is %s and is not recorded", subject.name, metric, text.name, value)
-                continue
-            record = {
-                "weights": subject.weights,
-                "kind": kind,
-                "task": text.name,
-                "metric": metric,
-                "value": value,
-                "stderr": stderr,
-                "unit": {"nll": "nats per token", "kl": "nats per token"}.get(metric),
-                "higher_is_better": metric == "top1_agreement",
-                "samples": tokens,
-                "dataset": text.dataset,
-                "settings": settings,
-                "seconds": round(seconds, 3),
-                **self.where[subject.weights],
-            }
-            records.append(record)
-        return records
-
-    def _add_comparison(
-        self, kind: str, task: str, metric: str, settings: dict[str, Any], difference: PairedDifference
-    ) -> None:
-        if not math.isfinite(difference.difference):
-            return
-        record = {
-            "weights": self.model.weights,
-            "base": self._dense.weights,
-            "kind": kind,
-            "task": task,
-            "metric": metric,
-            "settings": settings,
-            **difference.fields(),
-            "date": now(),
-        }
-        self.store.add(comparisons=[record])
+            found = (
+                perplexity(model, rows, progress=progress)
+                if base is None
+                else distance(model, base, rows, progress=progress)
+            )
+        more = {"task": text.name, "dataset": text.dataset, "samples": found.tokens}
+        more["seconds"] = round(perf_counter() - start, 3)
+        numbers = [(self.model, "text", found.values)]
+        if isinstance(found, Distance) and self.base is not None:
+            numbers += [(self.base, "text", found.base.values), (self.model, "distance", found.distances)]
+        self.store.add(
+            results=[
+                self.result(subject.weights, kind, metric, value, settings, stderr=stderr, **more)
+                for subject, kind, values in numbers
+                for metric, (value, stderr) in values.items()
+            ]
+        )
+        if isinstance(found, Distance):
+            nll = compare_pairs(found.window_nll, found.base.window_nll)
+            ratio = compare_values(found.perplexity, found.base.perplexity)
+            self.compare("text", "nll", settings, nll, task=text.name)
+            self.compare("text", "perplexity", settings, ratio, task=text.name)

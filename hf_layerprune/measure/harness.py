@@ -11,14 +11,9 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-import lm_eval.api.task
-import lm_eval.evaluator
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.task import Task
@@ -27,7 +22,7 @@ from lm_eval.tasks import TaskManager
 
 from ..errors import LayerPruneError, boundary
 from ..runtime.memory import free_memory, is_out_of_memory
-from .tasks import require_harness
+from .tasks import quiet, require_harness
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -84,15 +79,20 @@ class TaskRun:
     version: str | float | None
     seconds: float
 
+    def chance_of(self, metric: str) -> float | None:
+        """What random guessing gets in a metric, if that is known."""
+        return self.chance if metric in ("acc", "acc_norm") else None
 
-class Harness:
+
+class Harness(HFLM):
     """The harness, set up for one model.
+
+    Halves the batch when memory runs out. The longest questions come first, so little work is repeated.
 
     Args:
         model (`PreTrainedModel`): A causal language model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        batch_size (`int` or `"auto"`, defaults to `"auto"`): Answers that are scored together; halved when memory runs
-            out.
+        batch_size (`int` or `"auto"`, defaults to `"auto"`): Answers that are scored together.
         progress (`bool`, defaults to `True`): Show a progress bar.
     """
 
@@ -106,14 +106,9 @@ class Harness:
     ) -> None:
         require_harness()
         size = batch_size if batch_size != "auto" else _AUTO.get(model.device.type, _AUTO_ELSEWHERE)
-        with _quiet():
-            self._lm = _Halving(pretrained=model, tokenizer=tokenizer, batch_size=int(size))
-        self._lm.progress = progress
-
-    @property
-    def batch_size(self) -> int:
-        """The current number of answers that are scored together."""
-        return self._lm.batch_size
+        with quiet(progress=progress):
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=int(size))
+        self._progress = progress
 
     def run(self, name: str, task: Task | Group, *, limit: int | None = None, shots: int | None = None) -> TaskRun:
         """Run a task or a group of tasks.
@@ -131,23 +126,42 @@ class Harness:
             LayerPruneError: A single question does not fit into memory, or the task gave no result.
         """
         start = time.perf_counter()
-        with _quiet(), torch.no_grad(), boundary(f"task {name} can't be run", "omit it", LayerPruneError):
-            evaluated = simple_evaluate(
-                model=self._lm, tasks=[task], limit=limit, num_fewshot=shots, task_manager=_no_tasks()
-            )
-        seconds = time.perf_counter() - start
+        with (
+            quiet(progress=self._progress),
+            torch.no_grad(),
+            boundary(f"task {name} can't be run", "omit it", LayerPruneError),
+        ):
+            # An empty index: the task is loaded, and by default the harness would index all of its own for each.
+            manager = TaskManager(include_defaults=False)
+            evaluated = simple_evaluate(model=self, tasks=[task], limit=limit, num_fewshot=shots, task_manager=manager)
         samples = _by_question(evaluated["samples"])
         if name not in evaluated["results"] or not samples:
             raise LayerPruneError(f"task {name} gave no result; omit it")
+        version = evaluated["versions"].get(name)
         return TaskRun(
             task=name,
             scores=_scores(evaluated, name, samples),
             chance=_chance(samples),
             samples=len(samples),
             shots=max((int(n) for n in evaluated["n-shot"].values() if isinstance(n, int)), default=0),
-            version=_version(evaluated["versions"].get(name)),
-            seconds=seconds,
+            version=version if isinstance(version, str | int | float) else None,
+            seconds=time.perf_counter() - start,
         )
+
+    def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                return super()._loglikelihood_tokens(*args, **kwargs)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.batch_size <= 1:
+                    raise LayerPruneError(
+                        "out of memory with a single question; use a GPU with more memory"
+                    ) from error
+                self.batch_size_per_gpu = self.batch_size // 2
+            free_memory()
+            logger.warning("out of memory; continuing with batches of %d", self.batch_size)
 
 
 def prompts_hash(task: Task | Group, limit: int | None, shots: int | None) -> str:
@@ -162,7 +176,7 @@ def prompts_hash(task: Task | Group, limit: int | None, shots: int | None) -> st
         `str`: A sha256 in hex.
     """
     digest = hashlib.sha256()
-    with _quiet():
+    with quiet(progress=False):
         for one in [task] if isinstance(task, Task) else task.get_all_tasks():
             if shots is not None and one.get_config("num_fewshot") != 0:
                 one.set_config(key="num_fewshot", value=shots)
@@ -171,57 +185,6 @@ def prompts_hash(task: Task | Group, limit: int | None, shots: int | None) -> st
             for asked in one.instances:
                 digest.update(repr((asked.request_type, asked.arguments, asked.doc)).encode("utf-8", "replace"))
     return digest.hexdigest()
-
-
-@cache
-def _no_tasks() -> TaskManager:
-    """An empty index: tasks are already loaded, and by default the harness would index all of its own for each."""
-    return TaskManager(include_defaults=False)
-
-
-class _Halving(HFLM):
-    """Halves the batch when memory runs out. The longest questions come first, so little work is repeated."""
-
-    progress = True
-
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
-        while True:
-            try:
-                return super()._loglikelihood_tokens(requests, disable_tqdm or not self.progress, override_bs)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self.batch_size <= 1:
-                    raise LayerPruneError(
-                        "out of memory with a single question; use a GPU with more memory"
-                    ) from error
-                self.batch_size_per_gpu = self.batch_size // 2
-            free_memory()
-            logger.warning("out of memory; continuing with batches of %d", self.batch_size)
-
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        return super().loglikelihood(requests, disable_tqdm or not self.progress)
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        return super().loglikelihood_rolling(requests, disable_tqdm or not self.progress)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the harness's log messages, and its progress bars for steps that take no time.
-
-    Also skip its report on the environment, which takes seconds after each task and is not used here.
-    """
-    log = logging.getLogger("lm_eval")
-    level, bar, add_env_info = log.level, lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info
-    log.setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = partial(bar, disable=True)
-    lm_eval.evaluator.add_env_info = lambda results: None
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info = bar, add_env_info
 
 
 def _by_question(samples: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -260,10 +223,6 @@ def _chance(samples: dict[str, dict[str, Any]]) -> float | None:
     if min(choices) < 2 or any("acc" not in one for one in samples.values()):
         return None
     return sum(1 / n for n in choices) / len(choices)
-
-
-def _version(version: Any) -> str | float | None:
-    return version if isinstance(version, str | int | float) else None
 
 
 def kind_of(metric: str) -> str:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from ..errors import LayerPruneError
 
@@ -42,11 +41,6 @@ class PairedDifference:
     p_value: float | None = None
     samples: int | None = None
 
-    def fields(self) -> dict[str, Any]:
-        """The fields that are known and finite, named as in `metrics.json`."""
-        known = {name: value for name, value in asdict(self).items() if value is not None}
-        return {name: value for name, value in known.items() if not isinstance(value, float) or math.isfinite(value)}
-
 
 def compare_values(value: float, base: float) -> PairedDifference:
     """Compare two single numbers, without a test.
@@ -61,14 +55,14 @@ def compare_values(value: float, base: float) -> PairedDifference:
     return PairedDifference(value - base, share=value / base if base else None)
 
 
-def compare_answers(ours: Sequence[float], theirs: Sequence[float], chance: float | None = None) -> PairedDifference:
-    """Compare scores by question.
+def compare_pairs(ours: Sequence[float], theirs: Sequence[float], chance: float | None = None) -> PairedDifference:
+    """Compare measurements by question, by window of a text, or by run.
 
     Args:
-        ours (`Sequence[float]`): The model's score on each question: 1 for a right answer and 0 for a wrong one, or
-            a value in between.
-        theirs (`Sequence[float]`): The base's scores on the same questions in the same order.
-        chance (`float`, *optional*): The accuracy of random guessing.
+        ours (`Sequence[float]`): The model's score on each question (1 for a right answer and 0 for a wrong one, or a
+            value in between), its mean negative log-likelihood of each window, or its value of each run.
+        theirs (`Sequence[float]`): The base's values for the same questions, windows or runs in the same order.
+        chance (`float`, *optional*): For questions, the accuracy of random guessing.
 
     Returns:
         `PairedDifference`: The difference of the means.
@@ -78,33 +72,15 @@ def compare_answers(ours: Sequence[float], theirs: Sequence[float], chance: floa
     if set(ours) | set(theirs) <= {0, 1}:
         gained = sum(a > b for a, b in zip(ours, theirs, strict=True))
         lost = sum(a < b for a, b in zip(ours, theirs, strict=True))
-        test = "mcnemar_exact"
         p_value: float | None = mcnemar(gained, lost)
+        test = "mcnemar_exact"
     else:
-        test, p_value = "paired_t", paired_t(ours, theirs)
-    kept = None
-    if chance is not None:
-        error = _stderr(theirs)
-        if error is not None and base - chance > _MARGIN * error:
-            kept = (mean - chance) / (base - chance)
+        p_value, test = paired_t(ours, theirs), "paired_t"
+    kept, error = None, _stderr(theirs)
+    if chance is not None and error is not None and base - chance > _MARGIN * error:
+        kept = (mean - chance) / (base - chance)
     share = mean / base if base else None
     return PairedDifference(difference, stderr, share, kept, test if p_value is not None else None, p_value, len(ours))
-
-
-def compare_windows(ours: Sequence[float], theirs: Sequence[float]) -> PairedDifference:
-    """Compare measurements by window or by run.
-
-    Args:
-        ours (`Sequence[float]`): The model's mean negative log-likelihood of each window, or its value of each run.
-        theirs (`Sequence[float]`): The base's values for the same windows or runs.
-
-    Returns:
-        `PairedDifference`: The difference of the means.
-    """
-    difference, stderr = _paired(ours, theirs)
-    p_value, base = paired_t(ours, theirs), sum(theirs)
-    test = "paired_t" if p_value is not None else None
-    return PairedDifference(difference, stderr, sum(ours) / base if base else None, None, test, p_value, len(ours))
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -134,7 +110,7 @@ def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
             finite.
     """
     difference, stderr = _paired(ours, theirs)
-    if stderr is None or not math.isfinite(difference) or not math.isfinite(stderr):
+    if stderr is None or not math.isfinite(stderr):
         return None
     if stderr == 0:  # scipy returns nan if all differences are the same
         return 1.0 if difference == 0 else 0.0

@@ -11,120 +11,70 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import LayerPruneError
+from ..records.fingerprints import Identity
+from ..records.lineage import peak_rss
+
+if TYPE_CHECKING:
+    from .speed import Workload
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What to load and run.
+def probe(source: str, revision: str | None, dtype: str, device: str, work: Workload) -> dict[str, float]:
+    """Load and run a model in a fresh process.
 
     Args:
         source (`str`): A Hub id, a folder, or a GGUF file.
         revision (`str`, *optional*): The commit on the Hub.
         dtype (`str`): The type of the weights.
         device (`str`): The device.
-        batch (`int`): Prompts per batch.
-        prompt_tokens (`int`): Tokens per prompt.
-        new_tokens (`int`): Tokens to generate after each prompt.
-    """
-
-    source: str
-    revision: str | None
-    dtype: str
-    device: str
-    batch: int
-    prompt_tokens: int
-    new_tokens: int
-
-
-@dataclass(frozen=True)
-class Probed:
-    """The time and memory of a probe.
-
-    Args:
-        load_seconds (`float`): Time to load the model and read one token, without imports.
-        idle_rss_bytes (`int`): Memory of the process before loading: Python, torch and transformers.
-        peak_rss_bytes (`int`): Peak resident memory of the process, including mapped weights.
-        peak_cuda_bytes (`int`, *optional*): Peak memory of torch's allocator on a GPU.
-    """
-
-    load_seconds: float
-    idle_rss_bytes: int
-    peak_rss_bytes: int
-    peak_cuda_bytes: int | None
-
-
-def probe(what: Probe) -> Probed:
-    """Run a probe in a fresh process.
-
-    Args:
-        what (`Probe`): What to load and run.
+        work (`Workload`): What to run.
 
     Returns:
-        `Probed`: Time and memory.
+        `dict[str, float]`: `load_seconds`, the time to load the model and read one token, without imports;
+            `idle_rss_bytes`, the memory of the process before loading: Python, torch and transformers; `peak_rss_bytes`,
+            its peak resident memory, including mapped weights; and on a GPU, `peak_cuda_bytes` of torch's allocator.
 
     Raises:
         LayerPruneError: The process failed, for example for lack of memory.
     """
-    command = [sys.executable, "-m", "hf_layerprune.measure.probe", json.dumps(asdict(what))]
+    what = {"source": source, "revision": revision, "dtype": dtype, "device": device, "work": work.settings}
+    command = [sys.executable, "-m", "hf_layerprune.measure.probe", json.dumps(what)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or "it was killed; is there enough memory?").splitlines()[-1]
-        raise LayerPruneError(f"loading {what.source} in a separate process failed: {reason[:300]}")
-    return Probed(**json.loads(done.stdout.strip().splitlines()[-1]))
+        raise LayerPruneError(f"loading {source} in a separate process failed: {reason[:300]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _probe(what: Probe) -> Probed:
+def _probe(source: str, revision: str | None, dtype: str, device: str, work: dict[str, int]) -> dict[str, Any]:
+    # Everything that loading a model would import.
+    import accelerate  # noqa: F401
+    import peft  # noqa: F401
     import torch
+    from transformers import AutoModelForCausalLM, GenerationMixin  # noqa: F401
 
-    from ..records.fingerprints import Identity
     from .cost import read_prompt
     from .speed import Workload, synchronise, time_once
     from .subject import Subject
 
-    import_everything()
-    idle = highest_rss()
+    found: dict[str, Any] = {"idle_rss_bytes": peak_rss()}
     start = perf_counter()
-    subject = Subject(what.source, what.source, Identity(""), "model", revision=what.revision)
-    model = subject.load(what.dtype, what.device)
+    model = Subject(source, source, Identity(""), "model", revision=revision).load(dtype, device)
     with torch.no_grad():
         # Mapped weights are read on first use.
         read_prompt(model, torch.ones(1, 1, dtype=torch.long, device=model.device))
         synchronise(model)
-        seconds = perf_counter() - start
-        ids = torch.ones(what.batch, what.prompt_tokens, dtype=torch.long)
-        time_once(model, ids, Workload(what.batch, what.prompt_tokens, what.new_tokens))
-    cuda = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
-    return Probed(seconds, idle, highest_rss(), cuda)
-
-
-def import_everything() -> None:
-    """Import the modules that loading a model would import."""
-    import accelerate  # noqa: F401
-    import peft  # noqa: F401
-    from transformers import AutoModelForCausalLM, GenerationMixin  # noqa: F401
-
-
-def highest_rss() -> int:
-    """Peak resident memory of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux, the value of `getrusage` starts at the parent's peak
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
-    from ..records.lineage import peak_rss
-
-    return peak_rss()
-
-
-def main(argv: list[str]) -> None:
-    """Run a probe and print its result."""
-    fields: dict[str, Any] = json.loads(argv[0])
-    print(json.dumps(asdict(_probe(Probe(**fields)))))
+        found["load_seconds"] = perf_counter() - start
+        workload = Workload(**work)
+        ids = torch.ones(workload.batch, workload.prompt_tokens, dtype=torch.long)
+        time_once(model, ids, workload)
+    if model.device.type == "cuda":
+        found["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return found | {"peak_rss_bytes": peak_rss()}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(json.dumps(_probe(**json.loads(sys.argv[1]))))

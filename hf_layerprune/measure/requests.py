@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..options import DTYPES, MODEL, MODEL_HELP, PATH, Kind, Options, documented, many, option, whole
+from ..records.requirements import RequireOptions
 
 
 def _check_names(value: Any) -> tuple[str, ...]:
@@ -50,7 +51,7 @@ class MeasureOptions(Options):
 
 @documented
 @dataclass
-class EvalRequest(MeasureOptions):
+class EvalRequest(MeasureOptions, RequireOptions):
     """What to measure, and how."""
 
     model: str = option(MISSING, f"{MODEL_HELP}; an adapter too", MODEL)

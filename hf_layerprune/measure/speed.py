@@ -6,9 +6,8 @@ runs = time_models({"dense": dense, "pruned": pruned}, [Workload(1, 128, 32)], r
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -39,51 +38,10 @@ class Workload:
     prompt_tokens: int
     new_tokens: int
 
-
-@dataclass(frozen=True)
-class Timing:
-    """One run of a workload, in seconds.
-
-    Args:
-        prefill (`float`): Time to read the prompts, with logits for their last token.
-        first_token (`float`): Time until `generate` returns the first token.
-        decode (`float`): Time from the first token to the last.
-    """
-
-    prefill: float
-    first_token: float
-    decode: float
-
-    def metrics(self, work: Workload) -> dict[str, float]:
-        """The metrics of a run, named as in `metrics.json`."""
-        metrics = {
-            "prefill_tokens_per_second": work.batch * work.prompt_tokens / self.prefill,
-            "time_to_first_token": self.first_token,
-        }
-        if work.new_tokens > 1:
-            metrics["decode_tokens_per_second"] = work.batch * (work.new_tokens - 1) / self.decode
-        return metrics
-
-
-@dataclass(frozen=True)
-class Repeats:
-    """A number, measured several times.
-
-    Args:
-        values (`tuple[float, ...]`): One value per repeat, in order.
-    """
-
-    values: tuple[float, ...]
-
     @property
-    def median(self) -> float:
-        """The median of the values."""
-        return statistics.median(self.values)
-
-    @property
-    def spread(self) -> tuple[float, float]:
-        """The lowest and the highest value."""
-        return min(self.values), max(self.values)
+    def settings(self) -> dict[str, Any]:
+        """The settings to record with its numbers."""
+        return asdict(self)
 
 
 class _Clock:
@@ -107,7 +65,7 @@ def time_models(
     repeats: int = 5,
     seed: int = 0,
     progress: bool = False,
-) -> dict[Workload, dict[str, list[Timing]]]:
+) -> dict[Workload, dict[str, list[dict[str, float]]]]:
     """Time models on the same prompts, in turns.
 
     Args:
@@ -118,13 +76,13 @@ def time_models(
         progress (`bool`, defaults to `False`): Show a progress bar.
 
     Returns:
-        `dict[Workload, dict[str, list[Timing]]]`: One timing per repeat, by model. Runs of the same repeat directly follow
-            each other.
+        `dict[Workload, dict[str, list[dict[str, float]]]]`: The metrics of each repeat, by model, named as in
+            `metrics.json`. Runs of the same repeat directly follow each other.
     """
     embeddings: list[Any] = [model.get_input_embeddings() for model in models.values()]
     vocabulary = min(table.weight.shape[0] for table in embeddings)
     generator = torch.Generator().manual_seed(seed)
-    timed: dict[Workload, dict[str, list[Timing]]] = {}
+    timed: dict[Workload, dict[str, list[dict[str, float]]]] = {}
     names = list(models)
     with (
         evaluating(*models.values()),
@@ -134,7 +92,7 @@ def time_models(
     ):
         for work in workloads:
             ids = torch.randint(vocabulary, (work.batch, work.prompt_tokens), generator=generator)
-            timings: dict[str, list[Timing]] = {name: [] for name in names}
+            timings: dict[str, list[dict[str, float]]] = {name: [] for name in names}
             try:
                 for repeat in range(repeats + 1):
                     # The order alternates too.
@@ -151,7 +109,7 @@ def time_models(
     return timed
 
 
-def time_once(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> Timing:
+def time_once(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> dict[str, float]:
     """Run a workload once.
 
     Args:
@@ -160,7 +118,8 @@ def time_once(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> Timi
         work (`Workload`): The workload.
 
     Returns:
-        `Timing`: The times of the run.
+        `dict[str, float]`: Throughput of reading the prompts, with logits for their last token; seconds until `generate`
+            returns the first token; and throughput from the first token to the last, if there are several.
     """
     ids = ids.to(model.device)
     synchronise(model)
@@ -182,7 +141,13 @@ def time_once(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> Timi
     )
     synchronise(model)
     _, first, *_ = clock.times  # the first call has the prompt
-    return Timing(prefill, first - start, clock.times[-1] - first)
+    metrics = {
+        "prefill_tokens_per_second": work.batch * work.prompt_tokens / prefill,
+        "time_to_first_token": first - start,
+    }
+    if work.new_tokens > 1:
+        metrics["decode_tokens_per_second"] = work.batch * (work.new_tokens - 1) / (clock.times[-1] - first)
+    return metrics
 
 
 def synchronise(model: PreTrainedModel) -> None:

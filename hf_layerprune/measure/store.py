@@ -9,17 +9,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import CheckpointError, LayerPruneError
-from ..families import layer_count
+from ..files.copy import check_file_target
 from ..records.fingerprints import identity
 from ..records.lineage import versions
 from ..records.metrics import FILE_NAME, Metrics
+from ..records.requirements import Bound
 from .subject import Subject
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +28,15 @@ class Store:
     Args:
         metrics (`Metrics`): The existing numbers.
         path (`Path`, *optional*): The file; `None` if they are only shown.
-        roles (`dict[str, str]`): The role of each model, by the hash of its weights.
         replace (`bool`, defaults to `False`): Replace the file with the first write.
     """
 
-    def __init__(self, metrics: Metrics, path: Path | None, roles: dict[str, str], *, replace: bool = False) -> None:
+    def __init__(self, metrics: Metrics, path: Path | None, *, replace: bool = False) -> None:
         self.metrics = metrics
         self.path = path
-        self._roles = roles
         self._replace = replace
         self._new = Metrics(metrics.weights)  # not in the file yet
+        self._bounds: tuple[Bound, ...] | None = None
 
     @classmethod
     def open(
@@ -69,16 +66,13 @@ class Store:
                 history does not contain the base, or an earlier stage does not belong to this model.
         """
         path = output or (model.folder / FILE_NAME if model.folder else None)
-        if path is not None:
-            path = path.expanduser()
-            _check_writable(path)
+        path = path and path.expanduser()
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise LayerPruneError(f"{path.parent} is not writable; write the numbers elsewhere with --output FILE")
         before = _before(path, model, base, force)
-        roles = {model.weights: model.role}
-        if base is not None:
-            roles[base.weights] = "dense" if base.role == "model" else base.role
-            if output is None and model.folder is not None:
-                _check_base(model, base)
-        store = cls(before or Metrics(model.weights), path, roles, replace=before is None)
+        if base is not None and output is None and model.folder is not None:
+            _check_base(model, base)
+        store = cls(before or Metrics(model.weights), path, replace=before is None)
         for folder in history:
             _copy_numbers(store._new, model, folder.expanduser())
         store._merge_into(store.metrics)
@@ -93,31 +87,36 @@ class Store:
         """The versions of the packages that take part in measuring."""
         return versions()
 
-    def add_model(self, subject: Subject, model: PreTrainedModel) -> None:
+    def add_model(self, model: Subject, *, role: str, layers: int, parameters: int) -> None:
         """Record a model that was measured."""
-        self._new.add_model(
-            subject.identity,
-            role=self._roles[subject.weights],
-            name=subject.name,
-            layers=layer_count(model.config),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-        )
+        self._new.add_model(model.identity, role=role, name=model.name, layers=layers, parameters=parameters)
+
+    def require(self, bounds: tuple[Bound, ...]) -> None:
+        """Record what the model must reach, in place of what was recorded before, with the next numbers."""
+        self._bounds = bounds
 
     def add(self, *, results: Sequence[dict[str, Any]] = (), comparisons: Sequence[dict[str, Any]] = ()) -> None:
         """Add numbers and write them. Numbers that another process added to the file in the meantime are kept.
 
         Args:
-            results (`Sequence[dict]`): Numbers, without `date` and `versions`; fields that are `None` are omitted.
-            comparisons (`Sequence[dict]`): Differences from the base.
+            results (`Sequence[dict]`): Numbers, without `date` and `versions`. Fields that are unknown or not finite are
+                omitted, and so is a number whose value is not finite.
+            comparisons (`Sequence[dict]`): Differences from the base, without `date`; likewise.
 
         Raises:
             CheckpointError: The numbers don't follow the schema, can't be written, or the file now holds numbers of
                 another model.
         """
-        common = {"date": now(), "versions": self.versions}
+        date = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
+        known = [_known(record) | date | {"versions": self.versions} for record in results]
+        for record, kept in zip(results, known, strict=True):
+            if "value" not in kept:
+                where = f" on {record['task']}" if "task" in record else ""
+                logger.warning("%s%s is %s and is not recorded", record["metric"], where, record["value"])
+        differences = [_known(record) | date for record in comparisons]
         self._new.add(
-            results=[_known(record) | common for record in results],
-            comparisons=[_known(record) for record in comparisons],
+            results=[one for one in known if "value" in one],
+            comparisons=[one for one in differences if "difference" in one],
         )
         if self.path is None:
             self._merge_into(self.metrics)
@@ -142,28 +141,38 @@ class Store:
     def _merge_into(self, metrics: Metrics) -> None:
         metrics.models |= self._new.models
         metrics.add(results=self._new.results, comparisons=self._new.comparisons)
-
-
-def now() -> str:
-    """The current time in the format of the records."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+        metrics.bounds = metrics.bounds if self._bounds is None else self._bounds
 
 
 def _known(record: dict[str, Any]) -> dict[str, Any]:
-    known = {name: value for name, value in record.items() if value is not None}
-    if isinstance(error := known.get("stderr"), float) and not math.isfinite(error):
-        del known["stderr"]
-    return known
+    """The fields that are known and finite."""
+    return {
+        name: value
+        for name, value in record.items()
+        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
+    }
 
 
-def _check_writable(path: Path) -> None:
-    """Check that the file can be written, before hours of measuring."""
-    if path.is_dir():
-        raise LayerPruneError(f"{path} is a folder; name a file for the numbers")
-    if not path.parent.is_dir():
-        raise LayerPruneError(f"{path.parent} does not exist, so {path.name} can't be written there; create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise LayerPruneError(f"{path.parent} is not writable; write the numbers elsewhere with --output FILE")
+def check_output(output: Path | None, sources: Sequence[str | None]) -> None:
+    """Refuse an output that would overwrite something other than numbers.
+
+    Args:
+        output (`Path`, *optional*): The file that the user named.
+        sources (`Sequence[str | None]`): The models of the request.
+
+    Raises:
+        CheckpointError: It is a link, a device, a folder, or a file of a model that is not its `metrics.json`.
+        LayerPruneError: It exists and is not a .json file.
+    """
+    if output is None:
+        return
+    path = output.expanduser()
+    check_file_target(path, force=True)
+    for source in sources:
+        if source and path.name != FILE_NAME:
+            check_file_target(path, force=True, apart_from=Path(source).expanduser())
+    if path.exists() and path.suffix != ".json":
+        raise LayerPruneError(f"{output} exists and is not a .json file; name another file for the numbers")
 
 
 def _before(path: Path | None, model: Subject, base: Subject | None, force: bool) -> Metrics | None:
@@ -194,8 +203,7 @@ def _before(path: Path | None, model: Subject, base: Subject | None, force: bool
 
 
 def _check_base(model: Subject, base: Subject) -> None:
-    known = model.lineage.known_weights() if model.lineage else set()
-    if base.weights in known:
+    if base.weights in model.known_weights:
         return
     why = (
         f"the history of {model.name} does not contain the weights of {base.name} ({base.weights[:12]}); it was made from "
@@ -214,14 +222,14 @@ def _copy_numbers(metrics: Metrics, model: Subject, folder: Path) -> None:
     now_there = identity(folder)
     if earlier.weights != now_there.weights or earlier.changed_since(now_there):
         raise CheckpointError(f"{folder / FILE_NAME} was measured on an earlier state of the folder; measure it again")
-    known = {model.weights} | (model.lineage.known_weights() if model.lineage else set())
+    known = model.known_weights
     if earlier.weights not in known:
         raise CheckpointError(
-            f"{folder} ({earlier.weights[:12]}) is not an earlier stage of {model.name}: it is not in its history; omit --history for it"
+            f"{folder} ({earlier.weights[:12]}) is not an earlier stage of {model.name}: it is not in its history; omit "
+            "--history for it"
         )
-    for weights, recorded in earlier.models.items():
-        if weights in known:
-            metrics.models.setdefault(weights, recorded)
+    for weights in earlier.models.keys() & known:
+        metrics.models.setdefault(weights, earlier.models[weights])
     metrics.add(
         results=[one for one in earlier.results if one["weights"] in known and one["weights"] != model.weights],
         comparisons=[one for one in earlier.comparisons if {one["weights"], one["base"]} <= known],

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter.loading import load_model, load_tokenizer
 from ..adapter.reading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_adapter
-from ..errors import CheckpointError, LayerPruneError
+from ..errors import CheckpointError, LayerPruneError, boundary
 from ..files.hub import Repo
 from ..records.fingerprints import (
     CONFIG,
@@ -29,8 +29,6 @@ from ..runtime.loading import is_hub_id, load_config, resolve_base
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 _ROLES = {"prune": "cut", "repair": "repaired", "heal": "healed"}
 
@@ -64,6 +62,11 @@ class Subject:
         """The hash of its weights."""
         return self.identity.weights
 
+    @property
+    def known_weights(self) -> set[str]:
+        """The hashes of its weights and of those in its history."""
+        return {self.weights} | (self.lineage.known_weights() if self.lineage else set())
+
     def load(self, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
         """Load the model.
 
@@ -80,9 +83,8 @@ class Subject:
 
         from ..runtime.precision import warn_if_slow
 
-        kwargs: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
         name = "bfloat16" if dtype == "auto" and self.source.endswith(".gguf") else dtype
-        kwargs["dtype"] = name if name == "auto" else getattr(torch, name)
+        kwargs: dict[str, Any] = self._at | {"dtype": name if name == "auto" else getattr(torch, name)}
         device = pick_device(device)
         if device != "cpu":
             kwargs["device_map"] = "auto" if device == "all" else {"": device}
@@ -97,26 +99,24 @@ class Subject:
         Raises:
             CheckpointError: There is none.
         """
-        kwargs = {} if self.revision is None else {"revision": self.revision}
-        missing = f"{self.source} has no tokenizer that can be loaded; copy the tokenizer files of its base into it"
-        try:
-            tokenizer = load_tokenizer(self.source, **kwargs)
-        except CheckpointError as error:
-            raise CheckpointError(missing) from error
-        if not len(tokenizer):  # transformers may make an empty one from a config alone
-            raise CheckpointError(missing)
-        return tokenizer
+        return load_tokenizer(self.source, **self._at)
 
     def vocabulary(self) -> int | None:
-        """The vocabulary size in the config; `None` if it has none."""
-        kwargs = {} if self.revision is None else {"revision": self.revision}
-        adapter = find_adapter(self.source, **kwargs)
-        source = self.source if adapter is None else adapter.base_model_name_or_path or ""
-        try:
-            config = load_config(source, **({} if adapter is not None else kwargs))
-        except CheckpointError:
-            return None  # loading the model will report the error
+        """The vocabulary size in the config; `None` if it has none.
+
+        Raises:
+            CheckpointError: The config can't be read, or the model needs code from its repository.
+        """
+        adapter = find_adapter(self.source, **self._at)
+        if adapter is None:
+            config = load_config(self.source, **self._at)
+        else:
+            config = load_config(adapter.base_model_name_or_path or "", revision=adapter.revision)
         return getattr(config.get_text_config(), "vocab_size", None)
+
+    @property
+    def _at(self) -> dict[str, Any]:
+        return {} if self.revision is None else {"revision": self.revision}
 
 
 def identify(source: str | Path, revision: str | None = None) -> Subject:
@@ -139,18 +139,16 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
         raise CheckpointError(
             f"{source} does not exist; name a model folder, a .gguf file, or a Hub id such as org/name"
         )
-    if path.is_dir() and (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file():
-        if not (path / ADAPTER_WEIGHTS).is_file():
-            raise CheckpointError(f"{path} has no {ADAPTER_WEIGHTS}, and pickled weights are not read; save it again")
-        _refresh_base(find_adapter(path))
-    else:
+    adapter = path.is_dir() and (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file()
+    if not adapter:
         resolve_base(path)  # raises if it is not a model
     files = {path.name: path} if path.is_file() else model_files(path)
+    if adapter:
+        _check_adapter(find_adapter(path), path, files)
     sizes = [file.stat().st_size for name, file in files.items() if name.endswith(WEIGHTS)]
     if not sizes:
         raise CheckpointError(f"{path} has no safetensors weights; save it with save_pretrained")
-    lineage = Lineage.of(path) if path.is_dir() else None
-    folder = path if path.is_dir() else None
+    lineage, folder = (Lineage.of(path), path) if path.is_dir() else (None, None)
     return Subject(str(path), path.resolve().name, identity(path), _role(lineage), lineage, folder, None, sum(sizes))
 
 
@@ -158,9 +156,7 @@ def _on_hub(repo: str, revision: str | None) -> Subject:
     hub = Repo.open(repo, revision)
     adapter = find_adapter(repo, revision=hub.commit)
     if adapter is not None:
-        _refresh_base(adapter)
-        if ADAPTER_WEIGHTS not in hub.files:
-            raise CheckpointError(f"{repo} has no {ADAPTER_WEIGHTS}, and pickled weights are not read; save it again")
+        _check_adapter(adapter, repo, hub.files)
     names = [name for name in hub.files if is_model_file(name)]
     weights = [name for name in names if name.endswith(WEIGHTS)]
     listed = {name: sha256 for name in weights if (sha256 := hub.files[name].sha256)}
@@ -173,10 +169,12 @@ def _on_hub(repo: str, revision: str | None) -> Subject:
     return Subject(repo, repo, model, _role(lineage), lineage, None, hub.commit, size)
 
 
-def _refresh_base(adapter: PeftConfig | None) -> None:
-    """Make the Hub client resolve the commit of an adapter's base, so that the identity is that of the loaded base."""
+def _check_adapter(adapter: PeftConfig | None, source: str | Path, files: Container[str]) -> None:
+    if ADAPTER_WEIGHTS not in files:
+        raise CheckpointError(f"{source} has no {ADAPTER_WEIGHTS}, and pickled weights are not read; save it again")
     name = adapter.base_model_name_or_path if adapter is not None else None
     if adapter is not None and name and is_hub_id(name):
+        # The Hub client resolves the base's commit, so that the identity is that of the base that will be loaded.
         Repo.open(name, adapter.revision).get(CONFIG)
 
 
@@ -203,34 +201,20 @@ def pick_device(name: str) -> str:
     """
     import torch
 
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda:0"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "all":
-        return "all" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise LayerPruneError(f"{name!r} is not a device; use cpu, cuda, cuda:1, mps, auto or all") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise LayerPruneError(
-            f"this machine has {torch.cuda.device_count()} CUDA GPUs, so {name} does not exist; use auto or another device"
-        )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise LayerPruneError("this machine has no MPS device; use cpu")
-    return name if device.type != "cuda" or device.index is not None else "cuda:0"
+    if name in ("auto", "all"):
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return "cpu" if accelerator is None else "all" if name == "all" else accelerator.type
+    hint = "use cpu, cuda, cuda:1, mps, auto or all"
+    with boundary(f"{name!r} is not a device of this machine", hint, LayerPruneError):
+        torch.empty(0, device=name)
+    return name
 
 
-def describe_device(model: PreTrainedModel) -> str:
-    """The device of a model, as recorded in `metrics.json`."""
+def describe(model: PreTrainedModel) -> dict[str, str]:
+    """The data type and the device of a model, as recorded in `metrics.json`."""
     import torch
 
-    if model.device.type != "cuda":
-        return model.device.type
-    return f"cuda: {torch.cuda.get_device_name(model.device)}"
-
-
-def describe_dtype(model: PreTrainedModel) -> str:
-    """The data type of a model's weights, as recorded in `metrics.json`."""
-    return str(model.dtype).removeprefix("torch.")
+    device = model.device.type
+    if device == "cuda":
+        device = f"cuda: {torch.cuda.get_device_name(model.device)}"
+    return {"dtype": str(model.dtype).removeprefix("torch."), "device": device}

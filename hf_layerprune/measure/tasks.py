@@ -1,7 +1,7 @@
 r"""The tasks of an evaluation: the harness's own by name, and files in a folder, which become tasks of the harness.
 
-    with task_set(["piqa", "mmlu"]) as tasks: ...              # tasks of lm-evaluation-harness; "paper" means eight of them
-    with task_set(None, Path("my-tasks")) as tasks: ...        # every *.jsonl in the folder
+    tasks = task_set(["piqa", "mmlu"])           # tasks of lm-evaluation-harness; "paper" means eight of them
+    tasks = task_set(None, Path("my-tasks"))     # every *.jsonl in the folder
 
 A line of a `.jsonl` file is one question: `{"query": "...", "choices": ["...", "..."], "gold": 0}`. The model scores
 `query + " " + choice`; if every query of a file begins with "Question: ", "\nAnswer:" is appended to the query. A YAML
@@ -16,19 +16,18 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
-import json
-import tempfile
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LayerPruneError, boundary
+from ..files import text_file
 from ..files.json_file import parse_json
-from ..files.text_file import read_text as read_text_file
-from ..files.text_file import read_yaml
+from .texts import Text, read_text
 
 if TYPE_CHECKING:
     from jinja2.sandbox import SandboxedEnvironment
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 PAPER = ("piqa", "hellaswag", "openbookqa", "arc_easy", "arc_challenge", "mmlu", "cmmlu", "winogrande")
 
 _SIDECAR_FIELDS = {"doc_to_text": str, "target_delimiter": str, "description": str, "metadata": dict}
-_VERSION = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,35 +47,15 @@ class LocalTask:
 
     Args:
         name (`str`): The file's name without `.jsonl`.
-        path (`Path`): The file.
         rows (`list[dict]`): `query`, `choices` and `gold` of each question.
         fields (`dict[str, Any]`): The fields of the harness's YAML that set the prompt.
+        dataset (`str`): The sha256 of the file.
     """
 
     name: str
-    path: Path
     rows: list[dict[str, Any]]
     fields: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class LocalText:
-    """A text in a file.
-
-    Args:
-        name (`str`): The file's name without `.txt`.
-        path (`Path`): The file.
-        text (`str`): Its content.
-    """
-
-    name: str
-    path: Path
-    text: str
-
-    @property
-    def sha256(self) -> str:
-        """The sha256 of the text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+    dataset: str
 
 
 @dataclass(frozen=True)
@@ -95,8 +73,7 @@ class TaskSet:
     local: frozenset[str] = frozenset()
 
 
-@contextmanager
-def task_set(names: Sequence[str] | None, folder: Path | None = None) -> Iterator[TaskSet]:
+def task_set(names: Sequence[str] | None, folder: Path | None = None) -> TaskSet:
     """Find and load tasks. Errors in them are reported here, before a model is loaded.
 
     Args:
@@ -104,29 +81,37 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> Iterato
             their extension, or `"paper"`. By default every `.jsonl` file of `folder`.
         folder (`Path`, *optional*): A folder with task files.
 
-    Yields:
-        `TaskSet`: The tasks, which can be run inside the `with` block.
+    Returns:
+        `TaskSet`: The tasks.
 
     Raises:
         LayerPruneError: A task is unknown, its data is not available, or a file is not a valid task.
     """
     files = read_tasks(folder) if folder else {}
-    wanted = list(names) if names is not None else [name for name, one in files.items() if isinstance(one, LocalTask)]
-    wanted = [name for one in wanted for name in (PAPER if one == "paper" else (one,))]
-    wanted = list(dict.fromkeys(wanted))
+    if names is None:
+        names = [name for name, one in files.items() if isinstance(one, LocalTask)]
+    wanted = list(dict.fromkeys(name for one in names for name in (PAPER if one == "paper" else (one,))))
     if not wanted:
-        yield TaskSet()
-        return
+        return TaskSet()
     require_harness()
+    theirs = [match for name in wanted if name not in files for match in _find(name, list(files), folder)]
     ours = [name for name in wanted if name in files]
-    theirs = [name for name in wanted if name not in files]
-    with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as temporary:
+    loaded: dict[str, Task | Group] = {}
+    with quiet(progress=True):
+        for name in theirs:
+            with boundary(
+                f"can't load task {name}", "go online, or name files with --tasks-from FOLDER", LayerPruneError
+            ):
+                found = _all_tasks().load([name])
+            loaded |= {name: found["groups"][name]} if name in found["groups"] else found["tasks"]
         for name in ours:
-            write_task(files[name], Path(temporary))
-        loaded = _load_named(theirs, list(files), folder) | _load_files(ours, Path(temporary))
-        hashes = {name: _sha256(files[name].path) for name in ours}
-        ids = {name: hashes.get(name) or _dataset(one) for name, one in loaded.items()}
-        yield TaskSet(loaded, ids, frozenset(ours))
+            with boundary(f"can't load task {name}", kind=LayerPruneError):
+                loaded[name] = _local(files[name])
+    datasets = {name: files[name].dataset if name in files else _dataset(task) for name, task in loaded.items()}
+    return TaskSet(loaded, datasets, frozenset(ours))
+
+
+# --- the harness -------------------------------------------------------------------------------------------
 
 
 def require_harness() -> None:
@@ -147,22 +132,34 @@ def sandbox() -> SandboxedEnvironment:
     return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
 
-# --- tasks of the harness ----------------------------------------------------------------------------------
+@contextmanager
+def quiet(*, progress: bool) -> Iterator[None]:
+    """Suppress the harness's log messages, and its progress bars for steps that take no time.
 
+    Also skip its report on the environment, which takes seconds after each task and is not used here.
 
-def _load_named(names: Sequence[str], files: Sequence[str], folder: Path | None) -> dict[str, Task | Group]:
-    if not names:
-        return {}
-    manager = _all_tasks()
-    known = dict.fromkeys(manager.all_tasks)
-    loaded: dict[str, Task | Group] = {}
-    for name in names:
-        matches = [name] if name in known else manager.match_tasks([name])
-        if not matches:
-            raise LayerPruneError(_unknown(name, [*files, *known], folder))
-        for match in matches:
-            loaded |= _load(manager, match)
-    return loaded
+    Args:
+        progress (`bool`): Keep the progress bar of the model's answers.
+    """
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.evaluator
+    import lm_eval.models.huggingface
+
+    log = logging.getLogger("lm_eval")
+    level, add_env_info, bar = log.level, lm_eval.evaluator.add_env_info, lm_eval.api.task.tqdm
+    hidden = [lm_eval.api.model, lm_eval.api.task] + ([] if progress else [lm_eval.models.huggingface])
+    log.setLevel(logging.ERROR)
+    lm_eval.evaluator.add_env_info = lambda results: None
+    for module in hidden:
+        module.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        lm_eval.evaluator.add_env_info = add_env_info
+        for module in hidden:
+            module.tqdm = bar
 
 
 @cache
@@ -173,20 +170,17 @@ def _all_tasks() -> TaskManager:
     return TaskManager()
 
 
-def _unknown(name: str, known: Sequence[str], folder: Path | None) -> str:
-    near = difflib.get_close_matches(name, ["paper", *known], n=3, cutoff=0.5)
+def _find(name: str, files: Sequence[str], folder: Path | None) -> list[str]:
+    """The harness's tasks of a name or a pattern."""
+    known = dict.fromkeys(_all_tasks().all_tasks)
+    if matches := [name] if name in known else _all_tasks().match_tasks([name]):
+        return matches
+    near = difflib.get_close_matches(name, ["paper", *files, *known], n=3, cutoff=0.5)
     where = (
         f"neither a task of lm-evaluation-harness nor a file in {folder}" if folder else "not a task of the harness"
     )
-    return f"{name!r} is {where}; " + (f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists all")
-
-
-def _load(manager: Any, name: str) -> dict[str, Task | Group]:
-    hint = "go online, or name files with --tasks-from FOLDER"
-    with boundary(f"can't load task {name}", hint, LayerPruneError):
-        loaded = manager.load([name])
-    groups = loaded.get("groups") or {}
-    return {name: groups[name]} if name in groups else dict(loaded["tasks"])
+    way_out = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists all"
+    raise LayerPruneError(f"{name!r} is {where}; {way_out}")
 
 
 def _dataset(task: Task | Group) -> str:
@@ -194,27 +188,54 @@ def _dataset(task: Task | Group) -> str:
     return str(leaves[0].config.dataset_path) if leaves else ""
 
 
+def _local(task: LocalTask | Text) -> Task:
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    data = {"test": Dataset.from_list(rows_of(task))}
+    return ConfigurableTask(config=task_config(task) | {"custom_dataset": lambda **_: data})
+
+
+def rows_of(task: LocalTask | Text) -> list[dict[str, Any]]:
+    """The rows that a local task or text has as a task of the harness."""
+    return [{"text": task.text}] if isinstance(task, Text) else task.rows
+
+
+def task_config(task: LocalTask | Text) -> dict[str, Any]:
+    """The harness's config for a local task or text, without the place of its rows."""
+    config: dict[str, Any] = {"task": task.name, "test_split": "test", "metadata": {"version": 1.0}}
+    if isinstance(task, Text):
+        metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+        config |= {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
+        return config | {"metric_list": [{"metric": metric} for metric in metrics]}
+    config |= {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold"}
+    config["metric_list"] = [
+        {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+    ]
+    return config | task.fields
+
+
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def read_tasks(folder: Path) -> dict[str, LocalTask | LocalText]:
+def read_tasks(folder: Path) -> dict[str, LocalTask | Text]:
     """Read all tasks and texts of a folder.
 
     Args:
         folder (`Path`): The folder.
 
     Returns:
-        `dict[str, LocalTask | LocalText]`: The tasks and texts by name, in alphabetical order.
+        `dict[str, LocalTask | Text]`: The tasks and texts by name, in alphabetical order.
 
     Raises:
         LayerPruneError: The folder has none, or one is invalid; the message names the line.
     """
     if not folder.is_dir():
         raise LayerPruneError(f"{folder} is not a folder; name one with .jsonl files (tasks) or .txt files (texts)")
-    files: dict[str, LocalTask | LocalText] = {}
+    files: dict[str, LocalTask | Text] = {}
     for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.txt")]):
         if path.stem in files:
-            raise LayerPruneError(f"{path} and {files[path.stem].path} have the same name; rename one")
+            raise LayerPruneError(f"{path} and {path.with_suffix('.jsonl')} have the same name; rename one")
         files[path.stem] = read_task(path) if path.suffix == ".jsonl" else read_text(path)
     if not files:
         raise LayerPruneError(f"{folder} has no .jsonl file (a task) and no .txt file (a text); name another folder")
@@ -234,7 +255,7 @@ def read_task(path: Path) -> LocalTask:
         LayerPruneError: A line is not a valid question.
     """
     rows = []
-    for number, line in enumerate(read_text_file(path).split("\n"), 1):
+    for number, line in enumerate(text_file.read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         row = parse_json(line, f"{path}, line {number}")
@@ -243,7 +264,7 @@ def read_task(path: Path) -> LocalTask:
         rows.append({name: row[name] for name in ("query", "choices", "gold")})
     if not rows:
         raise LayerPruneError(f"{path} has no questions; put one on each line")
-    return LocalTask(path.stem, path, rows, _prompt(path, rows))
+    return LocalTask(path.stem, rows, _prompt(path, rows), hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def _problem_of(row: Any) -> str | None:
@@ -267,7 +288,7 @@ def _prompt(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     sidecar = path.with_suffix(".yaml")
     if not sidecar.is_file():
         return fields
-    fields |= read_yaml(sidecar)
+    fields |= text_file.read_yaml(sidecar)
     for name, value in fields.items():
         if name not in _SIDECAR_FIELDS:
             raise LayerPruneError(
@@ -281,79 +302,3 @@ def _prompt(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
             with boundary(f"{sidecar}: the template {name} can't be used", kind=LayerPruneError):
                 sandbox().from_string(value).render(**rows[0])
     return fields
-
-
-def read_text(path: Path) -> LocalText:
-    """Read a text file.
-
-    Args:
-        path (`Path`): A `.txt` file.
-
-    Returns:
-        `LocalText`: The text.
-
-    Raises:
-        LayerPruneError: It is empty, or not UTF-8.
-    """
-    text = read_text_file(path)
-    if not text.strip():
-        raise LayerPruneError(f"{path} is empty; put a text into it to measure perplexity on")
-    return LocalText(path.stem, path, text)
-
-
-def write_task(task: LocalTask | LocalText, folder: Path) -> Path:
-    """Write a local task or text as a task of the harness: its rows, and a YAML file that refers to them.
-
-    Args:
-        task (`LocalTask` or `LocalText`): The task.
-        folder (`Path`): The folder to write to, from which `lm_eval run --include_path FOLDER --tasks NAME` runs it.
-
-    Returns:
-        `Path`: The YAML file.
-    """
-    import yaml
-
-    data = folder / f"{task.name}.jsonl"
-    rows: Any = [{"text": task.text}] if isinstance(task, LocalText) else task.rows
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    config: dict[str, Any] = {
-        "task": task.name,
-        "dataset_path": "json",
-        # The cache is deleted together with the files.
-        "dataset_kwargs": {"data_files": {"test": str(data.resolve())}, "cache_dir": str(folder.resolve() / "cache")},
-        "test_split": "test",
-        "metadata": {"version": _VERSION},
-    }
-    if isinstance(task, LocalText):
-        metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
-        config |= {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
-        config["metric_list"] = [{"metric": metric} for metric in metrics]
-    else:
-        config |= {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold"}
-        config["metric_list"] = [
-            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
-        ]
-        config |= task.fields
-    path = folder / f"{task.name}.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return path
-
-
-def _load_files(names: Sequence[str], folder: Path) -> dict[str, Task | Group]:
-    if not names:
-        return {}
-    import datasets
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    bars_disabled = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        return {name: one for wanted in names for name, one in _load(manager, wanted).items()}
-    finally:
-        if not bars_disabled:
-            datasets.enable_progress_bars()
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

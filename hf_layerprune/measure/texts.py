@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import LayerPruneError, cause_of
-from .tasks import LocalText, read_text
+from ..errors import LayerPruneError, boundary
+from ..files import text_file
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ class Text:
     """A text to measure on.
 
     Args:
-        name (`str`): Its name.
+        name (`str`): Its name; for a file, the file's name without `.txt`.
         text (`str`): Its content.
         dataset (`str`): The Hub id of its data set, or the sha256 of its content.
     """
@@ -34,10 +35,23 @@ class Text:
     text: str
     dataset: str
 
-    @classmethod
-    def of(cls, one: LocalText) -> Text:
-        """Build a text from a file."""
-        return cls(one.name, one.text, one.sha256)
+
+def read_text(path: Path) -> Text:
+    """Read a text file.
+
+    Args:
+        path (`Path`): A `.txt` file.
+
+    Returns:
+        `Text`: The text.
+
+    Raises:
+        LayerPruneError: It is empty, or not UTF-8.
+    """
+    text = text_file.read_text(path)
+    if not text.strip():
+        raise LayerPruneError(f"{path} is empty; put a text into it to measure perplexity on")
+    return Text(path.stem, text, hashlib.sha256(text.encode()).hexdigest())
 
 
 def find_text(name: str) -> Text:
@@ -54,33 +68,15 @@ def find_text(name: str) -> Text:
     """
     path = Path(name).expanduser()
     if path.is_file():
-        return Text.of(read_text(path))
-    if name == WIKITEXT2:
-        return Text(WIKITEXT2, _wikitext2(), _WIKITEXT2[0])
-    raise LayerPruneError(f"there is no text {name}; name a file, or {WIKITEXT2}")
-
-
-def _wikitext2() -> str:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise LayerPruneError(
-            f'{WIKITEXT2} needs datasets to download: pip install "hf-layerprune[eval]"; or name a file with --text'
-        ) from error
+        return read_text(path)
+    if name != WIKITEXT2:
+        raise LayerPruneError(f"there is no text {name}; name a file, or {WIKITEXT2}")
     repo, config, split = _WIKITEXT2
-    try:
+    with boundary(f"{WIKITEXT2} can't be downloaded", "name a file with --text", LayerPruneError):
+        from datasets import load_dataset
+
         rows = load_dataset(repo, config, split=split, trust_remote_code=False)
-    except Exception as error:  # whatever the Hub, its client and `datasets` raise
-        raise LayerPruneError(
-            f"{WIKITEXT2} can't be downloaded ({cause_of(error)}); name a file with --text"
-        ) from error
-    return "\n\n".join(rows["text"])
-
-
-def tokenise(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """All tokens `[tokens]` of a text, without special tokens."""
-    # Texts are longer than a model's context on purpose; `verbose=False` suppresses the warning.
-    return tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+        return Text(WIKITEXT2, "\n\n".join(rows["text"]), repo)
 
 
 def windows(
@@ -110,7 +106,8 @@ def windows(
         raise LayerPruneError(f"a window of {length} tokens is too short; give --length 2 or more")
     if most is not None:  # tokens average far fewer than 64 characters, so this part is enough
         text = text[: most * length * 64]
-    ids = tokenise(text, tokenizer)
+    # Texts are longer than a model's context on purpose; `verbose=False` suppresses the warning.
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
     count = len(ids) // own
     if not count:
         raise LayerPruneError(
@@ -145,21 +142,4 @@ def check_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizer
         raise LayerPruneError(
             "the tokenizers of the model and its base split the text into different tokens, so the models can't be compared "
             "token by token; name the base that the model was made from"
-        )
-
-
-def check_fits(rows: torch.Tensor, vocabulary: int) -> None:
-    """Refuse token ids outside a model's vocabulary.
-
-    Args:
-        rows (`torch.Tensor`): Token ids.
-        vocabulary (`int`): The size of the model's vocabulary.
-
-    Raises:
-        LayerPruneError: A token id is too large.
-    """
-    if (highest := int(rows.max())) >= vocabulary:
-        raise LayerPruneError(
-            f"the tokenizer produces token {highest}, but the model has a vocabulary of {vocabulary}; use the model's own "
-            "tokenizer"
         )

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, boundary
 from ..files.copy import write_text
 from ..files.json_file import check_schema, load_schema, read_object
 from .fingerprints import Identity, identity
 from .lineage import Lineage
 from .locked import locked
+from .requirements import Bound, Outcome, judge, parse_bounds
 
 FILE_NAME = "metrics.json"
 SCHEMA_VERSION = 1
@@ -40,12 +41,19 @@ class Metrics:
             files that affect the behaviour.
         results (`list[dict]`): The measured numbers; see the schema for the fields.
         comparisons (`list[dict]`): Differences from the base.
+        bounds (`tuple[Bound, ...]`): What the model must reach, see [`~records.requirements`].
     """
 
     weights: str
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     results: list[dict[str, Any]] = field(default_factory=list)
     comparisons: list[dict[str, Any]] = field(default_factory=list)
+    bounds: tuple[Bound, ...] = ()
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """Its bounds, held against its numbers."""
+        return judge(self.bounds, self)
 
     @classmethod
     def of(cls, folder: Path) -> Metrics | None:
@@ -68,9 +76,12 @@ class Metrics:
         try:
             data = read_object(path, max_bytes=_MAX_BYTES, max_depth=_MAX_DEPTH)
             _validate(data, path)
+            required = [one["require"] for one in data.get("requirements", [])]
+            with boundary(f"{path} has invalid requirements"):
+                bounds = parse_bounds(",".join(required) or "none")
         except CheckpointError as error:
             raise CheckpointError(f"{error}; restore the file, or delete it and measure again") from error
-        return cls(data["weights"], data["models"], data["results"], data["comparisons"])
+        return cls(data["weights"], data["models"], data["results"], data["comparisons"], bounds)
 
     @classmethod
     def update(cls, path: Path, change: Callable[[Metrics | None], Metrics]) -> Metrics:
@@ -166,13 +177,15 @@ class Metrics:
         Raises:
             CheckpointError: The numbers don't follow the schema.
         """
-        data = {
+        data: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "weights": self.weights,
             "models": self.models,
             "results": self.results,
             "comparisons": self.comparisons,
         }
+        if self.bounds:
+            data["requirements"] = [outcome.record for outcome in self.outcomes]
         _validate(data, path)
         write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 

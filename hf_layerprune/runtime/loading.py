@@ -243,7 +243,8 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     if gguf_file is not None:
         kwargs["gguf_file"] = gguf_file
     trust = kwargs.pop("trust_remote_code", False)
-    with boundary(f"{model} has no tokenizer that can be loaded"):
+    hint = "copy the tokenizer files of its base into it"
+    with boundary(f"{model} has no tokenizer that can be loaded", hint):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **kwargs)
         tokenizer("a")  # some broken settings show only on use
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers 5.4 makes one up

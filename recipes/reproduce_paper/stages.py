@@ -135,8 +135,8 @@ class Runner:
             return
         for source in said["texts"].values():
             find_text(source)
-        with task_set(said["tasks"], Path(said["tasks_from"]) if "tasks_from" in said else None):
-            self._checked.add(key)
+        task_set(said["tasks"], Path(said["tasks_from"]) if "tasks_from" in said else None)
+        self._checked.add(key)
 
     # --- prune and train --------------------------------------------------------------------------------------
 

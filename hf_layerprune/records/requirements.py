@@ -1,0 +1,261 @@
+"""Requirements: bounds on measured numbers that a model must meet, such as `perplexity_ratio<=1.2,piqa>=0.6`.
+
+    bounds = parse_bounds("perplexity_ratio<=1.2,top1_agreement>=0.8")
+    for outcome in judge(bounds, metrics):
+        print(outcome.met, outcome.text)
+
+A bound names a metric of `metrics.json` (every text or workload that it was measured on must meet the bound), a task or a
+text (its main metric, the one that a card shows), or one of both as `TASK:METRIC`. With `_ratio` behind it, it is about
+the model's number divided by the dense model's. This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CutError
+from ..options import Kind, Options, option
+from .figures.metric_names import METRICS, SHARE
+
+if TYPE_CHECKING:
+    from .metrics import Metrics
+
+_BOUND = re.compile(r"\s*([^\s<>=,]{1,200})\s*(<=|>=|<|>)\s*([^\s<>=,]{1,40})\s*")
+_EXAMPLE = "perplexity_ratio<=1.2,top1_agreement>=0.8,piqa>=0.6"
+_RATIO = "_ratio"
+_MOST = 100
+# A task's main metric is the first of these that it has, as on a card.
+_MAIN = ("acc_norm", "acc", "exact_match", "f1", "perplexity", "word_perplexity")
+# Timed runs of different sizes are different numbers; of other settings, the newest number counts.
+_RUN = ("batch", "prompt_tokens", "new_tokens")
+_OF_TASKS = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity", "byte_perplexity", "bits_per_byte")
+_OF_TEXTS, _FROM_BASE = ("perplexity", "nll"), ("kl", "top1_agreement")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound on a measured number.
+
+    Args:
+        name (`str`): A metric, a task or a text, or `TASK:METRIC`; each with or without `_ratio`.
+        sign (`str`): `<=`, `>=`, `<` or `>`.
+        limit (`float`): The limit.
+    """
+
+    name: str
+    sign: str
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.name}{self.sign}{repr(self.limit).removesuffix('.0')}"
+
+    @property
+    def plain(self) -> str:
+        """The name without `_ratio`."""
+        return self.name.removesuffix(_RATIO)
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether it is about the ratio to the dense model."""
+        return self.name.endswith(_RATIO)
+
+    def met_by(self, value: float) -> bool:
+        """Whether a number meets it."""
+        if self.sign == "<=":
+            return value <= self.limit
+        if self.sign == ">=":
+            return value >= self.limit
+        return value < self.limit if self.sign == "<" else value > self.limit
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A bound, and the numbers that it was held against.
+
+    Args:
+        bound (`Bound`): The bound.
+        measured (`tuple[tuple[str, float], ...]`): What each number was measured on (a task, a text, a workload or
+            nothing), and the number; empty if it was not measured.
+    """
+
+    bound: Bound
+    measured: tuple[tuple[str, float], ...]
+
+    @property
+    def met(self) -> bool:
+        """Whether it was measured, and every number meets it."""
+        return bool(self.measured) and all(self.bound.met_by(value) for _, value in self.measured)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Its record in `metrics.json`."""
+        measured = [{"value": value} | ({"on": where} if where else {}) for where, value in self.measured]
+        return {"require": str(self.bound), "met": self.met, "measured": measured}
+
+    @property
+    def text(self) -> str:
+        """One line on the outcome; for what was not measured, with what to run."""
+        if not self.measured:
+            return f"{self.bound} is required, but not measured; {how_to_measure(self.bound)}"
+        missed = [one for one in self.measured if not self.bound.met_by(one[1])]
+        values = ", ".join(f"{value:.4g}{f' ({where})' if where else ''}" for where, value in missed or self.measured)
+        return f"{self.bound} is {'missed' if missed else 'met'}: {values}"
+
+
+def parse_bounds(text: str) -> tuple[Bound, ...]:
+    """Read bounds, separated by commas.
+
+    Args:
+        text (`str`): The bounds, or `none` for no bound.
+
+    Returns:
+        `tuple[Bound, ...]`: The bounds.
+
+    Raises:
+        ValueError: A bound is malformed, its limit is not a finite number or out of range, or it stands there twice.
+    """
+    if text.strip() == "none":
+        return ()
+    bounds = [_parse(part) for part in text.split(",", _MOST)]
+    for index, bound in enumerate(bounds):
+        if any((bound.name, bound.sign[0]) == (one.name, one.sign[0]) for one in bounds[:index]):
+            raise ValueError(f"has {bound.name}{bound.sign[0]} twice; keep one of them")
+    return tuple(bounds)
+
+
+def _parse(text: str) -> Bound:
+    match = _BOUND.fullmatch(text)
+    if match is None:
+        raise ValueError(f"must be bounds such as {_EXAMPLE}, separated by commas; not {text.strip()[:60]!r}")
+    name, sign, word = match.groups()
+    try:
+        limit = float(word)
+    except ValueError:
+        raise ValueError(
+            f"has the limit {word!r}, which is not a number; write a bound such as {name}{sign}0.8"
+        ) from None
+    if not math.isfinite(limit) or abs(limit) > 1e30:
+        raise ValueError(f"has the limit {word}, but no number is above or below that; write a finite number")
+    metric = METRICS.get(name.rpartition(":")[2])
+    if metric is not None and metric.unit == SHARE and not 0 <= limit <= 1:
+        raise ValueError(f"has the limit {word}, but {name} is a share from 0 to 1; write 0.8 for 80 %")
+    return Bound(name, sign, limit)
+
+
+def _check(value: Any) -> tuple[Bound, ...]:
+    if isinstance(value, str):
+        return parse_bounds(value)
+    if not isinstance(value, tuple | list) or not all(isinstance(one, Bound) for one in value):
+        raise ValueError(f"must be bounds such as {_EXAMPLE}")
+    return parse_bounds(",".join(map(str, value)) or "none")
+
+
+REQUIREMENTS = Kind(parse_bounds, _check, "BOUNDS")
+
+
+@dataclass(kw_only=True)
+class RequireOptions(Options):
+    """What a model must reach."""
+
+    require: tuple[Bound, ...] | None = option(
+        None,
+        f"Bounds that the numbers must meet, such as {_EXAMPLE}: metrics, tasks, or their ratio to the dense model; none "
+        "removes those that were recorded",
+        REQUIREMENTS,
+    )
+
+
+def judge(bounds: Iterable[Bound], metrics: Metrics) -> list[Outcome]:
+    """Hold bounds against the newest numbers of a model.
+
+    Args:
+        bounds (`Iterable[Bound]`): The bounds.
+        metrics (`Metrics`): The numbers of a model folder.
+
+    Returns:
+        `list[Outcome]`: One for each bound.
+    """
+    return [Outcome(bound, tuple(_measured(bound, metrics))) for bound in bounds]
+
+
+def _measured(bound: Bound, metrics: Metrics) -> list[tuple[str, float]]:
+    """What a bound is about, and its numbers."""
+    own = [one for one in metrics.results if one["weights"] == metrics.weights]
+    task, _, metric = bound.plain.rpartition(":")
+    records = [one for one in own if one["metric"] == metric and (not task or one.get("task") == task)]
+    if not records:
+        of_task = [one for one in own if one.get("task") == bound.plain]
+        present = {one["metric"] for one in of_task}
+        main = next((name for name in _MAIN if name in present), None)
+        records = [one for one in of_task if one["metric"] == main]
+    values: dict[str, float] = {}
+    for record in records:
+        run = [f"{name} {record['settings'][name]}" for name in _RUN if name in record.get("settings", {})]
+        where = record["task"] if "task" in record and record["task"] not in (task, bound.plain) else ", ".join(run)
+        value = _ratio(record, metrics) if bound.is_ratio else record["value"]
+        if value is not None:
+            values[where] = value
+    return list(values.items())
+
+
+def _ratio(record: dict[str, Any], metrics: Metrics) -> float | None:
+    """A number divided by the dense model's, as it was recorded with it."""
+    same = ("weights", "kind", "metric", "task", "settings")
+    for paired in reversed(metrics.comparisons):
+        dense = metrics.models.get(paired["base"], {}).get("role") == "dense"
+        if dense and all(paired.get(name) == record.get(name) for name in same):
+            return paired.get("share")
+    return None
+
+
+def check_measurable(
+    bounds: Iterable[Bound], metrics: Metrics, *, tasks: Sequence[str] = (), texts: Sequence[str] = (), base: bool = False
+) -> None:
+    """Refuse bounds on what was not measured, and a run will not measure either.
+
+    Args:
+        bounds (`Iterable[Bound]`): The bounds.
+        metrics (`Metrics`): What was measured.
+        tasks (`Sequence[str]`, *optional*): The tasks of the run.
+        texts (`Sequence[str]`, *optional*): Its texts.
+        base (`bool`, defaults to `False`): Whether it has a base.
+
+    Raises:
+        CutError: A name is unknown, or neither this run nor an earlier one measures it.
+    """
+    measured = {*(_OF_TASKS if tasks else ()), *(_OF_TEXTS if texts else ()), *(_FROM_BASE if texts and base else ())}
+    for outcome in judge(bounds, metrics):
+        bound = outcome.bound
+        task, _, metric = bound.plain.rpartition(":")
+        here = bound.plain in (*tasks, *texts) or (metric in measured and task in ("", *tasks, *texts))
+        if outcome.measured or (here and (base or not bound.is_ratio)):
+            continue
+        if not here and not task and metric not in METRICS:
+            raise CutError(
+                unknown(bound, [*tasks, *texts, *(one["task"] for one in metrics.results if "task" in one)])
+            )
+        raise CutError(outcome.text)
+
+
+def unknown(bound: Bound, names: Sequence[str]) -> str:
+    """What is wrong with a bound on something that is neither a metric nor measured, with the nearest names."""
+    near = get_close_matches(bound.plain, list(dict.fromkeys([*names, *METRICS])), n=3, cutoff=0.5)
+    suffix = _RATIO if bound.is_ratio else ""
+    hint = f"did you mean {' or '.join(name + suffix for name in near)}?" if near else f"metrics: {', '.join(METRICS)}"
+    return f"{bound} is required, but {bound.plain!r} is neither a metric nor a task or text that is measured; {hint}"
+
+
+def how_to_measure(bound: Bound) -> str:
+    """What to run, so that a bound can be held against a number."""
+    task, _, metric = bound.plain.rpartition(":")
+    base = " --base BASE" if bound.is_ratio or metric in _FROM_BASE else ""
+    if metric in (*_OF_TEXTS, *_FROM_BASE):
+        return f"run hf-layerprune eval MODEL{base} --text {task or 'TEXT'}"
+    if metric in METRICS and metric not in _OF_TASKS:
+        return f"run hf-layerprune bench MODEL{base}"
+    return f"run hf-layerprune eval MODEL{base} --tasks {task or (metric if metric not in METRICS else 'TASKS')}"

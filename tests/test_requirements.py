@@ -1,0 +1,195 @@
+"""Requirements: what a bound means, what is refused, and what a miss stops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_layerprune import CutError, LayerPruneError
+from hf_layerprune.cli import main
+from hf_layerprune.records.figures.metric_names import METRICS, SHARE
+from hf_layerprune.records.metrics import Metrics
+from hf_layerprune.records.requirements import Bound, RequireOptions, check_measurable, judge, parse_bounds
+
+from .measure_models import write_model, write_tasks
+
+OWN, DENSE = "a" * 64, "b" * 64
+NAMES = st.sampled_from([*METRICS, "piqa", "words:perplexity", "piqa:acc", "perplexity_ratio", "mmlu_ratio"])
+SIGNS = st.sampled_from(["<=", ">=", "<", ">"])
+LIMITS = st.floats(0, 1) | st.integers(0, 1).map(float)
+
+
+def numbers() -> Metrics:
+    """Numbers as `eval` and `bench` leave them."""
+    metrics = Metrics(OWN)
+    for weights, role in ((OWN, "cut"), (DENSE, "dense")):
+        metrics.models[weights] = {"role": role, "name": role, "layers": 4, "parameters": 8}
+    common: dict[str, Any] = {"date": "2026-11-26", "versions": {}, "settings": {}}
+    for weights, scale in ((OWN, 1.0), (DENSE, 0.5)):
+        for task, metric, value in (
+            ("one", "perplexity", 20.0), ("two", "perplexity", 30.0), ("piqa", "acc", 0.6), ("piqa", "acc_norm", 0.7),
+        ):  # fmt: skip
+            kind = "text" if metric == "perplexity" else "accuracy"
+            record = {"weights": weights, "kind": kind, "task": task, "metric": metric, "value": value * scale}
+            metrics.add(results=[common | record])
+            if weights == OWN:
+                both = {"weights": OWN, "base": DENSE, "kind": kind, "task": task, "metric": metric, "settings": {}}
+                metrics.add(comparisons=[both | {"difference": value / 2, "share": 2.0, "date": "2026-11-26"}])
+    for batch in (1, 4):
+        speed = {"weights": OWN, "kind": "speed", "metric": "decode_tokens_per_second", "value": 10.0 * batch}
+        metrics.add(results=[common | speed | {"settings": {"batch": batch, "prompt_tokens": 8, "new_tokens": 2}}])
+    return metrics
+
+
+@given(
+    st.lists(st.builds(Bound, NAMES, SIGNS, LIMITS), min_size=1, max_size=5, unique_by=lambda b: (b.name, b.sign[0]))
+)
+def test_what_is_written_is_read(bounds: list[Bound]) -> None:
+    assert list(parse_bounds(",".join(map(str, bounds)))) == bounds
+    assert list(parse_bounds(" , ".join(f"{one.name} {one.sign} {one.limit!r}" for one in bounds))) == bounds
+
+
+@given(st.text(st.sampled_from("kla_:<>=,.0159e-+ nif\x1b"), max_size=30) | st.text(max_size=20))
+def test_any_text_is_bounds_or_refused_in_one_line(text: str) -> None:
+    try:
+        bounds, refusal = RequireOptions(require=text).require, "none"
+    except CutError as error:
+        bounds, refusal = (), str(error)
+    assert all(abs(one.limit) <= 1e30 for one in bounds)
+    assert parse_bounds(",".join(map(str, bounds)) or "none") == bounds
+    assert len(refusal.splitlines()) == 1
+    assert len(refusal) < 600
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("perplexity", "must be bounds such as .*not 'perplexity'"),
+        ("", "must be bounds"),
+        ("kl<=1,,acc>=0.5", "not ''"),
+        ("kl==1", "must be bounds"),
+        ("kl<=1<=2", "must be bounds"),
+        ("kl<=much", "the limit 'much', which is not a number"),
+        ("kl<=nan", "the limit nan.*finite number"),
+        ("kl<=inf", "finite number"),
+        ("kl<=1e99", "finite number"),
+        ("top1_agreement>=80", "a share from 0 to 1; write 0.8 for 80 %"),
+        ("piqa:acc>=60", "piqa:acc is a share"),
+        ("kl<=1,kl<2", "has kl< twice"),
+        (3, "must be bounds"),
+    ],
+)
+def test_malformed(text: Any, message: str) -> None:
+    with pytest.raises(CutError, match=message):
+        RequireOptions(require=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "met", "said"),
+    [
+        ("perplexity<=30", True, "is met: 20 (one), 30 (two)"),
+        ("perplexity<30", False, "is missed: 30 (two)"),
+        ("one:perplexity<=20", True, "is met: 20"),
+        ("one<=19.5", False, "is missed: 20"),
+        ("perplexity_ratio<=2", True, "is met: 2 (one), 2 (two)"),
+        ("perplexity_ratio<=1.2", False, "is missed: 2 (one), 2 (two)"),
+        ("piqa>=0.7", True, "is met: 0.7"),
+        ("piqa:acc>=0.7", False, "is missed: 0.6"),
+        ("piqa_ratio>2", False, "is missed: 2"),
+        ("acc>=0.6", True, "is met: 0.6 (piqa)"),
+        ("decode_tokens_per_second>=20", False, "is missed: 10 (batch 1, prompt_tokens 8, new_tokens 2)"),
+        ("decode_tokens_per_second_ratio>=1", False, "not measured; run hf-layerprune bench MODEL --base BASE"),
+        ("kl<=1", False, "not measured; run hf-layerprune eval MODEL --base BASE --text TEXT"),
+        ("piqa:f1>=1", False, "not measured; run hf-layerprune eval MODEL --tasks piqa"),
+        ("mmlu>=0.5", False, "not measured; run hf-layerprune eval MODEL --tasks mmlu"),
+    ],
+)
+def test_what_a_bound_is_held_against(text: str, met: bool, said: str) -> None:
+    (outcome,) = judge(parse_bounds(text), numbers())
+    assert outcome.met is met
+    assert outcome.text.startswith(text)
+    assert outcome.text.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("perplexty_ratio<=1.2", "did you mean perplexity_ratio"),
+        ("piqaa>=0.5", "did you mean piqa"),
+        ("zzz>=0.5", "neither a metric nor a task or text that is measured; metrics: acc"),
+        ("kl<=1", "not measured; run hf-layerprune eval MODEL --base BASE --text TEXT"),
+        ("arc_easy_ratio>=0.9", "not measured; run hf-layerprune eval MODEL --base BASE --tasks arc_easy"),
+        ("bytes_on_disk<=5", "not measured; run hf-layerprune bench MODEL"),
+    ],
+)
+def test_what_would_not_be_measured_is_refused_before(text: str, message: str) -> None:
+    with pytest.raises(CutError, match=message):
+        check_measurable(parse_bounds(text), numbers(), tasks=["arc_easy"], texts=["three"], base=False)
+    check_measurable(
+        parse_bounds("arc_easy>=0.5,nll<=3,three<=9"), numbers(), tasks=["arc_easy"], texts=["three"], base=False
+    )
+    check_measurable(
+        parse_bounds("kl<=1,arc_easy_ratio>=0.9"), numbers(), tasks=["arc_easy"], texts=["three"], base=True
+    )
+
+
+def test_a_file_whose_requirements_mean_nothing(tmp_path: Path) -> None:
+    metrics = numbers()
+    metrics.bounds = parse_bounds("perplexity<=25")
+    metrics.write(tmp_path)
+    assert Metrics.of(tmp_path) == metrics
+    data = json.loads((tmp_path / "metrics.json").read_text())
+    assert data["requirements"] == [
+        {
+            "require": "perplexity<=25",
+            "met": False,
+            "measured": [{"value": 20.0, "on": "one"}, {"value": 30.0, "on": "two"}],
+        }
+    ]
+    data["requirements"][0]["require"] = "perplexity"
+    (tmp_path / "metrics.json").write_text(json.dumps(data))
+    with pytest.raises(LayerPruneError, match="has invalid requirements: must be bounds"):
+        Metrics.of(tmp_path)
+
+
+def test_shares_are_the_metrics_of_that_unit() -> None:
+    for name, metric in METRICS.items():
+        if metric.unit == SHARE:
+            with pytest.raises(ValueError, match="is a share"):
+                parse_bounds(f"{name}>=1.5")
+        assert parse_bounds(f"{name}_ratio<=1.5")
+
+
+# --- over the command line ----------------------------------------------------------------------------------
+
+
+def test_eval_stops_at_a_miss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, cut = write_model(tmp_path / "base"), tmp_path / "cut"
+    assert main(["prune", str(base), str(cut), "--drop-layers", "3-4"]) == 0
+    text = write_tasks(tmp_path / "tasks") / "words.txt"
+    words = ["eval", str(cut), "--text", str(text), "--length", "64", "--windows", "2", "--quiet"]
+    capsys.readouterr()
+    assert main([*words, "--require", "perplexity_ratio<=1.2"]) == 2
+    assert "not measured; run hf-layerprune eval MODEL --base BASE" in capsys.readouterr().err
+    assert not (cut / "metrics.json").exists()
+    words += ["--base", str(base)]
+    assert main([*words, "--require", "perplexity_ratio<=0.5, top1_agreement>=0.999, kl<=1000"]) == 1
+    out, err = capsys.readouterr()
+    missed = [line for line in err.splitlines() if "is missed" in line]
+    assert [line.split()[1] for line in missed] == ["perplexity_ratio<=0.5", "top1_agreement>=0.999"]
+    assert "kl<=1000 is met: " in out
+    recorded = json.loads((cut / "metrics.json").read_text())["requirements"]
+    assert [one["met"] for one in recorded] == [False, False, True]
+    assert recorded[2]["measured"][0]["value"] == Metrics.of(cut).find(Metrics.of(cut).weights, "kl", "words")["value"]
+    # Later numbers are held against the same bounds, and others replace them.
+    assert main(words) == 0
+    assert len(Metrics.of(cut).bounds) == 3
+    assert main([*words, "--require", "kl<=1000"]) == 0
+    assert Metrics.of(cut).bounds == parse_bounds("kl<=1000")
+    assert main([*words, "--require", "none"]) == 0
+    assert "requirements" not in json.loads((cut / "metrics.json").read_text())
