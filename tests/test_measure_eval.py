@@ -377,7 +377,7 @@ def test_a_model_that_needs_its_own_code(base: Path, tasks: Path, tmp_path: Path
     config = json.loads((folder / "config.json").read_text())
     own = {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}
     (folder / "config.json").write_text(json.dumps(config | own))
-    with pytest.raises(CheckpointError, match="auto_map.*trust_remote_code"):
+    with pytest.raises(CheckpointError, match=r"needs code of its own \(auto_map in its config"):
         measure(folder, tasks)
 
 
