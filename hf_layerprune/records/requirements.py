@@ -214,7 +214,12 @@ def _ratio(record: dict[str, Any], metrics: Metrics) -> float | None:
 
 
 def check_measurable(
-    bounds: Iterable[Bound], metrics: Metrics, *, tasks: Sequence[str] = (), texts: Sequence[str] = (), base: bool = False
+    bounds: Iterable[Bound],
+    metrics: Metrics,
+    *,
+    tasks: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    base: bool = False,
 ) -> None:
     """Refuse bounds on what was not measured, and a run will not measure either.
 
