@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import UnsupportedModelError
-from hf_layerprune.runtime import mapped
 from hf_layerprune.runtime.walk import LayerWalk
 
 from .measure_models import write_model
@@ -88,12 +87,6 @@ def test_layers_that_hand_on_more_are_refused(model_type: str) -> None:
         LayerWalk(tiny_model(model_type))
 
 
-@pytest.fixture
-def _small_modules_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapped, "_WORTH_IT", 1)
-
-
-@pytest.mark.usefixtures("_small_modules_too")
 def test_weights_from_a_file_are_let_go(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "model")).eval()
     ids = tiny_input()
@@ -128,7 +121,6 @@ def test_embeddings_and_head_are_let_go_while_layers_run(tmp_path: Path) -> None
         assert torch.equal(walk.logits(batch.hidden), found)
 
 
-@pytest.mark.usefixtures("_small_modules_too")
 def test_changed_weights_are_kept(tmp_path: Path) -> None:
     """Weights in ordinary memory must not be wiped with those that are mapped."""
     model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "model")).eval()

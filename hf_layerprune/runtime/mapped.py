@@ -14,59 +14,62 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import safe_open
 from torch import nn
 
 _MADV_DONTNEED = 4
-_WORTH_IT = 1 << 20  # bytes; finding the mappings reads the whole of smaps, which can take 0.1 s
 
 
 def release(module: nn.Module) -> None:
     """Release the memory of weights that are mapped from a file; the next access reads them again.
 
     Args:
-        module (`nn.Module`): Releases its parameters and buffers, except those in ordinary memory and those in a
-            mapping that was written to since it was loaded. A module of less than 1 MiB is left alone.
+        module (`nn.Module`): Releases its parameters and buffers, except those in ordinary memory and those that were
+            written to since they were loaded.
     """
-    spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
-        for tensor in (*module.parameters(), *module.buffers())
-        if tensor.device.type == "cpu" and tensor.numel() and tensor.is_contiguous() and not tensor.is_meta
-    )
-    if sum(end - start for start, end in spans) < _WORTH_IT:
-        return
-    mapped = file_mappings()
     page = mmap.PAGESIZE
-    for start, end in spans:
-        start, end = -(-start // page) * page, end // page * page  # whole pages inside the tensor only
-        if start < end and any(low <= start and end <= high for low, high in mapped):
-            _madvise(start, end - start)
+    spans = [
+        (-(-start // page) * page, end // page * page) for start, end in map(_span, _dense(module))
+    ]  # whole pages
+    for start, end in _unmodified(sorted(span for span in spans if span[0] < span[1])):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
-def file_mappings() -> list[tuple[int, int]]:
-    """Start and end addresses of the weight files that are mapped into this process and unmodified; Linux only.
+def _dense(module: nn.Module) -> list[torch.Tensor]:
+    tensors = (*module.parameters(), *module.buffers())
+    return [tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.is_contiguous()]
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+
+
+def _unmodified(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those of some address ranges that lie in mapped weight files and were not written to; Linux only.
 
     Releasing any other memory would wipe its contents.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not spans:
         return []
-    unchanged: list[tuple[int, int]] = []
-    where: tuple[int, int] | None = None
-    with open("/proc/self/smaps") as maps:
+    files: list[tuple[int, int]] = []
+    with open("/proc/self/maps") as maps:
         for line in maps:
-            if line.rstrip("\n").endswith(".safetensors"):
-                low, _, high = line.split(" ", 1)[0].partition("-")
-                where = int(low, 16), int(high, 16)
-            elif where is not None and line.startswith("Anonymous:"):
-                if line.split()[1] == "0":  # otherwise a page was written to, and releasing it would undo that
-                    unchanged.append(where)
-                where = None
-    return unchanged
-
-
-def _madvise(start: int, length: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED)
+            if line.endswith(".safetensors\n"):
+                low, _, high = line.partition(" ")[0].partition("-")
+                files.append((int(low, 16), int(high, 16)))
+    clean: list[tuple[int, int]] = []
+    with open("/proc/self/pagemap", "rb", buffering=0) as pages:
+        for start, end in spans:
+            if any(low <= start and end <= high for low, high in files):
+                first, last = start // mmap.PAGESIZE, -(-end // mmap.PAGESIZE)
+                pages.seek(8 * first)
+                flags = np.frombuffer(pages.read(8 * (last - first)), np.uint64) >> 61
+                # A page that was written to is in memory or swapped out (4, 2), and not the file's (1).
+                if len(flags) == last - first and not np.any((flags > 1) & (flags & 1 == 0)):
+                    clean.append((start, end))
+    return clean
 
 
 def copy_by_mapping(module: nn.Module, name: str, sources: Mapping[str, tuple[Path, str]]) -> bool:
@@ -87,11 +90,9 @@ def copy_by_mapping(module: nn.Module, name: str, sources: Mapping[str, tuple[Pa
         full[key] not in sources or value.device.type != "cpu" for key, value in parameters.items()
     ):
         return False
-    mapped = file_mappings()
-    for value in parameters.values():
-        start, end = value.data_ptr(), value.data_ptr() + value.numel() * value.element_size()
-        if not any(low <= start and end <= high for low, high in mapped):
-            return False
+    spans = [_span(value) for value in parameters.values()]
+    if len(_unmodified(spans)) < len(spans):
+        return False
 
     def deep_copy(memo: dict[int, Any]) -> nn.Module:
         del module.__dict__["__deepcopy__"]
