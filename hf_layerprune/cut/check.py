@@ -18,6 +18,7 @@ from .. import families
 from ..errors import CutError, LayerPruneError, cause_of
 from ..families.layout import find_decoder_layers
 from ..families.types import proven_versions
+from ..runtime.parts import TROUBLE, evaluating, hooked, probe_ids
 from ..versions import installed
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ _TOKENS = 8
 # Kernels round differently depending on the alignment of their operands. Relative to the largest logit:
 _TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.005}
 _TOLERANCE_ELSEWHERE = 1e-5
-_DOES_NOT_RUN = (
-    AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
 _told: set[str] = set()
 
 
@@ -68,16 +66,14 @@ def bypassed_logits(model: PreTrainedModel, layers: Sequence[int]) -> torch.Tens
     try:
         with _bypassed(model, layers):
             return few_logits(model)
-    except _DOES_NOT_RUN as error:
+    except TROUBLE as error:
         raise CannotCheckError(f"the dense model does not run on tokens alone ({cause_of(error)})") from error
 
 
 def few_logits(model: PreTrainedModel) -> torch.Tensor:
     """Logits of a few fixed tokens, `[1, seq, vocab]`, in evaluation mode and without a cache or gradients."""
-    device = next(model.get_input_embeddings().parameters()).device
-    ids = torch.arange(3, 3 + _TOKENS, device=device)[None] % families.text_config(model.config).vocab_size
-    with _evaluating(model), torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
+    with evaluating(model):
+        return model(input_ids=probe_ids(model, _TOKENS), use_cache=False).logits
 
 
 def check_logits(pruned: PreTrainedModel, expected: torch.Tensor) -> None:
@@ -92,7 +88,7 @@ def check_logits(pruned: PreTrainedModel, expected: torch.Tensor) -> None:
     """
     try:
         logits = few_logits(pruned)
-    except _DOES_NOT_RUN as error:
+    except TROUBLE as error:
         raise WrongCutError(_mismatch(pruned.config, f"the pruned model does not run ({cause_of(error)})")) from error
     expected = expected.to(logits.device)
     if logits.shape != expected.shape:
@@ -166,26 +162,10 @@ def _bypassed(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
         return (*given[:carried], *output[carried:])
 
     stack = find_decoder_layers(model).layers
-    handles = [stack[i].register_forward_hook(hand_on, with_kwargs=True) for i in layers]
-    try:
+    with hooked(*[stack[i].register_forward_hook(hand_on, with_kwargs=True) for i in layers]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_handed_on(taken: Any, returned: Any, hidden: torch.Tensor) -> bool:
     tensors = isinstance(taken, torch.Tensor) and isinstance(returned, torch.Tensor)
     return tensors and taken.shape == returned.shape and taken.shape[:-1] == hidden.shape[:-1]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode, and restore the mode of every module afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

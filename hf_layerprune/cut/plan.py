@@ -42,7 +42,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A matrix in a source file, of which only some columns are copied, row by row.
+    """A matrix in a source file, of which only some columns are copied.
 
     Args:
         offset (`int`): Offset of the matrix in the file.
@@ -60,6 +60,12 @@ class Rows:
     def length(self) -> int:
         """Number of bytes that are kept."""
         return self.rows * sum(span.length for span in self.columns)
+
+    def spans(self) -> Iterator[Span]:
+        """The ranges to copy, row by row."""
+        for row in range(self.rows):
+            for offset, length in self.columns:
+                yield Span(self.offset + row * self.row_bytes + offset, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,11 @@ class ShardPlan:
     def size(self) -> int:
         """Size of the file in bytes."""
         return len(self.header) + sum(piece.length for piece in self.pieces)
+
+    def spans(self) -> Iterator[Span]:
+        """The ranges of the source file to copy after the header, in order."""
+        for piece in self.pieces:
+            yield from (piece,) if isinstance(piece, Span) else piece.spans()
 
 
 @dataclass(frozen=True, slots=True)

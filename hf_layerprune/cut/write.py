@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from tqdm.auto import tqdm
 
@@ -16,12 +15,9 @@ from ..files.copy import LocalFile, check_space, open_new, write_all
 from ..files.folders import new_folder
 from .folder import INDEX, SINGLE, check_index, read_json
 from .header import read_header
-from .plan import CheckpointPlan, Rows, ShardPlan
+from .plan import CheckpointPlan, ShardPlan
 
 logger = logging.getLogger(__name__)
-
-# Bytes to read at once when a tensor is copied in slices of its rows.
-_ROWS_CHUNK = 8 << 20
 
 
 def write_checkpoint(
@@ -111,49 +107,9 @@ def _write_shard(plan: CheckpointPlan, shard: ShardPlan, folder: Path, linked: b
         with open_new(folder / shard.target) as output:
             write_all(output, shard.header)
             yield len(shard.header)
-            for piece in shard.pieces:
-                if isinstance(piece, Rows):
-                    yield from copy_rows(source, output, piece)
-                else:
-                    yield from source.copy_into(output, piece.offset, piece.length)
+            for offset, length in shard.spans():
+                yield from source.copy_into(output, offset, length)
         source.check_unchanged()
-
-
-def copy_rows(source: LocalFile, output: BinaryIO, piece: Rows) -> Iterator[int]:
-    """Append some columns of a matrix to a file, yielding the size of each chunk once it is written.
-
-    Args:
-        source (`LocalFile`): The file that holds the matrix.
-        output (`BinaryIO`): A file open for writing.
-        piece (`Rows`): The matrix and its columns.
-
-    Yields:
-        `int`: The size of each chunk in bytes.
-    """
-    at_once = max(1, _ROWS_CHUNK // piece.row_bytes)
-    for row in range(0, piece.rows, at_once):
-        count = min(at_once, piece.rows - row)
-        data = source.read(piece.offset + row * piece.row_bytes, count * piece.row_bytes)
-        kept = take_columns(data, piece)
-        write_all(output, kept)
-        yield len(kept)
-
-
-def take_columns(data: bytes, piece: Rows) -> memoryview:
-    """Select columns from complete rows of a matrix.
-
-    Args:
-        data (`bytes`): The rows.
-        piece (`Rows`): The matrix and its columns.
-
-    Returns:
-        `memoryview`: The selected bytes, row by row.
-    """
-    import numpy as np
-
-    block = np.frombuffer(data, np.uint8).reshape(-1, piece.row_bytes)
-    kept = np.concatenate([block[:, start : start + length] for start, length in piece.columns], axis=1)
-    return kept.data.cast("B")
 
 
 def _write_companion(path: Path, target: Path) -> Iterator[int]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..families import text_config
+
 # What a model that can't be run in parts may raise.
 TROUBLE = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 
@@ -98,8 +100,8 @@ def layer_stub(
 
 def probe_ids(model: Any, tokens: int) -> torch.Tensor:
     """Token ids for trying a model, `[1, tokens]`, without the special tokens at the start of vocabularies."""
-    ids = torch.arange(3, 3 + tokens)[None] % model.config.get_text_config().vocab_size
-    return ids.to(model.get_input_embeddings().weight.device)
+    device = next(model.get_input_embeddings().parameters()).device
+    return torch.arange(3, 3 + tokens, device=device)[None] % text_config(model.config).vocab_size
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:

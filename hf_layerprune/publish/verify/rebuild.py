@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...cut.disk import plan_cut
-from ...cut.plan import CheckpointPlan, Rows, ShardPlan
+from ...cut.plan import CheckpointPlan, ShardPlan
 from ...cut.settings import read_config
-from ...cut.write import take_columns
 from ...errors import CheckpointError
 from ...files.copy import LocalFile
 from ...files.json_file import parse_json
@@ -98,19 +97,11 @@ def _check_bytes(plan: CheckpointPlan, files: Mapping[str, Mapping[str, Any]]) -
             )
 
 
-def _planned(shard: ShardPlan, source: LocalFile) -> Iterator[bytes]:
-    """The bytes of a planned weight file."""
+def _planned(shard: ShardPlan, source: LocalFile) -> Iterator[bytes | memoryview]:
+    """The bytes of a planned weight file. Each part is valid only until the next one is requested."""
     yield shard.header
-    for piece in shard.pieces:
-        if isinstance(piece, Rows):
-            at_once = max(1, _CHUNK // piece.row_bytes)
-            for row in range(0, piece.rows, at_once):
-                count = min(at_once, piece.rows - row)
-                data = source.read(piece.offset + row * piece.row_bytes, count * piece.row_bytes)
-                yield bytes(take_columns(data, piece))
-        else:
-            for start in range(0, piece.length, _CHUNK):
-                yield source.read(piece.offset + start, min(_CHUNK, piece.length - start))
+    for offset, length in shard.spans():
+        yield from source.chunks(offset, length)
 
 
 def _converted(history: History, base: Base) -> Expected:
@@ -152,7 +143,7 @@ def digest_file(path: Path) -> dict[str, TensorHash]:
         return digest(iter(lambda: file.read(_CHUNK), b""), str(path))[1]
 
 
-def digest(stream: Iterable[bytes], name: str = "the base") -> tuple[str, dict[str, TensorHash]]:
+def digest(stream: Iterable[bytes | memoryview], name: str = "the base") -> tuple[str, dict[str, TensorHash]]:
     """Hash a stream of a safetensors file, as a whole and tensor by tensor.
 
     Args:
@@ -194,7 +185,7 @@ def digest(stream: Iterable[bytes], name: str = "the base") -> tuple[str, dict[s
 class _Parts:
     """A stream of bytes that is consumed in exact counts."""
 
-    def __init__(self, stream: Iterable[bytes]) -> None:
+    def __init__(self, stream: Iterable[bytes | memoryview]) -> None:
         self._stream = iter(stream)
         self._left = memoryview(b"")
 
