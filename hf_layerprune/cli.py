@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from .commands import COMMANDS
 from .errors import CutError, LayerPruneError, cause_of, one_line, shown
+from .options import add, gather
 from .versions import __version__
 
 _DEBUG = "HF_LAYERPRUNE_DEBUG"
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name in COMMANDS:
         module = _command(name)
         command = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
-        module.add_arguments(command)
+        add(command, module.Request, exclusive=getattr(module, "EXCLUSIVE", ()))
         _add_debug(command)
     return parser
 
@@ -70,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("hf_layerprune").setLevel(logging.INFO)
     try:
-        return _command(args.command).run(args) or 0
+        command = _command(args.command)
+        return command.run(gather(args, command.Request)) or 0
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was left half-written", 130)
     except Exception as error:
@@ -88,10 +90,8 @@ class _Shown(logging.Formatter):
 
 def _explain(error: Exception) -> tuple[str, int]:
     """One line for an error, and the exit code."""
-    if isinstance(error, LayerPruneError):
+    if isinstance(error, LayerPruneError | OSError):
         return str(error), 2 if isinstance(error, CutError) else 1
-    if isinstance(error, OSError):
-        return str(error), 1
     if isinstance(error, MemoryError):
         return "out of memory; use a machine with more of it, or a smaller setting", 1
     return f"internal error: {cause_of(error)}; --debug shows where it came from", 1

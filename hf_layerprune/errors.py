@@ -63,10 +63,9 @@ def boundary(what: str, hint: str = "", kind: type[LayerPruneError] = Checkpoint
         yield
     except LayerPruneError:
         raise
-    except Exception as error:
-        raise kind(f"{what}: {cause_of(error)}{f'; {hint}' if hint else ''}") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # a panic in a Rust library such as tokenizers
+        # A panic in a Rust library such as tokenizers is not an `Exception`.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise kind(f"{what}: {cause_of(error)}{f'; {hint}' if hint else ''}") from error
 

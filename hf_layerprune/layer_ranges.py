@@ -1,4 +1,4 @@
-"""Parse and format sets of layers, such as `20-26,29`."""
+"""Sets of layers as people write them, such as `20-26,29`."""
 
 from __future__ import annotations
 
@@ -43,12 +43,22 @@ def parse_layers(text: str) -> list[int]:
     return ordered
 
 
+def blocks(layers: Collection[int]) -> list[tuple[int, int]]:
+    """Group layers into blocks of adjacent ones.
+
+    Args:
+        layers (`Collection[int]`): Layer indices, in any order.
+
+    Returns:
+        `list[tuple[int, int]]`: For each block, its first layer and the index after its last.
+    """
+    found: list[tuple[int, int]] = []
+    for i in sorted(layers):
+        first = found.pop()[0] if found and found[-1][1] == i else i
+        found.append((first, i + 1))
+    return found
+
+
 def format_layers(layers: Collection[int]) -> str:
     """Format a set of layers as ranges: `[20, 21, 22, 29]` becomes `20-22,29`."""
-    runs: list[list[int]] = []
-    for i in sorted(layers):
-        if runs and i == runs[-1][-1] + 1:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return ",".join(f"{first}-{end - 1}" if end - first > 1 else str(first) for first, end in blocks(layers))

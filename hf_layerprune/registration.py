@@ -35,23 +35,8 @@ def register() -> None:
     let_peft_save(kind)
 
 
-class _RegisteringLoader(importlib.abc.Loader):
-    """Loads a module as its own loader would, then registers."""
-
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        register()
-
-
 class _PeftFinder(importlib.abc.MetaPathFinder):
-    """Notices the first import of PEFT. Others may only ask whether there is a PEFT, and import it later."""
+    """Registers after the first import of PEFT. Others may only ask whether there is a PEFT, and import it later."""
 
     _asking = False
 
@@ -66,7 +51,14 @@ class _PeftFinder(importlib.abc.MetaPathFinder):
         finally:
             self._asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                register()
+
+            loader.exec_module = execute_and_register
         return spec
 
 

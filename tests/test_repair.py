@@ -20,6 +20,7 @@ from hf_layerprune.runtime.walk import LayerWalk
 
 from .tiny_models import LAYERS, tiny_input, tiny_model
 
+CPU = torch.device("cpu")
 DROP = [3, 4, 6]
 
 
@@ -79,7 +80,7 @@ def test_normal_equations_agree_with_least_squares():
     torch.manual_seed(0)
     features, truth = torch.randn(400, 8), torch.randn(8, 8)
     change = features @ truth + 0.01 * torch.randn(400, 8)
-    fitted, held_out = NormalEquations(8), NormalEquations(8)
+    fitted, held_out = NormalEquations(8, 8, CPU), NormalEquations(8, 8, CPU)
     for piece, wanted in zip(features[:300].split(50), change[:300].split(50), strict=True):
         fitted.add(piece[None], wanted[None])
     held_out.add(features[300:], change[300:])
@@ -93,7 +94,7 @@ def test_normal_equations_agree_with_least_squares():
 def test_noise_is_not_fitted():
     """Where the features say nothing of the change, the plain cut is kept."""
     torch.manual_seed(0)
-    fitted, held_out = NormalEquations(16), NormalEquations(16)
+    fitted, held_out = NormalEquations(16, 16, CPU), NormalEquations(16, 16, CPU)
     fitted.add(torch.randn(20, 16), torch.randn(20, 16))
     held_out.add(torch.randn(400, 16), torch.randn(400, 16))
     fit = solve_ridge(fitted, held_out)

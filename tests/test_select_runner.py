@@ -16,7 +16,7 @@ from hf_layerprune import CheckpointError, CutError, LayerDropConfig, Unsupporte
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cut.memory import drop_layers
 from hf_layerprune.options import CutOptions
-from hf_layerprune.repair import fit_repair
+from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.runtime import divergence
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import ALL, choose_layers, score_layers, trials

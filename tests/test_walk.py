@@ -87,18 +87,18 @@ def test_layers_that_hand_on_more_are_refused(model_type: str) -> None:
         LayerWalk(tiny_model(model_type))
 
 
-def test_weights_from_a_file_are_let_go(tmp_path: Path) -> None:
+def test_weights_from_a_file_are_released(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "model")).eval()
     ids = tiny_input()
     with torch.no_grad():
         expected = model(ids).logits
-    assert torch.equal(walked(LayerWalk(model, let_go=True), ids), walked(LayerWalk(model), ids))
+    assert torch.equal(walked(LayerWalk(model, release_weights=True), ids), walked(LayerWalk(model), ids))
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-def test_embeddings_and_head_are_let_go_while_layers_run(tmp_path: Path) -> None:
+def test_embeddings_and_head_are_released_while_layers_run(tmp_path: Path) -> None:
     """In a small model they are most of it."""
     model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "model", vocabulary=30_000)).eval()
     size = model.get_output_embeddings().weight.nbytes
@@ -107,16 +107,16 @@ def test_embeddings_and_head_are_let_go_while_layers_run(tmp_path: Path) -> None
         maps = Path("/proc/self/smaps").read_text().split("VmFlags:")
         return sum(int(part.split("Rss:")[1].split()[0]) * 1024 for part in maps if f"{tmp_path}/" in part)
 
-    walk = LayerWalk(model, let_go=True)
+    walk = LayerWalk(model, release_weights=True)
     assert resident() < 0.5 * size
     with torch.no_grad():
         batch = walk.begin(torch.arange(30_000)[None, ::50])
         assert resident() > 0.5 * size, "the comparison means something"
-        walk.rest()
+        walk.release_ends()
         assert resident() < 0.5 * size
         found = walk.logits(batch.hidden)
         assert resident() > 0.5 * size
-        walk.rest()
+        walk.release_ends()
         assert resident() < 0.5 * size
         assert torch.equal(walk.logits(batch.hidden), found)
 
@@ -128,7 +128,7 @@ def test_changed_weights_are_kept(tmp_path: Path) -> None:
         weight = model.model.layers[3].mlp.down_proj.weight
         weight.data = weight.data.clone() * 2
         expected = model(tiny_input()).logits
-    walk = LayerWalk(model, let_go=True)
+    walk = LayerWalk(model, release_weights=True)
     for _ in range(2):
         assert torch.allclose(walked(walk, tiny_input()), expected, rtol=1e-4, atol=1e-5)
 
@@ -146,7 +146,7 @@ names = ["block_influence", "perplexity", "magnitude_l1", "taylor"]
 load_base(sys.argv[1], dtype="auto")
 before, found = peak_rss(), {}
 for mode in ("stream", "memory"):  # a peak never falls, so what takes less comes first
-    walk = LayerWalk(load_base(sys.argv[1], dtype="auto"), let_go=mode == "stream")
+    walk = LayerWalk(load_base(sys.argv[1], dtype="auto"), release_weights=mode == "stream")
     scores = score_layers(walk, CalibrationSet.of(ids, "random"), names)
     found[mode] = peak_rss() - before, [score for name in names for score in scores[name].layers]
     del walk

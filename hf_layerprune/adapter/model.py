@@ -8,7 +8,6 @@ the model in `_prepare_model`, names the modules to wrap, and puts the dense mod
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftConfig
@@ -25,10 +24,10 @@ from ..options import check
 from ..repair.frozen import freeze, module_names, put, thaw
 from ..runtime.mapped import copy_by_mapping
 from .config import LayerDropConfig
-from .prepare import chooses, needs_dense, prepare
-from .resolve import CUT, PREPARED, choose_layers, cut_of, is_made, resolve_drop
+from .prepare import CUT, PREPARED, needs_dense, prepare
+from .resolve import cut_of, is_made, resolve_drop
 from .tail import tuned_modules
-from .tied import TIED, is_tied, tell_of_untying, tie_again, untie
+from .tied import TIED, is_tied, tie_again, untie, warn_of_untying
 
 logger = logging.getLogger(__name__)
 
@@ -61,16 +60,14 @@ class LayerDropModel(BaseTuner):
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT declares it so)
 
-    # --- resolving the config ----------------------------------------------------------------------------
-
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
         if not isinstance(config, LayerDropConfig):
             raise LayerPruneError(f"a LayerDropConfig is needed, not a {type(config).__name__}")
         check(config)  # again: its fields may have been set since it was made
         cut = getattr(self.model, CUT, None)
-        if chooses(config) and not hasattr(self.model, PREPARED):
-            setattr(self.model, PREPARED, choose_layers(config, self.model, cut))
+        if needs_dense(config) and not hasattr(self.model, PREPARED):
+            setattr(self.model, PREPARED, prepare(config, self.model, cut))
         resolve_drop(config, self.model.config, cut)
         others: dict[str, Any] = self.peft_config
         for name, other in others.items():
@@ -79,13 +76,6 @@ class LayerDropModel(BaseTuner):
                     f"adapter {name!r} drops layers {other.drop_layers}, and the new one {config.drop_layers}: "
                     "adapters on one base must share the cut; load the base again for another one"
                 )
-        if needs_dense(config) and not hasattr(self.model, PREPARED):
-            if is_made(config, self.model.config):
-                raise CutError(
-                    f"repair={config.repair!r} is fitted to the dense model, and this one is cut already; load the "
-                    "base again, or use repair=None"
-                )
-            setattr(self.model, PREPARED, prepare(config, self.model))
 
     # PEFT's base class declares any config and any module where this class is given its own kind of config and a
     # transformers model, hence `Any`.
@@ -96,7 +86,8 @@ class LayerDropModel(BaseTuner):
         if needs_dense(peft_config):
             peft_config.repaired_modules = module_names(getattr(model, PREPARED).repair, stack, cut_of(peft_config))
         # What a repair changed is saved as well; inside a tuned layer it is saved with the layer.
-        repaired = [name for name in peft_config.repaired_modules or () if not _inside(name, tuned)]
+        inside = tuple(f"{name}." for name in tuned)
+        repaired = [name for name in peft_config.repaired_modules or () if not f"{name}.".startswith(inside)]
         peft_config.modules_to_save = [*tuned, *repaired] or None
         peft_config.target_modules = DUMMY_TARGET_MODULES
         peft_config.base_commit = peft_config.base_commit or getattr(model.config, "_commit_hash", None)
@@ -114,7 +105,7 @@ class LayerDropModel(BaseTuner):
         if peft_config.tune_lm_head and is_tied(model):
             added = untie(model)
             if not peft_config.untied_lm_head:  # a saved config was told so when it was made
-                tell_of_untying(added, saved)
+                warn_of_untying(added, saved)
             peft_config.untied_lm_head = True
         for name in set(peft_config.repaired_modules or ()) & set(peft_config.modules_to_save or ()):
             module = model.get_submodule(name)
@@ -130,8 +121,7 @@ class LayerDropModel(BaseTuner):
         prepared = model.__dict__.pop(PREPARED, None)
         if prepared is not None and prepared.repair is not None:
             config: Any = self.peft_config[adapter_name]
-            cut = cut_of(config)
-            put(prepared.repair, model, find_decoder_layers(model).path, cut, adapter_name)
+            put(prepared.repair, model, find_decoder_layers(model).path, cut_of(config), adapter_name)
         self.prepared = prepared or getattr(self, "prepared", None)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
@@ -145,8 +135,6 @@ class LayerDropModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep the base's dtype: what is tuned are copies of its own modules, not new ones."""
-
-    # --- the dense model and back ------------------------------------------------------------------------
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         cut: LayerCut | None = getattr(self.model, CUT, None)
@@ -171,8 +159,7 @@ class LayerDropModel(BaseTuner):
             # PEFT would keep the tuned copies here as well; unloading means the untuned cut.
             for name, module in list(self.model.named_modules()):
                 if isinstance(module, ModulesToSaveWrapper):
-                    parent = self.model.get_submodule(name.rpartition(".")[0])
-                    setattr(parent, name.rpartition(".")[2], module.original_module)
+                    self.model.set_submodule(name, module.original_module)
             if hasattr(self.model, TIED):
                 tie_again(self.model)
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[func-returns-value]
@@ -181,10 +168,6 @@ class LayerDropModel(BaseTuner):
                 delattr(model, name)
         thaw(model)
         return model
-
-
-def _inside(name: str, modules: Sequence[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _count(model: nn.Module) -> int:

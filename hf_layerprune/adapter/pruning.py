@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from .. import families
 from ..cut.lazy import SAVED, load_pruned
 from ..cut.memory import LayerCut
-from ..errors import CheckpointError, CutError, LayerPruneError
+from ..errors import CheckpointError, LayerPruneError
 from ..families.layout import find_decoder_layers
 from ..runtime.loading import load_base, resolve_base
 from ..runtime.precision import in_fast_precision
 from .config import LayerDropConfig
-from .prepare import Prepared, chooses, needs_dense, prepare, runs_dense
+from .prepare import CUT, PREPARED, Prepared, needs_dense, needs_text, prepare
 from .reading import WHERE, find_adapter, load_adapter
-from .resolve import CUT, PREPARED, choose_layers, cut_of, is_made, resolve_drop
+from .resolve import cut_of, is_made, resolve_drop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -72,6 +73,8 @@ def _load(
     if config.revision is not None:
         kwargs = {"revision": config.revision} | kwargs
     if (adapter := find_adapter(base, **kwargs)) is not None:
+        if not isinstance(adapter, LayerDropConfig):
+            raise CheckpointError(f"{base} is an adapter of another method ({adapter.peft_type}); merge it first")
         return load_merged(base, adapter, kwargs)
     if whole or config.keep_dropped or resolve_base(base, kwargs.get("gguf_file"))[1] is not None:
         model = load_base(base, **kwargs)
@@ -110,37 +113,28 @@ def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     others = {name: value for name, value in kwargs.items() if name not in ("device_map", "dtype", "torch_dtype")}
     model = load_base(base, dtype="auto", **others)
     families.check_supported(model.config)
-    choosing = chooses(config)
-    if not choosing:
-        resolve_drop(config, model.config)
-        if is_made(config, model.config):
-            raise CutError(f"repair={config.repair!r} is fitted to the dense model, and {base} is cut already")
     # The new weights are stored in the types of the old ones, whatever they are computed in.
     types = [{name: p.dtype for name, p in layer.named_parameters()} for layer in find_decoder_layers(model).layers]
-    how: dict[str, Any] = {"device": _accelerator(), "let_go": True}
-    if how["device"] is None and runs_dense(config):
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None and needs_text(config):
         in_fast_precision(model)
-    prepared = (choose_layers if choosing else prepare)(config, model, **how)
+    prepared = prepare(config, model, device=device, release_weights=True)
     if prepared.repair is not None:
         new = prepared.repair.tensors
         new |= {(i, name): value.to(types[i].get(name, value.dtype)) for (i, name), value in new.items()}
     return prepared
 
 
-def _accelerator() -> str | None:
-    """The device that layers run on, one at a time, if there is one."""
-    import torch
-
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return None if device is None else str(device)
-
-
-def load_merged(base: str, adapter: PeftConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Load an adapter of this method with its base, as one plain model."""
-    if not isinstance(adapter, LayerDropConfig):
-        raise CheckpointError(f"{base} is an adapter of another method ({adapter.peft_type}); merge it first")
+def load_merged(name: str, adapter: PeftConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load an adapter of any PEFT method with its base, as one plain model."""
+    if not adapter.base_model_name_or_path:
+        raise CheckpointError(f"{name} is an adapter that does not name its base; merge it first")
     where = {name: kwargs[name] for name in WHERE if kwargs.get(name)}
     others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-    model = load_adapter(_load(adapter, others), base, **where).merge_and_unload()
-    model.name_or_path = model.config.name_or_path = base
+    if isinstance(adapter, LayerDropConfig):
+        base = _load(adapter, others)
+    else:
+        base = load_base(adapter.base_model_name_or_path, revision=adapter.revision, **others)
+    model = load_adapter(base, name, **where).merge_and_unload()
+    model.name_or_path = model.config.name_or_path = name
     return model

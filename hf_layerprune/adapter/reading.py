@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from ..errors import CheckpointError, boundary
 from ..files.json_file import read_object
 from ..runtime.loading import as_path, check_complete
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -33,8 +33,6 @@ def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:
     Raises:
         CheckpointError: It is an adapter whose config can't be read, or one without safetensors weights.
     """
-    from peft import PeftConfig
-
     where = {name: kwargs[name] for name in WHERE if kwargs.get(name) is not None}
     path = as_path(base)
     name = str(path) if path.exists() else str(base)
@@ -55,8 +53,6 @@ def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:
 
 def _find(name: str, filename: str, where: dict[str, Any]) -> str | None:
     """Path of a file of a folder or a Hub repository, or `None`: what is wrong is said when the base is loaded."""
-    from transformers.utils.hub import cached_file
-
     try:
         return cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **where)
     except (OSError, ValueError):
@@ -79,8 +75,6 @@ def load_adapter(base: PreTrainedModel, adapter: str, **where: Any) -> PeftModel
         CheckpointError: The adapter can't be loaded, has no safetensors weights (a pickle can run code), or its
             weights are not those that its config asks for.
     """
-    from peft import PeftModel
-
     path = _find(adapter, ADAPTER_WEIGHTS, where)
     if path is None:
         raise CheckpointError(
@@ -89,37 +83,21 @@ def load_adapter(base: PreTrainedModel, adapter: str, **where: Any) -> PeftModel
         )
     with boundary(f"can't load the adapter {adapter}"):
         model = PeftModel.from_pretrained(base, adapter, **where)
-    check_adapter(model, path, adapter)
+    _check_weights(model, path, adapter)
     return model
 
 
-def check_adapter(model: PeftModel, path: str | Path, name: str) -> None:
-    """Refuse adapter weights that are not those that the adapter's config asks for, of which PEFT only warns.
-
-    Args:
-        model (`PeftModel`): The base with the adapter.
-        path (`str` or `Path`): The file that the weights came from.
-        name (`str`): What to call it in an error.
-
-    Raises:
-        CheckpointError: It lacks weights, or has some that the model has no place for.
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    with boundary(f"can't read {path}"), safe_open(str(path), framework="pt") as file:
+def _check_weights(model: PeftModel, path: str, name: str) -> None:
+    """Refuse adapter weights that are not those that the adapter's config asks for, of which PEFT only warns."""
+    with boundary(f"can't read {path}"), safe_open(path, framework="pt") as file:
         actual = set(file.keys())
     with boundary(f"can't tell which weights the adapter {name} needs"):
         expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    plain = _plain_names(model.state_dict())
+    # The base's own weights, such as embeddings, may be there as well.
+    plain = {key.replace(".base_layer.", ".").replace(".original_module.", ".") for key in model.state_dict()}
     info = {
         "missing_keys": expected - actual,
-        "unexpected_keys": {key for key in actual - expected if key not in plain},
+        "unexpected_keys": actual - expected - plain,
         "mismatched_keys": (),  # PEFT raises
     }
     check_complete(name, info)
-
-
-def _plain_names(names: Iterable[str]) -> set[str]:
-    """Names of the base's own weights, such as embeddings that an adapter carries along."""
-    return {name.replace(".base_layer.", ".").replace(".original_module.", ".") for name in names}

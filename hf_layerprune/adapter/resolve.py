@@ -1,46 +1,25 @@
-"""Fill in what a config leaves open: which layers of this base are dropped."""
+"""Which layers of a base a config drops: filled in where the config leaves it open, checked where it does not."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import families
-from ..cut.memory import LayerCut
 from ..errors import CutError
 from ..select import select_layers
-from .prepare import Prepared, prepare
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
+    from ..cut.memory import LayerCut
     from .config import LayerDropConfig
-
-# Attributes of a base that say what was done to it: a `LayerCut`, and what was computed before the cut (`Prepared`).
-CUT = "_layer_drop_cut"
-PREPARED = "_layer_drop_prepared"
-
-
-def choose_layers(
-    config: LayerDropConfig, model: PreTrainedModel, cut: LayerCut | None = None, **how: Any
-) -> Prepared:
-    """Fill in `drop_layers` by a criterion that looks at the dense model."""
-    families.check_supported(model.config)
-    if cut is not None:
-        raise CutError(
-            f"criterion {config.criterion!r} looks at the dense model, and this one is cut already; name its layers "
-            f"with drop_layers={sorted(set(range(cut.cut.num_layers)) - set(cut.cut.keep))}, or load the base again"
-        )
-    prepared = prepare(config, model, **how)
-    config.drop_layers = prepared.drop_layers
-    return prepared
 
 
 def resolve_drop(config: LayerDropConfig, model_config: PreTrainedConfig, cut: LayerCut | None = None) -> None:
     """Fill in `drop_layers` and `num_base_layers`, and refuse a config that was resolved for another base."""
     families.check_supported(model_config)
-    n = families.layer_count(model_config)
-    if cut is not None:  # a second adapter: its settings are about the dense base
-        n = cut.cut.num_layers
+    # The settings of a second adapter are about the dense base.
+    n = families.layer_count(model_config) if cut is None else cut.cut.num_layers
     if config.drop_layers is None:
         config.drop_layers = select_layers(n, config, families.protected_layers(model_config) if cut is None else ())
     if config.num_base_layers is None:

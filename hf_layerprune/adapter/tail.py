@@ -31,8 +31,6 @@ def tuned_layers(cut: families.Cut, tune_layers: int | str | Collection[int]) ->
     if isinstance(tune_layers, str):  # "cut", the only word that a config takes
         beside = {neighbour for i in cut.drop for neighbour in (i - 1, i + 1)}
         return sorted(beside & set(cut.keep))
-    if isinstance(tune_layers, str):
-        raise CutError(f"tune_layers={tune_layers!r} must be a number of last layers, 'cut', or base indices")
     if isinstance(tune_layers, int):
         if tune_layers > len(cut.keep):
             raise CutError(f"tune_layers={tune_layers}, but only {len(cut.keep)} layers remain")
@@ -87,16 +85,12 @@ def tuned_modules(
 
 def _check_trainable(model: PreTrainedModel, names: list[str]) -> None:
     """Refuse to tune packed weights: they have no gradient, and their copies would not be theirs to change."""
-    import torch
-
     if not getattr(model, "is_quantized", False):
         return
-    trainable = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    modules = dict(model.named_modules())
     for name in names:
-        module = modules.get(name)
-        for tensor_name, tensor in [*module.named_parameters(), *module.named_buffers()] if module is not None else ():
-            if tensor.dtype not in trainable:
+        module = model.get_submodule(name)
+        for tensor_name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
                 raise CutError(
                     f"{name}.{tensor_name} is quantised ({str(tensor.dtype).removeprefix('torch.')}) and can't be "
                     "tuned; load the base unquantised, or cut without tuning (hf-layerprune prune BASE OUTPUT)"

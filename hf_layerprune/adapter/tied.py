@@ -9,17 +9,12 @@ from .. import families
 from ..families.layout import find_output_head
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
 # The attribute of a model that says how to tie its head again.
 TIED = "_layer_drop_tied"
-
-
-def _tied_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    parts = {id(part): part for part in (model.config, families.text_config(model.config))}
-    return [part for part in parts.values() if getattr(part, "tie_word_embeddings", False)]
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -34,28 +29,13 @@ def untie(model: PreTrainedModel) -> int:
     Returns:
         `int`: How many parameters that adds.
     """
-    configs = _tied_configs(model)
+    parts = (model.config, families.text_config(model.config))
+    configs = [part for part in parts if getattr(part, "tie_word_embeddings", False)]
     for config in configs:
         config.tie_word_embeddings = False
-    head = find_output_head(model)
-    tied = getattr(model, "all_tied_weights_keys", {})
-    forgotten = {name: tied.pop(name) for name in list(tied) if name == f"{head}.weight"}
-    setattr(model, TIED, (configs, forgotten))
+    name, tied = f"{find_output_head(model)}.weight", getattr(model, "all_tied_weights_keys", {})
+    setattr(model, TIED, (configs, {name: tied.pop(name)} if name in tied else {}))
     return model.get_output_embeddings().weight.numel()
-
-
-def tell_of_untying(added: int, saved: int | None) -> None:
-    """Say what untying costs, beside what the dropped layers save (both in parameters)."""
-    message = f"lm_head is tied to the embeddings; tuning it unties it, which adds {added:,} parameters"
-    if saved is not None and added >= saved:
-        logger.warning(
-            "%s, more than the %s that the dropped layers save: the pruned model is larger than its base. "
-            "Use tune_lm_head=False to keep the head tied.",
-            message,
-            f"{saved:,}",
-        )
-    else:
-        logger.warning("%s. Use tune_lm_head=False to keep it tied.", message)
 
 
 def tie_again(model: PreTrainedModel) -> None:
@@ -64,3 +44,16 @@ def tie_again(model: PreTrainedModel) -> None:
     for config in configs:
         config.tie_word_embeddings = True
     model.all_tied_weights_keys.update(forgotten)
+
+
+def warn_of_untying(added: int, saved: int | None) -> None:
+    """Say what untying costs, compared with what the dropped layers save (both in parameters)."""
+    more = ""
+    if saved is not None and added >= saved:
+        more = f", more than the {saved:,} that the dropped layers save: the pruned model is larger than its base"
+    logger.warning(
+        "lm_head is tied to the embeddings; tuning it unties it, which adds %s parameters%s. Use tune_lm_head=False to "
+        "keep it tied.",
+        f"{added:,}",
+        more,
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+import os
+import subprocess
+from dataclasses import MISSING, dataclass
 
-from ..options import MODEL_HELP
+from ..options import MODEL, MODEL_HELP, Options, option, whole
 
 HELP = "talk to a pruned model, beside its dense base"
 DESCRIPTION = (
@@ -13,22 +15,20 @@ DESCRIPTION = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words of the command."""
-    parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}; an adapter too")
-    parser.add_argument("--base", metavar="BASE", help="the dense model to compare with (the one MODEL was made of)")
-    parser.add_argument("--port", type=int, metavar="P", help="serve on this port (the first free one from 7860)")
-    parser.add_argument("--host", metavar="H", help="serve on this address, 0.0.0.0 for every one (127.0.0.1)")
+@dataclass
+class Request(Options):
+    """What to talk to."""
+
+    model: str = option(MISSING, f"{MODEL_HELP}; an adapter too", MODEL)
+    base: str | None = option(None, "The dense model to compare with (the one MODEL was made of)", MODEL)
+    port: int | None = option(None, "Serve on this port (the first free one from 7860)", whole(1, 65_535, "PORT"))
+    host: str | None = option(None, "Serve on this address; 0.0.0.0 for every one (127.0.0.1)")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Chat."""
-    import os
-    import subprocess
-
+def run(request: Request) -> int:
     from ..publish.space import local_run
 
-    words, environment = local_run(args.model, args.base, port=args.port, host=args.host)
+    words, environment = local_run(request.model, request.base, port=request.port, host=request.host)
     if os.name == "posix":  # no process between the terminal and the page: what ends this one ends the page
         os.execve(words[0], words, environment)
     return subprocess.call(words, env=environment)

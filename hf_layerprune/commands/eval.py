@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from ..errors import one_line, shown
-from ..measure.requests import EvalRequest
-from ..options import add, gather
+from ..measure.requests import EvalRequest as Request
 
 HELP = "measure accuracy, perplexity, and the distance to the dense model"
 DESCRIPTION = """Measure MODEL: zero-shot accuracy by lm-evaluation-harness, perplexity, and, with --base, how far it is
@@ -16,17 +14,11 @@ was measured on. Without --tasks, --tasks-from and --text, it is the paper's eig
 exit code is 1 if a number misses its bound; push then refuses the model."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
-    add(parser, EvalRequest)
-
-
-def run(args: argparse.Namespace) -> int:
+def run(request: Request) -> int:
     """Measure. Returns 1 if a requirement of this run is missed."""
     from ..measure.evaluate import evaluate
     from ..measure.report import report
 
-    request = gather(args, EvalRequest)
     metrics = evaluate(request)
     print(shown(report(metrics)))
     missed = [outcome.text for outcome in metrics.outcomes if not outcome.met] if request.require else []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
+import tempfile
+from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CutError, shown
+from ..options import PATH, TEXT, Options, many, option, take
 
 if TYPE_CHECKING:
     from ..publish.hub.push import Plan
@@ -17,61 +20,40 @@ DESCRIPTION = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a model folder written by prune")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="NAMESPACE/NAME on the Hub")
-    parser.add_argument(
-        "--private", action="store_true", help="make a new repository private, and refuse a public one"
+@dataclass
+class Request(Options):
+    """What to push, and where."""
+
+    model: Path = option(MISSING, "A model folder written by prune", PATH)
+    repo_id: str = option(MISSING, "NAMESPACE/NAME on the Hub")
+    private: bool = option(False, "Make a new repository private, and refuse a public one")
+    adapter_only: bool = option(False, "Push only the adapter in MODEL or MODEL/adapter")
+    include: tuple[str, ...] = option((), "Also publish this file of MODEL; repeatable", many(TEXT))
+    revision: str | None = option(None, "Push to this branch, created if missing, or to refs/pr/N")
+    create_pr: bool = option(False, "Open a pull request instead of committing")
+    overwrite_card: bool = option(False, "Overwrite changes made to the card on the Hub")
+    space: str | None = option(None, "Also publish a chat with the model as this Space")
+    space_secret: str | None = option(
+        None, "Give the Space the token in this environment variable, to read a private model"
     )
-    parser.add_argument("--adapter-only", action="store_true", help="push only the adapter in MODEL or MODEL/adapter")
-    parser.add_argument(
-        "--include",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="also publish this file of MODEL; repeatable",
-    )
-    parser.add_argument("--revision", metavar="R", help="push to this branch, created if missing, or to refs/pr/N")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--overwrite-card", action="store_true", help="overwrite changes made to the card on the Hub")
-    parser.add_argument("--space", metavar="REPO_ID", help="also publish a chat with the model as this Space")
-    parser.add_argument(
-        "--space-secret",
-        metavar="VARIABLE",
-        help="give the Space the token in this environment variable, to read a private model",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="list files, sizes and checks, but push nothing")
+    dry_run: bool = option(False, "List files, sizes and checks, but push nothing")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Push."""
-    from pathlib import Path
-
+def run(request: Request) -> int:
     from ..publish.hub.push import PushRequest, plan, push
     from ..publish.space import check_id, secret_from
 
-    request = PushRequest(
-        folder=Path(args.model),
-        repo_id=args.repo_id,
-        private=args.private,
-        adapter_only=args.adapter_only,
-        include=tuple(args.include),
-        revision=args.revision,
-        create_pr=args.create_pr,
-        overwrite_card=args.overwrite_card,
-        space=args.space,
-    )
-    if args.space and (args.revision or args.create_pr):
+    if request.space and (request.revision or request.create_pr):
         raise CutError("--space shows the model's main branch; omit --revision and --create-pr, or --space")
-    if args.space:
-        check_id(args.space)
-    secret = secret_from(args.space_secret)
-    if args.dry_run:
-        made = plan(request)
+    if request.space:
+        check_id(request.space)
+    secret = secret_from(request.space_secret)
+    job = take(PushRequest, request, folder=request.model)
+    if request.dry_run:
+        made = plan(job)
         print(_report(made))
         return 1 if made.refusals else 0
-    made, done = push(request)
+    made, done = push(job)
     for check in made.checks:
         if check.level == "warning":
             print(_line(f"{check.name}: {check.text}"))
@@ -81,26 +63,23 @@ def run(args: argparse.Namespace) -> int:
         gone = f", removed {', '.join(done.removed)}" if done.removed else ""
         count = f"{len(done.added)} file{'s' * (len(done.added) != 1)}"
         print(_line(f"pushed {count}{gone}: {done.pull_request or done.url} ({done.commit[:12]})"))
-    if args.space:
-        _push_space(args, made, secret)
+    if request.space:
+        _push_space(request, request.space, made, secret)
     return 0
 
 
-def _push_space(args: argparse.Namespace, made: Plan, secret: str | None) -> None:
-    import tempfile
-    from pathlib import Path
-
+def _push_space(request: Request, repo_id: str, made: Plan, secret: str | None) -> None:
     from ..publish.hub.contents import find_model
     from ..publish.space import build_space, push_space
 
-    model = find_model(Path(args.model).expanduser(), adapter_only=args.adapter_only)
+    model = find_model(request.model.expanduser(), adapter_only=request.adapter_only)
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
         space = build_space(
-            Path(place, "space"), model_repo_id=args.repo_id, model=model, adapter=made.contents.is_adapter
+            Path(place, "space"), model_repo_id=request.repo_id, model=model, adapter=made.contents.is_adapter
         )
-        done = push_space(space, args.space, private=args.private, secret=secret)
+        done = push_space(space, repo_id, private=request.private, secret=secret)
     print(_line(f"{'published' if done.added else 'unchanged'}: the Space {done.url}"))
-    if args.private and secret is None:
+    if request.private and secret is None:
         print("the Space can't read a private model yet: add a token as its secret HF_TOKEN, or use --space-secret")
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import MISSING, dataclass
 
 from ..errors import shown
-from ..options import MODEL_HELP
+from ..options import MODEL, MODEL_HELP, Options, option
 
 HELP = "prove that a model is what its base and its records make it"
 DESCRIPTION = (
@@ -15,25 +15,22 @@ DESCRIPTION = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words of the command."""
-    parser.add_argument("model", metavar="MODEL", help="a model folder, or a Hub id")
-    parser.add_argument(
-        "--base", metavar="BASE", help=f"where the base is, if not where lineage.json says: {MODEL_HELP}"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
-    parser.add_argument(
-        "--accept-trained",
-        action="store_true",
-        help="take the records' word for the tensors that a repair or training changed",
-    )
+@dataclass
+class Request(Options):
+    """What to verify."""
+
+    model: str = option(MISSING, "A model folder, or a Hub id", MODEL)
+    base: str | None = option(None, f"Where the base is, if not where lineage.json says: {MODEL_HELP}", MODEL)
+    revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub")
+    accept_trained: bool = option(False, "Take the records' word for the tensors that a repair or training changed")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Verify."""
+def run(request: Request) -> int:
     from ..publish.verify.verdict import verify
 
-    outcome = verify(args.model, base=args.base, revision=args.revision, accept_trained=args.accept_trained)
+    outcome = verify(
+        request.model, base=request.base, revision=request.revision, accept_trained=request.accept_trained
+    )
     for line in outcome.lines:
         print(shown(f"{'ok' if line.good else 'NO':<4} {line.what:<8}  {line.text}"))
     print(shown(outcome.verdict))

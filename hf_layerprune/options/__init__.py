@@ -14,11 +14,11 @@ A dataclass whose fields are options is all that a config, a request and a comma
 
 from .command_line import add, arguments, gather
 from .declare import bind, check, declared, documented, find, option, take
-from .kinds import DROP, DTYPES, LAYERS, MODEL, MODEL_HELP, PATH, Kind, checked, many, whole
+from .kinds import DROP, DTYPES, LAYERS, MODEL, MODEL_HELP, PATH, TEXT, Kind, checked, many, whole
 from .shared import CalibrationOptions, ChoiceOptions, CutOptions, Options, TuningOptions
 
 __all__ = [
-    "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "PATH", "CalibrationOptions", "ChoiceOptions", "CutOptions",
+    "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "PATH", "TEXT", "CalibrationOptions", "ChoiceOptions", "CutOptions",
     "Kind", "Options", "TuningOptions", "add", "arguments", "bind", "check", "checked", "declared", "documented",
     "find", "gather", "many", "option", "take", "whole",
 ]  # fmt: skip

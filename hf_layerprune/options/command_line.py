@@ -14,19 +14,17 @@ from .kinds import FLAG, TEXT, quoted
 T = TypeVar("T")
 
 
-def add(parser: Any, cls: type, *names: str, skip: Collection[str] = ()) -> None:
+def add(parser: argparse.ArgumentParser, cls: type, exclusive: Collection[str] = ()) -> None:
     """Add the options of a dataclass to a parser.
 
     Args:
-        parser (`argparse.ArgumentParser`): Or a group of one.
+        parser (`argparse.ArgumentParser`): The parser.
         cls (`type`): The dataclass.
-        names (`str`): Only these; all by default.
-        skip (`Collection[str]`): All but these.
+        exclusive (`Collection[str]`): Options of which only one may be given.
     """
-    options = declared(cls)
-    for name in names or options:
-        if name not in skip:
-            _add(parser, name, options[name])
+    group = parser.add_mutually_exclusive_group() if exclusive else parser
+    for name, known in declared(cls).items():
+        _add(group if name in exclusive else parser, name, known)
 
 
 def _add(parser: Any, name: str, known: Option) -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..errors import CutError
 from ..families import check_stage
+from ..layer_ranges import blocks
 from ..runtime.walk import Batch, LayerWalk
 from .registry import find_repair
 from .writers import Run
@@ -49,11 +50,6 @@ class Repair:
     tensors: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     cuts: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def modules(self) -> list[tuple[int, str]]:
-        """The modules that the repair changes: the layer's index in the base, and the module's name in the layer."""
-        return sorted({(index, name.rpartition(".")[0]) for index, name in self.tensors})
-
     def by_layer(self) -> dict[int, dict[str, torch.Tensor]]:
         """The new values, by the layer's index in the base and the parameter's name in the layer."""
         layers: dict[int, dict[str, torch.Tensor]] = {}
@@ -61,35 +57,16 @@ class Repair:
             layers.setdefault(index, {})[name] = value
         return layers
 
-    def apply(self, layers: Sequence[nn.Module], new_index: dict[int, int] | None = None) -> None:
+    def apply(self, layers: Sequence[nn.Module], new_index: dict[int, int]) -> None:
         """Write the new values into a model's layers.
 
         Args:
             layers (`Sequence[nn.Module]`): The decoder layers.
-            new_index (`dict[int, int]`, *optional*): Maps base indices to indices in `layers`; by default they are
-                the same.
+            new_index (`dict[int, int]`): Maps base indices to indices in `layers`.
         """
         for (index, name), value in self.tensors.items():
-            parameter = layers[new_index[index] if new_index else index].get_parameter(name)
+            parameter = layers[new_index[index]].get_parameter(name)
             parameter.data = value.to(parameter.device, parameter.dtype)
-
-
-def blocks(layers: Sequence[int]) -> list[tuple[int, int]]:
-    """Group layers into blocks of consecutive indices.
-
-    Args:
-        layers (`Sequence[int]`): Layer indices, in any order.
-
-    Returns:
-        `list[tuple[int, int]]`: For each block, its first layer and the index after its last.
-    """
-    runs: list[tuple[int, int]] = []
-    for i in sorted(layers):
-        if runs and runs[-1][1] == i:
-            runs[-1] = (runs[-1][0], i + 1)
-        else:
-            runs.append((i, i + 1))
-    return runs
 
 
 def fit_repair(

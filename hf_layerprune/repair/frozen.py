@@ -40,7 +40,8 @@ def thaw(model: nn.Module) -> None:
 
 def module_names(repair: Repair, stack: DecoderStack, cut: families.Cut) -> list[str]:
     """Full names in the pruned model of the modules that a repair changes."""
-    return [f"{stack.path}.{cut.new_index[index]}.{name}" for index, name in repair.modules]
+    modules = sorted({(index, name.rpartition(".")[0]) for index, name in repair.tensors})
+    return [f"{stack.path}.{cut.new_index[index]}.{name}" for index, name in modules]
 
 
 def put(repair: Repair, model: nn.Module, stack_path: str, cut: families.Cut, adapter_name: str) -> None:

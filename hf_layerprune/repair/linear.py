@@ -15,7 +15,8 @@ same problem for a change of `W`: `A D = X - (Y + M)`. A map applied to `M` is a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,16 +33,15 @@ class NormalEquations:
 
     Args:
         width (`int`): Width of the features.
+        outputs (`int`): Width of the change.
         device (`torch.device`): Where to accumulate the sums.
-        outputs (`int`, *optional*): Width of the change; by default that of the features.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu", outputs: int | None = None) -> None:
-        device = torch.device(device)
+    def __init__(self, width: int, outputs: int, device: torch.device) -> None:
         # MPS does not support float64.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.gram = torch.zeros(width, width, dtype=dtype, device=device)
-        self.moment = torch.zeros(width, outputs or width, dtype=dtype, device=device)
+        self.moment = torch.zeros(width, outputs, dtype=dtype, device=device)
         self.total = torch.zeros((), dtype=dtype, device=device)
         self.tokens = 0
 
@@ -58,15 +58,11 @@ class NormalEquations:
         self.total += z.square().sum()
         self.tokens += len(x)
 
-    def residual(self, solution: torch.Tensor) -> float:
-        """The residual sum of squares of a solution, over these tokens."""
-        d = solution.to(self.gram)
-        return (self.total - 2 * (d * self.moment).sum() + (d * (self.gram @ d)).sum()).clamp(min=0).item()
-
     def unexplained(self, solution: torch.Tensor) -> float:
         """The share of the change that a solution leaves unexplained; 1 for the plain cut."""
-        total = self.total.item()
-        return self.residual(solution) / total if total else 0.0
+        d = solution.to(self.gram)
+        residual = self.total - 2 * (d * self.moment).sum() + (d * (self.gram @ d)).sum()
+        return residual.clamp(min=0).item() / self.total.item() if self.total else 0.0
 
 
 @dataclass(frozen=True)
@@ -77,11 +73,13 @@ class Fit:
         change (`torch.Tensor`): `D`, `[width, hidden]`.
         strength (`float`): The chosen ridge, as a multiple of the mean squared feature.
         unexplained (`float`): The share of the block's effect that the map leaves unexplained, on held-out rows.
+        tokens (`tuple[int, int]`): How many tokens it was fitted to, and how many were held out.
     """
 
     change: torch.Tensor
     strength: float
     unexplained: float
+    tokens: tuple[int, int]
 
 
 def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
@@ -98,13 +96,39 @@ def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
     values = values.clamp(min=0)
     rotated = vectors.T @ fitted.moment
     scale = values.mean().item() or 1.0
-    best = Fit(torch.zeros_like(fitted.moment), float("inf"), 1.0)
+    best = Fit(torch.zeros_like(fitted.moment), float("inf"), 1.0, (fitted.tokens, held_out.tokens))
     for strength in STRENGTHS:
         change = vectors @ (rotated / (values + strength * scale)[:, None])
         unexplained = held_out.unexplained(change)
         if unexplained < best.unexplained:
-            best = Fit(change, strength, unexplained)
+            best = replace(best, change=change, strength=strength, unexplained=unexplained)
     return best
+
+
+def fit_map(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int) -> Fit:
+    """Fit a map, and hold out a fifth of the batches, or of the rows if there is a single batch.
+
+    Args:
+        pairs (`Iterable[tuple[torch.Tensor, torch.Tensor]]`): For each batch, the features `[batch, seq, width]` and
+            the change `[batch, seq, hidden]`.
+        batches (`int`): How many there are.
+
+    Returns:
+        `Fit`: See `solve_ridge`.
+    """
+    every = max(2, min(HELD_OUT, batches))
+    sums: list[NormalEquations] = []
+    for number, (feature, change) in enumerate(pairs):
+        if not sums:
+            sums = [NormalEquations(feature.shape[-1], change.shape[-1], feature.device) for _ in range(2)]
+        fitted, held_out = sums
+        if batches == 1:
+            rows = max(1, len(feature) // HELD_OUT)
+            fitted.add(feature[:-rows], change[:-rows])
+            held_out.add(feature[-rows:], change[-rows:])
+        else:
+            (held_out if number % every == every - 1 else fitted).add(feature, change)
+    return solve_ridge(*sums)
 
 
 class LinearFitter(Fitter):
@@ -146,21 +170,15 @@ class LinearFitter(Fitter):
         """Fit the block, change the weights, and continue with the states of the repaired layer."""
         writer, layer, student = self.writer, self.walk.layers[first - 1], self.student or []
         features: list[torch.Tensor] = []
-        sums: tuple[NormalEquations, NormalEquations] | None = None
-        judging = max(2, min(HELD_OUT, len(batches)))
-        with self.walk.layer(first - 1) as run, self.look(writer.module, lambda x: features.append(x.clone())):
-            for number, (batch, entering) in enumerate(zip(batches, student, strict=True)):
+
+        def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for batch, entering in zip(batches, student, strict=True):
                 state = run(entering, batch).float()
-                change, feature = batch.hidden.float() - state, features.pop()
-                feature = feature.view(*state.shape[:-1], feature.shape[-1]).float() * writer.gain
-                if sums is None:
-                    sizes = feature.shape[-1], self.walk.device, state.shape[-1]
-                    sums = NormalEquations(*sizes), NormalEquations(*sizes)
-                sums[number % judging == judging - 1].add(feature, change)
-        if sums is None:
-            raise CutError("a repair needs calibration rows; raise calibration_samples")
-        fitted, held_out = sums
-        fit = solve_ridge(fitted, held_out)
+                feature = features.pop()
+                yield feature.view(*state.shape[:-1], -1).float() * writer.gain, batch.hidden.float() - state
+
+        with self.walk.layer(first - 1) as run, self.look(writer.module, lambda x: features.append(x.clone())):
+            fit = fit_map(pairs(), len(batches))
         if self.method == "linear":
             new = writer.folded(torch.eye(len(fit.change)).to(fit.change) + fit.change)
         else:
@@ -175,8 +193,8 @@ class LinearFitter(Fitter):
                 "folded_into": f"{first - 1}.{writer.name}",
                 "ridge": fit.strength if fit.strength != float("inf") else None,
                 "unexplained_share": round(fit.unexplained, 4),
-                "tokens": fitted.tokens,
-                "held_out_tokens": held_out.tokens,
+                "tokens": fit.tokens[0],
+                "held_out_tokens": fit.tokens[1],
             }
         )
 

@@ -17,7 +17,7 @@ from ..errors import CutError
 from ..families.layout import find_final_norm
 from ..runtime.walk import Batch, LayerWalk
 from .fit import Fitter
-from .writers import Run, Writer, find_writers, silenced
+from .writers import Run, find_writers, silenced, swapped
 
 logger = logging.getLogger(__name__)
 
@@ -97,24 +97,12 @@ def scaled_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor:
         for writer in writers
         for name, parameter in writer.module.named_parameters(recurse=False)
     }
-    _check(index, run, batch, writers, factor)
-    return new
-
-
-def _check(index: int, run: Run, batch: Batch, writers: list[Writer], factor: float) -> None:
-    """Refuse a layer whose output depends on the magnitude of its input, such as one without an input norm."""
     wanted = run(batch.hidden, batch).float() * factor
-    old = [parameter for writer in writers for parameter in writer.module.parameters(recurse=False)]
-    data = [parameter.data for parameter in old]
-    try:
-        for parameter in old:
-            parameter.data = parameter.data * factor
+    with swapped(layer, new):
         scaled = run(batch.hidden * factor, batch).float()
-    finally:
-        for parameter, value in zip(old, data, strict=True):
-            parameter.data = value
-    if (scaled - wanted).norm() > _TOLERANCE * wanted.norm():
+    if (scaled - wanted).norm() > _TOLERANCE * wanted.norm():  # such as a layer without an input norm
         raise _cannot(index, "what it adds depends on the magnitude of its input")
+    return new
 
 
 def _cannot(index: int, why: str) -> CutError:

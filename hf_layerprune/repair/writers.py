@@ -9,15 +9,15 @@ simply fail the test.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..runtime.parts import hooked
 from ..runtime.walk import Batch
 
 _TOLERANCE = 0.03  # bfloat16 keeps two to three digits
@@ -48,14 +48,11 @@ class Writer:
         Returns:
             `dict[str, torch.Tensor]`: By parameter name, on the CPU, in the dtype and shape of the module's own.
         """
-        matrix = matrix.double().cpu()
-        module: Any = self.module
-        weight = module.weight.detach().double().cpu()
-        transposed = isinstance(self.module, Conv1D)  # keeps its weight as [in, out]
-        new = {"weight": weight @ matrix if transposed else matrix.T @ weight}
-        if module.bias is not None:
-            new["bias"] = module.bias.detach().double().cpu() @ matrix
-        return {name: value.to(getattr(self.module, name).dtype).contiguous() for name, value in new.items()}
+        new = {"weight": self._weight @ matrix.double().cpu()}
+        bias: torch.Tensor | None = self.module.bias  # type: ignore[assignment]
+        if bias is not None:
+            new["bias"] = bias.detach().double().cpu() @ matrix.double().cpu()
+        return self._as_kept(new)
 
     def moved(self, change: torch.Tensor) -> dict[str, torch.Tensor]:
         """The module's parameters with a change added to its weight.
@@ -66,15 +63,23 @@ class Writer:
         Returns:
             `dict[str, torch.Tensor]`: By parameter name, on the CPU, in the dtype and shape of the module's own.
         """
-        change = change.double().cpu()
-        module: Any = self.module
-        weight = module.weight.detach()
-        new = weight.double().cpu() + (change if isinstance(self.module, Conv1D) else change.T)
-        return {"weight": new.to(weight.dtype).contiguous()}
+        return self._as_kept({"weight": self._weight + change.double().cpu()})
+
+    @property
+    def _weight(self) -> torch.Tensor:
+        """The weight as `[in, hidden]`, as a `Conv1D` keeps it, in double precision on the CPU."""
+        weight = self.module.get_parameter("weight").detach().double().cpu()
+        return weight if isinstance(self.module, Conv1D) else weight.T
+
+    def _as_kept(self, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not isinstance(self.module, Conv1D):
+            new["weight"] = new["weight"].T
+        return {name: value.to(self.module.get_parameter(name).dtype).contiguous() for name, value in new.items()}
 
 
-@contextmanager
-def outputs(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+def outputs(
+    module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | None]
+) -> AbstractContextManager[object]:
     """Observe or change a module's output inside a `with` block.
 
     Args:
@@ -82,21 +87,12 @@ def outputs(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | N
         change (`Callable`): Takes the output, and returns its replacement, or `None` to leave it. Clone the output to
             keep it, since some families add to it in place (Llama 4's shared expert).
     """
-    handle = module.register_forward_hook(lambda module, args, output: change(output))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_hook(lambda module, args, output: change(output))
 
 
-@contextmanager
-def inputs(module: nn.Module, look: Callable[[torch.Tensor], None]) -> Iterator[None]:
+def inputs(module: nn.Module, look: Callable[[torch.Tensor], None]) -> AbstractContextManager[object]:
     """Observe a module's input inside a `with` block."""
-    handle = module.register_forward_pre_hook(lambda module, args: look(args[0]))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_pre_hook(lambda module, args: look(args[0]))
 
 
 @contextmanager
@@ -133,11 +129,8 @@ def find_writers(layer: nn.Module, run: Run, batch: Batch) -> list[Writer]:
         for name, module in layer.named_modules()
         if _is_plain_linear(module, hidden.shape[-1])
     ]
-    try:
+    with hooked(*handles):
         run(hidden, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     if len({name for name, _ in order}) != len(order):  # run more than once: experts, or shared weights
         order = [(name, module) for name, module in order if sum(name == other for other, _ in order) == 1]
 
@@ -157,14 +150,13 @@ def _is_plain_linear(module: nn.Module, hidden_size: int) -> bool:
     return out == hidden_size and module.weight.dtype.itemsize > 1
 
 
-@contextmanager
-def silenced(writers: list[Writer]) -> Iterator[None]:
+def silenced(writers: list[Writer]) -> AbstractContextManager[None]:
     """Set the outputs of writers to zero inside a `with` block."""
-    if not writers:
-        yield
-        return
-    with outputs(writers[0].module, torch.zeros_like), silenced(writers[1:]):
-        yield
+    return hooked(*(writer.module.register_forward_hook(_zero) for writer in writers))
+
+
+def _zero(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(output)
 
 
 def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:

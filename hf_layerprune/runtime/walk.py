@@ -12,7 +12,7 @@ stubbed to pass its input through, so no family's code is reimplemented here. Th
 model whose layers pass more than hidden states to each other is refused.
 
 Weights that are mapped from a file, as `from_pretrained` leaves them on a CPU, are read when a layer runs; with
-`let_go` they are released after it. With `device`, a layer's weights are on that device only while it runs. So a model
+`release_weights` they leave memory after it. With `device`, a layer's weights are on that device only while it runs. So a model
 may be larger than memory, and each weight is read once per pass.
 """
 
@@ -61,7 +61,7 @@ class LayerWalk:
         model (`PreTrainedModel`): The model, in evaluation mode. It is not changed.
         device (`str` or `torch.device`, *optional*): Where a layer's weights are moved to while it runs. By default
             layers run where they are.
-        let_go (`bool`, defaults to `False`): Whether to release weights that are mapped from a file after use. Only
+        release_weights (`bool`, defaults to `False`): Whether to release weights that are mapped from a file after use. Only
             for a model that has not been changed since it was loaded: changed weights would revert to the file's.
 
     Raises:
@@ -69,7 +69,7 @@ class LayerWalk:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, device: str | torch.device | None = None, let_go: bool = False
+        self, model: PreTrainedModel, *, device: str | torch.device | None = None, release_weights: bool = False
     ) -> None:
         check_stage(model.config, "rank")
         self.model = model
@@ -77,7 +77,7 @@ class LayerWalk:
         self.layers: nn.ModuleList = self.stack.layers
         self.num_layers = len(self.layers)
         self._device = torch.device(device) if device is not None else None
-        self._let_go = let_go
+        self._releases = release_weights
         self._home = next(self.layers[0].parameters()).device
         # How many values each layer returns, see [`returned`].
         self._returns: list[int | None] = [None] * self.num_layers
@@ -91,9 +91,9 @@ class LayerWalk:
         return self._device or self._home
 
     @property
-    def reads_weights_anew(self) -> bool:
+    def reloads_weights(self) -> bool:
         """Whether each pass over the layers has to load their weights again."""
-        return self._let_go or self._streams
+        return self._releases or self._streams
 
     def begin(self, input_ids: torch.Tensor) -> Batch:
         """Embed rows of tokens.
@@ -139,7 +139,7 @@ class LayerWalk:
 
         with self._moved(layer):
             yield run
-        if self._let_go:
+        if self._releases:
             release(layer)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -158,9 +158,9 @@ class LayerWalk:
         with self._replaced(put_in):
             return self._forward(torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device))
 
-    def rest(self) -> None:
+    def release_ends(self) -> None:
         """Release the embeddings and the head too while layers run; they are read again on the next access."""
-        if self._let_go:
+        if self._releases:
             for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
                 if module is not None:
                     release(module)
@@ -196,7 +196,7 @@ class LayerWalk:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 order.append(index)
                 self._returns[index] = returned(output)
-                if self._let_go:
+                if self._releases:
                     release(module)
 
             return hook
@@ -219,7 +219,7 @@ class LayerWalk:
             raise self._refusal(f"one fails when it is run alone ({str(error).splitlines()[0][:120]})") from error
         if not close(logits, wanted):
             raise self._refusal("they pass more than hidden states to each other")
-        self.rest()
+        self.release_ends()
 
     def _refusal(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(

@@ -62,7 +62,11 @@ def batch_rows(calibration: CalibrationSet) -> int:
 
 @torch.no_grad()
 def run_pass(
-    walk: LayerWalk, calibration: CalibrationSet, observers: Sequence[Observer], alive: Sequence[int] | None = None
+    walk: LayerWalk,
+    calibration: CalibrationSet,
+    observers: Sequence[Observer],
+    alive: Sequence[int] | None = None,
+    rows: int | None = None,
 ) -> None:
     """Run the model once, with observers.
 
@@ -71,14 +75,15 @@ def run_pass(
         calibration (`CalibrationSet`): The text.
         observers (`Sequence[Observer]`): Called along the way.
         alive (`Sequence[int]`, *optional*): The layers that run; all by default.
+        rows (`int`, *optional*): How many rows a batch has, see [`batch_rows`].
 
     Raises:
         CheckpointError: The states, or a layer's weights, are not finite.
     """
     alive = range(walk.num_layers) if alive is None else alive
-    batches = [walk.begin(ids) for ids in calibration.batches(batch_rows(calibration))]
+    batches = [walk.begin(ids) for ids in calibration.batches(rows or batch_rows(calibration))]
     probe = walk.begin(calibration.input_ids[:1, :_PROBE_TOKENS])
-    walk.rest()
+    walk.release_ends()
     for observer in observers:
         observer.begin(alive, batches)
     for i in tqdm(alive, desc="running the dense model", unit="layer", disable=None):
@@ -102,13 +107,13 @@ def run_pass(
 
 @torch.no_grad()
 def read_weights(
-    layers: Sequence[nn.Module], observers: Sequence[Observer], alive: Sequence[int], *, let_go: bool = False
+    layers: Sequence[nn.Module], observers: Sequence[Observer], alive: Sequence[int], *, release_weights: bool = False
 ) -> None:
     """Pass only the weights to observers that need no states; also for models that can't run layer by layer."""
     for i in alive:
         for observer in observers:
             observer.weights(i, layers[i])
-        if let_go:
+        if release_weights:
             release(layers[i])
 
 

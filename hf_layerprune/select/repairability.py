@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..repair.fit import HELD_OUT
-from ..repair.linear import Fit, NormalEquations, solve_ridge
+from ..repair.linear import Fit, fit_map
 from ..repair.writers import Run, Writer, find_writers, outputs
 from ..runtime.walk import Batch
 from .passes import Observer
@@ -103,21 +102,14 @@ class Repairability(Observer):
         batches: Sequence[Batch],
     ) -> None:
         writer, features, states = start
-        width = states[0].shape[-1]
-        fitted, held_out = (NormalEquations(width, states[0].device) for _ in range(2))
-        judging = max(2, min(HELD_OUT, len(batches)))
-        for number, (feature, state, batch) in enumerate(zip(features, states, batches, strict=True)):
-            feature, change = feature.view_as(state).float() * writer.gain, batch.hidden.float() - state.float()
-            if len(batches) == 1:  # a single batch: hold out its last rows
-                rows = max(1, len(state) // HELD_OUT)
-                fitted.add(feature[:-rows], change[:-rows])
-                held_out.add(feature[-rows:], change[-rows:])
-            else:
-                (held_out if number % judging == judging - 1 else fitted).add(feature, change)
-        fit = solve_ridge(fitted, held_out)
+        pairs = (
+            (feature.view_as(state).float() * writer.gain, batch.hidden.float() - state.float())
+            for feature, state, batch in zip(features, states, batches, strict=True)
+        )
+        fit = fit_map(pairs, len(batches))
         self.shares[block] = fit.unexplained
         if self.keep:
-            self.fits[block] = BlockFit(block, before, writer, Fit(fit.change.float(), fit.strength, fit.unexplained))
+            self.fits[block] = BlockFit(block, before, writer, replace(fit, change=fit.change.float()))
 
     def scores(self) -> Scores:
         if not self.shares:

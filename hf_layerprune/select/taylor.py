@@ -26,7 +26,7 @@ from ..calibration.rows import CalibrationSet
 from ..errors import CutError
 from ..runtime.walk import Batch, LayerWalk
 from .magnitude import weight_matrices
-from .passes import batch_rows, not_finite
+from .passes import Observer, batch_rows, run_pass
 from .registry import ORIGINAL, PAPER
 from .scores import Scores
 
@@ -56,31 +56,32 @@ def score(
     _check_memory(walk, calibration, len(alive))
     for i in alive:
         weight_matrices(walk.layers[i], i)  # refuses packed weights before any work is done
-    parts = calibration.input_ids.split(_PAPER_BATCH if variant == PAPER else batch_rows(calibration))
+    rows = _PAPER_BATCH if variant == PAPER else batch_rows(calibration)
+    total = calibration.input_ids[:, 1:].numel()
     with _frozen(walk.model):
-        batches = [walk.begin(ids) for ids in parts]
-        walk.rest()
-        entering: list[list[torch.Tensor]] = []
-        with tqdm(total=2 * len(alive), desc="taylor", unit="layer", disable=None) as bar:
-            for i in alive:
-                entering.append([batch.hidden for batch in batches])
-                with walk.layer(i) as run, torch.no_grad():
-                    for batch in batches:
-                        batch.hidden = run(batch.hidden, batch)
-                        if not torch.isfinite(batch.hidden).all():
-                            raise not_finite(i, walk.layers[i], batch.hidden.dtype)
-                bar.update()
-            total = sum(ids[:, 1:].numel() for ids in parts)
-            down = [
-                _loss_gradient(walk, batch, batch.input_ids[:, 1:].numel() if variant == PAPER else total)
-                for batch in batches
-            ]
-            walk.rest()
-            scores: list[float | None] = [None] * walk.num_layers
-            for i in reversed(alive):
-                scores[i] = _backward(walk, i, batches, entering.pop(), down)
-                bar.update()
+        seen = _Entering()
+        run_pass(walk, calibration, [seen], alive, rows)
+        batches, entering = seen.batches, seen.entering
+        down = [
+            _loss_gradient(walk, batch, batch.input_ids[:, 1:].numel() if variant == PAPER else total)
+            for batch in batches
+        ]
+        walk.release_ends()
+        scores: list[float | None] = [None] * walk.num_layers
+        for i in tqdm(alive[::-1], desc="taylor", unit="layer", disable=None):
+            scores[i] = _backward(walk, i, batches, entering.pop(), down)
     return Scores("taylor", variant, tuple(alive), layers=scores)
+
+
+class _Entering(Observer):
+    """Keeps the hidden states that enter each layer."""
+
+    def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
+        self.batches = batches
+        self.entering: list[list[Any]] = []
+
+    def weights(self, index: int, layer: nn.Module) -> None:
+        self.entering.append([batch.hidden for batch in self.batches])
 
 
 def _backward(
@@ -155,12 +156,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 def state_bytes(walk: LayerWalk, calibration: CalibrationSet, layers: int) -> int:
     """The size of the hidden states that enter the layers, in bytes."""
-    return (
-        calibration.input_ids.numel()
-        * walk.model.config.get_text_config().hidden_size
-        * walk.model.dtype.itemsize
-        * layers
-    )
+    width = walk.model.config.get_text_config().hidden_size
+    return calibration.input_ids.numel() * width * walk.model.dtype.itemsize * layers
 
 
 def _check_memory(walk: LayerWalk, calibration: CalibrationSet, layers: int) -> None:

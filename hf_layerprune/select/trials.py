@@ -132,7 +132,7 @@ def _memory_for_states(walk: LayerWalk) -> int:
     if walk.device.type == "cuda":
         return torch.cuda.mem_get_info(walk.device)[0] // 3
     # If the weights stay in memory, extra passes cost nothing, and small ones stay in the cache.
-    return psutil.virtual_memory().available // 8 if walk.reads_weights_anew else 256 << 20
+    return psutil.virtual_memory().available // 8 if walk.reloads_weights else 256 << 20
 
 
 class _Move(NamedTuple):

@@ -160,7 +160,7 @@ def _walk(request: RankRequest, model: Any, walk: type[LayerWalk]) -> LayerWalk:
         place = torch.device(device)
         if request.dtype == "auto" and place.type == "cpu":
             in_fast_precision(model)
-        return walk(model, device=None if place.type == "cpu" else place, let_go=True)
+        return walk(model, device=None if place.type == "cpu" else place, release_weights=True)
     except (RuntimeError, AssertionError) as error:
         raise CutError(f"device {request.device!r} can't be used: {str(error).splitlines()[0]}") from error
 
