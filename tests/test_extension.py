@@ -20,7 +20,7 @@ from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.repair.fit import Fitter
 from hf_layerprune.repair.registry import REPAIRS, RepairMethod
 from hf_layerprune.select.passes import Observer
-from hf_layerprune.select.registry import CRITERIA, Criterion
+from hf_layerprune.select.registry import CRITERIA, KINDS, Criterion
 from hf_layerprune.select.scores import Scores
 
 from .options_page import page
@@ -125,3 +125,10 @@ def test_the_card_shows_them() -> None:
     text = Card.of(lineage, metrics).render()
     for name in ("spread", "doubling", "first2", "surprise per haiku"):
         assert name in text, name
+
+
+def test_every_entry_defines_what_its_kind_asks_for() -> None:
+    for criterion in CRITERIA.values():
+        function = KINDS[criterion.kind].partition("(")[0]
+        assert callable(getattr(criterion.load(), function)), criterion.name
+    assert all(callable(repair.load().fitter) for repair in REPAIRS.values())

@@ -94,7 +94,7 @@ def prepare(
         what, way_out = f"repair={config.repair!r}", "use repair=None"
         if chooses and cut is not None:
             what, way_out = f"criterion {config.criterion!r}", f"name its layers with drop_layers={list(cut.cut.drop)}"
-        raise CutError(f"{what} needs the dense model, and this one is cut already; load the base again, or {way_out}")
+        raise CutError(f"{what} needs the dense model, and this one is cut already; {way_out}, or load the base again")
     if config.repair is not None:
         families.check_stage(model.config, "repair")
     walk = calibration = repair = None
