@@ -31,13 +31,18 @@ TOKEN = "hf_good"
 WORKER = """
 import json, sys, traceback
 from hf_layerprune.cut.disk import cut_checkpoint
+from hf_layerprune.cut.sizes import Sizes
 from hf_layerprune.errors import LayerPruneError
+from hf_layerprune.runtime.loading import load_config
 from hf_layerprune.files.hub import Repo
 for line in sys.stdin:
     order = json.loads(line)
     try:
         if order.pop("fingerprint", False):
             answer = {"files": Repo.open(order.pop("source"), **order).fingerprint()}
+        elif order.pop("sizes", False):
+            sizes = Sizes(load_config(order["source"]), order["source"])
+            answer = {"bytes": sizes.file_bytes(order["drop_layers"])}
         else:
             plan = cut_checkpoint(**order, progress=False)
             answer = {"kept": plan.weight_bytes, "source_bytes": plan.source_bytes}
@@ -148,6 +153,14 @@ def test_the_same_files_as_a_local_cut(
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "far", dtype=torch.float32, **EAGER)
         with torch.no_grad():
             assert torch.isfinite(model(tiny_input(), use_cache=False).logits).all()
+
+
+def test_sizes_are_known_from_headers_alone(
+    hub: HubServer, client: Client, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    plan = cut_checkpoint(bases["big"], tmp_path / "near", BIG_DROP, progress=False)
+    assert client.ask(source="org/big", drop_layers=BIG_DROP, sizes=True) == {"bytes": plan.weight_bytes}
+    assert sum(one.sent for one in hub.log) < plan.weight_bytes / 4
 
 
 def test_only_files_with_something_that_stays_are_fetched_and_once(

@@ -26,7 +26,7 @@ BAD = [
     ("drop", 10**5000), ("drop", math.inf), ("drop_layers", [3.7, 4.2]), ("drop_layers", "34"),
     ("drop_layers", [True, 4]), ("drop_layers", [-1]), ("drop_layers", 3), ("drop_layers", [10**9]),
     ("drop_layers", {"3": 4}), ("drop_layers", [math.nan]), ("drop_layers", [[3]]), ("criterion", "vibes"),
-    ("criterion", None), ("criterion", 3), ("variant", "mine"), ("repair", "glue"), ("steps", 0), ("steps", 1.0),
+    ("criterion", 3), ("variant", "mine"), ("repair", "glue"), ("steps", 0), ("steps", 1.0),
     ("steps", 10**9), ("protect_first", -1), ("protect_first", "2"), ("protect_last", 1.5), ("contiguous", "yes"),
     ("contiguous", None), ("calibration", ""), ("calibration", "x" * 40_000), ("calibration", None),
     ("calibration_samples", 0), ("calibration_samples", 10**9), ("calibration_length", math.nan), ("seed", -1),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..cut.memory import LayerCut
     from ..options import CalibrationOptions
     from ..repair.fit import Repair
+    from ..select import Target
     from .config import LayerDropConfig
 
 logger = logging.getLogger(__name__)
@@ -55,11 +56,11 @@ def needs_dense(config: LayerDropConfig) -> bool:
 
 def needs_text(config: LayerDropConfig) -> bool:
     """Whether text has to go through the dense model for that."""
-    return config.repair is not None or find_criterion(config.criterion).needs == "text"
+    return config.repair is not None or config.budget is not None or find_criterion(config.criterion).needs == "text"
 
 
 def _chooses(config: LayerDropConfig) -> bool:
-    return config.drop_layers is None and needs_model(config.criterion)
+    return config.drop_layers is None and needs_model(config)
 
 
 def prepare(
@@ -67,6 +68,7 @@ def prepare(
     model: PreTrainedModel,
     cut: LayerCut | None = None,
     *,
+    target: Target | None = None,
     device: torch.device | None = None,
     release_weights: bool = False,
 ) -> Prepared:
@@ -76,6 +78,7 @@ def prepare(
         config (`LayerDropConfig`): What to do. Its `drop_layers` is filled in.
         model (`PreTrainedModel`): The dense model. It is left as it is.
         cut (`LayerCut`, *optional*): The cut that was made in the model already, if any.
+        target (`Target`, *optional*): What must be left, if that says how many layers go and is worked out already.
         device (`torch.device`, *optional*): Where layers run, see [`~runtime.walk.LayerWalk`].
         release_weights (`bool`, defaults to `False`): Whether mapped weights leave memory after use, see
             [`~runtime.walk.LayerWalk`].
@@ -89,7 +92,7 @@ def prepare(
     families.check_supported(model.config)
     chooses = _chooses(config)
     if not chooses:
-        resolve_drop(config, model.config, cut)
+        resolve_drop(config, model.config, cut, target)
     if cut is not None or is_made(config, model.config):
         what, way_out = f"repair={config.repair!r}", "use repair=None"
         if chooses and cut is not None:
@@ -105,7 +108,8 @@ def prepare(
         record["calibration"] = calibration.record()
     if config.drop_layers is None:
         start = time.perf_counter()
-        choice = choose_layers(walk or model, calibration, config, protected=families.protected_layers(model.config))
+        protected = families.protected_layers(model.config)
+        choice = choose_layers(walk or model, calibration, config, protected=protected, target=target)
         logger.info("%s", choice.why)
         config.drop_layers = choice.drop_layers
         record["selection"] = choice.record() | {"seconds": round(time.perf_counter() - start, 3)}

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, LayerPruneError
 from ..families.layout import find_decoder_layers
 from ..runtime.loading import load_base, resolve_base
 from ..runtime.precision import in_fast_precision
+from ..select.targets import Target
 from .config import LayerDropConfig
 from .prepare import CUT, PREPARED, Prepared, needs_dense, needs_text, prepare
 from .reading import WHERE, find_adapter, load_adapter
@@ -115,10 +116,13 @@ def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     families.check_supported(model.config)
     # The new weights are stored in the types of the old ones, whatever they are computed in.
     types = [{name: p.dtype for name, p in layer.named_parameters()} for layer in find_decoder_layers(model).layers]
+    target = None
+    if config.drop_layers is None:  # sizes and times are those of the type in which the base is
+        target = Target.of(config, model.config, base, revision=others.get("revision"), model=model)
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None and needs_text(config):
         in_fast_precision(model)
-    prepared = prepare(config, model, device=device, release_weights=True)
+    prepared = prepare(config, model, target=target, device=device, release_weights=True)
     if prepared.repair is not None:
         new = prepared.repair.tensors
         new |= {(i, name): value.to(types[i].get(name, value.dtype)) for (i, name), value in new.items()}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .. import families
 from ..errors import CutError
 from ..select import select_layers
+from ..select.targets import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -15,13 +16,26 @@ if TYPE_CHECKING:
     from .config import LayerDropConfig
 
 
-def resolve_drop(config: LayerDropConfig, model_config: PreTrainedConfig, cut: LayerCut | None = None) -> None:
+def resolve_drop(
+    config: LayerDropConfig,
+    model_config: PreTrainedConfig,
+    cut: LayerCut | None = None,
+    target: Target | None = None,
+) -> None:
     """Fill in `drop_layers` and `num_base_layers`, and refuse a config that was resolved for another base."""
     families.check_supported(model_config)
     # The settings of a second adapter are about the dense base.
     n = families.layer_count(model_config) if cut is None else cut.cut.num_layers
     if config.drop_layers is None:
-        config.drop_layers = select_layers(n, config, families.protected_layers(model_config) if cut is None else ())
+        if cut is not None and config.target is not None:
+            raise CutError(
+                f"{config.target} is about the dense model, and this one is cut already; name its layers with "
+                f"drop_layers={list(cut.cut.drop)}"
+            )
+        base = config.base_model_name_or_path
+        target = target or Target.of(config, model_config, base, revision=config.revision)
+        protected = families.protected_layers(model_config) if cut is None else ()
+        config.drop_layers = select_layers(n, config, protected, target)
     if config.num_base_layers is None:
         config.num_base_layers = n
     elif config.num_base_layers != n and not is_made(config, model_config):

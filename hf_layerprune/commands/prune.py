@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ..errors import shown
+from ..options import AMOUNTS
 from ..stages.requests import PruneRequest as Request
 
 HELP = "drop layers and write the model that is left"
 DESCRIPTION = "Drop decoder layers of BASE and write the model that is left to OUTPUT."
-EXCLUSIVE = ("drop", "drop_layers")
+EXCLUSIVE = (*AMOUNTS, "drop_layers")
 
 
 def run(request: Request) -> None:

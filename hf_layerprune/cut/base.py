@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files.hub import Repo
+from ..files.copy import FileState
+from ..files.hub import Repo, hub_errors
 from ..runtime.loading import CHECKPOINT_FILES, is_hub_id
 from .folder import CONFIG, INDEX, SINGLE, SUBFOLDERS, check_index, find_weights, is_companion, read_json, shard_names
-from .header import Header, read_header
+from .header import Header, Tensor, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -189,3 +190,36 @@ def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] 
         mapped = {name: file for name, file in index["weight_map"].items() if file not in skipped}
         check_index(mapped, headers, f"{base.name}/{INDEX}")
     return Weights(headers, index, skipped)
+
+
+def read_headers(base: Base) -> Weights:
+    """Read the headers of all weight files; of a base on the Hub, nothing but the headers is fetched.
+
+    Args:
+        base (`Base`): The checkpoint.
+
+    Raises:
+        CheckpointError: There are no safetensors weights, or they can't be read.
+    """
+    if base.repo is None or base.repo.offline:
+        return read_weights(base)
+    index: dict[str, Any] | None = None
+    names = [SINGLE]
+    if find_weights(base.names, base.name) == INDEX:
+        index = read_json(base.get(INDEX))
+        names = shard_names(index, f"{base.name}/{INDEX}")
+    return Weights({name: _remote_header(base, base.repo, name) for name in names}, index)
+
+
+def _remote_header(base: Base, repo: Repo, name: str) -> Header:
+    from huggingface_hub import HfApi
+
+    with hub_errors(repo.name):
+        found = HfApi().parse_safetensors_file_metadata(repo.name, name, revision=repo.commit, token=repo.token)
+    tensors = tuple(
+        Tensor(key, one.dtype, tuple(one.shape), *one.data_offsets)
+        for key, one in sorted(found.tensors.items(), key=lambda item: item[1].data_offsets)
+    )
+    data = max((tensor.end for tensor in tensors), default=0)
+    size = base.sizes[name]
+    return Header(base.folder / name, FileState(0, 0, size, 0), size - data, tensors, found.metadata or None)

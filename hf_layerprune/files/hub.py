@@ -195,6 +195,11 @@ class Repo:
             )
         return cls(name, cached[0], _under(cached[1], subfolder), offline, where, subfolder)
 
+    @property
+    def token(self) -> str | bool | None:
+        """The token that it was opened with."""
+        return self._where.get("token")
+
     def get(self, name: str) -> Path:
         """Download a file into the cache, unless it is there.
 

@@ -12,13 +12,16 @@ A dataclass whose fields are options is all that a config, a request and a comma
 `docs/options.md` is made from the same declarations (`make docs`).
 """
 
+from .amount import AMOUNTS, BUDGETS, TARGETS, AmountOptions, just
 from .command_line import add, arguments, gather
 from .declare import bind, check, declared, documented, find, option, take
 from .kinds import DROP, DTYPES, LAYERS, MODEL, MODEL_HELP, PATH, TEXT, Kind, checked, many, whole
+from .quantities import spell_bytes, spell_count
 from .shared import CalibrationOptions, ChoiceOptions, CutOptions, Options, TuningOptions
 
 __all__ = [
-    "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "PATH", "TEXT", "CalibrationOptions", "ChoiceOptions", "CutOptions",
-    "Kind", "Options", "TuningOptions", "add", "arguments", "bind", "check", "checked", "declared", "documented",
-    "find", "gather", "many", "option", "take", "whole",
+    "AMOUNTS", "BUDGETS", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "PATH", "TARGETS", "TEXT",
+    "AmountOptions", "CalibrationOptions", "ChoiceOptions", "CutOptions", "Kind", "Options", "TuningOptions", "add",
+    "arguments", "bind", "check", "checked", "declared", "documented", "find", "gather", "just", "many", "option",
+    "spell_bytes", "spell_count", "take", "whole",
 ]  # fmt: skip

@@ -104,11 +104,15 @@ def declared(cls: Any) -> dict[str, Option]:
 def check(values: Any) -> None:
     """Check all options of a dataclass, and bring them to the form in which they are kept.
 
+    What concerns several of them is the dataclass's own method `settle`.
+
     Raises:
         CutError: One of them is not accepted.
     """
     for name, known in declared(values).items():
         setattr(values, name, known.check(name, getattr(values, name)))
+    if settle := getattr(values, "settle", None):
+        settle()
 
 
 def take(cls: type[T], values: Any, **changes: Any) -> T:

@@ -40,7 +40,7 @@ def whole(least: int = 1, most: int = 1_000_000, metavar: str = "N") -> Kind:
     """A whole number from `least` to `most`."""
 
     def check(value: Any) -> int:
-        number = _index(value)
+        number = index_of(value)
         if number is None or not least <= number <= most:
             raise ValueError(f"must be a whole number from {least} to {most}")
         return number
@@ -88,7 +88,7 @@ def _check_flag(value: Any) -> bool:
 
 
 def _check_drop(value: Any) -> float | int:
-    number = _index(value)
+    number = index_of(value)
     if number is not None and 0 < number <= MOST_LAYERS:
         return number
     if number is not None or not isinstance(value, float) or not math.isfinite(value) or value <= 0:
@@ -109,7 +109,7 @@ def _parse_drop(text: str) -> float | int:
 def _check_layers(value: Any) -> list[int]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise ValueError("must be a list of layer indices such as [6, 7]")
-    numbers = [_index(i) for i in value]
+    numbers = [index_of(i) for i in value]
     if any(i is None or not 0 <= i < MOST_LAYERS for i in numbers):
         raise ValueError(f"must be a list of layer indices, whole numbers from 0 to {MOST_LAYERS - 1}")
     return sorted(i for i in numbers if i is not None)
@@ -119,7 +119,7 @@ def _check_tune_layers(value: Any) -> int | str | list[int]:
     try:
         if value == "cut":
             return "cut"
-        number = _index(value)
+        number = index_of(value)
         if number is None and isinstance(value, str):
             return _parse_tune_layers(value)
         return _check_layers(value) if number is None else whole(0, MOST_LAYERS).check(number)
@@ -131,7 +131,7 @@ def _parse_tune_layers(text: str) -> int | str | list[int]:
     return text if text == "cut" else int(text) if text.isdecimal() and len(text) < 7 else parse_layers(text)
 
 
-def _index(value: Any) -> int | None:
+def index_of(value: Any) -> int | None:
     """A whole number of any type, such as numpy's; `None` for anything else, `True` and `3.0` included."""
     if isinstance(value, bool):
         return None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .amount import AmountOptions
 from .declare import check, option
-from .kinds import DROP, LAYERS, MOST_LAYERS, TUNE_LAYERS, whole
+from .kinds import LAYERS, MOST_LAYERS, TUNE_LAYERS, whole
 
 
 @dataclass(kw_only=True)
@@ -31,12 +32,9 @@ class CalibrationOptions(Options):
 
 
 @dataclass(kw_only=True)
-class ChoiceOptions(Options):
+class ChoiceOptions(AmountOptions, Options):
     """How many layers are dropped, and which may be."""
 
-    drop: float | int = option(
-        0.25, "Fraction of the layers to drop, rounded down to whole layers, or the number of layers", DROP
-    )
     variant: str = option(
         "original",
         "Definition of the criterion: as its own source has it, or as the code of the paper (arXiv:2411.15558) does",
@@ -61,14 +59,24 @@ class CutOptions(CalibrationOptions, ChoiceOptions):
     """Which layers are dropped, and what makes up for them before training."""
 
     drop_layers: list[int] | None = option(
-        None, "Base indices of the layers to drop, such as 20-26,29; overrides drop and criterion", LAYERS
+        None,
+        "Base indices of the layers to drop, such as 20-26,29; overrides drop, targets, budgets and criterion",
+        LAYERS,
     )
-    criterion: str = option("reverse_order", "How the layers are chosen", choices="criterion")
+    criterion: str | None = option(
+        None,
+        "How the layers are chosen; reverse_order by default, and auto where a budget says how many go",
+        choices="criterion",
+    )
     steps: int = option(
         1,
         "Number of rounds in which the layers are chosen; each round scores what the one before left",
         whole(1, 10_000),
     )
+
+    def settle(self) -> None:
+        super().settle()
+        self.criterion = self.criterion or ("auto" if self.budget else "reverse_order")
 
 
 @dataclass(kw_only=True)

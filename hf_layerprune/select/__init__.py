@@ -17,13 +17,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError
+from ..options import CutOptions, just, take
 from .registry import ALL, CRITERIA, Criterion, find_criterion
 from .sets import drop_count, free_layers, lowest_block, neighbours
 
 if TYPE_CHECKING:
-    from ..options import CutOptions
     from .runner import Choice, choose_layers, score_layers
     from .scores import Scores
+    from .targets import Target
 
 __all__ = [
     "ALL",
@@ -31,6 +32,7 @@ __all__ = [
     "Choice",
     "Criterion",
     "Scores",
+    "Target",
     "choose_layers",
     "drop_count",
     "find_criterion",
@@ -40,19 +42,24 @@ __all__ = [
 ]
 
 # Loaded on first use: each of them imports torch.
-_LAZY = {"Choice": ".runner", "choose_layers": ".runner", "score_layers": ".runner", "Scores": ".scores"}
+_LAZY = {"Choice": ".runner", "choose_layers": ".runner", "score_layers": ".runner", "Scores": ".scores"} | {
+    "Target": ".targets"
+}
 
 
-def needs_model(criterion: str) -> bool:
-    """Whether a criterion needs the model itself, and not just its number of layers.
+def needs_model(choice: CutOptions) -> bool:
+    """Whether the choice needs the model itself, and not just its number of layers and their sizes.
 
     Raises:
         CutError: The criterion does not exist.
     """
-    return find_criterion(criterion).needs != "count"
+    looks = choice.budget is not None or choice.target == "target_speedup"
+    return looks or find_criterion(choice.criterion).needs != "count"
 
 
-def select_layers(num_layers: int, choice: CutOptions, protected: Collection[int] = ()) -> list[int]:
+def select_layers(
+    num_layers: int, choice: CutOptions, protected: Collection[int] = (), target: Target | None = None
+) -> list[int]:
     """Choose the layers to drop with a criterion that needs only the number of layers.
 
     Args:
@@ -60,17 +67,28 @@ def select_layers(num_layers: int, choice: CutOptions, protected: Collection[int
         choice (`CutOptions`): How many layers to drop, and by which criterion. With `contiguous`, the block with the
             lowest sum of its layers' ranks is chosen.
         protected (`Collection[int]`): Other layers that the architecture requires to stay.
+        target (`Target`, *optional*): What must be left, if that says how many.
 
     Returns:
         `list[int]`: Base indices, ascending.
 
     Raises:
-        CutError: The criterion needs the model, or too few layers may be dropped.
+        CutError: The criterion needs the model, too few layers may be dropped, or the target can't be met.
     """
-    count = drop_count(choice.drop, num_layers)
     criterion = find_criterion(choice.criterion)
-    if needs_model(choice.criterion):
+    if needs_model(choice):
         raise CutError(f"criterion {choice.criterion!r} needs the model; use choose_layers")
+    if choice.target is not None:
+        if target is None:
+            raise CutError(f"{choice.target} needs the sizes of the layers; use choose_layers, or pass the target")
+        return target.choose(
+            num_layers,
+            criterion,
+            choice,
+            protected,
+            lambda count: select_layers(num_layers, take(CutOptions, choice, **just(count)), protected),
+        )
+    count = drop_count(choice.drop, num_layers)
     free = free_layers(num_layers, count, *criterion.protection(choice), protected)
     order = criterion.load().order(num_layers, count, choice.seed, choice.variant)
     if not choice.contiguous:

@@ -116,7 +116,7 @@ CRITERIA: dict[str, Criterion] = {
 ALL = tuple(name for name, criterion in CRITERIA.items() if criterion.kind != "choice")
 
 
-def find_criterion(name: str) -> Criterion:
+def find_criterion(name: str | None) -> Criterion:
     """Look up a criterion by name.
 
     Raises:

@@ -16,19 +16,18 @@ from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError
 from ..families.layout import find_decoder_layers
 from ..layer_ranges import format_layers
-from ..options import find
+from ..options import CutOptions, find, just, take
 from ..runtime.walk import LayerWalk
 from .passes import Observer, read_weights, run_pass
 from .registry import ALL, CRITERIA, ORIGINAL, PAPER, VARIANTS, Criterion, find_criterion
 from .scores import Scores
 from .sets import drop_count, free_layers, neighbours, rounds
+from .targets import Target
 from .trials import Trial, try_out
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
-
-    from ..options import CutOptions
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +125,7 @@ def choose_layers(
     choice: CutOptions,
     *,
     protected: Collection[int] = (),
+    target: Target | None = None,
 ) -> Choice:
     """Choose the layers to drop.
 
@@ -135,17 +135,35 @@ def choose_layers(
         choice (`CutOptions`): How many layers to drop, and by which criterion. `"auto"` takes the repair that will
             follow into account.
         protected (`Collection[int]`): Other layers that the architecture requires to stay.
+        target (`Target`, *optional*): What must be left, if that says how many; by default it is worked out from
+            the options and the model.
 
     Returns:
         `Choice`: The layers, and the reason.
 
     Raises:
-        CutError: Options contradict each other, or too few layers may be dropped.
+        CutError: Options contradict each other, too few layers may be dropped, or the target can't be met.
         CheckpointError: The calibration set belongs to another model, or a score is not finite.
         UnsupportedModelError: The model's layers can't be run one at a time.
     """
     criterion = find_criterion(choice.criterion)
     num_layers = len(_layers(model))
+    if choice.target is not None:
+        dense = model.model if isinstance(model, LayerWalk) else model
+        target = target or Target.of(choice, dense.config, dense.name_or_path, model=dense)
+        assert target is not None, "there is one"
+        model = _walk(model) if criterion.needs == "text" else model
+        chosen: Choice = target.choose(
+            num_layers,
+            criterion,
+            choice,
+            protected,
+            lambda count: choose_layers(
+                model, calibration, take(CutOptions, choice, **just(count)), protected=protected
+            ),
+        )
+        chosen.details["target"] = target.record(chosen.drop_layers)
+        return chosen
     count = drop_count(choice.drop, num_layers)
     free = free_layers(num_layers, count, *criterion.protection(choice), protected)
     if criterion.kind == "choice":

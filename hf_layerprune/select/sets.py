@@ -10,7 +10,7 @@ from ..errors import CutError
 from ..options import DROP, checked
 
 
-def drop_count(drop: float | int, num_layers: int) -> int:
+def drop_count(drop: float | int | None, num_layers: int) -> int:
     """Turn a `drop` setting into a number of layers.
 
     Args:

@@ -5,26 +5,27 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import families
 from ..cut.disk import plan_cut
-from ..cut.gguf import cut_gguf, gguf_layer_count, gguf_texts, is_gguf
+from ..cut.gguf import cut_gguf, gguf_layer_count, gguf_texts, is_gguf, plan_gguf_cut
 from ..cut.patch import patch_layers
 from ..cut.settings import read_config
 from ..cut.write import fill
 from ..errors import CheckpointError, CutError
 from ..files.folders import check_target, new_folder
 from ..layer_ranges import format_layers
-from ..options import take
+from ..options import AMOUNTS, spell_bytes, take
 from ..records.declared import CARD, declared_by, declared_in_gguf
 from ..records.fingerprints import fingerprint, passing_weights_hash
 from ..records.licences import is_licence_file
 from ..records.lineage import Lineage, stage
 from ..runtime.loading import is_hub_id, load_base, load_config, load_tokenizer, resolve_base
 from ..select import find_criterion, needs_model, select_layers
+from ..select.targets import Target
 from .requests import PruneRequest
 
 if TYPE_CHECKING:
@@ -35,10 +36,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_FROM_GGUF = "bfloat16"  # the type of a model that is unpacked from a GGUF file
+
 
 def looks_at_model(request: PruneRequest) -> bool:
     """Whether the layers are chosen by a criterion that looks at the dense model."""
-    return request.drop_layers is None and needs_model(request.criterion)
+    return request.drop_layers is None and needs_model(request)
 
 
 def settings_of(request: PruneRequest, dropped: list[int]) -> dict[str, Any]:
@@ -46,7 +49,9 @@ def settings_of(request: PruneRequest, dropped: list[int]) -> dict[str, Any]:
     settings: dict[str, Any] = {"drop_layers": dropped}
     if request.drop_layers is None:
         first, last = find_criterion(request.criterion).protection(request)
-        names = ("drop", "criterion", "variant", "seed", "steps", "contiguous")
+        amount = next(name for name in AMOUNTS if getattr(request, name) is not None)
+        sizes = ("context", "batch", "target_dtype") if request.target in ("target_memory", "target_speedup") else ()
+        names = (amount, *sizes, "criterion", "variant", "seed", "steps", "contiguous")
         settings |= {name: getattr(request, name) for name in names} | {"protect_first": first, "protect_last": last}
     if request.repair is not None:
         settings["repair"] = request.repair
@@ -108,15 +113,18 @@ def prune_to(request: PruneRequest) -> str:
     families.check_supported(config)
     if request.repair is not None:
         families.check_stage(config, "repair")
-    if request.drop_layers is None and find_criterion(request.criterion).needs == "text":
+    by_text = request.budget is not None or find_criterion(request.criterion).needs == "text"
+    if request.drop_layers is None and by_text:
         families.check_stage(config, "rank")
-    prepared = None
+    prepared = target = None
     if looks_at_model(request):
         # The repair looks at the same model and the same text, so it is fitted here as well.
         prepared = _prepare(request, None)
         dropped = prepared.drop_layers
     else:
-        dropped = _count_only(request, families.layer_count(config), families.protected_layers(config))
+        settings = _config(request, None)
+        target = Target.of(settings, config, request.base, revision=request.revision)
+        dropped = _count_only(request, families.layer_count(config), families.protected_layers(config), target)
     cut = families.make_cut(config, dropped)
     from ..cut.check import tell_if_presumed  # these import torch, which a cut GGUF file does without
     from ..cut.memory import rehearse_config
@@ -144,6 +152,8 @@ def prune_to(request: PruneRequest) -> str:
                     values = {(cut.new_index[i], name): v for (i, name), v in prepared.repair.tensors.items()}
                     changed = patch_layers(folder, len(cut.keep), values)
                     prepared.record["repair"]["changed_tensors"] = changed
+        if target is not None:
+            entry["selection"] = {"criterion": request.criterion, "target": target.record(cut.drop)}
         if prepared is not None:
             entry |= prepared.record
         entry["layers"] = {"base": cut.num_layers, "left": len(cut.keep)}
@@ -152,9 +162,13 @@ def prune_to(request: PruneRequest) -> str:
     return f"{kind} layers {format_layers(cut.drop)} of {cut.num_layers}: {len(cut.keep)} left, in {output}"
 
 
-def _count_only(request: PruneRequest, num_layers: int, protected: Collection[int] = ()) -> list[int]:
+def _count_only(
+    request: PruneRequest, num_layers: int, protected: Collection[int] = (), target: Target | None = None
+) -> list[int]:
     """The layers to drop, where nothing has to look at the model."""
-    return select_layers(num_layers, request, protected) if request.drop_layers is None else request.drop_layers
+    if request.drop_layers is not None:
+        return request.drop_layers
+    return select_layers(num_layers, request, protected, target)
 
 
 def _needs_a_model(request: PruneRequest) -> bool:
@@ -183,23 +197,48 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> str:
     if looks_at_model(request):
         dropped = _prepare(request, None).drop_layers  # looks at the dequantised model
     else:
-        dropped = _count_only(request, gguf_layer_count(base))
+        n = gguf_layer_count(base)
+        dropped = _count_only(request, n, target=_gguf_target(request, base, n))
     plan = cut_gguf(base, output, dropped, force=request.force)
     left, n = len(plan.kept_layers), plan.block_count
     return f"dropped layers {format_layers(plan.dropped_layers)} of {n}: {left} left, in {output}"
 
 
+def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target | None:
+    """What must be left of a GGUF file."""
+    if request.target is None:
+        return None
+    if request.target_size is None:
+        raise CutError(f"{request.target} is not known for a GGUF file that stays one; name target_size or drop")
+
+    def left(drop: Sequence[int]) -> float:
+        return plan_gguf_cut(base, list(drop)).target_bytes if drop else base.stat().st_size
+
+    each = [left(()) - left((i,)) for i in range(num_layers)]
+    return Target("target_size", request.target_size, left, each, spell_bytes)
+
+
 def _dtype(request: PruneRequest, gguf: bool) -> Any:
     import torch
 
-    name = "bfloat16" if request.dtype == "auto" and gguf else request.dtype
+    name = _FROM_GGUF if request.dtype == "auto" and gguf else request.dtype
     return name if name == "auto" else getattr(torch, name)
 
 
 def _config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig:
     from ..adapter.config import LayerDropConfig
 
-    return take(LayerDropConfig, request, base_model_name_or_path=request.base, drop_layers=dropped)
+    dtype = request.target_dtype if request.target_dtype != "auto" else request.dtype
+    if dtype == "auto" and resolve_base(request.base)[1] is not None:
+        dtype = _FROM_GGUF
+    return take(
+        LayerDropConfig,
+        request,
+        base_model_name_or_path=request.base,
+        drop_layers=dropped,
+        target_dtype=dtype,
+        tune_lm_head=request.adapter and request.tune_lm_head,  # which a whole model's head is not untied for
+    )
 
 
 def _prepare(request: PruneRequest, dropped: list[int] | None) -> Prepared:

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,12 @@ from .. import families
 from ..errors import CutError, LayerPruneError
 from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
-from ..options import CutOptions, take
+from ..options import AMOUNTS, CutOptions, take
 from ..records.lineage import peak_rss, versions
 from ..runtime.loading import load_base, load_config
 from ..select import CRITERIA, drop_count, find_criterion
 from ..select.sets import free_layers
+from ..select.targets import Target
 from .requests import RankRequest
 
 if TYPE_CHECKING:
@@ -76,8 +78,10 @@ def rank(request: RankRequest) -> Ranking:
     if any(criterion.needs == "text" for criterion in criteria):
         families.check_stage(config, "rank")
     n = families.layer_count(config)
-    count = drop_count(request.drop, n)
+    if request.budget is not None and any(criterion.name != "auto" for criterion in criteria):
+        raise CutError(f"{request.budget} is for the criterion auto, and for prune; name auto, or drop or a target")
     protected = families.protected_layers(config)
+    count = 1 if request.drop is None else drop_count(request.drop, n)
     # What is refused is refused before a weight is read.
     free = {criterion.name: free_layers(n, count, *criterion.protection(request), protected) for criterion in criteria}
     source = Path(request.base).expanduser()
@@ -87,19 +91,37 @@ def rank(request: RankRequest) -> Ranking:
 
     start = time.perf_counter()
     names = [criterion.name for criterion in criteria if criterion.name != "auto"]
-    model, calibration = _open(request, names, count)
+    model, calibration, target = _open(request, names, count)
+    if target is not None:  # what blocks are scored at: the number of layers that go if the last ones do
+        order = sorted(free_layers(n, 1, 0, 0, protected))
+        count = len(target.choose(n, find_criterion("reverse_order"), request, protected, lambda k: order[-k:]))
     scores: dict[str, Scores] = {}
     if names:
         scores = score_layers(
             model, calibration, names, variant=request.variant, drop=count, lengths=request.lengths, seed=request.seed
         )
-    drops = {name: score.pick(count, free[name], request.contiguous) for name, score in scores.items()}
+
+    def pick(name: str, count: int) -> list[int]:
+        score = scores[name]
+        if score.layers is None and not any(len(block) == count for block in score.blocks):
+            more = score_layers(model, calibration, [name], variant=request.variant, drop=count, lengths=[count])
+            score.blocks |= more[name].blocks
+        return score.pick(count, free[name], request.contiguous)
+
+    drops = {
+        criterion.name: target.choose(n, criterion, request, protected, partial(pick, criterion.name))
+        if target is not None
+        else pick(criterion.name, count)
+        for criterion in criteria
+        if criterion.name in scores
+    }
     why: dict[str, str] = {}
     by_criterion: dict[str, Any] = {
         name: score.record() | {"drop_layers": drops[name]} for name, score in scores.items()
     }
     if "auto" in free:
-        choice = choose_layers(model, calibration, take(CutOptions, request, criterion="auto"), protected=protected)
+        by_auto = take(CutOptions, request, criterion="auto")
+        choice = choose_layers(model, calibration, by_auto, protected=protected, target=target)
         drops["auto"], why["auto"] = choice.drop_layers, choice.why
         by_criterion["auto"] = choice.record() | {"drop_layers": choice.drop_layers}
     record = {
@@ -107,7 +129,7 @@ def rank(request: RankRequest) -> Ranking:
         "base": request.base,
         "commit": getattr(config, "_commit_hash", None),
         "num_layers": n,
-        "drop": request.drop,
+        **{name: value for name in AMOUNTS if (value := getattr(request, name)) is not None},
         "count": count,
         "variant": request.variant,
         "contiguous": request.contiguous,
@@ -126,8 +148,11 @@ def rank(request: RankRequest) -> Ranking:
     return ranking
 
 
-def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, CalibrationSet | None]:
-    """The model, walked where a criterion looks at its states, and the calibration set; says what it will cost."""
+def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, CalibrationSet | None, Target | None]:
+    """The model, walked where a criterion looks at its states, the calibration set, and what must be left.
+
+    Says what it will cost.
+    """
     import torch
 
     from ..adapter.prepare import calibration_of
@@ -136,15 +161,17 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, 
 
     dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
     model = load_base(request.base, revision=request.revision, dtype=dtype)
+    # Sizes and times are those of the type in which the base is.
+    target = Target.of(request, model.config, request.base, revision=request.revision, model=model)
     if not any(CRITERIA[name].needs == "text" for name in (*names, *request.criteria)):
-        return model, None
+        return model, None, target
     walk = _walk(request, model, LayerWalk)
     cost = estimate(
         walk, request.calibration_samples, request.calibration_length, names, count=count, lengths=request.lengths
     )
     if cost.layers:
         logger.info("scoring takes %s", cost)
-    return walk, calibration_of(request, model, revision=request.revision)
+    return walk, calibration_of(request, model, revision=request.revision), target
 
 
 def _walk(request: RankRequest, model: Any, walk: type[LayerWalk]) -> LayerWalk:

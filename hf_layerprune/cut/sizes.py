@@ -1,0 +1,265 @@
+"""What a cut leaves: parameters, bytes of the weight files, and memory with a key-value cache. Nothing is loaded.
+
+    sizes = Sizes(config, "org/base")
+    sizes.parameters([12, 13]), sizes.file_bytes([12, 13]), sizes.memory_bytes([12, 13], context=8192, batch=1)
+
+Parameters are counted on a model without weights, and bytes follow from the headers of the weight files, which are all
+that is fetched of a base on the Hub. The cache is that of a model without weights, filled by its own forward pass: the
+shapes are the library's own, whatever the attention (grouped heads, sliding windows, latent attention, state spaces).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import families
+from ..errors import CutError, boundary, cause_of
+from ..families.layout import find_decoder_layers
+from ..runtime.loading import is_hub_id
+from .base import Base, Weights, read_headers
+from .header import Tensor
+from .plan import WeightsPlan, plan_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_CONTEXT = 4096
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Sizes:
+    """The sizes of a model without some of its layers.
+
+    Args:
+        config (`PreTrainedConfig`): The base's config.
+        base (`str`, *optional*): Its folder or Hub id. Without safetensors files, bytes are parameters times the size
+            of their type.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        dtype (`str`, defaults to `"auto"`): The type of weights and cache; `auto` is the base's.
+        untie (`bool`, defaults to `False`): Whether the head gets its own matrix where it is tied to the embeddings.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        base: str | None = None,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        untie: bool = False,
+    ) -> None:
+        self.config, self._base, self._revision, self._dtype, self._untie = config, base, revision, dtype, untie
+        self.num_layers = families.layer_count(config)
+        self._models: dict[tuple[int, ...], PreTrainedModel] = {}
+
+    def parameters(self, drop: Sequence[int] = ()) -> int:
+        """Parameters that are left without some layers, a shared one counted once.
+
+        Args:
+            drop (`Sequence[int]`): Base indices of the layers.
+
+        Raises:
+            CutError: These layers can't be dropped from this model.
+        """
+        model = self._model(drop)
+        return _count(model) + self._head_elements
+
+    def file_bytes(self, drop: Sequence[int] = ()) -> int:
+        """Bytes of the safetensors files that are left, as `cut.disk` writes them: headers and tensors.
+
+        Args:
+            drop (`Sequence[int]`): Base indices of the layers.
+
+        Raises:
+            CheckpointError: The headers can't be read, or do not fit the config.
+            CutError: These layers can't be dropped from this model.
+        """
+        if self._weights is None:
+            return self.weight_bytes(drop)
+        shards = [shard.size for shard in self._plan(drop).shards] if drop else [self._weights.size]
+        headers = sum(shards) - sum(tensor.size * kept // max(1, tensor.elements) for tensor, kept in self._kept(drop))
+        return headers + self.weight_bytes(drop)
+
+    def weight_bytes(self, drop: Sequence[int] = ()) -> int:
+        """Bytes of the tensors that are left, without headers."""
+        if self._weights is None:
+            return self.parameters(drop) * self.dtype.itemsize
+        kept = sum(self._bytes(tensor, elements) for tensor, elements in self._kept(drop))
+        return kept + self._head_elements * self.dtype.itemsize
+
+    def memory_bytes(self, drop: Sequence[int] = (), *, context: int | None = None, batch: int = 1) -> int:
+        """Bytes of the weights that are left, and of a full key-value cache.
+
+        Args:
+            drop (`Sequence[int]`): Base indices of the layers.
+            context (`int`, *optional*): Tokens in the cache; 4096 by default, or what the model has room for.
+            batch (`int`, defaults to 1): Sequences in the cache.
+
+        Raises:
+            CutError: The context is too long for the model, or its cache is not known without running it.
+        """
+        return self.weight_bytes(drop) + sum(self._cache(drop, self.context(context), batch))
+
+    def of_layers(self, what: str, *, context: int | None = None, batch: int = 1) -> list[float]:
+        """What each layer adds to a size, without what it shares with others.
+
+        Args:
+            what (`str`): `"params"`, `"size"` or `"memory"`.
+            context (`int`, *optional*): For `memory`.
+            batch (`int`): For `memory`.
+        """
+        layers = [_count(layer) for layer in find_decoder_layers(self._model(())).layers]
+        if what == "params":
+            return [float(count) for count in layers]
+        sizes = [float(count * self.dtype.itemsize) for count in layers]
+        if self._weights is not None:
+            prefix, sizes = self._plan_any.layer_prefix, [0.0] * self.num_layers
+            for tensor, _ in self._kept(()):
+                index = tensor.name.removeprefix(prefix).partition(".")[0]
+                if tensor.name.startswith(prefix) and index.isdecimal() and int(index) < self.num_layers:
+                    sizes[int(index)] += self._bytes(tensor, tensor.elements)
+        if what == "memory":
+            cache: list[float] = [*self._cache((), self.context(context), batch)]
+            if len(cache) != self.num_layers:
+                cache = [sum(cache) / self.num_layers] * self.num_layers
+            sizes = [size + more for size, more in zip(sizes, cache, strict=True)]
+        return sizes
+
+    def context(self, asked: int | None, default: int = _CONTEXT) -> int:
+        """The number of tokens in the cache.
+
+        Args:
+            asked (`int`, *optional*): As the user wants it.
+            default (`int`): Where nothing is asked for, unless the model has less room.
+
+        Raises:
+            CutError: The model has no room for so many.
+        """
+        most = getattr(families.text_config(self.config), "max_position_embeddings", None)
+        most = most if isinstance(most, int) and most > 0 else None
+        if asked is None:
+            return min(default, most or default)
+        if most is not None and asked > most:
+            raise CutError(f"context={asked} is more than the {most} tokens that the model has room for")
+        return asked
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        kept = getattr(self.config, "dtype", None) or getattr(families.text_config(self.config), "dtype", None)
+        name = self._dtype if self._dtype != "auto" else str(kept or "float32").removeprefix("torch.")
+        return getattr(torch, name)
+
+    # --- internals ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def _weights(self) -> Weights | None:
+        base = self._base
+        if not base or not (is_hub_id(base) or Path(base).expanduser().is_dir()):
+            return None
+        return read_headers(Base.open(base, self._revision))
+
+    def _kept(self, drop: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """The tensors that are kept, each with how many of its elements."""
+        assert self._weights is not None
+        tensors = [tensor for header in self._weights.headers.values() for tensor in header.tensors]
+        if not drop:
+            return [(tensor, tensor.elements) for tensor in tensors]
+        plan = self._plan(drop)
+        names = plan.tensor_names
+        return [(tensor, math.prod(plan.shapes[names[tensor.name]])) for tensor in tensors if tensor.name in names]
+
+    def _bytes(self, tensor: Tensor, elements: int) -> int:
+        if self._dtype == "auto":
+            return tensor.size * elements // max(1, tensor.elements)
+        if tensor.dtype not in _FLOATS:
+            raise CutError(
+                f"the base holds {tensor.dtype} tensors, so it is not known what it takes as {self._dtype}; leave the "
+                "type as it is"
+            )
+        return elements * self.dtype.itemsize
+
+    def _plan(self, drop: Sequence[int]) -> WeightsPlan:
+        assert self._weights is not None
+        return plan_weights(self._weights, self.config, families.make_cut(self.config, drop))
+
+    @cached_property
+    def _plan_any(self) -> WeightsPlan:
+        protected = families.protected_layers(self.config)
+        return self._plan([next(i for i in reversed(range(self.num_layers)) if i not in protected)])
+
+    @cached_property
+    def _head_elements(self) -> int:
+        """Elements that untying the head adds."""
+        model = self._model(())
+        head, table = model.get_output_embeddings(), model.get_input_embeddings()
+        return _count(table) if self._untie and _is_tied(model) and head is not None else 0
+
+    def _model(self, drop: Sequence[int]) -> PreTrainedModel:
+        """The model without weights."""
+        key = tuple(sorted(drop))
+        if key not in self._models:
+            config = families.cut_config(self.config, families.make_cut(self.config, key)) if key else self.config
+            self._models = {k: v for k, v in self._models.items() if not k} | {key: _build(config, self.dtype)}
+        return self._models[key]
+
+    def _cache(self, drop: Sequence[int], context: int, batch: int) -> list[int]:
+        """Bytes of the cache, by its layers."""
+        model = self._model(drop)
+        set_experts: Any = getattr(model, "set_experts_implementation", None)
+        try:
+            if set_experts is not None:
+                set_experts("batched_mm")  # the kernel whose shapes don't depend on the data
+            ids = torch.ones(batch, context, dtype=torch.long, device="meta")
+            with torch.no_grad():
+                cache = model(input_ids=ids, use_cache=True).past_key_values
+        except Exception as error:
+            raise CutError(
+                f"the key-value cache of a {families.text_config(self.config).model_type} model is not known without "
+                f"running it ({cause_of(error)[:120]}); name target_size or drop instead of target_memory"
+            ) from error
+        layers = getattr(cache, "layers", None)
+        return [_tensor_bytes(part, set()) for part in (layers if layers is not None else [cache])]
+
+
+def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    part = config if known else families.text_config(config)
+    with boundary("no model can be built from the config"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            part, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+        ).eval()
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    return bool(getattr(families.text_config(model.config), "tie_word_embeddings", False))
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _tensor_bytes(value: Any, seen: set[int]) -> int:
+    """Bytes of the tensors that an object holds."""
+    if id(value) in seen:
+        return 0
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, list | tuple):
+        return sum(_tensor_bytes(part, seen) for part in value)
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(part, seen) for part in value.values())
+    return _tensor_bytes(vars(value), seen) if hasattr(value, "__dict__") and not isinstance(value, type) else 0

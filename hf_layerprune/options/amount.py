@@ -1,0 +1,102 @@
+"""How many layers go: a number of them, a target that what is left must meet, or a loss that is acceptable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import CutError
+from .declare import option
+from .kinds import DROP, DTYPES, whole
+from .quantities import BYTES, COUNT, number
+
+_DROP = 0.25
+TARGETS = ("target_params", "target_size", "target_memory", "target_speedup")
+BUDGETS = ("max_perplexity_ratio", "max_kl", "min_top1_agreement")
+# How many layers go is said by one of these.
+AMOUNTS = ("drop", *TARGETS, *BUDGETS)
+
+
+@dataclass(kw_only=True)
+class AmountOptions:
+    """How many layers go."""
+
+    drop: float | int | None = option(
+        None,
+        "Fraction of the layers to drop, rounded down to whole layers, or the number of layers; 0.25 where neither a "
+        "target nor a budget is named",
+        DROP,
+    )
+    target_params: int | None = option(
+        None, "Drop as few layers as leave at most so many parameters, such as 6.3B", COUNT
+    )
+    target_size: int | None = option(
+        None, "Drop as few layers as leave weight files of at most so many bytes, such as 12GB or 8GiB", BYTES
+    )
+    target_memory: int | None = option(
+        None,
+        "Drop as few layers as leave weights and a key-value cache (see context and batch) of at most so many bytes, "
+        "such as 8GB",
+        BYTES,
+    )
+    target_speedup: float | None = option(
+        None,
+        "Drop as few layers as make decoding so many times as fast, such as 1.3, by the times that layers and head "
+        "take on this machine",
+        number(1, 1000, "a factor above 1, such as 1.3", "X"),
+    )
+    max_perplexity_ratio: float | None = option(
+        None,
+        "Drop as many layers as keep the perplexity, relative to the dense model's, within this factor, such as 1.1, "
+        "on calibration rows that are held out, after the repair",
+        number(1, 1000, "a ratio above 1, such as 1.1", "R"),
+    )
+    max_kl: float | None = option(
+        None,
+        "Drop as many layers as keep the KL divergence from the dense model within so many nats per token, on rows "
+        "that are held out, after the repair",
+        number(0, 1000, "a number of nats above 0, such as 0.2", "NATS"),
+    )
+    min_top1_agreement: float | None = option(
+        None,
+        "Drop as many layers as keep this share of the dense model's first choices of the next token, such as 0.8, on "
+        "rows that are held out, after the repair",
+        number(0, 1, "a share between 0 and 1, such as 0.8", "SHARE"),
+    )
+    context: int | None = option(
+        None,
+        "Number of tokens in the cache, for target_memory and target_speedup; by default 4096 for memory and 512 for "
+        "speed, or what the model has room for",
+        whole(1, 10**8),
+    )
+    batch: int = option(1, "Number of sequences in the cache, for target_memory and target_speedup", whole(1, 10**6))
+    target_dtype: str = option(
+        "auto", "Type of weights and cache that target_size and target_memory count in; auto is the base's",
+        choices=DTYPES,
+    )  # fmt: skip
+
+    def settle(self) -> None:
+        """Refuse two answers to the question how many layers go, and give one where there is none.
+
+        Raises:
+            CutError: More than one is given.
+        """
+        said = [name for name in AMOUNTS if getattr(self, name) is not None]
+        if len(said) > 1:
+            raise CutError(f"{' and '.join(said)} each say how many layers go; name only one of them")
+        if not said:
+            self.drop = _DROP
+
+    @property
+    def target(self) -> str | None:
+        """The name of the target, if there is one."""
+        return next((name for name in TARGETS if getattr(self, name) is not None), None)
+
+    @property
+    def budget(self) -> str | None:
+        """The name of the budget, if there is one."""
+        return next((name for name in BUDGETS if getattr(self, name) is not None), None)
+
+
+def just(count: int) -> dict[str, int | None]:
+    """The fields of `AmountOptions` that drop a number of layers, for `take` and `replace`."""
+    return dict.fromkeys(AMOUNTS) | {"drop": count}

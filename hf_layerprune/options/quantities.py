@@ -1,0 +1,77 @@
+"""Quantities as people write them: `6.3B` parameters, `12GB` or `8GiB`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+from .kinds import Kind, index_of
+
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+_MOST = 10**18
+_QUANTITY = re.compile(r"(\d{1,20}(?:\.\d{1,20})?) ?([A-Za-z]*)", re.ASCII)
+
+
+def _read(text: str, units: Mapping[str, int], wanted: str) -> int:
+    match = _QUANTITY.fullmatch(text.strip())
+    unit = units.get(match[2].upper()) if match else None
+    number = math.floor(Fraction(match[1]) * unit) if match and unit else 0
+    if not 1 <= number <= _MOST:
+        raise ValueError(f"must be {wanted}")
+    return number
+
+
+def _kind(units: Mapping[str, int], wanted: str, metavar: str) -> Kind:
+    def check(value: Any) -> int:
+        if isinstance(value, str):
+            return _read(value, units, wanted)
+        number = index_of(value)
+        if number is None or not 1 <= number <= _MOST:
+            raise ValueError(f"must be {wanted}")
+        return number
+
+    return Kind(lambda text: _read(text, units, wanted), check, metavar)
+
+
+COUNT = _kind(_COUNTS, "a number of parameters such as 6.3B or 135M", "P")
+BYTES = _kind(_BYTES | {"": 1}, "a number of bytes such as 12GB (12 * 1000^3) or 8GiB (8 * 1024^3)", "BYTES")
+
+
+def number(least: float, most: float, wanted: str, metavar: str) -> Kind:
+    """A number between two others, both excluded."""
+
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least < value < most:
+            raise ValueError(f"must be {wanted}")
+        return float(value)
+
+    def parse(text: str) -> float:
+        try:
+            return check(float(text))
+        except ValueError:
+            raise ValueError(f"must be {wanted}") from None
+
+    return Kind(parse, check, metavar)
+
+
+def spell_count(count: float) -> str:
+    """A number of parameters for people: `6.3B`."""
+    return _spell(count, {unit: size for unit, size in _COUNTS.items() if size > 1})
+
+
+def spell_bytes(size: float) -> str:
+    """A number of bytes for people: `12.6GB`."""
+    return _spell(size, {unit: size for unit, size in _BYTES.items() if "I" not in unit and size > 1}, "B")
+
+
+def _spell(value: float, units: Mapping[str, int], plain: str = "") -> str:
+    for unit, size in sorted(units.items(), key=lambda one: -one[1]):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.0f}{plain}"

@@ -1,0 +1,127 @@
+"""How long each layer takes to decode a token on this machine, and how long everything else does.
+
+The model generates a few tokens behind a full cache, and hooks note when each layer starts and ends. Layers of the same
+kind are the same work, so each gets the median of its kind.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..families import text_config
+from ..families.layout import find_decoder_layers
+from ..runtime.parts import evaluating, hooked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TOKENS, _WARM_UP = 24, 4
+
+
+@dataclass(frozen=True)
+class DecodeTimes:
+    """Seconds per token.
+
+    Args:
+        layers (`list[float]`): Of each layer.
+        rest (`float`): Of everything else: embeddings, head, choosing the token.
+    """
+
+    layers: list[float]
+    rest: float
+
+    @property
+    def total(self) -> float:
+        """The dense model's seconds per token."""
+        return sum(self.layers) + self.rest
+
+    def without(self, drop: Sequence[int]) -> float:
+        """Seconds per token without some layers."""
+        return self.total - sum(self.layers[i] for i in set(drop))
+
+    def speedup(self, drop: Sequence[int]) -> float:
+        """How many times as fast decoding is without some layers."""
+        return self.total / self.without(drop)
+
+    def __str__(self) -> str:
+        each = sum(self.layers) / len(self.layers)
+        return (
+            f"decoding takes {1000 * self.total:.3g} ms per token: {1000 * each:.3g} for each of {len(self.layers)} "
+            f"layers, {1000 * self.rest:.3g} for the rest"
+        )
+
+
+@torch.no_grad()
+def time_decoding(model: PreTrainedModel, context: int, batch: int = 1) -> DecodeTimes:
+    """Time the layers of a model while it decodes.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        context (`int`): Tokens in the cache.
+        batch (`int`, defaults to 1): Sequences in the cache.
+
+    Returns:
+        `DecodeTimes`: The times.
+    """
+    layers = find_decoder_layers(model).layers
+    device = model.device
+    starts: list[float] = []
+    spans: list[list[float]] = [[] for _ in layers]
+    steps: list[float] = []
+
+    def now() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        return perf_counter()
+
+    def start(*_: Any) -> None:
+        starts.append(now())
+
+    def stop(index: int) -> Any:
+        return lambda *_: spans[index].append(now() - starts[-1])
+
+    hooks = [
+        handle
+        for index, layer in enumerate(layers)
+        for handle in (layer.register_forward_pre_hook(start), layer.register_forward_hook(stop(index)))
+    ]
+    prompt = max(1, context - _TOKENS)
+    vocabulary = text_config(model.config).vocab_size
+    ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    generate: Any = model.generate
+
+    class Clock:
+        """A streamer that notes the time of each token."""
+
+        def put(self, tokens: torch.Tensor) -> None:
+            steps.append(now())
+
+        def end(self) -> None: ...
+
+    with hooked(*hooks), evaluating(model):
+        generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=_TOKENS, min_new_tokens=_TOKENS, do_sample=False,
+            pad_token_id=0, streamer=Clock(),
+        )  # fmt: skip
+    by_kind: dict[Any, list[float]] = defaultdict(list)
+    kinds = [_kind(model, index, layer) for index, layer in enumerate(layers)]
+    for kind, span in zip(kinds, spans, strict=True):
+        by_kind[kind] += span[1 + _WARM_UP :]  # the first one is the prompt
+    medians = {kind: statistics.median(times) for kind, times in by_kind.items()}
+    each = [medians[kind] for kind in kinds]
+    gaps = [after - before for before, after in pairwise(steps[1:])][_WARM_UP:]
+    return DecodeTimes(each, max(0.0, statistics.median(gaps) - sum(each)))
+
+
+def _kind(model: PreTrainedModel, index: int, layer: torch.nn.Module) -> tuple[Any, ...]:
+    """What layers that do the same work have in common."""
+    types = getattr(text_config(model.config), "layer_types", None)
+    return type(layer), sum(p.numel() for p in layer.parameters()), types[index] if types else None

@@ -1,0 +1,185 @@
+"""Drop as few layers as meet a target: parameters, bytes of the weight files, memory, or speed.
+
+A target says how many layers go; which ones, the criterion says. Layers may be of unequal size, so what is left is
+measured for the very set that the criterion chooses.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CutError
+from ..layer_ranges import format_layers
+from ..options import spell_bytes, spell_count
+from .sets import free_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ..options import ChoiceOptions
+    from .registry import Criterion
+
+logger = logging.getLogger(__name__)
+
+Pick = Callable[[int], Any]  # the layers, or a choice that has them as `drop_layers`, of that many
+# What a size may be off by where it is added up layer by layer: headers, and slices that layers have of shared tensors.
+_SLACK = 0.02
+# Tokens in the cache while decoding is timed: a short chat.
+_SHORT_CONTEXT = 512
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a cut must leave.
+
+    Args:
+        option (`str`): The option that asks for it.
+        limit (`float`): The most that may be left, in the unit that `left` counts in.
+        left (`Callable[[Sequence[int]], float]`): What a cut leaves, by the layers that it drops.
+        of_layers (`list[float]`): What each layer takes.
+        spell (`Callable[[float], str]`): An amount for people.
+    """
+
+    option: str
+    limit: float
+    left: Callable[[Sequence[int]], float]
+    of_layers: list[float]
+    spell: Callable[[float], str]
+
+    @classmethod
+    def of(
+        cls,
+        choice: ChoiceOptions,
+        config: PreTrainedConfig,
+        base: str | None = None,
+        *,
+        revision: str | None = None,
+        model: PreTrainedModel | None = None,
+    ) -> Target | None:
+        """The target among some options, or `None`.
+
+        Args:
+            choice (`ChoiceOptions`): The options.
+            config (`PreTrainedConfig`): The config of the base.
+            base (`str`, *optional*): Its folder or Hub id.
+            revision (`str`, *optional*): Branch, tag or commit on the Hub.
+            model (`PreTrainedModel`, *optional*): The base itself, which only `target_speedup` needs.
+
+        Raises:
+            CutError: The sizes are not known, or there is no model to time.
+        """
+        option = choice.target
+        if option is None:
+            return None
+        from ..cut.sizes import Sizes
+
+        untie = bool(getattr(choice, "tune_lm_head", False))
+        sizes = Sizes(config, base, revision=revision, dtype=choice.target_dtype, untie=untie)
+        how: dict[str, Any] = {"context": choice.context, "batch": choice.batch}
+        limit = getattr(choice, option)
+        if option == "target_params":
+            return cls(option, limit, sizes.parameters, sizes.of_layers("params"), spell_count)
+        if option == "target_size":
+            return cls(option, limit, sizes.file_bytes, sizes.of_layers("size"), spell_bytes)
+        if option == "target_memory":
+            each = sizes.of_layers("memory", **how)
+            return cls(option, limit, lambda drop: sizes.memory_bytes(drop, **how), each, spell_bytes)
+        if model is None:
+            raise CutError("target_speedup times the layers of the model, and there is none here; pass the model")
+        from .decode_times import time_decoding
+
+        times = time_decoding(model, sizes.context(choice.context, _SHORT_CONTEXT), choice.batch)
+        logger.info("%s", times)
+        return cls(
+            option, times.total / limit, times.without, times.layers, lambda t: f"{times.total / t:.3g} times as fast"
+        )
+
+    def met_by(self, drop: Sequence[int]) -> bool:
+        """Whether a cut meets it."""
+        return self.left(drop) <= self.limit
+
+    def choose(
+        self,
+        num_layers: int,
+        criterion: Criterion,
+        options: ChoiceOptions,
+        protected: Collection[int],
+        pick: Callable[[int], Any],
+    ) -> Any:
+        """Drop as few layers as meet the target.
+
+        Args:
+            num_layers (`int`): How many layers the model has.
+            criterion (`Criterion`): How they are chosen.
+            options (`ChoiceOptions`): Which of them may go.
+            protected (`Collection[int]`): Layers that the architecture requires to stay.
+            pick (`Callable[[int], Any]`): What the criterion drops, if it drops that many: layers, or something that
+                has them as `drop_layers`.
+
+        Returns:
+            `Any`: What `pick` returned for the smallest number that meets the target.
+
+        Raises:
+            CutError: The model meets it as it is, or no cut does.
+        """
+        free = free_layers(num_layers, 1, *criterion.protection(options), protected)
+        most = min(len(free), num_layers - 1)
+        if self.met_by(()):
+            raise CutError(
+                f"{self.option}={self.spell(self.limit)} is met by the model as it is ({self.spell(self.left(()))}), so "
+                "there is nothing to drop; name a stricter target"
+            )
+        # The largest layers first: with fewer, no set can meet it.
+        by_size = sorted(free, key=self.of_layers.__getitem__, reverse=True)[:most]
+        count, left = 0, self.left(())
+        while left > self.limit * (1 + _SLACK):
+            if count == most:
+                raise self._out_of_reach(by_size, len(free) < num_layers)
+            left -= self.of_layers[by_size[count]]
+            count += 1
+        count = max(1, count)
+        picked = pick(count)
+        while not self.met_by(_layers(picked)):
+            if count == most:
+                raise self._out_of_reach(_layers(picked), len(free) < num_layers)
+            count += 1
+            picked = pick(count)
+        smallest = min(self.of_layers[i] for i in free)
+        while count > 1 and self.left(_layers(picked)) + smallest <= self.limit:
+            fewer = pick(count - 1)
+            if not self.met_by(_layers(fewer)):
+                break
+            count, picked = count - 1, fewer
+        layers = _layers(picked)
+        left = self.left(layers)
+        logger.info("%s: without layers %s, the model is %s", self, format_layers(layers), self.spell(left))
+        return picked
+
+    def record(self, drop: Sequence[int]) -> dict[str, Any]:
+        """The entry for `lineage.json`: what was asked for, what the dense model has, and what is predicted."""
+        return {"option": self.option, "limit": self.limit, "dense": self.left(()), "left": self.left(drop)}
+
+    def __str__(self) -> str:
+        return f"{self.option}={self.spell(self.limit)}"
+
+    def _out_of_reach(self, drop: Sequence[int], protects: bool) -> CutError:
+        """The error that even the deepest cut does not meet it."""
+        left = self.left(sorted(drop))
+        which = f"all {len(drop)} of the layers that may go" if protects else f"{len(drop)} layers"
+        way_out = " or protect fewer layers" if protects else ""
+        if self.option == "target_speedup":
+            return CutError(
+                f"{self} can't be met: without {which}, decoding is only {self.spell(left)}; ask for at most that"
+                + way_out
+            )
+        return CutError(
+            f"{self} can't be met: dropping {which} leaves {self.spell(left)}, {self.spell(left - self.limit)} too "
+            f"much; raise the target to at least that" + way_out
+        )
+
+
+def _layers(picked: Any) -> list[int]:
+    return list(getattr(picked, "drop_layers", picked))

@@ -1,0 +1,224 @@
+"""Drop until a target: what is predicted is what is written, whatever the layers are made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune import CutError, LayerDropConfig, prune_with
+from hf_layerprune.cli import main
+from hf_layerprune.cut.disk import cut_checkpoint
+from hf_layerprune.cut.sizes import Sizes
+from hf_layerprune.options import CutOptions
+from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.runtime.loading import load_config
+from hf_layerprune.select import CRITERIA, select_layers
+from hf_layerprune.select.decode_times import DecodeTimes
+from hf_layerprune.select.targets import Target
+from hf_layerprune.stages.rank import rank
+from hf_layerprune.stages.requests import RankRequest
+
+from .gguf_makers import smollm2
+from .tiny_models import LAYERS, tiny_input, tiny_model
+
+# Layers of one size; dense and expert layers; state spaces; latent attention; windows; a slice for each layer.
+TYPES = ("llama", "qwen2_moe", "granitemoehybrid", "deepseek_v3", "gemma2", "gemma3n_text")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    for model_type in TYPES:
+        tiny_model(model_type).save_pretrained(root / model_type, max_shard_size="60KB")
+    return {model_type: root / model_type for model_type in TYPES}
+
+
+def on_disk(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@torch.no_grad()
+def real_cache(model: Any, tokens: int, batch: int) -> int:
+    """Bytes of every tensor in a cache that was really filled."""
+    cache = model(input_ids=tiny_input(batch=batch, length=tokens), use_cache=True).past_key_values
+    found: dict[int, int] = {}
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            for tensor in value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]:  # fmt: skip
+                if isinstance(tensor, torch.Tensor):
+                    found[id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_exact_against_what_is_written(model_type: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    base = bases[model_type]
+    sizes = Sizes(load_config(base), str(base))
+    assert sizes.file_bytes() == on_disk(base)
+    assert sizes.parameters() == tiny_model(model_type).num_parameters()
+    drop = [1, 2] if model_type == "gemma3n_text" else [1, 3, 4]
+    cut_checkpoint(base, tmp_path / "cut", drop, progress=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
+    assert sizes.file_bytes(drop) == on_disk(tmp_path / "cut")
+    assert sizes.parameters(drop) == model.num_parameters()
+    for tokens, batch in ((16, 1), (5, 3)):
+        cache = sizes.memory_bytes(drop, context=tokens, batch=batch) - sizes.weight_bytes(drop)
+        assert cache == real_cache(model, tokens, batch)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "option"),
+    [("granitemoehybrid", "target_params"), ("qwen2_moe", "target_size"), ("qwen2_moe", "target_memory")],
+)
+def test_as_few_layers_as_meet_it(model_type: str, option: str, bases: dict[str, Path]) -> None:
+    config = load_config(bases[model_type])
+    of_base = Target.of(CutOptions(**{option: 1}, context=16), config, str(bases[model_type]))
+    assert of_base is not None
+    dense = of_base.left(())
+    for share in (0.95, 0.6):
+        choice = CutOptions(**{option: int(share * dense)}, context=16)
+        target = Target.of(choice, config, str(bases[model_type]))
+        assert target is not None
+        dropped = select_layers(LAYERS, choice, target=target)
+        assert dropped == list(range(LAYERS - len(dropped), LAYERS))
+        assert target.left(dropped) <= getattr(choice, option)
+        assert len(dropped) == 1 or target.left(dropped[1:]) > getattr(choice, option)
+
+
+def test_layers_of_unequal_size_are_counted_as_they_are(bases: dict[str, Path]) -> None:
+    """Fewer layers go where the criterion drops large ones."""
+    config = load_config(bases["qwen2_moe"])
+    sizes = Sizes(config, str(bases["qwen2_moe"])).of_layers("params")
+    assert len(set(sizes)) == 2
+    choice = CutOptions(target_params=int(sum(Sizes(config).of_layers("params")) * 0.7), criterion="reverse_order")
+    target = Target.of(choice, config, str(bases["qwen2_moe"]))
+    assert target is not None
+    order = sorted(range(LAYERS), key=sizes.__getitem__)
+    counts = [
+        len(target.choose(LAYERS, CRITERIA["reverse_order"], choice, (), picked))
+        for picked in (lambda k: order[:k], lambda k: order[-k:])
+    ]
+    assert counts[0] > counts[1]
+    # A choice that is not nested: with two layers it drops small ones, with three large ones, with four small ones.
+    odd = {1: order[:1], 2: order[:2], 3: order[-3:], 4: order[:4], 5: order[:5], 6: order[:6], 7: order[:7]}
+    found = target.choose(LAYERS, CRITERIA["reverse_order"], choice, (), odd.__getitem__)
+    assert target.left(found) <= target.limit
+    assert found == odd[3]
+
+
+def test_prune_writes_what_was_predicted(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = bases["llama"]
+    limit = int(0.75 * on_disk(base))
+    assert main(["prune", str(base), str(tmp_path / "cut"), "--target-size", str(limit)]) == 0
+    (entry,) = Lineage.of(tmp_path / "cut").entries  # type: ignore[union-attr]
+    record = entry["selection"]["target"]
+    assert record == {
+        "option": "target_size",
+        "limit": limit,
+        "dense": on_disk(base),
+        "left": on_disk(tmp_path / "cut"),
+    }
+    assert entry["settings"]["target_size"] == limit
+    assert "drop" not in entry["settings"]
+    assert on_disk(tmp_path / "cut") <= limit < on_disk(base)
+    # Half as wide weights need no layer to go; of those, a smaller file does.
+    half = ["prune", str(base), str(tmp_path / "half"), "--dtype", "bfloat16", "--target-size"]
+    assert main([*half, str(limit)]) == 2
+    assert main([*half, str(limit // 2)]) == 0
+    assert on_disk(tmp_path / "half") <= limit // 2
+
+
+def test_an_adapter_counts_the_head_that_it_unties(bases: dict[str, Path]) -> None:
+    dense = tiny_model("gemma2")
+    limit = int(0.8 * dense.num_parameters())
+    tied = prune_with(LayerDropConfig(target_params=limit, tune_lm_head=False), tiny_model("gemma2"))
+    untied = prune_with(LayerDropConfig(target_params=limit), dense)
+    left = [model.merge_and_unload().num_parameters() for model in (tied, untied)]
+    assert max(left) <= limit
+    dropped = [len(model.peft_config["default"].drop_layers) for model in (tied, untied)]
+    assert dropped[1] > dropped[0]
+    again = LayerDropConfig(**tied.peft_config["default"].to_dict() | {"peft_type": None})
+    assert again.drop_layers == tied.peft_config["default"].drop_layers
+
+
+def test_speed_follows_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hf_layerprune.select.decode_times as decode_times
+
+    measured = DecodeTimes([1.0, 1.0, 1.0, 3.0, 1.0, 1.0, 1.0, 3.0], 2.0)
+    monkeypatch.setattr(decode_times, "time_decoding", lambda *_: measured)
+    # 14 without layers: dropping the last (3) gives 14 / 11 = 1.27, another (1) gives 1.4.
+    for speedup, dropped in ((1.27, [7]), (1.3, [6, 7]), (1.4, [6, 7]), (1.45, [5, 6, 7])):
+        model = prune_with(LayerDropConfig(target_speedup=speedup), tiny_model("llama"))
+        assert model.peft_config["default"].drop_layers == dropped
+    with pytest.raises(CutError, match=r"without 7 layers, decoding is only 4.67 times as fast"):
+        prune_with(LayerDropConfig(target_speedup=9.0), tiny_model("llama"))
+
+
+def test_times_are_of_the_layers_of_the_model() -> None:
+    from hf_layerprune.select.decode_times import time_decoding
+
+    times = time_decoding(tiny_model("qwen2_moe"), 40, 2)
+    assert len(times.layers) == LAYERS
+    assert all(time > 0 for time in times.layers)
+    assert times.rest > 0
+    assert times.layers[1] == times.layers[3], "layers of a kind are the same work"
+    assert times.speedup([0, 1]) == pytest.approx(times.total / (times.total - times.layers[0] - times.layers[1]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--target-size", "1KB"],
+            "dropping 7 layers leaves 65.14KB, 64.14KB too much; raise the target to at least that",
+        ),
+        (["--target-params", "1M"], "is met by the model as it is (70.18K), so there is nothing to drop"),
+        (["--target-memory", "200KB", "--context", "999"], "context=999 is more than the 128 tokens"),
+        (["--target-params", "20K", "--criterion", "magnitude_l1"], "dropping all 2 of the layers that may go leaves"),
+    ],
+)
+def test_impossible_targets(
+    words: list[str], message: str, bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prune", str(bases["llama"]), str(tmp_path / "cut"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rank_takes_targets(bases: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    limit = int(0.7 * tiny_model("qwen2_moe").num_parameters())
+    names = ["reverse_order", "magnitude_l1", "angular_distance"]
+    request = RankRequest(
+        str(bases["qwen2_moe"]), criteria=names, target_params=limit, protect_first=0, protect_last=0,
+        calibration_samples=4, calibration_length=16,
+    )  # fmt: skip
+    ranking = rank(request)
+    sizes = Sizes(load_config(bases["qwen2_moe"]))
+    for name in names:
+        dropped = ranking.drops[name]
+        assert sizes.parameters(dropped) <= limit, name
+    assert sizes.parameters(ranking.drops["reverse_order"][1:]) > limit
+
+
+def test_a_gguf_file_that_stays_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = smollm2()
+    words = ["prune", str(base), str(tmp_path / "small.gguf")]
+    assert main([*words, "--target-params", "100M"]) == 2
+    assert "name target_size" in capsys.readouterr().err
+    assert main([*words, "--target-size", "75MB"]) == 0
+    assert (tmp_path / "small.gguf").stat().st_size <= 75_000_000
+
+
+def test_smollm2_at_a_target(smollm2_folder: Path, tmp_path: Path) -> None:
+    """The embeddings stay whole, so a quarter less is more than a quarter of the layers."""
+    assert main(["prune", str(smollm2_folder), str(tmp_path / "cut"), "--target-size", "200MB"]) == 0
+    (entry,) = Lineage.of(tmp_path / "cut").entries  # type: ignore[union-attr]
+    assert entry["selection"]["target"]["left"] == on_disk(tmp_path / "cut") <= 200_000_000
+    assert entry["layers"] == {"base": 30, "left": 20}
+    sizes = Sizes(load_config(smollm2_folder), str(smollm2_folder))
+    # Keys and values of 3 heads of 64, in bfloat16.
+    assert sizes.memory_bytes(context=8192, batch=2) == sizes.weight_bytes() + 2 * 8192 * 30 * 2 * 3 * 64 * 2
