@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from hf_layerprune.errors import CheckpointError, LayerPruneError
 from hf_layerprune.records.lineage import Lineage
 
 from .heal_makers import rows, word_tokenizer
+from .measure_models import write_tasks
 from .tiny_models import EAGER, tiny_model
 
 pytestmark = pytest.mark.processes
@@ -227,6 +229,34 @@ def test_repaired_first(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
         assert torch.allclose(adapter(ids).logits, model(ids).logits, atol=1e-6)
 
 
+def test_a_miss_of_what_is_required(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model is complete, and the exit code says that it is not good enough."""
+    settings = {
+        "max_steps": 1,
+        "eval_from": write_tasks(tmp_path / "tasks", 4),
+        "eval_tasks": "asked",
+        "eval_texts": "none",
+    }
+    arguments = words(base, tmp_path / "run", **settings, require="asked>=0, asked<0, mixed_ratio>=0.9")
+    monkeypatch.setattr(sys, "argv", [str(RECIPE), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    assert stopped.value.code == 2
+    assert "mixed_ratio>=0.9 is required, but 'mixed' is neither" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(sys, "argv", [str(RECIPE), *arguments[:-1], "asked>=0, asked<0"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    assert stopped.value.code == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: asked<0 is missed: ")
+    recorded = json.loads((tmp_path / "run" / "model" / "metrics.json").read_text())["requirements"]
+    assert [one["met"] for one in recorded] == [True, False]
+
+
 # --- bad input -----------------------------------------------------------------------------------------
 
 
@@ -246,6 +276,7 @@ def test_one_line_for_an_error(base: Path, tmp_path: Path) -> None:
         ({"method": "qlora"}, "method=qlora needs a CUDA GPU, and there is none here; use method=lora"),
         ({"drop_layers": "3-12"}, r"drop_layers has 8, but the model's layers are 0\.\.7"),
         ({"model_name_or_path": "/nowhere"}, "/nowhere does not exist"),
+        ({"require": "kl<=1"}, "--require needs numbers; say what to measure: --eval_tasks"),
         ({"max_length": 2}, "none of the 32 training rows has a labelled token within max_length=2"),
         ({"dataset_test_split": "test", "eval_strategy": "steps"}, "has no split 'test'; it has train"),
     ],

@@ -148,8 +148,8 @@ def agreement_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def targets_one_position_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = distance._targets
-    monkeypatch.setattr(distance, "_targets", lambda ids, positions: own(ids, positions).roll(1))
+    own = distance.diverge
+    monkeypatch.setattr(distance, "diverge", lambda logits, targets, *of: own(logits, targets.roll(1), *of))
 
 
 FAULTS: list[tuple[str, Fault, str]] = [

@@ -234,7 +234,7 @@ def check_file_target(
     if target.is_dir():
         raise CheckpointError(f"{target} is a folder; name a file to write")
     if target.exists() and not target.is_file():
-        raise CheckpointError(f"{target} is not a regular file; name another one")
+        raise CheckpointError(f"{target} is not a regular file; name another file")
     if target.exists() and not force:
         raise CheckpointError(f"{target} exists; replace it with --force (force=True), or name another file")
 

@@ -139,8 +139,9 @@ class _Evaluation(Measurement):
         dense = self.load(self.base)
         theirs = self._run_tasks(self.base, dense)
         for name, run in ours.items():
-            for metric in run.scores.keys() & theirs[name].scores.keys():
-                self._compare_scores(name, metric, run, theirs[name])
+            for metric in run.scores:
+                if metric in theirs[name].scores:
+                    self._compare_scores(name, metric, run, theirs[name])
         for text, rows, settings in self.texts:
             self._measure_text(text, live, dense, rows, settings)
 
