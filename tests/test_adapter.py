@@ -24,7 +24,8 @@ from hf_layerprune import (
     prune_with,
 )
 
-from .matrix import greedy
+from .matrix import greedy, realign
+from .matrix import logits as logits_of
 from .tiny_models import EAGER, tiny_input, tiny_model
 
 # Plain and untied; tied with sliding windows; tied, with another layout; experts; a multimodal composite.
@@ -33,36 +34,32 @@ UNTIED = {"tie_word_embeddings": False}
 
 
 def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **EAGER).eval()
-    for parameter in model.parameters():  # see tests/matrix.py on alignment
-        parameter.data = parameter.data.clone()
-    return model
+    return realign(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **EAGER))
+
+
+def save(model_type: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(model_type)
+    tiny_model(model_type).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module", params=TYPES)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    tiny_model(request.param).save_pretrained(folder)
-    return folder
+    return save(request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    tiny_model("llama").save_pretrained(folder)
-    return folder
+    return save("llama", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tied")
-    tiny_model("gemma3_text").save_pretrained(folder)
-    return folder
+    return save("gemma3_text", tmp_path_factory)
 
 
-@torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    return model(input_ids=tiny_input(), use_cache=False).logits
+    return logits_of(model, tiny_input())
 
 
 @torch.no_grad()
@@ -401,10 +398,7 @@ def test_positional_scale_is_refused() -> None:
     patched.undo()
 
 
-def test_prune_with_loads_the_base(llama: Path) -> None:
-    model = prune_with(LayerDropConfig(base_model_name_or_path=str(llama), drop=0.25), dtype=torch.float32, **EAGER)
-    assert model.config.num_hidden_layers == 6
-    assert model.peft_config["default"].base_model_name_or_path == str(llama)
+def test_prune_with_needs_a_base_or_a_model(llama: Path) -> None:
     with pytest.raises(LayerPruneError, match="nothing to prune"):
         prune_with(LayerDropConfig())
     with pytest.raises(LayerPruneError, match="does not exist"):

@@ -16,7 +16,7 @@ from hf_layerprune import CheckpointError, CutError, LayerDropConfig, Unsupporte
 from hf_layerprune.cut import lazy
 from hf_layerprune.cut.lazy import load_pruned
 from tests.hub_server import HubServer, client_env
-from tests.matrix import cuts, logits
+from tests.matrix import cuts, logits, realign
 from tests.tiny_models import EAGER, tiny_config, tiny_input, tiny_model
 
 TYPES = (
@@ -38,20 +38,13 @@ def cut_in_memory(model, drop=DROP):
     return model
 
 
-def aligned(model):
-    """Weights in a mapped file are not aligned as fresh ones are, and some kernels round by alignment."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
-
-
 def assert_same(model, reference) -> None:
     assert type(model) is type(reference)
     assert not model.training
     ours, theirs = model.state_dict(), reference.state_dict()
     assert ours.keys() == theirs.keys()
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
-    assert torch.equal(logits(aligned(model), tiny_input()), logits(aligned(reference), tiny_input()))
+    assert torch.equal(logits(realign(model), tiny_input()), logits(realign(reference), tiny_input()))
     fields = [m.config.to_dict() | {"_name_or_path": None} for m in (model, reference)]
     assert fields[0] == fields[1]
 

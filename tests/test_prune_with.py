@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from hf_layerprune import CheckpointError, CutError, LayerDropConfig, prune_with
 from hf_layerprune.cut import lazy
 from hf_layerprune.cut.lazy import load_pruned
-from tests.matrix import cuts, logits
-from tests.test_lazy import DROP, aligned, cut_in_memory, save
+from tests.matrix import cuts, logits, realign
+from tests.test_lazy import DROP, cut_in_memory, save
 from tests.tiny_models import EAGER, tiny_input
 
 
@@ -28,7 +28,7 @@ def test_prune_with_loads_cut_and_saves_plain(model_type, tmp_path, monkeypatch)
     model = prune_with(config_of(tmp_path / "base", drop_layers=drop), dtype=torch.float32, **EAGER)
     reference = logits(cut_in_memory(dense, drop), tiny_input())
     assert model.base_model.model.config.layer_drop == {"drop_layers": drop, "num_base_layers": 8}
-    assert torch.equal(logits(aligned(model), tiny_input()), reference)
+    assert torch.equal(logits(realign(model), tiny_input()), reference)
     with pytest.raises(CutError, match="dropped layers were not kept"), model.disable_adapter():
         pass
     with torch.no_grad():
@@ -40,7 +40,7 @@ def test_prune_with_loads_cut_and_saves_plain(model_type, tmp_path, monkeypatch)
     model.save_pretrained(tmp_path / "adapter")
     model.merge_and_unload().save_pretrained(tmp_path / "pruned")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", **EAGER)
-    assert torch.equal(logits(aligned(again), tiny_input()), tuned)
+    assert torch.equal(logits(realign(again), tiny_input()), tuned)
     assert AutoConfig.from_pretrained(tmp_path / "pruned").layer_drop["drop_layers"] == drop
 
     # Its own results are bases too: an adapter is merged, and a cut that is made already is not made twice.
@@ -48,7 +48,7 @@ def test_prune_with_loads_cut_and_saves_plain(model_type, tmp_path, monkeypatch)
     for base in ("adapter", "pruned"):
         own.base_model_name_or_path = str(tmp_path / base)
         more = prune_with(own, **EAGER)
-        assert torch.equal(logits(aligned(more), tiny_input()), tuned)
+        assert torch.equal(logits(realign(more), tiny_input()), tuned)
         assert more.peft_config["default"].base_model_name_or_path == str(tmp_path / base)
 
 
@@ -71,7 +71,7 @@ def test_keep_dropped_loads_all(tmp_path):
     dense = save("llama", tmp_path)
     model = prune_with(config_of(tmp_path, keep_dropped=True), **EAGER)
     with model.disable_adapter():
-        assert torch.equal(logits(aligned(model), tiny_input()), logits(dense, tiny_input()))
+        assert torch.equal(logits(realign(model), tiny_input()), logits(dense, tiny_input()))
 
 
 def test_prune_with_refuses_before_reading(tmp_path, monkeypatch):

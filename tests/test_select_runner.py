@@ -133,7 +133,7 @@ def test_rounds_score_what_is_left(criterion: str, model: Any, text: Calibration
     gone: list[int] = []
     for found in choice.scores:
         assert list(found.alive) == [i for i in range(LAYERS) if i not in gone]
-        # By hand: the model without what went before, scored anew; its indices are those that are left.
+        # By hand: the model without what went before, scored again; its indices are those that are left.
         left = [i for i in range(LAYERS) if i not in gone]
         fresh = score_layers(without(tuple(gone)), text, [criterion], drop=1)[criterion] if gone else found
         if found.layers is not None and criterion != "kl":

@@ -26,18 +26,6 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
     The defaults are the recipe of arXiv:2411.15558: drop the last 25 % of the layers, tune `lm_head` and the last
     three layers that remain. Once a model is pruned, `drop_layers` always holds the layers that were dropped, so a
     saved config makes the same cut again.
-
-    Args:
-        target_modules (`str`, *optional*): Set by the method for PEFT to read; leave it out.
-        exclude_modules (`list[str]`, *optional*): Never set; PEFT reads it.
-        modules_to_save (`list[str]`, *optional*): Further modules to tune, by full name. After pruning it lists every
-            module that is tuned, by its name in the pruned model.
-        num_base_layers (`int`, *optional*): Recorded when the model is pruned: the number of layers of the base.
-        base_commit (`str`, *optional*): Recorded when the model is pruned: the base's commit on the Hub.
-        untied_lm_head (`bool`, defaults to `False`): Recorded when the model is pruned: whether the head was tied in
-            the base and no longer is.
-        repaired_modules (`list[str]`, *optional*): Recorded when the model is repaired: the modules whose weights
-            changed, by their name in the pruned model. They are saved with the adapter and not fitted again.
     """
 
     tune_final_norm: bool = option(True, "Tune the norm before lm_head, as the code of arXiv:2411.15558 does")
@@ -47,16 +35,22 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
     check_cut: bool = option(
         True, "Check a cut in memory on a few tokens against the dense model with the dropped layers bypassed"
     )
-    target_modules: str | None = field(default=None, metadata={"help": "Set by the method; PEFT reads it."})
-    exclude_modules: list[str] | None = field(default=None, metadata={"help": "PEFT reads it."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to tune, by full name; after pruning, all that is tuned."}
+    target_modules: str | None = field(
+        default=None, metadata={"help": "Set by the method for PEFT to read; leave it out."}
     )
-    num_base_layers: int | None = field(default=None, metadata={"help": "Recorded: layers of the base."})
-    base_commit: str | None = field(default=None, metadata={"help": "Recorded: commit of the base on the Hub."})
-    untied_lm_head: bool = field(default=False, metadata={"help": "Recorded: whether lm_head was untied."})
+    exclude_modules: list[str] | None = field(default=None, metadata={"help": "Never set; PEFT reads it."})
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further modules to tune, by full name; after pruning, all modules that are tuned."},
+    )
+    num_base_layers: int | None = field(default=None, metadata={"help": "Recorded: the base's number of layers."})
+    base_commit: str | None = field(default=None, metadata={"help": "Recorded: the base's commit on the Hub."})
+    untied_lm_head: bool = field(
+        default=False, metadata={"help": "Recorded: whether lm_head was tied in the base and no longer is."}
+    )
     repaired_modules: list[str] | None = field(
-        default=None, metadata={"help": "Recorded: modules whose weights a repair changed, by name when pruned."}
+        default=None,
+        metadata={"help": "Recorded: modules whose weights a repair changed. They are saved with the adapter."},
     )
 
     def __post_init__(self) -> None:

@@ -128,12 +128,13 @@ def take(cls: type[T], values: Any, **changes: Any) -> T:
 
 
 def documented(cls: type[T]) -> type[T]:
-    """Write the options of a dataclass into its docstring, as its `Args`."""
+    """Write the fields of a dataclass that have a help into its docstring, as its `Args`."""
     lines = []
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if "option" in field.metadata:
+        known: Option | None = field.metadata.get("option")
+        text = f"{known.text}." if known else field.metadata.get("help")
+        if text and isinstance(field.type, str):  # PEFT's own fields have types that are no text
             default = "" if field.default is dataclasses.MISSING else f", defaults to `{field.default!r}`"
-            lines.append(f"    {field.name} (`{field.type}`{default}): {field.metadata['option'].text}.")
-    own, colon, rest = (cls.__doc__ or "").rstrip().partition("\n\nArgs:\n")
-    cls.__doc__ = "\n".join([f"{inspect.cleandoc(own)}\n\nArgs:", *lines, rest if colon else ""])
+            lines.append(f"    {field.name} (`{field.type}`{default}): {text}")
+    cls.__doc__ = "\n".join([f"{inspect.getdoc(cls)}\n\nArgs:", *lines])
     return cls
