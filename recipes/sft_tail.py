@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from hf_layerprune.heal.student import Student
     from hf_layerprune.heal.trainer import HealTrainer
     from hf_layerprune.measure.requests import EvalRequest
-    from hf_layerprune.publish.hub.push import PushRequest
+    from hf_layerprune.publish.requests import PushRequest
 
 logger = logging.getLogger("hf_layerprune.recipe")
 
@@ -196,7 +196,7 @@ def push_request(training_args: HealConfig, folder: Path) -> PushRequest | None:
     """The push at the end, if `--push_to_hub` is set: it uploads the finished folder with its card, no checkpoints."""
     if not training_args.push_to_hub:
         return None
-    from hf_layerprune.publish.hub.push import PushRequest
+    from hf_layerprune.publish.requests import PushRequest
 
     training_args.push_to_hub = False
     if not training_args.hub_model_id:

@@ -65,7 +65,6 @@ class HubServer:
         writers (`Mapping[str, Collection[str] | None]`): token to the namespaces in which it may read and write
             everything; `None`: in all of them. The other tokens are read-only.
         redirect_lfs (`bool`): send files of LFS kind through the CDN, as the Hub does, or straight.
-        one_kind_a_name (`bool`): answer that a name is taken where a repository of another kind has it.
     """
 
     user = "somebody"  # whose tokens these all are
@@ -79,12 +78,11 @@ class HubServer:
         tokens: Mapping[str, Collection[str] | None] | None = None,
         writers: Mapping[str, Collection[str] | None] | None = None,
         redirect_lfs: bool = True,
-        one_kind_a_name: bool = False,
     ) -> None:
         self.repos: dict[str, Repo] = {repo_id: Repo(Path(folder)) for repo_id, folder in (repos or {}).items()}
         self.private, self.gated = set(private), set(gated)
         self.tokens, self.writers = dict(tokens or {}), dict(writers or {})
-        self.redirect_lfs, self.one_kind_a_name = redirect_lfs, one_kind_a_name
+        self.redirect_lfs = redirect_lfs
         self.endpoint = self.cdn_endpoint = ""
         self._secret = secrets.token_bytes(16)
         self._lock = threading.Lock()
@@ -315,9 +313,7 @@ class HubServer:
         """Create a repository; returns its id."""
         repo_id = self._address(token, kind, namespace, name)
         with self._lock:
-            name = repo_id.removeprefix("datasets/").removeprefix("spaces/")
-            others = {name, f"datasets/{name}", f"spaces/{name}"} if self.one_kind_a_name else {repo_id}
-            if others & self.repos.keys():
+            if repo_id in self.repos:
                 url = f"{self.endpoint}/{repo_id}"
                 raise Refusal(409, f"You already created this {kind} repo: {repo_id}", body={"url": url})
             self._created += 1  # an id may come again after it was deleted, while somebody still reads the old one

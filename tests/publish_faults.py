@@ -14,7 +14,7 @@ from tests.hub_server import HubServer
 from tests.publish_child import TOKEN, finish, start
 
 if TYPE_CHECKING:
-    from hf_layerprune.publish.hub.push import PushRequest
+    from hf_layerprune.publish.requests import PushRequest
 
 MANY = 9999
 
@@ -144,8 +144,8 @@ def run(case: Case, hub: HubServer, request: PushRequest, older: PushRequest) ->
     sent = [one.path for one in hub.log if one.method == "PUT" and one.status == 200]
     found["sent twice"] = len(set(stored) & set(sent)) + len(sent) - len(set(sent))
     found["commits in all"] = commits(hub) - case.known
-    here = {path.relative_to(request.folder).as_posix(): path.read_bytes()
-            for path in request.folder.rglob("*") if path.is_file()}  # fmt: skip
+    here = {path.relative_to(request.model).as_posix(): path.read_bytes()
+            for path in request.model.rglob("*") if path.is_file()}  # fmt: skip
     found["the same"] = contents(hub) == here
     return found
 
@@ -155,16 +155,16 @@ def main() -> None:
     hub, place = start()
     from dataclasses import replace
 
-    from hf_layerprune.publish.hub import push as publish
     from hf_layerprune.publish.hub import upload
+    from hf_layerprune.publish.requests import PushRequest
     from tests.publish_models import pruned_from_hub
 
     upload.FIRST_WAIT = 0.02
     _impatient()
     folder = pruned_from_hub(hub, place, "model", drop=2)
     other = pruned_from_hub(hub, place, "older", drop=3)
-    request = publish.PushRequest(folder, "org/model")
-    older = replace(request, folder=other)
+    request = PushRequest(folder, "org/model")
+    older = replace(request, model=other)
     finish({case.name: run(case, hub, request, older) for case in CASES})
 
 

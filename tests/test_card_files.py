@@ -17,6 +17,7 @@ from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.cli import main
 from hf_layerprune.publish.card import regions
 from hf_layerprune.publish.card.writing import declare, write_card
+from hf_layerprune.publish.requests import CardRequest
 from hf_layerprune.records.declared import front_matter
 from hf_layerprune.records.figures import numbers
 from hf_layerprune.records.lineage import Lineage
@@ -89,7 +90,7 @@ def test_a_name_until_it_is_on_the_hub(tmp_path: Path) -> None:
     (folder / "metrics.json").unlink()  # of weights that are not here
     assert main(["card", str(folder), "--name", "SmolLM2-small"]) == 0
     assert "\n# SmolLM2-small\n" in (folder / "README.md").read_text()
-    declare(folder, published={"repo_id": "org/other"})
+    declare(CardRequest(folder), published={"repo_id": "org/other"})
     write_card(folder, weights=False)
     assert "\n# other\n" in (folder / "README.md").read_text()
 

@@ -14,7 +14,6 @@ from hf_layerprune.records.figures import results
 from tests.publish_records import lineage_of, metrics_of
 
 import about  # isort: skip
-import measured  # isort: skip
 
 
 def records(tmp_path: Path, readme: str = "") -> about.Records:
@@ -48,7 +47,7 @@ def test_the_numbers_are_those_of_the_card(tmp_path: Path) -> None:
     metrics = metrics_of(lineage)
     metrics.add(results=[one | {"metric": "nll"} for one in metrics.results if one["metric"] == "perplexity"])
     metrics.write(tmp_path)
-    text = measured.table(json.loads((tmp_path / "metrics.json").read_text()))
+    text = about.table(json.loads((tmp_path / "metrics.json").read_text()))
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr.*?</tr>", text.partition("<tbody>")[2])]
     found = results.results_of(metrics)
     wanted = [row for kinds in (results.QUALITY, results.COST) for row in found.table(kinds)]

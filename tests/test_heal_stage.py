@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.stage import write_healed
 from hf_layerprune.heal.student import Student, adapter_config, load_student
+from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.lineage import stage
 from hf_layerprune.stages.prune import PruneRequest, prune_to
@@ -42,6 +43,6 @@ def test_only_a_model_that_was_cut_once_is_an_adapter_of_its_base(tmp_path: Path
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")(ids).logits
     torch.testing.assert_close(found, wanted)
     assert (tmp_path / "adapter").exists() == (rounds == 1)
-    outcome = verify(tmp_path / "healed")
+    outcome = verify(VerifyRequest(str(tmp_path / "healed")))
     assert outcome.consistent, outcome.lines
     assert set(outcome.recorded) == {"heal"}

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from hf_layerprune.cli import main
 from hf_layerprune.publish.card.writing import declare, write_card
 from hf_layerprune.publish.hub import leaks
-from hf_layerprune.publish.hub.push import PushRequest, plan
+from hf_layerprune.publish.hub.push import plan
+from hf_layerprune.publish.requests import CardRequest, PushRequest
 from hf_layerprune.records.licences import TABLE, LicenceFound
 
 from .publish_records import measure_by_hand
@@ -32,7 +33,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "base" / "LICENSE").write_text("The MIT License\n")
     (place / "base" / "tokenizer.json").write_text("{}")
     assert main(["prune", str(place / "base"), str(place / "out"), "--drop", "2"]) == 0
-    declare(place / "out", base_model="org/base")
+    declare(CardRequest(place / "out", base_model="org/base"))
     measure_by_hand(place / "out")
     write_card(place / "out")
     return place / "out"
@@ -353,7 +354,7 @@ def test_an_adapter_beside_a_model(folder: Path) -> None:
 def test_paths_of_somebodys_disk(folder: Path) -> None:
     edit_base(folder, {"id": "/home/alice/models/llama", "hub_id": None})
     assert "names the base by a path on your disk, /home/alice/models/llama" in refusals(folder)
-    declare(folder, base_model="org/base")
+    declare(CardRequest(folder, base_model="org/base"))
     assert refusals(folder) == ""
     (folder / "LICENSE").write_text("see /home/alice/work\n")
     assert "LICENSE line 1 reveals the path /home/alice" in warnings(folder)
@@ -363,7 +364,7 @@ def test_adapters(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     base = pruned.parent / "base"
     assert main(["prune", str(base), str(tmp_path / "whole" / "adapter"), "--drop", "2", "--adapter"]) == 0
     adapter = tmp_path / "whole" / "adapter"
-    declare(adapter, base_model="org/base")
+    declare(CardRequest(adapter, base_model="org/base"))
     assert "which nobody else can load" in refusals(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))

@@ -159,7 +159,6 @@ def test_an_adapter(found: Found) -> None:
 
 @pytest.mark.parametrize(("scenario", "what", "message"), [
     ("words_that_fail", "no token", "there is no token; log in with `hf auth login`, or set HF_TOKEN"),
-    ("words_that_fail", "taken", "org/taken is already a space on the Hub, not a model; choose another name"),
     ("words_that_fail", "refused", "'a name' is not a valid repository name"),
     ("no_network", "push", "can't reach the Hub"),
     ("no_network", "verify", "can't reach the Hub for org/model"),

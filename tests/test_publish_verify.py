@@ -14,7 +14,9 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
 from hf_layerprune.cli import main
-from hf_layerprune.publish.verify.verdict import Verified, verify
+from hf_layerprune.publish.requests import VerifyRequest
+from hf_layerprune.publish.verify import verdict
+from hf_layerprune.publish.verify.verdict import Verified
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage
 
@@ -40,6 +42,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cut(place: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(place / "single-cut", tmp_path / "cut"))
+
+
+def verify(model: Path, **more: Any) -> Verified:
+    return verdict.verify(VerifyRequest(str(model), **more))
 
 
 def said(found: Verified, good: bool | None = None) -> str:

@@ -24,7 +24,7 @@ from tests.hub_server import HubServer, client_env
 from tests.publish_records import lineage_of, metrics_of
 
 FILES = {
-    "README.md", "about.py", "answers.py", "api.py", "app.py", "chat.py", "measured.py", "page.py",
+    "README.md", "about.py", "answers.py", "api.py", "app.py", "chat.py", "page.py",
     "requirements.txt", "source.py", "style.css", "weights.py",
 }  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_a_complete_space(folder: Path, tmp_path: Path) -> None:
     # A plain model needs nothing of this package.
     assert "hf-layerprune" not in pins
     for path in space.rglob("*.py"):
-        if path.name not in ("source.py", "weights.py", "measured.py"):
+        if path.name not in ("source.py", "weights.py", "about.py"):
             assert "hf_layerprune" not in path.read_text()
 
 
@@ -124,8 +124,8 @@ def test_the_published_table_needs_nothing_of_this_package(folder: Path, tmp_pat
     script = """
 import json, sys
 sys.modules["hf_layerprune"] = None
-import measured
-print(measured.table(json.load(open(sys.argv[1]))))
+import about
+print(about.table(json.load(open(sys.argv[1]))))
 """
     command = [sys.executable, "-c", script, str(tmp_path / "metrics.json")]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHONPATH": str(space)}

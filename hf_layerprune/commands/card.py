@@ -8,13 +8,16 @@ from pathlib import Path
 from ..errors import CutError, one_line
 from ..options import PATH, Options, option
 
+from ..errors import one_line
+from ..options import add, gather
+from ..publish.requests import CardRequest
+
 HELP = "write the model card from the records"
-DESCRIPTION = (
-    "Write README.md, its plots, and the notice that the licence requires, from lineage.json and metrics.json of MODEL. "
-    "Text that you write around the marked sections is kept."
-)
+DESCRIPTION = """Write README.md, its plots, and the notice that the licence requires, from lineage.json and
+metrics.json of MODEL. Text that you write around the marked sections is kept."""
 
 
+<<<<<<< HEAD
 @dataclass
 class Request(Options):
     """What to write."""
@@ -45,3 +48,19 @@ def run(request: Request) -> None:
     changed = write_card(folder, force=request.force)
     done = f"wrote {', '.join(changed)} in {folder}" if changed else f"{folder / 'README.md'} is up to date"
     print(one_line(done))
+=======
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    add(parser, CardRequest)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the card."""
+    from ..publish.card.writing import declare, write_card
+
+    request = gather(args, CardRequest)
+    folder = request.model.expanduser()
+    declare(request)
+    changed = write_card(folder, force=request.force)
+    print(one_line(f"wrote {', '.join(changed)} in {folder}" if changed else f"{folder / 'README.md'} is up to date"))
+>>>>>>> 5bf331d (Card, push, verify and chat take requests declared as options; less machinery in publish, records and the chat)

@@ -7,19 +7,24 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+<<<<<<< HEAD
 from ..errors import CutError, shown
 from ..options import PATH, TEXT, Options, many, option, take
+=======
+from ..errors import shown
+from ..options import add, gather
+from ..publish.requests import PushRequest
+>>>>>>> 5bf331d (Card, push, verify and chat take requests declared as options; less machinery in publish, records and the chat)
 
 if TYPE_CHECKING:
     from ..publish.hub.push import Plan
 
 HELP = "publish a model on the Hub"
-DESCRIPTION = (
-    "Check MODEL, write its card, and upload both to REPO_ID in one commit. Pushing the same model again changes "
-    "nothing, and an interrupted push resumes where it stopped."
-)
+DESCRIPTION = """Check MODEL, write its card, and upload both to REPO_ID in one commit. Pushing the same model again
+changes nothing, and an interrupted push resumes where it stopped."""
 
 
+<<<<<<< HEAD
 @dataclass
 class Request(Options):
     """What to push, and where."""
@@ -57,11 +62,32 @@ def run(request: Request) -> int:
     for check in made.checks:
         if check.level == "warning":
             print(_line(f"{check.name}: {check.text}"))
+=======
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    add(parser, PushRequest)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Push."""
+    from ..publish.hub.push import plan, push
+    from ..publish.space import publish_space, secret_from
+
+    request = gather(args, PushRequest)
+    secret = secret_from(request.space_secret)
+    if request.dry_run:
+        made = plan(request)
+        _print(*_report(made))
+        return 1 if made.refusals else 0
+    made, done = push(request)
+    _print(*(f"{check.name}: {check.text}" for check in made.checks if check.level == "warning"))
+>>>>>>> 5bf331d (Card, push, verify and chat take requests declared as options; less machinery in publish, records and the chat)
     if not done.added and not done.removed:
-        print(_line(f"nothing has changed: {done.pull_request or done.url} is already at {done.commit[:12]}"))
+        _print(f"nothing has changed: {done.pull_request or done.url} is already at {done.commit[:12]}")
     else:
         gone = f", removed {', '.join(done.removed)}" if done.removed else ""
         count = f"{len(done.added)} file{'s' * (len(done.added) != 1)}"
+<<<<<<< HEAD
         print(_line(f"pushed {count}{gone}: {done.pull_request or done.url} ({done.commit[:12]})"))
     if request.space:
         _push_space(request, request.space, made, secret)
@@ -84,16 +110,29 @@ def _push_space(request: Request, repo_id: str, made: Plan, secret: str | None) 
 
 
 def _report(made: Plan) -> str:
+=======
+        _print(f"pushed {count}{gone}: {done.pull_request or done.url} ({done.commit[:12]})")
+    if request.space:
+        space = publish_space(request, adapter=made.contents.is_adapter, secret=secret)
+        _print(f"{'published' if space.added else 'unchanged'}: the Space {space.url}")
+        if request.private and secret is None:
+            _print("the Space can't read a private model yet: give it a secret HF_TOKEN, or use --space-secret")
+    return 0
+
+
+def _report(made: Plan) -> list[str]:
+>>>>>>> 5bf331d (Card, push, verify and chat take requests declared as options; less machinery in publish, records and the chat)
     from ..records.figures.numbers import size
 
-    lines = [f"{size(count):>10}  {name}" for name, count in made.contents.files.items()]
-    lines.append(f"{size(made.contents.size):>10}  in {len(made.contents.files)} files")
+    files = made.contents.files
+    lines = [f"{size(count):>10}  {name}" for name, count in files.items()]
+    lines.append(f"{size(sum(files.values())):>10}  in {len(files)} files")
     lines += [f"  left out  {name}: {reason}" for name, reason in made.contents.left_out.items()]
     lines += ["", *(f"{check.level:>10}  {check.name}: {check.text}" for check in made.checks)]
-    lines.append("nothing would be pushed" if made.refusals else "ready to push; nothing was pushed")
-    return "\n".join(map(_line, lines))
+    return [*lines, "nothing would be pushed" if made.refusals else "ready to push; nothing was pushed"]
 
 
-def _line(text: str) -> str:
-    """One line of output: file names and words of the user can't start another, or show a token."""
-    return shown(text).replace("\n", "\\n")
+def _print(*lines: str) -> None:
+    """Print lines; what a file name holds can't start another line, or show a token."""
+    for line in lines:
+        print(shown(line).replace("\n", "\\n"))

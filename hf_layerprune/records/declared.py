@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError, cause_of
+from ..files.text_file import read_bytes
+
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
@@ -19,29 +22,33 @@ LICENCE_FIELDS = ("license", "license_name", "license_link")
 _MAX_CARD = 2 << 20
 _MAX_TEXT = 300
 _MAX_LANGUAGES = 100
-_FRONT_MATTER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
 
-def front_matter(text: str) -> tuple[dict[str, Any], str]:
-    """Split a card into its YAML front matter and its body.
+def front_matter(text: str, where: str = CARD) -> tuple[dict[str, Any], str]:
+    """Split a card into the fields of its YAML block and the text that follows it.
 
     Args:
         text (`str`): A README.md.
+        where (`str`, *optional*): The file's name in errors.
 
     Returns:
-        `tuple[dict[str, Any], str]`: The fields, empty without a valid YAML block; and the body.
+        `tuple[dict[str, Any], str]`: All fields in their original order, and the rest of the text.
+
+    Raises:
+        CheckpointError: The YAML can't be read, so rewriting it would lose what somebody wrote.
     """
     import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
 
-    match = _FRONT_MATTER.match(text)
-    if match is None:
+    if REGEX_YAML_BLOCK.search(text) is None:
+        if re.match(r"\s*---[ \t]*\n[\w-]+:", text):
+            raise CheckpointError(f"the YAML block of {where} has no end; put a line of three dashes after it")
         return {}, text
     try:
-        fields = yaml.safe_load(match[1])
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        logger.warning("the card's YAML can't be read (%s); it is ignored", " ".join(str(error).split())[:200])
-        fields = {}
-    return fields if isinstance(fields, dict) else {}, text[match.end() :].lstrip("\r\n")
+        card = RepoCard(text)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"the YAML block of {where} can't be read ({cause_of(error)}); correct it") from error
+    return dict(vars(card.data)), card.text.lstrip("\n")
 
 
 def declared_by(folder: Path, card: Path | None = None, repository: str | None = None) -> dict[str, Any]:
@@ -82,22 +89,17 @@ def declared_in_gguf(keys: Mapping[str, str]) -> dict[str, Any]:
 def _chat(folder: Path) -> dict[str, Any]:
     """Whether a folder has a chat template, in a separate file or in the tokenizer config."""
     settings = folder / "tokenizer_config.json"
-    try:
-        inside = (
-            settings.is_file() and settings.stat().st_size <= _MAX_CARD and '"chat_template"' in settings.read_text()
-        )
-    except (OSError, ValueError):
-        inside = False
+    inside = settings.is_file() and b'"chat_template"' in settings.read_bytes()[:_MAX_CARD]
     return {"chat": True} if inside or (folder / "chat_template.jinja").is_file() else {}
 
 
 def _of_card(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
     try:
-        if not path.is_file() or path.stat().st_size > _MAX_CARD:
-            return {}
-        fields, _ = front_matter(path.read_text(encoding="utf-8", errors="replace"))
-    except OSError as error:
-        logger.warning("%s can't be read (%s), so the base's licence is not recorded", path, error)
+        fields, _ = front_matter(read_bytes(path, _MAX_CARD).decode("utf-8-sig", errors="replace"), str(path))
+    except CheckpointError as error:
+        logger.warning("%s; the base's licence is not recorded", error)
         return {}
     declared: dict[str, Any] = {}
     for name in LICENCE_FIELDS:

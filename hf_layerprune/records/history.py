@@ -6,13 +6,12 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Any
 
 from ..errors import CheckpointError
 from ..layer_ranges import format_layers
 from .lineage import Lineage
-from .names import base_name, hub_base, is_hub_name
+from .names import base_name, hub_base, is_hub_name, last_part
 
 _LAYER = re.compile(r"(?P<before>.*?\b(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
 _MAX_LAYERS = 10_000
@@ -135,15 +134,10 @@ class History:
                 commands.append(_folded(_split(told)))
             elif stage.name == "prune" and stage.settings.get("drop_layers"):
                 output = self._taken_up(number) or ("pruned" if source is None else f"{source}-again")
-                if output not in self._names:  # a recipe that starts from the base also prunes it
+                if output not in (self.base_id, self.base_on_hub):  # a recipe that starts from the base prunes it
                     commands.append(_folded(self._prune(stage, source, output)))
                 source = output
         return commands
-
-    @property
-    def _names(self) -> set[str | None]:
-        """The names under which commands may refer to the base."""
-        return {self.base_id, self.base_on_hub}
 
     def _taken_up(self, number: int) -> str | None:
         """The name that the next command uses for the output of a stage."""
@@ -178,16 +172,12 @@ def _split(command: str) -> list[str]:
 
 
 def _folded(words: list[str]) -> str:
-    """Wrap a command into lines of limited length with trailing backslashes."""
-    lines = [""]
-    for word, after in zip(words, [*words[1:], ""], strict=True):
-        text = shlex.quote(word)
-        option = word.startswith("--")
-        room = _LINE - (len(shlex.quote(after)) + 1 if option and not after.startswith("--") else 0)
-        if option and len(lines[-1]) + len(text) + 1 > room:
-            lines.append("    ")
-        lines[-1] += text if not lines[-1].strip() else f" {text}"
-    return " \\\n".join(lines)
+    """A command; if it is long, each option is on a line of its own."""
+    quoted = [shlex.quote(word) for word in words]
+    line = " ".join(quoted)
+    if len(line) <= _LINE:
+        return line
+    return " ".join(f"\\\n    {word}" if word.startswith("--") else word for word in quoted)
 
 
 def _calibration_words(record: Any) -> list[str]:
@@ -195,13 +185,14 @@ def _calibration_words(record: Any) -> list[str]:
     if not isinstance(record, dict):
         return []
     source = str(record.get("source", "self"))
-    local = PurePath(source.replace("\\", "/")).name if source.startswith(("/", "~", ".")) else source
-    usual = {"calibration": "self", "calibration-samples": 128, "calibration-length": 512, "seed": 42}
-    names = ("source", "samples", "length", "seed")
-    told = {flag: local if name == "source" else record.get(name) for flag, name in zip(usual, names, strict=True)}
-    return [
-        word for flag, value in told.items() if value not in (None, usual[flag]) for word in (f"--{flag}", str(value))
-    ]
+    told = {
+        "--calibration": (last_part(source) if source.startswith(("/", "~", ".")) else source, "self"),
+        "--calibration-samples": (record.get("samples"), 128),
+        "--calibration-length": (record.get("length"), 512),
+        "--seed": (record.get("seed"), 42),
+    }
+    differ = [(flag, str(value)) for flag, (value, usual) in told.items() if value not in (None, usual)]
+    return [word for option in differ for word in option]
 
 
 def read_history(lineage: Lineage) -> History:
@@ -262,7 +253,7 @@ def _calibration(record: dict[str, Any]) -> dict[str, Any]:
     """A calibration set in the form in which the card lists data."""
     source = str(record.get("source") or "")
     name, _, part = source.partition(":")
-    text: dict[str, Any] = {"name": PurePath(source.replace("\\", "/")).name or "unnamed"}
+    text: dict[str, Any] = {"name": last_part(source) or "unnamed"}
     if source == "self":
         text["name"] = OWN_TEXT
     elif "/" in name and is_hub_name(name):

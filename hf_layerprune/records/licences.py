@@ -188,26 +188,10 @@ TABLE: dict[str, Licence] = {
         notice="Licensed by NVIDIA Corporation under the NVIDIA Open Model License", needs_text=True,
     ),
 }  # fmt: skip
-# Other spellings that occur in cards.
+# Other names that occur in cards.
 _ALIASES = {
-    "tongyi-qianwen-license": "tongyi-qianwen",
-    "tongyi-qianwen-license-agreement": "tongyi-qianwen",
     "tongyi-qianwen-research": "qwen-research",
-    "qwen-license": "qwen",
-    "qwen-license-agreement": "qwen",
-    "qwen-research-license": "qwen-research",
-    "deepseek-license": "deepseek",
-    "falcon": "falcon-llm-license",
-    "falcon2": "falcon-llm-license",
-    "falcon-2": "falcon-llm-license",
-    "falcon3": "falcon-llm-license",
-    "falcon-license": "falcon-llm-license",
-    "llama-2": "llama2",
-    "llama-3": "llama3",
-    "llama-3.1": "llama3.1",
-    "llama-3.2": "llama3.2",
-    "llama-3.3": "llama3.3",
-    "llama-4": "llama4",
+    **dict.fromkeys(("falcon", "falcon2", "falcon-2", "falcon3"), "falcon-llm"),
     "openrail++": "openrail",
     "bigscience-openrail": "bigscience-openrail-m",
 }
@@ -238,7 +222,7 @@ class LicenceFound:
         if declared in (None, "", "unknown"):
             return cls()
         key = _key(name) if declared == "other" and name else _key(declared)
-        row = TABLE.get(_ALIASES.get(key, key))
+        row = _ROWS.get(_ALIASES.get(key, key))
         return cls(declared, name, link or (row.link if row else None), row)
 
     @property
@@ -253,7 +237,12 @@ class LicenceFound:
 
 
 def _key(text: str) -> str:
-    return re.sub(r"[\s_]+", "-", text.strip().lower())
+    """A name in the spelling by which it is looked up: `Qwen LICENSE AGREEMENT` is `qwen`, `llama-3` is `llama3`."""
+    key = re.sub(r"-licen[cs]e(-agreement)?$", "", re.sub(r"[\s_]+", "-", text.strip().lower()))
+    return re.sub(r"^llama-(?=\d)", "llama", key)
+
+
+_ROWS = {_key(name): row for name, row in TABLE.items()}
 
 
 def is_licence_file(name: str) -> bool:

@@ -99,7 +99,7 @@ class Metrics:
         """
         with locked(path):
             metrics = change(cls.read(path))
-            metrics.write_file(path)
+            metrics._write(path)
         return metrics
 
     def add_model(self, model: Identity, *, role: str, name: str, layers: int, parameters: int) -> None:
@@ -130,37 +130,37 @@ class Metrics:
                 return record
         return None
 
-    def check_belongs(self, folder: Path, lineage: Lineage | None) -> None:
-        """Refuse numbers that belong to other weights.
+    def mismatch(self, model: Identity, lineage: Lineage | None) -> str | None:
+        """How these numbers contradict a model and its history.
 
         Args:
-            folder (`Path`): The folder that contains the file.
+            model (`Identity`): The model.
             lineage (`Lineage`, *optional*): Its history.
 
-        Raises:
-            CheckpointError: The folder's weights, config, tokenizer, chat template, generation settings or base have
-                changed since they were measured, or a number belongs to weights that are neither the folder's nor in
-                its history.
+        Returns:
+            `str`, *optional*: The contradiction, to follow the name of the file: the weights, config, tokenizer, chat
+                template, generation settings or base have changed since they were measured, or a number belongs to
+                weights that are neither the model's nor in its history. `None` if there is none.
         """
-        model = identity(folder)
-        own = model.weights
-        if self.weights != own:
-            raise CheckpointError(
-                f"{folder / FILE_NAME} was measured on other weights ({self.weights[:12]}, and the folder's are "
-                f"{own[:12]}); measure again with hf-layerprune eval {folder}"
-            )
+        if self.weights != model.weights:
+            return f"was measured on other weights ({self.weights[:12]}, and the model's are {model.weights[:12]})"
         if changed := self.changed_since(model):
-            raise CheckpointError(
-                f"{folder / FILE_NAME}: {' and '.join(changed)} of the model changed since it was measured; measure again "
-                f"with hf-layerprune eval {folder} --force"
-            )
-        known = {own} | (lineage.known_weights() if lineage else set())
-        foreign = sorted(set(self.models) - known)
-        if foreign:
+            return f"is outdated: {' and '.join(changed)} of the model changed since it was measured"
+        known = {model.weights} | (lineage.known_weights() if lineage else set())
+        if foreign := sorted(set(self.models) - known):
             names = ", ".join(f"{self.models[weights]['name']} ({weights[:12]})" for weights in foreign)
+            return f"holds numbers of {names}, which are not in the history of this model"
+        return None
+
+    def check_belongs(self, folder: Path, lineage: Lineage | None) -> None:
+        """Refuse numbers that contradict the model in a folder or its history; see [`mismatch`].
+
+        Raises:
+            CheckpointError: They do.
+        """
+        if text := self.mismatch(identity(folder), lineage):
             raise CheckpointError(
-                f"{folder / FILE_NAME} holds numbers of {names}, which are not in the history of this model; "
-                "measure again without them"
+                f"{folder / FILE_NAME} {text}; measure again with hf-layerprune eval {folder} --force"
             )
 
     def write(self, folder: Path) -> None:
@@ -169,14 +169,9 @@ class Metrics:
         Raises:
             CheckpointError: The numbers don't follow the schema.
         """
-        self.write_file(folder / FILE_NAME)
+        self._write(folder / FILE_NAME)
 
-    def write_file(self, path: Path) -> None:
-        """Write the numbers into a file of any name, atomically.
-
-        Raises:
-            CheckpointError: The numbers don't follow the schema.
-        """
+    def _write(self, path: Path) -> None:
         data: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "weights": self.weights,

@@ -6,6 +6,8 @@ import re
 from pathlib import PurePath
 from typing import Any
 
+from ..errors import CutError
+
 _HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}|[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -14,12 +16,22 @@ def is_hub_name(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None and not text.endswith((".git", ".", "-"))
 
 
+def check_repository(text: str) -> None:
+    """Refuse a name that is not `NAMESPACE/NAME`.
+
+    Raises:
+        CutError: It is not.
+    """
+    if "/" not in text or not is_hub_name(text):
+        raise CutError(f"{text!r} is not a Hub id; write it as NAMESPACE/NAME")
+
+
 def base_name(base: dict[str, Any]) -> str:
     """The public name of a base: its Hub id, or the last part of its path."""
     name = str(base.get("id") or "")
     if base.get("commit") or (is_hub_name(name) and "/" in name):
         return name
-    return PurePath(name.replace("\\", "/")).name or "the base"
+    return last_part(name) or "the base"
 
 
 def hub_base(base: dict[str, Any]) -> str | None:
@@ -34,4 +46,9 @@ def hub_base(base: dict[str, Any]) -> str | None:
 def is_local(base: dict[str, Any]) -> bool:
     """Whether a base is named by a local path with more than one part."""
     name = str(base.get("id") or "")
-    return not base.get("commit") and not is_hub_name(name) and PurePath(name.replace("\\", "/")).name != name
+    return not base.get("commit") and not is_hub_name(name) and last_part(name) != name
+
+
+def last_part(path: str) -> str:
+    """The last part of a path of any operating system."""
+    return PurePath(path.replace("\\", "/")).name

@@ -9,13 +9,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from html import escape
+from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.repocard import metadata_load
-from measured import table
 from transformers.utils.hub import cached_file
 
+try:  # in a published Space: a copy that `push --space` adds
+    from figures import results
+except ImportError:  # in a checkout or an installed package
+    from hf_layerprune.records.figures import results
+
+bytes_ = results.numbers.size  # a number of bytes with a unit
 COLUMNS = 16  # the most cells in a row of the layer map, to stay readable on a phone
 # Default settings that are not shown.
 USUAL = (("dtype", "auto"), ("form", "model"))
@@ -76,26 +82,11 @@ def layer_map(records: Records) -> str:
     if (layers := records.layers()) is None:
         return "<p>This repository has no <code>lineage.json</code>, so the dropped layers are unknown.</p>"
     total, left = layers
-    gone = sorted(set(range(total)) - set(left))
-    size, gap = 24, 4
-    rows = -(-total // COLUMNS)
-    columns = -(-total // rows)
-    cells = []
-    for layer in range(total):
-        x, y = layer % columns * (size + gap) + 1, layer // columns * (size + gap) + 1
-        state, what = ("kept", "kept") if layer in left else ("gone", "dropped")
-        cells.append(
-            f'<g class="{state}"><title>Layer {layer}: {what}</title>'
-            f'<rect x="{x}" y="{y}" width="{size}" height="{size}" rx="4"/>'
-            f'<text x="{x + size / 2}" y="{y + size / 2}">{layer}</text></g>'
-        )
-    width, height = columns * (size + gap) - gap + 2, rows * (size + gap) - gap + 2
-    words = f"{len(left)} of {total} layers remain; dropped: {ranges(gone)}"
+    gone, remain = dropped(layers), f"{len(left)} of {total} layers"
     return (
-        f"<h2>{len(left)} of {total} layers</h2>"
-        f'<svg class="layers" viewBox="0 0 {width} {height}" style="max-width:{width * 1.25:.0f}px" role="img" '
-        f'aria-label="{words}">{"".join(cells)}</svg>'
-        f"<p>Dropped: layers {ranges(gone)} of {escape(str(records.base or 'the base'))}, counted from 0.</p>"
+        f'<h2>{remain}</h2><div class="layers" role="img" aria-label="{remain} remain; dropped: {gone}">'
+        f"{tiles(layers, numbered=True)}</div>"
+        f"<p>Dropped: layers {gone} of {escape(str(records.base or 'the base'))}, counted from 0.</p>"
     )
 
 
@@ -104,15 +95,28 @@ def at_a_glance(records: Records) -> str:
     if (layers := records.layers()) is None:
         return ""
     total, left = layers
-    gone = sorted(set(range(total)) - set(left))
     base = escape(str(records.base or "the base").rsplit("/", 1)[-1])
-    word = "layers" if len(gone) > 1 else "layer"
+    word = "layers" if total - len(left) > 1 else "layer"
+    return f'<div class="layers glance">{tiles(layers)}<p>{base} without {word} {dropped(layers)}</p></div>'
+
+
+def tiles(layers: tuple[int, list[int]], *, numbered: bool = False) -> str:
+    """A tile for each layer of the base. Not an SVG: Gradio's chatbot removes the attributes that scale it."""
+    total, left = layers
     rows = -(-total // COLUMNS)
     columns = -(-total // rows)
-    cells = [f'<span class="{"kept" if layer in left else "gone"}"></span>' for layer in range(total)]
-    # Not an SVG: Gradio's chatbot removes the attributes that scale it.
-    stack = "".join(f"<div>{''.join(cells[row * columns : (row + 1) * columns])}</div>" for row in range(rows))
-    return f'<div class="glance">{stack}<p>{base} without {word} {ranges(gone)}</p></div>'
+    cells = []
+    for layer in range(total):
+        state, what = ("kept", "kept") if layer in left else ("gone", "dropped")
+        title = f' title="Layer {layer}: {what}"' if numbered else ""
+        cells.append(f'<span class="{state}"{title}>{layer if numbered else ""}</span>')
+    return "".join(f"<div>{''.join(cells[row * columns : (row + 1) * columns])}</div>" for row in range(rows))
+
+
+def dropped(layers: tuple[int, list[int]]) -> str:
+    """The layers that a model lacks, as ranges."""
+    total, left = layers
+    return ranges(sorted(set(range(total)) - set(left)))
 
 
 def measured(metrics: dict[str, Any]) -> str:
@@ -123,6 +127,57 @@ def measured(metrics: dict[str, Any]) -> str:
         return f"<h2>Measured</h2>{table(metrics)}"
     except (KeyError, TypeError, ValueError, AttributeError):  # it doesn't follow its schema
         return "<h2>Measured</h2><p>The <code>metrics.json</code> of this repository is damaged.</p>"
+
+
+def table(metrics: dict[str, Any]) -> str:
+    """A column for each model; below each number, its difference from the dense model's.
+
+    Args:
+        metrics (`dict`): The content of `metrics.json`.
+
+    Returns:
+        `str`: HTML.
+    """
+    arranged = results.results_of(SimpleNamespace(**metrics))
+    heads = [f"{escape(one.role)}<br><small>{one.layers} layers</small>" for one in arranged.columns]
+    head = "".join(f'<th scope="col">{one}</th>' for one in heads)
+    body, noise = "", False
+    for kinds in (results.QUALITY, results.COST):
+        for number, row in enumerate(arranged.table(kinds)):
+            first = ' class="first"' if body and number == 0 else ""
+            cells = [row.cells.get(column.weights) for column in arranged.columns]
+            noise |= any(cell.noise for cell in cells if cell)
+            body += f'<tr{first}><th scope="row">{_label(row)}</th>'
+            body += "".join(f"<td>{_shown(cell) if cell else ''}</td>" for cell in cells) + "</tr>"
+    return (
+        f'<div class="scroll"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"<p>{_legend(arranged, noise)}</p>"
+    )
+
+
+def _label(row: results.Row) -> str:
+    """The label of a row: task, metric, number of samples, chance."""
+    notes = [f"n = {row.samples:,}"] if row.samples else []
+    notes += [f"chance {row.chance}"] if row.chance else []
+    first, rest = (row.task, [row.metric, *notes]) if row.task else (row.metric, notes)
+    return f"{escape(first)}\N{NO-BREAK SPACE}{row.better}<br><small>{escape(', '.join(rest))}</small>"
+
+
+def _shown(cell: results.Cell) -> str:
+    """A number, with its difference from the dense model's."""
+    if not cell.change:
+        return cell.value
+    return f"{cell.value}<br><small>{f'<em>{cell.change}</em>' if cell.noise else cell.change}</small>"
+
+
+def _legend(arranged: results.Results, noise: bool) -> str:
+    """The legend: how to read the table, and how its numbers were measured."""
+    words = ["Small below a value: its difference from the dense model, or the ratio to it. ± is a standard error."]
+    if noise:
+        words.append("<em>In italics</em>: indistinguishable from noise (p &gt; 0.05).")
+    if arranged.usual_run:
+        words.append(f"Speeds are medians of n runs: {results.run_words(arranged.usual_run)}.")
+    return " ".join([*words, escape(f"Measured {', '.join(results.measured_with(arranged))}.")])
 
 
 def history(lineage: dict[str, Any]) -> str:
@@ -172,14 +227,6 @@ def ranges(layers: list[int]) -> str:
         else:
             runs.append([layer])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs) or "none"
-
-
-def bytes_(count: float) -> str:
-    """A number of bytes with a unit."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} bytes"
 
 
 def _short(value: Any) -> str:

@@ -54,7 +54,7 @@ def _accuracy(rows: list[Row], own: str) -> Iterator[Markup]:
     if same:
         yield Markup(
             f"On {_listed(same)}, no difference is distinguishable from noise with this number of questions; there may "
-            "still be one."
+            "still be a difference."
         )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ...errors import CheckpointError
 from ...records.figures import numbers
 from ...records.figures.results import Results, Row
 from ...records.names import is_hub_name
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 TAGS = ("layer-pruning", "depth-pruning", "hf_layerprune")
 # Fields that only this package writes: they are removed once they no longer apply. Other fields are kept.
 OURS = {"model-index", "base_model", "base_model_relation", "library_name"}
+_FIRST = (
+    "language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model",
+    "base_model_relation",
+)  # fmt: skip
+_MAX_DATASETS = 50
 _HASH = re.compile(r"[0-9a-f]{40,64}")
 
 
@@ -31,62 +36,35 @@ def metadata(card: Card) -> dict[str, Any]:
     """
     from huggingface_hub import ModelCardData
 
-    licence = card.licence
+    licence, history = card.licence, card.history
     fields: dict[str, Any] = {}
-    if card.history.base_on_hub:
-        fields["base_model"] = card.history.base_on_hub
+    if history.base_on_hub:
+        fields["base_model"] = history.base_on_hub
         # A pruned model is neither quantised nor merged; the Hub has no better value for this field.
-        fields["base_model_relation"] = "adapter" if card.form == "adapter" else "finetune"
+        fields["base_model_relation"] = "adapter" if history.form == "adapter" else "finetune"
     if licence.known:
         fields["license"] = plain(licence.id)
         if licence.id == "other" or licence.name:
             fields["license_name"] = plain(licence.name or "unnamed")
         if licence.id == "other" and licence.link:
             fields["license_link"] = plain(licence.link)
-    tags = [*TAGS, *(["conversational"] if card.chats else [])]
-    data = ModelCardData(
-        language=card.languages or None,
-        library_name="peft" if card.form == "adapter" else "transformers",
+    declared = history.lineage.base.get("language") or []
+    languages = [plain(one, 20) for one in ([declared] if isinstance(declared, str) else declared)]
+    # The data sets on the Hub that a repair or training used.
+    fitted = [one for one in history.stages if one.name != "prune" or one.entry.get("repair")]
+    named = [str(one.get("id", "")) for stage in fitted for one in stage.data]
+    present = ModelCardData(
+        language=languages or None,
+        library_name="peft" if history.form == "adapter" else "transformers",
         pipeline_tag="text-generation",
-        datasets=card.datasets or None,
-        tags=tags,
+        datasets=list(dict.fromkeys(name for name in named if is_hub_name(name)))[:_MAX_DATASETS] or None,
+        tags=[*TAGS, *(["conversational"] if card.chats else [])],
         model_name=plain(card.name) if card.results else None,
         eval_results=eval_results(card.results) or None,
         **fields,
-    )
-    present = data.to_dict()
-    first = ["language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model"]
-    first += ["base_model_relation"]
-    order = [*first, *(name for name in present if name not in (*first, "model-index")), "model-index"]
+    ).to_dict()
+    order = [*_FIRST, *(name for name in present if name not in (*_FIRST, "model-index")), "model-index"]
     return {name: present[name] for name in order if name in present}
-
-
-def front_matter(text: str, where: str) -> tuple[dict[str, Any], str]:
-    """Split a card into the fields of its YAML block and the text that follows it.
-
-    Args:
-        text (`str`): A README.md.
-        where (`str`): The file's name in errors.
-
-    Returns:
-        `tuple[dict[str, Any], str]`: All fields in their original order, and the rest of the text.
-
-    Raises:
-        CheckpointError: The YAML can't be read, so rewriting it would lose what somebody wrote.
-    """
-    import yaml
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
-
-    if REGEX_YAML_BLOCK.search(text) is None:
-        if re.match(r"\s*---[ \t]*\n[\w-]+:", text):
-            raise CheckpointError(f"the YAML block of {where} has no end; put a line of three dashes after it")
-        return {}, text
-    try:
-        card = RepoCard(text)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"the YAML block of {where} can't be read ({said}); correct it") from error
-    return dict(vars(card.data)), card.text.lstrip("\n")
 
 
 def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
@@ -118,13 +96,8 @@ def eval_results(results: Results | None) -> list[Any]:
     """Every number measured on this model, for the `model-index`."""
     from huggingface_hub import EvalResult
 
-    own = results.own if results else None
     entries = []
-    for row in results.rows if results else ():
-        cell = row.cells.get(own.weights) if own else None
-        if cell is None:
-            continue
-        record = cell.record
+    for row, record in _own(results, results.rows if results else ()):
         kind, task, metric = row.key
         dataset = str(record.get("dataset", ""))
         optional = ("stderr", "samples", "device", "dtype")
@@ -145,6 +118,14 @@ def eval_results(results: Results | None) -> list[Any]:
     return entries
 
 
+def _own(results: Results | None, rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """The rows that have a number of this model, with its record."""
+    own = results.own if results else None
+    for row in rows:
+        if own is not None and own.weights in row.cells:
+            yield row, row.cells[own.weights].record
+
+
 def _measured_on(record: dict[str, Any], kind: str) -> str:
     return " ".join([kind, *(["on", record["device"]] if record.get("device") else [])])
 
@@ -161,13 +142,11 @@ def eval_files(results: Results | None) -> dict[str, str]:
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     from huggingface_hub.utils import yaml_dump
 
-    own = results.own if results else None
     files: dict[str, str] = {}
-    for row in results.table(["accuracy"]) if results else ():
-        cell = row.cells.get(own.weights) if own else None
-        if cell is None or not _is_benchmark(row, cell.record):
+    for row, record in _own(results, results.table(["accuracy"]) if results else ()):
+        task = row.key[1]
+        if not _is_benchmark(row, record):
             continue
-        record, task = cell.record, row.key[1]
         notes = (
             f"{row.metric}, {record.get('shots', 0)}-shot, {numbers.measured('samples', record['samples'])} questions"
         )

@@ -2,68 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from importlib.resources import files
 
-
-@dataclass(frozen=True)
-class Paper:
-    """A paper on arXiv.
-
-    Args:
-        title (`str`): The title.
-        authors (`str`): All authors, or the first one "and others".
-        year (`int`): The year of the first version.
-        arxiv (`str`): The arXiv identifier.
-    """
-
-    title: str
-    authors: str
-    year: int
-    arxiv: str
-
-    @property
-    def key(self) -> str:
-        """Its BibTeX key, such as `lu2024reassessing`."""
-        words = [word for word in re.findall(r"\w+", self.title.lower()) if word not in ("a", "an", "the")]
-        return f"{self.authors.partition(',')[0].lower()}{self.year}{words[0]}"
-
-    def bibtex(self) -> str:
-        """Its BibTeX entry."""
-        fields = {
-            "title": self.title,
-            "author": self.authors,
-            "year": str(self.year),
-            "eprint": self.arxiv,
-            "archivePrefix": "arXiv",
-        }
-        width = max(map(len, fields))
-        lines = [f"  {name:<{width}} = {{{value}}}," for name, value in fields.items()]
-        return "\n".join([f"@misc{{{self.key},", *lines, "}"])
-
-
-METHOD = Paper(
-    "Reassessing Layer Pruning in LLMs: New Insights and Methods",
-    "Lu, Yao and Cheng, Hao and Fang, Yujie and Wang, Zeyu and Wei, Jiaheng and Xu, Dongwei and Xuan, Qi and "
-    "Yang, Xiaoniu and Zhu, Zhaowei",
-    2024,
-    "2411.15558",
-)
-# By a stage's setting and its value.
+METHOD = "lu2024reassessing"
+# The key in `papers.bib`, by a stage's setting and its value.
 USED = {
-    ("criterion", "block_influence"): Paper(
-        "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", "Men, Xin and others", 2024,
-        "2403.03853",
-    ),
-    ("criterion", "angular_distance"): Paper(
-        "The Unreasonable Ineffectiveness of the Deeper Layers", "Gromov, Andrey and others", 2024, "2403.17887"
-    ),
-    ("criterion", "taylor"): Paper(
-        "Shortened LLaMA: Depth Pruning for Large Language Models with Comparison of Retraining Methods",
-        "Kim, Bo-Kyeong and others", 2024, "2402.02834",
-    ),
-    ("repair", "linear"): Paper(
-        "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block Linearization",
-        "Shopkhoev, Dmitriy and others", 2025, "2505.02819",
-    ),
-}  # fmt: skip
+    ("criterion", "block_influence"): "men2024shortgpt",
+    ("criterion", "angular_distance"): "gromov2024unreasonable",
+    ("criterion", "taylor"): "kim2024shortened",
+    ("repair", "linear"): "shopkhoev2025replaceme",
+}
+
+
+def bibtex(keys: Iterable[str]) -> str:
+    """The entries of `papers.bib` with these keys, each once."""
+    entries = files(__package__).joinpath("papers.bib").read_text(encoding="utf-8").strip().split("\n\n")
+    by_key = {entry.partition("{")[2].partition(",")[0]: entry for entry in entries}
+    return "\n\n".join(by_key[key] for key in dict.fromkeys(keys))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...records.figures.results import ResultColumn, Results, Row
+from ...records.figures.results import Results, Row
 from ...records.history import History
 from .escape import plain
-from .style import CYCLE, FAINT, INK, ROLE_COLOURS, ROLE_MARKERS, WIDE, draw, grid
+from .style import DASHED, INK, ROLE_COLOURS, ROLE_MARKERS, bars, draw, grid
 
 # The most tiles in a row of the layer map, so that their numbers stay readable on a phone.
 _ROW = 16
@@ -17,54 +18,41 @@ _DARK = "#0b0f19"
 _LIGHT = "#ffffff"
 
 
-def layer_map(history: History, path: Path) -> None:
+def layer_map(history: History, path: Path, digest: str | None = None) -> None:
     """Draw the stack of decoder layers: which were kept, which were dropped, and which were changed later.
 
     Args:
         history (`History`): What was done.
         path (`Path`): The picture to write.
+        digest (`str`, *optional*): See [`~style.draw`].
     """
     from matplotlib.patches import FancyBboxPatch, Patch
 
     n, kept = history.num_base_layers, set(history.kept)
-    repaired, healed = history.layers_changed("repair"), history.layers_changed("heal")
+    healed = history.layers_changed("heal")
+    repaired = history.layers_changed("repair") - healed
     rows = -(-n // _ROW)
     columns = -(-n // rows)
-    shown: list[str] = []
-
-    def style(i: int) -> tuple[str, str, str, str]:
-        """A layer's state, fill colour, edge colour and label colour."""
-        if i not in kept:
-            return "cut", "none", ROLE_COLOURS["cut"], ROLE_COLOURS["cut"]
-        if i in healed:
-            return "healed", ROLE_COLOURS["healed"], "none", _DARK
-        if i in repaired:
-            return "repaired", ROLE_COLOURS["repaired"], "none", _LIGHT
-        return "dense", ROLE_COLOURS["dense"], "none", _LIGHT
-
-    with draw(path, width=7.2, height=0.4 + 0.4 * rows) as (figure, axes):
+    groups = {
+        "dense": ("kept as it was", kept - healed - repaired, _LIGHT),
+        "cut": ("dropped", set(history.dropped), ROLE_COLOURS["cut"]),
+        "repaired": ("repaired", repaired, _LIGHT),
+        "healed": ("trained", healed, _DARK),
+    }
+    styles: dict[str, Any] = {
+        role: {"facecolor": colour, "edgecolor": "none"} for role, colour in ROLE_COLOURS.items()
+    }
+    styles["cut"] = {"facecolor": "none", **DASHED}
+    with draw(path, height=0.4 + 0.4 * rows, digest=digest) as (figure, axes):
         for i in range(n):
             x, y = i % columns, -1.32 * (i // columns)
-            kind, fill, edge, ink = style(i)
-            shown += [kind] if kind not in shown else []
-            box = FancyBboxPatch(
-                (x + 0.09, y), 0.82, 1.1, boxstyle="round,pad=0,rounding_size=0.16", facecolor=fill, edgecolor=edge,
-                linewidth=1.2, linestyle=(0, (2, 1.4)) if kind == "cut" else "-",
-            )  # fmt: skip
-            axes.add_patch(box)
-            axes.text(x + 0.5, y + 0.53, str(i), ha="center", va="center", fontsize=10, color=ink)
-        counts = {
-            "dense": f"kept as it was ({len(kept - healed - repaired)})",
-            "cut": f"dropped ({n - len(kept)})",
-            "repaired": f"repaired ({len(repaired - healed)})",
-            "healed": f"trained ({len(healed)})",
-        }
+            role = next(role for role, (_, layers, _) in groups.items() if i in layers)
+            shape = "round,pad=0,rounding_size=0.16"
+            axes.add_patch(FancyBboxPatch((x + 0.09, y), 0.82, 1.1, boxstyle=shape, **styles[role]))
+            axes.text(x + 0.5, y + 0.53, str(i), ha="center", va="center", fontsize=10, color=groups[role][2])
         handles = [
-            Patch(
-                facecolor="none" if kind == "cut" else ROLE_COLOURS[kind], edgecolor=ROLE_COLOURS[kind], lw=1.2,
-                linestyle=(0, (2, 1.4)) if kind == "cut" else "-", label=label,
-            )
-            for kind, label in counts.items() if kind in shown
+            Patch(**styles[role], label=f"{words} ({len(layers)})")
+            for role, (words, layers, _) in groups.items() if layers
         ]  # fmt: skip
         figure.legend(
             handles=handles, loc="outside lower left", ncols=len(handles), handlelength=1.1, handletextpad=0.5,
@@ -75,16 +63,17 @@ def layer_map(history: History, path: Path) -> None:
         axes.axis("off")
 
 
-def accuracy(results: Results, rows: Sequence[Row], path: Path) -> None:
+def accuracy(results: Results, rows: Sequence[Row], path: Path, digest: str | None = None) -> None:
     """Draw the accuracy of all stages on each task with standard errors, and chance.
 
     Args:
         results (`Results`): What was measured.
         rows (`Sequence[Row]`): The tasks.
         path (`Path`): The picture to write.
+        digest (`str`, *optional*): See [`~style.draw`].
     """
     columns = results.columns
-    with draw(path, width=7.2, height=0.85 + len(rows) * (0.3 + 0.13 * len(columns))) as (figure, axes):
+    with draw(path, height=0.85 + len(rows) * (0.3 + 0.13 * len(columns)), digest=digest) as (figure, axes):
         step = 0.72 / max(1, len(columns))
         for position, row in enumerate(rows):
             for index, column in enumerate(columns):
@@ -113,16 +102,17 @@ def accuracy(results: Results, rows: Sequence[Row], path: Path) -> None:
         figure.legend(loc="outside upper right", ncols=len(columns), handletextpad=0.3, columnspacing=1.4)
 
 
-def tradeoff(results: Results, speed: Row, path: Path) -> None:
+def tradeoff(results: Results, speed: Row, path: Path, digest: str | None = None) -> None:
     """Draw quality against speed: the mean accuracy of every stage against its decode throughput.
 
     Args:
         results (`Results`): What was measured, including the mean accuracy of each stage.
         speed (`Row`): Decode throughput.
         path (`Path`): The picture to write.
+        digest (`str`, *optional*): See [`~style.draw`].
     """
     means = results.mean_accuracy()
-    with draw(path, width=7.2, height=2.9) as (_, axes):
+    with draw(path, height=2.9, digest=digest) as (_, axes):
         for column in results.columns:
             if column.weights not in speed.cells or column.weights not in means:
                 continue
@@ -142,7 +132,9 @@ def tradeoff(results: Results, speed: Row, path: Path) -> None:
         grid(axes, "both")
 
 
-def scores(values: Sequence[float | None], dropped: Sequence[int], label: str, path: Path) -> None:
+def scores(
+    values: Sequence[float | None], dropped: Sequence[int], label: str, path: Path, digest: str | None = None
+) -> None:
     """Draw a criterion's score of each layer, and mark the layers that were dropped.
 
     Args:
@@ -150,40 +142,22 @@ def scores(values: Sequence[float | None], dropped: Sequence[int], label: str, p
         dropped (`Sequence[int]`): The dropped layers.
         label (`str`): The label of the score axis.
         path (`Path`): The picture to write.
+        digest (`str`, *optional*): See [`~style.draw`].
     """
-    gone, known = set(dropped), {i: value for i, value in enumerate(values) if value is not None}
-    with draw(path, width=7.2, height=2.3) as (_, axes):
-        for name, chosen, colour in (
-            ("kept", [i for i in known if i not in gone], CYCLE[4]),
-            ("dropped", [i for i in known if i in gone], ROLE_COLOURS["cut"]),
-        ):
-            style = {"facecolor": "none", "edgecolor": colour, "lw": 1.2, "ls": (0, (2, 1.4))}
-            axes.bar(
-                chosen, [known[i] for i in chosen], 0.78, label=name,
-                **(style if name == "dropped" else {"color": colour}),
-            )  # fmt: skip
-        if known and min(known.values()) > 0 and max(known.values()) > WIDE * min(known.values()):
-            axes.set_yscale("log")
+    with draw(path, height=2.3, digest=digest) as (_, axes):
+        bars(axes, {i: value for i, value in enumerate(values) if value is not None}, dropped, "dropped")
         axes.set_xlabel("decoder layer of the base")
         axes.set_ylabel(label)
         axes.set_xlim(-0.7, len(values) - 0.3)
-        axes.axhline(0, color=FAINT, lw=0.8)
         axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
-        grid(axes, "y")
 
 
-def _mark(role: str) -> dict[str, object]:
-    return {
-        "color": ROLE_COLOURS[role],
-        "marker": ROLE_MARKERS[role],
-        "markersize": 6.5,
-        "linestyle": "",
-        "elinewidth": 1.6,
-        "capsize": 0,
-    }
+def _mark(role: str) -> dict[str, Any]:
+    mark = {"color": ROLE_COLOURS[role], "marker": ROLE_MARKERS[role], "markersize": 6.5}
+    return {**mark, "linestyle": "", "elinewidth": 1.6, "capsize": 0}
 
 
-def pictures(history: History, results: Results | None) -> dict[str, Callable[[Path], None]]:
+def pictures(history: History, results: Results | None) -> dict[str, Callable[..., None]]:
     """The plots that can be drawn from the records.
 
     Args:
@@ -191,25 +165,21 @@ def pictures(history: History, results: Results | None) -> dict[str, Callable[[P
         results (`Results`, *optional*): What was measured.
 
     Returns:
-        `dict[str, Callable[[Path], None]]`: The function that draws each plot, by name.
+        `dict[str, Callable]`: The function that draws each plot, by name; it takes a path, and a digest.
     """
-    drawings: dict[str, Callable[[Path], None]] = {"layers": lambda path: layer_map(history, path)}
-    layer_scores = next(filter(None, (_scores_of(stage.entry, history) for stage in history.stages)), None)
-    if layer_scores is not None:
-        drawings["scores"] = lambda path: scores(layer_scores[1], history.dropped, layer_scores[0], path)
+    drawings: dict[str, Callable[..., None]] = {"layers": partial(layer_map, history)}
+    told = next(filter(None, (_scores_of(stage.entry, history) for stage in history.stages)), None)
+    if told is not None:
+        drawings["scores"] = partial(scores, told[1], history.dropped, told[0])
     if results is None or len(results.columns) < 2:
         return drawings
     rows = [row for row in results.table(["accuracy"]) if len(row.cells) > 1]
     if rows:
-        drawings["accuracy"] = lambda path: accuracy(results, rows, path)
+        drawings["accuracy"] = partial(accuracy, results, rows)
     speed = next((row for row in results.table(["speed"]) if row.key[2] == "decode_tokens_per_second"), None)
-    if speed is not None and len([c for c in _both(results.columns, speed) if c in results.mean_accuracy()]) > 1:
-        drawings["tradeoff"] = lambda path: tradeoff(results, speed, path)
+    if speed is not None and len(speed.cells.keys() & results.mean_accuracy().keys()) > 1:
+        drawings["tradeoff"] = partial(tradeoff, results, speed)
     return drawings
-
-
-def _both(columns: Sequence[ResultColumn], speed: Row) -> list[str]:
-    return [column.weights for column in columns if column.weights in speed.cells]
 
 
 def _scores_of(entry: dict[str, Any], history: History) -> tuple[str, list[float | None]] | None:

@@ -29,14 +29,13 @@ from ...records.metrics import Metrics
 from ...records.names import is_hub_name
 from . import escape, metadata, plots, regions, tables
 from .limits import limits
-from .papers import METHOD, USED, Paper
+from .papers import METHOD, USED, bibtex
 
 # The sections of a card, in order, each from its own template: `templates/NAME.md.jinja`. What a template prints is
 # escaped unless it is `Markup`; a template that prints nothing leaves no section.
 SECTIONS = ["summary", "results", "speed", "use", "recipe", "training", "limits", "provenance", "licence", "citation"]
 # Changing this number makes every plot be redrawn.
 _DRAWING = 3
-_MAX_DATASETS = 50
 _MAX_SETTINGS = 60
 
 
@@ -89,27 +88,9 @@ class Card:
         )
 
     @property
-    def form(self) -> str:
-        """`model` or `adapter`."""
-        return self.history.form
-
-    @property
     def chats(self) -> bool:
         """Whether the base has a chat template."""
         return bool(self.history.lineage.base.get("chat"))
-
-    @property
-    def languages(self) -> list[str]:
-        """The languages that the base declares."""
-        declared = self.history.lineage.base.get("language") or []
-        return [escape.plain(one, 20) for one in ([declared] if isinstance(declared, str) else declared)]
-
-    @property
-    def datasets(self) -> list[str]:
-        """Hub ids of the data sets used for a repair or for training."""
-        fitted = [one for one in self.history.stages if one.name != "prune" or one.entry.get("repair")]
-        named = [str(one.get("id", "")) for stage in fitted for one in stage.data]
-        return list(dict.fromkeys(name for name in named if is_hub_name(name)))[:_MAX_DATASETS]
 
     @property
     def pictures(self) -> dict[str, Callable]:
@@ -130,13 +111,13 @@ class Card:
         return metadata.metadata(self)
 
     @property
-    def papers(self) -> list[Paper]:
-        """The papers of the criteria and repairs that were used."""
+    def papers(self) -> list[str]:
+        """The papers of the method, and of the criteria and repairs that were used, by their keys."""
         keys = [(name, str(value)) for stage in self.history.stages for name, value in stage.settings.items()]
         keys += [(stage.name, str(stage.settings.get("method"))) for stage in self.history.stages]
         chosen = [stage.entry.get("selection") for stage in self.history.stages]
         keys += [("criterion", str(one.get("criterion"))) for one in chosen if isinstance(one, dict)]
-        return list(dict.fromkeys(USED[key] for key in keys if key in USED))
+        return [METHOD, *(USED[key] for key in keys if key in USED)]
 
     def body(self) -> str:
         """The card without its YAML block."""
@@ -175,7 +156,7 @@ def _context(card: Card) -> dict[str, Any]:
         "pictures": card.pictures,
         "dropped": format_layers(history.dropped).replace(",", ", "),
         "done": [stage.name for stage in history.stages],
-        "papers": [paper.bibtex() for paper in (METHOD, *card.papers)],
+        "papers": bibtex(card.papers),
         "measured_with": measured_with(results) if results else [],
         "model_id": card.repo_id or f"path/to/{card.name}",
     }

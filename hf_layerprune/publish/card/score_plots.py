@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...select.registry import CRITERIA
 from ...select.scores import Scores
-from .style import CYCLE, FAINT, INK, ROLE_COLOURS, WIDE, draw, grid
+from .style import DASHED, FAINT, INK, ROLE_COLOURS, bars, draw, spread
 
 _COLUMNS = 2
-_DROPPED = {"facecolor": "#d55e002e", "edgecolor": ROLE_COLOURS["cut"], "lw": 1.2, "ls": (0, (2, 1.4))}
+_DROPPED = {"facecolor": f"{ROLE_COLOURS['cut']}2e", **DASHED}
 
 
 def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], path: Path) -> None:
@@ -24,35 +24,25 @@ def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], p
     """
     columns = min(_COLUMNS, len(scores))
     rows = -(-len(scores) // columns)
-    with draw(path, width=7.2, height=0.5 + 1.75 * rows, columns=columns, rows=rows, squeeze=False, sharex=True) as (
+    with draw(path, height=0.5 + 1.75 * rows, columns=columns, rows=rows, squeeze=False, sharex=True) as (
         figure,
         panels,
     ):
         for axes, panel_scores in zip(panels.flat, scores, strict=False):
-            gone = set(drops[panel_scores.criterion])
             values = {i: score for i, score in enumerate(panel_scores.layers or ()) if score is not None}
-            kept = [i for i in values if i not in gone]
-            axes.bar(kept, [values[i] for i in kept], 0.78, color=CYCLE[4], label="kept")
-            chosen = [i for i in values if i in gone]
-            axes.bar(chosen, [values[i] for i in chosen], 0.78, label="would be dropped", **_DROPPED)
-            if _spread(values.values()) > WIDE:
-                axes.set_yscale("log")
+            bars(axes, values, set(drops[panel_scores.criterion]))
             criterion = CRITERIA[panel_scores.criterion]
-            axes.set_title(
-                criterion.name + (" (paper)" if panel_scores.variant == "paper" else ""), fontsize=9.5, pad=5
-            )
+            paper = " (paper)" if panel_scores.variant == "paper" else ""
+            axes.set_title(criterion.name + paper, fontsize=9.5, pad=5)
             axes.set_ylabel(criterion.unit, fontsize=8.5)
             axes.tick_params(labelsize=8)
             axes.set_xlim(-0.8, len(panel_scores.layers or ()) - 0.2)
-            grid(axes, "y")
         for axes in panels.flat[len(scores) :]:
             axes.axis("off")
-        for axes in panels[-1]:
+        for axes in panels.flat[max(0, len(scores) - columns) : len(scores)]:  # the lowest of each column
             axes.set_xlabel("decoder layer of the base")
-        for axes in panels.flat[max(0, len(scores) - columns) : len(scores)]:
             axes.tick_params(labelbottom=True)
-        handles, labels = panels.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=2)
+        figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
 
 
 def block_scores(scores: Scores, drops: Sequence[int], path: Path) -> None:
@@ -81,7 +71,7 @@ def choices(drops: Mapping[str, Sequence[int]], num_layers: int, path: Path) -> 
     from matplotlib.patches import FancyBboxPatch
 
     names = list(drops)
-    with draw(path, width=7.2, height=0.75 + 0.27 * len(names)) as (_, axes):
+    with draw(path, height=0.75 + 0.27 * len(names)) as (_, axes):
         for y, name in enumerate(names):
             gone = set(drops[name])
             for i in range(num_layers):
@@ -108,20 +98,13 @@ def choices(drops: Mapping[str, Sequence[int]], num_layers: int, path: Path) -> 
 
 def _bars(scores: Scores, drops: Sequence[int], length: int, path: Path) -> None:
     starts = {block[0]: score for block, score in scores.blocks.items()}
-    chosen = drops[0] if drops else None
-    with draw(path, width=7.2, height=2.3) as (_, axes):
-        kept = [start for start in starts if start != chosen]
-        axes.bar(kept, [starts[start] for start in kept], 0.78, color=CYCLE[4])
-        if chosen in starts:
-            axes.bar([chosen], [starts[chosen]], 0.78, label="would be dropped", **_DROPPED)
-            axes.legend(ncols=1, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
-        if _spread(starts.values()) > WIDE:
-            axes.set_yscale("log")
+    with draw(path, height=2.3) as (_, axes):
+        bars(axes, starts, drops[:1])
+        axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
         axes.set_title(scores.criterion, pad=6)
         axes.set_xlabel(f"first layer of the block of {length}")
         axes.set_ylabel(CRITERIA[scores.criterion].unit)
         axes.set_xlim(-0.8, len(scores.alive) - 0.2)
-        grid(axes, "y")
 
 
 def _heat_map(scores: Scores, drops: Sequence[int], path: Path) -> None:
@@ -133,8 +116,8 @@ def _heat_map(scores: Scores, drops: Sequence[int], path: Path) -> None:
     cells = [[math.nan] * n for _ in range(most)]
     for block, score in scores.blocks.items():
         cells[len(block) - 1][position[block[0]]] = score
-    norm = LogNorm() if _spread(scores.blocks.values()) > 300 else None
-    with draw(path, width=7.2, height=1.2 + min(3.6, 0.14 * most + 0.6)) as (figure, axes):
+    norm = LogNorm() if spread(scores.blocks.values()) > 300 else None
+    with draw(path, height=1.2 + min(3.6, 0.14 * most + 0.6)) as (figure, axes):
         mesh = axes.pcolormesh(
             [i - 0.5 for i in range(n + 1)],
             [k + 0.5 for k in range(most + 1)],
@@ -161,8 +144,3 @@ def _heat_map(scores: Scores, drops: Sequence[int], path: Path) -> None:
         axes.set_title(f"{scores.criterion}: every block (dots: the best start of each length)", pad=6, fontsize=9.5)
         axes.set_xlabel("first layer of the block")
         axes.set_ylabel("layers in the block")
-
-
-def _spread(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return max(numbers) / min(numbers) if numbers and min(numbers) > 0 else 0.0

@@ -1,6 +1,6 @@
 """The style of the project's plots: one palette, one set of markers, transparent, and reproducible byte for byte.
 
-    with draw(folder / "scores.svg", width=7.2, height=2.6) as (figure, axes):
+    with draw(folder / "scores.svg", height=2.6) as (figure, axes):
         axes.bar(range(30), scores, color=ROLE_COLOURS["dense"])
         axes.set_ylabel("block influence")
 
@@ -12,7 +12,7 @@ has its own marker; label bars and lines directly, so that nothing is conveyed b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,64 +38,28 @@ ROLE_COLOURS = {
 ROLE_MARKERS = {"dense": "s", "cut": "v", "repaired": "D", "healed": "o", "model": "^"}
 # For series other than roles, such as criteria.
 CYCLE = ("#2b73d1", "#d55e00", "#12a583", "#c15bb0", "#656b78")
+# The outline of a dropped layer.
+DASHED: dict[str, Any] = {"edgecolor": ROLE_COLOURS["cut"], "lw": 1.2, "ls": (0, (2, 1.4))}
 # Scores that differ by more than this factor are drawn on a logarithmic axis: on a linear one, a very large score of
 # the first layer would hide the differences between the others.
 WIDE = 30
 # A larger file has too many points for the size of the plot.
 MAX_BYTES = 256 * 1024
-
-_RC: dict[str, Any] = {
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "savefig.dpi": 160,  # for PNG: twice the resolution shown on a page
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlepad": 10,
-    "axes.labelsize": 9.5,
-    "axes.axisbelow": True,
-    "axes.grid": False,
-    "grid.color": "#73798538",
-    "grid.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "font.family": "sans-serif",
-    # Comes with matplotlib, so layout is the same everywhere; a browser without it uses its own sans-serif.
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9.5,
-    "lines.linewidth": 1.8,
-    # Text stays text: searchable, accessible to screen readers, and a tenth of the size.
-    "svg.fonttype": "none",
-    # Makes the file reproducible.
-    "svg.hashsalt": "hf_layerprune",
-}
+_STAMP = "hf-layerprune"
 
 
 @contextmanager
 def draw(
-    path: Path, *, width: float = 7.2, height: float = 3.0, columns: int = 1, rows: int = 1, **subplots: Any
+    path: Path, *, height: float = 3.0, columns: int = 1, rows: int = 1, digest: str | None = None, **subplots: Any
 ) -> Iterator[tuple[Figure, Any]]:
     """Make a figure in the project's style, and write it when the block ends without an error.
 
     Args:
         path (`Path`): The file, `.svg` or `.png`. It is written completely or not at all.
-        width (`float`, *optional*, defaults to 7.2): In inches of 100 pixels; a card's column is about 7.2 wide.
-        height (`float`, *optional*, defaults to 3.0): In inches.
+        height (`float`, *optional*, defaults to 3.0): In inches of 100 pixels. The width is 7.2, that of a card's column.
         columns (`int`, *optional*, defaults to 1): Axes side by side.
         rows (`int`, *optional*, defaults to 1): Axes below each other.
+        digest (`str`, *optional*): A hash of the data, which is stored in a PNG file; see [`drawn_for`].
         subplots: Arguments for `Figure.subplots`: `sharey`, `width_ratios`, ...
 
     Yields:
@@ -110,25 +74,56 @@ def draw(
         from matplotlib.figure import Figure
     except ImportError:
         raise LayerPruneError('plots need matplotlib; pip install "hf-layerprune[plots]"') from None
-    settings: Any = _RC
     # Without pyplot, there is no window and no global state, and any thread can draw.
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(width, height), layout="constrained")
+    with matplotlib.rc_context(fname=Path(__file__).with_name("card.mplstyle")):
+        figure = Figure(figsize=(7.2, height), layout="constrained")
         yield figure, figure.subplots(rows, columns, **subplots)
-        _write(figure, path)
+        # By default, matplotlib writes the date and its version.
+        svg = {"metadata": {"Date": None, "Creator": None}}
+        png = {"metadata": {"Software": None, _STAMP: digest}, "pil_kwargs": {"optimize": True}}
+        with new_file(path, force=True) as partial:
+            figure.savefig(partial, format=path.suffix[1:], **(svg if path.suffix == ".svg" else png))
+            if (size := partial.stat().st_size) > MAX_BYTES:
+                text = f"{path} would have {size} bytes, which is too large for a card; draw fewer points"
+                raise LayerPruneError(text)
+
+
+def drawn_for(path: Path) -> str | None:
+    """The digest of the data that a PNG file was drawn from; `None` if it has none, or is missing or unreadable."""
+    try:
+        from PIL import Image
+
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.info.get(_STAMP)
+    except Exception:  # also without Pillow
+        return None
+
+
+def bars(axes: Axes, values: Mapping[int, float], gone: Collection[int], label: str = "would be dropped") -> None:
+    """Draw a score for each layer, with those that are dropped outlined.
+
+    Args:
+        axes (`Axes`): Where to draw.
+        values (`Mapping[int, float]`): The scores by layer.
+        gone (`Collection[int]`): The dropped layers.
+        label (`str`, *optional*): What the legend says of them.
+    """
+    kept, chosen = ([i for i in values if (i in gone) is dropped] for dropped in (False, True))
+    axes.bar(kept, [values[i] for i in kept], 0.78, label="kept", color=CYCLE[4])
+    axes.bar(chosen, [values[i] for i in chosen], 0.78, label=label, facecolor=f"{ROLE_COLOURS['cut']}2e", **DASHED)
+    if spread(values.values()) > WIDE:
+        axes.set_yscale("log")
+    else:
+        axes.axhline(0, color=FAINT, lw=0.8)
+    grid(axes, "y")
+
+
+def spread(values: Collection[float]) -> float:
+    """The ratio of the largest to the smallest value; 0 if they are not all positive."""
+    return max(values) / min(values) if values and min(values) > 0 else 0.0
 
 
 def grid(axes: Axes, axis: Literal["x", "y", "both"] = "y") -> None:
     """Add faint grid lines along one axis."""
     axes.grid(True, axis=axis)
     axes.tick_params(axis=axis, length=0)
-
-
-def _write(figure: Figure, path: Path) -> None:
-    kind = path.suffix.removeprefix(".")
-    # By default, matplotlib writes the date and its version.
-    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-    with new_file(path, force=True) as partial:
-        figure.savefig(partial, format=kind, metadata=metadata)
-        if (size := partial.stat().st_size) > MAX_BYTES:
-            raise LayerPruneError(f"{path} would have {size} bytes, which is too large for a card; draw fewer points")

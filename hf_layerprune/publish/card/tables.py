@@ -20,7 +20,7 @@ _TRAINING = {
     "method": "what is trained", "loss": "loss", "kd_direction": "direction of the KL divergence",
     "learning_rate": "learning rate", "lr_scheduler_type": "schedule", "optim": "optimiser",
     "num_train_epochs": "epochs", "max_steps": "steps", "rows_a_step": "rows per step",
-    "max_length": "tokens per row, at most", "seed": "seed",
+    "max_length": "maximum tokens per row", "seed": "seed",
 }  # fmt: skip
 
 

@@ -8,18 +8,20 @@ README.md keeps the text that people wrote around our marks, and the YAML fields
 from __future__ import annotations
 
 import re
-import tempfile
 from pathlib import Path
 
 from ...errors import CheckpointError
-from ...files.copy import write_bytes, write_text
-from ...records.declared import CARD
+from ...files.copy import write_text
+from ...files.text_file import MAX_TEXT, read_bytes
+from ...records.declared import CARD, front_matter
 from ...records.licences import NOTICE, is_licence_file
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
+from ...records.names import base_name, is_hub_name
+from ..requests import CardRequest
 from . import metadata, regions
 from .render import Card
-from .stamps import stamp, stamped
+from .style import drawn_for
 
 ASSETS = "assets"
 EVAL_RESULTS = ".eval_results"
@@ -61,60 +63,42 @@ def _lineage(folder: Path) -> Lineage:
     return lineage
 
 
-def declare(
-    folder: Path,
-    *,
-    license: str | None = None,
-    license_name: str | None = None,
-    license_link: str | None = None,
-    base_model: str | None = None,
-    name: str | None = None,
-    published: dict[str, str] | None = None,
-) -> Lineage:
+def declare(request: CardRequest, published: dict[str, str] | None = None) -> None:
     """Record what only the user knows: the base's licence or Hub id, or where the model is published.
 
     Args:
-        folder (`Path`): A model folder; its `lineage.json` is updated if something is new.
-        license (`str`, *optional*): The Hub's identifier of the base's licence; `other` if it has none.
-        license_name (`str`, *optional*): The name of a licence that is `other`.
-        license_link (`str`, *optional*): The URL of its text.
-        base_model (`str`, *optional*): The Hub id of the base, or of the model that a local base is a copy of. It
-            replaces the path of a local base.
-        name (`str`, *optional*): The model's name until it is on the Hub.
+        request (`CardRequest`): What to record in the `lineage.json` of a folder. A Hub id replaces the path of a local
+            base.
         published (`dict[str, str]`, *optional*): `repo_id`, and `space`.
-
-    Returns:
-        `Lineage`: The updated lineage.
 
     Raises:
         CheckpointError: The folder has no lineage, the base is not a Hub id, or the name can't be one on the Hub.
     """
-    from ...records.names import base_name, is_hub_name
-
-    licence = {"license": license, "license_name": license_name, "license_link": license_link}
+    names = ("license", "license_name", "license_link")
+    licence = {name: value for name in names if (value := getattr(request, name))}
+    named, folder = dict(published or {}), request.model.expanduser()
+    if request.name is not None:
+        if not is_hub_name(request.name) or "/" in request.name:
+            raise CheckpointError(f"{request.name!r} is not a valid model name; use only letters, digits, - _ and .")
+        named["name"] = request.name
 
     def change(lineage: Lineage) -> None:
-        base, names = dict(lineage.base), dict(published or {})
-        if license is not None:  # another licence: the name and link of the old one no longer apply
-            base = {name: value for name, value in base.items() if name not in licence}
-        base |= {name: value for name, value in licence.items() if value}
-        if base_model is not None:
-            if not is_hub_name(base_model):
-                raise CheckpointError(f"{base_model!r} is not a Hub id; name the base as org/name")
+        base, hub_id = dict(lineage.base), request.base_model
+        if licence:  # the name and link of the old one no longer apply
+            base = {name: value for name, value in base.items() if name not in names} | licence
+        if hub_id is not None:
+            if not is_hub_name(hub_id):
+                raise CheckpointError(f"{hub_id!r} is not a Hub id; name the base as org/name")
             if not base.get("commit"):
-                base |= {"id": base_name(base), "hub_id": base_model}
-            elif base_model != base.get("id"):
-                raise CheckpointError(f"the base is {base['id']} at commit {base['commit'][:12]}, not {base_model}")
-        if names and names.get("repo_id") != lineage.published.get("repo_id"):
+                base |= {"id": base_name(base), "hub_id": hub_id}
+            elif hub_id != base.get("id"):
+                raise CheckpointError(f"the base is {base['id']} at commit {base['commit'][:12]}, not {hub_id}")
+        if named and named.get("repo_id") != lineage.published.get("repo_id"):
             lineage.published = {}  # a Space that belongs to another repository
-        if name is not None:
-            if not is_hub_name(name) or "/" in name:
-                raise CheckpointError(f"{name!r} is not a valid model name; use only letters, digits, - _ and .")
-            names = {"name": name} | names
-        lineage.base, lineage.published = base, lineage.published | names
+        lineage.base, lineage.published = base, lineage.published | named
 
     _lineage(folder)  # raises if there is none
-    return Lineage.update(folder, change)
+    Lineage.update(folder, change)
 
 
 def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = False) -> str:
@@ -133,7 +117,7 @@ def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = Fal
         CheckpointError: Somebody edited our sections, or a mark is missing.
     """
     ours = regions.parse(card.body())
-    fields, body = ({}, "") if old is None or is_generic(old) else metadata.front_matter(old, where)
+    fields, body = ({}, "") if old is None or is_generic(old) else front_matter(old, where)
     parts = regions.parse(body, where, strict=not force)
     edited = [str(part.region) for part in parts if part.edited]
     if edited and not force:
@@ -194,18 +178,16 @@ def read_text(path: Path) -> str | None:
     Raises:
         CheckpointError: It is a link, a folder, not UTF-8, or unreadable.
     """
-    if path.is_symlink() or (path.exists() and not path.is_file()):
+    if path.is_symlink() or path.is_dir():
         raise CheckpointError(
             f"{path} is a {'link' if path.is_symlink() else 'folder'}; put a file there, or remove it"
         )
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
+    if not path.exists():
         return None
+    try:
+        text = read_bytes(path, MAX_TEXT).decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
-    except OSError as error:
-        raise CheckpointError(f"could not read {path}: {error.strerror or error}") from error
     if "\0" in text:
         raise CheckpointError(f"{path} is not UTF-8 text, so nothing can be added to it; save it as UTF-8")
     return text.replace("\r\n", "\n")
@@ -222,26 +204,21 @@ def _write(folder: Path, name: str, text: str) -> list[str]:
 
 def _draw(card: Card, folder: Path, force: bool) -> list[str]:
     """Draw plots that are missing or outdated, and remove those that can no longer be drawn."""
-    assets = folder / ASSETS
     changed: list[str] = []
     wanted, digest = card.pictures, card.digest
-    assets.mkdir(exist_ok=True)
-    for name in PICTURES:
-        path = assets / f"{name}.png"
-        drawn_from = stamped(path)
+    (folder / ASSETS).mkdir(exist_ok=True)
+    for name in (f"{ASSETS}/{one}.png" for one in PICTURES):
+        path, draw = folder / name, wanted.get(Path(name).stem)
+        drawn_from = drawn_for(path)
         if (path.is_symlink() or (path.exists() and drawn_from is None)) and not force:
             raise CheckpointError(f"{path} was not drawn by hf-layerprune; move it, or replace it with --force")
-        if name in wanted and drawn_from != digest:
-            with tempfile.TemporaryDirectory(dir=assets, prefix=".drawing-") as place:
-                new = Path(place, path.name)
-                wanted[name](new)
-                stamp(new, digest)
-                write_bytes(path, new.read_bytes(), inside=folder)
-        elif name not in wanted and path.is_file():
+        if draw is not None and drawn_from != digest:
+            draw(path, digest)
+        elif draw is None and path.is_file():
             path.unlink()
         else:
             continue
-        changed.append(f"{ASSETS}/{name}.png")
+        changed.append(name)
     return changed
 
 

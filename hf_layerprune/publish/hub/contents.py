@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...cut.folder import INDEX, SINGLE
 from ...errors import CheckpointError
 from ...records.declared import CARD
+from ...records.fingerprints import ADAPTER_CONFIG, CONFIG, TEMPLATES, WEIGHTS
 from ...records.licences import is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.metrics import FILE_NAME as METRICS
 from ..card.writing import ASSETS, EVAL_RESULTS, PICTURES, is_our_result
+from ..requests import PushRequest
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-TEMPLATES = "additional_chat_templates"
-WEIGHTS = (".safetensors", ".gguf")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Files that tokenizers write.
 _TOKENIZER = {
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "sentencepiece.bpe.model",
@@ -29,7 +29,7 @@ _TOKENIZER = {
     "tokenizer.model", "tokenizer.tiktoken", "tokenizer_config.json", "vocab.bpe", "vocab.json", "vocab.txt",
 }  # fmt: skip
 _SETTINGS = {
-    "config.json", "generation_config.json", "image_processor_config.json", "preprocessor_config.json",
+    CONFIG, "generation_config.json", "image_processor_config.json", "preprocessor_config.json",
     "processor_config.json", "quantize_config.json", "video_preprocessor_config.json", ADAPTER_CONFIG,
 }  # fmt: skip
 _ALLOWED = {CARD, LINEAGE, METRICS, INDEX} | _SETTINGS | _TOKENIZER
@@ -37,6 +37,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy"
 # The text of a licence, as opposed to a licence key.
 _LICENCE_ENDS = re.compile(r"|\.(md|txt|rst|pdf|html|\d+)", re.IGNORECASE)
 _MOST_FILES = 10_000
+_PICTURES = {f"{name}.png" for name in PICTURES}
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,6 @@ class Contents:
     named: frozenset[str] = frozenset()
 
     @property
-    def size(self) -> int:
-        """Total size of the published files in bytes."""
-        return sum(self.files.values())
-
-    @property
     def weights(self) -> list[str]:
         """The paths of the weight files."""
         return [name for name in self.files if name.endswith(WEIGHTS)]
@@ -68,20 +64,15 @@ class Contents:
     @property
     def is_adapter(self) -> bool:
         """Whether the folder is an adapter rather than a model."""
-        return ADAPTER_CONFIG in self.files and "config.json" not in self.files
-
-    def path(self, name: str) -> Path:
-        """The location of a file on disk."""
-        return self.folder / name
+        return ADAPTER_CONFIG in self.files and CONFIG not in self.files
 
 
-def find_model(folder: Path, *, adapter_only: bool = False) -> Path:
+def find_model(request: PushRequest) -> Path:
     """Find the folder to publish.
 
     Args:
-        folder (`Path`): The folder that the user named.
-        adapter_only (`bool`, *optional*, defaults to `False`): Publish only the adapter: the folder itself if it is
-            one, or else its subfolder `adapter`.
+        request (`PushRequest`): With `adapter_only`, the folder is `model` if that is an adapter, or else its subfolder
+            `adapter`.
 
     Returns:
         `Path`: The folder.
@@ -89,11 +80,12 @@ def find_model(folder: Path, *, adapter_only: bool = False) -> Path:
     Raises:
         CheckpointError: There is no model, or no adapter.
     """
+    folder = request.model.expanduser()
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; name a model folder written by hf-layerprune prune")
     if not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist; name a model folder")
-    if not adapter_only:
+    if not request.adapter_only:
         return folder
     for place in (folder, folder / "adapter"):
         if (place / ADAPTER_CONFIG).is_file() and (place / ADAPTER_WEIGHTS).is_file():
@@ -104,13 +96,12 @@ def find_model(folder: Path, *, adapter_only: bool = False) -> Path:
     )
 
 
-def list_contents(folder: Path, *, adapter_only: bool = False, include: Sequence[str] = ()) -> Contents:
+def list_contents(folder: Path, request: PushRequest) -> Contents:
     """List the files of a model folder.
 
     Args:
-        folder (`Path`): A model folder.
-        adapter_only (`bool`, *optional*, defaults to `False`): Leave out the weights of a whole model.
-        include (`Sequence[str]`, *optional*): Additional files to publish, by their path in the folder.
+        folder (`Path`): The folder to publish, from [`find_model`].
+        request (`PushRequest`): What else is published (`include`), and what is not (`adapter_only`).
 
     Returns:
         `Contents`: The files to publish, and those left out.
@@ -119,13 +110,13 @@ def list_contents(folder: Path, *, adapter_only: bool = False, include: Sequence
         CheckpointError: A file to publish is a link or not a regular file, a name is not UTF-8, or a file of `include`
             does not exist or may not be published.
     """
-    named = frozenset(name.replace(os.sep, "/") for name in include)
+    named = frozenset(name.replace(os.sep, "/") for name in request.include)
     files: dict[str, int] = {}
     left_out: dict[str, str] = {}
     for name, entry in _walk(folder):
         if name in (ASSETS, EVAL_RESULTS, TEMPLATES) and not entry.is_dir(follow_symlinks=False):
             raise CheckpointError(f"{folder / name} must be a folder, not {_kind(entry)}; remove it")
-        reason = _why_not(name, entry, adapter_only, name in named)
+        reason = _why_not(name, entry, request.adapter_only, name in named)
         if entry.is_dir(follow_symlinks=False) and reason is not None:
             continue
         if reason is not None:
@@ -188,7 +179,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 def _is_part(top: str, name: str, entry: os.DirEntry[str]) -> bool:
     if top == ASSETS:
-        return name in _pictures()
+        return name in _PICTURES
     if top == TEMPLATES:
         return name.endswith(".jinja") and "/" not in name and not name.startswith(".")
     if top == EVAL_RESULTS and name.endswith(".yaml") and "/" not in name:
@@ -203,9 +194,5 @@ def is_ours(name: str) -> bool:
     """
     top, _, rest = name.partition("/")
     if rest:
-        return (top == EVAL_RESULTS and rest.endswith(".yaml")) or (top == ASSETS and rest in _pictures())
-    return name.endswith(WEIGHTS) or name in (METRICS, LINEAGE, INDEX, SINGLE, ADAPTER_CONFIG, "config.json")
-
-
-def _pictures() -> set[str]:
-    return {f"{name}.png" for name in PICTURES}
+        return (top == EVAL_RESULTS and rest.endswith(".yaml")) or (top == ASSETS and rest in _PICTURES)
+    return name.endswith(WEIGHTS) or name in (METRICS, LINEAGE, INDEX, SINGLE, ADAPTER_CONFIG, CONFIG)

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .contents import WEIGHTS
+from ...records.fingerprints import WEIGHTS
 
 _CHUNK = 1 << 20  # characters
 # The length of the longest secret that can be found: this much of each chunk is searched again with the next one.

@@ -9,18 +9,18 @@ to the model's own folder.
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
 from ...files.copy import write_bytes, write_text
-from ...records.declared import CARD
+from ...records.declared import CARD, front_matter
+from ...records.fingerprints import WEIGHTS
 from ..card import metadata, regions
 from ..card.writing import (
     ASSETS,
@@ -33,45 +33,15 @@ from ..card.writing import (
     read_text,
     write_card,
 )
-from .checks import REFUSAL, Check, Publication, run_checks
-from .contents import WEIGHTS, Contents, find_model, is_ours, list_contents
+from ..requests import CardRequest, PushRequest
+from .checks import REFUSAL, Check, run_checks
+from .contents import Contents, find_model, is_ours, list_contents
 from .upload import PushError, Upload, Uploaded, log_in, push_errors, upload
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-logger = logging.getLogger(__name__)
-
 MESSAGE = "Upload a pruned model with hf-layerprune"
-
-
-@dataclass(frozen=True)
-class PushRequest:
-    """What to push, and where.
-
-    Args:
-        folder (`Path`): The model's folder.
-        repo_id (`str`): The repository, `namespace/name`.
-        private (`bool`, defaults to `False`): Make a new repository private, and refuse a public one.
-        adapter_only (`bool`, defaults to `False`): Push only the adapter in the folder or its subfolder `adapter`.
-        include (`tuple[str, ...]`, defaults to `()`): Additional files to publish.
-        revision (`str`, *optional*): A branch, created if it does not exist; or `refs/pr/N`.
-        create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
-        overwrite_card (`bool`, defaults to `False`): Overwrite changes that somebody made to the card on the Hub.
-        space (`str`, *optional*): A Space for the model, which the card links to.
-        token (`str` or `bool`, *optional*): As for `huggingface_hub`; by default the user's own.
-    """
-
-    folder: Path
-    repo_id: str
-    private: bool = False
-    adapter_only: bool = False
-    include: tuple[str, ...] = ()
-    revision: str | None = None
-    create_pr: bool = False
-    overwrite_card: bool = False
-    space: str | None = None
-    token: str | bool | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -128,15 +98,24 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
         if made.refusals:
             raise PushError("; ".join(check.text for check in made.refusals))
         api, user = log_in(request.token)
-        _merge_remote_card(request, contents.folder, api)
+        remote = contents.folder.parents[1] / "on-the-hub"  # also in the temporary folder
+        _merge_remote_card(request, contents.folder, _download(CARD, request, api, remote))
+
+        def removable(name: str) -> bool:
+            """Whether a file of the repository is ours; others may have written results for the leaderboards, too."""
+            if not is_ours(name) or not name.startswith(f"{EVAL_RESULTS}/"):
+                return is_ours(name)
+            path = _download(name, request, api, remote)
+            return path is not None and is_our_result(path)
+
         job = Upload(
             repo_id=request.repo_id,
-            files={name: contents.path(name) for name in contents.files},
+            files={name: contents.folder / name for name in contents.files},
             private=request.private,
             revision=request.revision,
             create_pr=request.create_pr,
             message=MESSAGE,
-            removable=lambda name: is_ours(name) and not _is_foreign_result(name, request, api),
+            removable=removable,
         )
         done = upload(job, api, user)
         _copy_back(contents, home)
@@ -144,24 +123,24 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
 
 
 def _plan(request: PushRequest, contents: Contents, home: Path) -> Plan:
-    checks = run_checks(Publication(contents, request.repo_id, request.private))
     # Messages name the user's folder, not the staging folder.
+    checks = run_checks(contents, request)
     return Plan(contents, [replace(one, text=one.text.replace(str(contents.folder), str(home))) for one in checks])
 
 
 @contextmanager
 def _staged(request: PushRequest) -> Iterator[tuple[Contents, Path]]:
     """Prepare the files in a staging folder, with the new card and records; also yield the model's own folder."""
-    home = find_model(Path(request.folder).expanduser(), adapter_only=request.adapter_only)
-    listed = list_contents(home, adapter_only=request.adapter_only, include=request.include)
+    home = find_model(request)
+    listed = list_contents(home, request)
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
-        staging = Path(place, home.resolve().name)
-        staging.mkdir()
+        staging = Path(place, "staging", home.resolve().name)
+        staging.mkdir(parents=True)
         for name in listed.files:
-            _stage(listed.path(name), staging / name)
+            _stage(home / name, staging / name)
         try:
             published = {"repo_id": request.repo_id} | ({"space": request.space} if request.space else {})
-            declare(staging, published=published)
+            declare(CardRequest(staging), published=published)
             write_card(staging, weights=False)  # the checks compare the records with the weights
         except CheckpointError as error:
             raise type(error)(str(error).replace(str(staging), str(home))) from error
@@ -183,7 +162,7 @@ def _stage(path: Path, target: Path) -> None:
 def _copy_back(contents: Contents, home: Path) -> None:
     """Copy new files from the staging folder to the model's own folder."""
     for name in contents.files:
-        path, target = contents.path(name), home / name
+        path, target = contents.folder / name, home / name
         if path.is_symlink() or (target.is_file() and target.read_bytes() == path.read_bytes()):
             continue
         target.parent.mkdir(exist_ok=True)
@@ -195,65 +174,46 @@ def _copy_back(contents: Contents, home: Path) -> None:
                 path.unlink()
 
 
-def _merge_remote_card(request: PushRequest, staging: Path, api: HfApi) -> None:
+def _merge_remote_card(request: PushRequest, staging: Path, path: Path | None) -> None:
     """Keep the text that people have added to the card on the Hub."""
-    if request.overwrite_card:
+    if request.overwrite_card or path is None:
         return
     where = f"README.md of {request.repo_id}"
-    with _remote_file(CARD, request, api) as path:
-        try:
-            remote = read_text(path) if path else None
-        except CheckpointError as error:
-            raise PushError(
-                f"{where} is not UTF-8 text; correct it on the Hub, or replace it with --overwrite-card"
-            ) from error
-    if remote is None or is_generic(remote):
-        return
-    local = read_text(staging / CARD) or ""
-    card = read_card(staging)
     try:
-        remote_fields, remote_body = metadata.front_matter(remote, where)
-        local_fields, local_body = metadata.front_matter(local, str(request.folder / CARD))
+        remote = read_text(path) or ""
+    except CheckpointError as error:
+        raise PushError(
+            f"{where} is not UTF-8 text; correct it on the Hub, or replace it with --overwrite-card"
+        ) from error
+    if is_generic(remote):
+        return
+    local, card = read_text(staging / CARD) or "", read_card(staging)
+    try:
+        remote_fields, remote_body = front_matter(remote, where)
+        local_fields, local_body = front_matter(local, str(request.model / CARD))
         theirs, mine = (regions.theirs(regions.parse(body, where)) for body in (remote_body, local_body))
         # The text added on the Hub, unless the folder's card already has all of it.
         body = local_body if mine else remote_body
         if mine and not all(any(one in own for own in mine) for one in theirs):
-            raise PushError(
-                f"{where} and the one in {request.folder} each have text that the other lacks; combine them in the folder, "
+            raise CheckpointError(
+                f"{where} and the one in {request.model} each have text that the other lacks; combine them in the folder, "
                 "or overwrite the one on the Hub with --overwrite-card"
             )
         compose(card, remote, where=where)  # raises if our own sections were changed on the Hub
         old = metadata.to_yaml(metadata.merged(local_fields, remote_fields)) + "\n" + body
         text = compose(card, old, where=where)
-    except PushError:
-        raise
     except CheckpointError as error:
         raise PushError(f"{str(error).replace('--force', '--overwrite-card')}") from error
     if text != local:
         write_text(staging / CARD, text)
 
 
-def _is_foreign_result(name: str, request: PushRequest, api: HfApi) -> bool:
-    """Whether somebody else wrote a result file for the Hub's leaderboards."""
-    if not name.startswith(f"{EVAL_RESULTS}/"):
-        return False
-    with _remote_file(name, request, api) as path:
-        return path is None or not is_our_result(path)
-
-
-@contextmanager
-def _remote_file(name: str, request: PushRequest, api: HfApi) -> Iterator[Path | None]:
+def _download(name: str, request: PushRequest, api: HfApi, place: Path) -> Path | None:
     """The current version of a file in the repository; `None` if it does not exist."""
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-    with tempfile.TemporaryDirectory() as place:
-        path = None
-        with (
-            push_errors(request.repo_id, None),
-            suppress(EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError),
-        ):
-            path = Path(
-                hf_hub_download(request.repo_id, name, revision=request.revision, token=api.token, local_dir=place)
-            )
-        yield path
+    with push_errors(request.repo_id):
+        try:
+            return Path(api.hf_hub_download(request.repo_id, name, revision=request.revision, local_dir=place))
+        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+            return None

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import CheckpointError
+from ...files.hub import Repo
 from ...records.fingerprints import ADAPTER_CONFIG, CONFIG, WEIGHTS, fingerprint, is_inert, sha256_of
 from ...records.history import History
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.metrics import FILE_NAME as METRICS
 from ...records.names import base_name
 from ...runtime.loading import is_hub_id
-
-if TYPE_CHECKING:
-    from ...files.hub import Repo
+from ..requests import VerifyRequest
 
 _RECORDS = (LINEAGE, METRICS)
 _MAX_SMALL = 512 << 20
@@ -39,22 +38,15 @@ class Place:
     repo: Repo | None = None
 
     @classmethod
-    def open(cls, model: str | Path, revision: str | None = None, token: str | bool | None = None) -> Place:
+    def open(cls, request: VerifyRequest) -> Place:
         """Locate a model and hash its files. For weights on the Hub, the hashes that the Hub lists are used.
-
-        Args:
-            model (`str` or `Path`): A folder, or a Hub id.
-            revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
-            token (`str` or `bool`, *optional*): As the Hub client takes it; by default the stored one.
 
         Raises:
             CheckpointError: The model does not exist or can't be read.
         """
-        if is_hub_id(model):
-            from ...files.hub import Repo
-
-            return cls._on_hub(Repo.open(str(model), revision, token=token))
-        folder = Path(model).expanduser()
+        if is_hub_id(request.model):
+            return cls._on_hub(Repo.open(request.model, request.revision, token=request.token))
+        folder = Path(request.model).expanduser()
         if not folder.is_dir():
             what = "is a file" if folder.is_file() else "does not exist"
             raise CheckpointError(f"{folder} {what}; name a model folder or a Hub id")
@@ -92,11 +84,6 @@ class Place:
         """Whether this is an adapter rather than a complete model."""
         return ADAPTER_CONFIG in self.hashes and CONFIG not in self.hashes
 
-    @property
-    def weights(self) -> list[str]:
-        """The weight files, including those in subfolders."""
-        return [name for name in self.hashes if name.endswith(WEIGHTS)]
-
     def path(self, name: str) -> Path:
         """The path of a file, downloaded first if the model is on the Hub."""
         return self.repo.get(name) if self.repo is not None else self.folder / name
@@ -119,18 +106,13 @@ class Base:
     token: str | bool | None = None
 
     @classmethod
-    def find(cls, history: History, named: str | None, token: str | bool | None) -> Base:
-        """Locate the base that a lineage names.
-
-        Args:
-            history (`History`): The stages of the lineage.
-            named (`str`, *optional*): The location of the base, if given by the user.
-            token (`str` or `bool`, *optional*): As the Hub client takes it.
+    def find(cls, history: History, request: VerifyRequest) -> Base:
+        """Locate the base that a lineage names, or the user.
 
         Raises:
             CheckpointError: The base can't be found or read.
         """
-        told = history.lineage.base
+        told, named, token = history.lineage.base, request.base, request.token
         place = named or str(told.get("id") or "")
         path = Path(place).expanduser()
         if place and path.exists() and (named or not told.get("commit")):
@@ -140,8 +122,6 @@ class Base:
             raise CheckpointError(
                 f"the base, {named or base_name(told)}, is not available here; give its location with --base"
             )
-        from ...files.hub import Repo
-
         repo = Repo.open(name, told.get("commit") if name == told.get("id") else None, token=token)
         repo.fetch(file for file in told.get("files") or () if file in repo.files and file.endswith(".json"))
         return cls(name, repo.commit, repo.fingerprint(), token)

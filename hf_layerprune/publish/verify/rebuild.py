@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from ...cut.disk import plan_cut
 from ...cut.plan import CheckpointPlan, ShardPlan
@@ -80,7 +81,9 @@ def rebuild(history: History, base: Base) -> Expected:
     inside: dict[str, dict[str, TensorHash]] = {}
     for shard in plan.shards:
         with LocalFile(plan.source / shard.source) as source:
-            files[shard.target], inside[shard.target] = digest(_planned(shard, source))
+            files[shard.target], inside[shard.target] = digest(
+                io.BufferedReader(_Chunks(_planned(shard, source)), _CHUNK)
+            )
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
         Path(place, CONFIG).write_bytes(plan.files[CONFIG])
         return Expected(files, inside, read_config(Path(place)).to_dict())
@@ -140,14 +143,14 @@ def digest_file(path: Path) -> dict[str, TensorHash]:
         CheckpointError: The file is not a valid safetensors file.
     """
     with path.open("rb") as file:
-        return digest(iter(lambda: file.read(_CHUNK), b""), str(path))[1]
+        return digest(file, str(path))[1]
 
 
-def digest(stream: Iterable[bytes | memoryview], name: str = "the base") -> tuple[str, dict[str, TensorHash]]:
-    """Hash a stream of a safetensors file, as a whole and tensor by tensor.
+def digest(file: BinaryIO, name: str = "the base") -> tuple[str, dict[str, TensorHash]]:
+    """Hash a safetensors file while it is read, as a whole and tensor by tensor.
 
     Args:
-        stream (`Iterable[bytes]`): The bytes of the file, in chunks of any length.
+        file (`BinaryIO`): The file.
         name (`str`, *optional*): The name to use in errors.
 
     Returns:
@@ -156,11 +159,19 @@ def digest(stream: Iterable[bytes | memoryview], name: str = "the base") -> tupl
     Raises:
         CheckpointError: The header is invalid, or the file is too short or too long.
     """
-    whole, parts = hashlib.sha256(), _Parts(stream)
-    length = int.from_bytes(parts.take(8, whole), "little")
+    whole = hashlib.sha256()
+
+    def take(count: int) -> bytes:
+        data = file.read(count)
+        if len(data) < count:
+            raise CheckpointError("a weight file is shorter than its header says; download or save it again")
+        whole.update(data)
+        return data
+
+    length = int.from_bytes(take(8), "little")
     if not 2 <= length <= _MAX_HEADER:
         raise CheckpointError(f"{name} is not a safetensors file; download or save it again")
-    header = parse_json(parts.take(length, whole), name)
+    header = parse_json(take(length), name)
     tensors: dict[str, TensorHash] = {}
     position = 0
     try:
@@ -170,48 +181,30 @@ def digest(stream: Iterable[bytes | memoryview], name: str = "the base") -> tupl
             if start != position or not start <= end:
                 raise CheckpointError(f"{name}: {tensor} does not begin where the tensor before it ends")
             own = hashlib.sha256()
-            parts.skip(end - start, whole, own)
+            for offset in range(start, end, _CHUNK):
+                own.update(take(min(_CHUNK, end - offset)))
             tensors[tensor] = TensorHash(told["dtype"], tuple(told["shape"]), own.hexdigest())
             position = end
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{name} has an invalid header: {error}") from error
-    if parts.rest():
+    if file.read(1):
         raise CheckpointError(f"{name} has bytes that do not belong to any tensor")
     return whole.hexdigest(), tensors
 
 
-class _Parts:
-    """A stream of bytes that is consumed in exact counts."""
+class _Chunks(io.RawIOBase):
+    """Chunks of bytes, as a file to read."""
 
-    def __init__(self, stream: Iterable[bytes | memoryview]) -> None:
-        self._stream = iter(stream)
-        self._left = memoryview(b"")
+    def __init__(self, chunks: Iterator[bytes | memoryview]) -> None:
+        self._chunks, self._left = filter(None, chunks), memoryview(b"")  # an empty chunk is not the end
 
-    def _next(self, count: int) -> memoryview:
-        while not self._left:
-            data = next(self._stream, None)
-            if data is None:
-                raise CheckpointError("a weight file is shorter than its header says; download or save it again")
-            self._left = memoryview(data)
-        part, self._left = self._left[:count], self._left[count:]
-        return part
+    def readable(self) -> bool:
+        return True
 
-    def take(self, count: int, *digests: Any) -> bytes:
-        taken = bytearray()
-        while len(taken) < count:
-            taken += self._next(count - len(taken))
-        for one in digests:
-            one.update(taken)
-        return bytes(taken)
-
-    def skip(self, count: int, *digests: Any) -> None:
-        while count:
-            part = self._next(count)
-            count -= len(part)
-            for one in digests:
-                one.update(part)
-
-    def rest(self) -> bool:
-        return bool(self._left) or any(bytes(data) for data in self._stream)
+    def readinto(self, buffer: Any) -> int:
+        self._left = self._left or memoryview(next(self._chunks, b""))
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count

@@ -1,6 +1,6 @@
 """`verify`: prove that a model follows from its base and its `lineage.json`, file by file and tensor by tensor.
 
-    outcome = verify("someone/SmolLM2-135M-Instruct-23L")
+    outcome = verify(VerifyRequest("someone/SmolLM2-135M-Instruct-23L"))
     print(outcome.verdict, [line.text for line in outcome.lines])
 
 The cut is repeated from the base, and the resulting files are hashed. A file with the same hash in the model is proven
@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from ...cut.folder import INDEX, SINGLE
 from ...cut.settings import read_config
 from ...errors import CheckpointError, LayerPruneError, shown
 from ...families import MARKER
@@ -29,11 +29,12 @@ from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
 from ...records.metrics import Metrics
 from ...runtime.config_file import read_config_file
+from ..requests import VerifyRequest
 from .places import Base, Place
 from .rebuild import Expected, TensorHash, digest_file, rebuild
 
 _MAX_LINES = 20
-_SINGLE, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+_ADAPTER = "adapter_model.safetensors"
 # Fields that are set on saving, and the marker of the cut, which is checked separately; none affects the outputs.
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache", MARKER}
 _ADAPTER_PREFIX = "base_model.model."
@@ -113,23 +114,11 @@ class Verified:
             self.say(True, what, otherwise)
 
 
-def verify(
-    model: str | Path,
-    *,
-    base: str | None = None,
-    revision: str | None = None,
-    accept_trained: bool = False,
-    token: str | bool | None = None,
-) -> Verified:
+def verify(request: VerifyRequest) -> Verified:
     """Verify a model against its base.
 
     Args:
-        model (`str` or `Path`): A model folder, or a Hub id.
-        base (`str`, *optional*): The location of the base, if other than recorded in the lineage.
-        revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
-        accept_trained (`bool`, *optional*, defaults to `False`): Trust the records for tensors that a repair or training
-            changed.
-        token (`str` or `bool`, *optional*): As the Hub client takes it; by default the stored one.
+        request (`VerifyRequest`): The model, and where its base is.
 
     Returns:
         `Verified`: The verdict and all findings.
@@ -137,8 +126,8 @@ def verify(
     Raises:
         CheckpointError: The model does not exist or can't be read.
     """
-    place = Place.open(model, revision, token)
-    outcome = Verified(place.name, accept_trained=accept_trained)
+    place = Place.open(request)
+    outcome = Verified(place.name, accept_trained=request.accept_trained)
     try:
         lineage = Lineage.of(place.folder)
         if lineage is None:
@@ -156,7 +145,7 @@ def verify(
     _check_records(place, lineage, outcome)
     _check_metrics(place, lineage, outcome)
     try:
-        source = Base.find(history, base, token)
+        source = Base.find(history, request)
         _check_base(source, lineage, outcome)
         expected = rebuild(history, source)
         if place.is_adapter:
@@ -177,7 +166,8 @@ def verify(
 
 def _check_records(place: Place, lineage: Lineage, outcome: Verified) -> None:
     """Check that the files are those of the last stage, and that each stage started from the output of the previous one."""
-    own = _weights_hash(place)
+    top = {name: {"sha256": sha256} for name, sha256 in place.hashes.items() if "/" not in name}
+    own = weights_hash(top)
     last = lineage.entries[-1] if lineage.entries else {}
     if last.get("weights") == own:
         outcome.say(True, "weights", f"their hash is {own[:12]}, as {LINEAGE} says")
@@ -202,10 +192,6 @@ def _check_records(place: Place, lineage: Lineage, outcome: Verified) -> None:
     outcome.say_all("files", texts, f"{len(here)} files besides the weights are as {last['stage']} wrote them")
 
 
-def _weights_hash(place: Place) -> str:
-    return weights_hash({name: {"sha256": place.hashes[name]} for name in place.weights if "/" not in name})
-
-
 def _check_metrics(place: Place, lineage: Lineage, outcome: Verified) -> None:
     try:
         metrics = Metrics.of(place.folder)
@@ -213,19 +199,10 @@ def _check_metrics(place: Place, lineage: Lineage, outcome: Verified) -> None:
             return
         top = {name: sha256 for name, sha256 in place.hashes.items() if "/" not in name or name.endswith(".jinja")}
         model = identity_of(top, base_of_adapter(place.folder) if place.is_adapter else None)
+        wrong = [f"{METRICS} {text}"] if (text := metrics.mismatch(model, lineage)) else []
+        outcome.say_all("metrics", wrong, f"{len(metrics.results)} numbers, of this model and its history")
     except CheckpointError as error:
         outcome.say(False, "metrics", str(error))
-        return
-    foreign = set(metrics.models) - {model.weights} - lineage.known_weights()
-    if metrics.weights != model.weights:
-        outcome.say(False, "metrics", f"{METRICS} was measured on other weights ({metrics.weights[:12]})")
-    elif changed := metrics.changed_since(model):
-        outcome.say(False, "metrics", f"{METRICS} was measured with another {' and '.join(changed)}")
-    elif foreign:
-        text = f"{METRICS} has numbers of weights ({min(foreign)[:12]}) that {LINEAGE} does not know"
-        outcome.say(False, "metrics", text)
-    else:
-        outcome.say(True, "metrics", f"{len(metrics.results)} numbers, of this model and its history")
 
 
 def _check_base(source: Base, lineage: Lineage, outcome: Verified) -> None:
@@ -238,23 +215,19 @@ def _check_base(source: Base, lineage: Lineage, outcome: Verified) -> None:
         outcome.say(True, "base", f"{source} is the one that {LINEAGE} names, by the hashes of its files")
 
 
-def _last_cut(history: History) -> tuple[list[int], Any]:
-    """The layers that the last cut dropped, and the number of layers before it."""
-    last = [stage for stage in history.stages if stage.name == "prune"][-1]
-    return sorted(last.settings["drop_layers"]), (last.entry.get("layers") or {}).get("base")
-
-
 def _check_cut(told: dict[str, Any], name: str, history: History, outcome: Verified) -> None:
-    dropped, of = told.get("drop_layers"), told.get("num_base_layers")
-    wanted, of_wanted = _last_cut(history)
-    if (dropped, of) != (wanted, of_wanted):
-        what = "nothing was"
-        if isinstance(dropped, list) and all(isinstance(layer, int) for layer in dropped):
-            what = f"layers {format_layers(dropped)} of {of} were"
-        text = f"{name} says that {what} dropped, and {LINEAGE} says {format_layers(wanted)} of {of_wanted}"
-        outcome.say(False, "config", f"{text}: one was edited")
-    else:
+    """Check that a config records the last cut: the dropped layers, and the number of layers before it."""
+    last = [stage for stage in history.stages if stage.name == "prune"][-1]
+    wanted, of = sorted(last.settings["drop_layers"]), (last.entry.get("layers") or {}).get("base")
+    dropped = told.get("drop_layers")
+    if (dropped, told.get("num_base_layers")) == (wanted, of):
         outcome.say(True, "config", f"{name} and {LINEAGE} agree on the cut")
+        return
+    what = "nothing was"
+    if isinstance(dropped, list) and all(isinstance(layer, int) for layer in dropped):
+        what = f"layers {format_layers(dropped)} of {told.get('num_base_layers')} were"
+    text = f"{name} says that {what} dropped, and {LINEAGE} says {format_layers(wanted)} of {of}: one was edited"
+    outcome.say(False, "config", text)
 
 
 def _check_config(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
@@ -300,7 +273,7 @@ def _check_files(place: Place, expected: Expected, outcome: Verified) -> None:
     loaded = {_ADAPTER, ADAPTER_CONFIG} if place.is_adapter else {CONFIG, *_weight_files(place)}
     texts = []
     for name, sha256 in sorted(place.hashes.items()):
-        if name in loaded or (name == _INDEX and not place.is_adapter):
+        if name in loaded or (name == INDEX and not place.is_adapter):
             continue
         if name not in expected.files or name.endswith(WEIGHTS):
             texts.append(f"{name} is not a file that the cut leaves, and may change how the model behaves; remove it")
@@ -310,9 +283,9 @@ def _check_files(place: Place, expected: Expected, outcome: Verified) -> None:
         texts += [
             f"{name} is missing"
             for name in sorted(expected.files.keys() - place.hashes.keys())
-            if not name.endswith(WEIGHTS) and name != _INDEX
+            if not name.endswith(WEIGHTS) and name != INDEX
         ]
-    others = len(place.hashes.keys() - loaded - {_INDEX})
+    others = len(place.hashes.keys() - loaded - {INDEX})
     outcome.say_all("files", texts, f"{others} other files are the base's" if others else "there are no other files")
 
 
@@ -320,12 +293,16 @@ def _weight_files(place: Place) -> list[str]:
     """The weight files that loaders read."""
     if place.is_adapter:
         return [_ADAPTER]
-    if _INDEX not in place.hashes:
-        return [_SINGLE]
-    if _SINGLE in place.hashes:
-        raise CheckpointError(f"{place.name} holds both {_SINGLE} and {_INDEX}, and loaders differ in which they read")
-    weight_map = read_object(place.path(_INDEX), max_bytes=200_000_000).get("weight_map")
+    if INDEX not in place.hashes:
+        return [SINGLE]
+    if SINGLE in place.hashes:
+        raise CheckpointError(f"{place.name} holds both {SINGLE} and {INDEX}, and loaders differ in which they read")
+    weight_map = _read_index(place)
     return sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+
+
+def _read_index(place: Place) -> Any:
+    return read_object(place.path(INDEX), max_bytes=200_000_000).get("weight_map")
 
 
 def _check_tensors(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
@@ -371,11 +348,8 @@ def _tensors(place: Place, expected: Expected) -> Iterator[tuple[str, TensorHash
             if weight_map.setdefault(name, file) != file:
                 raise CheckpointError(f"{name} is in both {weight_map[name]} and {file}")
             yield name.removeprefix(_ADAPTER_PREFIX) if place.is_adapter else name, tensor
-    if (
-        _INDEX in place.hashes
-        and read_object(place.path(_INDEX), max_bytes=200_000_000).get("weight_map") != weight_map
-    ):
-        raise CheckpointError(f"{_INDEX} and the weight files do not agree on which tensor is where")
+    if INDEX in place.hashes and _read_index(place) != weight_map:
+        raise CheckpointError(f"{INDEX} and the weight files do not agree on which tensor is where")
 
 
 def _difference(name: str, tensor: TensorHash, wanted: TensorHash | None) -> str:

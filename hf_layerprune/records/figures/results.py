@@ -279,7 +279,7 @@ def measured_with(results: Results) -> list[str]:
     if limits_seen - {None}:
         words.append(f"on the first {max(limits_seen - {None})} questions of each task")
     for name, word in (("dtype", "in"), ("device", "on")):
-        values = sorted({str(record[name]) for record in records if name in record})
+        values = sorted({str(record[name]).replace("cpu", "CPU") for record in records if name in record})
         if values:
             words.append(f"{word} {' and '.join(values)}")
     packages = {name: number for record in records for name, number in record["versions"].items()}

@@ -1,0 +1,90 @@
+"""What `card`, `push`, `verify` and `chat` can be asked for. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+
+from ..errors import CutError
+from ..options import MODEL, MODEL_HELP, PATH, Kind, Options, documented, many, option, whole
+from ..records.names import check_repository
+
+_FOLDER_HELP = "A model folder written by prune"
+# A name that is checked where it is used, so that an empty one has the same message as any other wrong one.
+_NAME = Kind(str, lambda value: value, "NAME")
+
+
+def _named(metavar: str) -> Kind:
+    return Kind(MODEL.parse, MODEL.check, metavar)
+
+
+@documented
+@dataclass
+class CardRequest(Options):
+    """What to write on a card that only its author knows."""
+
+    model: Path = option(MISSING, _FOLDER_HELP, PATH)
+    name: str | None = option(None, "The model's name until it is on the Hub; by default BASE-23L")
+    base_model: str | None = option(
+        None, "Hub id of the base, or of the model that a local base is a copy of", _named("ID")
+    )
+    license: str | None = option(None, "The base's licence, such as apache-2.0, if it declares none", _named("ID"))
+    license_name: str | None = option(None, "The name of the licence, with --license other", _named("NAME"))
+    license_link: str | None = option(None, "The URL of its text, with --license other", _named("URL"))
+    force: bool = option(False, "Overwrite changes inside the marked sections, and plots drawn by other programs")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.license_name or self.license_link) and not self.license:
+            raise CutError("--license-name and --license-link need --license (other, unless it is a well-known one)")
+
+
+@documented
+@dataclass
+class PushRequest(Options):
+    """What to push, and where."""
+
+    model: Path = option(MISSING, _FOLDER_HELP, PATH)
+    repo_id: str = option(MISSING, "NAMESPACE/NAME on the Hub", _NAME)
+    private: bool = option(False, "Make a new repository private, and refuse a public one")
+    adapter_only: bool = option(False, "Push only the adapter in MODEL or MODEL/adapter")
+    include: tuple[str, ...] = option((), "Also publish this file of MODEL; repeatable", many(_NAME))
+    revision: str | None = option(None, "Push to this branch, created if missing, or to refs/pr/N")
+    create_pr: bool = option(False, "Open a pull request instead of committing")
+    overwrite_card: bool = option(False, "Overwrite changes made to the card on the Hub")
+    space: str | None = option(None, "Also publish a chat with the model as this Space", _named("REPO_ID"))
+    space_secret: str | None = option(
+        None, "Give the Space the token in this environment variable, to read a private model", _named("VARIABLE")
+    )
+    dry_run: bool = option(False, "List files, sizes and checks, but push nothing")
+    token: str | bool | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.space and (self.revision or self.create_pr):
+            raise CutError("--space shows the model's main branch; omit --revision and --create-pr, or --space")
+        if self.space:
+            check_repository(self.space)
+
+
+@documented
+@dataclass
+class VerifyRequest(Options):
+    """What to verify, and against what."""
+
+    model: str = option(MISSING, "A model folder, or a Hub id", MODEL)
+    base: str | None = option(None, f"The base, if not where lineage.json says: {MODEL_HELP}", MODEL)
+    revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub")
+    accept_trained: bool = option(False, "Trust the records for the tensors that a repair or training changed")
+    token: str | bool | None = field(default=None, repr=False)
+
+
+@documented
+@dataclass
+class ChatRequest(Options):
+    """What to chat with, and where to serve it."""
+
+    model: str = option(MISSING, f"{MODEL_HELP}; an adapter too", MODEL)
+    base: str | None = option(None, "Dense model to compare with; by default the one that MODEL was made from", MODEL)
+    port: int | None = option(None, "Port to serve on; by default the first free one from 7860", whole(1, 65_535))
+    host: str | None = option(None, "Address to serve on, 0.0.0.0 for all; by default 127.0.0.1")
