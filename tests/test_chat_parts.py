@@ -99,9 +99,9 @@ def test_the_oldest_messages_make_room(pruned: Path, turns: int, system: str) ->
 
 def test_a_question_that_is_too_long_is_refused_with_its_length(pruned: Path) -> None:
     found = source.Source(str(pruned))
-    with pytest.raises(source.TooLong, match=r"has 504 tokens\. The context is 256 tokens, of which 56 are reserved"):
+    with pytest.raises(source.Refused, match=r"has 504 tokens\. The context is 256 tokens, of which 56 are reserved"):
         found.fit(talk("ba " * 500), 56)
-    with pytest.raises(source.TooLong, match="has 500 tokens, but only 200 fit before 56 new ones"):
+    with pytest.raises(source.Refused, match="has 500 tokens, but only 200 fit before 56 new ones"):
         found.fit_text("ba " * 500, 56)
 
 

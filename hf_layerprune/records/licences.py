@@ -80,6 +80,12 @@ _EU = (
 )
 _QWEN_NOTICE = "Qwen is licensed under the Qwen {} AGREEMENT, Copyright (c) Alibaba Cloud. All Rights Reserved."
 
+
+def _rail(title: str, link: str | None) -> Licence:
+    """A row for a licence with use restrictions."""
+    return Licence(title, link, (_COPY, _CHANGES, _RAIL), needs_text=True)
+
+
 # By the identifier that cards use: `license`, or `license_name` where `license` is `other`.
 TABLE: dict[str, Licence] = {
     "apache-2.0": Licence(
@@ -159,9 +165,8 @@ TABLE: dict[str, Licence] = {
         built_with="Built with Qwen", notice=_QWEN_NOTICE.format("RESEARCH LICENSE"), needs_text=True,
         non_commercial=True,
     ),
-    "deepseek": Licence(
-        "DeepSeek License Agreement", "https://github.com/deepseek-ai/DeepSeek-LLM/blob/main/LICENSE-MODEL",
-        (_COPY, _CHANGES, _RAIL), needs_text=True,
+    "deepseek": _rail(
+        "DeepSeek License Agreement", "https://github.com/deepseek-ai/DeepSeek-LLM/blob/main/LICENSE-MODEL"
     ),
     "falcon-llm-license": Licence(
         "TII Falcon LLM License", "https://falconllm.tii.ae/falcon-terms-and-conditions.html",
@@ -169,19 +174,16 @@ TABLE: dict[str, Licence] = {
          "State that the model is built using Falcon LLM technology from the Technology Innovation Institute."),
         built_with="Built using Falcon LLM technology from the Technology Innovation Institute", needs_text=True,
     ),
-    "bigscience-bloom-rail-1.0": Licence(
-        "BigScience BLOOM RAIL 1.0", "https://huggingface.co/spaces/bigscience/license", (_COPY, _CHANGES, _RAIL),
-        needs_text=True,
+    "bigscience-bloom-rail-1.0": _rail(
+        "BigScience BLOOM RAIL 1.0", "https://huggingface.co/spaces/bigscience/license"
     ),
-    "bigscience-openrail-m": Licence(
-        "BigScience OpenRAIL-M", "https://www.licenses.ai/blog/2022/8/26/bigscience-open-rail-m-license",
-        (_COPY, _CHANGES, _RAIL), needs_text=True,
+    "bigscience-openrail-m": _rail(
+        "BigScience OpenRAIL-M", "https://www.licenses.ai/blog/2022/8/26/bigscience-open-rail-m-license"
     ),
-    "bigcode-openrail-m": Licence(
-        "BigCode OpenRAIL-M", "https://huggingface.co/spaces/bigcode/bigcode-model-license-agreement",
-        (_COPY, _CHANGES, _RAIL), needs_text=True,
+    "bigcode-openrail-m": _rail(
+        "BigCode OpenRAIL-M", "https://huggingface.co/spaces/bigcode/bigcode-model-license-agreement"
     ),
-    "openrail": Licence("an OpenRAIL licence", None, (_COPY, _CHANGES, _RAIL), needs_text=True),
+    "openrail": _rail("an OpenRAIL licence", None),
     "nvidia-open-model-license": Licence(
         "NVIDIA Open Model License", "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license/",
         (_COPY, "Pass on a NOTICE file with NVIDIA's attribution."),

@@ -66,6 +66,20 @@ class Lineage:
         return cls(data["base"], data["entries"], data.get("published", {}))
 
     @classmethod
+    def required(cls, folder: Path, name: str | None = None) -> Lineage:
+        """Read the history of a folder, which is called `name` in errors.
+
+        Raises:
+            CheckpointError: It has none, or the file does not follow its schema.
+        """
+        lineage = cls.of(folder)
+        if lineage is None:
+            raise CheckpointError(
+                f"{name or folder} has no {FILE_NAME}, so its origin is unknown; make the model with hf-layerprune prune"
+            )
+        return lineage
+
+    @classmethod
     def update(cls, folder: Path, change: Callable[[Lineage], None]) -> Lineage:
         """Change the history of a folder under a lock, so that concurrent changes are not lost.
 
@@ -81,9 +95,7 @@ class Lineage:
             CheckpointError: The folder has no history, or the history does not follow its schema or can't be written.
         """
         with locked(folder / FILE_NAME):
-            lineage = cls.of(folder)
-            if lineage is None:
-                raise CheckpointError(f"{folder} has no {FILE_NAME}; make the model with hf-layerprune prune")
+            lineage = cls.required(folder)
             before = deepcopy(lineage)
             change(lineage)
             if lineage != before:

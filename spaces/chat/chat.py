@@ -16,9 +16,8 @@ except ImportError:
 
 
 import answers
-import gradio as gr
 from about import bytes_
-from source import Message, TooLong
+from source import Message, Refused
 from weights import Models
 
 MAX_CHARACTERS = 40_000  # of a prompt; later, its tokens are counted
@@ -44,7 +43,7 @@ def reply(talk: list[dict], system: str, *numbers: float | None) -> Iterator[tup
         answer = [{"role": "assistant", "content": state["text"]}] if state["text"] else []
         yield [*talk, *answer], small(figures(state), f"seed {settings['seed']}", note)
     if not state["text"]:
-        raise gr.Error("The model returned an empty answer. Try another seed.", print_exception=False)
+        raise Refused("The model returned an empty answer. Try another seed.")
 
 
 def complete(text: str, *numbers: float | None) -> Iterator[tuple[str, str]]:
@@ -73,15 +72,12 @@ def check(*texts: str | None) -> None:
     """Refuse a prompt while the weights are loading, or one that is far too long.
 
     Raises:
-        gr.Error: With a message for the user.
+        Refused: With a message for the user.
     """
     if "pruned" not in models.sides:
-        raise gr.Error(models.error or "The weights are still loading: try again in a moment.", print_exception=False)
+        raise Refused(models.error or "The weights are still loading: try again in a moment.")
     if (length := sum(len(text or "") for text in texts)) > MAX_CHARACTERS:
-        raise gr.Error(
-            f"This prompt has {length:,} characters, but the limit is {MAX_CHARACTERS:,}. Shorten it.",
-            print_exception=False,
-        )
+        raise Refused(f"This prompt has {length:,} characters, but the limit is {MAX_CHARACTERS:,}. Shorten it.")
 
 
 def settings_of(temperature: float, top_p: float, max_tokens: int, seed: float | None) -> dict[str, Any]:
@@ -124,38 +120,30 @@ def fitted(talk: list[dict[str, Any]], system: str | None, max_tokens: float) ->
     """A conversation as token ids, and the number of messages that had to be left out.
 
     Raises:
-        gr.Error: The last message alone is too long.
+        Refused: The last message alone is too long.
     """
     start = [{"role": "system", "content": system.strip()}] if system and system.strip() else []
-    try:
-        return models.source.fit(start + plain(talk), int(max_tokens))
-    except TooLong as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    return models.source.fit(start + plain(talk), int(max_tokens))
 
 
 def converse(talk: list[dict[str, Any]], system: str | None, settings: dict[str, Any], roles: list[str]) -> Pieces:
     """Answer the last message; yields the states of the answers, and a note on omitted messages."""
     ids, left_out = fitted(talk, system, settings["max_tokens"])
     note = f"the first {left_out} messages no longer fit and are left out" if left_out else ""
-    for states in run(roles, ids, settings):
-        yield states, note
+    yield from ((states, note) for states in run(roles, ids, settings))
 
 
 def go_on(text: str, settings: dict[str, Any], roles: list[str]) -> Pieces:
     """Continue a text, for models without a chat template."""
-    try:
-        ids = models.source.fit_text(text, settings["max_tokens"])
-    except TooLong as error:
-        raise gr.Error(str(error), print_exception=False) from error
-    for states in run(roles, ids, settings):
-        yield states, ""
+    ids = models.source.fit_text(text, settings["max_tokens"])
+    yield from ((states, "") for states in run(roles, ids, settings))
 
 
 def both(prompt: str, system: str | None, settings: dict[str, Any]) -> Pieces:
     """Let both models answer one prompt."""
     check(prompt, system)
     if "dense" not in models.sides:
-        raise gr.Error(models.no_dense or "The dense model is still loading.", print_exception=False)
+        raise Refused(models.no_dense or "The dense model is still loading.")
     if models.source.chats:
         yield from converse([{"role": "user", "content": prompt}], system, settings, ["pruned", "dense"])
     else:

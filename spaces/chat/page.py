@@ -13,7 +13,7 @@ import api
 import chat
 import gradio as gr
 from about import bytes_
-from source import Source
+from source import Refused, Source
 from weights import DEVICE
 
 MAX_WAITING = 32  # questions in the queue; more are refused
@@ -259,7 +259,7 @@ def chat_tab(settings: list[Any], glance: str) -> gr.Textbox:
 def check(message: str | None) -> None:
     """Refuse an empty message, and whatever `chat.check` refuses."""
     if not (message or "").strip():
-        raise gr.Error("Write a message first.", print_exception=False)
+        raise Refused("Write a message first.")
     chat.check(message)
 
 

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 from about import Records
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -23,8 +24,11 @@ class CannotLoad(Exception):
     """A model that does not exist or does not fit. The message is shown on the page."""
 
 
-class TooLong(Exception):
-    """A prompt that does not fit into the context. The message is shown on the page."""
+class Refused(gr.Error):
+    """A request that can't be answered. The page and the API show the message."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, print_exception=False)
 
 
 class Source:
@@ -82,7 +86,7 @@ class Source:
             `tuple[list[int], int]`: Token ids, and the number of messages that were left out.
 
         Raises:
-            TooLong: The question alone does not fit.
+            Refused: The question alone does not fit.
         """
         system = [message for message in messages[:1] if message["role"] == "system"]
         talk = messages[len(system) :]
@@ -100,7 +104,7 @@ class Source:
         start = starts[min(bisect_left(starts, True, key=fits), len(starts) - 1)]
         ids = self.encode(system + talk[start:])
         if len(ids) > room:
-            raise TooLong(
+            raise Refused(
                 f"This prompt has {len(ids):,} tokens. The context is {self.context:,} tokens, of which {max_tokens:,} are "
                 "reserved for the answer: shorten the prompt or the system prompt, or lower the maximum of new tokens."
             )
@@ -110,12 +114,12 @@ class Source:
         """A text to continue, as token ids.
 
         Raises:
-            TooLong: It does not fit.
+            Refused: It does not fit.
         """
         ids = self.tokenizer(text)["input_ids"]
         room = self.context - max_tokens
         if len(ids) > room:
-            raise TooLong(
+            raise Refused(
                 f"This text has {len(ids):,} tokens, but only {room:,} fit before {max_tokens:,} new ones: shorten it."
             )
         return ids

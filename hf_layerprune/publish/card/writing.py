@@ -45,22 +45,10 @@ def read_card(folder: Path, *, weights: bool = True) -> Card:
     Raises:
         CheckpointError: There are no records, they contradict themselves, or they belong to other weights.
     """
-    lineage = _lineage(folder)
-    metrics = Metrics.of(folder)
+    lineage, metrics = Lineage.required(folder), Metrics.of(folder)
     if weights and metrics is not None:
         metrics.check_belongs(folder, lineage)
     return Card.of(lineage, metrics)
-
-
-def _lineage(folder: Path) -> Lineage:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; name a model folder that hf-layerprune prune has written")
-    lineage = Lineage.of(folder)
-    if lineage is None:
-        raise CheckpointError(
-            f"{folder} has no lineage.json, so its origin is unknown; make the model with hf-layerprune prune"
-        )
-    return lineage
 
 
 def declare(request: CardRequest, published: dict[str, str] | None = None) -> None:
@@ -97,7 +85,7 @@ def declare(request: CardRequest, published: dict[str, str] | None = None) -> No
             lineage.published = {}  # a Space that belongs to another repository
         lineage.base, lineage.published = base, lineage.published | named
 
-    _lineage(folder)  # raises if there is none
+    Lineage.required(folder)  # or else no lock file is made
     Lineage.update(folder, change)
 
 

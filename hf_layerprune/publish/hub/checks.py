@@ -89,9 +89,7 @@ def _weights(contents: Contents, request: PushRequest) -> Outcome:
             yield REFUSAL, f"{ADAPTER_CONFIG} is in the folder of a whole model, and loaders would apply it; remove it"
     if stray := sorted(set(contents.weights) - used):
         yield REFUSAL, f"{stray[0]} is a weight file that the model does not use; remove it"
-    lineage = Lineage.of(folder)
-    if lineage is None or not lineage.entries:
-        raise CheckpointError(f"{folder} has no {LINEAGE}; only models written by hf-layerprune prune are published")
+    lineage = Lineage.required(folder)
     last, own = lineage.entries[-1], weights_hash(fingerprint(folder))
     if last.get("weights") != own:
         raise CheckpointError(
@@ -110,15 +108,15 @@ def _metrics(contents: Contents, request: PushRequest) -> Outcome:
     if metrics is None:
         yield WARNING, f"there is no {METRICS}: the card will say that nothing was measured (hf-layerprune eval)"
         return
-    metrics.check_belongs(contents.folder, Lineage.of(contents.folder))
+    metrics.check_belongs(contents.folder, Lineage.required(contents.folder))
     yield OK, f"{len(metrics.results)} numbers, measured on these weights and earlier stages"
 
 
 def _base(contents: Contents, request: PushRequest) -> Outcome:
-    lineage = Lineage.of(contents.folder)
-    if lineage and is_local(lineage.base):
+    base = Lineage.required(contents.folder).base
+    if is_local(base):
         text = (
-            f"{LINEAGE} names the base by a path on your disk, {lineage.base['id']}, which is of no use to others; "
+            f"{LINEAGE} names the base by a path on your disk, {base['id']}, which is of no use to others; "
             "name its Hub id: hf-layerprune card MODEL --base-model ORG/NAME"
         )
         yield REFUSAL, text
@@ -132,8 +130,7 @@ def _base(contents: Contents, request: PushRequest) -> Outcome:
 
 
 def _licence(contents: Contents, request: PushRequest) -> Outcome:
-    lineage = Lineage.of(contents.folder)
-    licence = LicenceFound.of(lineage.base if lineage else {})
+    licence = LicenceFound.of(Lineage.required(contents.folder).base)
     row, at = licence.row, f" ({licence.link})" if licence.link else ""
     namespace, _, name = request.repo_id.rpartition("/")
     if not licence.known:

@@ -113,55 +113,49 @@ def list_contents(folder: Path, request: PushRequest) -> Contents:
     named = frozenset(name.replace(os.sep, "/") for name in request.include)
     files: dict[str, int] = {}
     left_out: dict[str, str] = {}
-    for name, entry in _walk(folder):
-        if name in (ASSETS, EVAL_RESULTS, TEMPLATES) and not entry.is_dir(follow_symlinks=False):
-            raise CheckpointError(f"{folder / name} must be a folder, not {_kind(entry)}; remove it")
-        reason = _why_not(name, entry, request.adapter_only, name in named)
-        if entry.is_dir(follow_symlinks=False) and reason is not None:
+    for name, path in _walk(folder):
+        kind = _kind(path)
+        if name in (ASSETS, EVAL_RESULTS, TEMPLATES) and kind != "a folder":
+            raise CheckpointError(f"{path} must be a folder, not {kind}; remove it")
+        reason = _why_not(name, path, request.adapter_only, name in named)
+        if kind == "a folder" and reason is not None:
             continue
         if reason is not None:
             left_out[name] = reason
-        elif entry.is_file(follow_symlinks=False):
-            files[name] = entry.stat(follow_symlinks=False).st_size
+        elif kind == "a file":
+            files[name] = path.stat().st_size
         else:
-            raise CheckpointError(
-                f"{folder / name} is {_kind(entry)}, and only files are published; replace it by the file itself"
-            )
+            raise CheckpointError(f"{path} is {kind}, and only files are published; replace it by the file itself")
     for name in sorted(named - files.keys()):
         reason = left_out.get(name, f"there is no such file in {folder}")
         raise CheckpointError(f"--include {name}: {reason}")
     return Contents(folder, files, left_out, named & files.keys())
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """All entries below a folder in order, with relative paths, without following links."""
-    todo, count = [""], 0
-    while todo:
-        place = todo.pop(0)
-        with os.scandir(folder / place) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                name = f"{place}{entry.name}"
-                try:
-                    name.encode()
-                except UnicodeEncodeError:
-                    raise CheckpointError(
-                        f"the name of the file {os.fsencode(name)!r} in {folder} is not UTF-8; rename it"
-                    ) from None
-                count += 1
-                if count > _MOST_FILES:
-                    raise CheckpointError(f"{folder} has more than {_MOST_FILES:,} files; name a model folder")
-                yield name, entry
-                if entry.is_dir(follow_symlinks=False):
-                    todo.append(f"{name}/")
+def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
+    """All entries below a folder, with their relative paths. Links to folders are entries, and not followed."""
+    count = 0
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        for path in (Path(root, name) for name in sorted([*folders, *names])):
+            name, count = path.relative_to(folder).as_posix(), count + 1
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                text = f"the name of the file {os.fsencode(name)!r} in {folder} is not UTF-8; rename it"
+                raise CheckpointError(text) from None
+            if count > _MOST_FILES:
+                raise CheckpointError(f"{folder} has more than {_MOST_FILES:,} files; name a model folder")
+            yield name, path
 
 
-def _why_not(name: str, entry: os.DirEntry[str], adapter_only: bool, named: bool) -> str | None:
+def _why_not(name: str, path: Path, adapter_only: bool, named: bool) -> str | None:
     """The reason why a file is not published; `None` if it is."""
     top, _, rest = name.partition("/")
     if name.endswith(_PICKLES):
         return "may hold a pickle, which can run code when it is loaded"
     if rest:
-        return None if named or _is_part(top, rest, entry) else "in a folder that is not part of the model"
+        return None if named or _is_part(top, rest, path) else "in a folder that is not part of the model"
     if adapter_only and (name.endswith(WEIGHTS) or name in (INDEX, "config.json")) and name != ADAPTER_WEIGHTS:
         return "belongs to the whole model, and only the adapter is published"
     if named or name in _ALLOWED or name.endswith(WEIGHTS):
@@ -171,19 +165,19 @@ def _why_not(name: str, entry: os.DirEntry[str], adapter_only: bool, named: bool
     return "not part of the model; publish it with --include"
 
 
-def _kind(entry: os.DirEntry[str]) -> str:
-    if entry.is_symlink():
+def _kind(path: Path) -> str:
+    if path.is_symlink():
         return "a link"
-    return "a folder" if entry.is_dir() else "a file" if entry.is_file() else "a device or a pipe"
+    return "a folder" if path.is_dir() else "a file" if path.is_file() else "a device or a pipe"
 
 
-def _is_part(top: str, name: str, entry: os.DirEntry[str]) -> bool:
+def _is_part(top: str, name: str, path: Path) -> bool:
     if top == ASSETS:
         return name in _PICTURES
     if top == TEMPLATES:
         return name.endswith(".jinja") and "/" not in name and not name.startswith(".")
     if top == EVAL_RESULTS and name.endswith(".yaml") and "/" not in name:
-        return not entry.is_file(follow_symlinks=False) or is_our_result(Path(entry.path))
+        return _kind(path) != "a file" or is_our_result(path)
     return False
 
 

@@ -37,7 +37,7 @@ _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _AGAIN = "files that have arrived are not sent again"
 # What the Hub's refusals mean, by their status.
 _REFUSED = {
-    401: "the token is not valid for {repo}, or has expired; log in again with `hf auth login`",
+    401: "the token for {repo} is not valid, or has expired; log in again with `hf auth login`",
     402: "the Hub asks for a paid plan for {repo} ({says})",
     403: "{who} may not write to {repo}; ask its owner, open a pull request with --create-pr, or push to another "
     "repository",

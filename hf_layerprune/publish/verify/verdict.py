@@ -129,9 +129,7 @@ def verify(request: VerifyRequest) -> Verified:
     place = Place.open(request)
     outcome = Verified(place.name, accept_trained=request.accept_trained)
     try:
-        lineage = Lineage.of(place.folder)
-        if lineage is None:
-            raise CheckpointError(f"{place.name} has no {LINEAGE}, so it does not say what it was made of")
+        lineage = Lineage.required(place.folder, place.name)
         history = read_history(lineage)
     except CheckpointError as error:
         outcome.say(False, "lineage", str(error))
