@@ -172,9 +172,10 @@ def _shown(cell: results.Cell) -> str:
 
 def _legend(arranged: results.Results, noise: bool) -> str:
     """The legend: how to read the table, and how its numbers were measured."""
-    words = ["Small below a value: its difference from the dense model, or the ratio to it. ± is a standard error."]
+    words = ["The small figure below a value is its difference from the dense model, or its ratio to it."]
+    words.append("± is a standard error.")
     if noise:
-        words.append("<em>In italics</em>: indistinguishable from noise (p &gt; 0.05).")
+        words.append("Differences <em>in italics</em> are indistinguishable from noise (paired test, p &gt; 0.05).")
     if arranged.usual_run:
         words.append(f"Speeds are medians of n runs: {results.run_words(arranged.usual_run)}.")
     return " ".join([*words, escape(f"Measured {', '.join(results.measured_with(arranged))}.")])
@@ -191,7 +192,7 @@ def history(lineage: dict[str, Any]) -> str:
             for name, value in entry["settings"].items()
             if value not in (None, False, "", [], {}) and (name, value) not in USUAL
         )
-        seconds = f", {entry['seconds']:,.0f} s" if entry.get("seconds", 0) >= 1 else ""
+        seconds = f", {results.numbers.seconds(entry['seconds'])}" if entry.get("seconds", 0) >= 1 else ""
         items.append(
             f"<li><b>{escape(entry['stage'])}</b> <small>{escape(entry['date'][:10])}{seconds}</small>"
             f"<br>{escape(settings)}</li>"
