@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ..records.figures import numbers
 from ..records.figures.metric_names import SHARE, metric_named
-from ..records.figures.results import QUALITY, SIGNIFICANT, Cell, Results, Row, comparison, results_of, run_words
+from ..records.figures.results import QUALITY, SIGNIFICANT, Cell, Results, Row, results_of, run_words
 from ..records.metrics import Metrics
 
 _NOTES = {
@@ -71,7 +71,7 @@ def _compared(row: Row, results: Results) -> list[str]:
     cell = row.cells.get(results.own.weights) if results.own else None
     if cell is None or results.dense is None:
         return ["", "", "", ""]
-    paired = comparison(results.metrics, cell.record, results.dense.weights) or {}
+    paired = cell.paired or {}
     theory, kept, p = (paired.get(name) for name in ("theoretical_share", "share_of_margin", "p_value"))
     significance = "" if p is None else "<1e-4" if p < 1e-4 else f"{p:.2g}"
     return [

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from markupsafe import Markup
 
 from ...records.figures import numbers
-from ...records.figures.results import Cell, Results, Row, comparison
+from ...records.figures.results import Cell, Results, Row
 from .escape import prose
 
 # Above this ratio of its perplexity to the dense model's, the model no longer predicts text in any useful sense.
@@ -30,7 +30,7 @@ def limits(results: Results | None) -> list[Markup]:
     missing_base = [] if results.dense else [Markup("Its base was not measured, so what it lost is unknown.")]
     rows = [row for row in results.table(["accuracy", "text", "distance"]) if own.weights in row.cells]
     sentences = [*missing_base, *_accuracy(rows, own.weights), *_text(rows, own.weights, results)]
-    if detection_limit := _detection_limit(results, rows):
+    if detection_limit := _detection_limit(rows):
         sentences.append(detection_limit)
     return sentences
 
@@ -88,14 +88,10 @@ def _text(rows: list[Row], own: str, results: Results) -> Iterator[Markup]:
             )
 
 
-def _detection_limit(results: Results, rows: list[Row]) -> Markup | None:
+def _detection_limit(rows: list[Row]) -> Markup | None:
     """A sentence with the smallest difference that this many questions can detect."""
-    errors = []
-    for row in rows:
-        for cell in row.cells.values():
-            if row.key[0] == "accuracy" and results.dense and cell.change:
-                paired = comparison(results.metrics, cell.record, results.dense.weights)
-                errors += [paired["stderr"]] if paired and paired.get("stderr") else []
+    pairs = [cell.paired for row in rows if row.key[0] == "accuracy" for cell in row.cells.values() if cell.paired]
+    errors = [paired["stderr"] for paired in pairs if paired.get("stderr")]
     if not errors:
         return None
     least = numbers.percent(2 * max(errors))

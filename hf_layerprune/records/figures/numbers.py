@@ -32,19 +32,19 @@ def percent(value: float) -> str:
 
 def count(value: float) -> str:
     """A number of parameters or tokens, such as `1.24 B`."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size * 0.9995:
-            digits = 2 if abs(value) < 10 * size else 1
-            return f"{value / size:.{digits}f} {unit}"
-    return f"{value:.0f}"
+    return _scaled(value, {1e12: " T", 1e9: " B", 1e6: " M", 1e3: " k"}, "")
 
 
 def size(value: float) -> str:
     """A number of bytes in decimal units."""
-    for unit_size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(value) >= unit_size * 0.9995:
-            return f"{value / unit_size:.{2 if abs(value) < 10 * unit_size else 1}f} {unit}"
-    return f"{value:.0f} B"
+    return _scaled(value, {1e12: " TB", 1e9: " GB", 1e6: " MB", 1e3: " kB"}, " B")
+
+
+def _scaled(value: float, units: dict[float, str], otherwise: str) -> str:
+    for scale, unit in units.items():
+        if abs(value) >= scale * 0.9995:
+            return f"{value / scale:.{2 if abs(value) < 10 * scale else 1}f}{unit}"
+    return f"{value:.0f}{otherwise}"
 
 
 def with_error(text: str, value: float, stderr: float, *, share: bool) -> str:

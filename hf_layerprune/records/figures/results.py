@@ -55,12 +55,14 @@ class Cell:
         change (`str`): The difference or ratio; empty for the dense model.
         noise (`bool`): Whether the difference is not significant in a paired test.
         record (`dict`): The record in `metrics.json`.
+        paired (`dict`, *optional*): The record there of the paired difference from the dense model, if there is one.
     """
 
     value: str
     change: str
     noise: bool
     record: dict[str, Any] = field(repr=False)
+    paired: dict[str, Any] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ class Results:
     @property
     def packed(self) -> bool:
         """Whether the dense model was measured as a GGUF file, and this one was not."""
-        return _is_packed(self.metrics, self.dense)
+        pair = [self.dense.weights if self.dense else "", self.metrics.weights]
+        names = [self.metrics.models[weights]["name"] for weights in pair if weights in self.metrics.models]
+        return [name.endswith(".gguf") for name in names] == [True, False]
 
     def table(self, kinds: Iterable[str], *, every: bool = False) -> list[Row]:
         """The rows of the given kinds. Unless `every` is set, redundant rows are omitted: plain accuracy next to the
@@ -160,19 +164,17 @@ def results_of(metrics: Metrics | None) -> Results | None:
     """
     if metrics is None or not metrics.results:
         return None
-    columns = list(_columns(metrics))
-    dense = next((column for column in columns if column.role == "dense"), None)
+    results = Results(list(_columns(metrics)), [], metrics)
     grouped: dict[str, dict[str, dict[str, Any]]] = {}
     for record in metrics.results:
         key = json.dumps(
             [record["kind"], record.get("task"), record["metric"], record.get("settings")], sort_keys=True
         )
         grouped.setdefault(key, {})[record["weights"]] = record
-    packed = _is_packed(metrics, dense)
-    rows = [_row(by_weights, columns, dense, metrics, packed) for by_weights in grouped.values()]
+    rows = [_row(by_weights, results) for by_weights in grouped.values()]
     order = {kind: index for index, kind in enumerate((*QUALITY, *COST))}
-    rows = sorted((row for row in rows if row.cells), key=lambda row: order[row.key[0]])
-    return Results(columns, rows, metrics)
+    results.rows += sorted((row for row in rows if row.cells), key=lambda row: order[row.key[0]])
+    return results
 
 
 def _columns(metrics: Metrics) -> Iterator[ResultColumn]:
@@ -188,35 +190,15 @@ def _columns(metrics: Metrics) -> Iterator[ResultColumn]:
             yield ResultColumn(role, weights, model["layers"], model["parameters"], own)
 
 
-def _is_packed(metrics: Metrics, dense: ResultColumn | None) -> bool:
-    """Whether the dense model was a GGUF file and this one is not."""
-    names = [
-        metrics.models[weights]["name"]
-        for weights in (dense.weights if dense else "", metrics.weights)
-        if weights in metrics.models
-    ]
-    return [name.endswith(".gguf") for name in names] == [True, False]
-
-
-def _row(
-    by_weights: dict[str, dict[str, Any]],
-    columns: list[ResultColumn],
-    dense: ResultColumn | None,
-    metrics: Metrics,
-    packed: bool,
-) -> Row:
+def _row(by_weights: dict[str, dict[str, Any]], results: Results) -> Row:
     sample = next(iter(by_weights.values()))
     kind, task, metric = sample["kind"], sample.get("task", ""), sample["metric"]
-    base = by_weights.get(dense.weights) if dense else None
-    # Quantised and unquantised files can't be compared in this metric.
     known = metric_named(metric, kind, sample.get("unit"))
-    if packed and known.of_the_file:
-        base = None
-    cells = {
-        column.weights: _cell(by_weights[column.weights], base, metrics)
-        for column in columns
-        if column.weights in by_weights
-    }
+    base = by_weights.get(results.dense.weights) if results.dense else None
+    if known.of_the_file and results.packed:
+        base = None  # quantised and unquantised files can't be compared in this metric
+    columns = [column.weights for column in results.columns if column.weights in by_weights]
+    cells = {weights: _cell(by_weights[weights], base, results.metrics) for weights in columns}
     chance, settings = sample.get("chance"), sample.get("settings") or {}
     return Row(
         task=TASKS.get(task, task),
@@ -237,7 +219,7 @@ def _cell(record: dict[str, Any], base: dict[str, Any] | None, metrics: Metrics)
         text = numbers.with_error(text, value, record["stderr"], share=share)
     if base is None or base is record:
         return Cell(text, "", False, record)
-    paired = comparison(metrics, record, base["weights"])
+    paired = _paired(metrics, record, base["weights"])
     if share and metric != "top1_agreement":
         difference = paired["difference"] if paired else value - base["value"]
         change = numbers.signed(numbers.percent(difference), difference)
@@ -248,17 +230,16 @@ def _cell(record: dict[str, Any], base: dict[str, Any] | None, metrics: Metrics)
     else:
         change = numbers.ratio(value / base["value"])
     p_value = paired.get("p_value") if paired else None
-    return Cell(text, change, p_value is not None and p_value > SIGNIFICANT, record)
+    return Cell(text, change, p_value is not None and p_value > SIGNIFICANT, record, paired)
 
 
-def comparison(metrics: Metrics, record: dict[str, Any], base: str) -> dict[str, Any] | None:
-    """The paired difference between a number and the base's, if `metrics.json` has one."""
-    same = ("weights", "kind", "metric", "task")
+def _paired(metrics: Metrics, record: dict[str, Any], base: str) -> dict[str, Any] | None:
+    """The newest paired difference between a number and the base's."""
+    wanted = {name: record.get(name) for name in ("weights", "kind", "metric", "task")} | {"base": base}
     for paired in reversed(metrics.comparisons):
-        if paired["base"] == base and all(paired.get(name) == record.get(name) for name in same):
-            settings = paired.get("settings")
-            if settings is None or settings == record.get("settings"):
-                return paired
+        same = all(paired.get(name) == value for name, value in wanted.items())
+        if same and paired.get("settings") in (None, record.get("settings")):
+            return paired
     return None
 
 
