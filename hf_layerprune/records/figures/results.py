@@ -173,7 +173,7 @@ def results_of(metrics: Metrics | None) -> Results | None:
         grouped.setdefault(key, {})[record["weights"]] = record
     rows = [_row(by_weights, results) for by_weights in grouped.values()]
     order = {kind: index for index, kind in enumerate((*QUALITY, *COST))}
-    results.rows += sorted((row for row in rows if row.cells), key=lambda row: order[row.key[0]])
+    results.rows.extend(sorted((row for row in rows if row.cells), key=lambda row: order[row.key[0]]))
     return results
 
 
