@@ -198,7 +198,8 @@ class _Chunks(io.RawIOBase):
     """Chunks of bytes, as a file to read."""
 
     def __init__(self, chunks: Iterator[bytes | memoryview]) -> None:
-        self._chunks, self._left = filter(None, chunks), memoryview(b"")  # an empty chunk is not the end
+        self._chunks: Iterator[bytes | memoryview] = filter(len, chunks)  # an empty chunk is not the end
+        self._left = memoryview(b"")
 
     def readable(self) -> bool:
         return True
