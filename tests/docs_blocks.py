@@ -1,0 +1,164 @@
+"""Run every code block of the documentation, page by page, as a reader would type it.
+
+    HF_ENDPOINT=... python -m tests.docs_blocks README.md docs/index.md
+
+Each page is a folder of its own, with `./my-model` and `model.gguf` in it. Commands run in this process: starting one for
+each line would cost minutes. What is long by nature is made short by further options (`SHORT`), what serves until it is
+stopped (`chat`) is only parsed, and what builds environments (`pip`, `make`) is checked against what it names. Prints a
+line of JSON for each block that ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import sys
+import tempfile
+import time
+import tomllib
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markdown_it import MarkdownIt
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = ["--calibration-samples", "4", "--calibration-length", "32"]
+SHORT = {
+    "prune": ROWS,
+    "rank": ROWS,
+    "eval": ["--limit", "2", "--windows", "2", "--length", "32"],
+    "bench": [
+        "--repeats",
+        "1",
+        "--load-repeats",
+        "0",
+        "--new-tokens",
+        "2",
+        "--batch-sizes",
+        "1",
+        "--prompt-lengths",
+        "8",
+    ],
+}
+RECIPE = [
+    "--max_steps", "1", "--self_rows", "4", "--max_length", "32", "--calibration_samples", "4",
+    "--calibration_length", "32", "--report_to", "none", "--use_cpu", "true", "--bf16", "false",
+]  # fmt: skip
+
+
+@dataclass
+class Block:
+    """A fenced block: its page, its first line there, its language and its text."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The Python and shell blocks of a page."""
+    for token in MarkdownIt().parse(page.read_text(encoding="utf-8")):
+        language = token.info.split()[0] if token.type == "fence" and token.info else ""
+        if language in ("python", "bash"):
+            yield Block(page.name, token.map[0] + 1, language, token.content)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of each command of a shell block."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+def run_command(words: list[str]) -> None:
+    """Run one command of a shell block; raises `AssertionError` where it fails."""
+    program, *rest = words
+    if program == "hf-layerprune":
+        _hf_layerprune(rest)
+    elif program == "pip" and rest[0] == "install":
+        _pip(rest[1:])
+    elif program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert set(rest) <= set(targets), f"no make target {rest}"
+    elif program == "accelerate" and rest[0] == "launch":
+        _recipe(rest[1:])
+    elif program == "python" and rest[0] == "-m":
+        assert (ROOT / f"{rest[1].replace('.', '/')}.py").is_file(), f"no module {rest[1]}"
+    elif program == "python":
+        assert (ROOT / rest[0]).is_file(), f"no script {rest[0]}"
+    else:
+        raise AssertionError(f"nothing runs {program!r}")
+
+
+def _hf_layerprune(words: list[str]) -> None:
+    from hf_layerprune.cli import build_parser, main
+
+    if words[0] == "chat":
+        build_parser().parse_args(words)
+        return
+    code = main([*words, *SHORT.get(words[0], [])])
+    assert code == 0, f"exit code {code}"
+
+
+def _pip(words: list[str]) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for word in words:
+        named = re.fullmatch(r"(?:\.|hf-layerprune)(?:\[([\w,]+)\])?|-e", word)
+        assert named, f"pip install {word}"
+        assert set((named[1] or "").split(",")) - {""} <= set(extras)
+
+
+def _recipe(words: list[str]) -> None:
+    if words[0] == "--config_file":
+        assert (ROOT / words[1]).is_file(), f"no file {words[1]}"
+        words = words[2:]
+    assert words[0] == "recipes/sft_tail.py"
+    if words[1:] == ["..."]:
+        return
+    spec = importlib.util.spec_from_file_location("sft_tail", ROOT / words[0])
+    assert spec
+    assert spec.loader
+    recipe: Any = importlib.util.module_from_spec(spec)
+    sys.modules["sft_tail"] = recipe
+    spec.loader.exec_module(recipe)
+    words = [str(ROOT / word) if word.startswith("recipes/") else word for word in words[1:]]
+    settings = recipe.make_parser().parse_args_and_config([*words, *([] if "--config" in words else RECIPE)])
+    if "--config" not in words:  # those train models of 8 billion parameters
+        recipe.main(*settings)
+
+
+def run_page(page: Path) -> None:
+    """Run a page in an empty folder, and print a line for each block."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for name, target in json.loads(os.environ.get("DOCS_FILES", "{}")).items():
+            Path(name).symlink_to(target)
+        names: dict[str, Any] = {"__name__": "__main__"}
+        for block in blocks(page):
+            said = io.StringIO()
+            error, start = None, time.process_time()
+            try:
+                with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                    if block.language == "python":
+                        exec(compile(block.text, f"{block.page}:{block.line}", "exec"), names)
+                    else:
+                        for words in commands(block.text):
+                            said.write(f"$ {shlex.join(words)}\n")
+                            run_command(words)
+            except (Exception, SystemExit):
+                error = f"{traceback.format_exc()[-1500:]}\n{said.getvalue()[-1500:]}"
+            seconds = round(time.process_time() - start, 1)
+            print(json.dumps({"page": block.page, "line": block.line, "error": error, "seconds": seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        run_page(Path(argument).resolve())
