@@ -204,14 +204,14 @@ def training_rows(
 
     parts, seconds = [], 0.0
     if arm.rows in ("self", "both"):
-        from hf_layerprune.heal.self_data import write_rows
+        from hf_layerprune.heal.self_data import Writer
         from hf_layerprune.runtime.loading import load_base
 
         count = args.self_rows or max(16, round(12 * args.minutes))
         took = folder / f"{count}.seconds"
         begun = time.process_time()
         dense = load_base(base, dtype="auto")
-        parts.append(write_rows(dense, tokenizer, folder, count=count, length=args.length, seed=args.seed))
+        parts.append(Writer(dense, tokenizer, folder, args.seed).rows(count, args.length))
         if took.exists():  # written by an earlier arm, but charged to this one too
             seconds = max(0.0, float(took.read_text()) - (time.process_time() - begun))
         else:

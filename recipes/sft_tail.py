@@ -57,7 +57,8 @@ except ImportError:
 
 from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError, boundary
 from hf_layerprune.heal.config import HealConfig
-from hf_layerprune.options import CutOptions, arguments, take
+from hf_layerprune.heal.options import RowOptions
+from hf_layerprune.options import DTYPES, CutOptions, arguments, option, take, whole
 from hf_layerprune.records.requirements import RequireOptions
 from hf_layerprune.stages.requests import PruneRequest
 
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from hf_layerprune.heal.self_data import Writer
     from hf_layerprune.heal.student import Student
     from hf_layerprune.heal.trainer import HealTrainer
     from hf_layerprune.measure.requests import EvalRequest
@@ -80,47 +82,22 @@ RequireArguments = arguments("RequireArguments", RequireOptions)
 
 
 @dataclass
-class RowArguments:
-    """How training rows are made. With `--dataset_name self`, the dense model writes them."""
-
-    template: str = field(
-        default="auto",
-        metadata={"help": "For instructions: chat, alpaca, or auto, which uses the chat template if there is one."},
-    )
-    self_rows: int = field(default=512, metadata={"help": "Rows that the dense model writes."})
-    self_length: int = field(default=512, metadata={"help": "Tokens in each of these rows."})
-    rewrite_answers: bool = field(
-        default=False, metadata={"help": "Replace the data set's answers with the dense model's."}
-    )
-    rewrite_max_tokens: int = field(
-        default=256, metadata={"help": "The most tokens of a rewritten answer; rows with longer ones are left out."}
-    )
-    rewrite_temperature: float = field(
-        default=0.0, metadata={"help": "Sampling temperature of rewritten answers; 0 for greedy decoding."}
-    )
-
-
-@dataclass
 class MeasureArguments(RequireArguments):
     """The evaluation at the end. If the model misses a requirement, the exit code is 1 and it is not pushed."""
 
-    eval_tasks: str | None = field(default=None, metadata={"help": "Tasks, such as piqa,arc_easy; none by default."})
-    eval_texts: str | None = field(
-        default=None,
-        metadata={"help": "Texts for perplexity and distance from the dense model: wikitext2, or text files."},
+    eval_tasks: str | None = option(None, "Tasks, such as piqa,arc_easy; none by default")
+    eval_texts: str | None = option(
+        None, "Texts for perplexity and distance from the dense model: wikitext2, or text files"
     )
-    eval_from: str | None = field(default=None, metadata={"help": "A folder with files of tasks and texts."})
-    eval_limit: int | None = field(default=None, metadata={"help": "The most questions per task."})
+    eval_from: str | None = option(None, "A folder with files of tasks and texts")
+    eval_limit: int | None = option(None, "The most questions per task", whole())
 
 
 @dataclass
 class ModelArguments(ModelConfig):
     """TRL's `ModelConfig`, with the checkpoint's own type as the default."""
 
-    dtype: str | None = field(
-        default="auto",
-        metadata={"help": "Type of the weights.", "choices": ["auto", "bfloat16", "float16", "float32"]},
-    )
+    dtype: str | None = field(default="auto", metadata={"help": "Type of the weights.", "choices": list(DTYPES)})
 
 
 def main(
@@ -129,7 +106,7 @@ def main(
     model_args: ModelArguments,
     dataset_args: DatasetMixtureConfig,
     cut_args: CutOptions,
-    row_args: RowArguments,
+    row_args: RowOptions,
     measure_args: MeasureArguments,
 ) -> list[str]:
     """Prune, repair, train, merge, evaluate, publish. Returns a line for each requirement that the model misses."""
@@ -154,22 +131,15 @@ def main(
     training_args.method = method.name
     training_args.teacher = training_args.teacher or student.base
     tokenizer = load_tokenizer(student.folder)
-    train_rows, test_rows, source = prepare_rows(
-        script_args, dataset_args, row_args, training_args, student, tokenizer
-    )
+    rows = prepare_rows(script_args, dataset_args, row_args, training_args, student, tokenizer)
+    train_rows, test_rows, source = rows
 
     kwargs: dict[str, Any] = {"dtype": model_args.dtype, "trust_remote_code": False}
     if model_args.attn_implementation:
         kwargs["attn_implementation"] = model_args.attn_implementation
     model = load_student(student, method, **kwargs)
-    peft_config = adapter_config(
-        student,
-        method,
-        r=model_args.lora_r,
-        alpha=model_args.lora_alpha,
-        dropout=model_args.lora_dropout,
-        target_modules=model_args.lora_target_modules,
-    )
+    lora = {"r": model_args.lora_r, "alpha": model_args.lora_alpha, "dropout": model_args.lora_dropout}
+    peft_config = adapter_config(student, method, **lora, target_modules=model_args.lora_target_modules)
     with boundary("can't train", "HF_LAYERPRUNE_DEBUG=1 shows where it came from", LayerPruneError):
         trainer = HealTrainer(
             model,
@@ -252,32 +222,23 @@ def prepare_student(model_args: ModelArguments, cut_args: CutOptions, training_a
 def prepare_rows(
     script_args: ScriptArguments,
     dataset_args: DatasetMixtureConfig,
-    row_args: RowArguments,
+    row_args: RowOptions,
     training_args: HealConfig,
     student: Student,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Dataset, Dataset | None, str]:
     """The training rows, the evaluation rows if `--eval_strategy` is set, and the name of their source."""
     from hf_layerprune.heal.data import load_mixture, load_rows, pick_split, shape_rows
-    from hf_layerprune.heal.self_data import SELF, rewrite_answers, write_rows
+    from hf_layerprune.heal.self_data import SELF
 
-    folder = Path(str(training_args.output_dir)) / "self"
-    together: dict[str, Any] = {
-        "share": (training_args.process_index, training_args.world_size),
-        "wait": _wait,
-        "seed": training_args.data_seed or training_args.seed,
-    }
+    seed = training_args.data_seed or training_args.seed
     name, test = script_args.dataset_name, None
     if dataset_args.datasets:
         name = "+".join(part.path for part in dataset_args.datasets)
-        splits = load_mixture(dataset_args, training_args.data_seed or training_args.seed)
+        splits = load_mixture(dataset_args, seed)
     elif name == SELF:
-        dense = _dense(training_args, student)
-        return (
-            write_rows(dense, tokenizer, folder, count=row_args.self_rows, length=row_args.self_length, **together),
-            None,
-            name,
-        )
+        writer = make_writer(training_args, student, tokenizer, seed)
+        return writer.rows(row_args.self_rows, row_args.self_length), None, name
     elif name:
         splits = load_rows(name, config=script_args.dataset_config, streaming=script_args.dataset_streaming)
     else:
@@ -289,21 +250,18 @@ def prepare_rows(
 
     train = shaped(script_args.dataset_train_split)
     if row_args.rewrite_answers:
-        train = rewrite_answers(
-            _dense(training_args, student),
-            tokenizer,
-            train,
-            folder,
-            max_tokens=row_args.rewrite_max_tokens,
-            temperature=row_args.rewrite_temperature,
-            **together,
-        )
+        writer = make_writer(training_args, student, tokenizer, seed)
+        train = writer.rewritten(train, row_args.rewrite_max_tokens, row_args.rewrite_temperature)
     if training_args.eval_strategy != "no":
         test = shaped(script_args.dataset_test_split)
     return train, test, name
 
 
-def _dense(training_args: HealConfig, student: Student) -> Any:
+def make_writer(training_args: HealConfig, student: Student, tokenizer: PreTrainedTokenizerBase, seed: int) -> Writer:
+    """The dense model as a writer of rows; all processes share the work."""
+    from accelerate.state import PartialState
+
+    from hf_layerprune.heal.self_data import Writer
     from hf_layerprune.heal.stage import weights_dtype
     from hf_layerprune.runtime.loading import load_base
     from hf_layerprune.runtime.precision import in_fast_precision
@@ -312,13 +270,10 @@ def _dense(training_args: HealConfig, student: Student) -> Any:
         raise LayerPruneError("writing rows needs the dense model; name it with --teacher")
     # In the student's type, since the weights of a GGUF file would be unpacked to float32.
     dense: Any = load_base(training_args.teacher, dtype=weights_dtype(student))
-    return in_fast_precision(dense.to(training_args.device))
-
-
-def _wait() -> None:
-    from accelerate.state import PartialState
-
-    PartialState().wait_for_everyone()
+    dense = in_fast_precision(dense.to(training_args.device))
+    share = training_args.process_index, training_args.world_size
+    folder = Path(str(training_args.output_dir)) / "self"
+    return Writer(dense, tokenizer, folder, seed, share, PartialState().wait_for_everyone)
 
 
 def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
@@ -365,15 +320,8 @@ def _names(words: str | None) -> tuple[str, ...] | None:
 
 def make_parser() -> TrlParser:
     """The command line."""
-    types: Any = (
-        ScriptArguments,
-        HealConfig,
-        ModelArguments,
-        DatasetMixtureConfig,
-        CutArguments,
-        RowArguments,
-        MeasureArguments,
-    )
+    own = (ModelArguments, DatasetMixtureConfig, CutArguments, RowOptions, MeasureArguments)
+    types: Any = (ScriptArguments, HealConfig, *own)
     return TrlParser(types)
 
 

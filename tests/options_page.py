@@ -12,7 +12,8 @@ from pathlib import Path
 
 from hf_layerprune.adapter.config import LayerDropConfig
 from hf_layerprune.cli import build_parser
-from hf_layerprune.options import declared
+from hf_layerprune.heal.options import HealOptions, RowOptions
+from hf_layerprune.options import CutOptions, declared
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 _HEAD = """# Options
@@ -64,6 +65,9 @@ def page() -> str:
         lines += [f"## `hf-layerprune {name}`", "", _cell(parser.description), "", *_table(_of_command(parser)), ""]
     lines += ["## `LayerDropConfig`", "", "The fields that a user sets; PEFT's own are left out.", ""]
     lines += [*_table(_of_config(LayerDropConfig)), ""]
+    lines += ["## `HealConfig`", "", "The rest is TRL's `SFTConfig`.", "", *_table(_of_config(HealOptions)), ""]
+    lines += ["## `recipes/sft_tail.py`", "", "Those of `HealConfig`, TRL's for models and data, and:", ""]
+    lines += [*_table([*_of_config(RowOptions), *_of_config(CutOptions)]), ""]
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.heal.data import load_mixture, load_rows, pick_split, shape_rows
-from hf_layerprune.heal.self_data import write_rows
+from hf_layerprune.heal.self_data import Writer
 
 from .heal_makers import word_tokenizer
 from .tiny_models import tiny_model
@@ -141,18 +141,38 @@ def test_what_a_mixture_holds_out_is_drawn_by_the_seed(tmp_path: Path) -> None:
     assert held_out(1) != held_out(2)
 
 
-@pytest.mark.parametrize(
-    "damage", ["{", '["a"]', "1", '{"input": [3]}', '{"input_ids": "a"}', '{"input_ids": [[3], 4]}']
-)
+@pytest.mark.parametrize("damage", ["{", '["a"]', "1", '{"input_ids": [3]}', "[[3], 4]", "null"])
 def test_rows_of_an_earlier_run_that_are_damaged(tmp_path: Path, damage: str) -> None:
     model = tiny_model("llama")
 
     def write() -> Dataset:
-        return write_rows(model, word_tokenizer(), tmp_path, count=2, length=8, seed=0)
+        return Writer(model, word_tokenizer(), tmp_path, 0).rows(2, 8)
 
     rows = write().to_list()
     assert [len(row["input_ids"]) for row in rows] == [8, 8]
     (part,) = tmp_path.glob("*/part-*")
-    part.write_text(part.read_text() + damage + "\n")
+    part.write_text(f"{part.read_text()[:-1]}, {damage}]")
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         write()
+
+
+def test_answers_are_rewritten_by_greedy_decoding(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), word_tokenizer()
+    prompts = ["w5 w6 w7", "w9", "w11 w12 w13 w14"]
+    given = Dataset.from_list([{"prompt": prompt, "completion": "w3"} for prompt in prompts])
+    wanted = {}
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        own = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
+        wanted[prompt] = own
+    ends = wanted[prompts[0]][3]  # the first answer ends here, and others only if they say the same
+    model.generation_config.eos_token_id = ends
+    writer = Writer(model, tokenizer, tmp_path, 0)
+    found = writer.rewritten(given, 6, 0.0).to_list()
+    expected = [
+        {"prompt": prompt, "completion": tokenizer.decode(ids[: ids.index(ends)], skip_special_tokens=True)}
+        for prompt, ids in wanted.items()
+        if ends in ids[1:] and ids.index(ends)
+    ]
+    assert found == expected
+    assert writer.rewritten(given, 6, 0.0).to_list() == found  # from its parts

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from hf_layerprune.heal import losses
-from hf_layerprune.heal.losses import Distillation, Head, Lesson, LogitTransform, head_loss
+from hf_layerprune.heal.losses import Head, Lesson, LogitTransform, head_loss
 
 VOCABULARY, WIDTH = 11, 6
 
@@ -28,9 +28,9 @@ def plain(
     if ce_weight is not None:
         loss = loss + ce_weight * F.cross_entropy(z, labels, reduction="sum", ignore_index=-100)
     if lesson is not None:
-        t = lesson.distillation.temperature
+        t = lesson.temperature
         q, p = F.log_softmax(z / t, -1), F.log_softmax(logits(lesson.hidden, lesson.head) / t, -1)
-        first, second = (p, q) if lesson.distillation.direction == "forward" else (q, p)
+        first, second = (p, q) if lesson.direction == "forward" else (q, p)
         kl = (first.exp() * (first - second)).sum(-1)
         loss = loss + lesson.weight * t * t * (kl * lesson.mask).sum()
     return loss
@@ -78,12 +78,13 @@ def test_loss_and_gradients_are_those_of_autograd(
             Head(some(VOCABULARY, WIDTH + 2), None, transform),
             torch.rand(tokens) < 0.7,
             torch.tensor(0.3),
-            Distillation(temperature, direction),
+            temperature,
+            direction,
         )
     ce_weight = torch.tensor(0.7) if "ce" in kind else None
     head = Head(weight, offset, transform)
-    with mock.patch.object(losses, "_WORDS", words):
-        found = head_loss(hidden, head, labels, ce_weight, lesson, chunk_bytes=4 * VOCABULARY * chunk)
+    with mock.patch.multiple(losses, _WORDS=words, CHUNK_BYTES=4 * VOCABULARY * chunk):
+        found = head_loss(hidden, head, labels, ce_weight, lesson)
     wanted = plain(hidden, head, labels, ce_weight, lesson)
     assert torch.allclose(found.loss, wanted, rtol=1e-4, atol=1e-5)
     trained = [tensor for tensor in (hidden, weight, offset) if tensor is not None]
@@ -99,7 +100,7 @@ def test_parts_are_sums_over_what_counts() -> None:
     labels = (hidden @ weight.T).argmax(-1)
     labels[1] = -100
     labels[2] = (labels[2] + 1) % VOCABULARY
-    lesson = Lesson(hidden, Head(weight), torch.tensor([True] * 5), torch.tensor(1.0), Distillation(temperature=2.0))
+    lesson = Lesson(hidden, Head(weight), torch.tensor([True] * 5), torch.tensor(1.0), temperature=2.0)
     found = head_loss(hidden, Head(weight), labels, torch.tensor(1.0), lesson)
     assert found.correct == 3
     assert found.kd.abs() < 1e-5  # the same distribution
@@ -132,9 +133,8 @@ def test_gradient_added_up_at_once() -> None:
     labels = torch.randint(0, VOCABULARY, (2, 30))
     for weight, accumulate in zip(weights, (False, True), strict=True):
         for states, words in zip(hidden, labels, strict=True):
-            found = head_loss(
-                states, Head(weight), words, torch.tensor(0.5), chunk_bytes=4 * VOCABULARY * 8, accumulate=accumulate
-            )
+            with mock.patch.object(losses, "CHUNK_BYTES", 4 * VOCABULARY * 8):
+                found = head_loss(states, Head(weight), words, torch.tensor(0.5), accumulate=accumulate)
             found.loss.backward()
     assert torch.allclose(weights[0].grad, weights[1].grad, rtol=1e-5, atol=1e-6)
     with torch.no_grad():

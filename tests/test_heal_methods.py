@@ -60,7 +60,7 @@ def test_a_new_method_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_has_every_method() -> None:
     from hf_layerprune.heal.config import HealConfig
 
-    assert HealConfig.__dataclass_fields__["method"].metadata["help"] == method_help()
+    assert HealConfig.__dataclass_fields__["method"].metadata["help"] == f"{method_help()}."
 
 
 @pytest.mark.parametrize(

@@ -12,27 +12,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_layerprune.errors import CheckpointError
-from hf_layerprune.heal.store import Column, StateStore, fill, hash_rows, hash_tensors
+from hf_layerprune.heal.store import StateCache, hash_rows, hash_tensors, make_room
 
 WIDTH = 3
-
-
-def column(source: str = "weights", name: str = "prefix", dtype: torch.dtype = torch.float32) -> Column:
-    return Column(name, WIDTH, dtype, source)
 
 
 def states_of(row: int, length: int) -> torch.Tensor:
     return torch.arange(length * WIDTH, dtype=torch.float32).view(length, WIDTH) + 1000 * row
 
 
-def filled(store: StateStore, lengths: list[int], max_tokens: int = 8) -> list[list[int]]:
+def cache_of(folder: Path, lengths: list[int], shard_tokens: int = 100) -> StateCache:
+    cache = StateCache(folder, lengths, WIDTH * 4, shard_tokens * WIDTH * 4)
+    make_room([cache])
+    return cache
+
+
+def filled(cache: StateCache, lengths: list[int], max_tokens: int = 8, share: tuple[int, int] = (0, 1)) -> list:
     batches: list[list[int]] = []
 
-    def run(rows: list[int]) -> dict[str, list[torch.Tensor]]:
+    def run(rows: list[int]) -> list[torch.Tensor]:
         batches.append(rows)
-        return {"prefix": [states_of(row, lengths[row]) for row in rows]}
+        return [states_of(row, lengths[row]) for row in rows]
 
-    fill(store, ["prefix"], store.missing("prefix"), run, max_tokens, "test", show=False)
+    cache.fill(run, max_tokens, "test", share)
     return batches
 
 
@@ -41,98 +43,70 @@ def filled(store: StateStore, lengths: list[int], max_tokens: int = 8) -> list[l
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20),
     shard_tokens=st.integers(1, 30),
     max_tokens=st.integers(1, 30),
+    processes=st.integers(1, 3),
     data=st.data(),
 )
 def test_what_is_read_is_what_was_written(
-    lengths: list[int], shard_tokens: int, max_tokens: int, data: st.DataObject
+    lengths: list[int], shard_tokens: int, max_tokens: int, processes: int, data: st.DataObject
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        store = StateStore(Path(folder), lengths, "rows", [column()], shard_bytes=shard_tokens * WIDTH * 4)
-        batches = filled(store, lengths, max_tokens)
+        cache = cache_of(Path(folder) / "states", lengths, shard_tokens)
+        assert all(sum(lengths[row] for row in rows[:-1]) < shard_tokens for rows in cache.shards)
+        batches = [
+            batch for rank in range(processes) for batch in filled(cache, lengths, max_tokens, (rank, processes))
+        ]
         assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
         for batch in batches:
             assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= max_tokens
-        assert store.missing("prefix") == []
+        assert cache.missing() == []
         rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=8))
-        for row, found in zip(rows, store.read("prefix", rows), strict=True):
+        for row, found in zip(rows, cache.read(rows), strict=True):
             assert torch.equal(found, states_of(row, lengths[row]))
 
 
 def test_what_was_interrupted_goes_on(tmp_path: Path) -> None:
     lengths = [5, 4, 3, 2]
-    store = StateStore(tmp_path, lengths, "rows", [column()], shard_bytes=WIDTH * 4 * 5)
-    assert len(store.shards) == 3
+    cache = cache_of(tmp_path / "states", lengths, 5)
+    assert cache.shards == [[0], [1, 2], [3]]
     calls: list[list[int]] = []
 
-    def run(rows: list[int]) -> dict[str, list[torch.Tensor]]:
+    def run(rows: list[int]) -> list[torch.Tensor]:
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(rows)
-        return {"prefix": [states_of(row, lengths[row]) for row in rows]}
+        return [states_of(row, lengths[row]) for row in rows]
 
     with pytest.raises(KeyboardInterrupt):
-        fill(store, ["prefix"], store.missing("prefix"), run, 5, "test", show=False)
-    again = StateStore(tmp_path, lengths, "rows", [column()], shard_bytes=WIDTH * 4 * 5)
-    assert again.missing("prefix") == [2]
-    assert filled(again, lengths) == [[2, 3]]
+        cache.fill(run, 5, "test")
+    again = cache_of(tmp_path / "states", lengths, 5)
+    assert again.missing() == [1, 2]  # the second shard was not complete
+    assert filled(again, lengths) == [[1, 2], [3]]
 
 
-def test_states_of_another_shape_are_not_stored(tmp_path: Path) -> None:
-    store = StateStore(tmp_path, [2], "rows", [column()])
-    with pytest.raises(ValueError, match="not"):
-        store.write("prefix", 0, torch.zeros(3, WIDTH))
-    with pytest.raises(ValueError, match="not"):
-        store.write("prefix", 0, torch.zeros(2, WIDTH, dtype=torch.bfloat16))
-    assert store.missing("prefix") == [0]
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def test_a_column_can_come_later_and_go(tmp_path: Path) -> None:
-    store = StateStore(tmp_path, [2, 1], "rows", [column()])
-    filled(store, [2, 1])
-    store.add(column("other", "shared"))
-    store.write("shared", 0, torch.ones(3, WIDTH))
-    assert torch.equal(store.read("shared", [1])[0], torch.ones(1, WIDTH))
-    store.forget("shared")
-    assert store.missing("shared") == [0]
-    assert torch.equal(store.read("prefix", [0])[0], states_of(0, 2))
-
-
-@pytest.mark.parametrize(
-    ("rows", "other"),
-    [("others", column()), ("rows", column("changed")), ("rows", column(dtype=torch.bfloat16))],
-)
-def test_states_of_something_else_are_not_read(tmp_path: Path, rows: str, other: Column) -> None:
-    filled(StateStore(tmp_path, [2], "rows", [column()]), [2])
-    assert StateStore(tmp_path, [2], rows, [other]).missing("prefix") == [0]
-    assert StateStore(tmp_path, [2], "rows", [column()]).missing("prefix") == []  # and what was there stays
-
-
-def test_only_its_own_columns_are_deleted(tmp_path: Path) -> None:
+def test_only_its_own_folder_is_deleted(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "thesis.txt").write_text("precious")
-    first, second = (StateStore(tmp_path / "cache", [2], "rows", [column(source)]) for source in "ab")
+    first, second = (cache_of(tmp_path / "cache" / name, [2]) for name in "ab")
     filled(first, [2])
     filled(second, [2])
     second.delete()
-    assert first.missing("prefix") == []
+    assert first.missing() == []
     first.delete()
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thesis.txt"]
-    alone = StateStore(tmp_path / "alone", [2], "rows", [column()])
-    alone.delete()
+    cache_of(tmp_path / "alone" / "states", [2]).delete()
     assert not (tmp_path / "alone").exists()
 
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("precious")
     with pytest.raises(CheckpointError, match="cache"):
-        StateStore(tmp_path / "cache", [2], "rows", [column()])
+        cache_of(tmp_path / "cache" / "states", [2])
     assert (tmp_path / "cache").read_text() == "precious"
 
 
 def test_too_large_for_the_disk_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="free; free some space or write elsewhere"):
-        StateStore(tmp_path, [10**12], "rows", [column()])
+        cache_of(tmp_path / "states", [10**12])
     assert list(tmp_path.iterdir()) == []
 
 

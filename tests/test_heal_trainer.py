@@ -304,7 +304,9 @@ def cache(llama: Bench, tmp_path: Path) -> Path:
 def test_cache_is_kept_and_used_again(llama: Bench, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     shards = sorted(path for path in cache.rglob("*") if path.is_file())
     assert [path.parent.name.partition("-")[0] for path in shards] == ["prefix", "teacher"]
-    assert load_file(shards[0])["states"].shape[1] == 32
+    states = load_file(shards[0])
+    assert sorted(map(int, states)) == list(range(24))
+    assert all(of_row.shape[1] == 32 for of_row in states.values())
     before = {path: path.stat().st_mtime_ns for path in shards}
     with caplog.at_level(logging.INFO, "hf_layerprune"):
         llama.trainer(cache="on", cache_dir=str(cache), keep_cache=True, loss="kd").train()

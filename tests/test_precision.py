@@ -122,7 +122,7 @@ def test_training(slow: bool, base: Path, tmp_path: Path, method: str) -> None:
     assert {p.dtype for p in frozen} <= {torch.float32 if slow else torch.bfloat16}
     with stage("heal", {}) as entry:
         trainer.train()
-    assert trainer._precomputed.teacher_head.weight.dtype == (torch.float32 if slow else torch.bfloat16)
+    assert trainer.data_collator.precomputed.teacher_head.weight.dtype == (torch.float32 if slow else torch.bfloat16)
     trainer.save_model(str(tmp_path / "trained"))
     write_healed(student, tmp_path / "trained", tmp_path / "healed", entry)
     before, after = stored(tmp_path / "cut"), stored(tmp_path / "healed")

@@ -90,13 +90,8 @@ class CalibrationSet:
     def record(self) -> dict[str, Any]:
         """The entry for `lineage.json`."""
         samples, length = self.input_ids.shape
-        return {
-            "source": self.source,
-            "samples": samples,
-            "length": length,
-            "seed": self.seed,
-            "fingerprint": self.fingerprint,
-        }
+        shape = {"source": self.source, "samples": samples, "length": length}
+        return shape | {"seed": self.seed, "fingerprint": self.fingerprint}
 
 
 def load_calibration(
@@ -132,8 +127,12 @@ def load_calibration(
     for name, value, least in (("calibration_samples", samples, 1), ("calibration_length", length, 2)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise CutError(f"{name}={value!r} must be a whole number, {least} or more")
-    if model is not None:
-        _check_length(model, length)
+    config = None if model is None else model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < length:
+        raise CutError(
+            f"calibration_length={length} is more than the {limit} positions of the model; use {limit} or less"
+        )
     if source == SELF:
         if model is None:
             raise CutError('calibration="self" is text written by the dense model; pass the model')
@@ -172,31 +171,20 @@ def check_vocabulary(calibration: CalibrationSet, model: PreTrainedModel | None)
         )
 
 
-def _check_length(model: PreTrainedModel, length: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < length:
-        raise CutError(
-            f"calibration_length={length} is more than the {limit} positions of the model; use {limit} or less"
-        )
-
-
 # --- text from files and data sets ----------------------------------------------------------------------
 
 
 def _documents(source: str, seed: int) -> Iterator[str | list[dict[str, Any]]]:
     name, _, column = source.partition(":")
     path = Path(name).expanduser()
-    if path.suffix in (".txt", ".json", ".jsonl") or path.is_file():
-        if not path.is_file():
-            raise CheckpointError(
-                f"calibration file {path} does not exist; name one that does, a data set on the Hub, or self"
-            )
+    named = path.suffix in (".txt", ".json", ".jsonl") or (name.startswith((".", "/", "~")) and not path.is_dir())
+    if path.is_file():
         documents = _rows(path, column or "text") if path.suffix in (".json", ".jsonl") else _text(path)
         Random(seed).shuffle(documents)
         yield from documents
-    elif name.startswith((".", "/", "~")) and not path.is_dir():
+    elif named:
         raise CheckpointError(
-            f"calibration {name} does not exist; name a .txt or .jsonl file, a data set on the Hub, or self"
+            f"calibration file {path} does not exist; name a .txt or .jsonl file, a data set on the Hub, or self"
         )
     else:
         yield from _data_set(source, seed)
@@ -213,79 +201,53 @@ def _read(path: Path) -> str:
 
 def _text(path: Path) -> list[str]:
     """The text in large pieces, so that their boundaries matter little."""
-    pieces, piece, size = [], [], 0
-    for line in _read(path).splitlines(keepends=True):
-        piece.append(line)
-        size += len(line)
-        if size >= _PIECE:
-            pieces.append("".join(piece))
-            piece, size = [], 0
-    return pieces + (["".join(piece)] if piece else [])
+    text = _read(path)
+    return [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)]
 
 
 def _rows(path: Path, column: str) -> list[str | list[dict[str, Any]]]:
     text = _read(path)
-    documents = []
-    for where, row in _json_array(path, text) if path.suffix == ".json" else _json_lines(path, text):
-        if not isinstance(row, dict) or not _is_document(row.get(column)):
-            has = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-            raise CheckpointError(
-                f"{where} of {path} has no text in {column!r}, only {has}; name the column: {path}:COLUMN"
-            )
-        documents.append(row[column])
-    return documents
+    if path.suffix == ".json":
+        try:
+            rows = parse_json(text, str(path))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; is it JSON lines? Then name it .jsonl") from error
+        if not isinstance(rows, list):
+            raise CheckpointError(f"{path} is not a list of rows; write one row per line and name it .jsonl")
+        found = {f"row {number}": row for number, row in enumerate(rows)}
+    else:
+        lines = {f"line {number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
+        found = {where: parse_json(line, f"{where} of {path}") for where, line in lines.items()}
+    return [_document(row, column, f"{where} of {path}", str(path)) for where, row in found.items()]
 
 
-def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"line {number}", parse_json(line, f"line {number} of {path}")
-
-
-def _json_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = parse_json(text, str(path))
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; is it JSON lines? Then name it .jsonl") from error
-    if not isinstance(rows, list):
-        raise CheckpointError(f"{path} is not a list of rows; write one row per line and name it .jsonl")
-    for number, row in enumerate(rows):
-        yield f"row {number}", row
-
-
-def _is_document(value: Any) -> bool:
-    """Whether a value is text, or a chat as a list of messages."""
-    return isinstance(value, str) or (
-        isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
-    )
+def _document(row: Any, column: str, where: str, source: str) -> str | list[dict[str, Any]]:
+    """The text or the chat, a list of messages, in a column of a row."""
+    value = row.get(column) if isinstance(row, dict) else None
+    is_chat = isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+    if isinstance(value, str) or is_chat:
+        return value  # type: ignore[return-value]
+    has = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
+    raise CheckpointError(f"{where} has no text in {column!r}, only {has}; name the column: {source}:COLUMN")
 
 
 def _data_set(source: str, seed: int) -> Iterator[str | list[dict[str, Any]]]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise LayerPruneError(
-            'data sets on the Hub need the package datasets; pip install "hf-layerprune[eval]"'
-        ) from None
+        need = 'data sets on the Hub need the package datasets; pip install "hf-layerprune[eval]"'
+        raise LayerPruneError(need) from None
     name, _, rest = source.partition(":")
     split, _, column = rest.partition(":")
     name, _, config = name.partition("@")
     split, column = split or "train", column or "text"
     if split.partition("[")[0] in _HELD_BACK:
         logger.warning("calibration uses the %s split of %s; don't evaluate on it afterwards", split, name)
-    try:
+    with boundary(f"can't read calibration {source}"):
         # Streamed, so that only the rows that are used are downloaded.
         rows = load_dataset(name, config or None, split=split, streaming=True, trust_remote_code=False)
         for row in rows.shuffle(seed, buffer_size=_BUFFER):
-            if not _is_document(row.get(column)):
-                raise CheckpointError(
-                    f"{name} has no text in {column!r}, only {', '.join(row)}; name the column: {name}:{split}:COLUMN"
-                )
-            yield row[column]
-    except CheckpointError:
-        raise
-    except Exception as error:  # the library raises many kinds of errors
-        raise CheckpointError(f"can't read calibration {source}: {' '.join(str(error).split())[:300]}") from error
+            yield _document(row, column, name, f"{name}:{split}")
 
 
 def _tokens(

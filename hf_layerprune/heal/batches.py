@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..runtime.head import Head
 from ..runtime.prefix import Prefix
-from .store import StateStore
+from .store import StateCache
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from .config import HealConfig
 
 
@@ -23,19 +21,14 @@ class Precomputed:
     """The result of [`precompute`].
 
     Args:
-        store (`StateStore`, *optional*): The states of the rows.
+        caches (`dict[str, StateCache]`): The states that each batch contains: `"prefix"`, `"teacher"`.
         prefix (`Prefix`, *optional*): The frozen layers, if they were taken out of the model.
         teacher_head (`Head`, *optional*): The dense model's head, in distillation.
     """
 
-    store: StateStore | None = None
+    caches: dict[str, StateCache] = field(default_factory=dict)
     prefix: Prefix | None = None
     teacher_head: Head | None = None
-
-    @property
-    def columns(self) -> list[str]:
-        """The kinds of states that each batch contains."""
-        return ["prefix"] * (self.prefix is not None) + ["teacher"] * (self.teacher_head is not None)
 
 
 class StateCollator:
@@ -49,19 +42,16 @@ class StateCollator:
     def __init__(self, inner: Callable[[list[dict]], dict[str, Any]], padding_free: bool) -> None:
         self.inner = inner
         self.padding_free = padding_free
-        self.precomputed: Precomputed | None = None
+        self.precomputed = Precomputed()
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows; states are added as `prefix_states` and `teacher_states`, and row numbers as `rows`."""
         rows = [example["row"] for example in examples if "row" in example]
         batch = self.inner([{name: value for name, value in e.items() if name != "row"} for e in examples])
-        if not rows:
-            return batch
-        batch["rows"] = torch.tensor(rows)
-        if self.precomputed is not None and self.precomputed.store is not None:
-            for column in self.precomputed.columns:
-                states = self.precomputed.store.read(column, rows)
-                batch[f"{column}_states"] = self.joined(states, batch["input_ids"].shape[1])
+        if rows:
+            batch["rows"] = torch.tensor(rows)
+            for name, cache in self.precomputed.caches.items():
+                batch[f"{name}_states"] = self.joined(cache.read(rows), batch["input_ids"].shape[1])
         return batch
 
     def joined(self, states: list[torch.Tensor], length: int) -> torch.Tensor:
@@ -80,11 +70,6 @@ class StateCollator:
         return [states[:length] for states, length in zip(batch, lengths, strict=True)]
 
 
-def numbered(dataset: Dataset, first: int) -> Dataset:
-    """Add a column `row` of row numbers that start at `first`."""
-    return dataset.add_column("row", list(range(first, first + len(dataset))))
-
-
 def token_counts(batches: list[dict[str, Any]], args: HealConfig) -> torch.Tensor:
     """How many tokens of the batches have a label, and on how many the distillation loss is computed, `[2]`."""
     counts = torch.zeros(2)
@@ -101,10 +86,3 @@ def taught_positions(inputs: dict[str, Any], labels: torch.Tensor, args: HealCon
     if "attention_mask" in inputs:
         return inputs["attention_mask"][:, 1:] != 0
     return inputs["position_ids"][:, 1:] != 0
-
-
-def real_tokens(inputs: dict[str, Any]) -> torch.Tensor:
-    """The number of tokens in a batch that are not padding."""
-    if "attention_mask" in inputs:
-        return inputs["attention_mask"].sum()
-    return torch.tensor(inputs["position_ids"].shape[1])

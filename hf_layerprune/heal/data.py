@@ -7,13 +7,12 @@ Known shapes: `prompt` and `completion`; `messages` or `conversations`; `instruc
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, boundary
+from .options import TEMPLATES
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TEMPLATES = ("auto", "chat", "alpaca")
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 # Columns of an instruction, of its context, and of its answer.
 _INSTRUCTIONS = (("instruction", "input", "output"), ("instruction", "context", "response"))
@@ -31,12 +29,6 @@ _SHAPES = (
     "prompt and completion, messages, conversations, instruction and output (input is optional), instruction and "
     "response (context is optional), or text"
 )
-
-# The template of Stanford Alpaca, with which the paper trains.
-_ALPACA = (
-    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
-)
-_ALPACA_INPUT = ", paired with an input that provides further context"
 
 
 def load_rows(name: str, *, config: str | None = None, streaming: bool = False) -> DatasetDict:
@@ -69,11 +61,11 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
 
 
 def load_mixture(mixture: DatasetMixtureConfig, seed: int = 42) -> DatasetDict:
-    """Read a mixture of data sets, as TRL does, but hold rows out with a seed, so that all processes agree.
+    """Read a mixture of data sets.
 
     Args:
         mixture (`DatasetMixtureConfig`): The data sets, and how much of each.
-        seed (`int`, defaults to 42): Seed that decides which rows are held out.
+        seed (`int`, defaults to 42): Seed that decides which rows are held out, so that all processes agree.
 
     Returns:
         `DatasetDict`: Its splits: `train` and, if rows are held out, `test`.
@@ -81,15 +73,12 @@ def load_mixture(mixture: DatasetMixtureConfig, seed: int = 42) -> DatasetDict:
     Raises:
         CheckpointError: A data set can't be read, or they can't be combined.
     """
+    from transformers import set_seed
     from trl import get_dataset
 
-    names = ", ".join(part.path for part in mixture.datasets)
-    with boundary(f"can't read the mixture of {names}"):
-        splits = get_dataset(replace(mixture, test_split_size=None))  # TRL draws the held-out rows without a seed
-        if mixture.test_split_size is None:
-            return splits
-        (rows,) = splits.values()
-        return rows.train_test_split(test_size=mixture.test_split_size, seed=seed)
+    with boundary(f"can't read the mixture of {', '.join(part.path for part in mixture.datasets)}"):
+        set_seed(seed)  # TRL draws the held-out rows without a seed of its own
+        return get_dataset(mixture)
 
 
 def pick_split(rows: DatasetDict, split: str, name: str) -> Dataset:
@@ -142,20 +131,19 @@ def shape_rows(
     chats = tokenizer.chat_template is not None
     if "input_ids" in columns or {"prompt", "completion"} <= set(columns):
         return rows
-    for conversation in ("messages", "conversations"):
-        if conversation in columns:
-            if not chats:
-                raise CheckpointError(f"{name} has {conversation}, but the tokenizer has no chat template for them")
-            with _rows_of(name):
-                return _split_conversations(rows, conversation, columns)
-    for question, about, answer in _INSTRUCTIONS:
-        if {question, answer} <= set(columns):
-            if template == "chat" and not chats:
-                raise CheckpointError("template=chat, but the tokenizer has no chat template; use template=alpaca")
-            make = _chat_row if template == "chat" or (template == "auto" and chats) else _alpaca_row
-            names = {"question": question, "about": about, "answer": answer}
-            with _rows_of(name):
-                return rows.map(_from_columns, fn_kwargs={"make": make, **names}, remove_columns=columns)
+    conversation = next((name for name in ("messages", "conversations") if name in columns), None)
+    if conversation is not None:
+        if not chats:
+            raise CheckpointError(f"{name} has {conversation}, but the tokenizer has no chat template for them")
+        with _rows_of(name):
+            return _split_conversations(rows, conversation, columns)
+    names = next((names for names in _INSTRUCTIONS if {names[0], names[2]} <= set(columns)), None)
+    if names is not None:
+        if template == "chat" and not chats:
+            raise CheckpointError("template=chat, but the tokenizer has no chat template; use template=alpaca")
+        make = _chat_row if template != "alpaca" and chats else _alpaca_row
+        with _rows_of(name):
+            return rows.map(lambda row: make(*(row.get(key) or "" for key in names)), remove_columns=columns)
     if text_field in columns:
         return rows
     raise CheckpointError(f"{name} has the columns {', '.join(columns)}, but training needs {_SHAPES}")
@@ -163,10 +151,6 @@ def shape_rows(
 
 def _rows_of(name: str) -> AbstractContextManager[None]:
     return boundary(f"can't use the rows of {name}", "each needs all its columns, and each message a role and content")
-
-
-def _from_columns(row: dict[str, Any], make: Callable, question: str, about: str, answer: str) -> dict[str, Any]:
-    return make(row[question], row.get(about) or "", row[answer])
 
 
 def _chat_row(instruction: str, about: str, answer: str) -> dict[str, Any]:
@@ -178,30 +162,28 @@ def _chat_row(instruction: str, about: str, answer: str) -> dict[str, Any]:
 
 
 def _alpaca_row(instruction: str, about: str, answer: str) -> dict[str, Any]:
-    head = _ALPACA.format(_ALPACA_INPUT if about else "") + f"### Instruction:\n{instruction}\n\n"
-    return {"prompt": head + (f"### Input:\n{about}\n\n" if about else "") + "### Response:\n", "completion": answer}
-
-
-def _message(part: dict[str, Any]) -> dict[str, Any]:
-    """A message in the format of chat templates, converted from ShareGPT's `{from, value}` if necessary."""
-    if "from" not in part:
-        return part
-    return {"role": _ROLES.get(part["from"], part["from"]), "content": part["value"]}
+    """The template of Stanford Alpaca, with which the paper trains."""
+    paired = ", paired with an input that provides further context" if about else ""
+    task = f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the"
+    prompt = f"{task} request.\n\n### Instruction:\n{instruction}\n\n"
+    return {"prompt": prompt + f"### Input:\n{about}\n\n" * bool(about) + "### Response:\n", "completion": answer}
 
 
 def _split_conversations(rows: Dataset, column: str, columns: list[str]) -> Dataset:
     """Make the last answer the completion, and everything before it the prompt."""
 
+    def message(part: dict[str, Any]) -> dict[str, Any]:
+        if "from" not in part:
+            return part
+        return {"role": _ROLES.get(part["from"], part["from"]), "content": part["value"]}  # ShareGPT
+
     def split(row: dict[str, Any]) -> dict[str, Any]:
-        messages = [_message(part) for part in row[column]]
-        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+        messages = list(map(message, row[column]))
+        last = max((i for i, said in enumerate(messages) if said["role"] == "assistant"), default=0)
         return {"prompt": messages[:last], "completion": messages[last : last + 1]}
 
-    def answers(row: dict[str, Any]) -> bool:
-        return bool(row["prompt"]) and row["completion"][0]["role"] == "assistant"
-
     logger.info("only the last answer of each conversation is learned; everything before it is the prompt")
-    shaped = rows.map(split, remove_columns=columns).filter(answers)
+    shaped = rows.map(split, remove_columns=columns).filter(lambda row: bool(row["prompt"]))
     if hasattr(shaped, "__len__") and not len(shaped):
         raise CheckpointError(f"no row of {column} has an answer of the assistant after another message")
     return shaped

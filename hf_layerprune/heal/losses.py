@@ -8,10 +8,9 @@ twice. Logits stay in the type of the product, and are overwritten by their grad
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
 
 from ..runtime.head import Head, LogitTransform
 
@@ -20,29 +19,12 @@ from ..runtime.head import Head, LogitTransform
 CHUNK_BYTES, DEVICE_CHUNK_BYTES = 32 * 2**20, 256 * 2**20
 # On a CPU, a chunk's logits are processed in float32 in parts that are small enough to stay in the cache.
 _CACHED_BYTES = 2**20
-# On a CPU, the rows of the head that are cast, and the rows of its gradient that are computed, at a time.
+# On a CPU, the rows of the head's gradient that are computed at a time: the whole product takes twice as long as its
+# parts, and memory for a transposed copy.
 _WORDS = 8192
 
-DIRECTIONS = ("forward", "reverse")
 
-
-@dataclass(frozen=True)
-class Distillation:
-    """How the teacher's distribution p and the student's q are compared.
-
-    Args:
-        temperature (`float`, defaults to 1.0): Logits of both are divided by it, and the loss is multiplied by its
-            square, so that gradients keep their scale (arXiv:1503.02531).
-        direction (`str`, defaults to `"forward"`): `"forward"` for KL(p || q), which is mode-covering, or `"reverse"`
-            for KL(q || p), which is mode-seeking.
-    """
-
-    temperature: float = 1.0
-    direction: str = "forward"
-
-
-@dataclass
-class HeadLoss:
+class HeadLoss(NamedTuple):
     """The loss of some tokens.
 
     Args:
@@ -60,25 +42,25 @@ class HeadLoss:
 
 @dataclass(frozen=True)
 class Lesson:
-    """The teacher's side of the loss for some tokens.
+    """The teacher's side of the loss for some tokens: how far its distribution p is from the student's q.
 
     Args:
         hidden (`torch.Tensor`): The teacher's states `[tokens, teacher's width]`, the input of its head.
         head (`Head`): The teacher's head, which gets no gradient.
         mask (`torch.Tensor`): The tokens to distil on, boolean `[tokens]`.
         weight (`torch.Tensor`): Weight of each of them, a scalar.
-        distillation (`Distillation`): How the two distributions are compared.
+        temperature (`float`, defaults to 1.0): Logits of both are divided by it, and the loss is multiplied by its
+            square, so that gradients keep their scale (arXiv:1503.02531).
+        direction (`str`, defaults to `"forward"`): `"forward"` for KL(p || q), which is mode-covering, or `"reverse"`
+            for KL(q || p), which is mode-seeking.
     """
 
     hidden: torch.Tensor
     head: Head
     mask: torch.Tensor
     weight: torch.Tensor
-    distillation: Distillation
-
-    def raw_logits(self, part: slice) -> torch.Tensor:
-        """The teacher's logits for a slice of the tokens, before its head's transform."""
-        return self.head.raw(self.hidden[part])
+    temperature: float = 1.0
+    direction: str = "forward"
 
 
 def head_loss(
@@ -87,7 +69,6 @@ def head_loss(
     labels: torch.Tensor,
     ce_weight: torch.Tensor | None,
     lesson: Lesson | None = None,
-    chunk_bytes: int | None = None,
     *,
     accumulate: bool = False,
 ) -> HeadLoss:
@@ -100,8 +81,6 @@ def head_loss(
         ce_weight (`torch.Tensor`, *optional*): Weight of a labelled token's cross-entropy, a scalar. Without one,
             cross-entropy is only reported.
         lesson (`Lesson`, *optional*): The teacher's side.
-        chunk_bytes (`int`, *optional*): Approximate size of a chunk's logits. By default 32 MiB on a CPU and 256 MiB
-            elsewhere.
         accumulate (`bool`, defaults to `False`): Add the gradient of the head's weights to their `grad` directly,
             which saves a second matrix of their size. Use it only if `backward` is called on this loss without scaling
             it: otherwise `backward` raises a `RuntimeError`.
@@ -109,27 +88,14 @@ def head_loss(
     Returns:
         `HeadLoss`: The loss and its parts.
     """
-    chunk_bytes = chunk_bytes or (CHUNK_BYTES if hidden.device.type == "cpu" else DEVICE_CHUNK_BYTES)
-    into = None
-    if accumulate and head.weight is not None and takes_gradient(head.weight):
-        into = head.weight.grad
-        if into is None:
-            into = head.weight.grad = torch.zeros_like(head.weight)
-    return HeadLoss(
-        *_HeadLoss.apply(hidden, head.weight, head.bias, head.transform, labels, ce_weight, lesson, chunk_bytes, into)
-    )
-
-
-def takes_gradient(weight: torch.Tensor) -> bool:
-    """Whether a gradient may be added to `weight.grad` directly: a float32 leaf without hooks, gradients enabled."""
-    hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
-    return (
-        torch.is_grad_enabled()
-        and weight.requires_grad
-        and weight.is_leaf
-        and weight.dtype == torch.float32
-        and not hooks
-    )
+    weight, into = head.weight, None
+    if accumulate and weight is not None and weight.requires_grad and weight.is_leaf and torch.is_grad_enabled():
+        hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
+        if weight.dtype == torch.float32 and not hooks:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            into = weight.grad
+    return HeadLoss(*_HeadLoss.apply(hidden, weight, head.bias, head.transform, labels, ce_weight, lesson, into))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -145,36 +111,34 @@ class _HeadLoss(torch.autograd.Function):
         labels: torch.Tensor,
         ce_weight: torch.Tensor | None,
         lesson: Lesson | None,
-        chunk_bytes: int,
         into: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         device = hidden.device
         autocast = weight is not None and torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        sums = _Sums(*torch.zeros(4, device=device).unbind())
+        sums = HeadLoss(*torch.zeros(4, device=device).unbind())
         d_hidden: Any = torch.empty_like(hidden) if wants_hidden else None
         d_weight: Any = into
         if weight is not None and wants_weight and into is None:
             d_weight = torch.zeros(weight.shape, device=device, dtype=torch.float32)
-        d_bias: Any = (
-            torch.zeros(bias.shape, device=device, dtype=torch.float32) if wants_bias and bias is not None else None
-        )
+        d_bias: Any = None
+        if bias is not None and wants_bias:
+            d_bias = torch.zeros(bias.shape, device=device, dtype=torch.float32)
         vocabulary = hidden.shape[1] if weight is None else weight.shape[0]
-        size = max(1, chunk_bytes // (dtype.itemsize * vocabulary))
-        rows = max(1, _CACHED_BYTES // (4 * vocabulary)) if device.type == "cpu" else size
-        # On a CPU the whole product takes twice as long as its parts, and memory for a transposed copy.
-        words = _WORDS if device.type == "cpu" else vocabulary
+        on_cpu = device.type == "cpu"
+        size = max(1, (CHUNK_BYTES if on_cpu else DEVICE_CHUNK_BYTES) // (dtype.itemsize * vocabulary))
+        rows = max(1, _CACHED_BYTES // (4 * vocabulary)) if on_cpu else size
+        words = _WORDS if on_cpu else vocabulary
         with torch.autocast(device.type, enabled=False):
-            # On a GPU, casting the weights for each chunk would take as long as the products, so they are cast once.
-            cast = weight.to(dtype) if weight is not None and device.type != "cpu" else weight
-            matrix = _Matrix(None if cast is None else cast.detach(), dtype, words)
-            offset = bias.to(dtype) if bias is not None else None
+            # Casting the weights for each chunk would take as long as the products, so they are cast once.
+            matrix = None if weight is None else weight.detach().to(dtype)
+            offset = None if bias is None else bias.to(dtype)
             for start in range(0, hidden.shape[0], size):
                 part = slice(start, min(start + size, hidden.shape[0]))
                 states = hidden[part].to(dtype)
-                raw = matrix.logits(states, offset)
-                taught = None if lesson is None else lesson.raw_logits(part)
+                raw = Head(matrix, offset).raw(states)
+                taught = None if lesson is None else lesson.head.raw(lesson.hidden[part])
                 for first in range(0, len(raw), rows):  # the gradient overwrites the logits
                     piece = slice(first, min(first + rows, len(raw)))
                     few = slice(start + piece.start, start + piece.stop)
@@ -183,10 +147,10 @@ class _HeadLoss(torch.autograd.Function):
                     wanted = None if taught is None else taught[piece]
                     gradient = _gradient(logits, labels[few], ce_weight, lesson, wanted, few, sums)
                     raw[piece] = transform.backward(gradient, capped)
-                if wants_bias:
+                if d_bias is not None:
                     d_bias += raw.sum(0, dtype=d_bias.dtype)
                 if wants_hidden:
-                    d_hidden[part] = matrix.back(raw).to(hidden.dtype)
+                    d_hidden[part] = raw if matrix is None else raw @ matrix
                 if wants_weight:
                     for tokens, out in zip(raw.split(words, 1), d_weight.split(words), strict=True):
                         out += tokens.T @ states
@@ -194,7 +158,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.accumulated = into is not None
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, bias)]
         ctx.mark_non_differentiable(sums.ce, sums.kd, sums.correct)
-        return sums.loss, sums.ce, sums.kd, sums.correct
+        return tuple(sums)
 
     @staticmethod
     def backward(ctx: Any, d_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
@@ -209,53 +173,8 @@ class _HeadLoss(torch.autograd.Function):
             None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype),
             None if d_weight is None else d_weight.mul_(d_loss).to(weight_dtype),
             None if d_bias is None else d_bias.mul_(d_loss).to(bias_dtype),
-            *(None,) * 6,
+            *(None,) * 5,
         )
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """Products with the head's weights in another type, without casting all of the weights at once.
-
-    Args:
-        weight (`torch.Tensor`, *optional*): `[vocabulary, hidden]`; without one, states are logits already.
-        dtype (`torch.dtype`): The type of the product.
-        words (`int`): How many rows of the weights are cast at a time.
-    """
-
-    weight: torch.Tensor | None
-    dtype: torch.dtype
-    words: int
-
-    def logits(self, states: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
-        """`[tokens, hidden]` to `[tokens, vocabulary]`."""
-        if self.weight is None:
-            return states.clone()
-        if self.weight.dtype == self.dtype:
-            return F.linear(states, self.weight, offset)
-        raw = states.new_empty(len(states), len(self.weight))
-        for rows, out in zip(self.weight.split(self.words), raw.split(self.words, 1), strict=True):
-            out.copy_(states @ rows.to(self.dtype).T)
-        return raw if offset is None else raw.add_(offset)
-
-    def back(self, gradient: torch.Tensor) -> torch.Tensor:
-        """`[tokens, vocabulary]` to `[tokens, hidden]`."""
-        if self.weight is None:
-            return gradient
-        if self.weight.dtype == self.dtype:
-            return gradient @ self.weight
-        parts = zip(gradient.split(self.words, 1), self.weight.split(self.words), strict=True)
-        return sum((some @ rows.to(self.dtype)).float() for some, rows in parts)
-
-
-@dataclass
-class _Sums:
-    """Sums over chunks."""
-
-    loss: torch.Tensor
-    ce: torch.Tensor
-    kd: torch.Tensor
-    correct: torch.Tensor
 
 
 def _gradient(
@@ -265,7 +184,7 @@ def _gradient(
     lesson: Lesson | None,
     taught: torch.Tensor | None,
     part: slice,
-    sums: _Sums,
+    sums: HeadLoss,
 ) -> torch.Tensor:
     """Add the losses of some tokens to the sums, and return the gradient of their logits, in the logits' memory.
 
@@ -274,7 +193,7 @@ def _gradient(
     counted = labels != -100
     targets = torch.where(counted, labels, 0)[:, None]
     largest, best = logits.max(-1, keepdim=True)
-    sums.correct += ((best == targets)[:, 0] & counted).sum()
+    sums.correct.add_(((best == targets)[:, 0] & counted).sum())
     z = logits.sub_(largest)
     of_target = z.gather(-1, targets)
     ce_rows = counted[:, None] * (0.0 if ce_weight is None else ce_weight)
@@ -283,7 +202,7 @@ def _gradient(
         total = q.sum(-1, keepdim=True)
         gradient = q.mul_(ce_rows / total)
     else:
-        t = lesson.distillation.temperature
+        t = lesson.temperature
         own = None
         if t != 1.0:
             own = z.exp()
@@ -300,7 +219,7 @@ def _gradient(
         shared: torch.Tensor | float = 0.0
         if t == 1.0:
             total, shared = q_total, ce_rows
-        if lesson.distillation.direction == "forward":  # d KL(p || q) / dz = (q - p) / t
+        if lesson.direction == "forward":  # d KL(p || q) / dz = (q - p) / t
             kl = torch.linalg.vecdot(p, gap) / p_total[:, 0] + norms
             gradient = q.mul_((kd_rows + shared) / q_total).addcmul_(p, kd_rows / p_total, value=-1)
         else:  # d KL(q || p) / dz = q * (log q - log p - KL) / t, in which the norms cancel
@@ -310,11 +229,11 @@ def _gradient(
         if own is not None and ce_weight is not None:
             gradient.add_(own.mul_(ce_rows / total))
         kl = kl.mul_(mask).sum() * t**2
-        sums.kd += kl
-        sums.loss += kl * lesson.weight
+        sums.kd.add_(kl)
+        sums.loss.add_(kl * lesson.weight)
     ce = ((total.log() - of_target) * counted[:, None]).sum()
-    sums.ce += ce
+    sums.ce.add_(ce)
     if ce_weight is not None:
-        sums.loss += ce * ce_weight
+        sums.loss.add_(ce * ce_weight)
         gradient.scatter_add_(-1, targets, -ce_rows.to(gradient.dtype))
     return gradient

@@ -47,13 +47,8 @@ def _lora(*, r: int, alpha: int, dropout: float, target_modules: list[str] | str
     """LoRA on a pruned model: on every linear layer but the head, unless `target_modules` says otherwise."""
     from peft import LoraConfig
 
-    return LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=target_modules or "all-linear",
-        task_type="CAUSAL_LM",
-    )
+    where = target_modules or "all-linear"
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=where, task_type="CAUSAL_LM")
 
 
 def _four_bits() -> dict[str, Any]:
@@ -67,13 +62,8 @@ def _four_bits() -> dict[str, Any]:
         raise LayerPruneError('method=qlora needs bitsandbytes: pip install "hf-layerprune[quant]"') from None
     from transformers import BitsAndBytesConfig
 
-    four_bits = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return {"quantization_config": four_bits}
+    kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **kind)}
 
 
 # --- the methods ------------------------------------------------------------------------------------------
@@ -146,11 +136,6 @@ METHODS: dict[str, Tuning] = {
 }  # fmt: skip
 
 
-def method_names() -> str:
-    """All methods, for errors and help; `auto` depends on where the cut is, see `choose_method`."""
-    return ", ".join(["auto", *(f"{method.name}{method.number}" for method in METHODS.values())])
-
-
 def method_help() -> str:
     """What each method trains, for the help of `--method`."""
     lines = [f"{method.name}{method.number} ({method.help})" for method in METHODS.values()]
@@ -189,26 +174,11 @@ class Method:
         return sorted({layer for part, n in self.parts if part.layers for layer in part.layers(cut, n)})
 
     def learning_rate(self, hidden_size: int) -> float:
-        """A learning rate to start from.
-
-        Args:
-            hidden_size (`int`): The model's width.
-
-        Returns:
-            `float`: For AdamW, at the schedule's peak.
-        """
+        """AdamW's peak learning rate for a model of this width."""
         return self.parts[0][0].learning_rate(hidden_size)
 
     def tail_config(self, cut: Cut, base: str | None) -> LayerDropConfig:
-        """The adapter that trains whole layers.
-
-        Args:
-            cut (`Cut`): The cut.
-            base (`str`, *optional*): The base of the adapter.
-
-        Returns:
-            `LayerDropConfig`: For `get_peft_model` on the pruned model.
-        """
+        """The adapter that trains whole layers of a pruned model, with its base if that is known."""
         from ..adapter.config import LayerDropConfig
 
         return LayerDropConfig(
@@ -251,8 +221,9 @@ def parse_method(name: str) -> Method:
             if count is not None and (len(words) == 1 or tuning.layers is not None):
                 parts[tuning.name] = tuning, count
     if len(parts) != len(words):
+        known = ", ".join(["auto", *(f"{method.name}{method.number}" for method in METHODS.values())])
         raise CutError(
-            f"method={name!r} is unknown; it may be {method_names()}, where N is a number of layers; methods that "
+            f"method={name!r} is unknown; it may be {known}, where N is a number of layers; methods that "
             "train layers may be joined with +"
         )
     return Method(name, tuple(parts.values()))

@@ -1,13 +1,13 @@
 """Computed once per training run: the frozen layers' output, and the dense model's last hidden states, for each row.
 
-There is one pass with the student, whose frozen layers are then unloaded, and one with the teacher, which starts at
-the first layer that differs from the student's. Both are divided among processes, and resume after an interruption.
+There is one pass with the student, whose frozen layers are then unloaded, and one with the teacher, which starts from
+the frozen layers' output if it has the same layers. Both are divided among processes, and resume after an interruption.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import LayerPruneError
-from ..runtime.parts import TROUBLE, close
+from ..runtime.head import Head
+from ..runtime.parts import TROUBLE, close, evaluating
 from ..runtime.prefix import Prefix, first_trained_layer
 from .batches import Precomputed
-from .store import Column, StateStore, fill, hash_rows, hash_tensors
-from .student import cut_of
+from .store import StateCache, hash_rows, hash_tensors, make_room
 from .teacher import Teacher
 
 if TYPE_CHECKING:
@@ -64,18 +64,18 @@ class _Run:
         self.device = trainer.args.device
         self.datasets = trainer.numbered_datasets
         self.lengths = [len(ids) for dataset in self.datasets for ids in dataset["input_ids"]]
-        self.main = trainer.accelerator.is_main_process
         self.why_not = _why_not(trainer)
+        self.state_bytes = 0  # of a token, behind the prefix
 
-    def run(self, teacher_model: PreTrainedModel | None) -> Precomputed:
-        args, precomputed = self.args, Precomputed()
+    def run(self, model: PreTrainedModel | None) -> Precomputed:
+        args, caches = self.args, dict[str, StateCache]()
         prefix = self._prefix() if args.cache != "off" else None
         if prefix is None and args.cache == "on":
             raise LayerPruneError(f"the frozen layers can't be precomputed: {self.why_not}; use cache=auto or off")
         if prefix is None and args.cache == "auto":
             logger.warning("the frozen layers run in every step: %s", self.why_not)
         if prefix is None and not args.distils:
-            return precomputed
+            return Precomputed()
         if is_split_by_deepspeed(self.model):
             raise LayerPruneError(
                 f"loss={args.loss} needs the dense model whole, but DeepSpeed ZeRO-3 splits every model; use ZeRO-2, "
@@ -83,22 +83,23 @@ class _Run:
             )
         if not self.datasets:
             raise LayerPruneError(f"loss={args.loss} does not work with streamed data; use loss=ce, or do not stream")
-        teacher = self._teacher(teacher_model, prefix) if args.distils else None
-        store = precomputed.store = self._open(prefix, teacher)
         if prefix is not None:
-            self._run_student(store, prefix, teacher)
-            self.accelerator.wait_for_everyone()
-            prefix.skip()
-            prefix.unload()
-            precomputed.prefix = prefix
-        if teacher is not None:
-            self._run_teacher(store, teacher, prefix)
-            teacher.let_go(self.device, self.output.head())
-            precomputed.teacher_head = teacher.head
-            self.accelerator.wait_for_everyone()
-            if self.main:
-                store.forget("shared")
-        return precomputed
+            caches["prefix"] = self._cache("prefix", self.state_bytes, hash_tensors(prefix.parameters(), prefix.depth))
+        teacher = None
+        if args.distils:
+            source = model if model is not None else args.teacher
+            if source is None:
+                raise LayerPruneError(f"loss={args.loss} needs the dense model; name it with --teacher")
+            teacher = Teacher(source, self.model, prefix)
+            token = teacher.width * teacher.model.dtype.itemsize
+            caches["teacher"] = self._cache("teacher", token, teacher.fingerprint)
+        with self.accelerator.main_process_first():
+            if self.accelerator.is_main_process:
+                make_room(list(caches.values()))
+        if prefix is not None:
+            self._run_student(caches["prefix"], prefix)
+        head = None if teacher is None else self._run_teacher(caches["teacher"], teacher, caches.get("prefix"))
+        return Precomputed(caches, prefix, head)
 
     # --- what can be precomputed -------------------------------------------------------------------------
 
@@ -130,10 +131,12 @@ class _Run:
             with prefix.recorded() as states:
                 wanted = self.output.states(**inputs, use_cache=False)
             recorded = states[prefix.depth]
+            self.state_bytes = recorded.shape[-1] * recorded.dtype.itemsize
             if recorded.shape[:-1] != inputs["input_ids"].shape:
                 return "layers pass on several streams of hidden states"
-            with self._training():
-                again = prefix.run(**inputs)[prefix.depth]
+            self.model.train()
+            again = prefix.run(**inputs)[prefix.depth]
+            self.model.eval()
             if not close(again, recorded):
                 return "their output differs in training mode, as with dropout"
             alone = prefix.run(**self._inputs(rows[:1]))[prefix.depth]
@@ -144,98 +147,54 @@ class _Run:
             states = self.output.states(**prefix.put(recorded, inputs), use_cache=False)
         return "" if close(states, wanted) else "layers pass more than hidden states to each other"
 
-    def _teacher(self, model: PreTrainedModel | None, prefix: Prefix | None) -> Teacher:
-        source = model if model is not None else self.args.teacher
-        if source is None:
-            raise LayerPruneError(f"loss={self.args.loss} needs the dense model; name it with --teacher")
-        kwargs = {"attn_implementation": self.model.config._attn_implementation}
-        return Teacher(
-            self.model, cut_of(self.model.config), source, prefix.depth if prefix is not None else 0, **kwargs
-        )
-
     # --- the passes --------------------------------------------------------------------------------------
 
-    def _open(self, prefix: Prefix | None, teacher: Teacher | None) -> StateStore:
-        columns = []
-        if prefix is not None:
-            columns.append(self._column(prefix, "prefix", prefix.depth))
-        if teacher is not None:
-            source = hash_tensors([], teacher.fingerprint, self._settings())
-            columns.append(Column("teacher", teacher.width, teacher.dtype, source))
+    def _cache(self, name: str, token_bytes: int, source: str) -> StateCache:
+        """A cache in a folder that is named by a hash of all that decides its states."""
+        precision, attention = self.accelerator.mixed_precision, self.model.config._attn_implementation
+        settings = (precision, str(self.model.dtype), attention, self.collator.padding_free)
+        known = hash_tensors([], source, *map(hash_rows, self.datasets), token_bytes, settings)
         folder = Path(self.args.cache_dir or Path(str(self.args.output_dir)) / "cache")
-        rows = "-".join(hash_rows(dataset) for dataset in self.datasets)
-        with self.accelerator.main_process_first():
-            return StateStore(folder, self.lengths, rows, columns, main=self.main)
+        return StateCache(folder / f"{name}-{known[:16]}", self.lengths, token_bytes)
 
-    def _column(self, prefix: Prefix, name: str, depth: int) -> Column:
-        with self._inference():
-            state = prefix.run((depth,), **self._inputs([0]))[depth]
-        source = hash_tensors(prefix.parameters(), depth, self._settings())
-        return Column(name, state.shape[-1], state.dtype, source)
+    def _run_student(self, cache: StateCache, prefix: Prefix) -> None:
+        def run(inputs: dict[str, Any], rows: list[int]) -> torch.Tensor:
+            return prefix.run(**inputs)[prefix.depth]
 
-    def _settings(self) -> tuple[Any, ...]:
-        precision = self.accelerator.mixed_precision
-        return precision, str(self.model.dtype), self.model.config._attn_implementation, self.collator.padding_free
+        self._fill(cache, run, "Frozen layers")
+        prefix.skip()
+        prefix.unload()
 
-    def _run_student(self, store: StateStore, prefix: Prefix, teacher: Teacher | None) -> None:
-        shards = set(store.missing("prefix"))
-        depths = {"prefix": prefix.depth}
-        if teacher is not None and 0 < teacher.shared < prefix.depth and (untaught := store.missing("teacher")):
-            store.add(self._column(prefix, "shared", teacher.shared))
-            depths["shared"] = teacher.shared
-            shards |= set(store.missing("shared")) & set(untaught)
+    def _run_teacher(self, cache: StateCache, teacher: Teacher, prefix: StateCache | None) -> Head:
+        def run(inputs: dict[str, Any], rows: list[int]) -> torch.Tensor:
+            shared = None
+            if prefix is not None and teacher.shares:
+                shared = self.collator.joined(prefix.read(rows), inputs["input_ids"].shape[1]).to(self.device)
+            return teacher.states(inputs, shared)
 
-        def run(rows: list[int]) -> dict[str, list[torch.Tensor]]:
-            states = prefix.run(tuple(depths.values()), **self._inputs(rows))
-            lengths = [self.lengths[row] for row in rows]
-            return {name: self.collator.parted(states[depth], lengths) for name, depth in depths.items()}
-
-        self._fill(store, list(depths), shards, run, "Frozen layers")
-
-    def _run_teacher(self, store: StateStore, teacher: Teacher, prefix: Prefix | None) -> None:
-        shards = store.missing("teacher")
-        if not shards:
-            return
-        column = "shared" if prefix is not None and teacher.shared < prefix.depth else "prefix"
-        with self._inference():
-            teacher.prepare(self._inputs([0]), self.device, needs_ids=prefix is not None and prefix.needs_ids)
-
-        def run(rows: list[int]) -> dict[str, list[torch.Tensor]]:
-            inputs, shared = self._inputs(rows), None
-            if teacher.shared:
-                shared = self.collator.joined(store.read(column, rows), inputs["input_ids"].shape[1]).to(self.device)
-            states = teacher.states(inputs, shared).to(store.columns["teacher"].dtype)
-            return {"teacher": self.collator.parted(states, [self.lengths[row] for row in rows])}
-
-        self._fill(store, ["teacher"], shards, run, "Dense model")
+        if cache.missing():
+            teacher.model.to(self.device)
+        self._fill(cache, run, "Dense model")
+        return teacher.let_go(self.device, self.output.head())
 
     def _fill(
-        self, store: StateStore, columns: list[str], shards: Iterable[int], run: Callable, description: str
+        self, cache: StateCache, run: Callable[[dict[str, Any], list[int]], torch.Tensor], description: str
     ) -> None:
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = [shard for shard in sorted(shards) if shard % world == rank]
-        usual = _CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS
-        tokens = self.args.cache_batch_tokens or usual
+        tokens = self.args.cache_batch_tokens or (_CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS)
         if self.collator.padding_free:  # all rows form one sequence, so attention spans all of them
             tokens = min(tokens, self.args.per_device_train_batch_size * (self.args.max_length or tokens))
+
+        def states(rows: list[int]) -> list[torch.Tensor]:
+            return self.collator.parted(run(self._inputs(rows), rows), [self.lengths[row] for row in rows])
+
         with self._inference():
-            fill(store, columns, mine, run, tokens, description, show=self.main)
+            cache.fill(states, tokens, description, (self.accelerator.process_index, self.accelerator.num_processes))
+        self.accelerator.wait_for_everyone()
 
     @contextmanager
-    def _inference(self) -> Any:
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.inference_mode(), self.accelerator.autocast():
-                yield
-        finally:
-            self.model.train(was_training)
-
-    @contextmanager
-    def _training(self) -> Any:
-        self.model.train()
-        yield
-        self.model.eval()
+    def _inference(self) -> Iterator[None]:
+        with evaluating(self.model), torch.inference_mode(), self.accelerator.autocast():
+            yield
 
     def _inputs(self, rows: list[int]) -> dict[str, Any]:
         """The model's arguments for some rows."""
@@ -254,16 +213,13 @@ class _Run:
 
 def _why_not(trainer: HealTrainer) -> str:
     """Settings that rule out precomputing the frozen layers; empty if there are none."""
-    args, parallel = trainer.args, trainer.accelerator.parallelism_config
-    model: Any = trainer.plain_model
+    args, model = trainer.args, trainer.plain_model
     if not trainer.numbered_datasets:
         return "the data are streamed, so rows can't be numbered"
     if args.neftune_noise_alpha is not None:
         return "neftune_noise_alpha adds noise to their input"
-    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled):
+    if trainer.splits_sequences or len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "the model or its sequences are split over devices"
-    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
-        return "the model is split over devices"
     if is_split_by_deepspeed(model):
         return "DeepSpeed ZeRO-3 has split the weights"
     if trainer._is_vision_dataset:

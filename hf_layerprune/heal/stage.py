@@ -30,13 +30,8 @@ logger = logging.getLogger(__name__)
 
 
 def write_healed(
-    student: Student,
-    trained: Path,
-    output: Path,
-    entry: dict[str, Any],
-    *,
-    adapter: Path | None = None,
-) -> Path:
+    student: Student, trained: Path, output: Path, entry: dict[str, Any], *, adapter: Path | None = None
+) -> None:
     """Merge the trained weights into the pruned model, and write it as a plain model.
 
     Args:
@@ -47,9 +42,6 @@ def write_healed(
             changed tensors are added to it.
         adapter (`Path`, *optional*): Where to write the adapter, if the trainer saved one, in the model's own type. A
             model that was cut more than once has none.
-
-    Returns:
-        `Path`: The output.
 
     Raises:
         CheckpointError: The output or the adapter's folder exists, or something can't be written.
@@ -67,7 +59,6 @@ def write_healed(
         entry["layers"] = {"base": student.cut.num_layers, "left": len(student.cut.keep)}
         lineage.record(folder, entry)
     logger.info("training changed %d tensors; the model is in %s", len(entry["changed_tensors"]), output)
-    return output
 
 
 def _merged(student: Student, trained: Path, adapter: Path | None, folders: ExitStack) -> PreTrainedModel:
@@ -90,7 +81,7 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
     elif adapter is not None:
         folder = folders.enter_context(new_folder(adapter, apart_from=student.folder))
         adapted.save_pretrained(folder)
-        _save_tokenizer(student, folder)
+        load_tokenizer(student.folder).save_pretrained(folder)
     return adapted.merge_and_unload()
 
 
@@ -123,9 +114,8 @@ def describe_rows(datasets: Sequence[Dataset], source: str) -> list[dict[str, An
     records: list[dict[str, Any]] = []
     for name in source.split("+"):
         local = Path(name).expanduser().exists()
-        records.append(
-            {"name": Path(name).name if local else name} | ({} if local or "/" not in name else {"id": name})
-        )
+        known = {"name": Path(name).name if local else name}
+        records.append(known if local or "/" not in name else known | {"id": name})
     if datasets:
         ids = datasets[0]["input_ids"]
         records[0] |= {"rows": len(ids), "tokens": sum(map(len, ids)), "sha256": hash_rows(datasets[0])}
@@ -167,23 +157,15 @@ def changed_tensors(before: Path, after: Path) -> list[str]:
     Returns:
         `list[str]`: Ascending.
     """
-    where = {name: path for path in before.glob("*.safetensors") for name in _names(path)}
-    changed = []
-    for name, tensor in _tensors(after):
-        path = where.get(name)
-        if path is None:
-            changed.append(name)
-            continue
-        with safe_open(path, framework="pt") as file:
-            other = file.get_tensor(name)
-        if other.dtype != tensor.dtype or not torch.equal(other, tensor):
-            changed.append(name)
-    return sorted(changed)
+    with ExitStack() as files:
+        opened = [files.enter_context(safe_open(path, framework="pt")) for path in before.glob("*.safetensors")]
+        where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
+        def same(name: str, tensor: torch.Tensor) -> bool:
+            other = where[name].get_tensor(name) if name in where else None
+            return other is not None and other.dtype == tensor.dtype and torch.equal(other, tensor)
 
-def _names(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
+        return sorted(name for name, tensor in _tensors(after) if not same(name, tensor))
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -195,14 +177,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _copy_beside_weights(before: Path, after: Path) -> None:
     """Copy tokenizer, chat template and generation settings byte for byte, so that they can be verified."""
-    files = {name: path for name, path in model_files(before).items() if not name.endswith((*WEIGHTS, ".index.json"))}
-    for path in after.glob("generation_config.json"):
-        path.unlink()  # saving a model writes one even where there was none
-    for name, path in files.items():
-        if name != CONFIG:
+    (after / "generation_config.json").unlink(missing_ok=True)  # saving a model writes one even where there was none
+    for name, path in model_files(before).items():
+        if name != CONFIG and not name.endswith((*WEIGHTS, ".index.json")):
             (after / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, after / name)
-
-
-def _save_tokenizer(student: Student, folder: Path) -> None:
-    load_tokenizer(student.folder).save_pretrained(folder)

@@ -64,11 +64,12 @@ class Student:
         cut = cut_of(load_config(folder))
         if cut is None:
             raise CheckpointError(f"{name} is not a model that hf-layerprune has pruned")
-        lineage = Lineage.of(folder)
-        base = lineage.base if lineage is not None else {}
-        cuts = [entry for entry in (lineage.entries if lineage else ()) if entry["stage"] == "prune"]
-        again = len(cuts) > 1
-        return cls(folder, cut, base.get("id"), base.get("commit"), _repaired(lineage), again)
+        lineage = Lineage.of(folder) or Lineage({})
+        entries = lineage.entries
+        tensors = [name for e in entries for name in (e.get("repair") or {}).get("changed_tensors") or ()]
+        repaired = tuple(sorted({name.rpartition(".")[0] for name in tensors}))
+        again = sum(entry["stage"] == "prune" for entry in entries) > 1
+        return cls(folder, cut, lineage.base.get("id"), lineage.base.get("commit"), repaired, again)
 
     def method(self, name: str) -> Method:
         """The method of that name; `"auto"` chooses the one that suits this model, and logs why."""
@@ -130,12 +131,3 @@ def adapter_config(student: Student, method: Method, **lora: Any) -> PeftConfig 
     config.revision = student.revision if base else None
     config.repaired_modules = list(student.repaired) or None
     return config
-
-
-def _repaired(lineage: Lineage | None) -> tuple[str, ...]:
-    tensors = [
-        name
-        for entry in (lineage.entries if lineage is not None else ())
-        for name in (entry.get("repair") or {}).get("changed_tensors") or ()
-    ]
-    return tuple(sorted({name.rpartition(".")[0] for name in tensors}))

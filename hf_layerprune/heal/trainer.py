@@ -30,9 +30,9 @@ from ..families import check_stage
 from ..runtime.head import OutputHead
 from ..runtime.precision import in_fast_precision
 from ..versions import trl_drops_rows_without_labels
-from .batches import Precomputed, StateCollator, numbered, real_tokens, taught_positions, token_counts
+from .batches import Precomputed, StateCollator, taught_positions, token_counts
 from .config import HealConfig
-from .losses import Distillation, Lesson, head_loss
+from .losses import Lesson, head_loss
 from .methods import parse_method
 from .precompute import is_split_by_deepspeed, precompute
 
@@ -87,7 +87,6 @@ class HealTrainer(SFTTrainer):
         kwargs: For [`~trl.SFTTrainer`]: `train_dataset`, `eval_dataset`, `processing_class`, `peft_config`, ...
     """
 
-    _tag_names = ["trl", "sft", "layer-pruning"]  # noqa: RUF012 (TRL declares it so)
     # `compute_loss` divides by all tokens of a step, for any model.
     loss_is_scaled_for_ga: Any = True
 
@@ -96,14 +95,7 @@ class HealTrainer(SFTTrainer):
     data_collator: StateCollator
     output_head: OutputHead
 
-    def __init__(
-        self,
-        model: Any,
-        args: HealConfig,
-        *,
-        teacher: PreTrainedModel | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, model: Any, args: HealConfig, *, teacher: PreTrainedModel | None = None, **kwargs: Any) -> None:
         check_stage(model.config, "heal")
         if args.router_aux_loss_coef is None:
             args.router_aux_loss_coef = 0.0  # the routers of the frozen layers do not run in training
@@ -120,7 +112,6 @@ class HealTrainer(SFTTrainer):
             _keep_inputs_without_gradients(model)
         super().__init__(model, args, **kwargs)
         self._teacher_model = teacher
-        self._precomputed = Precomputed()
         self._hold_in_float32()
         # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
         self._split = is_split_by_deepspeed(self.plain_model)
@@ -128,10 +119,10 @@ class HealTrainer(SFTTrainer):
             with self.accelerator.autocast():  # trained weights may be in float32, and the others in 16 bits
                 self.output_head = OutputHead(self.plain_model)
             self._patch_forward()
-        self._check_rows(rows)
-        self._leave_out_unseen_rows()
         self.numbered_datasets: list[Dataset] = []
-        self._number_rows()
+        if isinstance(self.train_dataset, Dataset):
+            self.train_dataset = self._seen_rows(self._labelled_rows(self.train_dataset, len(rows)))
+            self._number_rows()
         self.data_collator = StateCollator(self.data_collator, self.padding_free)
 
     @property
@@ -142,64 +133,56 @@ class HealTrainer(SFTTrainer):
 
     # --- set-up ------------------------------------------------------------------------------------------
 
-    def _check_rows(self, rows: Any) -> None:
-        """Refuse to train without labelled tokens, and log how many rows are truncated or left out."""
-        left, limit = self.train_dataset, self.args.max_length
-        if not isinstance(left, Dataset):
-            return
-        if limit is not None and "completion_mask" in left.column_names and not trl_drops_rows_without_labels():
-            left = self.train_dataset = left.filter(lambda row: any(row["completion_mask"][:limit]))
-        if len(left) == 0:
+    def _labelled_rows(self, rows: Dataset, given: int) -> Dataset:
+        """The rows with a labelled token; logs how many rows are truncated or left out."""
+        limit = self.args.max_length
+        if limit is not None and "completion_mask" in rows.column_names and not trl_drops_rows_without_labels():
+            rows = rows.filter(lambda row: any(row["completion_mask"][:limit]))
+        if len(rows) == 0:
             raise LayerPruneError(
-                f"none of the {len(rows)} training rows has a labelled token within max_length={limit}: all prompts "
-                "are longer; raise --max_length"
+                f"none of the {given} training rows has a labelled token within max_length={limit}: all prompts are "
+                "longer; raise --max_length"
             )
         if limit is not None and not self.args.packing:
-            cut = sum(len(ids) >= limit for ids in left["input_ids"])
-            if cut or len(left) < len(rows):
+            cut = sum(len(ids) >= limit for ids in rows["input_ids"])
+            if cut or len(rows) < given:
                 logger.info(
                     "of %d rows, %d reach max_length=%d and may be cut; %d are left out, as their prompts reach it",
-                    len(rows),
-                    cut,
-                    limit,
-                    len(rows) - len(left),
-                )
+                    given, cut, limit, given - len(rows),
+                )  # fmt: skip
+        return rows
 
-    def _leave_out_unseen_rows(self) -> None:
-        """If training ends before it has seen all rows, sample those that it will see: only these are computed."""
-        args, rows = self.args, self.train_dataset
-        if not isinstance(rows, Dataset):
-            return
+    def _seen_rows(self, rows: Dataset) -> Dataset:
+        """If training ends before it has seen all rows, a sample of those that it will see: only these are computed."""
+        args = self.args
         a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         seen = args.max_steps * a_step if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(rows))
-        if seen < len(rows):
-            logger.info("training ends after %d of %d rows; the other rows are left out", seen, len(rows))
-            drawn = random.Random(args.data_seed or args.seed).sample(range(len(rows)), seen)
-            self.train_dataset = rows.select(sorted(drawn))
+        if seen >= len(rows):
+            return rows
+        logger.info("training ends after %d of %d rows; the other rows are left out", seen, len(rows))
+        return rows.select(sorted(random.Random(args.data_seed or args.seed).sample(range(len(rows)), seen)))
 
     def _number_rows(self) -> None:
         """Number the rows of all data sets consecutively, unless one of them is streamed."""
         several = isinstance(self.eval_dataset, dict)
         evaluated: Any = self.eval_dataset if several else {"eval": self.eval_dataset}
-        sets = {"": self.train_dataset, **evaluated}
-        if not all(dataset is None or isinstance(dataset, Dataset) for dataset in sets.values()):
+        sets = {"": self.train_dataset} | {name: rows for name, rows in evaluated.items() if rows is not None}
+        if not all(isinstance(rows, Dataset) for rows in sets.values()):
             return
-        for name, dataset in sets.items():
-            if dataset is not None:
-                sets[name] = numbered(dataset, sum(map(len, self.numbered_datasets)))
-                self.numbered_datasets.append(sets[name])
+        for name, rows in sets.items():
+            first = sum(map(len, self.numbered_datasets))
+            sets[name] = rows.add_column("row", list(range(first, first + len(rows))))
+            self.numbered_datasets.append(sets[name])
         self.train_dataset = sets.pop("")
-        self.eval_dataset = sets if several else sets["eval"]
+        self.eval_dataset = sets if several else sets.get("eval")
 
     def _hold_in_float32(self) -> None:
-        args = self.args
-        if not (args.float32_weights and (args.bf16 or args.fp16)) or self.is_deepspeed_enabled:
-            return  # DeepSpeed holds its own float32 copy
-        if getattr(self.model, "is_quantized", False):
-            return
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        mixed = self.args.float32_weights and (self.args.bf16 or self.args.fp16)
+        # DeepSpeed holds its own float32 copy.
+        if mixed and not self.is_deepspeed_enabled and not getattr(self.model, "is_quantized", False):
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
 
     def _patch_forward(self) -> None:
         """Compute the loss inside the model's forward method, where DDP and FSDP expect all computation to happen."""
@@ -221,21 +204,24 @@ class HealTrainer(SFTTrainer):
         model.forward = types.MethodType(functools.wraps(type(model).forward)(forward), model)
 
     def _lesson(self, heal: dict[str, Any], keep: torch.Tensor) -> Lesson | None:
-        head = self._precomputed.teacher_head
-        if heal["teacher_states"] is None or head is None:
+        head, states = self.data_collator.precomputed.teacher_head, heal["teacher_states"]
+        if states is None or head is None:
             return None
-        distillation = Distillation(self.args.kd_temperature, self.args.kd_direction)
-        states = heal["teacher_states"][:, :-1][keep]
-        return Lesson(states, head, heal["kd_mask"][keep], heal["kd_weight"], distillation)
+        mask, how = heal["kd_mask"][keep], (self.args.kd_temperature, self.args.kd_direction)
+        return Lesson(states[:, :-1][keep], head, mask, heal["kd_weight"], *how)
+
+    @property
+    def splits_sequences(self) -> bool:
+        """Whether the model or its sequences are split over devices."""
+        parallel = self.accelerator.parallelism_config
+        return parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled)
 
     @property
     def _leaves_loss_to_trl(self) -> bool:
         """Whether a setting requires a loss that only TRL computes."""
-        parallel = self.accelerator.parallelism_config
-        split = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled)
         smoothed = self.label_smoother is not None or self.compute_loss_func is not None
         other = self.args.loss_type not in ("nll", "chunked_nll") or self.aux_loss_enabled or self._is_vision_dataset
-        asked = split or smoothed or other or self._split
+        asked = self.splits_sequences or smoothed or other or self._split
         if asked and self.args.distils:
             raise LayerPruneError(
                 f"loss={self.args.loss} can't be combined with loss_type, label smoothing, a router loss, images, or a "
@@ -246,14 +232,9 @@ class HealTrainer(SFTTrainer):
     @property
     def _owns_gradients(self) -> bool:
         """Whether gradients may be added up before `backward`: a single process without loss scaling or compiling."""
-        accelerator = self.accelerator
-        plain = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
-        return (
-            plain
-            and self.model.training
-            and not self.args.torch_compile
-            and accelerator.gradient_accumulation_steps == 1
-        )
+        one = self.accelerator
+        plain = one.distributed_type == DistributedType.NO and one.scaler is None
+        return plain and self.model.training and not self.args.torch_compile and one.gradient_accumulation_steps == 1
 
     # --- training ----------------------------------------------------------------------------------------
 
@@ -273,34 +254,30 @@ class HealTrainer(SFTTrainer):
             TrainingStopped: The loss or a weight is not finite.
             CheckpointError: The cache can't be written, or its disk is too small.
         """
-        if str(resume_from_checkpoint).lower() in ("true", "false"):  # from a command line
-            resume_from_checkpoint = str(resume_from_checkpoint).lower() == "true"
+        word = str(resume_from_checkpoint).lower()  # from a command line
+        resume_from_checkpoint = word == "true" if word in ("true", "false") else resume_from_checkpoint
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 logger.info("no checkpoint in %s yet: training starts from the beginning", self.args.output_dir)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self._precomputed = precompute(self, self._teacher_model)
-        self.data_collator.precomputed = self._precomputed
+        precomputed = self.data_collator.precomputed = precompute(self, self._teacher_model)
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.data_collator.precomputed = None
-            if self._precomputed.prefix is not None and not sharded:
-                self._precomputed.prefix.restore()
-                self._precomputed.prefix = None
-        if self._precomputed.store is not None:
-            self._precomputed.store.close()
-            if not self.args.keep_cache and self.is_world_process_zero():
-                self._precomputed.store.delete()
+            self.data_collator.precomputed = Precomputed(teacher_head=precomputed.teacher_head)
+            if precomputed.prefix is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                precomputed.prefix.restore()
+        if not self.args.keep_cache and self.is_world_process_zero():
+            for cache in precomputed.caches.values():
+                cache.delete()
         return result
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run forward and backward for one batch, and stop training if the loss is not finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            rows = inputs["rows"].tolist() if "rows" in inputs else []
-            where = f", in the batch of rows {', '.join(map(str, rows[:8]))}" if rows else ""
+            rows = ", ".join(map(str, inputs["rows"][:8].tolist())) if "rows" in inputs else ""
+            where = f", in the batch of rows {rows}" if rows else ""
             raise TrainingStopped(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}{where}; {self._way_back()}"
             )
@@ -325,11 +302,7 @@ class HealTrainer(SFTTrainer):
     # --- the loss ----------------------------------------------------------------------------------------
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of one batch; see [`~trl.SFTTrainer`]."""
         inputs = dict(inputs)
@@ -337,18 +310,16 @@ class HealTrainer(SFTTrainer):
         prefix, taught = inputs.pop("prefix_states", None), inputs.pop("teacher_states", None)
         mode = "train" if self.model.training else "eval"
         local = token_counts([inputs], self.args).to(inputs["labels"].device)
-        tokens = real_tokens(inputs)
-        if prefix is not None and self._precomputed.prefix is not None:
-            inputs = self._precomputed.prefix.put(prefix, inputs)
+        mask = inputs.get("attention_mask")
+        tokens = torch.tensor(inputs["position_ids"].shape[1]) if mask is None else mask.sum()
+        if prefix is not None and self.data_collator.precomputed.prefix is not None:
+            inputs = self.data_collator.precomputed.prefix.put(prefix, inputs)
         if self._leaves_loss_to_trl or return_outputs:
             count = None if num_items_in_batch is None else num_items_in_batch[0]
             return super().compute_loss(model, inputs, return_outputs, count)
         labels = inputs.pop("labels")[:, 1:]
-        kd_mask = (
-            taught_positions(inputs, labels, self.args)
-            if taught is not None
-            else torch.zeros_like(labels, dtype=torch.bool)
-        )
+        nowhere = torch.zeros_like(labels, dtype=torch.bool)
+        kd_mask = nowhere if taught is None else taught_positions(inputs, labels, self.args)
         counts = local if num_items_in_batch is None else num_items_in_batch
         share = 0.0 if taught is None else 1.0 if self.args.loss == "kd" else self.args.kd_share
         heal = {
@@ -400,9 +371,7 @@ class HealTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        if "row" not in columns:
-            columns.append("row")
+        self._signature_columns = sorted({*self._signature_columns, "row"})
 
 
 def _keep_inputs_without_gradients(model: Any) -> None:

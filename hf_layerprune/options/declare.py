@@ -62,6 +62,12 @@ class Option:
         return checked(name, value, self.kind)
 
 
+class _Help(str):
+    """An option's help, which carries its declaration: HfArgumentParser passes all other metadata on to argparse."""
+
+    option: Option
+
+
 def option(
     default: Any,
     help: str,
@@ -73,9 +79,10 @@ def option(
 ) -> Any:
     """Declare a field of a dataclass as an option; see [`Option`]. PEFT and transformers read its `help`."""
     kind = kind or (FLAG if isinstance(default, bool) else TEXT)
-    declared = Option(default, help, kind, choices, flag, positional)
-    metadata = {"help": f"{help}.", "option": declared}
-    return dataclasses.field(default=default, metadata=metadata)
+    known = Option(default, help, kind, choices, flag, positional)
+    text = _Help(f"{known.text}.")
+    text.option = known
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 def bind(table: str, names: Collection[str]) -> None:
@@ -98,7 +105,8 @@ def find(what: str, name: Any, names: Collection[str]) -> str:
 
 def declared(cls: Any) -> dict[str, Option]:
     """The options among the fields of a dataclass, by name."""
-    return {f.name: f.metadata["option"] for f in dataclasses.fields(cls) if "option" in f.metadata}
+    helps = {f.name: f.metadata.get("help") for f in dataclasses.fields(cls)}
+    return {name: text.option for name, text in helps.items() if isinstance(text, _Help)}
 
 
 def check(values: Any) -> None:
@@ -129,10 +137,9 @@ def take(cls: type[T], values: Any, **changes: Any) -> T:
 
 def documented(cls: type[T]) -> type[T]:
     """Write the fields of a dataclass that have a help into its docstring, as its `Args`."""
-    lines = []
+    lines, known = [], declared(cls)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        known: Option | None = field.metadata.get("option")
-        text = f"{known.text}." if known else field.metadata.get("help")
+        text = f"{known[field.name].text}." if field.name in known else field.metadata.get("help")
         if text and isinstance(field.type, str):  # PEFT's own fields have types that are no text
             default = "" if field.default is dataclasses.MISSING else f", defaults to `{field.default!r}`"
             lines.append(f"    {field.name} (`{field.type}`{default}): {text}")

@@ -178,13 +178,13 @@ class Prefix:
         """Set the prefix's output for the next forward pass.
 
         Args:
-            state (`torch.Tensor`): `[batch, seq, hidden]`.
+            state (`torch.Tensor`): `[batch, seq, hidden]`, on the device of the layers that stay.
             inputs (`dict[str, Any]`): The model's usual arguments.
 
         Returns:
             `dict[str, Any]`: The arguments to call the model with.
         """
-        self._state = state.to(self._device)
+        self._state = state
         if self.needs_ids:
             return inputs
         # The layers ignore it; it only avoids the embeddings and their memory.
@@ -275,7 +275,8 @@ class SharedPrefix:
             theirs = self._base.states(input_ids=base_ids, **inputs)
         self._to.skip()
         try:
-            return theirs, self._head.states(**self._to.put(kept[self.depth], {"input_ids": ids, **inputs}))
+            shared = kept[self.depth].to(self._head.device)
+            return theirs, self._head.states(**self._to.put(shared, {"input_ids": ids, **inputs}))
         finally:
             self._to.restore()
 

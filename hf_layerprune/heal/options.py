@@ -1,0 +1,74 @@
+"""The options of healing. This module does not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..options import Options, option, whole
+from ..options.quantities import number
+from .methods import method_help
+
+_RATE = number(-1e-12, 100, "a number from 0 to 100", "X")
+_TEMPERATURE = number(0, 1e6, "a number above 0", "T")
+LOSSES = ("ce", "kd", "ce+kd")
+CACHE_MODES = ("auto", "on", "off")
+DIRECTIONS = ("forward", "reverse")
+TEMPLATES = ("auto", "chat", "alpaca")
+
+
+@dataclass(kw_only=True)
+class HealOptions(Options):
+    """What is trained, on which loss, and what is computed only once. The rest is TRL's `SFTConfig`."""
+
+    method: str = option("auto", method_help())
+    learning_rate: float | None = option(None, "Peak learning rate of AdamW; by default the method's own", _RATE)
+    loss: str = option(
+        "ce", "Cross-entropy on the data, distillation from the dense model (kd), or both", choices=LOSSES
+    )
+    kd_share: float = option(
+        0.5,
+        "Weight of distillation in ce+kd; cross-entropy has the rest",
+        number(0, 1 + 1e-9, "above 0 and at most 1; use loss=ce for none", "X"),
+    )
+    kd_temperature: float = option(1.0, "Temperature of both distributions in distillation", _TEMPERATURE)
+    kd_direction: str = option(
+        "forward", "KL(teacher || student), or in reverse KL(student || teacher)", choices=DIRECTIONS
+    )
+    kd_tokens: str = option(
+        "all", "Tokens to distil on; all includes prompts, completion has only tokens with a label",
+        choices=("all", "completion"),
+    )  # fmt: skip
+    teacher: str | None = option(None, "The dense model; by default the one that the model was pruned from")
+    cache: str = option(
+        "auto",
+        "Compute the frozen layers' output once and keep it on disk; auto does if that is exact, and on raises an "
+        "error if it is not",
+        choices=CACHE_MODES,
+    )
+    cache_dir: str | None = option(
+        None, "Folder of the cache, by default in the output folder; processes on several machines must share it"
+    )
+    cache_batch_tokens: int | None = option(
+        None, "Tokens that go through the frozen layers at a time; by default 4096 on a CPU and 32768 elsewhere",
+        whole(),
+    )  # fmt: skip
+    keep_cache: bool = option(False, "Keep the cache after training")
+    float32_weights: bool = option(
+        True, "Hold trained weights in float32 in mixed-precision training, and all on a CPU slow in bfloat16"
+    )
+
+
+@dataclass(kw_only=True)
+class RowOptions(Options):
+    """How the recipe makes training rows. With `--dataset_name self`, the dense model writes them."""
+
+    template: str = option(
+        "auto", "Format of instructions; auto is the chat template if there is one", choices=TEMPLATES
+    )
+    self_rows: int = option(512, "Number of rows that the dense model writes", whole())
+    self_length: int = option(512, "Number of tokens in each of these rows", whole())
+    rewrite_answers: bool = option(False, "Replace the data set's answers with the dense model's")
+    rewrite_max_tokens: int = option(
+        256, "Number of tokens that a rewritten answer may have; rows with longer ones are left out", whole()
+    )
+    rewrite_temperature: float = option(0.0, "Sampling temperature of rewritten answers; 0 for greedy decoding", _RATE)
