@@ -8,6 +8,7 @@ from ..options import Options, option, whole
 from ..options.quantities import number
 from .methods import method_help
 
+# The bounds are excluded.
 _RATE = number(-1e-12, 100, "a number from 0 to 100", "X")
 _TEMPERATURE = number(0, 1e6, "a number above 0", "T")
 LOSSES = ("ce", "kd", "ce+kd")
