@@ -76,7 +76,8 @@ class Writer:
             return write_text_with(self.model, begins, size, length, self.seed + part).tolist()
 
         def use(rows: list[list[int]]) -> Dataset:
-            return Dataset.from_dict({"input_ids": rows, "labels": rows})
+            ids = [list(map(int, row)) for row in rows]
+            return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
         settings = ("rows", count, length, str(self.tokenizer.chat_template))
         return self._in_parts(-(-count // _ROWS_A_PART), make, use, *settings)

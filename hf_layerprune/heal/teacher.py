@@ -93,11 +93,12 @@ class Teacher:
         Returns:
             `Head`: The teacher's head.
         """
-        weight, bias = (None if one is None else one.detach() for one in (self.head.weight, self.head.bias))
-        own = student.weight
+        own, weight, bias = student.weight, self.head.weight, self.head.bias
         if own is not None and weight is not None and not own.requires_grad and own.shape == weight.shape:
-            weight = own.detach() if torch.equal(own.cpu(), weight.cpu()) else weight
-        head = Head(*(None if one is None else one.to(device) for one in (weight, bias)), self.head.transform)
+            weight = own if torch.equal(own.cpu(), weight.cpu()) else weight
+        weight = None if weight is None else weight.detach().to(device)
+        bias = None if bias is None else bias.detach().to(device)
+        head = Head(weight, bias, self.head.transform)
         if self._prefix is not None and self._borrowed:
             self._prefix.restore()
         self.model = self._prefix = self._output = self.head = None  # type: ignore[assignment]

@@ -102,7 +102,7 @@ class HealTrainer(SFTTrainer):
         if args.learning_rate is None:
             method = parse_method("last1" if args.method == "auto" else args.method)
             args.learning_rate = method.learning_rate(model.config.get_text_config().hidden_size)
-        rows = kwargs.get("train_dataset")
+        rows: Any = kwargs.get("train_dataset")
         if args.float32_weights and not (args.bf16 or args.fp16) and args.device.type == "cpu":
             for one in (model, teacher):
                 if one is not None:
@@ -371,7 +371,9 @@ class HealTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = sorted({*self._signature_columns, "row"})
+        columns: Any = self._signature_columns
+        if "row" not in columns:
+            columns.append("row")
 
 
 def _keep_inputs_without_gradients(model: Any) -> None:
