@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import SecurityError, UndefinedError
 
-from benchmarks.measure import write_task
 from hf_layerprune import LayerPruneError
 from hf_layerprune.measure import tasks
 from hf_layerprune.measure.tasks import PAPER, LocalTask, read_task, read_tasks, task_set
@@ -63,17 +62,6 @@ def test_a_file_beside_it_sets_the_prompt(tmp_path: Path) -> None:
     task.build_all_requests(rank=0, world_size=1)
     assert task.instances[1].args == ("Q Question: Is it so? A", ": no")
     assert task.VERSION == 7
-
-
-def test_the_yaml_is_the_harness_own(tmp_path: Path) -> None:
-    """What `lm_eval run --include_path` reads."""
-    (tmp_path / "out").mkdir()
-    path = write_task(read_task(write(tmp_path / "one.jsonl", QUESTION)), tmp_path / "out")
-    said = yaml.safe_load(path.read_text())
-    assert said["task"] == "one"
-    assert said["output_type"] == "multiple_choice"
-    assert Path(said["dataset_kwargs"]["data_files"]["test"]).is_absolute()
-    assert [one["metric"] for one in said["metric_list"]] == ["acc", "acc_norm"]
 
 
 @pytest.mark.parametrize(

@@ -149,16 +149,7 @@ class _Bench(Measurement):
         cost: Mapping[str, float],
         seconds: float | None = None,
     ) -> None:
-        """Record a number that was measured several times, and its comparison with the base.
-
-        Args:
-            kind (`str`): Its kind.
-            metric (`str`): Its name.
-            settings (`dict[str, Any]`): The workload.
-            values (`Mapping[str, Sequence[float]]`): One value per repeat, by weights.
-            cost (`Mapping[str, float]`): The theoretical cost that it is proportional to, by weights.
-            seconds (`float`, *optional*): The duration of the measurement.
-        """
+        """Record what was measured several times, and its comparison with the base and the cost that theory names."""
         settings = settings | self.machine
         results = []
         for weights, repeats in values.items():

@@ -39,7 +39,6 @@ class Perplexity:
         nll (`float`): Mean negative log-likelihood of a token, in nats.
         nll_stderr (`float`, *optional*): Its standard error; `None` for a single window.
         tokens (`int`): Number of predicted tokens: all but the first of each window.
-        windows (`int`): Number of windows.
         window_nll (`tuple[float, ...]`): The mean of each window, for paired comparisons.
     """
 
@@ -47,7 +46,6 @@ class Perplexity:
     nll: float
     nll_stderr: float | None
     tokens: int
-    windows: int
     window_nll: tuple[float, ...]
 
     @property
@@ -214,7 +212,7 @@ def _fields(window_nll: torch.Tensor, rows: torch.Tensor) -> dict[str, Any]:
         perplexity = math.inf
     tokens = rows.numel() - len(rows)
     return {"perplexity": perplexity, "nll": nll, "nll_stderr": _stderr(window_nll), "tokens": tokens,
-            "windows": len(rows), "window_nll": tuple(window_nll.tolist())}  # fmt: skip
+            "window_nll": tuple(window_nll.tolist())}  # fmt: skip
 
 
 def _stderr(values: torch.Tensor) -> float | None:

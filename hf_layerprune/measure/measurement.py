@@ -10,7 +10,7 @@ from ..families import layer_count
 from ..records.figures.metric_names import BYTES, SECONDS, metric_named
 from .paired import PairedDifference, require_statistics
 from .requests import BenchRequest, EvalRequest
-from .store import Store, check_output
+from .store import Store
 from .subject import Subject, describe, identify
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ class Measurement:
     def __init__(self, request: EvalRequest | BenchRequest) -> None:
         if request.base is not None:
             require_statistics()
-        check_output(request.output, [request.model, request.base])
         self.model = identify(request.model, request.revision)
         self.base = identify(request.base, request.base_revision) if request.base is not None else None
         if self.base is not None and self.base.weights == self.model.weights:
@@ -56,16 +55,7 @@ class Measurement:
     def result(
         self, weights: str, kind: str, metric: str, value: float, settings: dict[str, Any], **more: Any
     ) -> dict[str, Any]:
-        """A number as a record of `metrics.json`.
-
-        Args:
-            weights (`str`): The hash of the weights that it was measured on.
-            kind (`str`): Its kind.
-            metric (`str`): Its name.
-            value (`float`): The number.
-            settings (`dict[str, Any]`): The settings of the measurement.
-            more: Other fields.
-        """
+        """A number, measured with some settings on the weights of a hash, as a record of `metrics.json`."""
         known = metric_named(metric, kind)
         return {
             "weights": weights,

@@ -63,10 +63,14 @@ class Store:
 
         Raises:
             CheckpointError: The existing numbers do not belong to this model and base as they are now, the model's
-                history does not contain the base, or an earlier stage does not belong to this model.
+                history does not contain the base, an earlier stage does not belong to this model, or the output is a
+                link, a device, a folder, or a file of a model.
+            LayerPruneError: The output can't be written, or is not a .json file.
         """
         path = output or (model.folder / FILE_NAME if model.folder else None)
         path = path and path.expanduser()
+        if path is not None and output is not None:
+            _check_output(path, [model, base])
         if path is not None and not os.access(path.parent, os.W_OK):
             raise LayerPruneError(f"{path.parent} is not writable; write the numbers elsewhere with --output FILE")
         before = _before(path, model, base, force)
@@ -153,26 +157,14 @@ def _known(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_output(output: Path | None, sources: Sequence[str | None]) -> None:
-    """Refuse an output that would overwrite something other than numbers.
-
-    Args:
-        output (`Path`, *optional*): The file that the user named.
-        sources (`Sequence[str | None]`): The models of the request.
-
-    Raises:
-        CheckpointError: It is a link, a device, a folder, or a file of a model that is not its `metrics.json`.
-        LayerPruneError: It exists and is not a .json file.
-    """
-    if output is None:
-        return
-    path = output.expanduser()
+def _check_output(path: Path, subjects: Sequence[Subject | None]) -> None:
+    """Refuse an output that would overwrite something other than numbers."""
     check_file_target(path, force=True)
-    for source in sources:
-        if source and path.name != FILE_NAME:
-            check_file_target(path, force=True, apart_from=Path(source).expanduser())
+    for subject in subjects:
+        if subject is not None and path.name != FILE_NAME:
+            check_file_target(path, force=True, apart_from=Path(subject.source))
     if path.exists() and path.suffix != ".json":
-        raise LayerPruneError(f"{output} exists and is not a .json file; name another file for the numbers")
+        raise LayerPruneError(f"{path} exists and is not a .json file; name another file for the numbers")
 
 
 def _before(path: Path | None, model: Subject, base: Subject | None, force: bool) -> Metrics | None:
