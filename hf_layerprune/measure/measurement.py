@@ -35,11 +35,11 @@ class Measurement:
             require_statistics()
         self.model = identify(request.model, request.revision)
         self.base = identify(request.base, request.base_revision) if request.base is not None else None
-        if self.base is not None and self.base.weights == self.model.weights:
-            raise LayerPruneError(f"{request.model} and {request.base} have the same weights; name another base")
         self.store = Store.open(
             self.model, self.base, output=request.output, history=request.history, force=request.force
         )
+        if self.base is not None and self.base.weights == self.model.weights:
+            raise LayerPruneError(f"{request.model} and {request.base} have the same weights; name another base")
         self.where: dict[str, dict[str, str]] = {}
         self._dtype, self._device = request.dtype, request.device
 
