@@ -78,6 +78,20 @@ def push_and_load(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
 
 
 @scenario
+def push_what_misses(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    folder = Path(shutil.copytree(place / "model", place / "gated"))
+    before = local(folder)
+    out["unknown"] = cli("push", folder, "org/gated", "--require", "piqua>=0.5")
+    out["missed"] = cli("push", folder, "org/gated", "--require", "piqa>=0.6,acc>=0.5,piqa:acc>=0.3")
+    out["untouched"] = [local(folder) == before, "org/gated" in hub.repos]
+    out["not measured"] = cli("push", folder, "org/gated", "--require", "kl<=1", "--allow-miss")
+    out["allowed"] = cli("push", folder, "org/gated", "--require", "piqa>=0.6", "--allow-miss")
+    out["card"] = files(hub, "org/gated")["README.md"].decode()
+    out["recorded"] = json.loads((folder / "metrics.json").read_text())["requirements"]
+    out["own"] = cli("push", folder, "org/gated", "--require", "none")
+
+
+@scenario
 def train_what_was_pushed(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     import torch
     from datasets import Dataset

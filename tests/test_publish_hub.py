@@ -33,6 +33,26 @@ def test_one_commit_has_everything(found: Found) -> None:
     assert "hf-layerprune verify org/model" in body
 
 
+def test_a_model_that_misses_what_is_required_of_it(found: Found) -> None:
+    out = found["push_what_misses"]
+    assert out["unknown"][0] == 2
+    assert "did you mean piqa?" in out["unknown"][1]
+    assert out["not measured"][0] == 2
+    assert "kl<=1 is required, but not measured; run hf-layerprune eval MODEL --base BASE" in out["not measured"][1]
+    code, text = out["missed"]
+    missed = [line.partition(";")[0] for line in text.splitlines() if "is missed" in line]
+    assert (code, missed) == (
+        1, ["hf-layerprune: piqa>=0.6 is missed: 0.4", "hf-layerprune: acc>=0.5 is missed: 0.4 (piqa)"],
+    )  # fmt: skip
+    assert out["untouched"] == [True, False]
+    assert out["allowed"][0] == 0
+    assert "| `piqa>=0.6` | 0.400 | **no** |" in out["card"]
+    assert "It was published all the same, with `--allow-miss`." in out["card"]
+    assert out["recorded"] == [{"require": "piqa>=0.6", "met": False, "measured": [{"value": 0.4}]}]
+    assert out["own"][0] == 1  # also without another word about it
+    assert "piqa>=0.6 is missed: 0.4" in out["own"][1]
+
+
 def test_a_second_push_changes_nothing(found: Found) -> None:
     out = found["push_and_load"]
     assert out["second"][0] == 0

@@ -14,7 +14,7 @@ from hf_layerprune import CutError, LayerPruneError
 from hf_layerprune.cli import main
 from hf_layerprune.records.figures.metric_names import METRICS, SHARE
 from hf_layerprune.records.metrics import Metrics
-from hf_layerprune.records.requirements import Bound, RequireOptions, check_measurable, judge, parse_bounds
+from hf_layerprune.records.requirements import Bound, RequireOptions, check_measurable, judge, parse_bounds, strictest
 
 from .measure_models import write_model, write_tasks
 
@@ -52,6 +52,16 @@ def numbers() -> Metrics:
 def test_what_is_written_is_read(bounds: list[Bound]) -> None:
     assert list(parse_bounds(",".join(map(str, bounds)))) == bounds
     assert list(parse_bounds(" , ".join(f"{one.name} {one.sign} {one.limit!r}" for one in bounds))) == bounds
+
+
+@given(st.lists(st.builds(Bound, NAMES, SIGNS, LIMITS), max_size=6), st.floats(-1, 2))
+def test_the_strictest_bounds_say_the_same(bounds: list[Bound], value: float) -> None:
+    kept = strictest(bounds)
+    assert parse_bounds(",".join(map(str, kept)) or "none") == kept
+    for name in {one.name for one in bounds}:
+        assert all(one.met_by(value) for one in bounds if one.name == name) == all(
+            one.met_by(value) for one in kept if one.name == name
+        )
 
 
 @given(st.text(st.sampled_from("kla_:<>=,.0159e-+ nif\x1b"), max_size=30) | st.text(max_size=20))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
-from ..errors import shown
+from ..errors import one_line, shown
 from ..publish.requests import PushRequest as Request
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ changes nothing, and an interrupted push resumes where it stopped."""
 
 
 def run(request: Request) -> int:
-    from ..publish.hub.push import plan, push
+    from ..publish.hub.push import PushRefusedError, plan, push
     from ..publish.space import publish_space, secret_from
 
     secret = secret_from(request.space_secret)
@@ -24,7 +25,12 @@ def run(request: Request) -> int:
         made = plan(request)
         _print(*_report(made))
         return 1 if made.refusals else 0
-    made, done = push(request)
+    try:
+        made, done = push(request)
+    except PushRefusedError as error:
+        for check in error.refusals:
+            print(f"hf-layerprune: {one_line(check.text)}", file=sys.stderr)
+        return 1
     _print(*(f"{check.name}: {check.text}" for check in made.checks if check.level == "warning"))
     if not done.added and not done.removed:
         _print(f"nothing has changed: {done.pull_request or done.url} is already at {done.commit[:12]}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import CutError
 from ..options import MODEL, MODEL_HELP, PATH, Kind, Options, documented, many, option, whole
 from ..records.names import check_repository
+from ..records.requirements import RequireOptions
 
 _FOLDER_HELP = "A model folder written by prune"
 # A name that is checked where it is used, so that an empty one has the same message as any other wrong one.
@@ -41,7 +42,7 @@ class CardRequest(Options):
 
 @documented
 @dataclass
-class PushRequest(Options):
+class PushRequest(RequireOptions):
     """What to push, and where."""
 
     model: Path = option(MISSING, _FOLDER_HELP, PATH)
@@ -52,6 +53,7 @@ class PushRequest(Options):
     revision: str | None = option(None, "Push to this branch, created if missing, or to refs/pr/N")
     create_pr: bool = option(False, "Open a pull request instead of committing")
     overwrite_card: bool = option(False, "Overwrite changes made to the card on the Hub")
+    allow_miss: bool = option(False, "Push a model that misses its requirements; its card says so")
     space: str | None = option(None, "Also publish a chat with the model as this Space", _named("REPO_ID"))
     space_secret: str | None = option(
         None, "Give the Space the token in this environment variable, to read a private model", _named("VARIABLE")

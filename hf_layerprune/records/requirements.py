@@ -155,6 +155,19 @@ def _check(value: Any) -> tuple[Bound, ...]:
     return parse_bounds(",".join(map(str, value)) or "none")
 
 
+def strictest(bounds: Iterable[Bound]) -> tuple[Bound, ...]:
+    """Of several bounds on the same side of the same number, only the strictest."""
+    kept: dict[tuple[str, str], Bound] = {}
+    for bound in bounds:
+        key = (bound.name, bound.sign[0])
+        kept[key] = min(kept.get(key, bound), bound, key=_leeway)
+    return tuple(kept.values())
+
+
+def _leeway(bound: Bound) -> tuple[float, int]:
+    return (bound.limit if bound.sign[0] == "<" else -bound.limit, len(bound.sign))
+
+
 REQUIREMENTS = Kind(parse_bounds, _check, "BOUNDS")
 
 

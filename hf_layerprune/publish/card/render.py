@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -27,13 +27,26 @@ from ...records.licences import LicenceFound
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
 from ...records.names import is_hub_name
+from ...records.requirements import Outcome
 from . import escape, metadata, plots, regions, tables
 from .limits import limits
 from .papers import METHOD, USED, bibtex
 
 # The sections of a card, in order, each from its own template: `templates/NAME.md.jinja`. What a template prints is
 # escaped unless it is `Markup`; a template that prints nothing leaves no section.
-SECTIONS = ["summary", "results", "speed", "use", "recipe", "training", "limits", "provenance", "licence", "citation"]
+SECTIONS = [
+    "summary",
+    "results",
+    "speed",
+    "requirements",
+    "use",
+    "recipe",
+    "training",
+    "limits",
+    "provenance",
+    "licence",
+    "citation",
+]
 # Changing this number makes every plot be redrawn.
 _DRAWING = 3
 _MAX_SETTINGS = 60
@@ -50,6 +63,7 @@ class Card:
         history (`History`): How it was made.
         licence (`LicenceFound`): The base's licence.
         results (`Results`, *optional*): What was measured.
+        outcomes (`Sequence[Outcome]`): What was required of the numbers, and whether they meet it.
     """
 
     name: str
@@ -58,6 +72,7 @@ class Card:
     history: History
     licence: LicenceFound
     results: Results | None = field(repr=False)
+    outcomes: Sequence[Outcome] = ()
 
     @classmethod
     def of(cls, lineage: Lineage, metrics: Metrics | None = None) -> Card:
@@ -85,6 +100,7 @@ class Card:
             history=history,
             licence=LicenceFound.of(lineage.base),
             results=results_of(metrics),
+            outcomes=metrics.outcomes if metrics else (),
         )
 
     @property
@@ -236,6 +252,7 @@ def _environment() -> jinja2.Environment:
         "link": escape.link,
         "command": escape.command,
         "with_error": _with_error,
+        "requirements_table": tables.requirements_table,
         "results_table": tables.results_table,
         "data_table": tables.data_table,
         "training_table": tables.training_table,

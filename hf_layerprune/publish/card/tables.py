@@ -12,6 +12,7 @@ from ...layer_ranges import format_layers
 from ...records.figures import numbers
 from ...records.figures.results import ResultColumn, Results, Row, run_words
 from ...records.history import Stage
+from ...records.requirements import Outcome
 from .escape import code, hub_link, prose
 
 _NBSP = "\u00a0"
@@ -75,6 +76,16 @@ def _cell(row: Row, column: ResultColumn) -> Markup:
     if not change:
         return Markup(value)
     return Markup(f"{value}<br><sub>{f'*{change}*' if cell.noise else change}</sub>")
+
+
+def requirements_table(outcomes: Sequence[Outcome]) -> Markup:
+    """One row per requirement."""
+    rows = []
+    for outcome in outcomes:
+        values = [f"{numbers.number(value)}{f' ({where})' if where else ''}" for where, value in outcome.measured]
+        verdict = "yes" if outcome.met else Markup("**no**")
+        rows.append([code(str(outcome.bound)), ", ".join(values) or "not measured", verdict])
+    return table(["required", "measured", "met"], "lll", rows)
 
 
 def data_table(stages: Sequence[Stage]) -> Markup:

@@ -112,6 +112,17 @@ def _metrics(contents: Contents, request: PushRequest) -> Outcome:
     yield OK, f"{len(metrics.results)} numbers, measured on these weights and earlier stages"
 
 
+def _requirements(contents: Contents, request: PushRequest) -> Outcome:
+    metrics = Metrics.of(contents.folder)
+    for outcome in metrics.outcomes if metrics else ():
+        if outcome.met:
+            yield OK, outcome.text
+        elif request.allow_miss:
+            yield WARNING, f"{outcome.text}; the card says so"
+        else:
+            yield REFUSAL, f"{outcome.text}; improve the model, or publish it all the same with --allow-miss"
+
+
 def _base(contents: Contents, request: PushRequest) -> Outcome:
     base = Lineage.required(contents.folder).base
     if is_local(base):
@@ -191,6 +202,7 @@ _CHECKS: dict[str, Callable[[Contents, PushRequest], Outcome]] = {
     "repository": _repository,
     "weights": _weights,
     "metrics": _metrics,
+    "requirements": _requirements,
     "base": _base,
     "licence": _licence,
     "secrets": _secrets,

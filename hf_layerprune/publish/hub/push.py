@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,8 @@ from ...errors import CheckpointError
 from ...files.copy import write_bytes, write_text
 from ...records.declared import CARD, front_matter
 from ...records.fingerprints import WEIGHTS
+from ...records.metrics import Metrics
+from ...records.requirements import check_measurable, strictest
 from ..card import metadata, regions
 from ..card.writing import (
     ASSETS,
@@ -62,6 +64,18 @@ class Plan:
         return [check for check in self.checks if check.level == REFUSAL]
 
 
+class PushRefusedError(PushError):
+    """Checks failed before the push.
+
+    Args:
+        refusals (`Sequence[Check]`): Their outcomes.
+    """
+
+    def __init__(self, refusals: Sequence[Check]) -> None:
+        super().__init__("; ".join(check.text for check in refusals))
+        self.refusals = refusals
+
+
 def plan(request: PushRequest) -> Plan:
     """Prepare and check a push, without contacting the Hub or changing the folder.
 
@@ -88,7 +102,8 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
         `tuple[Plan, Uploaded]`: The checks, and what was uploaded.
 
     Raises:
-        PushError: A check failed or the Hub refused the push. Nothing that a reader of the repository can see was
+        PushRefusedError: A check failed. Nothing was uploaded.
+        PushError: The Hub refused the push. Nothing that a reader of the repository can see was
             changed.
         UnreachableError: The Hub could not be reached.
         CheckpointError: There is no model, or its card can't be written.
@@ -96,7 +111,7 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
     with _staged(request) as (contents, home):
         made = _plan(request, contents, home)
         if made.refusals:
-            raise PushError("; ".join(check.text for check in made.refusals))
+            raise PushRefusedError(made.refusals)
         api, user = log_in(request.token)
         remote = contents.folder.parents[1] / "on-the-hub"  # also in the temporary folder
         _merge_remote_card(request, contents.folder, _download(CARD, request, api, remote))
@@ -141,12 +156,22 @@ def _staged(request: PushRequest) -> Iterator[tuple[Contents, Path]]:
         try:
             published = {"repo_id": request.repo_id} | ({"space": request.space} if request.space else {})
             declare(CardRequest(staging), published=published)
+            _require(request, staging)
             write_card(staging, weights=False)  # the checks compare the records with the weights
         except CheckpointError as error:
             raise type(error)(str(error).replace(str(staging), str(home))) from error
         files = sorted(path for path in staging.rglob("*") if path.is_file())
         sizes = {path.relative_to(staging).as_posix(): path.stat().st_size for path in files}
         yield replace(listed, folder=staging, files=sizes), home
+
+
+def _require(request: PushRequest, staging: Path) -> None:
+    """Record what the request requires, besides what was recorded before."""
+    if request.require:
+        metrics = Metrics.of(staging) or Metrics("")
+        check_measurable(request.require, metrics)
+        metrics.bounds = strictest([*metrics.bounds, *request.require])
+        metrics.write(staging)
 
 
 def _stage(path: Path, target: Path) -> None:
