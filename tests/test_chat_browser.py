@@ -349,9 +349,9 @@ def test_light_and_dark_can_be_read(visit: Callable[..., Visit], scheme: str) ->
         high, low = max(color, background), min(color, background)
         assert (high + 0.05) / (low + 0.05) >= 4.5, selector  # WCAG 2.2, level AA
     here.tab("About this model")
-    for part in ("rect", "text"):
-        kept = here.page.evaluate(f"getComputedStyle(document.querySelector('.kept {part}')).fill")
-        gone = here.page.evaluate(f"getComputedStyle(document.querySelector('.gone {part}')).fill")
+    for part in ("backgroundColor", "color"):
+        kept, gone = (here.page.evaluate(f"getComputedStyle(document.querySelector('.about .{state}')).{part}")
+                      for state in ("kept", "gone"))  # fmt: skip
         assert kept != gone
 
 

@@ -31,7 +31,7 @@ def report(metrics: Metrics, kinds: Iterable[str] = QUALITY) -> str:
     """
     results = results_of(metrics)
     rows = results.table(kinds, every=True) if results else []
-    if results is None or not rows:
+    if not rows:
         return "nothing was measured"
     columns = [one for one in results.columns if any(one.weights in row.cells for row in rows)]
     headings = [

@@ -15,17 +15,17 @@ _BROKEN = 10.0
 _WORSE = 1.02
 
 
-def limits(results: Results | None) -> list[Markup]:
+def limits(results: Results) -> list[Markup]:
     """Describe what a pruned model lost.
 
     Args:
-        results (`Results`, *optional*): What was measured.
+        results (`Results`): What was measured.
 
     Returns:
         `list[Markup]`: One sentence for each number that got worse, and one on the smallest detectable difference.
     """
-    own = results.own if results else None
-    if results is None or own is None:
+    own = results.own
+    if own is None:
         return [Markup("This model has not been measured. Measure it before you rely on it.")]
     missing_base = [] if results.dense else [Markup("Its base was not measured, so what it lost is unknown.")]
     rows = [row for row in results.table(["accuracy", "text", "distance"]) if own.weights in row.cells]

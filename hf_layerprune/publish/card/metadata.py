@@ -92,12 +92,12 @@ def to_yaml(fields: dict[str, Any]) -> str:
     return f"---\n{yaml_dump(fields, sort_keys=False, line_break=chr(10)).strip()}\n---\n"
 
 
-def eval_results(results: Results | None) -> list[Any]:
+def eval_results(results: Results) -> list[Any]:
     """Every number measured on this model, for the `model-index`."""
     from huggingface_hub import EvalResult
 
     entries = []
-    for row, record in _own(results, results.rows if results else ()):
+    for row, record in _own(results, results.rows):
         kind, task, metric = row.key
         dataset = str(record.get("dataset", ""))
         optional = ("stderr", "samples", "device", "dtype")
@@ -118,9 +118,9 @@ def eval_results(results: Results | None) -> list[Any]:
     return entries
 
 
-def _own(results: Results | None, rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Any]]]:
+def _own(results: Results, rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Any]]]:
     """The rows that have a number of this model, with its record."""
-    own = results.own if results else None
+    own = results.own
     for row in rows:
         if own is not None and own.weights in row.cells:
             yield row, row.cells[own.weights].record
@@ -130,11 +130,11 @@ def _measured_on(record: dict[str, Any], kind: str) -> str:
     return " ".join([kind, *(["on", record["device"]] if record.get("device") else [])])
 
 
-def eval_files(results: Results | None) -> dict[str, str]:
+def eval_files(results: Results) -> dict[str, str]:
     """The files in `.eval_results/`: scores on whole benchmarks whose data sets are on the Hub.
 
     Args:
-        results (`Results`, *optional*): What was measured.
+        results (`Results`): What was measured.
 
     Returns:
         `dict[str, str]`: Content by path. A number from part of a benchmark is not its score and is left out.
@@ -143,7 +143,7 @@ def eval_files(results: Results | None) -> dict[str, str]:
     from huggingface_hub.utils import yaml_dump
 
     files: dict[str, str] = {}
-    for row, record in _own(results, results.table(["accuracy"]) if results else ()):
+    for row, record in _own(results, results.table(["accuracy"])):
         task = row.key[1]
         if not _is_benchmark(row, record):
             continue

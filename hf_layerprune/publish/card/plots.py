@@ -157,7 +157,7 @@ def _mark(role: str) -> dict[str, Any]:
     return {**mark, "linestyle": "", "elinewidth": 1.6, "capsize": 0}
 
 
-def pictures(history: History, results: Results | None) -> dict[str, Callable[..., None]]:
+def pictures(history: History, results: Results | None = None) -> dict[str, Callable[..., None]]:
     """The plots that can be drawn from the records.
 
     Args:
@@ -171,7 +171,7 @@ def pictures(history: History, results: Results | None) -> dict[str, Callable[..
     told = next(filter(None, (_scores_of(stage.entry, history) for stage in history.stages)), None)
     if told is not None:
         drawings["scores"] = partial(scores, told[1], history.dropped, told[0])
-    if results is None or len(results.columns) < 2:
+    if not results or len(results.columns) < 2:
         return drawings
     rows = [row for row in results.table(["accuracy"]) if len(row.cells) > 1]
     if rows:

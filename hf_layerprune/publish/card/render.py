@@ -62,7 +62,7 @@ class Card:
         space (`str`, *optional*): The Space in which it can be tried.
         history (`History`): How it was made.
         licence (`LicenceFound`): The base's licence.
-        results (`Results`, *optional*): What was measured.
+        results (`Results`): What was measured.
         outcomes (`Sequence[Outcome]`): What was required of the numbers, and whether they meet it.
     """
 
@@ -71,7 +71,7 @@ class Card:
     space: str | None
     history: History
     licence: LicenceFound
-    results: Results | None = field(repr=False)
+    results: Results = field(repr=False)
     outcomes: Sequence[Outcome] = ()
 
     @classmethod
@@ -117,7 +117,7 @@ class Card:
     def digest(self) -> str:
         """A hash of everything that the plots are drawn from."""
         records: list[Any] = [self.history.lineage.entries]
-        if self.results is not None:
+        if self.results:
             records += [self.results.metrics.models, self.results.metrics.results]
         return hashlib.sha256(json.dumps([_DRAWING, *records], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -148,23 +148,22 @@ class Card:
 
 def _context(card: Card) -> dict[str, Any]:
     history, results = card.history, card.results
-    own, dense = (results.own, results.dense) if results else (None, None)
     return {
         "card": card,
         "history": history,
         "licence": card.licence,
         "results": results,
-        "own": own,
-        "dense": dense,
-        "quality": results.table(QUALITY) if results else [],
-        "every": results.table(QUALITY, every=True) if results else [],
-        "cost": results.table(COST) if results else [],
-        "every_cost": results.table(COST, every=True) if results else [],
+        "own": results.own,
+        "dense": results.dense,
+        "quality": results.table(QUALITY),
+        "every": results.table(QUALITY, every=True),
+        "cost": results.table(COST),
+        "every_cost": results.table(COST, every=True),
         "timed": _timed(results),
         "means": _means(results),
         "noise": _has_noise(results, QUALITY),
         "scatter": _has_noise(results, COST),
-        "chances": any(row.chance for row in results.table(QUALITY)) if results else False,
+        "chances": any(row.chance for row in results.table(QUALITY)),
         "gap": _gap(history),
         "trained": [stage for stage in history.stages if stage.data],
         "versions": _versions(history),
@@ -185,25 +184,20 @@ def _gap(history: History) -> str:
     return words.get(methods[-1] if methods else "", "a repair")
 
 
-def _means(results: Results | None) -> list[Markup]:
+def _means(results: Results) -> list[Markup]:
     """Mean accuracy of the model and of the dense model, if both were measured."""
-    means = results.mean_accuracy() if results else {}
-    pair = [results.own, results.dense] if results else []
-    columns = [column for column in pair if column is not None]
-    if not means or len(columns) < len(pair):
-        return []
-    return [_with_error(*means[column.weights]) for column in columns]
+    means, columns = results.mean_accuracy(), [one for one in (results.own, results.dense) if one]
+    return [_with_error(*means[one.weights]) for one in columns] if means and len(columns) == 2 else []
 
 
-def _has_noise(results: Results | None, kinds: tuple[str, ...]) -> bool:
+def _has_noise(results: Results, kinds: tuple[str, ...]) -> bool:
     """Whether a table has differences that are indistinguishable from noise."""
-    rows = results.table(kinds, every=True) if results else []
-    return any(cell.noise for row in rows for cell in row.cells.values())
+    return any(cell.noise for row in results.table(kinds, every=True) for cell in row.cells.values())
 
 
-def _timed(results: Results | None) -> str:
+def _timed(results: Results) -> str:
     """The settings that all timed runs share."""
-    if results is None or not results.usual_run:
+    if not results.usual_run:
         return ""
     records = [cell.record for row in results.rows if row.run for cell in row.cells.values()]
     threads = {record["settings"].get("threads") for record in records if record.get("device") == "cpu"}

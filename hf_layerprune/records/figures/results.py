@@ -97,12 +97,15 @@ class Results:
     Args:
         columns (`list[ResultColumn]`): The stages, in order.
         rows (`list[Row]`): All rows.
-        metrics (`Metrics`): The source of the numbers.
+        metrics (`Metrics`, *optional*): The source of the numbers.
     """
 
     columns: list[ResultColumn]
     rows: list[Row]
-    metrics: Metrics = field(repr=False)
+    metrics: Any = field(repr=False)
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
 
     @property
     def own(self) -> ResultColumn | None:
@@ -153,17 +156,17 @@ class Results:
         return means
 
 
-def results_of(metrics: Metrics | None) -> Results | None:
+def results_of(metrics: Metrics | None) -> Results:
     """Arrange measured numbers in a table.
 
     Args:
         metrics (`Metrics`, *optional*): The numbers of a folder.
 
     Returns:
-        `Results`, *optional*: `None` if there are no numbers.
+        `Results`: Its truth value is `False` if there are no numbers.
     """
     if metrics is None or not metrics.results:
-        return None
+        return Results([], [], metrics)
     results = Results(list(_columns(metrics)), [], metrics)
     grouped: dict[str, dict[str, dict[str, Any]]] = {}
     for record in metrics.results:
