@@ -1,11 +1,12 @@
 """Time and peak memory of cutting a checkpoint on disk, compared with copying it and with other ways to cut it.
 
-    python benchmarks/checkpoint.py
+    python benchmarks/checkpoint.py --copy-only
     python benchmarks/checkpoint.py --gb 8 --repeats 5 --mergekit /path/to/python
 
 Makes a bf16 Llama of random bytes (32 layers, shards of about 1 GB), drops 8 layers from it in several ways, in turn
-in each round, and prints a Markdown table. Each way runs in its own process. Two peaks are reported: the resident set,
-which includes every page of a mapped file that was accessed, and anonymous memory, which is the process's own. Both
+in each round, and prints a Markdown table. Each way runs in its own process; the CPU seconds, of user and system, depend
+less than the others on what else runs. Three peaks are reported: the resident set, which includes every page of a mapped
+file that was accessed; its anonymous part, which is the process's own memory; and its part in mapped files. They
 are read from the child's `/proc/PID/status` while it runs, because on Linux the `ru_maxrss` of a child starts at its
 parent's value. Everything is removed at the end.
 """
@@ -26,6 +27,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 LAYERS, DROP = 32, tuple(range(21, 29))
 VOCAB = 32_000
@@ -40,9 +42,9 @@ import sys, time
 from hf_layerprune.cut.disk import plan_cut, write_checkpoint
 from pathlib import Path
 plan = plan_cut(sys.argv[1], [int(i) for i in sys.argv[3].split(",")])
-started = time.perf_counter()
+started, cpu = time.perf_counter(), time.process_time()
 write_checkpoint(plan, Path(sys.argv[2]), progress=False)
-print(time.perf_counter() - started)
+print(time.perf_counter() - started, time.process_time() - cpu)
 """
 PRUNE = """
 import sys
@@ -153,10 +155,10 @@ def mergekit_recipe(source: Path) -> str:
 
 
 class Peaks:
-    """Watches the memory of a process: its peak resident set and its peak anonymous memory, in MB."""
+    """Watches the memory of a process, in MB: its peak resident set, and the peaks of the two parts of it."""
 
     def __init__(self, pid: int) -> None:
-        self.resident = self.anonymous = 0.0
+        self.resident = self.anonymous = self.mapped = 0.0
         self._status, self._done = Path(f"/proc/{pid}/status"), threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -167,26 +169,37 @@ class Peaks:
                 fields = dict(line.split(":", 1) for line in self._status.read_text().splitlines() if "kB" in line)
                 self.resident = max(self.resident, int(fields.get("VmHWM", "0").split()[0]) / 1000)
                 self.anonymous = max(self.anonymous, int(fields.get("RssAnon", "0").split()[0]) / 1000)
+                self.mapped = max(self.mapped, int(fields.get("RssFile", "0").split()[0]) / 1000)
 
     def stop(self) -> None:
         self._done.set()
         self._thread.join()
 
 
-def run(command: list[str]) -> tuple[float, Peaks, str]:
-    """Run a command. Returns its seconds, its memory peaks and its output."""
+class Run(NamedTuple):
+    """What a command took."""
+
+    seconds: float
+    cpu: float
+    peaks: Peaks
+    output: str
+
+
+def run(command: list[str]) -> Run:
+    """Run a command."""
     started = time.perf_counter()
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         peaks = Peaks(child.pid)
         output = child.stdout.read()
-        child.wait()
+        _, status, used = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - started
+        child.returncode = os.waitstatus_to_exitcode(status)
         peaks.stop()
         if child.returncode:
             errors.seek(0)
             sys.exit(f"{' '.join(command)[:200]} failed:\n{errors.read().decode()[-2000:]}")
-    return seconds, peaks, output
+    return Run(seconds, used.ru_utime + used.ru_stime, peaks, output)
 
 
 def remove(paths: Iterable[Path]) -> None:
@@ -195,8 +208,8 @@ def remove(paths: Iterable[Path]) -> None:
         path.unlink(missing_ok=True)
 
 
-def measure(work: Path, repeats: int, mergekit: str | None) -> dict[str, list[tuple[float, Peaks]]]:
-    """Measure seconds and memory peaks of each way, in each round."""
+def measure(work: Path, repeats: int, mergekit: str | None, copy_only: bool) -> dict[str, list[Run]]:
+    """Measure each way, in each round."""
     source, target, recipe = work / "base", work / "cut", work / "merge.yaml"
     python, drop = sys.executable, ",".join(map(str, DROP))
     recipe.write_text(mergekit_recipe(source))
@@ -220,41 +233,45 @@ def measure(work: Path, repeats: int, mergekit: str | None) -> dict[str, list[tu
     }
     if mergekit:
         ways["mergekit passthrough"] = [mergekit, "-m", "mergekit.scripts.run_yaml", str(recipe), copied]
-    results: dict[str, list[tuple[float, Peaks]]] = {name: [] for name in ways}
-    results["hf_layerprune, copy alone"] = []
+    if copy_only:
+        ways = {name: ways[name] for name in ("cp of the kept bytes", "cp, then sync", "hf_layerprune, whole command")}
+    results: dict[str, list[Run]] = {name: [] for name in ways} | {"hf_layerprune, copy alone": []}
     for number in range(repeats):
         for name, command in ways.items():
             remove([target])
             os.sync()
-            seconds, peak, output = run(command)
-            results[name].append((seconds, peak))
+            one = run(command)
+            results[name].append(one)
             if command[1:3] == ["-c", OURS]:
-                results["hf_layerprune, copy alone"].append((float(output), peak))
-            print(f"round {number + 1}: {name}: {seconds:.2f} s, {peak.resident:.0f} MB", file=sys.stderr, flush=True)
+                seconds, cpu = map(float, one.output.split())
+                results["hf_layerprune, copy alone"].append(one._replace(seconds=seconds, cpu=cpu))
+            took = f"{one.seconds:.2f} s, {one.peaks.resident:.0f} MB"
+            print(f"round {number + 1}: {name}: {took}", file=sys.stderr, flush=True)
     return results
 
 
-def table(results: dict[str, list[tuple[float, Peaks]]]) -> str:
+def table(results: dict[str, list[Run]]) -> str:
     """The results as a markdown table, with ratios of medians."""
-    median = {name: statistics.median(seconds for seconds, _ in runs) for name, runs in results.items()}
+    median = {name: statistics.median(one.seconds for one in runs) for name, runs in results.items()}
     lines = [
-        "| way | median s | min-max s | peak MB | of it anonymous | x cp | x cp, then sync |",
-        "|---|---|---|---|---|---|---|",
+        "| way | median s | min-max s | CPU s | peak MB | anonymous | mapped | x cp | x cp, then sync |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, runs in results.items():
-        times = [seconds for seconds, _ in runs]
-        ratios = [median[name] / median[other] for other in ("cp of the kept bytes", "cp, then sync")]
-        lines.append(
-            f"| {name} | {median[name]:.2f} | {min(times):.2f}-{max(times):.2f} | "
-            f"{max(peak.resident for _, peak in runs):.0f} | {max(peak.anonymous for _, peak in runs):.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} |"
-        )
+        times, peaks = [one.seconds for one in runs], [one.peaks for one in runs]
+        cells = [name, f"{median[name]:.2f}", f"{min(times):.2f}-{max(times):.2f}"]
+        cells.append(f"{statistics.median(one.cpu for one in runs):.2f}")
+        cells += [f"{max(getattr(one, part) for one in peaks):.0f}" for part in ("resident", "anonymous", "mapped")]
+        cells += [f"{median[name] / median[other]:.2f}" for other in ("cp of the kept bytes", "cp, then sync")]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gb", type=float, default=3, help="size of the base's weights in billions of bytes")
+    parser.add_argument("--gb", type=float, default=1.4, help="size of the base's weights in billions of bytes")
     parser.add_argument("--repeats", type=int, default=7, help="number of rounds; the table has medians")
+    parser.add_argument("--copy-only", action="store_true", help="only cp, cp with sync, and the cut on disk")
     parser.add_argument("--work", type=Path, help="a folder to work in; default: a temporary one")
     parser.add_argument("--mergekit", metavar="PYTHON", help="a Python with mergekit, to compare with it too")
     args = parser.parse_args()
@@ -262,7 +279,7 @@ def main() -> None:
         work = Path(folder)
         make_llama(work / "base", args.gb)
         size = sum(path.stat().st_size for path in (work / "base").glob("*.safetensors"))
-        results = measure(work, args.repeats, args.mergekit)
+        results = measure(work, args.repeats, args.mergekit, args.copy_only)
         kept = (work / "kept").stat().st_size
     print(f"{size / 1e9:.2f} GB, {LAYERS} layers, to {kept / 1e9:.2f} GB, {LAYERS - len(DROP)} layers; ", end="")
     print(f"warm cache, {args.repeats} rounds\n\n{table(results)}")

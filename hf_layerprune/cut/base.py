@@ -65,8 +65,9 @@ class Base:
                 f"{folder} is not a folder; name a model folder with a {CONFIG} and safetensors weights"
             )
         # Below the top level, only folders that may hold companion files are listed.
-        paths = [*folder.iterdir(), *(path for name in SUBFOLDERS for path in folder.glob(f"{name}/*"))]
-        return cls(str(folder), folder, {_relative(path, folder): _size(path) for path in sorted(paths)})
+        paths = sorted([*folder.iterdir(), *(path for name in SUBFOLDERS for path in folder.glob(f"{name}/*"))])
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size if path.is_file() else 0 for path in paths}
+        return cls(str(folder), folder, sizes)
 
     def get(self, name: str) -> Path:
         """The path of a file, downloaded first if necessary."""
@@ -80,46 +81,38 @@ class Base:
     def companions(self) -> list[tuple[str, int]]:
         """The files to copy along with the weights: tokenizer, chat templates, generation settings, licence.
 
+        From the Hub they are downloaded, together with the index of the weights.
+
         Returns:
             `list[tuple[str, int]]`: Path relative to the folder, and size in bytes.
 
         Raises:
             CheckpointError: One of them is a broken link.
         """
-        names = [name for name in sorted(self.sizes) if is_companion(name)]
-        if self.repo:  # other files in the repository are not downloaded
-            names = [name for name in names if any(fnmatch(name, pattern) for pattern in CHECKPOINT_FILES)]
-        else:
-            for path in (self.folder / name for name in names):
-                if path.is_symlink() and not path.exists():
-                    raise CheckpointError(f"{path} is a link to nothing; is the download complete?")
-            names = [name for name in names if (self.folder / name).is_file()]
-        sizes = [(name, self.sizes[name]) for name in names]
-        for name, size in sizes:
+        found: list[tuple[str, int]] = []
+        for name, size in sorted(self.sizes.items()):
+            if not is_companion(name):
+                continue
+            if self.repo:  # other files in the repository are not downloaded
+                if not any(fnmatch(name, pattern) for pattern in CHECKPOINT_FILES):
+                    continue
+            elif not (self.folder / name).is_file():
+                if (self.folder / name).is_symlink() and not (self.folder / name).exists():
+                    raise CheckpointError(f"{self.folder / name} is a link to nothing; is the download complete?")
+                continue
             if size > _LARGE:
                 logger.warning(
                     "%s/%s is not copied: at %d bytes it is too large for a companion file", self.name, name, size
                 )
-        return [(name, size) for name, size in sizes if size <= _LARGE]
-
-    def fetch_companions(self) -> list[tuple[str, int]]:
-        """Download the companion files and the index of the weights; return the companions."""
-        companions = self.companions()
-        self.fetch([name for name, _ in companions] + [name for name in (INDEX,) if name in self.sizes])
-        return companions
+                continue
+            found.append((name, size))
+        self.fetch([name for name, _ in found] + [name for name in (INDEX,) if name in self.sizes])
+        return found
 
     @property
     def names(self) -> Collection[str]:
         """Names of the files at the top level."""
         return [name for name in self.sizes if "/" not in name]
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix()
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +169,9 @@ def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] 
             skipped = {name: base.sizes.get(name, 0) for name in names if name not in needed}
             names = sorted(needed)
     if base.repo:
+        wanted = sum(base.sizes.get(name, 0) for name in names)
         logger.info(
-            "%s: %d weight files (%d bytes) hold tensors to keep; the other %d files (%d bytes) are not downloaded",
-            base.name,
-            len(names),
-            sum(base.sizes.get(name, 0) for name in names),
-            len(skipped),
-            sum(skipped.values()),
+            "%s: downloading the %d weight files (%d bytes) that hold tensors to keep", base.name, len(names), wanted
         )
         base.fetch(names)
     headers = {name: read_header(base.folder / name) for name in names}

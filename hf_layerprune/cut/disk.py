@@ -16,43 +16,30 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .. import families
 from ..errors import CheckpointError
 from ..files.folders import check_target
+from ..runtime.loading import load_config
 from .base import Base, read_weights
 from .complete import check_tensors
 from .folder import CONFIG, INDEX, find_weights, read_json
 from .plan import CheckpointPlan, new_names, plan_weights
-from .settings import config_fields, quantiser_files, read_config, to_bytes
+from .settings import config_fields, quantiser_files, to_bytes
 from .write import write_checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 __all__ = ["CheckpointPlan", "cut_checkpoint", "plan_cut", "write_checkpoint"]
 
 
-def plan_cut(
-    source: str | os.PathLike[str] | Base,
-    drop_layers: Sequence[int],
-    config: PreTrainedConfig | None = None,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> CheckpointPlan:
+def plan_cut(source: str | os.PathLike[str] | Base, drop_layers: Sequence[int], **hub: Any) -> CheckpointPlan:
     """Plan a cut from headers, index and config, and refuse it if it can't be exact. Nothing is written.
 
     Args:
         source (`str`, `os.PathLike` or `Base`): The base's folder, with safetensors weights, or its Hub id. From the
             Hub, weight files with tensors to keep are downloaded into the Hub client's cache.
         drop_layers (`Sequence[int]`): Base indices of the layers to drop.
-        config (`PreTrainedConfig`, *optional*): The base's config, if it is already loaded.
-        revision (`str`, *optional*): Branch, tag or commit of a base on the Hub.
-        token (`str` or `bool`, *optional*): Token for the Hub, as its client takes it; by default the stored one.
-        cache_dir (`str` or `os.PathLike`, *optional*): The Hub client's cache, if not the default.
+        hub: For a base on the Hub: `revision`, `token`, `cache_dir`, ...; see [`Repo.open`].
 
     Returns:
         `CheckpointPlan`: The tensors to keep, their new names, and the sizes to write.
@@ -62,18 +49,18 @@ def plan_cut(
         CutError: These layers can't be dropped from this model.
         UnsupportedModelError: The architecture is not proven to survive a cut.
     """
-    base = source if isinstance(source, Base) else Base.open(source, revision, token=token, cache_dir=cache_dir)
+    base = source if isinstance(source, Base) else Base.open(source, **hub)
     folder = base.folder
     try:
         find_weights(base.names, base.name)  # before anything else is downloaded
         config_file = read_json(folder / CONFIG)
-        config = read_config(folder) if config is None else config
+        config = load_config(folder)
         cut = families.make_cut(config, drop_layers)
         new_config = families.cut_config(config, cut)
         files = {CONFIG: to_bytes(config_fields(config_file, new_config, cut.num_layers))}
-        companions = base.fetch_companions()
+        companions = base.companions()
         files |= quantiser_files(folder, cut, families.text_config(config) is not config)
-        weights = read_weights(base, lambda names: new_names(names, config, cut).names)
+        weights = read_weights(base, lambda names: new_names(names, config, cut)[0])
         planned = plan_weights(weights, config, cut)
         check_tensors(base.name, new_config, planned.shapes, planned.layer_prefix)
         if planned.index is not None:
@@ -81,15 +68,12 @@ def plan_cut(
     except OSError as error:
         raise CheckpointError(f"could not read {folder}: {error.strerror or error}") from error
     return CheckpointPlan(
+        **vars(planned),
         source=folder,
         cut=cut,
         config=new_config,
-        layer_prefix=planned.layer_prefix,
-        shards=planned.shards,
         files=files,
         companions=tuple((name, size) for name, size in companions if name not in files),
-        tensor_names=planned.tensor_names,
-        dropped_tensors=planned.dropped_tensors,
         source_bytes=weights.size,
     )
 
@@ -99,12 +83,10 @@ def cut_checkpoint(
     target: str | os.PathLike[str],
     drop_layers: Sequence[int],
     *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
     force: bool = False,
     link: bool = False,
     progress: bool = True,
+    **hub: Any,
 ) -> CheckpointPlan:
     """Write a copy of a safetensors checkpoint without some of its layers.
 
@@ -116,13 +98,11 @@ def cut_checkpoint(
         source (`str` or `os.PathLike`): The base's folder, with safetensors weights, or its Hub id.
         target (`str` or `os.PathLike`): The folder to create.
         drop_layers (`Sequence[int]`): Base indices of the layers to drop.
-        revision (`str`, *optional*): Branch, tag or commit of a base on the Hub.
-        token (`str` or `bool`, *optional*): Token for the Hub, as its client takes it; by default the stored one.
-        cache_dir (`str` or `os.PathLike`, *optional*): The Hub client's cache, if not the default.
         force (`bool`, *optional*, defaults to `False`): Replace the target if it is already a model folder.
         link (`bool`, *optional*, defaults to `False`): Hard-link unchanged weight files instead of copying them.
             They then share their content with the base's files: writing to one changes both.
         progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
+        hub: See [`plan_cut`].
 
     Returns:
         `CheckpointPlan`: The plan that was carried out.
@@ -135,7 +115,7 @@ def cut_checkpoint(
     from .check import tell_if_presumed
 
     target = Path(target)
-    base = Base.open(source, revision, token=token, cache_dir=cache_dir)
+    base = Base.open(source, **hub)
     check_target(target.expanduser(), base.folder, force)  # before gigabytes are downloaded
     plan = plan_cut(base, drop_layers)
     tell_if_presumed(plan.config)

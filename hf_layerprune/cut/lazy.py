@@ -30,7 +30,7 @@ from .base import Base
 from .check import tell_if_presumed
 from .complete import model_class_of
 from .folder import find_weights, read_json, shard_names
-from .memory import rehearse
+from .memory import kept_slices, rehearse
 from .plan import new_names
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _open_slices(
         return opened[filename]
 
     files = _tensor_files(source, config, variant, handle)
-    names = new_names(files, config, cut).names
+    names, _ = new_names(files, config, cut)
     source.fetch({files[name] for name in names})
     wide = families.wide_tensors(config)
     state: dict[str, Any] = {}
@@ -228,11 +228,11 @@ def _open_slices(
                 f"{files[name]} of {source.name} has no {name}, though the index says so; "
                 "the checkpoint is incomplete, download it again"
             ) from error
+        state[new_name] = piece
         for tensor, width in wide:
             if f".{name}".endswith(f".{tensor.suffix}"):
-                piece = _WideSlice(name, piece, tensor.dim, width, cut)
-        state[new_name] = piece
-        if backend == "mmap" and not isinstance(piece, _WideSlice):
+                state[new_name] = kept_slices(name, piece, piece.get_shape(), tensor.dim, width, cut)
+        if backend == "mmap" and state[new_name] is piece:
             origins[new_name] = (source.folder / files[name], name)
     return state, origins
 
@@ -252,36 +252,8 @@ def _tensor_files(
     return index["weight_map"]
 
 
-class _WideSlice:
-    """A lazy view of a tensor with one slice per layer, limited to the slices of the kept layers."""
-
-    def __init__(self, name: str, piece: Any, dim: int, width: int, cut: families.Cut) -> None:
-        self._piece, self._dim = piece, dim
-        self._shape = list(piece.get_shape())
-        if self._shape[dim] != width * cut.num_layers:
-            raise CheckpointError(f"{name} is {tuple(self._shape)}, not {cut.num_layers} layers of {width} wide")
-        self._shape[dim] = width * len(cut.keep)
-        runs: list[list[int]] = []
-        for i in cut.keep:
-            if runs and runs[-1][1] == i * width:
-                runs[-1][1] += width
-            else:
-                runs.append([i * width, (i + 1) * width])
-        self._runs = runs
-
-    def get_shape(self) -> list[int]:
-        return self._shape
-
-    def get_dtype(self) -> str:
-        return self._piece.get_dtype()
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        before = (slice(None),) * self._dim
-        return torch.cat([self._piece[(*before, slice(*run))] for run in self._runs], dim=self._dim)[index]
-
-
 def _first_float_dtype(pieces: Iterable[Any]) -> torch.dtype:
     """The meaning of `dtype="auto"` if the config names none: the first floating-point dtype in the checkpoint."""
-    dtypes = [str_to_torch_dtype.get(piece.get_dtype(), torch.uint8) for piece in pieces]
+    dtypes = [getattr(one, "dtype", None) or str_to_torch_dtype.get(one.get_dtype(), torch.uint8) for one in pieces]
     usable = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     return next((dtype for dtype in dtypes if dtype in usable), torch.float32)

@@ -21,7 +21,7 @@ from torch import nn
 
 from .. import families
 from ..errors import CutError, boundary
-from ..families.layout import DecoderStack, find_decoder_layers
+from ..families.layout import find_decoder_layers
 from .check import CannotCheckError, WrongCutError, bypassed_logits, check_logits
 
 if TYPE_CHECKING:
@@ -33,16 +33,8 @@ _ABSENT = object()
 
 # Attributes that may differ between the old and the new position of a layer, because they only describe the position.
 _POSITIONAL = (
-    "idx",
-    "index",
-    "layer_id",
-    "layer_number",
-    "layer_num",
-    "num_layers",
-    "num_hidden_layers",
-    "n_layers",
-    "seed",
-)
+    "idx", "index", "layer_id", "layer_number", "layer_num", "num_layers", "num_hidden_layers", "n_layers", "seed",
+)  # fmt: skip
 
 
 @dataclass
@@ -134,26 +126,27 @@ def drop_layers(
         for name, attribute, value in rehearse(type(model), model.config, new_config, cut).attributes
         if name in live and attribute in vars(live[name])
     ]
+    parent = model.get_submodule(stack.parent_path) if stack.parent_path else model
+    kept = nn.ModuleList(stack.layers[i] for i in cut.keep)
+    kept.training = stack.layers.training
     changes = [
         *_slice_wide_tensors(model, cut),
-        *_swap_layers(model, stack, cut),
+        _Change(parent, stack.name, stack.layers, kept),
         *_swap_configs(model, new_config),
         *attributes,
     ]
     expected = _expected(model, cut) if check else None
-    for change in changes:
-        change.apply(change.new)
+    made = LayerCut(cut, [stack.layers[i] for i in cut.drop], changes, active=False)
+    made.reapply()
     if expected is not None:
         try:
             check_logits(model, expected)
         except WrongCutError:
-            for change in reversed(changes):
-                change.apply(change.old)
+            made.restore()
             raise
     logger.info("dropped layers %s of %d from %s", list(cut.drop), cut.num_layers, stack.path)
-    if keep_dropped:
-        return LayerCut(cut, [stack.layers[i] for i in cut.drop], changes)
-    return LayerCut(cut, [], [])  # the changes reference the old layers and would keep them in memory
+    # The changes reference the old layers and would keep them in memory.
+    return made if keep_dropped else LayerCut(cut, [], [])
 
 
 def _expected(model: PreTrainedModel, cut: families.Cut) -> torch.Tensor | None:
@@ -163,13 +156,6 @@ def _expected(model: PreTrainedModel, cut: families.Cut) -> torch.Tensor | None:
     except CannotCheckError as error:
         logger.info("the logits of the cut are not checked: %s", error)
         return None
-
-
-def _swap_layers(model: PreTrainedModel, stack: DecoderStack, cut: families.Cut) -> list[_Change]:
-    parent = model.get_submodule(stack.parent_path) if stack.parent_path else model
-    new = nn.ModuleList(stack.layers[i] for i in cut.keep)
-    new.training = stack.layers.training
-    return [_Change(parent, stack.name, stack.layers, new)]
 
 
 def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig) -> list[_Change]:
@@ -204,16 +190,33 @@ def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig) -> list[
     return changes
 
 
+def kept_slices(name: str, tensor: Any, shape: Sequence[int], dim: int, width: int, cut: families.Cut) -> torch.Tensor:
+    """The slices of the kept layers, from a tensor with one slice per layer.
+
+    Args:
+        name (`str`): The tensor's name, for the error.
+        tensor (`torch.Tensor` or a slice of a safetensors file): The tensor.
+        shape (`Sequence[int]`): Its shape.
+        dim (`int`): The dimension of the slices.
+        width (`int`): The size of a slice in that dimension.
+        cut (`families.Cut`): The kept and dropped layers.
+
+    Raises:
+        CutError: The tensor has another size.
+    """
+    if shape[dim] != width * cut.num_layers:
+        raise CutError(f"{name} is {tuple(shape)}, not {cut.num_layers} layers of {width} wide")
+    before = (slice(None),) * dim
+    return torch.cat([tensor[(*before, slice(i * width, (i + 1) * width))] for i in cut.keep], dim=dim)
+
+
 def _slice_wide_tensors(model: PreTrainedModel, cut: families.Cut) -> list[_Change]:
     changes: list[_Change] = []
     for wide, width in families.wide_tensors(model.config):
         for name, parameter in list(model.named_parameters()):
             if not f".{name}".endswith(f".{wide.suffix}"):
                 continue
-            if parameter.shape[wide.dim] != width * cut.num_layers:
-                raise CutError(f"{name} is {tuple(parameter.shape)}, not {cut.num_layers} layers of {width} wide")
-            index = torch.cat([torch.arange(i * width, (i + 1) * width) for i in cut.keep])
-            kept = parameter.detach().index_select(wide.dim, index.to(parameter.device)).contiguous()
+            kept = kept_slices(name, parameter.detach(), parameter.shape, wide.dim, width, cut)
             new = nn.Parameter(kept, requires_grad=parameter.requires_grad)
             owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             changes.append(_Change(owner, leaf, parameter, new))

@@ -99,32 +99,45 @@ class ShardPlan:
             yield from (piece,) if isinstance(piece, Span) else piece.spans()
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointPlan:
+@dataclass(frozen=True)
+class WeightsPlan:
+    """The part of a plan that concerns weights.
+
+    Args:
+        layer_prefix (`str`): The part of a tensor's name before the layer index.
+        shards (`tuple[ShardPlan, ...]`): The weight files to write.
+        index (`dict`, *optional*): The index to write, of a sharded checkpoint.
+        tensor_names (`dict[str, str]`): Old to new name of every tensor that is kept.
+        dropped_tensors (`tuple[str, ...]`): Names of the tensors that are dropped.
+        shapes (`dict[str, tuple[int, ...]]`): The shape of each tensor, by its new name.
+    """
+
+    layer_prefix: str
+    shards: tuple[ShardPlan, ...]
+    index: dict[str, Any] | None = field(repr=False)
+    tensor_names: dict[str, str] = field(repr=False)
+    dropped_tensors: tuple[str, ...] = field(repr=False)
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class CheckpointPlan(WeightsPlan):
     """Everything that a cut will do, known before the first byte is written.
 
     Args:
         source (`Path`): The base's folder; for a base on the Hub, its folder in the cache.
         cut (`families.Cut`): The kept and dropped layers.
         config (`PreTrainedConfig`): The config of the pruned model.
-        layer_prefix (`str`): The part of a tensor's name before the layer index.
-        shards (`tuple[ShardPlan, ...]`): The weight files to write.
         files (`dict[str, bytes]`): The content of small files that change, by name.
         companions (`tuple[tuple[str, int], ...]`): The files that are copied unchanged, with their sizes in bytes.
-        tensor_names (`dict[str, str]`): Old to new name of every tensor that is kept.
-        dropped_tensors (`tuple[str, ...]`): Names of the tensors that are dropped.
         source_bytes (`int`): Size of the base's weight files in bytes.
     """
 
     source: Path
     cut: families.Cut
     config: PreTrainedConfig = field(repr=False)
-    layer_prefix: str
-    shards: tuple[ShardPlan, ...]
     files: dict[str, bytes] = field(repr=False)
     companions: tuple[tuple[str, int], ...]
-    tensor_names: dict[str, str] = field(repr=False)
-    dropped_tensors: tuple[str, ...] = field(repr=False)
     source_bytes: int
 
     @property
@@ -146,18 +159,6 @@ class _Kept(NamedTuple):
     pieces: tuple[Span | Rows, ...]
 
 
-@dataclass(frozen=True)
-class WeightsPlan:
-    """The part of a plan that concerns weights."""
-
-    layer_prefix: str
-    shards: tuple[ShardPlan, ...]
-    index: dict[str, Any] | None
-    tensor_names: dict[str, str]
-    dropped_tensors: tuple[str, ...]
-    shapes: dict[str, tuple[int, ...]]
-
-
 def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) -> WeightsPlan:
     """Plan the weight files of a cut.
 
@@ -173,14 +174,13 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
         CheckpointError: Tensors do not fit the config, or two would get the same name.
         UnsupportedModelError: The decoder layers can't be identified.
     """
-    tensors = [tensor for header in weights.headers.values() for tensor in header.tensors]
-    stored = weights.tensor_names
-    names, drafts, prefix = new_names(stored, config, cut)
-    if drafts:
-        logger.info(
-            "%d tensors of layers for multi-token prediction are dropped too, such as %s", len(drafts), drafts[0]
-        )
-    kept = _kept(weights, config, cut, names)
+    stored, wide = weights.tensor_names, families.wide_tensors(config)
+    names, prefix = new_names(stored, config, cut)
+    kept: dict[str, list[_Kept]] = {}
+    for file, header in weights.headers.items():
+        items = [_keep(one, names[one.name], header, wide, cut) for one in header.tensors if one.name in names]
+        if items:
+            kept[file] = items
     shards = []
     weight_map: dict[str, str] = {}
     for number, (file, items) in enumerate(kept.items(), 1):
@@ -191,23 +191,11 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
     if weights.index is not None:
         index = weights.index | {"weight_map": weight_map}
         if "metadata" in index:
-            every = [item for items in kept.values() for item in items]
-            index["metadata"] = _index_metadata(index["metadata"], tensors, every, complete=not weights.skipped)
+            every = [item.new for items in kept.values() for item in items]
+            index["metadata"] = _index_metadata(index["metadata"], every)
     dropped = tuple(name for name in stored if name not in names)
     shapes = {item.new.name: item.new.shape for items in kept.values() for item in items}
     return WeightsPlan(prefix, tuple(shards), index, names, dropped, shapes)
-
-
-def _kept(
-    weights: Weights, config: PreTrainedConfig, cut: families.Cut, names: dict[str, str]
-) -> dict[str, list[_Kept]]:
-    """The tensors to keep from each file, for files that hold any."""
-    slicer = _Slicer(config, cut)
-    kept = {
-        file: [slicer.keep(tensor, names[tensor.name], header) for tensor in header.tensors if tensor.name in names]
-        for file, header in weights.headers.items()
-    }
-    return {file: items for file, items in kept.items() if items}
 
 
 # Config fields with the number of layers for multi-token prediction; a cut sets them to zero.
@@ -226,21 +214,7 @@ def _is_ignored(name: str, config: PreTrainedConfig) -> bool:
     return any(re.search(pattern, name) for pattern in patterns or ())
 
 
-class Renaming(NamedTuple):
-    """The names of a checkpoint's tensors after a cut.
-
-    Args:
-        names (`dict[str, str]`): Old to new name of each tensor that is kept.
-        drafts (`list[str]`): Names of tensors for multi-token prediction, which are dropped.
-        prefix (`str`): The part of a tensor's name before the layer index.
-    """
-
-    names: dict[str, str]
-    drafts: list[str]
-    prefix: str
-
-
-def new_names(tensors: Iterable[str], config: PreTrainedConfig, cut: families.Cut) -> Renaming:
+def new_names(tensors: Iterable[str], config: PreTrainedConfig, cut: families.Cut) -> tuple[dict[str, str], str]:
     """Work out the names of a checkpoint's tensors after a cut.
 
     Args:
@@ -249,7 +223,8 @@ def new_names(tensors: Iterable[str], config: PreTrainedConfig, cut: families.Cu
         cut (`families.Cut`): The kept and dropped layers.
 
     Returns:
-        `Renaming`: The tensors that are kept and dropped.
+        `tuple[dict[str, str], str]`: Old to new name of each tensor that is kept, and the part of a tensor's name before
+            the layer index.
 
     Raises:
         CheckpointError: A tensor has no plain layer index or belongs to a layer that the config does not have, or two
@@ -286,63 +261,51 @@ def new_names(tensors: Iterable[str], config: PreTrainedConfig, cut: families.Cu
         names[name] = new
     if len(set(names.values())) < len(names):
         raise CheckpointError("two tensors would get the same name; save the checkpoint again")
-    return Renaming(names, drafts, prefix)
+    if drafts:
+        logger.info(
+            "%d tensors of layers for multi-token prediction are dropped too, such as %s", len(drafts), drafts[0]
+        )
+    return names, prefix
 
 
-class _Slicer:
-    """Selects the bytes of a tensor to keep: all, or the kept layers' slices of a tensor with one slice per layer."""
-
-    def __init__(self, config: PreTrainedConfig, cut: families.Cut) -> None:
-        self._cut = cut
-        self._wide = families.wide_tensors(config)
-
-    def keep(self, tensor: Tensor, name: str, header: Header) -> _Kept:
-        start = header.data_start + tensor.start
-        for wide, width in self._wide:
-            stem = wide.suffix.rpartition(".")[0]
-            dotted = f".{tensor.name}"
-            if dotted.endswith("." + wide.suffix):
-                return self._sliced(tensor, name, start, wide.dim, width)
-            if f".{stem}." in dotted:
-                raise CheckpointError(
-                    f"tensor {tensor.name!r} belongs to one that holds a slice for each layer, and it is not known how "
-                    "to slice it; start from a checkpoint in which that tensor is not quantised"
-                )
+def _keep(
+    tensor: Tensor, name: str, header: Header, wide: Sequence[tuple[families.WideTensor, int]], cut: families.Cut
+) -> _Kept:
+    """The bytes of a tensor to keep: all, or the kept layers' slices of a tensor with one slice per layer."""
+    start = header.data_start + tensor.start
+    one = next((one for one in wide if f".{one[0].suffix.rpartition('.')[0]}." in f".{tensor.name}"), None)
+    if one is None:
         return _Kept(tensor, replace(tensor, name=name), (Span(start, tensor.size),))
-
-    def _sliced(self, tensor: Tensor, name: str, start: int, dim: int, width: int) -> _Kept:
-        shape, n = tensor.shape, self._cut.num_layers
-        if len(shape) <= dim or shape[dim] != n * width:
-            raise CheckpointError(
-                f"tensor {tensor.name!r} has the shape {list(shape)}, and the config wants {n} layers of {width} along "
-                f"dimension {dim}; the weights and the config do not belong together, or that tensor is quantised"
-            )
-        bits = DTYPE_BITS[tensor.dtype] * math.prod(shape[dim + 1 :]) * width
-        if bits % 8:
-            raise CheckpointError(
-                f"tensor {tensor.name!r} of type {tensor.dtype} can't be sliced at byte boundaries; start from another checkpoint"
-            )
-        slice_bytes, rows = bits // 8, math.prod(shape[:dim])
-        columns = tuple(merged(Span(i * slice_bytes, slice_bytes) for i in self._cut.keep))
-        pieces: tuple[Span | Rows, ...] = (Rows(start, rows, n * slice_bytes, columns),)
-        if rows == 1:
-            pieces = tuple(Span(start + offset, length) for offset, length in columns)
-        new_shape = (*shape[:dim], len(self._cut.keep) * width, *shape[dim + 1 :])
-        size = sum(piece.length for piece in pieces)
-        return _Kept(tensor, Tensor(name, tensor.dtype, new_shape, 0, size), pieces)
-
-
-def _alignment(tensor: Tensor) -> int:
-    return max(1, DTYPE_BITS[tensor.dtype] // 8)
+    dim, width = one[0].dim, one[1]
+    if not f".{tensor.name}".endswith("." + one[0].suffix):
+        raise CheckpointError(
+            f"tensor {tensor.name!r} belongs to one that holds a slice for each layer, and it is not known how "
+            "to slice it; start from a checkpoint in which that tensor is not quantised"
+        )
+    shape, n = tensor.shape, cut.num_layers
+    if len(shape) <= dim or shape[dim] != n * width:
+        raise CheckpointError(
+            f"tensor {tensor.name!r} has the shape {list(shape)}, and the config wants {n} layers of {width} along "
+            f"dimension {dim}; the weights and the config do not belong together, or that tensor is quantised"
+        )
+    bits = DTYPE_BITS[tensor.dtype] * math.prod(shape[dim + 1 :]) * width
+    if bits % 8:
+        raise CheckpointError(
+            f"tensor {tensor.name!r} of type {tensor.dtype} can't be sliced at byte boundaries; start from another checkpoint"
+        )
+    columns = tuple(merged(Span(i * bits // 8, bits // 8) for i in cut.keep))
+    rows = Rows(start, math.prod(shape[:dim]), n * bits // 8, columns)
+    new_shape = (*shape[:dim], len(cut.keep) * width, *shape[dim + 1 :])
+    return _Kept(tensor, Tensor(name, tensor.dtype, new_shape, 0, rows.length), (rows,))
 
 
 def _in_order(kept: list[_Kept]) -> list[_Kept]:
     """The source order, unless a tensor would lose its alignment; then the widest types first."""
     position = 0
     for item in kept:
-        wanted = _alignment(item.old)
+        wanted = max(1, DTYPE_BITS[item.old.dtype] // 8)
         if position % wanted and not item.old.start % wanted:
-            return sorted(kept, key=lambda item: -_alignment(item.old))
+            return sorted(kept, key=lambda item: -DTYPE_BITS[item.old.dtype])
         position += item.new.size
     return kept
 
@@ -351,34 +314,24 @@ def _shard(file: str, target: str, header: Header, kept: list[_Kept]) -> ShardPl
     if len(kept) == len(header.tensors) and all(item.new == item.old for item in kept):
         return ShardPlan(file, header.version, target, b"", (Span(0, header.size),), whole=True)
     placed: list[Tensor] = []
-    pieces: list[Span | Rows] = []
     position = 0
-    for item in _in_order(kept):
+    for item in (ordered := _in_order(kept)):
         placed.append(replace(item.new, start=position, end=position + item.new.size))
         position += item.new.size
-        pieces += item.pieces
-    return ShardPlan(
-        source=file,
-        version=header.version,
-        target=target,
-        header=write_header(placed, header.metadata),
-        pieces=tuple(merged(pieces)),
-        whole=False,
-    )
+    pieces = tuple(merged(piece for item in ordered for piece in item.pieces))
+    return ShardPlan(file, header.version, target, write_header(placed, header.metadata), pieces, whole=False)
 
 
-def merged(pieces: Sequence[Any] | Iterator[Any]) -> Iterator[Any]:
+def merged(pieces: Iterable[Any]) -> Iterator[Any]:
     """Join adjacent spans; other pieces are returned unchanged."""
     last: Any = None
     for piece in pieces:
-        if not piece.length:
-            continue
         if isinstance(last, Span) and isinstance(piece, Span) and last.offset + last.length == piece.offset:
             last = Span(last.offset, last.length + piece.length)
-            continue
-        if last is not None:
-            yield last
-        last = piece
+        elif piece.length:
+            if last is not None:
+                yield last
+            last = piece
     if last is not None:
         yield last
 
@@ -387,23 +340,13 @@ def merged(pieces: Sequence[Any] | Iterator[Any]) -> Iterator[Any]:
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 
 
-def _index_metadata(
-    old: dict[str, Any], tensors: Sequence[Tensor], kept: Sequence[_Kept], *, complete: bool
-) -> dict[str, Any]:
+def _index_metadata(old: dict[str, Any], kept: Sequence[Tensor]) -> dict[str, Any]:
     new = dict(old)
     if "total_size" in new:
-        new["total_size"] = sum(item.new.size for item in kept)
-    if "total_parameters" in new and not complete:
-        # Files that were not opened can't be subtracted, so the kept parameters are counted, if their type allows it.
-        del new["total_parameters"]
-        if all(item.new.dtype in _PLAIN for item in kept):
-            new["total_parameters"] = sum(item.new.elements for item in kept)
-    elif "total_parameters" in new:
-        # Packed weights have fewer elements than parameters, so the old number is trusted and reduced.
-        gone = sum(tensor.elements for tensor in tensors) - sum(item.new.elements for item in kept)
-        total = new["total_parameters"]
-        if type(total) is int and total >= gone:
-            new["total_parameters"] = total - gone
-        else:
-            del new["total_parameters"]
+        new["total_size"] = sum(tensor.size for tensor in kept)
+    # Packed weights have fewer elements than parameters, so these can't be counted.
+    if "total_parameters" in new and all(tensor.dtype in _PLAIN for tensor in kept):
+        new["total_parameters"] = sum(tensor.elements for tensor in kept)
+    else:
+        new.pop("total_parameters", None)
     return new

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import families
-from ..errors import CheckpointError, CutError
+from ..errors import CutError
 from ..families.fields import COUNT_FIELDS, FIELDS, looks_per_layer
-from .folder import CONFIG, read_json
+from .folder import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -21,32 +21,6 @@ logger = logging.getLogger(__name__)
 QUANTISERS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 # Fields that are set on every load.
 _VOLATILE = ("_name_or_path", "transformers_version")
-
-
-def read_config(folder: Path) -> PreTrainedConfig:
-    """Read the config of a model folder without running code from it.
-
-    Args:
-        folder (`Path`): A model folder.
-
-    Returns:
-        `PreTrainedConfig`: The config.
-
-    Raises:
-        CheckpointError: The config is missing or can't be read.
-    """
-    from ..runtime.loading import load_config
-
-    read_json(folder / CONFIG)
-    try:
-        return load_config(folder, trust_remote_code=False)
-    except CheckpointError:
-        raise
-    except Exception as error:  # config classes raise exceptions of any type
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{folder / CONFIG} does not describe a model ({reason}); is it the right folder?"
-        ) from error
 
 
 def config_fields(source: dict[str, Any], config: PreTrainedConfig, num_layers: int) -> dict[str, Any]:

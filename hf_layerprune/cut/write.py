@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..errors import CheckpointError
-from ..files.copy import LocalFile, check_space, open_new, write_all
+from ..files.copy import LocalFile, NewFile, check_space
 from ..files.folders import new_folder
 from .folder import INDEX, SINGLE, check_index, read_json
 from .header import read_header
@@ -58,18 +58,10 @@ def fill(
     name = name or folder.name
     linked = _linkable(plan, folder) if link else frozenset()
     total = plan.target_bytes - sum(shard.size for shard in plan.shards if shard.target in linked)
-    free = shutil.disk_usage(folder).free
-    logger.info(
-        "%s: keeping %d of %d layers; copying %d of %d bytes, linking %d files; %d bytes free",
-        plan.source,
-        len(plan.cut.keep),
-        plan.cut.num_layers,
-        total,
-        plan.source_bytes,
-        len(linked),
-        free,
-    )
-    check_space(folder.with_name(name), total, free)
+    left, files = len(plan.cut.keep), len(linked)
+    what = "%s: keeping %d of %d layers; copying %d of %d bytes, linking %d files"
+    logger.info(what, plan.source, left, plan.cut.num_layers, total, plan.source_bytes, files)
+    check_space(folder.with_name(name), total, shutil.disk_usage(folder).free)
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name, disable=not progress) as bar:
         for shard in plan.shards:
             for count in _write_shard(plan, shard, folder, shard.target in linked):
@@ -78,8 +70,8 @@ def fill(
             for count in _write_companion(plan.source / companion, folder / companion):
                 bar.update(count)
         for file, content in plan.files.items():
-            with open_new(folder / file) as output:
-                write_all(output, content)
+            with NewFile(folder / file) as output:
+                output.write(content)
             bar.update(len(content))
     _check_written(plan, folder)
 
@@ -98,14 +90,13 @@ def _linkable(plan: CheckpointPlan, folder: Path) -> frozenset[str]:
 def _write_shard(plan: CheckpointPlan, shard: ShardPlan, folder: Path, linked: bool) -> Iterator[int]:
     path = plan.source / shard.source
     with LocalFile(path) as source:
-        if source.version != shard.version:
-            raise source.changed()
+        source.check_unchanged(shard.version)
         if linked:
             # Link to the file itself: in the Hub client's cache, `path` is a symbolic link.
             os.link(os.path.realpath(path), folder / shard.target)
             return
-        with open_new(folder / shard.target) as output:
-            write_all(output, shard.header)
+        with NewFile(folder / shard.target) as output:
+            output.write(shard.header)
             yield len(shard.header)
             for offset, length in shard.spans():
                 yield from source.copy_into(output, offset, length)
@@ -114,7 +105,7 @@ def _write_shard(plan: CheckpointPlan, shard: ShardPlan, folder: Path, linked: b
 
 def _write_companion(path: Path, target: Path) -> Iterator[int]:
     target.parent.mkdir(exist_ok=True)
-    with LocalFile(path) as source, open_new(target) as output:
+    with LocalFile(path) as source, NewFile(target) as output:
         yield from source.copy_into(output, 0, source.size)
 
 

@@ -19,24 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = [
-    "MARKER",
-    "REFUSED",
-    "REFUSED_AT",
-    "STAGES",
-    "Cut",
-    "check_stage",
-    "check_supported",
-    "count_field",
-    "cut_config",
-    "is_cut",
-    "layer_count",
-    "make_cut",
-    "protected_layers",
-    "proven",
-    "proven_stages",
-    "text_config",
-    "wide_tensors",
-]
+    "MARKER", "REFUSED", "REFUSED_AT", "STAGES", "Cut", "WideTensor", "check_stage", "check_supported",
+    "count_field", "cut_config", "is_cut", "layer_count", "make_cut", "protected_layers", "proven", "proven_stages",
+    "text_config", "wide_tensors",
+]  # fmt: skip
 
 # The config attribute in which a pruned model records its cut.
 MARKER = "layer_drop"

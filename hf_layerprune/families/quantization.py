@@ -10,7 +10,7 @@ resolved exactly is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import CutError
@@ -21,29 +21,27 @@ _REGEX = re.compile(r"[\\^$()|+{]")
 _WILD = re.compile(r"[*?\[]")
 # Words that identify the decoder of a multimodal model among its other stacks.
 _TEXT = re.compile(r"language|text|decoder|llm")
-_INDEX_TOKEN = re.compile(r"[0-9]|\\d|\[(?:[0-9-]|\\d)+\]")
-_QUANTIFIER = re.compile(r"(?:[*+?]|\{[0-9]*,?[0-9]*\})[?+]?")
+# A sub-pattern that matches only digits: digits and classes of them, alone or as alternatives in parentheses.
+_TIMES = r"(?:(?:[*+?]|\{[0-9]*,?[0-9]*\})[?+]?)?"
+_DIGIT = rf"(?:[0-9]|\\d|\[(?:[0-9-]|\\d)+\]){_TIMES}"
+_INDEX = re.compile(rf"(?:{_DIGIT}|\((?:\?:)?(?:{_DIGIT}|\|)*\){_TIMES})*")
 _SEPARATOR = r"\\\.|\.(?![*+?{])|\[\.\]"
 _ANY_DIGIT = re.compile(r"(?<!\{)(?<!,)(?:\\d|[0-9]+)")
 # A segment that matches any index.
 _ANY_INDEX = re.compile(r"(?<=\\\.)(?:\\d|\[0-9\])\+(?=\\\.)")
 _WORD_END = re.compile(r"(?:^|[^\\A-Za-z0-9_])(?:\\b)?[A-Za-z_][A-Za-z0-9_]*$")
+_LIST = re.compile(rf"(?:(?<=\\b)|(?<![A-Za-z0-9_]))(?:{'|'.join(LIST_NAMES)})(?:\\\.|\.|\[\.\])")
 _OWNER = re.compile(r"(?:(?<=\\b)|(?<!\\))(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_]*)(\\\.|\.|\[\.\])$")
 
 
 def rewrite_quantization(
-    quantization_config: dict[str, Any],
-    cut: Cut,
-    layer_list_names: Sequence[str] = LIST_NAMES,
-    *,
-    several_stacks: bool = False,
+    quantization_config: dict[str, Any], cut: Cut, *, several_stacks: bool = False
 ) -> dict[str, Any]:
     """The quantisation settings of the pruned model.
 
     Args:
         quantization_config (`dict[str, Any]`): The base's settings; left unchanged.
         cut (`Cut`): Which layers stay.
-        layer_list_names (`Sequence[str]`, *optional*): Possible names of a list of decoder layers.
         several_stacks (`bool`, *optional*, defaults to `False`): Whether the model has layers outside its
             decoder. If so, ambiguous patterns are refused.
 
@@ -53,16 +51,13 @@ def rewrite_quantization(
     Raises:
         CutError: An entry names layers in a way that can't be rewritten exactly.
     """
-    return _Rewriter(cut, tuple(layer_list_names), several_stacks).walk(quantization_config, "")
+    return _Rewriter(cut, several_stacks).walk(quantization_config, "")
 
 
 class _Rewriter:
-    def __init__(self, cut: Cut, names: tuple[str, ...], several_stacks: bool) -> None:
+    def __init__(self, cut: Cut, several_stacks: bool) -> None:
         self._cut = cut
-        self._names = names
         self._several_stacks = several_stacks
-        listed = "|".join(map(re.escape, names))
-        self._list = re.compile(rf"(?:(?<=\\b)|(?<![A-Za-z0-9_]))(?:{listed})(?:\\\.|\.|\[\.\])")
 
     def walk(self, value: Any, where: str) -> Any:
         if isinstance(value, dict):
@@ -121,7 +116,7 @@ class _Rewriter:
         parts = text.split(".")
         for place, part in enumerate(parts[:-1]):
             index, before = parts[place + 1], ".".join(parts[:place])
-            if part.lstrip("*") in self._names:
+            if part.lstrip("*") in LIST_NAMES:
                 if index == "*" or not any(char.isdecimal() for char in index):
                     continue
                 if NOT_TEXT.search(before + part):
@@ -148,11 +143,11 @@ class _Rewriter:
 
     def _regex(self, text: str, body: str) -> str | None:
         out, rest, done, empty = "", "", 0, False
-        for match in self._list.finditer(body):
+        for match in _LIST.finditer(body):
             if match.end() < done or match.start() < done:
                 raise self._refuse(text, "it nests lists of layers")
-            end = self._index_end(body, match.end())
-            group, before = body[match.end() : end], body[: match.start()]
+            group, before = _INDEX.match(body, match.end())[0], body[: match.start()]  # type: ignore[index]
+            end = match.end() + len(group)
             if group and not NOT_TEXT.search(before):
                 new, some = self._group(text, before, group, body[end:])
                 empty |= not some
@@ -167,31 +162,6 @@ class _Rewriter:
         if empty and not ("|" in rest or "(?!" in rest or "(?<!" in rest):
             return None
         return out
-
-    def _index_end(self, body: str, start: int) -> int:
-        """The end of a sub-pattern that matches only digits."""
-        position, depth, end = start, 0, start
-        while position < len(body):
-            if body.startswith("(?:", position):
-                position, depth = position + 3, depth + 1
-                continue
-            if body[position] == "(" and body[position + 1 : position + 2] != "?":
-                position, depth = position + 1, depth + 1
-                continue
-            if body[position] == "|" and depth:
-                position += 1
-                continue
-            if body[position] == ")" and depth:
-                position, depth = position + 1, depth - 1
-            elif token := _INDEX_TOKEN.match(body, position):
-                position = token.end()
-            else:
-                break
-            if quantifier := _QUANTIFIER.match(body, position):
-                position = quantifier.end()
-            if not depth:
-                end = position
-        return end
 
     def _group(self, text: str, before: str, group: str, after: str) -> tuple[str, bool]:
         try:
@@ -232,9 +202,9 @@ class _Rewriter:
             if opened != before and _WORD_END.search(opened):
                 continue
             owner = _OWNER.search(opened)
-            if owner and owner[1] not in self._names:
+            if owner and owner[1] not in LIST_NAMES:
                 continue
-            named = self._list.search(rest)
+            named = _LIST.search(rest)
             if named and NOT_TEXT.search(rest[: named.start()]):
                 continue
             raise self._refuse(text, f"{match[0]!r} may pick layers by their index")

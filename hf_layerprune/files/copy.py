@@ -6,11 +6,10 @@ import errno
 import io
 import os
 import secrets
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
 
@@ -46,9 +45,7 @@ class LocalFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.name = str(path)
         self.path = path
-        self._lock = threading.Lock()
         try:
             # Checked first, since opening a pipe would wait for a writer.
             if not path.is_file():
@@ -57,7 +54,7 @@ class LocalFile:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise CheckpointError(f"could not read {path}: {error.strerror or error}") from error
-        self.version = self._state()
+        self.version = FileState.of(self._file.fileno())
         self.size = self.version.size
 
     def __enter__(self) -> LocalFile:
@@ -66,23 +63,19 @@ class LocalFile:
     def __exit__(self, *exception: object) -> None:
         self._file.close()
 
-    def _state(self) -> FileState:
-        return FileState.of(self._file.fileno())
+    def check_unchanged(self, version: FileState | None = None) -> None:
+        """Check that the file has not changed.
 
-    def check_unchanged(self) -> None:
-        """Check that the file has not changed since it was opened.
+        Args:
+            version (`FileState`, *optional*): Since when; by default since it was opened.
 
         Raises:
             CheckpointError: The file has changed.
         """
-        if self._state() != self.version:
-            raise self.changed()
-
-    def changed(self) -> CheckpointError:
-        """The error to raise if the file has changed."""
-        return CheckpointError(
-            f"{self.name} changed while it was being read; make sure that nothing else writes to it"
-        )
+        if FileState.of(self._file.fileno()) != (version or self.version):
+            raise CheckpointError(
+                f"{self.path} changed while it was being read; make sure that nothing else writes to it"
+            )
 
     def read(self, offset: int, length: int) -> bytes:
         """Read exactly `length` bytes starting at `offset`.
@@ -100,20 +93,19 @@ class LocalFile:
         """
         buffer = memoryview(bytearray(min(CHUNK, length)))
         try:
+            self._file.seek(offset)
             while length:
-                with self._lock:
-                    self._file.seek(offset)
-                    count = self._file.readinto(buffer[:length])
+                count = self._file.readinto(buffer[:length])
                 if not count:
                     raise CheckpointError(
-                        f"{self.name} became shorter while it was being read; make sure that nothing else writes to it"
+                        f"{self.path} became shorter while it was being read; make sure that nothing else writes to it"
                     )
                 yield buffer[:count]
-                offset, length = offset + count, length - count
+                length -= count
         except OSError as error:
-            raise CheckpointError(f"could not read {self.name}: {error.strerror or error}") from error
+            raise CheckpointError(f"could not read {self.path}: {error.strerror or error}") from error
 
-    def copy_into(self, output: BinaryIO, offset: int, length: int) -> Iterator[int]:
+    def copy_into(self, output: NewFile, offset: int, length: int) -> Iterator[int]:
         """Append a range of this file to a file open for writing.
 
         Yields:
@@ -124,39 +116,33 @@ class LocalFile:
             OSError: Writing failed.
         """
         for part in self.chunks(offset, length):
-            write_all(output, part)
+            output.write(part)
             yield len(part)
 
 
-class _NewFile(io.FileIO):
-    """An unbuffered file that is flushed to disk while it is being written, if the system supports it."""
+class NewFile(io.FileIO):
+    """An unbuffered file that must not exist, even as a link, and is flushed to disk while it is being written.
+
+    `new_file` and `new_folder` flush the rest.
+
+    Args:
+        path (`Path`): The file to create.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "x")
         self._asked = self._written = 0
 
     def write(self, data: Any) -> int:
-        """Write some of the data; return the number of bytes written."""
-        count = super().write(data)
-        self._written += count
-        if self._written - self._asked >= WRITEBACK and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fileno(), self._asked, self._written - self._asked, os.POSIX_FADV_DONTNEED)
-            self._asked = self._written
-        return count
-
-
-def write_all(output: BinaryIO, data: bytes | memoryview) -> None:
-    """Write all of the data to an unbuffered file."""
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[output.write(view) :]
-
-
-@contextmanager
-def open_new(path: Path) -> Iterator[BinaryIO]:
-    """Create and open a file that must not exist, even as a link. `new_file` and `new_folder` flush it to disk later."""
-    with _NewFile(path) as output:
-        yield output
+        """Write all of the data; return its length."""
+        view = memoryview(data).cast("B")
+        while view:
+            count = super().write(view)
+            view, self._written = view[count:], self._written + count
+            if self._written - self._asked >= WRITEBACK and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self.fileno(), self._asked, self._written - self._asked, os.POSIX_FADV_DONTNEED)
+                self._asked = self._written
+        return memoryview(data).nbytes
 
 
 def check_space(target: Path, needed: int, free: int) -> None:
@@ -214,14 +200,8 @@ def check_file_target(
     """
     if not target.parent.is_dir():
         raise CheckpointError(f"the folder {target.parent} does not exist; create it first")
-    if inside is not None:
-        plain = os.path.normpath(os.path.join(os.path.realpath(inside), os.path.relpath(target.parent, inside)))
-        if os.path.realpath(target.parent) != plain or not os.path.realpath(plain).startswith(
-            os.path.realpath(inside)
-        ):
-            raise CheckpointError(
-                f"{target} leads out of {inside}, and nothing is written outside it; remove the link"
-            )
+    if inside is not None and not Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(inside)):
+        raise CheckpointError(f"{target} leads out of {inside}, and nothing is written outside it; remove the link")
     real = Path(os.path.realpath(target))
     if apart_from is not None and apart_from.exists():
         source = Path(os.path.realpath(apart_from))
@@ -297,8 +277,8 @@ def write_bytes(path: Path, data: bytes, *, inside: Path | None = None) -> None:
     Raises:
         CheckpointError: The file is a link or can't be replaced, or writing fails.
     """
-    with new_file(path, force=True, inside=inside) as partial, open_new(partial) as output:
-        write_all(output, data)
+    with new_file(path, force=True, inside=inside) as partial, NewFile(partial) as output:
+        output.write(data)
 
 
 def write_text(path: Path, text: str, *, inside: Path | None = None) -> None:

@@ -17,8 +17,10 @@ from .copy import sync_folder, write_failed
 
 # What transformers, PEFT, TRL and this package write into a model folder. Only a folder that holds nothing else may be
 # replaced; any other file may be a user's own work.
-_MODEL_FILE = re.compile(
+_MODEL_FILES = re.compile(
     r"""
+    ((adapter|checkpoint-\d+|runs(/[\w.-]+)?|additional_chat_templates|assets|\.eval_results)/)?
+    (
     (config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template
      |preprocessor_config|processor_config|video_preprocessor_config|quant(ize)?_config|hf_quant_config
      |trainer_state|(all|train|eval)_results|lineage|metrics)\.json
@@ -27,14 +29,12 @@ _MODEL_FILE = re.compile(
     | (vocab|merges)\.txt | [\w.-]+\.(model|tiktoken) | chat_template\.jinja
     | (optimizer|scheduler|rng_state(_\d+)?|scaler)\.(pt|pth|bin) | training_args\.bin | events\.out\.tfevents\.[\w.-]+
     | (licen[cs]e|notice|use_policy|copying)([.-][\w-]+)*(\.(txt|md))? | \.gitattributes
+    )
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-_MODEL_SUBFOLDERS = re.compile(
-    r"adapter|checkpoint-\d+|runs(/[\w.-]+)?|additional_chat_templates|assets|\.eval_results"
-)
 # Files next to the model that only folders written by this package hold: the card and its pictures and results.
-_OUR_FILE = re.compile(r"README\.md|assets/[\w.-]+\.(png|svg)|\.eval_results/[\w.-]+\.yaml|[\w.-]+/README\.md")
+_OUR_FILES = re.compile(r"README\.md|assets/[\w.-]+\.(png|svg)|\.eval_results/[\w.-]+\.yaml|[\w.-]+/README\.md")
 _MODEL_SIGNS = {"config.json", "adapter_config.json"}
 
 
@@ -123,21 +123,13 @@ def _check_replaceable(named: Path, folder: Path, replaces: re.Pattern[str] | No
         raise CheckpointError(
             f"{named} is not a model folder, so it is not replaced; remove it yourself, or name another"
         )
-    ours = _is_ours(folder)
+    known = [replaces or _MODEL_FILES, *([_OUR_FILES] if replaces is None and _is_ours(folder) else [])]
     foreign: list[str] = []
-    for root, _, names in os.walk(folder):
-        inside = Path(root).relative_to(folder).as_posix()
-        for name in names:
-            path = name if inside == "." else f"{inside}/{name}"
-            if replaces is not None:
-                known = bool(replaces.fullmatch(path))
-            else:
-                at_home = inside == "." or bool(_MODEL_SUBFOLDERS.fullmatch(inside))
-                known = at_home and bool(_MODEL_FILE.fullmatch(name))
-            if not known and not (replaces is None and ours and _OUR_FILE.fullmatch(path)):
-                foreign.append(path)
-    # os.walk lists links to folders as folders; such links are the user's.
-    foreign += [path.name for path in folder.iterdir() if path.is_symlink() and path.is_dir()]
+    for root, folders, names in os.walk(folder):
+        # Links to folders are listed as folders, and are the user's.
+        foreign += [name for name in folders if Path(root, name).is_symlink()]
+        paths = [Path(root, name).relative_to(folder).as_posix() for name in names]
+        foreign += [path for path in paths if not any(pattern.fullmatch(path) for pattern in known)]
     if foreign:
         shown = ", ".join(sorted(foreign)[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise CheckpointError(

@@ -47,58 +47,49 @@ def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
         CheckpointError: The Hub refused the request, or the answer is not from the Hub.
         UnreachableError: The Hub could not be reached.
     """
-    from huggingface_hub import errors
-
     try:
         yield
     except LayerPruneError:
         raise
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{repo} is gated; ask for access on its page, then log in with `hf auth login` or set HF_TOKEN"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{repo} is not on the Hub, or it is private; check the name, or log in with `hf auth login` or HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{repo} has no revision {revision!r}; name a branch, a tag or a commit") from error
-    except errors.HFValidationError as error:
-        raise CheckpointError(f"{repo!r} is neither a folder nor a Hub id: {cause_of(error)}") from error
-    except errors.LocalEntryNotFoundError as error:
-        cause = error.__cause__ or error
-        raise UnreachableError(
-            f"can't get {repo} ({cause_of(cause if isinstance(cause, Exception) else error)}); check the connection"
-        ) from error
-    except errors.HfHubHTTPError as error:
+    except Exception as error:
+        if (told := _told(error, repo, revision)) is None:
+            raise
+        raise told from error
+
+
+def _told(error: Exception, repo: str, revision: str | None) -> CheckpointError | None:
+    from huggingface_hub import errors
+
+    cause = cause_of(error)
+    if isinstance(error, errors.GatedRepoError):
+        how = "ask for access on its page, then log in with `hf auth login` or set HF_TOKEN"
+        return CheckpointError(f"{repo} is gated; {how}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        how = "check the name, or log in with `hf auth login` or HF_TOKEN"
+        return CheckpointError(f"{repo} is not on the Hub, or it is private; {how}")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return CheckpointError(f"{repo} has no revision {revision!r}; name a branch, a tag or a commit")
+    if isinstance(error, errors.HFValidationError):
+        return CheckpointError(f"{repo!r} is neither a folder nor a Hub id: {cause}")
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        behind = cause_of(error.__cause__) if isinstance(error.__cause__, Exception) else cause
+        return UnreachableError(f"can't get {repo} ({behind}); check the connection")
+    if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):
-            raise CheckpointError(
-                f"{repo} can't be read with this token ({cause_of(error)}); log in with `hf auth login`"
-            ) from error
+            return CheckpointError(f"{repo} can't be read with this token ({cause}); log in with `hf auth login`")
         kind = UnreachableError if status in (408, 429) or status >= 500 else CheckpointError
-        raise kind(f"can't read {repo}: {cause_of(error)}; try again later") from error
-    except errors.FileMetadataError as error:
-        raise CheckpointError(_not_the_hub(repo, error)) from error
-    except Exception as error:
-        if isinstance(error, (errors.OfflineModeIsEnabled, transport_error())):
-            raise UnreachableError(
-                f"can't reach the Hub for {repo} ({cause_of(error)}); check the connection"
-            ) from error
-        if isinstance(error, OSError):  # from the cache: no space or no permission
-            raise CheckpointError(f"can't store {repo} in the cache: {error.strerror or cause_of(error)}") from error
-        if isinstance(
-            error, ValueError | KeyError | TypeError | AttributeError
-        ):  # the answer is not in the Hub's format
-            raise CheckpointError(_not_the_hub(repo, error)) from error
-        raise
-
-
-def _not_the_hub(repo: str, error: Exception) -> str:
-    return (
-        f"the answer to a request for {repo} is not from the Hub ({cause_of(error)}); check for a log-in page or a proxy "
-        "in between"
-    )
+        return kind(f"can't read {repo}: {cause}; try again later")
+    if isinstance(error, (errors.OfflineModeIsEnabled, transport_error())):
+        return UnreachableError(f"can't reach the Hub for {repo} ({cause}); check the connection")
+    if isinstance(error, OSError) and not isinstance(error, errors.FileMetadataError):  # no space or no permission
+        return CheckpointError(f"can't store {repo} in the cache: {error.strerror or cause}")
+    if isinstance(error, (errors.FileMetadataError, ValueError, KeyError, TypeError, AttributeError)):
+        return CheckpointError(
+            f"the answer to a request for {repo} is not from the Hub ({cause}); check for a log-in page or a proxy "
+            "in between"
+        )
+    return None
 
 
 @dataclass(frozen=True)
@@ -188,7 +179,7 @@ class Repo:
             except UnreachableError as error:
                 offline = str(error)
                 logger.info("%s; looking in the cache", error)
-        cached = _cached(name, revision, cache_dir)
+        cached = _cached(name, revision, place)
         if cached is None:
             raise CheckpointError(
                 f"{name} is not in the cache, and the Hub can't be reached ({offline}); go online, or name a folder"
@@ -293,19 +284,16 @@ def _under(files: dict[str, HubFile], subfolder: str) -> dict[str, HubFile]:
     return {name.removeprefix(prefix): file for name, file in files.items() if name.startswith(prefix)}
 
 
-def _cached(
-    repo: str, revision: str | None, cache_dir: str | os.PathLike[str] | None
-) -> tuple[str, dict[str, HubFile]] | None:
+def _cached(repo: str, revision: str | None, cache_dir: str | None) -> tuple[str, dict[str, HubFile]] | None:
     """The commit of a revision according to the cache, and its files in the cache."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    for landmark in _LANDMARKS:
-        path = try_to_load_from_cache(repo, landmark, None if cache_dir is None else str(cache_dir), revision)
-        if isinstance(path, str):
-            break
-    else:
+    try:
+        place = snapshot_download(repo, revision=revision, cache_dir=cache_dir, local_files_only=True)
+    except LocalEntryNotFoundError:
         return None
-    folder = Path(path).parent
+    folder = Path(place)
     files: dict[str, HubFile] = {}
     for one in sorted(folder.rglob("*")):
         if one.is_file():

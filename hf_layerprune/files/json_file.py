@@ -23,50 +23,32 @@ class Validator(Protocol):
         """All errors of a value."""
 
 
-def read_json(
-    path: Path,
-    *,
-    max_bytes: int = MAX_BYTES,
-    max_depth: int = MAX_DEPTH,
-    non_finite: bool = False,
-    schema: Validator | None = None,
-) -> Any:
-    """Read a JSON file.
+def read_object(
+    path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH, non_finite: bool = False
+) -> dict[str, Any]:
+    """Read a JSON file whose content is an object.
 
     Args:
         path (`Path`): The file.
         max_bytes (`int`, defaults to 32 MiB): The largest file to read.
         max_depth (`int`, defaults to 64): The deepest allowed nesting of lists and objects.
         non_finite (`bool`, defaults to `False`): Accept `NaN` and `Infinity`, which occur in some model configs.
-        schema (`Validator`, *optional*): A schema for the content, from [`load_schema`].
 
     Returns:
-        `Any`: The content.
+        `dict[str, Any]`: The content.
 
     Raises:
         CheckpointError: The file can't be read, is too large, is not UTF-8 or not JSON, is nested too deeply, repeats
-            a key, holds a number larger than any float, or does not follow the schema.
+            a key, holds a number larger than any float, or is not an object.
     """
     content = parse_json(read_bytes(path, max_bytes), str(path), max_depth=max_depth, non_finite=non_finite)
-    if schema is not None:
-        check_schema(content, schema, str(path))
-    return content
-
-
-def read_object(path: Path, **bounds: Any) -> dict[str, Any]:
-    """Read a JSON file whose content is an object; see [`read_json`].
-
-    Raises:
-        CheckpointError: As for `read_json`, or the content is not an object.
-    """
-    content = read_json(path, **bounds)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__} where a JSON object is expected")
     return content
 
 
 def parse_json(data: bytes | str, name: str, *, max_depth: int = MAX_DEPTH, non_finite: bool = False) -> Any:
-    """Parse JSON that is in memory; see [`read_json`].
+    """Parse JSON that is in memory; see [`read_object`].
 
     Args:
         data (`bytes` or `str`): The text.
@@ -75,7 +57,7 @@ def parse_json(data: bytes | str, name: str, *, max_depth: int = MAX_DEPTH, non_
         non_finite (`bool`, defaults to `False`): Accept `NaN` and `Infinity`.
 
     Raises:
-        CheckpointError: As for `read_json`.
+        CheckpointError: As for `read_object`.
     """
 
     def constant(word: str) -> float:

@@ -49,35 +49,22 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_yaml(path: Path, max_bytes: int = MAX_YAML) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping with string keys. Tags can only create plain values.
 
     Args:
-        path (`Path`): The file.
-        max_bytes (`int`, defaults to 1 MiB): The largest file to read.
+        path (`Path`): The file, of at most 1 MiB.
 
     Raises:
         CheckpointError: The file can't be read, is not YAML, or is not a mapping with string keys.
     """
-    return parse_yaml(read_text(path, max_bytes), str(path))
-
-
-def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """Parse YAML that is in memory; see [`read_yaml`].
-
-    Args:
-        text (`str`): The text.
-        name (`str`): The name to use in errors.
-
-    Raises:
-        CheckpointError: As for `read_yaml`.
-    """
     import yaml
 
+    text = read_text(path, MAX_YAML)
     try:
         fields = yaml.safe_load(text)
     except Exception as error:  # dates, numbers and tags raise other exceptions
-        raise CheckpointError(f"{name} is not valid YAML: {cause_of(error)}") from error
+        raise CheckpointError(f"{path} is not valid YAML: {cause_of(error)}") from error
     if not isinstance(fields, Mapping) or not all(isinstance(key, str) for key in fields):
-        raise CheckpointError(f"{name} must be a mapping with string keys, but is a {type(fields).__name__}")
+        raise CheckpointError(f"{path} must be a mapping with string keys, but is a {type(fields).__name__}")
     return dict(fields)

@@ -18,16 +18,8 @@ logger = logging.getLogger(__name__)
 
 # Files of a checkpoint: no pickles, and no second copy of the weights in another format.
 CHECKPOINT_FILES = [
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.safetensors",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-]
+    "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "LICENSE*", "NOTICE*", "USE_POLICY*",
+]  # fmt: skip
 # The arguments of `from_pretrained` that locate files.
 _WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 

@@ -44,7 +44,7 @@ def first_trained_layer(model: PreTrainedModel) -> int:
             anything before the layers is.
     """
     stack = find_decoder_layers(model)
-    behind = tuple(f"{name}." for name in (find_final_norm(model, stack), find_output_head(model)) if name)
+    behind = tuple(f"{name}." for name in _behind(model, stack))
     first = len(stack.layers)
     for name, parameter in model.named_parameters():  # a tied head has the name of the embeddings
         if not parameter.requires_grad:
@@ -54,6 +54,11 @@ def first_trained_layer(model: PreTrainedModel) -> int:
         elif not name.startswith(behind):
             return 0
     return first
+
+
+def _behind(model: PreTrainedModel, stack: DecoderStack) -> list[str]:
+    """Names of the modules that follow the layers."""
+    return [name for name in (find_final_norm(model, stack), find_output_head(model)) if name]
 
 
 def shared_layers(base: PreTrainedModel, model: PreTrainedModel, limit: int | None = None) -> int:
@@ -110,9 +115,7 @@ class Prefix:
         """Names and values of all weights and buffers that decide the prefix's output."""
         stack = find_decoder_layers(self.model)
         after = tuple(f"{stack.path}.{i}." for i in range(self.depth, len(stack.layers)))
-        behind = tuple(
-            f"{name}." for name in (find_final_norm(self.model, stack), find_output_head(self.model)) if name
-        )
+        behind = tuple(f"{name}." for name in _behind(self.model, stack))
         table: Any = self.model.get_input_embeddings()
         embeddings = table.weight
         yield "embeddings", embeddings
@@ -309,8 +312,7 @@ def _same_around(base: PreTrainedModel, stack: DecoderStack, model: PreTrainedMo
     """Whether everything but the layers, the final norm and the head is the same."""
     around = []
     for one, where in ((base, stack), (model, other)):
-        places = (where.path, find_final_norm(one, where), find_output_head(one))
-        after = {path for path in places if path is not None}
+        after = (where.path, *_behind(one, where))
         ids = {id(t) for path in after for t in _tensors(one.get_submodule(path)).values()}
         embeddings = _tensors(one.get_input_embeddings())  # a tied head is among them
         rest = {name: t for name, t in _tensors(one).items() if id(t) not in ids}

@@ -13,7 +13,6 @@ from .. import families
 from ..cut.disk import plan_cut
 from ..cut.gguf import cut_gguf, gguf_layer_count, gguf_texts, is_gguf, plan_gguf_cut
 from ..cut.patch import patch_layers
-from ..cut.settings import read_config
 from ..cut.write import fill
 from ..errors import CheckpointError, CutError
 from ..files.folders import check_target, new_folder
@@ -109,7 +108,7 @@ def prune_to(request: PruneRequest) -> str:
     hub = _hub_base(request)
     source = hub.folder if hub else Path(request.base).expanduser()
     check_target(output.expanduser(), source, request.force)  # before minutes are spent on choosing layers
-    config = read_config(hub.folder) if hub else load_config(request.base, revision=request.revision)
+    config = load_config(hub.folder) if hub else load_config(request.base, revision=request.revision)
     families.check_supported(config)
     if request.repair is not None:
         families.check_stage(config, "repair")

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ...files.copy import LocalFile, check_file_target, check_space, new_file, open_new, write_all
+from ...files.copy import LocalFile, NewFile, check_file_target, check_space, new_file
 from .header import GGUFHeader, Tensor, padded, read_header, write_header
 from .layers import block_count_of, rewrite_metadata
 
@@ -183,14 +183,14 @@ def cut_gguf(
         total, name = plan.target_bytes, target.name
         with (
             new_file(target, force=force, apart_from=source) as partial,
-            open_new(partial) as output,
+            NewFile(partial) as output,
             tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name, disable=not progress) as bar,
         ):
-            write_all(output, plan.header)
+            output.write(plan.header)
             for offset, size in plan.tensors:
                 for count in file.copy_into(output, offset, size):
                     bar.update(count)
-                write_all(output, bytes(padded(size, plan.alignment) - size))
+                output.write(bytes(padded(size, plan.alignment) - size))
             file.check_unchanged()
     return plan
 

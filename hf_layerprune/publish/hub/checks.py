@@ -74,8 +74,8 @@ def _weights(contents: Contents, request: PushRequest) -> Outcome:
     """Check that the weights are sound, complete, and as the last stage wrote them."""
     from ...cut.base import Base, read_weights
     from ...cut.header import read_header
-    from ...cut.settings import read_config
     from ...families import layer_count
+    from ...runtime.loading import load_config
 
     folder = contents.folder
     if not contents.weights:
@@ -96,7 +96,7 @@ def _weights(contents: Contents, request: PushRequest) -> Outcome:
             f"the weights ({own[:12]}) are not those in {LINEAGE} ({str(last.get('weights'))[:12]}), so they were "
             "changed later; make them again, or record the change as a stage"
         )
-    if not contents.is_adapter and layer_count(read_config(folder)) != len(read_history(lineage).kept):
+    if not contents.is_adapter and layer_count(load_config(folder)) != len(read_history(lineage).kept):
         raise CheckpointError(f"config.json and {LINEAGE} disagree on the number of layers; one of them was edited")
     size = numbers.size(sum(contents.files[name] for name in contents.weights))
     files = f"{len(contents.weights)} file{'s' * (len(contents.weights) > 1)}"

@@ -13,12 +13,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 from ...cut.disk import plan_cut
 from ...cut.plan import CheckpointPlan, ShardPlan
-from ...cut.settings import read_config
 from ...errors import CheckpointError
 from ...files.copy import LocalFile
 from ...files.json_file import parse_json
 from ...records.fingerprints import CONFIG, WEIGHTS, hash_files, is_inert, model_files, sha256_of
 from ...records.history import History
+from ...runtime.loading import load_config
 from .places import Base
 
 _CHUNK = 8 << 20
@@ -86,7 +86,7 @@ def rebuild(history: History, base: Base) -> Expected:
             )
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
         Path(place, CONFIG).write_bytes(plan.files[CONFIG])
-        return Expected(files, inside, read_config(Path(place)).to_dict())
+        return Expected(files, inside, load_config(Path(place)).to_dict())
 
 
 def _check_bytes(plan: CheckpointPlan, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -133,7 +133,7 @@ def _converted(history: History, base: Base) -> Expected:
             load_tokenizer(base.source, revision=base.commit).save_pretrained(folder)
         paths = model_files(folder)
         inside = {name: digest_file(path) for name, path in paths.items() if name.endswith(WEIGHTS)}
-        return Expected(hash_files(paths), inside, read_config(folder).to_dict())
+        return Expected(hash_files(paths), inside, load_config(folder).to_dict())
 
 
 def digest_file(path: Path) -> dict[str, TensorHash]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...cut.folder import INDEX, SINGLE
-from ...cut.settings import read_config
 from ...errors import CheckpointError, LayerPruneError, shown
 from ...families import MARKER
 from ...files.json_file import read_object
@@ -29,6 +28,7 @@ from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
 from ...records.metrics import Metrics
 from ...runtime.config_file import read_config_file
+from ...runtime.loading import load_config
 from ..requests import VerifyRequest
 from .places import Base, Place
 from .rebuild import Expected, TensorHash, digest_file, rebuild
@@ -234,7 +234,7 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
         outcome.say(False, "config", f"{place.name} has no {CONFIG}")
         return
     _check_cut(read_config_file(place.path(CONFIG)).get(MARKER) or {}, CONFIG, history, outcome)
-    has, changed = read_config(place.folder).to_dict(), history.changed()
+    has, changed = load_config(place.folder).to_dict(), history.changed()
     differ = {name for name in expected.config.keys() | has.keys() if expected.config.get(name) != has.get(name)}
     differ -= _VOLATILE
     if any(name.endswith("lm_head.weight") for name in changed) and has.get("tie_word_embeddings") is False:
