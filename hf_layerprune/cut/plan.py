@@ -192,7 +192,9 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
         index = weights.index | {"weight_map": weight_map}
         if "metadata" in index:
             every = [item.new for items in kept.values() for item in items]
-            index["metadata"] = _index_metadata(index["metadata"], every)
+            gone = sum(one.elements for header in weights.headers.values() for one in header.tensors)
+            gone -= sum(one.elements for one in every)
+            index["metadata"] = _index_metadata(index["metadata"], None if weights.skipped else gone, every)
     dropped = tuple(name for name in stored if name not in names)
     shapes = {item.new.name: item.new.shape for items in kept.values() for item in items}
     return WeightsPlan(prefix, tuple(shards), index, names, dropped, shapes)
@@ -340,13 +342,15 @@ def merged(pieces: Iterable[Any]) -> Iterator[Any]:
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 
 
-def _index_metadata(old: dict[str, Any], kept: Sequence[Tensor]) -> dict[str, Any]:
+def _index_metadata(old: dict[str, Any], gone: int | None, kept: Sequence[Tensor]) -> dict[str, Any]:
+    """The index's metadata, less the elements that are gone; `None` if not all files were opened."""
     new = dict(old)
     if "total_size" in new:
         new["total_size"] = sum(tensor.size for tensor in kept)
-    # Packed weights have fewer elements than parameters, so these can't be counted.
-    if "total_parameters" in new and all(tensor.dtype in _PLAIN for tensor in kept):
+    total = new.pop("total_parameters", None)
+    # Packed weights have fewer elements than parameters, so the old number is reduced where it can be.
+    if gone is not None and type(total) is int and total >= gone:
+        new["total_parameters"] = total - gone
+    elif total is not None and all(tensor.dtype in _PLAIN for tensor in kept):
         new["total_parameters"] = sum(tensor.elements for tensor in kept)
-    else:
-        new.pop("total_parameters", None)
     return new
