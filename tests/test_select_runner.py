@@ -20,9 +20,9 @@ from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.runtime import divergence
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import ALL, choose_layers, score_layers, trials
-from hf_layerprune.select.auto import HELD_OUT
 from hf_layerprune.select.cost import estimate
 from hf_layerprune.select.scores import Scores
+from hf_layerprune.select.search import HELD_OUT
 from hf_layerprune.select.sets import block_sums, lowest_block, lowest_layers, neighbours, rounds
 from hf_layerprune.select.trials import Trial, layer_runs, try_out
 
@@ -83,7 +83,7 @@ def test_cuts_share_what_is_before_them() -> None:
 
 
 def test_a_repair_is_tried_as_it_would_be_folded(model: Any, text: CalibrationSet) -> None:
-    from hf_layerprune.select.auto import changes_of
+    from hf_layerprune.select.search import changes_of
 
     repair = fit_repair(model, [3, 4], text, "linear")
     (outcome,) = try_out(LayerWalk(model), text, [Trial((3, 4), changes_of(repair))])

@@ -111,12 +111,12 @@ def prepare(
         protected = families.protected_layers(model.config)
         choice = choose_layers(walk or model, calibration, config, protected=protected, target=target)
         logger.info("%s", choice.why)
-        config.drop_layers = choice.drop_layers
+        config.drop_layers, repair = choice.drop_layers, choice.repair
         record["selection"] = choice.record() | {"seconds": round(time.perf_counter() - start, 3)}
         if len(choice.scores) == 1 and choice.scores[0].layers is not None:
             record["scores"] = {"criterion": config.criterion, "layers": choice.scores[0].layers}
     if config.repair is not None and walk is not None and calibration is not None:
-        repair = fit_repair(walk, config.drop_layers, calibration, config.repair)
+        repair = repair or fit_repair(walk, config.drop_layers, calibration, config.repair)
         record["repair"] = {"method": repair.method, "cuts": repair.cuts}
     return Prepared(list(config.drop_layers), repair, record)
 

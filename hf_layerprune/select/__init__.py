@@ -22,7 +22,8 @@ from .registry import ALL, CRITERIA, Criterion, find_criterion
 from .sets import drop_count, free_layers, lowest_block, neighbours
 
 if TYPE_CHECKING:
-    from .runner import Choice, choose_layers, score_layers
+    from .choice import Choice
+    from .runner import choose_layers, score_layers
     from .scores import Scores
     from .targets import Target
 
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 # Loaded on first use: each of them imports torch.
-_LAZY = {"Choice": ".runner", "choose_layers": ".runner", "score_layers": ".runner", "Scores": ".scores"} | {
+_LAZY = {"Choice": ".choice", "choose_layers": ".runner", "score_layers": ".runner", "Scores": ".scores"} | {
     "Target": ".targets"
 }
 

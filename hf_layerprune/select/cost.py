@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from .passes import batch_rows
 from .registry import find_criterion
 from .sets import neighbours
 from .trials import Trial, layer_runs, rows_per_pass
+
+logger = logging.getLogger(__name__)
 
 _HEAD_TOKENS = 256
 # The backward pass runs a layer again, then computes the gradients of its input and its weights.
@@ -84,7 +87,27 @@ def estimate(
         passes += -(-samples // rows_per_pass(walk, text, trials))
     if not layers:
         return Cost(0, 0, 0, 0.0)
-    rows = batch_rows(text)
+    layer, head = _of_a_row(walk, text)
+    return Cost(layers, heads, passes, samples * (layers * layer + heads * head))
+
+
+def announce(walk: LayerWalk, text: CalibrationSet, layer_runs: int, what: str) -> None:
+    """Say how long a search will take.
+
+    Args:
+        walk (`LayerWalk`): The dense model.
+        text (`CalibrationSet`): Rows of the length that is used.
+        layer_runs (`int`): How many runs of a layer over a row it takes.
+        what (`str`): What is done.
+    """
+    layer, _ = _of_a_row(walk, text)
+    logger.info("%s takes about %s", what, _readable(1.3 * layer_runs * layer))  # the head takes its share
+
+
+@torch.no_grad()
+def _of_a_row(walk: LayerWalk, text: CalibrationSet) -> tuple[float, float]:
+    """Seconds for a layer and for the head on one row, by a run of each."""
+    rows, length = batch_rows(text), text.input_ids.shape[1]
     batch = walk.begin(text.input_ids[:rows])
     with walk.layer(0) as run:
         run(batch.hidden, batch)
@@ -92,8 +115,7 @@ def estimate(
     piece = batch.hidden[:1, : min(_HEAD_TOKENS, length)]
     walk.logits(piece)
     head = _timed(lambda: walk.logits(piece).float().logsumexp(-1), walk.device)
-    seconds = layers * layer * samples / rows + heads * head * samples * length / piece.shape[1]
-    return Cost(layers, heads, passes, seconds)
+    return layer / rows, head * length / piece.shape[1]
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

@@ -57,11 +57,14 @@ class Repairability(Observer):
 
     Args:
         lengths (`Collection[int]`): Block lengths, in layers.
+        only (`Collection[tuple[int, ...]]`, *optional*): Fit only these blocks of them.
         keep (`bool`, defaults to `False`): Whether to keep the maps, in `fits`.
     """
 
-    def __init__(self, lengths: Collection[int], *, keep: bool = False) -> None:
-        self.lengths, self.keep = sorted(lengths), keep
+    def __init__(
+        self, lengths: Collection[int], *, only: Collection[tuple[int, ...]] | None = None, keep: bool = False
+    ) -> None:
+        self.lengths, self.only, self.keep = sorted(lengths), only, keep
         self.fits: dict[tuple[int, ...], BlockFit] = {}
         self.shares: dict[tuple[int, ...], float] = {}
 
@@ -88,10 +91,12 @@ class Repairability(Observer):
         last = self.position[index]
         for length in self.lengths:
             start = last + 1 - length
-            if start in self.starts:
-                self._fit(self.alive[start : last + 1], self.alive[start - 1], self.starts[start], batches)
+            block = self.alive[max(0, start) : last + 1]
+            if start in self.starts and (self.only is None or block in self.only):
+                self._fit(block, self.alive[start - 1], self.starts[start], batches)
         self.starts.pop(last + 1 - max(self.lengths), None)
-        if self.writer is not None:
+        starts = {block[0] for block in self.only or ()}
+        if self.writer is not None and (self.only is None or index + 1 in starts):
             self.starts[last + 1] = (self.writer, self.features, [batch.hidden for batch in batches])
 
     def _fit(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError
@@ -18,6 +18,8 @@ from ..families.layout import find_decoder_layers
 from ..layer_ranges import format_layers
 from ..options import CutOptions, find, just, take
 from ..runtime.walk import LayerWalk
+from . import budget
+from .choice import Choice
 from .passes import Observer, read_weights, run_pass
 from .registry import ALL, CRITERIA, ORIGINAL, PAPER, VARIANTS, Criterion, find_criterion
 from .scores import Scores
@@ -29,33 +31,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Choice:
-    """Which layers to drop, and why.
-
-    Args:
-        drop_layers (`list[int]`): Base indices, ascending.
-        criterion (`str`): The criterion that chose them.
-        why (`str`): The reason, in one sentence.
-        scores (`list[Scores]`): The scores the choice is based on, one entry per round and criterion.
-        details (`dict[str, Any]`): Further entries for the record, such as the short list of `auto`.
-    """
-
-    drop_layers: list[int]
-    criterion: str
-    why: str
-    scores: list[Scores] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def record(self) -> dict[str, Any]:
-        """The entry for `lineage.json`."""
-        record = {"criterion": self.criterion, "why": self.why} | self.details
-        if len(self.scores) == 1 and self.scores[0].layers is not None:  # chosen in one round, by these scores
-            record["scores"] = self.scores[0].record()
-        return record
 
 
 def score_layers(
@@ -164,6 +141,16 @@ def choose_layers(
         )
         chosen.details["target"] = target.record(chosen.drop_layers)
         return chosen
+    if choice.budget is not None:
+        free = free_layers(num_layers, 1, *criterion.protection(choice), protected)
+        walk = _walk(model)
+
+        def pick(text: CalibrationSet, count: int) -> tuple[int, ...]:
+            options = take(CutOptions, choice, **just(count))
+            return tuple(choose_layers(walk, text, options, protected=protected).drop_layers)
+
+        text = _text(calibration, criterion)
+        return budget.choose(walk, text, free, choice, None if criterion.kind == "choice" else pick)
     count = drop_count(choice.drop, num_layers)
     free = free_layers(num_layers, count, *criterion.protection(choice), protected)
     if criterion.kind == "choice":

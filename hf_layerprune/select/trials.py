@@ -51,10 +51,14 @@ class Outcome:
     Args:
         loss (`float`): Mean negative log-likelihood per token, in nats.
         kl (`float`, *optional*): Mean KL(dense || cut) of the next-token distribution, over all positions, in nats.
+        agreement (`float`, *optional*): Share of positions at which both have the same most likely token.
+        rows (`torch.Tensor`, *optional*): The three numbers of each row, `[rows, 3]`.
     """
 
     loss: float
     kl: float | None = None
+    agreement: float | None = None
+    rows: torch.Tensor | None = None
 
     @property
     def divergence(self) -> float:
@@ -93,8 +97,7 @@ def try_out(
     tracks = [*trials, Trial(())] if kl else list(trials)
     rows = rows_per_pass(walk, calibration, tracks, memory)
     parts = calibration.input_ids.split(rows)
-    sums = torch.zeros(len(trials), 2, dtype=torch.float64)
-    tokens = torch.zeros(2, dtype=torch.float64)
+    sums: list[torch.Tensor] = []
     runs = walk.num_layers * len(parts)
     with tqdm(total=runs, desc=f"evaluating {len(trials)} cuts", unit="layer", disable=None) as bar:
         for part in parts:
@@ -102,10 +105,14 @@ def try_out(
             states = _advance(walk, batches, tracks, bar)
             for number, batch in enumerate(batches):
                 of_batch = [state[number] for state in states]
-                sums += _compare(walk, batch.input_ids, of_batch, len(trials), kl).double().cpu()
-                tokens += torch.tensor([batch.input_ids[:, 1:].numel(), batch.input_ids.numel()])
-    means = (sums / tokens).tolist()
-    return [Outcome(loss, divergence if kl else None) for loss, divergence in means]
+                sums.append(_compare(walk, batch.input_ids, of_batch, len(trials), kl).double().cpu())
+    length = calibration.input_ids.shape[1]
+    by_row = torch.cat(sums, 1) / torch.tensor([max(1, length - 1), length, length])
+    outcomes = []
+    for rows in by_row:
+        loss, divergence, agreement = rows.mean(0).tolist()
+        outcomes.append(Outcome(loss, divergence, agreement, rows) if kl else Outcome(loss, rows=rows))
+    return outcomes
 
 
 def rows_per_pass(
@@ -189,8 +196,8 @@ def _advance(
 def _compare(
     walk: LayerWalk, input_ids: torch.Tensor, states: Sequence[torch.Tensor], trials: int, kl: bool
 ) -> torch.Tensor:
-    """Summed losses and KL `[trials, 2]` of a batch; with `kl`, the last entry of `states` is the dense model's."""
-    sums = torch.zeros(trials, 2, dtype=torch.float32 if walk.device.type == "mps" else torch.float64)
+    """Summed losses, KL and agreement `[trials, rows, 3]` of a batch; with `kl`, `states` ends with the dense model's."""
+    sums = torch.zeros(trials, len(input_ids), 3, dtype=torch.float32 if walk.device.type == "mps" else torch.float64)
     sums = sums.to(walk.device)
     length = input_ids.shape[1]
     for row, ids in enumerate(input_ids):
@@ -200,7 +207,8 @@ def _compare(
             reference = Reference(walk.logits(states[-1][row : row + 1, start:end])[0]) if kl else None
             for number in range(trials):
                 of_tokens = diverge(walk.logits(states[number][row : row + 1, start:end])[0], targets, reference)
-                sums[number, 0] += of_tokens.nll.sum(dtype=sums.dtype)
-                if of_tokens.kl is not None:
-                    sums[number, 1] += of_tokens.kl.sum(dtype=sums.dtype)
+                sums[number, row, 0] += of_tokens.nll.sum(dtype=sums.dtype)
+                if of_tokens.kl is not None and of_tokens.agrees is not None:
+                    sums[number, row, 1] += of_tokens.kl.sum(dtype=sums.dtype)
+                    sums[number, row, 2] += of_tokens.agrees.sum(dtype=sums.dtype)
     return sums

@@ -1,0 +1,292 @@
+"""Search for sets of layers, with the repair in the loop: nested sets, the best block of a length, and what they cost.
+
+Three parts of the calibration set have a job each: to fit the maps and the repair, to try sets out, and to judge those
+that were found. A set is tried with a linear map in place of each of its blocks, if the repair is fitted, and judged
+with the repair that it would really get.
+
+- Nested sets: layers go one after the other, each time the one whose removal, repaired, changes the model least. Maps
+  are fitted to the dense model, so after a step only the blocks next to the layer that went need new ones.
+- Blocks: all blocks of one length advance through the model together.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..calibration.rows import CalibrationSet, check_vocabulary
+from ..errors import CutError
+from ..families import check_stage
+from ..layer_ranges import format_layers
+from ..repair.fit import Repair, blocks, fit_repair
+from ..repair.registry import find_repair
+from ..repair.writers import swapped
+from ..runtime.walk import LayerWalk
+from .passes import run_pass
+from .registry import ORIGINAL
+from .repairability import BlockFit, Repairability
+from .scores import Scores
+from .sets import lowest_block, neighbours
+from .trials import Outcome, Trial, try_out
+
+if TYPE_CHECKING:
+    from ..options import ChoiceOptions
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = 0.25
+# The most rows: to fit maps to, to try blocks on, and to try the steps of nested sets on.
+_MAP_ROWS, _TRY_ROWS, _STEP_ROWS = 48, 8, 2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A set of layers that was judged.
+
+    Args:
+        drop (`tuple[int, ...]`): The layers.
+        found_by (`str`): `"best block"` or `"greedy"`.
+        outcome (`Outcome`): On the rows that are held out for judging, after the repair.
+        repair (`Repair`, *optional*): The repair.
+    """
+
+    drop: tuple[int, ...]
+    found_by: str
+    outcome: Outcome
+    repair: Repair | None
+
+    def record(self) -> dict[str, Any]:
+        """The entry for `lineage.json`."""
+        return {
+            "layers": format_layers(self.drop),
+            "found_by": self.found_by,
+            "kl": round(self.outcome.divergence, 5),
+            "perplexity": round(self.outcome.perplexity, 4),
+        }
+
+
+class Search:
+    """Finds sets of layers and judges them.
+
+    Args:
+        walk (`LayerWalk`): The dense model.
+        calibration (`CalibrationSet`): The text; a quarter of its rows is held out for judging.
+        free (`Collection[int]`): The layers that may be dropped.
+        choice (`ChoiceOptions`): Whether the layers must be contiguous, and which repair will follow.
+        found (`Sequence[int]`): The first steps of the nested sets, if an earlier search has found them.
+
+    Raises:
+        CutError: There are too few rows.
+        UnsupportedModelError: The model type can't be repaired.
+    """
+
+    def __init__(
+        self,
+        walk: LayerWalk,
+        calibration: CalibrationSet,
+        free: Collection[int],
+        choice: ChoiceOptions,
+        found: Sequence[int] = (),
+    ) -> None:
+        if choice.repair:
+            check_stage(walk.model.config, "repair")
+        check_vocabulary(calibration, walk.model)
+        if len(calibration) < 4:
+            raise CutError(
+                "a search holds out a quarter of the calibration rows; raise calibration_samples to 4 or more"
+            )
+        self.walk, self.repair, self.contiguous = walk, choice.repair, choice.contiguous
+        self.fitting, self.judging = calibration.split(HELD_OUT)
+        self._in_front = bool(choice.repair and find_repair(choice.repair).in_front)
+        # The map needs a layer in front.
+        self.free = {i for i in free if i or not self._in_front}
+        self._mapping, self._trying = self.fitting.split(min(0.34, _TRY_ROWS / len(self.fitting)))
+        self.steps = list(found)
+        self._fits: dict[tuple[int, ...], BlockFit | None] = {}
+        self._dense: Outcome | None = None
+
+    @property
+    def dense(self) -> Outcome:
+        """The dense model on the rows for judging."""
+        if self._dense is None:
+            (self._dense,) = try_out(self.walk, self.judging, [Trial(())])
+        return self._dense
+
+    def nested(self, count: int) -> tuple[int, ...]:
+        """The set of a size among sets each of which contains the one before.
+
+        Raises:
+            CutError: There is none.
+        """
+        while len(self.steps) < count:
+            self.steps.append(self._next())
+        return tuple(sorted(self.steps[:count]))
+
+    def blocks(self, count: int) -> Scores:
+        """KL of every block of a length on a few rows, with its map if a fitted repair will follow."""
+        every = [
+            block for block in neighbours(range(self.walk.num_layers), count) if all(i in self.free for i in block)
+        ]
+        outcomes = zip(every, self._tried(every, _TRY_ROWS), strict=True)
+        alive = tuple(range(self.walk.num_layers))
+        return Scores("kl", ORIGINAL, alive, blocks={block: one.divergence for block, one in outcomes if one})
+
+    def best(self, count: int) -> tuple[tuple[int, ...], str]:
+        """The best set of a size on the rows for trying, and what found it.
+
+        Raises:
+            CutError: No set of that size may be dropped.
+        """
+        scored = self.blocks(count).blocks
+        block = tuple(lowest_block(scored, count, self.free)) if scored else None
+        if self.contiguous or count == 1:
+            if block is None:
+                lowest_block({}, count, self.free)  # raises the error that no block may be dropped
+            assert block is not None
+            return block, "best block"
+        nested = self.nested(count)
+        if block is None or block == nested:
+            return nested, "greedy"
+        (one,) = self._tried([nested], _TRY_ROWS)
+        return (nested, "greedy") if one and one.divergence < scored[block] else (block, "best block")
+
+    def judge(self, sets: Iterable[tuple[tuple[int, ...], str]]) -> list[Candidate]:
+        """Evaluate sets with the repair that each would really get, best first; those without one are left out.
+
+        Raises:
+            CutError: The repair works for none of them.
+        """
+        fitted = [(drop, by, self.fit(drop)) for drop, by in sets]
+        if self.repair:
+            fitted = [one for one in fitted if one[2] is not None]
+        if not fitted:
+            raise CutError(
+                f"repair={self.repair!r} works for none of the candidates on the short list; use repair=None"
+            )
+        trials = [Trial(drop, changes_of(repair) if repair else {}) for drop, _, repair in fitted]
+        outcomes = try_out(self.walk, self.judging, trials)
+        candidates = [
+            Candidate(drop, by, outcome, repair) for (drop, by, repair), outcome in zip(fitted, outcomes, strict=True)
+        ]
+        return sorted(candidates, key=lambda one: one.outcome.divergence)
+
+    def fit(self, drop: tuple[int, ...]) -> Repair | None:
+        """The repair that a set would get; `None` where none will follow, or none can be fitted."""
+        try:
+            return fit_repair(self.walk, drop, self.fitting, self.repair) if self.repair else None
+        except CutError:  # no projection to fold a map into in front of one of its blocks
+            return None
+
+    def layer_runs(self, depth: int, probes: int) -> int:
+        """About how many runs of a layer over a row it takes to find nested sets and to judge some of them.
+
+        Args:
+            depth (`int`): The most layers that go.
+            probes (`int`): For how many sizes the best set is found and judged.
+        """
+        n = self.walk.num_layers
+        mapping = min(_MAP_ROWS, len(self._mapping)) * n if self._in_front else 0
+        steps = 0 if self.contiguous else depth * (mapping + n * n // 2 * min(_STEP_ROWS, len(self._trying)))
+        tries = n * n // 2 * min(_TRY_ROWS, len(self._trying))
+        judging = n * (len(self.fitting) * bool(self.repair) + 2 * len(self.judging))
+        return steps + probes * (2 * mapping + tries + judging)
+
+    @property
+    def most(self) -> int:
+        """The most layers that may be dropped."""
+        longest = max((end - start for start, end in blocks(self.free)), default=0)
+        return min(longest if self.contiguous else len(self.free), self.walk.num_layers - 1)
+
+    # --- internals ---------------------------------------------------------------------------------------
+
+    def _next(self) -> int:
+        """The layer to drop next."""
+        gone = set(self.steps)
+        left = sorted(self.free - gone)
+        if self.contiguous and gone:
+            left = [i for i in left if i in (min(gone) - 1, max(gone) + 1)]
+        if not left or len(gone) + 1 >= self.walk.num_layers:
+            raise CutError(
+                f"no more than {len(gone)} layers may be dropped from this model; drop fewer, or protect fewer"
+            )
+        outcomes = self._tried([tuple(sorted((*gone, i))) for i in left], _STEP_ROWS)
+        scored = {i: one.divergence for i, one in zip(left, outcomes, strict=True) if one is not None}
+        if not scored:
+            raise CutError(f"repair={self.repair!r} works for none of the layers that are left; use repair=None")
+        # Blocks that can't come up any more leave memory.
+        step = min(scored, key=scored.__getitem__)
+        gone.add(step)
+        self._fits = {b: fit for b, fit in self._fits.items() if len(b) == 1 or not gone.isdisjoint(b)}
+        return step
+
+    def _tried(self, sets: Sequence[tuple[int, ...]], rows: int) -> list[Outcome | None]:
+        """Outcomes on a few rows, with maps; `None` for a set that can't be repaired."""
+        runs = [[tuple(range(*run)) for run in blocks(drop)] for drop in sets]
+        if self._in_front:
+            self._fit({block for each in runs for block in each})
+        trials: list[Trial | None] = []
+        for drop, each in zip(sets, runs, strict=True):
+            fits = [self._fits[block] for block in each] if self._in_front else []
+            known = [fit for fit in fits if fit is not None]
+            changes = {fit.before: fit.applied for fit in known}
+            trials.append(Trial(drop, changes) if len(known) == len(fits) else None)
+        asked = [trial for trial in trials if trial is not None]
+        outcomes = iter(try_out(self.walk, _first(self._trying, rows), asked) if asked else ())
+        return [None if trial is None else next(outcomes) for trial in trials]
+
+    def _fit(self, wanted: Collection[tuple[int, ...]]) -> None:
+        """Fit the maps that are missing, all in one pass over the dense model."""
+        missing = {block for block in wanted if block not in self._fits}
+        if missing:
+            observer = Repairability({len(block) for block in missing}, only=missing, keep=True)
+            run_pass(self.walk, _first(self._mapping, _MAP_ROWS), [observer])
+            self._fits |= {block: observer.fits.get(block) for block in missing}
+
+
+def changes_of(repair: Repair) -> dict[int, Callable[[nn.Module], AbstractContextManager]]:
+    """A repair as the `changes` of a [`~trials.Trial`]."""
+    return {index: partial(swapped, values=values) for index, values in repair.by_layer().items()}
+
+
+def _first(calibration: CalibrationSet, rows: int) -> CalibrationSet:
+    return CalibrationSet.of(calibration.input_ids[:rows], calibration.source, calibration.seed)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of quality on the rows for judging, with its standard error over rows.
+
+    Args:
+        mean (`float`): Zero for the dense model; grows as quality goes.
+        error (`float`): Its standard error; infinite for a single row.
+        rows (`int`): The rows that it was measured on.
+    """
+
+    mean: float
+    error: float
+    rows: int
+
+    @classmethod
+    def of(cls, budget: str, cut: Outcome, dense: Outcome) -> Loss:
+        """What a budget limits: KL, the logarithm of the ratio of perplexities, or the share that disagrees."""
+        assert cut.rows is not None, "outcomes have rows"
+        assert dense.rows is not None, "outcomes have rows"
+        values = {
+            "max_kl": cut.rows[:, 1],
+            "max_perplexity_ratio": cut.rows[:, 0] - dense.rows[:, 0],
+            "min_top1_agreement": 1 - cut.rows[:, 2],
+        }[budget]
+        rows = len(values)
+        error = (values.std(correction=1) / math.sqrt(rows)).item() if rows > 1 else math.inf
+        return cls(values.mean().item(), error, rows)
+
+    def rows_needed(self, gap: float) -> int:
+        """How many rows it takes for the standard error to be less than a gap."""
+        return math.ceil(self.rows * (self.error / max(gap, 1e-12)) ** 2) + 1
