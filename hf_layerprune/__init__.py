@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .adapter.model import LayerDropModel
     from .adapter.pruning import prune_with
     from .cut.memory import drop_layers
+    from .stages.curve import quality_curve
 
 __all__ = [
     "CheckpointError",
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "drop_layers",
     "prune_with",
+    "quality_curve",
 ]
 
 # Loaded on first use: each of them imports torch.
@@ -39,6 +41,7 @@ _LAZY = {
     "LayerDropConfig": ".adapter.config",
     "LayerDropModel": ".adapter.model",
     "drop_layers": ".cut.memory",
+    "quality_curve": ".stages.curve",
     "prune_with": ".adapter.pruning",
 }
 

@@ -156,7 +156,6 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, 
     import torch
 
     from ..adapter.prepare import calibration_of
-    from ..runtime.walk import LayerWalk
     from ..select.cost import estimate
 
     dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
@@ -165,7 +164,7 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, 
     target = Target.of(request, model.config, request.base, revision=request.revision, model=model)
     if not any(CRITERIA[name].needs == "text" for name in (*names, *request.criteria)):
         return model, None, target
-    walk = _walk(request, model, LayerWalk)
+    walk = open_walk(request, model)
     cost = estimate(
         walk, request.calibration_samples, request.calibration_length, names, count=count, lengths=request.lengths
     )
@@ -174,10 +173,16 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, 
     return walk, calibration_of(request, model, revision=request.revision), target
 
 
-def _walk(request: RankRequest, model: Any, walk: type[LayerWalk]) -> LayerWalk:
+def open_walk(request: RankRequest, model: Any) -> LayerWalk:
+    """A model on the device that a request names, to be run layer by layer.
+
+    Raises:
+        CutError: The device can't be used.
+    """
     import torch
 
     from ..runtime.precision import in_fast_precision
+    from ..runtime.walk import LayerWalk
 
     device = request.device
     if device == "auto":
@@ -187,7 +192,7 @@ def _walk(request: RankRequest, model: Any, walk: type[LayerWalk]) -> LayerWalk:
         place = torch.device(device)
         if request.dtype == "auto" and place.type == "cpu":
             in_fast_precision(model)
-        return walk(model, device=None if place.type == "cpu" else place, release_weights=True)
+        return LayerWalk(model, device=None if place.type == "cpu" else place, release_weights=True)
     except (RuntimeError, AssertionError) as error:
         raise CutError(f"device {request.device!r} can't be used: {str(error).splitlines()[0]}") from error
 

@@ -21,6 +21,7 @@ from ..options import (
     TuningOptions,
     documented,
     option,
+    whole,
 )
 from ..select.registry import CRITERIA, find_criterion
 
@@ -83,7 +84,15 @@ class RankRequest(CalibrationOptions, ChoiceOptions):
     )
     device: str = option("auto", "Device that runs the layers, one at a time: cpu, cuda, ...; auto takes a GPU if any")
     revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
-    force: bool = option(False, "Replace a ranking in OUTPUT")
+    curve: bool = option(
+        False,
+        "Find the best cut of each depth in place of scores: parameters, bytes, speed-up and quality, with and without "
+        "repair. In OUTPUT, an interrupted curve goes on",
+    )
+    curve_up_to: int | None = option(
+        None, "The most layers that the curve drops; half of them by default", whole(1, 10_000)
+    )
+    force: bool = option(False, "Replace a ranking or a curve in OUTPUT")
 
 
 @documented

@@ -1,0 +1,82 @@
+"""The plot of a curve: what dropping layers costs, with and without repair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .style import FAINT, INK, ROLE_COLOURS, ROLE_MARKERS, draw, grid
+
+_NAMES = {"cut": "cut", "repaired": "cut and repaired"}
+
+
+def curve(
+    points: Sequence[dict[str, Any]],
+    path: Path,
+    *,
+    chosen: int | None = None,
+    knee: int | None = None,
+    remark: str = "",
+) -> None:
+    """Draw KL from the dense model against the number of layers that are dropped.
+
+    Args:
+        points (`Sequence[dict[str, Any]]`): The points, see `select.curve`; those of a budget's search will do.
+        path (`Path`): The picture to write.
+        chosen (`int`, *optional*): How many layers are dropped, to mark that point.
+        knee (`int`, *optional*): The number behind which quality falls off.
+        remark (`str`): What is said at the chosen point.
+    """
+    series = {
+        name: [(0, 0.0, 0.0)]
+        + [(p["dropped"], p[name]["kl"], p[name].get("kl_stderr", 0.0)) for p in points if name in p]
+        for name in _NAMES
+    }
+    series = {name: found for name, found in series.items() if len(found) > 1}
+    best = series.get("repaired") or series["cut"]
+    top = 1.25 * max(kl + error for _, kl, error in best)
+    with draw(path, width=7.2, height=3.9) as (_, axes):
+        axes.axhline(0, color=ROLE_COLOURS["dense"], lw=1.2, ls=(0, (4, 3)), zorder=1)
+        for name, found in series.items():
+            x, y, errors = zip(*found, strict=True)
+            axes.errorbar(
+                x[1:], y[1:], yerr=errors[1:], color=ROLE_COLOURS[name], marker=ROLE_MARKERS[name], ms=5.5, ls="",
+                elinewidth=1.2, zorder=3,
+            )  # fmt: skip
+            axes.plot(x, y, color=ROLE_COLOURS[name], lw=1.8, zorder=2)
+            # A line that leaves the picture is named where it does.
+            seen = [(a, b) for a, b, _ in found if b <= top]
+            at = seen[-1]
+            inside = len(seen) == len(found)
+            axes.annotate(
+                _NAMES[name], at, xytext=(8, 0) if inside else (-6, 10), textcoords="offset points", fontsize=9.5,
+                ha="left" if inside else "right", va="center", color=ROLE_COLOURS[name], annotation_clip=False,
+            )  # fmt: skip
+        axes.plot(0, 0, color=ROLE_COLOURS["dense"], marker=ROLE_MARKERS["dense"], ms=7, zorder=4, clip_on=False)
+        axes.annotate(
+            "dense", (0, 0), xytext=(6, 7), textcoords="offset points", fontsize=9.5, color=ROLE_COLOURS["dense"]
+        )
+        heights = {count: kl for count, kl, _ in best}
+        if knee in heights:
+            axes.axvline(knee, color=FAINT, lw=1.2, ls=(0, (1, 1.5)), zorder=0)
+            axes.annotate(
+                "knee", (knee, top), xytext=(4, -4), textcoords="offset points", fontsize=9, color=INK, va="top"
+            )
+        if chosen in heights:
+            axes.plot(
+                chosen, heights[chosen], marker="o", ms=15, mfc="none", mec=ROLE_COLOURS["healed"], mew=2, zorder=5
+            )
+            axes.annotate(
+                remark or f"chosen: {chosen} layers", (chosen, heights[chosen]), xytext=(-14, 26),
+                textcoords="offset points", fontsize=9.5, ha="right", va="bottom", color=ROLE_COLOURS["healed"],
+                fontweight="bold", arrowprops={"arrowstyle": "-", "color": ROLE_COLOURS["healed"], "shrinkB": 8},
+            )  # fmt: skip
+        last = max(p["dropped"] for p in points)
+        step = 1 if last <= 16 else 2 if last <= 32 else 5
+        axes.set_xticks(range(0, last + 1, step))
+        axes.set_xlim(-0.3, last + 0.4)
+        axes.set_ylim(-0.02 * top, top)
+        axes.set_xlabel("layers dropped")
+        axes.set_ylabel("KL from the dense model, nats per token")
+        grid(axes, "y")

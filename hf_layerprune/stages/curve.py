@@ -1,0 +1,318 @@
+"""The curve of a base: for each number of layers, the best cut found, what is left, and what it costs in quality.
+
+    from hf_layerprune import quality_curve
+
+    curve = quality_curve("org/base", "curve", repair="refit", curve_up_to=12)
+    print(curve)
+    curve.points[6]["layers"], curve.points[6]["repaired"]["kl"]
+
+Each point is on disk once it is found, so a curve that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import families
+from ..errors import CheckpointError, CutError, LayerPruneError
+from ..files.copy import write_text
+from ..files.json_file import read_object
+from ..layer_ranges import parse_layers
+from ..options import spell_bytes, spell_count
+from ..records.fingerprints import fingerprint
+from ..runtime.loading import is_hub_id, load_base, load_config
+from ..select.registry import find_criterion
+from ..select.sets import drop_count, free_layers
+from ..versions import __version__
+from .requests import RankRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+logger = logging.getLogger(__name__)
+
+FILE = "curve.json"
+_PLOTS = ("curve.png", "curve.svg")
+_SCHEMA_VERSION = 1
+_BEST_REPAIR = "refit"
+# The options that decide the points.
+_OPTIONS = (
+    "calibration", "calibration_samples", "calibration_length", "seed", "protect_first", "protect_last", "contiguous",
+    "dtype", "context", "batch",
+)  # fmt: skip
+
+
+@dataclass
+class Curve:
+    """Quality against the number of layers that are dropped.
+
+    Args:
+        points (`list[dict[str, Any]]`): One for each number of layers, from 1: `dropped`, `layers`, `found_by`,
+            `parameters`, `bytes`, `speedup` (expected), and the quality of the `cut` and of what is `repaired`.
+        record (`dict[str, Any]`): All of it, as in `curve.json`.
+    """
+
+    points: list[dict[str, Any]]
+    record: dict[str, Any] = field(repr=False)
+
+    @property
+    def chosen(self) -> int | None:
+        """How many layers the options of the request would drop, if the curve goes that far."""
+        return self.record.get("chosen")
+
+    @property
+    def knee(self) -> int | None:
+        """The number of layers behind which quality falls off."""
+        from ..select.curve import knee
+
+        return knee(self.points)
+
+    def __str__(self) -> str:
+        heads = [
+            "dropped",
+            "parameters",
+            "bytes",
+            "speed-up",
+            "KL, cut",
+            "KL, repaired",
+            "perplexity",
+            "top-1",
+            "layers",
+        ]
+        rows = [heads, ["0", *_sizes(self.record["dense"]), "1x", "0", "0", "x1", "100 %", "dense"]]
+        for point in self.points:
+            best = point.get("repaired") or point["cut"]
+            marks = [
+                word for word, count in (("chosen", self.chosen), ("knee", self.knee)) if count == point["dropped"]
+            ]
+            rows.append(
+                [
+                    str(point["dropped"]),
+                    *_sizes(point),
+                    f"{point['speedup']:.2f}x",
+                    f"{point['cut']['kl']:.3g}",
+                    f"{point['repaired']['kl']:.3g}" if "repaired" in point else "-",
+                    f"x{best['perplexity_ratio']:.3g}",
+                    f"{best['top1_agreement']:.0%}".replace("%", " %"),
+                    point["layers"] + (f"  <- {', '.join(marks)}" if marks else ""),
+                ]
+            )
+        widths = [max(len(row[k]) for row in rows) for k in range(len(heads) - 1)]
+        lines = ["  ".join([*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+        repair = self.record["repair"]
+        note = f"perplexity and top-1 after the {repair} repair; " if repair else ""
+        return "\n".join([*lines, "", f"{note}speed-up as expected from the times of layers and head on this machine"])
+
+
+def _sizes(entry: dict[str, Any]) -> list[str]:
+    return [spell_count(entry["parameters"]), spell_bytes(entry["bytes"])]
+
+
+def quality_curve(base: str, output: str | os.PathLike[str] | None = None, **options: Any) -> Curve:
+    """Find the best cut of each depth, and measure it.
+
+    Args:
+        base (`str`): A Hub id, a model folder, or a GGUF file.
+        output (`str` or `os.PathLike`, *optional*): A folder for `curve.json` and the plot. A curve that is there
+            already, of the same base and options, is gone on with.
+        options: Those of `hf-layerprune rank`: `repair`, `curve_up_to`, `calibration`, `max_kl`, ...
+
+    Returns:
+        `Curve`: The points.
+
+    Raises:
+        CutError: No layer may be dropped, or an option is not accepted.
+        CheckpointError: The base can't be read, or the folder holds something else.
+        UnsupportedModelError: The architecture is not proven, or its layers can't be run one at a time.
+    """
+    place = None if output is None else Path(output)
+    return make_curve(RankRequest(base, output=place, curve=True, **options))
+
+
+def make_curve(request: RankRequest) -> Curve:
+    """As `quality_curve`, for a request."""
+    config = load_config(request.base, revision=request.revision)
+    families.check_supported(config)
+    families.check_stage(config, "rank")
+    repair = request.repair if request.repair is not None else _repair_for(config)
+    n = families.layer_count(config)
+    protected = families.protected_layers(config)
+    free = free_layers(n, 1, *find_criterion("auto").protection(request), protected)
+    up_to = min(request.curve_up_to or n // 2, len(free), n - 1)
+    identity = {
+        "base": _identity(request),
+        "repair": repair,
+        **{name: getattr(request, name) for name in _OPTIONS},
+        "version": __version__,
+    }
+    record: dict[str, Any] = {"schema_version": _SCHEMA_VERSION, "identity": identity, "points": [], "steps": []}
+    if request.output is not None and (old := _earlier(request.output.expanduser(), identity, request.force)):
+        record = old
+    if len(record["points"]) < up_to:
+        _go_on(request, record, repair, free, up_to)
+    record["repair"] = repair
+    points = record["points"][:up_to]
+    curve = Curve(points, record)
+    record["chosen"] = _chosen(request, curve, n)
+    record["knee"] = curve.knee
+    if request.output is not None:
+        folder = request.output.expanduser()
+        _write(folder, record)
+        _draw(curve, folder)
+    return curve
+
+
+def _go_on(request: RankRequest, record: dict[str, Any], repair: str | None, free: set[int], up_to: int) -> None:
+    """Find and measure the points that are missing."""
+    from dataclasses import replace
+
+    from ..adapter.prepare import calibration_of
+    from ..cut.sizes import Sizes
+    from ..select.cost import announce
+    from ..select.curve import curve_points
+    from ..select.decode_times import DecodeTimes, time_decoding
+    from ..select.search import Search
+    from .rank import open_walk
+
+    model = load_base(request.base, revision=request.revision, dtype=_dtype(request))
+    sizes = Sizes(model.config, request.base, revision=request.revision)
+    if "decode" not in record:
+        times = time_decoding(model, sizes.context(request.context, 512), request.batch)
+        record["decode"] = {"layers": times.layers, "rest": times.rest}
+        record["dense"] = {"parameters": sizes.parameters(), "bytes": sizes.file_bytes()}
+    times = DecodeTimes(record["decode"]["layers"], record["decode"]["rest"])
+    walk = open_walk(request, model)
+    calibration = calibration_of(request, model, request.revision)
+    if record.setdefault("calibration", calibration.record()) != calibration.record():
+        raise CheckpointError(
+            f"{request.output} holds a curve on other calibration rows; name another folder, or begin again with --force"
+        )
+    options = replace(request, repair=repair)
+    search = Search(walk, calibration, free, options, record["steps"])
+    left = up_to - len(record["points"])
+    announce(walk, search.judging, search.layer_runs(left, left), f"a curve up to {up_to} layers")
+    for point in curve_points(search, up_to, len(record["points"])):
+        drop = parse_layers(point["layers"])
+        point |= {
+            "parameters": sizes.parameters(drop),
+            "bytes": sizes.file_bytes(drop),
+            "speedup": round(times.speedup(drop), 4),
+        }
+        record["points"].append(point)
+        record["steps"] = search.steps
+        best = point.get("repaired") or point["cut"]
+        logger.info("%d of %d: without layers %s, KL is %.3g", point["dropped"], up_to, point["layers"], best["kl"])
+        if request.output is not None:
+            _write(request.output.expanduser(), record)
+
+
+def _dtype(request: RankRequest) -> Any:
+    import torch
+
+    return request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
+
+
+def _repair_for(config: PreTrainedConfig) -> str | None:
+    """The repair of a curve for which none is named; none where the model type can't be repaired."""
+    try:
+        families.check_stage(config, "repair")
+    except LayerPruneError:
+        return None
+    return _BEST_REPAIR
+
+
+def _identity(request: RankRequest) -> str:
+    """A hash of the base's files."""
+    if is_hub_id(request.base):
+        from ..files.hub import Repo
+
+        repo = Repo.open(request.base, request.revision)
+        return f"{request.base}@{repo.commit}"
+    files = fingerprint(Path(request.base).expanduser())
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, Any] | None:
+    """What an earlier run has found.
+
+    Raises:
+        CheckpointError: The folder holds something else.
+    """
+    if not folder.exists():
+        return None
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    if names - {FILE, *_PLOTS}:
+        raise CheckpointError(f"{folder} is not empty, and not a curve; name another folder")
+    if FILE not in names or force:
+        return None
+    record = read_object(folder / FILE)
+    if record.get("identity") != json.loads(json.dumps(identity)):
+        raise CheckpointError(
+            f"{folder} holds a curve of another base or with other options; name another folder, or begin again with "
+            "--force"
+        )
+    logger.info("going on with %s, which has %d points", folder / FILE, len(record["points"]))
+    return record
+
+
+def _write(folder: Path, record: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / FILE, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def _chosen(request: RankRequest, curve: Curve, num_layers: int) -> int | None:
+    """How many layers the request would drop, by the points of the curve."""
+    from ..select.budget import limit_of
+
+    if request.budget is not None:
+        limit = limit_of(request.budget, getattr(request, request.budget))
+        inside = 0
+        for point in curve.points:
+            best = point.get("repaired") or point["cut"]
+            name = {"max_kl": "kl", "max_perplexity_ratio": "perplexity_ratio"}.get(request.budget, "top1_agreement")
+            error = best.get(f"{name}_stderr")
+            if error is None:
+                raise CutError(f"{request.budget} needs a standard error; raise calibration_samples to 8")
+            value = best[name] - error if name == "top1_agreement" else best[name] + error
+            if limit_of(request.budget, max(value, 1e-9)) <= limit:
+                inside = point["dropped"]
+        return inside or None
+    if request.target is not None:
+        limit = getattr(request, request.target)
+        for point in curve.points:
+            met = {
+                "target_params": point["parameters"] <= limit,
+                "target_size": point["bytes"] <= limit,
+                "target_speedup": point["speedup"] >= limit,
+            }
+            if request.target not in met:
+                raise CutError(f"a curve has no {request.target}; name target_size, or prune to it")
+            if met[request.target]:
+                return point["dropped"]
+        return None
+    count = drop_count(request.drop, num_layers)
+    return count if count <= len(curve.points) else None
+
+
+def _draw(curve: Curve, folder: Path) -> None:
+    from ..publish.card.curve_plot import curve as draw_curve
+
+    remark = ""
+    if curve.chosen is not None:
+        point = curve.points[curve.chosen - 1]
+        best = point.get("repaired") or point["cut"]
+        remark = (
+            f"{point['dropped']} layers less: {spell_count(point['parameters'])} parameters,\n"
+            f"{point['speedup']:.2f} times as fast, perplexity x{best['perplexity_ratio']:.2f}"
+        )
+    try:
+        for name in _PLOTS:
+            draw_curve(curve.points, folder / name, chosen=curve.chosen, knee=curve.knee, remark=remark)
+    except LayerPruneError as error:
+        logger.warning("%s; only the numbers are written", error)
