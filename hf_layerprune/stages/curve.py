@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,13 @@ from ..errors import CheckpointError, CutError, LayerPruneError
 from ..files.copy import write_text
 from ..files.json_file import read_object
 from ..layer_ranges import parse_layers
-from ..options import spell_bytes, spell_count
+from ..options import AmountOptions, spell_bytes, spell_count
 from ..records.fingerprints import fingerprint
 from ..runtime.loading import is_hub_id, load_base, load_config
 from ..select.registry import find_criterion
 from ..select.sets import drop_count, free_layers
 from ..versions import __version__
-from .requests import RankRequest
+from .requests import PruneRequest, RankRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -156,7 +156,7 @@ def make_curve(request: RankRequest) -> Curve:
         record = old
     if len(record["points"]) < up_to:
         _go_on(request, record, repair, free, up_to)
-    record["repair"] = repair
+    record |= {"repair": repair, "num_layers": n}
     points = record["points"][:up_to]
     curve = Curve(points, record)
     record["chosen"] = _chosen(request, curve, n)
@@ -170,8 +170,6 @@ def make_curve(request: RankRequest) -> Curve:
 
 def _go_on(request: RankRequest, record: dict[str, Any], repair: str | None, free: set[int], up_to: int) -> None:
     """Find and measure the points that are missing."""
-    from dataclasses import replace
-
     from ..adapter.prepare import calibration_of
     from ..cut.sizes import Sizes
     from ..select.cost import announce
@@ -227,7 +225,7 @@ def _repair_for(config: PreTrainedConfig) -> str | None:
     return _BEST_REPAIR
 
 
-def _identity(request: RankRequest) -> str:
+def _identity(request: RankRequest | PruneRequest) -> str:
     """A hash of the base's files."""
     if is_hub_id(request.base):
         from ..files.hub import Repo
@@ -266,38 +264,74 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
     write_text(folder / FILE, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
-def _chosen(request: RankRequest, curve: Curve, num_layers: int) -> int | None:
-    """How many layers the request would drop, by the points of the curve."""
-    from ..select.budget import limit_of
+def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[str, Any]]:
+    """The cut that a request asks for, among the points of a curve.
 
-    if request.budget is not None:
-        limit = limit_of(request.budget, getattr(request, request.budget))
-        inside = 0
-        for point in curve.points:
-            best = point.get("repaired") or point["cut"]
-            name = {"max_kl": "kl", "max_perplexity_ratio": "perplexity_ratio"}.get(request.budget, "top1_agreement")
-            error = best.get(f"{name}_stderr")
-            if error is None:
-                raise CutError(f"{request.budget} needs a standard error; raise calibration_samples to 8")
-            value = best[name] - error if name == "top1_agreement" else best[name] + error
-            if limit_of(request.budget, max(value, 1e-9)) <= limit:
-                inside = point["dropped"]
-        return inside or None
-    if request.target is not None:
-        limit = getattr(request, request.target)
-        for point in curve.points:
-            met = {
-                "target_params": point["parameters"] <= limit,
-                "target_size": point["bytes"] <= limit,
-                "target_speedup": point["speedup"] >= limit,
-            }
-            if request.target not in met:
-                raise CutError(f"a curve has no {request.target}; name target_size, or prune to it")
-            if met[request.target]:
-                return point["dropped"]
-        return None
+    Args:
+        request (`PruneRequest`): What to prune, and how many layers go.
+        folder (`Path`): The curve.
+
+    Returns:
+        `tuple[PruneRequest, dict[str, Any]]`: The request with the layers and the repair of the point, and the curve
+            for the lineage.
+
+    Raises:
+        CheckpointError: There is no curve of this base.
+        CutError: No point of the curve is what is asked for.
+    """
+    if not (folder / FILE).is_file():
+        raise CheckpointError(f"{folder} has no {FILE}; make it with hf-layerprune rank BASE {folder} --curve")
+    record = read_object(folder / FILE)
+    try:
+        curve, base = Curve(record["points"], record), record["identity"]["base"]
+        parse_layers(curve.points[0]["layers"])
+        count = _chosen(request, curve, record["num_layers"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{folder / FILE} is not a curve; make it again with --force") from error
+    if base != _identity(request):
+        raise CheckpointError(f"{folder} holds the curve of another base than {request.base}")
+    if count is None:
+        raise CutError(
+            f"no point of {folder} is what is asked for; it goes from 1 to {len(curve.points)} layers, so ask for less, "
+            "or make a longer curve with --curve-up-to"
+        )
+    point = curve.points[count - 1]
+    repair = request.repair or (record["repair"] if "repaired" in point else None)
+    told = {"criterion": "curve", "curve": [_without_bytes(one) for one in curve.points]}
+    return replace(request, drop_layers=parse_layers(point["layers"]), repair=repair), told
+
+
+def _without_bytes(point: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in point.items() if name not in ("bytes", "parameters", "speedup")}
+
+
+def _chosen(request: AmountOptions, curve: Curve, num_layers: int) -> int | None:
+    """How many layers a request would drop, by the points of the curve."""
+    for name, limit in ((request.budget, "budget"), (request.target, "target")):
+        if name is not None:
+            value = getattr(request, name)
+            found = [point for point in curve.points if _is_inside(point, name, value)]
+            if limit == "budget":
+                return found[-1]["dropped"] if found else None
+            return found[0]["dropped"] if found else None
     count = drop_count(request.drop, num_layers)
     return count if count <= len(curve.points) else None
+
+
+def _is_inside(point: dict[str, Any], name: str, value: float) -> bool:
+    """Whether a point meets a target or, with one standard error, a budget."""
+    best = point.get("repaired") or point["cut"]
+    if name == "target_memory":
+        raise CutError("a curve does not know the memory that is left; name target_size, or prune without a curve")
+    if name in ("target_params", "target_size"):
+        return point["parameters" if name == "target_params" else "bytes"] <= value
+    if name == "target_speedup":
+        return point["speedup"] >= value
+    figure = {"max_kl": "kl", "max_perplexity_ratio": "perplexity_ratio"}.get(name, "top1_agreement")
+    error = best.get(f"{figure}_stderr")
+    if error is None:
+        raise CutError(f"{name} needs a standard error, and the curve has none; raise calibration_samples to 8")
+    return best[figure] - error >= value if figure == "top1_agreement" else best[figure] + error <= value
 
 
 def _draw(curve: Curve, folder: Path) -> None:

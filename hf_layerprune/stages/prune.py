@@ -101,6 +101,11 @@ def prune_to(request: PruneRequest) -> str:
         CheckpointError: The base can't be read, or the output can't be written.
     """
     output = Path(request.output)
+    curve: dict[str, Any] | None = None
+    if request.from_curve is not None and request.drop_layers is None:
+        from .curve import point_of
+
+        request, curve = point_of(request, request.from_curve.expanduser())
     if output.suffix == ".gguf":
         return _prune_gguf(request, Path(request.base), output)
     if request.repair and request.link:
@@ -121,8 +126,8 @@ def prune_to(request: PruneRequest) -> str:
         prepared = _prepare(request, None)
         dropped = prepared.drop_layers
     else:
-        settings = _config(request, None)
-        target = Target.of(settings, config, request.base, revision=request.revision)
+        if request.drop_layers is None:
+            target = Target.of(_config(request, None), config, request.base, revision=request.revision)
         dropped = _count_only(request, families.layer_count(config), families.protected_layers(config), target)
     cut = families.make_cut(config, dropped)
     from ..cut.check import tell_if_presumed  # these import torch, which a cut GGUF file does without
@@ -153,6 +158,8 @@ def prune_to(request: PruneRequest) -> str:
                     prepared.record["repair"]["changed_tensors"] = changed
         if target is not None:
             entry["selection"] = {"criterion": request.criterion, "target": target.record(cut.drop)}
+        if curve is not None:
+            entry["selection"] = curve
         if prepared is not None:
             entry |= prepared.record
         entry["layers"] = {"base": cut.num_layers, "left": len(cut.keep)}
@@ -205,7 +212,7 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> str:
 
 def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target | None:
     """What must be left of a GGUF file."""
-    if request.target is None:
+    if request.target is None or request.drop_layers is not None:
         return None
     if request.target_size is None:
         raise CutError(f"{request.target} is not known for a GGUF file that stays one; name target_size or drop")

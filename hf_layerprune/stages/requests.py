@@ -51,6 +51,12 @@ class PruneRequest(TuningOptions, CutOptions):
         "folder",
         choices=DTYPES,
     )
+    from_curve: Path | None = option(
+        None,
+        "Folder of a curve that rank --curve made of BASE: the layers, and the repair if none is named, are those of "
+        "the point that the number, target or budget asks for",
+        PATH,
+    )
     adapter: bool = option(False, "Write a PEFT adapter (the plan and the tuned layers) instead of a whole model")
     revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
     link: bool = option(False, "Hard-link the weight files that stay as they are")

@@ -1,4 +1,4 @@
-"""The plot of a curve: what dropping layers costs, with and without repair."""
+"""A curve on the card: what dropping layers costs, with and without repair, as a table and a plot."""
 
 from __future__ import annotations
 
@@ -6,14 +6,63 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...layer_ranges import parse_layers
+from ...records.figures import numbers
+from ...records.history import History
 from .style import FAINT, INK, ROLE_COLOURS, ROLE_MARKERS, draw, grid
 
 _NAMES = {"cut": "cut", "repaired": "cut and repaired"}
+_FIGURES = ("kl", "perplexity_ratio", "top1_agreement")
+
+
+def curve_of(history: History) -> list[dict[str, Any]]:
+    """The points that the records have, of the search for a budget or of `rank --curve`; none that is malformed."""
+    for stage in history.stages:
+        selection = stage.entry.get("selection")
+        points = selection.get("curve") if isinstance(selection, dict) else None
+        if isinstance(points, list) and len(points) > 1 and all(_is_point(p, history.num_base_layers) for p in points):
+            return sorted(points, key=lambda point: point["dropped"])
+    return []
+
+
+def _is_point(point: Any, num_layers: int) -> bool:
+    if not isinstance(point, dict) or not any(name in point for name in _NAMES):
+        return False
+    try:
+        layers = parse_layers(str(point.get("layers"))[:4096])
+    except ValueError:
+        return False
+    measured = [point[name] for name in _NAMES if name in point]
+    figures = [m.get(figure) for m in measured if isinstance(m, dict) for figure in _FIGURES]
+    figures += [m.get("kl_stderr", 0) for m in measured if isinstance(m, dict)]
+    return (
+        len(layers) == point.get("dropped")
+        and layers[-1] < num_layers
+        and len(figures) == 4 * len(measured)
+        and all(isinstance(figure, int | float) and abs(figure) < 1e6 for figure in figures)
+    )
+
+
+def table_of(points: Sequence[dict[str, Any]], chosen: int) -> list[list[str]]:
+    """The rows of the table, the chosen one in bold."""
+    rows = []
+    for point in points:
+        best = point.get("repaired") or point["cut"]
+        row = [
+            str(point["dropped"]),
+            ", ".join(point["layers"].split(",")),
+            numbers.number(best["kl"]),
+            numbers.ratio(best["perplexity_ratio"]),
+            f"{numbers.percent(best['top1_agreement'])} %",
+        ]
+        rows.append([f"**{cell}**" for cell in row] if point["dropped"] == chosen else row)
+    return rows
 
 
 def curve(
     points: Sequence[dict[str, Any]],
     path: Path,
+    digest: str | None = None,
     *,
     chosen: int | None = None,
     knee: int | None = None,
@@ -24,6 +73,7 @@ def curve(
     Args:
         points (`Sequence[dict[str, Any]]`): The points, see `select.curve`; those of a budget's search will do.
         path (`Path`): The picture to write.
+        digest (`str`, *optional*): See [`~style.draw`].
         chosen (`int`, *optional*): How many layers are dropped, to mark that point.
         knee (`int`, *optional*): The number behind which quality falls off.
         remark (`str`): What is said at the chosen point.
@@ -36,7 +86,7 @@ def curve(
     series = {name: found for name, found in series.items() if len(found) > 1}
     best = series.get("repaired") or series["cut"]
     top = 1.25 * max(kl + error for _, kl, error in best)
-    with draw(path, width=7.2, height=3.9) as (_, axes):
+    with draw(path, height=3.9, digest=digest) as (_, axes):
         axes.axhline(0, color=ROLE_COLOURS["dense"], lw=1.2, ls=(0, (4, 3)), zorder=1)
         for name, found in series.items():
             x, y, errors = zip(*found, strict=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...records.figures.results import Results, Row
 from ...records.history import History
+from .curve_plot import curve, curve_of
 from .escape import plain
 from .style import DASHED, INK, ROLE_COLOURS, ROLE_MARKERS, bars, draw, grid
 
@@ -171,6 +172,8 @@ def pictures(history: History, results: Results | None = None) -> dict[str, Call
     told = next(filter(None, (_scores_of(stage.entry, history) for stage in history.stages)), None)
     if told is not None:
         drawings["scores"] = partial(scores, told[1], history.dropped, told[0])
+    if points := curve_of(history):
+        drawings["curve"] = partial(curve, points, chosen=len(history.dropped))
     if not results or len(results.columns) < 2:
         return drawings
     rows = [row for row in results.table(["accuracy"]) if len(row.cells) > 1]

@@ -29,6 +29,7 @@ from ...records.metrics import Metrics
 from ...records.names import is_hub_name
 from ...records.requirements import Outcome
 from . import escape, metadata, plots, regions, tables
+from .curve_plot import curve_of, table_of
 from .limits import limits
 from .papers import METHOD, USED, bibtex
 
@@ -39,6 +40,7 @@ SECTIONS = [
     "results",
     "speed",
     "requirements",
+    "curve",
     "use",
     "recipe",
     "training",
@@ -168,6 +170,7 @@ def _context(card: Card) -> dict[str, Any]:
         "trained": [stage for stage in history.stages if stage.data],
         "versions": _versions(history),
         "limits": limits(results),
+        "curve": table_of(curve_of(history), len(history.dropped)),
         "pictures": card.pictures,
         "dropped": format_layers(history.dropped).replace(",", ", "),
         "done": [stage.name for stage in history.stages],

@@ -26,7 +26,7 @@ from .style import drawn_for
 ASSETS = "assets"
 EVAL_RESULTS = ".eval_results"
 # The plots that we draw and may remove again.
-PICTURES = ("layers", "scores", "accuracy", "tradeoff")
+PICTURES = ("layers", "scores", "accuracy", "tradeoff", "curve")
 EVAL_MARK = "# by hf-layerprune, from metrics.json\n"
 # Text that libraries add to a card template that nobody has filled in.
 _ADDED = re.compile(r"#+ Framework versions|- \w+ [\w.+]+|")

@@ -1,0 +1,275 @@
+"""Never past a budget, with the repair in the loop; and the curve, which goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_layerprune import CheckpointError, CutError, LayerDropConfig, prune_with, quality_curve
+from hf_layerprune.calibration.rows import CalibrationSet
+from hf_layerprune.cli import main
+from hf_layerprune.cut.memory import drop_layers
+from hf_layerprune.layer_ranges import parse_layers
+from hf_layerprune.options import CutOptions
+from hf_layerprune.publish.card.render import Card
+from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.runtime.walk import LayerWalk
+from hf_layerprune.select import choose_layers
+from hf_layerprune.select.curve import knee
+from hf_layerprune.select.search import HELD_OUT, Loss, Search
+from hf_layerprune.select.trials import Trial, try_out
+from hf_layerprune.stages import curve as stage
+
+from .measure_models import LAYERS, write_model
+from .tiny_models import VOCAB, tiny_model
+
+FEW: dict[str, Any] = {"calibration_samples": 12, "calibration_length": 16, "context": 16}
+WORDS = [word for name, value in FEW.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def text() -> CalibrationSet:
+    return CalibrationSet.of(torch.randint(3, VOCAB, (16, 16), generator=torch.Generator().manual_seed(3)), "random")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "notes.txt"
+    path.write_text("".join(f"Line {i} of a running text.\n" for i in range(300)))
+    return str(path)
+
+
+@torch.no_grad()
+def kl_of(cut: Any, dense: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Of each row."""
+    wanted, given = (one(ids).logits.double().log_softmax(-1) for one in (dense, cut))
+    return (wanted.exp() * (wanted - given)).sum(-1).mean(-1)
+
+
+# --- the search -----------------------------------------------------------------------------------------
+
+
+def test_nested_sets_are_the_greedy_ones(model: Any, text: CalibrationSet) -> None:
+    walk = LayerWalk(model)
+    search = Search(walk, text, range(8), CutOptions(criterion="auto"))
+    rows = CalibrationSet.of(search._trying.input_ids[:2], "tried")
+    gone: list[int] = []
+    for count in range(1, 5):
+        sets = {i: Trial(tuple(sorted([*gone, i]))) for i in range(8) if i not in gone}
+        kls = dict(zip(sets, (one.divergence for one in try_out(walk, rows, list(sets.values()))), strict=True))
+        gone.append(min(kls, key=kls.__getitem__))
+        assert search.nested(count) == tuple(sorted(gone))
+    again = Search(walk, text, range(8), CutOptions(criterion="auto"), gone[:2])
+    assert again.nested(4) == search.nested(4)
+
+
+@pytest.mark.parametrize("repair", ["linear", "refit"])
+def test_nested_sets_are_tried_with_their_repair(repair: str, text: CalibrationSet) -> None:
+    """A layer whose whole effect is a linear map of what its neighbour writes is free to go, however large it is."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for i in range(8):
+            model.model.layers[i].self_attn.o_proj.weight.mul_(0.05)
+            model.model.layers[i].mlp.down_proj.weight.mul_(0.5)
+    search = Search(LayerWalk(model), text, range(8), CutOptions(repair=repair, criterion="auto"))
+    for count in (1, 3):
+        drop = search.nested(count)
+        repaired, cut = (
+            outcome.divergence
+            for outcome in (
+                search._tried([drop], 2)[0],
+                Search(LayerWalk(model), text, range(8), CutOptions(criterion="auto"))._tried([drop], 2)[0],
+            )
+            if outcome
+        )
+        assert 0 not in drop
+        assert repaired < cut
+
+
+def test_a_block_stays_one(model: Any, text: CalibrationSet) -> None:
+    choice = CutOptions(max_kl=5.0, contiguous=True, protect_first=2)
+    found = choose_layers(model, text, choice, protected=[5]).drop_layers
+    assert found == [2, 3, 4]  # all that may go
+
+
+# --- budgets --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repair", [None, "refit"])
+def test_the_deepest_cut_inside_a_budget(repair: str | None, model: Any, text: CalibrationSet) -> None:
+    budget = 0.45
+    choice = choose_layers(model, text, CutOptions(max_kl=budget, repair=repair))
+    points = {point["dropped"]: point["repaired" if repair else "cut"] for point in choice.details["curve"]}
+    count = len(choice.drop_layers)
+    assert points[count]["kl"] + points[count]["kl_stderr"] <= budget
+    assert points[count + 1]["kl"] + points[count + 1]["kl_stderr"] > budget
+    # The figures are those of the very model that is made, on rows that nothing has seen.
+    cut = tiny_model("llama")
+    plan = drop_layers(cut, choice.drop_layers).cut
+    if repair:
+        assert choice.repair is not None
+        choice.repair.apply(cut.model.layers, plan.new_index)
+    by_row = kl_of(cut, model, text.split(HELD_OUT)[1].input_ids)
+    assert points[count]["kl"] == pytest.approx(by_row.mean().item(), rel=1e-3)
+    assert points[count]["kl_stderr"] == pytest.approx(by_row.std().item() / math.sqrt(len(by_row)), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["max_perplexity_ratio", "min_top1_agreement"])
+def test_other_budgets(name: str, model: Any, text: CalibrationSet) -> None:
+    limit, figure = (1.3, "perplexity_ratio") if name == "max_perplexity_ratio" else (0.25, "top1_agreement")
+    choice = choose_layers(model, text, CutOptions(**{name: limit}, criterion="kl"))
+    points = {point["dropped"]: point["cut"] for point in choice.details["curve"]}
+    value = points[len(choice.drop_layers)][figure]
+    assert value < limit if name == "max_perplexity_ratio" else value > limit
+    assert choice.criterion == "kl"
+
+
+def test_a_prune_writes_what_was_judged(base: Path, notes: str, tmp_path: Path) -> None:
+    words = [
+        "prune",
+        str(base),
+        str(tmp_path / "cut"),
+        "--max-kl",
+        "0.25",
+        "--repair",
+        "refit",
+        "--calibration",
+        notes,
+    ]
+    assert main([*words, *WORDS]) == 0
+    lineage = Lineage.of(tmp_path / "cut")
+    assert lineage is not None
+    (entry,) = lineage.entries
+    assert entry["settings"]["max_kl"] == 0.25
+    assert entry["settings"]["criterion"] == "auto"
+    assert entry["selection"]["why"].count("±") == 2
+    card = Card.of(lineage).body()
+    count = len(entry["settings"]["drop_layers"])
+    assert "## How deep to cut" in card
+    assert f"| **{count}** |" in card
+    assert "curve" in Card.of(lineage).pictures
+    entry["selection"]["curve"][0]["repaired"]["kl"] = "<b>"
+    assert "## How deep to cut" not in Card.of(lineage).body()
+
+
+def test_an_adapter_takes_a_budget(text: CalibrationSet, notes: str, base: Path) -> None:
+    config = LayerDropConfig(base_model_name_or_path=str(base), max_kl=0.3, calibration=notes, **FEW)
+    pruned = prune_with(config)
+    assert pruned.peft_config["default"].drop_layers
+    assert pruned.config.num_hidden_layers == LAYERS - len(config.drop_layers or ())
+
+
+def test_too_strict_or_too_few_rows(model: Any, text: CalibrationSet) -> None:
+    with pytest.raises(
+        CutError, match=r"max_kl=0.001 is stricter than what dropping one layer costs: layer 7, the be"
+    ):
+        choose_layers(model, text, CutOptions(max_kl=0.001))
+    (one,) = [p for p in choose_layers(model, text, CutOptions(max_kl=0.15)).details["curve"] if p["dropped"] == 1]
+    near = one["cut"]["kl"] + 0.2 * one["cut"]["kl_stderr"]
+    with pytest.raises(CutError, match=r"too small to tell .*calibration_samples=") as caught:
+        choose_layers(model, text, CutOptions(max_kl=near))
+    rows = int(str(caught.value).rpartition("=")[2].rstrip(")"))
+    # A fifth of the error: 25 times the four rows that were held out, of which a quarter is.
+    assert rows == pytest.approx(25 * 16, rel=0.1)
+    with pytest.raises(CutError, match="raise calibration_samples to 8"):
+        choose_layers(model, CalibrationSet.of(text.input_ids[:5], "few"), CutOptions(max_kl=0.2))
+
+
+def test_rows_that_are_needed() -> None:
+    assert Loss(0.2, 0.04, 8).rows_needed(0.02) == pytest.approx(32, abs=1)
+    assert Loss(0.2, 0.04, 8).rows_needed(0.08) == pytest.approx(2, abs=1)
+
+
+# --- the curve ------------------------------------------------------------------------------------------
+
+
+def without_times(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in point.items() if name != "speedup"} for point in points]
+
+
+def test_a_curve_goes_on_where_it_stopped(
+    base: Path, notes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"calibration": notes, "repair": "linear", **FEW}
+    whole = quality_curve(str(base), **options)
+    assert [point["dropped"] for point in whole.points] == [1, 2, 3, 4]
+    write, written = stage._write, []
+
+    def break_off(folder: Path, record: dict[str, Any]) -> None:
+        write(folder, record)
+        written.append(len(record["points"]))
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "_write", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        quality_curve(str(base), tmp_path / "curve", **options)
+    assert len(json.loads((tmp_path / "curve" / "curve.json").read_text())["points"]) == 2
+    resumed = quality_curve(str(base), tmp_path / "curve", **options)
+    assert written == [1, 2, 3, 4, 4]
+    assert without_times(resumed.points) == without_times(whole.points)
+    assert {path.name for path in (tmp_path / "curve").iterdir()} == {"curve.json", "curve.png", "curve.svg"}
+    for other in ({"repair": "refit"}, {"seed": 7}, {"calibration_samples": 16}):
+        with pytest.raises(CheckpointError, match="with other options"):
+            quality_curve(str(base), tmp_path / "curve", **options | other)
+    (tmp_path / "curve" / "notes").write_text("mine")
+    with pytest.raises(CheckpointError, match="not a curve"):
+        quality_curve(str(base), tmp_path / "curve", force=True, **options)
+
+
+def test_what_a_curve_says_is_what_prune_makes(
+    base: Path, notes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["rank", str(base), str(tmp_path / "curve"), "--curve", "--curve-up-to", "3", "--calibration", notes]
+    assert main([*words, *WORDS, "--max-kl", "0.3"]) == 0
+    out = capsys.readouterr().out
+    curve = json.loads((tmp_path / "curve" / "curve.json").read_text())
+    chosen = curve["points"][curve["chosen"] - 1]
+    assert f"{chosen['layers']}  <- chosen" in out
+    kls = [(point["repaired"]["kl"], point["repaired"]["kl_stderr"]) for point in curve["points"]]
+    assert curve["chosen"] == max(i + 1 for i, (kl, error) in enumerate(kls) if kl + error <= 0.3)
+    prune = ["prune", str(base), str(tmp_path / "cut"), "--from-curve", str(tmp_path / "curve"), "--max-kl", "0.3"]
+    assert main([*prune, "--calibration", notes, *WORDS]) == 0
+    lineage = Lineage.of(tmp_path / "cut")
+    assert lineage is not None
+    (entry,) = lineage.entries
+    assert entry["settings"]["drop_layers"] == parse_layers(chosen["layers"])
+    assert entry["settings"]["repair"] == "refit"
+    size = sum(path.stat().st_size for path in (tmp_path / "cut").glob("*.safetensors"))
+    assert size == chosen["bytes"]
+    assert "## How deep to cut" in Card.of(lineage).body()
+    for more, code, message in (
+        (["--drop", "5"], 2, "from 1 to 3 layers"),
+        (["--target-memory", "1GB"], 2, "does not know the memory"),
+    ):
+        assert main(["prune", str(base), str(tmp_path / "x"), "--from-curve", str(tmp_path / "curve"), *more]) == code
+        assert message in capsys.readouterr().err
+    assert main(["prune", str(base), str(tmp_path / "x"), "--from-curve", str(tmp_path)]) == 1
+    assert "has no curve.json" in capsys.readouterr().err
+    (tmp_path / "curve" / "curve.json").write_text('{"points": []}')
+    assert main(["prune", str(base), str(tmp_path / "x"), "--from-curve", str(tmp_path / "curve")]) == 1
+    assert "is not a curve" in capsys.readouterr().err
+
+
+def test_the_knee() -> None:
+    def curve(*kls: float) -> list[dict[str, Any]]:
+        return [{"cut": {"kl": kl}} for kl in kls]
+
+    assert knee(curve(0.01, 0.02, 0.04, 0.5, 1.0)) == 3
+    assert knee(curve(0.2, 0.4, 0.6, 0.8)) is None, "a straight line has none"
+    assert knee(curve(0.1, 0.2)) is None
