@@ -63,16 +63,14 @@ def time_models(
     workloads: Sequence[Workload],
     *,
     repeats: int = 5,
-    seed: int = 0,
     progress: bool = False,
 ) -> dict[Workload, dict[str, list[dict[str, float]]]]:
-    """Time models on the same prompts, in turns.
+    """Time models on the same random prompts, in turns.
 
     Args:
         models (`Mapping[str, PreTrainedModel]`): The models, by name.
         workloads (`Sequence[Workload]`): What to time. One that does not fit into memory is skipped with a warning.
         repeats (`int`, defaults to 5): Timed runs of each workload, after one warm-up run.
-        seed (`int`, defaults to 0): Seed of the prompts, which are drawn from the whole vocabulary.
         progress (`bool`, defaults to `False`): Show a progress bar.
 
     Returns:
@@ -81,7 +79,7 @@ def time_models(
     """
     embeddings: list[Any] = [model.get_input_embeddings() for model in models.values()]
     vocabulary = min(table.weight.shape[0] for table in embeddings)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     timed: dict[Workload, dict[str, list[dict[str, float]]]] = {}
     names = list(models)
     with (

@@ -141,10 +141,13 @@ def _parse(text: str) -> Bound:
         ) from None
     if not math.isfinite(limit) or abs(limit) > 1e30:
         raise ValueError(f"has the limit {word}, but no number is above or below that; write a finite number")
+    bound = Bound(name, sign, limit)
+    if bound.is_ratio and bound.plain.rpartition(":")[2] in _FROM_BASE:
+        raise ValueError(f"has {name}, but {bound.plain} is about the dense model already; leave {_RATIO} out")
     metric = METRICS.get(name.rpartition(":")[2])
     if metric is not None and metric.unit == SHARE and not 0 <= limit <= 1:
         raise ValueError(f"has the limit {word}, but {name} is a share from 0 to 1; write 0.8 for 80 %")
-    return Bound(name, sign, limit)
+    return bound
 
 
 def _check(value: Any) -> tuple[Bound, ...]:
