@@ -438,7 +438,9 @@ def test_bad_words(
 def test_the_table(base: Path, cut: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--tasks-from", str(tasks), "--length", "64", "--windows", "4", "--limit", "12", "--quiet"]
     assert main(["eval", str(cut), "--base", str(base), *words]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "loglikelihood" not in err  # the harness's progress bars
+    assert "Tokenizing" not in err
     assert out.splitlines()[0].startswith("dense:    base, 8 layers")
     assert out.splitlines()[1].startswith("cut:      cut, 6 layers")
     rows = {tuple(line.split()[:2]): line for line in out.splitlines()[3:] if line}

@@ -62,7 +62,7 @@ def _probe(source: str, revision: str | None, dtype: str, device: str, work: dic
 
     found: dict[str, Any] = {"idle_rss_bytes": peak_rss()}
     start = perf_counter()
-    model = Subject(source, source, Identity(""), "model", revision=revision).load(dtype, device)
+    model = Subject(source, source, Identity(""), revision=revision).load(dtype, device)
     with torch.no_grad():
         # Mapped weights are read on first use.
         read_prompt(model, torch.ones(1, 1, dtype=torch.long, device=model.device))

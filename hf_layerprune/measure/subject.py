@@ -41,7 +41,6 @@ class Subject:
         source (`str`): The model as the user named it.
         name (`str`): Its Hub id, or the name of its folder or file.
         identity (`Identity`): The hashes of its weights and of all other files that affect its behaviour.
-        role (`str`): `"cut"`, `"repaired"` or `"healed"` by the last stage in its history; `"model"` without one.
         lineage (`Lineage`, *optional*): Its history.
         folder (`Path`, *optional*): Its folder, if it is local.
         revision (`str`, *optional*): The commit on the Hub.
@@ -51,7 +50,6 @@ class Subject:
     source: str
     name: str
     identity: Identity
-    role: str
     lineage: Lineage | None = None
     folder: Path | None = None
     revision: str | None = None
@@ -61,6 +59,14 @@ class Subject:
     def weights(self) -> str:
         """The hash of its weights."""
         return self.identity.weights
+
+    @property
+    def role(self) -> str:
+        """`"cut"`, `"repaired"` or `"healed"` by the last stage in its history; `"model"` without one."""
+        last = self.lineage.entries[-1] if self.lineage and self.lineage.entries else {}
+        if last.get("stage") == "prune" and last.get("repair"):  # repaired while pruning
+            return "repaired"
+        return _ROLES.get(str(last.get("stage")), "model")
 
     @property
     def known_weights(self) -> set[str]:
@@ -149,7 +155,7 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
     if not sizes:
         raise CheckpointError(f"{path} has no safetensors weights; save it with save_pretrained")
     lineage, folder = (Lineage.of(path), path) if path.is_dir() else (None, None)
-    return Subject(str(path), path.resolve().name, identity(path), _role(lineage), lineage, folder, None, sum(sizes))
+    return Subject(str(path), path.resolve().name, identity(path), lineage, folder, None, sum(sizes))
 
 
 def _on_hub(repo: str, revision: str | None) -> Subject:
@@ -166,7 +172,7 @@ def _on_hub(repo: str, revision: str | None) -> Subject:
     model = identity_of(listed | hash_files({name: small[name] for name in names if name in small}), base)
     lineage = Lineage.of(folder)
     size = sum(hub.files[name].size for name in weights)
-    return Subject(repo, repo, model, _role(lineage), lineage, None, hub.commit, size)
+    return Subject(repo, repo, model, lineage, None, hub.commit, size)
 
 
 def _check_adapter(adapter: PeftConfig | None, source: str | Path, files: Container[str]) -> None:
@@ -176,15 +182,6 @@ def _check_adapter(adapter: PeftConfig | None, source: str | Path, files: Contai
     if adapter is not None and name and is_hub_id(name):
         # The Hub client resolves the base's commit, so that the identity is that of the base that will be loaded.
         Repo.open(name, adapter.revision).get(CONFIG)
-
-
-def _role(lineage: Lineage | None) -> str:
-    if lineage is None or not lineage.entries:
-        return "model"
-    last = lineage.entries[-1]
-    if last.get("stage") == "prune" and last.get("repair"):  # repaired while pruning
-        return "repaired"
-    return _ROLES.get(str(last.get("stage")), "model")
 
 
 def pick_device(name: str) -> str:

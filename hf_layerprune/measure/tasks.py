@@ -20,7 +20,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +152,7 @@ def quiet(*, progress: bool) -> Iterator[None]:
     log.setLevel(logging.ERROR)
     lm_eval.evaluator.add_env_info = lambda results: None
     for module in hidden:
-        module.tqdm = partial(bar, disable=True)
+        module.tqdm = lambda *args, **words: bar(*args, **words | {"disable": True})
     try:
         yield
     finally:
