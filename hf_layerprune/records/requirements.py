@@ -180,8 +180,8 @@ class RequireOptions(Options):
 
     require: tuple[Bound, ...] | None = option(
         None,
-        f"Bounds that the numbers must meet, such as {_EXAMPLE}: metrics, tasks, or their ratio to the dense model; none "
-        "removes those that were recorded",
+        f"Bounds that the numbers must meet, such as {_EXAMPLE}: metrics, tasks, or their ratio to the dense model; for "
+        "eval, none removes those that were recorded",
         REQUIREMENTS,
     )
 
