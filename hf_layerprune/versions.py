@@ -77,6 +77,11 @@ def let_peft_save(method: Enum) -> None:
 # --- transformers -----------------------------------------------------------------------------------------
 
 
+# From this version on, the tokenizer of a GGUF file of SmolLM2 or Llama 3 is read as what it is. Before, it became a
+# CodeLlamaTokenizer, which puts a token in front and, once saved, turns spaces into <unk>.
+GGUF_TOKENIZERS = "5.6"
+
+
 def gguf_options() -> dict[str, Any]:
     """Arguments besides `gguf_file` with which `from_pretrained` dequantises the weights.
 

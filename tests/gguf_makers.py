@@ -5,6 +5,7 @@ import re
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
@@ -30,14 +31,30 @@ def smollm2() -> Path:
 def unpack_smollm2(folder: Path) -> Path:
     """Write the real model as a bfloat16 checkpoint with its tokenizer."""
     import torch
-    from transformers import AutoTokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from hf_layerprune.runtime.loading import load_base
 
     packed = smollm2()
     load_base(packed, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name).save_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name)
+    if misreads_gguf_tokenizers():  # the tokens are right; the class, and the token that it puts in front, are not
+        rules = tokenizer.backend_tokenizer
+        rules.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+        special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        template = tokenizer.chat_template
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, chat_template=template, **special)
+    tokenizer.save_pretrained(folder)
     return folder
+
+
+def misreads_gguf_tokenizers() -> bool:
+    """Whether the installed transformers is one of those that the package refuses to load this tokenizer with."""
+    import transformers
+    from packaging.version import Version
+
+    return Version(transformers.__version__) < Version("5.6")
 
 
 def make_gguf(

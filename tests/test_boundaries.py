@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import CodeLlamaTokenizer
 
 from hf_layerprune import LayerDropConfig, prune_with
 from hf_layerprune.adapter.loading import load_model
@@ -21,9 +22,9 @@ from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.files.json_file import read_object
 from hf_layerprune.files.text_file import read_text
-from hf_layerprune.runtime.loading import load_base, load_config
+from hf_layerprune.runtime.loading import _check_saved, load_base, load_config
 
-from .measure_models import write_gguf, write_model
+from .measure_models import byte_tokenizer, write_gguf, write_model
 
 ROOT = Path(__file__).parent.parent
 PLACES = ("hf_layerprune", "recipes", "spaces")
@@ -113,6 +114,16 @@ def plant(folder: Path, proof: Path) -> None:
     names = {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Ours"}
     edit(folder / "config.json", auto_map=names)
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "mine.Words"]}, tokenizer_class="Words")
+
+
+def test_a_tokenizer_that_saves_as_another_one() -> None:
+    """As transformers 5.4 and 5.5 make them of GGUF files: the class is not the one whose rules these are."""
+    tokenizer = byte_tokenizer()
+    _check_saved(tokenizer, "model.gguf")
+    wrong = CodeLlamaTokenizer(vocab=tokenizer.get_vocab(), merges=[], unk_token="</s>")
+    wrong._tokenizer = tokenizer.backend_tokenizer
+    with pytest.raises(CheckpointError, match=r"misreads the tokenizer in model\.gguf.* upgrade: pip install"):
+        _check_saved(wrong, "model.gguf")
 
 
 @pytest.mark.parametrize("command", ["inspect", "prune", "rank", "adapter", "eval", "bench"])

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +99,7 @@ def test_without_output_or_text(base: Path, capsys: pytest.CaptureFixture[str], 
     ("words", "code", "message"),
     [
         (["--criterion", "tailor"], 2, "did you mean taylor?"),
-        (["--drop", "3", "--criterion", "taylor"], 2, "only 2 may"),
+        (["--drop", "1", "--criterion", "taylor"], 2, "only 2 may"),
         (["--lengths", "8", "--criterion", "kl", *FEW], 2, "blocks of 8 layers"),
         (["--calibration", "no.txt", "--criterion", "kl"], 1, "no.txt does not exist"),
         (["--device", "tpu9", "--criterion", "kl", *FEW], 2, "device 'tpu9' can't be used"),
@@ -162,3 +167,49 @@ def test_pictures_of_many_layers(tmp_path: Path) -> None:
     written = draw_ranking(scores, drops, n, tmp_path)
     assert {path.suffix for path in written} == {".png", ".svg"}
     assert all(1000 < path.stat().st_size < 256 * 1024 for path in written)
+
+
+RANK = "import sys; from hf_layerprune.cli import main; sys.exit(main(sys.argv[1:]))"
+FULL = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); "
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+@pytest.mark.parametrize("most", [300, 6_000])  # less than scores.json; less than a picture
+def test_a_full_disk_leaves_the_old_ranking(base: Path, tmp_path: Path, most: int) -> None:
+    out = tmp_path / "out"
+    words = ["rank", str(base), str(out), "--criterion", "magnitude_l1"]
+    assert main([*words, "--drop", "2"]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert max(len(content) for content in before.values()) > most
+    done = subprocess.run(
+        [sys.executable, "-c", FULL.format(most) + RANK, *words, "--drop", "1", "--force"],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"could not write {tmp_path}" in done.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_killed_ranking_leaves_the_old_one(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["rank", str(base), str(out), "--criterion", "magnitude_l1", "--force"]
+    assert main([*words, "--drop", "2"]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    running = subprocess.Popen(
+        [sys.executable, "-c", RANK, *words, "--drop", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    # From its first file on, drawing the pictures takes a while.
+    while (
+        not list(tmp_path.glob(".out.partial*/scores.json")) and running.poll() is None and time.monotonic() < deadline
+    ):
+        time.sleep(0.002)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert main([*words, "--drop", "1"]) == 0
+    assert json.loads((out / "scores.json").read_text())["count"] == 1
+    assert os.listdir(tmp_path) == ["out"], "the next run clears up"

@@ -16,8 +16,10 @@ from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
 from hf_layerprune.cli import main
 from hf_layerprune.cut.gguf import gguf_layer_count
 from hf_layerprune.cut.lazy import load_pruned
+from hf_layerprune.errors import CheckpointError
+from hf_layerprune.runtime.loading import load_tokenizer
 
-from .gguf_makers import smollm2
+from .gguf_makers import misreads_gguf_tokenizers, smollm2
 
 TEXT = (
     "The village lies at the end of a long valley, where the road stops and the footpaths begin. In winter the snow "
@@ -137,17 +139,33 @@ def test_rotary_buffers_stay_in_float32(base: Path) -> None:
         assert torch.allclose(buffer, exact, rtol=1e-6)
 
 
-def test_command_line_from_gguf_to_folder(gguf: Path, ids: torch.Tensor, base: Path, tmp_path: Path) -> None:
+def test_command_line_from_gguf_to_folder(
+    gguf: Path, ids: torch.Tensor, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     out = tmp_path / "out"
     assert main(["prune", str(gguf), str(out), "--drop-layers", "12-18"]) == 0
     expected = load(base)
     drop_layers(expected, range(12, 19))
     assert torch.equal(logits(load(out), ids), logits(expected, ids))
+    lineage = json.loads((out / "lineage.json").read_text())
+    assert list(lineage["base"]["files"]) == [gguf.name]
+    if misreads_gguf_tokenizers():
+        assert "misreads the tokenizer" in caplog.text
+        assert not (out / "tokenizer.json").exists()
+        return
     tokenizer = AutoTokenizer.from_pretrained(out)
     chat = [{"role": "user", "content": "Hello"}]
     assert "<|im_start|>user\nHello" in tokenizer.apply_chat_template(chat, tokenize=False)
-    lineage = json.loads((out / "lineage.json").read_text())
-    assert list(lineage["base"]["files"]) == [gguf.name]
+
+
+def test_tokenizer_of_a_gguf_file_is_read_right_or_refused(gguf: Path, ids: torch.Tensor) -> None:
+    if misreads_gguf_tokenizers():
+        with pytest.raises(
+            CheckpointError, match=r"misreads the tokenizer .* upgrade: pip install .transformers>=5.6"
+        ):
+            load_tokenizer(gguf)
+    else:
+        assert load_tokenizer(gguf)(TEXT, return_tensors="pt").input_ids[:, :64].equal(ids)
 
 
 @pytest.mark.parametrize(

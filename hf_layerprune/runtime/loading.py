@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, boundary
-from ..versions import gguf_options, resolve_commit
+from ..versions import GGUF_TOKENIZERS, gguf_options, resolve_commit
 from .config_file import check_no_code, read_config_file
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
         `PreTrainedTokenizerBase`: The tokenizer.
 
     Raises:
-        CheckpointError: It has none that transformers can load.
+        CheckpointError: It has none that transformers can load, or this version misreads that of a GGUF file.
     """
     from transformers import AutoTokenizer
 
@@ -241,4 +242,26 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
         tokenizer("a")  # some broken settings show only on use
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers 5.4 makes one up
             raise ValueError("its vocabulary has only special tokens")
+        if gguf_file is not None:
+            _check_saved(tokenizer, model)
     return tokenizer
+
+
+def _check_saved(tokenizer: PreTrainedTokenizerBase, model: str | Path) -> None:
+    """Refuse a tokenizer from a GGUF file that saves as another one; transformers 5.4 and 5.5 make such.
+
+    Raises:
+        CheckpointError: Saved and loaded again, it turns the same text into other tokens.
+    """
+    from transformers import AutoTokenizer, __version__
+
+    text = "a b\n1"
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if again(text)["input_ids"] != tokenizer(text)["input_ids"]:
+        raise CheckpointError(
+            f"transformers {__version__} misreads the tokenizer in {model}: saved and loaded again, {text!r} becomes "
+            f'{again.decode(again(text)["input_ids"])!r}; upgrade: pip install "transformers>={GGUF_TOKENIZERS}", or name a '
+            "model folder with the original tokenizer"
+        )

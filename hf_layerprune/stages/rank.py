@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import families
-from ..errors import CutError, LayerPruneError
+from ..errors import CheckpointError, CutError, LayerPruneError
 from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
 from ..options import AMOUNTS, CutOptions, take
@@ -206,7 +206,9 @@ def _write(ranking: Ranking, folder: Path, num_layers: int) -> None:
     write_text(folder / "scores.json", json.dumps(ranking.record, indent=1, allow_nan=False) + "\n")
     try:
         draw_ranking(ranking.scores, ranking.drops, num_layers, folder)
-    except LayerPruneError as error:
+    except CheckpointError:  # a picture can't be written, so the disk may be full: all or nothing
+        raise
+    except LayerPruneError as error:  # matplotlib is not installed
         logger.warning("%s; only the scores are written", error)
 
 

@@ -160,6 +160,10 @@ def find_adapter(model: str) -> Any:
 def tokenizer_of(model: str, whole: str) -> Any:
     """The tokenizer of a model, or that of its base if it has none."""
     try:
+        if model.endswith(".gguf"):  # a file on this machine, and so is the package
+            from hf_layerprune.runtime.loading import load_tokenizer
+
+            return load_tokenizer(model)
         return AutoTokenizer.from_pretrained(**named(model), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):  # transformers 5.4 looks for protobuf first
         if model == whole:

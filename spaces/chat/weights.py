@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
 from about import bytes_
 from answers import Side
 from source import CannotLoad, Source, explain, named, weights_size
@@ -112,10 +111,10 @@ def load(model: str) -> PreTrainedModel:
         settings["dtype"] = torch.bfloat16  # faster on CPUs
     if DEVICE != "cpu":
         settings["device_map"] = DEVICE
-    if model.endswith(".gguf"):
-        settings["dtype"] = torch.bfloat16
-        if hasattr(transformers, "GgufConfig"):  # before 5.17, weights are always dequantised
-            settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if model.endswith(".gguf"):  # a file on this machine, and so is the package
+        from hf_layerprune.versions import gguf_options
+
+        settings |= gguf_options() | {"dtype": torch.bfloat16}
     else:
         settings["use_safetensors"] = True  # a pickle can run code
     made, info = AutoModelForCausalLM.from_pretrained(
