@@ -21,7 +21,7 @@ from .paired import compare_pairs, compare_values
 from .probe import probe
 from .requests import BenchRequest
 from .speed import Workload, time_models
-from .subject import Subject, pick_device
+from .subject import Subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +52,6 @@ class _Bench(Measurement):
         super().__init__(request)
         self.request = request
         self.subjects = [one for one in (self.base, self.model) if one is not None]
-        self.device = pick_device(request.device)
         self.machine = {"threads": torch.get_num_threads()} if self.device == "cpu" else {}
 
     def run(self) -> None:

@@ -11,7 +11,7 @@ from ..records.figures.metric_names import BYTES, SECONDS, metric_named
 from .paired import PairedDifference, require_statistics
 from .requests import BenchRequest, EvalRequest
 from .store import Store
-from .subject import Subject, describe, identify
+from .subject import Subject, describe, identify, pick_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,11 +41,11 @@ class Measurement:
         if self.base is not None and self.base.weights == self.model.weights:
             raise LayerPruneError(f"{request.model} and {request.base} have the same weights; name another base")
         self.where: dict[str, dict[str, str]] = {}
-        self._dtype, self._device = request.dtype, request.device
+        self._dtype, self.device = request.dtype, pick_device(request.device)
 
     def load(self, subject: Subject) -> PreTrainedModel:
         """Load the model or its base, and record that it is measured."""
-        model = subject.load(self._dtype, self._device)
+        model = subject.load(self._dtype, self.device)
         self.where[subject.weights] = describe(model)
         role = "dense" if subject is self.base and subject.role == "model" else subject.role
         parameters = sum(parameter.numel() for parameter in model.parameters())
