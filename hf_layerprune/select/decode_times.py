@@ -1,7 +1,8 @@
 """How long each layer takes to decode a token on this machine, and how long everything else does.
 
 The model generates a few tokens behind a full cache, and hooks note when each layer starts and ends. Layers of the same
-kind are the same work, so each gets the median of its kind.
+kind are the same work, so each gets the mean of its kind. Means, because they add up to the whole also on a machine that
+does other work, which interrupts long spans more often than short ones.
 """
 
 from __future__ import annotations
@@ -115,10 +116,10 @@ def time_decoding(model: PreTrainedModel, context: int, batch: int = 1) -> Decod
     kinds = [_kind(model, index, layer) for index, layer in enumerate(layers)]
     for kind, span in zip(kinds, spans, strict=True):
         by_kind[kind] += span[1 + _WARM_UP :]  # the first one is the prompt
-    medians = {kind: statistics.median(times) for kind, times in by_kind.items()}
-    each = [medians[kind] for kind in kinds]
+    means = {kind: statistics.fmean(times) for kind, times in by_kind.items()}
+    each = [means[kind] for kind in kinds]
     gaps = [after - before for before, after in pairwise(steps[1:])][_WARM_UP:]
-    return DecodeTimes(each, max(0.0, statistics.median(gaps) - sum(each)))
+    return DecodeTimes(each, max(0.0, statistics.fmean(gaps) - sum(each)))
 
 
 def _kind(model: PreTrainedModel, index: int, layer: torch.nn.Module) -> tuple[Any, ...]:

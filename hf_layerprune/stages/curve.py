@@ -343,7 +343,7 @@ def _draw(curve: Curve, folder: Path) -> None:
         best = point.get("repaired") or point["cut"]
         remark = (
             f"{point['dropped']} layers less: {spell_count(point['parameters'])} parameters,\n"
-            f"{point['speedup']:.2f} times as fast, perplexity x{best['perplexity_ratio']:.2f}"
+            f"{point['speedup']:.2f} times as fast, perplexity \N{MULTIPLICATION SIGN} {best['perplexity_ratio']:.2f}"
         )
     try:
         for name in _PLOTS:

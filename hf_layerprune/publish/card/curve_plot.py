@@ -104,25 +104,26 @@ def curve(
                 ha="left" if inside else "right", va="center", color=ROLE_COLOURS[name], annotation_clip=False,
             )  # fmt: skip
         axes.plot(0, 0, color=ROLE_COLOURS["dense"], marker=ROLE_MARKERS["dense"], ms=7, zorder=4, clip_on=False)
+        last = max(point["dropped"] for point in points)
         axes.annotate(
-            "dense", (0, 0), xytext=(6, 7), textcoords="offset points", fontsize=9.5, color=ROLE_COLOURS["dense"]
-        )
+            "dense", (last, 0), xytext=(22, 0), textcoords="offset points", fontsize=9.5, va="center",
+            color=ROLE_COLOURS["dense"], annotation_clip=False,
+        )  # fmt: skip
         heights = {count: kl for count, kl, _ in best}
         if knee in heights:
             axes.axvline(knee, color=FAINT, lw=1.2, ls=(0, (1, 1.5)), zorder=0)
             axes.annotate(
-                "knee", (knee, top), xytext=(4, -4), textcoords="offset points", fontsize=9, color=INK, va="top"
-            )
-        if chosen in heights:
-            axes.plot(
-                chosen, heights[chosen], marker="o", ms=15, mfc="none", mec=ROLE_COLOURS["healed"], mew=2, zorder=5
-            )
-            axes.annotate(
-                remark or f"chosen: {chosen} layers", (chosen, heights[chosen]), xytext=(-14, 26),
-                textcoords="offset points", fontsize=9.5, ha="right", va="bottom", color=ROLE_COLOURS["healed"],
-                fontweight="bold", arrowprops={"arrowstyle": "-", "color": ROLE_COLOURS["healed"], "shrinkB": 8},
+                "knee", (knee, top), xytext=(0, 3), textcoords="offset points", fontsize=9, color=INK, ha="center",
+                annotation_clip=False,
             )  # fmt: skip
-        last = max(p["dropped"] for p in points)
+        if chosen in heights:
+            colour = ROLE_COLOURS["healed"]
+            axes.plot(chosen, heights[chosen], marker="o", ms=15, mfc="none", mec=colour, mew=2, zorder=5)
+            axes.annotate(  # below the curve, where it is empty
+                remark or f"chosen: {chosen} layers", (chosen, heights[chosen]), xytext=(0.985, 0.06),
+                textcoords="axes fraction", fontsize=9.5, ha="right", va="bottom", color=colour, fontweight="bold",
+                arrowprops={"arrowstyle": "-", "color": colour, "shrinkB": 8, "relpos": (0.3, 1)},
+            )  # fmt: skip
         step = 1 if last <= 16 else 2 if last <= 32 else 5
         axes.set_xticks(range(0, last + 1, step))
         axes.set_xlim(-0.3, last + 0.4)
