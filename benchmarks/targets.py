@@ -64,10 +64,13 @@ def predict(args: argparse.Namespace) -> None:
             ]
             work = Workload(1, args.context - 24, 24)
             runs = time_models({"dense": dense, "cut": cut}, [work], repeats=args.repeats)[work]
-            each = {name: sorted(run.decode for run in found)[len(found) // 2] for name, found in runs.items()}
+            each = {
+                name: sorted(run["decode_tokens_per_second"] for run in found)[len(found) // 2]
+                for name, found in runs.items()
+            }
         name, value = next(iter(target.items()))
         cells = [f"{a:,} / {b:,}" for a, b in rows]
-        speed = f"{times.speedup(drop):.3f} / {each['dense'] / each['cut']:.3f}"
+        speed = f"{times.speedup(drop):.3f} / {each['cut'] / each['dense']:.3f}"
         print(f"| {name}={value:,} | {len(drop)} | {' | '.join(cells)} | {speed} |", flush=True)
 
 

@@ -266,6 +266,17 @@ def test_what_a_curve_says_is_what_prune_makes(
     assert "is not a curve" in capsys.readouterr().err
 
 
+def test_a_model_that_can_not_be_repaired_has_a_curve(tmp_path: Path) -> None:
+    """Every projection of Gemma 2 is followed by a norm."""
+    tiny_model("gemma2").save_pretrained(tmp_path / "base")
+    curve = quality_curve(
+        str(tmp_path / "base"), calibration_samples=8, calibration_length=8, context=16, curve_up_to=2
+    )
+    assert curve.record["repair"] is None
+    assert all("repaired" not in point for point in curve.points)
+    assert len(str(curve).splitlines()) == 6
+
+
 def test_the_knee() -> None:
     def curve(*kls: float) -> list[dict[str, Any]]:
         return [{"cut": {"kl": kl}} for kl in kls]

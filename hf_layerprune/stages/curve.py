@@ -33,7 +33,9 @@ from ..versions import __version__
 from .requests import PruneRequest, RankRequest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from ..calibration.rows import CalibrationSet
+    from ..runtime.walk import LayerWalk
+    from ..select.search import Search
 
 logger = logging.getLogger(__name__)
 
@@ -140,14 +142,13 @@ def make_curve(request: RankRequest) -> Curve:
     config = load_config(request.base, revision=request.revision)
     families.check_supported(config)
     families.check_stage(config, "rank")
-    repair = request.repair if request.repair is not None else _repair_for(config)
     n = families.layer_count(config)
     protected = families.protected_layers(config)
     free = free_layers(n, 1, *find_criterion("auto").protection(request), protected)
     up_to = min(request.curve_up_to or n // 2, len(free), n - 1)
     identity = {
         "base": _identity(request),
-        "repair": repair,
+        "repair": request.repair,
         **{name: getattr(request, name) for name in _OPTIONS},
         "version": __version__,
     }
@@ -155,8 +156,8 @@ def make_curve(request: RankRequest) -> Curve:
     if request.output is not None and (old := _earlier(request.output.expanduser(), identity, request.force)):
         record = old
     if len(record["points"]) < up_to:
-        _go_on(request, record, repair, free, up_to)
-    record |= {"repair": repair, "num_layers": n}
+        _go_on(request, record, free, up_to)
+    record["num_layers"] = n
     points = record["points"][:up_to]
     curve = Curve(points, record)
     record["chosen"] = _chosen(request, curve, n)
@@ -168,14 +169,13 @@ def make_curve(request: RankRequest) -> Curve:
     return curve
 
 
-def _go_on(request: RankRequest, record: dict[str, Any], repair: str | None, free: set[int], up_to: int) -> None:
+def _go_on(request: RankRequest, record: dict[str, Any], free: set[int], up_to: int) -> None:
     """Find and measure the points that are missing."""
     from ..adapter.prepare import calibration_of
     from ..cut.sizes import Sizes
     from ..select.cost import announce
     from ..select.curve import curve_points
     from ..select.decode_times import DecodeTimes, time_decoding
-    from ..select.search import Search
     from .rank import open_walk
 
     model = load_base(request.base, revision=request.revision, dtype=_dtype(request))
@@ -191,8 +191,7 @@ def _go_on(request: RankRequest, record: dict[str, Any], repair: str | None, fre
         raise CheckpointError(
             f"{request.output} holds a curve on other calibration rows; name another folder, or begin again with --force"
         )
-    options = replace(request, repair=repair)
-    search = Search(walk, calibration, free, options, record["steps"])
+    search = _search(request, record, walk, calibration, free)
     left = up_to - len(record["points"])
     announce(walk, search.judging, search.layer_runs(left, left), f"a curve up to {up_to} layers")
     for point in curve_points(search, up_to, len(record["points"])):
@@ -216,13 +215,24 @@ def _dtype(request: RankRequest) -> Any:
     return request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
 
 
-def _repair_for(config: PreTrainedConfig) -> str | None:
-    """The repair of a curve for which none is named; none where the model type can't be repaired."""
-    try:
-        families.check_stage(config, "repair")
-    except LayerPruneError:
-        return None
-    return _BEST_REPAIR
+def _search(
+    request: RankRequest, record: dict[str, Any], walk: LayerWalk, calibration: CalibrationSet, free: set[int]
+) -> Search:
+    """A search, by default with the best repair if the model can be repaired."""
+    from ..select.search import Search
+
+    def with_repair(repair: str | None) -> Search:
+        return Search(walk, calibration, free, replace(request, repair=repair), record["steps"])
+
+    if request.repair is None and "repair" not in record:
+        try:
+            search = with_repair(_BEST_REPAIR)
+            search.best(1)
+            record["repair"] = _BEST_REPAIR
+            return search
+        except LayerPruneError as error:
+            logger.info("the curve is without repair: %s", error)
+    return with_repair(record.setdefault("repair", request.repair))
 
 
 def _identity(request: RankRequest | PruneRequest) -> str:
