@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, LayerPruneError
 from ..files.copy import check_space, write_failed
 from ..records.figures.numbers import size
+from ..runtime.memory import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,6 +86,7 @@ class StateCache:
 
         Raises:
             CheckpointError: A shard can't be written.
+            LayerPruneError: A single row does not fit into memory. Batches that do not fit are halved.
         """
         from tqdm.auto import tqdm
 
@@ -94,9 +96,20 @@ class StateCache:
         with tqdm(total=tokens, unit="token", unit_scale=True, desc=description, disable=rank > 0 or not mine) as bar:
             for index in mine:
                 states: dict[str, torch.Tensor] = {}
-                for rows in self._batches(self.shards[index], max_tokens):
-                    states |= {str(row): part.to("cpu", copy=True) for row, part in zip(rows, run(rows), strict=True)}
-                    bar.update(int(self._lengths[rows].sum()))
+                left = self.shards[index]
+                while left:
+                    longest = int(self._lengths[left[0]])
+                    rows = left[: max(1, max_tokens // longest)]
+                    try:
+                        parts = [part.to("cpu", copy=True) for part in run(rows)]
+                    except (RuntimeError, MemoryError) as error:
+                        max_tokens = _halved(error, rows) * longest
+                    else:
+                        states |= {str(row): part for row, part in zip(rows, parts, strict=True)}
+                        left = left[len(rows) :]
+                        bar.update(int(self._lengths[rows].sum()))
+                        continue
+                    free_memory()
                 self._write(index, states)
 
     def read(self, rows: Iterable[int]) -> list[torch.Tensor]:
@@ -143,16 +156,6 @@ class StateCache:
             raise write_failed(path, error if isinstance(error, OSError) else OSError(str(error))) from error
         finally:
             partial.unlink(missing_ok=True)
-
-    def _batches(self, rows: list[int], max_tokens: int) -> Iterator[list[int]]:
-        """Split sorted rows into batches of at most `max_tokens`; the first row of a batch is its longest."""
-        batch: list[int] = []
-        for row in rows:
-            if batch and (len(batch) + 1) * self._lengths[batch[0]] > max_tokens:
-                yield batch
-                batch = []
-            batch.append(row)
-        yield batch
 
 
 def make_room(caches: Sequence[StateCache]) -> None:
@@ -214,3 +217,13 @@ def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]], *settings: Any) ->
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _halved(error: BaseException, rows: list[int]) -> int:
+    """Half of the rows that did not fit into memory; raises if a single one did not, and any other error."""
+    if not is_out_of_memory(error):
+        raise error
+    if len(rows) == 1:
+        raise LayerPruneError("out of memory with a single row; use a smaller --max_length") from error
+    logger.warning("out of memory; continuing with batches of %d", len(rows) // 2)
+    return len(rows) // 2

@@ -32,6 +32,7 @@ from ..runtime.precision import in_fast_precision
 from ..versions import trl_drops_rows_without_labels
 from .batches import Precomputed, StateCollator, taught_positions, token_counts
 from .config import HealConfig
+from .halving import Halving
 from .losses import Lesson, head_loss
 from .methods import parse_method
 from .precompute import is_split_by_deepspeed, precompute
@@ -260,6 +261,7 @@ class HealTrainer(SFTTrainer):
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 logger.info("no checkpoint in %s yet: training starts from the beginning", self.args.output_dir)
+        self._halving = Halving(self)
         precomputed = self.data_collator.precomputed = precompute(self, self._teacher_model)
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -273,8 +275,9 @@ class HealTrainer(SFTTrainer):
         return result
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Run forward and backward for one batch, and stop training if the loss is not finite."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        """Run forward and backward for one batch, in parts if memory runs out, and stop if the loss is not finite."""
+        whole = super().training_step
+        loss = self._halving.run(lambda batch: whole(model, batch, num_items_in_batch), inputs)
         if not torch.isfinite(loss):
             rows = ", ".join(map(str, inputs["rows"][:8].tolist())) if "rows" in inputs else ""
             where = f", in the batch of rows {rows}" if rows else ""

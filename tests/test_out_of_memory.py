@@ -1,0 +1,144 @@
+"""When memory runs out, batches are halved and the work goes on with the same result, on a CPU as on a GPU.
+
+A layer refuses more than a few rows with the error that torch raises for a full GPU. `test_measure_distance.py`,
+`test_measure_eval.py` and `test_measure_bench.py` do the same for what is measured.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_layerprune.errors import LayerPruneError
+from hf_layerprune.heal.self_data import Writer
+from hf_layerprune.heal.store import StateCache, make_room
+
+from .heal_makers import word_tokenizer
+from .test_heal_trainer import Bench, losses, tuned
+from .tiny_models import tiny_model
+
+MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("llama"))
+
+
+@contextmanager
+def full(layer: torch.nn.Module, most: int, backward: bool = False) -> Any:
+    """Let a layer run out of memory with more than a few rows, on its way forward or back."""
+    refused = []
+
+    def check(states: torch.Tensor) -> None:
+        if len(states) > most:
+            refused.append(len(states))
+            raise torch.OutOfMemoryError(MESSAGE)
+
+    if backward:
+        hook = layer.register_full_backward_pre_hook(lambda module, gradients: check(gradients[0]))
+    else:
+        hook = layer.register_forward_pre_hook(lambda module, args: check(args[0]))
+    try:
+        yield refused
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(("backward", "most"), [(False, 2), (True, 1)])
+def test_training_halves_its_batches_and_learns_the_same(
+    llama: Bench, backward: bool, most: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where the gradients of half a step have been added up already, to the head's among others."""
+    settings = {"method": "lm_head+last1", "loss": "ce+kd", "gradient_accumulation_steps": 2, "max_steps": 3}
+    wanted, trainer = llama.trainer(**settings), llama.trainer(**settings)
+    wanted.train()
+    caplog.set_level(logging.WARNING)
+    with full(trainer.plain_model.model.layers[-1], most, backward) as refused:
+        trainer.train()
+    assert refused == [4] if most == 2 else [4, 2]
+    assert f"continuing with batches of {most}" in caplog.text
+    assert losses(trainer) == pytest.approx(losses(wanted), rel=1e-4)
+    logged = [[entry.get("num_tokens") for entry in one.state.log_history] for one in (trainer, wanted)]
+    assert logged[0] == logged[1]
+    for name, value in tuned(wanted).items():
+        assert torch.allclose(tuned(trainer)[name], value, atol=1e-5), name
+
+
+def test_a_later_batch_of_a_step_runs_the_step_again(llama: Bench) -> None:
+    settings = {"method": "lm_head+last1", "gradient_accumulation_steps": 3, "max_steps": 2}
+    wanted, trainer = llama.trainer(**settings), llama.trainer(**settings)
+    wanted.train()
+    calls = []
+
+    def third(module: Any, args: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            calls.append(len(args[0]))
+            if len(calls) == 3:
+                raise torch.OutOfMemoryError(MESSAGE)
+
+    trainer.plain_model.model.layers[-1].register_forward_pre_hook(third)
+    trainer.train()
+    assert calls[:9] == [4, 4, 4, 2, 2, 2, 2, 2, 2]
+    assert losses(trainer) == pytest.approx(losses(wanted), rel=1e-4)
+    for name, value in tuned(wanted).items():
+        assert torch.allclose(tuned(trainer)[name], value, atol=1e-5), name
+
+
+def test_a_single_row_that_does_not_fit(llama: Bench) -> None:
+    trainer = llama.trainer(method="last1", max_steps=1)
+    with (
+        full(trainer.plain_model.model.layers[-1], 0, backward=True),
+        pytest.raises(LayerPruneError, match=r"a single row of \d+ tokens; use a smaller --max_length"),
+    ):
+        trainer.train()
+
+
+def test_rows_that_are_one_sequence_are_not_divided(llama: Bench) -> None:
+    trainer = llama.trainer(method="last1", max_steps=1)
+    trainer.padding_free = True
+    advice = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 gives the same result"
+    with full(trainer.plain_model.model.layers[-1], 2), pytest.raises(LayerPruneError, match=advice):
+        trainer.train()
+
+
+def test_what_is_computed_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lengths, sizes = [5, 3, 4, 5, 2, 5, 1, 5], []
+
+    def run(rows: list[int]) -> list[torch.Tensor]:
+        sizes.append(len(rows))
+        if len(rows) > most:
+            raise torch.OutOfMemoryError(MESSAGE)
+        return [torch.full((lengths[row], 3), float(row)) for row in rows]
+
+    most = 3
+    cache = StateCache(tmp_path / "states", lengths, 12)
+    make_room([cache])
+    cache.fill(run, 1000, "test")
+    assert sizes == [8, 4, 2, 2, 3, 1]  # no more tokens than two of the longest rows have
+    assert "continuing with batches of 2" in caplog.text
+    assert all((states == row).all() for row, states in enumerate(cache.read(range(8))))
+    most = 0
+    cache.delete()
+    with pytest.raises(LayerPruneError, match="out of memory with a single row"):
+        cache.fill(run, 1000, "test")
+
+
+@pytest.mark.parametrize("what", ["rows", "answers"])
+def test_what_the_dense_model_writes(what: str, tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), word_tokenizer()
+    prompts = [[3, 4], [5], [6, 7, 8]] * 2
+    write: dict[str, Callable[[Path], Any]] = {
+        "rows": lambda folder: Writer(model, tokenizer, folder, 0).rows(7, 9)["input_ids"][:],
+        "answers": lambda folder: Writer(model, tokenizer, folder, 0)._answers(prompts, 6, 0.0),
+    }
+    wanted = write[what](tmp_path / "all")
+    with full(model.model.layers[0], 2) as refused:
+        assert write[what](tmp_path / "few") == wanted
+    assert refused
