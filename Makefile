@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test fast space fuzz matrix compat docs site dist-check cards lint format demo clean
+.PHONY: install test fast space fuzz gpu matrix compat docs site dist-check cards lint format demo clean
 
 install: $(STAMP)
 
@@ -22,10 +22,10 @@ $(STAMP): pyproject.toml
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
 test: $(STAMP) lint
-	$(PYTEST) -m 'not space and not fuzz'
+	$(PYTEST) -m 'not space and not fuzz and not gpu'
 
 fast: $(STAMP)
-	$(PYTEST) -m 'not matrix and not browser and not processes and not space and not fuzz'
+	$(PYTEST) -m 'not matrix and not browser and not processes and not space and not fuzz and not gpu'
 
 # The published Space in an environment that pip makes from the Space's own requirements.
 space: $(STAMP)
@@ -34,6 +34,10 @@ space: $(STAMP)
 # 2,000 damaged versions of every file that the commands read: hours.
 fuzz: $(STAMP)
 	$(PYTEST) -m fuzz
+
+# Everything on a CUDA GPU, in parts of less than 8 minutes; start it again where it stopped. docs/gpu.md has the results.
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
 
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -n auto -m matrix
