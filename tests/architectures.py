@@ -1,9 +1,10 @@
-"""Prove every causal model type at every stage, and write the table of architectures.
+"""Prove every model type at every stage, and write the table of architectures.
 
 python -m tests.architectures                            prove all types, print the results
 python -m tests.architectures llama gpt2                 prove some types
 python -m tests.architectures --stages heal,evaluate     prove some stages
 python -m tests.architectures --write                    prove all types, then write the table and the document
+python -m tests.architectures --write llava qwen2_vl     prove some types; the rows of the others stay as they are
 python -m tests.architectures --document                 only write docs/architectures.md
 """
 
@@ -13,6 +14,7 @@ import argparse
 import multiprocessing
 import sys
 import time
+from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +22,11 @@ from pathlib import Path
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_layerprune import families
+from hf_layerprune.families.multimodal import path_to_text
 
 from .compat import rendered as rendered_versions
 from .matrix import CUT, cuts
-from .tiny_models import DOCUMENT, MODEL_TYPES, tiny_config
+from .tiny_models import ALL_TYPES, DOCUMENT, MODEL_TYPES, MULTIMODAL_TYPES, tiny_config
 
 ROOT = Path(__file__).parents[1]
 PROVEN = ROOT / "hf_layerprune" / "families" / "proven.txt"
@@ -68,6 +71,18 @@ can only describe a fixed period, or if a layer must keep its position.
 |---|---|---|---|---|---|---|---|---|
 """
 
+MULTIMODAL = """\
+## Multimodal models
+
+The types that transformers {version} loads with `AutoModelForMultimodalLM` alone: {proven} proven, {refused} refused.
+Only the layers of the language decoder are cut; towers, projectors and their tensors stay as they are. The column
+**cut** lists the inputs with which all of its tests hold: text alone, and text with an image or audio, of which the
+type's own tower makes the features. The other stages are proven with text.
+
+| model type | cut | rank | repair | heal | evaluate | tail cut | middle cut | fields rewritten besides the layer count |
+|---|---|---|---|---|---|---|---|---|
+"""
+
 
 def middle_fields(model_type: str) -> list[str]:
     """The config fields besides the layer count that the middle cut of a type rewrites."""
@@ -81,17 +96,13 @@ def middle_fields(model_type: str) -> list[str]:
 
 def render() -> str:
     """The document, generated from the tables in `families` and the tiny configs, without running the proofs."""
-    table = families.proven_stages()
-    proven = [t for t in MODEL_TYPES if t not in families.REFUSED]
-    refused = [t for t in MODEL_TYPES if t in families.REFUSED]
-    lines = [HEADER.format(version=version("transformers"), proven=len(proven), refused=len(refused)).rstrip("\n")]
-    for model_type in proven:
-        both = cuts(model_type, tiny_config(model_type))
-        spelled = [", ".join(map(str, both[name])) for name in ("tail", "middle")]
-        fields = ", ".join(f"`{name}`" for name in middle_fields(model_type))
-        stages = [_cell(stage, table[model_type]) for stage in COLUMNS]
-        lines.append("| " + " | ".join((model_type, *stages, *spelled, fields)).rstrip() + " |")
-    lines += ["", "## Refused", "", "| model type | reason |", "|---|---|"]
+    refused = [t for t in ALL_TYPES if t in families.REFUSED]
+    lines = []
+    for header, types in ((HEADER, MODEL_TYPES), (MULTIMODAL, MULTIMODAL_TYPES)):
+        proven = [t for t in types if t not in families.REFUSED]
+        numbers = {"proven": len(proven), "refused": len(types) - len(proven)}
+        lines += [header.format(version=version("transformers"), **numbers).rstrip("\n"), *map(_row, proven), ""]
+    lines += ["## Refused", "", "| model type | reason |", "|---|---|"]
     lines += [f"| {model_type} | {families.REFUSED[model_type]} |" for model_type in refused]
     for stage, reasons in families.REFUSED_AT.items():
         if reasons:
@@ -104,32 +115,42 @@ def render() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _row(model_type: str) -> str:
+    proven, both = families.proven_stages()[model_type], cuts(model_type, tiny_config(model_type))
+    spelled = [", ".join(map(str, both[name])) for name in ("tail", "middle")]
+    fields = ", ".join(f"`{name}`" for name in middle_fields(model_type))
+    stages = [_cell(stage, proven) for stage in COLUMNS]
+    return "| " + " | ".join((model_type, *stages, *spelled, fields)).rstrip() + " |"
+
+
 def _cell(stage: str, proven: dict[str, tuple[str, ...]]) -> str:
     return ", ".join(proven[stage]) or "yes" if stage in proven else "refused"
 
 
 def proven_types() -> list[str]:
     """The types listed in proven.txt: those that are not refused, and their text decoders."""
-    types = [t for t in MODEL_TYPES if t not in families.REFUSED]
+    types = [t for t in ALL_TYPES if t not in families.REFUSED]
     return sorted({*types, *(families.text_config(tiny_config(t)).model_type for t in types)})
 
 
-def write_table(outcomes: dict[str, dict[str, str]]) -> None:
+def write_table(outcomes: dict[str, dict[str, str]], kept: Collection[str] = ()) -> None:
     """Write proven.txt, keeping the types of other versions of transformers.
 
     Args:
         outcomes (`dict[str, dict[str, str]]`): By model type and stage, see [`~matrix.outcomes`].
+        kept (`Collection[str]`, *optional*): Other types whose rows stay.
     """
     rows = {
         t: " ".join((t, *(_token(s, stages) for s, stages in row.items())))
         for t, row in families.proven_stages().items()
-        if t not in CONFIG_MAPPING
+        if t not in CONFIG_MAPPING or t in kept
     }
     for model_type, by_stage in outcomes.items():
         stages = [s + o.removeprefix("proven") for s, o in by_stage.items() if o.startswith("proven")]
-        for name in {families.text_config(tiny_config(model_type)).model_type, model_type}:
-            if name == model_type or name not in MODEL_TYPES:
-                rows[name] = " ".join((name, *stages))
+        text = families.text_config(tiny_config(model_type)).model_type
+        if text not in ALL_TYPES:
+            rows[text] = " ".join((text, *(CUT if s.startswith(f"{CUT}=") else s for s in stages)))
+        rows[model_type] = " ".join((model_type, *stages))
     PROVEN.write_text("\n".join(rows[t] for t in sorted(rows)) + "\n")
     families.types.proven_stages.cache_clear()
 
@@ -147,8 +168,11 @@ def _prove(model_type: str, stages: tuple[str, ...]) -> tuple[str, dict[str, str
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    start = time.perf_counter()
-    return model_type, outcomes(model_type, stages), time.perf_counter() - start
+    start = time.process_time()
+    # A type that is not in the table yet can be tried here alone.
+    known = families.proven() | {part.model_type for part in path_to_text(tiny_config(model_type))}
+    families.proven = lambda: known
+    return model_type, outcomes(model_type, stages), time.process_time() - start
 
 
 def main() -> int:
@@ -161,12 +185,12 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     args = parser.parse_args()
     stages = tuple(args.stages.split(","))
-    if args.write and (args.types or stages != COLUMNS):
-        parser.error("--write needs all types and stages; leave out TYPES and --stages")
+    if args.write and stages != COLUMNS:
+        parser.error("--write needs all stages; leave out --stages")
     if args.document:
         DOCUMENT.write_text(render())
         return 0
-    types = args.types or [t for t in MODEL_TYPES if t not in families.REFUSED]
+    types = args.types or [t for t in ALL_TYPES if t not in families.REFUSED]
     results: dict[str, dict[str, str]] = {}
     with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for done in as_completed([pool.submit(_prove, model_type, stages) for model_type in types]):
@@ -181,7 +205,7 @@ def main() -> int:
         wrong += rest
         print(f"{stage:9} {counts['proven']} proven, {counts['refused']} refused, {rest} wrong")
     if args.write and not wrong:
-        write_table(results)
+        write_table(results, kept=families.proven_stages() if args.types else ())
         DOCUMENT.write_text(render())
     return int(wrong > 0)
 

@@ -126,13 +126,13 @@ def prove_all(output: Path, types: list[str]) -> None:
 
     from .matrix import CUT
     from .stages import outcomes
-    from .tiny_models import MODEL_TYPES, tiny_config
+    from .tiny_models import ALL_TYPES, tiny_config
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     done = {json.loads(line)["type"] for line in output.read_text().splitlines()} if output.is_file() else set()
-    for model_type in types or MODEL_TYPES:
+    for model_type in types or ALL_TYPES:
         if model_type in families.REFUSED or model_type not in families.proven() or model_type in done:
             continue
         outcome = outcomes(model_type, (CUT,))[CUT]

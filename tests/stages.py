@@ -36,8 +36,9 @@ from hf_layerprune.select import taylor
 from hf_layerprune.select.trials import Trial, try_out
 
 from .heal_makers import word_tokenizer
-from .matrix import CUT, SEED, ProofError, cuts, identities, load, logits, prove
-from .tiny_models import tiny_input, tiny_model
+from .matrix import CUT, SEED, ProofError, cuts, identities, load, logits, prove, text_inputs
+from .multimodal_inputs import media_inputs
+from .tiny_models import MULTIMODAL_TYPES, tiny_input, tiny_model
 
 TOLERANCE = 1e-4
 
@@ -436,25 +437,31 @@ PROOFS: dict[str, Callable[[Any, dict[str, tuple[int, ...]]], Sequence[str] | No
 }
 
 
-def outcomes(model_type: str, stages: Sequence[str] = (CUT, *PROOFS)) -> dict[str, str]:
+def outcomes(model_type: str, stages: Sequence[str] = (CUT, *PROOFS), only: str = "") -> dict[str, str]:
     """Try to prove a model type at some stages.
 
     Args:
         model_type (`str`): A type that is not refused.
         stages (`Sequence[str]`, *optional*): Which ones; all by default.
+        only (`str`, *optional*): Make this cut alone of those that [`cuts`] names.
 
     Returns:
         `dict[str, str]`: By stage, `"proven"` (or `"proven="` and the variants that are), `"refused: "` and why, or
             what is wrong.
     """
     dense = tiny_model(model_type, seed=SEED.get(model_type, 0))
-    return {stage: _outcome(model_type, dense, stage) for stage in stages}
+    return {stage: _outcome(model_type, dense, stage, only) for stage in stages}
 
 
-def _outcome(model_type: str, dense: Any, stage: str) -> str:
-    both = cuts(model_type, dense.config)
+def _outcome(model_type: str, dense: Any, stage: str, only: str) -> str:
+    both = {name: cut for name, cut in cuts(model_type, dense.config).items() if name.startswith(only)}
     try:
-        variants = PROOFS[stage](dense, both) if stage != CUT else prove(dense, both)
+        if stage == CUT:
+            inputs = text_inputs() | media_inputs(model_type, dense)
+            prove(dense, both, inputs)
+            variants = list(inputs) if model_type in MULTIMODAL_TYPES else None
+        else:
+            variants = PROOFS[stage](dense, both)
     except LayerPruneError as error:
         return f"refused: {error}"
     except Exception as error:

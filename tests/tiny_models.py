@@ -1,4 +1,4 @@
-"""Tiny random models of every causal model type, each with its family's own alternations between layers.
+"""Tiny random models of every model type, each with its family's own alternations between layers.
 
     model = tiny_model("llama")
 
@@ -18,9 +18,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+
+from hf_layerprune.runtime.model_class import auto_class_of
 
 from .compat import PROVEN_AT, UNCUT
 
@@ -30,6 +34,9 @@ VOCAB = 128
 # Plain kernels: the fused ones round differently with the alignment of a tensor in memory, which a reload changes.
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+# Those that no `AutoModelForCausalLM` loads; tiny_multimodal.py makes them.
+MULTIMODAL_TYPES = tuple(sorted(set(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES) - set(MODEL_TYPES)))
+ALL_TYPES = (*MODEL_TYPES, *MULTIMODAL_TYPES)
 # What is done about a type that the installed transformers doesn't have, or breaks itself: a test is skipped
 # (tests/conftest.py), and the matrix tries.
 on_unusable: Callable[[str], Any] | None = None
@@ -122,12 +129,12 @@ _ENCODER_AS_DEEP = {"encoder_layers": LAYERS}  # the cache of these decoders is 
 _ONE_OF_TWO = "01010111"
 
 
-def _mixed(first: str, second: str) -> list[str]:
+def mixed(first: str, second: str) -> list[str]:
     return [(first, second)[int(digit)] for digit in _ONE_OF_TWO]
 
 
-_SLIDING = {"layer_types": _mixed("sliding_attention", "full_attention")}
-_DENSE_AND_SPARSE = {"mlp_layer_types": _mixed("dense", "sparse")}
+_SLIDING = {"layer_types": mixed("sliding_attention", "full_attention")}
+_DENSE_AND_SPARSE = {"mlp_layer_types": mixed("dense", "sparse")}
 _SPARSE_STEP = {"decoder_sparse_step": 2, "mlp_only_layers": [1, 3]}
 _LINEAR = {"layer_types": _cycle("linear_attention", "full_attention", "linear_attention")}
 _SMALL_VISION = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
@@ -147,7 +154,7 @@ _SHARED_KV = {
 _DOTS = {
     "num_key_value_heads": 4,
     "head_dim": 16,
-    "layer_types": _mixed("indexed_attention", "sliding_attention"),
+    "layer_types": mixed("indexed_attention", "sliding_attention"),
     "per_layer_config": {i: {"kv_lora_rank": 16} for i in range(LAYERS) if _ONE_OF_TWO[i] == "1"},
     **_DENSE_AND_SPARSE,
 }
@@ -220,7 +227,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "git": {"vision_config": _SMALL_VISION | {"image_size": 32, "patch_size": 16}},
     "gpt_neo": {"attention_types": [[["global", "local"], 4]], "window_size": 6},
     "hy_v3": _DENSE_AND_SPARSE,
-    "inkling_text": {"layer_types": _mixed("hybrid_sliding", "hybrid")},
+    "inkling_text": {"layer_types": mixed("hybrid_sliding", "hybrid")},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": [1, 2] * 4},
     "jamba": {"num_hidden_layers": 12, "attn_layer_period": 4, "attn_layer_offset": 1, "expert_layer_period": 4,
@@ -246,7 +253,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _small(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]:
+def small(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]:
     fields = config_class().to_dict()
     small = {name: value for name, value in SHRINK.items() if fields.get(name) is not None}
     scales = {name: value for name, value in SCALES.items() if name in fields}
@@ -276,6 +283,10 @@ def tiny_config(model_type: str):
     """A small config of the model type."""
     if on_unusable is not None and (reason := unusable(model_type)):
         on_unusable(reason)
+    if model_type in MULTIMODAL_TYPES:
+        from .tiny_multimodal import multimodal_config
+
+        return multimodal_config(model_type)
     config_class = CONFIG_MAPPING[model_type]
     overrides = dict(OVERRIDES.get(model_type, {}))
     for name, part in config_class.sub_configs.items():
@@ -284,16 +295,16 @@ def tiny_config(model_type: str):
         if part is not type(None) and not hasattr(overrides.get(name), "model_type"):
             base = _SMALL_VISION if name in ("vision_config", "audio_config") else {}
             own = OVERRIDES.get(part.model_type, {}) | (overrides.get(name) or {})
-            small = _small(part, {k: v for k, v in base.items() if k in part().to_dict()} | own)
-            overrides[name] = {"model_type": part.model_type} | small
-    return config_class(**_small(config_class, overrides))
+            section = small(part, {k: v for k, v in base.items() if k in part().to_dict()} | own)
+            overrides[name] = {"model_type": part.model_type} | section
+    return config_class(**small(config_class, overrides))
 
 
 def tiny_model(model_type: str, seed: int = 0):
     """A small random model of the type, in float32 and evaluation mode, every layer of which matters."""
     torch.manual_seed(seed)
     config = tiny_config(model_type)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **EAGER).eval()
+    model = auto_class_of(config).from_config(config, dtype=torch.float32, **EAGER).eval()
     randomize(model, seed)
     return model
 

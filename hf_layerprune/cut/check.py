@@ -17,6 +17,7 @@ from torch import nn
 from .. import families
 from ..errors import CutError, LayerPruneError, cause_of
 from ..families.layout import find_decoder_layers
+from ..families.multimodal import path_to_text
 from ..families.types import proven_versions
 from ..runtime.parts import TROUBLE, evaluating, hooked, probe_ids
 from ..versions import installed
@@ -123,7 +124,7 @@ def tell_if_presumed(config: PreTrainedConfig) -> None:
         config (`PreTrainedConfig`): The base's config.
     """
     model_type = families.text_config(config).model_type
-    version, proven = str(installed("transformers")), proven_versions(config.model_type, model_type)
+    version, proven = str(installed("transformers")), proven_versions(*_types(config))
     if version in proven or model_type in _told:
         return
     _told.add(model_type)
@@ -136,9 +137,13 @@ def tell_if_presumed(config: PreTrainedConfig) -> None:
     )
 
 
+def _types(config: PreTrainedConfig) -> list[str]:
+    return [part.model_type for part in path_to_text(config)]
+
+
 def _mismatch(config: PreTrainedConfig, what: str) -> str:
     part = families.text_config(config)
-    proven = proven_versions(config.model_type, part.model_type)
+    proven = proven_versions(*_types(config))
     return (
         f"this cut of a {part.model_type} model is wrong with transformers {installed('transformers')}: {what}, against "
         f"the dense model with its dropped layers bypassed; nothing was kept. Cuts of this type are proven with "

@@ -16,40 +16,12 @@ from .. import families
 from ..errors import CheckpointError, cause_of
 from ..families.layout import find_decoder_layers
 from ..runtime.loading import check_complete
+from ..runtime.model_class import model_class_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _LAYER = re.compile(r"\.\d+\.")
-
-
-def model_class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig] | None:
-    """The class that `AutoModelForCausalLM` would choose, and the part of the config that it takes.
-
-    Args:
-        config (`PreTrainedConfig`): A model's config.
-
-    Returns:
-        `tuple[type[PreTrainedModel], PreTrainedConfig]`, *optional*: `None` if the config does not belong to a causal
-            language model.
-    """
-    import transformers
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.auto_factory import _get_model_class
-
-    mapping = AutoModelForCausalLM._model_mapping
-    if type(config) not in mapping:
-        # The text part of a larger model, saved alone, may have no auto class; its config names the class.
-        own: Any = getattr(transformers, (config.architectures or [""])[0], None)
-        return (own, config) if getattr(own, "config_class", None) is type(config) else None
-    model_class = _get_model_class(config, mapping)
-    text_class = config.sub_configs.get("text_config")
-    if text_class is None or getattr(model_class, "config_class", None) is not text_class:
-        return model_class, config
-    part = config.get_text_config()
-    if (quantization := getattr(config, "quantization_config", None)) is not None:
-        part.quantization_config = quantization
-    return model_class, part
 
 
 def check_tensors(name: str, config: PreTrainedConfig, shapes: Mapping[str, Collection[int]], prefix: str) -> None:

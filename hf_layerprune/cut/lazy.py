@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import str_to_torch_dtype
@@ -26,9 +26,9 @@ from .. import families
 from ..errors import CheckpointError, boundary, cause_of
 from ..families.layout import find_decoder_layers
 from ..runtime.loading import check_complete, check_config_of, is_hub_id, resolve_base
+from ..runtime.model_class import auto_class_of, model_class_of
 from .base import Base
 from .check import tell_if_presumed
-from .complete import model_class_of
 from .folder import find_weights, read_json, shard_names
 from .memory import kept_slices, rehearse
 from .plan import new_names
@@ -171,8 +171,8 @@ def _load_config(source: Base, hub: dict[str, Any], kwargs: dict[str, Any]) -> t
 def _model_class(
     source: Base, hub: dict[str, Any], config: PreTrainedConfig, kwargs: dict[str, Any]
 ) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class that `AutoModelForCausalLM` would choose, and the part of the config that it takes."""
-    reference = (getattr(config, "auto_map", None) or {}).get(AutoModelForCausalLM.__name__)
+    """The class that the auto class would choose, and the part of the config that it takes."""
+    reference = (getattr(config, "auto_map", None) or {}).get(auto_class_of(config).__name__)
     if reference and kwargs.get("trust_remote_code"):
         where = {key: value for key, value in hub.items() if key != "subfolder"}
         return get_class_from_dynamic_module(reference, source.name, **where), config
@@ -180,7 +180,7 @@ def _model_class(
     if picked is None:
         families.check_supported(config)
         raise CheckpointError(
-            f"{source.name} has a {type(config).__name__}, which does not belong to a causal language model; choose another model"
+            f"{source.name} has a {type(config).__name__}, which does not belong to a model with a language decoder; choose another model"
         )
     return picked
 

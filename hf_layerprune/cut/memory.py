@@ -22,6 +22,8 @@ from torch import nn
 from .. import families
 from ..errors import CutError, boundary
 from ..families.layout import find_decoder_layers
+from ..families.multimodal import path_to_text
+from ..runtime.model_class import auto_class_of
 from .check import CannotCheckError, WrongCutError, bypassed_logits, check_logits
 
 if TYPE_CHECKING:
@@ -163,30 +165,22 @@ def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig) -> list[
 
     Some modules hold a modified copy of the config, so only the fields that the cut changes are set.
     """
-    old_part, new_part = families.text_config(model.config), families.text_config(new_config)
-    before, after = dict(vars(old_part)), vars(new_part)
-    delta = {
-        name: after.get(name, _ABSENT)
-        for name in before.keys() | after.keys()
-        if before.get(name, _ABSENT) != after.get(name, _ABSENT)
-    }
-    changes = [
-        _Change(
-            model.config,
-            families.MARKER,
-            getattr(model.config, families.MARKER, _ABSENT),
-            getattr(new_config, families.MARKER),
-        )
-    ]
-    seen: set[int] = set()
-    for config in [old_part, *(getattr(module, "config", None) for module in model.modules())]:
-        if type(config) is not type(old_part) or id(config) in seen:
-            continue
-        seen.add(id(config))
-        for name, value in delta.items():
-            own = vars(config).get(name, _ABSENT)
-            if name != families.MARKER and own == before.get(name, _ABSENT):
-                changes.append(_Change(config, name, own, value))
+    marker = getattr(model.config, families.MARKER, _ABSENT)
+    changes = [_Change(model.config, families.MARKER, marker, getattr(new_config, families.MARKER))]
+    held = [getattr(module, "config", None) for module in model.modules()]
+    for old_part, new_part in zip(path_to_text(model.config), path_to_text(new_config), strict=True):
+        before, after = dict(vars(old_part)), vars(new_part)
+        delta = {
+            name: after.get(name, _ABSENT)
+            for name in before.keys() | after.keys()
+            if name not in (families.MARKER, *old_part.sub_configs)
+            and before.get(name, _ABSENT) != after.get(name, _ABSENT)
+        }
+        for config in {id(config): config for config in [old_part, *held] if type(config) is type(old_part)}.values():
+            for name, value in delta.items():
+                own = vars(config).get(name, _ABSENT)
+                if own == before.get(name, _ABSENT):
+                    changes.append(_Change(config, name, own, value))
     return changes
 
 
@@ -296,11 +290,9 @@ def rehearse(
 
 
 def rehearse_config(config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut) -> Rehearsal:
-    """As `rehearse`, for the class that `AutoModelForCausalLM` chooses for a config."""
-    from transformers import AutoModelForCausalLM
-
+    """As `rehearse`, for the class that a config is loaded as."""
     with boundary("no model can be built from the config"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = auto_class_of(config).from_config(config, trust_remote_code=False)
         part = families.text_config(new_config) if type(model.config) is not type(config) else new_config
     return rehearse(type(model), model.config, part, cut)
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .. import families
 from ..errors import CheckpointError
 from ..families.layout import find_layer_prefix
+from ..runtime.model_class import model_class_of
 from .base import Weights
-from .complete import model_class_of
 from .folder import SINGLE
 from .header import DTYPE_BITS, Header, Tensor, write_header
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError, UnsupportedModelError
 from .fields import COUNT_FIELDS, Cut, cut_of, rewrite_fields
+from .multimodal import path_to_text, protected_by_towers, rewrite_outside
 from .special import SPECIAL, Family, WideTensor
 from .types import REFUSED, REFUSED_AT, STAGES, proven, proven_stages
 
@@ -27,9 +28,6 @@ __all__ = [
 # The config attribute in which a pruned model records its cut.
 MARKER = "layer_drop"
 
-# Attributes in which composite configs keep the config of their language decoder.
-_TEXT_CONFIGS = ("text_config", "decoder")
-
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The part of a config that describes the language decoder: the config itself, or its text section.
@@ -40,11 +38,7 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     Returns:
         `PreTrainedConfig`: The object itself, not a copy, so changes to it change `config`.
     """
-    for name in _TEXT_CONFIGS:
-        part = getattr(config, name, None)
-        if part is not None and hasattr(part, "model_type"):
-            return part
-    return config
+    return path_to_text(config)[-1]
 
 
 def _family(config: PreTrainedConfig) -> Family:
@@ -82,15 +76,17 @@ def check_supported(config: PreTrainedConfig) -> None:
         UnsupportedModelError: The model type is refused (with the reason) or unknown, or this config enables a
             feature that a cut would break.
     """
-    for part in (config, text_config(config)):
+    path = path_to_text(config)
+    for part in path:
         if reason := REFUSED.get(part.model_type):
             raise UnsupportedModelError(f"model type {part.model_type!r} can't be pruned by layers: {reason}")
-    part = text_config(config)
-    if not {config.model_type, part.model_type} & proven():
-        raise UnsupportedModelError(
-            f"model type {part.model_type!r} is not among the {len(proven())} proven ones (docs/architectures.md), "
-            "and a cut of an unknown layout could change silently on reload; choose a model of a proven type"
-        )
+    for part in path:
+        if part.model_type not in proven():
+            raise UnsupportedModelError(
+                f"model type {part.model_type!r} is not among the {len(proven())} proven ones (docs/architectures.md), "
+                "and a cut of an unknown layout could change silently on reload; choose a model of a proven type"
+            )
+    part = path[-1]
     family = _family(part)
     if family.requires and (reason := family.requires(part.to_dict())):
         raise UnsupportedModelError(f"this {part.model_type} model can't be pruned: {reason}")
@@ -108,7 +104,7 @@ def check_stage(config: PreTrainedConfig, stage: str) -> None:
     Raises:
         UnsupportedModelError: The type is refused at that stage; says why, and what to do instead.
     """
-    for part in (config, text_config(config)):
+    for part in path_to_text(config):
         if reason := REFUSED_AT[stage].get(part.model_type):
             refused = STAGES[stage]
             raise UnsupportedModelError(
@@ -120,7 +116,7 @@ def protected_layers(config: PreTrainedConfig) -> dict[int, str]:
     """Layers that can't be dropped from this architecture: the reason, by base index."""
     part = text_config(config)
     protect = _family(part).protect
-    return protect(part.to_dict(), layer_count(part)) if protect else {}
+    return (protect(part.to_dict(), layer_count(part)) if protect else {}) | protected_by_towers(config)
 
 
 def wide_tensors(config: PreTrainedConfig) -> tuple[tuple[WideTensor, int], ...]:
@@ -182,6 +178,7 @@ def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:
     _check_kept(rebuilt, changed)
     vars(part).clear()
     vars(part).update(vars(rebuilt))
+    rewrite_outside(new, cut)
     _cut_quantization(config, new, cut)
     setattr(new, MARKER, {"drop_layers": list(cut.drop), "num_base_layers": cut.num_layers})
     return new

@@ -98,6 +98,16 @@ def remap(value: Any, cut: Cut) -> Any:
     return None if value is None else [cut.new_index[i] for i in value if i in cut.new_index]
 
 
+def sources(value: Any, cut: Cut) -> Any:
+    """For each layer, the index of the layer whose results it reads, which must stay."""
+    if value is None:
+        return None
+    for i in cut.keep:
+        if value[i] not in cut.new_index:
+            raise CutError(f"layer {i} reads what layer {value[i]} computes; keep it, or drop both")
+    return [cut.new_index[value[i]] for i in cut.keep]
+
+
 def remap_one_based(value: Any, cut: Cut) -> Any:
     """Like [`remap`], for layer numbers that start at 1."""
     return None if value is None else [cut.new_index[i - 1] + 1 for i in value if i - 1 in cut.new_index]
@@ -173,7 +183,9 @@ FIELDS: dict[str, Rule] = {
     "full_attn_idxs": remap,
     "hybrid_layer_ids": remap,
     "local_layer_ids": remap,
+    "rope_scaling_layers": remap,
     "ple_layer_ids": remap_one_based,
+    "kv_source_layers": sources,
     # Keyed by layer index.
     "per_layer_config": remap_keys,
     # Thresholds and counts.

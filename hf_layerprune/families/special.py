@@ -222,6 +222,9 @@ SPECIAL: dict[str, Family] = {
     "longcat_flash": Family(
         count_field="num_layers", rules={"num_hidden_layers": lambda value, cut: 2 * len(cut.keep)}
     ),
+    **dict.fromkeys(("kosmos_2_text_model", "kosmos_2_5_text_model"), Family(count_field="layers")),
+    # The widths of two kinds of experts, not one for each layer.
+    "ernie4_5_vl_moe_text": Family(rules={"moe_intermediate_size": unchanged}),
     "xlstm": Family(rules={"num_blocks": lambda value, cut: len(cut.keep)}),
     "gpt2": Family(requires=_scaled_by_index),
     "gpt-sw3": Family(requires=_scaled_by_index),

@@ -37,6 +37,41 @@ STAGES: dict[str, Stage] = {
     "evaluate": Stage("evaluated on text", "run lm-eval's own command on the model's folder"),
 }
 
+_ENCODER_DECODER = "it is an encoder-decoder: every layer of its decoder reads what an encoder made of the input"
+_TIMM = "its vision tower needs timm, so it was not proven"
+_IMAGE_ALWAYS = "it can't run without an image, so it was not proven"
+_REFUSED_MULTIMODAL: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "blip",
+            "evolla",
+            "florence2",
+            "pix2struct",
+            "pp_formulanet",
+            "t5gemma2",
+            "udop",
+            "vision-encoder-decoder",
+        ),
+        _ENCODER_DECODER,
+    ),
+    **dict.fromkeys(("fast_vlm", "perception_lm"), _TIMM),
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo", "kosmos-2"), _IMAGE_ALWAYS),
+    "apertus1p5": "images and audio become tokens of its vocabulary, and it was not proven",
+    "diffusion_gemma": "it fills blocks of tokens by diffusion, not one token after another",
+    "hunyuan_vl": "its positions have several axes that text alone does not give, and it was not proven",
+    "idefics": "its cross-attention layers stand at a fixed interval of its decoder layers, and it can't run without an image",
+    "inkling2": "the residuals of its text decoder span blocks of layers that are defined by index",
+    "inkling2_loop": "its text decoder runs some layers in a loop, and its residuals span blocks that are defined by index",
+    "kyutai_speech_to_text": "it reads a stream of audio codes with every token, and it was not proven",
+    "nemo_speechlm": "it is two speech encoders around a decoder of labels, not a language model",
+    "nemotron_h_omni": "its vision tower holds a table of positions of fixed size, and it was not proven",
+    "pi0": "it is a robot's policy: its language decoder feeds a second decoder of actions layer by layer",
+    "qwen2_5_omni": "it has no forward pass of its own; its language model, qwen2_5_omni_thinker, is proven",
+    "qwen3_omni_moe": "it has no forward pass of its own; its language model, qwen3_omni_moe_thinker, is proven",
+    "unlimited_ocr": "its cache keeps the prompt and a window of what it wrote, so it differs from the model without a cache",
+    "voxtral_realtime": "it reads a stretch of audio with every token, so it was not proven",
+}
+
 REFUSED: dict[str, str] = {
     "beam": "each layer scales its residual by its own index, so every layer above a cut would change on reload",
     "blt": "it is four stacks of layers (patcher, encoder, global, decoder) that depend on one another",
@@ -58,6 +93,7 @@ REFUSED: dict[str, str] = {
     "xlm": "it keeps attentions, norms and feed-forwards in parallel lists, not in layers",
     "zamba": "its hybrid layers share one transformer block, stored with the first of them",
     "zamba2": "its hybrid layers share transformer blocks, stored with the first of them",
+    **_REFUSED_MULTIMODAL,
 }
 
 # Types whose layers can't be run one at a time, as ranking on text and repairs require.
@@ -122,9 +158,12 @@ def _versions() -> dict[str, frozenset[str]]:
 
 
 def proven_versions(*model_types: str) -> list[str]:
-    """The versions of transformers for which the matrix proves any of the given model types, oldest first.
+    """The versions of transformers for which the matrix proves all of the given model types, oldest first.
 
     `versions.json` in this folder lists the proven and failed types for each version that was tested; `make compat`
     writes it.
+
+    Args:
+        model_types (`str`): The type of a model, and those of the sections of its config down to its text decoder.
     """
-    return [version for version, types in _versions().items() if types.intersection(model_types)]
+    return [version for version, types in _versions().items() if types.issuperset(model_types)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, boundary
 from ..versions import GGUF_TOKENIZERS, gguf_options, resolve_commit
 from .config_file import check_no_code, read_config_file
+from .model_class import auto_class_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -141,7 +142,7 @@ def check_config_of(name: str, **kwargs: Any) -> dict[str, Any]:
 
 
 def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a base as a causal language model.
+    """Load a base with its language decoder, and with its towers if it is multimodal.
 
     Args:
         base (`str` or `Path`): A Hub id, a folder, or a GGUF file.
@@ -153,26 +154,25 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         CheckpointError: There is no such model, it can't be loaded, or its weights do not match its config.
     """
-    from transformers import AutoModelForCausalLM
-
     name, gguf_file = resolve_base(base, kwargs.pop("gguf_file", None))
     lookup = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
-    model_type = None
+    fields: dict[str, Any] = {}
     if gguf_file is not None:
         # Packed weights can be neither tuned nor saved by transformers.
         kwargs = gguf_options() | kwargs | {"gguf_file": gguf_file}
     else:
         kwargs["use_safetensors"] = True  # a pickle can run code
-        model_type = check_config_of(name, **kwargs)["model_type"]
+        fields = check_config_of(name, **kwargs)
+    model_type = fields.get("model_type", "")
     trust = kwargs.pop("trust_remote_code", False)
     with boundary(f"can't load {base}"):
         commit = resolve_commit(name, **lookup)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class_for(model_type, fields.get("architectures")).from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust, **kwargs
         )
     model, info = loaded
     # When only the text part of a larger model is built, the other parts' weights are unexpected but harmless.
-    part = model_type is not None and model.config.model_type != model_type
+    part = bool(model_type) and model.config.model_type != model_type
     check_complete(str(base), info, within=_decoder_path(model) if part else "")
     if commit is not None:
         model.config._commit_hash = commit

@@ -11,6 +11,7 @@ from ..families.layout import find_decoder_layers
 from ..layer_ranges import format_layers
 from ..options import CutOptions
 from ..runtime.loading import load_config
+from ..runtime.model_class import auto_class_of
 from ..select import select_layers
 from .requests import InspectRequest
 
@@ -25,7 +26,7 @@ class Anatomy:
 
     Args:
         model_type (`str`): The type of the language decoder.
-        architecture (`str`): The class that `AutoModelForCausalLM` makes of it.
+        architecture (`str`): The class that it is loaded as.
         layers (`list[int]`): Parameters of each decoder layer.
         embeddings (`int`): Parameters of the input embeddings.
         head (`int`): Parameters of the output head; 0 where it is tied to the embeddings.
@@ -85,16 +86,16 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
         LayerPruneError: The config is not of a causal language model.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
+    auto = auto_class_of(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto.from_config(config, trust_remote_code=False)
     except Exception as error:  # each model's class raises what it likes
-        if type(config) in AutoModelForCausalLM._model_mapping:
+        if type(config) in auto._model_mapping:
             raise LayerPruneError(f"no model can be built from the config: {cause_of(error)}") from error
         raise LayerPruneError(
-            f"a {config.model_type} model is not a causal language model, so it has no decoder layers to prune"
+            f"a {config.model_type} model has no language decoder of its own, so it has no decoder layers to prune"
         ) from error
     refusal, protected = None, {}
     try:

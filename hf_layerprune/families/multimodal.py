@@ -1,0 +1,104 @@
+"""Multimodal models: which section of a config describes the language decoder, and what else refers to its layers.
+
+A cut changes the language decoder alone. Towers, projectors and their sections of the config stay as they are. But
+some models feed visual features straight into chosen decoder layers, so a few fields outside the decoder's section
+count or index its layers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CutError
+from .fields import Cut, Rule, looks_per_layer, remap, unchanged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Attributes in which composite configs keep the config of their language decoder; a thinker has a section of its own.
+TEXT_SECTIONS = ("text_config", "thinker_config", "decoder")
+
+
+def path_to_text(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """The configs from a whole one down to the one of its language decoder; only the whole one for a text model."""
+    path = [config]
+    while True:
+        for name in TEXT_SECTIONS:
+            part = getattr(path[-1], name, None)
+            if part is not None and hasattr(part, "model_type"):
+                path.append(part)
+                break
+        else:
+            return path
+
+
+def _remap_targets(value: Any, cut: Cut) -> Any:
+    """Pairs of a layer of the tower and the decoder layer that takes its features in."""
+    return None if value is None else [(tower, cut.new_index[layer]) for tower, layer in value]
+
+
+# Fields outside the decoder's section that mention layers, and how a cut changes them.
+OUTSIDE: dict[str, Rule] = {
+    "deepstack_layer_map": _remap_targets,
+    "spatial_target_layers": remap,
+    # Layers of a tower.
+    "vision_feature_layer": unchanged,
+    "vision_feature_layers": unchanged,
+    "spatial_vision_layer": unchanged,
+    "insert_layer_id": unchanged,
+    "deepstack_visual_indexes": unchanged,
+    # Neither.
+    "image_grid_pinpoints": unchanged,
+    "visual_indicator_token_ids": unchanged,
+}
+
+
+def protected_by_towers(config: PreTrainedConfig) -> dict[int, str]:
+    """Decoder layers that take in features of a tower, by base index: they can't be dropped, and the reason."""
+    found: dict[int, str] = {}
+    for part in path_to_text(config)[:-1]:
+        for owner in (part, getattr(part, "vision_config", None)):
+            indexes = getattr(owner, "deepstack_visual_indexes", None) or ()
+            for i in range(len(indexes)):
+                found[i] = f"the features of the vision tower's layer {indexes[i]} are added to its output"
+        pairs = getattr(part, "deepstack_layer_map", None) or ()
+        for tower, i in (*pairs, *((None, i) for i in getattr(part, "spatial_target_layers", None) or ())):
+            what = "the vision tower" if tower is None else f"the vision tower's layer {tower}"
+            found[i] = f"the features of {what} are added to its input"
+    return found
+
+
+def rewrite_outside(config: PreTrainedConfig, cut: Cut) -> None:
+    """Rewrite, in place, what a composite config says of the decoder's layers outside the decoder's section.
+
+    Args:
+        config (`PreTrainedConfig`): The whole config, whose decoder section may have been rewritten already.
+        cut (`Cut`): Which layers stay.
+
+    Raises:
+        CutError: An unknown field may be per layer.
+    """
+    for part in path_to_text(config)[:-1]:
+        for name, value in part.to_dict().items():
+            if name in part.sub_configs:
+                continue
+            rule = OUTSIDE.get(name)
+            if rule is not None:
+                new = rule(value, cut)
+                if new != value:
+                    setattr(part, name, new)
+            elif _mentions_layers(name, value, cut.num_layers):
+                raise CutError(
+                    f"config field {name!r} of the {part.model_type} model may refer to layers of its decoder, and "
+                    "there is no rule for how a cut changes it; add one in families/multimodal.py"
+                )
+
+
+# What every config has, whatever its model.
+_COMMON = ("id2label", "label2id", "architectures", "layer_drop", "quantization_config", "transformers_version")
+
+
+def _mentions_layers(name: str, value: Any, num_layers: int) -> bool:
+    if name in _COMMON or value is None:
+        return False
+    return "deepstack" in name or looks_per_layer(name, value, num_layers) is not None

@@ -1,0 +1,64 @@
+"""Which class a model is loaded as: the one place that decides between text models and multimodal ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def auto_class_for(model_type: str, architectures: Sequence[str] | None) -> Any:
+    """The auto class that loads a checkpoint as what it is.
+
+    Some types, such as llama4, have both a text model and a multimodal one. There the checkpoint's own `architectures`
+    decide, so a multimodal checkpoint stays whole.
+
+    Args:
+        model_type (`str`): The model type in the config; empty if there is none.
+        architectures (`Sequence[str]`, *optional*): The class names in the config.
+
+    Returns:
+        `type`: `AutoModelForMultimodalLM` or `AutoModelForCausalLM`.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+    from transformers.models.auto import modeling_auto as names
+
+    whole = names.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(model_type)
+    if whole and (model_type not in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or whole in (architectures or ())):
+        return AutoModelForMultimodalLM
+    return AutoModelForCausalLM
+
+
+def auto_class_of(config: PreTrainedConfig) -> Any:
+    """As `auto_class_for`, for a config."""
+    return auto_class_for(config.model_type, config.architectures)
+
+
+def model_class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig] | None:
+    """The class that the auto class would choose, and the part of the config that it takes.
+
+    Args:
+        config (`PreTrainedConfig`): A model's config.
+
+    Returns:
+        `tuple[type[PreTrainedModel], PreTrainedConfig]`, *optional*: `None` if the config does not belong to a language
+            model.
+    """
+    import transformers
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    mapping = auto_class_of(config)._model_mapping
+    if type(config) not in mapping:
+        # The text part of a larger model, saved alone, may have no auto class; its config names the class.
+        own: Any = getattr(transformers, (config.architectures or [""])[0], None)
+        return (own, config) if getattr(own, "config_class", None) is type(config) else None
+    model_class = _get_model_class(config, mapping)
+    text_class = config.sub_configs.get("text_config")
+    if text_class is None or getattr(model_class, "config_class", None) is not text_class:
+        return model_class, config
+    part = config.get_text_config()
+    if (quantization := getattr(config, "quantization_config", None)) is not None:
+        part.quantization_config = quantization
+    return model_class, part
