@@ -79,6 +79,9 @@ Only the layers of the language decoder are cut; towers, projectors and their te
 **cut** lists the inputs with which all of its tests hold: text alone, and text with an image or audio, of which the
 type's own tower makes the features. The other stages are proven with text.
 
+The types above whose **cut** says *alone, text, image* have a text model (*alone*) and a multimodal one, tested with
+text and with an image. The `architectures` in a checkpoint's config decide which of the two is loaded.
+
 | model type | cut | rank | repair | heal | evaluate | tail cut | middle cut | fields rewritten besides the layer count |
 |---|---|---|---|---|---|---|---|---|
 """

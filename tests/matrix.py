@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from hf_layerprune import families
 from hf_layerprune.cut.disk import cut_checkpoint
 from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.cut.memory import drop_layers
 from hf_layerprune.families.layout import find_decoder_layers
+from hf_layerprune.runtime.model_class import auto_class_of
 
 from .tiny_models import EAGER, VOCAB, tiny_input
 
@@ -186,8 +187,9 @@ def _prove_forms(saved: str, dropped: Sequence[int], model: Any, inputs: dict[st
 def load(folder: str, like: Any) -> tuple[Any, dict[str, Any]]:
     """Load a model with plain transformers, in the class of another; and what the loader has to say."""
     # A text decoder of a multimodal model may have no auto class of its own.
-    config_class = type(AutoConfig.from_pretrained(folder))
-    loader = AutoModelForCausalLM if config_class in MODEL_FOR_CAUSAL_LM_MAPPING else type(like)
+    config = AutoConfig.from_pretrained(folder)
+    auto = auto_class_of(config)
+    loader = auto if type(config) in auto._model_mapping else type(like)
     model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **EAGER)
     return realign(model), {
         key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]

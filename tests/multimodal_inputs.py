@@ -97,6 +97,16 @@ def _packed(config: Any) -> Media:
     }
 
 
+def _tiles_beside_text(config: Any) -> Media:
+    """Two tiles of an image a row, which cross-attention layers read."""
+    size = config.vision_config.image_size
+    return {
+        "pixel_values": _noise(BATCH, 1, 2, 3, size, size),
+        "aspect_ratio_ids": torch.full((BATCH, 1), 2),
+        "aspect_ratio_mask": torch.ones(BATCH, 1, 2, dtype=torch.long),
+    }
+
+
 def _two_sizes(config: Any) -> Media:
     return _pixels(config) | {"high_res_pixel_values": _noise(BATCH, 3, 64, 64)}
 
@@ -144,11 +154,12 @@ IMAGES: dict[str, Callable[[Any], Media]] = {
             "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr",
             "cohere_compass", "cosmos3_edge", "cosmos3_omni", "ernie4_5_vl_moe", "exaone4_5", "glm5_next", "hy_v4_vl",
             "hyperclovax_vision_v2", "lfm3_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "minimax_m3_vl",
-            "muse_glimmer", "muse_spark",
+            "muse_glimmer", "muse_spark", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "dots3_note",
         ),
         _patches,
     ),
     **dict.fromkeys(("kimi_k25", "paddleocr_vl"), _square_patches),
+    "mllama": _tiles_beside_text,
     "video_llama_3": _merged,
     "lfm2_vl": _packed,
     **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _strips),
@@ -190,6 +201,8 @@ def _with_placeholders(model: Any, media: Media, kind: str) -> Media:
 @torch.no_grad()
 def _features(model: Any, media: Media, kind: str) -> int:
     """How many feature vectors the tower makes of a row's media."""
+    if model.config.model_type == "mllama":
+        return 1
     if model.config.model_type == "qwen2_audio":
         frames = media["feature_attention_mask"].sum(-1)
         return int(model.model.audio_tower._get_feat_extract_output_lengths(frames)[1][0])

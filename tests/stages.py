@@ -39,6 +39,7 @@ from .heal_makers import word_tokenizer
 from .matrix import CUT, SEED, ProofError, cuts, identities, load, logits, prove, text_inputs
 from .multimodal_inputs import media_inputs
 from .tiny_models import MULTIMODAL_TYPES, tiny_input, tiny_model
+from .tiny_multimodal import WHOLE, whole_model
 
 TOLERANCE = 1e-4
 
@@ -457,9 +458,14 @@ def _outcome(model_type: str, dense: Any, stage: str, only: str) -> str:
     both = {name: cut for name, cut in cuts(model_type, dense.config).items() if name.startswith(only)}
     try:
         if stage == CUT:
-            inputs = text_inputs() | media_inputs(model_type, dense)
+            inputs = text_inputs() | (media_inputs(model_type, dense) if model_type in MULTIMODAL_TYPES else {})
             prove(dense, both, inputs)
             variants = list(inputs) if model_type in MULTIMODAL_TYPES else None
+            if model_type in WHOLE:
+                whole = whole_model(model_type)
+                inputs = text_inputs() | media_inputs(model_type, whole)
+                prove(whole, {"middle": both["middle"]}, inputs)
+                variants = ["alone", *inputs]
         else:
             variants = PROOFS[stage](dense, both)
     except LayerPruneError as error:

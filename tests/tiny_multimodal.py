@@ -10,12 +10,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from transformers.models.auto import modeling_auto as names
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_layerprune.families.multimodal import TEXT_SECTIONS
+from hf_layerprune.families.multimodal import TEXT_ALONE, TEXT_SECTIONS
+from hf_layerprune.runtime.model_class import auto_class_of
 
-from .tiny_models import LAYERS, OVERRIDES, VOCAB, mixed, small
+from .tiny_models import EAGER, LAYERS, MODEL_TYPES, OVERRIDES, VOCAB, mixed, randomize, small
 
+# The multimodal class of each type that has a text class too, which `architectures` in a config can name.
+WHOLE = {
+    model_type: name
+    for model_type, name in names.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.items()
+    if model_type in MODEL_TYPES
+    and names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] != name
+    and model_type not in TEXT_ALONE
+}
 SPECIAL_TOKENS = 32
 TOWER: dict[str, Any] = {
     **dict.fromkeys(("depth", "encoder_layers", "num_hidden_layers", "num_layers", "decoder_layers"), 2),
@@ -122,6 +133,13 @@ SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
     **{t: {"": {"image_token_id": 150, "video_token_id": 151}} for t in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
     "paligemma": {"": {"projection_dim": 32}},
     "voxtral": {"audio_config": {"intermediate_size": 128}, "": {"audio_token_id": 150}},
+    "dots3_note": {"audio_config": OVERRIDES["dots3_note_audio_encoder"],
+                   "vision_config": OVERRIDES["dots3_note_vision_encoder"]},
+    "emu3": {"vq_config": {"base_channels": 32, "latent_channels": 32, "embed_dim": 8, "codebook_size": 16,
+                           "channel_multiplier": [1, 1], "num_res_blocks": 1, "hidden_size": 32, "num_attention_heads": 4},
+             "": {"vocabulary_map": {"<image>": 130, "<|extra_200|>": 131, "<|visual token 000000|>": 132}}},
+    "mllama": {"vision_config": {"num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4, "vision_output_dim": 64,
+                                 "intermediate_layers_indices": [0], "max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}},
     "shieldgemma2": {"": {"mm_tokens_per_image": 4}},
     **{t: {"": {"image_grid_pinpoints": [[16, 16], [16, 32]]}} for t in ("llava_next", "llava_next_video", "llava_onevision")},
     "vipllava": {"": {"vision_feature_layers": [-1, -2]}},
@@ -165,6 +183,16 @@ def multimodal_config(model_type: str) -> Any:
     if not set(TEXT_SECTIONS) & set(made):  # the decoder is described by the config itself
         own = small(config_class, TEXT.get(model_type, {}) | own)
     return config_class(**own | made)
+
+
+def whole_model(model_type: str, seed: int = 0) -> Any:
+    """A small random model of the multimodal class of a type that has a text class too."""
+    config = multimodal_config(model_type)
+    config.architectures = [WHOLE[model_type]]
+    torch.manual_seed(seed)
+    model = auto_class_of(config).from_config(config, dtype=torch.float32, **EAGER).eval()
+    randomize(model, seed)
+    return model
 
 
 def _special_tokens(default: Any) -> dict[str, int]:

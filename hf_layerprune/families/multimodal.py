@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 # Attributes in which composite configs keep the config of their language decoder; a thinker has a section of its own.
 TEXT_SECTIONS = ("text_config", "thinker_config", "decoder")
 
+# Types whose multimodal model fails uncut with the newest transformers, so that a checkpoint of it is loaded as its
+# text model.
+TEXT_ALONE = ("llama4",)
+
 
 def path_to_text(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """The configs from a whole one down to the one of its language decoder; only the whole one for a text model."""

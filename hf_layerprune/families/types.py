@@ -68,6 +68,7 @@ _REFUSED_MULTIMODAL: dict[str, str] = {
     "pi0": "it is a robot's policy: its language decoder feeds a second decoder of actions layer by layer",
     "qwen2_5_omni": "it has no forward pass of its own; its language model, qwen2_5_omni_thinker, is proven",
     "qwen3_omni_moe": "it has no forward pass of its own; its language model, qwen3_omni_moe_thinker, is proven",
+    "shieldgemma2": "saved and loaded again by transformers, uncut as well, it loses the weights of its text decoder",
     "unlimited_ocr": "its cache keeps the prompt and a window of what it wrote, so it differs from the model without a cache",
     "voxtral_realtime": "it reads a stretch of audio with every token, so it was not proven",
 }
@@ -106,6 +107,8 @@ _UNRANKED: dict[str, str] = {
     "glm_moe_dsa": "its layers attend to tokens selected by an earlier layer, so they can't run alone",
     **dict.fromkeys(("mllama", "mllama_text_model"), _NO_IMAGE),
     "zaya": "its routers read the output of the previous layer's router",
+    **dict.fromkeys(("glm5_next", "glm5_next_text", "hy_v4_vl", "hy_v4_vl_text"), _STREAMS),
+    "chameleon": "it masks logits of image tokens by index, so it can't run without its output head",
 }
 
 _BEHIND = (
@@ -127,6 +130,7 @@ REFUSED_AT: dict[str, dict[str, str]] = {
     "repair": _UNRANKED | dict.fromkeys(_UNREPAIRED, _BEHIND),
     "heal": {
         "git": "its output embedding shares its name with modules inside its layers, so PEFT can't train it alone",
+        "molmo2": "it can't be trained on rows that don't say which of their tokens are images",
         "mpt": "with PEFT it accepts no input embeddings, which training behind cached layers needs",
         **dict.fromkeys(("mllama", "mllama_text_model"), _NO_IMAGE),
     },

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..families.multimodal import TEXT_ALONE
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -26,7 +28,8 @@ def auto_class_for(model_type: str, architectures: Sequence[str] | None) -> Any:
     from transformers.models.auto import modeling_auto as names
 
     whole = names.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(model_type)
-    if whole and (model_type not in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or whole in (architectures or ())):
+    has_text_class = model_type in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if whole and (not has_text_class or (whole in (architectures or ()) and model_type not in TEXT_ALONE)):
         return AutoModelForMultimodalLM
     return AutoModelForCausalLM
 
