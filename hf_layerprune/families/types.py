@@ -118,9 +118,12 @@ _BEHIND = (
 # Types without any layer that can be repaired. If some layers can be, only cuts at the others are refused.
 _UNREPAIRED = (
     "afmoe", "bart", "bert", "bert-generation", "big_bird", "blenderbot-small", "camembert", "data2vec-text", "dbrx",
-    "electra", "ernie", "exaone4", "falcon", "flex_olmo", "gemma2", "gemma3", "gemma3_text", "git", "glm4", "gpt_oss",
-    "granitemoe", "hyperclovax", "inkling_text", "jetmoe", "kolibri1", "lfm3", "marian", "minimax_m2", "mixtral",
-    "mvp", "olmo2", "olmo3", "olmoe", "openai-gpt", "phimoe", "plbart", "qwen3_5_moe", "qwen3_5_moe_text",
+    "electra", "ernie", "exaone4", "exaone4_5", "falcon", "flex_olmo", "gemma2", "gemma3", "gemma3_text", "git",
+    "glm4", "glm46v", "glm4v", "glm4v_text", "glm_ocr", "glm_ocr_text", "glmga", "gpt_oss", "granitemoe",
+    "hyperclovax", "hyperclovax_vision_v2", "inkling_mm_model", "inkling_text", "jetmoe", "kolibri1", "lfm3",
+    "lfm3_vl", "marian", "minimax_m2", "mixtral", "muse_glimmer", "muse_glimmer_text", "muse_spark",
+    "muse_spark_text", "mvp", "olmo2", "olmo3", "olmoe", "openai-gpt", "phimoe", "plbart", "qwen3_5_moe",
+    "qwen3_5_moe_text", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen3_vl_moe_text",
     "qwen4_exp", "qwen4_exp_text", "rembert", "roberta", "roc_bert", "roformer", "trocr", "xlm-roberta", "xmod",
 )  # fmt: skip
 
