@@ -46,6 +46,7 @@ _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_
 _NARROW_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}}
 _MLA_EVEN = {"num_key_value_heads": 4}
 _SLIDING = {"layer_types": mixed("sliding_attention", "full_attention")}
+_INDEXERS = {"indexer_types": ["full", "shared"] * 3 + ["full", "full"]}
 _SPARSE = {"mlp_layer_types": mixed("dense", "sparse")}
 # What a decoder's type needs as part of a multimodal model, besides what `tiny_models` gives it.
 TEXT: dict[str, dict[str, Any]] = {
@@ -58,16 +59,19 @@ TEXT: dict[str, dict[str, Any]] = {
         _MROPE,
     ),
     "glm4v_moe_text": _NARROW_MROPE | {"first_k_dense_replace": 2},
-    "hy_v4_vl_text": {"rope_parameters": _MROPE["rope_parameters"]} | _MLA_EVEN | _SPARSE,
+    "hy_v4_vl_text": {"rope_parameters": _MROPE["rope_parameters"]} | _MLA_EVEN | _SPARSE | _INDEXERS,
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [16, 16], **_SPARSE,
                              "rope_parameters": _MROPE["rope_parameters"] | {"mrope_section": [1, 1, 2]}},
     "hunyuan_vl_text": {"head_dim": 8},
     "apertus1p5_text": {"vocab_size": 256},
     "chameleon": {"num_key_value_heads": 4},
-    "glm5_next_text": _MLA_EVEN | _SPARSE | {"qk_rope_head_dim": 0, "linear_head_dim": 8, "linear_num_heads": 4},
+    "glm5_next_text": _MLA_EVEN | _SPARSE | {
+        "layer_types": mixed("linear_attention", "indexed_attention"),
+        "indexer_types": ["full"] * 7 + ["shared"],
+        "qk_rope_head_dim": 0, "linear_head_dim": 8, "linear_num_heads": 4},
     "minimax_m3_vl_text": _SPARSE | {"dense_intermediate_size": 48, "index_block_size": 4},
     "mistral4": _MLA_EVEN | {"first_k_dense_replace": 2, "head_dim": 16},
-    "mistral_large4_text": _MLA_EVEN | {"first_k_dense_replace": 2},
+    "mistral_large4_text": _MLA_EVEN | _INDEXERS | {"first_k_dense_replace": 2, "kv_source_layers": [0, 0, 0, 3, 4, 4, 4, 7]},
     "step3p5": _SPARSE | _SLIDING | {"sliding_window": 6, "share_expert_dim": 16},
     "muse_glimmer_text": _SLIDING,
     "muse_spark_text": _SLIDING | _SPARSE | {"moe_hidden_size": 32},

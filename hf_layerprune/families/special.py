@@ -149,10 +149,11 @@ def _full_attention_last(fields: Fields, cut: Cut) -> None:
 
 def _indexer_check(fields: Fields, cut: Cut) -> None:
     """A layer with a shared indexer uses the tokens selected by the nearest earlier full indexer, which must stay."""
-    types = fields.get("indexer_types") or []
-    for i in cut.keep:
-        if types[i : i + 1] == ["shared"]:
-            producer = max(j for j in range(i) if types[j] != "shared")
+    types, kinds = fields.get("indexer_types") or [], fields.get("layer_types") or []
+    attend = [i for i in range(len(types)) if kinds[i : i + 1] != ["linear_attention"]]
+    for i in attend:
+        if i in cut.new_index and types[i] == "shared":
+            producer = max(j for j in attend if j < i and types[j] != "shared")
             if producer not in cut.new_index:
                 raise CutError(f"layer {producer} selects the tokens that layer {i} attends to; keep it, or drop both")
 
@@ -212,7 +213,10 @@ SPECIAL: dict[str, Family] = {
     "gemma3n_text": SHARED_KV,
     "gemma4_text": SHARED_KV_FULL_LAST,
     "gemma4_unified_text": SHARED_KV_FULL_LAST,
-    **dict.fromkeys(("glm_moe_dsa", "hy_v4"), Family(check=_indexer_check)),
+    **dict.fromkeys(
+        ("glm5_next_text", "glm_moe_dsa", "hy_v4", "hy_v4_vl_text", "mistral_large4_text"),
+        Family(check=_indexer_check),
+    ),
     "modernbert-decoder": Family(protect=_first("it is the only layer without an attention norm")),
     "zaya": Family(protect=_first("its router alone does not average with that of an earlier layer")),
     "gpt_neox_japanese": Family(protect=_last("it is the only layer with an output bias")),

@@ -104,7 +104,10 @@ _NO_IMAGE = "its cross-attention layers run only if there is an image"
 _UNRANKED: dict[str, str] = {
     **dict.fromkeys(("deepseek_v4", "gemma3n_text", "hy_v4", "xlnet"), _STREAMS),
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _SHARED),
-    "glm_moe_dsa": "its layers attend to tokens selected by an earlier layer, so they can't run alone",
+    **dict.fromkeys(
+        ("glm_moe_dsa", "mistral_large4", "mistral_large4_text"),
+        "its layers attend to tokens selected by an earlier layer, so they can't run alone",
+    ),
     **dict.fromkeys(("mllama", "mllama_text_model"), _NO_IMAGE),
     "zaya": "its routers read the output of the previous layer's router",
     **dict.fromkeys(("glm5_next", "glm5_next_text", "hy_v4_vl", "hy_v4_vl_text"), _STREAMS),
@@ -133,7 +136,7 @@ REFUSED_AT: dict[str, dict[str, str]] = {
     "repair": _UNRANKED | dict.fromkeys(_UNREPAIRED, _BEHIND),
     "heal": {
         "git": "its output embedding shares its name with modules inside its layers, so PEFT can't train it alone",
-        "molmo2": "it can't be trained on rows that don't say which of their tokens are images",
+        **dict.fromkeys(("molmo2", "molmo2_text"), "training it takes rows that say which of their tokens are images"),
         "mpt": "with PEFT it accepts no input embeddings, which training behind cached layers needs",
         **dict.fromkeys(("mllama", "mllama_text_model"), _NO_IMAGE),
     },
