@@ -136,6 +136,10 @@ REFUSED_AT: dict[str, dict[str, str]] = {
     "repair": _UNRANKED | dict.fromkeys(_UNREPAIRED, _BEHIND),
     "heal": {
         "git": "its output embedding shares its name with modules inside its layers, so PEFT can't train it alone",
+        **dict.fromkeys(
+            ("mistral_large4", "mistral_large4_text"),
+            "its layers read keys and values of earlier ones, so they can't be trained behind cached layers",
+        ),
         **dict.fromkeys(("molmo2", "molmo2_text"), "training it takes rows that say which of their tokens are images"),
         "mpt": "with PEFT it accepts no input embeddings, which training behind cached layers needs",
         **dict.fromkeys(("mllama", "mllama_text_model"), _NO_IMAGE),
