@@ -71,7 +71,7 @@ TEXT: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 0, "linear_head_dim": 8, "linear_num_heads": 4},
     "minimax_m3_vl_text": _SPARSE | {"dense_intermediate_size": 48, "index_block_size": 4},
     "mistral4": _MLA_EVEN | {"first_k_dense_replace": 2, "head_dim": 16},
-    "mistral_large4_text": _MLA_EVEN | _INDEXERS | {"first_k_dense_replace": 2, "kv_source_layers": [0, 0, 0, 3, 4, 4, 4, 7]},
+    "mistral_large4_text": _MLA_EVEN | _INDEXERS | _SPARSE | {"first_k_dense_replace": 2, "kv_source_layers": [0, 0, 0, 3, 4, 4, 4, 7]},
     "step3p5": _SPARSE | _SLIDING | {"sliding_window": 6, "share_expert_dim": 16},
     "muse_glimmer_text": _SLIDING,
     "muse_spark_text": _SLIDING | _SPARSE | {"moe_hidden_size": 32},
