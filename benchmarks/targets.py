@@ -4,7 +4,7 @@
     python benchmarks/targets.py budget --model MODEL --rows 32 --length 256 --max-kl 0.3
 
 `predict` prunes to four targets and compares parameters, bytes, memory (weights and a cache that is really filled) and
-the speed of decoding. `budget` compares the choice within a budget with all contiguous blocks of that length, each
+the speed of decoding (in seconds of the process: run it on one thread, OMP_NUM_THREADS=1). `budget` compares the choice within a budget with all contiguous blocks of that length, each
 repaired and judged, and with layers that go one after the other without a repair in the loop. Seconds are those of the
 process.
 """
@@ -23,7 +23,6 @@ import torch
 from hf_layerprune.calibration.rows import load_calibration
 from hf_layerprune.cut.sizes import Sizes
 from hf_layerprune.layer_ranges import format_layers
-from hf_layerprune.measure.speed import Workload, time_models
 from hf_layerprune.options import CutOptions
 from hf_layerprune.runtime.loading import load_base, load_config, load_tokenizer
 from hf_layerprune.runtime.precision import in_fast_precision
@@ -41,7 +40,7 @@ def predict(args: argparse.Namespace) -> None:
     config = load_config(args.model)
     sizes = Sizes(config, args.model)
     dense = load_base(args.model, dtype="auto")
-    times = time_decoding(dense, args.context)
+    times = time_decoding(dense, args.context, clock=time.process_time)
     print(times)
     targets: list[dict[str, Any]] = [
         {"target_params": int(0.8 * sizes.parameters())},
@@ -62,15 +61,10 @@ def predict(args: argparse.Namespace) -> None:
                 (sizes.file_bytes(drop), written),
                 (sizes.memory_bytes(drop, context=args.context), filled(cut, args.context)),
             ]
-            work = Workload(1, args.context - 24, 24)
-            runs = time_models({"dense": dense, "cut": cut}, [work], repeats=args.repeats)[work]
-            each = {
-                name: sorted(run["decode_tokens_per_second"] for run in found)[len(found) // 2]
-                for name, found in runs.items()
-            }
+            real = [time_decoding(one, args.context, clock=time.process_time).total for one in (dense, cut, dense)]
         name, value = next(iter(target.items()))
         cells = [f"{a:,} / {b:,}" for a, b in rows]
-        speed = f"{times.speedup(drop):.3f} / {each['cut'] / each['dense']:.3f}"
+        speed = f"{times.speedup(drop):.3f} / {(real[0] + real[2]) / 2 / real[1]:.3f}"
         print(f"| {name}={value:,} | {len(drop)} | {' | '.join(cells)} | {speed} |", flush=True)
 
 
@@ -127,7 +121,6 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--speedup", type=float, default=1.2)
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--calibration", default="self")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hf_layerprune.cut.memory import drop_layers
 from hf_layerprune.layer_ranges import parse_layers
 from hf_layerprune.options import CutOptions
 from hf_layerprune.publish.card.render import Card
+from hf_layerprune.records.history import read_history
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import choose_layers
@@ -163,6 +165,13 @@ def test_a_prune_writes_what_was_judged(base: Path, notes: str, tmp_path: Path) 
     assert "## How deep to cut" in card
     assert f"| **{count}** |" in card
     assert "curve" in Card.of(lineage).pictures
+    # What the card tells people to run makes the same model.
+    command = shlex.split(read_history(lineage).commands()[0].replace("\\\n", " "))
+    local = {"notes.txt": notes}  # paths are not published
+    again = ["prune", str(base), str(tmp_path / "again"), *(local.get(word, word) for word in command[4:])]
+    assert main(again) == 0
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("cut", "again"))
+    assert first == second
     entry["selection"]["curve"][0]["repaired"]["kl"] = "<b>"
     assert "## How deep to cut" not in Card.of(lineage).body()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..layer_ranges import format_layers
+from ..options import BUDGETS
 from .lineage import Lineage
 from .names import base_name, hub_base, is_hub_name, last_part
 
@@ -152,11 +153,25 @@ class History:
         # Prefer the base on the Hub, which every reader can get; a GGUF file has other weights than that.
         start = self.base_id if self.from_gguf or not self.base_on_hub else self.base_on_hub
         words = ["hf-layerprune", "prune", source or start, output]
-        words += ["--drop-layers", format_layers(settings["drop_layers"])]
+        budget = next((name for name in BUDGETS if isinstance(settings.get(name), int | float)), None)
+        if budget is None:
+            words += ["--drop-layers", format_layers(settings["drop_layers"])]
+        else:  # its repair is fitted to the rows that are not held out
+            words += [
+                f"--{budget.replace('_', '-')}",
+                f"{settings[budget]:g}",
+                "--criterion",
+                str(settings["criterion"]),
+            ]
+            words += ["--contiguous"] if settings.get("contiguous") is True else []
+            for name in ("protect_first", "protect_last"):
+                words += [f"--{name.replace('_', '-')}", str(settings[name])] if settings.get(name) else []
         if settings.get("dtype", "auto") != "auto":
             words += ["--dtype", str(settings["dtype"])]
         if settings.get("repair"):
-            words += ["--repair", str(settings["repair"]), *_calibration_words(stage.entry.get("calibration"))]
+            words += ["--repair", str(settings["repair"])]
+        if settings.get("repair") or budget:
+            words += _calibration_words(stage.entry.get("calibration"))
         if settings.get("form") == "adapter":
             words.append("--adapter")
         if source is None and base.get("commit"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
@@ -61,13 +61,16 @@ class DecodeTimes:
 
 
 @torch.no_grad()
-def time_decoding(model: PreTrainedModel, context: int, batch: int = 1) -> DecodeTimes:
+def time_decoding(
+    model: PreTrainedModel, context: int, batch: int = 1, clock: Callable[[], float] = perf_counter
+) -> DecodeTimes:
     """Time the layers of a model while it decodes.
 
     Args:
         model (`PreTrainedModel`): The model.
         context (`int`): Tokens in the cache.
         batch (`int`, defaults to 1): Sequences in the cache.
+        clock (`Callable`): Tells the time in seconds.
 
     Returns:
         `DecodeTimes`: The times.
@@ -81,7 +84,7 @@ def time_decoding(model: PreTrainedModel, context: int, batch: int = 1) -> Decod
     def now() -> float:
         if device.type != "cpu":
             torch.accelerator.synchronize()
-        return perf_counter()
+        return clock()
 
     def start(*_: Any) -> None:
         starts.append(now())
