@@ -25,10 +25,8 @@ TOKEN = "hf_" + "d" * 34  # made up
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if any(blocks(page))]
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str | None]:
-    """The error of each block, by page and line, after one process has run them all."""
-    root = tmp_path_factory.mktemp("docs")
+def write_base(folder: Path) -> Path:
+    """A random model with as many layers as SmolLM2-135M, which reads and writes bytes."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=30, num_attention_heads=4, num_key_value_heads=2,
@@ -36,13 +34,21 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str |
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     randomize(model)
-    model.save_pretrained(root / "base")
+    model.save_pretrained(folder)
     tokenizer = byte_tokenizer(bos=True)
     tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(root / "base")
-    (root / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
-    files = {"my-model": str(root / "base"), "model.gguf": str(smollm2())}
-    repos = {MODEL: root / "base"} | write_datasets(root / "datasets", questions=2, groups=True)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str | None]:
+    """The error of each block, by page and line, after one process has run them all."""
+    root = tmp_path_factory.mktemp("docs")
+    base = write_base(root / "base")
+    files = {"my-model": str(base), "model.gguf": str(smollm2())}
+    repos = {MODEL: base} | write_datasets(root / "datasets", questions=2, groups=True)
     with HubServer(repos, writers={TOKEN: None}) as server:
         env = client_env(server, root / "home", TOKEN) | {"DOCS_FILES": json.dumps(files), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "tests.docs_blocks", *map(str, PAGES)]
