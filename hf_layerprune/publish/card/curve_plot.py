@@ -106,7 +106,7 @@ def curve(
         axes.plot(0, 0, color=ROLE_COLOURS["dense"], marker=ROLE_MARKERS["dense"], ms=7, zorder=4, clip_on=False)
         last = max(point["dropped"] for point in points)
         axes.annotate(
-            "dense", (last, 0), xytext=(22, 0), textcoords="offset points", fontsize=9.5, va="center",
+            "dense", (1, 0), xytext=(5, 0), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9.5, va="center",
             color=ROLE_COLOURS["dense"], annotation_clip=False,
         )  # fmt: skip
         heights = {count: kl for count, kl, _ in best}
