@@ -275,6 +275,34 @@ def test_what_a_curve_says_is_what_prune_makes(
     assert "is not a curve" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["points"], "x"), (["points", 0, "layers"], 3), (["points", 0, "layers"], "9"), (["points", 0, "dropped"], 2),
+        (["points", 0, "cut", "kl"], "<b>"), (["points", 0, "bytes"], None), (["points", 0, "speedup"], 1e400),
+        (["steps"], [7, 7]), (["steps"], [99]), (["decode", "layers"], [1]), (["identity"], []), (["repair"], "glue"),
+        (["num_layers"], "8"), (["dense", "bytes"], "1"),
+    ],
+)  # fmt: skip
+def test_a_damaged_curve_is_refused(path: list[Any], value: Any, tmp_path: Path) -> None:
+    quality = {"kl": 0.1, "perplexity_ratio": 1.1, "top1_agreement": 0.9}
+    point = {"dropped": 1, "layers": "7", "cut": quality, "parameters": 1, "bytes": 2, "speedup": 1.1}
+    record: dict[str, Any] = {
+        "points": [point], "steps": [7], "decode": {"layers": [1.0] * 8, "rest": 1.0}, "num_layers": 8,
+        "dense": {"parameters": 1, "bytes": 2}, "identity": {"base": "x"}, "repair": None,
+    }  # fmt: skip
+    file = tmp_path / "curve.json"
+    file.write_text(json.dumps(record))
+    assert stage._read(file) == record
+    place = record
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    file.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError):
+        stage._read(file)
+
+
 def test_a_model_that_can_not_be_repaired_has_a_curve(tmp_path: Path) -> None:
     """Every projection of Gemma 2 is followed by a norm."""
     tiny_model("gemma2").save_pretrained(tmp_path / "base")

@@ -43,8 +43,12 @@ __all__ = [
 ]
 
 # Loaded on first use: each of them imports torch.
-_LAZY = {"Choice": ".choice", "choose_layers": ".runner", "score_layers": ".runner", "Scores": ".scores"} | {
-    "Target": ".targets"
+_LAZY = {
+    "Choice": ".choice",
+    "Scores": ".scores",
+    "Target": ".targets",
+    "choose_layers": ".runner",
+    "score_layers": ".runner",
 }
 
 

@@ -26,6 +26,7 @@ from ..files.json_file import read_object
 from ..layer_ranges import parse_layers
 from ..options import AmountOptions, spell_bytes, spell_count
 from ..records.fingerprints import fingerprint
+from ..repair.registry import REPAIRS
 from ..runtime.loading import is_hub_id, load_base, load_config
 from ..select.registry import find_criterion
 from ..select.sets import drop_count, free_layers
@@ -153,11 +154,11 @@ def make_curve(request: RankRequest) -> Curve:
         "version": __version__,
     }
     record: dict[str, Any] = {"schema_version": _SCHEMA_VERSION, "identity": identity, "points": [], "steps": []}
+    record["num_layers"] = n
     if request.output is not None and (old := _earlier(request.output.expanduser(), identity, request.force)):
         record = old
     if len(record["points"]) < up_to:
         _go_on(request, record, free, up_to)
-    record["num_layers"] = n
     points = record["points"][:up_to]
     curve = Curve(points, record)
     record["chosen"] = _chosen(request, curve, n)
@@ -259,14 +260,51 @@ def _earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, A
         raise CheckpointError(f"{folder} is not empty, and not a curve; name another folder")
     if FILE not in names or force:
         return None
-    record = read_object(folder / FILE)
-    if record.get("identity") != json.loads(json.dumps(identity)):
+    record = _read(folder / FILE)
+    if record["identity"] != json.loads(json.dumps(identity)):
         raise CheckpointError(
             f"{folder} holds a curve of another base or with other options; name another folder, or begin again with "
             "--force"
         )
     logger.info("going on with %s, which has %d points", folder / FILE, len(record["points"]))
     return record
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What an earlier run has written.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
+    from ..publish.card.curve_plot import is_point
+
+    record = read_object(path)
+    n, points, steps, decode = (record.get(name) for name in ("num_layers", "points", "steps", "decode"))
+    sound = (
+        type(n) is int
+        and isinstance(points, list)
+        and len(points) > 0
+        and all(is_point(point, n) and point["dropped"] == i for i, point in enumerate(points, 1))
+        and all(_is_number(point.get(name)) for point in points for name in ("parameters", "bytes", "speedup"))
+        and isinstance(steps, list)
+        and len(set(map(str, steps))) == len(steps)
+        and all(type(step) is int and 0 <= step < n for step in steps)
+        and isinstance(decode, dict)
+        and isinstance(decode.get("layers"), list)
+        and len(decode["layers"]) == n
+        and all(map(_is_number, [*decode["layers"], decode.get("rest")]))
+        and isinstance(record.get("dense"), dict)
+        and all(_is_number(record["dense"].get(name)) for name in ("parameters", "bytes"))
+        and isinstance(record.get("identity"), dict)
+        and record.get("repair") in (None, *REPAIRS)
+    )
+    if not sound:
+        raise CheckpointError(f"{path} is not a curve; make it again with --force")
+    return record
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e18
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
@@ -291,14 +329,10 @@ def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[st
     """
     if not (folder / FILE).is_file():
         raise CheckpointError(f"{folder} has no {FILE}; make it with hf-layerprune rank BASE {folder} --curve")
-    record = read_object(folder / FILE)
-    try:
-        curve, base = Curve(record["points"], record), record["identity"]["base"]
-        parse_layers(curve.points[0]["layers"])
-        count = _chosen(request, curve, record["num_layers"])
-    except (KeyError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{folder / FILE} is not a curve; make it again with --force") from error
-    if base != _identity(request):
+    record = _read(folder / FILE)
+    curve = Curve(record["points"], record)
+    count = _chosen(request, curve, record["num_layers"])
+    if record["identity"].get("base") != _identity(request):
         raise CheckpointError(f"{folder} holds the curve of another base than {request.base}")
     if count is None:
         raise CutError(

@@ -20,16 +20,17 @@ def curve_of(history: History) -> list[dict[str, Any]]:
     for stage in history.stages:
         selection = stage.entry.get("selection")
         points = selection.get("curve") if isinstance(selection, dict) else None
-        if isinstance(points, list) and len(points) > 1 and all(_is_point(p, history.num_base_layers) for p in points):
+        if isinstance(points, list) and len(points) > 1 and all(is_point(p, history.num_base_layers) for p in points):
             return sorted(points, key=lambda point: point["dropped"])
     return []
 
 
-def _is_point(point: Any, num_layers: int) -> bool:
+def is_point(point: Any, num_layers: int) -> bool:
+    """Whether what a file has is a point of a curve."""
     if not isinstance(point, dict) or not any(name in point for name in _NAMES):
         return False
     try:
-        layers = parse_layers(str(point.get("layers"))[:4096])
+        layers = parse_layers(str(point["layers"])) if isinstance(point.get("layers"), str) else [num_layers]
     except ValueError:
         return False
     measured = [point[name] for name in _NAMES if name in point]
