@@ -176,7 +176,7 @@ def test_qlora(base: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert model.config.num_hidden_layers == 6
     assert not getattr(model, "is_quantized", False)
-    entry = json.loads((tmp_path / "run" / "model" / "lineage.json").read_text())["history"][-1]
+    entry = json.loads((tmp_path / "run" / "model" / "lineage.json").read_text())["entries"][-1]
     assert "model.layers.0.self_attn.q_proj.weight" in entry["changed_tensors"]
 
 

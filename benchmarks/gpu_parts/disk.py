@@ -1,0 +1,162 @@
+"""Part c: cutting an 8B shape from disk to disk, loading the cut one onto the card, ranking the layers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hf_layerprune.select.registry import ALL
+
+from .steps import Setting, Step, middle, peak_bytes, random_model, reset_peak, synchronise
+
+
+def steps(rounds: int) -> list[Step]:
+    """The drive, the cut, loading, and each criterion."""
+    ranks = [Step(f"c-rank-{name}", partial(rank, (name,)), 3) for name in ALL]
+    return [
+        Step("c-drive", drive, 4),
+        Step("c-cut", cut, 4),
+        Step("c-load", load, 4),
+        *ranks,
+        Step("c-rank-all", partial(rank, tuple(ALL)), 7),
+    ]
+
+
+def base(setting: Setting) -> Path:
+    """The dense checkpoint, written on first use."""
+    folder = setting.work / ("tiny" if setting.tiny else "8b")
+    if not (folder / "config.json").exists():
+        partial_ = folder.with_suffix(".part")
+        shutil.rmtree(partial_, ignore_errors=True)
+        random_model(setting).save_pretrained(partial_, max_shard_size="1GB")
+        partial_.rename(folder)
+    return folder
+
+
+def drop(setting: Setting) -> str:
+    """The layers that go, as the command line wants them."""
+    layers = middle(setting)
+    return f"{layers[0]}-{layers[-1]}"
+
+
+def forget(files: Iterable[Path]) -> None:
+    """Write files to the drive, and take them out of the system's cache."""
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def weights(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def drive(setting: Setting) -> dict[str, float]:
+    """Bytes per second that a plain loop writes, with a sync at the end, and reads, not from the cache."""
+    block, count = os.urandom(8 << 20), 1 if setting.tiny else 512
+    path = setting.work / "drive"
+    start = time.perf_counter()
+    with open(path, "wb") as file:
+        for _ in range(count):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    written = time.perf_counter() - start
+    forget([path])
+    start = time.perf_counter()
+    with open(path, "rb", buffering=0) as file:
+        while file.read(8 << 20):
+            pass
+    read = time.perf_counter() - start
+    path.unlink()
+    size = count * len(block)
+    return {"bytes": size, "write_bytes_per_second": size / written, "read_bytes_per_second": size / read}
+
+
+def cut(setting: Setting) -> dict[str, Any]:
+    """Seconds of `hf-layerprune prune` from a cold cache, and again; with the drive's speed just before."""
+    from hf_layerprune.cli import main
+
+    dense, target = base(setting), setting.work / "cut"
+    found: dict[str, Any] = {"drive": drive(setting)}
+    for name in ("cold", "warm"):
+        shutil.rmtree(target, ignore_errors=True)
+        if name == "cold":
+            forget(weights(dense))
+        start = time.perf_counter()
+        if main(["prune", str(dense), str(target), "--drop-layers", drop(setting)]):
+            raise RuntimeError("prune failed")
+        forget(weights(target))  # until it is on the drive
+        found[f"{name}_seconds"] = time.perf_counter() - start
+    kept = sum(path.stat().st_size for path in weights(target))
+    speeds = found["drive"]
+    found["kept_bytes"] = kept
+    found["drive_seconds"] = kept / speeds["read_bytes_per_second"] + kept / speeds["write_bytes_per_second"]
+    return found
+
+
+def load(setting: Setting) -> dict[str, Any]:
+    """Seconds until a cut model is on the card: the cut checkpoint, and the dense one without the layers that go."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hf_layerprune.cut.lazy import load_pruned
+
+    dense, target = base(setting), setting.work / "cut"
+    if not target.exists():
+        cut(setting)
+    found: dict[str, Any] = {"drive": drive(setting)}
+    ids = torch.tensor([[1]], device=setting.device)
+    ways = {
+        "cut checkpoint": (target, lambda: AutoModelForCausalLM.from_pretrained(target, **where)),
+        "dense checkpoint": (dense, lambda: load_pruned(dense, middle(setting), **where)),
+    }
+    where = {"dtype": "auto", "device_map": setting.device}
+    kept = sum(path.stat().st_size for path in weights(target))
+    for name, (folder, make) in ways.items():
+        for state in ("cold", "warm"):
+            if state == "cold":
+                forget(weights(folder))
+            reset_peak(setting)
+            start = time.perf_counter()
+            with torch.no_grad():
+                make()(ids)
+            synchronise(setting)
+            found[f"{name}, {state}"] = {"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes(setting)}
+    return found | {"kept_bytes": kept, "drive_seconds": kept / found["drive"]["read_bytes_per_second"]}
+
+
+def rank(criteria: tuple[str, ...], setting: Setting) -> dict[str, Any]:
+    """Seconds and peak memory of scoring all layers, with one layer at a time on the card, as `rank` does."""
+    import torch
+
+    from hf_layerprune.calibration.rows import CalibrationSet
+    from hf_layerprune.options.shared import CalibrationOptions
+    from hf_layerprune.runtime.loading import load_base
+    from hf_layerprune.runtime.walk import LayerWalk
+    from hf_layerprune.select import score_layers
+
+    usual = CalibrationOptions()
+    samples, length = (4, 16) if setting.tiny else (usual.calibration_samples, usual.calibration_length)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, 100 if setting.tiny else 128_000, (samples, length), generator=generator)
+    dense = base(setting)
+    for path in weights(dense):  # from the system's cache, so that the drive does not decide
+        with open(path, "rb", buffering=0) as file:
+            while file.read(8 << 20):
+                pass
+    reset_peak(setting)
+    start = time.perf_counter()
+    walk = LayerWalk(load_base(dense, dtype="auto"), device=setting.device, release_weights=True)
+    loaded = time.perf_counter() - start
+    score_layers(walk, CalibrationSet.of(rows, "random"), criteria)
+    synchronise(setting)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "load_seconds": loaded, "peak_bytes": peak_bytes(setting), "tokens": rows.numel()}
