@@ -14,7 +14,7 @@ from ..errors import CutError, UnsupportedModelError
 from .fields import COUNT_FIELDS, Cut, cut_of, rewrite_fields
 from .multimodal import path_to_text, protected_by_towers, rewrite_outside
 from .special import SPECIAL, Family, WideTensor
-from .types import REFUSED, REFUSED_AT, STAGES, proven, proven_stages
+from .types import ENCODER_DECODER, REFUSED, REFUSED_AT, STAGES, proven, proven_stages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -81,6 +81,8 @@ def check_supported(config: PreTrainedConfig) -> None:
         if reason := REFUSED.get(part.model_type):
             raise UnsupportedModelError(f"model type {part.model_type!r} can't be pruned by layers: {reason}")
     for part in path:
+        if part.model_type not in proven() and getattr(part, "is_encoder_decoder", False):
+            raise UnsupportedModelError(f"model type {part.model_type!r} can't be pruned by layers: {ENCODER_DECODER}")
         if part.model_type not in proven():
             raise UnsupportedModelError(
                 f"model type {part.model_type!r} is not among the {len(proven())} proven ones (docs/architectures.md), "

@@ -37,7 +37,7 @@ STAGES: dict[str, Stage] = {
     "evaluate": Stage("evaluated on text", "run lm-eval's own command on the model's folder"),
 }
 
-_ENCODER_DECODER = "it is an encoder-decoder: every layer of its decoder reads what an encoder made of the input"
+ENCODER_DECODER = "it is an encoder-decoder: every layer of its decoder reads what an encoder made of the input"
 _TIMM = "its vision tower needs timm, so it was not proven"
 _IMAGE_ALWAYS = "it can't run without an image, so it was not proven"
 _REFUSED_MULTIMODAL: dict[str, str] = {
@@ -52,7 +52,7 @@ _REFUSED_MULTIMODAL: dict[str, str] = {
             "udop",
             "vision-encoder-decoder",
         ),
-        _ENCODER_DECODER,
+        ENCODER_DECODER,
     ),
     **dict.fromkeys(("fast_vlm", "perception_lm"), _TIMM),
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo", "kosmos-2"), _IMAGE_ALWAYS),

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 # Columns of an instruction, of its context, and of its answer.
 _INSTRUCTIONS = (("instruction", "input", "output"), ("instruction", "context", "response"))
+# Columns in which data sets hold what is not text.
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _ROLES = {"human": "user", "gpt": "assistant"}
 _SHAPES = (
     "prompt and completion, messages, conversations, instruction and output (input is optional), instruction and "
@@ -128,6 +130,11 @@ def shape_rows(
         columns = rows.column_names or list(next(iter(rows)))
     if template not in TEMPLATES:
         raise CheckpointError(f"template={template!r} is unknown; it may be {', '.join(TEMPLATES)}")
+    if media := [column for column in MEDIA if column in columns]:
+        raise CheckpointError(
+            f"{name} has {', '.join(media)}, and healing trains the language decoder on text; leave that column out "
+            "(remove_columns), or train on images with TRL's own SFTTrainer and peft_config=LayerDropConfig(...)"
+        )
     chats = tokenizer.chat_template is not None
     if "input_ids" in columns or {"prompt", "completion"} <= set(columns):
         return rows

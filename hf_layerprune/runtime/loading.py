@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, boundary
 from ..versions import GGUF_TOKENIZERS, gguf_options, resolve_commit
 from .config_file import check_no_code, read_config_file
-from .model_class import auto_class_for
+from .model_class import auto_class_for, check_has_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -163,6 +163,8 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     else:
         kwargs["use_safetensors"] = True  # a pickle can run code
         fields = check_config_of(name, **kwargs)
+        if not kwargs.get("trust_remote_code"):
+            check_has_decoder(fields, str(base))
     model_type = fields.get("model_type", "")
     trust = kwargs.pop("trust_remote_code", False)
     with boundary(f"can't load {base}"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..errors import CheckpointError
 from ..families.multimodal import TEXT_ALONE
+from ..families.types import ENCODER_DECODER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -32,6 +34,27 @@ def auto_class_for(model_type: str, architectures: Sequence[str] | None) -> Any:
     if whole and (not has_text_class or (whole in (architectures or ()) and model_type not in TEXT_ALONE)):
         return AutoModelForMultimodalLM
     return AutoModelForCausalLM
+
+
+def check_has_decoder(fields: Mapping[str, Any], name: str) -> None:
+    """Refuse a model without a language decoder, with the reason in place of the list of all types that have one.
+
+    Args:
+        fields (`Mapping[str, Any]`): The fields of its config.
+        name (`str`): The model's name in the message.
+
+    Raises:
+        CheckpointError: No auto class for language models loads it.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto as names
+
+    model_type = fields["model_type"]
+    both = (names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, names.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+    if model_type not in CONFIG_MAPPING or any(model_type in known for known in both):
+        return
+    why = ENCODER_DECODER if fields.get("is_encoder_decoder") else "it has no language decoder of its own"
+    raise CheckpointError(f"{name} is a {model_type} model, which can't be pruned by layers: {why}")
 
 
 def auto_class_of(config: PreTrainedConfig) -> Any:
@@ -65,3 +88,27 @@ def model_class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], Pre
     if (quantization := getattr(config, "quantization_config", None)) is not None:
         part.quantization_config = quantization
     return model_class, part
+
+
+def stored_names(config: PreTrainedConfig, names: Collection[str]) -> dict[str, str]:
+    """How a checkpoint names tensors that an adapter names by their modules; they differ in multimodal models.
+
+    Args:
+        config (`PreTrainedConfig`): The model's config.
+        names (`Collection[str]`): Names of tensors in the model's modules.
+
+    Returns:
+        `dict[str, str]`: Each name that the model has and stores under one name, with that name.
+    """
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.device("meta"):
+        model = auto_class_of(config).from_config(config, trust_remote_code=False)
+    state, stored = model.state_dict(), {}
+    for name in names:
+        if name in state:
+            made = list(revert_weight_conversion(model, {name: state[name]}))
+            if len(made) == 1:
+                stored[name] = made[0]
+    return stored

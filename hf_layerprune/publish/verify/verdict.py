@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...cut.folder import INDEX, SINGLE
-from ...errors import CheckpointError, LayerPruneError, shown
+from ...errors import CheckpointError, LayerPruneError, boundary, shown
 from ...families import MARKER
 from ...files.json_file import read_object
 from ...layer_ranges import format_layers
@@ -29,6 +29,7 @@ from ...records.metrics import FILE_NAME as METRICS
 from ...records.metrics import Metrics
 from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_config
+from ...runtime.model_class import stored_names
 from ..requests import VerifyRequest
 from .places import Base, Place
 from .rebuild import Expected, TensorHash, digest_file, rebuild
@@ -308,8 +309,10 @@ def _check_tensors(place: Place, history: History, expected: Expected, outcome: 
     changed, tensors = history.changed(), expected.tensors
     modules = tuple(f"{name}." for name in _repaired_modules(history)) if place.is_adapter else ()
     wrong, same, seen = [], 0, set()
-    for name, tensor in _tensors(place, expected):
-        wanted = tensors.get(name)
+    found = list(_tensors(place, expected))
+    stored = _stored_names(expected, [name for name, _ in found if name not in tensors]) if place.is_adapter else {}
+    for name, tensor in found:
+        wanted = tensors.get(stored.get(name, name))
         seen.add(name)
         if wanted == tensor:
             same += 1
@@ -324,6 +327,17 @@ def _check_tensors(place: Place, history: History, expected: Expected, outcome: 
         names = [name for name in changed if " and ".join(dict.fromkeys(changed[name])) == stages]
         examples = f", such as {names[0]}" if names else ""
         outcome.say(True, "recorded", f"{count} were changed by {stages}, as {LINEAGE} says{examples}")
+
+
+def _stored_names(expected: Expected, names: list[str]) -> dict[str, str]:
+    """How the base's checkpoint names tensors that the adapter names by their modules."""
+    if not names:
+        return {}
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[expected.config["model_type"]].from_dict(expected.config)
+    with boundary("no model can be built from the base's config"):
+        return stored_names(config, names)
 
 
 def _repaired_modules(history: History) -> list[str]:

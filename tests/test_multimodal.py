@@ -1,0 +1,218 @@
+"""Multimodal models in every command: the language decoder is cut, and all else stays as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+from transformers import AutoModelForMultimodalLM, AutoProcessor, CLIPVisionConfig, LlavaProcessor, T5Config
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from hf_layerprune import CutError, LayerDropConfig, UnsupportedModelError, families, prune_with
+from hf_layerprune.cli import main
+from hf_layerprune.errors import LayerPruneError
+from hf_layerprune.heal.data import shape_rows
+from hf_layerprune.publish.requests import VerifyRequest
+from hf_layerprune.publish.verify.verdict import verify
+from hf_layerprune.runtime.loading import load_base
+from hf_layerprune.runtime.model_class import auto_class_for, stored_names
+
+from .heal_makers import word_tokenizer
+from .matrix import identities
+from .tiny_models import EAGER, tiny_config, tiny_model
+
+DROP = [2, 3, 5]
+LAYERS = "model.language_model.layers"
+TEMPLATE = (
+    "{% for m in messages %}{% for c in m.content %}{{ '<image> ' if c.type == 'image' else c.text }}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llava with a processor as its own code makes it."""
+    folder = tmp_path_factory.mktemp("llava")
+    tiny_model("llava").save_pretrained(folder)
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    images = CLIPImageProcessorPil(size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16})
+    how = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = LlavaProcessor(images, tokenizer, image_token="<image>", chat_template=TEMPLATE, **how)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cut(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `prune` leaves of it on disk."""
+    folder = tmp_path_factory.mktemp("cut") / "cut"
+    assert main(["prune", str(base), str(folder), "--drop-layers", ",".join(map(str, DROP))]) == 0
+    return folder
+
+
+def asked(folder: Path) -> dict[str, torch.Tensor]:
+    """A question about an image, as the folder's own processor puts it."""
+    from PIL import Image
+
+    processor = AutoProcessor.from_pretrained(folder)
+    image = Image.effect_noise((20, 24), 60).convert("RGB")
+    return dict(processor(images=image, text="w5 w9 <image> w7", return_tensors="pt"))
+
+
+def test_all_but_the_decoder_stays_to_the_byte(base: Path, cut: Path) -> None:
+    with safe_open(base / "model.safetensors", "pt") as old, safe_open(cut / "model.safetensors", "pt") as new:
+        names = [set(file.keys()) for file in (old, new)]
+        outside = [name for name in names[0] if "language_model.model.layers." not in name]
+        assert any("vision_tower" in name for name in outside)
+        assert any("multi_modal_projector" in name for name in outside)
+        for name in outside:
+            assert torch.equal(old.get_tensor(name), new.get_tensor(name)), name
+        assert len(names[0]) - len(names[1]) == len(DROP) * 9
+    for name in ("processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
+        assert (base / name).read_bytes() == (cut / name).read_bytes(), name
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (base, cut)]
+    assert configs[0]["vision_config"].items() <= configs[1]["vision_config"].items()
+    assert [config["text_config"]["num_hidden_layers"] for config in configs] == [8, 5]
+    assert configs[1]["architectures"] == ["LlavaForConditionalGeneration"]
+
+
+@torch.no_grad()
+def test_an_image_through_the_real_processor(base: Path, cut: Path) -> None:
+    dense, pruned = (AutoModelForMultimodalLM.from_pretrained(folder, **EAGER).eval() for folder in (base, cut))
+    question = asked(cut)
+    assert (question["input_ids"] == dense.config.image_token_id).sum() == 16
+    with identities(dense, DROP):
+        wanted = dense(**question).logits
+    torch.testing.assert_close(pruned(**question).logits, wanted)
+    blind = dict(question, pixel_values=torch.zeros_like(question["pixel_values"]))
+    assert not torch.allclose(pruned(**blind).logits, wanted, atol=1e-3)
+
+
+@torch.no_grad()
+def test_as_an_adapter(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`prune_with` loads it without the layers, and the saved adapter makes the same model of the base again."""
+    config = LayerDropConfig(base_model_name_or_path=str(base), drop_layers=DROP, tune_layers=1)
+    model = prune_with(config, **EAGER).eval()
+    assert type(model.get_base_model()).__name__ == "LlavaForConditionalGeneration"
+    question = asked(base)
+    mine = model(**question).logits
+    adapter = tmp_path / "adapter"
+    assert main(["prune", str(base), str(adapter), "--adapter", "--drop-layers", "2,3,5", "--tune-layers", "1"]) == 0
+    from hf_layerprune.adapter.loading import load_model
+
+    torch.testing.assert_close(load_model(adapter, **EAGER)(**question).logits, mine)
+    assert str(verify(VerifyRequest(model=str(adapter))).verdict).startswith("YES: "), capsys.readouterr()
+
+
+def test_ranked_repaired_verified(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = torch.randint(3, 120, (40, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "rows.txt").write_text("\n".join(" ".join(f"w{i}" for i in row) for row in words))
+    text = ["--calibration", str(tmp_path / "rows.txt"), "--calibration-samples", "6", "--calibration-length", "24"]
+    out = tmp_path / "repaired"
+    options = ["--drop", "2", "--criterion", "block_influence", "--repair", "linear", *text]
+    assert main(["prune", str(base), str(out), *options]) == 0
+    assert main(["verify", str(out), "--accept-trained"]) == 0
+    assert "by repair" in capsys.readouterr().out
+
+
+def test_the_checkpoint_names_its_class() -> None:
+    for model_type, architecture, auto in (
+        ("qwen3_5", "Qwen3_5ForConditionalGeneration", "AutoModelForMultimodalLM"),
+        ("qwen3_5", "Qwen3_5ForCausalLM", "AutoModelForCausalLM"),
+        ("qwen2_vl", "Qwen2VLForConditionalGeneration", "AutoModelForMultimodalLM"),
+        ("llama4", "Llama4ForConditionalGeneration", "AutoModelForCausalLM"),
+        ("llama", "LlamaForSequenceClassification", "AutoModelForCausalLM"),
+    ):
+        assert auto_class_for(model_type, [architecture]).__name__ == auto
+
+
+def test_names_in_the_checkpoint() -> None:
+    live = "model.language_model.layers.0.mlp.down_proj.weight"
+    stored = stored_names(tiny_config("llava"), [live, "no.such.tensor"])
+    assert stored == {live: "language_model.model.layers.0.mlp.down_proj.weight"}
+
+
+def test_layers_that_take_in_features_stay() -> None:
+    config = tiny_config("qwen3_vl")
+    assert sorted(families.protected_layers(config)) == [0, 1, 2]
+    with pytest.raises(CutError, match=r"layer 1 .* can't be dropped: the features of the vision tower's layer"):
+        families.make_cut(config, [1, 5])
+    config = tiny_config("granite4_vision")
+    after = families.cut_config(config, families.make_cut(config, [2, 3]))
+    assert (config.spatial_target_layers, after.spatial_target_layers) == ([1, 1, 4, 4], [1, 1, 2, 2])
+    with pytest.raises(CutError, match=r"layer 4 .* to its input"):
+        families.make_cut(config, [4])
+
+
+def test_an_unknown_field_is_refused() -> None:
+    for name, value in (("deepstack_targets", [1]), ("injection_layer", 3), ("gate_of_layer", list(range(8)))):
+        config = tiny_config("llava")
+        setattr(config, name, value)
+        with pytest.raises(CutError, match=f"config field '{name}' of the llava model may refer to layers"):
+            families.cut_config(config, families.make_cut(config, DROP))
+
+
+@pytest.mark.parametrize("model_type", ["florence2", "blip", "pix2struct", "udop"])
+def test_an_encoder_decoder_is_refused(model_type: str) -> None:
+    config: Any = type("Config", (), {"model_type": model_type})()
+    with pytest.raises(UnsupportedModelError, match="it is an encoder-decoder: every layer of its decoder reads"):
+        families.check_supported(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (T5Config(num_layers=2, d_model=8, d_kv=4), "it is an encoder-decoder"),
+        (CLIPVisionConfig(), "it has no language decoder of its own"),
+    ],
+)
+def test_without_a_language_decoder_there_is_one_line(config: Any, reason: str, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(LayerPruneError, match=f"is a {config.model_type} model, which can't be pruned .*: {reason}"):
+        load_base(tmp_path)
+    with pytest.raises(LayerPruneError):
+        families.check_supported(config)
+
+
+def test_images_for_healing_are_refused_with_the_way_out() -> None:
+    rows = Dataset.from_list([{"prompt": "w5", "completion": "w6", "images": ["a.png"]}])
+    with pytest.raises(LayerPruneError, match=r"rows.jsonl has images, and healing trains .* on text; .* SFTTrainer"):
+        shape_rows(rows, word_tokenizer(), name="rows.jsonl")
+
+
+def test_trained_on_images_by_trl(base: Path, tmp_path: Path) -> None:
+    """TRL's own trainer takes images with this method: only the tail of the language decoder changes."""
+    from PIL import Image
+    from trl import SFTConfig, SFTTrainer
+
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " w5 w6"}]}]
+    row = {
+        "images": [Image.effect_noise((20, 24), 60).convert("RGB")],
+        "prompt": said,
+        "completion": [{"role": "assistant", "content": [{"type": "text", "text": " w7 w8"}]}],
+    }
+    args = SFTConfig(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
+        use_cpu=True, bf16=False, max_length=None, save_strategy="no", disable_tqdm=True, warmup_steps=0,
+    )  # fmt: skip
+    model = AutoModelForMultimodalLM.from_pretrained(base)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    config = LayerDropConfig(drop_layers=DROP, tune_layers=1, tune_lm_head=False, tune_final_norm=False)
+    processor = AutoProcessor.from_pretrained(base)
+    rows = Dataset.from_list([row, row])
+    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=processor, peft_config=config)
+    trainer.train()
+    after = dict(trainer.model.merge_and_unload().named_parameters())
+    changed = {
+        name for name, value in after.items() if not name.startswith(LAYERS) and not torch.equal(value, before[name])
+    }
+    assert not changed
+    last = f"{LAYERS}.4.mlp.down_proj.weight"
+    assert not torch.equal(after[last], before[f"{LAYERS}.7.mlp.down_proj.weight"])
+    assert torch.equal(after[f"{LAYERS}.3.mlp.down_proj.weight"], before[f"{LAYERS}.6.mlp.down_proj.weight"])
