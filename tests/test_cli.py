@@ -289,7 +289,7 @@ def test_inspect_of_what_cannot_be_cut(tmp_path: Path, capsys: pytest.CaptureFix
 
     ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4).save_pretrained(tmp_path / "b")
     assert main(["inspect", str(tmp_path / "b")]) == 1
-    assert "not a causal language model" in capsys.readouterr().err
+    assert "a vit model has no language decoder of its own" in capsys.readouterr().err
 
 
 def test_inspect_tells_of_tied_heads_and_protected_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def inspect_model(request: InspectRequest) -> str:
 
     Raises:
         CheckpointError: There is no such model.
-        LayerPruneError: It is not a causal language model.
+        LayerPruneError: It has no language decoder.
     """
     config = load_config(request.model, revision=request.revision)
     return report(request.model, inspect_config(config), request.drop)
@@ -83,7 +83,7 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
         `Anatomy`: Parameters by part.
 
     Raises:
-        LayerPruneError: The config is not of a causal language model.
+        LayerPruneError: The config is of a model without a language decoder.
     """
     import torch
 
