@@ -55,6 +55,9 @@ def main() -> None:
     if args.step:
         child(args.step, setting)
         return
+    names = [step.name for make in PARTS.values() for step in make(args.rounds)]
+    if unknown := [name for name in args.only if name not in names]:
+        sys.exit(f"there is no step {unknown[0]}; the steps are {', '.join(names)}")
     failed = []
     if not args.report:
         args.results.mkdir(parents=True, exist_ok=True)
@@ -128,9 +131,12 @@ def run_part(part: str, args: argparse.Namespace) -> list[str]:
 def in_a_process(step: Step, seconds: float) -> dict:
     """Run a step in its own process, and end it and all that it started when its time is over."""
     words = [sys.executable, __file__, *sys.argv[1:], "--step", step.name]
+    env = dict(os.environ)
+    if step.cards == 1:  # transformers would spread a process over all that it sees
+        env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     begun = time.monotonic()
     process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
         output, _ = process.communicate(timeout=seconds)

@@ -17,7 +17,7 @@ from .steps import Setting, Step, middle, peak_bytes, random_model, reset_peak, 
 
 def steps(rounds: int) -> list[Step]:
     """The drive, the cut, loading, and each criterion."""
-    ranks = [Step(f"c-rank-{name}", partial(rank, (name,)), 3) for name in ALL]
+    ranks = [Step(f"c-rank-{name}", partial(rank, (name,)), 5) for name in ALL]
     return [
         Step("c-drive", drive, 4),
         Step("c-cut", cut, 4),

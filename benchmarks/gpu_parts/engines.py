@@ -20,7 +20,7 @@ def steps(rounds: int) -> list[Step]:
     """One process with each; two where there are two cards."""
     names = ("single_gpu", "fsdp2", "deepspeed_zero2")
     one = [Step(f"f-{name}", partial(run, name, 1), 3) for name in names]
-    return [*one, *(Step(f"f-{name}-2", partial(run, name, 2), 3) for name in ("ddp", *names[1:]))]
+    return [*one, *(Step(f"f-{name}-2", partial(run, name, 2), 3, cards=2) for name in ("ddp", *names[1:]))]
 
 
 def base(setting: Setting) -> Path:

@@ -68,12 +68,14 @@ class Step:
         run (`Callable`): Returns the numbers.
         minutes (`float`): Its time limit.
         resumes (`str`): What happens if the limit ends it.
+        cards (`int`): How many cards it may see.
     """
 
     name: str
     run: Callable[[Setting], dict[str, Any]]
     minutes: float = 3
     resumes: str = "the next call starts it again"
+    cards: int = 1
 
 
 def machine(setting: Setting) -> dict[str, Any]:

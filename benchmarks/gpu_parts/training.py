@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .disk import base
 from .steps import (
     Setting,
     Step,
@@ -114,10 +115,11 @@ def distilled(setting: Setting, model: Any, arguments: dict[str, Any], common: d
     from hf_layerprune.heal.student import cut_of
     from hf_layerprune.heal.trainer import HealTrainer
 
+    teacher = str(base(setting))  # the same numbers; read from the disk, as in a real run, and then let go
     settings = {"method": "behind2", "loss": "kd", "cache": "on", "gradient_checkpointing": False}
-    args = HealConfig(**arguments, **settings)
+    args = HealConfig(**arguments, **settings, teacher=teacher)
     peft_config = parse_method("behind2").tail_config(cut_of(model.config), None)
-    return HealTrainer(model, args, teacher=random_model(setting), peft_config=peft_config, **common)
+    return HealTrainer(model, args, peft_config=peft_config, **common)
 
 
 def utilisation(found: dict[str, Any], head: int, trained_head: bool) -> dict[str, float]:
