@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import hf_layerprune.cut.gguf as gguf_file
 from hf_layerprune.cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from hf_layerprune.errors import CheckpointError, CutError
-from tests.gguf_makers import check_bytes, contents, make_gguf, smollm2
+from tests.gguf_makers import check_bytes, contents, make_gguf, smollm2, value
 
 MIDDLE = (3, 5, 12, 13, 20)
 IDS = torch.tensor([[1, 504, 3575, 282, 4649, 314, 7042, 30, 198, 2683]])
@@ -83,9 +83,12 @@ def test_a_cut_smollm2_computes_what_the_model_without_those_layers_computes(ful
 def test_a_cut_smollm2_keeps_every_other_byte(tmp_path):
     source = smollm2()
     cut_gguf(source, tmp_path / "cut.gguf", MIDDLE, progress=False)
-    check_bytes(source, tmp_path / "cut.gguf", MIDDLE, {"llama.block_count"})
+    names = {"general.name", "general.size_label"}
+    check_bytes(source, tmp_path / "cut.gguf", MIDDLE, {"llama.block_count"} | names)
     assert is_gguf(tmp_path / "cut.gguf")
     assert gguf_layer_count(tmp_path / "cut.gguf") == 25
+    assert value(tmp_path / "cut.gguf", "general.size_label") == "117M"
+    assert value(source, "general.name").replace("135M", "117M") == value(tmp_path / "cut.gguf", "general.name")
 
 
 def test_planning_and_cutting_need_little_memory_and_no_torch(tmp_path):

@@ -173,3 +173,25 @@ def test_a_file_with_only_one_part_is_no_split_file(tmp_path):
 def test_an_unknown_architecture_is_refused(tmp_path, arch, reason):
     with refused(f"'{arch}' cannot be cut in this format: .*{reason}"):
         plan_gguf_cut(make_gguf(tmp_path / "a.gguf", arch), [1])
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "new_name", "new_label"),
+    [
+        ("Big 47K-chat v1.47K", "47K", "Big 31K-chat v1.47K", "31K"),
+        ("Nameless", "47K", "Nameless 31K", "31K"),
+        ("Plain", None, "Plain 31K", None),
+    ],
+)
+def test_name_and_size_label_follow_the_size(tmp_path, name, label, new_name, new_label):
+    texts = {"general.name": name} | ({"general.size_label": label} if label else {})
+    steps = [number(key, text, T.STRING) for key, text in texts.items()]
+    target, _ = cut(make_gguf(tmp_path / "a.gguf", more=all_of(*steps)), [1, 4])
+    reader = {key: value(target, key) for key in texts}
+    assert reader == {"general.name": new_name} | ({"general.size_label": new_label} if label else {})
+
+
+def test_the_size_label_of_experts_counts_one_experts_parameters(tmp_path):
+    more = all_of(number("general.size_label", "4x12K", T.STRING), number("llama.expert_count", 4))
+    target, _ = cut(make_gguf(tmp_path / "a.gguf", more=more), [1, 4])
+    assert value(target, "general.size_label") == "4x8.2K"

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from ...files.copy import LocalFile, NewFile, check_file_target, check_space, new_file
 from .header import GGUFHeader, Tensor, padded, read_header, write_header
 from .layers import block_count_of, rewrite_metadata
+from .names import renamed
 
 logger = logging.getLogger(__name__)
 
@@ -128,10 +129,11 @@ def plan_gguf_cut(source: str | os.PathLike[str], drop_layers: Sequence[int]) ->
             name = tensor.name if layer is None else f"blk.{new_index[layer]}.{tensor.name.split('.', 2)[2]}"
             kept.append(replace(tensor, name=name))
             names[tensor.name] = name
+    changes |= renamed(header, cut.architecture, kept)
     entries = []
     for key, entry in header.keys.items():
         after = changes[key][1] if key in changes else None
-        entries.append(entry.packed(after if after is None or entry.is_array else [after]))
+        entries.append(entry.packed([after] if isinstance(after, int) else after))
     return GGUFCutPlan(
         block_count=cut.block_count,
         kept_layers=cut.kept,

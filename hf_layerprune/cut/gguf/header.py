@@ -78,10 +78,13 @@ class Entry:
             return ()
         return struct.unpack(f"<{self.count}{_NUMBERS[self.kind]}", self.raw)
 
-    def packed(self, values: Sequence[Any] | None = None) -> bytes:
-        """The entry as stored in a file, with other numbers if any are given."""
-        raw = self.raw if values is None else struct.pack(f"<{len(values)}{_NUMBERS[self.kind]}", *values)
-        count = self.count if values is None else len(values)
+    def packed(self, values: Sequence[Any] | str | None = None) -> bytes:
+        """The entry as stored in a file, with other numbers or another text if any are given."""
+        raw, count = self.raw, self.count
+        if isinstance(values, str):
+            raw = _packed_text(values)
+        elif values is not None:
+            raw, count = struct.pack(f"<{len(values)}{_NUMBERS[self.kind]}", *values), len(values)
         types = struct.pack("<IIQ", _ARRAY, self.kind, count) if self.is_array else struct.pack("<I", self.kind)
         return _packed_text(self.key) + types + raw
 

@@ -1,0 +1,44 @@
+"""What a GGUF file says about its own size, after a cut: `general.size_label`, and `general.name`, which has it in it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from .header import GGUFHeader, Tensor
+
+
+def renamed(header: GGUFHeader, architecture: str, kept: Sequence[Tensor]) -> dict[str, tuple[str, str]]:
+    """The texts that change when a model gets smaller. What the file doesn't have is not added.
+
+    Args:
+        header (`GGUFHeader`): The file's header.
+        architecture (`str`): The value of `general.architecture`.
+        kept (`Sequence[Tensor]`): The tensors that stay.
+
+    Returns:
+        `dict[str, tuple[str, str]]`: The old and the new text, by key. A name that doesn't have the old size in it gets
+            the new one at its end.
+    """
+    texts = {key: header.keys[key].text for key in ("general.size_label", "general.name") if key in header.keys}
+    entry = header.keys.get(f"{architecture}.expert_count")
+    experts = entry.values[0] if entry is not None and entry.is_integer else 0
+    new = _label(kept, experts)
+    old = texts.get("general.size_label") or _label(header.tensors, experts)
+    changes = {}
+    if label := texts.get("general.size_label"):
+        changes["general.size_label"] = (label, new)
+    if name := texts.get("general.name"):
+        shorter, found = re.subn(rf"(?<![\w.]){re.escape(old)}(?![\w.])", lambda _: new, name, flags=re.IGNORECASE)
+        changes["general.name"] = (name, shorter if found else f"{name} {new}")
+    return {key: (before, after) for key, (before, after) in changes.items() if before != after}
+
+
+def _label(tensors: Sequence[Tensor], experts: int) -> str:
+    from gguf.utility import size_label  # importing gguf is slow
+
+    sizes = {tensor.name: math.prod(tensor.dimensions) for tensor in tensors}
+    in_experts = sum(size for name, size in sizes.items() if "_exps." in name)
+    total = sum(sizes.values())
+    return size_label(total, total - in_experts, in_experts // max(experts, 1), experts)
