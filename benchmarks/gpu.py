@@ -123,7 +123,7 @@ def run_part(part: str, args: argparse.Namespace) -> list[str]:
             partial = path.with_suffix(".part")
             partial.write_text(text)
             os.replace(partial, path)
-        elif "not here" not in found:
+        elif "failed" in found:
             failed.append(step.name)
     return failed
 

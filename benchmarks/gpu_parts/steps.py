@@ -20,7 +20,7 @@ LARGE = {
 }  # fmt: skip
 TINY = {
     "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 8, "num_attention_heads": 4,
-    "num_key_value_heads": 1, "vocab_size": 128, "max_position_embeddings": 512,
+    "num_key_value_heads": 1, "vocab_size": 256, "max_position_embeddings": 512,
 }  # fmt: skip
 
 
