@@ -22,9 +22,12 @@ from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.runtime.loading import load_base
 from hf_layerprune.runtime.model_class import auto_class_for, stored_names
 
+from . import chat_server  # noqa: F401 (makes the Space's files importable)
 from .heal_makers import word_tokenizer
 from .matrix import identities
 from .tiny_models import EAGER, tiny_config, tiny_model
+
+import weights  # isort: skip
 
 DROP = [2, 3, 5]
 LAYERS = "model.language_model.layers"
@@ -216,3 +219,11 @@ def test_trained_on_images_by_trl(base: Path, tmp_path: Path) -> None:
     last = f"{LAYERS}.4.mlp.down_proj.weight"
     assert not torch.equal(after[last], before[f"{LAYERS}.7.mlp.down_proj.weight"])
     assert torch.equal(after[f"{LAYERS}.3.mlp.down_proj.weight"], before[f"{LAYERS}.6.mlp.down_proj.weight"])
+
+
+@torch.no_grad()
+def test_the_chat_loads_it_and_answers_text(cut: Path) -> None:
+    model = weights.load(str(cut))
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
+    ids = torch.tensor([[5, 6, 7]])
+    assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4).shape == (1, 7)

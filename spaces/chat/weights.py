@@ -15,7 +15,7 @@ import torch
 from about import bytes_
 from answers import Side
 from source import CannotLoad, Source, explain, named, weights_size
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 
 ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,7 +107,12 @@ class Models:
 def load(model: str) -> PreTrainedModel:
     """Load a whole model onto the device."""
     settings: dict[str, Any] = {"dtype": "auto"}
-    if DEVICE == "cpu" and AutoConfig.from_pretrained(**named(model), trust_remote_code=False).dtype == torch.float16:
+    config = AutoConfig.from_pretrained(**named(model), trust_remote_code=False)
+    # A multimodal model without a text model of its own answers text with all of its parts loaded.
+    auto: Any = (
+        AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForMultimodalLM
+    )
+    if DEVICE == "cpu" and config.dtype == torch.float16:
         settings["dtype"] = torch.bfloat16  # faster on CPUs
     if DEVICE != "cpu":
         settings["device_map"] = DEVICE
@@ -117,9 +122,7 @@ def load(model: str) -> PreTrainedModel:
         settings |= gguf_options() | {"dtype": torch.bfloat16}
     else:
         settings["use_safetensors"] = True  # a pickle can run code
-    made, info = AutoModelForCausalLM.from_pretrained(
-        **named(model), trust_remote_code=False, output_loading_info=True, **settings
-    )
+    made, info = auto.from_pretrained(**named(model), trust_remote_code=False, output_loading_info=True, **settings)
     check_complete(model, made, info)
     return made
 
