@@ -273,7 +273,10 @@ def unusable(model_type: str, version: str = transformers.__version__) -> str | 
     """Why no test can use a type, or None: transformers doesn't have it, or its uncut model fails with the version."""
     if model_type not in CONFIG_MAPPING:
         return f"there is no model type {model_type} with transformers {version}"
-    why = json.loads(PROVEN_AT.read_text()).get(version, {}).get("failed", {}).get(model_type, "")
+    row = json.loads(PROVEN_AT.read_text()).get(version, {})
+    if row and model_type in MULTIMODAL_TYPES and model_type not in row["proven"]:
+        return f"the multimodal type {model_type} was not tried with transformers {version}"
+    why = row.get("failed", {}).get(model_type, "")
     return (
         f"model type {model_type} with transformers {version} {shorten(why, 120)}" if why.startswith(UNCUT) else None
     )
