@@ -154,7 +154,7 @@ IMAGES: dict[str, Callable[[Any], Media]] = {
             "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr",
             "cohere_compass", "cosmos3_edge", "cosmos3_omni", "ernie4_5_vl_moe", "exaone4_5", "glm5_next", "hy_v4_vl",
             "hyperclovax_vision_v2", "lfm3_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "minimax_m3_vl",
-            "muse_glimmer", "muse_spark", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "dots3_note",
+            "hunyuan_vl", "muse_glimmer", "muse_spark", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "dots3_note",
         ),
         _patches,
     ),

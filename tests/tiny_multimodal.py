@@ -62,7 +62,7 @@ TEXT: dict[str, dict[str, Any]] = {
     "hy_v4_vl_text": {"rope_parameters": _MROPE["rope_parameters"]} | _MLA_EVEN | _SPARSE | _INDEXERS,
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [16, 16], **_SPARSE,
                              "rope_parameters": _MROPE["rope_parameters"] | {"mrope_section": [1, 1, 2]}},
-    "hunyuan_vl_text": {"head_dim": 8},
+    "hunyuan_vl_text": {"head_dim": 8, "rope_parameters": _MROPE["rope_parameters"] | {"mrope_section": [1, 1, 1, 1]}},
     "apertus1p5_text": {"vocab_size": 256},
     "chameleon": {"num_key_value_heads": 4},
     "glm5_next_text": _MLA_EVEN | _SPARSE | {
@@ -103,7 +103,7 @@ SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
                   "": {"vocabulary_map": {"<image>": 130, "IMGIMGA": 131, "IMGIMGB": 132}, "vocab_size": VOCAB + SPECIAL_TOKENS}},
     "kyutai_speech_to_text": {"codec_config": {"upsample_groups": 4, "num_filters": 4, "num_quantizers": 2,
                                                "codebook_size": 16, "codebook_dim": 8, "vector_quantization_hidden_dimension": 8}},
-    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}, "": {"vision_hidden_size": 32, "projector_hidden_size": 32}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2, "max_img_size": 32}, "": {"vision_hidden_size": 32, "projector_hidden_size": 32}},
     "cohere2_vision": {"": {"alignment_intermediate_size": 32}},
     "cosmos3_edge": {"vision_config": {"num_patches": 16}, "": {"projector_hidden_size": 32}},
     "deepseek_ocr2": {"vision_config": {"sam_config": _SAM, "encoder_config": {"hidden_size": 32,
