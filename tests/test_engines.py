@@ -3,8 +3,14 @@
 import re
 
 import pytest
+from transformers import AutoModelForCausalLM
 
-from .engines import asking, environments, page
+from hf_layerprune.cli import main
+from hf_layerprune.families import make_cut
+from hf_layerprune.families.engines import COUNTED, misread
+from hf_layerprune.layer_ranges import parse_layers
+
+from .engines import asking, environments, models, page
 
 REFERENCE = {"tokens": [5, 6, 7], "logprobs": [-1.0, -2.0, -3.0], "leads": [0.5, 0.001, 0.5]}
 FAILED = {"error": "ValueError: no such architecture"}
@@ -68,3 +74,24 @@ def test_the_modelfile_of_the_page_is_one():
         if instruction == "PARAMETER":
             name, value = rest.split(maxsplit=1)
             kinds[name](value)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_oss", "smollm3"])
+def test_a_cut_that_an_engine_would_misread_is_told(name):
+    tried = models.FAMILIES[name]
+    config = models.tiny(name)
+    period = COUNTED[config.model_type].period
+    out_of_step = misread(config, make_cut(config, parse_layers(tried.drop)))
+    assert f"every {period} layers of a {config.model_type} count as a group" in out_of_step
+    assert misread(config, make_cut(config, range(period))) is None
+    assert misread(config, make_cut(config, [tried.layers - 1])) is None
+
+
+def test_the_warning_reaches_who_prunes(tmp_path, caplog):
+    config = models.tiny("gpt_oss")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2-4"]) == 0
+    assert "in vLLM and llama.cpp, every 2 layers of a gpt_oss count as a group" in caplog.text
+    caplog.clear()
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "whole"), "--drop-layers", "2-3"]) == 0
+    assert "count as a group" not in caplog.text

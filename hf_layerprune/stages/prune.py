@@ -15,6 +15,7 @@ from ..cut.gguf import cut_gguf, gguf_layer_count, gguf_texts, is_gguf, plan_ggu
 from ..cut.patch import patch_layers
 from ..cut.write import fill
 from ..errors import CheckpointError, CutError
+from ..families.engines import misread
 from ..files.folders import check_target, new_folder
 from ..layer_ranges import format_layers
 from ..options import AMOUNTS, spell_bytes, take
@@ -130,6 +131,8 @@ def prune_to(request: PruneRequest) -> str:
             target = Target.of(_config(request, None), config, request.base, revision=request.revision)
         dropped = _count_only(request, families.layer_count(config), families.protected_layers(config), target)
     cut = families.make_cut(config, dropped)
+    if warning := misread(config, cut):
+        logger.warning("%s", warning)
     from ..cut.check import tell_if_presumed  # these import torch, which a cut GGUF file does without
     from ..cut.memory import rehearse_config
 

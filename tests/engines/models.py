@@ -34,6 +34,7 @@ def _turns(period: int, layers: int = LAYERS) -> dict[str, Any]:
 
 _QWEN_MOE = {"decoder_sparse_step": 1, "norm_topk_prob": True, "use_sliding_window": False}
 _FULL = {"use_sliding_window": False, "layer_types": ["full_attention"] * LAYERS}
+_NO_ROPE = {"no_rope_layers": [1, 1, 1, 0] * (LAYERS // 4), "use_sliding_window": False}
 _UNCAPPED = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 REAL = "SmolLM2-135M"
 FAMILIES = {
@@ -53,6 +54,8 @@ FAMILIES = {
     "olmo2": Tried("olmo2"),
     "granite": Tried("granite"),
     "gpt_oss": Tried("gpt_oss", _turns(2), pattern="every second layer has full attention"),
+    "gpt_oss, in step": Tried("gpt_oss", _turns(2), drop="2-3", pattern="the same; the cut keeps the period"),
+    "smollm3": Tried("smollm3", _NO_ROPE, pattern="every fourth layer has no rotary embedding"),
 }
 # Sizes that the engines' kernels take (heads of 32, rows of 32), and the scales of published models.
 _SIZES = {
@@ -106,25 +109,37 @@ def _make_tiny(name: str, paths: dict[str, Path]) -> None:
     from hf_layerprune.cut.disk import cut_checkpoint
     from hf_layerprune.layer_ranges import parse_layers
 
-    from ..tiny_models import EAGER, randomize, tiny_config
+    from ..tiny_models import EAGER, randomize
 
-    tried = FAMILIES[name]
-    real = make(REAL)["dense"]
-    tokenizer = AutoTokenizer.from_pretrained(real)
-    config = tiny_config(tried.family)
-    sizes = _SIZES | tried.config
-    sizes |= {"vocab_size": len(tokenizer), "num_hidden_layers": tried.layers}
-    sizes |= {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    given = config.to_dict()
-    made = {key: value for key, value in given.items() if key not in ("layer_types", "max_window_layers")}
-    made |= {key: value for key, value in sizes.items() if key in given}
+    tokenizer = AutoTokenizer.from_pretrained(make(REAL)["dense"])
+    special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     torch.manual_seed(0)
-    config = type(config).from_dict(made)
+    config = tiny(name, vocab_size=len(tokenizer), **special)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **EAGER).eval()
     randomize(model)
     model.save_pretrained(paths["dense"])
     tokenizer.save_pretrained(paths["dense"])
-    cut_checkpoint(paths["dense"], paths["cut"], parse_layers(tried.drop))
+    cut_checkpoint(paths["dense"], paths["cut"], parse_layers(FAMILIES[name].drop))
+
+
+def tiny(name: str, **more: Any) -> Any:
+    """The config of a tiny model.
+
+    Args:
+        name (`str`): Of `FAMILIES`.
+        **more (`Any`): Fields.
+
+    Returns:
+        `PreTrainedConfig`: As the family's published models have it, but small.
+    """
+    from ..tiny_models import tiny_config
+
+    tried = FAMILIES[name]
+    config = tiny_config(tried.family)
+    given = config.to_dict()
+    sizes = _SIZES | tried.config | more | {"num_hidden_layers": tried.layers}
+    made = {key: value for key, value in given.items() if key not in ("layer_types", "max_window_layers")}
+    return type(config).from_dict(made | {key: value for key, value in sizes.items() if key in given})
 
 
 def prompt_of(name: str) -> list[int]:

@@ -15,8 +15,9 @@ PAGE = ROOT / "docs" / "engines.md"
 MARK = "<!-- What follows is written by `make engines`. -->\n"
 
 
-# llama.cpp's converter does not write which layers slide, and llama.cpp counts.
-_KNOWN = {("llama.cpp", "converted", name) for name in ("gemma2", "gemma3", "gpt_oss")}
+# These count, whatever the config says; `prune` warns, and the page says so.
+_KNOWN = {("llama.cpp", "converted", name) for name in ("gemma2", "gemma3", "gpt_oss", "smollm3")}
+_KNOWN.add(("vllm", "folder", "gpt_oss"))
 
 
 def is_known(row: dict[str, Any]) -> bool:
