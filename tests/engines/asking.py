@@ -51,6 +51,33 @@ def ask(engine: str, jobs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return answers
 
 
+def ask_server(name: str, which: str) -> dict[str, Any]:
+    """Let vLLM's OpenAI-compatible server answer for one model.
+
+    Args:
+        name (`str`): The model, which has its tokenizer.
+        which (`str`): `"dense"` or `"cut"`.
+
+    Returns:
+        `dict[str, Any]`: As from [`ask`]. The server sends text: its tokens are those of transformers if they spell it.
+    """
+    from transformers import AutoTokenizer
+
+    folder, expected = models.make(name)[which], models.reference(name, which)
+    script = Path(__file__).parent / "ask_server.py"
+    words = [str(folder), json.dumps(models.prompt_of(name)), str(models.COUNT)]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env["PATH"] = f"{HOME / 'vllm' / 'bin'}{os.pathsep}{env['PATH']}"
+    command = [str(python_of("vllm")), str(script), *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=_SECONDS)
+    answer = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {"error": done.stderr.strip()[-200:]}
+    if "error" in answer:
+        return answer
+    spelt = AutoTokenizer.from_pretrained(folder).decode(expected["tokens"])
+    tokens = expected["tokens"] if spelt == answer["text"] else [-1] * models.COUNT
+    return {"tokens": tokens, "logprobs": answer["logprobs"]}
+
+
 def matches(reference: dict[str, Any], answer: dict[str, Any], tolerance: float = TOLERANCE) -> bool:
     """Whether an engine answers as transformers does.
 
