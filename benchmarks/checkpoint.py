@@ -43,7 +43,7 @@ from hf_layerprune.cut.disk import plan_cut, write_checkpoint
 from pathlib import Path
 plan = plan_cut(sys.argv[1], [int(i) for i in sys.argv[3].split(",")])
 started, cpu = time.perf_counter(), time.process_time()
-write_checkpoint(plan, Path(sys.argv[2]), progress=False)
+write_checkpoint(plan, Path(sys.argv[2]))
 print(time.perf_counter() - started, time.process_time() - cpu)
 """
 PRUNE = """

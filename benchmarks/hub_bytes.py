@@ -34,7 +34,7 @@ print(json.dumps(dict(kept=kept, seconds=seconds, peak=peak / 1000, before=befor
 """
 OURS = TIMED.format(
     imports="from hf_layerprune.cut.disk import cut_checkpoint",
-    work="kept = cut_checkpoint('org/llama', sys.argv[1], json.loads(sys.argv[2]), progress=False).weight_bytes",
+    work="kept = cut_checkpoint('org/llama', sys.argv[1], json.loads(sys.argv[2])).weight_bytes",
 )
 SNAPSHOT = TIMED.format(
     imports="from huggingface_hub import snapshot_download",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,9 +13,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
 
-from .commands import COMMANDS
+from .commands import COMMANDS, Answer
 from .errors import CutError, LayerPruneError, cause_of, one_line, shown
-from .options import add, gather
+from .options import AnswerOptions, ScreenOptions, add, gather
+from .screen import settle
 from .versions import __version__
 
 _DEBUG = "HF_LAYERPRUNE_DEBUG"
@@ -35,23 +37,18 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = _Parser(prog="hf-layerprune", description="Drop whole decoder layers from Hugging Face language models.")
     parser.add_argument("--version", action="version", version=f"hf-layerprune {__version__}")
-    _add_debug(parser)
+    add(parser, ScreenOptions)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = _command(name)
         command = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
         add(command, module.Request, exclusive=getattr(module, "EXCLUSIVE", ()))
-        _add_debug(command)
+        add(command, _screen_of(module))
     return parser
 
 
-def _add_debug(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--debug",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help=f"show where an error came from (also {_DEBUG}=1)",
-    )
+def _screen_of(command: ModuleType) -> type[ScreenOptions]:
+    return getattr(command, "Screen", AnswerOptions)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,26 +63,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             returns 1 for no.
     """
     args = build_parser().parse_args(argv)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Shown("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("hf_layerprune").setLevel(logging.INFO)
+    command = _command(args.command)
+    screen = gather(args, _screen_of(command))
+    settle(quiet=screen.quiet)
     try:
-        command = _command(args.command)
-        return command.run(gather(args, command.Request)) or 0
+        return _show(command.run(gather(args, command.Request)), screen)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was left half-written", 130)
     except Exception as error:
-        if getattr(args, "debug", False) or os.environ.get(_DEBUG, "0") not in ("", "0"):
+        if screen.debug or os.environ.get(_DEBUG, "0") not in ("", "0"):
             traceback.print_exc()
         return _fail(*_explain(error))
 
 
-class _Shown(logging.Formatter):
-    """Escapes what a terminal would act on: a message may repeat what a file says."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record))
+def _show(answer: Answer, screen: ScreenOptions) -> int:
+    """Print what a command answers; a file's text can't act on the terminal, and a token is masked."""
+    for line in answer.errors:
+        _fail(line, answer.code)
+    if isinstance(screen, AnswerOptions) and screen.json:
+        print(shown(json.dumps(answer.data)))
+        return answer.code
+    if answer.text:
+        print(shown(answer.text))
+    following = f"next: {shlex.join(answer.then)}" if answer.then and not screen.quiet else ""
+    if line := "; ".join(filter(None, (answer.made, following))):
+        print(shown(f"\n{line}" if answer.text else line))
+    return answer.code
 
 
 def _explain(error: Exception) -> tuple[str, int]:

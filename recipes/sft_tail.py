@@ -50,6 +50,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_layerprune.screen import settle
+
+if __name__ == "__main__":
+    settle()  # before the libraries are imported
+
 try:
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 except ImportError:
@@ -110,6 +115,7 @@ def main(
     measure_args: MeasureArguments,
 ) -> list[str]:
     """Prune, repair, train, merge, evaluate, publish. Returns a line for each requirement that the model misses."""
+    from hf_layerprune.heal.progress import show_progress
     from hf_layerprune.heal.stage import describe_command, describe_rows, settings_of
     from hf_layerprune.heal.student import adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
@@ -149,6 +155,7 @@ def main(
             processing_class=tokenizer,
             peft_config=peft_config,
         )
+        show_progress(trainer)
         with stage("heal", settings_of(training_args)) as entry:
             trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     entry |= {"data": describe_rows(trainer.numbered_datasets, source)}
@@ -157,7 +164,7 @@ def main(
 
     missed = []
     if trainer.is_world_process_zero():
-        missed = finish(folder, evaluation and replace(evaluation, base=training_args.teacher), hub)
+        missed = finish(folder, training_args.teacher, evaluation, hub)
     trainer.accelerator.end_training()  # Trainer.end came after transformers 5.16
     return missed
 
@@ -290,7 +297,7 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
     return output / "model"
 
 
-def finish(folder: Path, evaluation: EvalRequest | None, hub: PushRequest | None) -> list[str]:
+def finish(folder: Path, base: str | None, evaluation: EvalRequest | None, hub: PushRequest | None) -> list[str]:
     """Evaluate the model, write its card, and push it if it meets its requirements. Returns those that it misses."""
     from hf_layerprune.publish.card.writing import write_card
 
@@ -298,12 +305,12 @@ def finish(folder: Path, evaluation: EvalRequest | None, hub: PushRequest | None
     if evaluation is not None:
         from hf_layerprune.measure.evaluate import evaluate
 
-        missed = [outcome.text for outcome in evaluate(evaluation).outcomes if not outcome.met]
+        missed = [outcome.text for outcome in evaluate(replace(evaluation, base=base)).outcomes if not outcome.met]
     try:
         write_card(folder)
     except LayerPruneError as error:  # such as a licence that only the user knows; the model is complete without it
         logger.warning("the model card was not written: %s (hf-layerprune card %s)", error, folder)
-    logger.info("the model is in %s", folder)
+    logger.info("the model is in %s; next: hf-layerprune eval %s --base %s", folder, folder, base)
     if hub is not None and missed:
         logger.warning("the model was not pushed, because it misses a requirement")
     elif hub is not None:
@@ -326,8 +333,6 @@ def make_parser() -> TrlParser:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("hf_layerprune").setLevel(logging.INFO)
     try:
         with boundary("can't read the settings", kind=CutError):
             settings = make_parser().parse_args_and_config()

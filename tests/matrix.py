@@ -170,7 +170,7 @@ def _prove_forms(saved: str, dropped: Sequence[int], model: Any, inputs: dict[st
     """Check (e): of a model in a folder, a cut on disk and a model loaded without the layers equal the cut in memory."""
     tensors = model.state_dict()
     with tempfile.TemporaryDirectory() as folder:
-        cut_checkpoint(saved, f"{folder}/cut", dropped, progress=False)
+        cut_checkpoint(saved, f"{folder}/cut", dropped)
         on_disk, lost = load(f"{folder}/cut", model)
     _check("e", not lost, lambda: f"cut on disk: {lost}")
     lazy = realign(load_pruned(saved, dropped, dtype=torch.float32, **EAGER))

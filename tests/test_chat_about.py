@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tests.chat_server  # noqa: F401 (makes the Space's files importable)
+from hf_layerprune.publish.card import tables
+from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.figures import results
+from hf_layerprune.records.history import Stage
 from tests.publish_records import lineage_of, metrics_of
 
 import about  # isort: skip
@@ -39,6 +42,34 @@ def test_the_page_says_what_the_records_say(tmp_path: Path) -> None:
         assert f'<th scope="col">{role}<br>' in text
     assert 'href="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"' in text
     assert "Licence: apache-2.0" in text
+
+
+def test_settings_are_told_in_words(tmp_path: Path) -> None:
+    found = records(tmp_path)
+    text = about.history(found.lineage)
+    assert "Layers 12-18 dropped" in text
+    (heal,) = (entry for entry in found.lineage["entries"] if entry["stage"] == "heal")
+    heal["settings"] = {
+        "method": "behind2",
+        "learning_rate": 0.00017361111111111112,
+        "packing": False,
+        "max_steps": -1,
+    }
+    assert about.told(heal) == "What is trained: behind2; learning rate: 0.000174."
+    table = str(tables.training_table(Stage("heal", heal, frozenset())))
+    for value in ("behind2", "0.000174"):
+        assert f"`{value}`" in table
+
+
+def test_a_folder_has_its_models_name(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert about.Records.of(str(folder)).name == "model"
+    found = records(folder)
+    assert found.name == Card.of(lineage_of()).name == "SmolLM2-135M-Instruct-23L"
+    found.card = {"model-index": [{"name": "Small"}]}
+    assert found.name == "Small"
+    assert about.Records("me/other", found.lineage).name == "other"
 
 
 def test_the_numbers_are_those_of_the_card(tmp_path: Path) -> None:

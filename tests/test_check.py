@@ -76,7 +76,7 @@ def test_a_right_cut_passes(tmp_path: Path, form: list[str]) -> None:
 def test_another_models_weights_do_not_pass(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "base")
     tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
-    cut_checkpoint(tmp_path / "other", tmp_path / "cut", DROP, progress=False)
+    cut_checkpoint(tmp_path / "other", tmp_path / "cut", DROP)
     with pytest.raises(check.WrongCutError, match="logits differ by"):
         check.check_cut(load_base(tmp_path / "base"), load_base(tmp_path / "cut"))
     check.check_cut(load_base(tmp_path / "other"), load_base(tmp_path / "cut"))
@@ -112,7 +112,7 @@ class TestAnUnprovenVersion:
     def test_is_told_once(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         tiny_model("llama").save_pretrained(tmp_path / "base")
         load_pruned(tmp_path / "base", DROP)
-        cut_checkpoint(tmp_path / "base", tmp_path / "cut", DROP, progress=False)
+        cut_checkpoint(tmp_path / "base", tmp_path / "cut", DROP)
         told = [record.message for record in caplog.records if "presumed" in record.message]
         assert len(told) == 1
         assert told[0].startswith("cutting llama is presumed, not proven with transformers 5.99.0 (proven with ")

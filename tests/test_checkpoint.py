@@ -70,7 +70,7 @@ def test_a_cut_on_disk_is_a_cut_in_memory(tmp_path, models, model_type, sharded)
     assert (base / "model.safetensors").exists() != sharded
     for name, dropped in cuts(model_type, dense.config).items():
         target, saved = tmp_path / name, tmp_path / f"saved-{name}"
-        plan = cut_checkpoint(base, target, dropped, progress=False)
+        plan = cut_checkpoint(base, target, dropped)
         assert plan.cut.drop == dropped
 
         model = copy.deepcopy(dense)
@@ -155,7 +155,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def test_shards_keep_their_grouping_and_are_numbered_anew(tmp_path):
-    plan = cut_checkpoint(sharded(tmp_path / "base"), tmp_path / "cut", [1], progress=False)
+    plan = cut_checkpoint(sharded(tmp_path / "base"), tmp_path / "cut", [1])
     target = tmp_path / "cut"
     files = sorted(path.name for path in target.glob("*.safetensors"))
     assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -176,7 +176,7 @@ def test_shards_keep_their_grouping_and_are_numbered_anew(tmp_path):
 
 def test_one_file_stays_one_file_with_its_notes(tmp_path):
     base = make(tmp_path / "base", [EMBED | layer(0) | layer(1) | layer(2) | layer(3) | NORM])
-    cut_checkpoint(base, tmp_path / "cut", [0, 2], progress=False)
+    cut_checkpoint(base, tmp_path / "cut", [0, 2])
     names = sorted(path.name for path in (tmp_path / "cut").iterdir())
     assert names == ["config.json", "model.safetensors"]
     assert metadata_of(tmp_path / "cut/model.safetensors") == {"format": "pt", "note": 'a "quoted" ü'}
@@ -194,7 +194,7 @@ def test_a_stale_layer_count_under_another_name_does_not_survive(tmp_path):
     dense.save_pretrained(tmp_path / "base")
     config = json.loads((tmp_path / "base/config.json").read_text()) | {"num_hidden_layers": 8}
     (tmp_path / "base/config.json").write_text(json.dumps(config))
-    cut_checkpoint(tmp_path / "base", tmp_path / "cut", [7], progress=False)
+    cut_checkpoint(tmp_path / "base", tmp_path / "cut", [7])
     config = json.loads((tmp_path / "cut/config.json").read_text())
     assert (config["n_layer"], config["num_hidden_layers"]) == (7, 7)
 
@@ -220,7 +220,7 @@ def test_tensors_stay_aligned_when_odd_ones_before_them_go(tmp_path):
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     before = tensors(base)
-    cut_checkpoint(base, tmp_path / "cut", [1], progress=False)
+    cut_checkpoint(base, tmp_path / "cut", [1])
     raw = (tmp_path / "cut/model.safetensors").read_bytes()
     length = int.from_bytes(raw[:8], "little")
     assert length % 8 == 0
@@ -238,7 +238,7 @@ def test_layers_for_multi_token_prediction_are_dropped_too(tmp_path, caplog):
     shard = EMBED | layer(0) | layer(1) | layer(2) | layer(3) | NORM | drafts
     with caplog.at_level(logging.INFO):
         base = make(tmp_path / "base", [shard], LLAMA | {"num_nextn_predict_layers": 1})
-        cut_checkpoint(base, tmp_path / "cut", [3], progress=False)
+        cut_checkpoint(base, tmp_path / "cut", [3])
     assert f"{len(drafts)} tensors of layers for multi-token prediction are dropped too" in caplog.text
     assert_same(tensors(tmp_path / "cut"), EMBED | NORM | layer(0) | layer(1) | layer(2))
 
@@ -256,7 +256,7 @@ def test_the_other_files_of_a_model_go_along(tmp_path):
         (base / name).write_text(name)
     (tmp_path / "blob").write_text("from a cache")
     (base / "vocab.txt").symlink_to("../blob")
-    cut_checkpoint(base, tmp_path / "cut", [1], progress=False)
+    cut_checkpoint(base, tmp_path / "cut", [1])
     target = tmp_path / "cut"
     found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     weights = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
@@ -274,12 +274,12 @@ def test_a_folder_of_links_as_the_hub_cache_has_is_read_and_never_written_to(tmp
         shutil.move(path, tmp_path / f"blobs/{number}")
         (base / path.name).symlink_to(f"../../blobs/{number}")
     before = {path.name: path.read_bytes() for path in (tmp_path / "blobs").iterdir()}
-    cut_checkpoint(base, tmp_path / "cut", [2], progress=False)
+    cut_checkpoint(base, tmp_path / "cut", [2])
     assert not any(path.is_symlink() for path in (tmp_path / "cut").iterdir())
     assert len(tensors(tmp_path / "cut")) == 2 + 3 * len(layer(0))
     assert {path.name: path.read_bytes() for path in (tmp_path / "blobs").iterdir()} == before
     # Linking takes the file, not the link.
-    cut_checkpoint(base, tmp_path / "linked", [2], link=True, progress=False)
+    cut_checkpoint(base, tmp_path / "linked", [2], link=True)
     assert not any(path.is_symlink() for path in (tmp_path / "linked").iterdir())
     assert_same(tensors(tmp_path / "linked"), tensors(tmp_path / "cut"))
 
@@ -287,7 +287,7 @@ def test_a_folder_of_links_as_the_hub_cache_has_is_read_and_never_written_to(tmp
 def test_whole_shards_are_linked_on_demand_only(tmp_path):
     base = sharded(tmp_path / "base")
     for name, link in (("copied", False), ("linked", True)):
-        cut_checkpoint(base, tmp_path / name, [2], link=link, progress=False)
+        cut_checkpoint(base, tmp_path / name, [2], link=link)
         shared = [
             (base / f"model-0000{old}-of-00004.safetensors").samefile(
                 tmp_path / name / f"model-0000{new}-of-00003.safetensors"
@@ -305,10 +305,10 @@ def test_links_across_file_systems_are_refused(tmp_path):
     target = elsewhere / f"{tmp_path.name}-cut"
     base = sharded(tmp_path / "base")
     with pytest.raises(CheckpointError, match="different file systems"):
-        cut_checkpoint(base, target, [3], link=True, progress=False)
+        cut_checkpoint(base, target, [3], link=True)
     assert not target.exists()
     try:
-        cut_checkpoint(base, target, [3], progress=False)  # copying works
+        cut_checkpoint(base, target, [3])  # copying works
         assert len(tensors(target)) == 2 + 3 * len(layer(0))
     finally:
         shutil.rmtree(target)
@@ -317,7 +317,7 @@ def test_links_across_file_systems_are_refused(tmp_path):
 def test_slices_of_wide_tensors_are_exact(tmp_path):
     tiny_model("gemma4_text").save_pretrained(tmp_path / "base")
     old = tensors(tmp_path / "base")["model.embed_tokens_per_layer.weight"]
-    cut_checkpoint(tmp_path / "base", tmp_path / "cut", (1, 2, 6), progress=False)
+    cut_checkpoint(tmp_path / "base", tmp_path / "cut", (1, 2, 6))
     wanted = old.reshape(old.shape[0], 8, -1)[:, [0, 3, 4, 5, 7]].reshape(old.shape[0], -1)
     assert torch.equal(tensors(tmp_path / "cut")["model.embed_tokens_per_layer.weight"], wanted)
 
@@ -359,7 +359,7 @@ def test_quantised_layouts_are_bytes_like_any_other(tmp_path, layout):
     base = make(tmp_path / "base", [EMBED | layers[0] | layers[1], layers[2] | layers[3] | NORM],
                 LLAMA | {"quantization_config": settings})  # fmt: skip
     (base / "quantize_config.json").write_text(json.dumps({"dynamic": {r"-:.*\.layers\.3\..*": {}}, "bits": 4}))
-    cut_checkpoint(base, tmp_path / "cut", [1], progress=False)
+    cut_checkpoint(base, tmp_path / "cut", [1])
     wanted = EMBED | NORM | layers[0]
     for old, new in ((2, 1), (3, 2)):
         wanted |= {name.replace(f"layers.{old}.", f"layers.{new}."): t for name, t in layers[old].items()}
@@ -383,7 +383,7 @@ def test_what_can_not_be_cut_is_refused_before_anything_is_written(tmp_path):
         ([0, 1, 2, 3], CutError, "at least one must stay"),
     ):
         with pytest.raises(error, match=match) as caught:
-            cut_checkpoint(base, tmp_path / "cut", drop, progress=False)
+            cut_checkpoint(base, tmp_path / "cut", drop)
         assert "\n" not in str(caught.value)
     for change, error, match in (
         ({"model_type": "rwkv"}, UnsupportedModelError, "rwkv"),
@@ -397,6 +397,6 @@ def test_what_can_not_be_cut_is_refused_before_anything_is_written(tmp_path):
         (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
         (base / "config.json").write_text(json.dumps(LLAMA | change))
         with pytest.raises(error, match=match) as caught:
-            cut_checkpoint(base, tmp_path / "cut", [1], progress=False)
+            cut_checkpoint(base, tmp_path / "cut", [1])
         assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]

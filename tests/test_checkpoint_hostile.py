@@ -248,7 +248,7 @@ INDICES = {
 def refused(base: Path, match: str) -> None:
     everything = sorted(base.parent.rglob("*"))
     with pytest.raises(CheckpointError, match=match) as caught:
-        cut_checkpoint(base, base.parent / "cut", [1], progress=False)
+        cut_checkpoint(base, base.parent / "cut", [1])
     assert "\n" not in str(caught.value)
     assert sorted(base.parent.rglob("*")) == everything
 

@@ -44,7 +44,7 @@ def base(tmp_path):
 
 
 def cut(base: Path, target: Path, **options):
-    return cut_checkpoint(base, target, [1], progress=False, **options)
+    return cut_checkpoint(base, target, [1], **options)
 
 
 def beside(target: Path) -> list[str]:
@@ -191,7 +191,7 @@ def test_a_real_refusal_of_the_kernel_is_one_clear_error(base, tmp_path):
     script = (
         "import resource, signal\nfrom hf_layerprune.cut.disk import *\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))\n"
-        f"cut_checkpoint({str(base)!r}, {str(tmp_path / 'cut')!r}, [1], progress=False)\n"
+        f"cut_checkpoint({str(base)!r}, {str(tmp_path / 'cut')!r}, [1])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1].endswith(
@@ -216,7 +216,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(base, tmp_path, monkeypatch)
     shard = base / "model-00003-of-00004.safetensors"
     os.utime(shard, ns=(1, 1))
     with pytest.raises(CheckpointError, match=r"00003.*changed while it was being read"):
-        write.write_checkpoint(plan, tmp_path / "cut", progress=False)
+        write.write_checkpoint(plan, tmp_path / "cut")
     copy = files.LocalFile.copy_into
 
     def shrinking(self, output, offset, length):
@@ -291,7 +291,7 @@ def slow_sync(descriptor):
 files.LocalFile.copy_into, os.fsync = slowly, slow_sync
 
 def once():
-    cut_checkpoint(base, target, [1], force=True, progress=False)
+    cut_checkpoint(base, target, [1], force=True)
 
 once()
 def is_done():
@@ -362,7 +362,7 @@ AutoConfig.from_pretrained(sys.argv[1])
 import tqdm.auto
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 from hf_layerprune.cut.disk import cut_checkpoint
-cut_checkpoint(sys.argv[1], sys.argv[2], range(21, 29), progress=False)
+cut_checkpoint(sys.argv[1], sys.argv[2], range(21, 29))
 print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
@@ -411,7 +411,7 @@ def test_a_checkpoint_that_lacks_a_kept_tensor_is_refused_by_name(tmp_path, name
     save_file({key: value for key, value in weights.items() if key != name}, path)
     lost = name.replace("layers.3.", "layers.2.")
     with pytest.raises(CheckpointError, match=f"lacks {lost} .*the checkpoint is incomplete"):
-        cut_checkpoint(tmp_path / "base", tmp_path / "cut", [1], progress=False)
+        cut_checkpoint(tmp_path / "base", tmp_path / "cut", [1])
     assert beside(tmp_path / "base") == ["base"]
 
 
@@ -421,7 +421,7 @@ def test_a_weight_that_every_layer_lacks_is_noticed(tmp_path, lost):
     path = tmp_path / "base" / "model.safetensors"
     save_file({key: value for key, value in load_file(path).items() if lost not in key}, path)
     with pytest.raises(CheckpointError, match=f"lacks model.layers.0.{lost}.weight, .*the checkpoint is incomplete"):
-        cut_checkpoint(tmp_path / "base", tmp_path / "cut", [1], progress=False)
+        cut_checkpoint(tmp_path / "base", tmp_path / "cut", [1])
 
 
 def test_an_expert_weight_that_every_layer_lacks_is_noticed(tmp_path):
@@ -429,7 +429,7 @@ def test_an_expert_weight_that_every_layer_lacks_is_noticed(tmp_path):
     path = tmp_path / "base" / "model.safetensors"
     save_file({key: value for key, value in load_file(path).items() if ".w1." not in key}, path)
     with pytest.raises(CheckpointError, match=r"does not hold the weights .*the checkpoint is incomplete"):
-        cut_checkpoint(tmp_path / "base", tmp_path / "cut", [1], progress=False)
+        cut_checkpoint(tmp_path / "base", tmp_path / "cut", [1])
 
 
 def test_a_model_whose_loader_reads_content_is_checked_by_name(tmp_path):
@@ -460,7 +460,7 @@ def test_a_tensor_of_a_layer_that_the_config_does_not_have_is_refused_by_name(tm
     save_file(load_file(path) | {stray: torch.ones(2, 2)}, path)
     refusal = f"tensor '{stray}' belongs to layer 9, but the config describes only the layers 0..7"
     with pytest.raises(CheckpointError, match=refusal):
-        cut_checkpoint(base, tmp_path / "cut", [1], progress=False)
+        cut_checkpoint(base, tmp_path / "cut", [1])
     with pytest.raises(CheckpointError, match=refusal):
         load_pruned(base, [1])
     with pytest.raises(CheckpointError, match=refusal):

@@ -299,3 +299,26 @@ def test_inspect_tells_of_tied_heads_and_protected_layers(tmp_path: Path, capsys
     tiny_config("gemma2").save_pretrained(tmp_path / "b")
     assert main(["inspect", str(tmp_path / "b"), "--drop", "1"]) == 0
     assert "tied to the embeddings" in capsys.readouterr().out
+
+
+def test_what_reaches_the_screen(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line with the next command for people, nothing but the result with --quiet, one object with --json."""
+    words = ["prune", str(base), "--drop-layers", "6,7"]
+    assert main([*words, str(tmp_path / "a")]) == 0
+    out = capsys.readouterr().out
+    made = f"dropped layers 6-7 of 8: 6 left, in {tmp_path / 'a'}"
+    assert out == f"{made}; next: hf-layerprune eval {tmp_path / 'a'} --base {base}\n"
+    assert main(["--quiet", *words, str(tmp_path / "a"), "--force"]) == 0
+    assert capsys.readouterr() == (f"{made}\n", "")
+    assert main([*words, str(tmp_path / "b"), "--json"]) == 0
+    answer = {"output": str(tmp_path / "b"), "dropped": [6, 7], "layers": 8, "form": "model"}
+    assert json.loads(capsys.readouterr().out) == answer
+    assert main(["inspect", str(base), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["layers"]) == 8
+    assert main(["verify", str(tmp_path / "b"), "--json"]) == 0
+    verdict = json.loads(capsys.readouterr().out)
+    assert (verdict["good"], {check["good"] for check in verdict["checks"]}) == (True, {True})
+    assert main(["verify", str(tmp_path / "b"), "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert not {"\x1b", "\r"} & set(said.out)

@@ -35,7 +35,7 @@ from hf_layerprune.cut.gguf import cut_gguf
 
 def cut(source: Path, drop, **options):
     target = source.with_name("cut.gguf")
-    return target, cut_gguf(source, target, drop, progress=False, **options)
+    return target, cut_gguf(source, target, drop, **options)
 
 
 def refused(match: str):
@@ -68,7 +68,7 @@ def logits_without(model, drop) -> torch.Tensor:
 
 def test_a_cut_smollm2_computes_what_the_model_without_those_layers_computes(full_model, tmp_path):
     drop = MIDDLE
-    plan = cut_gguf(smollm2(), tmp_path / "cut.gguf", drop, progress=False)
+    plan = cut_gguf(smollm2(), tmp_path / "cut.gguf", drop)
     assert (plan.block_count, plan.dropped_layers, len(plan.kept_layers)) == (30, drop, 30 - len(drop))
     assert plan.target_bytes == (tmp_path / "cut.gguf").stat().st_size < plan.source_bytes
 
@@ -82,7 +82,7 @@ def test_a_cut_smollm2_computes_what_the_model_without_those_layers_computes(ful
 
 def test_a_cut_smollm2_keeps_every_other_byte(tmp_path):
     source = smollm2()
-    cut_gguf(source, tmp_path / "cut.gguf", MIDDLE, progress=False)
+    cut_gguf(source, tmp_path / "cut.gguf", MIDDLE)
     names = {"general.name", "general.size_label"}
     check_bytes(source, tmp_path / "cut.gguf", MIDDLE, {"llama.block_count"} | names)
     assert is_gguf(tmp_path / "cut.gguf")
@@ -93,7 +93,7 @@ def test_a_cut_smollm2_keeps_every_other_byte(tmp_path):
 
 def test_planning_and_cutting_need_little_memory_and_no_torch(tmp_path):
     script = BARE + (
-        f"cut_gguf({str(smollm2())!r}, {str(tmp_path / 'cut.gguf')!r}, {list(MIDDLE)}, progress=False)\n"
+        f"cut_gguf({str(smollm2())!r}, {str(tmp_path / 'cut.gguf')!r}, {list(MIDDLE)})\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
         "if sys.platform == 'linux': print(open('/proc/self/status').read())\n"
     )
@@ -133,7 +133,7 @@ def test_all_tensor_types_and_alignments_are_copied_exactly(tmp_path, alignment,
 )
 def test_a_bad_list_of_layers_is_refused_in_one_line(tmp_path, drop, match):
     with pytest.raises(CutError, match=match) as caught:
-        cut_gguf(smollm2(), tmp_path / "cut.gguf", drop, progress=False)
+        cut_gguf(smollm2(), tmp_path / "cut.gguf", drop)
     assert "\n" not in str(caught.value)
     assert not os.listdir(tmp_path)
 
@@ -168,7 +168,7 @@ def test_the_source_is_never_the_target(tmp_path, link):
         link(source, target)
     before = source.read_bytes()
     with refused("is the source itself"):
-        cut_gguf(source, target, [1], force=True, progress=False)
+        cut_gguf(source, target, [1], force=True)
     assert source.read_bytes() == before
 
 
@@ -225,11 +225,11 @@ def test_a_killed_cut_leaves_the_old_target_or_the_new_one(tmp_path):
 
     source, target = smollm2(), tmp_path / "cut.gguf"
     started = time.monotonic()
-    cut_gguf(source, target, MIDDLE, progress=False)
+    cut_gguf(source, target, MIDDLE)
     seconds = time.monotonic() - started
     before, new = digest(source), digest(target)
     old = hashlib.sha256(b"old").hexdigest()
-    call = f"cut_gguf({str(source)!r}, {str(target)!r}, {list(MIDDLE)}, force=True, progress=False)"
+    call = f"cut_gguf({str(source)!r}, {str(target)!r}, {list(MIDDLE)}, force=True)"
     # The first call in a process imports gguf; the planning beforehand takes that out of the time to hit.
     script = BARE + (
         "from hf_layerprune.cut.gguf import plan_gguf_cut\n"

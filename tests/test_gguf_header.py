@@ -48,7 +48,7 @@ def test_the_hand_made_file_is_good(tmp_path):
     path = tmp_path / "a.gguf"
     path.write_bytes(with_key())
     assert gguf_layer_count(path) == 2
-    cut_gguf(path, tmp_path / "b.gguf", [0], progress=False)
+    cut_gguf(path, tmp_path / "b.gguf", [0])
     assert gguf_layer_count(tmp_path / "b.gguf") == 1
 
 
@@ -138,7 +138,7 @@ def test_a_hostile_file_is_one_clear_error_at_once(tmp_path, name):
     path.write_bytes(content)
     started = time.monotonic()
     with pytest.raises(CheckpointError, match=match) as caught:
-        cut_gguf(path, tmp_path / "cut.gguf", [0], progress=False)
+        cut_gguf(path, tmp_path / "cut.gguf", [0])
     assert time.monotonic() - started < 5
     assert str(caught.value).isprintable()
     assert str(path) in str(caught.value)
@@ -179,7 +179,7 @@ def test_no_change_to_a_header_gets_past_the_checks_as_another_error(data):
         source.write_bytes(damaged)
         started = time.monotonic()
         try:
-            plan = cut_gguf(source, target, [1], progress=False)
+            plan = cut_gguf(source, target, [1])
         except CheckpointError:
             assert os.listdir(folder) == ["a.gguf"]
         else:

@@ -12,7 +12,7 @@ from tests.gguf_makers import all_of, array, check_bytes, make_gguf, number, val
 
 def cut(source: Path, drop):
     target = source.with_name("cut.gguf")
-    return target, cut_gguf(source, target, drop, progress=False)
+    return target, cut_gguf(source, target, drop)
 
 
 def refused(match: str):

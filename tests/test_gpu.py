@@ -114,7 +114,7 @@ def test_bench_has_the_peak_of_the_allocator(base: Path, tmp_path: Path) -> None
     cut = pruned_model(base, tmp_path / "cut")
     request = BenchRequest(
         str(cut), base=str(base), device=DEVICE, batch_sizes=(2,), prompt_lengths=(8,), new_tokens=4, repeats=1,
-        load_repeats=1, progress=False,
+        load_repeats=1,
     )  # fmt: skip
     metrics = bench(request)
     found = {record["metric"]: record["value"] for record in metrics.results}

@@ -99,7 +99,7 @@ def test_answers_are_those_to_the_same_prompts(tmp_path: Path) -> None:
     (tasks / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def measure() -> int:
-        evaluate(EvalRequest(str(model), tasks_from=tasks, answers=answers, progress=False,
+        evaluate(EvalRequest(str(model), tasks_from=tasks, answers=answers,
                              output=tmp_path / "numbers.json", force=True))  # fmt: skip
         return len(list(answers.iterdir()))
 

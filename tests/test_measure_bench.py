@@ -22,7 +22,7 @@ from .measure_models import write_model
 from .tiny_models import tiny_model
 
 pytestmark = pytest.mark.processes
-SMALL = {"batch_sizes": (1, 2), "prompt_lengths": (8, 32), "new_tokens": 4, "repeats": 3, "progress": False}
+SMALL = {"batch_sizes": (1, 2), "prompt_lengths": (8, 32), "new_tokens": 4, "repeats": 3}
 TIMED = ("prefill_tokens_per_second", "time_to_first_token", "decode_tokens_per_second")
 
 

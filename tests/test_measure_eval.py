@@ -33,7 +33,7 @@ from hf_layerprune.records.metrics import Metrics
 from .measure_models import write_gguf, write_model, write_tasks
 
 NAMES = ("asked", "begun", "mixed")
-SMALL = {"length": 64, "windows": 8, "progress": False}
+SMALL = {"length": 64, "windows": 8}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_the_paired_difference_is_over_the_same_questions(base: Path, cut: Path,
     right = []
     asked = task_set(["asked"], tasks).tasks["asked"]
     for folder in (cut, base):
-        harness = Harness(load_model(folder), load_tokenizer(folder), 8, progress=False)
+        harness = Harness(load_model(folder), load_tokenizer(folder), 8)
         right.append(list(harness.run("asked", asked).scores["acc"].outcomes.values()))
     (compared,) = (one for one in found.comparisons if one["metric"] == "acc")
     differences = [a - b for a, b in zip(*right, strict=True)]
@@ -211,7 +211,7 @@ def test_a_gguf_file(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     # The same as the model that it unpacks to.
     model, tokenizer = load_model(path, dtype=torch.bfloat16), load_tokenizer(path)
     asked = task_set(["asked"], tasks).tasks["asked"]
-    run = Harness(model, tokenizer, "auto", progress=False).run("asked", asked, limit=8)
+    run = Harness(model, tokenizer, "auto").run("asked", asked, limit=8)
     assert run.scores["acc"].value == found.find(dense, "acc", "asked")["value"]
 
 
@@ -349,9 +349,9 @@ def test_batches_halve_where_memory_ends(
             torch.empty(1 << 60, dtype=torch.uint8)
 
     asked = task_set(["asked"], tasks).tasks["asked"]
-    plain = Harness(model, load_tokenizer(base), 2, progress=False).run("asked", asked)
+    plain = Harness(model, load_tokenizer(base), 2).run("asked", asked)
     model.register_forward_pre_hook(forget, with_kwargs=True)
-    harness = Harness(model, load_tokenizer(base), 8, progress=False)
+    harness = Harness(model, load_tokenizer(base), 8)
     halved = harness.run("asked", asked)
     assert harness.batch_size == 2
     assert sizes[:3] == [8, 4, 2]

@@ -32,7 +32,7 @@ for line in sys.stdin:
     try:
         if "output" in order:
             order["output"] = Path(order["output"])
-        evaluate(EvalRequest(**{k: tuple(v) if isinstance(v, list) else v for k, v in order.items()}, progress=False))
+        evaluate(EvalRequest(**{k: tuple(v) if isinstance(v, list) else v for k, v in order.items()}))
         print(json.dumps({}), flush=True)
     except LayerPruneError as error:
         print(json.dumps({"error": str(error)}), flush=True)

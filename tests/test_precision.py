@@ -143,7 +143,6 @@ def test_measuring_says_it(slow: bool, base: Path, tmp_path: Path, caplog: pytes
         "tasks_from": tasks,
         "tasks": ("asked",),
         "limit": 2,
-        "progress": False,
         "output": tmp_path / "out.json",
     }
     with caplog.at_level(logging.WARNING, "hf_layerprune"):

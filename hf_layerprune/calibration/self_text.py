@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..errors import UnsupportedModelError, boundary
 from ..runtime.memory import in_batches
+from ..screen import progress_bar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -53,7 +54,6 @@ def write_text_with(
         UnsupportedModelError: The model can't generate.
         LayerPruneError: A single row does not fit into memory.
     """
-    from tqdm import tqdm
     from transformers import GenerationConfig, LogitsProcessorList
 
     start = _beginning(model, tokenizer)[: length - 1]
@@ -66,7 +66,7 @@ def write_text_with(
         model.eval()
         # None of the model's own settings: no repetition penalty, no end-of-text token.
         model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=start[0])
-        with fast_decoding(model), tqdm(total=draws.numel(), unit="token", desc="writing text", disable=None) as bar:
+        with fast_decoding(model), progress_bar(total=draws.numel(), unit="token", desc="writing text") as bar:
 
             def write(part: torch.Tensor) -> None:
                 prompt = torch.tensor([start] * len(part), device=model.device)

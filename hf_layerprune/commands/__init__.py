@@ -1,4 +1,4 @@
-"""The commands, a module each: `HELP`, `DESCRIPTION`, `Request` (a dataclass of options), and `run(request)`.
+"""The commands, a module each: `HELP`, `DESCRIPTION`, `Request` (a dataclass of options), and `run(request) -> Answer`.
 
 A module here turns a request into one call of the room that does the work; it imports that room inside `run`, so that
 `--help` stays instant. To add a command, add its module and its name below, in the order in which people meet them.
@@ -6,4 +6,54 @@ A module here turns a request into one call of the room that does the work; it i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..measure.requests import BenchRequest, EvalRequest
+    from ..records.metrics import Metrics
+
 COMMANDS = ("prune", "inspect", "rank", "eval", "bench", "card", "push", "verify", "chat")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command says at its end.
+
+    Args:
+        made (`str`): One line: what was made, and where.
+        text (`str`): What was found, for people.
+        data (`dict[str, Any]`): All of it for machines, as `--json` prints it.
+        then (`tuple[str, ...]`): The words of the command to type next.
+        errors (`tuple[str, ...]`): What failed, a line each.
+        code (`int`): The exit code.
+    """
+
+    made: str = ""
+    text: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+    then: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+    code: int = 0
+
+
+def hint(command: str, *words: object) -> tuple[str, ...]:
+    """The words of a command to type next; those that are `None` are left out, with the option before them."""
+    kept: list[str] = []
+    for word in map(str, words):
+        if word != "None":
+            kept.append(word)
+        elif kept and kept[-1].startswith("--"):
+            kept.pop()
+    return ("hf-layerprune", command, *kept)
+
+
+def measured(request: EvalRequest | BenchRequest, metrics: Metrics, text: str, missed: Sequence[str] = ()) -> Answer:
+    """What a command says that measured a model, and which requirements the model misses."""
+    folder = Path(request.model).expanduser()
+    place = request.output or (folder / "metrics.json" if folder.is_dir() else None)
+    made = f"the numbers are in {place}" if place else ""
+    then = hint("card", request.model) if (folder / "lineage.json").is_file() and not missed else ()
+    return Answer(made, text, metrics.record, then, tuple(missed), 1 if missed else 0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..errors import shown
 from ..measure.requests import BenchRequest as Request
+from . import Answer, measured
 
 HELP = "measure speed, memory and size"
 DESCRIPTION = """Time MODEL, and with --base the dense model beside it, in turns: prefill and decode throughput at several
@@ -11,8 +11,9 @@ batch sizes and prompt lengths, time to first token, and load time and peak memo
 number is the median of its repeats, with the lowest and the highest, and goes to metrics.json in the model's folder."""
 
 
-def run(request: Request) -> None:
+def run(request: Request) -> Answer:
     from ..measure.bench import bench
     from ..measure.report import report
 
-    print(shown(report(bench(request), ("size", "speed", "memory"))))
+    metrics = bench(request)
+    return measured(request, metrics, report(metrics, ("size", "speed", "memory")))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from ..errors import one_line
 from ..publish.requests import CardRequest as Request
+from . import Answer, hint
 
 HELP = "write the model card from the records"
 DESCRIPTION = """Write README.md, its plots, and the notice that the licence requires, from lineage.json and
 metrics.json of MODEL. Text that you write around the marked sections is kept."""
 
 
-def run(request: Request) -> None:
+def run(request: Request) -> Answer:
     from ..publish.card.writing import declare, write_card
 
     folder = request.model.expanduser()
     declare(request)
     changed = write_card(folder, force=request.force)
-    print(one_line(f"wrote {', '.join(changed)} in {folder}" if changed else f"{folder / 'README.md'} is up to date"))
+    made = f"wrote {', '.join(changed)} in {folder}" if changed else f"{folder / 'README.md'} is up to date"
+    data = {"folder": str(folder), "changed": list(changed)}
+    return Answer(made, data=data, then=hint("push", request.model, "NAMESPACE/NAME", "--dry-run"))

@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 
+from ..options import ScreenOptions
 from ..publish.requests import ChatRequest as Request
+from . import Answer
 
 HELP = "talk to a pruned model, beside its dense base"
 DESCRIPTION = """Open the chat of spaces/chat on this machine, with MODEL, and with BASE beside it: the page that
 push --space publishes. Its address is printed."""
 
 
-def run(request: Request) -> int:
+Screen = ScreenOptions  # a page, not a result
+
+
+def run(request: Request) -> Answer:
     from ..publish.space import local_run
 
     words, environment = local_run(request)
     if os.name == "posix":  # no process between the terminal and the page: what ends this one ends the page
         os.execve(words[0], words, environment)
-    return subprocess.call(words, env=environment)
+    return Answer(code=subprocess.call(words, env=environment))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
-from ..errors import one_line, shown
 from ..measure.requests import EvalRequest as Request
+from . import Answer, measured
 
 HELP = "measure accuracy, perplexity, and the distance to the dense model"
 DESCRIPTION = """Measure MODEL: zero-shot accuracy by lm-evaluation-harness, perplexity, and, with --base, how far it is
@@ -14,14 +12,10 @@ was measured on. Without --tasks, --tasks-from and --text, it is the paper's eig
 exit code is 1 if a number misses its bound; push then refuses the model."""
 
 
-def run(request: Request) -> int:
-    """Measure. Returns 1 if a requirement of this run is missed."""
+def run(request: Request) -> Answer:
     from ..measure.evaluate import evaluate
     from ..measure.report import report
 
     metrics = evaluate(request)
-    print(shown(report(metrics)))
     missed = [outcome.text for outcome in metrics.outcomes if not outcome.met] if request.require else []
-    for line in missed:
-        print(f"hf-layerprune: {one_line(line)}", file=sys.stderr)
-    return 1 if missed else 0
+    return measured(request, metrics, report(metrics), missed)

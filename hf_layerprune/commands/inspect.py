@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from ..errors import shown
 from ..stages.requests import InspectRequest as Request
+from . import Answer, hint
 
 HELP = "show what a model is made of"
 DESCRIPTION = "Show layers, parameters by part, and what a cut would leave. No weight is loaded."
 
 
-def run(request: Request) -> None:
-    from ..stages.inspect import inspect_model
+def run(request: Request) -> Answer:
+    from dataclasses import asdict
 
-    print(shown(inspect_model(request)))
+    from ..stages.inspect import inspect_model, report
+
+    anatomy = inspect_model(request)
+    then = hint("rank", request.model, "curve", "--curve") if anatomy.refusal is None else ()
+    text = report(request.model, anatomy, request.drop)
+    return Answer(text=text, data=asdict(anatomy) | {"parameters": anatomy.total}, then=then)

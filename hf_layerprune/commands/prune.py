@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from ..errors import shown
 from ..options import AMOUNTS
 from ..stages.requests import PruneRequest as Request
+from . import Answer, hint
 
 HELP = "drop layers and write the model that is left"
 DESCRIPTION = "Drop decoder layers of BASE and write the model that is left to OUTPUT."
 EXCLUSIVE = (*AMOUNTS, "drop_layers")
 
 
-def run(request: Request) -> None:
+def run(request: Request) -> Answer:
+    from dataclasses import asdict
+
     from ..stages.prune import prune_to
 
-    print(shown(str(prune_to(request))))
+    done = prune_to(request)
+    return Answer(str(done), data=asdict(done), then=hint("eval", request.output, "--base", request.base))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import one_line, shown
 from ..publish.requests import PushRequest as Request
+from . import Answer, hint
 
 if TYPE_CHECKING:
     from ..publish.hub.push import Plan
@@ -16,34 +15,40 @@ DESCRIPTION = """Check MODEL, write its card, and upload both to REPO_ID in one 
 changes nothing, and an interrupted push resumes where it stopped."""
 
 
-def run(request: Request) -> int:
+def run(request: Request) -> Answer:
+    from dataclasses import asdict
+
     from ..publish.hub.push import PushRefusedError, plan, push
     from ..publish.space import publish_space, secret_from
 
     secret = secret_from(request.space_secret)
     if request.dry_run:
         made = plan(request)
-        _print(*_report(made))
-        return 1 if made.refusals else 0
+        data: dict[str, Any] = {"files": made.contents.files, "left_out": made.contents.left_out}
+        data["checks"] = [asdict(check) for check in made.checks]
+        then = () if made.refusals else hint("push", request.model, request.repo_id)
+        said = "nothing would be pushed" if made.refusals else "ready to push; nothing was pushed"
+        return Answer(said, _lines(*_report(made)), data, then, code=1 if made.refusals else 0)
     try:
         made, done = push(request)
     except PushRefusedError as error:
-        for check in error.refusals:
-            print(f"hf-layerprune: {one_line(check.text)}", file=sys.stderr)
-        return 1
-    _print(*(f"{check.name}: {check.text}" for check in made.checks if check.level == "warning"))
+        return Answer(data={"refusals": [asdict(check) for check in error.refusals]},
+                      errors=tuple(check.text for check in error.refusals), code=1)  # fmt: skip
+    data = asdict(done) | {"warnings": [asdict(check) for check in made.checks if check.level == "warning"]}
+    lines = [f"{check.name}: {check.text}" for check in made.checks if check.level == "warning"]
     if not done.added and not done.removed:
-        _print(f"nothing has changed: {done.pull_request or done.url} is already at {done.commit[:12]}")
+        said = f"nothing has changed: {done.pull_request or done.url} is already at {done.commit[:12]}"
     else:
         gone = f", removed {', '.join(done.removed)}" if done.removed else ""
         count = f"{len(done.added)} file{'s' * (len(done.added) != 1)}"
-        _print(f"pushed {count}{gone}: {done.pull_request or done.url} ({done.commit[:12]})")
+        said = f"pushed {count}{gone}: {done.pull_request or done.url} ({done.commit[:12]})"
     if request.space:
         space = publish_space(request, adapter=made.contents.is_adapter, secret=secret)
-        _print(f"{'published' if space.added else 'unchanged'}: the Space {space.url}")
+        data["space"] = asdict(space)
+        lines.append(f"{'published' if space.added else 'unchanged'}: the Space {space.url}")
         if request.private and secret is None:
-            _print("the Space can't read a private model yet: give it a secret HF_TOKEN, or use --space-secret")
-    return 0
+            lines.append("the Space can't read a private model yet: give it a secret HF_TOKEN, or use --space-secret")
+    return Answer(said, _lines(*lines), data, hint("verify", request.repo_id))
 
 
 def _report(made: Plan) -> list[str]:
@@ -54,10 +59,9 @@ def _report(made: Plan) -> list[str]:
     lines.append(f"{size(sum(files.values())):>10}  in {len(files)} files")
     lines += [f"  left out  {name}: {reason}" for name, reason in made.contents.left_out.items()]
     lines += ["", *(f"{check.level:>10}  {check.name}: {check.text}" for check in made.checks)]
-    return [*lines, "nothing would be pushed" if made.refusals else "ready to push; nothing was pushed"]
+    return lines
 
 
-def _print(*lines: str) -> None:
-    """Print lines; what a file name holds can't start another line, or show a token."""
-    for line in lines:
-        print(shown(line).replace("\n", "\\n"))
+def _lines(*lines: str) -> str:
+    """Lines as a text; what a file name holds can't start another line."""
+    return "\n".join(line.replace("\n", "\\n") for line in lines)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ..errors import shown
+from ..layer_ranges import format_layers
 from ..options import AMOUNTS
 from ..stages.requests import RankRequest as Request
+from . import Answer, hint
 
 HELP = "score every layer, and show what each criterion would drop"
 DESCRIPTION = """Score the decoder layers of BASE, by one criterion or by all of them at once, and show which layers
@@ -12,16 +13,27 @@ each would drop; with --curve, the best cut of each depth and what it costs. Wit
 EXCLUSIVE = AMOUNTS
 
 
-def run(request: Request) -> None:
-    from ..stages.rank import rank
-
+def run(request: Request) -> Answer:
     if request.curve:
         from ..stages.curve import make_curve
 
-        print(shown(str(make_curve(request))))
+        curve = make_curve(request)
+        made = f"curve.json and the plot are in {request.output}" if request.output else ""
+        count = curve.chosen or curve.knee
+        point = curve.points[count - 1] if count else None
+        if point is None:
+            return Answer(made, str(curve), curve.record)
+        repair = curve.record["repair"] if "repaired" in point else None
+        choice = ("--drop-layers", point["layers"], "--repair", repair)
         if request.output is not None:
-            print(shown(f"\ncurve.json and the plot are in {request.output}"))
-        return
-    print(shown(str(rank(request))))
-    if request.output is not None:
-        print(shown(f"\nscores.json and the plots are in {request.output}"))
+            choice = ("--from-curve", request.output, "--drop", count)
+        return Answer(made, str(curve), curve.record, hint("prune", request.base, "pruned", *choice))
+    from ..stages.rank import rank
+
+    ranking = rank(request)
+    made = f"scores.json and the plots are in {request.output}" if request.output else ""
+    then = hint("rank", request.base, "curve", "--curve")
+    if "auto" in ranking.drops or len(ranking.drops) == 1:
+        layers = format_layers(ranking.drops.get("auto") or next(iter(ranking.drops.values())))
+        then = hint("prune", request.base, "pruned", "--drop-layers", layers, "--repair", request.repair)
+    return Answer(made, str(ranking), ranking.record, then)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..errors import shown
 from ..publish.requests import VerifyRequest as Request
+from . import Answer
 
 HELP = "prove that a model is what its base and its records make it"
 DESCRIPTION = """Repeat the cut of the base that MODEL's lineage.json names, and compare hashes: weights, config,
@@ -11,11 +11,12 @@ tokenizer, chat template and every other file that affects how MODEL behaves. Te
 cannot be derived again; the verdict counts them. Exit code 0: everything is accounted for; 1: it is not."""
 
 
-def run(request: Request) -> int:
+def run(request: Request) -> Answer:
+    from dataclasses import asdict
+
     from ..publish.verify.verdict import verify
 
     outcome = verify(request)
-    for line in outcome.lines:
-        print(shown(f"{'ok' if line.good else 'NO':<4} {line.what:<8}  {line.text}"))
-    print(shown(outcome.verdict))
-    return 0 if outcome.good else 1
+    lines = [f"{'ok' if line.good else 'NO':<4} {line.what:<8}  {line.text}" for line in outcome.lines]
+    data = {"good": outcome.good, "verdict": outcome.verdict, "checks": [asdict(line) for line in outcome.lines]}
+    return Answer(outcome.verdict, "\n".join(lines), data, code=0 if outcome.good else 1)

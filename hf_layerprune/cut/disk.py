@@ -85,7 +85,6 @@ def cut_checkpoint(
     *,
     force: bool = False,
     link: bool = False,
-    progress: bool = True,
     **hub: Any,
 ) -> CheckpointPlan:
     """Write a copy of a safetensors checkpoint without some of its layers.
@@ -101,7 +100,6 @@ def cut_checkpoint(
         force (`bool`, *optional*, defaults to `False`): Replace the target if it is already a model folder.
         link (`bool`, *optional*, defaults to `False`): Hard-link unchanged weight files instead of copying them.
             They then share their content with the base's files: writing to one changes both.
-        progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
         hub: See [`plan_cut`].
 
     Returns:
@@ -119,5 +117,5 @@ def cut_checkpoint(
     check_target(target.expanduser(), base.folder, force)  # before gigabytes are downloaded
     plan = plan_cut(base, drop_layers)
     tell_if_presumed(plan.config)
-    write_checkpoint(plan, target, force=force, link=link, progress=progress)
+    write_checkpoint(plan, target, force=force, link=link)
     return plan

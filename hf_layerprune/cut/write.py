@@ -8,11 +8,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from ..errors import CheckpointError
 from ..files.copy import LocalFile, NewFile, check_space
 from ..files.folders import new_folder
+from ..screen import progress_bar
 from .folder import INDEX, SINGLE, check_index, read_json
 from .header import read_header
 from .plan import CheckpointPlan, ShardPlan
@@ -20,9 +19,7 @@ from .plan import CheckpointPlan, ShardPlan
 logger = logging.getLogger(__name__)
 
 
-def write_checkpoint(
-    plan: CheckpointPlan, target: Path, *, force: bool = False, link: bool = False, progress: bool = True
-) -> None:
+def write_checkpoint(plan: CheckpointPlan, target: Path, *, force: bool = False, link: bool = False) -> None:
     """Write a planned checkpoint to a new folder.
 
     Args:
@@ -30,25 +27,21 @@ def write_checkpoint(
         target (`Path`): The folder to create.
         force (`bool`, *optional*, defaults to `False`): Replace the target if it is already a model folder.
         link (`bool`, *optional*, defaults to `False`): Hard-link unchanged weight files.
-        progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
 
     Raises:
         CheckpointError: The target exists, the disk is too full, the source changed, or writing failed.
     """
     with new_folder(target, force=force, apart_from=plan.source) as folder:
-        fill(plan, folder, link=link, progress=progress, name=target.name)
+        fill(plan, folder, link=link, name=target.name)
 
 
-def fill(
-    plan: CheckpointPlan, folder: Path, *, link: bool = False, progress: bool = True, name: str | None = None
-) -> None:
+def fill(plan: CheckpointPlan, folder: Path, *, link: bool = False, name: str | None = None) -> None:
     """Write a planned checkpoint to an empty folder that does not have its final name yet.
 
     Args:
         plan (`CheckpointPlan`): The plan.
         folder (`Path`): The folder.
         link (`bool`, *optional*, defaults to `False`): Hard-link unchanged weight files.
-        progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
         name (`str`, *optional*): The name to show in the progress bar.
 
     Raises:
@@ -62,7 +55,7 @@ def fill(
     what = "%s: keeping %d of %d layers; copying %d of %d bytes, linking %d files"
     logger.info(what, plan.source, left, plan.cut.num_layers, total, plan.source_bytes, files)
     check_space(folder.with_name(name), total, shutil.disk_usage(folder).free)
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name, disable=not progress) as bar:
+    with progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar:
         for shard in plan.shards:
             for count in _write_shard(plan, shard, folder, shard.target in linked):
                 bar.update(count)

@@ -46,7 +46,7 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
     pad_to_multiple_of: int | str | None = _trls("pad_to_multiple_of", "auto")
 
     def __post_init__(self) -> None:
-        on_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.use_cpu = on_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None and not self.fp16 and on_cpu and slow_in_16_bits():
             self.bf16 = False
         left_to_us = self.pad_to_multiple_of == "auto" and not (self.packing or self.padding_free)

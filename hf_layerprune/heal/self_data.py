@@ -22,6 +22,7 @@ from ..files.copy import write_text
 from ..files.json_file import parse_json
 from ..files.text_file import read_text
 from ..runtime.memory import in_batches
+from ..screen import progress_bar
 from .store import hash_tensors
 
 if TYPE_CHECKING:
@@ -177,15 +178,13 @@ class Writer:
         self, parts: int, make: Callable[[int], list[Any]], use: Callable[[list[Any]], T], *settings: Any
     ) -> T:
         """Make the missing parts, and use the rows of all parts, some of which may come from an earlier run."""
-        from tqdm.auto import tqdm
-
         rank, world = self.share
         known = hash_tensors(self.model.named_parameters(), *settings, self.seed)
         folder = self.folder / known[:16]
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"part-{part:05d}-of-{parts:05d}.json" for part in range(parts)]
         mine = [part for part in range(rank, parts, world) if not paths[part].is_file()]
-        for part in tqdm(mine, desc="The dense model writes", unit="part", disable=None if rank == 0 else True):
+        for part in progress_bar(mine, desc="the dense model writes", unit="part", disable=True if rank else None):
             write_text(paths[part], json.dumps(make(part)))
         self.wait()
         logger.info("what the dense model wrote is in %s", folder)

@@ -26,6 +26,7 @@ from ..errors import CheckpointError, LayerPruneError
 from ..files.copy import check_space, write_failed
 from ..records.figures.numbers import size
 from ..runtime.memory import free_memory, is_out_of_memory
+from ..screen import progress_bar
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -88,12 +89,12 @@ class StateCache:
             CheckpointError: A shard can't be written.
             LayerPruneError: A single row does not fit into memory. Batches that do not fit are halved.
         """
-        from tqdm.auto import tqdm
-
         rank, world = share
         mine = [index for index in self.missing() if index % world == rank]
         tokens = self.bytes_of(mine) // self._token_bytes
-        with tqdm(total=tokens, unit="token", unit_scale=True, desc=description, disable=rank > 0 or not mine) as bar:
+        with progress_bar(
+            total=tokens, unit="token", unit_scale=True, desc=description, disable=True if rank or not mine else None
+        ) as bar:
             for index in mine:
                 states: dict[str, torch.Tensor] = {}
                 left = self.shards[index]

@@ -11,10 +11,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..errors import LayerPruneError, boundary
 from ..records.metrics import Metrics
+from ..screen import progress_bar
 from .cost import cache_bytes, decode_bytes, prefill_flops, weight_bytes
 from .measurement import Measurement
 from .paired import compare_pairs, compare_values
@@ -67,7 +67,7 @@ class _Bench(Measurement):
         ]
         start = perf_counter()
         with boundary("the models can't be timed", kind=LayerPruneError):
-            timed = time_models(live, works, repeats=request.repeats, progress=request.progress)
+            timed = time_models(live, works, repeats=request.repeats)
         seconds = round((perf_counter() - start) / max(1, len(timed)), 3)
         for work, timings in timed.items():
             flops = {w: float(prefill_flops(model, work.batch, work.prompt_tokens)) for w, model in live.items()}
@@ -99,7 +99,7 @@ class _Bench(Measurement):
         rounds = self.request.load_repeats + 1 if self.request.load_repeats else 0
         probes: dict[str, list[dict[str, float]]] = {subject.weights: [] for subject in self.subjects}
         total = rounds * len(self.subjects)
-        with tqdm(total=total, desc="loading", unit="process", disable=not self.request.progress) as bar:
+        with progress_bar(total=total, desc="loading", unit="process") as bar:
             for number in range(rounds):
                 for subject in self.subjects if number % 2 else self.subjects[::-1]:
                     where = (subject.source, subject.revision, self.request.dtype, self.device)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..errors import LayerPruneError
 from ..families import check_stage
@@ -23,6 +22,7 @@ from ..runtime.head import OutputHead
 from ..runtime.memory import in_batches, positions_at_once
 from ..runtime.parts import evaluating
 from ..runtime.prefix import SharedPrefix
+from ..screen import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,9 +83,7 @@ class Distance(Perplexity):
         return {"kl": (self.kl, self.kl_stderr), "top1_agreement": agreement}
 
 
-def perplexity(
-    model: PreTrainedModel, rows: torch.Tensor, *, batch_size: int = 1, progress: bool = False
-) -> Perplexity:
+def perplexity(model: PreTrainedModel, rows: torch.Tensor, *, batch_size: int = 1) -> Perplexity:
     """Perplexity of a model on windows of a text.
 
     Args:
@@ -93,7 +91,6 @@ def perplexity(
         rows (`torch.Tensor`): Token ids `[windows, length]`, without padding. Each window is read on its own, and its
             first token is not predicted.
         batch_size (`int`, defaults to 1): Windows per batch, halved when memory runs out.
-        progress (`bool`, defaults to `False`): Show a progress bar.
 
     Returns:
         `Perplexity`: The mean over all predicted tokens.
@@ -101,7 +98,7 @@ def perplexity(
     Raises:
         LayerPruneError: `rows` has another shape, or a window does not fit into memory.
     """
-    (nll,), _ = _means_of_windows(model, None, rows, batch_size, progress)
+    (nll,), _ = _means_of_windows(model, None, rows, batch_size)
     return Perplexity(**_fields(nll, rows))
 
 
@@ -111,7 +108,6 @@ def distance(
     rows: torch.Tensor,
     *,
     batch_size: int = 1,
-    progress: bool = False,
 ) -> Distance:
     """Distance of a model from its base on windows of a text.
 
@@ -122,7 +118,6 @@ def distance(
         rows (`torch.Tensor`): Token ids `[windows, length]`, without padding. Each window is read on its own, and its
             first token is not predicted.
         batch_size (`int`, defaults to 1): Windows per batch, halved when memory runs out.
-        progress (`bool`, defaults to `False`): Show a progress bar.
 
     Returns:
         `Distance`: Means over all predicted tokens.
@@ -130,7 +125,7 @@ def distance(
     Raises:
         LayerPruneError: `rows` has another shape, the vocabularies differ, or a window does not fit into memory.
     """
-    (nll, base_nll, agreement, kl), shared = _means_of_windows(model, base, rows, batch_size, progress)
+    (nll, base_nll, agreement, kl), shared = _means_of_windows(model, base, rows, batch_size)
     return Distance(
         **_fields(nll, rows),
         base=Perplexity(**_fields(base_nll, rows)),
@@ -143,7 +138,7 @@ def distance(
 
 
 def _means_of_windows(
-    model: PreTrainedModel, base: PreTrainedModel | None, rows: torch.Tensor, batch_size: int, progress: bool
+    model: PreTrainedModel, base: PreTrainedModel | None, rows: torch.Tensor, batch_size: int
 ) -> tuple[torch.Tensor, int]:
     """The mean of each window: `nll`, and with a base, also the base's `nll`, agreement and `kl`; and the shared layers."""
     check_stage(model.config, "evaluate")
@@ -179,7 +174,7 @@ def _means_of_windows(
         sums_of_batches.append(sums)
 
     models = [model] if base is None else [model, base]
-    with evaluating(*models), tqdm(total=len(rows), desc="text", unit="window", disable=not progress) as bar:
+    with evaluating(*models), progress_bar(total=len(rows), desc="text", unit="window") as bar:
         if prefix is not None:
             prefix.check(rows[0])
         for done in in_batches(rows, batch_size, run, "use shorter windows"):

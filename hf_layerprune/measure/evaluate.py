@@ -159,7 +159,7 @@ class _Evaluation(Measurement):
             file = answers_file(self.request.answers, key) if self.request.answers else None
             run = find_answers(file, key) if file else None
             if run is None:
-                harness = harness or Harness(model, tokenizer, self.request.batch_size, progress=self.request.progress)
+                harness = harness or Harness(model, tokenizer, self.request.batch_size)
                 logger.info("%s: %s", subject.name, name)
                 run = harness.run(name, task, limit=self.request.limit, shots=self.request.num_fewshot)
                 if file:
@@ -242,13 +242,9 @@ class _Evaluation(Measurement):
     ) -> None:
         from .distance import Distance, distance, perplexity
 
-        start, progress = perf_counter(), self.request.progress
+        start = perf_counter()
         with boundary(f"{text.name} can't be measured", kind=LayerPruneError):
-            found = (
-                perplexity(model, rows, progress=progress)
-                if base is None
-                else distance(model, base, rows, progress=progress)
-            )
+            found = perplexity(model, rows) if base is None else distance(model, base, rows)
         more = {"task": text.name, "dataset": text.dataset, "samples": found.tokens}
         more["seconds"] = round(perf_counter() - start, 3)
         numbers = [(self.model, "text", found.values)]

@@ -93,7 +93,6 @@ class Harness(HFLM):
         model (`PreTrainedModel`): A causal language model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         batch_size (`int` or `"auto"`, defaults to `"auto"`): Answers that are scored together.
-        progress (`bool`, defaults to `True`): Show a progress bar.
     """
 
     def __init__(
@@ -101,14 +100,11 @@ class Harness(HFLM):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int | str = "auto",
-        *,
-        progress: bool = True,
     ) -> None:
         require_harness()
         size = batch_size if batch_size != "auto" else _AUTO.get(model.device.type, _AUTO_ELSEWHERE)
-        with quiet(progress=progress):
+        with quiet():
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=int(size))
-        self._progress = progress
 
     def run(self, name: str, task: Task | Group, *, limit: int | None = None, shots: int | None = None) -> TaskRun:
         """Run a task or a group of tasks.
@@ -127,7 +123,7 @@ class Harness(HFLM):
         """
         start = time.perf_counter()
         with (
-            quiet(progress=self._progress),
+            quiet(),
             torch.no_grad(),
             boundary(f"task {name} can't be run", "omit it", LayerPruneError),
         ):
@@ -176,7 +172,7 @@ def prompts_hash(task: Task | Group, limit: int | None, shots: int | None) -> st
         `str`: A sha256 in hex.
     """
     digest = hashlib.sha256()
-    with quiet(progress=False):
+    with quiet():
         for one in [task] if isinstance(task, Task) else task.get_all_tasks():
             if shots is not None and one.get_config("num_fewshot") != 0:
                 one.set_config(key="num_fewshot", value=shots)

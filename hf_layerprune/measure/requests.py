@@ -46,7 +46,6 @@ class MeasureOptions(Options):
         (), "Folder of an earlier stage of MODEL, whose numbers are copied; repeatable", many(PATH)
     )
     force: bool = option(False, "Replace existing numbers of other weights")
-    progress: bool = option(True, "Show no progress bars", flag="quiet")
 
 
 @documented

@@ -12,10 +12,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..runtime.memory import free_memory, is_out_of_memory
 from ..runtime.parts import evaluating
+from ..screen import progress_bar
 from .cost import read_prompt
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ def time_models(
     workloads: Sequence[Workload],
     *,
     repeats: int = 5,
-    progress: bool = False,
 ) -> dict[Workload, dict[str, list[dict[str, float]]]]:
     """Time models on the same random prompts, in turns.
 
@@ -71,7 +70,6 @@ def time_models(
         models (`Mapping[str, PreTrainedModel]`): The models, by name.
         workloads (`Sequence[Workload]`): What to time. One that does not fit into memory is skipped with a warning.
         repeats (`int`, defaults to 5): Timed runs of each workload, after one warm-up run.
-        progress (`bool`, defaults to `False`): Show a progress bar.
 
     Returns:
         `dict[Workload, dict[str, list[dict[str, float]]]]`: The metrics of each repeat, by model, named as in
@@ -84,9 +82,7 @@ def time_models(
     names = list(models)
     with (
         evaluating(*models.values()),
-        tqdm(
-            total=len(workloads) * (repeats + 1) * len(names), desc="timing", unit="run", disable=not progress
-        ) as bar,
+        progress_bar(total=len(workloads) * (repeats + 1) * len(names), desc="timing", unit="run") as bar,
     ):
         for work in workloads:
             ids = torch.randint(vocabulary, (work.batch, work.prompt_tokens), generator=generator)

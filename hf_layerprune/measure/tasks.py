@@ -20,13 +20,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LayerPruneError, boundary
 from ..files import text_file
 from ..files.json_file import parse_json
+from ..screen import progress_bar
 from .texts import Text, read_text
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> TaskSet
     theirs = [match for name in wanted if name not in files for match in _find(name, list(files), folder)]
     ours = [name for name in wanted if name in files]
     loaded: dict[str, Task | Group] = {}
-    with quiet(progress=True):
+    with quiet():
         for name in theirs:
             with boundary(
                 f"can't load task {name}", "go online, or name files with --tasks-from FOLDER", LayerPruneError
@@ -133,13 +134,10 @@ def sandbox() -> SandboxedEnvironment:
 
 
 @contextmanager
-def quiet(*, progress: bool) -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Suppress the harness's log messages, and its progress bars for steps that take no time.
 
     Also skip its report on the environment, which takes seconds after each task and is not used here.
-
-    Args:
-        progress (`bool`): Keep the progress bar of the model's answers.
     """
     import lm_eval.api.model
     import lm_eval.api.task
@@ -148,18 +146,22 @@ def quiet(*, progress: bool) -> Iterator[None]:
 
     log = logging.getLogger("lm_eval")
     level, add_env_info, bar = log.level, lm_eval.evaluator.add_env_info, lm_eval.api.task.tqdm
-    hidden = [lm_eval.api.model, lm_eval.api.task] + ([] if progress else [lm_eval.models.huggingface])
+    bars = {lm_eval.api.model: True, lm_eval.api.task: True, lm_eval.models.huggingface: None}
     log.setLevel(logging.ERROR)
     lm_eval.evaluator.add_env_info = lambda results: None
-    for module in hidden:
-        module.tqdm = lambda *args, **words: bar(*args, **words | {"disable": True})
+    for module, hidden in bars.items():
+        module.tqdm = partial(_bar, hidden)
     try:
         yield
     finally:
         log.setLevel(level)
         lm_eval.evaluator.add_env_info = add_env_info
-        for module in hidden:
+        for module in bars:
             module.tqdm = bar
+
+
+def _bar(hidden: bool | None, *args: Any, **words: Any) -> Any:
+    return progress_bar(*args, **words | {"disable": hidden})
 
 
 @cache

@@ -17,11 +17,19 @@ from .command_line import add, arguments, gather
 from .declare import bind, check, declared, documented, find, option, take
 from .kinds import DROP, DTYPES, LAYERS, MODEL, MODEL_HELP, PATH, TEXT, Kind, checked, many, whole
 from .quantities import spell_bytes, spell_count
-from .shared import CalibrationOptions, ChoiceOptions, CutOptions, Options, TuningOptions
+from .shared import (
+    AnswerOptions,
+    CalibrationOptions,
+    ChoiceOptions,
+    CutOptions,
+    Options,
+    ScreenOptions,
+    TuningOptions,
+)
 
 __all__ = [
     "AMOUNTS", "BUDGETS", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "PATH", "TARGETS", "TEXT",
-    "AmountOptions", "CalibrationOptions", "ChoiceOptions", "CutOptions", "Kind", "Options", "TuningOptions", "add",
-    "arguments", "bind", "check", "checked", "declared", "documented", "find", "gather", "just", "many", "option",
+    "AmountOptions", "AnswerOptions", "CalibrationOptions", "ChoiceOptions", "CutOptions", "Kind", "Options",
+    "ScreenOptions", "TuningOptions", "add", "arguments", "bind", "check", "checked", "declared", "documented", "find", "gather", "just", "many", "option",
     "spell_bytes", "spell_count", "take", "whole",
 ]  # fmt: skip

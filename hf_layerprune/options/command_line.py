@@ -34,9 +34,10 @@ def _add(parser: Any, name: str, known: Option) -> None:
     words: dict[str, Any] = {"help": text}
     flag = known.flag or name.replace("_", "-")
     if known.kind is FLAG:
-        off = "store_false" if known.flag else argparse.BooleanOptionalAction
-        action = off if known.default else "store_true"
-        parser.add_argument(f"--{flag}", action=action, dest=name, default=known.default, **words)
+        action = argparse.BooleanOptionalAction if known.default else "store_true"
+        # No default: an option that stands before the command keeps its value there.
+        default = known.default or argparse.SUPPRESS
+        parser.add_argument(f"--{flag}", action=action, dest=name, default=default, **words)
         return
     if known.kind.repeated:
         words["action"] = "append"

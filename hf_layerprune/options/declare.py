@@ -27,8 +27,7 @@ class Option:
         help (`str`): One sentence without a full stop, and without its choices.
         kind (`Kind`): What values are accepted.
         choices (`Collection[str]` or `str`): The names it may have; or the name of the table that a room has bound.
-        flag (`str`, *optional*): The name on the command line, where it is not the field's. Of an option that is on by
-            default, the name that turns it off.
+        flag (`str`, *optional*): The name on the command line, where it is not the field's.
         positional (`bool`): Whether it stands on the command line without a name.
     """
 

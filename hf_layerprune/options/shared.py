@@ -18,6 +18,21 @@ class Options:
 
 
 @dataclass(kw_only=True)
+class ScreenOptions(Options):
+    """What a command shows. Every command has them, before its name or behind it."""
+
+    quiet: bool = option(False, "Show only errors and the result")
+    debug: bool = option(False, "Show where an error came from (also HF_LAYERPRUNE_DEBUG=1)")
+
+
+@dataclass(kw_only=True)
+class AnswerOptions(ScreenOptions):
+    """What a command shows that ends with a result."""
+
+    json: bool = option(False, "Print the result as one JSON object")
+
+
+@dataclass(kw_only=True)
 class CalibrationOptions(Options):
     """The text that criteria and repairs look at."""
 

@@ -171,7 +171,9 @@ class Metrics:
         """
         self._write(folder / FILE_NAME)
 
-    def _write(self, path: Path) -> None:
+    @property
+    def record(self) -> dict[str, Any]:
+        """The content of the file."""
         data: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "weights": self.weights,
@@ -181,6 +183,10 @@ class Metrics:
         }
         if self.bounds:
             data["requirements"] = [outcome.record for outcome in self.outcomes]
+        return data
+
+    def _write(self, path: Path) -> None:
+        data = self.record
         _validate(data, path)
         write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 

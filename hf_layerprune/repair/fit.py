@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..errors import CutError
 from ..families import check_stage
 from ..layer_ranges import blocks
 from ..runtime.walk import Batch, LayerWalk
+from ..screen import progress_bar
 from .registry import find_repair
 from .writers import Run
 
@@ -107,7 +107,7 @@ def fit_repair(
     fitter: Fitter = repair.load().fitter(walk, cuts, method)
     with torch.no_grad():
         fitter.run(calibration)
-    logger.info("repaired %s: %s", method, "; ".join(map(str, fitter.records)) or "nothing to do")
+    logger.debug("repaired %s: %s", method, "; ".join(map(str, fitter.records)) or "nothing to do")
     return Repair(method, fitter.tensors, fitter.records)
 
 
@@ -134,7 +134,7 @@ class Fitter:
         size = max(1, min(_BATCH_ROWS, len(calibration) // HELD_OUT))
         batches = [walk.begin(ids) for ids in calibration.batches(size)]
         probe = walk.begin(calibration.input_ids[:1, :_PROBE_TOKENS])
-        for i in tqdm(range(self.last), desc="fitting the repair", unit="layer", disable=None):
+        for i in progress_bar(range(self.last), desc="fitting the repair", unit="layer"):
             if i in self.first_of:
                 self.enter(i, batches)
             with walk.layer(i) as run:

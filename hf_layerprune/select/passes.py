@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..calibration.rows import CalibrationSet
 from ..errors import CheckpointError
 from ..repair.writers import Run
 from ..runtime.mapped import release
 from ..runtime.walk import Batch, LayerWalk
+from ..screen import progress_bar
 from .scores import Scores
 
 # Tokens per batch: enough to keep the processor busy, few enough to keep a layer's activations small.
@@ -86,7 +86,7 @@ def run_pass(
     walk.release_ends()
     for observer in observers:
         observer.begin(alive, batches)
-    for i in tqdm(alive, desc="running the dense model", unit="layer", disable=None):
+    for i in progress_bar(alive, desc="running the dense model", unit="layer"):
         layer = walk.layers[i]
         with walk.layer(i) as run:
             for observer in observers:

@@ -20,11 +20,11 @@ import psutil
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ..calibration.rows import CalibrationSet
 from ..errors import CutError
 from ..runtime.walk import Batch, LayerWalk
+from ..screen import progress_bar
 from .magnitude import weight_matrices
 from .passes import Observer, batch_rows, run_pass
 from .registry import ORIGINAL, PAPER
@@ -68,7 +68,7 @@ def score(
         ]
         walk.release_ends()
         scores: list[float | None] = [None] * walk.num_layers
-        for i in tqdm(alive[::-1], desc="taylor", unit="layer", disable=None):
+        for i in progress_bar(alive[::-1], desc="taylor", unit="layer"):
             scores[i] = _backward(walk, i, batches, entering.pop(), down)
     return Scores("taylor", variant, tuple(alive), layers=scores)
 

@@ -13,17 +13,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..calibration.rows import CalibrationSet
 from ..runtime.divergence import Reference, diverge
 from ..runtime.walk import Batch, LayerWalk
+from ..screen import progress_bar
 from .passes import batch_rows, not_finite
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Change = Callable[[nn.Module], AbstractContextManager]
 Key = tuple[object, ...]
@@ -99,7 +102,7 @@ def try_out(
     parts = calibration.input_ids.split(rows)
     sums: list[torch.Tensor] = []
     runs = walk.num_layers * len(parts)
-    with tqdm(total=runs, desc=f"evaluating {len(trials)} cuts", unit="layer", disable=None) as bar:
+    with progress_bar(total=runs, desc=f"evaluating {len(trials)} cuts", unit="layer") as bar:
         for part in parts:
             batches = [walk.begin(ids) for ids in part.split(batch_rows(calibration))]
             states = _advance(walk, batches, tracks, bar)

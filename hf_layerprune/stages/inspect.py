@@ -56,21 +56,20 @@ class Anatomy:
         return sum(self.layers) + self.embeddings + self.head + self.other
 
 
-def inspect_model(request: InspectRequest) -> str:
-    """Take a model apart by its config, and spell it out.
+def inspect_model(request: InspectRequest) -> Anatomy:
+    """Take a model apart by its config.
 
     Args:
-        request (`InspectRequest`): Which model, and the cut to try out.
+        request (`InspectRequest`): Which model.
 
     Returns:
-        `str`: Several lines.
+        `Anatomy`: Parameters by part.
 
     Raises:
         CheckpointError: There is no such model.
         LayerPruneError: It has no language decoder.
     """
-    config = load_config(request.model, revision=request.revision)
-    return report(request.model, inspect_config(config), request.drop)
+    return inspect_config(load_config(request.model, revision=request.revision))
 
 
 def inspect_config(config: PreTrainedConfig) -> Anatomy:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,28 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FROM_GGUF = "bfloat16"  # the type of a model that is unpacked from a GGUF file
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was done.
+
+    Args:
+        output (`str`): The folder or file that was written.
+        dropped (`list[int]`): Layers of the base.
+        layers (`int`): How many layers the base has.
+        form (`str`): `"model"` or `"adapter"`.
+    """
+
+    output: str
+    dropped: list[int]
+    layers: int
+    form: str = "model"
+
+    def __str__(self) -> str:
+        kind = "adapter that drops" if self.form == "adapter" else "dropped"
+        left = self.layers - len(self.dropped)
+        return f"{kind} layers {format_layers(self.dropped)} of {self.layers}: {left} left, in {self.output}"
 
 
 def looks_at_model(request: PruneRequest) -> bool:
@@ -87,14 +110,14 @@ def was_made(request: PruneRequest, folder: Path) -> bool:
     return True
 
 
-def prune_to(request: PruneRequest) -> str:
+def prune_to(request: PruneRequest) -> Pruned:
     """Prune a base into a new folder or file.
 
     Args:
         request (`PruneRequest`): What to do.
 
     Returns:
-        `str`: One line that says what was done.
+        `Pruned`: What was done; as text, one line.
 
     Raises:
         CutError: These layers can't be dropped.
@@ -167,8 +190,7 @@ def prune_to(request: PruneRequest) -> str:
             entry |= prepared.record
         entry["layers"] = {"base": cut.num_layers, "left": len(cut.keep)}
         _write_lineage(request, entry, commit, folder, hub)
-    kind = "adapter that drops" if request.adapter else "dropped"
-    return f"{kind} layers {format_layers(cut.drop)} of {cut.num_layers}: {len(cut.keep)} left, in {output}"
+    return Pruned(str(output), list(cut.drop), cut.num_layers, "adapter" if request.adapter else "model")
 
 
 def _count_only(
@@ -194,7 +216,7 @@ def _hub_base(request: PruneRequest) -> Base | None:
     return Base.open(request.base, request.revision)
 
 
-def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> str:
+def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
     if not is_gguf(base):
         raise CheckpointError(f"{base} is not a GGUF file, and only one can be written to {output}; name a folder")
     if request.dtype != "auto" or request.adapter or request.repair:
@@ -209,8 +231,7 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> str:
         n = gguf_layer_count(base)
         dropped = _count_only(request, n, target=_gguf_target(request, base, n))
     plan = cut_gguf(base, output, dropped, force=request.force)
-    left, n = len(plan.kept_layers), plan.block_count
-    return f"dropped layers {format_layers(plan.dropped_layers)} of {n}: {left} left, in {output}"
+    return Pruned(str(output), list(plan.dropped_layers), plan.block_count)
 
 
 def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target | None:

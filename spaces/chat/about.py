@@ -7,6 +7,7 @@ changed), `metrics.json` (what was measured) and the metadata of `README.md`. Nu
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from html import escape
 from types import SimpleNamespace
@@ -17,14 +18,12 @@ from huggingface_hub.repocard import metadata_load
 from transformers.utils.hub import cached_file
 
 try:  # in a published Space: a copy that `push --space` adds
-    from figures import results
+    from figures import results, stages
 except ImportError:  # in a checkout or an installed package
-    from hf_layerprune.records.figures import results
+    from hf_layerprune.records.figures import results, stages
 
 bytes_ = results.numbers.size  # a number of bytes with a unit
 COLUMNS = 16  # the most cells in a row of the layer map, to stay readable on a phone
-# Default settings that are not shown.
-USUAL = (("dtype", "auto"), ("form", "model"))
 
 
 @dataclass
@@ -50,6 +49,19 @@ class Records:
                     records[name] = json.load(opened)
         readme = path("README.md")
         return cls(model, card=(metadata_load(readme) or {}) if readme else {}, **records)
+
+    @property
+    def name(self) -> str:
+        """The model's name: on the Hub its own, and of a folder the one on its card, or its base and its layers."""
+        folder = self.model.rstrip("/").rsplit("/", 1)[-1]
+        layers = self.layers()
+        if not os.path.isdir(self.model) or layers is None:
+            return folder
+        index = self.card.get("model-index")
+        named = index[0].get("name") if isinstance(index, list) and index and isinstance(index[0], dict) else None
+        base = str(self.base or folder).removesuffix(".gguf").rstrip("/").rsplit("/", 1)[-1]
+        named = self.lineage.get("published", {}).get("name") or named
+        return str(named or f"{base}-{len(layers[1])}L")
 
     @property
     def base(self) -> str | None:
@@ -187,17 +199,26 @@ def history(lineage: dict[str, Any]) -> str:
         return ""
     items = []
     for entry in lineage["entries"]:
-        settings = ", ".join(
-            f"{name.replace('_', ' ')} {_short(value)}"
-            for name, value in entry["settings"].items()
-            if value not in (None, False, "", [], {}) and (name, value) not in USUAL
-        )
         seconds = f", {results.numbers.seconds(entry['seconds'])}" if entry.get("seconds", 0) >= 1 else ""
         items.append(
             f"<li><b>{escape(entry['stage'])}</b> <small>{escape(entry['date'][:10])}{seconds}</small>"
-            f"<br>{escape(settings)}</li>"
+            f"<br>{escape(told(entry))}</li>"
         )
     return f"<h2>How it was made</h2><ol>{''.join(items)}</ol>"
+
+
+def told(entry: dict[str, Any]) -> str:
+    """What a stage did, in the words of the card."""
+    settings = entry["settings"]
+    if entry["stage"] != "prune":
+        text = "; ".join(f"{words}: {value}" for words, value in stages.training_settings(settings).items())
+        return f"{text[:1].upper()}{text[1:]}." if text else ""
+    said = [f"Layers {ranges(sorted(settings['drop_layers']))} dropped"]
+    if settings.get("criterion"):
+        said.append(f"chosen by {settings['criterion']}")
+    if settings.get("repair"):
+        said.append(f"repaired by {settings['repair']}")
+    return f"{', '.join(said)}."
 
 
 def sources(records: Records) -> str:
@@ -228,10 +249,3 @@ def ranges(layers: list[int]) -> str:
         else:
             runs.append([layer])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs) or "none"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
-        return ranges(sorted(value))
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:79] + "…"

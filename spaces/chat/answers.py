@@ -123,6 +123,7 @@ class Answer(TextStreamer):
     def __init__(self, side: Side, source: Source, ids: list[int], settings: dict[str, Any]) -> None:
         super().__init__(source.tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._side, self._ids, self._settings = side, ids, settings
+        self._penalty = source.generation["repetition_penalty"]
         self.text, self.tokens, self.seconds, self.first, self.cache_bytes = "", 0, 0.0, 0.0, 0
         self.stop, self.done = threading.Event(), threading.Event()
         self.error: Exception | None = None
@@ -172,6 +173,7 @@ class Answer(TextStreamer):
                 temperature=None,
                 top_p=None,
                 top_k=None,
+                repetition_penalty=self._penalty,
                 logits_processor=_sampling(settings, model.device),
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                 streamer=self,

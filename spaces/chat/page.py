@@ -113,7 +113,7 @@ def page(source: Source) -> gr.Blocks:
     Returns:
         `gr.Blocks`: The page, with its queue.
     """
-    name = source.model.rstrip("/").rsplit("/", 1)[-1]
+    name = source.records.name
     settings = settings_of_an_answer(source)
     with gr.Blocks(title=name) as demo:
         # First, so that no event of the page gets one of these names.

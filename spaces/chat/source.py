@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from about import Records
+from about import Records, stages
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from jinja2 import TemplateError
@@ -134,12 +134,16 @@ def named(model: str) -> dict[str, str]:
 
 
 def advised(model: str) -> dict[str, float]:
-    """The sampling settings in a model's generation config, or reasonable defaults."""
+    """The settings in a model's generation config, or reasonable defaults."""
     try:
         config = GenerationConfig.from_pretrained(named(model)["pretrained_model_name_or_path"])
     except (OSError, ValueError):
         config = GenerationConfig()
-    return {"temperature": config.temperature or 0.6, "top_p": config.top_p or 0.9}
+    return {
+        "temperature": config.temperature or 0.6,
+        "top_p": config.top_p or 0.9,
+        "repetition_penalty": config.repetition_penalty or stages.REPETITION_PENALTY,
+    }
 
 
 def find_adapter(model: str) -> Any:

@@ -74,7 +74,7 @@ def cut_as_file(source: Path, target: Path, drop: str) -> Path:
 
     if not target.is_file():
         try:
-            cut_gguf(source, target, parse_layers(drop), progress=False)
+            cut_gguf(source, target, parse_layers(drop))
         except CheckpointError as error:
             raise CannotConvert(str(error).replace(f"{source}: ", "")) from error
     return target

@@ -20,9 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ...files.copy import LocalFile, NewFile, check_file_target, check_space, new_file
+from ...screen import progress_bar
 from .header import GGUFHeader, Tensor, padded, read_header, write_header
 from .layers import block_count_of, rewrite_metadata
 from .names import renamed
@@ -154,7 +153,6 @@ def cut_gguf(
     drop_layers: Sequence[int],
     *,
     force: bool = False,
-    progress: bool = True,
 ) -> GGUFCutPlan:
     """Write a copy of a GGUF model file without some of its layers.
 
@@ -166,7 +164,6 @@ def cut_gguf(
         target (`str` or `os.PathLike`): The file to write, in an existing folder.
         drop_layers (`Sequence[int]`): Indices of the layers to drop.
         force (`bool`, *optional*, defaults to `False`): Replace the target if it exists.
-        progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
 
     Returns:
         `GGUFCutPlan`: The plan that was carried out.
@@ -186,7 +183,7 @@ def cut_gguf(
         with (
             new_file(target, force=force, apart_from=source) as partial,
             NewFile(partial) as output,
-            tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name, disable=not progress) as bar,
+            progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar,
         ):
             output.write(plan.header)
             for offset, size in plan.tensors:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...records.figures import numbers
 from ...records.figures.results import Results, Row
+from ...records.known_data import known_data
 from ...records.names import is_hub_name
 from .escape import plain
 
@@ -40,7 +41,7 @@ def metadata(card: Card) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if history.base_on_hub:
         fields["base_model"] = history.base_on_hub
-        # A pruned model is neither quantised nor merged; the Hub has no better value for this field.
+        # The Hub knows adapter, merge, quantized and finetune: a pruned model, new weights of one base, is the last.
         fields["base_model_relation"] = "adapter" if history.form == "adapter" else "finetune"
     if licence.known:
         fields["license"] = plain(licence.id)
@@ -99,7 +100,7 @@ def eval_results(results: Results) -> list[Any]:
     entries = []
     for row, record in _own(results, results.rows):
         kind, task, metric = row.key
-        dataset = str(record.get("dataset", ""))
+        dataset = known_data(str(record.get("dataset", "")))
         optional = ("stderr", "samples", "device", "dtype")
         settings: dict[str, Any] = {name: record[name] for name in optional if name in record}
         entries.append(
@@ -151,7 +152,7 @@ def eval_files(results: Results) -> dict[str, str]:
             f"{row.metric}, {record.get('shots', 0)}-shot, {numbers.measured('samples', record['samples'])} questions"
         )
         entry = EvalResultEntry(
-            dataset_id=record["dataset"],
+            dataset_id=known_data(record["dataset"]),
             task_id=task,
             value=round(100 * record["value"], 4),
             date=str(record["date"])[:10],
@@ -163,6 +164,6 @@ def eval_files(results: Results) -> dict[str, str]:
 
 
 def _is_benchmark(row: Row, record: dict[str, Any]) -> bool:
-    dataset, limit = record.get("dataset", ""), record.get("settings", {}).get("limit")
+    dataset, limit = known_data(record.get("dataset", "")), record.get("settings", {}).get("limit")
     named = "/" in dataset and is_hub_name(dataset) and _HASH.fullmatch(dataset) is None
     return bool(named and limit is None and record.get("samples") and row.key[1])

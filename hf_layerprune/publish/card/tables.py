@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 from markupsafe import Markup
@@ -11,18 +10,12 @@ from markupsafe import Markup
 from ...layer_ranges import format_layers
 from ...records.figures import numbers
 from ...records.figures.results import ResultColumn, Results, Row, run_words
+from ...records.figures.stages import training_settings
 from ...records.history import Stage
 from ...records.requirements import Outcome
 from .escape import code, hub_link, prose
 
 _NBSP = "\u00a0"
-# The most important settings of a training run.
-_TRAINING = {
-    "method": "what is trained", "loss": "loss", "kd_direction": "direction of the KL divergence",
-    "learning_rate": "learning rate", "lr_scheduler_type": "schedule", "optim": "optimiser",
-    "num_train_epochs": "epochs", "max_steps": "steps", "rows_a_step": "rows per step",
-    "max_length": "maximum tokens per row", "seed": "seed",
-}  # fmt: skip
 
 
 def table(header: Sequence[Any], align: str, rows: Sequence[Sequence[Any]]) -> Markup:
@@ -118,17 +111,7 @@ def _use(stage: Stage) -> str:
 
 def training_table(stage: Stage) -> Markup:
     """The most important settings of a training run; the list of settings has all of them."""
-    settings = stage.settings
-    each = [
-        settings.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
-    ]
-    numbers = [number for number in each if isinstance(number, int)]
-    if len(numbers) == len(each):
-        settings = settings | {"rows_a_step": prod(numbers)}
-    texts = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in settings.items()}
-    rows = [
-        [words, code(texts[name])] for name, words in _TRAINING.items() if texts.get(name) not in (None, "", [], -1)
-    ]
+    rows = [[words, code(value)] for words, value in training_settings(stage.settings).items()]
     return table([stage.name, ""], "ll", rows)
 
 

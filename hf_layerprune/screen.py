@@ -1,0 +1,62 @@
+"""What reaches a person's screen: one kind of progress bar, our own lines, and none of the libraries' chatter.
+
+The bars are those of the Hub client, as the `hf` command shows them: on a terminal only, gone when the work is done, and
+off where the Hub's are off (`HF_HUB_DISABLE_PROGRESS_BARS`, `huggingface_hub.utils.disable_progress_bars`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from .errors import shown
+
+if TYPE_CHECKING:
+    from huggingface_hub.utils import tqdm
+
+# Off unless the user has set them: bars of libraries that don't look where they are shown (loading weights, unpacking
+# GGUF files, tokenizing), and what libraries tell their developers.
+_CHATTER = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def settle(*, quiet: bool = False) -> None:
+    """Settle what this process, and those that it starts, may show; for commands, before libraries are imported.
+
+    Args:
+        quiet (`bool`, defaults to `False`): Show errors only: no progress bars, no remarks.
+    """
+    for name, value in _CHATTER.items():
+        os.environ.setdefault(name, value)
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[_Lines()])
+    logging.getLogger("hf_layerprune").setLevel(logging.ERROR if quiet else logging.INFO)
+
+
+def progress_bar(*args: Any, **words: Any) -> tqdm:
+    """A progress bar.
+
+    Args:
+        args: As for `tqdm`.
+        words: As for `tqdm`. `disable=True` turns it off, as in all processes but one.
+
+    Returns:
+        `tqdm`: The bar.
+    """
+    from huggingface_hub.utils import tqdm
+
+    return tqdm(*args, **{"disable": None, "leave": False} | words)
+
+
+class _Lines(logging.Handler):
+    """Writes each message above the progress bars, and escapes what a terminal would act on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(shown(self.format(record)), file=sys.stderr)
