@@ -167,8 +167,12 @@ def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig) -> list[
     """
     marker = getattr(model.config, families.MARKER, _ABSENT)
     changes = [_Change(model.config, families.MARKER, marker, getattr(new_config, families.MARKER))]
+    path = path_to_text(model.config)
+    towers = [getattr(part, name, None) for part in path[:-1] for name in part.sub_configs]
+    others = {id(tower) for tower in towers} - {id(part) for part in path}  # may be of the decoder's own class
     held = [getattr(module, "config", None) for module in model.modules()]
-    for old_part, new_part in zip(path_to_text(model.config), path_to_text(new_config), strict=True):
+    held = [config for config in held if id(config) not in others]
+    for old_part, new_part in zip(path, path_to_text(new_config), strict=True):
         before, after = dict(vars(old_part)), vars(new_part)
         delta = {
             name: after.get(name, _ABSENT)
