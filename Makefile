@@ -46,7 +46,7 @@ matrix: $(STAMP)
 compat: $(STAMP)
 	$(BIN)/python -m tests.compat
 
-# Pruned models in vLLM, llama.cpp and OpenVINO, each in an environment from the package index (4 GB, half an hour).
+# Pruned models in vLLM, llama.cpp, ONNX Runtime and OpenVINO, each in its own environment (9 GB, half an hour).
 engines: $(STAMP)
 	$(BIN)/python -m tests.engines
 

@@ -91,7 +91,7 @@ def test_the_warning_reaches_who_prunes(tmp_path, caplog):
     config = models.tiny("gpt_oss")
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2-4"]) == 0
-    assert "in vLLM and llama.cpp, every 2 layers of a gpt_oss count as a group" in caplog.text
+    assert "in vLLM, llama.cpp and ONNX Runtime, every 2 layers of a gpt_oss count as a group" in caplog.text
     caplog.clear()
     assert main(["prune", str(tmp_path / "base"), str(tmp_path / "whole"), "--drop-layers", "2-3"]) == 0
     assert "count as a group" not in caplog.text

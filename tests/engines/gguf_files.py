@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import models
@@ -40,18 +42,34 @@ def converted(name: str, which: str) -> Path:
     target = folder.parent / f"{which}.gguf"
     if target.is_file():
         return target
-    if name != models.REAL and models.FAMILIES[name].family in _SENTENCEPIECE:
-        shutil.copyfile(_sentencepiece(), folder / "tokenizer.model")
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            (folder / file).unlink(missing_ok=True)
     (converter,) = (HOME / "llama.cpp" / "sources").glob("*/vendor/llama.cpp/convert_hf_to_gguf.py")
     (packages,) = (HOME / "llama.cpp" / "lib").glob("python*/site-packages")
     partial = target.with_suffix(".part")
     command = [sys.executable, str(converter), str(folder), "--outfile", str(partial), "--outtype", "f32"]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(packages)}, capture_output=True, text=True)
+    with _taken_by_the_converter(name, folder):
+        env = os.environ | {"PYTHONPATH": str(packages)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise CannotConvert((done.stderr.strip().splitlines() or ["no message"])[-1])
     return partial.rename(target)
+
+
+@contextmanager
+def _taken_by_the_converter(name: str, folder: Path) -> Iterator[None]:
+    """The folder, for as long as it is converted with a tokenizer that the converter knows."""
+    if name == models.REAL or models.FAMILIES[name].family not in _SENTENCEPIECE:
+        yield
+        return
+    aside = [(folder / file, folder.parent / file) for file in ("tokenizer.json", "tokenizer_config.json")]
+    shutil.copyfile(_sentencepiece(), folder / "tokenizer.model")
+    for file, place in aside:
+        file.replace(place)
+    try:
+        yield
+    finally:
+        (folder / "tokenizer.model").unlink()
+        for file, place in aside:
+            place.replace(file)
 
 
 def cut_as_file(source: Path, target: Path, drop: str) -> Path:

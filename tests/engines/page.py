@@ -17,7 +17,7 @@ MARK = "<!-- What follows is written by `make engines`. -->\n"
 
 # These count, whatever the config says; `prune` warns, and the page says so.
 _KNOWN = {("llama.cpp", "converted", name) for name in ("gemma2", "gemma3", "gpt_oss", "smollm3")}
-_KNOWN.add(("vllm", "folder", "gpt_oss"))
+_KNOWN |= {("vllm", "folder", "gpt_oss"), ("onnxruntime", "folder", "gpt_oss")}
 
 
 def is_known(row: dict[str, Any]) -> bool:

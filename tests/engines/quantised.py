@@ -12,8 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import models
+from . import gguf_files, models
+from .asking import ask
 from .environments import HOME
+from .quantise_gguf import TYPES
 
 TORCHAO = "torchao==0.18.0"  # a folder beside the project's environment: no other package is needed
 
@@ -58,7 +60,30 @@ def table() -> str:
             agreement = (logs.argmax(-1) == exact.argmax(-1)).float().mean().item()
             size = _megabytes(Path(folder))
             lines.append(f"| {name} | {size:.0f} | {'yes' if same else 'no'} | {divergence:.3f} | {agreement:.0%} |")
+    if (HOME / "llama.cpp" / "installed.txt").is_file():
+        lines += _in_llama_cpp()
     return "\n".join(lines).replace("%", " %").replace("  %", " %")
+
+
+def _in_llama_cpp() -> list[str]:
+    """The converted folder, quantised: the next token after each part of what the pruned model writes."""
+    source, expected = gguf_files.converted(models.REAL, "cut"), models.reference(models.REAL, "cut")["tokens"]
+    prompt, lines = models.prompt_of(models.REAL), []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in TYPES:
+            target = Path(folder) / f"{kind}.gguf"
+            command = [sys.executable, "-m", "tests.engines.quantise_gguf", str(source), str(target), kind]
+            subprocess.run(command, check=True, capture_output=True)
+            jobs = [
+                {"name": str(i), "path": str(target), "prompt": prompt + expected[:i], "count": 1}
+                for i in range(len(expected))
+            ]
+            answers = ask("llama.cpp", jobs)
+            same = [answers[str(i)]["tokens"] == expected[i : i + 1] for i in range(len(expected))]
+            lines.append(
+                f"| llama.cpp, {kind} | {target.stat().st_size / 1e6:.0f} | | | {sum(same) / len(same):.0%} |"
+            )
+    return lines
 
 
 def _megabytes(folder: Path) -> float:
