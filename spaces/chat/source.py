@@ -139,10 +139,11 @@ def advised(model: str) -> dict[str, float]:
         config = GenerationConfig.from_pretrained(named(model)["pretrained_model_name_or_path"])
     except (OSError, ValueError):
         config = GenerationConfig()
+    declared = config.no_repeat_ngram_size or (config.repetition_penalty or 1) != 1
     return {
         "temperature": config.temperature or 0.6,
         "top_p": config.top_p or 0.9,
-        "repetition_penalty": config.repetition_penalty or stages.REPETITION_PENALTY,
+        "no_repeat": 0 if declared else stages.NO_REPEAT_NGRAM,
     }
 
 

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from ...layer_ranges import format_layers
 from ...records.figures import numbers
 from ...records.figures.results import COST, QUALITY, Results, measured_with, results_of, run_words
-from ...records.figures.stages import REPETITION_PENALTY
+from ...records.figures.stages import NO_REPEAT_NGRAM
 from ...records.history import History, Stage, read_history
 from ...records.licences import LicenceFound
 from ...records.lineage import Lineage
@@ -177,7 +177,7 @@ def _context(card: Card) -> dict[str, Any]:
         "done": [stage.name for stage in history.stages],
         "papers": bibtex(card.papers),
         "measured_with": measured_with(results) if results else [],
-        "repetition_penalty": REPETITION_PENALTY,
+        "no_repeat": NO_REPEAT_NGRAM,
         "model_id": card.repo_id or f"path/to/{card.name}",
     }
 

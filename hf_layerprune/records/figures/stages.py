@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-# Small models that lost layers repeat themselves; a base that declares a penalty of its own keeps it.
-REPETITION_PENALTY = 1.1
+# Small models that lost layers run in circles: no run of so many tokens comes twice. A base that declares a setting of
+# its own against repetition keeps that.
+NO_REPEAT_NGRAM = 5
 # The most important settings of a training run.
 _TRAINING = {
     "method": "what is trained", "loss": "loss", "kd_direction": "direction of the KL divergence",
