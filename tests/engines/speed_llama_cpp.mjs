@@ -1,4 +1,4 @@
-// How fast llama.cpp runs GGUF files, in turns: node speed.mjs ROUNDS PREFILL DECODE FILE ... (in .engines/llama.cpp)
+// How fast llama.cpp runs GGUF files, in turns: node speed_llama_cpp.mjs ROUNDS PREFILL DECODE FILE ... (in .engines/llama.cpp)
 import {createRequire} from "node:module";
 import {pathToFileURL} from "node:url";
 
