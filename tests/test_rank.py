@@ -99,7 +99,7 @@ def test_without_output_or_text(base: Path, capsys: pytest.CaptureFixture[str], 
     ("words", "code", "message"),
     [
         (["--criterion", "tailor"], 2, "did you mean taylor?"),
-        (["--drop", "1", "--criterion", "taylor"], 2, "only 2 may"),
+        (["--drop", "3", "--criterion", "taylor"], 2, "only 2 may"),
         (["--lengths", "8", "--criterion", "kl", *FEW], 2, "blocks of 8 layers"),
         (["--calibration", "no.txt", "--criterion", "kl"], 1, "no.txt does not exist"),
         (["--device", "tpu9", "--criterion", "kl", *FEW], 2, "device 'tpu9' can't be used"),

@@ -36,7 +36,7 @@ def test_drop_out_of_range(drop: object) -> None:
 @given(
     layers=st.integers(2, 60),
     data=st.data(),
-    criterion=st.sampled_from(sorted(name for name in CRITERIA if not needs_model(name))),
+    criterion=st.sampled_from(sorted(name for name in CRITERIA if not needs_model(CutOptions(criterion=name)))),
     contiguous=st.booleans(),
     seed=st.integers(0, 99),
 )
