@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,7 +77,11 @@ def _by_server(which: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _row(outcome: str, nats: float | None, note: str) -> dict[str, Any]:
-    return {"outcome": outcome, "nats": None if nats is None else float(f"{nats:.1g}"), "note": note[:300]}
+    return {
+        "outcome": outcome,
+        "nats": None if nats is None else float(f"{nats:.1g}"),
+        "note": re.sub(r"/\S+/", "", note)[:300],
+    }
 
 
 def _answers(

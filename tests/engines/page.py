@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def _cell(row: dict[str, Any] | None, notes: list[str]) -> str:
         return ""
     if row["outcome"] == "same":
         return f"{row['nats']:.0e}"
-    note = " ".join(re.sub(r"/\S+/", "", row["note"]).replace("|", "\\|").replace("<", "&lt;").split())
+    note = " ".join(row["note"].replace("|", "\\|").replace("<", "&lt;").split())
     if note not in notes:
         notes.append(note)
     return f"{row['outcome']} ({notes.index(note) + 1})"
