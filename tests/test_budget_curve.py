@@ -321,3 +321,13 @@ def test_the_knee() -> None:
     assert knee(curve(0.01, 0.02, 0.04, 0.5, 1.0)) == 3
     assert knee(curve(0.2, 0.4, 0.6, 0.8)) is None, "a straight line has none"
     assert knee(curve(0.1, 0.2)) is None
+
+
+@pytest.mark.parametrize(("rows", "repair", "warns"), [(16, "refit", True), (16, None, False), (128, "refit", False)])
+def test_few_tokens_for_the_maps_that_sets_are_compared_by(
+    rows: int, repair: str | None, warns: bool, model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = torch.randint(3, VOCAB, (rows, 16), generator=torch.Generator().manual_seed(3))
+    choice = CutOptions(drop=2, criterion="auto", repair=repair)
+    Search(LayerWalk(model), CalibrationSet.of(ids, "random"), range(1, 8), choice)
+    assert ("calibration_samples=" in caplog.text) == warns

@@ -23,7 +23,7 @@ from torch import nn
 
 from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError
-from ..families import check_stage
+from ..families import check_stage, text_config
 from ..layer_ranges import format_layers
 from ..repair.fit import Repair, blocks, fit_repair
 from ..repair.registry import find_repair
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 HELD_OUT = 0.25
 # The most rows: to fit maps to, to try blocks on, and to try the steps of nested sets on.
 _MAP_ROWS, _TRY_ROWS, _STEP_ROWS = 48, 8, 2
+_TOKENS_PER_DIMENSION = 8
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Search:
         # The map needs a layer in front.
         self.free = {i for i in free if i or not self._in_front}
         self._mapping, self._trying = self.fitting.split(min(0.34, _TRY_ROWS / len(self.fitting)))
+        self._warn_of_few_tokens()
         self.steps = list(found)
         self._fits: dict[tuple[int, ...], BlockFit | None] = {}
         self._dense: Outcome | None = None
@@ -205,6 +207,17 @@ class Search:
         return min(longest if self.contiguous else len(self.free), self.walk.num_layers - 1)
 
     # --- internals ---------------------------------------------------------------------------------------
+
+    def _warn_of_few_tokens(self) -> None:
+        """A map that is fitted to hardly more tokens than it is wide tells little about a set."""
+        ids = self._mapping.input_ids[:_MAP_ROWS]
+        width = text_config(self.walk.model.config).hidden_size
+        if self._in_front and ids.numel() < _TOKENS_PER_DIMENSION * width:
+            rows = math.ceil(len(self.fitting) / (1 - HELD_OUT) * _TOKENS_PER_DIMENSION * width / ids.numel())
+            logger.warning(
+                "sets of layers are compared by maps of width %d that are fitted to %d tokens, which is few; "
+                "calibration_samples=%d would choose more reliably", width, ids.numel(), rows,
+            )  # fmt: skip
 
     def _next(self) -> int:
         """The layer to drop next."""
