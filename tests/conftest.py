@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports transformers: no network, no progress bars, no telemetry.
@@ -34,6 +36,15 @@ if not tiny_models.is_current():
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_ends_with_the_test() -> Iterator[None]:
+    logger = logging.getLogger("hf_layerprune")
+    level = logger.level
+    yield
+    if logger.level == logging.ERROR:  # a command with --quiet in this process
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -362,7 +362,7 @@ def test_about_this_model(visit: Callable[..., Visit], browser: Browser, folder:
     expect(page.get_by_role("heading", name="6 of 8 layers")).to_be_visible()
     expect(page.get_by_role("img", name="6 of 8 layers remain; dropped: 3-4")).to_be_visible()
     expect(page.get_by_text("Nothing has been measured yet")).to_be_visible()
-    expect(page.get_by_text("drop layers 3-4")).to_be_visible()
+    expect(page.get_by_text("Layers 3-4 dropped.")).to_be_visible()
     assert not page.locator("#settings").is_visible()
     here.tab("Chat")
     expect(page.locator("#settings")).to_be_visible()
