@@ -386,7 +386,7 @@ def _draw(curve: Curve, folder: Path) -> None:
         point = curve.points[curve.chosen - 1]
         best = point.get("repaired") or point["cut"]
         remark = (
-            f"{point['dropped']} layers less: {spell_count(point['parameters'])} parameters,\n"
+            f"{point['dropped']} of {curve.record['num_layers']} layers dropped: {spell_count(point['parameters'])} parameters,\n"
             f"{point['speedup']:.2f} times as fast, perplexity \N{MULTIPLICATION SIGN} {best['perplexity_ratio']:.2f}"
         )
     try:
