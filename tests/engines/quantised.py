@@ -45,7 +45,7 @@ def table() -> str:
     ids = torch.tensor([models.prompt_of(models.REAL)])
     exact = load(pruned)(ids).logits[0].detach().float().log_softmax(-1)
     lines = [
-        "| tool | MB | same after a reload | KL from the pruned model, nats | same first choice |",
+        "| tool | MB | same after a reload | KL from the pruned model, nats | top-1 agreement |",
         "|---|---|---|---|---|",
     ]
     lines.append(f"| none | {_megabytes(pruned):.0f} | | 0 | 100 % |")
