@@ -106,7 +106,8 @@ def _hf_layerprune(words: list[str]) -> None:
         build_parser().parse_args(words)
         return
     code = main([*words, *SHORT.get(words[0], [])])
-    assert code == 0, f"exit code {code}"
+    # A random model may miss what a page requires of a real one.
+    assert code in ((0, 1) if "--require" in words else (0,)), f"exit code {code}"
 
 
 def _pip(words: list[str]) -> None:
