@@ -22,7 +22,9 @@ from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.files.json_file import read_object
 from hf_layerprune.files.text_file import read_text
-from hf_layerprune.runtime.loading import _check_saved, load_base, load_config
+from hf_layerprune.measure.answers import answers_file, find_answers, keep_answers
+from hf_layerprune.measure.harness import Score, TaskRun
+from hf_layerprune.runtime.loading import _check_saved, as_path, load_base, load_config
 
 from .measure_models import byte_tokenizer, write_gguf, write_model
 
@@ -345,3 +347,19 @@ def test_numbers_overwrite_nothing_but_numbers(
         assert main(words) == 1
         assert re.search("name (a|another) file|is inside .*, which is only read", one_line_of(capsys))
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_name_that_is_no_text_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="names no model"):
+        as_path([["org/name"]])  # type: ignore[arg-type]
+
+
+def test_stored_answers_with_a_text_for_a_number_are_not_used(tmp_path: Path) -> None:
+    key = {"task": "piqa"}
+    path = answers_file(tmp_path, key)
+    scores = {"acc": Score(0.5, 0.1, True, {"0": 1.0})}
+    run = TaskRun("piqa", scores, 0.5, samples=1, shots=0, version=1.0, seconds=2.0)
+    keep_answers(path, key, run)
+    assert find_answers(path, key) == run
+    path.write_text(path.read_text().replace('"seconds": 2.0', '"seconds": "long"'))
+    assert find_answers(path, key) is None

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from .. import families
 from ..cut.lazy import SAVED, load_pruned
 from ..cut.memory import LayerCut
-from ..errors import CheckpointError, LayerPruneError
+from ..errors import CheckpointError, LayerPruneError, boundary
 from ..families.layout import find_decoder_layers
 from ..runtime.loading import load_base, resolve_base
 from ..runtime.precision import in_fast_precision
@@ -139,6 +139,8 @@ def load_merged(name: str, adapter: PeftConfig, kwargs: dict[str, Any]) -> PreTr
         base = _load(adapter, others)
     else:
         base = load_base(adapter.base_model_name_or_path, revision=adapter.revision, **others)
-    model = load_adapter(base, name, **where).merge_and_unload()
+    adapted = load_adapter(base, name, **where)
+    with boundary(f"can't merge the adapter {name} into its base"):
+        model = adapted.merge_and_unload()
     model.name_or_path = model.config.name_or_path = name
     return model

@@ -49,6 +49,11 @@ def find_answers(path: Path, key: dict[str, Any]) -> TaskRun | None:
         run = data["run"]
         scores = {metric: Score(**score) for metric, score in run.pop("scores").items()}
         answered = TaskRun(**run, scores=scores)
+        numbers = [answered.seconds, answered.samples, answered.shots]
+        for score in scores.values():
+            numbers += [score.value, *score.outcomes.values()]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise TypeError("a text stands where a number belongs")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is damaged (%s), so the task is run again", path, error)
         return None

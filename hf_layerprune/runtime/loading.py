@@ -81,7 +81,7 @@ def as_path(base: str | Path) -> Path:
     try:
         path = Path(base).expanduser()
         path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, or `~user` of no user
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # no text, too long, or `~user` of no user
         raise CheckpointError(f"{str(base)[:200]} names no model: {error}") from error
     return path
 
