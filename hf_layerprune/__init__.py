@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .adapter.pruning import prune_with
     from .cut.memory import drop_layers
     from .stages.curve import quality_curve
+    from .stages.quantize import record_quantized
 
 __all__ = [
     "CheckpointError",
@@ -34,6 +35,7 @@ __all__ = [
     "drop_layers",
     "prune_with",
     "quality_curve",
+    "record_quantized",
 ]
 
 # Loaded on first use: each of them imports torch.
@@ -43,6 +45,7 @@ _LAZY = {
     "drop_layers": ".cut.memory",
     "quality_curve": ".stages.curve",
     "prune_with": ".adapter.pruning",
+    "record_quantized": ".stages.quantize",
 }
 
 register_when_peft_is_imported()

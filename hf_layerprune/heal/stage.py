@@ -54,7 +54,7 @@ def write_healed(
         merged.name_or_path = merged.config.name_or_path = str(student.folder)
         folder = folders.enter_context(new_folder(output, apart_from=student.folder))
         merged.save_pretrained(folder)
-        _copy_beside_weights(student.folder, folder)
+        copy_beside_weights(student.folder, folder)
         entry["changed_tensors"] = changed_tensors(student.folder, folder)
         entry["layers"] = {"base": student.cut.num_layers, "left": len(student.cut.keep)}
         lineage.record(folder, entry)
@@ -175,8 +175,13 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _copy_beside_weights(before: Path, after: Path) -> None:
-    """Copy tokenizer, chat template and generation settings byte for byte, so that they can be verified."""
+def copy_beside_weights(before: Path, after: Path) -> None:
+    """Copy tokenizer, chat template and generation settings byte for byte, so that they can be verified.
+
+    Args:
+        before (`Path`): The model folder to copy them from.
+        after (`Path`): The model folder that gets them, in place of its own.
+    """
     (after / "generation_config.json").unlink(missing_ok=True)  # saving a model writes one even where there was none
     for name, path in model_files(before).items():
         if name != CONFIG and not name.endswith((*WEIGHTS, ".index.json")):

@@ -127,7 +127,7 @@ class _Bench(Measurement):
         for subject in self.subjects:
             model = live[subject.weights]
             for key, value in {
-                ("size", "parameters"): sum(parameter.numel() for parameter in model.parameters()),
+                ("size", "parameters"): model.num_parameters(),
                 ("size", "bytes_on_disk"): subject.bytes_on_disk,
                 ("memory", "kv_cache_bytes_per_token"): cache_bytes(model),
             }.items():

@@ -48,7 +48,7 @@ class Measurement:
         model = subject.load(self._dtype, self.device)
         self.where[subject.weights] = describe(model)
         role = "dense" if subject is self.base and subject.role == "model" else subject.role
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = model.num_parameters()  # also of packed weights
         self.store.add_model(subject, role=role, layers=layer_count(model.config), parameters=parameters)
         return model
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_ROLES = {"prune": "cut", "repair": "repaired", "heal": "healed"}
+_ROLES = {"prune": "cut", "repair": "repaired", "heal": "healed", "quantize": "quantized"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Subject:
 
     @property
     def role(self) -> str:
-        """`"cut"`, `"repaired"` or `"healed"` by the last stage in its history; `"model"` without one."""
+        """`"cut"`, `"repaired"`, `"healed"` or `"quantized"` by the last stage in its history; `"model"` without one."""
         last = self.lineage.entries[-1] if self.lineage and self.lineage.entries else {}
         if last.get("stage") == "prune" and last.get("repair"):  # repaired while pruning
             return "repaired"

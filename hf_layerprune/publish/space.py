@@ -23,6 +23,7 @@ from ..files.folders import new_folder
 from ..records import figures
 from ..records.lineage import Lineage
 from ..records.names import check_repository, hub_base, last_part
+from ..records.quantized import method_of, package_of
 from ..runtime.config_file import read_config_file
 from ..runtime.loading import is_hub_id, resolve_base
 from ..versions import __version__
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 MESSAGE = "Upload a chat with hf-layerprune"
 # The packages that transformers needs to load quantised weights.
-_QUANTIZERS = {"bitsandbytes": "bitsandbytes>=0.50", "gptq": "gptqmodel", "awq": "gptqmodel"}
 
 
 def space_source() -> Path:
@@ -186,8 +186,11 @@ def _requirements_of(model: Path | None, adapter: bool) -> list[str]:
     if adapter:
         return [f"hf-layerprune=={__version__}"]
     config = read_config_file(model / "config.json") if model else {}
-    quantization = config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method is not None and method not in _QUANTIZERS:
-        logger.warning("the Space may need a package for %s weights; add it to its requirements.txt", method)
-    return [_QUANTIZERS[method]] if method in _QUANTIZERS else []
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict):
+        return []
+    if (package := package_of(settings)) is None:
+        logger.warning(
+            "the Space may need a package for %s weights; add it to its requirements.txt", method_of(settings)
+        )
+    return [package] if package else []

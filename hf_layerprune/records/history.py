@@ -16,6 +16,7 @@ from .names import base_name, hub_base, is_hub_name, last_part
 
 _LAYER = re.compile(r"(?P<before>.*?\b(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
 _MAX_LAYERS = 10_000
+QUANTIZE = "quantize"
 _LINE = 80
 OWN_TEXT = "text that the dense model wrote itself"
 # Fields of a repair's record that are not settings.
@@ -95,6 +96,20 @@ class History:
         told = [stage.settings.get("dtype") for stage in self.stages if stage.name == "prune"]
         types = [str(dtype) for dtype in told if dtype not in (None, "auto")]
         return types[-1] if types else "bfloat16" if self.from_gguf else None
+
+    @property
+    def quantized(self) -> Stage | None:
+        """The stage that quantised the model, if there is one.
+
+        Raises:
+            CheckpointError: There are several, or it does not say how.
+        """
+        stages = [stage for stage in self.stages if stage.name == QUANTIZE]
+        if len(stages) > 1:
+            raise CheckpointError("the weights were quantised more than once, which can't be verified")
+        if stages and not isinstance(stages[0].settings.get("quantization_config"), dict):
+            raise CheckpointError("lineage.json does not say how the model was quantised")
+        return stages[0] if stages else None
 
     @property
     def base_id(self) -> str:

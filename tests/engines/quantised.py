@@ -38,6 +38,8 @@ def table() -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from hf_layerprune import record_quantized
+
     def load(folder, **more):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", **more).eval()
 
@@ -45,10 +47,10 @@ def table() -> str:
     ids = torch.tensor([models.prompt_of(models.REAL)])
     exact = load(pruned)(ids).logits[0].detach().float().log_softmax(-1)
     lines = [
-        "| tool | MB | same after a reload | KL from the pruned model, nats | top-1 agreement |",
-        "|---|---|---|---|---|",
+        "| tool | MB | same after a reload | KL from the pruned model, nats | top-1 agreement | verify |",
+        "|---|---|---|---|---|---|",
     ]
-    lines.append(f"| none | {_megabytes(pruned):.0f} | | 0 | 100 % |")
+    lines.append(f"| none | {_megabytes(pruned):.0f} | | 0 | 100 % | {_verdict(pruned)} |")
     for name, config in _configs().items():
         with tempfile.TemporaryDirectory() as folder:
             model = load(pruned, quantization_config=config)
@@ -58,8 +60,9 @@ def table() -> str:
             logs = ours.float().log_softmax(-1)
             divergence = (exact.exp() * (exact - logs)).sum(-1).mean().item()
             agreement = (logs.argmax(-1) == exact.argmax(-1)).float().mean().item()
-            size = _megabytes(Path(folder))
-            lines.append(f"| {name} | {size:.0f} | {'yes' if same else 'no'} | {divergence:.3f} | {agreement:.0%} |")
+            record_quantized(pruned, folder)
+            facts = f"{_megabytes(Path(folder)):.0f} | {'yes' if same else 'no'} | {divergence:.3f} | {agreement:.0%}"
+            lines.append(f"| {name} | {facts} | {_verdict(Path(folder))} |")
     if (HOME / "llama.cpp" / "installed.txt").is_file():
         lines += _in_llama_cpp()
     return "\n".join(lines).replace("%", " %").replace("  %", " %")
@@ -81,9 +84,21 @@ def _in_llama_cpp() -> list[str]:
             answers = ask("llama.cpp", jobs)
             same = [answers[str(i)]["tokens"] == expected[i : i + 1] for i in range(len(expected))]
             lines.append(
-                f"| llama.cpp, {kind} | {target.stat().st_size / 1e6:.0f} | | | {sum(same) / len(same):.0%} |"
+                f"| llama.cpp, {kind} | {target.stat().st_size / 1e6:.0f} | | | {sum(same) / len(same):.0%} | |"
             )
     return lines
+
+
+def _verdict(folder: Path) -> str:
+    """The verdict, and how many tensors it rests on."""
+    from hf_layerprune.publish.requests import VerifyRequest
+    from hf_layerprune.publish.verify.verdict import verify
+
+    found = verify(VerifyRequest(str(folder)))
+    counts = [
+        int(line.text.split()[0]) for line in found.lines if line.what == "tensors" and " the base's" in line.text
+    ]
+    return f"{found.verdict.partition(':')[0].lower()}: {sum(counts)} proven, {found.recorded.total()} as recorded"
 
 
 def _megabytes(folder: Path) -> float:

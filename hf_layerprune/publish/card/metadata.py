@@ -39,10 +39,11 @@ def metadata(card: Card) -> dict[str, Any]:
 
     licence, history = card.licence, card.history
     fields: dict[str, Any] = {}
-    if history.base_on_hub:
-        fields["base_model"] = history.base_on_hub
+    if base := card.quantized_from or history.base_on_hub:
+        fields["base_model"] = base
         # The Hub knows adapter, merge, quantized and finetune: a pruned model, new weights of one base, is the last.
-        fields["base_model_relation"] = "adapter" if history.form == "adapter" else "finetune"
+        kind = "quantized" if history.quantized else "finetune"
+        fields["base_model_relation"] = "adapter" if history.form == "adapter" else kind
     if licence.known:
         fields["license"] = plain(licence.id)
         if licence.id == "other" or licence.name:

@@ -28,6 +28,7 @@ from ...records.licences import LicenceFound
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
 from ...records.names import is_hub_name
+from ...records.quantized import describe_quantization, method_of, package_of
 from ...records.requirements import Outcome
 from . import escape, metadata, plots, regions, tables
 from .curve_plot import curve_of, table_of
@@ -95,7 +96,8 @@ class Card:
         published = {key: value for key, value in lineage.published.items() if is_hub_name(str(value))}
         repo_id = published.get("repo_id")
         base = history.base_on_hub or history.base_id.removesuffix(".gguf")
-        name = repo_id or published.get("name") or f"{base.rpartition('/')[2]}-{len(history.kept)}L"
+        method = f"-{method_of(how.settings['quantization_config'])}" if (how := history.quantized) else ""
+        name = repo_id or published.get("name") or f"{base.rpartition('/')[2]}-{len(history.kept)}L{method}"
         return cls(
             name=name.rpartition("/")[2],
             repo_id=repo_id,
@@ -110,6 +112,13 @@ class Card:
     def chats(self) -> bool:
         """Whether the base has a chat template."""
         return bool(self.history.lineage.base.get("chat"))
+
+    @property
+    def quantized_from(self) -> str | None:
+        """Of a quantised model, the repository of the model before that, if it was published."""
+        stage = self.history.quantized
+        name = stage.settings.get("from") if stage else None
+        return name if isinstance(name, str) and is_hub_name(name) else None
 
     @property
     def pictures(self) -> dict[str, Callable]:
@@ -151,6 +160,7 @@ class Card:
 
 def _context(card: Card) -> dict[str, Any]:
     history, results = card.history, card.results
+    quantized = history.quantized
     return {
         "card": card,
         "history": history,
@@ -171,6 +181,10 @@ def _context(card: Card) -> dict[str, Any]:
         "trained": [stage for stage in history.stages if stage.data],
         "versions": _versions(history),
         "limits": limits(results),
+        "quantized": describe_quantization(quantized.settings["quantization_config"]) if quantized else "",
+        "quantized_from": card.quantized_from,
+        "quantizer": package_of(quantized.settings["quantization_config"]) if quantized else "",
+        "own_verb": "was" if quantized else "is",
         "curve": table_of(curve_of(history), len(history.dropped)),
         "pictures": card.pictures,
         "dropped": format_layers(history.dropped).replace(",", ", "),

@@ -11,7 +11,8 @@ from ...layer_ranges import format_layers
 from ...records.figures import numbers
 from ...records.figures.results import ResultColumn, Results, Row, run_words
 from ...records.figures.stages import training_settings
-from ...records.history import Stage
+from ...records.history import QUANTIZE, Stage
+from ...records.quantized import describe_quantization
 from ...records.requirements import Outcome
 from .escape import code, hub_link, prose
 
@@ -127,6 +128,8 @@ def stage_line(stage: Stage) -> Markup:
             line += f" ({prose(why.partition(': ')[2] if why.startswith('layers ') else why)})"
         elif settings.get("criterion"):
             line += f", chosen by {code(settings['criterion'])}"
+    elif stage.name == QUANTIZE:
+        line += f": {code(describe_quantization(settings.get('quantization_config')))}"
     elif settings.get("method"):
         line += f": {code(settings['method'])}"
     if stage.changed:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ...cut.disk import plan_cut
+from ...cut.header import read_header
 from ...cut.plan import CheckpointPlan, ShardPlan
+from ...cut.write import fill
 from ...errors import CheckpointError
 from ...files.copy import LocalFile
 from ...files.json_file import parse_json
@@ -20,6 +22,7 @@ from ...records.fingerprints import CONFIG, WEIGHTS, hash_files, is_inert, model
 from ...records.history import History
 from ...runtime.loading import load_config
 from .places import Base
+from .requantize import is_repeatable, quantize_again
 
 _CHUNK = 8 << 20
 _MAX_HEADER = 100_000_000  # the limit of safetensors
@@ -41,11 +44,18 @@ class Expected:
         files (`dict[str, str]`): The sha256 of each file that may affect the model's behaviour, by relative path.
         inside (`dict[str, dict[str, TensorHash]]`): The tensors of each weight file, by name.
         config (`dict[str, Any]`): The fields of the config, as loaded by its class.
+        unquantized (`dict[str, TensorHash]`, *optional*): The tensors before they were quantised, if they were.
+        quantizer (`str`, *optional*): What quantised them, with its version.
+        notes (`dict[str, str]`): What the weight files of a quantised model say about their tensors, which decides how
+            some of them are unpacked.
     """
 
     files: dict[str, str]
     inside: dict[str, dict[str, TensorHash]]
     config: dict[str, Any]
+    unquantized: dict[str, TensorHash] | None = None
+    quantizer: str | None = None
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, TensorHash]:
@@ -85,8 +95,49 @@ def rebuild(history: History, base: Base) -> Expected:
                 io.BufferedReader(_Chunks(_planned(shard, source)), _CHUNK)
             )
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
-        Path(place, CONFIG).write_bytes(plan.files[CONFIG])
-        return Expected(files, inside, load_config(Path(place)).to_dict())
+        folder = Path(place, "cut")
+        folder.mkdir()
+        if is_repeatable(history.quantized):
+            fill(plan, folder)
+        else:
+            (folder / CONFIG).write_bytes(plan.files[CONFIG])
+        return _quantized(history, folder, Expected(files, inside, load_config(folder).to_dict()))
+
+
+def _quantized(history: History, folder: Path, cut: Expected) -> Expected:
+    """What a cut becomes when it is quantised as its history says."""
+    stage = history.quantized
+    if stage is None:
+        return cut
+    told = stage.settings["quantization_config"]
+    if not is_repeatable(stage):  # its tensors can't be derived again, and are counted as the ones that it changed
+        return replace(cut, config=cut.config | {"quantization_config": told, "dtype": stage.settings.get("dtype")})
+    target = folder.with_name("quantized")
+    quantizer = quantize_again(stage, folder, target)
+    paths = {name: path for name, path in model_files(target).items() if name.endswith(WEIGHTS)}
+    inside = {name: digest_file(path) for name, path in paths.items()}
+    files = {name: sha256 for name, sha256 in cut.files.items() if not name.endswith(WEIGHTS)} | hash_files(paths)
+    return Expected(files, inside, load_config(target).to_dict(), cut.tensors, quantizer, notes_in(paths.values()))
+
+
+def notes_in(paths: Iterable[Path]) -> dict[str, str]:
+    """What safetensors files say about their tensors.
+
+    Args:
+        paths (`Iterable[Path]`): The files of a model.
+
+    Returns:
+        `dict[str, str]`: By name.
+
+    Raises:
+        CheckpointError: Two files contradict each other, or one is not a safetensors file.
+    """
+    notes: dict[str, str] = {}
+    for path in paths:
+        for name, text in (read_header(path).metadata or {}).items():
+            if notes.setdefault(name, text) != text:
+                raise CheckpointError(f"{path.name} and another weight file contradict each other on {name}")
+    return notes
 
 
 def _check_bytes(plan: CheckpointPlan, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -125,7 +176,7 @@ def _converted(history: History, base: Base) -> Expected:
             f"lineage.json says that the weights were converted to {history.dtype!r}, which is not a dtype"
         )
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
-        folder = Path(place)
+        folder = Path(place, "cut")
         model = load_base(base.source, revision=base.commit, dtype=dtype)
         drop_layers(model, history.dropped)
         model.save_pretrained(folder)
@@ -133,7 +184,7 @@ def _converted(history: History, base: Base) -> Expected:
             load_tokenizer(base.source, revision=base.commit).save_pretrained(folder)
         paths = model_files(folder)
         inside = {name: digest_file(path) for name, path in paths.items() if name.endswith(WEIGHTS)}
-        return Expected(hash_files(paths), inside, load_config(folder).to_dict())
+        return _quantized(history, folder, Expected(hash_files(paths), inside, load_config(folder).to_dict()))
 
 
 def digest_file(path: Path) -> dict[str, TensorHash]:

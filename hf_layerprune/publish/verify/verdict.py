@@ -11,108 +11,31 @@ weights that their stage recorded.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-from ...cut.folder import INDEX, SINGLE
-from ...errors import CheckpointError, LayerPruneError, boundary, shown
+from ...cut.folder import INDEX
+from ...errors import CheckpointError, LayerPruneError
 from ...families import MARKER
 from ...files.json_file import read_object
 from ...layer_ranges import format_layers
 from ...records.fingerprints import ADAPTER_CONFIG, CONFIG, WEIGHTS, base_of_adapter, identity_of, weights_hash
-from ...records.history import History, read_history
+from ...records.history import History, Stage, read_history
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
 from ...records.metrics import Metrics
+from ...records.quantized import describe_quantization, is_repeatable_method
 from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_config
-from ...runtime.model_class import stored_names
 from ..requests import VerifyRequest
+from .outcome import Verified
 from .places import Base, Place
-from .rebuild import Expected, TensorHash, digest_file, rebuild
+from .rebuild import Expected, rebuild
+from .tensors import ADAPTER, check_tensors, weight_files
 
-_MAX_LINES = 20
-_ADAPTER = "adapter_model.safetensors"
 # Fields that are set on saving, and the marker of the cut, which is checked separately; none affects the outputs.
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache", MARKER}
-_ADAPTER_PREFIX = "base_model.model."
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class Line:
-    """One finding.
-
-    Args:
-        good (`bool`): Whether the check passed.
-        what (`str`): The part that was checked.
-        text (`str`): The result.
-    """
-
-    good: bool
-    what: str
-    text: str
-
-
-@dataclass
-class Verified:
-    """The outcome.
-
-    Args:
-        name (`str`): The model.
-        lines (`list[Line]`): The findings.
-        recorded (`Counter[str]`): Number of tensors that can only be checked against the records, by the stages that changed
-            them.
-        accept_trained (`bool`): Whether to accept such tensors.
-        complete (`bool`): Whether all checks were made.
-    """
-
-    name: str
-    lines: list[Line] = field(default_factory=list)
-    recorded: Counter[str] = field(default_factory=Counter)
-    accept_trained: bool = False
-    complete: bool = False
-
-    @property
-    def consistent(self) -> bool:
-        """Whether nothing contradicts the records."""
-        return self.complete and all(line.good for line in self.lines)
-
-    @property
-    def good(self) -> bool:
-        """Whether everything that affects the model's behaviour is accounted for."""
-        return self.consistent and (not self.recorded or self.accept_trained)
-
-    @property
-    def verdict(self) -> str:
-        """One line: yes, no, or in part, with the unproven part."""
-        if not self.consistent:
-            return f"NO: {self.name} is not proven to be what it says"
-        if not self.recorded:
-            return f"YES: {self.name} is what it says"
-        stages = ", ".join(f"{name}: {count}" for name, count in sorted(self.recorded.items()))
-        told = (
-            f"{self.recorded.total()} tensors ({stages}) are only as {LINEAGE} records them, which nothing can derive"
-        )
-        if self.accept_trained:
-            return f"YES, as recorded: {self.name} is what it says; {told}"
-        return f"IN PART: all else of {self.name} is proven; {told} (--accept-trained takes the records' word)"
-
-    def say(self, good: bool, what: str, text: str) -> None:
-        """Add a finding."""
-        self.lines.append(Line(good, what, shown(text)))
-
-    def say_all(self, what: str, texts: list[str], otherwise: str) -> None:
-        """Add the problems as findings, at most `_MAX_LINES`; without problems, add one good finding."""
-        for text in texts[:_MAX_LINES]:
-            self.say(False, what, text)
-        if len(texts) > _MAX_LINES:
-            self.say(False, what, f"and {len(texts) - _MAX_LINES} more")
-        if not texts:
-            self.say(True, what, otherwise)
 
 
 def verify(request: VerifyRequest) -> Verified:
@@ -132,8 +55,9 @@ def verify(request: VerifyRequest) -> Verified:
     try:
         lineage = Lineage.required(place.folder, place.name)
         history = read_history(lineage)
+        quantized = history.quantized
     except CheckpointError as error:
-        outcome.say(False, "lineage", str(error))
+        outcome.say(False, "lineage", f"{error}{_hint(place, None)}")
         return outcome
     done = ", ".join(stage.name for stage in history.stages)
     dropped = format_layers(history.dropped) or "none"
@@ -141,7 +65,11 @@ def verify(request: VerifyRequest) -> Verified:
         True, "lineage",
         f"{history.base_id}: layers {dropped} of {history.num_base_layers} dropped, {len(history.kept)} left ({done})",
     )  # fmt: skip
-    _check_records(place, lineage, outcome)
+    if quantized is not None:
+        told = quantized.settings["quantization_config"]
+        how = "whose bytes can be repeated" if is_repeatable_method(told) else "whose bytes can't be repeated"
+        outcome.say(True, "lineage", f"quantised: {describe_quantization(told)}, {how}")
+    _check_records(place, lineage, outcome, _hint(place, quantized))
     _check_metrics(place, lineage, outcome)
     try:
         source = Base.find(history, request)
@@ -156,14 +84,23 @@ def verify(request: VerifyRequest) -> Verified:
         return outcome
     try:
         _check_files(place, expected, outcome)
-        _check_tensors(place, history, expected, outcome)
+        check_tensors(place, history, expected, outcome)
         outcome.complete = True
     except LayerPruneError as error:
         outcome.say(False, "tensors", str(error))
     return outcome
 
 
-def _check_records(place: Place, lineage: Lineage, outcome: Verified) -> None:
+def _hint(place: Place, quantized: Stage | None) -> str:
+    """The way out where a model was quantised and its history does not say so."""
+    if quantized is not None or CONFIG not in place.hashes:
+        return ""
+    if read_config_file(place.path(CONFIG)).get("quantization_config") is None:
+        return ""
+    return "; if it was quantised since, say from what: hf_layerprune.record_quantized(BEFORE, QUANTISED)"
+
+
+def _check_records(place: Place, lineage: Lineage, outcome: Verified, hint: str) -> None:
     """Check that the files are those of the last stage, and that each stage started from the output of the previous one."""
     top = {name: {"sha256": sha256} for name, sha256 in place.hashes.items() if "/" not in name}
     own = weights_hash(top)
@@ -172,7 +109,7 @@ def _check_records(place: Place, lineage: Lineage, outcome: Verified) -> None:
         outcome.say(True, "weights", f"their hash is {own[:12]}, as {LINEAGE} says")
     else:
         says = f"{LINEAGE} says {str(last.get('weights'))[:12]}: they were changed since, or it was"
-        outcome.say(False, "weights", f"their hash is {own[:12]}, and {says}")
+        outcome.say(False, "weights", f"their hash is {own[:12]}, and {says}{hint}")
     for before, after in zip(lineage.entries, lineage.entries[1:], strict=False):
         if after.get("input_weights") != before.get("weights"):
             text = f"{LINEAGE}: {after['stage']} did not start from the weights that {before['stage']} wrote"
@@ -269,7 +206,7 @@ def _check_adapter(place: Place, history: History, expected: Expected, outcome: 
 
 def _check_files(place: Place, expected: Expected, outcome: Verified) -> None:
     """Check all other files against the repeated cut: tokenizer, chat template, generation settings, ..."""
-    loaded = {_ADAPTER, ADAPTER_CONFIG} if place.is_adapter else {CONFIG, *_weight_files(place)}
+    loaded = {ADAPTER, ADAPTER_CONFIG} if place.is_adapter else {CONFIG, *weight_files(place)}
     texts = []
     for name, sha256 in sorted(place.hashes.items()):
         if name in loaded or (name == INDEX and not place.is_adapter):
@@ -286,95 +223,3 @@ def _check_files(place: Place, expected: Expected, outcome: Verified) -> None:
         ]
     others = len(place.hashes.keys() - loaded - {INDEX})
     outcome.say_all("files", texts, f"{others} other files are the base's" if others else "there are no other files")
-
-
-def _weight_files(place: Place) -> list[str]:
-    """The weight files that loaders read."""
-    if place.is_adapter:
-        return [_ADAPTER]
-    if INDEX not in place.hashes:
-        return [SINGLE]
-    if SINGLE in place.hashes:
-        raise CheckpointError(f"{place.name} holds both {SINGLE} and {INDEX}, and loaders differ in which they read")
-    weight_map = _read_index(place)
-    return sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-
-
-def _read_index(place: Place) -> Any:
-    return read_object(place.path(INDEX), max_bytes=200_000_000).get("weight_map")
-
-
-def _check_tensors(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
-    """Check that every tensor is the base's or was changed by a recorded stage, and that none is missing or extra."""
-    changed, tensors = history.changed(), expected.tensors
-    modules = tuple(f"{name}." for name in _repaired_modules(history)) if place.is_adapter else ()
-    wrong, same, seen = [], 0, set()
-    found = list(_tensors(place, expected))
-    stored = _stored_names(expected, [name for name, _ in found if name not in tensors]) if place.is_adapter else {}
-    for name, tensor in found:
-        wanted = tensors.get(stored.get(name, name))
-        seen.add(name)
-        if wanted == tensor:
-            same += 1
-        elif name in changed or (modules and name.startswith(modules)):
-            outcome.recorded[" and ".join(dict.fromkeys(changed.get(name, ["repair"])))] += 1
-        else:
-            wrong.append(_difference(name, tensor, wanted))
-    if not place.is_adapter:
-        wrong += [f"{name} is missing" for name in tensors.keys() - seen if not _is_tied(name, expected, seen)]
-    outcome.say_all("tensors", sorted(wrong), f"{same} are the base's, to the last bit")
-    for stages, count in sorted(outcome.recorded.items()):
-        names = [name for name in changed if " and ".join(dict.fromkeys(changed[name])) == stages]
-        examples = f", such as {names[0]}" if names else ""
-        outcome.say(True, "recorded", f"{count} were changed by {stages}, as {LINEAGE} says{examples}")
-
-
-def _stored_names(expected: Expected, names: list[str]) -> dict[str, str]:
-    """How the base's checkpoint names tensors that the adapter names by their modules."""
-    if not names:
-        return {}
-    from transformers import CONFIG_MAPPING
-
-    config = CONFIG_MAPPING[expected.config["model_type"]].from_dict(expected.config)
-    with boundary("no model can be built from the base's config"):
-        return stored_names(config, names)
-
-
-def _repaired_modules(history: History) -> list[str]:
-    repairs = [stage.entry.get("repair") or {} for stage in history.stages if stage.name == "prune"]
-    return [name for repair in repairs for name in repair.get("changed_modules") or ()]
-
-
-def _tensors(place: Place, expected: Expected) -> Iterator[tuple[str, TensorHash]]:
-    """The tensors of the files that loaders read. Files with the expected hash are not read."""
-    files = _weight_files(place)
-    weight_map: dict[str, str] = {}
-    for file in files:
-        if file not in place.hashes:
-            raise CheckpointError(f"{place.name} lacks {file}, so it is not complete")
-        if place.hashes[file] == expected.files.get(file):
-            tensors = expected.inside[file]
-        else:
-            tensors = digest_file(place.path(file))
-        for name, tensor in tensors.items():
-            if weight_map.setdefault(name, file) != file:
-                raise CheckpointError(f"{name} is in both {weight_map[name]} and {file}")
-            yield name.removeprefix(_ADAPTER_PREFIX) if place.is_adapter else name, tensor
-    if INDEX in place.hashes and _read_index(place) != weight_map:
-        raise CheckpointError(f"{INDEX} and the weight files do not agree on which tensor is where")
-
-
-def _difference(name: str, tensor: TensorHash, wanted: TensorHash | None) -> str:
-    if wanted is None:
-        return f"{name} is not a tensor of the base"
-    if (tensor.dtype, tensor.shape) != (wanted.dtype, wanted.shape):
-        has, was = (f"{one.dtype}{list(one.shape)}" for one in (tensor, wanted))
-        return f"{name} is {has}, and the base's is {was}"
-    return f"{name} differs from the base's"
-
-
-def _is_tied(name: str, expected: Expected, seen: set[str]) -> bool:
-    """Whether a tensor is an LM head that need not be stored because it is tied to the stored embeddings."""
-    is_head = name.endswith("lm_head.weight") and bool(expected.config.get("tie_word_embeddings"))
-    tensors = expected.tensors
-    return is_head and any(tensors.get(other) == tensors[name] for other in seen)

@@ -18,7 +18,7 @@ from .metric_names import SHARE, TASKS, metric_named
 if TYPE_CHECKING:
     from ..metrics import Metrics
 
-ROLES = ("dense", "cut", "repaired", "healed", "model")
+ROLES = ("dense", "cut", "repaired", "healed", "quantized", "model")
 QUALITY = ("accuracy", "text", "distance")
 COST = ("size", "speed", "memory")
 # Settings of a timed run, and their descriptions.
@@ -32,7 +32,7 @@ class ResultColumn:
     """One stage of the model.
 
     Args:
-        role (`str`): `dense`, `cut`, `repaired`, `healed` or `model`.
+        role (`str`): `dense`, `cut`, `repaired`, `healed`, `quantized` or `model`.
         weights (`str`): The hash of its weights.
         layers (`int`): Number of decoder layers.
         parameters (`int`): Number of parameters.

@@ -1,0 +1,84 @@
+"""What `verify` finds, and the verdict that follows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from ...errors import shown
+from ...records.lineage import FILE_NAME as LINEAGE
+
+_MAX_LINES = 20
+
+
+@dataclass(frozen=True)
+class Line:
+    """One finding.
+
+    Args:
+        good (`bool`): Whether the check passed.
+        what (`str`): The part that was checked.
+        text (`str`): The result.
+    """
+
+    good: bool
+    what: str
+    text: str
+
+
+@dataclass
+class Verified:
+    """The outcome.
+
+    Args:
+        name (`str`): The model.
+        lines (`list[Line]`): The findings.
+        recorded (`Counter[str]`): Number of tensors that can only be checked against the records, by the stages that changed
+            them.
+        accept_trained (`bool`): Whether to accept such tensors.
+        complete (`bool`): Whether all checks were made.
+    """
+
+    name: str
+    lines: list[Line] = field(default_factory=list)
+    recorded: Counter[str] = field(default_factory=Counter)
+    accept_trained: bool = False
+    complete: bool = False
+
+    @property
+    def consistent(self) -> bool:
+        """Whether nothing contradicts the records."""
+        return self.complete and all(line.good for line in self.lines)
+
+    @property
+    def good(self) -> bool:
+        """Whether everything that affects the model's behaviour is accounted for."""
+        return self.consistent and (not self.recorded or self.accept_trained)
+
+    @property
+    def verdict(self) -> str:
+        """One line: yes, no, or in part, with the unproven part."""
+        if not self.consistent:
+            return f"NO: {self.name} is not proven to be what it says"
+        if not self.recorded:
+            return f"YES: {self.name} is what it says"
+        stages = ", ".join(f"{name}: {count}" for name, count in sorted(self.recorded.items()))
+        told = (
+            f"{self.recorded.total()} tensors ({stages}) are only as {LINEAGE} records them, which nothing can derive"
+        )
+        if self.accept_trained:
+            return f"YES, as recorded: {self.name} is what it says; {told}"
+        return f"IN PART: all else of {self.name} is proven; {told} (--accept-trained takes the records' word)"
+
+    def say(self, good: bool, what: str, text: str) -> None:
+        """Add a finding."""
+        self.lines.append(Line(good, what, shown(text)))
+
+    def say_all(self, what: str, texts: list[str], otherwise: str) -> None:
+        """Add the problems as findings, at most `_MAX_LINES`; without problems, add one good finding."""
+        for text in texts[:_MAX_LINES]:
+            self.say(False, what, text)
+        if len(texts) > _MAX_LINES:
+            self.say(False, what, f"and {len(texts) - _MAX_LINES} more")
+        if not texts:
+            self.say(True, what, otherwise)

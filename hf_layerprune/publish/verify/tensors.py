@@ -1,0 +1,166 @@
+"""Compare a model's tensors with those of the repeated cut, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...cut.folder import INDEX, SINGLE
+from ...errors import CheckpointError, boundary
+from ...files.json_file import read_object
+from ...records.history import QUANTIZE, History
+from ...records.lineage import FILE_NAME as LINEAGE
+from ...runtime.model_class import stored_names
+from .outcome import Verified
+from .places import Place
+from .rebuild import Expected, TensorHash, digest_file, notes_in
+
+ADAPTER = "adapter_model.safetensors"
+_ADAPTER_PREFIX = "base_model.model."
+
+
+def weight_files(place: Place) -> list[str]:
+    """The weight files that loaders read.
+
+    Args:
+        place (`Place`): The model.
+
+    Returns:
+        `list[str]`: Their names.
+
+    Raises:
+        CheckpointError: Loaders differ in which files they read.
+    """
+    if place.is_adapter:
+        return [ADAPTER]
+    if INDEX not in place.hashes:
+        return [SINGLE]
+    if SINGLE in place.hashes:
+        raise CheckpointError(f"{place.name} holds both {SINGLE} and {INDEX}, and loaders differ in which they read")
+    weight_map = _read_index(place)
+    return sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+
+
+def _read_index(place: Place) -> Any:
+    return read_object(place.path(INDEX), max_bytes=200_000_000).get("weight_map")
+
+
+def check_tensors(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
+    """Check that every tensor is the base's or was changed by a recorded stage, and that none is missing or extra.
+
+    Args:
+        place (`Place`): The model.
+        history (`History`): Its stages.
+        expected (`Expected`): The repeated cut.
+        outcome (`Verified`): Gets the findings.
+
+    Raises:
+        CheckpointError: The weight files are not complete, or contradict each other.
+    """
+    changed, tensors = history.changed(), expected.tensors
+    modules = tuple(f"{name}." for name in _repaired_modules(history)) if place.is_adapter else ()
+    plain = tensors if expected.unquantized is None else expected.unquantized
+    owners = {name.rpartition(".")[0] for name in plain}
+    wrong, same, again, seen = [], 0, 0, set()
+    recorded: dict[str, str] = {}  # by tensor, the stages that changed it
+    found = list(_tensors(place, expected))
+    stored = _stored_names(expected, [name for name, _ in found if name not in tensors]) if place.is_adapter else {}
+    for name, tensor in found:
+        key = stored.get(name, name)
+        wanted = tensors.get(key)
+        seen.add(name)
+        if wanted == tensor:
+            same += plain.get(key) == tensor
+            again += plain.get(key) != tensor
+            continue
+        whole = name if name in changed or key not in tensors or key in plain else _whole(name, owners, changed)
+        if whole in changed or (modules and name.startswith(modules)):
+            recorded[whole] = " and ".join(dict.fromkeys(changed.get(whole, ["repair"])))
+        else:
+            wrong.append(_difference(name, tensor, wanted, expected.quantizer if name not in plain else None))
+    if not place.is_adapter:
+        packed = {_owner(name, owners) for name, by in changed.items() if QUANTIZE in by and name in seen}
+        lacking = [name for name in tensors.keys() - seen if not _is_tied(name, expected, seen)]
+        wrong += [f"{name} is missing" for name in lacking if name.rpartition(".")[0] not in packed]
+    outcome.recorded.update(recorded.values())
+    outcome.say_all("tensors", sorted(wrong), f"{same} are the base's, to the last bit")
+    if expected.quantizer:
+        _check_notes(place, expected, outcome)
+    if again:
+        outcome.say(True, "tensors", f"{again} are what {expected.quantizer} makes of the base's, to the last bit")
+    for stages, count in sorted(outcome.recorded.items()):
+        names = [name for name, by in recorded.items() if by == stages]
+        outcome.say(True, "recorded", f"{count} were changed by {stages}, as {LINEAGE} says, such as {names[0]}")
+
+
+def _check_notes(place: Place, expected: Expected, outcome: Verified) -> None:
+    """Check what the weight files say about their tensors: torchao unpacks them by it."""
+    notes = notes_in(place.path(file) for file in weight_files(place))
+    differ = sorted(n for n in notes.keys() | expected.notes.keys() if notes.get(n) != expected.notes.get(n))
+    texts = [f"what the weight files note on {name} is not what {expected.quantizer} notes" for name in differ]
+    outcome.say_all("tensors", texts, f"{len(notes)} notes in the weight files are {expected.quantizer}'s")
+
+
+def _owner(name: str, owners: set[str]) -> str | None:
+    """The module of the base that a stored tensor belongs to: `a.b` for `a.b.weight.absmax`."""
+    while name and name not in owners:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def _whole(name: str, owners: set[str], changed: Mapping[str, Any]) -> str:
+    """The parameter that a part of a quantised one belongs to, if a stage changed that; or else the part itself."""
+    owner = _owner(name, owners)
+    return next((whole for whole in changed if whole.rpartition(".")[0] == owner), name)
+
+
+def _stored_names(expected: Expected, names: list[str]) -> dict[str, str]:
+    """How the base's checkpoint names tensors that the adapter names by their modules."""
+    if not names:
+        return {}
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[expected.config["model_type"]].from_dict(expected.config)
+    with boundary("no model can be built from the base's config"):
+        return stored_names(config, names)
+
+
+def _repaired_modules(history: History) -> list[str]:
+    repairs = [stage.entry.get("repair") or {} for stage in history.stages if stage.name == "prune"]
+    return [name for repair in repairs for name in repair.get("changed_modules") or ()]
+
+
+def _tensors(place: Place, expected: Expected) -> Iterator[tuple[str, TensorHash]]:
+    """The tensors of the files that loaders read. Files with the expected hash are not read."""
+    files = weight_files(place)
+    weight_map: dict[str, str] = {}
+    for file in files:
+        if file not in place.hashes:
+            raise CheckpointError(f"{place.name} lacks {file}, so it is not complete")
+        if place.hashes[file] == expected.files.get(file):
+            tensors = expected.inside[file]
+        else:
+            tensors = digest_file(place.path(file))
+        for name, tensor in tensors.items():
+            if weight_map.setdefault(name, file) != file:
+                raise CheckpointError(f"{name} is in both {weight_map[name]} and {file}")
+            yield name.removeprefix(_ADAPTER_PREFIX) if place.is_adapter else name, tensor
+    if INDEX in place.hashes and _read_index(place) != weight_map:
+        raise CheckpointError(f"{INDEX} and the weight files do not agree on which tensor is where")
+
+
+def _difference(name: str, tensor: TensorHash, wanted: TensorHash | None, quantizer: str | None) -> str:
+    if wanted is None:
+        return f"{name} is not a tensor of the base"
+    whose = "the base's" if quantizer is None else f"what {quantizer} makes of the base's"
+    if (tensor.dtype, tensor.shape) != (wanted.dtype, wanted.shape):
+        has, was = (f"{one.dtype}{list(one.shape)}" for one in (tensor, wanted))
+        return f"{name} is {has}, and {whose} is {was}"
+    return f"{name} differs from {whose}"
+
+
+def _is_tied(name: str, expected: Expected, seen: set[str]) -> bool:
+    """Whether a tensor is an LM head that need not be stored because it is tied to the stored embeddings."""
+    is_head = name.endswith("lm_head.weight") and bool(expected.config.get("tie_word_embeddings"))
+    tensors = expected.tensors
+    return is_head and any(tensors.get(other) == tensors[name] for other in seen)

@@ -1,0 +1,71 @@
+"""How a model was quantised, as its config says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Rounding to the nearest step, without data: the same weights give the same bytes.
+_REPEATABLE = ("bitsandbytes", "torchao")
+_PACKAGES = {
+    "bitsandbytes": "bitsandbytes>=0.50", "torchao": "torchao", "gptq": "gptqmodel", "awq": "gptqmodel",
+    "compressed-tensors": "compressed-tensors",
+}  # fmt: skip
+
+
+def method_of(settings: Any) -> str:
+    """The method of a `quantization_config`.
+
+    Args:
+        settings (`Any`): The field of a config.
+
+    Returns:
+        `str`: The name by which transformers knows it, which is that of a package for most; `"unknown"` if it has none.
+    """
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    return method if isinstance(method, str) and method else "unknown"
+
+
+def is_repeatable_method(settings: Any) -> bool:
+    """Whether quantising the same weights with these settings again gives the same bytes.
+
+    Args:
+        settings (`Any`): The field `quantization_config` of a config.
+
+    Returns:
+        `bool`: `False` for a method that depends on data, and for one that is not known to repeat.
+    """
+    return method_of(settings) in _REPEATABLE
+
+
+def package_of(settings: Any) -> str | None:
+    """The package that transformers needs to load a quantised model, as pip takes it.
+
+    Args:
+        settings (`Any`): The field `quantization_config` of a config.
+
+    Returns:
+        `str | None`: `None` for a method that is not known here.
+    """
+    return _PACKAGES.get(method_of(settings))
+
+
+def describe_quantization(settings: Any) -> str:
+    """A `quantization_config` in a few words.
+
+    Args:
+        settings (`Any`): The field of a config.
+
+    Returns:
+        `str`: The method, and its type of numbers where the method names one, such as `bitsandbytes, nf4`.
+    """
+    told = settings if isinstance(settings, dict) else {}
+    kind: Any = told.get("quant_type") or told.get("format")
+    if isinstance(kind, dict):  # of torchao
+        kind = (kind.get("default") or {}).get("_type")
+    if told.get("load_in_4bit"):
+        kind = told.get("bnb_4bit_quant_type")
+    elif told.get("load_in_8bit"):
+        kind = "int8"
+    elif kind is None and isinstance(told.get("bits"), int):
+        kind = f"{told['bits']} bits"
+    return f"{method_of(told)}, {kind}" if isinstance(kind, str) else method_of(told)

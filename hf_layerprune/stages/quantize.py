@@ -1,0 +1,72 @@
+"""The quantize stage: other libraries quantise a model; this adds what they did to its history.
+
+model = AutoModelForCausalLM.from_pretrained("pruned", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+model.save_pretrained("pruned-nf4")
+record_quantized("pruned", "pruned-nf4")
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..records.fingerprints import CONFIG, fingerprint, weights_hash
+from ..records.licences import is_licence_file
+from ..records.lineage import FILE_NAME, Lineage, stage
+from ..records.quantized import is_repeatable_method, method_of
+from ..runtime.config_file import read_config_file
+
+
+def record_quantized(source: str | Path, folder: str | Path) -> None:
+    """Record that a folder holds a quantised model, so that `verify`, the card and `push` understand it.
+
+    The model must have been quantised by transformers (`quantization_config=`) or a tool that writes such a folder, and
+    saved. Tokenizer, chat template, generation settings and licence are copied from the source, over those that saving
+    wrote, so that they are the base's to the last byte.
+
+    Args:
+        source (`str` or `Path`): The folder of the model before it was quantised, with its `lineage.json`.
+        folder (`str` or `Path`): The folder of the quantised model. It gets a `lineage.json`, and keeps its weights and
+            its config.
+
+    Raises:
+        CheckpointError: A folder is not what it should be, or the quantised model has a history already.
+    """
+    before, after = Path(source).expanduser(), Path(folder).expanduser()
+    for place in (before, after):
+        if not (place / CONFIG).is_file():
+            raise CheckpointError(f"{place} is not a model folder; name one that has a {CONFIG}")
+    lineage = Lineage.required(before)
+    if not lineage.entries or lineage.entries[-1].get("weights") != weights_hash(fingerprint(before)):
+        raise CheckpointError(
+            f"the weights of {before} are not those that its {FILE_NAME} names; name the one it is of"
+        )
+    if (after / FILE_NAME).exists():
+        raise CheckpointError(f"{after} has a {FILE_NAME} already; remove it if its weights are new")
+    old, new = (read_config_file(place / CONFIG) for place in (before, after))
+    settings = new.get("quantization_config")
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{after / CONFIG} has no quantization_config, so its model is not quantised")
+    if old.get("quantization_config") is not None:
+        raise CheckpointError(f"{before} is quantised already; name the model before that")
+    from ..heal.stage import changed_tensors, copy_beside_weights
+
+    method = method_of(settings)
+    told = {"method": method, "quantization_config": settings, "dtype": new.get("dtype")}
+    if name := lineage.published.get("repo_id"):
+        told["from"] = name
+    with stage("quantize", told) as entry:
+        copy_beside_weights(before, after)
+        for path in before.iterdir():
+            if is_licence_file(path.name):
+                shutil.copyfile(path, after / path.name)
+        if not is_repeatable_method(settings):
+            entry["changed_tensors"] = changed_tensors(before, after)
+    with suppress(PackageNotFoundError):  # a method whose package has another name
+        entry["versions"][method] = version(method)
+    if "layers" in lineage.entries[-1]:
+        entry["layers"] = lineage.entries[-1]["layers"]
+    lineage.record(after, entry)

@@ -1,0 +1,217 @@
+"""A quantised model: `verify` repeats how it was quantised, and says no to whatever that does not account for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from hf_layerprune import CheckpointError, record_quantized
+from hf_layerprune.cli import main
+from hf_layerprune.publish.card.render import Card
+from hf_layerprune.publish.requests import VerifyRequest
+from hf_layerprune.publish.verify.outcome import Verified
+from hf_layerprune.publish.verify.verdict import verify
+from hf_layerprune.records.fingerprints import fingerprint, weights_hash
+from hf_layerprune.records.lineage import Lineage
+
+from .publish_models import base_on_hub
+from .tiny_models import tiny_model
+
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+INT8 = BitsAndBytesConfig(load_in_8bit=True)
+DOWN = "model.layers.3.mlp.down_proj.weight"
+
+
+def torchao_int8() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(quant_type=Int8WeightOnlyConfig())
+
+
+METHODS = {
+    "bitsandbytes, nf4": lambda: NF4,
+    "bitsandbytes, int8": lambda: INT8,
+    "torchao, Int8WeightOnlyConfig": torchao_int8,
+}
+
+
+def quantise(source: Path, target: Path, how: Any = NF4) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=how, device_map="cpu")
+    model.save_pretrained(target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of 8 layers, its cut, and that quantised."""
+    place = tmp_path_factory.mktemp("quantised")
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.save_pretrained(place / "base")
+    assert main(["prune", str(place / "base"), str(place / "cut"), "--drop-layers", "2,5"]) == 0
+    record_quantized(place / "cut", quantise(place / "cut", place / "nf4"))
+    return place
+
+
+@pytest.fixture
+def nf4(place: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(place / "nf4", tmp_path / "nf4"))
+
+
+def check(folder: Path, **more: Any) -> Verified:
+    return verify(VerifyRequest(str(folder), **more))
+
+
+def said(found: Verified, good: bool | None = None) -> str:
+    return "\n".join(f"{line.what}: {line.text}" for line in found.lines if good in (None, line.good))
+
+
+def claim(folder: Path) -> None:
+    """What somebody does who wants to be believed: the records are made to fit the files."""
+    lineage = Lineage.of(folder)
+    lineage.entries.pop()
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    entry = {"stage": "quantize", "settings": {"quantization_config": settings, "dtype": "bfloat16"}}
+    lineage.record(folder, entry | {"layers": lineage.entries[-1]["layers"]})
+
+
+def edit(folder: Path, name: str, change: Any = None, **notes: str) -> None:
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        known = file.metadata()
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    if change is not None:
+        tensors[name] = change(tensors[name])
+    save_file(tensors, path, metadata=known | notes)
+    claim(folder)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_cut_that_was_quantised_is_repeated_to_the_last_bit(place, tmp_path, name):
+    if name.startswith("torchao") and importlib.util.find_spec("torchao") is None:
+        pytest.skip("torchao is not installed")
+    record_quantized(place / "cut", quantise(place / "cut", tmp_path / "q", METHODS[name]()))
+    found = check(tmp_path / "q")
+    assert found.verdict == f"YES: {tmp_path / 'q'} is what it says", said(found, False)
+    assert "15 are the base's, to the last bit" in said(found, True)  # embeddings, head and norms
+    assert f"are what {name.partition(',')[0]} " in said(found, True)
+    assert f"quantised: `{name}`" in Card.of(Lineage.of(tmp_path / "q")).body()
+    assert main(["verify", str(tmp_path / "q")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "says"),
+    [
+        (DOWN, lambda t: t ^ 1, f"{DOWN} differs from"),
+        (f"{DOWN}.absmax", lambda t: t * 1.01, f"{DOWN}.absmax differs from what bitsandbytes"),
+        (f"{DOWN}.quant_map", lambda t: t.flip(0), f"{DOWN}.quant_map differs from what bitsandbytes"),
+        ("model.norm.weight", lambda t: t * 2, "model.norm.weight differs from the base's"),
+    ],
+)
+def test_any_other_value_is_a_no(nf4, tensor, change, says):
+    edit(nf4, tensor, change)
+    found = check(nf4)
+    assert found.verdict.startswith("NO")
+    assert says in said(found, False)
+    assert not check(nf4, accept_trained=True).good
+
+
+def test_what_the_weight_files_note_counts(nf4):
+    edit(nf4, DOWN, None, **{DOWN: '{"_type": "Int8Tensor"}'})
+    found = check(nf4)
+    assert found.verdict.startswith("NO")
+    assert f"note on {DOWN} is not what bitsandbytes" in said(found, False)
+
+
+def test_an_extra_tensor_is_a_no(nf4):
+    path = nf4 / "model.safetensors"
+    save_file(load_file(path) | {f"{DOWN}.extra": torch.ones(1)}, path, metadata={"format": "pt"})
+    claim(nf4)
+    assert f"{DOWN}.extra is not a tensor of the base" in said(check(nf4), False)
+
+
+def test_other_settings_than_those_recorded_are_a_no(nf4):
+    config = json.loads((nf4 / "config.json").read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] = ["model.layers.3"]
+    (nf4 / "config.json").write_text(json.dumps(config))
+    claim(nf4)
+    assert check(nf4).verdict.startswith("NO")
+
+
+def test_what_was_repaired_before_is_only_as_recorded(place, tmp_path):
+    words = ["--repair", "magnitude", "--calibration-samples", "2", "--calibration-length", "16"]
+    base = tmp_path / "base"
+    hub = type("Hub", (), {"repos": {}})()
+    base_on_hub(hub, tmp_path, "base")
+    assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "2,5", *words]) == 0
+    record_quantized(tmp_path / "cut", quantise(tmp_path / "cut", tmp_path / "q"))
+    changed = Lineage.of(tmp_path / "cut").entries[-1]["repair"]["changed_tensors"]
+    found = check(tmp_path / "q")
+    assert found.verdict.startswith("IN PART"), said(found)
+    assert found.recorded == {"repair": len(changed)}
+    assert check(tmp_path / "q", accept_trained=True).verdict.startswith("YES, as recorded")
+    # The word of the records is taken for those alone.
+    other = next(f"model.layers.{i}.mlp.gate_proj.weight" for i in range(6))
+    assert other not in changed
+    path = tmp_path / "q" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {other: tensors[other] ^ 1}, path, metadata={"format": "pt"})
+    lineage = Lineage.of(tmp_path / "q")
+    lineage.entries[-1]["weights"] = weights_hash(fingerprint(tmp_path / "q"))
+    lineage.write(tmp_path / "q")
+    assert f"{other} differs from" in said(check(tmp_path / "q", accept_trained=True), False)
+
+
+def test_a_method_that_takes_data_is_only_as_recorded(place, tmp_path):
+    """What gptq writes, in its form: its tensors in place of the base's."""
+    shutil.copytree(place / "cut", tmp_path / "gptq")
+    (tmp_path / "gptq" / "lineage.json").unlink()
+    path = tmp_path / "gptq" / "model.safetensors"
+    tensors = load_file(path)
+    module = DOWN.removesuffix(".weight")
+    del tensors[DOWN]
+    tensors |= {f"{module}.qweight": torch.ones(2, 2, dtype=torch.int32), f"{module}.scales": torch.ones(2)}
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
+    record_quantized(place / "cut", tmp_path / "gptq")
+    found = check(tmp_path / "gptq")
+    assert found.verdict.startswith("IN PART"), said(found)
+    assert found.recorded == {"quantize": 2}
+    assert "quantised: `gptq, 4 bits`" in Card.of(Lineage.of(tmp_path / "gptq")).body()
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert "model.norm.weight differs from the base's" in said(check(tmp_path / "gptq"), False)
+
+
+def test_a_quantised_model_without_its_record_is_told_the_way_out(place, tmp_path):
+    folder = quantise(place / "cut", tmp_path / "q")
+    assert "record_quantized" in said(check(folder), False)
+    shutil.copyfile(place / "cut" / "lineage.json", folder / "lineage.json")
+    assert "record_quantized" in said(check(folder), False)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        (lambda place, q: (place / "base", q), "lineage.json"),
+        (lambda place, q: (place / "cut", place / "cut"), "has a lineage.json already"),
+        (lambda place, q: (place / "nf4", q), "is quantised already"),
+        (lambda place, q: (place / "cut", place / "base"), "has no quantization_config"),
+        (lambda place, q: (place / "cut", place / "none"), "is not a model folder"),
+    ],
+)
+def test_what_can_not_be_recorded_is_refused(place, tmp_path, prepare, says):
+    folder = quantise(place / "cut", tmp_path / "q")
+    with pytest.raises(CheckpointError, match=says):
+        record_quantized(*prepare(place, folder))
