@@ -93,8 +93,8 @@ def test_split_and_batches(rows: int, size: int, held_out: float) -> None:
     assert len(rest) >= 1
     assert len(held) >= 1
     assert rest.fingerprint != held.fingerprint
-    assert torch.equal(torch.cat(list(found.batches(size))), found.input_ids)
-    assert max(len(batch) for batch in found.batches(size)) <= size
+    assert torch.equal(torch.cat([ids for ids, _ in found.batches(size)]), found.input_ids)
+    assert max(len(ids) for ids, _ in found.batches(size)) <= size
 
 
 def test_fingerprint_is_of_tokens_and_shape() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from transformers import AutoModelForMultimodalLM, AutoProcessor, CLIPVisionConfig, LlavaProcessor, T5Config
+from transformers import AutoModelForMultimodalLM, AutoProcessor, CLIPVisionConfig, T5Config
 
 from hf_layerprune import CutError, LayerDropConfig, UnsupportedModelError, families, prune_with
 from hf_layerprune.cli import main
@@ -24,32 +24,19 @@ from hf_layerprune.runtime.model_class import auto_class_for, stored_names
 from . import chat_server  # noqa: F401 (makes the Space's files importable)
 from .heal_makers import word_tokenizer
 from .matrix import identities
-from .tiny_models import EAGER, tiny_config, tiny_model
+from .multimodal_makers import write_llava
+from .tiny_models import EAGER, tiny_config
 
 import weights  # isort: skip
 
-# Image processors that need no torchvision; of the versions that are tested, 5.4 has none.
-CLIPImageProcessorPil = pytest.importorskip("transformers.models.clip.image_processing_pil_clip").CLIPImageProcessorPil
 DROP = [2, 3, 5]
 LAYERS = "model.language_model.layers"
-TEMPLATE = (
-    "{% for m in messages %}{% for c in m.content %}{{ '<image> ' if c.type == 'image' else c.text }}"
-    "{% endfor %}{% endfor %}"
-)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llava with a processor as its own code makes it."""
-    folder = tmp_path_factory.mktemp("llava")
-    tiny_model("llava").save_pretrained(folder)
-    tokenizer = word_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    images = CLIPImageProcessorPil(size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16})
-    how = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    processor = LlavaProcessor(images, tokenizer, image_token="<image>", chat_template=TEMPLATE, **how)
-    processor.save_pretrained(folder)
-    return folder
+    return write_llava(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")

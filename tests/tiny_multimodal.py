@@ -91,6 +91,8 @@ _GLM_TOWER = {"vision_config": {"patch_size": 4, "out_hidden_size": 32}}
 _CONFORMER = {"encoder_config": {"num_layers": 2, "hidden_dim": 32, "input_dim": 16, "num_heads": 4, "dim_head": 8,
                                  "output_dim": 8, "context_size": 8, "max_pos_emb": 16},
               "projector_config": _QFORMER, "": {"downsample_rate": 2, "window_size": 4}}  # fmt: skip
+# A tower with as many layers as have their features added to the decoder.
+_DEEPSTACK = {"vision_config": {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]}}
 _VOCAB_TOO = {"": {"vocab_size": VOCAB + SPECIAL_TOKENS}}
 # By type: its sections' fields, and its own under "".
 SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -151,7 +153,8 @@ SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "pp_chart2table": {"vision_config": {"output_channels": 8}},
     "qwen2_vl": {"vision_config": {"embed_dim": 32, "hidden_size": 32}},
     "qwen3_asr": {"audio_config": {"downsample_hidden_size": 8}},
-    "qwen3_omni_moe_thinker": {"audio_config": {"downsample_hidden_size": 8},
+    **dict.fromkeys(("cohere_compass", "cosmos3_omni", "granite_docling", "qwen3_vl", "qwen3_vl_moe"), _DEEPSTACK),
+    "qwen3_omni_moe_thinker": _DEEPSTACK | {"audio_config": {"downsample_hidden_size": 8},
                                "": {"vision_start_token_id": 150, "audio_start_token_id": 151}},
     "unlimited_ocr": {"vision_config": {"sam_config": _SAM, "encoder_config": {"hidden_size": 32, "intermediate_size": 48,
                       "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}}},

@@ -11,7 +11,7 @@ from .. import families
 from ..calibration.rows import SELF, load_calibration
 from ..errors import CheckpointError, CutError
 from ..repair.fit import fit_repair
-from ..runtime.loading import load_tokenizer
+from ..runtime.loading import load_processor, load_tokenizer
 from ..runtime.walk import LayerWalk
 from ..select import choose_layers, find_criterion, needs_model
 from .resolve import is_made, resolve_drop
@@ -145,4 +145,5 @@ def calibration_of(options: CalibrationOptions, model: PreTrainedModel, revision
         length=options.calibration_length,
         seed=options.seed,
         model=model,
+        processor=lambda: load_processor(model.name_or_path or "", revision=revision),
     )

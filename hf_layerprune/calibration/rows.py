@@ -5,69 +5,98 @@
     calibration = load_calibration("rows.jsonl:output", tokenizer)             # a column of a local file
     calibration = load_calibration("allenai/c4@en:train:text", tokenizer)      # a column of a data set on the Hub
 
-Rows are windows without padding: documents are concatenated, separated by an end-of-text token, and a seeded random
-sample of the windows is used.
+Rows of text are windows without padding: documents are concatenated, separated by an end-of-text token, and a seeded
+random sample of the windows is used. Where a set has images, each of its rows is one example, see [`.images`].
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CheckpointError, CutError, LayerPruneError, boundary
-from ..files.json_file import parse_json
-from ..files.text_file import read_text
+from ..errors import CheckpointError, CutError, boundary
+from ..families.multimodal import placeholders
+from .documents import Document, documents_of
+from .images import image_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 SELF = "self"
-_HELD_BACK = ("test", "validation", "valid", "dev")
 # How many times the required number of tokens is read, so that rows don't all come from the first documents.
 _POOL = 4
-# Characters of a text file that are tokenised at once; size of the shuffle buffer for streamed data sets, in rows.
-_PIECE = 1 << 16
-_BUFFER = 1000
+
+Media = dict[str, torch.Tensor]
+# Token ids `[batch, seq]` of some rows, and what the model takes beside them, such as `pixel_values`.
+Rows = tuple[torch.Tensor, Media]
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Rows of tokens.
+    """Rows of tokens, all with images or all without.
 
     Args:
-        input_ids (`torch.Tensor`): `[samples, length]`, int64, without padding.
+        input_ids (`torch.Tensor`): `[samples, length]`, int64; without padding, unless there are images.
         source (`str`): Where they come from, as given by the user.
-        fingerprint (`str`): sha256 of the tokens and their shape.
+        fingerprint (`str`): sha256 of the tokens, their shape and the images.
         seed (`int`, defaults to 42): The seed that the rows were sampled with.
+        media (`tuple[Media, ...]`): For each row, what the processor made beside the tokens; empty for rows of text.
+        lengths (`tuple[int, ...]`): How many tokens each row has before its padding; empty for rows of text.
     """
 
     input_ids: torch.Tensor
     source: str
     fingerprint: str
     seed: int = 42
+    media: tuple[Media, ...] = ()
+    lengths: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, input_ids: torch.Tensor, source: str, seed: int = 42) -> CalibrationSet:
+    def of(
+        cls,
+        input_ids: torch.Tensor,
+        source: str,
+        seed: int = 42,
+        media: Sequence[Media] = (),
+        lengths: Sequence[int] = (),
+    ) -> CalibrationSet:
         """Make a set of rows of tokens `[samples, length]`."""
         input_ids = input_ids.to(torch.int64).cpu().contiguous()
         digest = hashlib.sha256(f"{tuple(input_ids.shape)}".encode() + input_ids.numpy().astype("<i8").tobytes())
-        return cls(input_ids, source, digest.hexdigest(), seed)
+        for row, used in zip(media, lengths, strict=True):
+            for name, value in sorted(row.items()):
+                digest.update(f"{used} {name} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+        return cls(input_ids, source, digest.hexdigest(), seed, tuple(media), tuple(lengths))
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def batches(self, size: int) -> Iterator[torch.Tensor]:
-        """The rows, `size` at a time."""
-        yield from self.input_ids.split(size)
+    @property
+    def tokens(self) -> int:
+        """How many tokens all rows have."""
+        return sum(self.lengths) if self.media else self.input_ids.numel()
+
+    def batches(self, size: int) -> Iterator[Rows]:
+        """The rows, `size` at a time; rows with images, which differ in length, one at a time."""
+        if not self.media:
+            yield from ((ids, {}) for ids in self.input_ids.split(size))
+        for ids, media, length in zip(self.input_ids, self.media, self.lengths, strict=False):
+            yield ids[None, :length], media
+
+    def probe(self, tokens: int) -> Rows:
+        """The first tokens of the first row; all of them if it has an image, which can't be cut in two."""
+        return next(self.batches(1)) if self.media else (self.input_ids[:1, :tokens], {})
+
+    def first(self, rows: int) -> CalibrationSet:
+        """A set of the first rows."""
+        return self._part(0, rows)
 
     def split(self, held_out: float) -> tuple[CalibrationSet, CalibrationSet]:
         """Hold out a share of the rows.
@@ -84,14 +113,18 @@ class CalibrationSet:
         if len(self) < 2:
             raise CutError("one calibration row can't be split; raise calibration_samples")
         count = min(len(self) - 1, max(1, round(held_out * len(self))))
-        first, second = self.input_ids.split([len(self) - count, count])
-        return CalibrationSet.of(first, self.source, self.seed), CalibrationSet.of(second, self.source, self.seed)
+        return self._part(0, len(self) - count), self._part(len(self) - count, len(self))
+
+    def _part(self, start: int, end: int) -> CalibrationSet:
+        media, lengths = self.media[start:end], self.lengths[start:end]
+        return CalibrationSet.of(self.input_ids[start:end], self.source, self.seed, media, lengths)
 
     def record(self) -> dict[str, Any]:
         """The entry for `lineage.json`."""
         samples, length = self.input_ids.shape
-        shape = {"source": self.source, "samples": samples, "length": length}
-        return shape | {"seed": self.seed, "fingerprint": self.fingerprint}
+        shape: dict[str, Any] = {"source": self.source, "samples": samples, "length": length}
+        images = {"images": True, "tokens": self.tokens} if self.media else {}
+        return shape | images | {"seed": self.seed, "fingerprint": self.fingerprint}
 
 
 def load_calibration(
@@ -102,13 +135,15 @@ def load_calibration(
     length: int = 512,
     seed: int = 42,
     model: PreTrainedModel | None = None,
+    processor: Callable[[], ProcessorMixin] | None = None,
 ) -> CalibrationSet:
     """Load a calibration set.
 
     Args:
         source (`str`): `"self"`, a `.txt`, `.json` or `.jsonl` file (`rows.jsonl:column`, `text` by default), or
-            `id[@config][:split[:column]]` of a data set on the Hub (split `train` and column `text` by default). A
-            column holds text, or chats as lists of messages.
+            `id[@config][:split[:column]]` of a data set on the Hub or in a folder (split `train` and column `text` by
+            default). A column holds text, or chats as lists of messages. A column `image` or `images` beside it holds
+            images, or paths of images, relative to the file.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The model's tokenizer. Optional for `"self"`, where text
             then starts from the beginning-of-text token instead of an empty chat turn.
         samples (`int`, defaults to 128): How many rows.
@@ -116,6 +151,7 @@ def load_calibration(
         seed (`int`, defaults to 42): For sampling the rows, or the text.
         model (`PreTrainedModel`, *optional*): The dense model. It writes the text for `"self"`; otherwise every token
             is checked against its vocabulary.
+        processor (`Callable`, *optional*): Loads the model's processor, which rows with images need.
 
     Returns:
         `CalibrationSet`: The rows.
@@ -141,7 +177,18 @@ def load_calibration(
         return CalibrationSet.of(write_text_with(model, tokenizer, samples, length, seed), source, seed)
     if tokenizer is None:
         raise CutError(f"calibration={source!r} needs the model's tokenizer")
-    ids = _tokens(_documents(source, seed), tokenizer, samples * length * _POOL)
+    documents = documents_of(source, seed)
+    start = next(documents, None)
+    documents = chain([] if start is None else [start], documents)
+    reads_images = model is not None and bool(placeholders(model.config))
+    if start is not None and (start.images or (reads_images and start.images is not None)):
+        rows_of = image_rows(documents, source, samples, length, model, processor)
+        lengths = [ids.shape[1] for ids, _ in rows_of]
+        padded = torch.cat([torch.nn.functional.pad(ids, (0, length - ids.shape[1])) for ids, _ in rows_of])
+        calibration = CalibrationSet.of(padded, source, seed, [media for _, media in rows_of], lengths)
+        check_vocabulary(calibration, model)
+        return calibration
+    ids = _tokens(documents, tokenizer, samples * length * _POOL)
     rows = len(ids) // length
     if rows < samples:
         raise CheckpointError(
@@ -171,101 +218,22 @@ def check_vocabulary(calibration: CalibrationSet, model: PreTrainedModel | None)
         )
 
 
-# --- text from files and data sets ----------------------------------------------------------------------
-
-
-def _documents(source: str, seed: int) -> Iterator[str | list[dict[str, Any]]]:
-    name, _, column = source.partition(":")
-    path = Path(name).expanduser()
-    named = path.suffix in (".txt", ".json", ".jsonl") or (name.startswith((".", "/", "~")) and not path.is_dir())
-    if path.is_file():
-        documents = _rows(path, column or "text") if path.suffix in (".json", ".jsonl") else _text(path)
-        Random(seed).shuffle(documents)
-        yield from documents
-    elif named:
-        raise CheckpointError(
-            f"calibration file {path} does not exist; name a .txt or .jsonl file, a data set on the Hub, or self"
-        )
-    else:
-        yield from _data_set(source, seed)
-
-
-def _read(path: Path) -> str:
-    text = read_text(path)
-    if "\0" in text:
-        raise CheckpointError(f"calibration file {path} is binary; name a text file")
-    if not text.strip():
-        raise CheckpointError(f"calibration file {path} is empty; name one with text")
-    return text
-
-
-def _text(path: Path) -> list[str]:
-    """The text in large pieces, so that their boundaries matter little."""
-    text = _read(path)
-    return [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)]
-
-
-def _rows(path: Path, column: str) -> list[str | list[dict[str, Any]]]:
-    text = _read(path)
-    if path.suffix == ".json":
-        try:
-            rows = parse_json(text, str(path))
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; is it JSON lines? Then name it .jsonl") from error
-        if not isinstance(rows, list):
-            raise CheckpointError(f"{path} is not a list of rows; write one row per line and name it .jsonl")
-        found = {f"row {number}": row for number, row in enumerate(rows)}
-    else:
-        lines = {f"line {number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
-        found = {where: parse_json(line, f"{where} of {path}") for where, line in lines.items()}
-    return [_document(row, column, f"{where} of {path}", str(path)) for where, row in found.items()]
-
-
-def _document(row: Any, column: str, where: str, source: str) -> str | list[dict[str, Any]]:
-    """The text or the chat, a list of messages, in a column of a row."""
-    value = row.get(column) if isinstance(row, dict) else None
-    is_chat = isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
-    if isinstance(value, str) or is_chat:
-        return value  # type: ignore[return-value]
-    has = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-    raise CheckpointError(f"{where} has no text in {column!r}, only {has}; name the column: {source}:COLUMN")
-
-
-def _data_set(source: str, seed: int) -> Iterator[str | list[dict[str, Any]]]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        need = 'data sets on the Hub need the package datasets; pip install "hf-layerprune[eval]"'
-        raise LayerPruneError(need) from None
-    name, _, rest = source.partition(":")
-    split, _, column = rest.partition(":")
-    name, _, config = name.partition("@")
-    split, column = split or "train", column or "text"
-    if split.partition("[")[0] in _HELD_BACK:
-        logger.warning("calibration uses the %s split of %s; don't evaluate on it afterwards", split, name)
-    with boundary(f"can't read calibration {source}"):
-        # Streamed, so that only the rows that are used are downloaded.
-        rows = load_dataset(name, config or None, split=split, streaming=True, trust_remote_code=False)
-        for row in rows.shuffle(seed, buffer_size=_BUFFER):
-            yield _document(row, column, name, f"{name}:{split}")
-
-
-def _tokens(
-    documents: Iterator[str | list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, enough: int
-) -> list[int]:
+def _tokens(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, enough: int) -> list[int]:
     ids: list[int] = []
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in documents:
-        if isinstance(document, str):
+        if document.images:
+            raise CheckpointError(f"{document.where} has images, and the first row has none; name rows of one kind")
+        if isinstance(document.text, str):
             with boundary("the tokenizer can't read the calibration set"):
-                ids += tokenizer(document, add_special_tokens=False, verbose=False).input_ids + between
+                ids += tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids + between
         elif tokenizer.chat_template is None:
             raise CheckpointError(
                 "the calibration set has chats, but the tokenizer has no chat template; name a set with plain text"
             )
         else:
             with boundary("the tokenizer's chat template can't render the calibration set", "name plain text instead"):
-                chat: Any = tokenizer.apply_chat_template(document, return_dict=True)
+                chat: Any = tokenizer.apply_chat_template(document.text, return_dict=True)
             ids += chat.input_ids
         if len(ids) >= enough:
             break

@@ -36,6 +36,13 @@ def path_to_text(config: PreTrainedConfig) -> list[PreTrainedConfig]:
             return path
 
 
+def placeholders(config: PreTrainedConfig) -> list[int]:
+    """The tokens in whose places the features of images, video and audio stand; none for a text model."""
+    names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+    found = [getattr(part, name, None) for part in path_to_text(config)[:-1] for name in names]
+    return sorted({token for token in found if isinstance(token, int)})
+
+
 def _remap_targets(value: Any, cut: Cut) -> Any:
     """Pairs of a layer of the tower and the decoder layer that takes its features in."""
     return None if value is None else [(tower, cut.new_index[layer]) for tower, layer in value]

@@ -39,7 +39,8 @@ class CalibrationOptions(Options):
     calibration: str = option(
         "self",
         "Text that criteria and repairs look at: self (the dense model writes it), a .txt or .jsonl file "
-        "(rows.jsonl:column), or a data set on the Hub (id:split:column)",
+        "(rows.jsonl:column), or a data set on the Hub (id:split:column); with a column image or images beside it, "
+        "images, for a model that reads them",
     )
     calibration_samples: int = option(128, "Number of rows in the calibration set", whole(1))
     calibration_length: int = option(512, "Number of tokens in each calibration row", whole(1))

@@ -132,8 +132,8 @@ class Fitter:
         """Run the dense model, and fit the repair."""
         walk = self.walk
         size = max(1, min(_BATCH_ROWS, len(calibration) // HELD_OUT))
-        batches = [walk.begin(ids) for ids in calibration.batches(size)]
-        probe = walk.begin(calibration.input_ids[:1, :_PROBE_TOKENS])
+        batches = [walk.begin(*given) for given in calibration.batches(size)]
+        probe = walk.begin(*calibration.probe(_PROBE_TOKENS))
         for i in progress_bar(range(self.last), desc="fitting the repair", unit="layer"):
             if i in self.first_of:
                 self.enter(i, batches)

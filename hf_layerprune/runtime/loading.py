@@ -14,7 +14,7 @@ from .config_file import check_no_code, read_config_file
 from .model_class import auto_class_for, check_has_decoder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 logger = logging.getLogger(__name__)
 
@@ -247,6 +247,28 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
         if gguf_file is not None:
             _check_saved(tokenizer, model)
     return tokenizer
+
+
+def load_processor(model: str | Path, **kwargs: Any) -> ProcessorMixin:
+    """Load what turns text and images into the inputs of a multimodal model.
+
+    Args:
+        model (`str` or `Path`): A Hub id or a folder.
+        kwargs: For `from_pretrained`: `revision`, `token`, ...
+
+    Returns:
+        `ProcessorMixin`: The processor.
+
+    Raises:
+        CheckpointError: It has none that transformers can load.
+    """
+    from transformers import AutoProcessor
+
+    with boundary(f"{model} has no processor that can be loaded", "copy the processor files of its base into it"):
+        processor = AutoProcessor.from_pretrained(str(model), trust_remote_code=False, **kwargs)
+        if not hasattr(processor, "image_processor"):  # in place of a processor, transformers loads a tokenizer
+            raise CheckpointError(f"{model} has no processor for images; copy the processor files of its base into it")
+    return processor
 
 
 def _check_saved(tokenizer: PreTrainedTokenizerBase, model: str | Path) -> None:

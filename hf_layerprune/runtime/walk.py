@@ -11,6 +11,10 @@ Each layer's arguments (masks, rotary embeddings) are recorded from the model's 
 stubbed to pass its input through, so no family's code is reimplemented here. The walk is first tried on a few tokens: a
 model whose layers pass more than hidden states to each other is refused.
 
+Rows may have images or audio: the model's own forward then puts the features of its towers in their places, and
+whatever it does with them (positions, masks, features that are added in front of later layers) is recorded with the
+layers' arguments. The first such row is tried as well.
+
 Weights that are mapped from a file, as `from_pretrained` leaves them on a CPU, are read when a layer runs; with
 `release_weights` they leave memory after it. With `device`, a layer's weights are on that device only while it runs. So a model
 may be larger than memory, and each weight is read once per pass.
@@ -19,17 +23,18 @@ may be larger than memory, and each weight is read once per pass.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..families import check_stage
+from ..families import check_stage, protected_layers
 from ..families.layout import find_decoder_layers
+from ..families.multimodal import placeholders
 from .mapped import release
 from .parts import TROUBLE, close, hidden_of, hooked, layer_stub, probe_ids, replaced_forward, returned
 
@@ -47,11 +52,17 @@ class Batch:
         input_ids (`torch.Tensor`): Token ids `[batch, seq]`.
         hidden (`torch.Tensor`): The input hidden states `[batch, seq, hidden]` of the next layer.
         calls (`list[tuple[tuple, dict]]`): Each layer's arguments other than the hidden states.
+        asked (`torch.Tensor`): Positions whose next token is text, boolean `[batch, seq]`; all without images.
+        before (`dict[int, torch.Tensor]`): Features that are added to the input of a layer, by its index.
+        behind (`dict[int, torch.Tensor]`): Features that are added to the output of a layer.
     """
 
     input_ids: torch.Tensor
     hidden: torch.Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    asked: torch.Tensor
+    before: dict[int, torch.Tensor] = field(default_factory=dict)
+    behind: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class LayerWalk:
@@ -79,11 +90,12 @@ class LayerWalk:
         self._device = torch.device(device) if device is not None else None
         self._releases = release_weights
         self._home = next(self.layers[0].parameters()).device
+        self._tried_media = False
         # How many values each layer returns, see [`returned`].
         self._returns: list[int | None] = [None] * self.num_layers
         if self._device is not None and self._device != self._home:
             self._move_surroundings()
-        self._try_out()
+        self._try_out(probe_ids(model, _PROBE_TOKENS).to(self.device), {})
 
     @property
     def device(self) -> torch.device:
@@ -95,30 +107,24 @@ class LayerWalk:
         """Whether each pass over the layers has to load their weights again."""
         return self._releases or self._streams
 
-    def begin(self, input_ids: torch.Tensor) -> Batch:
+    def begin(self, input_ids: torch.Tensor, media: Mapping[str, torch.Tensor] | None = None) -> Batch:
         """Embed rows of tokens.
 
         Args:
             input_ids (`torch.Tensor`): Token ids `[batch, seq]`, without padding.
+            media (`Mapping[str, torch.Tensor]`, *optional*): What the model takes beside them, such as `pixel_values`.
 
         Returns:
             `Batch`: With the input hidden states of the first layer.
+
+        Raises:
+            UnsupportedModelError: With these media, the layers can't be run one at a time.
         """
-        calls: list[Any] = [None] * self.num_layers
-        hidden: list[torch.Tensor] = []
-
-        def hand_on(index: int, before: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
-            if not hidden:
-                hidden.append(before)
-            calls[index] = (args, kwargs)
-            return before
-
-        input_ids = input_ids.to(self.device)
-        with torch.no_grad(), self._replaced(hand_on), self._headless():
-            self._forward(input_ids, logits_to_keep=1)
-        if any(call is None for call in calls):
-            raise self._refusal("not every layer is called")
-        return Batch(input_ids, hidden[0], calls)
+        media = {name: self._placed(value) for name, value in (media or {}).items()}
+        if media and not self._tried_media:
+            self._tried_media = True
+            self._try_out(input_ids.to(self.device), media)
+        return self._begin(input_ids.to(self.device), media)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Callable[[torch.Tensor, Batch], torch.Tensor]]:
@@ -135,7 +141,10 @@ class LayerWalk:
 
         def run(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
             args, kwargs = batch.calls[index]
-            return hidden_of(layer(hidden, *args, **kwargs))
+            if index in batch.before:
+                hidden = hidden + batch.before[index]
+            after = hidden_of(layer(hidden, *args, **kwargs))
+            return after + batch.behind[index] if index in batch.behind else after
 
         with self._moved(layer):
             yield run
@@ -167,6 +176,44 @@ class LayerWalk:
 
     # --- internals ---------------------------------------------------------------------------------------
 
+    def _begin(self, input_ids: torch.Tensor, media: Mapping[str, torch.Tensor]) -> Batch:
+        calls: list[Any] = [None] * self.num_layers
+        entering: list[Any] = [None] * self.num_layers
+
+        def hand_on(index: int, before: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+            calls[index], entering[index] = (args, kwargs), before
+            # Behind zeros, all that enters the next layer is what the model adds on the way.
+            return torch.zeros_like(before) if media else before
+
+        with torch.no_grad(), self._replaced(hand_on), self._headless():
+            self._forward(input_ids, logits_to_keep=1, **media)
+        if any(call is None for call in calls):
+            raise self._refusal("not every layer is called")
+        batch = Batch(input_ids, entering[0], calls, torch.ones_like(input_ids, dtype=torch.bool))
+        if media:
+            tokens = torch.tensor(placeholders(self.model.config), device=input_ids.device)
+            batch.asked[:, :-1] = ~torch.isin(input_ids[:, 1:], tokens)
+            for index in range(1, self.num_layers):
+                if entering[index].any():
+                    self._note_added(batch, index, entering[index])
+        return batch
+
+    def _note_added(self, batch: Batch, index: int, added: torch.Tensor) -> None:
+        """Features belong to the layer, of the two around them, that can't be dropped."""
+        protected = protected_layers(self.model.config)
+        if index - 1 in protected:
+            batch.behind[index - 1] = added
+        elif index in protected:
+            batch.before[index] = added
+        else:
+            raise self._refusal(
+                f"features are added between layers {index - 1} and {index}, of which neither has to stay"
+            )
+
+    def _placed(self, value: torch.Tensor) -> torch.Tensor:
+        """A tensor on the device and, if it holds no indices, in the type of the weights."""
+        return value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
+
     def _forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.model(input_ids=input_ids, use_cache=False, return_dict=True, **kwargs).logits
 
@@ -187,9 +234,8 @@ class LayerWalk:
         head = self.model.get_output_embeddings()
         return replaced_forward([] if head is None else [head], lambda hidden, *args, **kwargs: hidden)
 
-    def _try_out(self) -> None:
-        """Run a few tokens normally and layer by layer, and refuse a model for which the results differ."""
-        ids = probe_ids(self.model, _PROBE_TOKENS).to(self.device)
+    def _try_out(self, ids: torch.Tensor, media: Mapping[str, torch.Tensor]) -> None:
+        """Run a row normally and layer by layer, and refuse a model for which the results differ."""
         order: list[int] = []
 
         def note(index: int) -> Callable[..., None]:
@@ -203,12 +249,12 @@ class LayerWalk:
 
         notes = hooked(*[layer.register_forward_hook(note(index)) for index, layer in enumerate(self.layers)])
         with notes, torch.no_grad(), self._moved(*self.layers):
-            wanted = self._forward(ids)
+            wanted = self._forward(ids, **media)
         if order != list(range(self.num_layers)):
             raise self._refusal("they are not run once each, in order")
         try:
             with torch.no_grad():
-                batch = self.begin(ids)
+                batch = self._begin(ids, media)
                 if batch.hidden.shape[:-1] != ids.shape:
                     raise self._refusal("they pass on several streams of hidden states")
                 for index in range(self.num_layers):

@@ -107,8 +107,9 @@ def announce(walk: LayerWalk, text: CalibrationSet, layer_runs: int, what: str) 
 @torch.no_grad()
 def _of_a_row(walk: LayerWalk, text: CalibrationSet) -> tuple[float, float]:
     """Seconds for a layer and for the head on one row, by a run of each."""
-    rows, length = batch_rows(text), text.input_ids.shape[1]
-    batch = walk.begin(text.input_ids[:rows])
+    rows = batch_rows(text)
+    batch = walk.begin(*next(text.batches(rows)))
+    length = batch.input_ids.shape[1]
     with walk.layer(0) as run:
         run(batch.hidden, batch)
         layer = _timed(lambda: run(batch.hidden, batch), walk.device)

@@ -57,7 +57,7 @@ class Observer:
 def batch_rows(calibration: CalibrationSet) -> int:
     """How many rows to run at once."""
     samples, length = calibration.input_ids.shape
-    return max(1, min(BATCH_TOKENS // length, samples))
+    return 1 if calibration.media else max(1, min(BATCH_TOKENS // length, samples))
 
 
 @torch.no_grad()
@@ -81,8 +81,8 @@ def run_pass(
         CheckpointError: The states, or a layer's weights, are not finite.
     """
     alive = range(walk.num_layers) if alive is None else alive
-    batches = [walk.begin(ids) for ids in calibration.batches(rows or batch_rows(calibration))]
-    probe = walk.begin(calibration.input_ids[:1, :_PROBE_TOKENS])
+    batches = [walk.begin(*given) for given in calibration.batches(rows or batch_rows(calibration))]
+    probe = walk.begin(*calibration.probe(_PROBE_TOKENS))
     walk.release_ends()
     for observer in observers:
         observer.begin(alive, batches)

@@ -210,13 +210,13 @@ class Search:
 
     def _warn_of_few_tokens(self) -> None:
         """A map that is fitted to hardly more tokens than it is wide tells little about a set."""
-        ids = self._mapping.input_ids[:_MAP_ROWS]
+        tokens = self._mapping.first(_MAP_ROWS).tokens
         width = text_config(self.walk.model.config).hidden_size
-        if self._in_front and ids.numel() < _TOKENS_PER_DIMENSION * width:
-            rows = math.ceil(len(self.fitting) / (1 - HELD_OUT) * _TOKENS_PER_DIMENSION * width / ids.numel())
+        if self._in_front and tokens < _TOKENS_PER_DIMENSION * width:
+            rows = math.ceil(len(self.fitting) / (1 - HELD_OUT) * _TOKENS_PER_DIMENSION * width / tokens)
             logger.warning(
                 "sets of layers are compared by maps of width %d that are fitted to %d tokens, which is few; "
-                "calibration_samples=%d would choose more reliably", width, ids.numel(), rows,
+                "calibration_samples=%d would choose more reliably", width, tokens, rows,
             )  # fmt: skip
 
     def _next(self) -> int:
@@ -251,7 +251,7 @@ class Search:
             changes = {fit.before: fit.applied for fit in known}
             trials.append(Trial(drop, changes) if len(known) == len(fits) else None)
         asked = [trial for trial in trials if trial is not None]
-        outcomes = iter(try_out(self.walk, _first(self._trying, rows), asked) if asked else ())
+        outcomes = iter(try_out(self.walk, self._trying.first(rows), asked) if asked else ())
         return [None if trial is None else next(outcomes) for trial in trials]
 
     def _fit(self, wanted: Collection[tuple[int, ...]]) -> None:
@@ -259,17 +259,13 @@ class Search:
         missing = {block for block in wanted if block not in self._fits}
         if missing:
             observer = Repairability({len(block) for block in missing}, only=missing, keep=True)
-            run_pass(self.walk, _first(self._mapping, _MAP_ROWS), [observer])
+            run_pass(self.walk, self._mapping.first(_MAP_ROWS), [observer])
             self._fits |= {block: observer.fits.get(block) for block in missing}
 
 
 def changes_of(repair: Repair) -> dict[int, Callable[[nn.Module], AbstractContextManager]]:
     """A repair as the `changes` of a [`~trials.Trial`]."""
     return {index: partial(swapped, values=values) for index, values in repair.by_layer().items()}
-
-
-def _first(calibration: CalibrationSet, rows: int) -> CalibrationSet:
-    return CalibrationSet.of(calibration.input_ids[:rows], calibration.source, calibration.seed)
 
 
 @dataclass(frozen=True)

@@ -57,14 +57,14 @@ def score(
     for i in alive:
         weight_matrices(walk.layers[i], i)  # refuses packed weights before any work is done
     rows = _PAPER_BATCH if variant == PAPER else batch_rows(calibration)
-    total = calibration.input_ids[:, 1:].numel()
     with _frozen(walk.model):
         seen = _Entering()
         run_pass(walk, calibration, [seen], alive, rows)
         batches, entering = seen.batches, seen.entering
+        asked = [int(batch.asked[:, :-1].sum()) for batch in batches]
         down = [
-            _loss_gradient(walk, batch, batch.input_ids[:, 1:].numel() if variant == PAPER else total)
-            for batch in batches
+            _loss_gradient(walk, batch, of_batch if variant == PAPER else sum(asked))
+            for batch, of_batch in zip(batches, asked, strict=True)
         ]
         walk.release_ends()
         scores: list[float | None] = [None] * walk.num_layers
@@ -134,9 +134,10 @@ def _loss_gradient(walk: LayerWalk, batch: Batch, tokens: int) -> torch.Tensor:
     for row, ids in enumerate(batch.input_ids):
         for start in range(0, len(ids) - 1, _HEAD_TOKENS):
             targets = ids[start + 1 : start + 1 + _HEAD_TOKENS]
+            asked = batch.asked[row, start : start + len(targets)]
             piece = batch.hidden[row : row + 1, start : start + len(targets)].detach().requires_grad_(True)
             with torch.enable_grad():
-                loss = F.cross_entropy(walk.logits(piece)[0].float(), targets, reduction="sum") / tokens
+                loss = F.cross_entropy(walk.logits(piece)[0].float()[asked], targets[asked], reduction="sum") / tokens
                 (gradient[row : row + 1, start : start + len(targets)],) = torch.autograd.grad(loss, piece)
     batch.hidden = batch.hidden.new_empty(0)  # frees the memory
     return gradient
@@ -157,7 +158,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def state_bytes(walk: LayerWalk, calibration: CalibrationSet, layers: int) -> int:
     """The size of the hidden states that enter the layers, in bytes."""
     width = walk.model.config.get_text_config().hidden_size
-    return calibration.input_ids.numel() * width * walk.model.dtype.itemsize * layers
+    return calibration.tokens * width * walk.model.dtype.itemsize * layers
 
 
 def _check_memory(walk: LayerWalk, calibration: CalibrationSet, layers: int) -> None:

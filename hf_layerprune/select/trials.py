@@ -99,20 +99,20 @@ def try_out(
     """
     tracks = [*trials, Trial(())] if kl else list(trials)
     rows = rows_per_pass(walk, calibration, tracks, memory)
-    parts = calibration.input_ids.split(rows)
-    sums: list[torch.Tensor] = []
+    size = min(rows, batch_rows(calibration))
+    given, step = list(calibration.batches(size)), -(-rows // size)
+    parts = [given[start : start + step] for start in range(0, len(given), step)]
+    means: list[torch.Tensor] = []
     runs = walk.num_layers * len(parts)
     with progress_bar(total=runs, desc=f"evaluating {len(trials)} cuts", unit="layer") as bar:
         for part in parts:
-            batches = [walk.begin(ids) for ids in part.split(batch_rows(calibration))]
+            batches = [walk.begin(*rows_of) for rows_of in part]
             states = _advance(walk, batches, tracks, bar)
             for number, batch in enumerate(batches):
                 of_batch = [state[number] for state in states]
-                sums.append(_compare(walk, batch.input_ids, of_batch, len(trials), kl).double().cpu())
-    length = calibration.input_ids.shape[1]
-    by_row = torch.cat(sums, 1) / torch.tensor([max(1, length - 1), length, length])
+                means.append(_compare(walk, batch, of_batch, len(trials), kl))
     outcomes = []
-    for rows in by_row:
+    for rows in torch.cat(means, 1):
         loss, divergence, agreement = rows.mean(0).tolist()
         outcomes.append(Outcome(loss, divergence, agreement, rows) if kl else Outcome(loss, rows=rows))
     return outcomes
@@ -196,22 +196,25 @@ def _advance(
     return [states[move.after] for move in moves]
 
 
-def _compare(
-    walk: LayerWalk, input_ids: torch.Tensor, states: Sequence[torch.Tensor], trials: int, kl: bool
-) -> torch.Tensor:
-    """Summed losses, KL and agreement `[trials, rows, 3]` of a batch; with `kl`, `states` ends with the dense model's."""
-    sums = torch.zeros(trials, len(input_ids), 3, dtype=torch.float32 if walk.device.type == "mps" else torch.float64)
+def _compare(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor], trials: int, kl: bool) -> torch.Tensor:
+    """Mean loss, KL and agreement of each row `[trials, rows, 3]`; with `kl`, `states` ends with the dense model's.
+
+    Positions in front of the placeholder of an image don't count: nobody asks the model for one.
+    """
+    rows, length = batch.input_ids.shape
+    sums = torch.zeros(trials, rows, 3, dtype=torch.float32 if walk.device.type == "mps" else torch.float64)
     sums = sums.to(walk.device)
-    length = input_ids.shape[1]
-    for row, ids in enumerate(input_ids):
+    asked = batch.asked
+    for row, ids in enumerate(batch.input_ids):
         for start in range(0, length, _HEAD_TOKENS):
             end = min(start + _HEAD_TOKENS, length)
-            targets = ids[start + 1 : end + 1]
+            targets, counts = ids[start + 1 : end + 1], asked[row, start:end]
             reference = Reference(walk.logits(states[-1][row : row + 1, start:end])[0]) if kl else None
             for number in range(trials):
                 of_tokens = diverge(walk.logits(states[number][row : row + 1, start:end])[0], targets, reference)
-                sums[number, row, 0] += of_tokens.nll.sum(dtype=sums.dtype)
+                sums[number, row, 0] += of_tokens.nll[counts[: len(targets)]].sum(dtype=sums.dtype)
                 if of_tokens.kl is not None and of_tokens.agrees is not None:
-                    sums[number, row, 1] += of_tokens.kl.sum(dtype=sums.dtype)
-                    sums[number, row, 2] += of_tokens.agrees.sum(dtype=sums.dtype)
-    return sums
+                    sums[number, row, 1] += of_tokens.kl[counts].sum(dtype=sums.dtype)
+                    sums[number, row, 2] += of_tokens.agrees[counts].sum(dtype=sums.dtype)
+    each = torch.stack([asked[:, :-1].sum(1), asked.sum(1), asked.sum(1)], -1).clamp(min=1)
+    return sums.double().cpu() / each.cpu()

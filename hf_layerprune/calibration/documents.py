@@ -1,0 +1,148 @@
+"""Text for calibration, and images beside it: from files, folders and data sets on the Hub."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from ..errors import CheckpointError, LayerPruneError, boundary
+from ..files.json_file import parse_json
+from ..files.text_file import read_text
+
+logger = logging.getLogger(__name__)
+
+_HELD_BACK = ("test", "validation", "valid", "dev")
+# Characters of a text file that are tokenised at once; size of the shuffle buffer for streamed data sets, in rows.
+_PIECE = 1 << 16
+_BUFFER = 1000
+# Columns in which data sets have images.
+IMAGE_COLUMNS = ("image", "images")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One row of a file or a data set.
+
+    Args:
+        text (`str` or `list[dict]`): Text, or a chat as a list of messages.
+        images (`tuple`, *optional*): Its images, as the data set has them; `None` if it has no place for any.
+        where (`str`): What it is called in messages.
+        folder (`Path`): What paths of images are relative to.
+    """
+
+    text: str | list[dict[str, Any]]
+    images: tuple[Any, ...] | None = None
+    where: str = ""
+    folder: Path = Path()
+
+
+def documents_of(source: str, seed: int) -> Iterator[Document]:
+    """Read a file or a data set, in an order that the seed decides.
+
+    Args:
+        source (`str`): See [`.rows.load_calibration`].
+        seed (`int`): For the order.
+
+    Yields:
+        `Document`: Each row, or each piece of a text.
+
+    Raises:
+        CheckpointError: It can't be read, or a row has no text.
+        LayerPruneError: A data set needs a package that is missing.
+    """
+    name, _, column = source.partition(":")
+    path = Path(name).expanduser()
+    named = path.suffix in (".txt", ".json", ".jsonl") or (name.startswith((".", "/", "~")) and not path.is_dir())
+    if path.is_file() and path.suffix != ".parquet":
+        documents = _rows(path, column or "text") if path.suffix in (".json", ".jsonl") else _text(path)
+        Random(seed).shuffle(documents)
+        yield from documents
+    elif named and not path.is_file():
+        raise CheckpointError(
+            f"calibration file {path} does not exist; name a .txt or .jsonl file, a data set on the Hub, or self"
+        )
+    else:
+        yield from _data_set(source, seed)
+
+
+def _read(path: Path) -> str:
+    text = read_text(path)
+    if "\0" in text:
+        raise CheckpointError(f"calibration file {path} is binary; name a text file")
+    if not text.strip():
+        raise CheckpointError(f"calibration file {path} is empty; name one with text")
+    return text
+
+
+def _text(path: Path) -> list[Document]:
+    """The text in large pieces, so that their boundaries matter little."""
+    text = _read(path)
+    return [Document(text[start : start + _PIECE]) for start in range(0, len(text), _PIECE)]
+
+
+def _rows(path: Path, column: str) -> list[Document]:
+    text = _read(path)
+    if path.suffix == ".json":
+        try:
+            rows = parse_json(text, str(path))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; is it JSON lines? Then name it .jsonl") from error
+        if not isinstance(rows, list):
+            raise CheckpointError(f"{path} is not a list of rows; write one row per line and name it .jsonl")
+        found = {f"row {number}": row for number, row in enumerate(rows)}
+    else:
+        lines = {f"line {number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
+        found = {where: parse_json(line, f"{where} of {path}") for where, line in lines.items()}
+    return [_document(row, column, f"{where} of {path}", str(path), path.parent) for where, row in found.items()]
+
+
+def _document(row: Any, column: str, where: str, source: str, folder: Path = Path()) -> Document:
+    """The text or the chat, a list of messages, in a column of a row, and the images beside it."""
+    value: Any = row.get(column) if isinstance(row, dict) else None
+    is_chat = isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+    if not (isinstance(value, str) or is_chat):
+        has = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise CheckpointError(f"{where} has no text in {column!r}, only {has}; name the column: {source}:COLUMN")
+    images: Any = () if is_chat and any(is_image(part) for said in value for part in parts_of(said)) else None
+    if beside := next((name for name in IMAGE_COLUMNS if name in row and name != column), None):
+        given = row[beside] if isinstance(row[beside], list | tuple) else [row[beside]]
+        images = tuple(image for image in given if image)
+    return Document(value, images, where, folder)
+
+
+def parts_of(message: dict[str, Any]) -> list[Any]:
+    """The parts of a message of a chat; plain text is no list of parts."""
+    content = message.get("content")
+    return content if isinstance(content, list) else []
+
+
+def is_image(part: Any) -> bool:
+    """Whether a part of a message stands for an image."""
+    return isinstance(part, dict) and part.get("type") == "image"
+
+
+def _data_set(source: str, seed: int) -> Iterator[Document]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        need = 'data sets on the Hub need the package datasets; pip install "hf-layerprune[eval]"'
+        raise LayerPruneError(need) from None
+    name, _, rest = source.partition(":")
+    split, _, column = rest.partition(":")
+    name, _, config = name.partition("@")
+    split, column = split or "train", column or "text"
+    if split.partition("[")[0] in _HELD_BACK:
+        logger.warning("calibration uses the %s split of %s; don't evaluate on it afterwards", split, name)
+    with boundary(f"can't read calibration {source}"):
+        # Streamed, so that only the rows that are used are downloaded.
+        how: dict[str, Any] = {"split": split, "streaming": True, "trust_remote_code": False}
+        if name.endswith(".parquet"):
+            rows = load_dataset("parquet", data_files=str(Path(name).expanduser()), **how)
+        else:
+            rows = load_dataset(name, config or None, **how)
+        for row in rows.shuffle(seed, buffer_size=_BUFFER):
+            yield _document(row, column, name, f"{name}:{split}")

@@ -1,0 +1,147 @@
+"""Calibration rows with images: each is one example, as the model's own processor puts it.
+
+A chat goes through the processor's chat template, with its images in front of the first message of the user, unless
+the messages have places for them. Plain text is what the user says about its images; without a template, the images'
+placeholders stand in front of it. A row ends after `length` tokens, and a row whose images don't fit is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import CheckpointError, CutError, boundary
+from ..families.multimodal import placeholders
+from .documents import Document, is_image, parts_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+# What a processor makes for each token, besides the tokens themselves.
+_FOR_EACH_TOKEN = ("attention_mask", "token_type_ids", "mm_token_type_ids")
+_LEAST = 2  # the fewest tokens of a row: one, and the next
+
+
+def image_rows(
+    documents: Iterator[Document],
+    source: str,
+    samples: int,
+    length: int,
+    model: PreTrainedModel | None,
+    load_processor: Callable[[], ProcessorMixin] | None,
+) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Make rows of examples with images.
+
+    Args:
+        documents (`Iterator[Document]`): The examples, in the order in which they are used.
+        source (`str`): Their name.
+        samples (`int`): How many rows.
+        length (`int`): The most tokens of a row.
+        model (`PreTrainedModel`, *optional*): The dense model, which says what its placeholders are.
+        load_processor (`Callable`, *optional*): Loads the model's processor.
+
+    Returns:
+        `list[tuple[torch.Tensor, dict[str, torch.Tensor]]]`: For each row its token ids `[1, seq]`, and what the model
+            takes beside them.
+
+    Raises:
+        CheckpointError: An image can't be read, the processor refuses a row, or there are too few rows.
+        CutError: The model or the processor is missing, or the model reads text alone.
+    """
+    if model is None or load_processor is None:
+        raise CutError(f"calibration={source!r} has images, which need the model and its processor")
+    tokens = placeholders(model.config)
+    if not tokens:
+        raise CutError(
+            f"{source} has images, but {model.name_or_path or 'the model'} is a {model.config.model_type} model that "
+            "reads text alone; name a set without images"
+        )
+    processor = load_processor()
+    rows: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+    longest = left_out = 0
+    for document in documents:
+        with boundary(f"the processor can't read {document.where}"):
+            ids, media = _processed(processor, document)
+        places = torch.isin(ids[0], torch.tensor(tokens)).nonzero()
+        if document.images and not len(places):
+            raise CheckpointError(f"{document.where} has an image, but the chat template gives it no place")
+        end = int(places[-1]) + 1 if len(places) else 0
+        if end > length or ids.shape[1] < _LEAST:
+            longest, left_out = max(longest, end), left_out + 1
+            continue
+        cut = {name: value[:, :length] for name, value in media.items() if name in _FOR_EACH_TOKEN}
+        rows.append((ids[:, :length], media | cut))
+        if len(rows) == samples:
+            break
+    if len(rows) < samples:
+        fit = f", and {left_out} whose images take up to {longest} tokens" if left_out else ""
+        raise CheckpointError(
+            f"calibration {source} has {len(rows)} rows that fit into calibration_length={length}{fit}, not {samples}; "
+            f"use calibration_samples={len(rows) or 1}, {'a larger calibration_length' if left_out else 'or more rows'}"
+        )
+    return rows
+
+
+def _processed(processor: Any, document: Document) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The tokens `[1, seq]` of an example, and what the model takes beside them."""
+    given = list(document.images or ())
+    if isinstance(document.text, str) and (processor.chat_template is None or _holds_places(processor, document.text)):
+        text = document.text
+        if not _holds_places(processor, text):
+            text = processor.image_token * len(given) + text
+        images = [_opened(image, document) for image in given] or None
+        made = processor(text=[text], images=images, return_tensors="pt")
+    else:
+        chat = [{"role": "user", "content": document.text}] if isinstance(document.text, str) else document.text
+        made = processor.apply_chat_template(
+            _filled(chat, given, document), tokenize=True, return_dict=True, return_tensors="pt"
+        )
+    tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+    return tensors.pop("input_ids"), tensors
+
+
+def _holds_places(processor: Any, text: str) -> bool:
+    return bool(getattr(processor, "image_token", None)) and processor.image_token in text
+
+
+def _filled(chat: list[dict[str, Any]], images: list[Any], document: Document) -> list[dict[str, Any]]:
+    """A chat whose messages are lists of parts, with the images in their places."""
+    messages = [
+        said | {"content": [dict(part) for part in parts_of(said)] or [{"type": "text", "text": said["content"]}]}
+        for said in chat
+    ]
+    if not any(is_image(part) for said in messages for part in said["content"]):
+        first = next((said for said in messages if said["role"] == "user"), messages[0])
+        first["content"][:0] = [{"type": "image"} for _ in images]
+    places = [part for said in messages for part in said["content"] if is_image(part)]
+    empty = [part for part in places if not _held(part)]
+    if len(empty) != len(images):
+        raise CheckpointError(f"{document.where} has {len(images)} images for {len(empty)} places in its messages")
+    for part, image in zip(empty, images, strict=True):
+        part["image"] = image
+    for part in places:
+        held = _held(part)
+        part.clear()
+        part |= {"type": "image", "image": _opened(held, document)}
+    return messages
+
+
+def _held(part: dict[str, Any]) -> Any:
+    return next((part[name] for name in ("image", "path", "url", "base64") if part.get(name) is not None), None)
+
+
+def _opened(image: Any, document: Document) -> Any:
+    """An image of a data set, in whatever form the data set has it."""
+    from PIL import Image
+
+    if isinstance(image, dict):  # of a data set whose images are not decoded
+        image = BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
+    if isinstance(image, str):
+        path = document.folder / image
+        if not path.is_file():
+            raise CheckpointError(f"{document.where} names the image {image}, and {path} is no file")
+        image = path
+    return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")

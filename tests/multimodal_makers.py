@@ -1,0 +1,75 @@
+"""A tiny model that reads images, with a processor as its own code makes it, and rows of questions about images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from . import multimodal_inputs
+from .heal_makers import word_tokenizer
+from .tiny_models import tiny_model
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{{ '<image> ' if c.type == 'image' else c.text }}{% endfor %}{% endif %}{{ ' ' }}{% endfor %}"
+)
+
+
+def write_llava(folder: Path) -> Path:
+    """A tiny llava, whose images take 16 tokens."""
+    from transformers import LlavaProcessor
+
+    # Image processors that need no torchvision; of the versions that are tested, 5.4 has none.
+    clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    tiny_model("llava").save_pretrained(folder)
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.chat_template = None
+    images = clip.CLIPImageProcessorPil(size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16})
+    how = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(images, tokenizer, image_token="<image>", chat_template=TEMPLATE, **how).save_pretrained(folder)
+    return folder
+
+
+def noise(seed: int) -> Any:
+    """An image of random pixels."""
+    from PIL import Image
+
+    pixels = torch.randint(0, 256, (20, 24, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def words(seed: int, count: int) -> str:
+    """A text of known words."""
+    ids = torch.randint(3, 120, (count,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(f"w{i}" for i in ids.tolist())
+
+
+def write_rows(folder: Path, count: int = 8) -> Path:
+    """A file of rows with a text and the path of an image."""
+    folder.joinpath("pictures").mkdir(parents=True)
+    rows = []
+    for i in range(count):
+        noise(i).save(folder / "pictures" / f"{i}.png")
+        rows.append({"text": words(i, 5 + i), "image": f"pictures/{i}.png"})
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def media_rows(model_type: str, model: Any, count: int) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Single rows `[1, seq]` of a type, with the kind of media that it takes."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multimodal_inputs, "BATCH", 1)
+        own = multimodal_inputs._noise
+        for i in range(count):
+            patch.setattr(multimodal_inputs, "_noise", lambda *shape, i=i: own(*shape, seed=100 + i))
+            patch.setattr(multimodal_inputs, "AFTER", 6 + i)
+            (inputs,) = multimodal_inputs.media_inputs(model_type, model).values()
+            made.append((inputs.pop("input_ids"), inputs))
+    return made
