@@ -6,11 +6,13 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune.cli import main
+from hf_layerprune.cut.gguf.modelfile import modelfile_of
 from hf_layerprune.families import make_cut
 from hf_layerprune.families.engines import COUNTED, misread
 from hf_layerprune.layer_ranges import parse_layers
 
 from .engines import asking, environments, models, page
+from .gguf_makers import all_of, make_gguf, number, smollm2
 
 REFERENCE = {"tokens": [5, 6, 7], "logprobs": [-1.0, -2.0, -3.0], "leads": [0.5, 0.001, 0.5]}
 FAILED = {"error": "ValueError: no such architecture"}
@@ -62,18 +64,63 @@ def test_an_environment_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
         environments.build("x")
 
 
-def test_the_modelfile_of_the_page_is_one():
-    # The grammar: https://github.com/ollama/ollama/blob/main/docs/modelfile.md
-    (block,) = re.findall(r"```dockerfile\n(.*?)```", page.PAGE.read_text(encoding="utf-8"), re.S)
-    lines = [line.split(maxsplit=1) for line in block.splitlines()]
-    assert [words[0] for words in lines].count("FROM") == 1
-    assert lines[0] == ["FROM", "./pruned.gguf"]
+def parse_modelfile(text: str) -> list[tuple[str, str]]:
+    """The instructions of a Modelfile, by its grammar: https://github.com/ollama/ollama/blob/main/docs/modelfile.md"""
     kinds = {"temperature": float, "top_p": float, "top_k": int, "num_ctx": int, "stop": str, "seed": int}
-    for instruction, rest in lines[1:]:
-        assert instruction in ("PARAMETER", "TEMPLATE", "SYSTEM", "ADAPTER", "LICENSE", "MESSAGE")
+    found = []
+    for line in text.splitlines():
+        if line.startswith("#"):
+            continue
+        instruction, rest = line.split(maxsplit=1)
+        assert instruction in ("FROM", "PARAMETER", "TEMPLATE", "SYSTEM", "ADAPTER", "LICENSE", "MESSAGE")
         if instruction == "PARAMETER":
-            name, value = rest.split(maxsplit=1)
-            kinds[name](value)
+            instruction, rest = rest.split(maxsplit=1)
+            kinds[instruction](rest)
+        assert rest.count('"') == 0 or re.fullmatch(r'"[^"]*"', rest), "text after a closing quote"
+        found.append((instruction, rest.strip('"')))
+    assert [name for name, _ in found].count("FROM") == 1
+    return found
+
+
+def test_the_modelfile_of_the_page_is_the_one_that_is_written(tmp_path, caplog):
+    (block,) = re.findall(r"```dockerfile\n(.*?)```", page.PAGE.read_text(encoding="utf-8"), re.S)
+    assert parse_modelfile(block) == [("FROM", "./pruned.gguf"), ("stop", "<|im_end|>")]
+    words = ["prune", str(smollm2()), str(tmp_path / "pruned.gguf"), "--drop-layers", "12-18"]
+    assert main(words) == 0
+    written = tmp_path / "pruned.Modelfile"
+    assert written.read_text() == block
+    written.write_text("FROM ./pruned.gguf\nSYSTEM mine\n")
+    assert main([*words, "--force"]) == 0
+    assert written.read_text() == "FROM ./pruned.gguf\nSYSTEM mine\n", "it may have been edited"
+
+
+@pytest.mark.parametrize("end", ['a"b', "a\nb", "", "\u202e"])
+def test_a_modelfile_names_no_token_that_would_break_it(tmp_path, end):
+    add = all_of(
+        lambda writer: writer.add_chat_template("{{ messages }}"),
+        lambda writer: writer.add_token_list(["x", end, "<end>"]),
+        number("tokenizer.ggml.eos_token_id", 1),
+        number("tokenizer.ggml.eot_token_id", 2),
+        number("tokenizer.ggml.eom_token_id", 99),
+    )
+    make_gguf(tmp_path / "a b.gguf", more=add)
+    assert parse_modelfile(modelfile_of(tmp_path / "a b.gguf")) == [("FROM", "./a b.gguf"), ("stop", "<end>")]
+
+
+def test_a_file_without_a_chat_gets_no_modelfile(tmp_path):
+    make_gguf(tmp_path / "base.gguf")
+    assert main(["prune", str(tmp_path / "base.gguf"), str(tmp_path / "cut.gguf"), "--drop-layers", "2"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.gguf", "cut.gguf"]
+
+
+@pytest.mark.parametrize("base", ["folder", "org/model"])
+def test_a_gguf_file_out_of_a_folder_is_told_in_one_line(tmp_path, monkeypatch, capsys, base):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert main(["prune", base, "out/small.gguf", "--drop-layers", "2"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{base} is not a GGUF file, so out/small.gguf takes two steps: prune into the folder small" in line
+    assert "python convert_hf_to_gguf.py small --outfile out/small.gguf" in line
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_oss", "smollm3"])

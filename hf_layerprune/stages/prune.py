@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,28 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 from .. import families
 from ..cut.disk import plan_cut
-from ..cut.gguf import cut_gguf, gguf_layer_count, gguf_texts, is_gguf, plan_gguf_cut
+from ..cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
+from ..cut.gguf.modelfile import modelfile_of
 from ..cut.patch import patch_layers
 from ..cut.write import fill
 from ..errors import CheckpointError, CutError
 from ..families.engines import misread
+from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
 from ..layer_ranges import format_layers
 from ..options import AMOUNTS, spell_bytes, take
-from ..records.declared import CARD, declared_by, declared_in_gguf
-from ..records.fingerprints import fingerprint, passing_weights_hash
-from ..records.licences import is_licence_file
+from ..records.fingerprints import passing_weights_hash
 from ..records.lineage import Lineage, stage
 from ..runtime.loading import is_hub_id, load_base, load_config, load_tokenizer, resolve_base
 from ..select import find_criterion, needs_model, select_layers
 from ..select.targets import Target
+from .provenance import write_lineage
 from .requests import PruneRequest
 
 if TYPE_CHECKING:
     from ..adapter.config import LayerDropConfig
     from ..adapter.prepare import Prepared
     from ..cut.base import Base
-    from ..files.hub import Repo
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +188,7 @@ def prune_to(request: PruneRequest) -> Pruned:
         if prepared is not None:
             entry |= prepared.record
         entry["layers"] = {"base": cut.num_layers, "left": len(cut.keep)}
-        _write_lineage(request, entry, commit, folder, hub)
+        write_lineage(request, entry, commit, folder, hub)
     return Pruned(str(output), list(cut.drop), cut.num_layers, "adapter" if request.adapter else "model")
 
 
@@ -218,7 +217,13 @@ def _hub_base(request: PruneRequest) -> Base | None:
 
 def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
     if not is_gguf(base):
-        raise CheckpointError(f"{base} is not a GGUF file, and only one can be written to {output}; name a folder")
+        if not base.is_dir() and not is_hub_id(request.base):
+            raise CheckpointError(f"{base} is not a GGUF file, and only one can be written to {output}; name a folder")
+        raise CheckpointError(
+            f"{request.base} is not a GGUF file, so {output} takes two steps: prune into the folder {output.stem}, then "
+            f"run llama.cpp's converter: python convert_hf_to_gguf.py {output.stem} --outfile {output} (docs/engines.md "
+            "says where it is)"
+        )
     if request.dtype != "auto" or request.adapter or request.repair:
         raise CheckpointError(
             "a cut GGUF file keeps its weights as they are; leave out --dtype, --adapter and --repair, or name a folder"
@@ -231,7 +236,20 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
         n = gguf_layer_count(base)
         dropped = _count_only(request, n, target=_gguf_target(request, base, n))
     plan = cut_gguf(base, output, dropped, force=request.force)
+    _write_modelfile(output)
     return Pruned(str(output), list(plan.dropped_layers), plan.block_count)
+
+
+def _write_modelfile(output: Path) -> None:
+    """Write what Ollama needs beside a file that chats; one that is there already may have been edited, and stays."""
+    text, path = modelfile_of(output), output.with_suffix(".Modelfile")
+    if text is None:
+        return
+    if os.path.lexists(path):
+        logger.info("%s is there already and stays as it is", path)
+        return
+    write_text(path, text)
+    logger.info("wrote %s, for Ollama", path)
 
 
 def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target | None:
@@ -339,44 +357,3 @@ def _adapter(
     if prepared is not None and prepared.repair is not None:
         prepared.record["repair"]["changed_modules"] = config.repaired_modules
     return config.base_commit, prepared
-
-
-def _write_lineage(
-    request: PruneRequest, entry: dict[str, Any], commit: str | None, folder: Path, hub: Base | None
-) -> None:
-    if hub is None and is_hub_id(request.base):
-        from ..cut.base import Base
-
-        hub = Base.open(request.base, commit or request.revision)
-    source = hub.folder if hub else Path(request.base).expanduser()
-    lineage = (Lineage.of(source) if source.is_dir() else None) or Lineage({})
-    if not lineage.base:
-        lineage.base = {
-            "id": request.base,
-            "commit": commit,
-            "files": hub.repo.fingerprint() if hub and hub.repo else fingerprint(source),
-        } | _declared(source, hub.repo if hub else None)
-    if source.is_dir():
-        _copy_licence(source, folder)
-    lineage.record(folder, entry)
-
-
-def _declared(source: Path, repo: Repo | None) -> dict[str, Any]:
-    """What the base says about itself: its licence, its languages, whether it chats."""
-    if repo is not None:
-        try:
-            card = repo.get(CARD) if CARD in repo.files else None
-        except CheckpointError as error:
-            logger.warning("%s; its licence is not recorded", error)
-            card = None
-        return declared_by(source, card, f"{repo.name}/blob/{repo.commit}")
-    if source.is_dir():
-        return declared_by(source)
-    return declared_in_gguf(gguf_texts(source))
-
-
-def _copy_licence(source: Path, folder: Path) -> None:
-    """Hand on the licence and its notices, where copying bytes has not done so."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and is_licence_file(path.name) and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)

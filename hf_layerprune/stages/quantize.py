@@ -7,17 +7,16 @@ record_quantized("pruned", "pruned-nf4")
 
 from __future__ import annotations
 
-import shutil
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..errors import CheckpointError
 from ..records.fingerprints import CONFIG, fingerprint, weights_hash
-from ..records.licences import is_licence_file
 from ..records.lineage import FILE_NAME, Lineage, stage
 from ..records.quantized import is_repeatable_method, method_of
 from ..runtime.config_file import read_config_file
+from .provenance import copy_licence
 
 
 def record_quantized(source: str | Path, folder: str | Path) -> None:
@@ -60,9 +59,7 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
         told["from"] = name
     with stage("quantize", told) as entry:
         copy_beside_weights(before, after)
-        for path in before.iterdir():
-            if is_licence_file(path.name):
-                shutil.copyfile(path, after / path.name)
+        copy_licence(before, after)
         if not is_repeatable_method(settings):
             entry["changed_tensors"] = changed_tensors(before, after)
     with suppress(PackageNotFoundError):  # a method whose package has another name

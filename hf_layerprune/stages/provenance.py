@@ -1,0 +1,81 @@
+"""Where a model comes from: its base, what the base declares, and its licence."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cut.gguf import gguf_texts
+from ..errors import CheckpointError
+from ..records.declared import CARD, declared_by, declared_in_gguf
+from ..records.fingerprints import fingerprint
+from ..records.licences import is_licence_file
+from ..records.lineage import Lineage
+from ..runtime.loading import is_hub_id
+from .requests import PruneRequest
+
+if TYPE_CHECKING:
+    from ..cut.base import Base
+    from ..files.hub import Repo
+
+logger = logging.getLogger(__name__)
+
+
+def write_lineage(
+    request: PruneRequest, entry: dict[str, Any], commit: str | None, folder: Path, hub: Base | None
+) -> None:
+    """Record a cut: its base, with what that declares, and what was done.
+
+    Args:
+        request (`PruneRequest`): What was asked for.
+        entry (`dict[str, Any]`): The stage's entry.
+        commit (`str`, *optional*): The base's commit on the Hub.
+        folder (`Path`): What was written.
+        hub (`Base`, *optional*): The base, if it is open already.
+
+    Raises:
+        CheckpointError: The base can't be read, or the history can't be written.
+    """
+    if hub is None and is_hub_id(request.base):
+        from ..cut.base import Base
+
+        hub = Base.open(request.base, commit or request.revision)
+    source = hub.folder if hub else Path(request.base).expanduser()
+    lineage = (Lineage.of(source) if source.is_dir() else None) or Lineage({})
+    if not lineage.base:
+        lineage.base = {
+            "id": request.base,
+            "commit": commit,
+            "files": hub.repo.fingerprint() if hub and hub.repo else fingerprint(source),
+        } | _declared(source, hub.repo if hub else None)
+    if source.is_dir():
+        copy_licence(source, folder)
+    lineage.record(folder, entry)
+
+
+def _declared(source: Path, repo: Repo | None) -> dict[str, Any]:
+    """What the base says about itself: its licence, its languages, whether it chats."""
+    if repo is not None:
+        try:
+            card = repo.get(CARD) if CARD in repo.files else None
+        except CheckpointError as error:
+            logger.warning("%s; its licence is not recorded", error)
+            card = None
+        return declared_by(source, card, f"{repo.name}/blob/{repo.commit}")
+    if source.is_dir():
+        return declared_by(source)
+    return declared_in_gguf(gguf_texts(source))
+
+
+def copy_licence(source: Path, folder: Path) -> None:
+    """Hand on the licence and its notices, where copying bytes has not done so.
+
+    Args:
+        source (`Path`): The folder that has them.
+        folder (`Path`): The folder that gets them.
+    """
+    for path in sorted(source.iterdir()):
+        if path.is_file() and is_licence_file(path.name) and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
