@@ -10,6 +10,8 @@ from hf_layerprune.cut.gguf.modelfile import modelfile_of
 from hf_layerprune.families import make_cut
 from hf_layerprune.families.engines import COUNTED, misread
 from hf_layerprune.layer_ranges import parse_layers
+from hf_layerprune.publish.card.render import Card
+from hf_layerprune.records.lineage import Lineage
 
 from .engines import asking, environments, models, page
 from .gguf_makers import all_of, make_gguf, number, smollm2
@@ -128,17 +130,30 @@ def test_a_cut_that_an_engine_would_misread_is_told(name):
     tried = models.FAMILIES[name]
     config = models.tiny(name)
     period = COUNTED[config.model_type].period
-    out_of_step = misread(config, make_cut(config, parse_layers(tried.drop)))
+    out_of_step = misread(config, make_cut(config, parse_layers(tried.drop)).keep)
     assert f"every {period} layers of a {config.model_type} count as a group" in out_of_step
-    assert misread(config, make_cut(config, range(period))) is None
-    assert misread(config, make_cut(config, [tried.layers - 1])) is None
+    assert misread(config, make_cut(config, range(period)).keep) is None
+    assert misread(config, make_cut(config, [tried.layers - 1]).keep) is None
 
 
-def test_the_warning_reaches_who_prunes(tmp_path, caplog):
+def test_the_warning_reaches_who_prunes_inspects_and_reads_the_card(tmp_path, caplog, capsys):
     config = models.tiny("gpt_oss")
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2-4"]) == 0
     assert "in vLLM, llama.cpp and ONNX Runtime, every 2 layers of a gpt_oss count as a group" in caplog.text
+    told = "and layer 5, now 2, would run as the other kind"
+    assert told in Card.of(Lineage.of(tmp_path / "cut")).body()
+    assert main(["inspect", str(tmp_path / "cut")]) == 0
+    assert (
+        "count as a group, whatever layer_types says, and layer 2 would run as the other kind"
+        in capsys.readouterr().out
+    )
+    assert main(["inspect", str(tmp_path / "base")]) == 0
+    assert "count as a group, whatever layer_types says; to serve the model there, drop" in capsys.readouterr().out
     caplog.clear()
     assert main(["prune", str(tmp_path / "base"), str(tmp_path / "whole"), "--drop-layers", "2-3"]) == 0
     assert "count as a group" not in caplog.text
+    assert "other kind" not in Card.of(Lineage.of(tmp_path / "whole")).body()
+    # A second cut that brings the layers back into step is told as it is.
+    assert main(["prune", str(tmp_path / "cut"), str(tmp_path / "again"), "--drop-layers", "2"]) == 0
+    assert "other kind" not in Card.of(Lineage.of(tmp_path / "again")).body()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-from .fields import Cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -27,26 +26,45 @@ COUNTED = {
 }
 
 
-def misread(config: PreTrainedConfig, cut: Cut) -> str | None:
+WAY_OUT = "to serve the model there, drop whole groups (docs/engines.md)"
+
+
+def counted(config: PreTrainedConfig) -> str | None:
+    """Find engines that go by the layers' numbers in models of this type.
+
+    Args:
+        config (`PreTrainedConfig`): The model's, or that of its text decoder.
+
+    Returns:
+        `str | None`: Half a sentence.
+    """
+    text = config.get_text_config(decoder=True)
+    rule = COUNTED.get(text.model_type)
+    if rule is None or not getattr(text, rule.field, None):
+        return None
+    return (
+        f"in {rule.engines}, every {rule.period} layers of a {text.model_type} count as a group, whatever {rule.field} "
+        "says"
+    )
+
+
+def misread(config: PreTrainedConfig, keep: Sequence[int] | None = None) -> str | None:
     """Find an engine that would run a pruned model with other kinds of layers than it has.
 
     Args:
         config (`PreTrainedConfig`): The base's, or that of its text decoder.
-        cut (`Cut`): Which layers stay.
+        keep (`Sequence[int]`, *optional*): The layers that stay; by default all, for a model that was pruned before.
 
     Returns:
-        `str | None`: One line for a warning.
+        `str | None`: What would go wrong, in one line.
     """
-    text = config.get_text_config(decoder=True)
-    rule = COUNTED.get(text.model_type)
-    kinds = getattr(text, rule.field, None) if rule else None
-    if rule is None or not kinds:
+    about, text = counted(config), config.get_text_config(decoder=True)
+    if about is None:
         return None
-    for new, old in enumerate(cut.keep):
+    rule = COUNTED[text.model_type]
+    kinds = getattr(text, rule.field)
+    for new, old in enumerate(range(len(kinds)) if keep is None else keep):
         if (kinds[old] == rule.value) != ((new + 1) % rule.period == 0):
-            return (
-                f"in {rule.engines}, every {rule.period} layers of a {text.model_type} count as a group, whatever "
-                f"{rule.field} says, and layer {old}, now {new}, would run as the other kind; to serve the model there, "
-                "drop whole groups (docs/engines.md)"
-            )
+            which = f"layer {new}" if keep is None else f"layer {old}, now {new},"
+            return f"{about}, and {which} would run as the other kind"
     return None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .. import families
 from ..errors import LayerPruneError, cause_of
+from ..families.engines import WAY_OUT, counted, misread
 from ..families.layout import find_decoder_layers
 from ..layer_ranges import format_layers
 from ..options import CutOptions
@@ -36,6 +37,7 @@ class Anatomy:
         refusal (`str`, *optional*): Why this model can't be pruned, if so.
         protected (`dict[int, str]`): Layers that can't go, with the reason.
         dropped_before (`list[int]`): Layers of its base that an earlier cut dropped, if it is the result of one.
+        counted (`str`, *optional*): Which engines would run it as another model, or would do so if it is cut anyhow.
     """
 
     model_type: str
@@ -49,6 +51,7 @@ class Anatomy:
     refusal: str | None
     protected: dict[int, str]
     dropped_before: list[int]
+    counted: str | None = None
 
     @property
     def total(self) -> int:
@@ -124,6 +127,7 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
         refusal=refusal,
         protected=protected,
         dropped_before=list((getattr(config, families.MARKER, None) or {}).get("drop_layers", [])),
+        counted=misread(config) or counted(config),
     )
 
 
@@ -156,6 +160,8 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     ]
     if anatomy.dropped_before:
         lines.append(f"  it is a cut model: layers {format_layers(anatomy.dropped_before)} of its base were dropped")
+    if anatomy.counted:
+        lines.append(f"  {anatomy.counted}; {WAY_OUT}")
     lines += [f"  layer {i} must stay: {reason}" for i, reason in sorted(anatomy.protected.items())]
     if anatomy.refusal:
         return "\n".join([*lines, f"It can't be pruned: {anatomy.refusal}"])

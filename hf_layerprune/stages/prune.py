@@ -16,7 +16,7 @@ from ..cut.gguf.modelfile import modelfile_of
 from ..cut.patch import patch_layers
 from ..cut.write import fill
 from ..errors import CheckpointError, CutError
-from ..families.engines import misread
+from ..families.engines import WAY_OUT, misread
 from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
 from ..layer_ranges import format_layers
@@ -153,8 +153,8 @@ def prune_to(request: PruneRequest) -> Pruned:
             target = Target.of(_config(request, None), config, request.base, revision=request.revision)
         dropped = _count_only(request, families.layer_count(config), families.protected_layers(config), target)
     cut = families.make_cut(config, dropped)
-    if warning := misread(config, cut):
-        logger.warning("%s", warning)
+    if warning := misread(config, cut.keep):
+        logger.warning("%s; %s", warning, WAY_OUT)
     from ..cut.check import tell_if_presumed  # these import torch, which a cut GGUF file does without
     from ..cut.memory import rehearse_config
 
@@ -187,6 +187,8 @@ def prune_to(request: PruneRequest) -> Pruned:
             entry["selection"] = curve
         if prepared is not None:
             entry |= prepared.record
+        if warning:
+            entry["misread"] = warning
         entry["layers"] = {"base": cut.num_layers, "left": len(cut.keep)}
         write_lineage(request, entry, commit, folder, hub)
     return Pruned(str(output), list(cut.drop), cut.num_layers, "adapter" if request.adapter else "model")

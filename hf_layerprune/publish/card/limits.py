@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from ...records.figures import numbers
 from ...records.figures.results import Cell, Results, Row
+from ...records.history import History
 from .escape import prose
 
 # Above this ratio of its perplexity to the dense model's, the model no longer predicts text in any useful sense.
@@ -15,15 +16,29 @@ _BROKEN = 10.0
 _WORSE = 1.02
 
 
-def limits(results: Results) -> list[Markup]:
+def limits(results: Results, history: History) -> list[Markup]:
     """Describe what a pruned model lost.
 
     Args:
         results (`Results`): What was measured.
+        history (`History`): How the model was made.
 
     Returns:
-        `list[Markup]`: One sentence for each number that got worse, and one on the smallest detectable difference.
+        `list[Markup]`: One sentence for each number that got worse, one on the smallest detectable difference, and one on
+            engines that run another model.
     """
+    return [*_lost(results), *_misread(history)]
+
+
+def _misread(history: History) -> Iterator[Markup]:
+    """What the last cut recorded on engines that count layers."""
+    cuts = [stage.entry for stage in history.stages if stage.name == "prune"]
+    told = cuts[-1].get("misread") if cuts else None
+    if isinstance(told, str) and told:
+        yield Markup(f"**Another model in some engines**: {prose(told)}, without a warning.")
+
+
+def _lost(results: Results) -> list[Markup]:
     own = results.own
     if own is None:
         return [Markup("This model has not been measured. Measure it before you rely on it.")]

@@ -180,7 +180,7 @@ def _context(card: Card) -> dict[str, Any]:
         "gap": _gap(history),
         "trained": [stage for stage in history.stages if stage.data],
         "versions": _versions(history),
-        "limits": limits(results),
+        "limits": limits(results, history),
         "quantized": describe_quantization(quantized.settings["quantization_config"]) if quantized else "",
         "quantized_from": card.quantized_from,
         "quantizer": package_of(quantized.settings["quantization_config"]) if quantized else "",
