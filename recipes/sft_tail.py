@@ -47,6 +47,7 @@ import shutil
 import sys
 import traceback
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,12 +116,13 @@ def main(
     measure_args: MeasureArguments,
 ) -> list[str]:
     """Prune, repair, train, merge, evaluate, publish. Returns a line for each requirement that the model misses."""
+    from hf_layerprune.heal.data import has_images
     from hf_layerprune.heal.progress import show_progress
     from hf_layerprune.heal.stage import describe_command, describe_rows, settings_of
     from hf_layerprune.heal.student import adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
     from hf_layerprune.records.lineage import stage
-    from hf_layerprune.runtime.loading import load_tokenizer
+    from hf_layerprune.runtime.loading import load_processor, load_tokenizer
 
     output = Path(str(training_args.output_dir))
     for folder in (output / "model", output / "adapter"):
@@ -152,7 +154,7 @@ def main(
             training_args,
             train_dataset=train_rows,
             eval_dataset=test_rows,
-            processing_class=tokenizer,
+            processing_class=load_processor(student.folder) if has_images(train_rows) else tokenizer,
             peft_config=peft_config,
         )
         show_progress(trainer)
@@ -235,8 +237,10 @@ def prepare_rows(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Dataset, Dataset | None, str]:
     """The training rows, the evaluation rows if `--eval_strategy` is set, and the name of their source."""
-    from hf_layerprune.heal.data import load_mixture, load_rows, pick_split, shape_rows
+    from hf_layerprune.families.multimodal import placeholders
+    from hf_layerprune.heal.data import has_images, load_mixture, load_rows, pick_split, shape_rows
     from hf_layerprune.heal.self_data import SELF
+    from hf_layerprune.runtime.loading import load_config, load_processor
 
     seed = training_args.data_seed or training_args.seed
     name, test = script_args.dataset_name, None
@@ -251,12 +255,16 @@ def prepare_rows(
     else:
         raise LayerPruneError("name the training data with --dataset_name; with `self`, the dense model writes them")
 
+    processor = partial(load_processor, student.folder) if placeholders(load_config(student.folder)) else None
+
     def shaped(split: str) -> Dataset:
         rows = pick_split(splits, split, name)
-        return shape_rows(rows, tokenizer, row_args.template, name, training_args.dataset_text_field)
+        return shape_rows(rows, tokenizer, row_args.template, name, training_args.dataset_text_field, processor)
 
     train = shaped(script_args.dataset_train_split)
     if row_args.rewrite_answers:
+        if has_images(train):
+            raise CutError(f"{name} has images, and --rewrite_answers rewrites answers to text alone; leave it out")
         writer = make_writer(training_args, student, tokenizer, seed)
         train = writer.rewritten(train, row_args.rewrite_max_tokens, row_args.rewrite_temperature)
     if training_args.eval_strategy != "no":

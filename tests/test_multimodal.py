@@ -171,9 +171,14 @@ def test_without_a_language_decoder_there_is_one_line(config: Any, reason: str, 
         families.check_supported(config)
 
 
-def test_images_for_healing_are_refused_with_the_way_out() -> None:
+def test_media_that_healing_can_not_take() -> None:
     rows = Dataset.from_list([{"prompt": "w5", "completion": "w6", "images": ["a.png"]}])
-    with pytest.raises(LayerPruneError, match=r"rows.jsonl has images, and healing trains .* on text; .* SFTTrainer"):
+    with pytest.raises(LayerPruneError, match=r"rows.jsonl has images, and the model reads text alone; leave that"):
+        shape_rows(rows, word_tokenizer(), name="rows.jsonl")
+    rows = Dataset.from_list([{"prompt": "w5", "completion": "w6", "audio": "a.wav"}])
+    with pytest.raises(
+        LayerPruneError, match=r"rows.jsonl has audio, and healing trains on text and images; leave it"
+    ):
         shape_rows(rows, word_tokenizer(), name="rows.jsonl")
 
 

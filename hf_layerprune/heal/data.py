@@ -1,12 +1,14 @@
 """Training rows: read them from the Hub or from a file, and convert them to TRL's formats.
 
 Known shapes: `prompt` and `completion`; `messages` or `conversations`; `instruction`, `input` and `output` (Alpaca), or
-`instruction`, `context` and `response` (Dolly); `text`; and `input_ids`, which are used as they are.
+`instruction`, `context` and `response` (Dolly); `text`; and `input_ids`, which are used as they are. A model that reads
+images takes a column `image` or `images` beside all but the last two.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from .options import TEMPLATES
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
     from trl import DatasetMixtureConfig
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,8 @@ _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "
 # Columns of an instruction, of its context, and of its answer.
 _INSTRUCTIONS = (("instruction", "input", "output"), ("instruction", "context", "response"))
 # Columns in which data sets hold what is not text.
-MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+IMAGES = ("image", "images")
+OTHER_MEDIA = ("audio", "audios", "video", "videos")
 _ROLES = {"human": "user", "gpt": "assistant"}
 _SHAPES = (
     "prompt and completion, messages, conversations, instruction and output (input is optional), instruction and "
@@ -108,6 +111,7 @@ def shape_rows(
     template: str = "auto",
     name: str = "the data set",
     text_field: str = "text",
+    load_processor: Callable[[], ProcessorMixin] | None = None,
 ) -> Dataset:
     """Convert rows to `prompt` and `completion`, or leave them unchanged if TRL accepts them.
 
@@ -119,9 +123,11 @@ def shape_rows(
             Messages always use the chat template.
         name (`str`, *optional*): The data set's name in error messages.
         text_field (`str`, *optional*): The column that holds plain text, where there is one.
+        load_processor (`Callable`, *optional*): Loads the processor of a model that reads images; `None` for one that
+            reads text alone.
 
     Returns:
-        `Dataset`: With `prompt` and `completion`, `messages`, `text` or `input_ids`.
+        `Dataset`: With `prompt` and `completion`, `text` or `input_ids`, and the images if there are any.
 
     Raises:
         CheckpointError: The rows have none of these shapes, or need a chat template that the tokenizer lacks.
@@ -130,12 +136,16 @@ def shape_rows(
         columns = rows.column_names or list(next(iter(rows)))
     if template not in TEMPLATES:
         raise CheckpointError(f"template={template!r} is unknown; it may be {', '.join(TEMPLATES)}")
-    if media := [column for column in MEDIA if column in columns]:
-        raise CheckpointError(
-            f"{name} has {', '.join(media)}, and healing trains the language decoder on text; leave that column out "
-            "(remove_columns), or train on images with TRL's own SFTTrainer and peft_config=LayerDropConfig(...)"
-        )
-    chats = tokenizer.chat_template is not None
+    if media := [column for column in OTHER_MEDIA if column in columns]:
+        raise CheckpointError(f"{name} has {', '.join(media)}, and healing trains on text and images; leave it out")
+    images = [column for column in IMAGES if column in columns]
+    if images and load_processor is None:
+        raise CheckpointError(f"{name} has {', '.join(images)}, and the model reads text alone; leave that column out")
+    chats = (load_processor() if images and load_processor else tokenizer).chat_template is not None
+    if images:
+        with _rows_of(name):
+            rows = _opened(rows, images, Path(name).expanduser().parent)
+        columns = [column for column in columns if column not in images]
     if "input_ids" in columns or {"prompt", "completion"} <= set(columns):
         return rows
     conversation = next((name for name in ("messages", "conversations") if name in columns), None)
@@ -151,9 +161,36 @@ def shape_rows(
         make = _chat_row if template != "alpaca" and chats else _alpaca_row
         with _rows_of(name):
             return rows.map(lambda row: make(*(row.get(key) or "" for key in names)), remove_columns=columns)
-    if text_field in columns:
+    if text_field in columns and not images:
         return rows
     raise CheckpointError(f"{name} has the columns {', '.join(columns)}, but training needs {_SHAPES}")
+
+
+def has_images(rows: Any) -> bool:
+    """Whether shaped rows have images, which TRL's own path for them trains on."""
+    return any(column in IMAGES for column in getattr(rows, "column_names", None) or ())
+
+
+def _opened(rows: Dataset, columns: list[str], folder: Path) -> Dataset:
+    """Make images of the paths of images, which are relative to the folder of a data file."""
+    from datasets import Image, Sequence
+
+    def found(path: str) -> str:
+        if not (folder / path).is_file():
+            raise CheckpointError(f"the rows name the image {path}, and {folder / path} is no file")
+        return str(folder / path)
+
+    for column in columns:
+        feature: Any = (rows.features or {}).get(column)
+        each = getattr(feature, "feature", None)
+        if getattr(each or feature, "dtype", None) not in ("string", "large_string"):
+            continue
+        if each is None:
+            rows = rows.map(lambda row, column=column: {column: found(row[column])}).cast_column(column, Image())
+        else:
+            rows = rows.map(lambda row, column=column: {column: [found(path) for path in row[column]]})
+            rows = rows.cast_column(column, Sequence(Image()))
+    return rows
 
 
 def _rows_of(name: str) -> AbstractContextManager[None]:

@@ -49,6 +49,13 @@ def precompute(trainer: HealTrainer, teacher: PreTrainedModel | None = None) -> 
         LayerPruneError: `cache="on"` is not possible, or there is no teacher.
         CheckpointError: The cache can't be written, or its disk is too small.
     """
+    if trainer._is_vision_dataset:
+        if trainer.args.cache == "on":
+            raise LayerPruneError("cache=on needs rows of text, and these have images; use cache=auto or off")
+        logger.warning(
+            "the rows have images: TRL's own loss is used, all layers run in every step, and nothing is cached"
+        )
+        return Precomputed()
     return _Run(trainer).run(teacher)
 
 
@@ -222,8 +229,6 @@ def _why_not(trainer: HealTrainer) -> str:
         return "the model or its sequences are split over devices"
     if is_split_by_deepspeed(model):
         return "DeepSpeed ZeRO-3 has split the weights"
-    if trainer._is_vision_dataset:
-        return "the rows contain images"
     return ""
 
 

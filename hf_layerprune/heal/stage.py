@@ -17,6 +17,7 @@ from ..files.folders import new_folder
 from ..records.fingerprints import CONFIG, WEIGHTS, fingerprint, model_files
 from ..records.lineage import Lineage
 from ..runtime.loading import load_base, load_config, load_tokenizer
+from .data import has_images
 from .store import hash_rows
 from .student import Student
 
@@ -116,7 +117,9 @@ def describe_rows(datasets: Sequence[Dataset], source: str) -> list[dict[str, An
         local = Path(name).expanduser().exists()
         known = {"name": Path(name).name if local else name}
         records.append(known if local or "/" not in name else known | {"id": name})
-    if datasets:
+    if datasets and has_images(datasets[0]):
+        records[0] |= {"rows": len(datasets[0]), "images": True}
+    elif datasets:
         ids = datasets[0]["input_ids"]
         records[0] |= {"rows": len(ids), "tokens": sum(map(len, ids)), "sha256": hash_rows(datasets[0])}
     return records

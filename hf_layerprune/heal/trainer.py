@@ -32,6 +32,7 @@ from ..runtime.precision import in_fast_precision
 from ..versions import trl_drops_rows_without_labels
 from .batches import Precomputed, StateCollator, taught_positions, token_counts
 from .config import HealConfig
+from .data import has_images
 from .halving import Halving
 from .losses import Lesson, head_loss
 from .methods import parse_method
@@ -104,6 +105,8 @@ class HealTrainer(SFTTrainer):
             method = parse_method("last1" if args.method == "auto" else args.method)
             args.learning_rate = method.learning_rate(model.config.get_text_config().hidden_size)
         rows: Any = kwargs.get("train_dataset")
+        if has_images(rows):
+            args.pad_to_multiple_of = None  # which TRL's collator for images can't do
         if args.float32_weights and not (args.bf16 or args.fp16) and args.device.type == "cpu":
             for one in (model, teacher):
                 if one is not None:
@@ -122,7 +125,10 @@ class HealTrainer(SFTTrainer):
             self._patch_forward()
         self.numbered_datasets: list[Dataset] = []
         if isinstance(self.train_dataset, Dataset):
-            self.train_dataset = self._seen_rows(self._labelled_rows(self.train_dataset, len(rows)))
+            labelled = self.train_dataset
+            if not self._is_vision_dataset:
+                labelled = self._labelled_rows(labelled, len(rows))
+            self.train_dataset = self._seen_rows(labelled)
             self._number_rows()
         self.data_collator = StateCollator(self.data_collator, self.padding_free)
 

@@ -290,7 +290,8 @@ def _calibration(record: dict[str, Any]) -> dict[str, Any]:
         text |= {"id": name, "name": name} | ({"split": part} if part else {})
     samples, length = record.get("samples"), record.get("length")
     if isinstance(samples, int) and isinstance(length, int):
-        text |= {"rows": samples, "tokens": samples * length}
+        tokens = record.get("tokens")
+        text |= {"rows": samples, "tokens": tokens if isinstance(tokens, int) else samples * length}
     if isinstance(record.get("fingerprint"), str):
         text["sha256"] = record["fingerprint"]
     return text

@@ -1,0 +1,162 @@
+"""Healing on rows with images: the recipe, on TRL's own path for them."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import logging
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError
+from hf_layerprune.heal.data import load_rows, shape_rows
+from hf_layerprune.publish.requests import VerifyRequest
+from hf_layerprune.publish.verify.verdict import verify
+from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.runtime.loading import load_processor, load_tokenizer
+
+from .multimodal_makers import noise, words, write_llava
+from .tiny_models import EAGER
+
+pytestmark = pytest.mark.processes
+RECIPE = Path(__file__).parents[1] / "recipes" / "sft_tail.py"
+SETTINGS = {
+    "drop_layers": "3,4", "method": "last2", "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.01,
+    "max_length": 64, "attn_implementation": "eager", "use_cpu": "true", "bf16": "false", "report_to": "none",
+    "disable_tqdm": "true", "save_strategy": "no", "logging_steps": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    gc.freeze()
+    spec = importlib.util.spec_from_file_location("sft_tail_images", RECIPE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sft_tail_images"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llava, and beside it `rows.jsonl`: six chats with an image each."""
+    folder = write_llava(tmp_path_factory.mktemp("images") / "base")
+    rows = []
+    for i in range(6):
+        noise(i).save(folder.parent / f"{i}.png")
+        chat = [{"role": "user", "content": words(i, 3)}, {"role": "assistant", "content": words(50 + i, 4)}]
+        rows.append({"messages": chat, "images": [f"{i}.png"]})
+    folder.parent.joinpath("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run(recipe: ModuleType, base: Path, output: Path, **settings: Any) -> None:
+    named = {"model_name_or_path": base, "dataset_name": base.parent / "rows.jsonl", "output_dir": output}
+    options = [part for name, value in (named | SETTINGS | settings).items() for part in (f"--{name}", str(value))]
+    recipe.main(*recipe.make_parser().parse_args_and_config(options))
+
+
+def test_rows_hold_opened_images(base: Path) -> None:
+    rows = load_rows(str(base.parent / "rows.jsonl"))["train"]
+    name, processor = str(base.parent / "rows.jsonl"), lambda: load_processor(base)
+    shaped = shape_rows(rows, load_tokenizer(base), name=name, load_processor=processor)
+    assert set(shaped.column_names) == {"prompt", "completion", "images"}
+    assert [image.size for image in shaped[1]["images"]] == [noise(1).size]
+    assert list(shaped[1]["images"][0].get_flattened_data()) == list(noise(1).get_flattened_data())
+    single = Dataset.from_list([{"instruction": "w5", "output": "w6", "image": "1.png"}])
+    shaped = shape_rows(single, load_tokenizer(base), name=name, load_processor=processor)
+    assert shaped[0]["image"].size == noise(1).size
+    assert shaped[0]["prompt"] == [{"role": "user", "content": "w5"}]
+    missing = Dataset.from_list([{"instruction": "w5", "output": "w6", "image": "no.png"}])
+    with pytest.raises(CheckpointError, match=r"the rows name the image no.png, and .*no.png is no file"):
+        shape_rows(missing, load_tokenizer(base), name=name, load_processor=processor)
+    text = Dataset.from_list([{"text": "w5", "image": "1.png"}])
+    with pytest.raises(CheckpointError, match="has the columns text, but training needs prompt and completion"):
+        shape_rows(text, load_tokenizer(base), name=name, load_processor=processor)
+
+
+def test_the_recipe_trains_on_images(
+    recipe: ModuleType, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Images change what is learned; only the tail changes; what is left is a whole folder with its processor."""
+    output = tmp_path / "run"
+    with caplog.at_level(logging.INFO):
+        run(recipe, base, output)
+    assert "the rows have images: TRL's own loss is used" in caplog.text
+    model = output / "model"
+    before, after = (load_file(folder / "model.safetensors") for folder in (output / "pruned", model))
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    trained = ("language_model.model.layers.4.", "language_model.model.layers.5.", "language_model.model.norm.")
+    assert all(name.startswith(trained) for name in changed), changed
+    assert all(any(name.startswith(part) for name in changed) for part in trained), changed
+    entry = (Lineage.of(model) or Lineage({})).entries[-1]
+    assert entry["data"][0] == {"name": "rows.jsonl", "rows": 6, "images": True}
+    assert (model / "README.md").is_file()
+    question = AutoProcessor.from_pretrained(model)(images=noise(1), text="<image> w5", return_tensors="pt")
+    healed = AutoModelForMultimodalLM.from_pretrained(model, **EAGER).eval()
+    with torch.no_grad():
+        assert healed(**question).logits.isfinite().all()
+    assert str(verify(VerifyRequest(model=str(model), accept_trained=True)).verdict).startswith("YES")
+
+
+def test_the_images_are_seen(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
+    """The same words about other pictures train other weights."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "rows.jsonl").write_text((base.parent / "rows.jsonl").read_text())
+    for i in range(6):
+        noise(100 + i).save(other / f"{i}.png")
+    trained = []
+    for number, rows in enumerate((base.parent, base.parent, other)):
+        output = tmp_path / f"run{number}"
+        run(recipe, base, output, dataset_name=rows / "rows.jsonl", max_steps=1, warmup_steps=0)
+        trained.append(load_file(output / "model" / "model.safetensors"))
+    name = next(name for name in trained[0] if name.endswith("layers.5.mlp.down_proj.weight"))
+    first, again, changed = (weights[name] for weights in trained)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, changed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"loss": "kd"}, LayerPruneError, "loss=kd can't be combined with .* images"),
+        (
+            {"cache": "on"},
+            LayerPruneError,
+            "cache=on needs rows of text, and these have images; use cache=auto or off",
+        ),
+        ({"rewrite_answers": "true"}, CutError, "has images, and --rewrite_answers rewrites answers to text alone"),
+        ({"packing": "true"}, LayerPruneError, "Packing is not supported for vision datasets"),
+    ],
+)
+def test_what_images_do_not_go_with(
+    recipe: ModuleType, base: Path, tmp_path: Path, settings: Any, kind: Any, message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        run(recipe, base, tmp_path / "run", **settings)
+
+
+def test_images_of_a_data_set(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
+    """A data set that holds its images, with an evaluation during training."""
+    rows = load_rows(str(base.parent / "rows.jsonl"))["train"]
+    processor = lambda: load_processor(base)  # noqa: E731
+    shaped = shape_rows(rows, load_tokenizer(base), name=str(base.parent / "rows.jsonl"), load_processor=processor)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split in ("train", "test"):
+        shaped.to_parquet(folder / f"{split}.parquet")
+    assert load_dataset(str(folder))["test"].num_rows == 6
+    run(recipe, base, tmp_path / "run", dataset_name=folder, eval_strategy="steps", eval_steps=1, max_steps=1)
+    assert (tmp_path / "run" / "model" / "README.md").is_file()
