@@ -116,11 +116,13 @@ def test_fingerprint_is_of_tokens_and_shape() -> None:
         ("a.bin", b"\xff\xfe\x00", "is not UTF-8"),
         ("a.txt", b"short", "too short: 6 tokens make 0 rows of 64"),
         ("a.txt", b"x" * 200, "use calibration_samples=3"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": ', "line 2 of .* is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
         ("a.jsonl", b'{"body": "a", "title": "b"}\n', "has no text in 'text', only body, title"),
-        ("a.jsonl", b"[1]\n", "only a list"),
-        ("a.json", b'{"text": "a"}', "is not a list of rows"),
-        ("a.json", b'{"text": "a"}\n{"text": "b"}', "name it .jsonl"),
+        ("a.jsonl", b"[1]\n", "only a int"),
+        ("a.jsonl", b'{"text": "a"}\n[1]\n', "only a list"),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}', "too short"),
+        ("a.json", b"", "is empty"),
+        ("a.json", b'[{"text": "a"}, 3]', "row 2 has no text in 'text', only a int"),
     ],
 )
 def test_bad_files(name: str, content: bytes, message: str, tokenizer: Any, tmp_path: Path) -> None:
@@ -249,6 +251,17 @@ def test_a_data_set_on_the_hub(tmp_path: Path) -> None:
     assert "no text in 'number', only text, other, number" in lines[2]
     assert lines[3].startswith("error can't read calibration org/rows:nosuch")
     assert lines[4].startswith("error can't read calibration org/none")
+
+
+def test_a_folder(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": f"train {i}"}) + "\n" for i in range(60)))
+    found = load_calibration(str(tmp_path), tokenizer, samples=2, length=32)
+    assert "train " in tokenizer.decode(found.input_ids[0])
+    with pytest.raises(CheckpointError, match="has no split 'test'; it has train"):
+        load_calibration(f"{tmp_path}:test", tokenizer, samples=2, length=32)
+    (tmp_path / "train.jsonl").write_text('null\n{"text": "a"}\n')
+    with pytest.raises(CheckpointError, match=r"train\.jsonl, line 1 is null"):
+        load_calibration(str(tmp_path), tokenizer, samples=2, length=32)
 
 
 def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path, tokenizer: Any) -> None:

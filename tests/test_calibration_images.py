@@ -105,7 +105,7 @@ def test_chats(base: Path, model: Any, tmp_path: Path) -> None:
     assert first[0, :IMAGE_TOKENS].eq(place).all()
     assert third[0, 4 : 4 + IMAGE_TOKENS].eq(place).all()
     path.write_text(json.dumps({"messages": [placed], "images": ["0.png", "0.png"]}) + "\n")
-    with pytest.raises(CheckpointError, match=r"line 1 of .*chats.jsonl has 2 images for 1 places in its messages"):
+    with pytest.raises(CheckpointError, match=r"chats.jsonl, line 1 has 2 images for 1 places in its messages"):
         loaded(base, model, f"{path}:messages", samples=1)
 
 
@@ -115,7 +115,7 @@ def test_what_can_not_be_read(base: Path, model: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"line 4 of .* names the image pictures/3.png, and .*3.png is no file"):
         loaded(base, model, str(path), samples=8)
     tmp_path.joinpath("pictures", "3.png").write_bytes(b"no image")
-    with pytest.raises(CheckpointError, match=r"the processor can't read line 4 of .*rows.jsonl: .*identify image"):
+    with pytest.raises(CheckpointError, match=r"the processor can't read .*rows.jsonl, line 4: .*identify image"):
         loaded(base, model, str(path), samples=8)
 
 

@@ -117,11 +117,55 @@ def test_files_that_can_not_be_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"data file .*none\.json does not exist"):
         load_rows(str(tmp_path / "none.json"))
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"can't read data set .*bad\.json"):
+    with pytest.raises(CheckpointError, match=r"bad\.json, line 1 is not JSON"):
         load_rows(str(tmp_path / "bad.json"))
     (tmp_path / "a.json").write_text(json.dumps(ALPACA))
     with pytest.raises(CheckpointError, match=r"has no split 'test'; it has train"):
         pick_split(load_rows(str(tmp_path / "a.json")), "test", "a.json")
+
+
+def test_damaged_tables_end_in_the_cause(tmp_path: Path) -> None:
+    Dataset.from_list(ALPACA).to_parquet(tmp_path / "a.parquet")
+    data = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(data[:40] + b"\xff" * 40 + data[80:])
+    (tmp_path / "b.csv").write_bytes(b'instruction,output\n"a,b\n')
+    for name in ("a.parquet", "b.csv"):
+        with pytest.raises(CheckpointError, match=rf"can't read data set .*{name}: (?!.*generating the dataset)"):
+            load_rows(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "line", ["null", "[1]", '{"text": 3}', '{"text": "a", "text": "b"}', '{"n": NaN}', '{"text": ']
+)
+def test_damaged_rows_in_a_folder_and_in_a_mixture(tmp_path: Path, line: str) -> None:
+    from trl import DatasetMixtureConfig
+
+    (tmp_path / "rows").mkdir()
+    path = tmp_path / "rows" / "train.jsonl"
+    path.write_text(f'{{"text": "a"}}\n{line}\n')
+    with pytest.raises(CheckpointError, match=r"train\.jsonl, line 2"):
+        load_rows(str(tmp_path / "rows"))
+    for part in ({"path": str(tmp_path / "rows")}, {"path": "json", "data_files": str(path)}, {"path": str(path)}):
+        with pytest.raises(CheckpointError, match=r"train\.jsonl, line 2"):
+            load_mixture(DatasetMixtureConfig(datasets=[part]))
+
+
+def test_a_folder_and_a_mixture_of_folders(tmp_path: Path) -> None:
+    from trl import DatasetMixtureConfig
+
+    for split in ("train", "test"):
+        rows = [
+            {"messages": [{"role": "user", "content": split}, {"role": "assistant", "calls": {split: i}}]}
+            for i in (1, 2)
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for streaming in (False, True):
+        splits = load_rows(str(tmp_path), streaming=streaming)
+        assert [row["messages"][1]["calls"] for row in splits["train"]] == [{"train": 1}, {"train": 2}]
+        assert [row["messages"][0]["content"] for row in splits["test"]] == ["test", "test"]
+        part = {"path": str(tmp_path), "split": "test"}
+        mixed = load_mixture(DatasetMixtureConfig(datasets=[part, part], streaming=streaming))
+        assert [row["messages"][1]["calls"] for row in mixed["train"]] == [{"test": 1}, {"test": 2}] * 2
 
 
 def test_what_a_mixture_holds_out_is_drawn_by_the_seed(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from random import Random
 from typing import Any
 
 from ..errors import CheckpointError, LayerPruneError, boundary
-from ..files.json_file import parse_json
-from ..files.text_file import read_text
+from ..files.data_sets import json_files, read_json_files
+from ..files.json_rows import read_rows
+from ..files.text_file import MAX_TEXT, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -69,35 +70,21 @@ def documents_of(source: str, seed: int) -> Iterator[Document]:
         yield from _data_set(source, seed)
 
 
-def _read(path: Path) -> str:
+def _text(path: Path) -> list[Document]:
+    """The text in large pieces, so that their boundaries matter little."""
     text = read_text(path)
     if "\0" in text:
         raise CheckpointError(f"calibration file {path} is binary; name a text file")
     if not text.strip():
         raise CheckpointError(f"calibration file {path} is empty; name one with text")
-    return text
-
-
-def _text(path: Path) -> list[Document]:
-    """The text in large pieces, so that their boundaries matter little."""
-    text = _read(path)
     return [Document(text[start : start + _PIECE]) for start in range(0, len(text), _PIECE)]
 
 
 def _rows(path: Path, column: str) -> list[Document]:
-    text = _read(path)
-    if path.suffix == ".json":
-        try:
-            rows = parse_json(text, str(path))
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; is it JSON lines? Then name it .jsonl") from error
-        if not isinstance(rows, list):
-            raise CheckpointError(f"{path} is not a list of rows; write one row per line and name it .jsonl")
-        found = {f"row {number}": row for number, row in enumerate(rows)}
-    else:
-        lines = {f"line {number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
-        found = {where: parse_json(line, f"{where} of {path}") for where, line in lines.items()}
-    return [_document(row, column, f"{where} of {path}", str(path), path.parent) for where, row in found.items()]
+    rows = [_document(row, column, where, str(path), path.parent) for where, row in read_rows(path, MAX_TEXT)]
+    if not rows:
+        raise CheckpointError(f"calibration file {path} is empty; name one with text")
+    return rows
 
 
 def _document(row: Any, column: str, where: str, source: str, folder: Path = Path()) -> Document:
@@ -142,6 +129,11 @@ def _data_set(source: str, seed: int) -> Iterator[Document]:
         how: dict[str, Any] = {"split": split, "streaming": True, "trust_remote_code": False}
         if name.endswith(".parquet"):
             rows = load_dataset("parquet", data_files=str(Path(name).expanduser()), **how)
+        elif files := json_files(name, name=config or None):
+            splits = read_json_files(files, streaming=True)
+            if split not in splits:
+                raise CheckpointError(f"data set {name} has no split {split!r}; it has {', '.join(splits)}")
+            rows = splits[split]
         else:
             rows = load_dataset(name, config or None, **how)
         for row in rows.shuffle(seed, buffer_size=_BUFFER):

@@ -8,22 +8,25 @@ images takes a column `image` or `images` beside all but the last two.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, boundary
+from ..files.data_sets import SUFFIXES, json_files, read_json_files
 from .options import TEMPLATES
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
     from trl import DatasetMixtureConfig
+    from trl.scripts.utils import DatasetConfig
 
 logger = logging.getLogger(__name__)
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+FILES = (*SUFFIXES, ".parquet", ".csv")
 # Columns of an instruction, of its context, and of its answer.
 _INSTRUCTIONS = (("instruction", "input", "output"), ("instruction", "context", "response"))
 # Columns in which data sets hold what is not text.
@@ -54,15 +57,27 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
     from datasets import load_dataset
 
     path = Path(name).expanduser()
-    with boundary(f"can't read data set {name}"):
-        if path.suffix in _BUILDERS:
-            if not path.is_file():
-                raise CheckpointError(f"data file {path} does not exist")
-            files = {"train": str(path)}
-            kind = _BUILDERS[path.suffix]
-            return load_dataset(kind, data_files=files, streaming=streaming, trust_remote_code=False)
+    with _reading(f"data set {name}"):
+        if path.suffix in FILES and not path.is_file():
+            raise CheckpointError(f"data file {path} does not exist")
+        if files := json_files(str(path), name=config):
+            return read_json_files(files, streaming=streaming)
+        if path.suffix in FILES:
+            rows = {"train": str(path)}
+            return load_dataset(path.suffix[1:], data_files=rows, streaming=streaming, trust_remote_code=False)
         source = str(path) if path.is_dir() else name
         return load_dataset(source, name=config, streaming=streaming, trust_remote_code=False)
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    from datasets.exceptions import DatasetGenerationError
+
+    with boundary(f"can't read {what}"):
+        try:
+            yield
+        except DatasetGenerationError as error:  # says nothing of its cause
+            raise error.__cause__ or error from None
 
 
 def load_mixture(mixture: DatasetMixtureConfig, seed: int = 42) -> DatasetDict:
@@ -81,9 +96,20 @@ def load_mixture(mixture: DatasetMixtureConfig, seed: int = 42) -> DatasetDict:
     from transformers import set_seed
     from trl import get_dataset
 
-    with boundary(f"can't read the mixture of {', '.join(part.path for part in mixture.datasets)}"):
+    with _reading(f"the mixture of {', '.join(part.path for part in mixture.datasets)}"):
+        mixture = replace(mixture, datasets=[_without_json(part) for part in mixture.datasets])
         set_seed(seed)  # TRL draws the held-out rows without a seed of its own
         return get_dataset(mixture)
+
+
+def _without_json(part: DatasetConfig) -> DatasetConfig:
+    """A part of a mixture; if it is of local JSON files, with the same rows in Arrow's format."""
+    files = json_files(part.path, name=part.name, data_dir=part.data_dir, data_files=part.data_files)
+    if files is None:
+        return part
+    splits = read_json_files(files)
+    stored: Any = {name: [file["filename"] for file in rows.cache_files] for name, rows in splits.items()}
+    return replace(part, path="arrow", name=None, data_dir=None, data_files=stored)
 
 
 def pick_split(rows: DatasetDict, split: str, name: str) -> Dataset:

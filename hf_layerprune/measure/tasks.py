@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LayerPruneError, boundary
 from ..files import text_file
-from ..files.json_file import parse_json
+from ..files.json_rows import read_rows
 from ..screen import progress_bar
 from .texts import Text, read_text
 
@@ -257,12 +257,9 @@ def read_task(path: Path) -> LocalTask:
         LayerPruneError: A line is not a valid question.
     """
     rows = []
-    for number, line in enumerate(text_file.read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        row = parse_json(line, f"{path}, line {number}")
+    for where, row in read_rows(path, text_file.MAX_TEXT):
         if (problem := _problem_of(row)) is not None:
-            raise LayerPruneError(f"{path}, line {number}: {problem}")
+            raise LayerPruneError(f"{where}: {problem}")
         rows.append({name: row[name] for name in ("query", "choices", "gold")})
     if not rows:
         raise LayerPruneError(f"{path} has no questions; put one on each line")
