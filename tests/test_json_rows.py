@@ -130,6 +130,7 @@ def _rounded(value: Any) -> Any:
         ([{"a": True}, {"a": 1}], "row 2: a is a number, but true or false"),
         ([{"a": 2**63}], "row 1: a has a number of more than 64 bits"),
         ([{"a": [1, "x", [{"b": -(2**64)}]]}], "row 1: a has a number of more than 64 bits"),
+        ([{"a\0b": 1}], "has a NUL in its name"),
         ([{str(i): i for i in range(MAX_COLUMNS + 1)}], "more than 1,000 columns"),
     ],
 )

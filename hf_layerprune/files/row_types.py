@@ -40,6 +40,8 @@ class RowTypes:
             if column is None:
                 if len(self.columns) == MAX_COLUMNS:
                     raise CheckpointError(f"{where}: with {name!r}, the rows have more than {MAX_COLUMNS:,} columns")
+                if "\0" in name:
+                    raise CheckpointError(f"{where}: the column {name!r} has a NUL in its name")
                 column = self.columns[name] = _Type()
             if value is not None and column.kind is not None and _NAMES[type(value)] != _NAMES[column.kind]:
                 now, then = _NAMES[type(value)], _NAMES[column.kind]
@@ -81,7 +83,8 @@ class _Type:
             self.differs = {kind, self.kind} != {int, float}
             self.kind = float
         elif kind is dict:
-            self.differs = not value or value.keys() != self.inside.keys()  # Arrow has no object without keys
+            # Arrow has no object without keys, and ends a name at a NUL.
+            self.differs = not value or value.keys() != self.inside.keys() or "\0" in "".join(value)
         if self.differs:
             self.inside = {}
         elif kind is dict:
