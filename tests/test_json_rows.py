@@ -114,12 +114,12 @@ def _kind(value: Any) -> type:
 
 
 def _rounded(value: Any) -> Any:
-    """`datasets` reads the numbers inside of JSON columns with 15 digits."""
+    """`datasets` reads the fractions inside of JSON columns with 15 digits."""
     if isinstance(value, dict):
         return {name: _rounded(part) for name, part in value.items()}
     if isinstance(value, list):
         return [_rounded(part) for part in value]
-    return float(f"{value:.13g}") if isinstance(value, float) else value
+    return float(f"{value:.12g}") if type(value) in (int, float) else value
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,13 @@ def test_rows_without_one_type(rows: list[dict[str, Any]], message: str) -> None
         types.see(row, f"row {number}")
     with pytest.raises(CheckpointError, match=message):
         types.see(rows[-1], f"row {len(rows)}")
+
+
+def test_whole_numbers_are_exact(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"a": 2**63 - 1, "b": [1, "x"]}, {"a": -(2**63), "b": [{"c": 2**63 - 1}]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(read_json_files({"train": [path]})["train"]) == rows
 
 
 def test_a_change_of_the_file_is_seen(tmp_path: Path) -> None:
