@@ -144,7 +144,10 @@ def test_rows_without_one_type(rows: list[dict[str, Any]], message: str) -> None
 
 def test_whole_numbers_are_exact(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    rows = [{"a": 2**63 - 1, "b": [1, "x"]}, {"a": -(2**63), "b": [{"c": 2**63 - 1}]}]
+    rows: list[dict[str, Any]] = [
+        {"a": 2**63 - 1, "b": [1, "x"], "c": 0.5, "d": [0.5, 2**53 + 1]},
+        {"a": -(2**63), "b": [{"c": 2**63 - 1}], "c": 2**53 + 1, "d": []},
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert list(read_json_files({"train": [path]})["train"]) == rows
 

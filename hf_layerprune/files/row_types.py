@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 MAX_COLUMNS = 1000
 _NAMES = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
 _WIDEST = 2**63  # of Arrow's whole numbers
+_EXACT = 2**53  # as a float
 
 
 class RowTypes:
@@ -65,11 +66,12 @@ class RowTypes:
 class _Type:
     """The type of what is found in one place."""
 
-    __slots__ = ("differs", "inside", "kind")
+    __slots__ = ("differs", "inside", "kind", "large")
 
     def __init__(self) -> None:
         self.kind: type | None = None
         self.differs = False  # in its type, or in its keys
+        self.large = False  # a whole number that no float holds was seen
         self.inside: dict[str, _Type] = {}  # of an object, by key; of a list, under ""
 
     def see(self, value: Any) -> None:
@@ -79,12 +81,14 @@ class _Type:
         if self.kind is None:
             self.kind = kind
             self.inside = {key: _Type() for key in value} if kind is dict else {"": _Type()} if kind is list else {}
+        self.large |= kind is int and abs(value) > _EXACT
         if kind is not self.kind:
             self.differs = {kind, self.kind} != {int, float}
             self.kind = float
         elif kind is dict:
             # Arrow has no object without keys, and ends a name at a NUL.
             self.differs = not value or value.keys() != self.inside.keys() or "\0" in "".join(value)
+        self.differs |= self.large and self.kind is float
         if self.differs:
             self.inside = {}
         elif kind is dict:
