@@ -6,9 +6,9 @@ metrics = bench(BenchRequest("pruned", base="org/base"))
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,12 +16,14 @@ from ..errors import LayerPruneError, boundary
 from ..records.metrics import Metrics
 from ..screen import progress_bar
 from .cost import cache_bytes, decode_bytes, prefill_flops, weight_bytes
-from .measurement import Measurement
-from .paired import compare_pairs, compare_values
+from .engine_bench import bench_in_engine
+from .paired import compare_values
 from .probe import probe
+from .recorder import Recorder
 from .requests import BenchRequest
-from .speed import Workload, time_models
+from .speed import time_models
 from .subject import Subject
+from .workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,18 +42,18 @@ def bench(request: BenchRequest) -> Metrics:
         CheckpointError: A model can't be read, or existing numbers belong to other weights.
         LayerPruneError: A setting is invalid, or a model does not fit into memory.
     """
-    run = _Bench(request)
-    run.run()
-    return run.store.metrics
+    if request.engine == "transformers":
+        run = _Bench(request)
+        run.run()
+        return run.store.metrics
+    return bench_in_engine(request)
 
 
-class _Bench(Measurement):
+class _Bench(Recorder):
     """One run for a model alone, or for a model and its base."""
 
     def __init__(self, request: BenchRequest) -> None:
         super().__init__(request)
-        self.request = request
-        self.subjects = [one for one in (self.base, self.model) if one is not None]
         self.machine = {"threads": torch.get_num_threads()} if self.device == "cpu" else {}
 
     def run(self) -> None:
@@ -62,9 +64,7 @@ class _Bench(Measurement):
         self._record_size(live)
         if probes:
             self._record_probes(probes, live)
-        works = [
-            Workload(n, length, request.new_tokens) for n in request.batch_sizes for length in request.prompt_lengths
-        ]
+        works = self.workloads
         start = perf_counter()
         with boundary("the models can't be timed", kind=LayerPruneError):
             timed = time_models(live, works, repeats=request.repeats)
@@ -76,7 +76,7 @@ class _Bench(Measurement):
             for metric in timings[self.model.weights][0]:
                 values = {w: [run[metric] for run in runs] for w, runs in timings.items()}
                 cost = read if metric.startswith("decode") else flops
-                self._record("speed", metric, work.settings, values, cost, seconds)
+                self.record("speed", metric, work.settings, values, cost, seconds)
 
     def _load_checked(self, subject: Subject) -> PreTrainedModel:
         model = self.load(subject)
@@ -120,7 +120,7 @@ class _Bench(Measurement):
         ):
             if all(metric in one for runs in probes.values() for one in runs):
                 values = {w: [float(one[metric]) for one in runs] for w, runs in probes.items()}
-                self._record(kind, metric, settings, values, cost)
+                self.record(kind, metric, settings, values, cost)
 
     def _record_size(self, live: Mapping[str, PreTrainedModel]) -> None:
         sizes: dict[tuple[str, str], dict[str, float]] = {}
@@ -138,29 +138,3 @@ class _Bench(Measurement):
             if self.base is not None and len(values) == 2:
                 difference = compare_values(values[self.model.weights], values[self.base.weights])
                 self.compare(kind, metric, {}, difference)
-
-    def _record(
-        self,
-        kind: str,
-        metric: str,
-        settings: dict[str, Any],
-        values: Mapping[str, Sequence[float]],
-        cost: Mapping[str, float],
-        seconds: float | None = None,
-    ) -> None:
-        """Record what was measured several times, and its comparison with the base and the cost that theory names."""
-        settings = settings | self.machine
-        results = []
-        for weights, repeats in values.items():
-            more = {"spread": [min(repeats), max(repeats)], "samples": len(repeats), "seconds": seconds}
-            results.append(self.result(weights, kind, metric, statistics.median(repeats), settings, **more))
-        self.store.add(results=results)
-        if self.base is None:
-            return
-        ours, theirs = values[self.model.weights], values[self.base.weights]
-        # The ratio of two runs that follow each other is not affected by whatever slowed down both.
-        share = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-        theory = cost[self.model.weights] / cost[self.base.weights]
-        theory = 1 / theory if metric.endswith("per_second") else theory
-        difference = compare_pairs(ours, theirs)
-        self.compare(kind, metric, settings, difference, share=share, theoretical_share=theory)

@@ -19,7 +19,7 @@ from ..records.fingerprints import Identity
 from ..records.lineage import peak_rss
 
 if TYPE_CHECKING:
-    from .speed import Workload
+    from .workload import Workload
 
 
 def probe(source: str, revision: str | None, dtype: str, device: str, work: Workload) -> dict[str, float]:
@@ -57,8 +57,9 @@ def _probe(source: str, revision: str | None, dtype: str, device: str, work: dic
     from transformers import AutoModelForCausalLM, GenerationMixin  # noqa: F401
 
     from .cost import read_prompt
-    from .speed import Workload, synchronise, time_once
+    from .speed import synchronise, time_once
     from .subject import Subject
+    from .workload import Workload
 
     found: dict[str, Any] = {"idle_rss_bytes": peak_rss()}
     start = perf_counter()

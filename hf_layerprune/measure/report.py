@@ -41,7 +41,8 @@ def report(metrics: Metrics, kinds: Iterable[str] = QUALITY) -> str:
     ]
     table = [["task", "metric", "n", *(one.role for one in columns), "change", "theory", "of margin", "p"]]
     for row in rows:
-        name = " ".join(filter(None, [row.key[1], f"({run_words(row.run)})" if row.run else ""]))
+        words = ", ".join(filter(None, [row.engine, run_words(row.run)]))
+        name = " ".join(filter(None, [row.key[1], f"({words})" if words else ""]))
         cells = [_value(row, row.cells.get(one.weights)) for one in columns]
         samples = f"{row.samples:,}" if row.samples else ""
         table.append([name, row.key[2], samples, *cells, *_compared(row, results)])

@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import CutError
 from ..options import DTYPES, MODEL, MODEL_HELP, PATH, Kind, Options, documented, many, option, whole
 from ..records.requirements import RequireOptions
 
@@ -80,6 +81,10 @@ class EvalRequest(MeasureOptions, RequireOptions):
     answers: Path | None = option(None, "Folder that stores the answers, to resume an interrupted run", PATH)
 
 
+# What a model can be timed in.
+ENGINES = ("transformers", "vllm", "llama.cpp")
+
+
 @documented
 @dataclass
 class BenchRequest(MeasureOptions):
@@ -94,3 +99,22 @@ class BenchRequest(MeasureOptions):
     new_tokens: int = option(32, "Number of tokens to generate after each prompt", whole(1))
     repeats: int = option(5, "Number of timed runs of each workload", whole(1, 1000))
     load_repeats: int = option(3, "Number of fresh processes that load the model; 0 for none", whole(0, 100))
+    engine: str = option(
+        "transformers",
+        "What runs the model: transformers, vllm (installed here), or llama.cpp (its llama-bench; one prompt at a time); "
+        "size, memory and load time are measured in transformers",
+        choices=ENGINES,
+    )
+    gguf: tuple[Path, ...] = option(
+        (), "For llama.cpp, the GGUF file that was made of MODEL, and then that of BASE; repeatable", many(PATH)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.gguf:
+            return
+        if self.engine != "llama.cpp":
+            raise CutError("--gguf names what llama.cpp runs; add --engine llama.cpp")
+        if len(self.gguf) != 1 + (self.base is not None):
+            wanted = "two files, of MODEL and of BASE" if self.base is not None else "one file, of MODEL"
+            raise CutError(f"--gguf needs {wanted}, and got {len(self.gguf)}")

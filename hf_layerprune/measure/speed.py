@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -17,31 +16,12 @@ from ..runtime.memory import free_memory, is_out_of_memory
 from ..runtime.parts import evaluating
 from ..screen import progress_bar
 from .cost import read_prompt
+from .workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One batch of prompts.
-
-    Args:
-        batch (`int`): Prompts per batch.
-        prompt_tokens (`int`): Tokens per prompt.
-        new_tokens (`int`): Tokens to generate after each prompt.
-    """
-
-    batch: int
-    prompt_tokens: int
-    new_tokens: int
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings to record with its numbers."""
-        return asdict(self)
 
 
 class _Clock:

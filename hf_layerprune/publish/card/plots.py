@@ -179,7 +179,9 @@ def pictures(history: History, results: Results | None = None) -> dict[str, Call
     rows = [row for row in results.table(["accuracy"]) if len(row.cells) > 1]
     if rows:
         drawings["accuracy"] = partial(accuracy, results, rows)
-    speed = next((row for row in results.table(["speed"]) if row.key[2] == "decode_tokens_per_second"), None)
+    speed = next(
+        (row for row in results.table(["speed"]) if row.key[2] == "decode_tokens_per_second" and not row.engine), None
+    )
     if speed is not None and len(speed.cells.keys() & results.mean_accuracy().keys()) > 1:
         drawings["tradeoff"] = partial(tradeoff, results, speed)
     return drawings

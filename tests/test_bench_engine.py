@@ -1,0 +1,167 @@
+"""`hf-layerprune bench --engine`: in llama.cpp and vLLM, and what is said where one of them can't."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from gguf import GGUFReader
+
+from hf_layerprune.cli import main
+from hf_layerprune.cut.gguf import cut_gguf
+from hf_layerprune.measure.engines.llama_cpp import LlamaCpp
+from hf_layerprune.publish.card.render import Card
+from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.records.metrics import Metrics
+
+from .measure_models import write_gguf
+
+pytestmark = pytest.mark.processes
+FEW = ["--repeats", "3", "--prompt-lengths", "8,16", "--new-tokens", "4"]
+# Answers as llama-bench does (tools/llama-bench/README.md in llama.cpp), with a time for each layer; it knows llama.
+STAND_IN = """#!{python}
+import json, sys
+from gguf import GGUFReader
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+fields = GGUFReader(words["-m"]).fields
+kind = fields["general.architecture"].contents()
+if kind != "llama":
+    sys.exit(f"llama_model_load: error loading model: unknown model architecture: '{{kind}}'")
+if "blk.0.attn_norm.weight" not in (names := [tensor.name for tensor in GGUFReader(words["-m"]).tensors]):
+    sys.exit("llama_model_load: error loading model: missing tensor 'blk.0.attn_norm.weight'")
+speed = 1000 / fields["llama.block_count"].contents()
+about = {{"build_number": 1, "build_commit": "abc", "gpu_info": "", "model_type": "llama ?B all F32",
+          "n_threads": int(words.get("-t", 1))}}
+prompts, new = [int(n) for n in words["-p"].split(",")], int(words["-n"])
+rows = [{{"n_prompt": n, "n_depth": 0, "n_gen": 0}} for n in prompts if n]
+rows += [{{"n_prompt": 0, "n_depth": int(n), "n_gen": new}} for n in words.get("-d", "").split(",") if new]
+print(json.dumps([about | row | {{"samples_ts": [speed]}} for row in rows]))
+"""
+
+
+@pytest.fixture(params=["the real one", "a stand-in"])
+def llama_bench(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "the real one":
+        if shutil.which("llama-bench") is None:
+            pytest.skip("llama-bench is not on the PATH")
+        return request.param
+    program = tmp_path / "bin" / "llama-bench"
+    program.parent.mkdir()
+    program.write_text(STAND_IN.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    return request.param
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """A base, a GGUF file, and its cut: as a file, and as a folder."""
+    base = write_gguf(tmp_path / "base.gguf", layers=6)
+    assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "2-4", "--dtype", "float32"]) == 0
+    cut_gguf(base, tmp_path / "cut.gguf", [2, 3, 4])
+    return {"base": base, "cut": tmp_path / "cut.gguf", "folder": tmp_path / "cut"}
+
+
+def bench(model: Path, base: Path, *words: str) -> int:
+    return main(["bench", str(model), "--base", str(base), "--engine", "llama.cpp", *FEW, *words])
+
+
+def test_both_are_timed_in_turns_beside_what_theory_allows(llama_bench, files, capsys):
+    gguf = ["--gguf", str(files["cut"]), "--gguf", str(files["base"])]
+    assert bench(files["folder"], files["base"], *gguf) == 0
+    said = capsys.readouterr().out
+    metrics = Metrics.of(files["folder"])
+    rows = [one for one in metrics.results if one["kind"] == "speed"]
+    assert len(rows) == 8  # two models, two lengths, reading and writing
+    assert {one["settings"]["engine"] for one in rows} == {"llama.cpp"}
+    assert {one["settings"]["batch"] for one in rows} == {1}
+    assert {one["dtype"] for one in rows} == {"all F32"}
+    assert all("llama.cpp" in one["versions"] for one in rows)
+    assert {metrics.models[one]["layers"] for one in metrics.models} == {3, 6}
+    # Half of the layers are left, and so is half of the work of reading; embeddings are read for writing as well.
+    theory = {one["metric"]: one["theoretical_share"] for one in metrics.comparisons}
+    assert theory["prefill_tokens_per_second"] == pytest.approx(2, rel=0.01)
+    assert 1.3 < theory["decode_tokens_per_second"] < 2
+    if llama_bench == "a stand-in":
+        assert {round(one["share"], 3) for one in metrics.comparisons} == {2}
+    assert "llama.cpp all F32, batch size 1, 16 prompt tokens, 4 new tokens" in said
+    card = Card.of(Lineage.of(files["folder"]), metrics).body()
+    assert "decode throughput, tokens/s, in llama.cpp all F32" in card
+
+
+def test_files_alone_are_timed_as_well(llama_bench, files, tmp_path, capsys):
+    assert bench(files["cut"], files["base"], "--output", str(tmp_path / "speed.json")) == 0
+    assert len(Metrics.read(tmp_path / "speed.json").results) == 8
+
+
+def of_kind(path: Path, kind: bytes) -> Path:
+    """The same file, as one of another architecture."""
+    copy = path.with_name(f"other-{path.name}")
+    copy.write_bytes(path.read_bytes().replace(b"llama", kind))
+    return copy
+
+
+def test_an_unknown_architecture_is_told_apart_from_a_wrong_cut(llama_bench, files, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "speed.json")]
+    unknown = {name: of_kind(files[name], b"lambs") for name in ("cut", "base")}
+    assert bench(unknown["cut"], unknown["base"], *output) == 1
+    said = capsys.readouterr().err.strip()
+    assert "does not run" in said
+    assert "either, so it does not know the architecture" in said
+    assert "\n" not in said
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(files["cut"].read_bytes().replace(b"blk.0.attn_norm", b"blk.9.attn_norm"))
+    output = ["--output", str(tmp_path / "other.json")]
+    # Its header is read for theory only after the engine has run it.
+    assert bench(broken, files["base"], *output) == 1
+    said = capsys.readouterr().err.strip()
+    assert "so it knows the architecture, and it is the cut or its file" in said
+    words = ["bench", str(broken), "--engine", "llama.cpp", *FEW, *output]
+    assert main(words) == 1
+    assert "name its base with --base to see whether" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "vllm"])
+def test_a_missing_engine_is_one_line_with_its_installation(engine, files, tmp_path, monkeypatch, capsys):
+    if engine == "vllm" and importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed here")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["bench", str(files["folder"]), "--engine", engine]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert {"llama.cpp": "brew install llama.cpp", "vllm": "pip install vllm"}[engine] in line
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--gguf", "x.gguf"], "--gguf names what llama.cpp runs; add --engine llama.cpp"),
+        (["--engine", "llama.cpp", "--base", "b", "--gguf", "x.gguf"], "--gguf needs two files, of MODEL and of BASE"),
+        (["--engine", "llama.cpp"], "llama.cpp runs GGUF files, and"),
+        (["--engine", "llama.cpp", "--gguf", "{base}"], "has 6 layers and"),
+        (["--engine", "llama.cpp", "--gguf", "{cut}", "--batch-sizes", "4"], "use --batch-sizes 1"),
+    ],
+)
+def test_what_can_not_be_timed_is_refused(words, says, llama_bench, files, capsys):
+    words = [word.format(**files) for word in words]
+    assert main(["bench", str(files["folder"]), *words]) != 0
+    assert says in capsys.readouterr().err
+
+
+def test_an_answer_that_is_none_is_an_error(tmp_path, monkeypatch):
+    program = tmp_path / "llama-bench"
+    program.write_text("#!/bin/sh\necho nonsense\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    from hf_layerprune.measure.engines import EngineError
+    from hf_layerprune.measure.workload import Workload
+
+    with pytest.raises(EngineError, match="llama-bench answered 'nonsense"):
+        LlamaCpp().time(["a.gguf"], [Workload(1, 8, 4)], 1, dtype="auto", device="cpu")
+
+
+def test_the_files_of_this_test_are_what_they_seem(files):
+    assert GGUFReader(files["cut"]).fields["llama.block_count"].contents() == 3
