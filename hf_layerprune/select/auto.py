@@ -19,7 +19,7 @@ from ..layer_ranges import format_layers
 from ..runtime.walk import LayerWalk
 from .choice import Choice
 from .scores import Scores
-from .search import Candidate, Search
+from .search import BLOCK, GREEDY, Candidate, Search
 from .sets import lowest_block
 
 if TYPE_CHECKING:
@@ -52,11 +52,11 @@ def choose(
     looked_at: list[Scores] = []
     scores = search.blocks(count)
     ranked = sorted(scores.blocks, key=scores.blocks.__getitem__)[:_SHORT_LIST]
-    sets = dict.fromkeys(ranked, "best block")
+    sets = dict.fromkeys(ranked, BLOCK)
     if ranked:
         looked_at.append(scores)
     if not choice.contiguous and count > 1:
-        sets.setdefault(search.nested(count), "greedy")
+        sets.setdefault(search.nested(count), GREEDY)
     elif not ranked:
         lowest_block({}, count, free)  # raises the error that no block may be dropped
     logger.info("short list: %s", "; ".join(map(format_layers, sets)))

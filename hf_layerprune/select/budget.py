@@ -1,8 +1,9 @@
 """Drop as many layers as an acceptable loss of quality allows, after the repair that will really follow.
 
-The number of layers doubles until the budget is passed, and is then bisected. At each number, the best set is found on
-some rows, its repair is fitted, and its loss is measured on rows that neither has seen. A set is inside the budget if
-its loss and one standard error together are.
+First, nested sets grow by a layer at a time until one is outside the budget. Blocks of layers then try to go deeper, in
+steps that double until the budget is passed and are bisected. Each set is judged with its repair, on rows that neither
+the search nor the repair has seen; only sets that are far inside by the rows they were found on are not judged. A set
+is inside the budget if its loss and one standard error together are.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..layer_ranges import format_layers
 from ..runtime.walk import LayerWalk
 from .choice import Choice
 from .cost import announce
-from .search import Candidate, Loss, Search
+from .search import BLOCK, GREEDY, Candidate, Loss, Search
 
 if TYPE_CHECKING:
     from ..options import CutOptions
@@ -78,31 +79,46 @@ def choose(
             f"{said} needs a standard error, and so two held-out rows or more; raise calibration_samples to 8"
         )
     most = search.most
-    depth = max(1, walk.num_layers // 4)
-    announce(walk, search.judging, search.layer_runs(depth, 2 + most.bit_length()), "the search within the budget")
-    probes: dict[int, tuple[Candidate, Loss]] = {}
-
-    def inside(count: int) -> bool:
-        if count not in probes:
-            best = search.best(count) if pick is None else (pick(search.fitting, count), str(choice.criterion))
-            (candidate,) = search.judge([best])
-            loss = Loss.of(budget, candidate.outcome, search.dense)
-            probes[count] = candidate, loss
-            logger.info("without layers %s: %s", format_layers(candidate.drop), spell_loss(budget, loss))
-        loss = probes[count][1]
-        return loss.mean + loss.error <= limit
-
     if most < 1:
         raise CutError("no layer may be dropped from this model; protect fewer")
-    if not inside(1):
+    depth = max(1, walk.num_layers // 4)
+    rounds = depth.bit_length() if pick else 2
+    announce(walk, search.judging, search.layer_runs(depth, rounds, depth + rounds), "the search within the budget")
+    probes: dict[int, tuple[Candidate, Loss]] = {}
+
+    def inside(count: int, found_by: str) -> bool:
+        """Find a set of a size and judge it; the better one of a size is kept."""
+        try:
+            if pick is not None:
+                drop = pick(search.fitting, count)
+            else:
+                drop = search.nested(count) if found_by == GREEDY else search.best_block(count)
+            (candidate,) = search.judge([(drop, found_by)])
+        except CutError:
+            if pick is not None or count == 1:
+                raise
+            return False  # no set of that size may be dropped and can be repaired
+        loss = Loss.of(budget, candidate.outcome, search.dense)
+        logger.info("without layers %s: %s", format_layers(candidate.drop), spell_loss(budget, loss))
+        if count not in probes or loss.mean < probes[count][1].mean:
+            probes[count] = candidate, loss
+        return loss.mean + loss.error <= limit
+
+    if pick is not None:
+        low = _deepest(lambda count: inside(count, str(choice.criterion)), 0, most)
+    else:
+        nested = 0
+        while nested < most and (search.seems_inside(budget, limit, nested + 1) or inside(nested + 1, GREEDY)):
+            nested += 1
+        low = _deepest(lambda count: inside(count, BLOCK), nested, most)
+        if low == nested:
+            while low and low not in probes and not inside(low, GREEDY):
+                low -= 1
+            if low > 1:
+                inside(low, BLOCK)
+    if not low:
         raise _too_strict(budget, said, limit, *probes[1])
-    low, high = 1, 2
-    while high <= most and inside(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if inside(middle) else (low, middle)
+    high = low + 1
     candidate, loss = probes[low]
     if high in probes and probes[high][1].mean <= limit:
         nearly = probes[high][1]
@@ -125,6 +141,18 @@ def choose(
         "repair": choice.repair,
     }
     return Choice(list(candidate.drop), str(choice.criterion), why, [], details, candidate.repair)
+
+
+def _deepest(inside: Callable[[int], bool], low: int, most: int) -> int:
+    """The largest number that is inside, where the smaller ones are; `low` is."""
+    step = 1
+    while low + step <= most and inside(low + step):
+        low, step = low + step, 2 * step
+    high = min(low + step, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if inside(middle) else (low, middle)
+    return low
 
 
 def point(candidate: Candidate, loss: Loss, search: Search) -> dict[str, Any]:

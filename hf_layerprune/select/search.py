@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HELD_OUT = 0.25
+BLOCK, GREEDY = "best block", "greedy"  # what found a set
 # The most rows: to fit maps to, to try blocks on, and to try the steps of nested sets on.
 _MAP_ROWS, _TRY_ROWS, _STEP_ROWS = 48, 8, 2
 _TOKENS_PER_DIMENSION = 8
@@ -53,7 +54,7 @@ class Candidate:
 
     Args:
         drop (`tuple[int, ...]`): The layers.
-        found_by (`str`): `"best block"` or `"greedy"`.
+        found_by (`str`): `"best block"`, `"greedy"`, or a criterion.
         outcome (`Outcome`): On the rows that are held out for judging, after the repair.
         repair (`Repair`, *optional*): The repair.
     """
@@ -113,6 +114,7 @@ class Search:
         self.steps = list(found)
         self._fits: dict[tuple[int, ...], BlockFit | None] = {}
         self._dense: Outcome | None = None
+        self._estimates: dict[int, tuple[Outcome, Outcome]] = {}  # by size: a step and the dense model on a few rows
 
     @property
     def dense(self) -> Outcome:
@@ -147,17 +149,31 @@ class Search:
             CutError: No set of that size may be dropped.
         """
         scored = self.blocks(count).blocks
-        block = tuple(lowest_block(scored, count, self.free)) if scored else None
         if self.contiguous or count == 1:
-            if block is None:
-                lowest_block({}, count, self.free)  # raises the error that no block may be dropped
-            assert block is not None
-            return block, "best block"
+            return tuple(lowest_block(scored, count, self.free)), BLOCK
         nested = self.nested(count)
-        if block is None or block == nested:
-            return nested, "greedy"
+        block = tuple(lowest_block(scored, count, self.free)) if scored else nested
+        if block == nested:
+            return nested, GREEDY
         (one,) = self._tried([nested], _TRY_ROWS)
-        return (nested, "greedy") if one and one.divergence < scored[block] else (block, "best block")
+        return (nested, GREEDY) if one and one.divergence < scored[block] else (block, BLOCK)
+
+    def best_block(self, count: int) -> tuple[int, ...]:
+        """The best block of a length on the rows for trying.
+
+        Raises:
+            CutError: There is none.
+        """
+        return tuple(lowest_block(self.blocks(count).blocks, count, self.free))
+
+    def seems_inside(self, budget: str, limit: float, count: int) -> bool:
+        """Whether the nested set of a size loses less than half of a budget on the few rows that found it."""
+        try:
+            self.nested(count)
+        except CutError:
+            return False
+        known = self._estimates.get(count)
+        return known is not None and Loss.of(budget, *known).mean < limit / 2
 
     def judge(self, sets: Iterable[tuple[tuple[int, ...], str]]) -> list[Candidate]:
         """Evaluate sets with the repair that each would really get, best first; those without one are left out.
@@ -186,19 +202,20 @@ class Search:
         except CutError:  # no projection to fold a map into in front of one of its blocks
             return None
 
-    def layer_runs(self, depth: int, probes: int) -> int:
-        """About how many runs of a layer over a row it takes to find nested sets and to judge some of them.
+    def layer_runs(self, depth: int, rounds: int, judged: int) -> int:
+        """About how many runs of a layer over a row a search takes.
 
         Args:
-            depth (`int`): The most layers that go.
-            probes (`int`): For how many sizes the best set is found and judged.
+            depth (`int`): The most layers of nested sets.
+            rounds (`int`): For how many lengths all blocks are tried.
+            judged (`int`): How many sets are judged.
         """
         n = self.walk.num_layers
         mapping = min(_MAP_ROWS, len(self._mapping)) * n if self._in_front else 0
-        steps = 0 if self.contiguous else depth * (mapping + n * n // 2 * min(_STEP_ROWS, len(self._trying)))
-        tries = n * n // 2 * min(_TRY_ROWS, len(self._trying))
+        steps = depth * (mapping + n * n // 2 * min(_STEP_ROWS, len(self._trying)))
+        tries = 2 * mapping + n * n // 2 * min(_TRY_ROWS, len(self._trying))
         judging = n * (len(self.fitting) * bool(self.repair) + 2 * len(self.judging))
-        return steps + probes * (2 * mapping + tries + judging)
+        return steps * (not self.contiguous) + rounds * tries + judged * judging
 
     @property
     def most(self) -> int:
@@ -229,13 +246,18 @@ class Search:
             raise CutError(
                 f"no more than {len(gone)} layers may be dropped from this model; drop fewer, or protect fewer"
             )
-        outcomes = self._tried([tuple(sorted((*gone, i))) for i in left], _STEP_ROWS)
-        scored = {i: one.divergence for i, one in zip(left, outcomes, strict=True) if one is not None}
+        dense, *outcomes = self._tried([(), *(tuple(sorted((*gone, i))) for i in left)], _STEP_ROWS)
+        known = dict(zip(left, outcomes, strict=True))
+        scored = {i: one.divergence for i, one in known.items() if one is not None}
         if not scored:
             raise CutError(f"repair={self.repair!r} works for none of the layers that are left; use repair=None")
         # Blocks that can't come up any more leave memory.
         step = min(scored, key=scored.__getitem__)
         gone.add(step)
+        cut = known[step]
+        assert cut is not None, "it was scored"
+        assert dense is not None, "no layer is dropped"
+        self._estimates[len(gone)] = cut, dense
         self._fits = {b: fit for b, fit in self._fits.items() if len(b) == 1 or not gone.isdisjoint(b)}
         return step
 

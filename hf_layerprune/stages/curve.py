@@ -194,7 +194,7 @@ def _go_on(request: RankRequest, record: dict[str, Any], free: set[int], up_to: 
         )
     search = _search(request, record, walk, calibration, free)
     left = up_to - len(record["points"])
-    announce(walk, search.judging, search.layer_runs(left, left), f"a curve up to {up_to} layers")
+    announce(walk, search.judging, search.layer_runs(left, left, left), f"a curve up to {up_to} layers")
     for point in curve_points(search, up_to, len(record["points"])):
         drop = parse_layers(point["layers"])
         point |= {
