@@ -100,7 +100,8 @@ def choose(
             return False  # no set of that size may be dropped and can be repaired
         loss = Loss.of(budget, candidate.outcome, search.dense)
         logger.info("without layers %s: %s", format_layers(candidate.drop), spell_loss(budget, loss))
-        if count not in probes or loss.mean < probes[count][1].mean:
+        best = probes.get(count)
+        if best is None or loss.mean + loss.error < best[1].mean + best[1].error:
             probes[count] = candidate, loss
         return loss.mean + loss.error <= limit
 
