@@ -1,0 +1,62 @@
+"""What a person sees on a real terminal: bars that go away, no colours, and nothing at all where it is asked for."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .measure_models import write_model
+
+pytestmark = pytest.mark.processes
+COMMAND = [sys.executable, "-c", "import sys; from hf_layerprune.cli import main; sys.exit(main())"]
+COLOUR = re.compile(r"\x1b\[[0-9;]*[1-9][0-9;]*m")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base") / "model")
+
+
+def on_a_terminal(*words: str, **env: str) -> tuple[int, str]:
+    """Run a command on a pseudo-terminal; its exit code, and all that it wrote there."""
+    ours, theirs = pty.openpty()
+    command = [*COMMAND, *words]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | env)
+    os.close(theirs)
+    seen = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            seen += chunk
+    except OSError:  # Linux reports the end of a pseudo-terminal as an error
+        pass
+    os.close(ours)
+    return process.wait(timeout=60), seen.decode()
+
+
+def test_bars_on_a_terminal_and_plain_text_elsewhere(base: Path, tmp_path: Path) -> None:
+    words = ["prune", str(base), "--drop", "2", "--criterion", "block_influence", "--calibration-length", "64"]
+    code, seen = on_a_terminal(*words, str(tmp_path / "a"), NO_COLOR="1")
+    assert code == 0, seen
+    assert "\r" in seen.replace("\r\n", "\n"), "there was a progress bar"
+    assert not COLOUR.search(seen)
+    piped = subprocess.run([*COMMAND, *words, str(tmp_path / "b")], capture_output=True, text=True)
+    assert piped.returncode == 0
+    assert not set("\r\x1b") & set(piped.stdout + piped.stderr)
+
+
+def test_quiet_is_quiet_on_a_terminal(base: Path, tmp_path: Path) -> None:
+    code, seen = on_a_terminal("prune", str(base), str(tmp_path / "a"), "--drop", "2", "--quiet")
+    assert (code, seen) == (0, "")
+
+
+def test_help_has_no_colours_where_they_are_not_wanted() -> None:
+    code, seen = on_a_terminal("prune", "--help", NO_COLOR="1")
+    assert code == 0
+    assert "--drop" in seen
+    assert not COLOUR.search(seen)
