@@ -226,7 +226,8 @@ class HealTrainer(SFTTrainer):
     @property
     def _leaves_loss_to_trl(self) -> bool:
         """Whether a setting requires a loss that only TRL computes."""
-        smoothed = self.label_smoother is not None or self.compute_loss_func is not None
+        # TRL keeps a remark there for the trainers of transformers below 5.19.
+        smoothed = self.label_smoother is not None or callable(self.compute_loss_func)
         other = self.args.loss_type not in ("nll", "chunked_nll") or self.aux_loss_enabled or self._is_vision_dataset
         asked = self.splits_sequences or smoothed or other or self._split
         if asked and self.args.distils:
