@@ -104,6 +104,10 @@ def test_bad_lines(tmp_path: Path, line: Any, message: str) -> None:
             for field in ("doc_to_choice", "doc_to_target", "dataset_path", "process_docs")
         ),
         ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "[1]"}, "must be a mapping with string keys"),
+        (
+            {"a.jsonl": json.dumps(QUESTION), "a.yaml": 'metadata: &a {version: [*a, "\\ud800"]}'},
+            "a.yaml holds half a surrogate pair",
+        ),
         ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "doc_to_text: !function os.system"}, "a.yaml is not valid YAML"),
     ],
 )

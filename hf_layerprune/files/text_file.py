@@ -56,7 +56,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         path (`Path`): The file, of at most 1 MiB.
 
     Raises:
-        CheckpointError: The file can't be read, is not YAML, or is not a mapping with string keys.
+        CheckpointError: The file can't be read, is not YAML, is not a mapping with string keys, or holds text that can't
+            be encoded.
     """
     import yaml
 
@@ -67,4 +68,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid YAML: {cause_of(error)}") from error
     if not isinstance(fields, Mapping) or not all(isinstance(key, str) for key in fields):
         raise CheckpointError(f"{path} must be a mapping with string keys, but is a {type(fields).__name__}")
+    seen: set[int] = set()  # an alias may repeat a value very often, or hold itself
+    level: list[Any] = [fields]
+    while level:
+        value = level.pop()
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise CheckpointError(f"{path} holds half a surrogate pair in {value[:40]!r}") from error
+        elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            level += [*value, *value.values()] if isinstance(value, Mapping) else value
     return dict(fields)
