@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from tests.hub_server import HubServer, client_env
 from tests.publish_records import lineage_of, metrics_of
 
 FILES = {
-    "README.md", "about.py", "answers.py", "api.py", "app.py", "chat.py", "page.py",
+    "README.md", "about.py", "answers.py", "api.py", "app.py", "chat.py", "images.py", "page.py",
     "requirements.txt", "source.py", "style.css", "weights.py",
 }  # fmt: skip
 
@@ -116,6 +117,16 @@ def test_a_complete_space(folder: Path, tmp_path: Path) -> None:
     for path in space.rglob("*.py"):
         if path.name not in ("source.py", "weights.py", "about.py"):
             assert "hf_layerprune" not in path.read_text()
+
+
+def test_a_model_that_reads_images_needs_torchvision(folder: Path, tmp_path: Path) -> None:
+    """Most image processors are of torchvision; without it the page would answer text alone."""
+    for name, section in (("text", {}), ("images", {"vision_config": {"hidden_size": 8}})):
+        shutil.copytree(folder / "pruned", tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | section))
+        space = build_space(tmp_path / f"{name}-space", model_repo_id="org/pruned", model=tmp_path / name)
+        assert ("torchvision" in (space / "requirements.txt").read_text().splitlines()) == bool(section)
 
 
 def test_the_published_table_needs_nothing_of_this_package(folder: Path, tmp_path: Path) -> None:

@@ -186,11 +186,12 @@ def _requirements_of(model: Path | None, adapter: bool) -> list[str]:
     if adapter:
         return [f"hf-layerprune=={__version__}"]
     config = read_config_file(model / "config.json") if model else {}
+    sees = ["torchvision"] if isinstance(config.get("vision_config"), dict) else []  # which most processors need
     settings = config.get("quantization_config")
     if not isinstance(settings, dict):
-        return []
+        return sees
     if (package := package_of(settings)) is None:
         logger.warning(
             "the Space may need a package for %s weights; add it to its requirements.txt", method_of(settings)
         )
-    return [package] if package else []
+    return [*sees, package] if package else sees

@@ -134,7 +134,7 @@ class Answer(TextStreamer):
     Args:
         side (`Side`): The model that answers.
         source (`Source`): The source of the tokenizer.
-        ids (`list[int]`): The prompt.
+        ids (`Prompt` or `list[int]`): The prompt.
         settings (`dict`): `temperature`, `top_p`, `max_tokens`, `seed`.
     """
 
@@ -186,9 +186,14 @@ class Answer(TextStreamer):
         self._began = time.perf_counter()
         try:
             ids = torch.tensor([self._ids], device=model.device)
+            media = {
+                name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+                for name, value in getattr(self._ids, "media", {}).items()
+            }
             made = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
+                **media,
                 max_new_tokens=settings["max_tokens"],
                 do_sample=False,
                 num_beams=1,

@@ -33,6 +33,8 @@ def chat(
         seed: The same seed gives the same answer; -1 for a random one.
     """
     talk.check(message, system_prompt)
+    if any(talk.paths_of(turn) for turn in history):  # a path would name a file of this machine
+        raise talk.Refused("The API takes text alone: leave the image out, or use the page.")
     settings = talk.settings_of(temperature, top_p, max_tokens, seed)
     turns = [*history, {"role": "user", "content": message}]
     if talk.models.source.chats:

@@ -63,7 +63,7 @@ def launch(made: gr.Blocks, **settings: Any) -> Any:
         input_placeholder_color_dark="*neutral_400",
     )
     look = {"theme": theme, "css_paths": HERE / "style.css", "footer_links": ["api"]}
-    return made.launch(**look, mcp_server=True, show_error=True, **settings)
+    return made.launch(**look, mcp_server=True, show_error=True, max_file_size="20mb", **settings)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ except ImportError:
 
 import answers
 from about import bytes_
+from images import Prompt, paths_of
 from source import Message, Refused
 from weights import Models
 
@@ -54,7 +55,7 @@ def complete(text: str, *numbers: float | None) -> Iterator[tuple[str, str]]:
         yield text + state["text"], small(figures(state), f"seed {settings['seed']}")
 
 
-def compare(prompt: str, system: str, *numbers: float | None) -> Iterator[tuple]:
+def compare(prompt: str | dict[str, Any], system: str, *numbers: float | None) -> Iterator[tuple]:
     """Let both models answer a prompt; yields the conversation and figures of each, and a line about both."""
     settings = settings_of(*numbers)
     for states, note in both(prompt, system, settings):
@@ -99,24 +100,46 @@ def text_of(message: dict[str, Any]) -> str:
     """The text of a message, whose content Gradio may split into parts."""
     content = message["content"]
     parts = content if isinstance(content, list) else [content]
-    return "\n".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
+    return "\n".join(part if isinstance(part, str) else part["text"] for part in parts if is_text(part))
+
+
+def is_text(part: Any) -> bool:
+    """Whether a part of a message is text; the others are files."""
+    return isinstance(part, str) or "text" in part
+
+
+def question(asked: str | dict[str, Any]) -> dict[str, Any]:
+    """The message in a box: its text, or its text behind its images."""
+    if isinstance(asked, str):
+        return {"role": "user", "content": asked}
+    words = [asked["text"]] if (asked.get("text") or "").strip() else []
+    return {"role": "user", "content": [*({"path": path} for path in asked.get("files") or ()), *words]}
 
 
 def plain(talk: list[dict[str, Any]]) -> list[Message]:
-    """A conversation in the form that chat templates need: text contents and alternating roles."""
+    """A conversation in the form that chat templates need: text contents, images apart, and alternating roles.
+
+    Raises:
+        Refused: There is an image, and the model reads text alone.
+    """
     turns: list[Message] = []
     for message in talk:
-        if turns and turns[-1]["role"] == message["role"]:  # the answer in between was stopped before its first word
-            turns[-1]["content"] += f"\n\n{text_of(message)}"
-        else:
-            turns.append({"role": message["role"], "content": text_of(message)})
+        images = paths_of(message)
+        if images and models.source.processor is None:
+            raise Refused("This model reads text alone: leave the image out.")
+        turn = {"role": message["role"], "content": text_of(message)} | ({"images": images} if images else {})
+        if turns and turns[-1]["role"] == turn["role"]:  # the answer in between was stopped before its first word
+            before = turns.pop()
+            images = [*before.get("images", ()), *images]
+            turn |= {"content": f"{before['content']}\n\n{turn['content']}"} | ({"images": images} if images else {})
+        turns.append(turn)
     return turns
 
 
 Pieces = Iterator[tuple[list[dict[str, Any]], str]]
 
 
-def fitted(talk: list[dict[str, Any]], system: str | None, max_tokens: float) -> tuple[list[int], int]:
+def fitted(talk: list[dict[str, Any]], system: str | None, max_tokens: float) -> tuple[Prompt, int]:
     """A conversation as token ids, and the number of messages that had to be left out.
 
     Raises:
@@ -139,15 +162,16 @@ def go_on(text: str, settings: dict[str, Any], roles: list[str]) -> Pieces:
     yield from ((states, "") for states in run(roles, ids, settings))
 
 
-def both(prompt: str, system: str | None, settings: dict[str, Any]) -> Pieces:
+def both(prompt: str | dict[str, Any], system: str | None, settings: dict[str, Any]) -> Pieces:
     """Let both models answer one prompt."""
-    check(prompt, system)
+    asked = question(prompt)
+    check(text_of(asked), system)
     if "dense" not in models.sides:
         raise Refused(models.no_dense or "The dense model is still loading.")
     if models.source.chats:
-        yield from converse([{"role": "user", "content": prompt}], system, settings, ["pruned", "dense"])
+        yield from converse([asked], system, settings, ["pruned", "dense"])
     else:
-        yield from go_on(prompt, settings, ["pruned", "dense"])
+        yield from go_on(text_of(asked), settings, ["pruned", "dense"])
 
 
 def figures(state: dict[str, Any]) -> str:

@@ -124,12 +124,12 @@ def page(source: Source) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Chat" if source.chats else "Complete") as first:
                 box = (
-                    chat_tab(settings, about.at_a_glance(source.records))
+                    chat_tab(source, settings, about.at_a_glance(source.records))
                     if source.chats
                     else complete_tab(settings[1:])
                 )
             with gr.Tab("Side by side") as second:
-                prompt, why = compare_tab(settings)
+                prompt, why = compare_tab(source, settings)
             with gr.Tab("About this model") as third:
                 gr.HTML(about.page(source.records), padding=False)
         with gr.Accordion("Settings", open=False, elem_id="settings") as panel, gr.Row():
@@ -210,7 +210,14 @@ def settings_of_an_answer(source: Source) -> list[Any]:
     ]
 
 
-def chat_tab(settings: list[Any], glance: str) -> gr.Textbox:
+def box_of(source: Source, **settings: Any) -> Any:
+    """The box for a question, which takes images where the model does."""
+    if source.processor is None or not source.chats:
+        return gr.Textbox(**settings, **BOX)
+    return gr.MultimodalTextbox(file_types=["image"], file_count="multiple", sources=["upload"], **settings, **BOX)
+
+
+def chat_tab(source: Source, settings: list[Any], glance: str) -> Any:
     """Build the chat with the pruned model, which starts with a small layer map; returns its text box."""
     talk = chatbot(
         editable="user",
@@ -218,14 +225,14 @@ def chat_tab(settings: list[Any], glance: str) -> gr.Textbox:
         examples=[{"text": text} for text in EXAMPLES],
         **TALK | {"placeholder": glance or " "},
     )
-    box = gr.Textbox(label="Message", placeholder="Message", autofocus=True, elem_id="message", **BOX)
+    box = box_of(source, label="Message", placeholder="Message", autofocus=True, elem_id="message")
     note = gr.HTML(padding=False, elem_classes="note")
 
     system, _, _, most, _ = settings
 
-    def ask(message: str, said: list[dict], system: str, max_tokens: float) -> tuple[Any, list[dict]]:
+    def ask(message: Any, said: list[dict], system: str, max_tokens: float) -> tuple[Any, list[dict]]:
         check(message)
-        said = [*said, {"role": "user", "content": message}]
+        said = [*said, chat.question(message)]
         chat.fitted(said, system, max_tokens)  # raises if it is too long, and then the message stays in the box
         return closed(value=""), said
 
@@ -235,10 +242,14 @@ def chat_tab(settings: list[Any], glance: str) -> gr.Textbox:
 
     def edited(said: list[dict], at: gr.EditData) -> tuple[Any, list[dict]]:
         check(at.value)
-        return closed(), [*said[: index_of(at)], {"role": "user", "content": meant(at.value)}]
+        files = chat.paths_of(said[index_of(at)])
+        changed = {"text": meant(at.value), "files": files} if files else meant(at.value)
+        return closed(), [*said[: index_of(at)], chat.question(changed)]
 
-    def undo(said: list[dict], at: gr.UndoData) -> tuple[list[dict], str]:
-        return said[: index_of(at)], chat.text_of(said[index_of(at)])
+    def undo(said: list[dict], at: gr.UndoData) -> tuple[list[dict], Any]:
+        last = said[index_of(at)]
+        files = chat.paths_of(last)
+        return said[: index_of(at)], {"text": chat.text_of(last), "files": files} if files else chat.text_of(last)
 
     def example(chosen: gr.SelectData) -> tuple[Any, list[dict]]:
         chat.check()
@@ -256,11 +267,13 @@ def chat_tab(settings: list[Any], glance: str) -> gr.Textbox:
     return box
 
 
-def check(message: str | None) -> None:
+def check(message: Any) -> None:
     """Refuse an empty message, and whatever `chat.check` refuses."""
-    if not (message or "").strip():
+    asked = chat.question(message or "")
+    text = chat.text_of(asked)
+    if not (text.strip() or chat.paths_of(asked)):
         raise Refused("Write a message first.")
-    chat.check(message)
+    chat.check(text)
 
 
 def closed(**more: Any) -> Any:
@@ -299,11 +312,11 @@ def complete_tab(settings: list[Any]) -> gr.Textbox:
     return box
 
 
-def compare_tab(settings: list[Any]) -> tuple[gr.Textbox, gr.HTML]:
+def compare_tab(source: Source, settings: list[Any]) -> tuple[Any, gr.HTML]:
     """Build the tab with both models; returns its text box, and the element that shows why it is disabled."""
     sides: list[Any] = []
     why = gr.HTML(padding=False)
-    box = gr.Textbox(label="Prompt for both", placeholder="Ask both models", elem_id="prompt", **BOX)
+    box = box_of(source, label="Prompt for both", placeholder="Ask both models", elem_id="prompt")
     note = gr.HTML(padding=False, elem_classes="note")
     with gr.Row(elem_classes="sides"):
         for label in ("Pruned", "Dense"):
@@ -312,7 +325,7 @@ def compare_tab(settings: list[Any]) -> tuple[gr.Textbox, gr.HTML]:
                 figures = gr.HTML(padding=False, elem_classes="note")
                 sides += [chatbot(height=None, **TALK), figures]
 
-    def ask(prompt: str) -> Any:
+    def ask(prompt: Any) -> Any:
         check(prompt)
         return closed()
 
@@ -320,7 +333,7 @@ def compare_tab(settings: list[Any]) -> tuple[gr.Textbox, gr.HTML]:
     return box, why
 
 
-def streams(starts: list[Any], answer: Callable, inputs: list[Any], outputs: list[Any], box: gr.Textbox) -> None:
+def streams(starts: list[Any], answer: Callable, inputs: list[Any], outputs: list[Any], box: Any) -> None:
     """Stream an answer after each of the events, which disable a box; then enable it again."""
     button = box.submit_btn
     runs = [start.success(answer, inputs, outputs, **ANSWER) for start in starts]

@@ -11,13 +11,15 @@ import gradio as gr
 from about import Records, stages
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from images import Prompt, encoded, processor_of
 from jinja2 import TemplateError
+from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils.hub import cached_file
 
 MAX_CONTEXT = int(os.environ.get("MAX_CONTEXT", 8192))  # tokens; less if the model's own context is shorter
 
-Message = dict[str, str]
+Message = dict[str, Any]  # `role`, `content` as text and, where there are any, `images` as paths
 
 
 class CannotLoad(Exception):
@@ -49,7 +51,9 @@ class Source:
             self.base = base or (self.adapter.base_model_name_or_path if self.adapter else None)
             whole = self.base if self.adapter else model
             self.tokenizer = tokenizer_of(model, whole)
-            self.config = AutoConfig.from_pretrained(**named(whole), trust_remote_code=False).get_text_config()
+            config = AutoConfig.from_pretrained(**named(whole), trust_remote_code=False)
+            self.config = config.get_text_config()
+            self.processor = None if model.endswith(".gguf") else processor_of([model, whole], config)
             self.records = Records.of(named(model)["pretrained_model_name_or_path"])
             self.size = weights_size(model)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -60,22 +64,34 @@ class Source:
     @property
     def chats(self) -> bool:
         """Whether the model has a chat template."""
-        return bool(self.tokenizer.chat_template)
+        return bool((self.processor or self.tokenizer).chat_template)
 
-    def encode(self, messages: list[Message]) -> list[int]:
-        """A conversation as token ids, with the prompt for an answer."""
-        template = self.tokenizer.apply_chat_template
+    def encode(self, messages: list[Message]) -> Prompt:
+        """A conversation as token ids, with the prompt for an answer, and its images as inputs.
+
+        Raises:
+            Refused: A file can't be read as an image.
+        """
         try:
-            return template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            return self._rendered(messages)
         except TemplateError:
             if messages[0]["role"] != "system":
                 raise
             # Some templates have no system role, so the system prompt is put before the first question.
             system, first, *rest = messages
             first = {**first, "content": f"{system['content']}\n\n{first['content']}"}
-            return template([first, *rest], add_generation_prompt=True, return_dict=True)["input_ids"]
+            return self._rendered([first, *rest])
 
-    def fit(self, messages: list[Message], max_tokens: int) -> tuple[list[int], int]:
+    def _rendered(self, messages: list[Message]) -> Prompt:
+        if self.processor is None:
+            template = self.tokenizer.apply_chat_template
+            return Prompt(template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+        try:
+            return encoded(self.processor, messages)
+        except (OSError, Image.DecompressionBombError) as error:
+            raise Refused("One of the files can't be read as an image. Remove it, or attach another.") from error
+
+    def fit(self, messages: list[Message], max_tokens: int) -> tuple[Prompt, int]:
         """Leave out the oldest questions and their answers until the rest and a new answer fit.
 
         Args:
@@ -83,7 +99,7 @@ class Source:
             max_tokens (`int`): The maximum length of the answer in tokens.
 
         Returns:
-            `tuple[list[int], int]`: Token ids, and the number of messages that were left out.
+            `tuple[Prompt, int]`: Token ids, and the number of messages that were left out.
 
         Raises:
             Refused: The question alone does not fit.
@@ -107,6 +123,7 @@ class Source:
             raise Refused(
                 f"This prompt has {len(ids):,} tokens. The context is {self.context:,} tokens, of which {max_tokens:,} are "
                 "reserved for the answer: shorten the prompt or the system prompt, or lower the maximum of new tokens."
+                + (" Images take tokens too: a smaller one takes fewer." if ids.media else "")
             )
         return ids, start
 

@@ -14,8 +14,9 @@ import psutil
 import torch
 from about import bytes_
 from answers import Side
+from images import auto_class
 from source import CannotLoad, Source, explain, named, weights_size
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,10 +109,6 @@ def load(model: str) -> PreTrainedModel:
     """Load a whole model onto the device."""
     settings: dict[str, Any] = {"dtype": "auto"}
     config = AutoConfig.from_pretrained(**named(model), trust_remote_code=False)
-    # A multimodal model without a text model of its own answers text with all of its parts loaded.
-    auto: Any = (
-        AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForMultimodalLM
-    )
     if DEVICE == "cpu" and config.dtype == torch.float16:
         settings["dtype"] = torch.bfloat16  # faster on CPUs
     if DEVICE != "cpu":
@@ -122,7 +119,9 @@ def load(model: str) -> PreTrainedModel:
         settings |= gguf_options() | {"dtype": torch.bfloat16}
     else:
         settings["use_safetensors"] = True  # a pickle can run code
-    made, info = auto.from_pretrained(**named(model), trust_remote_code=False, output_loading_info=True, **settings)
+    made, info = auto_class(config).from_pretrained(
+        **named(model), trust_remote_code=False, output_loading_info=True, **settings
+    )
     check_complete(model, made, info)
     return made
 
