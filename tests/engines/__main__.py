@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from . import asking, gguf_files, models, page
 from .environments import ENGINES, CannotBuild, build
 
-NAMES = (models.REAL, *models.FAMILIES)
+NAMES = (*models.BOTH, *models.FAMILIES)
 
 
 def routes(engine: str) -> dict[str, Callable[[str, str], Path]]:
@@ -52,8 +52,8 @@ def run(engine: str, names: list[str]) -> Iterator[list[dict[str, Any]]]:
     """
     for route, path_of in routes(engine).items():
         rows = []
-        # The repaired model is a folder; its base is no GGUF file of the same weights.
-        here = [name for name in names if not (route == "GGUF cut" and name == models.REAL)]
+        # The repaired and the healed model are folders; their base is no GGUF file of the same weights.
+        here = [name for name in names if not (route == "GGUF cut" and name in models.BOTH)]
         answers, refusals = _answers(engine, path_of, here, "cut")
         off = [name for name in here if not asking.matches(models.reference(name, "cut"), answers[name])]
         dense, _ = _answers(engine, path_of, off, "dense")

@@ -57,7 +57,7 @@ def converted(name: str, which: str) -> Path:
 @contextmanager
 def _taken_by_the_converter(name: str, folder: Path) -> Iterator[None]:
     """The folder, for as long as it is converted with a tokenizer that the converter knows."""
-    if name == models.REAL or models.FAMILIES[name].family not in _SENTENCEPIECE:
+    if name in models.BOTH or models.FAMILIES[name].family not in _SENTENCEPIECE:
         yield
         return
     aside = [(folder / file, folder.parent / file) for file in ("tokenizer.json", "tokenizer_config.json")]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .environments import HOME
+from .environments import HOME, ROOT
 
 MODELS = HOME / "models"
 LAYERS, DROP = 8, "2-4"  # across every pattern: an odd number of layers, from the middle of a group
@@ -37,6 +40,8 @@ _FULL = {"use_sliding_window": False, "layer_types": ["full_attention"] * LAYERS
 _NO_ROPE = {"no_rope_layers": [1, 1, 1, 0] * (LAYERS // 4), "use_sliding_window": False}
 _UNCAPPED = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 REAL = "SmolLM2-135M"
+HEALED = "SmolLM2-135M, healed"  # the same cut, then trained, with its head untied
+BOTH = {REAL: "12-18 of 30, refit", HEALED: "12-18 of 30, refit, lm_head+last2"}
 FAMILIES = {
     "llama": Tried("llama"),
     "qwen2": Tried("qwen2", _FULL),
@@ -78,11 +83,13 @@ def make(name: str) -> dict[str, Path]:
     """Make a model and its cut, where they are not there yet.
 
     Args:
-        name (`str`): Of `FAMILIES`, or `REAL`.
+        name (`str`): Of `FAMILIES`, or of `BOTH`.
 
     Returns:
         `dict[str, Path]`: The folders `dense` and `cut`.
     """
+    if name == HEALED:
+        return {"dense": make(REAL)["dense"], "cut": _make_healed(make(REAL)["cut"])}
     folder = MODELS / name.replace(", ", "-").replace(" ", "-")
     paths = {"dense": folder / "dense", "cut": folder / "cut"}
     if not paths["cut"].is_dir():
@@ -100,6 +107,23 @@ def _make_real(name: str, paths: dict[str, Path]) -> None:
         unpack_smollm2(paths["dense"].with_suffix(".part")).rename(paths["dense"])
     rows = ["--calibration-samples", "16", "--calibration-length", "64"]
     main(["prune", str(paths["dense"]), str(paths["cut"]), "--drop-layers", "12-18", "--repair", "refit", *rows])
+
+
+def _make_healed(cut: Path) -> Path:
+    """Train the head and the last two layers for a few steps; any text will do."""
+    work = MODELS / "SmolLM2-135M-healed"
+    if not (work / "cut").is_dir():
+        work.mkdir(parents=True, exist_ok=True)
+        parts = [part for part in (ROOT / "docs" / "choose.md").read_text("utf-8").split("\n\n") if len(part) > 200]
+        rows = work / "rows.jsonl"
+        rows.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts[:8]))
+        words = ["--model_name_or_path", str(cut), "--dataset_name", str(rows), "--output_dir", str(work / "run")]
+        words += ["--method", "lm_head+last2", "--max_steps", "2", "--max_length", "64"]
+        words += ["--per_device_train_batch_size", "2", "--report_to", "none", "--use_cpu", "true", "--bf16", "false"]
+        shutil.rmtree(work / "run", ignore_errors=True)
+        subprocess.run([sys.executable, str(ROOT / "recipes" / "sft_tail.py"), *words], check=True)
+        (work / "run" / "model").rename(work / "cut")
+    return work / "cut"
 
 
 def _make_tiny(name: str, paths: dict[str, Path]) -> None:
@@ -144,7 +168,7 @@ def tiny(name: str, **more: Any) -> Any:
 
 def prompt_of(name: str) -> list[int]:
     """The token ids that every engine gets."""
-    if name == REAL:
+    if name in BOTH:
         from transformers import AutoTokenizer
 
         text = "The capital of France is Paris, and the river that runs through it is called"

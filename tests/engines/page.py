@@ -33,7 +33,7 @@ def record(rows: list[dict[str, Any]]) -> None:
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     keys = {(row["engine"], row["route"], row["model"]) for row in rows}
     stay = [row for row in known if (row["engine"], row["route"], row["model"]) not in keys]
-    order = [models.REAL, *models.FAMILIES]
+    order = [*models.BOTH, *models.FAMILIES]
     everything = sorted(stay + rows, key=lambda row: (row["engine"], row["route"], order.index(row["model"])))
     RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in everything) + "\n]\n")
 
@@ -46,10 +46,10 @@ def rendered() -> str:
     heads = [f"{engine}, {route}" for engine, route in columns]
     lines = ["", f"| model | cut | {' | '.join(heads)} |", "|---|---|" + "---|" * len(columns)]
     notes: list[str] = []
-    for name in (models.REAL, *models.FAMILIES):
+    for name in (*models.BOTH, *models.FAMILIES):
         tried = models.FAMILIES.get(name)
         about = f"{name} ({tried.pattern})" if tried and tried.pattern else name
-        drop = f"{tried.drop} of {tried.layers}" if tried else "12-18 of 30, refit"
+        drop = f"{tried.drop} of {tried.layers}" if tried else models.BOTH[name]
         shown = [_cell(cells.get((name, *column)), notes) for column in columns]
         lines.append(f"| {about} | {drop} | {' | '.join(shown)} |")
     lines += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1)), ""]
