@@ -51,6 +51,21 @@ def _may_run_code(func: ast.expr) -> bool:
     return isinstance(func, ast.Attribute) and func.attr == "load_dataset"
 
 
+@pytest.mark.parametrize("name", ["../model.safetensors", "/dev/zero", "weights.bin", 3, ""])
+def test_an_index_names_files_beside_it(tmp_path: Path, name: Any) -> None:
+    write_model(tmp_path)
+    folder = tmp_path / "sharded"
+    shutil.copytree(tmp_path, folder, ignore=shutil.ignore_patterns("model.safetensors", "sharded"))
+    tensors = load_file(tmp_path / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}))
+    with pytest.raises(CheckpointError, match=r"index\.json.*(not a plain \.safetensors file|not a file name)"):
+        load_base(folder)
+    save_file(tensors, folder / "part.safetensors", {"format": "pt"})
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, "part.safetensors")}))
+    load_base(folder)
+
+
 def test_code_of_a_checkpoint_is_refused_by_name() -> None:
     calls = _calls()
     assert len(calls) > 10

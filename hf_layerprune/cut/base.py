@@ -13,8 +13,9 @@ from typing import Any
 from ..errors import CheckpointError
 from ..files.copy import FileState
 from ..files.hub import Repo, hub_errors
+from ..files.shards import INDEX, shard_names
 from ..runtime.loading import CHECKPOINT_FILES, is_hub_id
-from .folder import CONFIG, INDEX, SINGLE, SUBFOLDERS, check_index, find_weights, is_companion, read_json, shard_names
+from .folder import CONFIG, SINGLE, SUBFOLDERS, check_index, find_weights, is_companion, read_json
 from .header import Header, Tensor, read_header
 
 logger = logging.getLogger(__name__)

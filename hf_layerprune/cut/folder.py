@@ -9,13 +9,11 @@ from typing import Any
 from ..errors import CheckpointError
 from ..files.copy import LocalFile
 from ..files.json_file import read_object
+from ..files.shards import INDEX, MAX_INDEX
 from .header import Header
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_MAX_JSON = 200_000_000
-_MAX_SHARDS = 10_000
 # Other files of a model folder are copied unless they are weights, training state, or describe the base alone:
 # its card, its measurements, and the settings of a weight format that is not copied.
 _NEVER = {"readme.md", "metrics.json", "params.json", "trainer_state.json", "consolidated.safetensors", CONFIG, INDEX}
@@ -34,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, too large, or not a valid JSON object.
     """
     with LocalFile(path):  # raises a clear error if this is not a regular file
-        return read_object(path, max_bytes=_MAX_JSON, non_finite=True)
+        return read_object(path, max_bytes=MAX_INDEX, non_finite=True)
 
 
 def find_weights(names: Collection[str], where: str, variant: str | None = None) -> str:
@@ -74,39 +72,6 @@ def find_weights(names: Collection[str], where: str, variant: str | None = None)
     stray = sorted(name for name in names if name.endswith(".safetensors"))
     hint = f" ({stray[0]} is not named by an index)" if stray else ""
     raise CheckpointError(f"{where} holds neither {single} nor {index}{hint}; is the download complete?")
-
-
-def shard_names(index: dict[str, Any], where: str) -> list[str]:
-    """The files that an index lists, after checking that each is a plain file name.
-
-    Args:
-        index (`dict`): The parsed index.
-        where (`str`): The name of the index, for errors.
-
-    Returns:
-        `list[str]`: File names, sorted.
-
-    Raises:
-        CheckpointError: The index is malformed, or names a file outside its folder.
-    """
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{where} has no weight_map; download or save the checkpoint again")
-    names = set()
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str):
-            raise CheckpointError(f"{where}: weight_map[{tensor[:100]!r}] is {str(name)[:100]!r}, not a file name")
-        names.add(name)
-    for name in names:
-        if "/" in name or "\\" in name or "\0" in name or not name.endswith(".safetensors") or len(name) > 200:
-            raise CheckpointError(
-                f"{where} names {name[:100]!r}, which is not a plain .safetensors file beside it; do not trust this folder"
-            )
-    if len(names) > _MAX_SHARDS:
-        raise CheckpointError(f"{where} names {len(names)} files; at most {_MAX_SHARDS} are supported")
-    if not isinstance(index.get("metadata", {}), dict):
-        raise CheckpointError(f"{where}: metadata is not a JSON object; download or save the checkpoint again")
-    return sorted(names)
 
 
 def check_index(weight_map: Mapping[str, str], headers: Mapping[str, Header], where: str) -> None:

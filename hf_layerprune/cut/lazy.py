@@ -25,11 +25,12 @@ from transformers.modeling_utils import str_to_torch_dtype
 from .. import families
 from ..errors import CheckpointError, boundary, cause_of
 from ..families.layout import find_decoder_layers
+from ..files.shards import shard_names
 from ..runtime.loading import check_complete, check_config_of, is_hub_id, resolve_base
 from ..runtime.model_class import auto_class_of, model_class_of
 from .base import Base
 from .check import tell_if_presumed
-from .folder import find_weights, read_json, shard_names
+from .folder import find_weights, read_json
 from .memory import kept_slices, rehearse
 from .plan import new_names
 

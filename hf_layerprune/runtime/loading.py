@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, boundary
+from ..files.json_file import read_object
+from ..files.shards import INDEX, MAX_INDEX, shard_names
 from ..versions import GGUF_TOKENIZERS, gguf_options, resolve_commit
 from .config_file import check_no_code, read_config_file
 from .model_class import auto_class_for, check_has_decoder
@@ -162,6 +164,8 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
         kwargs = gguf_options() | kwargs | {"gguf_file": gguf_file}
     else:
         kwargs["use_safetensors"] = True  # a pickle can run code
+        if (index := Path(name) / INDEX).is_file():  # transformers reads whatever file it names
+            shard_names(read_object(index, max_bytes=MAX_INDEX), str(index))
         fields = check_config_of(name, **kwargs)
         if not kwargs.get("trust_remote_code"):
             check_has_decoder(fields, str(base))
