@@ -1,0 +1,38 @@
+"""A multimodal model's way over the Hub: cut from there, pushed, verified, and read back with its processor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.hub_repo import Repo
+from tests.publish_child import finish, start
+from tests.publish_flow import cli, files
+
+
+def main() -> None:
+    """Push it, and read it back."""
+    hub, place = start()
+    import torch
+    from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+    from tests.multimodal_makers import noise, write_llava
+
+    base, folder = write_llava(place / "base"), place / "pruned"
+    hub.repos["org/llava"] = Repo(base)
+    found: dict[str, Any] = {"prune": cli("prune", "org/llava", folder, "--drop-layers", "3-4")}
+    found["card"] = cli("card", folder, "--license", "mit")
+    found["push"] = cli("push", folder, "org/pruned")
+    found["names"] = sorted(files(hub, "org/pruned"))
+    beside = ("processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
+    found["beside"] = [files(hub, "org/pruned")[name] == (base / name).read_bytes() for name in beside]
+    found["verify"] = cli("verify", "org/pruned")
+    model, here = (AutoModelForMultimodalLM.from_pretrained(name).eval() for name in ("org/pruned", folder))
+    question = AutoProcessor.from_pretrained("org/pruned")(images=noise(0), text="<image> w5", return_tensors="pt")
+    with torch.no_grad():
+        found["logits"] = bool(torch.equal(model(**question).logits, here(**question).logits))
+    found["class"] = type(model).__name__
+    finish(found)
+
+
+if __name__ == "__main__":
+    main()
