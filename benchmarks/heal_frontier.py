@@ -1,6 +1,6 @@
 """What a token of healing buys: distance from the dense model against tokens, for several numbers of dropped layers.
 
-    python benchmarks/heal_frontier.py --data DATA --up-to 100000
+    python benchmarks/heal_frontier.py --data DATA --up-to 65536
     python benchmarks/heal_frontier.py --report --output hf_layerprune/heal/frontier.json --plot docs/images/frontier.png
 
 Each point is a run of its own, the arm `ours` of `heal_quality.py`: the cut is repaired, and trained once on that many
@@ -24,7 +24,7 @@ from heal_quality import add_common, append, changed, check, key_of, machine, pr
 
 # 10, 17 and 25 % of 30 layers; for each number, the block that angular distance chooses in SmolLM2-135M-Instruct.
 CUTS = ("13-15", "14-18", "12-18")
-BUDGETS = (0, 25_000, 50_000, 100_000, 200_000, 400_000, 1_000_000, 10_000_000, 100_000_000)
+BUDGETS = (0, 16_384, 65_536, 262_144, 1_048_576, 10_240_000, 102_400_000)
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
     parser.add_argument("--cuts", nargs="+", default=list(CUTS), help="blocks of layers to drop")
-    parser.add_argument("--up-to", type=int, default=100_000, help="the largest budget to run, in tokens")
+    parser.add_argument("--up-to", type=int, default=65_536, help="the largest budget to run, in tokens")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="see heal_quality.py")
     parser.add_argument("--output", type=Path, help="write the points to this JSON file")
@@ -134,7 +134,7 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
                     ha="right",
                     color=colour,
                 )
-            axes.set_xscale("symlog", linthresh=20_000, linscale=0.4)
+            axes.set_xscale("symlog", linthresh=16_384, linscale=0.4)
             ticks = [budget for budget in BUDGETS if budget <= max(point["budget"] for point in points)]
             axes.set_xticks(ticks, ["repair" if not t else f"{t / 1000:,.0f} k" for t in ticks])
             axes.minorticks_off()

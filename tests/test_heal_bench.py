@@ -153,7 +153,7 @@ def test_points_of_the_frontier(tmp_path: Path) -> None:
         }  # fmt: skip
 
     runs = [
-        run("12-18", list(range(7)), 25_000, 0.5),
+        run("12-18", list(range(7)), 16_384, 0.5),
         run("13-15", [0, 1, 2], 0, 0.2),
         run("12-18", list(range(7)), 0, 0.7),
     ]
@@ -161,11 +161,11 @@ def test_points_of_the_frontier(tmp_path: Path) -> None:
     assert [(point["dropped"], point["tokens"], point["kl"]) for point in points] == [
         (3, 0, 0.2),
         (7, 0, 0.7),
-        (7, 25_000, 0.5),
+        (7, 16_384, 0.5),
     ]
     heal_frontier.write(points, runs[0], tmp_path / "frontier.json")
     stored = json.loads((tmp_path / "frontier.json").read_text())
     assert stored["points"] == points
-    assert stored["not_run"][0] == 50_000
+    assert stored["not_run"][0] == 65_536
     heal_frontier.plot(points, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 1000

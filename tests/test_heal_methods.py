@@ -111,11 +111,16 @@ def test_more_layers_than_there_are() -> None:
 
 
 def test_the_method_that_suits() -> None:
-    assert choose_method(cut([6, 7]), tied=False)[0].name == "lm_head+last3"
-    assert choose_method(cut([6, 7]), tied=True)[0].name == "last3"
-    assert choose_method(cut([3, 4]), tied=True)[0].name == "cut2"
-    assert "inside the model" in choose_method(cut([3, 4]), tied=False)[1]
-    assert choose_method(cut([2, 3, 4, 5, 6, 7]), tied=True)[0].name == "last2"
+    def chosen(drop: list[int], tied: bool, width: int = 576) -> tuple[str, str]:
+        method, why = choose_method(cut(drop), tied, width)
+        return method.name, why
+
+    assert chosen([6, 7], tied=False)[0] == "lm_head+last3"
+    assert chosen([6, 7], tied=True)[0] == "last3"
+    assert chosen([3, 4], tied=True)[0] == chosen([3, 4], tied=False)[0] == "behind2"
+    assert "inside the model" in chosen([3, 4], tied=False)[1]
+    assert chosen([3, 4], tied=False, width=4096)[0] == "cut2"
+    assert chosen([2, 3, 4, 5, 6, 7], tied=True)[0] == "last2"
 
 
 def test_learning_rates() -> None:

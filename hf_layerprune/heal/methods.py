@@ -229,18 +229,27 @@ def parse_method(name: str) -> Method:
     return Method(name, tuple(parts.values()))
 
 
-def choose_method(cut: Cut, tied: bool) -> tuple[Method, str]:
+# Up to this width, weights and optimizer states of everything behind a cut are a few GB.
+_NARROW = 2048
+
+
+def choose_method(cut: Cut, tied: bool, width: int) -> tuple[Method, str]:
     """The method that suits a cut.
 
     Args:
         cut (`Cut`): The cut.
         tied (`bool`): Whether the head shares the embedding matrix.
+        width (`int`): The model's hidden size.
 
     Returns:
         `tuple[Method, str]`: The method, and the reason for it.
     """
     if cut.drop[-1] != cut.num_layers - 1:
-        return parse_method("cut2"), "the cut is inside the model, so the layers next to it have to bridge it"
+        if width <= _NARROW:
+            return parse_method(
+                "behind2"
+            ), "the cut is inside the model, and gradients pass through all layers behind it"
+        return parse_method("cut2"), "the cut is inside a large model, so only the layers next to it are trained"
     last = min(3, len(cut.keep))
     if tied:
         return parse_method(f"last{last}"), "the last layers were dropped; training the tied head would untie it"

@@ -76,7 +76,8 @@ class Student:
         if name != "auto":
             return parse_method(name)
         config = load_config(self.folder).get_text_config()
-        method, why = choose_method(self.cut, bool(getattr(config, "tie_word_embeddings", False)))
+        tied = bool(getattr(config, "tie_word_embeddings", False))
+        method, why = choose_method(self.cut, tied, config.hidden_size)
         logger.info("method=auto is %s: %s", method.name, why)
         return method
 
