@@ -6,7 +6,7 @@
 Each point is a run of its own, the arm `ours` of `heal_quality.py`: the cut is repaired, and trained once on that many
 tokens, with a learning rate that falls to zero at the end. Texts, windows and figures are those of `heal_quality.py`. A
 run appends a line to `frontier.jsonl` in `--work`; what is there already is not run again, so a larger `--up-to` adds to
-it. `--output` writes the points as data for the package, in which budgets that have not been run are named as such.
+it. `--output` writes the points as data for the package, in which the budgets that have not been run are named for each number of layers.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def write(points: list[dict[str, Any]], one: dict[str, Any], path: Path) -> None
         "heal": {name: settings[name] for name in ("repair", "method", "loss", "rows", "settings")},
         "measured": one["measured"],
     }
-    not_run = [budget for budget in BUDGETS if budget > max(point["budget"] for point in points)]
+    done = {(point["dropped"], point["budget"]) for point in points}
+    dropped = sorted({number for number, _ in done})
+    not_run = {str(number): [budget for budget in BUDGETS if (number, budget) not in done] for number in dropped}
     path.write_text(json.dumps({"source": source, "points": points, "not_run": not_run}, indent=1) + "\n")
 
 
@@ -125,15 +127,7 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
                 errors = [point[f"{metric}_stderr"] for point in some]
                 axes.errorbar(x, y, yerr=errors, color=colour, marker=marker, ms=5, lw=1.6, elinewidth=1.1)
                 share = f"{count} of {some[0]['layers']} layers"
-                axes.annotate(
-                    share,
-                    (x[-1], y[-1]),
-                    xytext=(0, 7),
-                    textcoords="offset points",
-                    fontsize=9,
-                    ha="right",
-                    color=colour,
-                )
+                axes.annotate(share, (x[0], y[0]), xytext=(9, 6), textcoords="offset points", fontsize=9, color=colour)
             axes.set_xscale("symlog", linthresh=16_384, linscale=0.4)
             ticks = [budget for budget in BUDGETS if budget <= max(point["budget"] for point in points)]
             axes.set_xticks(ticks, ["repair" if not t else f"{t / 1000:,.0f} k" for t in ticks])

@@ -166,6 +166,7 @@ def test_points_of_the_frontier(tmp_path: Path) -> None:
     heal_frontier.write(points, runs[0], tmp_path / "frontier.json")
     stored = json.loads((tmp_path / "frontier.json").read_text())
     assert stored["points"] == points
-    assert stored["not_run"][0] == 65_536
+    assert stored["not_run"]["7"][0] == 65_536
+    assert stored["not_run"]["3"][0] == 16_384
     heal_frontier.plot(points, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 1000

@@ -192,7 +192,10 @@ def test_computed_once_is_exactly_the_same(llama: Bench, method: str, loss: str)
     assert not (llama.folder / "out" / "cache").exists()
 
 
-@pytest.mark.parametrize("settings", [{"packing": True}, {"dataloader_num_workers": 2}, {"pad_to_multiple_of": 8}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"packing": True}, {"packing": True, "loss": "kd"}, {"dataloader_num_workers": 2}, {"pad_to_multiple_of": 8}],
+)
 def test_computed_once_with_other_batches(llama: Bench, settings: dict[str, Any]) -> None:
     assert llama.losses(cache="on", **settings) == pytest.approx(llama.losses(cache="off", **settings), rel=1e-6)
 
