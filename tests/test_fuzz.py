@@ -6,11 +6,13 @@ A few cases of each kind of file run with the other tests; `make fuzz` (`pytest 
 from __future__ import annotations
 
 import os
+import resource
 import runpy
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from hf_layerprune.cli import main
 from .fuzz_kinds import KINDS, Sound
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sft_tail.py"
+MEMORY = 12 << 30  # bytes of address space for one process: what a file claims must not decide how much is taken
 CASES = int(os.environ.get("HF_LAYERPRUNE_FUZZ_CASES", "2000"))
 SECONDS = int(os.environ.get("HF_LAYERPRUNE_FUZZ_SECONDS", "120"))  # for one case on a busy machine
 
@@ -76,8 +79,17 @@ def check(sound: Sound, kind: str, data: st.DataObject, work: Path, capsys: pyte
     assert "Traceback" not in err
     assert "internal error" not in err, err[-500:]
     assert "took more than" not in err, err[-500:]
+    assert "memory" not in err, err[-500:]
     assert len(said) == 1 if code and words[0] not in ("verify", "push") else len(said) <= 1, (code, err)
     assert "\x1b" not in out + err.replace("\x1b[1m", "").replace("\x1b[0m", "")
+
+
+@pytest.fixture(autouse=True)
+def _memory_ends() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.fixture(autouse=True)

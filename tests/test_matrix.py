@@ -62,7 +62,9 @@ def test_proven(model_type: str) -> None:
 def test_refused(model_type: str) -> None:
     config_class = CONFIG_MAPPING[model_type]
     config = config_class.__new__(config_class)  # some can't even be made small
-    with pytest.raises(UnsupportedModelError, match=f"model type '{model_type}' can't be pruned by layers: "):
+    # With transformers 5.4, the config of evolla has another type than the one that it is listed under.
+    said = "can't be pruned by layers: " if config.model_type == model_type else "is not among "
+    with pytest.raises(UnsupportedModelError, match=f"model type '{config.model_type}' {said}"):
         families.check_supported(config)
 
 

@@ -16,7 +16,7 @@ import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from scipy import stats
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.measure import write_task
 from hf_layerprune import CheckpointError, LayerPruneError
@@ -189,13 +189,14 @@ def test_an_adapter(base: Path, tasks: Path, tmp_path: Path) -> None:
     assert identify(ours).role == "cut"
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.5"),
-    reason="transformers 5.4 itself can't make the tokenizer in this GGUF file",
-)
 def test_a_gguf_file(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Alone, when its numbers are only shown; and as the base of what was cut from it."""
     path = write_gguf(tmp_path / "tiny.gguf")
+    if Version(transformers.__version__) < Version("5.23"):
+        try:
+            AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+        except Exception as error:
+            pytest.skip(f"this transformers can't make the tokenizer in the file: {error}")
     words = ["--tasks-from", str(tasks), "--tasks", "asked", "--text", "none", "--limit", "8", "--quiet"]
     assert main(["eval", str(path), *words]) == 0
     assert capsys.readouterr().out.startswith("model:    tiny.gguf, 4 layers")

@@ -81,7 +81,9 @@ def test_where_memory_is_short_it_stays_and_that_is_said(
 
 def test_repair_and_ranking(slow: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("hf_layerprune.runtime.walk.LayerWalk._try_out", lambda walk: seen.append(walk.model.dtype))
+    monkeypatch.setattr(
+        "hf_layerprune.runtime.walk.LayerWalk._try_out", lambda walk, *_: seen.append(walk.model.dtype)
+    )
     computes_in = torch.float32 if slow else torch.bfloat16
     small = {"calibration": "self", "calibration_samples": 8, "calibration_length": 32}
     prune_to(PruneRequest(str(base), str(tmp_path / "cut"), drop_layers=[1], repair="linear", **small))
