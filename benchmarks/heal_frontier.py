@@ -97,7 +97,22 @@ def points_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return points
 
 
-def write(points: list[dict[str, Any]], one: dict[str, Any], path: Path) -> None:
+def forward_seconds_of(args: argparse.Namespace) -> float:
+    """Process seconds that the dense model takes to read a token, to carry costs over to other models and machines."""
+    import time
+
+    from heal_quality import dense_folder
+
+    from hf_layerprune.runtime.loading import load_base
+    from hf_layerprune.runtime.precision import in_fast_precision
+    from hf_layerprune.runtime.walk import LayerWalk
+    from hf_layerprune.select.cost import forward_seconds
+
+    walk = LayerWalk(in_fast_precision(load_base(dense_folder(args), dtype="auto")))
+    return forward_seconds(walk, 256, time.process_time)
+
+
+def write(points: list[dict[str, Any]], one: dict[str, Any], args: argparse.Namespace) -> None:
     """The points as data, with where they come from."""
     settings = one["settings"]
     source = {
@@ -106,11 +121,12 @@ def write(points: list[dict[str, Any]], one: dict[str, Any], path: Path) -> None
         "machine": one["machine"],
         "heal": {name: settings[name] for name in ("repair", "method", "loss", "rows", "settings")},
         "measured": one["measured"],
+        "forward_seconds_per_token": round(forward_seconds_of(args), 5),
     }
     done = {(point["dropped"], point["budget"]) for point in points}
     dropped = sorted({number for number, _ in done})
     not_run = {str(number): [budget for budget in BUDGETS if (number, budget) not in done] for number in dropped}
-    path.write_text(json.dumps({"source": source, "points": points, "not_run": not_run}, indent=1) + "\n")
+    args.output.write_text(json.dumps({"source": source, "points": points, "not_run": not_run}, indent=1) + "\n")
 
 
 def plot(points: list[dict[str, Any]], path: Path) -> None:
@@ -155,7 +171,7 @@ def main() -> None:
             f"| {point['kl']:.3f} ± {point['kl_stderr']:.3f} |"
         )
     if points and args.output:
-        write(points, runs[-1], args.output)
+        write(points, runs[-1], args)
     if points and args.plot:
         plot(points, args.plot)
 

@@ -26,6 +26,7 @@ from hf_layerprune.select.curve import knee
 from hf_layerprune.select.search import HELD_OUT, Loss, Search
 from hf_layerprune.select.trials import Trial, try_out
 from hf_layerprune.stages import curve as stage
+from hf_layerprune.stages.curve_file import read_curve
 
 from .measure_models import LAYERS, write_model
 from .tiny_models import VOCAB, tiny_model
@@ -293,14 +294,14 @@ def test_a_damaged_curve_is_refused(path: list[Any], value: Any, tmp_path: Path)
     }  # fmt: skip
     file = tmp_path / "curve.json"
     file.write_text(json.dumps(record))
-    assert stage._read(file) == record
+    assert read_curve(file) == record
     place = record
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
     file.write_text(json.dumps(record))
     with pytest.raises(CheckpointError):
-        stage._read(file)
+        read_curve(file)
 
 
 def test_a_model_that_can_not_be_repaired_has_a_curve(tmp_path: Path) -> None:

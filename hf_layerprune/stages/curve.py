@@ -22,16 +22,15 @@ from typing import TYPE_CHECKING, Any
 from .. import families
 from ..errors import CheckpointError, CutError, LayerPruneError
 from ..files.copy import write_text
-from ..files.json_file import read_object
 from ..layer_ranges import parse_layers
 from ..options import AmountOptions, spell_bytes, spell_count
 from ..records.fingerprints import fingerprint
-from ..repair.registry import REPAIRS
 from ..runtime.loading import is_hub_id, load_base, load_config
 from ..select.registry import find_criterion
 from ..select.sets import drop_count, free_layers
 from ..versions import __version__
-from .requests import PruneRequest, RankRequest
+from .curve_file import FILE, read_curve
+from .requests import AdviseRequest, PruneRequest, RankRequest
 
 if TYPE_CHECKING:
     from ..calibration.rows import CalibrationSet
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FILE = "curve.json"
 _PLOTS = ("curve.png", "curve.svg")
 _SCHEMA_VERSION = 1
 _BEST_REPAIR = "refit"
@@ -236,7 +234,7 @@ def _search(
     return with_repair(record.setdefault("repair", request.repair))
 
 
-def _identity(request: RankRequest | PruneRequest) -> str:
+def _identity(request: RankRequest | PruneRequest | AdviseRequest) -> str:
     """A hash of the base's files."""
     if is_hub_id(request.base):
         from ..files.hub import Repo
@@ -260,7 +258,7 @@ def _earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, A
         raise CheckpointError(f"{folder} is not empty, and not a curve; name another folder")
     if FILE not in names or force:
         return None
-    record = _read(folder / FILE)
+    record = read_curve(folder / FILE)
     if record["identity"] != json.loads(json.dumps(identity)):
         raise CheckpointError(
             f"{folder} holds a curve of another base or with other options; name another folder, or begin again with "
@@ -268,43 +266,6 @@ def _earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, A
         )
     logger.info("going on with %s, which has %d points", folder / FILE, len(record["points"]))
     return record
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What an earlier run has written.
-
-    Raises:
-        CheckpointError: It is something else.
-    """
-    from ..publish.card.curve_plot import is_point
-
-    record = read_object(path)
-    n, points, steps, decode = (record.get(name) for name in ("num_layers", "points", "steps", "decode"))
-    sound = (
-        type(n) is int
-        and isinstance(points, list)
-        and len(points) > 0
-        and all(is_point(point, n) and point["dropped"] == i for i, point in enumerate(points, 1))
-        and all(_is_number(point.get(name)) for point in points for name in ("parameters", "bytes", "speedup"))
-        and isinstance(steps, list)
-        and len(set(map(str, steps))) == len(steps)
-        and all(type(step) is int and 0 <= step < n for step in steps)
-        and isinstance(decode, dict)
-        and isinstance(decode.get("layers"), list)
-        and len(decode["layers"]) == n
-        and all(map(_is_number, [*decode["layers"], decode.get("rest")]))
-        and isinstance(record.get("dense"), dict)
-        and all(_is_number(record["dense"].get(name)) for name in ("parameters", "bytes"))
-        and isinstance(record.get("identity"), dict)
-        and record.get("repair") in (None, *REPAIRS)
-    )
-    if not sound:
-        raise CheckpointError(f"{path} is not a curve; make it again with --force")
-    return record
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e18
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
@@ -327,13 +288,9 @@ def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[st
         CheckpointError: There is no curve of this base.
         CutError: No point of the curve is what is asked for.
     """
-    if not (folder / FILE).is_file():
-        raise CheckpointError(f"{folder} has no {FILE}; make it with hf-layerprune rank BASE {folder} --curve")
-    record = _read(folder / FILE)
-    curve = Curve(record["points"], record)
+    curve = curve_in(folder, request)
+    record = curve.record
     count = _chosen(request, curve, record["num_layers"])
-    if record["identity"].get("base") != _identity(request):
-        raise CheckpointError(f"{folder} holds the curve of another base than {request.base}")
     if count is None:
         raise CutError(
             f"no point of {folder} is what is asked for; it goes from 1 to {len(curve.points)} layers, so ask for less, "
@@ -343,6 +300,27 @@ def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[st
     repair = request.repair or (record["repair"] if "repaired" in point else None)
     told = {"criterion": "curve", "curve": [_without_bytes(one) for one in curve.points]}
     return replace(request, drop_layers=parse_layers(point["layers"]), repair=repair), told
+
+
+def curve_in(folder: Path, request: PruneRequest | AdviseRequest) -> Curve:
+    """The curve of a base that `rank --curve` has written.
+
+    Args:
+        folder (`Path`): Where it is.
+        request (`PruneRequest` or `AdviseRequest`): Names the base.
+
+    Returns:
+        `Curve`: The curve.
+
+    Raises:
+        CheckpointError: There is no curve of this base.
+    """
+    if not (folder / FILE).is_file():
+        raise CheckpointError(f"{folder} has no {FILE}; make it with hf-layerprune rank BASE {folder} --curve")
+    record = read_curve(folder / FILE)
+    if record["identity"].get("base") != _identity(request):
+        raise CheckpointError(f"{folder} holds the curve of another base than {request.base}")
+    return Curve(record["points"], record)
 
 
 def _without_bytes(point: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ..runtime.loading import load_base, load_config
 from ..select import CRITERIA, drop_count, find_criterion
 from ..select.sets import free_layers
 from ..select.targets import Target
-from .requests import RankRequest
+from .requests import AdviseRequest, RankRequest
 
 if TYPE_CHECKING:
     from ..calibration.rows import CalibrationSet
@@ -173,7 +173,7 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, 
     return walk, calibration_of(request, model, revision=request.revision), target
 
 
-def open_walk(request: RankRequest, model: Any) -> LayerWalk:
+def open_walk(request: RankRequest | AdviseRequest, model: Any) -> LayerWalk:
     """A model on the device that a request names, to be run layer by layer.
 
     Raises:

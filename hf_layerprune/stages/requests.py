@@ -7,12 +7,14 @@ from pathlib import Path
 
 from ..errors import CutError
 from ..options import (
+    AMOUNTS,
     DROP,
     DTYPES,
     LAYERS,
     MODEL,
     MODEL_HELP,
     PATH,
+    AmountOptions,
     CalibrationOptions,
     ChoiceOptions,
     CutOptions,
@@ -23,6 +25,7 @@ from ..options import (
     option,
     whole,
 )
+from ..options.quantities import number
 from ..select.registry import CRITERIA, find_criterion
 
 
@@ -99,6 +102,38 @@ class RankRequest(CalibrationOptions, ChoiceOptions):
         None, "The most layers that the curve drops; half of them by default", whole(1, 10_000)
     )
     force: bool = option(False, "Replace a ranking or a curve in OUTPUT")
+
+
+@documented
+@dataclass
+class AdviseRequest(AmountOptions, Options):
+    """The model and the time that there is for it."""
+
+    base: str = option(MISSING, MODEL_HELP, MODEL)
+    output: Path | None = option(None, "YAML file for the settings of sft_tail.py", PATH, positional=True)
+    minutes: float = option(
+        60, "Minutes of this machine for repair and training", number(0, 1e6, "a number of minutes above 0", "MIN")
+    )
+    from_curve: Path | None = option(
+        None, "Folder of a curve that rank --curve made of BASE, for losses of BASE itself before training", PATH
+    )
+    dtype: str = option(
+        "auto",
+        "Type of the weights; auto keeps the base's, or is float32 on a CPU without fast 16-bit multiplication",
+        choices=DTYPES,
+    )
+    device: str = option("auto", "Device to train on: cpu, cuda, ...; auto takes a GPU if any")
+    revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
+    force: bool = option(False, "Replace OUTPUT if it exists")
+
+    def settle(self) -> None:
+        """Leave the number of layers open where nothing says it."""
+        said = any(getattr(self, name) is not None for name in AMOUNTS)
+        super().settle()
+        if not said:
+            self.drop = None
+        if self.min_top1_agreement is not None:
+            raise CutError("what top-1 agreement healing brings was not measured; name max_kl or max_perplexity_ratio")
 
 
 @documented

@@ -1,0 +1,127 @@
+"""What tokens of healing buy, as `benchmarks/heal_frontier.py` measured it on one model.
+
+The points are in `frontier.json`. Between them, losses are interpolated linearly: over the logarithm of tokens, and over
+the share of the layers that are dropped, from none at 0.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..files.json_file import read_object
+
+_FILE = Path(__file__).with_name("frontier.json")
+_FEW = 10_000  # tokens; below that, the logarithm is left for a straight line
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A loss that was measured or lies between measured ones, as a mean over domains.
+
+    Args:
+        ln_ratio (`float`): Logarithm of the ratio of perplexities, pruned to dense.
+        kl (`float`): KL divergence from the dense model, in nats per token.
+        beyond (`bool`): Whether fewer tokens, or fewer layers, were tried at the nearest share; the loss is then that
+            of the nearest point that was.
+    """
+
+    ln_ratio: float
+    kl: float
+    beyond: bool
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Perplexity of the pruned model, relative to the dense model's."""
+        return math.exp(self.ln_ratio)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Losses by share of dropped layers and tokens of healing.
+
+    Args:
+        points (`Sequence[dict[str, Any]]`): Each with `dropped`, `layers`, `tokens`, `ln_ratio`, `kl` and `seconds`.
+        source (`dict[str, Any]`): The model and the settings they were measured with.
+    """
+
+    points: Sequence[dict[str, Any]]
+    source: dict[str, Any]
+
+    @classmethod
+    @cache
+    def load(cls) -> Frontier:
+        """The frontier that comes with the package."""
+        record = read_object(_FILE)
+        return cls(record["points"], record["source"])
+
+    @property
+    def most_tokens(self) -> int:
+        """The largest number of tokens that was tried."""
+        return max(point["tokens"] for point in self.points)
+
+    @property
+    def shares(self) -> list[float]:
+        """The shares of the layers that were dropped, ascending."""
+        return sorted({point["dropped"] / point["layers"] for point in self.points})
+
+    @property
+    def tokens_per_token(self) -> float:
+        """Tokens that the whole dense model could read in the time that it takes to heal on one, everything included."""
+        costs = []
+        for share in self.shares:
+            repaired, *trained = self._at(share)
+            last = trained[-1]
+            costs.append((last["seconds"] - repaired["seconds"]) / last["tokens"])
+        return max(costs) / self.source["forward_seconds_per_token"]
+
+    @property
+    def tokens_before(self) -> float:
+        """Tokens that the whole dense model could read in the time that the closed-form repair takes."""
+        seconds = max(self._at(share)[0]["seconds"] for share in self.shares)
+        return seconds / self.source["forward_seconds_per_token"]
+
+    def expected(self, share: float, tokens: float) -> Expected:
+        """What a cut loses after healing.
+
+        Args:
+            share (`float`): The share of the layers that is dropped.
+            tokens (`float`): The number of tokens that it is healed on; 0 for the closed-form repair only.
+
+        Returns:
+            `Expected`: The loss.
+        """
+        shares = self.shares
+        losses = [{"ln_ratio": 0.0, "kl": 0.0}, *(self._along(each, tokens) for each in shares)]
+        nearest = min(shares, key=lambda each: abs(each - share))
+        beyond = tokens > self._at(nearest)[-1]["tokens"] or share > shares[-1] * 1.01
+        values = {
+            name: _between([0.0, *shares], [loss[name] for loss in losses], share) for name in ("ln_ratio", "kl")
+        }
+        return Expected(**values, beyond=beyond)
+
+    def _at(self, share: float) -> list[dict[str, Any]]:
+        some = [point for point in self.points if point["dropped"] / point["layers"] == share]
+        return sorted(some, key=lambda point: point["tokens"])
+
+    def _along(self, share: float, tokens: float) -> dict[str, float]:
+        some = self._at(share)
+        x = [math.log1p(point["tokens"] / _FEW) for point in some]
+        at = math.log1p(tokens / _FEW)
+        return {name: _between(x, [point[name] for point in some], at) for name in ("ln_ratio", "kl")}
+
+
+def _between(x: Sequence[float], y: Sequence[float], at: float) -> float:
+    """Linear interpolation; the nearest value outside."""
+    if at <= x[0]:
+        return y[0]
+    if at >= x[-1]:
+        return y[-1]
+    right = bisect_left(x, at)
+    weight = (at - x[right - 1]) / (x[right] - x[right - 1])
+    return y[right - 1] * (1 - weight) + y[right] * weight

@@ -1,0 +1,278 @@
+"""What to drop, and how to repair and heal it, in the time that there is.
+
+The time is turned into tokens by running a layer and the head of the model on this machine, and tokens into a loss by
+the frontier that was measured on a small model (`heal/frontier.py`), which a curve of the model itself brings to its
+scale. For models of the paper's size, nothing of the kind was measured; there the advice is the paper's recipe, with the
+paper's figures.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .. import families
+from ..errors import CheckpointError, CutError
+from ..files.copy import write_text
+from ..heal.frontier import Expected, Frontier
+from ..options import AMOUNTS, CutOptions, just, spell_count, take
+from ..runtime.loading import load_config
+from ..select.registry import find_criterion
+from ..select.sets import drop_count, free_layers
+from .requests import AdviseRequest
+
+_PAPER_SIZE = 5e9  # parameters; the paper's models have 6 to 9 billion
+_GOAL = 1.25  # the perplexity ratio that decides how many layers go where nothing else does
+_LENGTH = 512  # tokens in a row
+_FEW_TOKENS = 8 * _LENGTH  # with less, only the closed-form repair is worth the time
+# A shard of a web corpus; how many tokens a document has, roughly.
+_TEXT = {"path": "allenai/c4", "data_files": "en/c4-train.00000-of-01024.json.gz"}
+_DOCUMENT = 400
+_PAPER = """For models of this size we measured nothing. The paper (arXiv:2411.15558, tables 3 and 8) did, on two A100 GPUs: without
+the last 8 of 32 layers, and with lm_head and the last 3 that remain tuned for 2 epochs on Alpaca, Llama-3.1-8B-Instruct
+has a mean accuracy of 0.581 in 8 tasks (dense: 0.630); tuned on Dolly, 0.598. On small models, a block in the middle does far
+better; to find out which it is here, make a curve: hf-layerprune rank BASE curve --curve."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do.
+
+    Args:
+        settings (`dict[str, Any]`): For `sft_tail.py`, as in its YAML files; empty if there is no time to train.
+        command (`tuple[str, ...]`): The words to type.
+        text (`str`): The reasons, for people.
+        record (`dict[str, Any]`): The same for machines.
+    """
+
+    settings: dict[str, Any]
+    command: tuple[str, ...]
+    text: str
+    record: dict[str, Any] = field(repr=False)
+
+
+def advise(request: AdviseRequest) -> Advice:
+    """Say what to drop, and how to repair and heal it.
+
+    Args:
+        request (`AdviseRequest`): The model, the time, and how many layers go, if that is settled.
+
+    Returns:
+        `Advice`: A command, settings, and what to expect.
+
+    Raises:
+        CutError: An option is not accepted, or can't be met.
+        CheckpointError: The model or the curve can't be read, or the output exists.
+        UnsupportedModelError: The architecture is not proven, or can't be healed.
+    """
+    from ..cut.sizes import Sizes
+
+    if request.output is not None and request.output.expanduser().exists() and not request.force:
+        raise CheckpointError(f"{request.output} exists; name another file, or replace it with --force")
+    config = load_config(request.base, revision=request.revision)
+    families.check_supported(config)
+    families.check_stage(config, "heal")
+    sizes = Sizes(config, request.base, revision=request.revision)
+    parameters = sizes.parameters()
+    made = _like_the_paper(request) if parameters >= _PAPER_SIZE else _by_the_frontier(request, config)
+    made.record["parameters"] = parameters
+    if request.output is not None and made.settings:
+        import yaml
+
+        remarks = "".join(f"# {line}".rstrip() + "\n" for line in made.text.splitlines())
+        write_text(request.output.expanduser(), remarks + yaml.safe_dump(made.settings, sort_keys=False))
+    return made
+
+
+def _amount(request: AdviseRequest, count: int) -> dict[str, Any]:
+    """The setting that says how many layers go: the request's own target, or a number."""
+    return {request.target: getattr(request, request.target)} if request.target else {"drop": count}
+
+
+def _like_the_paper(request: AdviseRequest) -> Advice:
+    settings = {
+        "model_name_or_path": request.base,
+        **({name: getattr(request, name) for name in AMOUNTS if getattr(request, name)} or {"drop": 0.25}),
+        "criterion": "reverse_order",
+        "method": "lm_head+last3",
+        "loss": "ce",
+        "datasets": [{"path": "yahma/alpaca-cleaned"}],
+        "max_length": 256,
+        "completion_only_loss": True,
+        "num_train_epochs": 2,
+        "output_dir": "pruned",
+    }
+    record = {"by": "the paper", "measured": False, "settings": settings}
+    return Advice(settings, _launch(request), _PAPER.replace("BASE", request.base), record)
+
+
+def _launch(request: AdviseRequest) -> tuple[str, ...]:
+    return ("accelerate", "launch", "recipes/sft_tail.py", "--config", str(request.output or "advice.yaml"))
+
+
+def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
+    frontier, n = Frontier.load(), families.layer_count(config)
+    curve = _curve(request)
+    seconds = _forward_seconds(request)
+    left = request.minutes * 60 / seconds - frontier.tokens_before
+    tokens = max(0, int(left / frontier.tokens_per_token))
+    if tokens < _FEW_TOKENS:
+        tokens = 0
+    expected = {count: _expected(frontier, curve, count, n, tokens) for count in _counts(config, curve)}
+    count = _count(request, config, expected)
+    here = expected.get(count) or _expected(frontier, curve, count, n, tokens)
+    heal = frontier.source["heal"]
+    point = curve[count - 1] if curve and count <= len(curve) else None
+    which: dict[str, Any] = {"criterion": "angular_distance", "contiguous": True}
+    amount = {"drop_layers": point["layers"]} if point else _amount(request, count) | which
+    settings: dict[str, Any] = {"model_name_or_path": request.base, **amount, "repair": heal["repair"]}
+    record = {
+        "by": "the frontier",
+        "tokens_per_second": round(1 / seconds / frontier.tokens_per_token, 1),
+        "tokens": tokens,
+        "drop": count,
+        "perplexity_ratio": round(here.perplexity_ratio, 4),
+        "kl": round(here.kl, 4),
+        "beyond_what_was_measured": here.beyond,
+        "measured_on": frontier.source["model"],
+        "curve": curve is not None,
+    }
+    if tokens:
+        settings |= {
+            "method": heal["method"],
+            "loss": heal["loss"],
+            "datasets": [_TEXT | {"split": f"train[:{math.ceil(1.1 * tokens / _DOCUMENT)}]", "columns": ["text"]}],
+            "max_length": _LENGTH,
+            "num_train_epochs": 1,
+            "output_dir": "pruned",
+            **heal["settings"],
+        }
+        command = _launch(request)
+    else:
+        words = [word for name, value in settings.items() for word in _words(name, value)]
+        command = ("hf-layerprune", "prune", request.base, "pruned", *words)
+        settings = {}
+    record["settings"] = settings
+    text = _told(request, frontier, expected | {count: here}, count, n, tokens, record)
+    return Advice(settings, command, text, record)
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if name == "model_name_or_path":
+        return []
+    flag = "--" + name.replace("_", "-")
+    return [flag] if value is True else [flag, str(value)]
+
+
+def _forward_seconds(request: AdviseRequest) -> float:
+    """Seconds that the model takes to read a token on this machine."""
+    import torch
+
+    from ..runtime.loading import load_base
+    from ..select.cost import forward_seconds
+    from .rank import open_walk
+
+    dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
+    model = load_base(request.base, revision=request.revision, dtype=dtype)
+    return forward_seconds(open_walk(request, model), _LENGTH)
+
+
+def _curve(request: AdviseRequest) -> list[dict[str, Any]] | None:
+    if request.from_curve is None:
+        return None
+    from .curve import curve_in
+
+    return curve_in(request.from_curve.expanduser(), request).points
+
+
+def _expected(frontier: Frontier, curve: list[dict[str, Any]] | None, count: int, n: int, tokens: int) -> Expected:
+    """What a cut loses; where a curve says what it loses before training, healing takes the share that it took there."""
+    found = frontier.expected(count / n, tokens)
+    if not curve or count > len(curve):
+        return found
+    best = curve[count - 1].get("repaired") or curve[count - 1]["cut"]
+    before = frontier.expected(count / n, 0)
+    return replace(
+        found,
+        ln_ratio=math.log(best["perplexity_ratio"]) * found.ln_ratio / before.ln_ratio,
+        kl=best["kl"] * found.kl / before.kl,
+    )
+
+
+def _counts(config: Any, curve: list[dict[str, Any]] | None) -> range:
+    """The numbers of layers that are considered: up to a quarter, or as far as the curve goes."""
+    n = families.layer_count(config)
+    free = free_layers(
+        n, 1, *find_criterion("angular_distance").protection(CutOptions()), families.protected_layers(config)
+    )
+    most = min(len(free), n - 1, len(curve) if curve else max(1, n // 4))
+    if most < 1:
+        raise CutError("no layer may be dropped from this model")
+    return range(1, most + 1)
+
+
+def _count(request: AdviseRequest, config: Any, expected: dict[int, Expected]) -> int:
+    """How many layers go."""
+    n = families.layer_count(config)
+    if request.drop is not None:
+        return drop_count(request.drop, n)
+    if request.target is not None:
+        return _for_target(request, config)
+    limits = {"kl": request.max_kl, "perplexity_ratio": request.max_perplexity_ratio or _GOAL}
+    name = "kl" if request.max_kl is not None else "perplexity_ratio"
+    inside = [count for count, one in expected.items() if getattr(one, name) <= (limits[name] or 0)]
+    if not inside and request.budget:
+        least = getattr(expected[1], name)
+        raise CutError(
+            f"{request.budget}={limits[name]:g} is less than the {least:.3g} to expect of dropping one layer in "
+            f"{request.minutes:g} minutes; allow more loss or more time"
+        )
+    return max(inside, default=1)
+
+
+def _for_target(request: AdviseRequest, config: Any) -> int:
+    from ..select.targets import Target
+
+    if request.target == "target_speedup":
+        raise CutError("target_speedup times the model; find the number of layers with hf-layerprune rank --curve")
+    target = Target.of(take(CutOptions, request), config, request.base, revision=request.revision)
+    assert target is not None, "there is a target"
+    n, options = families.layer_count(config), take(CutOptions, request, **just(1))
+    criterion = find_criterion("reverse_order")
+    chosen = target.choose(n, criterion, options, families.protected_layers(config), lambda k: list(range(n - k, n)))
+    return len(chosen)
+
+
+def _told(
+    request: AdviseRequest,
+    frontier: Frontier,
+    expected: dict[int, Expected],
+    count: int,
+    n: int,
+    tokens: int,
+    record: Any,
+) -> str:
+    lines = ["dropped  perplexity     KL"]
+    for each, one in sorted(expected.items()):
+        mark = "  <- advised" if each == count else ""
+        lines.append(f"{each:>3} of {n:<3} x{one.perplexity_ratio:<8.3g}  {one.kl:>6.3g}{mark}")
+    here = expected[count]
+    if tokens:
+        lines.append(
+            f"\n{request.minutes:g} minutes of this machine are enough to heal on about {spell_count(tokens)} tokens "
+            f"({record['tokens_per_second']:g} a second), once."
+        )
+    else:
+        lines.append(
+            f"\n{request.minutes:g} minutes of this machine are too few to run a teacher and train; the closed-form repair "
+            "is all that they buy."
+        )
+    scale = "the curve of this model, and the gain of healing" if record["curve"] else "losses"
+    lines.append(
+        f"Expected by {scale} measured on {frontier.source['model']}, as a mean over three kinds of text; larger models "
+        "lose less of the same share of their layers."
+    )
+    if here.beyond:
+        lines.append("Fewer tokens, or fewer layers, were tried; the loss is that of the most that were.")
+    return "\n".join(lines)

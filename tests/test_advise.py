@@ -1,0 +1,112 @@
+"""What to drop, and how to heal it, in the time that there is."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_layerprune import CutError
+from hf_layerprune.cli import main
+from hf_layerprune.heal.frontier import Frontier
+from hf_layerprune.stages.advise import advise
+from hf_layerprune.stages.requests import AdviseRequest
+
+from .measure_models import write_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base") / "model")
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
+    assert main(["advise", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_measured_points_are_returned_as_they_are() -> None:
+    frontier = Frontier.load()
+    for point in frontier.points:
+        found = frontier.expected(point["dropped"] / point["layers"], point["tokens"])
+        assert (found.kl, found.ln_ratio) == pytest.approx((point["kl"], point["ln_ratio"]))
+        assert not found.beyond
+
+
+@given(st.floats(0.001, 0.25), st.floats(0, 1e6))
+def test_a_loss_lies_between_those_of_its_neighbours(share: float, tokens: float) -> None:
+    frontier = Frontier.load()
+    kls = [point["kl"] for point in frontier.points]
+    assert 0 < frontier.expected(share, tokens).kl <= max(kls)
+    more = frontier.expected(share, tokens + 1000)
+    assert math.isfinite(more.perplexity_ratio)
+    assert frontier.expected(share / 2, tokens).kl < frontier.expected(share, tokens).kl
+
+
+def test_more_time_heals_more_tokens_and_allows_more(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    brief, long = (said(capsys, base, "--minutes", minutes) for minutes in (0.001, 10_000))
+    assert brief["tokens"] == 0
+    assert brief["command"][:2] == ["hf-layerprune", "prune"]
+    assert long["tokens"] > 1_000_000
+    assert long["command"][:2] == ["accelerate", "launch"]
+    assert long["drop"] >= brief["drop"]
+    assert long["beyond_what_was_measured"]
+
+
+def test_the_command_for_too_little_time_prunes(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = said(capsys, base, "--minutes", "0.001", "--drop", "2")["command"]
+    command[command.index("pruned")] = str(tmp_path / "pruned")
+    assert main([*command[1:], "--calibration-samples", "8", "--calibration-length", "32"]) == 0
+    assert json.loads((tmp_path / "pruned" / "config.json").read_text())["num_hidden_layers"] == 6
+
+
+def test_the_settings_are_those_of_the_recipe(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "advice.yaml"
+    assert main(["advise", str(base), str(file), "--minutes", "100000", "--drop", "2"]) == 0
+    settings = yaml.safe_load(file.read_text())
+    assert settings["drop"] == 2
+    recipe = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "sft_tail.py"))
+    _, training, model, data, cut, *_ = recipe["make_parser"]().parse_args_and_config(["--config", str(file)])
+    assert (model.model_name_or_path, cut.drop, cut.repair) == (str(base), 2, "refit")
+    assert (training.method, training.loss) == ("behind2", "kd")
+    assert data.datasets[0].path == "allenai/c4"
+    assert main(["advise", str(base), str(file)]) == 1  # it is not replaced
+
+
+def test_a_curve_of_the_model_sets_the_scale(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--calibration-samples", "12", "--calibration-length", "16", "--context", "16"]
+    assert main(["rank", str(base), str(tmp_path / "curve"), "--curve", "--curve-up-to", "2", *few]) == 0
+    point = json.loads((tmp_path / "curve" / "curve.json").read_text())["points"][1]
+    capsys.readouterr()
+    told = said(capsys, base, "--from-curve", tmp_path / "curve", "--drop", "2", "--minutes", "0.001")
+    assert told["kl"] == pytest.approx((point.get("repaired") or point["cut"])["kl"], rel=1e-3)
+    assert told["settings"] == {}
+    assert point["layers"] in told["command"]
+
+
+def test_a_target_and_a_budget(base: Path) -> None:
+    whole = advise(AdviseRequest(str(base), minutes=1e5)).record["parameters"]
+    assert advise(AdviseRequest(str(base), minutes=1e5, target_params=int(0.8 * whole))).record["drop"] > 1
+    with pytest.raises(CutError, match="less than the"):
+        advise(AdviseRequest(str(base), minutes=1, max_kl=1e-9))
+    with pytest.raises(CutError, match="top-1"):
+        AdviseRequest(str(base), min_top1_agreement=0.8)
+
+
+def test_at_the_papers_size_the_papers_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = said(capsys, tmp_path)
+    assert (told["by"], told["measured"]) == ("the paper", False)
+    assert told["settings"]["method"] == "lm_head+last3"
