@@ -13,7 +13,7 @@ from packaging.version import Version
 from peft import get_peft_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from hf_layerprune import LayerDropConfig, LayerPruneError, drop_layers, versions
+from hf_layerprune import LayerDropConfig, LayerPruneError, UnsupportedModelError, drop_layers, families, versions
 from hf_layerprune.cli import main
 from hf_layerprune.cut import check
 from hf_layerprune.cut.disk import cut_checkpoint
@@ -21,7 +21,7 @@ from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.runtime.loading import load_base
 
 from .matrix import identities, logits
-from .tiny_models import tiny_input, tiny_model
+from .tiny_models import tiny_config, tiny_input, tiny_model
 
 DROP = (2, 3, 5)
 
@@ -127,3 +127,12 @@ def test_a_peft_that_would_be_silently_wrong_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(versions, "installed", lambda name: Version("0.18.1"))
     with pytest.raises(LayerPruneError, match=r'peft 0\.18\.1 is too old.*pip install "peft>=0\.19"'):
         versions.check_peft()
+
+
+def test_a_type_that_goes_wrong_with_this_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "installed", lambda _: Version("5.16.1"))
+    families.check_supported(tiny_config("llama"))
+    with pytest.raises(
+        UnsupportedModelError, match=r"'paligemma' is known to go wrong with transformers 5.16.1; .*5.24.0"
+    ):
+        families.check_supported(tiny_config("paligemma"))

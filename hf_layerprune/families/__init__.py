@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError, UnsupportedModelError
+from ..versions import installed
 from .fields import COUNT_FIELDS, Cut, cut_of, rewrite_fields
 from .multimodal import path_to_text, protected_by_towers, rewrite_outside
 from .special import SPECIAL, Family, WideTensor
-from .types import ENCODER_DECODER, REFUSED, REFUSED_AT, STAGES, proven, proven_stages
+from .types import ENCODER_DECODER, REFUSED, REFUSED_AT, STAGES, is_wrong_with, proven, proven_stages, proven_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -87,6 +88,13 @@ def check_supported(config: PreTrainedConfig) -> None:
             raise UnsupportedModelError(
                 f"model type {part.model_type!r} is not among the {len(proven())} proven ones (docs/architectures.md), "
                 "and a cut of an unknown layout could change silently on reload; choose a model of a proven type"
+            )
+    version = str(installed("transformers"))
+    for part in path:
+        if is_wrong_with(version, part.model_type):
+            raise UnsupportedModelError(
+                f"a cut of model type {part.model_type!r} is known to go wrong with transformers {version}; install one of "
+                f"those that it is proven with: {', '.join(proven_versions(part.model_type))}"
             )
     part = path[-1]
     family = _family(part)

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,19 @@ def proven() -> frozenset[str]:
 
 
 @cache
-def _versions() -> dict[str, frozenset[str]]:
-    table = json.loads(files(__package__).joinpath("versions.json").read_text())
-    return {version: frozenset(row["proven"]) for version, row in table.items()}
+def _table() -> dict[str, dict[str, Any]]:
+    """By version of transformers: the `proven` types, and why the `failed` ones are not."""
+    return json.loads(files(__package__).joinpath("versions.json").read_text())
+
+
+def is_wrong_with(version: str, model_type: str) -> bool:
+    """Whether a cut of a type that is proven elsewhere is known to change the model with a version of transformers.
+
+    Args:
+        version (`str`): The version.
+        model_type (`str`): The type.
+    """
+    return _table().get(version, {}).get("failed", {}).get(model_type, "").startswith("WRONG")
 
 
 def proven_versions(*model_types: str) -> list[str]:
@@ -179,4 +190,4 @@ def proven_versions(*model_types: str) -> list[str]:
     Args:
         model_types (`str`): The type of a model, and those of the sections of its config down to its text decoder.
     """
-    return [version for version, types in _versions().items() if types.issuperset(model_types)]
+    return [version for version, row in _table().items() if set(row["proven"]).issuperset(model_types)]
