@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..options import AMOUNTS
 from ..stages.requests import AdviseRequest as Request
-from . import Answer
+from . import Answer, hint
 
 HELP = "say what to drop and how to heal it in the time that there is"
 DESCRIPTION = """Say how many layers of BASE to drop, and how to repair and heal it in --minutes on this machine, with the quality to
@@ -18,4 +18,7 @@ def run(request: Request) -> Answer:
 
     advice = advise(request)
     made = f"the settings are in {request.output}" if request.output and advice.settings else ""
-    return Answer(made, advice.text, advice.record | {"command": list(advice.command)}, advice.command)
+    then = advice.command
+    if advice.settings and request.output is None:  # the command needs the file
+        then = hint("advise", request.base, "advice.yaml", "--minutes", f"{request.minutes:g}")
+    return Answer(made, advice.text, advice.record | {"command": list(advice.command)}, then)
