@@ -112,7 +112,7 @@ def forward_seconds_of(args: argparse.Namespace) -> float:
     return forward_seconds(walk, 256, time.process_time)
 
 
-def write(points: list[dict[str, Any]], one: dict[str, Any], args: argparse.Namespace) -> None:
+def write(points: list[dict[str, Any]], one: dict[str, Any], path: Path, forward_seconds: float) -> None:
     """The points as data, with where they come from."""
     settings = one["settings"]
     source = {
@@ -121,12 +121,12 @@ def write(points: list[dict[str, Any]], one: dict[str, Any], args: argparse.Name
         "machine": one["machine"],
         "heal": {name: settings[name] for name in ("repair", "method", "loss", "rows", "settings")},
         "measured": one["measured"],
-        "forward_seconds_per_token": round(forward_seconds_of(args), 5),
+        "forward_seconds_per_token": round(forward_seconds, 5),
     }
     done = {(point["dropped"], point["budget"]) for point in points}
     dropped = sorted({number for number, _ in done})
     not_run = {str(number): [budget for budget in BUDGETS if (number, budget) not in done] for number in dropped}
-    args.output.write_text(json.dumps({"source": source, "points": points, "not_run": not_run}, indent=1) + "\n")
+    path.write_text(json.dumps({"source": source, "points": points, "not_run": not_run}, indent=1) + "\n")
 
 
 def plot(points: list[dict[str, Any]], path: Path) -> None:
@@ -171,7 +171,7 @@ def main() -> None:
             f"| {point['kl']:.3f} ± {point['kl_stderr']:.3f} |"
         )
     if points and args.output:
-        write(points, runs[-1], args)
+        write(points, runs[-1], args.output, forward_seconds_of(args))
     if points and args.plot:
         plot(points, args.plot)
 

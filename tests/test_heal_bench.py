@@ -163,9 +163,10 @@ def test_points_of_the_frontier(tmp_path: Path) -> None:
         (7, 0, 0.7),
         (7, 16_384, 0.5),
     ]
-    heal_frontier.write(points, runs[0], tmp_path / "frontier.json")
+    heal_frontier.write(points, runs[0], tmp_path / "frontier.json", 0.003)
     stored = json.loads((tmp_path / "frontier.json").read_text())
     assert stored["points"] == points
+    assert stored["source"]["forward_seconds_per_token"] == 0.003
     assert stored["not_run"]["7"][0] == 65_536
     assert stored["not_run"]["3"][0] == 16_384
     heal_frontier.plot(points, tmp_path / "frontier.png")
