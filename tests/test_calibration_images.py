@@ -112,7 +112,7 @@ def test_chats(base: Path, model: Any, tmp_path: Path) -> None:
 def test_what_can_not_be_read(base: Path, model: Any, tmp_path: Path) -> None:
     path = write_rows(tmp_path)
     tmp_path.joinpath("pictures", "3.png").unlink()
-    with pytest.raises(CheckpointError, match=r"line 4 names the image pictures/3.png, and .*3.png is no file"):
+    with pytest.raises(CheckpointError, match=r"line 4 names the image pictures/3.png, and .*3.png is not a file"):
         loaded(base, model, str(path), samples=8)
     tmp_path.joinpath("pictures", "3.png").write_bytes(b"no image")
     with pytest.raises(CheckpointError, match=r"the processor can't read .*rows.jsonl, line 4: .*identify image"):

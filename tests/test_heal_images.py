@@ -79,7 +79,7 @@ def test_rows_hold_opened_images(base: Path) -> None:
     assert shaped[0]["image"].size == noise(1).size
     assert shaped[0]["prompt"] == [{"role": "user", "content": "w5"}]
     missing = Dataset.from_list([{"instruction": "w5", "output": "w6", "image": "no.png"}])
-    with pytest.raises(CheckpointError, match=r"the rows name the image no.png, and .*no.png is no file"):
+    with pytest.raises(CheckpointError, match=r"the rows name the image no.png, and .*no.png is not a file"):
         shape_rows(missing, load_tokenizer(base), name=name, load_processor=processor)
     text = Dataset.from_list([{"text": "w5", "image": "1.png"}])
     with pytest.raises(CheckpointError, match="has the columns text, but training needs prompt and completion"):

@@ -1,6 +1,6 @@
 """The arms: ways to prune and heal that are compared at equal time.
 
-Peers are written anew from their papers, and use this package's own code where it has the same thing. All but the
+Peers are rewritten from their papers, and use this package's own code where it has the same thing. All but the
 paper's recipe drop the same block in the middle, which is also the one that their own criterion (angular distance)
 chooses for SmolLM2-135M, so they differ in what makes up for it. What could not be matched:
 

@@ -102,7 +102,7 @@ def _document(row: Any, column: str, where: str, source: str, folder: Path = Pat
 
 
 def parts_of(message: dict[str, Any]) -> list[Any]:
-    """The parts of a message of a chat; plain text is no list of parts."""
+    """The parts of a message of a chat; plain text has none."""
     content = message.get("content")
     return content if isinstance(content, list) else []
 

@@ -142,6 +142,6 @@ def _opened(image: Any, document: Document) -> Any:
     if isinstance(image, str):
         path = document.folder / image
         if not path.is_file():
-            raise CheckpointError(f"{document.where} names the image {image}, and {path} is no file")
+            raise CheckpointError(f"{document.where} names the image {image}, and {path} is not a file")
         image = path
     return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")

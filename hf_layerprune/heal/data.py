@@ -203,7 +203,7 @@ def _opened(rows: Dataset, columns: list[str], folder: Path) -> Dataset:
 
     def found(path: str) -> str:
         if not (folder / path).is_file():
-            raise CheckpointError(f"the rows name the image {path}, and {folder / path} is no file")
+            raise CheckpointError(f"the rows name the image {path}, and {folder / path} is not a file")
         return str(folder / path)
 
     for column in columns:

@@ -100,11 +100,11 @@ class _EngineBench(Recorder):
             path = named.get(subject.weights, Path(subject.source)).expanduser()
             if self.engine.takes_gguf and not path.is_file():
                 raise LayerPruneError(
-                    f"{self.engine.name} runs GGUF files, and {path} is none; convert it (docs/engines.md says how), and "
+                    f"{self.engine.name} runs GGUF files, and {path} is not one; convert it (docs/engines.md says how), and "
                     "name the file of MODEL, then that of BASE, each with --gguf"
                 )
             if not self.engine.takes_gguf and not path.is_dir():
-                raise LayerPruneError(f"{self.engine.name} is timed on model folders, and {path} is none")
+                raise LayerPruneError(f"{self.engine.name} is timed on model folders, and {path} is not one")
             if path != Path(subject.source):
                 _check_same(path, subject)
             paths[subject.weights] = path

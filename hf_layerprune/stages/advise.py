@@ -167,15 +167,10 @@ def _words(name: str, value: Any) -> list[str]:
 
 def _forward_seconds(request: AdviseRequest) -> float:
     """Seconds that the model takes to read a token on this machine."""
-    import torch
-
-    from ..runtime.loading import load_base
     from ..select.cost import forward_seconds
-    from .rank import open_walk
+    from .rank import open_base, open_walk
 
-    dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
-    model = load_base(request.base, revision=request.revision, dtype=dtype)
-    return forward_seconds(open_walk(request, model), _LENGTH)
+    return forward_seconds(open_walk(request, open_base(request)), _LENGTH)
 
 
 def _curve(request: AdviseRequest) -> list[dict[str, Any]] | None:

@@ -25,7 +25,7 @@ from ..files.copy import write_text
 from ..layer_ranges import parse_layers
 from ..options import AmountOptions, spell_bytes, spell_count
 from ..records.fingerprints import fingerprint
-from ..runtime.loading import is_hub_id, load_base, load_config
+from ..runtime.loading import is_hub_id, load_config
 from ..select.registry import find_criterion
 from ..select.sets import drop_count, free_layers
 from ..versions import __version__
@@ -175,9 +175,9 @@ def _go_on(request: RankRequest, record: dict[str, Any], free: set[int], up_to: 
     from ..select.cost import announce
     from ..select.curve import curve_points
     from ..select.decode_times import DecodeTimes, time_decoding
-    from .rank import open_walk
+    from .rank import open_base, open_walk
 
-    model = load_base(request.base, revision=request.revision, dtype=_dtype(request))
+    model = open_base(request)
     sizes = Sizes(model.config, request.base, revision=request.revision)
     if "decode" not in record:
         times = time_decoding(model, sizes.context(request.context, 512), request.batch)
@@ -206,12 +206,6 @@ def _go_on(request: RankRequest, record: dict[str, Any], free: set[int], up_to: 
         logger.info("%d of %d: without layers %s, KL is %.3g", point["dropped"], up_to, point["layers"], best["kl"])
         if request.output is not None:
             _write(request.output.expanduser(), record)
-
-
-def _dtype(request: RankRequest) -> Any:
-    import torch
-
-    return request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
 
 
 def _search(

@@ -24,6 +24,8 @@ from ..select.sets import free_layers
 from ..select.targets import Target
 from .requests import AdviseRequest, RankRequest
 
+WalkRequest = RankRequest | AdviseRequest
+
 if TYPE_CHECKING:
     from ..calibration.rows import CalibrationSet
     from ..runtime.walk import LayerWalk
@@ -153,13 +155,10 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, 
 
     Says what it will cost.
     """
-    import torch
-
     from ..adapter.prepare import calibration_of
     from ..select.cost import estimate
 
-    dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
-    model = load_base(request.base, revision=request.revision, dtype=dtype)
+    model = open_base(request)
     # Sizes and times are those of the type in which the base is.
     target = Target.of(request, model.config, request.base, revision=request.revision, model=model)
     if not any(CRITERIA[name].needs == "text" for name in (*names, *request.criteria)):
@@ -173,7 +172,15 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, 
     return walk, calibration_of(request, model, revision=request.revision), target
 
 
-def open_walk(request: RankRequest | AdviseRequest, model: Any) -> LayerWalk:
+def open_base(request: WalkRequest) -> Any:
+    """The base that a request names, in the type that it asks for."""
+    import torch
+
+    dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
+    return load_base(request.base, revision=request.revision, dtype=dtype)
+
+
+def open_walk(request: WalkRequest, model: Any) -> LayerWalk:
     """A model on the device that a request names, to be run layer by layer.
 
     Raises:

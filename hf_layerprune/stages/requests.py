@@ -69,9 +69,22 @@ class PruneRequest(TuningOptions, CutOptions):
     force: bool = option(False, "Replace OUTPUT if it exists")
 
 
+@dataclass(kw_only=True)
+class WalkOptions(Options):
+    """Where the layers of a base run, one at a time."""
+
+    dtype: str = option(
+        "auto",
+        "Type of the weights; auto keeps the base's, or is float32 on a CPU without fast 16-bit multiplication",
+        choices=DTYPES,
+    )
+    device: str = option("auto", "Device that runs the layers: cpu, cuda, ...; auto takes a GPU if any")
+    revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
+
+
 @documented
 @dataclass
-class RankRequest(CalibrationOptions, ChoiceOptions):
+class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
     """What to rank, and how."""
 
     base: str = option(MISSING, MODEL_HELP, MODEL)
@@ -86,13 +99,6 @@ class RankRequest(CalibrationOptions, ChoiceOptions):
     lengths: list[int] | None = option(
         None, "Lengths of the blocks to score, such as 1-8; by default the number of layers to drop", LAYERS
     )
-    dtype: str = option(
-        "auto",
-        "Type of the weights; auto keeps the base's, or is float32 on a CPU without fast 16-bit multiplication",
-        choices=DTYPES,
-    )
-    device: str = option("auto", "Device that runs the layers, one at a time: cpu, cuda, ...; auto takes a GPU if any")
-    revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
     curve: bool = option(
         False,
         "Find the best cut of each depth in place of scores: parameters, bytes, speed-up and quality, with and without "
@@ -106,7 +112,7 @@ class RankRequest(CalibrationOptions, ChoiceOptions):
 
 @documented
 @dataclass
-class AdviseRequest(AmountOptions, Options):
+class AdviseRequest(WalkOptions, AmountOptions):
     """The model and the time that there is for it."""
 
     base: str = option(MISSING, MODEL_HELP, MODEL)
@@ -117,13 +123,6 @@ class AdviseRequest(AmountOptions, Options):
     from_curve: Path | None = option(
         None, "Folder of a curve that rank --curve made of BASE, for losses of BASE itself before training", PATH
     )
-    dtype: str = option(
-        "auto",
-        "Type of the weights; auto keeps the base's, or is float32 on a CPU without fast 16-bit multiplication",
-        choices=DTYPES,
-    )
-    device: str = option("auto", "Device to train on: cpu, cuda, ...; auto takes a GPU if any")
-    revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
     force: bool = option(False, "Replace OUTPUT if it exists")
 
     def settle(self) -> None:

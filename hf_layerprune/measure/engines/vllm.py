@@ -75,6 +75,7 @@ def _measure(models: list[str], works: list[dict[str, int]], repeats: int, dtype
                 dtype=dtype,
                 max_model_len=longest,
                 max_num_seqs=most,
+                trust_remote_code=False,
                 skip_tokenizer_init=True,
                 enable_prefix_caching=False,
                 enforce_eager=not torch.cuda.is_available(),  # compiling for a CPU takes minutes
