@@ -132,6 +132,24 @@ def test_the_deepest_cut_inside_a_budget(repair: str | None, model: Any, text: C
     assert points[count]["kl_stderr"] == pytest.approx(by_row.std().item() / math.sqrt(len(by_row)), rel=1e-2)
 
 
+def test_a_search_tries_all_blocks_only_where_nested_sets_end(
+    model: Any, text: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round over all blocks costs about half of what `auto` does, and a budget should cost about twice as much."""
+    tried, whole = [], Search.blocks
+
+    def counted(search: Search, count: int) -> Any:
+        tried.append(count)
+        return whole(search, count)
+
+    monkeypatch.setattr(Search, "blocks", counted)
+    count = len(choose_layers(model, text, CutOptions(max_kl=0.45)).drop_layers)
+    assert count > 2
+    assert count + 1 in tried  # no block goes deeper
+    assert min(tried) >= count
+    assert len(tried) <= 3
+
+
 @pytest.mark.parametrize("name", ["max_perplexity_ratio", "min_top1_agreement"])
 def test_other_budgets(name: str, model: Any, text: CalibrationSet) -> None:
     limit, figure = (1.3, "perplexity_ratio") if name == "max_perplexity_ratio" else (0.25, "top1_agreement")
