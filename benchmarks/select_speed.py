@@ -247,9 +247,7 @@ def stream_child(args: argparse.Namespace) -> None:
                 parameter.data.view(-1)[::1024].sum()  # reads every page
         else:
             rows = torch.randint(3, 30_000, (args.rows, args.length), generator=torch.Generator().manual_seed(0))
-            score_layers(
-                LayerWalk(model, release_weights=True), CalibrationSet.of(rows, "random"), criteria.split(",")
-            )
+            score_layers(LayerWalk(model), CalibrationSet.of(rows, "random"), criteria.split(","))
             config = model.config
             layer = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
             states = rows.numel() * config.hidden_size * 2 * (config.num_hidden_layers + 2)

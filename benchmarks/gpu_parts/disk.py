@@ -154,7 +154,7 @@ def rank(criteria: tuple[str, ...], setting: Setting) -> dict[str, Any]:
                 pass
     reset_peak(setting)
     start = time.perf_counter()
-    walk = LayerWalk(load_base(dense, dtype="auto"), device=setting.device, release_weights=True)
+    walk = LayerWalk(load_base(dense, dtype="auto"), device=setting.device)
     loaded = time.perf_counter() - start
     score_layers(walk, CalibrationSet.of(rows, "random"), criteria)
     synchronise(setting)

@@ -16,13 +16,12 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..cut.lazy import SAVED, SOURCES
+from ..cut.lazy import SAVED
 from ..cut.memory import LayerCut, drop_layers
 from ..errors import CutError, LayerPruneError
 from ..families.layout import find_decoder_layers
 from ..options import check
 from ..repair.frozen import freeze, module_names, put, thaw
-from ..runtime.mapped import copy_by_mapping
 from .config import LayerDropConfig
 from .prepare import CUT, PREPARED, needs_dense, prepare
 from .resolve import cut_of, is_made, resolve_drop
@@ -110,10 +109,6 @@ class LayerDropModel(BaseTuner):
         for name in set(peft_config.repaired_modules or ()) & set(peft_config.modules_to_save or ()):
             module = model.get_submodule(name)
             freeze(module.original_module if isinstance(module, ModulesToSaveWrapper) else module)
-        # PEFT copies what is tuned. Of a model that was loaded cut and not touched since, a copy costs nothing.
-        sources = model.__dict__.pop(SOURCES, {})
-        for name in peft_config.modules_to_save or () if sources else ():
-            copy_by_mapping(model.get_submodule(name), name, sources)
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap what is tuned, then give the copies what the repair fitted."""

@@ -70,7 +70,6 @@ def prepare(
     *,
     target: Target | None = None,
     device: torch.device | None = None,
-    release_weights: bool = False,
 ) -> Prepared:
     """Choose the layers and fit the repair, as far as the config asks for it.
 
@@ -80,8 +79,6 @@ def prepare(
         cut (`LayerCut`, *optional*): The cut that was made in the model already, if any.
         target (`Target`, *optional*): What must be left, if that says how many layers go and is worked out already.
         device (`torch.device`, *optional*): Where layers run, see [`~runtime.walk.LayerWalk`].
-        release_weights (`bool`, defaults to `False`): Whether mapped weights leave memory after use, see
-            [`~runtime.walk.LayerWalk`].
 
     Returns:
         `Prepared`: The layers, the repair, and the record of both.
@@ -103,7 +100,7 @@ def prepare(
     walk = calibration = repair = None
     record: dict[str, Any] = {}
     if needs_text(config):
-        walk = LayerWalk(model, device=device, release_weights=release_weights)
+        walk = LayerWalk(model, device=device)
         calibration = calibration_of(config, model, config.revision)
         record["calibration"] = calibration.record()
     if config.drop_layers is None:

@@ -122,7 +122,7 @@ def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None and needs_text(config):
         in_fast_precision(model)
-    prepared = prepare(config, model, target=target, device=device, release_weights=True)
+    prepared = prepare(config, model, target=target, device=device)
     if prepared.repair is not None:
         new = prepared.repair.tensors
         new |= {(i, name): value.to(types[i].get(name, value.dtype)) for (i, name), value in new.items()}

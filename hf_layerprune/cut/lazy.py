@@ -41,8 +41,6 @@ logger = logging.getLogger(__name__)
 
 # Attribute of a model that was loaded pruned: the number of parameters in its dropped layers.
 SAVED = "_layer_drop_saved"
-# And the files that its parameters are mapped from, see `mapped.copy_by_mapping`.
-SOURCES = "_layer_drop_sources"
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _OURS = ("state_dict", "key_mapping", "gguf_file", "output_loading_info", "adapter_kwargs")
@@ -95,7 +93,7 @@ def load_pruned(
         tell_if_presumed(config)
 
     with ExitStack() as stack:
-        state, origins = _open_slices(source, config, cut, variant, stack, disable_mmap)
+        state = _open_slices(source, config, cut, variant, stack, disable_mmap)
         if kwargs.get("dtype", "auto") == "auto" and pruned.dtype is None:
             kwargs["dtype"] = _first_float_dtype(state.values())
         if is_deepspeed_zero3_enabled():  # its loader scatters whole tensors and does not accept slices
@@ -109,7 +107,6 @@ def load_pruned(
     within = find_decoder_layers(model).path + "." if config is not whole else ""
     check_complete(source.name, info, within=within, remark="names in the pruned model")
 
-    setattr(model, SOURCES, origins)
     model.name_or_path = model.config.name_or_path = source.name
     model.config._commit_hash = source.repo.commit if source.repo else None
     if saved is not None:
@@ -196,8 +193,8 @@ def _open_slices(
     variant: str | None,
     stack: ExitStack,
     disable_mmap: bool | None,
-) -> tuple[dict[str, Any], dict[str, tuple[Path, str]]]:
-    """Lazy slices of all tensors to keep, by their names in the pruned model, and the file and name of each."""
+) -> dict[str, Any]:
+    """Lazy slices of all tensors to keep, by their names in the pruned model."""
     # On Windows a mapping reserves memory for the whole file; on a Mac it can't be moved to the GPU.
     backend = "pread" if disable_mmap or sys.platform in ("win32", "darwin") else "mmap"
     opened: dict[str, Any] = {}
@@ -220,7 +217,6 @@ def _open_slices(
     source.fetch({files[name] for name in names})
     wide = families.wide_tensors(config)
     state: dict[str, Any] = {}
-    origins: dict[str, tuple[Path, str]] = {}
     for name, new_name in names.items():
         try:
             piece = handle(files[name]).get_slice(name)
@@ -233,9 +229,7 @@ def _open_slices(
         for tensor, width in wide:
             if f".{name}".endswith(f".{tensor.suffix}"):
                 state[new_name] = kept_slices(name, piece, piece.get_shape(), tensor.dim, width, cut)
-        if backend == "mmap" and state[new_name] is piece:
-            origins[new_name] = (source.folder / files[name], name)
-    return state, origins
+    return state
 
 
 def _tensor_files(

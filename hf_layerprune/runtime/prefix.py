@@ -20,7 +20,6 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..families.layout import DecoderStack, find_decoder_layers, find_final_norm, find_output_head
 from .head import OutputHead
-from .mapped import release
 from .memory import is_out_of_memory
 from .parts import TROUBLE, close, hidden_of, hooked, layer_stub, replaced_forward, returned
 
@@ -217,10 +216,6 @@ class Prefix:
             self._hidden.append((module, module._parameters, module._buffers))
             module._parameters, module._buffers = {}, {}
         self._move("cpu")
-        holder = nn.Module()
-        hidden = [p for _, parameters, _ in self._hidden for p in parameters.values() if p is not None]
-        holder._parameters = {str(i): parameter for i, parameter in enumerate(hidden)}
-        release(holder)  # weights that are mapped from a file are read again on the next access
 
     def _kept(self) -> torch.Tensor:
         assert self._state is not None, "the prefix is skipped without its states"

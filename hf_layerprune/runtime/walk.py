@@ -15,9 +15,9 @@ Rows may have images or audio: the model's own forward then puts the features of
 whatever it does with them (positions, masks, features that are added in front of later layers) is recorded with the
 layers' arguments. The first such row is tried as well.
 
-Weights that are mapped from a file, as `from_pretrained` leaves them on a CPU, are read when a layer runs; with
-`release_weights` they leave memory after it. With `device`, a layer's weights are on that device only while it runs. So a model
-may be larger than memory, and each weight is read once per pass.
+Weights that are mapped from a file, as `from_pretrained` leaves them on a CPU, are read when a layer runs, and the system
+drops them again when memory runs short. With `device`, a layer's weights are on that device only while it runs. So a
+model may be larger than memory, and each weight is read once per pass.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -35,7 +36,6 @@ from ..errors import UnsupportedModelError
 from ..families import check_stage, protected_layers
 from ..families.layout import find_decoder_layers
 from ..families.multimodal import placeholders
-from .mapped import release
 from .parts import TROUBLE, close, hidden_of, hooked, layer_stub, probe_ids, replaced_forward, returned
 
 if TYPE_CHECKING:
@@ -72,23 +72,18 @@ class LayerWalk:
         model (`PreTrainedModel`): The model, in evaluation mode. It is not changed.
         device (`str` or `torch.device`, *optional*): Where a layer's weights are moved to while it runs. By default
             layers run where they are.
-        release_weights (`bool`, defaults to `False`): Whether to release weights that are mapped from a file after use. Only
-            for a model that has not been changed since it was loaded: changed weights would revert to the file's.
 
     Raises:
         UnsupportedModelError: The model's layers can't be run one at a time.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, *, device: str | torch.device | None = None, release_weights: bool = False
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, *, device: str | torch.device | None = None) -> None:
         check_stage(model.config, "rank")
         self.model = model
         self.stack = find_decoder_layers(model)
         self.layers: nn.ModuleList = self.stack.layers
         self.num_layers = len(self.layers)
         self._device = torch.device(device) if device is not None else None
-        self._releases = release_weights
         self._home = next(self.layers[0].parameters()).device
         self._tried_media = False
         # How many values each layer returns, see [`returned`].
@@ -105,7 +100,8 @@ class LayerWalk:
     @property
     def reloads_weights(self) -> bool:
         """Whether each pass over the layers has to load their weights again."""
-        return self._releases or self._streams
+        size = sum(parameter.nbytes for parameter in self.model.parameters())
+        return self._streams or size > psutil.virtual_memory().available // 2
 
     def begin(self, input_ids: torch.Tensor, media: Mapping[str, torch.Tensor] | None = None) -> Batch:
         """Embed rows of tokens.
@@ -148,8 +144,6 @@ class LayerWalk:
 
         with self._moved(layer):
             yield run
-        if self._releases:
-            release(layer)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the final norm, the head, and whatever the model does to its logits.
@@ -166,13 +160,6 @@ class LayerWalk:
 
         with self._replaced(put_in):
             return self._forward(torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device))
-
-    def release_ends(self) -> None:
-        """Release the embeddings and the head too while layers run; they are read again on the next access."""
-        if self._releases:
-            for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
-                if module is not None:
-                    release(module)
 
     # --- internals ---------------------------------------------------------------------------------------
 
@@ -242,8 +229,6 @@ class LayerWalk:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 order.append(index)
                 self._returns[index] = returned(output)
-                if self._releases:
-                    release(module)
 
             return hook
 
@@ -265,7 +250,6 @@ class LayerWalk:
             raise self._refusal(f"one fails when it is run alone ({str(error).splitlines()[0][:120]})") from error
         if not close(logits, wanted):
             raise self._refusal("they pass more than hidden states to each other")
-        self.release_ends()
 
     def _refusal(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(

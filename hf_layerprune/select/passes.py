@@ -15,7 +15,6 @@ from torch import nn
 from ..calibration.rows import CalibrationSet
 from ..errors import CheckpointError
 from ..repair.writers import Run
-from ..runtime.mapped import release
 from ..runtime.walk import Batch, LayerWalk
 from ..screen import progress_bar
 from .scores import Scores
@@ -83,7 +82,6 @@ def run_pass(
     alive = range(walk.num_layers) if alive is None else alive
     batches = [walk.begin(*given) for given in calibration.batches(rows or batch_rows(calibration))]
     probe = walk.begin(*calibration.probe(_PROBE_TOKENS))
-    walk.release_ends()
     for observer in observers:
         observer.begin(alive, batches)
     for i in progress_bar(alive, desc="running the dense model", unit="layer"):
@@ -106,15 +104,11 @@ def run_pass(
 
 
 @torch.no_grad()
-def read_weights(
-    layers: Sequence[nn.Module], observers: Sequence[Observer], alive: Sequence[int], *, release_weights: bool = False
-) -> None:
+def read_weights(layers: Sequence[nn.Module], observers: Sequence[Observer], alive: Sequence[int]) -> None:
     """Pass only the weights to observers that need no states; also for models that can't run layer by layer."""
     for i in alive:
         for observer in observers:
             observer.weights(i, layers[i])
-        if release_weights:
-            release(layers[i])
 
 
 def not_finite(index: int, layer: nn.Module, dtype: torch.dtype) -> CheckpointError:

@@ -221,10 +221,7 @@ class _Work:
         if of_states:
             run_pass(self.walk, self.text(of_states[0]), list(observers.values()), self.alive)
         elif observers:
-            release_weights = isinstance(self.model, LayerWalk) and self.model.reloads_weights
-            read_weights(
-                list(_layers(self.model)), list(observers.values()), self.alive, release_weights=release_weights
-            )
+            read_weights(list(_layers(self.model)), list(observers.values()), self.alive)
         return {name: observer.scores() for name, observer in observers.items()}
 
     def tried(self, criteria: Sequence[Criterion]) -> dict[str, Scores]:

@@ -66,7 +66,6 @@ def score(
             _loss_gradient(walk, batch, of_batch if variant == PAPER else sum(asked))
             for batch, of_batch in zip(batches, asked, strict=True)
         ]
-        walk.release_ends()
         scores: list[float | None] = [None] * walk.num_layers
         for i in progress_bar(alive[::-1], desc="taylor", unit="layer"):
             scores[i] = _backward(walk, i, batches, entering.pop(), down)

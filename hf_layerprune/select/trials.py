@@ -141,7 +141,7 @@ def layer_runs(num_layers: int, trials: Sequence[Trial]) -> int:
 def _memory_for_states(walk: LayerWalk) -> int:
     if walk.device.type == "cuda":
         return torch.cuda.mem_get_info(walk.device)[0] // 3
-    # If the weights stay in memory, extra passes cost nothing, and small ones stay in the cache.
+    # If the weights stay in memory, extra passes cost nothing, and small ones stay in the processor's cache.
     return psutil.virtual_memory().available // 8 if walk.reloads_weights else 256 << 20
 
 

@@ -199,7 +199,7 @@ def open_walk(request: WalkRequest, model: Any) -> LayerWalk:
         place = torch.device(device)
         if request.dtype == "auto" and place.type == "cpu":
             in_fast_precision(model)
-        return LayerWalk(model, device=None if place.type == "cpu" else place, release_weights=True)
+        return LayerWalk(model, device=None if place.type == "cpu" else place)
     except (RuntimeError, AssertionError) as error:
         raise CutError(f"device {request.device!r} can't be used: {str(error).splitlines()[0]}") from error
 
