@@ -4,14 +4,15 @@
     python benchmarks/heal_quality.py --data DATA --minutes 4 --arms lora ours     # two arms, one seed
     python benchmarks/heal_quality.py --data DATA --minutes 4 --arms ours --set learning_rate=5e-4
 
-DATA contains `wikitext2-valid.txt`, `c4_sample.jsonl` and `alpaca_en_demo.json`. The model is SmolLM2-135M-Instruct, or
+DATA contains `wikitext2-valid.txt`, `c4_sample.jsonl` and `alpaca_en_demo.json`, and for questions `NAME.jsonl`. The model is SmolLM2-135M-Instruct, or
 `--model`. Every arm (`heal_parts/arms.py`) has the same minutes of one core, counted as process time, so that a busy machine
 is fair. They cover the closed-form repair, text that the dense model writes, everything that is precomputed, and
 training, whose learning rate falls to zero as they run out. Choosing the layers is not counted.
 
 All arms are measured on the same windows of three domains, none of which any arm trains on (`heal_parts/texts.py`): the
-natural logarithm of the perplexity ratio (0 is the dense model) and KL(dense || model), with standard errors. Each run
-appends a line to `runs.jsonl` in `--work`; what is there already is not run again, so an interrupted table goes on.
+natural logarithm of the perplexity ratio (0 is the dense model) and KL(dense || model), with standard errors. Training
+on text of a measured domain can make the ratio fall below that of the dense model while the model forgets the rest, so
+KL says more, and `--questions 200` adds accuracy on PIQA, ARC-Easy and OpenBookQA (`heal_parts/questions.py`). Each run appends a line to `runs.jsonl` in `--work`; what is there already is not run again, so an interrupted table goes on.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def parse_args() -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="change fields of the arms, or settings of HealConfig",
     )
+    parser.add_argument("--questions", type=int, default=0, help="questions of each task to measure accuracy on")
     parser.add_argument("--report", action="store_true", help="only print the table of the runs so far")
     return check(parser)
 
@@ -160,6 +162,17 @@ def dense_folder(args: argparse.Namespace) -> Path:
     return folder
 
 
+def margin(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Accuracy of a model by task, and `margin`, the share of the dense model's margin over guessing that is left."""
+    from heal_parts.questions import accuracy, margin_left
+
+    stored = args.work / f"dense-{args.questions}-questions.json"
+    if not stored.exists():
+        stored.write_text(json.dumps(accuracy(dense_folder(args), args.data, args.questions)))
+    found = accuracy(folder, args.data, args.questions)
+    return found | {"margin": margin_left(found, json.loads(stored.read_text()))}
+
+
 def append(path: Path, run: dict[str, Any]) -> None:
     """Add a run; one write, so that an interruption leaves whole lines."""
     with path.open("a") as file:
@@ -177,8 +190,8 @@ def report(runs: list[dict[str, Any]], names: Iterable[str], budget: dict[str, A
     print(
         f"\n{', '.join(f'{name}: {value:,}' for name, value in budget.items())} for each arm; mean ± standard error\n"
     )
-    print(f"| arm | seeds | tokens | steps | s | {titles} |")
-    print("|---" * (5 + 2 * (len(DOMAINS) + 1)) + "|")
+    print(f"| arm | seeds | tokens | steps | s | {titles} | accuracy margin |")
+    print("|---" * (6 + 2 * (len(DOMAINS) + 1)) + "|")
     groups: dict[str, list[dict[str, Any]]] = {}
     for name in names:
         for run in runs:
@@ -193,6 +206,8 @@ def report(runs: list[dict[str, Any]], names: Iterable[str], budget: dict[str, A
         numbers = [
             f"{sum(run.get(word, 0) for run in same) / len(same):,.0f}" for word in ("tokens", "steps", "seconds")
         ]
+        margins = [run["questions"]["margin"] for run in same if "questions" in run]
+        cells.append(f"{100 * sum(margins) / len(margins):.0f} %" if margins else "")
         label = ", ".join([ARMS[name].what, *changes]) + (" (same domain)" if ARMS[name].same_domain else "")
         print(f"| {label} | {len(same)} | {' | '.join(numbers)} | {' | '.join(cells)} |")
 
@@ -217,6 +232,10 @@ def main() -> None:
         for key in missing:
             model, record = heal(arms[key["arm"]], setting, key["seed"], args.minutes, args.tokens)
             run = key | record | {"machine": machine(args), "windows": yardstick.measure(model)}
+            if args.questions:
+                model.save_pretrained(args.work / "healed")
+                setting.tokenizer.save_pretrained(args.work / "healed")
+                run["questions"] = margin(args.work / "healed", args)
             append(path, run)
             del model
             means = {metric: round(row["mean"][0], 4) for metric, row in summary([run["windows"]]).items()}
