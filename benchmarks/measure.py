@@ -4,8 +4,7 @@
 
 For each task file in the data folder: accuracy and standard error from `hf-layerprune eval` and from `lm_eval run`, at
 the same batch size, which must agree to the last digit; and the time of both commands, run in turn. For each text:
-perplexity compared with a loop over `model(ids, labels=ids).loss`, and the time of one pass over the model and a
-pruned copy with shared layers, compared with one pass over each.
+perplexity compared with a loop over `model(ids, labels=ids).loss`.
 """
 
 from __future__ import annotations
@@ -103,36 +102,27 @@ def compare_tasks(args: argparse.Namespace, tasks: list[LocalTask], folder: Path
 
 
 def compare_text(args: argparse.Namespace, text: Text) -> None:
-    """Compare perplexity with the textbook loop, and measure what sharing layers saves."""
+    """Compare perplexity with the textbook loop."""
     import torch
 
-    from hf_layerprune import drop_layers
-    from hf_layerprune.adapter.loading import load_model, load_tokenizer
-    from hf_layerprune.measure.distance import distance, perplexity
+    from hf_layerprune.measure.distance import perplexity
     from hf_layerprune.measure.texts import windows
+    from hf_layerprune.runtime.loading import load_base, load_tokenizer
 
-    model, cut = (load_model(args.model, dtype=torch.bfloat16) for _ in range(2))
-    n = model.config.num_hidden_layers
-    first = n * 2 // 5
-    drop_layers(cut, range(first, first + n // 4))
+    model = load_base(args.model, dtype=torch.bfloat16)
     rows, _ = windows(text.text, load_tokenizer(args.model), args.length, args.windows)
-    with torch.no_grad():
-        losses = [model(row[None], labels=row[None]).loss.double().item() for row in rows]
-    expected = math.exp(sum(losses) / len(losses))
-    times: dict[str, list[float]] = {"both at once": [], "one after the other": []}
+    times: dict[str, list[float]] = {"ours": [], "textbook": []}
     for _ in range(args.repeats):
         start = time.perf_counter()
-        measured = distance(cut, model, rows)
-        times["both at once"].append(time.perf_counter() - start)
+        measured = perplexity(model, rows)
+        times["ours"].append(time.perf_counter() - start)
         start = time.perf_counter()
-        alone = perplexity(cut, rows), perplexity(model, rows)
-        times["one after the other"].append(time.perf_counter() - start)
-    assert measured.nll == alone[0].nll
-    print(f"\n{text.name}: {len(rows)} windows of {args.length} tokens, {measured.shared_layers} of {n} layers shared")
-    print(
-        f"perplexity {measured.base.perplexity:.9f}, textbook {expected:.9f}: "
-        f"{measured.base.perplexity / expected - 1:+.1e}"
-    )
+        with torch.no_grad():
+            losses = [model(row[None], labels=row[None]).loss.double().item() for row in rows]
+        times["textbook"].append(time.perf_counter() - start)
+    expected = math.exp(sum(losses) / len(losses))
+    print(f"\n{text.name}: {len(rows)} windows of {args.length} tokens")
+    print(f"perplexity {measured.perplexity:.9f}, textbook {expected:.9f}: {measured.perplexity / expected - 1:+.1e}")
     for name, seconds in times.items():
         print(f"{name}: {statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})")
 

@@ -1,10 +1,9 @@
-"""Perplexity and distance equal the textbook, whatever is shared, split or halved on the way."""
+"""Perplexity and distance equal the textbook, whatever is split or halved on the way."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.measure import distance as module
 from hf_layerprune.measure.distance import distance, perplexity
 from hf_layerprune.runtime.memory import in_batches, positions_at_once
+from hf_layerprune.runtime.prefix import shared_layers
 
 from .tiny_models import VOCAB, tiny_input, tiny_model
 
@@ -52,14 +52,6 @@ def check(model: Any, base: Any, rows: torch.Tensor, **kwargs: Any) -> Any:
     return found
 
 
-def count_layers(model: Any) -> Counter[int]:
-    """Count how often each layer's own attention runs."""
-    counts: Counter[int] = Counter()
-    for i, layer in enumerate(find_decoder_layers(model).layers):
-        next(layer.children()).register_forward_hook(lambda *_, i=i: counts.update([i]))
-    return counts
-
-
 def test_perplexity_is_the_textbooks() -> None:
     model = tiny_model("llama")
     found = perplexity(model, ROWS)
@@ -78,18 +70,7 @@ def test_perplexity_is_the_textbooks() -> None:
 )
 def test_distance_is_its_definition(model_type: str) -> None:
     base = tiny_model(model_type)
-    assert check(pruned(base, [3, 4]), base, ROWS, batch_size=2).shared_layers == 3
-
-
-def test_shared_layers_run_once() -> None:
-    base = tiny_model("llama")
-    model = pruned(base, [3, 4])
-    ours, theirs = count_layers(model), count_layers(base)
-    found = distance(model, base, torch.cat([ROWS] * 4))
-    assert found.shared_layers == 3
-    assert set(theirs) == set(range(8))
-    # Three times more to see how the head works, and once with and once without sharing to see that it changes nothing.
-    assert (theirs[0], ours[3], ours[0]) == (25, 25, 4)
+    check(pruned(base, [3, 4]), base, ROWS, batch_size=2)
 
 
 @pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
@@ -98,17 +79,17 @@ def test_nothing_changed_is_shared(where: str) -> None:
     model = pruned(base, [3, 4])
     with torch.no_grad():
         model.get_parameter(where).flatten()[-1].add_(0.5)
-    assert check(model, base, ROWS).shared_layers == (1 if "layers.1" in where else 0)
+    assert shared_layers(base, model) == (1 if "layers.1" in where else 0)
 
 
 def test_no_layer_of_another_kind_is_shared() -> None:
     """Equal weights are not all: a window makes another layer of them."""
     base = tiny_model("gemma2")
     model = pruned(base, [5])
-    assert distance(model, base, ROWS).shared_layers == 5
+    assert shared_layers(base, model) == 5
     layer = find_decoder_layers(model).layers[2]
     layer.self_attn.sliding_window = 2
-    assert distance(model, base, ROWS).shared_layers == 2
+    assert shared_layers(base, model) == 2
 
 
 def test_only_the_head_changed() -> None:
@@ -116,7 +97,8 @@ def test_only_the_head_changed() -> None:
     model = copy.deepcopy(base)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
-    assert check(model, base, ROWS).shared_layers == 8
+    check(model, base, ROWS)
+    assert shared_layers(base, model) == 8
     same = distance(base, copy.deepcopy(base), ROWS)
     assert (same.kl, same.top1_agreement) == (0, 1)
 
@@ -124,7 +106,7 @@ def test_only_the_head_changed() -> None:
 def test_a_model_against_itself() -> None:
     base = tiny_model("llama")
     found = distance(base, base, ROWS)
-    assert (found.kl, found.top1_agreement, found.shared_layers) == (0, 1, 0)
+    assert (found.kl, found.top1_agreement) == (0, 1)
     assert found.perplexity == found.base.perplexity
 
 
@@ -153,8 +135,9 @@ def test_a_peft_model() -> None:
         for parameter in [*tuned.parameters(), *lora.parameters()]:
             if parameter.requires_grad:
                 parameter.add_(0.05)
-    assert check(tuned.eval(), base, ROWS).shared_layers == 4
-    assert check(lora.eval(), base, ROWS).shared_layers == 5
+    for model, shared in ((tuned.eval(), 4), (lora.eval(), 5)):
+        check(model, base, ROWS)
+        assert shared_layers(base, model) == shared
 
 
 def test_models_are_left_as_they_were() -> None:

@@ -3,8 +3,7 @@
     result = distance(pruned, base, rows)
     print(result.kl, result.top1_agreement, result.perplexity, result.base.perplexity)
 
-Both models read the same tokens in one pass. The layers before the first one that was dropped or changed are the same
-in both, so they run only once.
+Both models read the same tokens in one pass, and each runs in full: what is measured is the model as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from ..runtime.divergence import Reference, diverge
 from ..runtime.head import OutputHead
 from ..runtime.memory import in_batches, positions_at_once
 from ..runtime.parts import evaluating
-from ..runtime.prefix import SharedPrefix
 from ..screen import progress_bar
 
 if TYPE_CHECKING:
@@ -66,7 +64,6 @@ class Distance(Perplexity):
         kl_stderr (`float`, *optional*): Its standard error over windows; `None` for a single window.
         top1_agreement (`float`): Share of tokens for which both models have the same most likely next token.
         top1_agreement_stderr (`float`, *optional*): Its standard error.
-        shared_layers (`int`): Number of leading layers that ran once for both.
     """
 
     base: Perplexity
@@ -74,7 +71,6 @@ class Distance(Perplexity):
     kl_stderr: float | None
     top1_agreement: float
     top1_agreement_stderr: float | None
-    shared_layers: int
 
     @property
     def distances(self) -> dict[str, tuple[float, float | None]]:
@@ -98,7 +94,7 @@ def perplexity(model: PreTrainedModel, rows: torch.Tensor, *, batch_size: int = 
     Raises:
         LayerPruneError: `rows` has another shape, or a window does not fit into memory.
     """
-    (nll,), _ = _means_of_windows(model, None, rows, batch_size)
+    (nll,) = _means_of_windows(model, None, rows, batch_size)
     return Perplexity(**_fields(nll, rows))
 
 
@@ -113,8 +109,7 @@ def distance(
 
     Args:
         model (`PreTrainedModel`): The pruned model; its mode (training or evaluation) is restored.
-        base (`PreTrainedModel`): The model it was pruned from. The embeddings and leading layers that both have in
-            common run once for both.
+        base (`PreTrainedModel`): The model it was pruned from.
         rows (`torch.Tensor`): Token ids `[windows, length]`, without padding. Each window is read on its own, and its
             first token is not predicted.
         batch_size (`int`, defaults to 1): Windows per batch, halved when memory runs out.
@@ -125,7 +120,7 @@ def distance(
     Raises:
         LayerPruneError: `rows` has another shape, the vocabularies differ, or a window does not fit into memory.
     """
-    (nll, base_nll, agreement, kl), shared = _means_of_windows(model, base, rows, batch_size)
+    nll, base_nll, agreement, kl = _means_of_windows(model, base, rows, batch_size)
     return Distance(
         **_fields(nll, rows),
         base=Perplexity(**_fields(base_nll, rows)),
@@ -133,14 +128,13 @@ def distance(
         kl_stderr=_stderr(kl),
         top1_agreement=agreement.mean().item(),
         top1_agreement_stderr=_stderr(agreement),
-        shared_layers=shared,
     )
 
 
 def _means_of_windows(
     model: PreTrainedModel, base: PreTrainedModel | None, rows: torch.Tensor, batch_size: int
-) -> tuple[torch.Tensor, int]:
-    """The mean of each window: `nll`, and with a base, also the base's `nll`, agreement and `kl`; and the shared layers."""
+) -> torch.Tensor:
+    """The mean of each window: `nll`, and with a base, also the base's `nll`, agreement and `kl`."""
     check_stage(model.config, "evaluate")
     if rows.ndim != 2 or not len(rows) or rows.shape[1] < 2:
         raise LayerPruneError(
@@ -151,13 +145,15 @@ def _means_of_windows(
         _check_vocabularies(model, base)
     output, base_output = OutputHead(model), OutputHead(base) if base is not None else None
     head, base_head = output.head(), base_output.head() if base_output else None
-    prefix = SharedPrefix(base_output, output) if base_output else None
     sums_of_batches: list[torch.Tensor] = []
 
     def run(batch: torch.Tensor) -> None:
         ids = batch.to(output.device)
-        base_states, states = prefix.states(batch) if prefix else (None, output.states(input_ids=ids, use_cache=False))
-        sums = torch.zeros(4 if prefix else 1, len(ids), dtype=torch.float64)
+        states = output.states(input_ids=ids, use_cache=False)
+        base_states = (
+            base_output.states(input_ids=ids.to(base_output.device), use_cache=False) if base_output else None
+        )
+        sums = torch.zeros(4 if base_output else 1, len(ids), dtype=torch.float64)
         predicted = ids.shape[1] - 1  # the last position of a window predicts nothing
         size = positions_at_once(ids.shape[1], len(ids), output.vocabulary)
         for start in range(0, predicted, size):
@@ -175,11 +171,9 @@ def _means_of_windows(
 
     models = [model] if base is None else [model, base]
     with evaluating(*models), progress_bar(total=len(rows), desc="text", unit="window") as bar:
-        if prefix is not None:
-            prefix.check(rows[0])
         for done in in_batches(rows, batch_size, run, "use shorter windows"):
             bar.update(done)
-    return torch.cat(sums_of_batches, dim=1) / (rows.shape[1] - 1), prefix.depth if prefix else 0
+    return torch.cat(sums_of_batches, dim=1) / (rows.shape[1] - 1)
 
 
 def _check_vocabularies(model: PreTrainedModel, base: PreTrainedModel) -> None:

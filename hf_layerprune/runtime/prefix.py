@@ -19,16 +19,12 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..families.layout import DecoderStack, find_decoder_layers, find_final_norm, find_output_head
-from .head import OutputHead
-from .memory import is_out_of_memory
-from .parts import TROUBLE, close, hidden_of, hooked, layer_stub, replaced_forward, returned
+from .parts import hidden_of, hooked, layer_stub, replaced_forward, returned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-_PROBE_TOKENS = 32
 
 
 def first_trained_layer(model: PreTrainedModel) -> int:
@@ -237,67 +233,6 @@ class Prefix:
                 if parameter is not None:
                     parameter.data = parameter.data.to(device)
             buffers.update({name: buffer.to(device) for name, buffer in buffers.items() if buffer is not None})
-
-
-class SharedPrefix:
-    """Two models whose identical leading layers run only once.
-
-    Args:
-        base (`OutputHead`): The first model's output head.
-        head (`OutputHead`): The second model's output head.
-    """
-
-    def __init__(self, base: OutputHead, head: OutputHead) -> None:
-        self._base, self._head = base, head
-        self.depth = shared_layers(base.model, head.model)
-        if self.depth:
-            self._from = Prefix(base.model, self.depth, needs_ids=True)
-            self._to = Prefix(head.model, self.depth, needs_ids=True)
-            self._to.returns = self._from.returns
-
-    def states(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run both models up to their heads.
-
-        Args:
-            ids (`torch.Tensor`): Token ids `[batch, length]`.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: The first model's states, and the second's, see [`OutputHead`].
-        """
-        inputs: dict[str, Any] = {"use_cache": False}
-        base_ids, ids = ids.to(self._base.device), ids.to(self._head.device)
-        if not self.depth:
-            theirs = self._base.states(input_ids=base_ids, **inputs)
-            return theirs, self._head.states(input_ids=ids, **inputs)
-        with self._from.recorded() as kept:
-            theirs = self._base.states(input_ids=base_ids, **inputs)
-        self._to.skip()
-        try:
-            shared = kept[self.depth].to(self._head.device)
-            return theirs, self._head.states(**self._to.put(shared, {"input_ids": ids, **inputs}))
-        finally:
-            self._to.restore()
-
-    def check(self, row: torch.Tensor) -> None:
-        """Turn sharing off if it changes the result.
-
-        Args:
-            row (`torch.Tensor`): Token ids to try it on, `[length]`.
-        """
-        depth, ids = self.depth, row[None, :_PROBE_TOKENS]
-        shared: tuple[torch.Tensor, torch.Tensor] | None
-        try:
-            shared = self.states(ids)
-        except TROUBLE as error:
-            if is_out_of_memory(error):
-                raise
-            shared = None
-        self.depth = 0
-        if shared is not None and all(map(close, shared, self.states(ids))):
-            self.depth = depth
-        elif depth:
-            names = [type(head.model).__name__ for head in (self._base, self._head)]
-            logger.info("%s can't reuse the leading layers of %s, so both run in full", *reversed(names))
 
 
 # --- whether two models are the same at the start ---------------------------------------------------------
