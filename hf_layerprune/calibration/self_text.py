@@ -6,7 +6,6 @@ the tokenizer has no chat template. An end-of-text token does not end a row; sam
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
 
 # The most rows at a time. On a GPU, a step of decoding takes about as long for a thousand rows as for a hundred.
 _AT_ONCE, _AT_ONCE_ON_DEVICE = 128, 1024

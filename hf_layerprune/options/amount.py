@@ -27,39 +27,39 @@ class AmountOptions:
         DROP,
     )
     target_params: int | None = option(
-        None, "Drop as few layers as leave at most so many parameters, such as 6.3B", COUNT
+        None, "Drop just enough layers to leave at most this number of parameters, such as 6.3B", COUNT
     )
     target_size: int | None = option(
-        None, "Drop as few layers as leave weight files of at most so many bytes, such as 12GB or 8GiB", BYTES
+        None, "Drop just enough layers for the weight files to fit into this size, such as 12GB or 8GiB", BYTES
     )
     target_memory: int | None = option(
         None,
-        "Drop as few layers as leave weights and a key-value cache (see context and batch) of at most so many bytes, "
-        "such as 8GB",
+        "Drop just enough layers for the weights and the key-value cache (see context and batch) to fit into this "
+        "size, such as 8GB",
         BYTES,
     )
     target_speedup: float | None = option(
         None,
-        "Drop as few layers as make decoding so many times as fast, such as 1.3, by the times that layers and head "
-        "take on this machine",
+        "Drop just enough layers to make decoding faster by this factor, such as 1.3, going by the times that layers "
+        "and head take on this machine",
         number(1, 1000, "a factor above 1, such as 1.3", "X"),
     )
     max_perplexity_ratio: float | None = option(
         None,
-        "Drop as many layers as keep the perplexity, relative to the dense model's, within this factor, such as 1.1, "
-        "on calibration rows that are held out, after the repair",
+        "Drop as many layers as possible while the perplexity stays within this factor of the dense model's, such as "
+        "1.1, on held-out calibration rows, after the repair",
         number(1, 1000, "a ratio above 1, such as 1.1", "R"),
     )
     max_kl: float | None = option(
         None,
-        "Drop as many layers as keep the KL divergence from the dense model within so many nats per token, on rows "
-        "that are held out, after the repair",
+        "Drop as many layers as possible while the KL divergence from the dense model stays within this number of "
+        "nats per token, on held-out rows, after the repair",
         number(0, 1000, "a number of nats above 0, such as 0.2", "NATS"),
     )
     min_top1_agreement: float | None = option(
         None,
-        "Drop as many layers as keep this share of the dense model's first choices of the next token, such as 0.8, on "
-        "rows that are held out, after the repair",
+        "Drop as many layers as possible while the most likely next token stays the dense model's for this share of "
+        "tokens, such as 0.8, on held-out rows, after the repair",
         number(0, 1, "a share between 0 and 1, such as 0.8", "SHARE"),
     )
     context: int | None = option(

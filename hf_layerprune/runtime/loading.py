@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +17,6 @@ from .model_class import auto_class_for, check_has_decoder
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-logger = logging.getLogger(__name__)
 
 # Files of a checkpoint: no pickles, and no second copy of the weights in another format.
 CHECKPOINT_FILES = [

@@ -8,7 +8,6 @@ and indices do not change, so trained weights are saved and loaded as usual.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,6 @@ from .parts import hidden_of, hooked, layer_stub, replaced_forward, returned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-logger = logging.getLogger(__name__)
 
 
 def first_trained_layer(model: PreTrainedModel) -> int:

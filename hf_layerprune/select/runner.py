@@ -6,7 +6,6 @@ from the same trials.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,9 +29,6 @@ from .trials import Trial, try_out
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
-
-
-logger = logging.getLogger(__name__)
 
 
 def score_layers(

@@ -1,4 +1,4 @@
-"""Drop as few layers as meet a target: parameters, bytes of the weight files, memory, or speed.
+"""Drop just enough layers to meet a target: parameters, bytes of the weight files, memory, or speed.
 
 A target says how many layers go; which ones, the criterion says. Layers may be of unequal size, so what is left is
 measured for the very set that the criterion chooses.
@@ -109,7 +109,7 @@ class Target:
         protected: Collection[int],
         pick: Callable[[int], Any],
     ) -> Any:
-        """Drop as few layers as meet the target.
+        """Drop just enough layers to meet the target.
 
         Args:
             num_layers (`int`): How many layers the model has.

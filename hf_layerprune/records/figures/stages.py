@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-# Small models that lost layers run in circles: no run of so many tokens comes twice. A base that declares a setting of
-# its own against repetition keeps that.
+# Small models that lost layers repeat themselves, so no sequence of this many tokens may occur twice. A base that declares
+# a setting of its own against repetition keeps that.
 NO_REPEAT_NGRAM = 5
 # The most important settings of a training run.
 _TRAINING = {
