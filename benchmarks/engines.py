@@ -1,89 +1,94 @@
-"""Time a whole and a cut model in an engine, in turns, beside the ratio that bytes and multiplications allow.
+"""SmolLM2-135M-Instruct, whole and without layers 12-18, in turns in each engine, beside the ratio that theory allows.
 
-    python -m tests.engines llama.cpp vllm --models llama   # once: installs them under .engines/
-    python benchmarks/engines.py --model model.gguf --drop 12-18
-    python benchmarks/engines.py --engine vllm --model SmolLM2-135M-Instruct --drop 12-18
+    python benchmarks/engines.py                                 transformers, vLLM, and llama.cpp in f32, Q4_0 and Q4_K_M
+    python benchmarks/engines.py llama.cpp --prompt-lengths 256 --new-tokens 64 --repeats 7
 
-Tokens per second of the process's own CPU time, on one thread, so that a busy machine matters less.
+Engines and models are those of `make engines`, in `.engines`; what is not there yet is installed and made. Each row is what
+`hf-layerprune bench --engine` records. Set `OMP_NUM_THREADS=1` on a busy machine: llama.cpp's threads wait actively.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"llama.cpp": "speed_llama_cpp.mjs", "vllm": "speed_vllm.py"}
+sys.path.insert(0, str(ROOT))
+
+from tests.engines import environments, gguf_files, models  # noqa: E402
 
 
-def sizes(path: Path) -> dict[str, int]:
-    """What each phase has to get through.
+def runs(engine: str, files: list[str]) -> Iterator[tuple[str, str, list[str], list[str]]]:
+    """How `bench` is asked.
 
     Args:
-        path (`Path`): A GGUF file, or a folder with one safetensors file.
+        engine (`str`): One of those that `bench` knows.
+        files (`list[str]`): For llama.cpp, the kinds of GGUF files.
 
-    Returns:
-        `dict[str, int]`: For prefill, the layers' parameters, since only the last token goes through the head; for
-            decoding, all bytes, which is right where embeddings and head are the same tensor.
+    Yields:
+        `tuple[str, str, list[str], list[str]]`: A title, the interpreter, folders for the `PATH`, and the options.
     """
-    if path.is_file():
-        from gguf import GGUFReader
-
-        tensors = GGUFReader(path).tensors
-        layers = sum(int(tensor.n_elements) for tensor in tensors if tensor.name.startswith("blk."))
-        return {"prefill": layers, "decode": sum(int(tensor.n_bytes) for tensor in tensors)}
-    from safetensors import safe_open
-
-    with safe_open(path / "model.safetensors", "pt") as file:
-        counts = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return {"prefill": sum(n for name, n in counts.items() if ".layers." in name), "decode": sum(counts.values())}
+    if engine == "transformers":
+        yield engine, sys.executable, [], ["--load-repeats", "0"]
+    elif engine == "vllm":
+        environments.build(engine)
+        python = str(environments.python_of(engine))
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "-e", f"{ROOT}[eval]"], check=True)
+        yield engine, python, [str(Path(python).parent)], ["--engine", engine]
+    else:
+        environments.build(engine)
+        tools = environments.llama_cpp_tools()
+        for kind in files:
+            pair = [gguf_files.quantised(models.REAL, which, kind) for which in ("cut", "dense")]
+            words = [word for file in pair for word in ("--gguf", str(file))]
+            yield f"{engine}, {kind}", sys.executable, [str(tools)], ["--engine", engine, *words]
 
 
 def main() -> int:
-    """Cut, time, print a table."""
+    """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=SCRIPTS, default="llama.cpp")
-    parser.add_argument("--model", type=Path, required=True, help="a GGUF file for llama.cpp, a folder for vLLM")
-    parser.add_argument("--drop", default="12-18", help="layers to drop")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--prefill", type=int, default=256, help="tokens of the prompt")
-    parser.add_argument("--decode", type=int, default=64, help="tokens to generate")
+    parser.add_argument("engines", nargs="*", default=["transformers", "vllm", "llama.cpp"])
+    parser.add_argument("--files", default="f32,Q4_0,Q4_K_M", help="for llama.cpp, as llama-quantize names them")
+    parser.add_argument("--prompt-lengths", default="256")
+    parser.add_argument("--new-tokens", default="64")
+    parser.add_argument("--repeats", default="7")
     args = parser.parse_args()
-    engine = ROOT / ".engines" / args.engine
-    if not (engine / "installed.txt").is_file():
-        parser.error(f"{args.engine} is not installed; run: python -m tests.engines {args.engine} --models llama")
-
-    from hf_layerprune.cut.disk import cut_checkpoint
-    from hf_layerprune.cut.gguf import cut_gguf
-    from hf_layerprune.layer_ranges import parse_layers
-
-    with tempfile.TemporaryDirectory() as folder:
-        make, name = (cut_gguf, "cut.gguf") if args.engine == "llama.cpp" else (cut_checkpoint, "cut")
-        cut = Path(folder) / name
-        make(args.model, cut, parse_layers(args.drop))
-        program = "node" if args.engine == "llama.cpp" else str(engine / "bin" / "python")
-        script = str(ROOT / "tests" / "engines" / SCRIPTS[args.engine])
-        files = [str(args.model.resolve()), str(cut)]
-        command = [program, script, *map(str, (args.rounds, args.prefill, args.decode)), *files]
-        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-        env["PATH"] = f"{engine / 'bin'}{os.pathsep}{env['PATH']}"
-        done = subprocess.run(command, cwd=engine, env=env, stdout=subprocess.PIPE, text=True, check=True)
-        whole, left = sizes(args.model), sizes(cut)
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    print("| phase | dense, tokens/s | pruned, tokens/s | ratio | allowed |\n|---|---|---|---|---|")
-    for phase in ("prefill", "decode"):
-        dense, pruned = ([row[phase] for row in rows if row["path"] == path] for path in files)
-        ratio = statistics.median(b / a for a, b in zip(dense, pruned, strict=True))
-        medians = f"{statistics.median(dense):.0f} | {statistics.median(pruned):.0f}"
-        print(f"| {phase} | {medians} | {ratio:.2f} | {whole[phase] / left[phase]:.2f} |")
+    folders = models.make(models.REAL)
+    work = ["--batch-sizes", "1", "--prompt-lengths", args.prompt_lengths]
+    work += ["--new-tokens", args.new_tokens, "--repeats", args.repeats]
+    print(
+        "| engine | weights | phase | dense, tokens/s | pruned, tokens/s | ratio | allowed |\n|---|---|---|---|---|---|---|"
+    )
+    for engine in args.engines:
+        for title, python, path, options in runs(engine, args.files.split(",")):
+            with tempfile.TemporaryDirectory() as folder:
+                numbers = Path(folder) / "metrics.json"
+                words = [str(folders["cut"]), "--base", str(folders["dense"]), *work]
+                options += ["--output", str(numbers), "--device", "cpu"]
+                command = [str(Path(python).with_name("hf-layerprune")), "bench", *words, *options]
+                env = os.environ | {"PATH": os.pathsep.join([*path, os.environ["PATH"]]), "HF_HUB_OFFLINE": "1"}
+                env["PYTHONPATH"] = str(ROOT)
+                subprocess.run(command, env=env, check=True, stdout=sys.stderr)
+                print_rows(title, json.loads(numbers.read_text()))
     return 0
+
+
+def print_rows(title: str, metrics: dict) -> None:
+    """A line for each phase: medians, and the median of the ratios of runs that follow each other."""
+    for one in metrics["comparisons"]:
+        name = one["metric"].removesuffix("_tokens_per_second")
+        if name == one["metric"]:
+            continue
+        same = [r for r in metrics["results"] if (r["metric"], r["settings"]) == (one["metric"], one["settings"])]
+        values = {metrics["models"][row["weights"]]["role"]: row for row in same}
+        cells = [title, values["dense"]["dtype"], name, *(f"{row['value']:,.0f}" for row in values.values())]
+        print(f"| {' | '.join(cells)} | {one['share']:.2f} | {one['theoretical_share']:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

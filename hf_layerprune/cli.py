@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -20,6 +21,8 @@ from .screen import settle
 from .versions import __version__
 
 _DEBUG = "HF_LAYERPRUNE_DEBUG"
+# What torch says of a package whose compiled part is another torch's; transformers imports torchaudio where it finds it.
+_MISBUILT = re.compile(r"Could not load this library: .*site-packages[/\\](\w+)[/\\]")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,6 +96,9 @@ def _show(answer: Answer, screen: ScreenOptions) -> int:
 
 def _explain(error: Exception) -> tuple[str, int]:
     """One line for an error, and the exit code."""
+    if isinstance(error, OSError) and (library := _MISBUILT.search(str(error))):
+        package = library[1]
+        return f"{package} was built for another torch ({error}); uninstall it: pip uninstall {package}", 1
     if isinstance(error, LayerPruneError | OSError):
         return str(error), 2 if isinstance(error, CutError) else 1
     if isinstance(error, MemoryError):

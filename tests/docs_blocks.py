@@ -4,8 +4,8 @@
 
 Each page is a folder of its own, with `./my-model` and `model.gguf` in it. Commands run in this process: starting one for
 each line would cost minutes. What is long by nature is made short by further options (`SHORT`), what serves until it is
-stopped (`chat`) is only parsed, and what builds environments (`pip`, `make`) is checked against what it names. Prints a
-line of JSON for each block that ran.
+stopped (`chat`) is only parsed, and what builds environments (`pip`, `make`) is checked against what it names. A block
+below `<!-- not run: REASON -->`, as every `console` block must be, is only parsed. Prints a line of JSON for each block.
 """
 
 from __future__ import annotations
@@ -56,27 +56,43 @@ RECIPE = [
 
 @dataclass
 class Block:
-    """A fenced block: its page, its first line there, its language and its text."""
+    """A fenced block: its page, its first line there, its language, its text, and the reason if it is not run."""
 
     page: str
     line: int
     language: str
     text: str
+    reason: str = ""
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The Python and shell blocks of a page."""
+    """The Python and shell blocks of a page; above those that can't run here stands `<!-- not run: REASON -->`."""
+    above = ""
     for token in MarkdownIt().parse(page.read_text(encoding="utf-8")):
         language = token.info.split()[0] if token.type == "fence" and token.info else ""
-        if language in ("python", "bash"):
-            yield Block(page.name, token.map[0] + 1, language, token.content)
+        if language in ("python", "bash", "console"):
+            reason = re.fullmatch(r"<!-- not run: (.+) -->\s*", above, re.S)
+            yield Block(page.name, token.map[0] + 1, language, token.content, reason[1] if reason else "")
+        above = token.content if token.type == "html_block" else ""
 
 
 def commands(text: str) -> Iterator[list[str]]:
     """The words of each command of a shell block."""
     for line in text.replace("\\\n", " ").splitlines():
-        if words := shlex.split(line, comments=True):
+        if words := shlex.split(line.removeprefix("$ "), comments=True):
             yield words
+
+
+def parse_only(block: Block) -> None:
+    """Parse a block that is not run: Python, or words for `hf-layerprune`; raises for what does not parse."""
+    from hf_layerprune.cli import build_parser
+
+    if block.language == "python":
+        compile(block.text, f"{block.page}:{block.line}", "exec")
+        return
+    for program, *words in commands(block.text):
+        if program == "hf-layerprune":
+            build_parser().parse_args(words)
 
 
 def run_command(words: list[str]) -> None:
@@ -148,7 +164,10 @@ def run_page(page: Path) -> None:
             error, start = None, time.process_time()
             try:
                 with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                    if block.language == "python":
+                    if block.reason or block.language == "console":
+                        assert block.reason, "say why it is not run: <!-- not run: REASON -->"
+                        parse_only(block)
+                    elif block.language == "python":
                         exec(compile(block.text, f"{block.page}:{block.line}", "exec"), names)
                     else:
                         for words in commands(block.text):

@@ -9,18 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PreTrainedConfig
 
 from hf_layerprune.cli import main
 from hf_layerprune.cut.gguf import cut_gguf
 from hf_layerprune.measure.engines.llama_cpp import LlamaCpp
+from hf_layerprune.measure.workload import threads
 from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
 
-from .measure_models import write_gguf
+from .measure_models import byte_tokenizer, write_gguf
 
 pytestmark = pytest.mark.processes
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 FEW = ["--repeats", "3", "--prompt-lengths", "8,16", "--new-tokens", "4"]
 # Answers as llama-bench does (tools/llama-bench/README.md in llama.cpp), with a time for each layer; it knows llama.
 STAND_IN = """#!{python}
@@ -34,7 +39,7 @@ if kind != "llama":
 if "blk.0.attn_norm.weight" not in (names := [tensor.name for tensor in GGUFReader(words["-m"]).tensors]):
     sys.exit("llama_model_load: error loading model: missing tensor 'blk.0.attn_norm.weight'")
 speed = 1000 / fields["llama.block_count"].contents()
-about = {{"build_number": 1, "build_commit": "abc", "gpu_info": "", "model_type": "llama ?B all F32",
+about = {{"build_number": 1, "build_commit": "abc", "gpu_info": "", "model_type": "llama 256M (guessed) all F32",
           "n_threads": int(words.get("-t", 1))}}
 prompts, new = [int(n) for n in words["-p"].split(",")], int(words["-n"])
 rows = [{{"n_prompt": n, "n_depth": 0, "n_gen": 0}} for n in prompts if n]
@@ -123,6 +128,57 @@ def test_an_unknown_architecture_is_told_apart_from_a_wrong_cut(llama_bench, fil
     words = ["bench", str(broken), "--engine", "llama.cpp", *FEW, *output]
     assert main(words) == 1
     assert "name its base with --base to see whether" in capsys.readouterr().err
+
+
+def write_folders(place: Path, config: PreTrainedConfig) -> dict[str, Path]:
+    """A base and its cut, as folders."""
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(place / "base")
+    byte_tokenizer().save_pretrained(place / "base")
+    assert main(["prune", str(place / "base"), str(place / "cut"), "--drop-layers", "2,3"]) == 0
+    return {"base": place / "base", "cut": place / "cut"}
+
+
+# Heads of 32, as its kernels want.
+VLLM_TAKES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 6}
+
+
+def bench_in_vllm(folders: dict[str, Path]) -> int:
+    words = [str(folders["cut"]), "--base", str(folders["base"]), "--device", "cpu"]
+    return main(["bench", *words, "--engine", "vllm", "--batch-sizes", "1,2", *FEW])
+
+
+@needs_vllm
+def test_vllm_times_folders_in_turns(tmp_path, capsys):
+    folders = write_folders(tmp_path, LlamaConfig(vocab_size=259, intermediate_size=128, **VLLM_TAKES))
+    assert bench_in_vllm(folders) == 0, capsys.readouterr().err
+    metrics = Metrics.of(folders["cut"])
+    rows = [one for one in metrics.results if one["kind"] == "speed"]
+    assert {one["metric"] for one in rows} == {
+        "prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token",
+    }  # fmt: skip
+    assert len(rows) == 2 * 4 * 3  # models, workloads, metrics
+    assert {one["settings"]["engine"] for one in rows} == {"vllm"}
+    assert {one["settings"]["threads"] for one in rows} == {threads()}
+    assert {one["dtype"] for one in rows} == {"bfloat16"}
+    assert all(one["samples"] == 3 and one["value"] > 0 for one in rows)
+    assert "decode throughput, tokens/s, in vllm bfloat16" in Card.of(Lineage.of(folders["cut"]), metrics).body()
+
+
+@needs_vllm
+def test_vllm_tells_an_unknown_architecture_from_a_wrong_cut(tmp_path, capsys):
+    wrong = write_folders(tmp_path / "wrong", LlamaConfig(vocab_size=259, intermediate_size=128, **VLLM_TAKES))
+    tensors = load_file(wrong["cut"] / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"][:, :64].clone()
+    save_file(tensors, wrong["cut"] / "model.safetensors", metadata={"format": "pt"})
+    assert bench_in_vllm(wrong) == 1
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert "so it knows the architecture, and it is the cut or its file that it can't take" in said
+    sizes = {"vocab_size": 259, "hidden_size": 64, "num_heads": 2, "num_layers": 6, "max_position_embeddings": 128}
+    config = GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 3]])
+    assert bench_in_vllm(write_folders(tmp_path / "unknown", config)) == 1
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert "either, so it does not know the architecture" in said
 
 
 @pytest.mark.parametrize("engine", ["llama.cpp", "vllm"])

