@@ -61,8 +61,8 @@ def heal(model: Path, output: Path, rows: int) -> None:
     engine = RECIPES / "accelerate" / ("single_gpu.yaml" if torch.accelerator.is_available() else "cpu.yaml")
     settings = {
         "--model_name_or_path": model, "--output_dir": output, "--method": "behind2", "--loss": "kd",
-        "--dataset_name": "self", "--self_rows": rows, "--self_length": 256, "--per_device_train_batch_size": 4,
-        "--num_train_epochs": 2, "--gradient_accumulation_steps": 1, "--logging_steps": 12, "--report_to": "none",
+        "--dataset_name": "self", "--self_rows": rows, "--self_length": 256, "--per_device_train_batch_size": 2,
+        "--num_train_epochs": 2, "--gradient_accumulation_steps": 1, "--logging_steps": 24, "--report_to": "none",
     }  # fmt: skip
     words = ["accelerate", "launch", "--config_file", engine, RECIPES / "sft_tail.py", *chain(*settings.items())]
     command = [str(word) for word in words]

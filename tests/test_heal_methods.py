@@ -124,10 +124,12 @@ def test_the_method_that_suits() -> None:
 
 
 def test_learning_rates() -> None:
-    tail, lora = parse_method("lm_head+last3"), parse_method("lora")
+    tail, lora, behind = (parse_method(name) for name in ("lm_head+last3", "lora", "behind2"))
     assert lora.learning_rate(576) == lora.learning_rate(4096) == 2e-4
     assert tail.learning_rate(4096) == pytest.approx(2.4e-5, rel=0.02)
     assert tail.learning_rate(576) / tail.learning_rate(4096) == pytest.approx(4096 / 576)
+    assert behind.learning_rate(576) == pytest.approx(4e-4, rel=0.02)
+    assert behind.learning_rate(4096) == pytest.approx(5.6e-5, rel=0.02)
 
 
 @pytest.mark.parametrize(
