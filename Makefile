@@ -54,8 +54,14 @@ docs: $(STAMP)
 	$(BIN)/python -m tests.architectures --write
 	$(BIN)/python -m tests.options_page --write
 
-# The documentation as a site, in site/; any warning is an error.
+# The documentation as a site, in site/; any warning is an error. Its diagrams are drawn by Mermaid, which npm brings;
+# without npm, the site loads it from unpkg.com when a page with a diagram is read.
+MERMAID := docs/assets/mermaid.min.js
+
 site: $(STAMP)
+	test -f $(MERMAID) || (mkdir -p $(dir $(MERMAID)) && cd $(dir $(MERMAID)) && \
+		tar -xzOf "$$(npm pack --silent mermaid@11)" package/dist/mermaid.min.js >part && mv part $(notdir $(MERMAID)) && \
+		rm mermaid-*.tgz) || (rm -rf $(dir $(MERMAID)); echo 'no Mermaid from npm: pages with diagrams load it from unpkg.com')
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # The wheel and the sdist, built and used in an empty environment (minutes).
@@ -79,4 +85,4 @@ demo: $(STAMP)
 	$(BIN)/python recipes/demo.py
 
 clean:
-	rm -rf $(VENV) .compat .engines dist site demo_output .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .compat .engines dist site docs/assets demo_output .pytest_cache .ruff_cache .hypothesis

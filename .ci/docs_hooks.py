@@ -1,0 +1,15 @@
+"""A hook of the documentation site (mkdocs.yml): Mermaid comes with the site, on the pages that have diagrams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SCRIPT = "assets/mermaid.min.js"  # `make site` puts it there; without it, mkdocs-material loads Mermaid from unpkg.com
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Add the script to a page with a diagram."""
+    there = files.get_file_from_path(SCRIPT)
+    if there is None or 'class="mermaid"' not in html:
+        return html
+    return f'{html}\n<script src="{there.url_relative_to(page.file)}"></script>'
