@@ -116,7 +116,7 @@ def run_part(part: str, args: argparse.Namespace) -> list[str]:
             print(f"{step.name}: no time left in this part; start the same command again", flush=True)
             break
         started = True
-        found = in_a_process(step, 60 * min(left, step.minutes))
+        found = in_a_process(step, 60 * (left if args.tiny else min(left, step.minutes)))
         print(f"{step.name}: {json.dumps(found.get('result') or found)}", flush=True)
         if "result" in found:
             text = json.dumps({"step": step.name, "part": part, "tiny": args.tiny} | found, indent=1) + "\n"

@@ -48,9 +48,10 @@ SHORT = {
         "8",
     ],
 }
+ON_A_CPU = ["--use_cpu", "true", "--fp16", "false", "--bf16", "false"]
 RECIPE = [
     "--max_steps", "1", "--self_rows", "4", "--max_length", "32", "--calibration_samples", "4",
-    "--calibration_length", "32", "--report_to", "none", "--use_cpu", "true", "--bf16", "false",
+    "--calibration_length", "32", "--report_to", "none", *ON_A_CPU,
 ]  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def _recipe(words: list[str]) -> None:
     sys.modules["sft_tail"] = recipe
     spec.loader.exec_module(recipe)
     words = [str(ROOT / word) if word.startswith("recipes/") else word for word in words[1:]]
-    settings = recipe.make_parser().parse_args_and_config([*words, *([] if "--config" in words else RECIPE)])
+    settings = recipe.make_parser().parse_args_and_config([*words, *(ON_A_CPU if "--config" in words else RECIPE)])
     if "--config" not in words:  # those train models of 8 billion parameters
         recipe.main(*settings)
 

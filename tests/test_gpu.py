@@ -169,7 +169,6 @@ def run(words: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-@only_cuda
 def test_qlora(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     run(command(base, tmp_path / "run", method="qlora", loss="ce", bf16="true"))

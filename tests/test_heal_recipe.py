@@ -25,6 +25,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_layerprune import drop_layers
 from hf_layerprune.errors import CheckpointError, LayerPruneError
+from hf_layerprune.publish.requests import VerifyRequest
+from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.lineage import Lineage
 
 from .heal_makers import rows, word_tokenizer
@@ -157,6 +159,29 @@ def test_two_processes_learn_what_one_does(base: Path, healed: tuple[Path, str],
         assert torch.allclose(mine[name], tensor, atol=1e-4), name
 
 
+def test_fsdp_learns_what_one_process_does(base: Path, healed: tuple[Path, str], tmp_path: Path) -> None:
+    """`fsdp2.yaml` with two processes on the CPU: the weights that it shards are trained, saved, and whole again."""
+    engine = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text())
+    on_the_cpu = {"use_cpu": True, "mixed_precision": "no", "num_processes": 2}
+    (tmp_path / "cpu.yaml").write_text(yaml.safe_dump(engine | on_the_cpu))
+    launcher = (
+        "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "cpu.yaml"), "--main_process_port", "0",
+        str(ROOT / "benchmarks" / "gpu_parts" / "fsdp_on_cpu.py"),
+    )  # fmt: skip
+    saving = {"save_steps": 8, "save_strategy": "steps"}
+    log = launch(base, tmp_path / "run", *launcher, per_device_train_batch_size=2, **saving)
+    assert log.count("trained by FSDP") == 2
+    assert losses(log) == pytest.approx(losses(healed[1]), rel=1e-3)
+    mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "run", healed[0]))
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.allclose(mine[name], tensor, atol=1e-4), name
+    assert (tmp_path / "run" / "checkpoint-8" / "trainer_state.json").is_file()
+    outcome = verify(VerifyRequest(str(tmp_path / "run" / "model")))
+    assert outcome.consistent, outcome.lines
+    assert set(outcome.recorded) == {"heal"}
+
+
 # --- killed --------------------------------------------------------------------------------------------
 
 
@@ -198,15 +223,16 @@ def test_a_model_that_is_pruned_already(
     assert {name.split(".")[2] for name in entry["changed_tensors"] if ".layers." in name} == {"1", "2", "3", "4", "5"}
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_methods_that_are_no_tail(recipe: ModuleType, base: Path, tmp_path: Path, method: str) -> None:
     run(recipe, words(base, tmp_path / "run", method=method, max_steps=3, loss="ce"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", **EAGER)
     assert model.config.num_hidden_layers == 6
+    assert not getattr(model, "is_quantized", False)
     changed = Lineage.of(tmp_path / "run" / "model").entries[-1]["changed_tensors"]
     assert ("model.embed_tokens.weight" in changed) == (method == "full")
     assert "model.layers.0.self_attn.q_proj.weight" in changed
-    assert (tmp_path / "run" / "adapter").exists() == (method == "lora")
+    assert (tmp_path / "run" / "adapter").exists() == (method != "full")
 
 
 def test_rows_that_the_dense_model_writes(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
@@ -273,7 +299,7 @@ def test_one_line_for_an_error(base: Path, tmp_path: Path) -> None:
     [
         ({"method": "last9"}, "trains the last 9 layers, but only 6 remain"),
         ({"method": "head"}, "method='head' is unknown"),
-        ({"method": "qlora"}, "method=qlora needs a CUDA GPU, and there is none here; use method=lora"),
+        ({"fp16": "true"}, "fp16 needs a GPU, and training would run on the CPU; use --fp16 false"),
         ({"drop_layers": "3-12"}, r"drop_layers has 8, but the model's layers are 0\.\.7"),
         ({"model_name_or_path": "/nowhere"}, "/nowhere does not exist"),
         ({"require": "kl<=1"}, "--require needs numbers; say what to measure: --eval_tasks"),

@@ -46,3 +46,26 @@ def test_only_a_model_that_was_cut_once_is_an_adapter_of_its_base(tmp_path: Path
     outcome = verify(VerifyRequest(str(tmp_path / "healed")))
     assert outcome.consistent, outcome.lines
     assert set(outcome.recorded) == {"heal"}
+
+
+def test_an_evaluation_leaves_4_bit_weights_trainable(tmp_path: Path) -> None:
+    """On some CPUs bitsandbytes repacks the weights in a pass without gradients, and then passes none on."""
+    pytest.importorskip("bitsandbytes")
+    write_model(tmp_path / "base")
+    prune_to(PruneRequest(str(tmp_path / "base"), str(tmp_path / "cut"), drop_layers=[2]))
+    student, method = Student.at(tmp_path / "cut"), parse_method("qlora")
+    ids, found = torch.arange(3, 43)[None], []
+    for evaluated in (False, True):
+        torch.manual_seed(0)
+        config = adapter_config(student, method, r=4, alpha=4, dropout=0.0, target_modules=None)
+        model = get_peft_model(load_student(student, method), config)
+        assert model.is_quantized
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(ids)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    alone, after = found
+    for name, gradient in alone.items():
+        assert torch.equal(after[name], gradient), name
+    assert any(gradient.abs().max() > 0 for name, gradient in alone.items() if ".layers.0." in name)

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import LayerDropConfig, prune_with
+from hf_layerprune.errors import CutError
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.stage import write_healed
 from hf_layerprune.heal.student import Student, adapter_config, load_student
@@ -25,6 +27,7 @@ from hf_layerprune.stages.rank import RankRequest, rank
 
 from .heal_makers import rows, word_tokenizer
 from .measure_models import write_model, write_tasks
+from .test_heal_trainer import Bench, losses, tuned
 from .tiny_models import tiny_input, tiny_model
 
 TYPES = (torch.bfloat16, torch.float16)
@@ -155,3 +158,36 @@ def test_measuring_says_it(slow: bool, base: Path, tmp_path: Path, caplog: pytes
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         evaluate(EvalRequest(str(base), dtype="bfloat16", force=True, **request))
     assert "is faster" not in caplog.text
+
+
+@pytest.mark.parametrize("loss", ["ce", "ce+kd"])
+def test_fp16_with_a_gradient_scaler(loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: torch has float16 and a scaler for the CPU, which accelerate leaves out. It learns what float32 does."""
+    made = Bench(tmp_path)
+    settings = {"method": "lm_head+last2", "loss": loss, "max_steps": 4}
+    wanted = made.trainer(**settings)
+    wanted.train()
+    plain = Accelerator.__init__
+
+    def init(self: Accelerator, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs | {"mixed_precision": "fp16"})
+        self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**12)
+
+    monkeypatch.setattr(Accelerator, "__init__", init)
+    trainer = made.trainer(**settings)
+    types = set()
+    trainer.plain_model.model.layers[-1].mlp.down_proj.register_forward_hook(lambda *given: types.add(given[2].dtype))
+    trainer.train()
+    assert torch.float16 in types
+    assert trainer.accelerator.scaler.get_scale() == 2.0**12  # no step was left out
+    assert losses(trainer) == pytest.approx(losses(wanted), rel=1e-2)
+    norms = [[log["grad_norm"] for log in one.state.log_history if "loss" in log] for one in (trainer, wanted)]
+    assert norms[0] == pytest.approx(norms[1], rel=2e-2)
+    for name, value in tuned(wanted).items():  # by AdamW, where a gradient near zero may have either sign
+        assert tuned(trainer)[name].dtype == torch.float32
+        assert (tuned(trainer)[name] - value).abs().mean() < 1e-3, name
+
+
+def test_fp16_without_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(CutError, match="fp16 needs a GPU, and training would run on the CPU"):
+        HealConfig(str(tmp_path), fp16=True, use_cpu=True)

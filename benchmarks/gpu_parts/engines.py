@@ -1,4 +1,8 @@
-"""Part f: `accelerate launch` with the settings of `recipes/accelerate`, on a tiny model: is what it writes right?"""
+"""Part f: `accelerate launch` with the settings of `recipes/accelerate`, on a tiny model: is what it writes right?
+
+A dry run takes the same settings for the CPU; see `fsdp_on_cpu.py` for FSDP. DeepSpeed compiles its communication between
+processes on a CPU when it starts, which takes minutes, so the dry run leaves it out unless `DS_ACCELERATOR=cpu` is set.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +48,20 @@ def base(setting: Setting) -> Path:
     return folder
 
 
+def on_the_cpu(file: Path, folder: Path) -> Path:
+    """The same settings for the CPU, in another file."""
+    import yaml
+
+    settings = yaml.safe_load(file.read_text()) | {"mixed_precision": "no"}
+    if settings["distributed_type"] != "DEEPSPEED":  # with use_cpu, accelerate would leave DeepSpeed out
+        settings["use_cpu"] = True
+    changed = folder / f"{file.stem}_on_cpu.yaml"
+    changed.write_text(yaml.safe_dump(settings))
+    return changed
+
+
 def run(name: str, processes: int, setting: Setting) -> dict[str, Any]:
     """Train, then compare the model, its adapter and its history with each other."""
-    if setting.tiny:
-        if name != "single_gpu" or processes > 1:
-            raise NotHere(f"{name}.yaml with {processes} processes needs CUDA GPUs")
-        name = "cpu"
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
@@ -58,8 +70,11 @@ def run(name: str, processes: int, setting: Setting) -> dict[str, Any]:
 
     if not setting.tiny and torch.cuda.device_count() < processes:
         raise NotHere(f"there is {torch.cuda.device_count()} card; this step needs {processes}")
-    if name.startswith("deepspeed") and find_spec("deepspeed") is None:
+    deepspeed = name.startswith("deepspeed")
+    if deepspeed and find_spec("deepspeed") is None:
         raise NotHere("deepspeed is not installed")
+    if deepspeed and setting.tiny and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise NotHere("DeepSpeed runs on a CPU with DS_ACCELERATOR=cpu")
     folder = base(setting)
     output = setting.work / f"engine-{name}-{processes}"
     if output.exists():
@@ -71,13 +86,18 @@ def run(name: str, processes: int, setting: Setting) -> dict[str, Any]:
         "report_to": "none", "disable_tqdm": "true", "save_strategy": "no", "bf16": str(not setting.tiny).lower(),
     }  # fmt: skip
     words = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    file = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
+    script = [str(ROOT / "recipes" / "sft_tail.py")]
+    if setting.tiny:
+        file = on_the_cpu(file, setting.work)
+        if name.startswith("fsdp"):
+            script.insert(0, str(Path(__file__).with_name("fsdp_on_cpu.py")))
     launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-        str(ROOT / "recipes" / "accelerate" / f"{name}.yaml"), "--num_processes", str(processes),
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", str(processes),
         "--main_process_port", "0",
     ]  # fmt: skip
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launch, str(ROOT / "recipes" / "sft_tail.py"), *words]
+    command = [*launch, *script, *words]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stdout + done.stderr)[-3000:])

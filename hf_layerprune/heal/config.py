@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import LayerPruneError
+from ..errors import CutError, LayerPruneError
 from ..options import check, documented
 from ..runtime.precision import slow_in_16_bits
 from ..versions import trl_pads_by_itself
@@ -47,6 +47,10 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         self.use_cpu = on_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.fp16 and on_cpu:  # accelerate would train in float32, and the history would say float16
+            raise CutError(
+                "fp16 needs a GPU, and training would run on the CPU; use --fp16 false, and --bf16 true or false"
+            )
         if self.bf16 is None and not self.fp16 and on_cpu and slow_in_16_bits():
             self.bf16 = False
         left_to_us = self.pad_to_multiple_of == "auto" and not (self.packing or self.padding_free)

@@ -54,8 +54,6 @@ def _lora(*, r: int, alpha: int, dropout: float, target_modules: list[str] | str
 def _four_bits() -> dict[str, Any]:
     import torch
 
-    if not torch.cuda.is_available():
-        raise LayerPruneError("method=qlora needs a CUDA GPU, and there is none here; use method=lora")
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
