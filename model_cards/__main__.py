@@ -20,7 +20,7 @@ from hf_layerprune.publish.card.writing import compose, read_card, write_card
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.names import is_local
 
-from .make import make
+from .make import LIMIT, WINDOWS, Budget, make
 
 HERE = Path(__file__).parent
 RECORDS = ("lineage.json", "metrics.json")
@@ -64,18 +64,20 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a card would change")
     parser.add_argument("--take", type=Path, metavar="DIR", help="first copy the records of this model")
     parser.add_argument("--make", type=Path, metavar="WORK", help="first make and measure the models in this folder")
-    parser.add_argument(
-        "--data", type=Path, metavar="DATA", help="with --make: folder with the questions and the text"
+    only = parser.add_argument_group("with --make")
+    only.add_argument("--data", type=Path, metavar="DATA", help="folder with the questions and the text")
+    only.add_argument("--rows", type=int, metavar="N", help="training rows; by default the recipe's")
+    only.add_argument("--samples", type=int, metavar="N", help="calibration rows; by default the package's")
+    only.add_argument(
+        "--limit", type=int, default=LIMIT, metavar="N", help="questions per task, 0 for all (%(default)s)"
     )
-    parser.add_argument(
-        "--limit", type=int, default=200, metavar="N", help="with --make: questions per task, 0 for all (200)"
-    )
-    parser.add_argument("--rows", type=int, default=64, metavar="N", help="with --make: training rows (64)")
+    only.add_argument("--windows", type=int, default=WINDOWS, metavar="N", help="windows of text (%(default)s)")
     args = parser.parse_args()
     if args.make:
         if not args.data:
             parser.error("--make needs --data")
-        for folder in make(args.make, args.data, limit=args.limit, rows=args.rows):
+        budget = Budget(rows=args.rows, samples=args.samples, limit=args.limit, windows=args.windows)
+        for folder in make(args.make, args.data, budget):
             take(folder)
     if args.take:
         take(args.take)

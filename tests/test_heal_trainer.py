@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import base_trainer
 
 from hf_layerprune.errors import CheckpointError, LayerPruneError
 from hf_layerprune.families import Cut
@@ -49,6 +51,7 @@ class Bench:
         rows_: Any = None,
         eval_rows: Any = None,
         peft_config: Any = None,
+        compute_loss_func: Any = None,
         **settings: Any,
     ) -> Any:
         model = AutoModelForCausalLM.from_pretrained(self.pruned, dtype=torch.float32, **EAGER)
@@ -71,6 +74,7 @@ class Bench:
             "train_dataset": rows() if rows_ is None else rows_,
             "eval_dataset": eval_rows,
             "processing_class": word_tokenizer(),
+            "compute_loss_func": compute_loss_func,
             "peft_config": peft_config or parse_method(method).tail_config(self.cut, str(self.folder / "dense")),
         }
         if trl:
@@ -152,6 +156,36 @@ def test_gradient_of_the_head_is_added_up_in_training_alone(llama: Bench) -> Non
     with mock.patch("hf_layerprune.heal.trainer.head_loss", spy):
         trainer.train()
     assert set(seen) == {(True, True), (False, False)}
+
+
+@pytest.mark.skipif(not hasattr(base_trainer, "Version"), reason="this TRL asks no version, and sets no text")
+@pytest.mark.parametrize("loss", ["ce", "kd"])
+def test_text_that_trl_keeps_in_place_of_a_loss_function_is_no_loss(llama: Bench, loss: str) -> None:
+    """With transformers below 5.19, TRL stops the scaling of losses by a text in `compute_loss_func`."""
+    expected = llama.losses(loss=loss, max_steps=2)
+    with mock.patch.object(base_trainer, "transformers", SimpleNamespace(__version__="5.18.0")):
+        trainer = llama.trainer(loss=loss, max_steps=2)
+    assert isinstance(trainer.compute_loss_func, str)  # by TRL itself
+    trainer.train()
+    assert losses(trainer) == expected
+
+
+def mean_square(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    return outputs.logits[labels != -100].float().pow(2).mean()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"compute_loss_func": mean_square}, {"label_smoothing_factor": 0.2}, {"loss_type": "dft"}]
+)
+def test_other_losses_are_left_to_trl(llama: Bench, settings: dict[str, Any]) -> None:
+    """The frozen layers are still computed once."""
+    theirs = llama.trainer(trl=True, **settings)
+    theirs.train()
+    for cache in ("off", "on"):
+        assert llama.losses(cache=cache, **settings) == pytest.approx(losses(theirs), rel=1e-5)
+    assert llama.losses(max_steps=1) != pytest.approx(losses(theirs)[:1], rel=1e-3)
+    with pytest.raises(LayerPruneError, match="loss=kd can't be combined with loss_type"):
+        llama.trainer(loss="kd", **settings)
 
 
 def test_distillation_brings_the_student_to_the_teacher(llama: Bench) -> None:

@@ -381,3 +381,45 @@ def test_what_a_repair_changed(cut: Path) -> None:
     found = verify(cut, accept_trained=True)
     assert found.good, said(found)
     assert found.recorded == {"repair": 1}
+
+
+# Records without a model.
+
+
+def test_records_without_a_model_are_only_that(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the cards' folders are: what can be derived again is, and nothing is called a model."""
+    card = tmp_path / "card"
+    shutil.copytree(place / "single-cut", tmp_path / "model")
+    measure_by_hand(tmp_path / "model")
+    card.mkdir()
+    for name in ("lineage.json", "metrics.json"):
+        shutil.copyfile(tmp_path / "model" / name, card / name)
+    (card / "README.md").write_text("# Card\n")
+    assert main(["verify", str(card)]) == 1
+    out = capsys.readouterr().out
+    assert "ok   cut" in out
+    assert "NO " not in out
+    assert out.splitlines()[-1] == (
+        f"RECORDS ONLY: {card} has no weights; its records agree with the base and with one another. Verify the model "
+        "itself where its weights are"
+    )
+    assert not verify(card, accept_trained=True).good
+
+    def broken(change: Callable[[dict[str, Any]], None]) -> str:
+        lineage = Lineage.of(tmp_path / "model")
+        change(lineage.entries[-1])
+        lineage.write(card)
+        found = verify(card)
+        assert "do NOT agree" in found.verdict
+        return said(found, good=False)
+
+    assert "cut: repeated from the base" in broken(lambda entry: entry["settings"].update(drop_layers=[2, 6]))
+    text = broken(lambda entry: entry.update(weights="0" * 64))
+    assert "metrics.json was measured on other weights" in text
+    assert "lineage.json says 000000000000" in text
+    assert "another generation_config.json" in broken(
+        lambda entry: entry["files"].update({"generation_config.json": "0" * 64})
+    )
+    assert "does not record the weights" in broken(lambda entry: entry.pop("files"))
+    shutil.copyfile(place / "single-cut" / "config.json", card / "config.json")  # a model, but not all of it
+    assert verify(card).verdict.startswith("NO: ")

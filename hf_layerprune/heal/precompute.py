@@ -67,7 +67,7 @@ class _Run:
         self.accelerator = trainer.accelerator
         self.collator = trainer.data_collator
         self.model: Any = trainer.plain_model
-        self.output = trainer.output_head
+        self.trainer = trainer
         self.device = trainer.args.device
         self.datasets = trainer.numbered_datasets
         self.lengths = [len(ids) for dataset in self.datasets for ids in dataset["input_ids"]]
@@ -133,10 +133,10 @@ class _Run:
     def _try_out(self, prefix: Prefix) -> str:
         """Why the recorded states can't replace the layers; empty if they can."""
         rows = list(range(min(2, len(self.datasets[0]))))
-        inputs = self._inputs(rows)
+        inputs, output = self._inputs(rows), self.trainer.output_head
         with self._inference():
             with prefix.recorded() as states:
-                wanted = self.output.states(**inputs, use_cache=False)
+                wanted = output.states(**inputs, use_cache=False)
             recorded = states[prefix.depth]
             self.state_bytes = recorded.shape[-1] * recorded.dtype.itemsize
             if recorded.shape[:-1] != inputs["input_ids"].shape:
@@ -151,7 +151,7 @@ class _Run:
             if not close(*pair):
                 return "their output for a row depends on the other rows of the batch"
             prefix.skip()
-            states = self.output.states(**prefix.put(recorded, inputs), use_cache=False)
+            states = output.states(**prefix.put(recorded, inputs), use_cache=False)
         return "" if close(states, wanted) else "layers pass more than hidden states to each other"
 
     # --- the passes --------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ class _Run:
         if cache.missing():
             teacher.model.to(self.device)
         self._fill(cache, run, "Dense model")
-        return teacher.let_go(self.device, self.output.head())
+        return teacher.let_go(self.device, self.trainer.output_head.head())
 
     def _fill(
         self, cache: StateCache, run: Callable[[dict[str, Any], list[int]], torch.Tensor], description: str

@@ -95,7 +95,6 @@ class HealTrainer(SFTTrainer):
     args: HealConfig
     model: Any
     data_collator: StateCollator
-    output_head: OutputHead
 
     def __init__(self, model: Any, args: HealConfig, *, teacher: PreTrainedModel | None = None, **kwargs: Any) -> None:
         check_stage(model.config, "heal")
@@ -120,9 +119,7 @@ class HealTrainer(SFTTrainer):
         # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
         self._split = is_split_by_deepspeed(self.plain_model)
         if not self._leaves_loss_to_trl:
-            with self.accelerator.autocast():  # trained weights may be in float32, and the others in 16 bits
-                self.output_head = OutputHead(self.plain_model)
-            self._patch_forward()
+            self._patch_forward(self.output_head)
         self.numbered_datasets: list[Dataset] = []
         if isinstance(self.train_dataset, Dataset):
             labelled = self.train_dataset
@@ -137,6 +134,12 @@ class HealTrainer(SFTTrainer):
         """The transformers model itself, without PEFT's and accelerate's wrappers."""
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @functools.cached_property
+    def output_head(self) -> OutputHead:
+        """The model's output head, checked against the model's own logits."""
+        with self.accelerator.autocast():  # trained weights may be in float32, and the others in 16 bits
+            return OutputHead(self.plain_model)
 
     # --- set-up ------------------------------------------------------------------------------------------
 
@@ -191,7 +194,7 @@ class HealTrainer(SFTTrainer):
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
 
-    def _patch_forward(self) -> None:
+    def _patch_forward(self, output: OutputHead) -> None:
         """Compute the loss inside the model's forward method, where DDP and FSDP expect all computation to happen."""
         model = self.plain_model
         plain_forward = model.forward
@@ -199,9 +202,9 @@ class HealTrainer(SFTTrainer):
         def forward(self_: PreTrainedModel, *args: Any, heal: dict[str, Any] | None = None, **kwargs: Any) -> Any:
             if heal is None:
                 return plain_forward(*args, **kwargs)
-            states = self.output_head.states(*args, run=plain_forward, **kwargs)[:, :-1]
+            states = output.states(*args, run=plain_forward, **kwargs)[:, :-1]
             keep = heal["keep"]
-            head = self.output_head.head()
+            head = output.head()
             lesson = self._lesson(heal, keep)
             labels, accumulate = heal["labels"][keep], self._owns_gradients and torch.is_grad_enabled()
             losses = head_loss(states[keep], head, labels, heal["ce_weight"], lesson, accumulate=accumulate)

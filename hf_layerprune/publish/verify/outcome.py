@@ -37,6 +37,7 @@ class Verified:
             them.
         accept_trained (`bool`): Whether to accept such tensors.
         complete (`bool`): Whether all checks were made.
+        without_weights (`bool`): Whether there are only records, and no model that they could prove.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Verified:
     recorded: Counter[str] = field(default_factory=Counter)
     accept_trained: bool = False
     complete: bool = False
+    without_weights: bool = False
 
     @property
     def consistent(self) -> bool:
@@ -53,11 +55,17 @@ class Verified:
     @property
     def good(self) -> bool:
         """Whether everything that affects the model's behaviour is accounted for."""
-        return self.consistent and (not self.recorded or self.accept_trained)
+        return self.consistent and not self.without_weights and (not self.recorded or self.accept_trained)
 
     @property
     def verdict(self) -> str:
-        """One line: yes, no, or in part, with the unproven part."""
+        """One line: yes, no, or in part, with the unproven part; or that there are only records."""
+        if self.without_weights:
+            agree = "agree" if self.consistent else "do NOT agree"
+            return (
+                f"RECORDS ONLY: {self.name} has no weights; its records {agree} with the base and with one another. "
+                "Verify the model itself where its weights are"
+            )
         if not self.consistent:
             return f"NO: {self.name} is not proven to be what it says"
         if not self.recorded:

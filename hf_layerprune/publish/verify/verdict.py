@@ -6,7 +6,7 @@
 The cut is repeated from the base, and the resulting files are hashed. A file with the same hash in the model is proven
 as a whole, and is not downloaded if it is on the Hub. Other weight files are compared tensor by tensor. Tensors that a
 repair or training changed can't be derived again, so they are counted separately and only covered by the hash of the
-weights that their stage recorded.
+weights that their stage recorded. Of records without a model, the verdict says that they are only that.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ..requests import VerifyRequest
 from .outcome import Verified
 from .places import Base, Place
 from .rebuild import Expected, rebuild
+from .records import check_base, check_chain, check_records_alone
 from .tensors import ADAPTER, check_tensors, weight_files
 
 # Fields that are set on saving, and the marker of the cut, which is checked separately; none affects the outputs.
@@ -69,11 +70,14 @@ def verify(request: VerifyRequest) -> Verified:
         told = quantized.settings["quantization_config"]
         how = "whose bytes can be repeated" if is_repeatable_method(told) else "whose bytes can't be repeated"
         outcome.say(True, "lineage", f"quantised: {describe_quantization(told)}, {how}")
+    if not place.hashes:
+        check_records_alone(place, history, request, outcome)
+        return outcome
     _check_records(place, lineage, outcome, _hint(place, quantized))
     _check_metrics(place, lineage, outcome)
     try:
         source = Base.find(history, request)
-        _check_base(source, lineage, outcome)
+        check_base(source, lineage, outcome)
         expected = rebuild(history, source)
         if place.is_adapter:
             _check_adapter(place, history, expected, outcome)
@@ -110,10 +114,7 @@ def _check_records(place: Place, lineage: Lineage, outcome: Verified, hint: str)
     else:
         says = f"{LINEAGE} says {str(last.get('weights'))[:12]}: they were changed since, or it was"
         outcome.say(False, "weights", f"their hash is {own[:12]}, and {says}{hint}")
-    for before, after in zip(lineage.entries, lineage.entries[1:], strict=False):
-        if after.get("input_weights") != before.get("weights"):
-            text = f"{LINEAGE}: {after['stage']} did not start from the weights that {before['stage']} wrote"
-            outcome.say(False, "lineage", text)
+    check_chain(lineage, outcome)
     recorded = last.get("files")
     if recorded is None:
         outcome.say(False, "files", f"{LINEAGE} does not record the config, the tokenizer and the like; prune again")
@@ -139,16 +140,6 @@ def _check_metrics(place: Place, lineage: Lineage, outcome: Verified) -> None:
         outcome.say_all("metrics", wrong, f"{len(metrics.results)} numbers, of this model and its history")
     except CheckpointError as error:
         outcome.say(False, "metrics", str(error))
-
-
-def _check_base(source: Base, lineage: Lineage, outcome: Verified) -> None:
-    told = lineage.base.get("files") or {}
-    if not any(name.endswith(WEIGHTS) for name in told):
-        outcome.say(False, "base", f"{LINEAGE} has no hashes of the base's weights")
-    elif differ := source.differences(told):
-        outcome.say(False, "base", f"{source} is not the base that {LINEAGE} names: {', '.join(differ[:3])} differ")
-    else:
-        outcome.say(True, "base", f"{source} is the one that {LINEAGE} names, by the hashes of its files")
 
 
 def _check_cut(told: dict[str, Any], name: str, history: History, outcome: Verified) -> None:

@@ -1,0 +1,117 @@
+"""Verify records without weights, as a folder of a card holds them, against the base and against one another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...errors import CheckpointError, LayerPruneError
+from ...records.fingerprints import CONFIG, WEIGHTS, identity_of, weights_hash
+from ...records.history import History
+from ...records.lineage import FILE_NAME as LINEAGE
+from ...records.lineage import Lineage
+from ...records.metrics import FILE_NAME as METRICS
+from ...records.metrics import Metrics
+from ..requests import VerifyRequest
+from .outcome import Verified
+from .places import Base, Place
+from .rebuild import Expected, rebuild
+
+
+def check_chain(lineage: Lineage, outcome: Verified) -> None:
+    """Check that each stage started from the output of the previous one.
+
+    Args:
+        lineage (`Lineage`): The history of a model.
+        outcome (`Verified`): Gets the findings.
+    """
+    for before, after in zip(lineage.entries, lineage.entries[1:], strict=False):
+        if after.get("input_weights") != before.get("weights"):
+            text = f"{LINEAGE}: {after['stage']} did not start from the weights that {before['stage']} wrote"
+            outcome.say(False, "lineage", text)
+
+
+def check_base(source: Base, lineage: Lineage, outcome: Verified) -> None:
+    """Check that a base is the one that a lineage names.
+
+    Args:
+        source (`Base`): The base.
+        lineage (`Lineage`): The history of a model.
+        outcome (`Verified`): Gets the findings.
+    """
+    told = lineage.base.get("files") or {}
+    if not any(name.endswith(WEIGHTS) for name in told):
+        outcome.say(False, "base", f"{LINEAGE} has no hashes of the base's weights")
+    elif differ := source.differences(told):
+        outcome.say(False, "base", f"{source} is not the base that {LINEAGE} names: {', '.join(differ[:3])} differ")
+    else:
+        outcome.say(True, "base", f"{source} is the one that {LINEAGE} names, by the hashes of its files")
+
+
+def check_records_alone(place: Place, history: History, request: VerifyRequest, outcome: Verified) -> None:
+    """Check records whose weights are elsewhere: what they say of the cut is derived from the base again.
+
+    Args:
+        place (`Place`): The folder.
+        history (`History`): Its stages.
+        request (`VerifyRequest`): Where the base is.
+        outcome (`Verified`): Gets the findings.
+    """
+    outcome.without_weights = True
+    check_chain(history.lineage, outcome)
+    last = history.lineage.entries[-1]
+    if not last.get("weights") or not last.get("files"):
+        outcome.say(False, "files", f"{LINEAGE} does not record the weights, the config and the like; prune again")
+        return
+    _check_metrics(place, history, outcome)
+    try:
+        source = Base.find(history, request)
+        check_base(source, history.lineage, outcome)
+        if history.form == "model":
+            expected = rebuild(history, source)
+            _check_cut(history, expected, outcome)
+            _check_files(history, expected, outcome)
+        outcome.complete = True
+    except LayerPruneError as error:
+        outcome.say(False, "base", str(error))
+
+
+def _check_metrics(place: Place, history: History, outcome: Verified) -> None:
+    last = history.lineage.entries[-1]
+    try:
+        metrics = Metrics.of(place.folder)
+        if metrics is None:
+            return
+        base = (metrics.models.get(last["weights"]) or {}).get("identity", {}).get("base")  # of an adapter
+        model = replace(identity_of(last["files"], base), weights=last["weights"])
+        wrong = [f"{METRICS} {text}"] if (text := metrics.mismatch(model, history.lineage)) else []
+        outcome.say_all("metrics", wrong, f"{len(metrics.results)} numbers, of this model and its history")
+    except CheckpointError as error:
+        outcome.say(False, "metrics", str(error))
+
+
+def _check_cut(history: History, expected: Expected, outcome: Verified) -> None:
+    """Check the recorded hash of the plain cut's weights, where a single cut in one step leads to it."""
+    cuts = [stage.entry for stage in history.stages if stage.name == "prune"]
+    if len(cuts) != 1 or history.quantized is not None:
+        outcome.say(True, "cut", "was made in several steps, which only the weights can show")
+        return
+    told = (cuts[0].get("repair") or {}).get("input_weights") or cuts[0]["weights"]
+    found = weights_hash({name: {"sha256": sha256} for name, sha256 in expected.files.items()})
+    if told == found:
+        outcome.say(True, "cut", f"repeated from the base, it has the weights {found[:12]}, as {LINEAGE} says")
+    else:
+        outcome.say(
+            False, "cut", f"repeated from the base, it has the weights {found[:12]}, and {LINEAGE} says {told[:12]}"
+        )
+
+
+def _check_files(history: History, expected: Expected, outcome: Verified) -> None:
+    """Check the recorded hashes of the tokenizer, the chat template and the like; later stages write another config."""
+    told = history.lineage.entries[-1]["files"]
+    names = {name for name in told.keys() | expected.files.keys() if not name.endswith(WEIGHTS)} - {CONFIG}
+    texts = [
+        f"{LINEAGE} records another {name} than the cut leaves of the base's"
+        for name in sorted(names)
+        if told.get(name) != expected.files.get(name)
+    ]
+    outcome.say_all("files", texts, f"{len(names)} recorded hashes of other files are the base's")
