@@ -1,7 +1,7 @@
 """Renders the cards of models that were made with this project, from their records.
 
 python -m model_cards               rewrite every card
-python -m model_cards --check       report cards that differ from their records
+python -m model_cards --check       report files that today's code would write otherwise
 python -m model_cards --take DIR    copy the records of a model, and write its card
 python -m model_cards --make WORK --data DATA    first make and measure all models in WORK (see make.py)
 
@@ -13,11 +13,16 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from hf_layerprune.errors import CheckpointError, LayerPruneError
-from hf_layerprune.publish.card.writing import compose, read_card, write_card
+from hf_layerprune.publish.card.style import drawn_for
+from hf_layerprune.publish.card.writing import ASSETS, compose, read_card, write_card
+from hf_layerprune.publish.verify.records import recorded_identity
+from hf_layerprune.records.declared import CARD
 from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.records.metrics import Metrics
 from hf_layerprune.records.names import is_local
 
 from .make import LIMIT, WINDOWS, Budget, make
@@ -58,16 +63,66 @@ def take(folder: Path) -> Path:
     return target
 
 
+def outdated(folder: Path) -> list[str]:
+    """The files of a card that today's code would not write as they are, as far as that shows without weights.
+
+    Args:
+        folder (`Path`): A folder with records, a card and its pictures.
+
+    Returns:
+        `list[str]`: Their names, with the reason for records.
+
+    Raises:
+        CheckpointError: The records don't follow their schemas.
+    """
+    lineage, metrics = Lineage.required(folder), Metrics.of(folder)
+    found: list[str] = []
+    with tempfile.TemporaryDirectory() as place:
+        again = Path(shutil.copytree(folder, Path(place, folder.name)))
+        lineage.write(again)
+        if metrics is not None:
+            metrics.write(again)
+        found += [name for name in RECORDS if not _same(folder / name, again / name)]
+        if any(not entry.get("weights") or not entry.get("files") for entry in lineage.entries):
+            found.append(f"{RECORDS[0]}: a stage does not record its weights and its other files")
+        elif metrics is not None and (text := metrics.mismatch(recorded_identity(lineage, metrics), lineage)):
+            found.append(f"{RECORDS[1]} {text}")
+        elif metrics is None or any("identity" not in model for model in metrics.models.values()):
+            found.append(f"{RECORDS[1]} does not say on which config and tokenizer its numbers were measured")
+        for name in (CARD, *(path.relative_to(folder).as_posix() for path in folder.glob(f"{ASSETS}/*"))):
+            (again / name).unlink(missing_ok=True)
+        found += sorted({*write_card(again, weights=False)} ^ {*_written(folder)})
+        card = read_card(folder, weights=False)
+        text = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+        found += [CARD] if text and compose(card, text) != text else []
+        pictures = {name: folder / ASSETS / f"{name}.png" for name in card.pictures}
+        found += [
+            f"{ASSETS}/{n}.png" for n, path in pictures.items() if path.is_file() and drawn_for(path) != card.digest
+        ]
+    return found
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
+
+
+def _written(folder: Path) -> list[str]:
+    """All files of a folder but its records."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return [name for name in names if name not in RECORDS]
+
+
 def main() -> int:
     """Write or check the cards."""
     parser = argparse.ArgumentParser(prog="python -m model_cards", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a card would change")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file is outdated")
     parser.add_argument("--take", type=Path, metavar="DIR", help="first copy the records of this model")
     parser.add_argument("--make", type=Path, metavar="WORK", help="first make and measure the models in this folder")
     only = parser.add_argument_group("with --make")
     only.add_argument("--data", type=Path, metavar="DATA", help="folder with the questions and the text")
     only.add_argument("--rows", type=int, metavar="N", help="training rows; by default the recipe's")
     only.add_argument("--samples", type=int, metavar="N", help="calibration rows; by default the package's")
+    only.add_argument("--length", type=int, metavar="N", help="tokens in a calibration row; by default the package's")
     only.add_argument(
         "--limit", type=int, default=LIMIT, metavar="N", help="questions per task, 0 for all (%(default)s)"
     )
@@ -76,7 +131,8 @@ def main() -> int:
     if args.make:
         if not args.data:
             parser.error("--make needs --data")
-        budget = Budget(rows=args.rows, samples=args.samples, limit=args.limit, windows=args.windows)
+        names = ("rows", "samples", "length", "limit", "windows")
+        budget = Budget(**{name: getattr(args, name) for name in names})
         for folder in make(args.make, args.data, budget):
             take(folder)
     if args.take:
@@ -84,10 +140,9 @@ def main() -> int:
     stale = False
     for folder in models():
         if args.check:
-            text = (folder / "README.md").read_text(encoding="utf-8")
-            same = compose(read_card(folder, weights=False), text) == text
-            stale |= not same
-            print(f"{folder.name}: {'up to date' if same else 'differs from its records'}")
+            old = outdated(folder)
+            stale |= bool(old)
+            print(f"{folder.name}: {'outdated: ' + ', '.join(old) if old else 'up to date'}")
         else:
             changed = write_card(folder, weights=False)
             print(f"{folder.name}: {', '.join(changed) or 'up to date'}")

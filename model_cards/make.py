@@ -67,12 +67,14 @@ class Budget:
     Args:
         rows (`int`, *optional*): Number of rows that the healed model is trained on.
         samples (`int`, *optional*): Number of calibration rows.
+        length (`int`, *optional*): Number of tokens in each of them.
         limit (`int`): Number of questions per task; 0 for all.
         windows (`int`): Number of windows of text for perplexity and the distance to the dense model.
     """
 
     rows: int | None = None
     samples: int | None = None
+    length: int | None = None
     limit: int = LIMIT
     windows: int = WINDOWS
 
@@ -121,7 +123,9 @@ def build(model: Model, base: Path, work: Path, budget: Budget) -> None:
     elif model.same_layers:
         run(*prune, "--drop-layers", format_layers(dropped_by(work / model.same_layers)))
     else:
-        run(*prune, *model.made, *(["--calibration-samples", budget.samples] if budget.samples else []))
+        samples = ["--calibration-samples", budget.samples] if budget.samples else []
+        length = ["--calibration-length", budget.length] if budget.length else []
+        run(*prune, *model.made, *samples, *length)
 
 
 def dropped_by(folder: Path) -> list[int]:
@@ -138,6 +142,7 @@ def heal(base: Path, place: Path, budget: Budget) -> None:
     words: list[object] = ["--model_name_or_path", base, "--output_dir", place, "--report_to", "none"]
     words += ["--self_rows", budget.rows] if budget.rows else []
     words += ["--calibration_samples", budget.samples] if budget.samples else []
+    words += ["--calibration_length", budget.length] if budget.length else []
     settings = ["--config_file", RECIPES / "accelerate" / engine, RECIPES / "sft_tail.py"]
     command = ["accelerate", "launch", *settings, "--config", RECIPES / "configs" / "heal.yaml", *words]
     said = [str(word) for word in command]

@@ -145,7 +145,7 @@ IMAGES: dict[str, Callable[[Any], Media]] = {
     ),
     "deepseek_ocr2": _of_size(64),
     "deepseek_vl_hybrid": _two_sizes,
-    **dict.fromkeys(("lighton_ocr", "mistral3", "mistral_large4"), _sized),
+    **dict.fromkeys(("apertus1p5", "lighton_ocr", "mistral3", "mistral_large4"), _sized),
     **dict.fromkeys(("idefics2", "idefics3", "smolvlm"), _nested),
     "granite_docling": _tiles,
     **dict.fromkeys(("granite4_vision", "llava_next", "llava_next_video", "llava_onevision"), _tiled),

@@ -16,6 +16,7 @@ from .gguf_makers import smollm2
 from .hub_server import HubServer, client_env
 from .measure_datasets import write_datasets
 from .measure_models import byte_tokenizer
+from .multimodal_makers import write_llava, write_rows
 from .tiny_models import randomize
 
 pytestmark = pytest.mark.processes
@@ -42,12 +43,22 @@ def write_base(folder: Path) -> Path:
     return folder
 
 
+def write_images(folder: Path) -> dict[str, str]:
+    """A tiny model that reads images, rows with images, and questions about them."""
+    rows, questions = write_rows(folder), folder / "questions"
+    questions.mkdir()
+    lines = [{"query": "w5 w6", "answer": "w7", "image": f"../pictures/{i}.png"} for i in range(2)]
+    (questions / "seen.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = {"my-vlm": write_llava(folder / "llava"), rows.name: rows, "pictures": folder / "pictures"}
+    return {name: str(path) for name, path in (made | {"questions": questions}).items()}
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str | None]:
     """The error of each block, by page and line, after one process has run them all."""
     root = tmp_path_factory.mktemp("docs")
     base = write_base(root / "base")
-    files = {"my-model": str(base), "model.gguf": str(smollm2())}
+    files = {"my-model": str(base), "model.gguf": str(smollm2())} | write_images(root / "images")
     repos = {MODEL: base} | write_datasets(root / "datasets", questions=2, groups=True)
     with HubServer(repos, writers={TOKEN: None}) as server:
         env = client_env(server, root / "home", TOKEN) | {"DOCS_FILES": json.dumps(files), "PYTHONPATH": str(ROOT)}

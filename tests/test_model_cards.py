@@ -6,15 +6,26 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from hf_layerprune.cli import build_parser
 from hf_layerprune.errors import CheckpointError
-from hf_layerprune.publish.card.writing import PICTURES, compose, read_card
+from hf_layerprune.options import gather
+from hf_layerprune.publish.requests import VerifyRequest
+from hf_layerprune.publish.verify.verdict import verify
+from hf_layerprune.records.fingerprints import identity_of
 from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.records.metrics import Metrics
+from hf_layerprune.stages.prune import settings_of
+from hf_layerprune.stages.requests import PruneRequest
 from model_cards import __main__ as command
 from model_cards import make
 
+from .gguf_makers import smollm2
+from .measure_models import write_gguf
 from .publish_records import lineage_of, metrics_of
 from .tiny_models import tiny_model
 
@@ -27,8 +38,13 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "shelf" / "SmolLM2-small"
     folder.mkdir(parents=True)
     lineage = lineage_of()
+    for entry in lineage.entries:
+        entry["files"] = {"config.json": "f" * 64}
+    lineage.entries[0]["repair"]["input_weights"] = "b" * 64
     lineage.write(folder)
-    metrics_of(lineage).write(folder)
+    metrics = metrics_of(lineage)
+    metrics.models[metrics.weights]["identity"] = identity_of(lineage.entries[-1]["files"]).parts
+    metrics.write(folder)
     monkeypatch.setattr(command, "HERE", folder.parent)
     return folder
 
@@ -38,14 +54,48 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return command.main()
 
 
-def test_every_card_is_what_its_records_give() -> None:
-    """`make cards` writes them anew."""
-    for folder in KEPT:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        assert compose(read_card(folder, weights=False), text) == text, folder.name
-        drawn = {f"{name}.png" for name in read_card(folder, weights=False).pictures}
-        assert {path.name for path in (folder / "assets").iterdir()} == drawn
-        assert drawn <= {f"{name}.png" for name in PICTURES}
+def test_every_file_is_what_todays_code_writes() -> None:
+    """`python -m model_cards --make WORK --data DATA` makes them anew."""
+    assert {folder.name: command.outdated(folder) for folder in KEPT} == {model.name: [] for model in make.MODELS}
+
+
+def asked(model: make.Model) -> dict[str, Any]:
+    """The settings that the records of a model's cut should have, but for the layers."""
+    if model.taken:
+        told = yaml.safe_load((make.RECIPES / "configs" / "heal.yaml").read_text())
+        words = ["--drop", told["drop"], "--criterion", told["criterion"], "--repair", told["repair"]]
+        words += ["--contiguous"] if told["contiguous"] else []
+    else:
+        words = ["--drop-layers", "0"] if model.same_layers else [*model.made]
+    request = gather(build_parser().parse_args(["prune", "base", "out", *words]), PruneRequest)
+    return settings_of(request, [])
+
+
+def test_records_are_of_what_the_command_makes_today() -> None:
+    cuts = {model.name: Lineage.of(command.HERE / model.name).entries for model in make.MODELS}
+    for model in make.MODELS:
+        stages = [entry["stage"] for entry in cuts[model.name]]
+        assert stages == (["prune", "heal"] if model is make.HEALED else ["prune"])
+        assert cuts[model.name][0]["settings"] | {"drop_layers": []} == asked(model)
+        if model.same_layers:
+            same = cuts[model.same_layers][0]["settings"]["drop_layers"]
+            assert cuts[model.name][0]["settings"]["drop_layers"] == same
+    told = yaml.safe_load((make.RECIPES / "configs" / "heal.yaml").read_text())
+    settings = cuts[make.HEALED.name][1]["settings"]
+    names = told.keys() & settings.keys() - {"method"}  # which `auto` chooses
+    assert len(names) > 3
+    assert {name: settings[name] for name in names} == {name: told[name] for name in names}
+    assert len({len(cuts[make.REPAIRED.name][0]["settings"]["drop_layers"]), 7}) == 1
+
+
+@pytest.mark.parametrize("model", [make.CUT.name, make.HEALED.name])
+def test_the_records_agree_with_the_base(model: str) -> None:
+    """The cut is repeated from the base's file; there are no weights that could be proven."""
+    found = verify(VerifyRequest(str(command.HERE / model), base=str(smollm2())))
+    assert found.consistent, found.lines
+    assert not found.good
+    assert found.verdict.startswith("RECORDS ONLY: ")
+    assert any(line.what == "cut" and "as lineage.json says" in line.text for line in found.lines)
 
 
 def test_the_list_names_every_card() -> None:
@@ -58,12 +108,13 @@ def test_drift_is_seen_and_mended(
 ) -> None:
     assert run(monkeypatch) == 0
     assert run(monkeypatch, "--check") == 0
-    data = json.loads((shelf / "metrics.json").read_text())
-    data["results"][-1]["value"] += 1
-    (shelf / "metrics.json").write_text(json.dumps(data))
+    metrics = Metrics.of(shelf)
+    metrics.results[-1]["value"] += 1
+    metrics.write(shelf)
     before = (shelf / "README.md").read_text()
     assert run(monkeypatch, "--check") == 1
-    assert "SmolLM2-small: differs from its records" in capsys.readouterr().out
+    assert "SmolLM2-small: outdated: " in (said := capsys.readouterr().out)
+    assert "README.md" in said
     assert (shelf / "README.md").read_text() == before
     assert run(monkeypatch) == 0
     assert run(monkeypatch, "--check") == 0
@@ -96,13 +147,56 @@ def test_the_models_are_made_one_after_the_other(
     """Each stage is made before what stands on it, and what is missing is found before anything is made."""
     names = [model.name for model in make.MODELS]
     for number, model in enumerate(make.MODELS):
-        assert {model.of, *model.beside} - {""} <= set(names[:number])
+        assert {model.same_layers} - {""} <= set(names[:number])
+        assert set(model.beside) <= set(names)
     with pytest.raises(make.LayerPruneError, match=r"has no piqa\.jsonl, arc_easy\.jsonl"):
-        make.make(tmp_path / "work", tmp_path, limit=1, rows=1)
+        make.make(tmp_path / "work", tmp_path, make.Budget(rows=1, limit=1))
     assert not (tmp_path / "work").exists()
     with pytest.raises(SystemExit):
         run(monkeypatch, "--make", str(tmp_path / "work"))
     assert "--make needs --data" in capsys.readouterr().err
+
+
+SHORT = {
+    "eval": ["--length", "64"],
+    "bench": ["--repeats", "1", "--load-repeats", "0", "--new-tokens", "2", "--prompt-lengths", "8"],
+}
+
+
+@pytest.mark.processes
+def test_the_whole_way_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All models are made from a tiny GGUF file, verified, and taken over; and again, which makes none of them anew."""
+    base, data, shelf = write_gguf(tmp_path / "tiny.gguf", layers=8), tmp_path / "data", tmp_path / "shelf"
+    shelf.mkdir()
+    data.mkdir()
+    for task in make.TASKS.split(","):
+        rows = [{"query": f"river {i}", "choices": ["up", "down"], "gold": i % 2} for i in range(3)]
+        (data / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (data / make.TEXT).write_text("the river rises in spring and falls in autumn. " * 20)
+    monkeypatch.setattr(command, "HERE", shelf)
+    monkeypatch.setattr(make, "packed_base", lambda: base)
+    own, ran = make.hf_layerprune, []
+
+    def short(words: list[str]) -> int:
+        ran.append(words[0])
+        return own([*words, *SHORT.get(words[0], [])])
+
+    monkeypatch.setattr(make, "hf_layerprune", short)
+    words = ["--make", str(tmp_path / "work"), "--data", str(data)]
+    words += ["--rows", "2", "--samples", "4", "--length", "32", "--limit", "2", "--windows", "1"]
+    assert run(monkeypatch, *words) == 0
+    assert [folder.name for folder in command.models()] == sorted(model.name for model in make.MODELS)
+    for folder in command.models():
+        assert command.outdated(folder) == []
+        found = verify(VerifyRequest(str(folder), base=str(base)))
+        assert found.consistent, found.lines
+        assert found.verdict.startswith("RECORDS ONLY: ")
+    assert Lineage.of(shelf / make.HEALED.name).entries[-1]["stage"] == "heal"
+    (shelf / make.CUT.name / "stray.txt").write_text("of somebody else")
+    assert command.outdated(shelf / make.CUT.name) == ["stray.txt"]
+    ran.clear()
+    assert run(monkeypatch, *words) == 0
+    assert not {"prune", "eval", "bench"} & set(ran)
 
 
 def test_the_command() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from transformers import AutoModelForMultimodalLM, AutoProcessor, CLIPVisionConfig, T5Config
+from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, AutoProcessor, CLIPVisionConfig, T5Config
 
 from hf_layerprune import CutError, LayerDropConfig, UnsupportedModelError, families, prune_with
 from hf_layerprune.cli import main
@@ -19,14 +19,15 @@ from hf_layerprune.heal.data import shape_rows
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.runtime.loading import load_base
-from hf_layerprune.runtime.model_class import auto_class_for, stored_names
+from hf_layerprune.runtime.model_class import auto_class_for, auto_class_of, stored_names
 
 from . import chat_server  # noqa: F401 (makes the Space's files importable)
 from .heal_makers import word_tokenizer
 from .matrix import identities
 from .multimodal_makers import write_llava
 from .publish_child import run_child
-from .tiny_models import EAGER, tiny_config, tiny_model
+from .tiny_models import EAGER, tiny_config, tiny_input, tiny_model
+from .tiny_multimodal import multimodal_config
 
 import weights  # isort: skip
 
@@ -160,6 +161,29 @@ def test_an_encoder_decoder_is_refused(model_type: str) -> None:
     config: Any = type("Config", (), {"model_type": model_type})()
     with pytest.raises(UnsupportedModelError, match="it is an encoder-decoder: every layer of its decoder reads"):
         families.check_supported(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("blip-2", "needs an image with every text"),
+        ("instructblip", "needs an image with every text"),
+        ("instructblipvideo", "needs an image with every text"),
+        ("kosmos-2", "needs an image with every text"),
+        ("kyutai_speech_to_text", "is a token and a row of audio codes"),
+        ("voxtral_realtime", "adds a stretch of audio to every token"),
+    ],
+)
+def test_what_can_not_run_on_text_alone_is_refused(model_type: str, reason: str) -> None:
+    """And the reason is true: a model of the type that is built and given text fails."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("this transformers doesn't have the type")
+    config = multimodal_config(model_type)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        families.check_supported(config)
+    model = auto_class_of(config).from_config(config).eval()
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        model(input_ids=tiny_input())
 
 
 @pytest.mark.parametrize(

@@ -386,7 +386,9 @@ def test_what_a_repair_changed(cut: Path) -> None:
 # Records without a model.
 
 
-def test_records_without_a_model_are_only_that(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_without_a_model_are_only_that(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As the cards' folders are: what can be derived again is, and nothing is called a model."""
     card = tmp_path / "card"
     shutil.copytree(place / "single-cut", tmp_path / "model")

@@ -63,7 +63,6 @@ TEXT: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [16, 16], **_SPARSE,
                              "rope_parameters": _MROPE["rope_parameters"] | {"mrope_section": [1, 1, 2]}},
     "hunyuan_vl_text": {"head_dim": 8, "rope_parameters": _MROPE["rope_parameters"] | {"mrope_section": [1, 1, 1, 1]}},
-    "apertus1p5_text": {"vocab_size": 256},
     "chameleon": {"num_key_value_heads": 4},
     "glm5_next_text": _MLA_EVEN | _SPARSE | {
         "layer_types": mixed("linear_attention", "indexed_attention"),
@@ -85,6 +84,7 @@ TEXT: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _QFORMER = {"hidden_size": 32, "encoder_hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2,
             "intermediate_size": 48, "vocab_size": VOCAB}  # fmt: skip
+_BLIP = {"qformer_config": _QFORMER, "": {"num_query_tokens": 4}}
 _SAM = {"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64,
         "patch_size": 8, "mlp_dim": 48, "window_size": 4, "global_attn_indexes": [1], "downsample_channels": [16, 32]}  # fmt: skip
 _GLM_TOWER = {"vision_config": {"patch_size": 4, "out_hidden_size": 32}}
@@ -99,7 +99,8 @@ SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "apertus1p5": {"audio_config": {"codebook_dim": 32, "codebook_size": 16},
                    "vision_config": {"codebook_size": 16, "embed_dim": 8, "latent_channels": 32, "base_channels": 32,
                                      "channel_multiplier": [1, 1], "num_res_blocks": 1},
-                   "": {"image_token_offset": 176, "audio_token_offset": 192}},
+                   "text_config": {"vocab_size": 256}, "": {"image_token_offset": 176, "audio_token_offset": 192}},
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _BLIP),
     "chameleon": {"vq_config": {"base_channels": 32, "latent_channels": 32, "num_embeddings": 32, "embed_dim": 8,
                                 "channel_multiplier": [1, 1], "num_res_blocks": 1},
                   "": {"vocabulary_map": {"<image>": 130, "IMGIMGA": 131, "IMGIMGB": 132}, "vocab_size": VOCAB + SPECIAL_TOKENS}},

@@ -12,12 +12,14 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .. import families
 from ..errors import CutError, boundary
@@ -271,7 +273,8 @@ def rehearse(
         after = new_modules.pop(target, None)
         if after is None and layer is None and next(before.parameters(), None) is None:
             continue  # such as a rotary embedding for a base frequency that only dropped layers use
-        if after is None or type(before) is not type(after):
+        # Each module with a parametrised weight, such as a weight norm, has a class of its own.
+        if after is None or type_before_parametrizations(before) is not type_before_parametrizations(after):
             raise CutError(
                 f"{name} would be reloaded as {type(after).__name__ if after is not None else 'nothing'} after a cut, "
                 f"not as {type(before).__name__}: its type depends on its position; drop other layers"
@@ -336,12 +339,18 @@ def _check_same_shapes(name: str, before: nn.Module, after: nn.Module) -> None:
 
 def _differences(before: nn.Module, after: nn.Module) -> list[tuple[str, Any]]:
     """Plain attributes (numbers, strings, lists of these) that differ, with their value in the second module."""
-    plain = (int, float, str, bool, list, tuple, type(None))
     different: list[tuple[str, Any]] = []
     for name, value in vars(before).items():
         other = vars(after).get(name, _ABSENT)
         if isinstance(value, tuple) and isinstance(other, list):  # a JSON round trip turns tuples into lists
             other = tuple(other)
-        if other is not _ABSENT and isinstance(value, plain) and isinstance(other, plain) and value != other:
+        if _is_plain(value) and _is_plain(other) and value != other:
             different.append((name, other))
     return different
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an attribute is plain; the lists in which an LSTM keeps its weights, and references to them, are not."""
+    if isinstance(value, list | tuple):
+        return not any(isinstance(one, torch.Tensor | weakref.ref) for one in value)
+    return isinstance(value, int | float | str | bool | None)

@@ -40,7 +40,9 @@ STAGES: dict[str, Stage] = {
 
 ENCODER_DECODER = "it is an encoder-decoder: every layer of its decoder reads what an encoder made of the input"
 _TIMM = "its vision tower needs timm, so it was not proven"
-_IMAGE_ALWAYS = "it can't run without an image, so it was not proven"
+_IMAGE_ALWAYS = (
+    "its forward pass needs an image with every text, so nothing of it can be ranked, checked or healed on text"
+)
 _REFUSED_MULTIMODAL: dict[str, str] = {
     **dict.fromkeys(
         (
@@ -57,19 +59,18 @@ _REFUSED_MULTIMODAL: dict[str, str] = {
     ),
     **dict.fromkeys(("fast_vlm", "perception_lm"), _TIMM),
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo", "kosmos-2"), _IMAGE_ALWAYS),
-    "apertus1p5": "images and audio become tokens of its vocabulary, and it was not proven",
     "diffusion_gemma": "it fills blocks of tokens by diffusion, not one token after another",
     "idefics": "its cross-attention layers stand at a fixed interval of its decoder layers, and it can't run without an image",
     "inkling2": "the residuals of its text decoder span blocks of layers that are defined by index",
     "inkling2_loop": "its text decoder runs some layers in a loop, and its residuals span blocks that are defined by index",
-    "kyutai_speech_to_text": "it reads a stream of audio codes with every token, and it was not proven",
+    "kyutai_speech_to_text": "each position of its input is a token and a row of audio codes, so it can't run on text alone",
     "nemo_speechlm": "it is two speech encoders around a decoder of labels, not a language model",
     "pi0": "it is a robot's policy: its language decoder feeds a second decoder of actions layer by layer",
     "qwen2_5_omni": "it has no forward pass of its own; its language model, qwen2_5_omni_thinker, is proven",
     "qwen3_omni_moe": "it has no forward pass of its own; its language model, qwen3_omni_moe_thinker, is proven",
     "shieldgemma2": "saved and loaded again by transformers, uncut as well, it loses the weights of its text decoder",
     "unlimited_ocr": "its cache keeps the prompt and a window of what it wrote, so it differs from the model without a cache",
-    "voxtral_realtime": "it reads a stretch of audio with every token, so it was not proven",
+    "voxtral_realtime": "it adds a stretch of audio to every token, also to each that it writes, so it can't run on text alone",
 }
 
 REFUSED: dict[str, str] = {

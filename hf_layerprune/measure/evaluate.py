@@ -13,6 +13,7 @@ from ..errors import CheckpointError, LayerPruneError, boundary
 from ..records.metrics import Metrics
 from ..records.requirements import check_measurable
 from .answers import answers_file, find_answers, keep_answers
+from .image_tasks import asks_about_media, check_media_tasks
 from .measurement import Measurement
 from .paired import compare_pairs, compare_values
 from .requests import EvalRequest
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from transformers import PreTrainedModel
 
-    from .harness import TaskRun
+    from .harness import Runs, TaskRun
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ class _Evaluation(Measurement):
         self.tasks = _tasks_of(request)
         if not self.tasks.tasks and not self.texts:
             raise LayerPruneError("there is nothing to measure: name tasks, or texts")
+        subjects = [subject for subject in (self.model, self.base) if subject is not None]
+        check_media_tasks(self.tasks.tasks, subjects, request.num_fewshot)
         if request.require is not None:
             texts = [text.name for text, *_ in self.texts]
             check_measurable(
@@ -150,23 +153,33 @@ class _Evaluation(Measurement):
     def _run_tasks(self, subject: Subject, model: PreTrainedModel) -> dict[str, TaskRun]:
         if not self.tasks.tasks:
             return {}
-        from .harness import Harness
-
-        tokenizer = self.tokenizer if subject is self.model else self.base_tokenizer
-        harness, runs = None, {}
+        harnesses: dict[bool, Runs] = {}
+        runs = {}
         for name, task in self.tasks.tasks.items():
             key = self._key(subject, name, task) if self.request.answers else {}
             file = answers_file(self.request.answers, key) if self.request.answers else None
             run = find_answers(file, key) if file else None
             if run is None:
-                harness = harness or Harness(model, tokenizer, self.request.batch_size)
+                if (images := asks_about_media(task)) not in harnesses:
+                    harnesses[images] = self._harness(subject, model, images)
                 logger.info("%s: %s", subject.name, name)
-                run = harness.run(name, task, limit=self.request.limit, shots=self.request.num_fewshot)
+                run = harnesses[images].run(name, task, limit=self.request.limit, shots=self.request.num_fewshot)
                 if file:
                     keep_answers(file, key, run)
             runs[name] = run
             self.store.add(results=self._task_results(subject, name, run))
         return runs
+
+    def _harness(self, subject: Subject, model: PreTrainedModel, images: bool) -> Runs:
+        """The harness for tasks of text, or for those about images."""
+        from .harness import Harness
+
+        if images:
+            from .image_harness import ImageHarness
+
+            return ImageHarness(model, subject.processor(), self.request.batch_size)
+        tokenizer = self.tokenizer if subject is self.model else self.base_tokenizer
+        return Harness(model, tokenizer, self.request.batch_size)
 
     def _key(self, subject: Subject, name: str, task: Task | Group) -> dict[str, Any]:
         """Everything that the answers depend on."""

@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 
 from ..errors import LayerPruneError, boundary
 from ..runtime.memory import free_memory, is_out_of_memory
+from .image_tasks import asks_about_media, plain
 from .tasks import quiet, require_harness
 
 if TYPE_CHECKING:
@@ -84,27 +85,8 @@ class TaskRun:
         return self.chance if metric in ("acc", "acc_norm") else None
 
 
-class Harness(HFLM):
-    """The harness, set up for one model.
-
-    Halves the batch when memory runs out. The longest questions come first, so little work is repeated.
-
-    Args:
-        model (`PreTrainedModel`): A causal language model.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        batch_size (`int` or `"auto"`, defaults to `"auto"`): Answers that are scored together.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int | str = "auto",
-    ) -> None:
-        require_harness()
-        size = batch_size if batch_size != "auto" else _AUTO.get(model.device.type, _AUTO_ELSEWHERE)
-        with quiet():
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=int(size))
+class Runs:
+    """What runs a task; mixed into the harness's own classes of models."""
 
     def run(self, name: str, task: Task | Group, *, limit: int | None = None, shots: int | None = None) -> TaskRun:
         """Run a task or a group of tasks.
@@ -129,8 +111,11 @@ class Harness(HFLM):
         ):
             # An empty index: the task is loaded, and by default the harness would index all of its own for each.
             manager = TaskManager(include_defaults=False)
-            evaluated = simple_evaluate(model=self, tasks=[task], limit=limit, num_fewshot=shots, task_manager=manager)
-        samples = _by_question(evaluated["samples"])
+            model: Any = self
+            evaluated = simple_evaluate(
+                model=model, tasks=[task], limit=limit, num_fewshot=shots, task_manager=manager
+            )
+        samples = _by_question(evaluated["samples"], asks_about_media(task))
         if name not in evaluated["results"] or not samples:
             raise LayerPruneError(f"task {name} gave no result; omit it")
         version = evaluated["versions"].get(name)
@@ -143,6 +128,28 @@ class Harness(HFLM):
             version=version if isinstance(version, str | int | float) else None,
             seconds=time.perf_counter() - start,
         )
+
+
+class Harness(Runs, HFLM):
+    """The harness, set up for one model.
+
+    Halves the batch when memory runs out. The longest questions come first, so little work is repeated.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        batch_size (`int` or `"auto"`, defaults to `"auto"`): Answers that are scored together.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int | str = "auto",
+    ) -> None:
+        require_harness()
+        with quiet():
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=first_batch(model, batch_size))
 
     def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> Any:
         while True:
@@ -158,6 +165,11 @@ class Harness(HFLM):
                 self.batch_size_per_gpu = self.batch_size // 2
             free_memory()
             logger.warning("out of memory; continuing with batches of %d", self.batch_size)
+
+
+def first_batch(model: PreTrainedModel, batch_size: int | str) -> int:
+    """The batch size to begin with, where it may be `"auto"`."""
+    return int(batch_size if batch_size != "auto" else _AUTO.get(model.device.type, _AUTO_ELSEWHERE))
 
 
 def prompts_hash(task: Task | Group, limit: int | None, shots: int | None) -> str:
@@ -179,14 +191,15 @@ def prompts_hash(task: Task | Group, limit: int | None, shots: int | None) -> st
             one.set_fewshot_seed(seed=SEED)
             one.build_all_requests(limit=limit)
             for asked in one.instances:
-                digest.update(repr((asked.request_type, asked.arguments, asked.doc)).encode("utf-8", "replace"))
+                told = repr((asked.request_type, plain(asked.arguments), plain(asked.doc)))
+                digest.update(told.encode("utf-8", "replace"))
     return digest.hexdigest()
 
 
-def _by_question(samples: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """The logged questions, by a key that is the same for every model."""
+def _by_question(samples: dict[str, list[dict[str, Any]]], images: bool) -> dict[str, dict[str, Any]]:
+    """The logged questions, by a key that is the same for every model; the harness's hash of an image is not."""
     return {
-        f"{task}/{one['doc_id']}/{one['doc_hash'][:16]}": one
+        f"{task}/{one['doc_id']}" + ("" if images else f"/{one['doc_hash'][:16]}"): one
         for task, rows in samples.items()
         for one in rows
         if one["filter"] == rows[0]["filter"]

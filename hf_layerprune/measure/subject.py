@@ -24,11 +24,11 @@ from ..records.fingerprints import (
     model_files,
 )
 from ..records.lineage import Lineage
-from ..runtime.loading import is_hub_id, load_config, resolve_base
+from ..runtime.loading import is_hub_id, load_config, load_processor, resolve_base
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 _ROLES = {"prune": "cut", "repair": "repaired", "heal": "healed", "quantize": "quantized"}
 
@@ -107,18 +107,35 @@ class Subject:
         """
         return load_tokenizer(self.source, **self._at)
 
-    def vocabulary(self) -> int | None:
-        """The vocabulary size in the config; `None` if it has none.
+    def processor(self) -> ProcessorMixin:
+        """Load what turns text and images into inputs; that of an adapter is its base's.
+
+        Raises:
+            CheckpointError: There is none.
+        """
+        adapter = find_adapter(self.source, **self._at)
+        if adapter is None:
+            return load_processor(self.source, **self._at)
+        return load_processor(adapter.base_model_name_or_path or "", revision=adapter.revision)
+
+    def config(self) -> PreTrainedConfig:
+        """Load the config; that of an adapter is its base's.
 
         Raises:
             CheckpointError: The config can't be read, or the model needs code from its repository.
         """
         adapter = find_adapter(self.source, **self._at)
         if adapter is None:
-            config = load_config(self.source, **self._at)
-        else:
-            config = load_config(adapter.base_model_name_or_path or "", revision=adapter.revision)
-        return getattr(config.get_text_config(), "vocab_size", None)
+            return load_config(self.source, **self._at)
+        return load_config(adapter.base_model_name_or_path or "", revision=adapter.revision)
+
+    def vocabulary(self) -> int | None:
+        """The vocabulary size in the config; `None` if it has none.
+
+        Raises:
+            CheckpointError: The config can't be read, or the model needs code from its repository.
+        """
+        return getattr(self.config().get_text_config(), "vocab_size", None)
 
     @property
     def _at(self) -> dict[str, Any]:

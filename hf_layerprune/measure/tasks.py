@@ -6,7 +6,8 @@ r"""The tasks of an evaluation: the harness's own by name, and files in a folder
 A line of a `.jsonl` file is one question: `{"query": "...", "choices": ["...", "..."], "gold": 0}`. The model scores
 `query + " " + choice`; if every query of a file begins with "Question: ", "\nAnswer:" is appended to the query. A YAML
 file of the same name may set the harness's `doc_to_text`, `target_delimiter`, `description` and `metadata`, and nothing
-else. The first three are Jinja templates, which run in Jinja's sandbox: a folder of tasks can't run code. A `.txt` file
+else. The first three are Jinja templates, which run in Jinja's sandbox: a folder of tasks can't run code. Questions about
+images, whose answers the model writes, have the form that [`.image_tasks`] describes. A `.txt` file
 is a text, on which perplexity and distance are measured; if it is named in `tasks`, it also becomes a task of the
 harness, which measures its per-word and per-byte perplexity.
 """
@@ -14,7 +15,6 @@ harness, which measures its per-word and per-byte perplexity.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
@@ -28,6 +28,7 @@ from ..errors import LayerPruneError, boundary
 from ..files import text_file
 from ..files.json_rows import read_rows
 from ..screen import progress_bar
+from . import image_tasks
 from .texts import Text, read_text
 
 if TYPE_CHECKING:
@@ -44,13 +45,13 @@ _SIDECAR_FIELDS = {"doc_to_text": str, "target_delimiter": str, "description": s
 
 @dataclass(frozen=True)
 class LocalTask:
-    """Multiple-choice questions in a file.
+    """Questions in a file: multiple-choice, or about images.
 
     Args:
         name (`str`): The file's name without `.jsonl`.
-        rows (`list[dict]`): `query`, `choices` and `gold` of each question.
+        rows (`list[dict]`): `query`, `choices` and `gold` of each question; or `query`, `answer` and `images`.
         fields (`dict[str, Any]`): The fields of the harness's YAML that set the prompt.
-        dataset (`str`): The sha256 of the file.
+        dataset (`str`): The sha256 of the file, and of its images.
     """
 
     name: str
@@ -186,7 +187,7 @@ def _find(name: str, files: Sequence[str], folder: Path | None) -> list[str]:
 
 
 def _dataset(task: Task | Group) -> str:
-    leaves = task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
+    leaves = image_tasks.leaves(task)
     return str(leaves[0].config.dataset_path) if leaves else ""
 
 
@@ -210,6 +211,8 @@ def task_config(task: LocalTask | Text) -> dict[str, Any]:
         metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
         config |= {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
         return config | {"metric_list": [{"metric": metric} for metric in metrics]}
+    if "images" in task.rows[0]:
+        return config | image_tasks.config_of_images() | task.fields
     config |= {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold"}
     config["metric_list"] = [
         {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
@@ -256,17 +259,25 @@ def read_task(path: Path) -> LocalTask:
     Raises:
         LayerPruneError: A line is not a valid question.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    about_images = False
     for where, row in read_rows(path, text_file.MAX_TEXT):
-        if (problem := _problem_of(row)) is not None:
+        about_images = about_images or (not rows and image_tasks.has_images(row))
+        if (problem := image_tasks.problem_of(row) if about_images else _problem_of(row)) is not None:
             raise LayerPruneError(f"{where}: {problem}")
-        rows.append({name: row[name] for name in ("query", "choices", "gold")})
+        if about_images:
+            rows.append(image_tasks.to_row(row, path.parent, where))
+        else:
+            rows.append({name: row[name] for name in ("query", "choices", "gold")})
     if not rows:
         raise LayerPruneError(f"{path} has no questions; put one on each line")
-    return LocalTask(path.stem, rows, _prompt(path, rows), hashlib.sha256(path.read_bytes()).hexdigest())
+    hashed = image_tasks.files_hash(path, rows if about_images else [])
+    return LocalTask(path.stem, rows, _prompt(path, rows), hashed)
 
 
 def _problem_of(row: Any) -> str | None:
+    if image_tasks.has_images(row):
+        return "this question has an image, and those before it have none; put them into files of their own"
     if not isinstance(row, dict) or not {"query", "choices", "gold"} <= row.keys():
         return 'a question is {"query": "...", "choices": ["...", "..."], "gold": 0}'
     query, choices, gold = row["query"], row["choices"], row["gold"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...errors import CheckpointError, LayerPruneError
-from ...records.fingerprints import CONFIG, WEIGHTS, identity_of, weights_hash
+from ...records.fingerprints import CONFIG, WEIGHTS, Identity, identity_of, weights_hash
 from ...records.history import History
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
@@ -47,6 +47,21 @@ def check_base(source: Base, lineage: Lineage, outcome: Verified) -> None:
         outcome.say(True, "base", f"{source} is the one that {LINEAGE} names, by the hashes of its files")
 
 
+def recorded_identity(lineage: Lineage, metrics: Metrics) -> Identity:
+    """The identity of a model whose files are elsewhere, as its last stage recorded them.
+
+    Args:
+        lineage (`Lineage`): Its history, whose last entry has `weights` and `files`.
+        metrics (`Metrics`): Its numbers, which name the base of an adapter.
+
+    Returns:
+        `Identity`: The identity.
+    """
+    last = lineage.entries[-1]
+    base = metrics.models.get(last["weights"], {}).get("identity", {}).get("base")
+    return replace(identity_of(last["files"], base), weights=last["weights"])
+
+
 def check_records_alone(place: Place, history: History, request: VerifyRequest, outcome: Verified) -> None:
     """Check records whose weights are elsewhere: what they say of the cut is derived from the base again.
 
@@ -76,13 +91,11 @@ def check_records_alone(place: Place, history: History, request: VerifyRequest, 
 
 
 def _check_metrics(place: Place, history: History, outcome: Verified) -> None:
-    last = history.lineage.entries[-1]
     try:
         metrics = Metrics.of(place.folder)
         if metrics is None:
             return
-        base = (metrics.models.get(last["weights"]) or {}).get("identity", {}).get("base")  # of an adapter
-        model = replace(identity_of(last["files"], base), weights=last["weights"])
+        model = recorded_identity(history.lineage, metrics)
         wrong = [f"{METRICS} {text}"] if (text := metrics.mismatch(model, history.lineage)) else []
         outcome.say_all("metrics", wrong, f"{len(metrics.results)} numbers, of this model and its history")
     except CheckpointError as error:

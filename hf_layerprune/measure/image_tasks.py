@@ -1,0 +1,196 @@
+"""Tasks that ask about images: which of them can be run, on which models, and the user's own in files.
+
+A line of a `.jsonl` file about images is `{"query": "...", "answer": "...", "image": "a.png"}`, or `"images": [...]`; paths
+are relative to the file. The model writes a line, which is right if it equals the answer but for case and punctuation. The harness's `hf-multimodal` runs such tasks, and those of its own that ask for a text, such as `mmmu_val`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LayerPruneError, boundary
+from ..families.types import ENCODER_DECODER
+from ..runtime.model_class import auto_class_of
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+
+    from .subject import Subject
+
+HARNESS_MODULE = "lm_eval.models.hf_vlms"
+# Where an image stands in a prompt; the harness puts the model's own token there.
+PLACE = "<image>"
+_COLUMNS = ("image", "images")
+_TEXTS_ALONE = "lm-evaluation-harness only runs tasks about images whose answers the model writes"
+
+
+# --- whose tasks, on which models ------------------------------------------------------------------------
+
+
+def leaves(task: Task | Group) -> list[Any]:
+    """The tasks of a group, or the task itself."""
+    return list(task.get_all_tasks()) if hasattr(task, "get_all_tasks") else [task]
+
+
+def asks_about_media(task: Task | Group) -> bool:
+    """Whether a task gives the model images or audio beside the text."""
+    return any(getattr(leaf, "MULTIMODAL", False) for leaf in leaves(task))
+
+
+def check_media_tasks(tasks: Mapping[str, Task | Group], subjects: Sequence[Subject], shots: int | None) -> None:
+    """Refuse tasks about images or audio that can't be run, before a model is loaded.
+
+    Args:
+        tasks (`Mapping[str, Task | Group]`): The harness's objects, by name.
+        subjects (`Sequence[Subject]`): The models that are to answer.
+        shots (`int`, *optional*): The number of few-shot examples that was asked for.
+
+    Raises:
+        LayerPruneError: A model reads text alone, or the harness can't run a task.
+        CheckpointError: A model has no processor that can be loaded.
+    """
+    about = {name: task for name, task in tasks.items() if asks_about_media(task)}
+    for name, task in about.items():
+        for leaf in leaves(task):
+            if getattr(leaf.config, "doc_to_audio", None):
+                raise LayerPruneError(f"task {name} asks about audio, which `eval` can't give to a model yet; omit it")
+            if leaf.OUTPUT_TYPE != "generate_until":
+                raise LayerPruneError(f"task {name} scores given answers: {_TEXTS_ALONE}; omit it")
+        if shots:
+            raise LayerPruneError(f"task {name} asks about images, of which its examples have none; omit num_fewshot")
+    if not about:
+        return
+    (first, *_) = about
+    for subject in subjects:
+        config = subject.config()
+        if image_token(config) is None:
+            raise LayerPruneError(
+                f"task {first} asks about images, and {subject.name} is a {config.model_type} model that reads none; omit "
+                "the task, or name a model that reads images"
+            )
+        if getattr(config, "is_encoder_decoder", False):
+            raise LayerPruneError(f"task {first} can't be asked of {subject.name}: {ENCODER_DECODER}")
+        subject.processor()
+    if importlib.util.find_spec(HARNESS_MODULE) is None:
+        raise LayerPruneError(
+            f"task {first} asks about images, and this lm-evaluation-harness has no hf-multimodal; upgrade: "
+            'pip install -U "hf-layerprune[eval]"'
+        )
+
+
+def image_token(config: Any) -> int | None:
+    """The token in whose places the harness puts images; `None` for a model that is loaded without a tower."""
+    from transformers import AutoModelForCausalLM
+
+    if auto_class_of(config) is AutoModelForCausalLM:
+        return None
+    token: Any = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    return token if isinstance(token, int) else None
+
+
+# --- the user's own --------------------------------------------------------------------------------------
+
+
+def has_images(row: Any) -> bool:
+    """Whether a line of a file of questions has a place for images."""
+    return isinstance(row, dict) and any(name in row for name in _COLUMNS)
+
+
+def problem_of(row: Any) -> str | None:
+    """What is wrong with a question about images; `None` if nothing is."""
+    if not has_images(row) or not {"query", "answer"} <= row.keys():
+        if isinstance(row, dict) and "choices" in row:
+            return f"choices can't be scored beside an image: {_TEXTS_ALONE}; give an `answer` instead of choices"
+        return 'a question about an image is {"query": "...", "answer": "...", "image": "a.png"}'
+    query, answer = row["query"], row["answer"]
+    if not isinstance(query, str) or not query.strip():
+        return f"query is {query!r}, but must be a non-empty text"
+    if not isinstance(answer, str) or not answer.strip():
+        return f"answer is {answer!r}, but must be a non-empty text"
+    paths = _named(row)
+    if not paths or not all(isinstance(path, str) and path for path in paths):
+        return "image must be the path of an image, and images a list of paths"
+    if query.count(PLACE) not in (0, len(paths)):
+        return f"query has {query.count(PLACE)} places for {len(paths)} images"
+    return None
+
+
+def _named(row: dict[str, Any]) -> list[Any]:
+    images = row["images"] if row.get("images") is not None else [row.get("image")]
+    return images if isinstance(images, list) else []
+
+
+def to_row(row: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    """A question about images as the harness gets it.
+
+    Args:
+        row (`dict[str, Any]`): A line of a file.
+        folder (`Path`): What its paths are relative to.
+        where (`str`): The line's name in errors.
+
+    Returns:
+        `dict[str, Any]`: `query`, with a place for each image; `answer`; and the paths of `images`.
+
+    Raises:
+        LayerPruneError: There is no such image, or it can't be read.
+    """
+    from PIL import Image
+
+    paths = [folder / path for path in _named(row)]
+    for path in paths:
+        if not path.is_file():
+            raise LayerPruneError(f"{where} names the image {path}, which is not a file")
+        with boundary(f"{where}: the image {path} can't be read", kind=LayerPruneError), Image.open(path) as image:
+            image.verify()
+    query = row["query"] if PLACE in row["query"] else f"{PLACE}\n" * len(paths) + row["query"]
+    return {"query": query, "answer": row["answer"], "images": [str(path) for path in paths]}
+
+
+def files_hash(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    """The sha256 over a file of questions and its images."""
+    digest = hashlib.sha256(path.read_bytes())
+    for image in (image for row in rows for image in row["images"]):
+        digest.update(hashlib.sha256(Path(image).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def config_of_images() -> dict[str, Any]:
+    """The fields of the harness's config for the user's questions about images."""
+    return {
+        "output_type": "generate_until",
+        "doc_to_image": _open_all,
+        "doc_to_target": "answer",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 32, "do_sample": False},
+        "metric_list": [
+            {
+                "metric": "exact_match",
+                "aggregation": "mean",
+                "higher_is_better": True,
+                "ignore_case": True,
+                "ignore_punctuation": True,
+                "regexes_to_ignore": [r"^\s+", r"\s+$"],
+            }
+        ],
+    }
+
+
+def _open_all(row: dict[str, Any]) -> list[Any]:
+    from PIL import Image
+
+    return [Image.open(path).convert("RGB") for path in row["images"]]
+
+
+def plain(value: Any) -> Any:
+    """The same value with each image replaced by the hash of its pixels, so that equal questions look equal."""
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if hasattr(value, "tobytes") and hasattr(value, "mode"):
+        return (value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest())
+    return value
