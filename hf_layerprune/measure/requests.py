@@ -63,7 +63,9 @@ class EvalRequest(MeasureOptions, RequireOptions):
         Kind(_parse_names, _check_names, "T,T"),
     )
     tasks_from: Path | None = option(
-        None, "Folder with NAME.jsonl (one {query, choices, gold} or {query, answer, image} per line) and NAME.txt (texts)", PATH
+        None,
+        "Folder with NAME.jsonl (one {query, choices, gold} or {query, answer, image} per line) and NAME.txt (texts)",
+        PATH,
     )
     texts: tuple[str, ...] | None = option(
         None,
