@@ -17,8 +17,11 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PreTra
 from hf_layerprune.cli import main
 from hf_layerprune.cut.gguf import cut_gguf
 from hf_layerprune.measure.engines.llama_cpp import LlamaCpp
+from hf_layerprune.measure.report import report
 from hf_layerprune.measure.workload import threads
 from hf_layerprune.publish.card.render import Card
+from hf_layerprune.records.figures import numbers
+from hf_layerprune.records.figures.results import results_of
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
 
@@ -205,6 +208,21 @@ def test_what_can_not_be_timed_is_refused(words, says, llama_bench, files, capsy
     words = [word.format(**files) for word in words]
     assert main(["bench", str(files["folder"]), *words]) != 0
     assert says in capsys.readouterr().err
+
+
+def test_the_ratio_that_is_shown_is_that_of_runs_in_turn():
+    """A machine that was busy during the dense runs that make its median is no gain."""
+    own, dense = "a" * 64, "b" * 64
+    metrics = Metrics(own)
+    for weights, role, speed in ((own, "cut", 30.0), (dense, "dense", 10.0)):
+        metrics.models[weights] = {"role": role, "name": role, "layers": 4, "parameters": 8}
+        same = {"kind": "speed", "metric": "decode_tokens_per_second", "settings": {"batch": 1}, "date": "2026-11-26"}
+        metrics.add(results=[same | {"weights": weights, "value": speed, "versions": {}}])
+    metrics.add(comparisons=[same | {"weights": own, "base": dense, "difference": 20.0, "share": 1.3}])
+    results = results_of(metrics)
+    (row,) = results.table(("speed",), every=True)
+    assert row.cells[own].change == numbers.ratio(1.3)
+    assert numbers.ratio(1.3) in report(metrics, ("speed",))
 
 
 def test_an_answer_that_is_none_is_an_error(tmp_path, monkeypatch):

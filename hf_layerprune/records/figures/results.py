@@ -237,7 +237,9 @@ def _cell(record: dict[str, Any], base: dict[str, Any] | None, metrics: Metrics)
     elif kind == "distance" or not base["value"]:
         change = ""
     else:
-        change = numbers.ratio(value / base["value"])
+        # That of runs that follow each other, where there is one: what slowed down both does not count.
+        in_turn = paired.get("share") if paired else None
+        change = numbers.ratio(value / base["value"] if in_turn is None else in_turn)
     p_value = paired.get("p_value") if paired else None
     return Cell(text, change, p_value is not None and p_value > SIGNIFICANT, record, paired)
 
