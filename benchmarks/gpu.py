@@ -25,13 +25,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -141,7 +143,7 @@ def in_a_process(step: Step, seconds: float) -> dict:
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        end(process)
         output, _ = process.communicate()
         return {"unfinished": f"not done after {seconds:.0f} s; {step.resumes}", "output": output[-500:]}
     line = next((line for line in reversed(output.splitlines()) if line.startswith(MARK)), None)
@@ -149,6 +151,13 @@ def in_a_process(step: Step, seconds: float) -> dict:
         return {"failed": f"exit code {process.returncode}", "output": output[-3000:]}
     found = json.loads(line.removeprefix(MARK))
     return found | {"seconds": round(time.monotonic() - begun, 1), "date": datetime.now(UTC).isoformat()[:16]}
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill a process and all that it started, also in sessions of their own, as torch's launcher starts its workers."""
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
 
 
 def child(name: str, setting: Setting) -> None:

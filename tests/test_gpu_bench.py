@@ -68,8 +68,8 @@ def test_every_step_of_a_part(part: str, tmp_path: Path) -> None:
 
 @pytest.mark.processes
 def test_parts_that_start_processes(tmp_path: Path) -> None:
-    names = ["a-tests", "e-quarter-1", "e-quarter-1-measured"]
-    words = ["--tiny", "--part", "a", "e", "--rounds", "1", "--minutes", "15", "--only", *names]
+    names = ["a-tests", "e-quarter-1", "e-quarter-1-measured", "f-fsdp2", "f-single_gpu"]
+    words = ["--tiny", "--part", "a", "e", "f", "--rounds", "1", "--minutes", "40", "--only", *names]
     done = run(tmp_path, *words, "--data", str(write_tasks(tmp_path / "data", 4)), seconds=2700)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = {path.stem: json.loads(path.read_text())["result"] for path in (tmp_path / "results").glob("*.json")}
@@ -77,6 +77,8 @@ def test_parts_that_start_processes(tmp_path: Path) -> None:
     assert found["a-tests"]["passed"] > 0
     assert "failed" not in found["a-tests"]
     assert found["e-quarter-1"]["tokens"] == 8 * 16
+    for name in ("f-single_gpu", "f-fsdp2"):
+        assert found[name]["losses"][-1] < found[name]["losses"][0]
     assert any({"cut", "dense"} <= sides.keys() for sides in found["e-quarter-1-measured"].values())
 
 
@@ -95,6 +97,19 @@ def test_a_step_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest
     assert found["unfinished"] == "not done after 0 s; it goes on later"
     assert time.monotonic() - start < 20
     assert not [child for child in psutil.Process().children(recursive=True) if "c-drive" in child.cmdline()]
+
+
+def test_workers_in_sessions_of_their_own_are_ended_too() -> None:
+    worker = "import subprocess, sys, time\n{}print('up', flush=True)\ntime.sleep(600)"
+    words = [sys.executable, "-c", worker.format("")]
+    code = worker.format(f"subprocess.Popen({words}, start_new_session=True, stdout=sys.stderr)\n")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert started
+    gpu.end(process)
+    process.wait(20)
+    assert not psutil.wait_procs(started, timeout=20)[1]
 
 
 def test_the_page_as_it_is_without_results(tmp_path: Path) -> None:
