@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -205,7 +206,7 @@ def _train(
     model = load_student(student, method, dtype="auto")
     clock.start, clock.end = (moment + time.process_time() - before for moment in (clock.start, clock.end))
     rows = Dataset.from_list(_rows(arm, setting, clock, seed, tokens))
-    output = setting.work / "run"
+    output = setting.work / f"run-{os.getpid()}"  # runs in one folder may go side by side
     shutil.rmtree(output, ignore_errors=True)
     settings = HealConfig(
         **{
