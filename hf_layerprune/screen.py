@@ -36,6 +36,8 @@ def settle(*, quiet: bool = False) -> None:
         warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[_Lines()])
     logging.getLogger("hf_layerprune").setLevel(logging.ERROR if quiet else logging.INFO)
+    # Torch, which has a handler of its own, tells torchao's users here that one of torchao's calls is deprecated.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def progress_bar(*args: Any, **words: Any) -> tqdm:

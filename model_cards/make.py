@@ -55,7 +55,8 @@ REPAIRED = Model("SmolLM2-135M-23L-repaired", taken="pruned", beside=("SmolLM2-1
 CUT = Model("SmolLM2-135M-23L-cut", same_layers=REPAIRED.name)
 HEALED = Model("SmolLM2-135M-23L-healed", taken="model", beside=(CUT.name, REPAIRED.name))
 WITHIN = Model(
-    "SmolLM2-135M-ratio-1.10", made=("--max-perplexity-ratio", "1.10", "--criterion", "auto", "--repair", "refit")
+    "SmolLM2-135M-ratio-1.10",
+    made=("--max-perplexity-ratio", "1.10", "--criterion", "auto", "--contiguous", "--repair", "refit"),
 )
 MODELS = (LAST, REPAIRED, CUT, HEALED, WITHIN)
 

@@ -37,6 +37,17 @@ def test_a_folder_of_tasks(tmp_path: Path) -> None:
     assert found["begun"].fields["doc_to_text"] == "query"
 
 
+def test_a_file_that_is_not_asked_for_is_left_alone(tmp_path: Path) -> None:
+    """Training rows may lie beside the questions."""
+    write_tasks(tmp_path)
+    write(tmp_path / "rows.jsonl", {"text": "Not a question."})
+    assert list(task_set(["asked"], tmp_path).tasks) == ["asked"]
+    with pytest.raises(LayerPruneError, match=r"rows.jsonl, line 1: a question is"):
+        task_set(["rows"], tmp_path)
+    with pytest.raises(LayerPruneError, match=r"rows.jsonl, line 1: a question is"):
+        task_set(None, tmp_path)
+
+
 def test_the_harness_asks_what_the_file_says(tmp_path: Path) -> None:
     write(tmp_path / "one.jsonl", QUESTION, {"query": "Question: {{7*7}}?", "choices": ["49", "7 {% x"], "gold": 1})
     write(tmp_path / "two.jsonl", {"query": "12", "choices": ["34", "[5]", "6"], "gold": 2})

@@ -19,7 +19,7 @@ def accuracy(folder: Path, data: Path, limit: int) -> dict[str, float]:
     """
     from hf_layerprune.cli import main
 
-    output = folder / "questions.json"
+    output = folder.with_name(f"{folder.name}-questions.json")  # a model is only read
     words = ["eval", str(folder), "--tasks-from", str(data), "--tasks", ",".join(CHANCE), "--limit", str(limit)]
     if main([*words, "--text", "none", "--output", str(output), "--quiet"]):
         raise SystemExit(f"the questions could not be put to {folder}")

@@ -18,7 +18,7 @@ from .measurement import Measurement
 from .paired import compare_pairs, compare_values
 from .requests import EvalRequest
 from .subject import Subject
-from .tasks import TaskSet, read_tasks, task_set
+from .tasks import TaskSet, read_tasks, task_files, task_set
 from .texts import WIKITEXT2, Text, check_same_tokens, find_text, windows
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ def _texts_of(request: EvalRequest) -> list[Text]:
     if request.texts is not None:
         return [find_text(name) for name in request.texts]
     if request.tasks_from is not None:
-        return [one for one in read_tasks(request.tasks_from).values() if isinstance(one, Text)]
+        texts = [name for name, path in task_files(request.tasks_from).items() if path.suffix == ".txt"]
+        return [one for one in read_tasks(request.tasks_from, texts).values() if isinstance(one, Text)]
     return [find_text(WIKITEXT2)] if request.tasks is None else []
 
 

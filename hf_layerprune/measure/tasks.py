@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -89,14 +89,15 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> TaskSet
     Raises:
         LayerPruneError: A task is unknown, its data is not available, or a file is not a valid task.
     """
-    files = read_tasks(folder) if folder else {}
+    paths = task_files(folder) if folder else {}
     if names is None:
-        names = [name for name, one in files.items() if isinstance(one, LocalTask)]
+        names = [name for name, path in paths.items() if path.suffix == ".jsonl"]
     wanted = list(dict.fromkeys(name for one in names for name in (PAPER if one == "paper" else (one,))))
+    files = read_tasks(folder, wanted) if folder else {}
     if not wanted:
         return TaskSet()
     require_harness()
-    theirs = [match for name in wanted if name not in files for match in _find(name, list(files), folder)]
+    theirs = [match for name in wanted if name not in files for match in _find(name, list(paths), folder)]
     ours = [name for name in wanted if name in files]
     loaded: dict[str, Task | Group] = {}
     with quiet():
@@ -223,11 +224,12 @@ def task_config(task: LocalTask | Text) -> dict[str, Any]:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def read_tasks(folder: Path) -> dict[str, LocalTask | Text]:
-    """Read all tasks and texts of a folder.
+def read_tasks(folder: Path, names: Collection[str] | None = None) -> dict[str, LocalTask | Text]:
+    """Read tasks and texts of a folder.
 
     Args:
         folder (`Path`): The folder.
+        names (`Collection[str]`, *optional*): Those to read; other files are left alone. By default all.
 
     Returns:
         `dict[str, LocalTask | Text]`: The tasks and texts by name, in alphabetical order.
@@ -235,13 +237,32 @@ def read_tasks(folder: Path) -> dict[str, LocalTask | Text]:
     Raises:
         LayerPruneError: The folder has none, or one is invalid; the message names the line.
     """
+    return {
+        name: read_task(path) if path.suffix == ".jsonl" else read_text(path)
+        for name, path in task_files(folder).items()
+        if names is None or name in names
+    }
+
+
+def task_files(folder: Path) -> dict[str, Path]:
+    """The files of tasks (`.jsonl`) and texts (`.txt`) in a folder.
+
+    Args:
+        folder (`Path`): The folder.
+
+    Returns:
+        `dict[str, Path]`: The files by name, in alphabetical order.
+
+    Raises:
+        LayerPruneError: The folder has none, or two of the same name.
+    """
     if not folder.is_dir():
         raise LayerPruneError(f"{folder} is not a folder; name one with .jsonl files (tasks) or .txt files (texts)")
-    files: dict[str, LocalTask | Text] = {}
+    files: dict[str, Path] = {}
     for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.txt")]):
         if path.stem in files:
             raise LayerPruneError(f"{path} and {path.with_suffix('.jsonl')} have the same name; rename one")
-        files[path.stem] = read_task(path) if path.suffix == ".jsonl" else read_text(path)
+        files[path.stem] = path
     if not files:
         raise LayerPruneError(f"{folder} has no .jsonl file (a task) and no .txt file (a text); name another folder")
     return files
