@@ -231,8 +231,11 @@ def _train(
     shutil.rmtree(output, ignore_errors=True)
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    count = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
+    healed = trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained
     # As it would be saved: trained weights were held in float32.
-    return trainer.plain_model.to(setting.dense.dtype), {
+    return healed.to(setting.dense.dtype), {
         "method": method.name,
         "learning_rate": settings.learning_rate,
         "rows": len(rows),
@@ -240,7 +243,7 @@ def _train(
         "tokens": int(max((entry.get("num_tokens", 0) for entry in history), default=0)),
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0, 2),
-        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trained_parameters": count,
         "losses": [round(loss, 4) for loss in (losses[0], losses[-1])] if losses else [],
         "prepared_seconds": round(made, 1),
     }
