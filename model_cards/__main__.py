@@ -19,7 +19,7 @@ from pathlib import Path
 from hf_layerprune.errors import CheckpointError, LayerPruneError
 from hf_layerprune.publish.card.style import drawn_for
 from hf_layerprune.publish.card.writing import ASSETS, compose, read_card, write_card
-from hf_layerprune.publish.verify.records import recorded_identity
+from hf_layerprune.publish.verify.records_alone import recorded_identity
 from hf_layerprune.records.declared import CARD
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics

@@ -1,6 +1,6 @@
 """Records to publish from: a lineage and metrics that a real run could have written, and a small model that has them.
 
-python -m tests.publish_records --write    writes tests/card_expected.md anew
+python -m tests.publish_records --write    rewrites tests/card_expected.md
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 def test_every_file_is_what_todays_code_writes() -> None:
-    """`python -m model_cards --make WORK --data DATA` makes them anew."""
+    """`python -m model_cards --make WORK --data DATA` makes and measures them again."""
     check(command.HERE, KEPT)
     assert {folder.name for folder in KEPT} <= {model.name for model in make.MODELS}
 
@@ -170,7 +170,7 @@ SHORT = {
 
 @pytest.mark.processes
 def test_the_whole_way_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All models are made from a tiny GGUF file, verified, and taken over; and again, which makes none of them anew."""
+    """All models are made from a tiny GGUF file, verified, and taken over; a second run makes none of them again."""
     base, data, shelf = write_gguf(tmp_path / "tiny.gguf", layers=8), tmp_path / "data", tmp_path / "shelf"
     shelf.mkdir()
     data.mkdir()

@@ -10,8 +10,8 @@ from ..records.figures.results import QUALITY, SIGNIFICANT, Cell, Results, Row, 
 from ..records.metrics import Metrics
 
 _NOTES = {
-    "change": "change: from dense, over the same questions or windows, with its standard error; of speeds, the median ratio of runs in turn; p: exact McNemar test for "
-    "answers, paired t test for the rest",
+    "change": "change: from dense, over the same questions or windows, with its standard error; of speeds, the median "
+    "ratio of runs in turn; p: exact McNemar test for answers, paired t test for the rest",
     "theory": "theory: the ratio to dense that operations or bytes alone would give",
     "of margin": "of margin: the share of the dense model's margin over chance that remains; omitted if that margin is "
     "below two standard errors",

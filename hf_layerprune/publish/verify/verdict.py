@@ -31,7 +31,7 @@ from ..requests import VerifyRequest
 from .outcome import Verified
 from .places import Base, Place
 from .rebuild import Expected, rebuild
-from .records import check_base, check_chain, check_records_alone
+from .records_alone import check_base, check_chain, check_records_alone
 from .tensors import ADAPTER, check_tensors, weight_files
 
 # Fields that are set on saving, and the marker of the cut, which is checked separately; none affects the outputs.
