@@ -122,7 +122,7 @@ def main(
     from hf_layerprune.heal.student import adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
     from hf_layerprune.records.lineage import stage
-    from hf_layerprune.runtime.loading import load_processor, load_tokenizer
+    from hf_layerprune.runtime.loading import load_config, load_processor, load_tokenizer
 
     output = Path(str(training_args.output_dir))
     for folder in (output / "model", output / "adapter"):
@@ -133,14 +133,16 @@ def main(
     hub = push_request(training_args, output / "model")
     dense = training_args.teacher or model_args.model_name_or_path
     evaluation = eval_request(output / "model", dense, measure_args)
+    if training_args.teacher:
+        load_config(training_args.teacher)
+    raw_train, raw_test, name = load_data(script_args, dataset_args, training_args)
 
     student = prepare_student(model_args, cut_args, training_args)
     method = student.method(training_args.method)
     training_args.method = method.name
     training_args.teacher = training_args.teacher or student.base
     tokenizer = load_tokenizer(student.folder)
-    rows = prepare_rows(script_args, dataset_args, row_args, training_args, student, tokenizer)
-    train_rows, test_rows, source = rows
+    train_rows, test_rows = prepare_rows(raw_train, raw_test, name, row_args, training_args, student, tokenizer)
 
     kwargs: dict[str, Any] = {"dtype": model_args.dtype, "trust_remote_code": False}
     if model_args.attn_implementation:
@@ -160,7 +162,7 @@ def main(
         show_progress(trainer)
         with stage("heal", settings_of(training_args)) as entry:
             trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    entry |= {"data": describe_rows(trainer.numbered_datasets, source)}
+    entry |= {"data": describe_rows(trainer.numbered_datasets, name)}
     entry |= {"command": describe_command(["accelerate", "launch", "recipes/sft_tail.py"], sys.argv[1:])}
     folder = save(trainer, student, entry)
 
@@ -228,48 +230,65 @@ def prepare_student(model_args: ModelArguments, cut_args: CutOptions, training_a
     return Student.at(folder)
 
 
+def load_data(
+    script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, training_args: HealConfig
+) -> tuple[Dataset | None, Dataset | None, str]:
+    """The raw rows and the name of their source.
+
+    Returns:
+        `tuple`: The training rows, `None` if the dense model is to write them; the evaluation rows if
+        `--eval_strategy` is set; and the name.
+    """
+    from hf_layerprune.heal.data import load_mixture, load_rows, pick_split
+    from hf_layerprune.heal.self_data import SELF
+
+    name = script_args.dataset_name
+    if dataset_args.datasets:
+        splits = load_mixture(dataset_args, training_args.data_seed or training_args.seed)
+        name = "+".join(part.path for part in dataset_args.datasets)
+    elif not name:
+        raise LayerPruneError("name the training data with --dataset_name; with `self`, the dense model writes them")
+    elif name == SELF:
+        return None, None, name
+    else:
+        splits = load_rows(name, config=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    train = pick_split(splits, script_args.dataset_train_split, name)
+    if training_args.eval_strategy == "no":
+        return train, None, name
+    return train, pick_split(splits, script_args.dataset_test_split, name), name
+
+
 def prepare_rows(
-    script_args: ScriptArguments,
-    dataset_args: DatasetMixtureConfig,
+    train: Dataset | None,
+    test: Dataset | None,
+    name: str,
     row_args: RowOptions,
     training_args: HealConfig,
     student: Student,
     tokenizer: PreTrainedTokenizerBase,
-) -> tuple[Dataset, Dataset | None, str]:
-    """The training rows, the evaluation rows if `--eval_strategy` is set, and the name of their source."""
+) -> tuple[Dataset, Dataset | None]:
+    """The training rows, written by the dense model if there are none, and the evaluation rows, ready for the trainer."""
     from hf_layerprune.families.multimodal import placeholders
-    from hf_layerprune.heal.data import has_images, load_mixture, load_rows, pick_split, shape_rows
-    from hf_layerprune.heal.self_data import SELF
+    from hf_layerprune.heal.data import has_images, shape_rows
     from hf_layerprune.runtime.loading import load_config, load_processor
 
     seed = training_args.data_seed or training_args.seed
-    name, test = script_args.dataset_name, None
-    if dataset_args.datasets:
-        name = "+".join(part.path for part in dataset_args.datasets)
-        splits = load_mixture(dataset_args, seed)
-    elif name == SELF:
+    if train is None:
         writer = make_writer(training_args, student, tokenizer, seed)
-        return writer.rows(row_args.self_rows, row_args.self_length), None, name
-    elif name:
-        splits = load_rows(name, config=script_args.dataset_config, streaming=script_args.dataset_streaming)
-    else:
-        raise LayerPruneError("name the training data with --dataset_name; with `self`, the dense model writes them")
+        return writer.rows(row_args.self_rows, row_args.self_length), None
 
     processor = partial(load_processor, student.folder) if placeholders(load_config(student.folder)) else None
 
-    def shaped(split: str) -> Dataset:
-        rows = pick_split(splits, split, name)
+    def shaped(rows: Dataset) -> Dataset:
         return shape_rows(rows, tokenizer, row_args.template, name, training_args.dataset_text_field, processor)
 
-    train = shaped(script_args.dataset_train_split)
+    train = shaped(train)
     if row_args.rewrite_answers:
         if has_images(train):
             raise CutError(f"{name} has images, and --rewrite_answers rewrites answers to text alone; leave it out")
         writer = make_writer(training_args, student, tokenizer, seed)
         train = writer.rewritten(train, row_args.rewrite_max_tokens, row_args.rewrite_temperature)
-    if training_args.eval_strategy != "no":
-        test = shaped(script_args.dataset_test_split)
-    return train, test, name
+    return train, None if test is None else shaped(test)
 
 
 def make_writer(training_args: HealConfig, student: Student, tokenizer: PreTrainedTokenizerBase, seed: int) -> Writer:

@@ -298,19 +298,34 @@ def test_one_line_for_an_error(base: Path, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"method": "last9"}, "trains the last 9 layers, but only 6 remain"),
-        ({"method": "head"}, "method='head' is unknown"),
         ({"fp16": "true"}, "fp16 needs a GPU, and training would run on the CPU; use --fp16 false"),
         ({"drop_layers": "3-12"}, r"drop_layers has 8, but the model's layers are 0\.\.7"),
         ({"model_name_or_path": "/nowhere"}, "/nowhere does not exist"),
         ({"require": "kl<=1"}, "--require needs numbers; say what to measure: --eval_tasks"),
         ({"max_length": 2}, "none of the 32 training rows has a labelled token within max_length=2"),
-        ({"dataset_test_split": "test", "eval_strategy": "steps"}, "has no split 'test'; it has train"),
     ],
 )
 def test_bad_settings(recipe: ModuleType, base: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(LayerPruneError, match=message):
         run(recipe, words(base, tmp_path / "run", **settings))
     assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "head"}, "method='head' is unknown"),
+        ({"dataset_name": "/nowhere.jsonl"}, "/nowhere.jsonl"),
+        ({"dataset_test_split": "test", "eval_strategy": "steps"}, "has no split 'test'; it has train"),
+        ({"loss": "kd", "teacher": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_refused_before_the_cut(
+    recipe: ModuleType, base: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(LayerPruneError, match=re.escape(message)):
+        run(recipe, words(base, tmp_path / "run", **settings))
+    assert not (tmp_path / "run" / "pruned").exists()
 
 
 def test_output_of_another_run(recipe: ModuleType, base: Path, healed: tuple[Path, str]) -> None:

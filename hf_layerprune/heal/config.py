@@ -11,6 +11,7 @@ from ..errors import CutError, LayerPruneError
 from ..options import check, documented
 from ..runtime.precision import slow_in_16_bits
 from ..versions import trl_pads_by_itself
+from .methods import parse_method
 from .options import HealOptions
 
 try:
@@ -60,6 +61,8 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
         if left_to_us and self.pad_to_multiple_of is None and self.device.type == "cpu":
             self.pad_to_multiple_of = _CPU_MULTIPLE
         check(self)
+        if self.method != "auto":
+            parse_method(self.method)
 
     @property
     def distils(self) -> bool:
