@@ -15,14 +15,11 @@ if TYPE_CHECKING:
 
 
 def load_model(source: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load what a user may call a model: a folder, a Hub id, an adapter of any PEFT method, or a GGUF file.
+    """Load what a user may call a model, as a plain model in evaluation mode, adapters merged.
 
     Args:
-        source (`str` or `Path`): A Hub id, a folder, or a GGUF file.
+        source (`str` or `Path`): A Hub id, a folder, or a GGUF file; a model, or an adapter of any PEFT method.
         kwargs: For `from_pretrained`, see `load_base`. `revision` and `subfolder` are those of `source` itself.
-
-    Returns:
-        `PreTrainedModel`: A plain model in evaluation mode, adapters merged.
 
     Raises:
         CheckpointError: There is no such model, it can't be loaded, or its weights are not those that its config
@@ -35,13 +32,6 @@ def load_model(source: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder, a Hub id, an adapter (or else its base's), or a GGUF file.
-
-    Args:
-        model (`str` or `Path`): A Hub id, a folder, or a GGUF file.
-        kwargs: For `from_pretrained`: `revision`, `token`, ...
-
-    Returns:
-        `PreTrainedTokenizerBase`: The tokenizer.
 
     Raises:
         CheckpointError: It has none that transformers can load.

@@ -119,12 +119,7 @@ def prepare(
 
 
 def calibration_of(options: CalibrationOptions, model: PreTrainedModel, revision: str | None = None) -> CalibrationSet:
-    """The calibration set that a config or a request names, for a model.
-
-    Args:
-        options (`CalibrationOptions`): The text, and how many rows of it.
-        model (`PreTrainedModel`): The dense model; its tokenizer is loaded from where it came from.
-        revision (`str`, *optional*): Branch, tag or commit of the tokenizer on the Hub.
+    """The calibration set that a config or a request names, for a dense model with the tokenizer beside it.
 
     Raises:
         CheckpointError: The model has no tokenizer and the text needs one, or the text can't be read.

@@ -98,14 +98,9 @@ def _load(
 
 
 def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
-    """Fit what a config asks for to its base, of which only a layer at a time is in memory.
+    """Choose the layers and fit the repair on a config's base, of which only a layer at a time is in memory.
 
-    Args:
-        config ([`LayerDropConfig`]): What to do. Its `drop_layers` is filled in.
-        kwargs (`dict[str, Any]`): For loading the base.
-
-    Returns:
-        `Prepared`: The layers, the repair, and the record of both.
+    The config's `drop_layers` is filled in.
 
     Raises:
         CutError: The base is cut already, or the repair is impossible.

@@ -16,14 +16,7 @@ if TYPE_CHECKING:
 
 
 def tuned_layers(cut: families.Cut, tune_layers: int | str | Collection[int]) -> list[int]:
-    """Which layers are tuned, as indices in the base.
-
-    Args:
-        cut (`families.Cut`): Which layers stay.
-        tune_layers (`int`, `"cut"` or `list[int]`): See `LayerDropConfig`.
-
-    Returns:
-        `list[int]`: Base indices, ascending; all of them stay.
+    """Base indices, ascending, of the layers that are tuned; see `LayerDropConfig` for `tune_layers`.
 
     Raises:
         CutError: More layers than remain, or a layer that is dropped or does not exist.
@@ -46,16 +39,9 @@ def tuned_layers(cut: families.Cut, tune_layers: int | str | Collection[int]) ->
 def tuned_modules(
     model: PreTrainedModel, config: LayerDropConfig, cut: families.Cut, stack: DecoderStack
 ) -> list[str]:
-    """Full names, in the pruned model, of all modules that are tuned.
+    """Full names, in the pruned model, of all modules that are tuned; the model may still be whole.
 
-    Args:
-        model (`PreTrainedModel`): The model, before or after the cut.
-        config (`LayerDropConfig`): What to tune.
-        cut (`families.Cut`): Which layers stay.
-        stack (`DecoderStack`): Where the layers are.
-
-    Returns:
-        `list[str]`: Layers first, then the final norm, then the head, then the config's own `modules_to_save`.
+    Layers come first, then the final norm, then the head, then the config's own `modules_to_save`.
 
     Raises:
         CutError: The model has no such module, or its weights are quantised, or a name would also match another one.

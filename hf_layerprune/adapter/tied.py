@@ -24,10 +24,9 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def untie(model: PreTrainedModel) -> int:
-    """Stop transformers from tying the head again. The tuned copy that PEFT makes has a weight of its own.
+    """Stop transformers from tying the head again; returns how many parameters that adds.
 
-    Returns:
-        `int`: How many parameters that adds.
+    The tuned copy that PEFT makes has a weight of its own.
     """
     parts = (model.config, families.text_config(model.config))
     configs = [part for part in parts if getattr(part, "tie_word_embeddings", False)]

@@ -42,14 +42,7 @@ class Document:
 
 
 def documents_of(source: str, seed: int) -> Iterator[Document]:
-    """Read a file or a data set, in an order that the seed decides.
-
-    Args:
-        source (`str`): See [`.rows.load_calibration`].
-        seed (`int`): For the order.
-
-    Yields:
-        `Document`: Each row, or each piece of a text.
+    """Read a file or a data set by row, or a text by piece, in an order that the seed decides.
 
     Raises:
         CheckpointError: It can't be read, or a row has no text.

@@ -33,10 +33,10 @@ def image_rows(
     model: PreTrainedModel | None,
     load_processor: Callable[[], ProcessorMixin] | None,
 ) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Make rows of examples with images.
+    """Make `samples` rows of at most `length` tokens from examples with images, in their order.
 
     Args:
-        documents (`Iterator[Document]`): The examples, in the order in which they are used.
+        documents (`Iterator[Document]`): The examples.
         source (`str`): Their name.
         samples (`int`): How many rows.
         length (`int`): The most tokens of a row.

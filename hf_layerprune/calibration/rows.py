@@ -99,13 +99,7 @@ class CalibrationSet:
         return self._part(0, rows)
 
     def split(self, held_out: float) -> tuple[CalibrationSet, CalibrationSet]:
-        """Hold out a share of the rows.
-
-        Args:
-            held_out (`float`): The share, between 0 and 1; both parts have at least one row.
-
-        Returns:
-            `tuple[CalibrationSet, CalibrationSet]`: The remaining rows, and the held-out ones.
+        """Hold out a share of the rows; returns the other rows, and the held-out ones. Both are at least one row.
 
         Raises:
             CutError: There are fewer than two rows.
@@ -202,10 +196,10 @@ def load_calibration(
 
 
 def check_vocabulary(calibration: CalibrationSet, model: PreTrainedModel | None) -> None:
-    """Refuse tokens outside a model's vocabulary.
+    """Refuse tokens outside a model's embeddings.
 
     Raises:
-        CheckpointError: A token is outside the model's embeddings.
+        CheckpointError: A token is outside them.
     """
     if model is None:
         return

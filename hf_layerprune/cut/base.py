@@ -80,12 +80,9 @@ class Base:
             self.repo.fetch(names)
 
     def companions(self) -> list[tuple[str, int]]:
-        """The files to copy along with the weights: tokenizer, chat templates, generation settings, licence.
+        """The files to copy along with the weights, with their sizes: tokenizer, chat templates, settings, licence.
 
         From the Hub they are downloaded, together with the index of the weights.
-
-        Returns:
-            `list[tuple[str, int]]`: Path relative to the folder, and size in bytes.
 
         Raises:
             CheckpointError: One of them is a broken link.
@@ -184,9 +181,6 @@ def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] 
 
 def read_headers(base: Base) -> Weights:
     """Read the headers of all weight files; of a base on the Hub, nothing but the headers is fetched.
-
-    Args:
-        base (`Base`): The checkpoint.
 
     Raises:
         CheckpointError: There are no safetensors weights, or they can't be read.

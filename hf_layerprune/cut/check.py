@@ -43,18 +43,11 @@ class CannotCheckError(LayerPruneError):
 
 
 def bypassed_logits(model: PreTrainedModel, layers: Sequence[int]) -> torch.Tensor:
-    """Logits of a few tokens from the dense model, with some of its layers bypassed.
-
-    Args:
-        model (`PreTrainedModel`): The dense model. It is not changed.
-        layers (`Sequence[int]`): Indices of the layers to bypass, so that they return their input unchanged.
-
-    Returns:
-        `torch.Tensor`: `[1, seq, vocab]`.
+    """Logits `[1, seq, vocab]` of a few tokens from the dense model, with some layers returning their input.
 
     Raises:
-        CannotCheckError: The weights are quantized, not in memory or sharded across processes, or the model needs other
-            inputs than tokens.
+        CannotCheckError: The weights are quantized, not in memory or sharded across processes, or the model needs
+            other inputs than tokens.
     """
     if getattr(model, "is_quantized", False):
         # bitsandbytes repacks 4-bit weights in a forward pass on a CPU, and what is saved afterwards is garbage.
@@ -78,11 +71,7 @@ def few_logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def check_logits(pruned: PreTrainedModel, expected: torch.Tensor) -> None:
-    """Compare the logits of a pruned model with those of the dense one.
-
-    Args:
-        pruned (`PreTrainedModel`): The pruned model. It is not changed.
-        expected (`torch.Tensor`): The logits from `bypassed_logits` for the dense model.
+    """Compare the logits of a pruned model with those that `bypassed_logits` gives for the dense one.
 
     Raises:
         WrongCutError: They differ by more than rounding, or the pruned model does not run.
@@ -118,11 +107,7 @@ def check_cut(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
 
 
 def tell_if_presumed(config: PreTrainedConfig) -> None:
-    """Warn, once for each model type, if a cut is not proven with the installed version of transformers.
-
-    Args:
-        config (`PreTrainedConfig`): The base's config.
-    """
+    """Warn, once for each model type, if a cut is not proven with the installed version of transformers."""
     model_type = families.text_config(config).model_type
     version, proven = str(installed("transformers")), proven_versions(*_types(config))
     if version in proven or model_type in _told:

@@ -25,16 +25,10 @@ _LAYER = re.compile(r"\.\d+\.")
 
 
 def check_tensors(name: str, config: PreTrainedConfig, shapes: Mapping[str, Collection[int]], prefix: str) -> None:
-    """Refuse a cut whose tensors are not those that the cut model needs.
+    """Refuse a cut whose tensors (names after the cut, and shapes) are not those that the cut model needs.
 
     In a quantised checkpoint, weights are stored under other names and in other shapes. There, a packed weight is only
     known to be missing from a layer if another layer has it.
-
-    Args:
-        name (`str`): The name of the checkpoint, for errors.
-        config (`PreTrainedConfig`): The config after the cut.
-        shapes (`Mapping[str, Collection[int]]`): The shape of each tensor, by its name after the cut.
-        prefix (`str`): The part of a tensor's name before the layer index.
 
     Raises:
         CheckpointError: A tensor is missing, is not part of the model, or has the wrong shape.

@@ -75,15 +75,11 @@ def find_weights(names: Collection[str], where: str, variant: str | None = None)
 
 
 def check_index(weight_map: Mapping[str, str], headers: Mapping[str, Header], where: str) -> None:
-    """Check an index against the files that it lists.
-
-    Args:
-        weight_map (`Mapping[str, str]`): The file of each tensor, according to the index.
-        headers (`Mapping[str, Header]`): The header of each file.
-        where (`str`): The name of the index, for errors.
+    """Check that an index, which says in which file each tensor is, fits the headers of these files.
 
     Raises:
-        CheckpointError: A tensor is in a file other than the index says, in no file, in two files, or not in the index.
+        CheckpointError: A tensor is in a file other than the index says, in no file, in two files, or not in the
+            index.
     """
     seen: dict[str, str] = {}
     for file, header in headers.items():

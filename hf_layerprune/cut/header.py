@@ -86,13 +86,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a safetensors file.
-
-    Args:
-        path (`Path`): The file.
-
-    Returns:
-        `Header`: The tensors, each with a byte range that lies within the file and fits its shape.
+    """Read and check the header of a safetensors file: each byte range lies within the file and fits its tensor.
 
     Raises:
         CheckpointError: The file is damaged, or not a safetensors file.
@@ -131,15 +125,7 @@ def _unsound(path: Path, what: str) -> CheckpointError:
 
 
 def write_header(tensors: list[Tensor], metadata: dict[str, str] | None) -> bytes:
-    """The bytes of a safetensors file that precede the tensor data.
-
-    Args:
-        tensors (`list[Tensor]`): The tensors, in order.
-        metadata (`dict[str, str]`, *optional*): The metadata of the file.
-
-    Returns:
-        `bytes`: The header length, the header and its padding.
-    """
+    """What precedes the tensor data in a safetensors file: the header's length, the header, and its padding."""
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
     for tensor in tensors:
         entries[tensor.name] = {

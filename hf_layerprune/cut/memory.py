@@ -191,15 +191,7 @@ def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig) -> list[
 
 
 def kept_slices(name: str, tensor: Any, shape: Sequence[int], dim: int, width: int, cut: families.Cut) -> torch.Tensor:
-    """The slices of the kept layers, from a tensor with one slice per layer.
-
-    Args:
-        name (`str`): The tensor's name, for the error.
-        tensor (`torch.Tensor` or a slice of a safetensors file): The tensor.
-        shape (`Sequence[int]`): Its shape.
-        dim (`int`): The dimension of the slices.
-        width (`int`): The size of a slice in that dimension.
-        cut (`families.Cut`): The kept and dropped layers.
+    """The kept layers' slices, each `width` wide in dimension `dim`, of a tensor or of a slice of a safetensors file.
 
     Raises:
         CutError: The tensor has another size.
@@ -245,15 +237,6 @@ def rehearse(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut
 ) -> Rehearsal:
     """Compare empty models of the old and the new config; see the docstring of this module.
-
-    Args:
-        model_class (`type[PreTrainedModel]`): The class to build from both configs.
-        config (`PreTrainedConfig`): The config of the base.
-        new_config (`PreTrainedConfig`): The config after the cut, from `families.cut_config`.
-        cut (`families.Cut`): The kept and dropped layers.
-
-    Returns:
-        `Rehearsal`: The changes that the cut will make.
 
     Raises:
         CutError: A kept layer would be built differently on reload.

@@ -162,14 +162,6 @@ class _Kept(NamedTuple):
 def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) -> WeightsPlan:
     """Plan the weight files of a cut.
 
-    Args:
-        weights (`Weights`): The base's weight files.
-        config (`PreTrainedConfig`): The base's config.
-        cut (`families.Cut`): The kept and dropped layers.
-
-    Returns:
-        `WeightsPlan`: The weight files to write.
-
     Raises:
         CheckpointError: Tensors do not fit the config, or two would get the same name.
         UnsupportedModelError: The decoder layers can't be identified.
@@ -219,14 +211,9 @@ def _is_ignored(name: str, config: PreTrainedConfig) -> bool:
 def new_names(tensors: Iterable[str], config: PreTrainedConfig, cut: families.Cut) -> tuple[dict[str, str], str]:
     """Work out the names of a checkpoint's tensors after a cut.
 
-    Args:
-        tensors (`Iterable[str]`): Names of all tensors.
-        config (`PreTrainedConfig`): The base's config.
-        cut (`families.Cut`): The kept and dropped layers.
-
     Returns:
-        `tuple[dict[str, str], str]`: Old to new name of each tensor that is kept, and the part of a tensor's name before
-            the layer index.
+        `tuple[dict[str, str], str]`: Old to new name of each tensor that is kept, and the part of a tensor's name
+            before the layer index.
 
     Raises:
         CheckpointError: A tensor has no plain layer index or belongs to a layer that the config does not have, or two

@@ -24,19 +24,11 @@ _VOLATILE = ("_name_or_path", "transformers_version")
 
 
 def config_fields(source: dict[str, Any], config: PreTrainedConfig, num_layers: int) -> dict[str, Any]:
-    """The config.json of a cut checkpoint.
+    """The fields of the config.json of a cut checkpoint.
 
     It contains what transformers would save, and also every other field of the base's file, such as defaults that
     transformers omits and old spellings that other programs read. Such a field gets its new value if there is one;
     otherwise it is kept unchanged if that does not alter the config on reload.
-
-    Args:
-        source (`dict`): The base's config.json.
-        config (`PreTrainedConfig`): The config after the cut.
-        num_layers (`int`): Number of layers in the base.
-
-    Returns:
-        `dict`: The fields to write.
 
     Raises:
         CutError: A reload would give a different config.
@@ -112,15 +104,7 @@ def to_bytes(fields: dict[str, Any]) -> bytes:
 
 
 def quantiser_files(folder: Path, cut: families.Cut, several_stacks: bool) -> dict[str, bytes]:
-    """Rewrite the quantisers' settings files in which layers are named by index.
-
-    Args:
-        folder (`Path`): A model folder.
-        cut (`families.Cut`): The kept and dropped layers.
-        several_stacks (`bool`): Whether the model has layers outside the decoder.
-
-    Returns:
-        `dict[str, bytes]`: The new content of each file that changes, by file name.
+    """Rewrite the quantisers' settings files that name layers by index; returns the new content of those that change.
 
     Raises:
         CutError: An entry can't be rewritten exactly.

@@ -62,9 +62,6 @@ class Sizes:
     def parameters(self, drop: Sequence[int] = ()) -> int:
         """Parameters that are left without some layers, a shared one counted once.
 
-        Args:
-            drop (`Sequence[int]`): Base indices of the layers.
-
         Raises:
             CutError: These layers can't be dropped from this model.
         """
@@ -73,9 +70,6 @@ class Sizes:
 
     def file_bytes(self, drop: Sequence[int] = ()) -> int:
         """Bytes of the safetensors files that are left, as `cut.disk` writes them: headers and tensors.
-
-        Args:
-            drop (`Sequence[int]`): Base indices of the layers.
 
         Raises:
             CheckpointError: The headers can't be read, or do not fit the config.
@@ -108,13 +102,7 @@ class Sizes:
         return self.weight_bytes(drop) + sum(self._cache(drop, self.context(context), batch))
 
     def of_layers(self, what: str, *, context: int | None = None, batch: int = 1) -> list[float]:
-        """What each layer adds to a size, without what it shares with others.
-
-        Args:
-            what (`str`): `"params"`, `"size"` or `"memory"`.
-            context (`int`, *optional*): For `memory`.
-            batch (`int`): For `memory`.
-        """
+        """What each layer adds to a size (`"params"`, `"size"` or `"memory"`), without what it shares with others."""
         layers = [_count(layer) for layer in find_decoder_layers(self._model(())).layers]
         if what == "params":
             return [float(count) for count in layers]
@@ -133,14 +121,10 @@ class Sizes:
         return sizes
 
     def context(self, asked: int | None, default: int = _CONTEXT) -> int:
-        """The number of tokens in the cache.
-
-        Args:
-            asked (`int`, *optional*): As the user wants it.
-            default (`int`): Where nothing is asked for, unless the model has less room.
+        """The number of tokens in the cache: as asked, or the default, unless the model has less room.
 
         Raises:
-            CutError: The model has no room for so many.
+            CutError: More is asked for than the model has room for.
         """
         most = getattr(families.text_config(self.config), "max_position_embeddings", None)
         most = most if isinstance(most, int) and most > 0 else None

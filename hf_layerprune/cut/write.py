@@ -36,13 +36,7 @@ def write_checkpoint(plan: CheckpointPlan, target: Path, *, force: bool = False,
 
 
 def fill(plan: CheckpointPlan, folder: Path, *, link: bool = False, name: str | None = None) -> None:
-    """Write a planned checkpoint to an empty folder that does not have its final name yet.
-
-    Args:
-        plan (`CheckpointPlan`): The plan.
-        folder (`Path`): The folder.
-        link (`bool`, *optional*, defaults to `False`): Hard-link unchanged weight files.
-        name (`str`, *optional*): The name to show in the progress bar.
+    """Write a planned checkpoint to an empty folder that does not have its final name yet; messages show `name`.
 
     Raises:
         CheckpointError: The disk is too full, or the source changed.

@@ -31,14 +31,7 @@ MARKER = "layer_drop"
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The part of a config that describes the language decoder: the config itself, or its text section.
-
-    Args:
-        config (`PreTrainedConfig`): A model's config.
-
-    Returns:
-        `PreTrainedConfig`: The object itself, not a copy, so changes to it change `config`.
-    """
+    """The section of a config that describes the language decoder, or the config itself; not a copy."""
     return path_to_text(config)[-1]
 
 
@@ -70,9 +63,6 @@ def layer_count(config: PreTrainedConfig) -> int:
 def check_supported(config: PreTrainedConfig) -> None:
     """Refuse a model type that is not proven to survive a cut.
 
-    Args:
-        config (`PreTrainedConfig`): The model's config.
-
     Raises:
         UnsupportedModelError: The model type is refused (with the reason) or unknown, or this config enables a
             feature that a cut would break.
@@ -103,13 +93,9 @@ def check_supported(config: PreTrainedConfig) -> None:
 
 
 def check_stage(config: PreTrainedConfig, stage: str) -> None:
-    """Refuse a model whose type is known to fail at a stage.
+    """Refuse a model whose type is known to fail at a stage, one of `STAGES`.
 
     Unproven types pass here; the code that runs them layer by layer checks them against their own forward.
-
-    Args:
-        config (`PreTrainedConfig`): The model's config.
-        stage (`str`): One of `STAGES`.
 
     Raises:
         UnsupportedModelError: The type is refused at that stage; says why, and what to do instead.
@@ -136,14 +122,7 @@ def wide_tensors(config: PreTrainedConfig) -> tuple[tuple[WideTensor, int], ...]
 
 
 def make_cut(config: PreTrainedConfig, drop_layers: Sequence[int]) -> Cut:
-    """Check that a set of layers can be dropped, and describe the cut.
-
-    Args:
-        config (`PreTrainedConfig`): The base's config.
-        drop_layers (`Sequence[int]`): Base indices of the layers to drop, in any order.
-
-    Returns:
-        `Cut`: The layers that stay.
+    """Check that a set of layers, in any order, can be dropped, and describe the cut.
 
     Raises:
         CutError: An index is out of range, given twice or protected, or no layer or all of them would be dropped.
@@ -158,15 +137,7 @@ def make_cut(config: PreTrainedConfig, drop_layers: Sequence[int]) -> Cut:
 
 
 def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:
-    """The config of the pruned model.
-
-    Args:
-        config (`PreTrainedConfig`): The base's config; left unchanged.
-        cut (`Cut`): Which layers stay.
-
-    Returns:
-        `PreTrainedConfig`: A new config of the same class, validated by that class, with a `layer_drop` entry that
-            records the cut.
+    """A new config of the same class for the pruned model, with a `layer_drop` entry that records the cut.
 
     Raises:
         CutError: The config class can't describe the kept layers.

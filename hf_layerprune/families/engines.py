@@ -30,14 +30,7 @@ WAY_OUT = "to serve the model there, drop whole groups (docs/engines.md)"
 
 
 def counted(config: PreTrainedConfig) -> str | None:
-    """Find engines that go by the layers' numbers in models of this type.
-
-    Args:
-        config (`PreTrainedConfig`): The model's, or that of its text decoder.
-
-    Returns:
-        `str | None`: Half a sentence.
-    """
+    """Half a sentence about the engines that go by the layers' numbers in models of this type, if there are any."""
     text = config.get_text_config(decoder=True)
     rule = COUNTED.get(text.model_type)
     if rule is None or not getattr(text, rule.field, None):
@@ -49,14 +42,11 @@ def counted(config: PreTrainedConfig) -> str | None:
 
 
 def misread(config: PreTrainedConfig, keep: Sequence[int] | None = None) -> str | None:
-    """Find an engine that would run a pruned model with other kinds of layers than it has.
+    """What would go wrong, in one line, in an engine that runs a pruned model with other kinds of layers than it has.
 
     Args:
         config (`PreTrainedConfig`): The base's, or that of its text decoder.
-        keep (`Sequence[int]`, *optional*): The layers that stay; by default all, for a model that was pruned before.
-
-    Returns:
-        `str | None`: What would go wrong, in one line.
+        keep (`Sequence[int]`, *optional*): The layers that stay; all by default, for a model that was pruned before.
     """
     about, text = counted(config), config.get_text_config(decoder=True)
     if about is None:

@@ -48,14 +48,7 @@ class Cut:
 
 
 def cut_of(drop_layers: Sequence[int], num_layers: int) -> Cut:
-    """Check a list of layers to drop.
-
-    Args:
-        drop_layers (`Sequence[int]`): Base indices of the layers to drop, in any order.
-        num_layers (`int`): How many layers the base has.
-
-    Returns:
-        `Cut`: The layers that stay.
+    """Check a list of layers to drop, in any order.
 
     Raises:
         CutError: An entry is not an index, out of range or given twice, or no layer or all of them would be dropped.
@@ -259,16 +252,13 @@ def looks_per_layer(name: str, value: Any, num_layers: int) -> str | None:
 def rewrite_fields(
     fields: dict[str, Any], cut: Cut, rules: dict[str, Rule], skip: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Apply the rules to a config in dictionary form.
+    """Apply the rules to a config in dictionary form, and return only the fields whose values change.
 
     Args:
         fields (`dict[str, Any]`): A config's `to_dict()`.
         cut (`Cut`): Which layers stay.
         rules (`dict[str, Rule]`): Rules that take precedence over `FIELDS`, by field name.
         skip (`Sequence[str]`): Fields to leave alone, such as the layer count, which is set separately.
-
-    Returns:
-        `dict[str, Any]`: Only the fields whose values change.
 
     Raises:
         CutError: A field can't describe the kept layers, or an unknown field may be per layer.

@@ -46,12 +46,6 @@ class DecoderStack:
 def find_decoder_layers(model: PreTrainedModel) -> DecoderStack:
     """Find the list of decoder layers, including that of a multimodal model.
 
-    Args:
-        model (`PreTrainedModel`): A causal language model.
-
-    Returns:
-        `DecoderStack`: Where the layers are.
-
     Raises:
         UnsupportedModelError: No list, or more than one, has the length given by the config.
     """
@@ -90,15 +84,9 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderStack:
 
 
 def find_layer_prefix(names: Iterable[str], num_layers: int) -> str:
-    """Find the prefix of decoder layers in a checkpoint's tensor names.
+    """Find what precedes the layer index in a checkpoint's tensor names, such as `model.layers.`.
 
-    Args:
-        names (`Iterable[str]`): All tensor names.
-        num_layers (`int`): How many decoder layers the config describes.
-
-    Returns:
-        `str`: The part of the name before the layer index, such as `model.layers.`. Some families also use it for
-            multi-token prediction layers, with indices from `num_layers` up.
+    Some families also use it for multi-token prediction layers, with indices from `num_layers` up.
 
     Raises:
         UnsupportedModelError: No prefix, or more than one, has tensors for all layers.

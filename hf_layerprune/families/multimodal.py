@@ -82,10 +82,6 @@ def protected_by_towers(config: PreTrainedConfig) -> dict[int, str]:
 def rewrite_outside(config: PreTrainedConfig, cut: Cut) -> None:
     """Rewrite, in place, what a composite config says of the decoder's layers outside the decoder's section.
 
-    Args:
-        config (`PreTrainedConfig`): The whole config, whose decoder section may have been rewritten already.
-        cut (`Cut`): Which layers stay.
-
     Raises:
         CutError: An unknown field may be per layer.
     """

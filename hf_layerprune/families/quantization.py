@@ -37,16 +37,9 @@ _OWNER = re.compile(r"(?:(?<=\\b)|(?<!\\))(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_
 def rewrite_quantization(
     quantization_config: dict[str, Any], cut: Cut, *, several_stacks: bool = False
 ) -> dict[str, Any]:
-    """The quantisation settings of the pruned model.
+    """The quantisation settings of the pruned model, without dropped layers and with the kept ones renumbered.
 
-    Args:
-        quantization_config (`dict[str, Any]`): The base's settings; left unchanged.
-        cut (`Cut`): Which layers stay.
-        several_stacks (`bool`, *optional*, defaults to `False`): Whether the model has layers outside its
-            decoder. If so, ambiguous patterns are refused.
-
-    Returns:
-        `dict[str, Any]`: New settings, with entries of dropped layers removed and those of kept layers renumbered.
+    With `several_stacks`, the model has layers outside its decoder, and ambiguous patterns are refused.
 
     Raises:
         CutError: An entry names layers in a way that can't be rewritten exactly.

@@ -173,12 +173,7 @@ def _table() -> dict[str, dict[str, Any]]:
 
 
 def is_wrong_with(version: str, model_type: str) -> bool:
-    """Whether a cut of a type that is proven elsewhere is known to change the model with a version of transformers.
-
-    Args:
-        version (`str`): The version.
-        model_type (`str`): The type.
-    """
+    """Whether a cut of a type that is proven elsewhere is known to change the model with a version of transformers."""
     return _table().get(version, {}).get("failed", {}).get(model_type, "").startswith("WRONG")
 
 
@@ -187,8 +182,5 @@ def proven_versions(*model_types: str) -> list[str]:
 
     `versions.json` in this folder lists the proven and failed types for each version that was tested; `make compat`
     writes it.
-
-    Args:
-        model_types (`str`): The type of a model, and those of the sections of its config down to its text decoder.
     """
     return [version for version, row in _table().items() if set(row["proven"]).issuperset(model_types)]

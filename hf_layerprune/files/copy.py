@@ -64,10 +64,7 @@ class LocalFile:
         self._file.close()
 
     def check_unchanged(self, version: FileState | None = None) -> None:
-        """Check that the file has not changed.
-
-        Args:
-            version (`FileState`, *optional*): Since when; by default since it was opened.
+        """Check that the file has not changed since it was opened, or since another state.
 
         Raises:
             CheckpointError: The file has changed.
@@ -106,10 +103,7 @@ class LocalFile:
             raise CheckpointError(f"could not read {self.path}: {error.strerror or error}") from error
 
     def copy_into(self, output: NewFile, offset: int, length: int) -> Iterator[int]:
-        """Append a range of this file to a file open for writing.
-
-        Yields:
-            `int`: The size of each chunk in bytes, once it is written.
+        """Append a range of this file to a file open for writing; yields the size of each chunk once it is written.
 
         Raises:
             CheckpointError: This file has become shorter.
@@ -146,12 +140,7 @@ class NewFile(io.FileIO):
 
 
 def check_space(target: Path, needed: int, free: int) -> None:
-    """Check that there is enough disk space.
-
-    Args:
-        target (`Path`): The file or folder to write, for the error.
-        needed (`int`): Bytes to write.
-        free (`int`): Bytes free on its disk.
+    """Check that there is enough disk space for a file or folder, all in bytes.
 
     Raises:
         CheckpointError: There is not enough disk space.
@@ -267,15 +256,10 @@ def _claim(target: Path, partial: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes, *, inside: Path | None = None) -> None:
-    """Write a file atomically: write a temporary file, flush it to disk, and rename it.
-
-    Args:
-        path (`Path`): The file, in an existing folder.
-        data (`bytes`): The content.
-        inside (`Path`, *optional*): A folder that must contain the file, also after links are resolved.
+    """Write a file in an existing folder atomically: write a temporary file, flush it to disk, and rename it.
 
     Raises:
-        CheckpointError: The file is a link or can't be replaced, or writing fails.
+        CheckpointError: The file is a link, leads out of the folder `inside`, can't be replaced, or writing fails.
     """
     with new_file(path, force=True, inside=inside) as partial, NewFile(partial) as output:
         output.write(data)

@@ -39,10 +39,6 @@ class UnreachableError(CheckpointError):
 def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     """Turn exceptions of the Hub client into errors of this package.
 
-    Args:
-        repo (`str`): The repository.
-        revision (`str`, *optional*): The requested revision.
-
     Raises:
         CheckpointError: The Hub refused the request, or the answer is not from the Hub.
         UnreachableError: The Hub could not be reached.
@@ -192,13 +188,7 @@ class Repo:
         return self._where.get("token")
 
     def get(self, name: str) -> Path:
-        """Download a file into the cache, unless it is there.
-
-        Args:
-            name (`str`): The path of the file in the repository, or in the subfolder.
-
-        Returns:
-            `Path`: The file in the cache.
+        """Download a file into the cache, unless it is there, by its path in the repository or in the subfolder.
 
         Raises:
             CheckpointError: The file does not exist, can't be downloaded, or differs from what the Hub lists.
@@ -254,14 +244,10 @@ class Repo:
             return dict(zip(names, pool.map(self.get, names), strict=True))
 
     def fingerprint(self, suffixes: tuple[str, ...] = (".safetensors", ".json")) -> dict[str, dict[str, Any]]:
-        """Size and sha256 of the files at the top level that define a model, as the Hub lists them.
+        """Size and sha256, by name, of the files at the top level that define a model, as the Hub lists them.
 
-        Args:
-            suffixes (`tuple[str, ...]`, *optional*): The suffixes of these files.
-
-        Returns:
-            `dict[str, dict[str, Any]]`: By file name. For files that are not stored in LFS, the hash is computed if the
-                file is in the cache; otherwise a weight file has git's `blob_id` instead, and other files are omitted.
+        For files that are not stored in LFS, the hash is computed if the file is in the cache; otherwise a weight file
+        has git's `blob_id` instead, and other files are omitted.
         """
         from huggingface_hub import try_to_load_from_cache
 

@@ -51,13 +51,7 @@ def read_object(
 
 
 def parse_json(data: bytes | str, name: str, *, max_depth: int = MAX_DEPTH, non_finite: bool = False) -> Any:
-    """Parse JSON that is in memory; see [`read_object`].
-
-    Args:
-        data (`bytes` or `str`): The text.
-        name (`str`): The file, or file and line, to name in errors.
-        max_depth (`int`, defaults to 64): The deepest allowed nesting of lists and objects.
-        non_finite (`bool`, defaults to `False`): Accept `NaN` and `Infinity`.
+    """Parse JSON that is in memory and comes from the file, or file and line, `name`; see [`read_object`].
 
     Raises:
         CheckpointError: As for `read_object`.
@@ -154,24 +148,14 @@ def _check_values(content: Any, name: str, max_depth: int) -> None:
 
 @cache
 def load_schema(package: str, file_name: str) -> Validator:
-    """Load a validator for a schema that is stored in a package.
-
-    Args:
-        package (`str`): The package.
-        file_name (`str`): The file, a JSON schema of draft 2020-12.
-    """
+    """Load a validator for a JSON schema of draft 2020-12 that is stored in a package."""
     from jsonschema import Draft202012Validator
 
     return Draft202012Validator(json.loads(files(package).joinpath(file_name).read_text(encoding="utf-8")))
 
 
 def check_schema(content: Any, schema: Validator, name: str) -> None:
-    """Refuse content that does not follow a schema.
-
-    Args:
-        content (`Any`): The parsed content.
-        schema (`Validator`): The schema.
-        name (`str`): The file, for the error.
+    """Refuse content of the file `name` that does not follow a schema.
 
     Raises:
         CheckpointError: The content does not follow the schema. The message gives the place and the problem.

@@ -12,14 +12,7 @@ _MAX_SHARDS = 10_000
 
 
 def shard_names(index: dict[str, Any], where: str) -> list[str]:
-    """The files that an index lists, after checking that each is a plain file name.
-
-    Args:
-        index (`dict`): The parsed index.
-        where (`str`): The name of the index, for errors.
-
-    Returns:
-        `list[str]`: File names, sorted.
+    """The files that an index lists, sorted, after checking that each is a plain file name.
 
     Raises:
         CheckpointError: The index is malformed, or names a file outside its folder.

@@ -33,11 +33,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def read_text(path: Path, max_bytes: int = MAX_TEXT) -> str:
-    r"""Read a UTF-8 text; all line endings become `\n`.
-
-    Args:
-        path (`Path`): The file.
-        max_bytes (`int`, defaults to 256 MiB): The largest file to read.
+    """Read a UTF-8 text; all line endings become a line feed.
 
     Raises:
         CheckpointError: The file can't be read, is too large, or is not UTF-8.
@@ -50,14 +46,11 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping with string keys. Tags can only create plain values.
-
-    Args:
-        path (`Path`): The file, of at most 1 MiB.
+    """Read a YAML mapping with string keys, of at most 1 MiB. Tags can only create plain values.
 
     Raises:
-        CheckpointError: The file can't be read, is not YAML, is not a mapping with string keys, or holds text that can't
-            be encoded.
+        CheckpointError: The file can't be read, is not YAML, is not a mapping with string keys, or holds text that
+            can't be encoded.
     """
     import yaml
 

@@ -83,12 +83,7 @@ def _reading(what: str) -> Iterator[None]:
 def load_mixture(mixture: DatasetMixtureConfig, seed: int = 42) -> DatasetDict:
     """Read a mixture of data sets.
 
-    Args:
-        mixture (`DatasetMixtureConfig`): The data sets, and how much of each.
-        seed (`int`, defaults to 42): Seed that decides which rows are held out, so that all processes agree.
-
-    Returns:
-        `DatasetDict`: Its splits: `train` and, if rows are held out, `test`.
+    The splits are `train` and, if rows are held out, `test`; the seed decides which, so that all processes agree.
 
     Raises:
         CheckpointError: A data set can't be read, or they can't be combined.
@@ -113,15 +108,7 @@ def _without_json(part: DatasetConfig) -> DatasetConfig:
 
 
 def pick_split(rows: DatasetDict, split: str, name: str) -> Dataset:
-    """Pick one split of a data set.
-
-    Args:
-        rows (`DatasetDict`): All its splits.
-        split (`str`): Name of the split.
-        name (`str`): The data set's name in error messages.
-
-    Returns:
-        `Dataset`: The rows of the split.
+    """One split of a data set, which errors call `name`.
 
     Raises:
         CheckpointError: There is no such split.

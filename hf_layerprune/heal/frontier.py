@@ -92,9 +92,6 @@ class Frontier:
         Args:
             share (`float`): The share of the layers that is dropped.
             tokens (`float`): The number of tokens that it is healed on; 0 for the closed-form repair only.
-
-        Returns:
-            `Expected`: The loss.
         """
         shares = self.shares
         losses = [{"ln_ratio": 0.0, "kl": 0.0}, *(self._along(each, tokens) for each in shares)]

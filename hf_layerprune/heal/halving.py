@@ -40,14 +40,11 @@ class Halving:
         self._before: tuple[int, dict[str, list[Any]]] = (0, {})
 
     def run(self, one: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor:
-        """Run forward and backward for the next batch of a step.
+        """Run forward and backward for the next batch of a step, and return its loss.
 
         Args:
             one (`Callable`): Runs forward and backward for a batch or a part of it, and returns the loss.
             batch (`dict[str, Any]`): The batch.
-
-        Returns:
-            `torch.Tensor`: The loss of the batch.
 
         Raises:
             LayerPruneError: A single row does not fit into memory, or the batch can't be divided.

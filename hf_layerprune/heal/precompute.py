@@ -35,15 +35,7 @@ _CPU_TOKENS, _DEVICE_TOKENS = 4096, 32768
 
 
 def precompute(trainer: HealTrainer, teacher: PreTrainedModel | None = None) -> Precomputed:
-    """Compute the states that training does not change.
-
-    Args:
-        trainer ([`HealTrainer`]): The trainer, before training.
-        teacher (`PreTrainedModel`, *optional*): The dense model, if it is loaded already.
-
-    Returns:
-        `Precomputed`: The stored states. If the frozen layers' output was computed, these layers are unloaded from the
-            trainer's model.
+    """Compute the states that training does not change, and unload the frozen layers from the trainer's model.
 
     Raises:
         LayerPruneError: `cache="on"` is not possible, or there is no teacher.

@@ -126,15 +126,7 @@ def describe_rows(datasets: Sequence[Dataset], source: str) -> list[dict[str, An
 
 
 def describe_command(launcher: Sequence[str], words: Sequence[str]) -> str:
-    """The command of a run, without tokens and without the folders of absolute paths.
-
-    Args:
-        launcher (`Sequence[str]`): The command before the arguments.
-        words (`Sequence[str]`): The arguments.
-
-    Returns:
-        `str`: A shell command on one line.
-    """
+    """The command of a run on one line, without tokens and without the folders of absolute paths."""
     kept, secret = [], False
     for word in words:
         name = word.partition("=")[0]
@@ -151,15 +143,7 @@ def weights_dtype(student: Student) -> torch.dtype:
 
 
 def changed_tensors(before: Path, after: Path) -> list[str]:
-    """Names of the tensors that are new or different in a model folder.
-
-    Args:
-        before (`Path`): The model folder to compare with.
-        after (`Path`): The model folder whose tensors are named.
-
-    Returns:
-        `list[str]`: Ascending.
-    """
+    """Names, ascending, of the tensors of one model folder that are new or different from those of another."""
     with ExitStack() as files:
         opened = [files.enter_context(safe_open(path, framework="pt")) for path in before.glob("*.safetensors")]
         where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -179,12 +163,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def copy_beside_weights(before: Path, after: Path) -> None:
-    """Copy tokenizer, chat template and generation settings byte for byte, so that they can be verified.
-
-    Args:
-        before (`Path`): The model folder to copy them from.
-        after (`Path`): The model folder that gets them, in place of its own.
-    """
+    """Copy tokenizer, chat template and generation settings byte for byte, so that they can be verified."""
     (after / "generation_config.json").unlink(missing_ok=True)  # saving a model writes one even where there was none
     for name, path in model_files(before).items():
         if name != CONFIG and not name.endswith((*WEIGHTS, ".index.json")):

@@ -114,13 +114,7 @@ class StateCache:
                 self._write(index, states)
 
     def read(self, rows: Iterable[int]) -> list[torch.Tensor]:
-        """The states of some rows.
-
-        Args:
-            rows (`Iterable[int]`): Row numbers.
-
-        Returns:
-            `list[torch.Tensor]`: `[tokens, width]` for each row, on the CPU.
+        """The states of some rows, `[tokens, width]` each, on the CPU.
 
         Raises:
             CheckpointError: A shard is missing or damaged.
@@ -160,10 +154,7 @@ class StateCache:
 
 
 def make_room(caches: Sequence[StateCache]) -> None:
-    """Create the folders of caches, if their disk has room for all missing states.
-
-    Args:
-        caches (`Sequence[StateCache]`): Caches in one folder.
+    """Create the folders of caches, all in one folder, if their disk has room for all missing states.
 
     Raises:
         CheckpointError: A folder can't be created, or its disk has no room for the states.
@@ -185,15 +176,7 @@ def make_room(caches: Sequence[StateCache]) -> None:
 
 
 def hash_rows(dataset: Dataset, columns: Sequence[str] = ("input_ids", "seq_lengths")) -> str:
-    """A hash of the tokens of prepared rows, and of how they are packed.
-
-    Args:
-        dataset (`Dataset`): With `input_ids`.
-        columns (`Sequence[str]`, *optional*): The columns to hash; missing ones are skipped.
-
-    Returns:
-        `str`: A sha256.
-    """
+    """A sha256 of the tokens of prepared rows, and of how they are packed."""
     digest = hashlib.sha256()
     for name in columns:
         if name in dataset.column_names:
@@ -204,15 +187,7 @@ def hash_rows(dataset: Dataset, columns: Sequence[str] = ("input_ids", "seq_leng
 
 
 def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]], *settings: Any) -> str:
-    """A hash of named tensors and of the settings of a computation with them.
-
-    Args:
-        tensors (`Iterable[tuple[str, torch.Tensor]]`): Names and tensors, on any device.
-        settings: Values with a stable `repr`.
-
-    Returns:
-        `str`: A sha256.
-    """
+    """A sha256 of named tensors and of the settings, with a stable `repr`, of a computation with them."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

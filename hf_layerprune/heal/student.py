@@ -44,14 +44,7 @@ class Student:
 
     @classmethod
     def at(cls, name: str | Path, revision: str | None = None) -> Student:
-        """Read the cut and the history of a pruned model.
-
-        Args:
-            name (`str` or `Path`): A folder, or a Hub id, which is downloaded.
-            revision (`str`, *optional*): Branch, tag or commit of a Hub id.
-
-        Returns:
-            `Student`: The pruned model.
+        """Read the cut and the history of a pruned model in a folder, or on the Hub, from where it is downloaded.
 
         Raises:
             CheckpointError: The model was not pruned by this package.
@@ -92,15 +85,7 @@ def cut_of(config: PreTrainedConfig) -> Cut | None:
 
 
 def load_student(student: Student, method: Method, **from_pretrained_kwargs: Any) -> PreTrainedModel:
-    """Load a pruned model for training.
-
-    Args:
-        student ([`Student`]): The pruned model.
-        method ([`Method`]): How it will be trained; some methods, such as `qlora`, change how it is loaded.
-        from_pretrained_kwargs: `dtype`, `attn_implementation`, ...
-
-    Returns:
-        `PreTrainedModel`: The model.
+    """Load a pruned model for training; some methods, such as `qlora`, change how it is loaded.
 
     Raises:
         LayerPruneError: The method can't run here, such as `qlora` without bitsandbytes.
@@ -118,18 +103,10 @@ def load_student(student: Student, method: Method, **from_pretrained_kwargs: Any
 
 
 def adapter_config(student: Student, method: Method, **lora: Any) -> PeftConfig | None:
-    """The adapter config of a method.
+    """The adapter config of a method, with these settings of LoRA; `None` for `full`.
 
     The adapter of a method that trains whole layers has the dense model as its base: it records the cut, and holds the
     trained and the repaired weights. A LoRA adapter has the folder of the pruned model as its base.
-
-    Args:
-        student ([`Student`]): The pruned model.
-        method ([`Method`]): The method.
-        lora: Settings of LoRA: `r`, `alpha`, `dropout`, `target_modules`.
-
-    Returns:
-        `PeftConfig`, *optional*: For `get_peft_model`; `None` for `full`.
     """
     if not method.trains_layers:
         return method.adapter(**lora)

@@ -70,29 +70,18 @@ class Teacher:
         return self._prefix is not None
 
     def states(self, inputs: dict[str, torch.Tensor], shared: torch.Tensor | None) -> torch.Tensor:
-        """The last hidden states of some rows.
+        """The last hidden states of some rows, `[batch, seq, width]`: the input of `head`.
 
         Args:
             inputs (`dict[str, torch.Tensor]`): The model's arguments for the rows.
             shared (`torch.Tensor`, *optional*): The output of the student's frozen layers, if it `shares` them.
-
-        Returns:
-            `torch.Tensor`: `[batch, seq, width]`, the input of `head`.
         """
         if self._prefix is not None and shared is not None:
             inputs = self._prefix.put(shared, inputs)
         return self._output.states(**inputs, use_cache=False).to(self.model.dtype)
 
     def let_go(self, device: torch.device, student: Head) -> Head:
-        """Free the model.
-
-        Args:
-            device (`torch.device`): The device of the head.
-            student (`Head`): The student's head; if it is frozen and has the same weights, both share one copy.
-
-        Returns:
-            `Head`: The teacher's head.
-        """
+        """Free the model, and return its head on a device; one copy of it, if the student has the same frozen head."""
         own, weight, bias = student.weight, self.head.weight, self.head.bias
         if own is not None and weight is not None and not own.requires_grad and own.shape == weight.shape:
             weight = own if torch.equal(own.cpu(), weight.cpu()) else weight

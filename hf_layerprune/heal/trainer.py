@@ -59,14 +59,7 @@ class _HealOutput(ModelOutput):
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest complete checkpoint; a checkpoint that was interrupted while it was written is skipped.
-
-    Args:
-        folder (`str` or `Path`): The output folder of a run.
-
-    Returns:
-        `str` or `None`: Its folder.
-    """
+    """The newest complete checkpoint in the output folder of a run; one whose writing was interrupted is skipped."""
     named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*"))
     for _, path in sorted(((int(match[1]), path) for match, path in named if match), reverse=True):
         try:  # transformers writes this file last

@@ -58,12 +58,7 @@ class Repair:
         return layers
 
     def apply(self, layers: Sequence[nn.Module], new_index: dict[int, int]) -> None:
-        """Write the new values into a model's layers.
-
-        Args:
-            layers (`Sequence[nn.Module]`): The decoder layers.
-            new_index (`dict[int, int]`): Maps base indices to indices in `layers`.
-        """
+        """Write the new values into a model's layers; `new_index` maps base indices to theirs."""
         for (index, name), value in self.tensors.items():
             parameter = layers[new_index[index]].get_parameter(name)
             parameter.data = value.to(parameter.device, parameter.dtype)

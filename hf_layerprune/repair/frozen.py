@@ -45,15 +45,7 @@ def module_names(repair: Repair, stack: DecoderStack, cut: families.Cut) -> list
 
 
 def put(repair: Repair, model: nn.Module, stack_path: str, cut: families.Cut, adapter_name: str) -> None:
-    """Write the new weights into an adapter's copies of the modules; the originals stay unchanged.
-
-    Args:
-        repair (`Repair`): The new weights.
-        model (`nn.Module`): The pruned model, with the adapter's wrappers in place.
-        stack_path (`str`): Full name of the list of decoder layers.
-        cut (`families.Cut`): Which layers stay.
-        adapter_name (`str`): The adapter that holds the copies.
-    """
+    """Write the new weights into an adapter's copies of a pruned model's modules; the originals stay unchanged."""
     for (index, name), value in repair.tensors.items():
         module: Any = model
         *path, last = f"{stack_path}.{cut.new_index[index]}.{name}".split(".")

@@ -46,12 +46,7 @@ class NormalEquations:
         self.tokens = 0
 
     def add(self, features: torch.Tensor, change: torch.Tensor) -> None:
-        """Add tokens.
-
-        Args:
-            features (`torch.Tensor`): `[..., width]`, the input of the map.
-            change (`torch.Tensor`): `[..., hidden]`, its target.
-        """
+        """Add tokens: the input `[..., width]` of the map, and its target `[..., hidden]`."""
         x, z = features.flatten(0, -2).to(self.gram), change.flatten(0, -2).to(self.gram)
         self.gram += x.T @ x
         self.moment += x.T @ z
@@ -83,15 +78,7 @@ class Fit:
 
 
 def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
-    """Solve with every ridge strength, and keep the solution that does best on the held-out tokens.
-
-    Args:
-        fitted (`NormalEquations`): Sums over the tokens to fit.
-        held_out (`NormalEquations`): Sums over the held-out tokens.
-
-    Returns:
-        `Fit`: The best map; a zero change if none beats the plain cut.
-    """
+    """Solve with every ridge strength, and keep what does best on the held-out tokens; no change if none helps."""
     values, vectors = torch.linalg.eigh(fitted.gram)
     values = values.clamp(min=0)
     rotated = vectors.T @ fitted.moment
@@ -112,9 +99,6 @@ def fit_map(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int) ->
         pairs (`Iterable[tuple[torch.Tensor, torch.Tensor]]`): For each batch, the features `[batch, seq, width]` and
             the change `[batch, seq, hidden]`.
         batches (`int`): How many there are.
-
-    Returns:
-        `Fit`: See `solve_ridge`.
     """
     every = max(2, min(HELD_OUT, batches))
     sums: list[NormalEquations] = []

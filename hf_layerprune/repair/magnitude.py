@@ -77,9 +77,6 @@ def scaled_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor:
         batch (`Batch`): A few tokens, with the hidden states that enter the layer.
         factor (`float`): The factor.
 
-    Returns:
-        `dict[str, torch.Tensor]`: By the parameter's name inside the layer.
-
     Raises:
         CutError: The layer can't be rescaled by its output projections alone.
     """

@@ -40,14 +40,7 @@ class Writer:
     gain: float
 
     def folded(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The module's parameters with a matrix folded into them.
-
-        Args:
-            matrix (`torch.Tensor`): `[hidden, hidden]`, for row vectors: the new output is `output @ matrix`.
-
-        Returns:
-            `dict[str, torch.Tensor]`: By parameter name, on the CPU, in the dtype and shape of the module's own.
-        """
+        """The module's parameters, on the CPU, with a matrix folded in: the new output is `output @ matrix`."""
         new = {"weight": self._weight @ matrix.double().cpu()}
         bias: torch.Tensor | None = self.module.bias  # type: ignore[assignment]
         if bias is not None:
@@ -80,12 +73,9 @@ class Writer:
 def outputs(
     module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | None]
 ) -> AbstractContextManager[object]:
-    """Observe or change a module's output inside a `with` block.
+    """Observe or change a module's output inside a `with` block; `None` from `change` leaves it.
 
-    Args:
-        module (`nn.Module`): The module.
-        change (`Callable`): Takes the output, and returns its replacement, or `None` to leave it. Clone the output to
-            keep it, since some families add to it in place (Llama 4's shared expert).
+    Clone the output to keep it, since some families add to it in place (Llama 4's shared expert).
     """
     return module.register_forward_hook(lambda module, args, output: change(output))
 
@@ -111,12 +101,7 @@ def swapped(layer: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[No
 
 @torch.no_grad()
 def find_writers(layer: nn.Module, run: Run, batch: Batch) -> list[Writer]:
-    """Find the modules that write into the residual stream.
-
-    Args:
-        layer (`nn.Module`): The decoder layer.
-        run (`Callable`): Runs the layer, see [`~runtime.walk.LayerWalk.layer`].
-        batch (`Batch`): A few tokens, with the hidden states that enter the layer.
+    """Find the modules of a layer that write into the residual stream, by running it on a few tokens.
 
     Returns:
         `list[Writer]`: In reverse order of execution: the MLP's output projection, then the attention's. Empty if the

@@ -58,12 +58,6 @@ def _validator() -> Validator:
 def read_config_file(path: Path) -> dict[str, Any]:
     """Read a `config.json` and reject values that no decoder has, before transformers builds anything from it.
 
-    Args:
-        path (`Path`): The file.
-
-    Returns:
-        `dict[str, Any]`: Its fields.
-
     Raises:
         CheckpointError: It can't be read, a field that this package uses has the wrong type, a number is out of
             bounds (such as more than 10,000 layers), or there is no `model_type`.
@@ -77,10 +71,6 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 def check_no_code(fields: dict[str, Any], name: str) -> None:
     """Refuse a model whose architecture is defined by code in its own repository.
-
-    Args:
-        fields (`dict[str, Any]`): The fields of its config.
-        name (`str`): The model's name in error messages.
 
     Raises:
         CheckpointError: transformers does not know the model type, and the config names code to run.

@@ -43,16 +43,13 @@ class Reference:
 
 
 def diverge(logits: torch.Tensor, targets: torch.Tensor, reference: Reference | None = None) -> Divergence:
-    """Losses of some tokens, and their divergence from a reference.
+    """Losses of some tokens, and their divergence from a reference: one value for each token.
 
     Args:
         logits (`torch.Tensor`): `[tokens, vocabulary]`, of any type.
         targets (`torch.Tensor`): The next token after each of the first tokens, `[targets]`; there may be fewer
             targets than tokens.
         reference (`Reference`, *optional*): For the same tokens.
-
-    Returns:
-        `Divergence`: One value for each token.
     """
     parts = [_of_piece(logits[piece].float(), targets[piece], reference, piece) for piece in _pieces(logits)]
     nll, *others = map(torch.cat, zip(*parts, strict=True))

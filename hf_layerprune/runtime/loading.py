@@ -27,14 +27,11 @@ _WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
-    """Turn a GGUF file, a folder or a Hub id into arguments of `from_pretrained`.
+    """Turn a base into the name and the GGUF file that `from_pretrained` takes.
 
     Args:
         base (`str` or `Path`): A Hub id, a folder, or a GGUF file.
         gguf_file (`str`, *optional*): A GGUF file inside the folder or repository.
-
-    Returns:
-        `tuple[str, str | None]`: The name for `from_pretrained`, and the GGUF file in it.
 
     Raises:
         CheckpointError: The path does not exist, or is a folder without a config.
@@ -58,14 +55,7 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
 
 
 def is_hub_id(base: str | Path) -> bool:
-    """Whether a base is on the Hub rather than in the file system.
-
-    Args:
-        base (`str` or `Path`): A Hub id, a folder, or a GGUF file.
-
-    Returns:
-        `bool`: `False` for an existing file or folder, and for what looks like the path of a missing one.
-    """
+    """Whether a base is on the Hub: no existing file or folder, and not spelled like the path of one."""
     path = as_path(base)
     return not (isinstance(base, Path) or path.exists() or _looks_like_a_path(str(base)) or path.suffix == ".gguf")
 
@@ -97,9 +87,6 @@ def load_config(base: str | Path, **kwargs: Any) -> PreTrainedConfig:
         base (`str` or `Path`): A Hub id, a folder, or a GGUF file.
         kwargs: For `from_pretrained`: `revision`, `token`, `gguf_file`, `trust_remote_code` (`False` by default), ...
 
-    Returns:
-        `PreTrainedConfig`: The config.
-
     Raises:
         CheckpointError: There is no such model, or its config can't be read.
     """
@@ -116,14 +103,11 @@ def load_config(base: str | Path, **kwargs: Any) -> PreTrainedConfig:
 
 
 def check_config_of(name: str, **kwargs: Any) -> dict[str, Any]:
-    """Check the `config.json` of a folder or a Hub repository before anything is built from it.
+    """Check and return the `config.json` of a folder or a Hub repository before anything is built from it.
 
     Args:
         name (`str`): A folder or a Hub id.
         kwargs: As for `from_pretrained`; those that locate files, and `trust_remote_code`, are used.
-
-    Returns:
-        `dict[str, Any]`: Its fields.
 
     Raises:
         CheckpointError: There is no config, or its model can't be loaded without running code from the repository.
@@ -142,14 +126,11 @@ def check_config_of(name: str, **kwargs: Any) -> dict[str, Any]:
 
 
 def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a base with its language decoder, and with its towers if it is multimodal.
+    """Load a base, in evaluation mode, with its language decoder, and with its towers if it is multimodal.
 
     Args:
         base (`str` or `Path`): A Hub id, a folder, or a GGUF file.
         kwargs: For `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `revision`, `gguf_file`, ...
-
-    Returns:
-        `PreTrainedModel`: In evaluation mode.
 
     Raises:
         CheckpointError: There is no such model, it can't be loaded, or its weights do not match its config.
@@ -226,9 +207,6 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
         model (`str` or `Path`): A Hub id, a folder, or a GGUF file. The folder may be an adapter's.
         kwargs: For `from_pretrained`: `revision`, `token`, ...
 
-    Returns:
-        `PreTrainedTokenizerBase`: The tokenizer.
-
     Raises:
         CheckpointError: It has none that transformers can load, or this version misreads that of a GGUF file.
     """
@@ -253,13 +231,6 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 def load_processor(model: str | Path, **kwargs: Any) -> ProcessorMixin:
     """Load what turns text and images into the inputs of a multimodal model.
-
-    Args:
-        model (`str` or `Path`): A Hub id or a folder.
-        kwargs: For `from_pretrained`: `revision`, `token`, ...
-
-    Returns:
-        `ProcessorMixin`: The processor.
 
     Raises:
         CheckpointError: It has none that transformers can load.

@@ -18,17 +18,9 @@ LOGITS_BYTES = 64 << 20
 
 
 def positions_at_once(length: int, batch: int, vocabulary: int, budget: int = LOGITS_BYTES) -> int:
-    """How many positions of a text go through the head at a time.
+    """How many positions of a text go through the head at a time, so that these chunks are of even size.
 
-    Args:
-        length (`int`): Tokens in a text.
-        batch (`int`): Texts in a batch.
-        vocabulary (`int`): Logits per position.
-        budget (`int`, defaults to `LOGITS_BYTES`): Bytes of float32 logits.
-
-    Returns:
-        `int`: A chunk size that divides the text evenly. If there are several chunks, it is rounded up to a multiple
-            of 32, which processors multiply faster, even if that exceeds the budget.
+    Several chunks are rounded up to a multiple of 32, which processors multiply faster, even beyond the budget.
     """
     most = max(1, budget // (4 * batch * vocabulary))
     chunks = -(-length // most)

@@ -14,17 +14,10 @@ if TYPE_CHECKING:
 
 
 def auto_class_for(model_type: str, architectures: Sequence[str] | None) -> Any:
-    """The auto class that loads a checkpoint as what it is.
+    """The auto class that loads a checkpoint as what it is: `AutoModelForMultimodalLM` or `AutoModelForCausalLM`.
 
     Some types, such as llama4, have both a text model and a multimodal one. There the checkpoint's own `architectures`
     decide, so a multimodal checkpoint stays whole.
-
-    Args:
-        model_type (`str`): The model type in the config; empty if there is none.
-        architectures (`Sequence[str]`, *optional*): The class names in the config.
-
-    Returns:
-        `type`: `AutoModelForMultimodalLM` or `AutoModelForCausalLM`.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
     from transformers.models.auto import modeling_auto as names
@@ -38,10 +31,6 @@ def auto_class_for(model_type: str, architectures: Sequence[str] | None) -> Any:
 
 def check_has_decoder(fields: Mapping[str, Any], name: str) -> None:
     """Refuse a model without a language decoder, with the reason in place of the list of all types that have one.
-
-    Args:
-        fields (`Mapping[str, Any]`): The fields of its config.
-        name (`str`): The model's name in the message.
 
     Raises:
         CheckpointError: No auto class for language models loads it.
@@ -65,12 +54,7 @@ def auto_class_of(config: PreTrainedConfig) -> Any:
 def model_class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig] | None:
     """The class that the auto class would choose, and the part of the config that it takes.
 
-    Args:
-        config (`PreTrainedConfig`): A model's config.
-
-    Returns:
-        `tuple[type[PreTrainedModel], PreTrainedConfig]`, *optional*: `None` if the config does not belong to a language
-            model.
+    `None` if the config does not belong to a language model.
     """
     import transformers
     from transformers.models.auto.auto_factory import _get_model_class
@@ -93,12 +77,7 @@ def model_class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], Pre
 def stored_names(config: PreTrainedConfig, names: Collection[str]) -> dict[str, str]:
     """How a checkpoint names tensors that an adapter names by their modules; they differ in multimodal models.
 
-    Args:
-        config (`PreTrainedConfig`): The model's config.
-        names (`Collection[str]`): Names of tensors in the model's modules.
-
-    Returns:
-        `dict[str, str]`: Each name that the model has and stores under one name, with that name.
+    Names that the model doesn't have, or does not store under one name, are left out.
     """
     import torch
     from transformers.core_model_loading import revert_weight_conversion

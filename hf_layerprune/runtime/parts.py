@@ -17,12 +17,7 @@ TROUBLE = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeE
 
 @contextmanager
 def replaced_forward(modules: Sequence[nn.Module], *forwards: Callable[..., Any]) -> Iterator[None]:
-    """Replace the forward methods of modules inside a `with` block.
-
-    Args:
-        modules (`Sequence[nn.Module]`): The modules.
-        forwards (`Callable`): Their temporary forward methods: one function for all, or one for each.
-    """
+    """Replace the forward methods of modules inside a `with` block, by one function for all or one for each."""
     each = forwards * len(modules) if len(forwards) == 1 else forwards
     with ExitStack() as stack:
         for module, forward in zip(modules, each, strict=True):
@@ -36,11 +31,7 @@ def replaced_forward(modules: Sequence[nn.Module], *forwards: Callable[..., Any]
 
 @contextmanager
 def hooked(*handles: Any) -> Iterator[None]:
-    """Remove hooks at the end of a `with` block.
-
-    Args:
-        handles: As returned by `register_forward_hook`.
-    """
+    """Remove hooks, as returned by `register_forward_hook`, at the end of a `with` block."""
     try:
         yield
     finally:

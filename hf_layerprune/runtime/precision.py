@@ -27,12 +27,7 @@ def slow_in_16_bits() -> bool:
 
 
 def warn_if_slow(model: PreTrainedModel, instead: str) -> None:
-    """Warn once about a 16-bit model on a CPU without fast 16-bit multiplication.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-        instead (`str`): The advice at the end of the warning.
-    """
+    """Warn once about a 16-bit model on a CPU without fast 16-bit multiplication; `instead` is the advice."""
     if model.dtype in (torch.bfloat16, torch.float16) and model.device.type == "cpu" and slow_in_16_bits():
         _warn_once(f"this CPU has no fast {_name(model.dtype)} multiplication, so this is slow; {instead}")
 
@@ -47,15 +42,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def in_fast_precision(model: PreTrainedModel) -> PreTrainedModel:
-    """Convert a 16-bit model to float32 where that is faster.
+    """Convert a 16-bit model on a CPU without fast 16-bit multiplication to float32 in place, which is exact.
 
-    Args:
-        model (`PreTrainedModel`): If it is a 16-bit model on a CPU without fast 16-bit multiplication, it is converted
-            to float32 in place, which is exact. If memory is short, a warning is logged and nothing changes. Any other
-            model is left unchanged.
-
-    Returns:
-        `PreTrainedModel`: The same model.
+    Any other model is left unchanged. If memory is short, a warning is logged and nothing changes.
     """
     weights = [weight for weight in model.parameters() if weight.dtype in (torch.bfloat16, torch.float16)]
     if (

@@ -25,15 +25,9 @@ if TYPE_CHECKING:
 
 
 def first_trained_layer(model: PreTrainedModel) -> int:
-    """The first layer that has a trained parameter.
+    """The index of the first layer with a parameter that requires gradients, with or without PEFT's layers in it.
 
-    Args:
-        model (`PreTrainedModel`): A model, with or without PEFT's layers in it; parameters with `requires_grad` are
-            trained.
-
-    Returns:
-        `int`: The index of the layer; the number of layers if only the final norm or the head is trained; 0 if
-            anything before the layers is.
+    It is the number of layers if only the final norm or the head is trained, and 0 if anything before the layers is.
     """
     stack = find_decoder_layers(model)
     behind = tuple(f"{name}." for name in _behind(model, stack))
@@ -54,15 +48,9 @@ def _behind(model: PreTrainedModel, stack: DecoderStack) -> list[str]:
 
 
 def shared_layers(base: PreTrainedModel, model: PreTrainedModel, limit: int | None = None) -> int:
-    """How many leading layers are the same in two models.
+    """How many leading layers, at most `limit`, are the same in two models.
 
-    Args:
-        base (`PreTrainedModel`): One model.
-        model (`PreTrainedModel`): The other.
-        limit (`int`, *optional*): The most layers to compare.
-
-    Returns:
-        `int`: The number of layers; 0 if the models differ before the first layer, or are the same object.
+    It is 0 if the models differ before the first layer, or are the same object.
     """
     try:
         stacks = find_decoder_layers(base), find_decoder_layers(model)
@@ -145,15 +133,7 @@ class Prefix:
             yield states
 
     def run(self, depths: tuple[int, ...] = (), **inputs: Any) -> dict[int, torch.Tensor]:
-        """Run the prefix alone.
-
-        Args:
-            depths (`tuple[int, ...]`, *optional*): See [`recorded`].
-            inputs: Arguments of the model.
-
-        Returns:
-            `dict[int, torch.Tensor]`: See [`recorded`].
-        """
+        """Run the prefix alone on the model's arguments; see [`recorded`] for `depths` and what is returned."""
         with self.recorded(depths, stop=True) as states, suppress(_Enough):
             self.model(**inputs, use_cache=False)
         return states
@@ -170,15 +150,7 @@ class Prefix:
         self._skipping.enter_context(replaced_forward(self._layers, *map(stub, range(self.depth))))
 
     def put(self, state: torch.Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Set the prefix's output for the next forward pass.
-
-        Args:
-            state (`torch.Tensor`): `[batch, seq, hidden]`, on the device of the layers that stay.
-            inputs (`dict[str, Any]`): The model's usual arguments.
-
-        Returns:
-            `dict[str, Any]`: The arguments to call the model with.
-        """
+        """Set the prefix's output `[batch, seq, hidden]` for the next forward pass; returns the arguments for it."""
         self._state = state
         if self.needs_ids:
             return inputs

@@ -110,9 +110,6 @@ class LayerWalk:
             input_ids (`torch.Tensor`): Token ids `[batch, seq]`, without padding.
             media (`Mapping[str, torch.Tensor]`, *optional*): What the model takes beside them, such as `pixel_values`.
 
-        Returns:
-            `Batch`: With the input hidden states of the first layer.
-
         Raises:
             UnsupportedModelError: With these media, the layers can't be run one at a time.
         """
@@ -125,9 +122,6 @@ class LayerWalk:
     @contextmanager
     def layer(self, index: int) -> Iterator[Callable[[torch.Tensor, Batch], torch.Tensor]]:
         """Load one layer inside a `with` block.
-
-        Args:
-            index (`int`): The layer.
 
         Yields:
             `Callable`: Runs the layer: takes hidden states `[batch, seq, hidden]` and the batch that they belong to,
@@ -146,14 +140,7 @@ class LayerWalk:
             yield run
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Apply the final norm, the head, and whatever the model does to its logits.
-
-        Args:
-            hidden (`torch.Tensor`): The last layer's output hidden states `[batch, seq, hidden]`.
-
-        Returns:
-            `torch.Tensor`: `[batch, seq, vocabulary]`.
-        """
+        """The final norm, the head, and whatever the model does to its logits, on the last layer's output."""
 
         def put_in(index: int, before: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
             return hidden if index == self.num_layers - 1 else before

@@ -74,9 +74,6 @@ def select_layers(
         protected (`Collection[int]`): Other layers that the architecture requires to stay.
         target (`Target`, *optional*): What must be left, if that says how many.
 
-    Returns:
-        `list[int]`: Base indices, ascending.
-
     Raises:
         CutError: The criterion needs the model, too few layers may be dropped, or the target can't be met.
     """

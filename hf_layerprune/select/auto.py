@@ -33,17 +33,7 @@ _SHORT_LIST = 3
 def choose(
     walk: LayerWalk, calibration: CalibrationSet, count: int, free: Collection[int], choice: ChoiceOptions
 ) -> Choice:
-    """Choose the layers to drop.
-
-    Args:
-        walk (`LayerWalk`): The dense model.
-        calibration (`CalibrationSet`): The text; a quarter of its rows is held out for evaluation.
-        count (`int`): How many layers to drop.
-        free (`Collection[int]`): The layers that may be dropped.
-        choice (`ChoiceOptions`): Whether the layers must be contiguous, and which repair will follow.
-
-    Returns:
-        `Choice`: The layers, and the reason.
+    """Choose `count` of the `free` layers; a quarter of the calibration rows is held out to evaluate the short list.
 
     Raises:
         CutError: No set of `count` layers may be dropped, or there are too few rows.

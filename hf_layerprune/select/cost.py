@@ -92,29 +92,16 @@ def estimate(
 
 
 def announce(walk: LayerWalk, text: CalibrationSet, layer_runs: int, what: str) -> None:
-    """Say how long a search will take.
-
-    Args:
-        walk (`LayerWalk`): The dense model.
-        text (`CalibrationSet`): Rows of the length that is used.
-        layer_runs (`int`): How many runs of a layer over a row it takes.
-        what (`str`): What is done.
-    """
+    """Say how long a search takes, by its number of runs of a layer over a row of this text."""
     layer, _ = _of_a_row(walk, text)
     logger.info("%s takes about %s", what, _readable(1.3 * layer_runs * layer))  # the head takes its share
 
 
 @torch.no_grad()
 def forward_seconds(walk: LayerWalk, length: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """The time that the whole model takes to read a token, by the best of a few runs of a layer and the head.
+    """Seconds that the whole model takes to read a token, by the best of a few runs of a layer and the head.
 
-    Args:
-        walk (`LayerWalk`): The model.
-        length (`int`): Tokens in a row.
-        clock (`Callable[[], float]`, defaults to wall-clock time): `time.process_time` on a busy machine.
-
-    Returns:
-        `float`: Seconds per token.
+    `clock` may be `time.process_time`, on a busy machine.
     """
     text = CalibrationSet.of(torch.arange(8 * length).view(8, length) % 100 + 3, "an estimate")
     layer, head = map(min, zip(*(_of_a_row(walk, text, clock) for _ in range(3)), strict=True))

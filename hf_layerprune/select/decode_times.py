@@ -64,17 +64,7 @@ class DecodeTimes:
 def time_decoding(
     model: PreTrainedModel, context: int, batch: int = 1, clock: Callable[[], float] = perf_counter
 ) -> DecodeTimes:
-    """Time the layers of a model while it decodes.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-        context (`int`): Tokens in the cache.
-        batch (`int`, defaults to 1): Sequences in the cache.
-        clock (`Callable`): Tells the time in seconds.
-
-    Returns:
-        `DecodeTimes`: The times.
-    """
+    """Time the layers of a model while it decodes behind a cache of `context` tokens in each of `batch` sequences."""
     layers = find_decoder_layers(model).layers
     device = model.device
     starts: list[float] = []

@@ -20,9 +20,6 @@ def report(
         scores (`Mapping[str, Scores]`): By criterion.
         drops (`Mapping[str, Sequence[int]]`): The layers each criterion would drop; criteria without scores included.
         why (`Mapping[str, str]`, *optional*): The reason for the choice, for criteria that give one.
-
-    Returns:
-        `str`: The tables, several lines.
     """
     lines = _columns(
         [["criterion", "would drop", "by"]]

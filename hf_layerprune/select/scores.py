@@ -48,17 +48,7 @@ class Scores:
                 )
 
     def pick(self, count: int, free: Collection[int], contiguous: bool = False) -> list[int]:
-        """The layers to drop.
-
-        Args:
-            count (`int`): How many layers to drop.
-            free (`Collection[int]`): The layers that may be dropped.
-            contiguous (`bool`, defaults to `False`): Whether they must be contiguous; always so for criteria that only
-                score blocks.
-
-        Returns:
-            `list[int]`: Base indices, ascending.
-        """
+        """The `count` free layers to drop; always contiguous for criteria that only score blocks."""
         if self.layers is not None and not contiguous:
             return lowest_layers(self.layers, count, free)
         scored = {block: score for block, score in self.blocks.items() if len(block) == count}

@@ -41,17 +41,7 @@ def drop_count(drop: float | int | None, num_layers: int) -> int:
 def free_layers(
     num_layers: int, count: int, protect_first: int, protect_last: int, protected: Collection[int] = ()
 ) -> set[int]:
-    """The layers that may be dropped.
-
-    Args:
-        num_layers (`int`): How many layers the model has.
-        count (`int`): How many layers to drop.
-        protect_first (`int`): Layers at the start that must stay.
-        protect_last (`int`): Layers at the end that must stay.
-        protected (`Collection[int]`): Other layers that the architecture requires to stay.
-
-    Returns:
-        `set[int]`: Base indices, `count` or more.
+    """The layers that may be dropped, `count` or more of them; `protected` are those that the architecture needs.
 
     Raises:
         CutError: Fewer than `count` layers may be dropped.
@@ -72,18 +62,10 @@ def neighbours(layers: Sequence[int], length: int) -> list[tuple[int, ...]]:
 
 
 def lowest_layers(scores: Sequence[float | None], count: int, free: Collection[int]) -> list[int]:
-    """The layers with the lowest scores; on a tie, the first.
-
-    Args:
-        scores (`Sequence[float | None]`): By layer. Layers without a score stay.
-        count (`int`): How many layers to drop.
-        free (`Collection[int]`): The layers that may be dropped.
-
-    Returns:
-        `list[int]`: Base indices, ascending.
+    """The layers with the lowest scores, ascending; on a tie, the first. Layers without a score stay.
 
     Raises:
-        CutError: Too few of the layers have a score.
+        CutError: Too few of the layers that may be dropped have a score.
     """
     ranked = sorted((score, i) for i, score in enumerate(scores) if score is not None and i in free)
     if len(ranked) < count:
@@ -94,15 +76,7 @@ def lowest_layers(scores: Sequence[float | None], count: int, free: Collection[i
 
 
 def lowest_block(scores: Mapping[tuple[int, ...], float], count: int, free: Collection[int]) -> list[int]:
-    """The block with the lowest score; on a tie, the first.
-
-    Args:
-        scores (`Mapping[tuple[int, ...], float]`): By the layers of the block.
-        count (`int`): The length of the block, in layers.
-        free (`Collection[int]`): The layers that may be dropped.
-
-    Returns:
-        `list[int]`: Base indices, ascending.
+    """The block of `count` layers with the lowest score; on a tie, the first.
 
     Raises:
         CutError: No block of that length may be dropped.

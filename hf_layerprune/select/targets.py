@@ -117,10 +117,7 @@ class Target:
             options (`ChoiceOptions`): Which of them may go.
             protected (`Collection[int]`): Layers that the architecture requires to stay.
             pick (`Callable[[int], Any]`): What the criterion drops, if it drops that many: layers, or something that
-                has them as `drop_layers`.
-
-        Returns:
-            `Any`: What `pick` returned for the smallest number that meets the target.
+                has them as `drop_layers`. What it returned for the smallest number that meets the target is returned.
 
         Raises:
             CutError: The model meets it as it is, or no cut does.

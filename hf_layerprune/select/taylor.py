@@ -38,16 +38,7 @@ _PAPER_BATCH = 10
 def score(
     walk: LayerWalk, calibration: CalibrationSet, variant: str = ORIGINAL, alive: Sequence[int] | None = None
 ) -> Scores:
-    """Score all layers.
-
-    Args:
-        walk (`LayerWalk`): The dense model.
-        calibration (`CalibrationSet`): The text.
-        variant (`str`, defaults to `"original"`): `"original"` or `"paper"`.
-        alive (`Sequence[int]`, *optional*): The layers that run; all by default.
-
-    Returns:
-        `Scores`: One per layer.
+    """Score the layers that are alive, by default all.
 
     Raises:
         CutError: The hidden states that enter the layers don't fit into memory.

@@ -54,14 +54,7 @@ class GGUFCutPlan:
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a GGUF file, judged by its first bytes and not by its name.
-
-    Args:
-        path (`str` or `os.PathLike`): The file.
-
-    Returns:
-        `bool`: `True` if it is a regular file that starts with the GGUF magic number.
-    """
+    """Whether a file is a GGUF file, judged by its first bytes and not by its name."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return False
@@ -72,31 +65,19 @@ def is_gguf(path: str | os.PathLike[str]) -> bool:
 
 
 def gguf_layer_count(source: str | os.PathLike[str]) -> int:
-    """Count the layers of a GGUF model file.
-
-    Args:
-        source (`str` or `os.PathLike`): The GGUF file.
-
-    Returns:
-        `int`: The number of layers that can be named in `drop_layers`.
+    """The number of layers of a GGUF model file, all of which can be named in `drop_layers`.
 
     Raises:
-        CheckpointError: If the file cannot be read or is not a GGUF model.
+        CheckpointError: The file can't be read or is not a GGUF model.
     """
     return block_count_of(read_header(Path(source)))
 
 
 def gguf_texts(source: str | os.PathLike[str]) -> dict[str, str]:
-    """The text metadata of a GGUF file, such as its licence and its chat template.
-
-    Args:
-        source (`str` or `os.PathLike`): The GGUF file.
-
-    Returns:
-        `dict[str, str]`: By key.
+    """The text metadata of a GGUF file by key, such as its licence and its chat template.
 
     Raises:
-        CheckpointError: If the file cannot be read.
+        CheckpointError: The file can't be read.
     """
     texts = {key: entry.text for key, entry in read_header(Path(source)).keys.items()}
     return {key: text for key, text in texts.items() if text is not None}
@@ -105,16 +86,9 @@ def gguf_texts(source: str | os.PathLike[str]) -> dict[str, str]:
 def plan_gguf_cut(source: str | os.PathLike[str], drop_layers: Sequence[int]) -> GGUFCutPlan:
     """Plan a cut from the file's header, and refuse it if it can't be exact. Nothing is written.
 
-    Args:
-        source (`str` or `os.PathLike`): The GGUF file.
-        drop_layers (`Sequence[int]`): Indices of the layers to drop.
-
-    Returns:
-        `GGUFCutPlan`: The kept tensors, the metadata changes, and the size of the result.
-
     Raises:
-        CheckpointError: If the file is damaged or of an unknown kind, or if the cut could not be exact.
-        CutError: If an index is out of range or named twice, or if no layer or every layer would be dropped.
+        CheckpointError: The file is damaged or of an unknown kind, or the cut could not be exact.
+        CutError: An index is out of range or named twice, or no layer or every layer would be dropped.
     """
     header = read_header(Path(source))
     cut, changes = rewrite_metadata(header, drop_layers)

@@ -111,14 +111,7 @@ class GGUFHeader:
     data_start: int
 
     def fail(self, what: str) -> NoReturn:
-        """Refuse the file.
-
-        Args:
-            what (`str`): The problem and how to fix it.
-
-        Raises:
-            CheckpointError: Always.
-        """
+        """Raise a `CheckpointError` that says what is wrong with the file and how to fix it."""
         raise _refused(self.path, what)
 
 
@@ -181,12 +174,6 @@ class _Reader:
 def read_header(path: Path) -> GGUFHeader:
     """Read and check the header of a GGUF file.
 
-    Args:
-        path (`Path`): The file.
-
-    Returns:
-        `GGUFHeader`: The metadata and the tensor descriptions.
-
     Raises:
         CheckpointError: The file is not a complete and valid little-endian GGUF file of version 2 or 3.
     """
@@ -243,16 +230,7 @@ def read_header(path: Path) -> GGUFHeader:
 
 
 def write_header(entries: Sequence[bytes], tensors: Sequence[Tensor], alignment: int) -> bytes:
-    """The bytes of a GGUF file that precede the tensor data.
-
-    Args:
-        entries (`Sequence[bytes]`): The metadata, packed.
-        tensors (`Sequence[Tensor]`): The tensors, in order; their offsets are not used.
-        alignment (`int`): The alignment of each tensor.
-
-    Returns:
-        `bytes`: The header and its padding.
-    """
+    """The bytes of a GGUF file that precede the tensor data, for tensors in this order at new offsets."""
     header, offset = _FIXED.pack(b"GGUF", 3, len(tensors), len(entries)) + b"".join(entries), 0
     for tensor in tensors:
         rank = len(tensor.dimensions)

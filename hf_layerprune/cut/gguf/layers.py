@@ -54,16 +54,10 @@ class GGUFCut(NamedTuple):
 
 
 def architecture_of(header: GGUFHeader) -> str:
-    """Read the architecture of a GGUF model file.
-
-    Args:
-        header (`GGUFHeader`): The file's header.
-
-    Returns:
-        `str`: The value of `general.architecture`.
+    """The value of `general.architecture`.
 
     Raises:
-        CheckpointError: If the architecture is missing, or the file is not a model or is part of a split model.
+        CheckpointError: The architecture is missing, or the file is not a model or is part of a split model.
     """
     kind = header.keys.get("general.type")
     if kind is not None and kind.text != "model":
@@ -81,16 +75,10 @@ def architecture_of(header: GGUFHeader) -> str:
 
 
 def block_count_of(header: GGUFHeader) -> int:
-    """Count the layers of a GGUF model file.
-
-    Args:
-        header (`GGUFHeader`): The file's header.
-
-    Returns:
-        `int`: The value of `{arch}.block_count`, which includes layers for multi-token prediction.
+    """The number of layers, including those for multi-token prediction.
 
     Raises:
-        CheckpointError: If the count is missing or out of bounds.
+        CheckpointError: The count is missing or out of bounds.
     """
     key = f"{architecture_of(header)}.block_count"
     entry = header.keys.get(key)
@@ -105,16 +93,12 @@ def block_count_of(header: GGUFHeader) -> int:
 def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> tuple[GGUFCut, dict[str, tuple[Any, Any]]]:
     """Work out every metadata entry that changes when layers are dropped.
 
-    Args:
-        header (`GGUFHeader`): The file's header.
-        drop_layers (`Sequence[int]`): Indices of the layers to drop.
-
     Returns:
         `tuple[GGUFCut, dict[str, tuple[Any, Any]]]`: The layers to keep, and the old and the new value of each entry
             that changes, by key.
 
     Raises:
-        CheckpointError: If the architecture, a key or the set of layers does not allow an exact cut.
+        CheckpointError: The architecture, a key or the set of layers does not allow an exact cut.
     """
     arch = architecture_of(header)
     block_count = block_count_of(header)

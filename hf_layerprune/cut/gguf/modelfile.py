@@ -15,17 +15,7 @@ _ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenize
 
 
 def modelfile_of(path: Path) -> str | None:
-    """The `Modelfile` of a GGUF file that chats.
-
-    Args:
-        path (`Path`): The file.
-
-    Returns:
-        `str | None`: Its text; `None` if the file has no chat template.
-
-    Raises:
-        CheckpointError: If the file cannot be read.
-    """
+    """The text of a `Modelfile` for a GGUF file, or `None` if the file has no chat template."""
     header = read_header(path)
     if "tokenizer.chat_template" not in header.keys or not path.name.isprintable():
         return None

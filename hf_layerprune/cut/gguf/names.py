@@ -10,16 +10,9 @@ from .header import GGUFHeader, Tensor
 
 
 def renamed(header: GGUFHeader, architecture: str, kept: Sequence[Tensor]) -> dict[str, tuple[str, str]]:
-    """The texts that change when a model gets smaller. What the file doesn't have is not added.
+    """The old and the new text, by key, of what names the size of a model that gets smaller.
 
-    Args:
-        header (`GGUFHeader`): The file's header.
-        architecture (`str`): The value of `general.architecture`.
-        kept (`Sequence[Tensor]`): The tensors that stay.
-
-    Returns:
-        `dict[str, tuple[str, str]]`: The old and the new text, by key. A name that doesn't have the old size in it gets
-            the new one at its end.
+    Nothing is added that the file doesn't have. A name without the old size in it gets the new one at its end.
     """
     texts = {key: header.keys[key].text for key in ("general.size_label", "general.name") if key in header.keys}
     entry = header.keys.get(f"{architecture}.expert_count")
