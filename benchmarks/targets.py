@@ -93,7 +93,7 @@ def budget(args: argparse.Namespace) -> None:
 
     def row(name: str, drop: tuple[int, ...], seconds: float) -> None:
         (judged,) = search.judge([(drop, name)])
-        print(f"| {name} | {format_layers(drop)} | {judged.outcome.divergence:.4f} | {seconds:.0f} |", flush=True)
+        print(f"| {name} | {format_layers(drop)} | {judged.outcome.kl:.4f} | {seconds:.0f} |", flush=True)
 
     row("within the budget", tuple(choice.drop_layers), seconds)
     fixed = CutOptions(drop=count, criterion="auto", repair=args.repair)

@@ -74,7 +74,7 @@ def test_nested_sets_are_the_greedy_ones(model: Any, text: CalibrationSet) -> No
     gone: list[int] = []
     for count in range(1, 5):
         sets = {i: Trial(tuple(sorted([*gone, i]))) for i in range(8) if i not in gone}
-        kls = dict(zip(sets, (one.divergence for one in try_out(walk, rows, list(sets.values()))), strict=True))
+        kls = dict(zip(sets, (one.kl for one in try_out(walk, rows, list(sets.values()))), strict=True))
         gone.append(min(kls, key=kls.__getitem__))
         assert search.nested(count) == tuple(sorted(gone))
     again = Search(walk, text, range(8), CutOptions(criterion="auto"), gone[:2])
@@ -93,7 +93,7 @@ def test_nested_sets_are_tried_with_their_repair(repair: str, text: CalibrationS
     for count in (1, 3):
         drop = search.nested(count)
         repaired, cut = (
-            outcome.divergence
+            outcome.kl
             for outcome in (
                 search._tried([drop], 2)[0],
                 Search(LayerWalk(model), text, range(8), CutOptions(criterion="auto"))._tried([drop], 2)[0],

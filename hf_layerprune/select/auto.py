@@ -65,6 +65,6 @@ def _why(ranked: list[Candidate], repair: str | None, rows: int) -> str:
     best = ranked[0]
     state = f"cut and {repair} repair" if repair else "cut"
     why = f"layers {format_layers(best.drop)} ({best.found_by}): after the {state}, KL to the dense model is "
-    why += f"{best.outcome.divergence:.3g} nats on {rows} held-out rows"
-    rest = (f"; {format_layers(c.drop)} ({c.found_by}) has {c.outcome.divergence:.3g}" for c in ranked[1:])
+    why += f"{best.outcome.kl:.3g} nats on {rows} held-out rows"
+    rest = (f"; {format_layers(c.drop)} ({c.found_by}) has {c.outcome.kl:.3g}" for c in ranked[1:])
     return why + "".join(rest)

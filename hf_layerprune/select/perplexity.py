@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from .trials import Outcome
 
-COMPARES = False  # does not need the dense model's logits
-
 
 def score(outcome: Outcome) -> float:
     """The exponential of the mean loss per token."""

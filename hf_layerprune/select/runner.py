@@ -230,7 +230,7 @@ class _Work:
         for length in self.lengths:
             sets += neighbours(self.alive, length)
         trials = [Trial(tuple(sorted([*gone, *layers]))) for layers in sets]
-        outcomes = try_out(self.walk, text, trials, kl=any(criterion.load().COMPARES for criterion in criteria))
+        outcomes = try_out(self.walk, text, trials)
         scores = {}
         for criterion in criteria:
             score = criterion.load().score

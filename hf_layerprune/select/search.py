@@ -69,7 +69,7 @@ class Candidate:
         return {
             "layers": format_layers(self.drop),
             "found_by": self.found_by,
-            "kl": round(self.outcome.divergence, 5),
+            "kl": round(self.outcome.kl, 5),
             "perplexity": round(self.outcome.perplexity, 4),
         }
 
@@ -140,7 +140,7 @@ class Search:
         ]
         outcomes = zip(every, self._tried(every, _TRY_ROWS), strict=True)
         alive = tuple(range(self.walk.num_layers))
-        return Scores("kl", ORIGINAL, alive, blocks={block: one.divergence for block, one in outcomes if one})
+        return Scores("kl", ORIGINAL, alive, blocks={block: one.kl for block, one in outcomes if one})
 
     def best(self, count: int) -> tuple[tuple[int, ...], str]:
         """The best set of a size on the rows for trying, and what found it.
@@ -156,7 +156,7 @@ class Search:
         if block == nested:
             return nested, GREEDY
         (one,) = self._tried([nested], _TRY_ROWS)
-        return (nested, GREEDY) if one and one.divergence < scored[block] else (block, BLOCK)
+        return (nested, GREEDY) if one and one.kl < scored[block] else (block, BLOCK)
 
     def best_block(self, count: int) -> tuple[int, ...]:
         """The best block of a length on the rows for trying.
@@ -193,7 +193,7 @@ class Search:
         candidates = [
             Candidate(drop, by, outcome, repair) for (drop, by, repair), outcome in zip(fitted, outcomes, strict=True)
         ]
-        return sorted(candidates, key=lambda one: one.outcome.divergence)
+        return sorted(candidates, key=lambda one: one.outcome.kl)
 
     def fit(self, drop: tuple[int, ...]) -> Repair | None:
         """The repair that a set would get; `None` where none will follow, or none can be fitted."""
@@ -248,7 +248,7 @@ class Search:
             )
         dense, *outcomes = self._tried([(), *(tuple(sorted((*gone, i))) for i in left)], _STEP_ROWS)
         known = dict(zip(left, outcomes, strict=True))
-        scored = {i: one.divergence for i, one in known.items() if one is not None}
+        scored = {i: one.kl for i, one in known.items() if one is not None}
         if not scored:
             raise CutError(f"repair={self.repair!r} works for none of the layers that are left; use repair=None")
         # Blocks that can't come up any more leave memory.
@@ -307,8 +307,6 @@ class Loss:
     @classmethod
     def of(cls, budget: str, cut: Outcome, dense: Outcome) -> Loss:
         """What a budget limits: KL, the logarithm of the ratio of perplexities, or the share that disagrees."""
-        assert cut.rows is not None, "outcomes have rows"
-        assert dense.rows is not None, "outcomes have rows"
         values = {
             "max_kl": cut.rows[:, 1],
             "max_perplexity_ratio": cut.rows[:, 0] - dense.rows[:, 0],

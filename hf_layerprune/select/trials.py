@@ -53,21 +53,15 @@ class Outcome:
 
     Args:
         loss (`float`): Mean negative log-likelihood per token, in nats.
-        kl (`float`, *optional*): Mean KL(dense || cut) of the next-token distribution, over all positions, in nats.
-        agreement (`float`, *optional*): Share of positions at which both have the same most likely token.
-        rows (`torch.Tensor`, *optional*): The three numbers of each row, `[rows, 3]`.
+        kl (`float`): Mean KL(dense || cut) of the next-token distribution, over all positions, in nats.
+        agreement (`float`): Share of positions at which both have the same most likely token.
+        rows (`torch.Tensor`): The three numbers of each row, `[rows, 3]`.
     """
 
     loss: float
-    kl: float | None = None
-    agreement: float | None = None
-    rows: torch.Tensor | None = None
-
-    @property
-    def divergence(self) -> float:
-        """The KL divergence; the trial must have been run with `kl=True`."""
-        assert self.kl is not None, "the trial was run with kl=False"
-        return self.kl
+    kl: float
+    agreement: float
+    rows: torch.Tensor
 
     @property
     def perplexity(self) -> float:
@@ -77,12 +71,7 @@ class Outcome:
 
 @torch.no_grad()
 def try_out(
-    walk: LayerWalk,
-    calibration: CalibrationSet,
-    trials: Sequence[Trial],
-    *,
-    kl: bool = True,
-    memory: int | None = None,
+    walk: LayerWalk, calibration: CalibrationSet, trials: Sequence[Trial], *, memory: int | None = None
 ) -> list[Outcome]:
     """Run the model with each of some cuts.
 
@@ -90,14 +79,10 @@ def try_out(
         walk (`LayerWalk`): The dense model.
         calibration (`CalibrationSet`): The text.
         trials (`Sequence[Trial]`): The cuts.
-        kl (`bool`, defaults to `True`): Whether to compare with the dense model.
         memory (`int`, *optional*): Bytes for hidden states. By default a share of the free memory if each pass has to
             read the weights again, otherwise 256 MiB.
-
-    Returns:
-        `list[Outcome]`: One per trial.
     """
-    tracks = [*trials, Trial(())] if kl else list(trials)
+    tracks = [*trials, Trial(())]
     rows = rows_per_pass(walk, calibration, tracks, memory)
     size = min(rows, batch_rows(calibration))
     given, step = list(calibration.batches(size)), -(-rows // size)
@@ -109,13 +94,8 @@ def try_out(
             batches = [walk.begin(*rows_of) for rows_of in part]
             states = _advance(walk, batches, tracks, bar)
             for number, batch in enumerate(batches):
-                of_batch = [state[number] for state in states]
-                means.append(_compare(walk, batch, of_batch, len(trials), kl))
-    outcomes = []
-    for rows in torch.cat(means, 1):
-        loss, divergence, agreement = rows.mean(0).tolist()
-        outcomes.append(Outcome(loss, divergence, agreement, rows) if kl else Outcome(loss, rows=rows))
-    return outcomes
+                means.append(_compare(walk, batch, [state[number] for state in states]))
+    return [Outcome(*of_trial.mean(0).tolist(), of_trial) for of_trial in torch.cat(means, 1)]
 
 
 def rows_per_pass(
@@ -196,25 +176,26 @@ def _advance(
     return [states[move.after] for move in moves]
 
 
-def _compare(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor], trials: int, kl: bool) -> torch.Tensor:
-    """Mean loss, KL and agreement of each row `[trials, rows, 3]`; with `kl`, `states` ends with the dense model's.
+def _compare(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean loss, KL and agreement of each row `[trials, rows, 3]`; the last `states` are the dense model's.
 
     Positions in front of the placeholder of an image don't count: nobody asks the model for one.
     """
+    *cuts, dense = states
     rows, length = batch.input_ids.shape
-    sums = torch.zeros(trials, rows, 3, dtype=torch.float32 if walk.device.type == "mps" else torch.float64)
+    sums = torch.zeros(len(cuts), rows, 3, dtype=torch.float32 if walk.device.type == "mps" else torch.float64)
     sums = sums.to(walk.device)
     asked = batch.asked
     for row, ids in enumerate(batch.input_ids):
         for start in range(0, length, _HEAD_TOKENS):
             end = min(start + _HEAD_TOKENS, length)
             targets, counts = ids[start + 1 : end + 1], asked[row, start:end]
-            reference = Reference(walk.logits(states[-1][row : row + 1, start:end])[0]) if kl else None
-            for number in range(trials):
-                of_tokens = diverge(walk.logits(states[number][row : row + 1, start:end])[0], targets, reference)
-                sums[number, row, 0] += of_tokens.nll[counts[: len(targets)]].sum(dtype=sums.dtype)
-                if of_tokens.kl is not None and of_tokens.agrees is not None:
-                    sums[number, row, 1] += of_tokens.kl[counts].sum(dtype=sums.dtype)
-                    sums[number, row, 2] += of_tokens.agrees[counts].sum(dtype=sums.dtype)
+            reference = Reference(walk.logits(dense[row : row + 1, start:end])[0])
+            for state, sums_of in zip(cuts, sums[:, row], strict=True):
+                of_tokens = diverge(walk.logits(state[row : row + 1, start:end])[0], targets, reference)
+                assert of_tokens.kl is not None
+                assert of_tokens.agrees is not None
+                parts = (of_tokens.nll[counts[: len(targets)]], of_tokens.kl[counts], of_tokens.agrees[counts])
+                sums_of += torch.stack([part.sum(dtype=sums.dtype) for part in parts])
     each = torch.stack([asked[:, :-1].sum(1), asked.sum(1), asked.sum(1)], -1).clamp(min=1)
     return sums.double().cpu() / each.cpu()
