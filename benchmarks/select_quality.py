@@ -25,9 +25,11 @@ from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.repair.registry import REPAIRS
 from hf_layerprune.runtime.loading import load_base, load_tokenizer
 from hf_layerprune.runtime.walk import LayerWalk
-from hf_layerprune.select import ALL, Scores, choose_layers, drop_count, score_layers
+from hf_layerprune.select import ALL, drop_count
 from hf_layerprune.select.passes import run_pass
 from hf_layerprune.select.repairability import Repairability
+from hf_layerprune.select.runner import choose_layers, score_layers
+from hf_layerprune.select.scores import Scores
 from hf_layerprune.select.search import changes_of
 from hf_layerprune.select.sets import neighbours
 from hf_layerprune.select.trials import Outcome, Trial, try_out

@@ -34,7 +34,7 @@ from hf_layerprune.options import CutOptions
 from hf_layerprune.records.lineage import peak_rss
 from hf_layerprune.runtime.loading import load_base, load_tokenizer
 from hf_layerprune.runtime.walk import LayerWalk
-from hf_layerprune.select import choose_layers, score_layers
+from hf_layerprune.select.runner import choose_layers, score_layers
 
 LENGTH_OF_BLOCK = 7
 _STEPS = 3

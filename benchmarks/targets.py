@@ -27,8 +27,8 @@ from hf_layerprune.options import CutOptions
 from hf_layerprune.runtime.loading import load_base, load_config, load_tokenizer
 from hf_layerprune.runtime.precision import in_fast_precision
 from hf_layerprune.runtime.walk import LayerWalk
-from hf_layerprune.select import choose_layers
 from hf_layerprune.select.decode_times import time_decoding
+from hf_layerprune.select.runner import choose_layers
 from hf_layerprune.select.search import Search
 from hf_layerprune.select.sets import neighbours
 from hf_layerprune.stages.prune import prune_to

@@ -21,8 +21,8 @@ from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.history import read_history
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.walk import LayerWalk
-from hf_layerprune.select import choose_layers
 from hf_layerprune.select.curve import knee
+from hf_layerprune.select.runner import choose_layers
 from hf_layerprune.select.search import HELD_OUT, Loss, Search
 from hf_layerprune.select.trials import Trial, try_out
 from hf_layerprune.stages import curve as stage

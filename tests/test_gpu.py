@@ -28,7 +28,8 @@ from hf_layerprune.measure.requests import BenchRequest
 from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.repair.registry import REPAIRS
 from hf_layerprune.runtime.walk import LayerWalk
-from hf_layerprune.select import ALL, score_layers
+from hf_layerprune.select import ALL
+from hf_layerprune.select.runner import score_layers
 
 from .chat_models import pruned_model, tiny_chat_model
 from .heal_makers import rows, word_tokenizer

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from hf_layerprune import drop_layers
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.families.layout import find_decoder_layers
-from hf_layerprune.select import score_layers, taylor
+from hf_layerprune.select import taylor
+from hf_layerprune.select.runner import score_layers
 
 from .tiny_models import LAYERS, VOCAB, tiny_model
 

@@ -19,8 +19,9 @@ from hf_layerprune.options import CutOptions
 from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.runtime import divergence
 from hf_layerprune.runtime.walk import LayerWalk
-from hf_layerprune.select import ALL, choose_layers, score_layers, trials
+from hf_layerprune.select import ALL, trials
 from hf_layerprune.select.cost import estimate
+from hf_layerprune.select.runner import choose_layers, score_layers
 from hf_layerprune.select.scores import Scores
 from hf_layerprune.select.search import HELD_OUT
 from hf_layerprune.select.sets import block_sums, lowest_block, lowest_layers, neighbours, rounds

@@ -92,7 +92,7 @@ import json, sys, threading, time, torch
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.runtime.loading import load_base
 from hf_layerprune.runtime.walk import LayerWalk
-from hf_layerprune.select import score_layers
+from hf_layerprune.select.runner import score_layers
 torch.set_num_threads(1)
 
 def own_memory():  # mapped pages of a file are not in it: the system takes them back when it needs to

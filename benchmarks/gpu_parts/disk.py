@@ -141,7 +141,7 @@ def rank(criteria: tuple[str, ...], setting: Setting) -> dict[str, Any]:
     from hf_layerprune.options.shared import CalibrationOptions
     from hf_layerprune.runtime.loading import load_base
     from hf_layerprune.runtime.walk import LayerWalk
-    from hf_layerprune.select import score_layers
+    from hf_layerprune.select.runner import score_layers
 
     usual = CalibrationOptions()
     samples, length = (4, 16) if setting.tiny else (usual.calibration_samples, usual.calibration_length)

@@ -13,7 +13,8 @@ from ..errors import CheckpointError, CutError
 from ..repair.fit import fit_repair
 from ..runtime.loading import load_processor, load_tokenizer
 from ..runtime.walk import LayerWalk
-from ..select import choose_layers, find_criterion, needs_model
+from ..select import find_criterion, needs_model
+from ..select.runner import choose_layers
 from .resolve import is_made, resolve_drop
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ..cut.memory import LayerCut
     from ..options import CalibrationOptions
     from ..repair.fit import Repair
-    from ..select import Target
+    from ..select.targets import Target
     from .config import LayerDropConfig
 
 logger = logging.getLogger(__name__)

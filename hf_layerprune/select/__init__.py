@@ -1,7 +1,7 @@
 """Choose which decoder layers to drop.
 
     from hf_layerprune.options import CutOptions
-    from hf_layerprune.select import choose_layers, score_layers
+    from hf_layerprune.select.runner import choose_layers
 
     choice = choose_layers(model, calibration, CutOptions(drop=0.25, criterion="auto"))
     choice.drop_layers, choice.why
@@ -13,8 +13,7 @@ pass over the model, and `sets.py` turns scores into a set of layers.
 from __future__ import annotations
 
 from collections.abc import Collection
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import CutError
 from ..options import CutOptions, just, take
@@ -22,34 +21,9 @@ from .registry import ALL, CRITERIA, Criterion, find_criterion
 from .sets import drop_count, free_layers, lowest_block, neighbours
 
 if TYPE_CHECKING:
-    from .choice import Choice
-    from .runner import choose_layers, score_layers
-    from .scores import Scores
     from .targets import Target
 
-__all__ = [
-    "ALL",
-    "CRITERIA",
-    "Choice",
-    "Criterion",
-    "Scores",
-    "Target",
-    "choose_layers",
-    "drop_count",
-    "find_criterion",
-    "needs_model",
-    "score_layers",
-    "select_layers",
-]
-
-# Loaded on first use: each of them imports torch.
-_LAZY = {
-    "Choice": ".choice",
-    "Scores": ".scores",
-    "Target": ".targets",
-    "choose_layers": ".runner",
-    "score_layers": ".runner",
-}
+__all__ = ["ALL", "CRITERIA", "Criterion", "drop_count", "find_criterion", "needs_model", "select_layers"]
 
 
 def needs_model(choice: CutOptions) -> bool:
@@ -98,9 +72,3 @@ def select_layers(
     rank = {layer: position for position, layer in enumerate(order)}
     blocks = neighbours(range(num_layers), count)
     return lowest_block({block: sum(rank[i] for i in block) for block in blocks}, count, free)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 from ..calibration.rows import CalibrationSet
 from ..layer_ranges import format_layers
 from ..runtime.walk import LayerWalk
-from .choice import Choice
-from .scores import Scores
+from .scores import Choice, Scores
 from .search import BLOCK, GREEDY, Candidate, Search
 from .sets import lowest_block
 

@@ -17,8 +17,8 @@ from ..calibration.rows import CalibrationSet
 from ..errors import CutError
 from ..layer_ranges import format_layers
 from ..runtime.walk import LayerWalk
-from .choice import Choice
 from .cost import announce
+from .scores import Choice
 from .search import BLOCK, GREEDY, Candidate, Loss, Search
 
 if TYPE_CHECKING:

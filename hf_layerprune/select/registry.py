@@ -23,7 +23,7 @@ KINDS = {
     "states": "observer(criterion, variant, num_layers, lengths): a `passes.Observer` that needs hidden states",
     "trial": "score(outcome): a number, from the outcome of a `trials.Trial`",
     "passes": "score(walk, calibration, variant, alive): `Scores`, from its own passes over the model",
-    "choice": "choose(walk, calibration, count, free, choice): a `runner.Choice`, made without scores",
+    "choice": "choose(walk, calibration, count, free, choice): a `scores.Choice`, made without scores",
 }
 
 

@@ -18,10 +18,9 @@ from ..layer_ranges import format_layers
 from ..options import CutOptions, find, just, take
 from ..runtime.walk import LayerWalk
 from . import budget
-from .choice import Choice
 from .passes import Observer, read_weights, run_pass
 from .registry import ALL, CRITERIA, ORIGINAL, PAPER, VARIANTS, Criterion, find_criterion
-from .scores import Scores
+from .scores import Choice, Scores
 from .sets import drop_count, free_layers, neighbours, rounds
 from .targets import Target
 from .trials import Trial, try_out

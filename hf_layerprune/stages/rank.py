@@ -29,7 +29,7 @@ WalkRequest = RankRequest | AdviseRequest
 if TYPE_CHECKING:
     from ..calibration.rows import CalibrationSet
     from ..runtime.walk import LayerWalk
-    from ..select import Scores
+    from ..select.scores import Scores
 
 logger = logging.getLogger(__name__)
 
