@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...files.copy import LocalFile, NewFile, check_file_target, check_space, new_file
+from ...files.copy import LocalFile, check_file_target, check_space, new_file
 from ...screen import progress_bar
 from .header import GGUFHeader, Tensor, padded, read_header, write_header
 from .layers import block_count_of, rewrite_metadata
@@ -156,7 +156,7 @@ def cut_gguf(
         total, name = plan.target_bytes, target.name
         with (
             new_file(target, force=force, apart_from=source) as partial,
-            NewFile(partial) as output,
+            partial.open("xb") as output,
             progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar,
         ):
             output.write(plan.header)
