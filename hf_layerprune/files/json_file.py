@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from ..errors import CheckpointError, cause_of, one_line
 from .text_file import read_bytes
 
 MAX_BYTES = 32 * 1024 * 1024
 MAX_DEPTH = 64
-
-T = TypeVar("T")
 
 
 class Validator(Protocol):
@@ -56,28 +53,19 @@ def parse_json(data: bytes | str, name: str, *, max_depth: int = MAX_DEPTH, non_
     Raises:
         CheckpointError: As for `read_object`.
     """
-    content = _strictly(lambda: _decoder(non_finite).decode(_text(data)), name, max_depth)
+    try:
+        content = _decoder(non_finite).decode(_text(data))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        where = f"{f'line {error.lineno} ' if error.doc.count(chr(10)) else ''}column {error.colno}"
+        raise CheckpointError(f"{name} is not JSON: {error.msg} at {where}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{name} is nested more than {max_depth} levels deep") from error
+    except ValueError as error:
+        raise CheckpointError(f"{name} is not usable JSON: {cause_of(error)}") from error
     _check_values(content, name, max_depth)
     return content
-
-
-def scan_json(text: str, start: int, name: str) -> tuple[Any, int]:
-    """Parse the JSON value that begins somewhere in a text, as strictly as `parse_json`.
-
-    Args:
-        text (`str`): The text.
-        start (`int`): The index of the value's first character.
-        name (`str`): The file and place to name in errors.
-
-    Returns:
-        `tuple[Any, int]`: The value, and the index behind it.
-
-    Raises:
-        CheckpointError: As for `read_object`. Its cause is a `json.JSONDecodeError` if the text may just end too early.
-    """
-    content, end = _strictly(lambda: _decoder(False).raw_decode(text, start), name, MAX_DEPTH)
-    _check_values(content, name, MAX_DEPTH)
-    return content, end
 
 
 @cache
@@ -100,20 +88,6 @@ def _text(data: bytes | str) -> str:
     if text.startswith("\ufeff"):
         raise ValueError("it begins with a byte order mark; save it as UTF-8 without one")
     return text
-
-
-def _strictly(parse: Callable[[], T], name: str, max_depth: int) -> T:
-    try:
-        return parse()
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        where = f"{f'line {error.lineno} ' if error.doc.count(chr(10)) else ''}column {error.colno}"
-        raise CheckpointError(f"{name} is not JSON: {error.msg} at {where}") from error
-    except (RecursionError, MemoryError) as error:
-        raise CheckpointError(f"{name} is nested more than {max_depth} levels deep") from error
-    except ValueError as error:
-        raise CheckpointError(f"{name} is not usable JSON: {cause_of(error)}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ..errors import CheckpointError, cause_of
+from ..errors import CheckpointError, LayerPruneError, cause_of
 
 MAX_TEXT = 256 * 1024 * 1024
 MAX_YAML = 1024 * 1024
 
 
-def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """Read a regular file of bounded size.
+@contextmanager
+def opened(path: Path, max_bytes: int | None) -> Iterator[BinaryIO]:
+    """Open a regular file of bounded size.
 
     Raises:
         CheckpointError: The file is missing, not a regular file, unreadable, or too large.
@@ -21,15 +23,20 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     try:
         if not path.is_file():  # a pipe or a device may never end
             raise CheckpointError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+        if max_bytes is not None and path.stat().st_size > max_bytes:
+            raise CheckpointError(f"{path} is larger than {max_bytes:,} bytes, the limit for such a file")
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+            yield file
+    except LayerPruneError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{path} can't be read: {cause_of(error)}") from error
-    if len(data) > max_bytes:
-        raise CheckpointError(f"{path} is larger than {max_bytes:,} bytes, the limit for such a file")
-    return data
+
+
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file of bounded size; raises as `opened` does."""
+    with opened(path, max_bytes) as file:
+        return file.read(max_bytes)
 
 
 def read_text(path: Path, max_bytes: int = MAX_TEXT) -> str:
