@@ -155,6 +155,6 @@ class TestTheProofCanFail:
     def test_forgotten_layer_index(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from hf_layerprune.cut import memory as cut
 
-        monkeypatch.setattr(cut, "rehearse", lambda *args: cut.Rehearsal(0, []))
+        monkeypatch.setattr(cut, "rehearse", lambda *args: (0, []))
         with pytest.raises((ProofError, IndexError)):
             prove_cut(tiny_model("llama"), (2, 3, 5))

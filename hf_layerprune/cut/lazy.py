@@ -89,7 +89,7 @@ def load_pruned(
         cut = families.make_cut(config, dropped)
         pruned = families.cut_config(config, cut)
         # Makes the checks of a cut in memory, before any weight is read.
-        saved = rehearse(model_class, config, pruned, cut).saved
+        saved, _ = rehearse(model_class, config, pruned, cut)
         tell_if_presumed(config)
 
     with ExitStack() as stack:

@@ -125,9 +125,10 @@ def drop_layers(
     new_config = families.cut_config(model.config, cut)
     stack = find_decoder_layers(model)
     live = dict(model.named_modules())
+    _, rehearsed = rehearse(type(model), model.config, new_config, cut)
     attributes = [
         _Change(live[name], attribute, vars(live[name])[attribute], value)
-        for name, attribute, value in rehearse(type(model), model.config, new_config, cut).attributes
+        for name, attribute, value in rehearsed
         if name in live and attribute in vars(live[name])
     ]
     parent = model.get_submodule(stack.parent_path) if stack.parent_path else model
@@ -139,7 +140,12 @@ def drop_layers(
         *_swap_configs(model, new_config),
         *attributes,
     ]
-    expected = _expected(model, cut) if check else None
+    expected = None
+    if check:
+        try:
+            expected = bypassed_logits(model, cut.drop)
+        except CannotCheckError as error:
+            logger.info("the logits of the cut are not checked: %s", error)
     made = LayerCut(cut, [stack.layers[i] for i in cut.drop], changes, active=False)
     made.reapply()
     if expected is not None:
@@ -151,15 +157,6 @@ def drop_layers(
     logger.info("dropped layers %s of %d from %s", list(cut.drop), cut.num_layers, stack.path)
     # The changes reference the old layers and would keep them in memory.
     return made if keep_dropped else LayerCut(cut, [], [])
-
-
-def _expected(model: PreTrainedModel, cut: families.Cut) -> torch.Tensor | None:
-    """The logits that the pruned model must give, or `None` if the dense model can't be run here."""
-    try:
-        return bypassed_logits(model, cut.drop)
-    except CannotCheckError as error:
-        logger.info("the logits of the cut are not checked: %s", error)
-        return None
 
 
 def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig) -> list[_Change]:
@@ -219,24 +216,14 @@ def _slice_wide_tensors(model: PreTrainedModel, cut: families.Cut) -> list[_Chan
     return changes
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """The result of comparing empty models of the old and the new config.
-
-    Args:
-        saved (`int`): Number of parameters that the cut removes.
-        attributes (`list[tuple[str, str, Any]]`): Name of a module in the dense model, name of an attribute, and its
-            value after the cut.
-    """
-
-    saved: int
-    attributes: list[tuple[str, str, Any]]
-
-
 def rehearse(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut
-) -> Rehearsal:
+) -> tuple[int, list[tuple[str, str, Any]]]:
     """Compare empty models of the old and the new config; see the docstring of this module.
+
+    Returns:
+        `tuple[int, list[tuple[str, str, Any]]]`: The number of parameters that the cut removes; and for each change of
+            an attribute, the name of a module in the dense model, the attribute's name, and its value after the cut.
 
     Raises:
         CutError: A kept layer would be built differently on reload.
@@ -276,15 +263,15 @@ def rehearse(
         raise CutError(
             f"{extra[0]} would be added on reload, because the kept layers would be built differently; drop other layers"
         )
-    return Rehearsal(old.num_parameters() - new.num_parameters(), attributes)
+    return old.num_parameters() - new.num_parameters(), attributes
 
 
-def rehearse_config(config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut) -> Rehearsal:
-    """As `rehearse`, for the class that a config is loaded as."""
+def rehearse_config(config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut) -> None:
+    """Make the checks of `rehearse`, for the class that a config is loaded as."""
     with boundary("no model can be built from the config"), torch.device("meta"):
         model = auto_class_of(config).from_config(config, trust_remote_code=False)
         part = families.text_config(new_config) if type(model.config) is not type(config) else new_config
-    return rehearse(type(model), model.config, part, cut)
+    rehearse(type(model), model.config, part, cut)
 
 
 def _empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
