@@ -151,87 +151,49 @@ def unchanged(value: Any, cut: Cut) -> Any:
     return value
 
 
-FIELDS: dict[str, Rule] = {
+_RULES: tuple[tuple[Rule, str], ...] = (
     # One entry per layer.
-    "layer_types": select,
-    "mlp_layer_types": select,
-    "layers_block_type": select,
-    "no_rope_layers": select,
-    "indexer_types": select,
-    "num_attention_heads_per_layer": select,
-    "layer_rope_theta": select,
-    "attention_layers": select,
-    "activation_sparsity_pattern": select,
+    (select, """
+        layer_types mlp_layer_types layers_block_type no_rope_layers indexer_types num_attention_heads_per_layer
+        layer_rope_theta attention_layers activation_sparsity_pattern
+    """),
     # Scalars in most families, one entry per layer in some.
-    "intermediate_size": select,
-    "num_experts": select,
-    "moe_topk": select,
-    "moe_intermediate_size": select,
-    "num_shared_expert": select,
+    (select, "intermediate_size num_experts moe_topk moe_intermediate_size num_shared_expert"),
     # Layer indices.
-    "attn_layer_indices": remap,
-    "mlp_only_layers": remap,
-    "moe_layers": remap,
-    "cross_attention_layers": remap,
-    "full_attn_idxs": remap,
-    "hybrid_layer_ids": remap,
-    "local_layer_ids": remap,
-    "rope_scaling_layers": remap,
-    "ple_layer_ids": remap_one_based,
-    "kv_source_layers": sources,
-    # Keyed by layer index.
-    "per_layer_config": remap_keys,
+    (remap, """
+        attn_layer_indices mlp_only_layers moe_layers cross_attention_layers full_attn_idxs hybrid_layer_ids
+        local_layer_ids rope_scaling_layers
+    """),
+    (remap_one_based, "ple_layer_ids"),
+    (sources, "kv_source_layers"),
+    (remap_keys, "per_layer_config"),
     # Thresholds and counts.
-    "first_k_dense_replace": count_below,
-    "num_dense_layers": count_below,
-    "max_window_layers": count_below,
-    "num_hash_layers": count_below,
-    "num_kv_shared_layers": count_last,
+    (count_below, "first_k_dense_replace num_dense_layers max_window_layers num_hash_layers"),
+    (count_last, "num_kv_shared_layers"),
+    (none_left, "num_nextn_predict_layers num_mtp_layers"),
     # Patterns.
-    "block_types": spell_out_pattern,
-    "attention_types": spell_out_runs,
-    "scale_depth": rescale_depth,
+    (spell_out_pattern, "block_types"),
+    (spell_out_runs, "attention_types"),
+    (rescale_depth, "scale_depth"),
     # Seeds of explicit lists.
-    "full_attention_interval": unchanged,
-    "global_attn_every_n_layers": unchanged,
-    "sliding_window_pattern": unchanged,
-    "_sliding_window_pattern": unchanged,
-    "no_rope_layer_interval": unchanged,
-    "interleave_moe_layer_step": unchanged,
-    "prefix_dense_sliding_window_pattern": unchanged,
-    "layer_group_size": unchanged,
-    "index_topk_freq": unchanged,
-    "index_topk_pattern": unchanged,
-    "index_skip_topk_offset": unchanged,
-    "hybrid_override_pattern": unchanged,
+    (unchanged, """
+        full_attention_interval global_attn_every_n_layers sliding_window_pattern _sliding_window_pattern
+        no_rope_layer_interval interleave_moe_layer_step prefix_dense_sliding_window_pattern layer_group_size
+        index_topk_freq index_topk_pattern index_skip_topk_offset hybrid_override_pattern
+    """),
     # Not the decoder's layers: encoders, multi-token prediction, per-layer embedding widths.
-    "encoder_layers": unchanged,
-    "num_encoder_layers": unchanged,
-    "num_nextn_predict_layers": none_left,
-    "num_mtp_layers": none_left,
-    "mtp_layer_types": unchanged,
-    "mtp_mlp_layer_types": unchanged,
-    "mtp_layers_block_type": unchanged,
-    "mtp_local_layer_ids": unchanged,
-    "vocab_size_per_layer_input": unchanged,
-    "hidden_size_per_layer_input": unchanged,
+    (unchanged, """
+        encoder_layers num_encoder_layers mtp_layer_types mtp_mlp_layer_types mtp_layers_block_type mtp_local_layer_ids
+        vocab_size_per_layer_input hidden_size_per_layer_input
+    """),
     # Lists that are not per layer, whatever their length.
-    "architectures": unchanged,
-    "bos_token_id": unchanged,
-    "eos_token_id": unchanged,
-    "pad_token_id": unchanged,
-    "suppress_tokens": unchanged,
-    "begin_suppress_tokens": unchanged,
-    "time_step_limit": unchanged,
-    "mlp_multipliers": unchanged,
-    "ssm_multipliers": unchanged,
-    "axial_pos_shape": unchanged,
-    "axial_pos_embds_dim": unchanged,
-    "languages": unchanged,
-    "id2label": unchanged,
-    "label2id": unchanged,
-    "task_specific_params": unchanged,
-}
+    (unchanged, """
+        architectures bos_token_id eos_token_id pad_token_id suppress_tokens begin_suppress_tokens time_step_limit
+        mlp_multipliers ssm_multipliers axial_pos_shape axial_pos_embds_dim languages id2label label2id
+        task_specific_params
+    """),
+)  # fmt: skip
+FIELDS: dict[str, Rule] = {name: rule for rule, names in _RULES for name in names.split()}
 
 # The fields that may hold the number of decoder layers, most specific first; a config has one of them.
 COUNT_FIELDS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")

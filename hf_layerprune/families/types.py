@@ -45,16 +45,7 @@ _IMAGE_ALWAYS = (
 )
 _REFUSED_MULTIMODAL: dict[str, str] = {
     **dict.fromkeys(
-        (
-            "blip",
-            "evolla",
-            "florence2",
-            "pix2struct",
-            "pp_formulanet",
-            "t5gemma2",
-            "udop",
-            "vision-encoder-decoder",
-        ),
+        ("blip", "evolla", "florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"),
         ENCODER_DECODER,
     ),
     **dict.fromkeys(("fast_vlm", "perception_lm"), _TIMM),
