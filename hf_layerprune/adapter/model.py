@@ -96,11 +96,11 @@ class LayerDropModel(BaseTuner):
         """Cut, unless this very cut was made before: by another adapter, or in the checkpoint."""
         saved = getattr(model, SAVED, None)
         if not is_made(peft_config, model.config):
-            before = _count(model)
+            before = model.num_parameters()
             how = {"keep_dropped": peft_config.keep_dropped, "check": peft_config.check_cut}
             setattr(model, CUT, drop_layers(model, peft_config.drop_layers, **how))
-            saved = before - _count(model)
-            logger.info("%d of %d parameters remain", _count(model), before)
+            saved = before - model.num_parameters()
+            logger.info("%d of %d parameters remain", before - saved, before)
         if peft_config.tune_lm_head and is_tied(model):
             added = untie(model)
             if not peft_config.untied_lm_head:  # a saved config was told so when it was made
@@ -163,7 +163,3 @@ class LayerDropModel(BaseTuner):
                 delattr(model, name)
         thaw(model)
         return model
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

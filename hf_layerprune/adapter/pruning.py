@@ -12,12 +12,12 @@ from ..cut.lazy import SAVED, load_pruned
 from ..cut.memory import LayerCut
 from ..errors import CheckpointError, LayerPruneError, boundary
 from ..families.layout import find_decoder_layers
-from ..runtime.loading import load_base, resolve_base
+from ..runtime.loading import WHERE, load_base, resolve_base
 from ..runtime.precision import in_fast_precision
 from ..select.targets import Target
 from .config import LayerDropConfig
 from .prepare import CUT, PREPARED, Prepared, needs_dense, needs_text, prepare
-from .reading import WHERE, find_adapter, load_adapter
+from .reading import find_adapter, load_adapter
 from .resolve import cut_of, is_made, resolve_drop
 
 if TYPE_CHECKING:

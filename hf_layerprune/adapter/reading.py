@@ -12,12 +12,10 @@ from transformers.utils.hub import cached_file
 
 from ..errors import CheckpointError, boundary
 from ..files.json_file import read_object
-from ..runtime.loading import as_path, check_complete
+from ..runtime.loading import WHERE, as_path, check_complete
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# The arguments of `from_pretrained` that say where files are.
-WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:

@@ -157,15 +157,12 @@ def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] 
     Raises:
         CheckpointError: There are no safetensors weights, more than one set, or they are damaged or incomplete.
     """
-    index: dict[str, Any] | None = None
-    names, skipped = [SINGLE], {}
-    if find_weights(base.names, base.name) == INDEX:
-        index = read_json(base.get(INDEX))
-        names = shard_names(index, f"{base.name}/{INDEX}")
-        if base.repo and kept:
-            needed = {index["weight_map"][name] for name in kept(index["weight_map"])}
-            skipped = {name: base.sizes.get(name, 0) for name in names if name not in needed}
-            names = sorted(needed)
+    names, index = _files_of(base)
+    skipped: dict[str, int] = {}
+    if index is not None and base.repo and kept:
+        needed = {index["weight_map"][name] for name in kept(index["weight_map"])}
+        skipped = {name: base.sizes.get(name, 0) for name in names if name not in needed}
+        names = sorted(needed)
     if base.repo:
         wanted = sum(base.sizes.get(name, 0) for name in names)
         logger.info(
@@ -187,12 +184,16 @@ def read_headers(base: Base) -> Weights:
     """
     if base.repo is None or base.repo.offline:
         return read_weights(base)
-    index: dict[str, Any] | None = None
-    names = [SINGLE]
-    if find_weights(base.names, base.name) == INDEX:
-        index = read_json(base.get(INDEX))
-        names = shard_names(index, f"{base.name}/{INDEX}")
+    names, index = _files_of(base)
     return Weights({name: _remote_header(base, base.repo, name) for name in names}, index)
+
+
+def _files_of(base: Base) -> tuple[list[str], dict[str, Any] | None]:
+    """The names of the weight files, and the index that lists them if there is one."""
+    if find_weights(base.names, base.name) != INDEX:
+        return [SINGLE], None
+    index = read_json(base.get(INDEX))
+    return shard_names(index, f"{base.name}/{INDEX}"), index
 
 
 def _remote_header(base: Base, repo: Repo, name: str) -> Header:

@@ -221,9 +221,8 @@ def _rebuild(old: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
         rebuilt = type(old).from_dict(copy.deepcopy(fields))
         rebuilt.validate()
     except Exception as error:  # each config class raises its own errors
-        reason = " ".join(str(error).split())
         raise CutError(
-            f"the kept layers don't give a valid {type(old).__name__} ({reason}); drop other layers"
+            f"the kept layers don't give a valid {type(old).__name__} ({error}); drop other layers"
         ) from error
     # Run-time choices (attention and expert kernels, the resolved commit) are not in `to_dict`.
     for name, value in vars(old).items():

@@ -8,20 +8,13 @@ contain types that some supported versions of transformers don't have.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stage besides the cut, and the words for refusing it.
-
-    Args:
-        can_not (`str`): Completes "model type 'x' can't be ...".
-        instead (`str`): What to do instead.
-    """
+class Stage(NamedTuple):
+    """The words for refusing a stage: completes "model type 'x' can't be ...", and what to do instead."""
 
     can_not: str
     instead: str

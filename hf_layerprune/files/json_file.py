@@ -7,20 +7,16 @@ import math
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, cause_of, one_line
 from .text_file import read_bytes
 
+if TYPE_CHECKING:
+    from jsonschema.protocols import Validator
+
 MAX_BYTES = 32 * 1024 * 1024
 MAX_DEPTH = 64
-
-
-class Validator(Protocol):
-    """The part of a `jsonschema` validator that is used here."""
-
-    def iter_errors(self, instance: Any) -> Any:
-        """All errors of a value."""
 
 
 def read_object(

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..files.copy import write_text
-from ..files.json_file import Validator, check_schema, load_schema, read_object
+from ..files.json_file import check_schema, load_schema, read_object
 from .fingerprints import behaviour_hashes, fingerprint, weights_hash
 from .locked import locked
 
@@ -134,7 +134,7 @@ class Lineage:
         write_text(folder / FILE_NAME, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def _schema() -> Validator:
+def _schema() -> Any:
     return load_schema(__package__, "lineage.schema.json")
 
 

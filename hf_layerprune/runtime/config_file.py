@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from ..families.fields import COUNT_FIELDS
-from ..files.json_file import Validator, check_schema, read_object
+from ..files.json_file import check_schema, read_object
+
+if TYPE_CHECKING:
+    from jsonschema.protocols import Validator
 
 _MOST_LAYERS = 10_000
 _MOST_TOKENS = 2**31
@@ -16,7 +19,10 @@ _MOST_TOKENS = 2**31
 _SECTIONS = ("text_config", "decoder", "encoder", "vision_config", "audio_config")
 
 
-def _schema() -> dict[str, Any]:
+@cache
+def _validator() -> Validator:
+    from jsonschema import Draft202012Validator
+
     # `maximum` and the like apply to numbers only, so a field that an architecture gives as a list or null passes.
     count = {"type": ["integer", "null"], "minimum": 1, "maximum": _MOST_LAYERS}
     names = {"type": ["array", "null"], "items": {"type": "string"}}
@@ -45,14 +51,7 @@ def _schema() -> dict[str, Any]:
         "(size|dim|length|embeddings|positions)$": {"maximum": _MOST_TOKENS},
     }
     config = {"type": "object", "properties": fields, "patternProperties": patterns}
-    return {"$ref": "#/$defs/config", "$defs": {"config": config}}
-
-
-@cache
-def _validator() -> Validator:
-    from jsonschema import Draft202012Validator
-
-    return Draft202012Validator(_schema())
+    return Draft202012Validator({"$ref": "#/$defs/config", "$defs": {"config": config}})
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

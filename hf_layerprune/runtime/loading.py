@@ -23,7 +23,7 @@ CHECKPOINT_FILES = [
     "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "LICENSE*", "NOTICE*", "USE_POLICY*",
 ]  # fmt: skip
 # The arguments of `from_pretrained` that locate files.
-_WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
@@ -114,7 +114,7 @@ def check_config_of(name: str, **kwargs: Any) -> dict[str, Any]:
     """
     from transformers.utils.hub import cached_file
 
-    where = {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
+    where = {key: kwargs[key] for key in WHERE if kwargs.get(key) is not None}
     with boundary(f"no model config at {name}"):
         path = cached_file(name, "config.json", **where)
     if path is None:
