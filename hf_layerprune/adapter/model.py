@@ -103,7 +103,7 @@ class LayerDropModel(BaseTuner):
             logger.info("%d of %d parameters remain", before - saved, before)
         if peft_config.tune_lm_head and is_tied(model):
             added = untie(model)
-            if not peft_config.untied_lm_head:  # a saved config was told so when it was made
+            if not peft_config.untied_lm_head:  # for a saved config, the warning was given when it was made
                 warn_of_untying(added, saved)
             peft_config.untied_lm_head = True
         for name in set(peft_config.repaired_modules or ()) & set(peft_config.modules_to_save or ()):

@@ -120,7 +120,7 @@ def prepare(
 
 
 def calibration_of(options: CalibrationOptions, model: PreTrainedModel, revision: str | None = None) -> CalibrationSet:
-    """The calibration set that a config or a request names, for a dense model with the tokenizer beside it.
+    """The calibration set that a config or a request names; the tokenizer is loaded from where the model came from.
 
     Raises:
         CheckpointError: The model has no tokenizer and the text needs one, or the text can't be read.

@@ -47,7 +47,7 @@ def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:
 
 
 def _find(name: str, filename: str, where: dict[str, Any]) -> str | None:
-    """Path of a file of a folder or a Hub repository, or `None`: what is wrong is said when the base is loaded."""
+    """Path of a file of a folder or a Hub repository, or `None`; loading the base then reports what is wrong."""
     try:
         return cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **where)
     except (OSError, ValueError):

@@ -45,7 +45,7 @@ def image_rows(
 
     Returns:
         `list[tuple[torch.Tensor, dict[str, torch.Tensor]]]`: For each row its token ids `[1, seq]`, and what the model
-            takes beside them.
+            takes besides them.
 
     Raises:
         CheckpointError: An image can't be read, the processor refuses a row, or there are too few rows.
@@ -86,7 +86,7 @@ def image_rows(
 
 
 def _processed(processor: Any, document: Document) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The tokens `[1, seq]` of an example, and what the model takes beside them."""
+    """The tokens `[1, seq]` of an example, and the model's other inputs."""
     given = list(document.images or ())
     if isinstance(document.text, str) and (processor.chat_template is None or _holds_places(processor, document.text)):
         text = document.text

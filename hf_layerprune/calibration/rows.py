@@ -33,7 +33,7 @@ SELF = "self"
 _POOL = 4
 
 Media = dict[str, torch.Tensor]
-# Token ids `[batch, seq]` of some rows, and what the model takes beside them, such as `pixel_values`.
+# Token ids `[batch, seq]` of some rows, and the model's other inputs, such as `pixel_values`.
 Rows = tuple[torch.Tensor, Media]
 
 
@@ -46,7 +46,7 @@ class CalibrationSet:
         source (`str`): Where they come from, as given by the user.
         fingerprint (`str`): sha256 of the tokens, their shape and the images.
         seed (`int`, defaults to 42): The seed that the rows were sampled with.
-        media (`tuple[Media, ...]`): For each row, what the processor made beside the tokens; empty for rows of text.
+        media (`tuple[Media, ...]`): For each row, the model's other inputs; empty for rows of text.
         lengths (`tuple[int, ...]`): How many tokens each row has before its padding; empty for rows of text.
     """
 

@@ -1,4 +1,4 @@
-"""Engines that go by a layer's number where transformers goes by the config. `make engines` tries them."""
+"""Engines that tell a layer's kind by its number, where transformers reads the config. `make engines` tries them."""
 
 from __future__ import annotations
 

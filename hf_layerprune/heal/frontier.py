@@ -7,12 +7,13 @@ the share of the layers that are dropped, from none at 0.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..files.json_file import read_object
 
@@ -98,7 +99,8 @@ class Frontier:
         nearest = min(shares, key=lambda each: abs(each - share))
         beyond = tokens > self._at(nearest)[-1]["tokens"] or share > shares[-1] * 1.01
         values = {
-            name: _between([0.0, *shares], [loss[name] for loss in losses], share) for name in ("ln_ratio", "kl")
+            name: float(np.interp(share, [0.0, *shares], [loss[name] for loss in losses]))
+            for name in ("ln_ratio", "kl")
         }
         return Expected(**values, beyond=beyond)
 
@@ -110,15 +112,4 @@ class Frontier:
         some = self._at(share)
         x = [math.log1p(point["tokens"] / _FEW) for point in some]
         at = math.log1p(tokens / _FEW)
-        return {name: _between(x, [point[name] for point in some], at) for name in ("ln_ratio", "kl")}
-
-
-def _between(x: Sequence[float], y: Sequence[float], at: float) -> float:
-    """Linear interpolation; the nearest value outside."""
-    if at <= x[0]:
-        return y[0]
-    if at >= x[-1]:
-        return y[-1]
-    right = bisect_left(x, at)
-    weight = (at - x[right - 1]) / (x[right] - x[right - 1])
-    return y[right - 1] * (1 - weight) + y[right] * weight
+        return {name: float(np.interp(at, x, [point[name] for point in some])) for name in ("ln_ratio", "kl")}

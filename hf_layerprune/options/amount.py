@@ -1,4 +1,4 @@
-"""How many layers go: a number of them, a target that what is left must meet, or a loss that is acceptable."""
+"""How many layers to drop: a number, a target for what is left, or an acceptable loss of quality."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .quantities import BYTES, COUNT, number
 _DROP = 0.25
 TARGETS = ("target_params", "target_size", "target_memory", "target_speedup")
 BUDGETS = ("max_perplexity_ratio", "max_kl", "min_top1_agreement")
-# How many layers go is said by one of these.
+# Only one of these may be given.
 AMOUNTS = ("drop", *TARGETS, *BUDGETS)
 
 
 @dataclass(kw_only=True)
 class AmountOptions:
-    """How many layers go."""
+    """How many layers to drop."""
 
     drop: float | int | None = option(
         None,
@@ -75,7 +75,7 @@ class AmountOptions:
     )  # fmt: skip
 
     def settle(self) -> None:
-        """Refuse two answers to the question how many layers go, and give one where there is none.
+        """Refuse more than one amount, and set the default if there is none.
 
         Raises:
             CutError: More than one is given.

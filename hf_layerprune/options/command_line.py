@@ -15,13 +15,7 @@ T = TypeVar("T")
 
 
 def add(parser: argparse.ArgumentParser, cls: type, exclusive: Collection[str] = ()) -> None:
-    """Add the options of a dataclass to a parser.
-
-    Args:
-        parser (`argparse.ArgumentParser`): The parser.
-        cls (`type`): The dataclass.
-        exclusive (`Collection[str]`): Options of which only one may be given.
-    """
+    """Add the options of a dataclass to a parser; of those that are `exclusive`, only one may be given."""
     group = parser.add_mutually_exclusive_group() if exclusive else parser
     for name, known in declared(cls).items():
         _add(group if name in exclusive else parser, name, known)
@@ -60,7 +54,7 @@ def _add(parser: Any, name: str, known: Option) -> None:
 
 
 def word_of(known: Option) -> Callable[[str], Any]:
-    """How argparse reads an option's word."""
+    """What argparse calls on an option's word."""
 
     def parse(text: str) -> Any:
         try:
@@ -73,7 +67,7 @@ def word_of(known: Option) -> Callable[[str], Any]:
 
 
 def gather(args: argparse.Namespace, cls: type[T], **others: Any) -> T:
-    """Make a dataclass of a command line's words, and of others that it doesn't have."""
+    """Make a dataclass from a command line's words, and from others that it doesn't have."""
     said = {name: getattr(args, name) for name in declared(cls) if hasattr(args, name)}
     said = {name: value for name, value in said.items() if value is not None}
     return cls(**said | others)

@@ -14,13 +14,13 @@ from .kinds import FLAG, TEXT, Kind, checked, quoted
 
 T = TypeVar("T")
 
-# Names that an option may have, by what they name: a room's registry enters its own, see `bind`.
+# The names that options may have, by table; registries add theirs with `bind`.
 _TABLES: dict[str, Collection[str]] = {}
 
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option besides its name and its type, which are the field's.
+    """The declaration of an option; its name and its type are those of the dataclass field.
 
     Args:
         default (`Any`): `dataclasses.MISSING` for what has to be given.
@@ -85,7 +85,7 @@ def option(
 
 
 def bind(table: str, names: Collection[str]) -> None:
-    """Say which names the options of a table may have. A registry is bound itself, so later entries count as well."""
+    """Set the names that the options of a table may have. A registry is bound itself, so later entries count too."""
     _TABLES[table] = names
 
 
@@ -123,23 +123,17 @@ def check(values: Any) -> None:
 
 
 def take(cls: type[T], values: Any, **changes: Any) -> T:
-    """Make a dataclass of those fields that another one has by the same name.
-
-    Args:
-        cls (`type`): What to make.
-        values (`Any`): The other dataclass.
-        changes: Fields that are set to something else.
-    """
+    """Make a dataclass from those fields of another one that have the same names, with some changes."""
     names = {f.name for f in dataclasses.fields(values)} & {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     return cls(**{name: getattr(values, name) for name in names} | changes)
 
 
 def documented(cls: type[T]) -> type[T]:
-    """Write the fields of a dataclass that have a help into its docstring, as its `Args`."""
+    """Add the fields of a dataclass that have a help to its docstring, as its `Args`."""
     lines, known = [], declared(cls)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         text = f"{known[field.name].text}." if field.name in known else field.metadata.get("help")
-        if text and isinstance(field.type, str):  # PEFT's own fields have types that are no text
+        if text and isinstance(field.type, str):  # the types of PEFT's own fields are not text
             default = "" if field.default is dataclasses.MISSING else f", defaults to `{field.default!r}`"
             lines.append(f"    {field.name} (`{field.type}`{default}): {text}")
     cls.__doc__ = "\n".join([f"{inspect.getdoc(cls)}\n\nArgs:", *lines])

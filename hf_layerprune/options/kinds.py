@@ -165,7 +165,7 @@ def checked(name: str, value: Any, kind: Kind) -> Any:
 
 
 def quoted(value: Any) -> str:
-    """A value as an error quotes it: short, whatever somebody passed."""
+    """A value as an error quotes it, always short."""
     try:
         text = repr(value[:50] if isinstance(value, str | list | tuple) else value)
     except ValueError:  # an integer of thousands of digits

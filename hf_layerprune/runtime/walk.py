@@ -108,7 +108,7 @@ class LayerWalk:
 
         Args:
             input_ids (`torch.Tensor`): Token ids `[batch, seq]`, without padding.
-            media (`Mapping[str, torch.Tensor]`, *optional*): What the model takes beside them, such as `pixel_values`.
+            media (`Mapping[str, torch.Tensor]`, *optional*): The model's other inputs, such as `pixel_values`.
 
         Raises:
             UnsupportedModelError: With these media, the layers can't be run one at a time.

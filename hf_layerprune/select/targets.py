@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Pick = Callable[[int], Any]  # the layers, or a choice that has them as `drop_layers`, of that many
-# What a size may be off by where it is added up layer by layer: headers, and slices that layers have of shared tensors.
+# How far a size may be off when it is summed layer by layer: headers, and each layer's slices of shared tensors.
 _SLACK = 0.02
 # Tokens in the cache while decoding is timed: a short chat.
 _SHORT_CONTEXT = 512
