@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_layerprune"
 
@@ -47,37 +50,7 @@ def import_graph() -> dict[str, set[str]]:
     return graph
 
 
-def find_circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Strongly connected components of more than one file (Tarjan)."""
-    index: dict[str, int] = {}
-    low: dict[str, int] = {}
-    stack: list[str] = []
-    circles: list[list[str]] = []
-
-    def visit(name: str) -> None:
-        index[name] = low[name] = len(index)
-        stack.append(name)
-        for other in sorted(graph[name]):
-            if other not in index:
-                visit(other)
-                low[name] = min(low[name], low[other])
-            elif other in stack:
-                low[name] = min(low[name], index[other])
-        if low[name] == index[name]:
-            circle = stack[stack.index(name) :]
-            del stack[stack.index(name) :]
-            if len(circle) > 1 or name in graph[name]:
-                circles.append(sorted(circle))
-
-    for name in graph:
-        if name not in index:
-            visit(name)
-    return circles
-
-
-def test_circles_are_found() -> None:
-    assert find_circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
-
-
 def test_no_file_imports_itself_in_a_circle() -> None:
-    assert find_circles(import_graph()) == []
+    with pytest.raises(CycleError):
+        TopologicalSorter({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}).prepare()
+    TopologicalSorter(import_graph()).prepare()  # raises a CycleError that lists the files
