@@ -58,4 +58,10 @@ def cut_of(config: LayerDropConfig) -> families.Cut:
 def is_made(config: LayerDropConfig, model_config: PreTrainedConfig) -> bool:
     """Whether a model is what is left of its base after exactly the cut that a config describes."""
     dropped, n = config.drop_layers, config.num_base_layers
-    return dropped is not None and n is not None and families.is_cut(model_config, dropped, n)
+    marker = getattr(model_config, families.MARKER, None) or {}
+    return (
+        dropped is not None
+        and n is not None
+        and (marker.get("num_base_layers"), marker.get("drop_layers")) == (n, sorted(dropped))
+        and families.layer_count(model_config) == n - len(dropped)
+    )

@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, LogitsProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import UnsupportedModelError, boundary
-from ..runtime.memory import in_batches
+from ..runtime.memory import free_bytes, in_batches
 from ..screen import progress_bar
 
 if TYPE_CHECKING:
@@ -130,13 +129,8 @@ def _rows_at_once(model: PreTrainedModel, length: int) -> int:
     # Keys and values, twice while the cache grows, and a few copies of the logits.
     cache = 4 * config.num_hidden_layers * heads * shared * width * length * model.dtype.itemsize
     row = cache + 4 * 4 * config.vocab_size
-    free = psutil.virtual_memory().available if model.device.type == "cpu" else _free_on(model.device)
     most = _AT_ONCE if model.device.type == "cpu" else _AT_ONCE_ON_DEVICE
-    return int(max(1, min(most, free // 2 // row)))
-
-
-def _free_on(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 8 << 30
+    return int(max(1, min(most, free_bytes(model.device) // 2 // row)))
 
 
 # --- decoding on a CPU ----------------------------------------------------------------------------------

@@ -196,11 +196,6 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
 _DRAFT_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
-def _draft_count(config: PreTrainedConfig) -> int:
-    counts = [getattr(families.text_config(config), name, None) for name in _DRAFT_COUNTS]
-    return max((count for count in counts if isinstance(count, int)), default=0)
-
-
 def _is_ignored(name: str, config: PreTrainedConfig) -> bool:
     """Whether the model's class skips this tensor on loading, as some do with layers for multi-token prediction."""
     picked = model_class_of(copy.deepcopy(config))
@@ -222,7 +217,8 @@ def new_names(tensors: Iterable[str], config: PreTrainedConfig, cut: families.Cu
     """
     tensors = list(tensors)
     prefix = find_layer_prefix(tensors, cut.num_layers)
-    draft_count = _draft_count(config)
+    counts = [getattr(families.text_config(config), name, None) for name in _DRAFT_COUNTS]
+    draft_count = max((count for count in counts if isinstance(count, int)), default=0)
     names: dict[str, str] = {}
     drafts: list[str] = []
     for name in tensors:

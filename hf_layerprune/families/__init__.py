@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MARKER", "REFUSED", "REFUSED_AT", "STAGES", "Cut", "WideTensor", "check_stage", "check_supported",
-    "count_field", "cut_config", "is_cut", "layer_count", "make_cut", "protected_layers", "proven", "proven_stages",
+    "count_field", "cut_config", "layer_count", "make_cut", "protected_layers", "proven", "proven_stages",
     "text_config", "wide_tensors",
 ]  # fmt: skip
 
@@ -188,16 +188,6 @@ def _cut_quantization(old: PreTrainedConfig, new: PreTrainedConfig, cut: Cut) ->
                         "layers, or prune the model before it is quantised"
                     ) from error
             setattr(part, name, changed)
-
-
-def is_cut(config: PreTrainedConfig, drop_layers: Sequence[int], num_base_layers: int) -> bool:
-    """Whether a config belongs to a model pruned by exactly this cut."""
-    marker = getattr(config, MARKER, None) or {}
-    return (
-        marker.get("num_base_layers") == num_base_layers
-        and marker.get("drop_layers") == sorted(drop_layers)
-        and layer_count(config) == num_base_layers - len(drop_layers)
-    )
 
 
 # Layer types whose cache does not track the number of tokens.

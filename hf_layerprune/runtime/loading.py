@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, boundary
+from ..families.layout import find_decoder_layers
 from ..files.json_file import read_object
 from ..files.shards import INDEX, MAX_INDEX, shard_names
 from ..versions import GGUF_TOKENIZERS, gguf_options, resolve_commit
@@ -158,18 +159,12 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     model, info = loaded
     # When only the text part of a larger model is built, the other parts' weights are unexpected but harmless.
     part = bool(model_type) and model.config.model_type != model_type
-    check_complete(str(base), info, within=_decoder_path(model) if part else "")
+    check_complete(str(base), info, within=find_decoder_layers(model).path + "." if part else "")
     if commit is not None:
         model.config._commit_hash = commit
     if gguf_file is not None:
         model.name_or_path = str(base)  # the file, not its folder, is the base
     return model
-
-
-def _decoder_path(model: PreTrainedModel) -> str:
-    from ..families.layout import find_decoder_layers
-
-    return find_decoder_layers(model).path + "."
 
 
 def check_complete(name: str, info: dict[str, Any], *, within: str = "", remark: str = "") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 
+import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
@@ -64,6 +65,13 @@ def in_batches(
             continue
         free_memory()
         logger.warning("out of memory; continuing with batches of %d", size)
+
+
+def free_bytes(device: torch.device) -> int:
+    """The free memory of a device; 8 GiB if it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available if device.type in ("cpu", "mps") else 8 << 30
 
 
 def is_out_of_memory(error: BaseException) -> bool:

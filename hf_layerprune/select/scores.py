@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from ..layer_ranges import format_layers
+from ..layer_ranges import blocks, format_layers
 from .registry import CRITERIA
 from .sets import block_sums, lowest_block, lowest_layers
 
@@ -67,14 +67,10 @@ class Scores:
         if self.blocks:
             record["blocks"] = [
                 {"start": block[0], "length": len(block), "score": score}
-                | ({} if _is_run(block) else {"layers": list(block)})
+                | ({} if len(blocks(block)) == 1 else {"layers": list(block)})
                 for block, score in sorted(self.blocks.items(), key=lambda item: (len(item[0]), item[0]))
             ]
         return record
-
-
-def _is_run(block: Sequence[int]) -> bool:
-    return list(block) == list(range(block[0], block[0] + len(block)))
 
 
 @dataclass

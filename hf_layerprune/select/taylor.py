@@ -16,13 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..calibration.rows import CalibrationSet
 from ..errors import CutError
+from ..runtime.memory import free_bytes
 from ..runtime.walk import Batch, LayerWalk
 from ..screen import progress_bar
 from .magnitude import weight_matrices
@@ -152,8 +152,7 @@ def state_bytes(walk: LayerWalk, calibration: CalibrationSet, layers: int) -> in
 
 
 def _check_memory(walk: LayerWalk, calibration: CalibrationSet, layers: int) -> None:
-    needed = state_bytes(walk, calibration, layers)
-    free = torch.cuda.mem_get_info(walk.device)[0] if walk.device.type == "cuda" else psutil.virtual_memory().available
+    needed, free = state_bytes(walk, calibration, layers), free_bytes(walk.device)
     if needed > free:
         samples = len(calibration)
         raise CutError(

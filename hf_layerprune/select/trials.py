@@ -15,12 +15,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-import psutil
 import torch
 from torch import nn
 
 from ..calibration.rows import CalibrationSet
 from ..runtime.divergence import Reference, diverge
+from ..runtime.memory import free_bytes
 from ..runtime.walk import Batch, LayerWalk
 from ..screen import progress_bar
 from .passes import batch_rows, not_finite
@@ -103,8 +103,11 @@ def rows_per_pass(
 ) -> int:
     """How many rows to run through the model in one pass."""
     samples, length = calibration.input_ids.shape
-    if memory is None:
-        memory = _memory_for_states(walk)
+    if memory is None and walk.device.type == "cuda":
+        memory = free_bytes(walk.device) // 3
+    elif memory is None:
+        # If the weights stay in memory, extra passes cost nothing, and small ones stay in the processor's cache.
+        memory = free_bytes(walk.device) // 8 if walk.reloads_weights else 256 << 20
     width, size = walk.model.config.get_text_config().hidden_size, walk.model.dtype.itemsize
     # The hidden states kept after a layer, plus one set while it is computed.
     most = max((len({move.after for move in moves}) for moves in _all_moves(walk.num_layers, trials)), default=1) + 1
@@ -116,13 +119,6 @@ def rows_per_pass(
 def layer_runs(num_layers: int, trials: Sequence[Trial]) -> int:
     """How many layer runs each row takes, for a cost estimate."""
     return sum(len({move for move in moves if move.runs}) for moves in _all_moves(num_layers, trials))
-
-
-def _memory_for_states(walk: LayerWalk) -> int:
-    if walk.device.type == "cuda":
-        return torch.cuda.mem_get_info(walk.device)[0] // 3
-    # If the weights stay in memory, extra passes cost nothing, and small ones stay in the processor's cache.
-    return psutil.virtual_memory().available // 8 if walk.reloads_weights else 256 << 20
 
 
 class _Move(NamedTuple):
