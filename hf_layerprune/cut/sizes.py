@@ -21,7 +21,7 @@ import torch
 
 from .. import families
 from ..errors import CutError, boundary, cause_of
-from ..families.layout import find_decoder_layers
+from ..families.layout import find_decoder_layers, find_layer_prefix
 from ..runtime.loading import is_hub_id
 from .base import Base, Weights, read_headers
 from .header import Tensor
@@ -108,7 +108,7 @@ class Sizes:
             return [float(count) for count in layers]
         sizes = [float(count * self.dtype.itemsize) for count in layers]
         if self._weights is not None:
-            prefix, sizes = self._plan_any.layer_prefix, [0.0] * self.num_layers
+            prefix, sizes = find_layer_prefix(self._weights.tensor_names, self.num_layers), [0.0] * self.num_layers
             for tensor, _ in self._kept(()):
                 index = tensor.name.removeprefix(prefix).partition(".")[0]
                 if tensor.name.startswith(prefix) and index.isdecimal() and int(index) < self.num_layers:
@@ -173,11 +173,6 @@ class Sizes:
     def _plan(self, drop: Sequence[int]) -> WeightsPlan:
         assert self._weights is not None
         return plan_weights(self._weights, self.config, families.make_cut(self.config, drop))
-
-    @cached_property
-    def _plan_any(self) -> WeightsPlan:
-        protected = families.protected_layers(self.config)
-        return self._plan([next(i for i in reversed(range(self.num_layers)) if i not in protected)])
 
     @cached_property
     def _head_elements(self) -> int:
