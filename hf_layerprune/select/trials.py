@@ -95,7 +95,8 @@ def try_out(
             states = _advance(walk, batches, tracks, bar)
             for number, batch in enumerate(batches):
                 means.append(_compare(walk, batch, [state[number] for state in states]))
-    return [Outcome(*of_trial.mean(0).tolist(), of_trial) for of_trial in torch.cat(means, 1)]
+    by_trial = torch.cat(means, 1)
+    return [Outcome(*numbers, rows=rows) for numbers, rows in zip(by_trial.mean(1).tolist(), by_trial, strict=True)]
 
 
 def rows_per_pass(
