@@ -96,7 +96,8 @@ def try_out(
             for number, batch in enumerate(batches):
                 means.append(_compare(walk, batch, [state[number] for state in states]))
     by_trial = torch.cat(means, 1)
-    return [Outcome(*numbers, rows=rows) for numbers, rows in zip(by_trial.mean(1).tolist(), by_trial, strict=True)]
+    means_by_trial = by_trial.mean(1).tolist()
+    return [Outcome(loss, kl, same, rows) for (loss, kl, same), rows in zip(means_by_trial, by_trial, strict=True)]
 
 
 def rows_per_pass(
