@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files.copy import LocalFile
 from ..files.json_file import read_object
 from ..files.shards import INDEX, MAX_INDEX
 from .header import Header
@@ -31,8 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is missing, too large, or not a valid JSON object.
     """
-    with LocalFile(path):  # raises a clear error if this is not a regular file
-        return read_object(path, max_bytes=MAX_INDEX, non_finite=True)
+    return read_object(path, max_bytes=MAX_INDEX, non_finite=True)
 
 
 def find_weights(names: Collection[str], where: str, variant: str | None = None) -> str:
