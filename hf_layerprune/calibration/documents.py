@@ -117,22 +117,17 @@ def _data_set(source: str, seed: int) -> Iterator[Document]:
     split, column = split or "train", column or "text"
     if split.partition("[")[0] in _HELD_BACK:
         logger.warning("calibration uses the %s split of %s; don't evaluate on it afterwards", split, name)
+    streamed: dict[str, Any] = {"split": split, "streaming": True}  # only the rows that are used are downloaded
     with boundary(f"can't read calibration {source}"):
-        # Streamed, so that only the rows that are used are downloaded.
         if name.endswith(".parquet"):
-            rows = load_dataset(
-                "parquet",
-                data_files=str(Path(name).expanduser()),
-                split=split,
-                streaming=True,
-                trust_remote_code=False,
-            )
+            file = str(Path(name).expanduser())
+            rows = load_dataset("parquet", data_files=file, trust_remote_code=False, **streamed)
         elif files := json_files(name, name=config or None):
             splits = read_json_files(files, streaming=True)
             if split not in splits:
                 raise CheckpointError(f"data set {name} has no split {split!r}; it has {', '.join(splits)}")
             rows = splits[split]
         else:
-            rows = load_dataset(name, config or None, split=split, streaming=True, trust_remote_code=False)
+            rows = load_dataset(name, config or None, trust_remote_code=False, **streamed)
         for row in rows.shuffle(seed, buffer_size=_BUFFER):
             yield _document(row, column, name, f"{name}:{split}")

@@ -135,12 +135,8 @@ def _find(base: str | Path, hub: dict[str, Any]) -> tuple[Base, dict[str, Any]]:
     where = {key: hub[key] for key in ("token", "cache_dir", "local_files_only", "force_download") if key in hub}
     files = Base.open(name, hub.get("revision"), subfolder=subfolder, **where)
     # Everything else must come from the same commit, and nothing is downloaded twice.
-    hub = (
-        hub
-        | {"revision": files.repo.commit if files.repo else None, "force_download": False}
-        | ({"subfolder": subfolder} if subfolder else {})
-    )
-    return files, hub
+    hub |= {"revision": files.repo.commit if files.repo else None, "force_download": False}
+    return files, hub | ({"subfolder": subfolder} if subfolder else {})
 
 
 def _load_config(source: Base, hub: dict[str, Any], kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
