@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def load_model(source: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load what a user may call a model, as a plain model in evaluation mode, adapters merged.
+    """Load what a user may call a model as a plain model in evaluation mode, with adapters merged.
 
     Args:
         source (`str` or `Path`): A Hub id, a folder, or a GGUF file; a model, or an adapter of any PEFT method.

@@ -39,7 +39,7 @@ def tuned_layers(cut: families.Cut, tune_layers: int | str | Collection[int]) ->
 def tuned_modules(
     model: PreTrainedModel, config: LayerDropConfig, cut: families.Cut, stack: DecoderStack
 ) -> list[str]:
-    """Full names, in the pruned model, of all modules that are tuned; the model may still be whole.
+    """Full names, in the pruned model, of all modules that are tuned. The model may be whole or already cut.
 
     Layers come first, then the final norm, then the head, then the config's own `modules_to_save`.
 

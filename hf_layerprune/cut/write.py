@@ -36,7 +36,7 @@ def write_checkpoint(plan: CheckpointPlan, target: Path, *, force: bool = False,
 
 
 def fill(plan: CheckpointPlan, folder: Path, *, link: bool = False, name: str | None = None) -> None:
-    """Write a planned checkpoint to an empty folder that does not have its final name yet; messages show `name`.
+    """Write a planned checkpoint to an empty folder that does not have its final name yet; `name` is for messages.
 
     Raises:
         CheckpointError: The disk is too full, or the source changed.

@@ -30,7 +30,7 @@ WAY_OUT = "to serve the model there, drop whole groups (docs/engines.md)"
 
 
 def counted(config: PreTrainedConfig) -> str | None:
-    """Half a sentence about the engines that go by the layers' numbers in models of this type, if there are any."""
+    """Which engines go by the layers' numbers in models of this type, as half a sentence; `None` if none does."""
     text = config.get_text_config(decoder=True)
     rule = COUNTED.get(text.model_type)
     if rule is None or not getattr(text, rule.field, None):

@@ -1,4 +1,4 @@
-"""Read rows from untrusted JSON files: lines of any number, one of which is in memory at a time, or a list."""
+"""Read rows from untrusted JSON files: values on lines, one of which is in memory at a time, or a single list."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class RowTypes:
         self.columns: dict[str, _Type] = {}
 
     def see(self, row: dict[str, Any], where: str) -> None:
-        """Take a row into account, which errors call `where`.
+        """Take a row into account; `where` names it in errors.
 
         Raises:
             CheckpointError: A column has another type than before, or a number is too large; or there are more than

@@ -108,7 +108,7 @@ def _without_json(part: DatasetConfig) -> DatasetConfig:
 
 
 def pick_split(rows: DatasetDict, split: str, name: str) -> Dataset:
-    """One split of a data set, which errors call `name`.
+    """One split of a data set; `name` is the data set's name in errors.
 
     Raises:
         CheckpointError: There is no such split.

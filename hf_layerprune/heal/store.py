@@ -187,7 +187,7 @@ def hash_rows(dataset: Dataset, columns: Sequence[str] = ("input_ids", "seq_leng
 
 
 def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]], *settings: Any) -> str:
-    """A sha256 of named tensors and of the settings, with a stable `repr`, of a computation with them."""
+    """A sha256 of named tensors and of a computation's settings, which need a stable `repr`."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

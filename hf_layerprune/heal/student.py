@@ -44,7 +44,7 @@ class Student:
 
     @classmethod
     def at(cls, name: str | Path, revision: str | None = None) -> Student:
-        """Read the cut and the history of a pruned model in a folder, or on the Hub, from where it is downloaded.
+        """Read the cut and the history of a pruned model in a folder, or of one on the Hub, which is downloaded.
 
         Raises:
             CheckpointError: The model was not pruned by this package.

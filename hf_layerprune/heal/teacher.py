@@ -81,7 +81,10 @@ class Teacher:
         return self._output.states(**inputs, use_cache=False).to(self.model.dtype)
 
     def let_go(self, device: torch.device, student: Head) -> Head:
-        """Free the model, and return its head on a device; one copy of it, if the student has the same frozen head."""
+        """Free the model, and return its head on a device.
+
+        If the student's head is frozen and has the same weights, both share one copy.
+        """
         own, weight, bias = student.weight, self.head.weight, self.head.bias
         if own is not None and weight is not None and not own.requires_grad and own.shape == weight.shape:
             weight = own if torch.equal(own.cpu(), weight.cpu()) else weight

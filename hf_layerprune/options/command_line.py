@@ -54,7 +54,7 @@ def _add(parser: Any, name: str, known: Option) -> None:
 
 
 def word_of(known: Option) -> Callable[[str], Any]:
-    """What argparse calls on an option's word."""
+    """The function with which argparse reads an option's value."""
 
     def parse(text: str) -> Any:
         try:

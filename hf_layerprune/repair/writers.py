@@ -48,14 +48,7 @@ class Writer:
         return self._as_kept(new)
 
     def moved(self, change: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The module's parameters with a change added to its weight.
-
-        Args:
-            change (`torch.Tensor`): `[in, hidden]`: the new output is `output + input @ change`.
-
-        Returns:
-            `dict[str, torch.Tensor]`: By parameter name, on the CPU, in the dtype and shape of the module's own.
-        """
+        """The module's parameters, on the CPU, with its weight changed: the new output adds `input @ change`."""
         return self._as_kept({"weight": self._weight + change.double().cpu()})
 
     @property
