@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from .. import families
 from ..errors import CutError
+from ..families.fields import cut_without
 from ..select import select_layers
 from ..select.targets import Target
 
@@ -52,7 +53,7 @@ def cut_of(config: LayerDropConfig) -> families.Cut:
     dropped, n = config.drop_layers, config.num_base_layers
     if dropped is None or n is None:
         raise CutError("this config does not say which layers are dropped yet; use it with its base first")
-    return families.Cut(tuple(i for i in range(n) if i not in dropped), n)
+    return cut_without(dropped, n)
 
 
 def is_made(config: LayerDropConfig, model_config: PreTrainedConfig) -> bool:

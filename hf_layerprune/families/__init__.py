@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError, UnsupportedModelError
 from ..versions import installed
-from .fields import COUNT_FIELDS, Cut, cut_of, rewrite_fields
+from .fields import COUNT_FIELDS, Cut, cut_without, rewrite_fields
 from .multimodal import path_to_text, protected_by_towers, rewrite_outside
 from .special import SPECIAL, Family, WideTensor
 from .types import ENCODER_DECODER, REFUSED, REFUSED_AT, STAGES, is_wrong_with, proven, proven_stages, proven_versions
@@ -127,7 +127,7 @@ def make_cut(config: PreTrainedConfig, drop_layers: Sequence[int]) -> Cut:
     Raises:
         CutError: An index is out of range, given twice or protected, or no layer or all of them would be dropped.
     """
-    cut, protected = cut_of(drop_layers, layer_count(config)), protected_layers(config)
+    cut, protected = cut_without(drop_layers, layer_count(config)), protected_layers(config)
     for i in cut.drop:
         if i in protected:
             raise CutError(

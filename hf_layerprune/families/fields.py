@@ -47,8 +47,8 @@ class Cut:
         return {old: new for new, old in enumerate(self.keep)}
 
 
-def cut_of(drop_layers: Sequence[int], num_layers: int) -> Cut:
-    """Check a list of layers to drop, in any order.
+def cut_without(drop_layers: Sequence[int], num_layers: int) -> Cut:
+    """The cut that drops these layers, in any order, after checking them.
 
     Raises:
         CutError: An entry is not an index, out of range or given twice, or no layer or all of them would be dropped.

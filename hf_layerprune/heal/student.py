@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .. import families
 from ..errors import CheckpointError
 from ..families import Cut
+from ..families.fields import cut_without
 from ..records.lineage import Lineage
 from ..runtime.loading import CHECKPOINT_FILES, is_hub_id, load_base, load_config
 from .methods import Method, choose_method, parse_method
@@ -78,10 +79,7 @@ class Student:
 def cut_of(config: PreTrainedConfig) -> Cut | None:
     """The cut that a pruned model's config records; `None` for any other model."""
     marker = getattr(config, families.MARKER, None)
-    if not marker:
-        return None
-    dropped, n = set(marker["drop_layers"]), marker["num_base_layers"]
-    return Cut(tuple(i for i in range(n) if i not in dropped), n)
+    return cut_without(marker["drop_layers"], marker["num_base_layers"]) if marker else None
 
 
 def load_student(student: Student, method: Method, **from_pretrained_kwargs: Any) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import CutError
-from ...families.fields import cut_of
+from ...families.fields import cut_without
 from ...families.gguf import (
     ARCHITECTURES,
     ARRAYS,
@@ -102,7 +102,7 @@ def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> tuple[GG
     """
     arch = architecture_of(header)
     block_count = block_count_of(header)
-    kept = cut_of(drop_layers, block_count).keep
+    kept = cut_without(drop_layers, block_count).keep
     trailing = header.keys.get(f"{arch}.nextn_predict_layers")
     main_count = block_count - (0 if trailing is None else _whole_number(header, trailing))
     if not 0 < main_count <= block_count:
