@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...files.copy import LocalFile, check_file_target, check_space, new_file
+from ...files.copy import LocalFile, check_space, new_file
 from ...screen import progress_bar
 from .header import GGUFHeader, Tensor, padded, read_header, write_header
 from .layers import block_count_of, rewrite_metadata
@@ -149,8 +149,6 @@ def cut_gguf(
     source, target = Path(source), Path(target)
     with LocalFile(source) as file:
         plan = plan_gguf_cut(source, drop_layers)
-        check_file_target(target, force=force, apart_from=source)
-        check_space(target, plan.target_bytes, shutil.disk_usage(target.parent).free)
         kept = len(plan.kept_layers)
         logger.info("%s: keeping %d of %d layers, %d bytes", source, kept, plan.block_count, plan.target_bytes)
         total, name = plan.target_bytes, target.name
@@ -159,6 +157,7 @@ def cut_gguf(
             partial.open("xb") as output,
             progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar,
         ):
+            check_space(target, plan.target_bytes, shutil.disk_usage(target.parent).free)
             output.write(plan.header)
             for offset, size in plan.tensors:
                 for count in file.copy_into(output, offset, size):
