@@ -93,7 +93,7 @@ def requirements(space: Path) -> dict[str, Requirement]:
 
 
 def test_a_complete_space(folder: Path, tmp_path: Path) -> None:
-    space = build_space(tmp_path / "space", model_repo_id="org/pruned", base_repo_id="org/base")
+    space = build_space(tmp_path / "space", model_repo_id="org/pruned", model=folder / "pruned")
     assert {path.name for path in space.iterdir()} == FILES | {"figures"}
     found = front_matter(space)
     assert found["models"] == ["org/pruned", "org/base"]

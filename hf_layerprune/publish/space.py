@@ -34,14 +34,10 @@ from .requests import ChatRequest, PushRequest
 logger = logging.getLogger(__name__)
 
 MESSAGE = "Upload a chat with hf-layerprune"
-# The packages that transformers needs to load quantised weights.
 
 
 def space_source() -> Path:
-    """Find the files of the Space, in a checkout or an installed package.
-
-    Returns:
-        `Path`: The folder.
+    """Find the folder with the Space's files, in a checkout or an installed package.
 
     Raises:
         CheckpointError: This installation lacks them.
@@ -57,7 +53,6 @@ def build_space(
     folder: Path,
     *,
     model_repo_id: str,
-    base_repo_id: str | None = None,
     model: Path | None = None,
     adapter: bool | None = None,
 ) -> Path:
@@ -66,9 +61,8 @@ def build_space(
     Args:
         folder (`Path`): The folder to write.
         model_repo_id (`str`): The model on the Hub.
-        base_repo_id (`str`, *optional*): The dense model to compare with; by default the base that the lineage of
-            `model` names, if that is on the Hub.
-        model (`Path`, *optional*): The model's folder, from which the required packages are derived.
+        model (`Path`, *optional*): The model's folder. Its lineage names the dense model to compare with, if that is on
+            the Hub; its config decides which packages are required.
         adapter (`bool`, *optional*): Whether the model on the Hub is an adapter; by default whether `model` is one.
 
     Returns:
@@ -80,7 +74,7 @@ def build_space(
     """
     check_repository(model_repo_id)
     lineage = Lineage.of(model) if model else None
-    base_repo_id = base_repo_id or (hub_base(lineage.base) if lineage else None)
+    base_repo_id = hub_base(lineage.base) if lineage else None
     if adapter is None:
         adapter = model is not None and not (model / "config.json").is_file()
     source = space_source()
@@ -125,13 +119,7 @@ def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) ->
 
 
 def local_run(request: ChatRequest) -> tuple[list[str], dict[str, str]]:
-    """The command that serves the Space on this machine.
-
-    Args:
-        request (`ChatRequest`): The model, and where to serve it.
-
-    Returns:
-        `tuple[list[str], dict[str, str]]`: The arguments of a process, and its environment.
+    """The command that serves the Space on this machine, and its environment.
 
     Raises:
         CheckpointError: There is no such model, or Gradio is missing.
@@ -154,13 +142,7 @@ def _existing_model(model: str) -> str:
 
 
 def secret_from(variable: str | None) -> str | None:
-    """Read a token from an environment variable, so that it is not in the shell history.
-
-    Args:
-        variable (`str`, *optional*): The variable's name.
-
-    Returns:
-        `str`, *optional*: The token; `None` without a name.
+    """Read a token from an environment variable, so that it is not in the shell history; `None` without a name.
 
     Raises:
         CutError: The variable is not set.

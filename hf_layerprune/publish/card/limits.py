@@ -19,23 +19,15 @@ _WORSE = 1.02
 def limits(results: Results, history: History) -> list[Markup]:
     """Describe what a pruned model lost.
 
-    Args:
-        results (`Results`): What was measured.
-        history (`History`): How the model was made.
-
     Returns:
         `list[Markup]`: One sentence for each number that got worse, one on the smallest detectable difference, and one on
-            engines that run another model.
+            engines that run another model, which the last cut recorded.
     """
-    return [*_lost(results), *_misread(history)]
-
-
-def _misread(history: History) -> Iterator[Markup]:
-    """What the last cut recorded on engines that count layers."""
     cuts = [stage.entry for stage in history.stages if stage.name == "prune"]
     told = cuts[-1].get("misread") if cuts else None
-    if isinstance(told, str) and told:
-        yield Markup(f"**Another model in some engines**: {prose(told)}, without a warning.")
+    if not isinstance(told, str) or not told:
+        return _lost(results)
+    return [*_lost(results), Markup(f"**Another model in some engines**: {prose(told)}, without a warning.")]
 
 
 def _lost(results: Results) -> list[Markup]:
@@ -51,7 +43,7 @@ def _lost(results: Results) -> list[Markup]:
 
 
 def _accuracy(rows: list[Row], own: str) -> Iterator[Markup]:
-    same = []
+    same: list[Markup] = []
     for row in rows:
         cell = row.cells[own]
         if row.key[0] != "accuracy":
@@ -67,8 +59,9 @@ def _accuracy(rows: list[Row], own: str) -> Iterator[Markup]:
                 f"{cell.value.partition(' ')[0]} %{end}."
             )
     if same:
+        listed = " and ".join(filter(None, (", ".join(same[:-1]), same[-1])))
         yield Markup(
-            f"On {_listed(same)}, no difference is distinguishable from noise with this number of questions; there may "
+            f"On {listed}, no difference is distinguishable from noise with this number of questions; there may "
             "still be a difference."
         )
 
@@ -111,7 +104,3 @@ def _detection_limit(rows: list[Row]) -> Markup | None:
         return None
     least = numbers.percent(2 * max(errors))
     return Markup(f"With this many questions per task, differences below about {least} points can't be detected.")
-
-
-def _listed(items: list[Markup]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -27,14 +27,7 @@ _HASH = re.compile(r"[0-9a-f]{40,64}")
 
 
 def metadata(card: Card) -> dict[str, Any]:
-    """The fields of a card's YAML block.
-
-    Args:
-        card (`Card`): The card.
-
-    Returns:
-        `dict[str, Any]`: The fields in the layout of `huggingface_hub`.
-    """
+    """The fields of a card's YAML block, in the layout of `huggingface_hub`."""
     from huggingface_hub import ModelCardData
 
     licence, history = card.licence, card.history
@@ -70,15 +63,7 @@ def metadata(card: Card) -> dict[str, Any]:
 
 
 def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Our fields plus those that somebody else has added.
-
-    Args:
-        ours (`dict[str, Any]`): See `metadata`.
-        theirs (`dict[str, Any]`): The fields of the existing card.
-
-    Returns:
-        `dict[str, Any]`: Our value where both have one, and the tags of both.
-    """
+    """Our fields plus those that somebody else has added to the card; our value where both have one; the tags of both."""
     both = dict(ours)
     both |= {name: value for name, value in theirs.items() if name not in ours and name not in OURS}
     tags, more = ours.get("tags") or [], theirs.get("tags")
@@ -109,7 +94,7 @@ def eval_results(results: Results) -> list[Any]:
                 task_type="text-generation",
                 task_name=plain(row.task) if row.task else "Text generation",
                 dataset_type=plain(dataset if is_hub_name(dataset) else task or kind),
-                dataset_name=plain(row.task or _measured_on(record, kind)),
+                dataset_name=plain(row.task or (f"{kind} on {record['device']}" if record.get("device") else kind)),
                 dataset_args={"num_few_shot": record["shots"]} if "shots" in record else dict(row.run) or None,
                 metric_type=plain(metric),
                 metric_name=plain(row.metric),
@@ -128,18 +113,10 @@ def _own(results: Results, rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str,
             yield row, row.cells[own.weights].record
 
 
-def _measured_on(record: dict[str, Any], kind: str) -> str:
-    return " ".join([kind, *(["on", record["device"]] if record.get("device") else [])])
-
-
 def eval_files(results: Results) -> dict[str, str]:
-    """The files in `.eval_results/`: scores on whole benchmarks whose data sets are on the Hub.
+    """The files in `.eval_results/`, by path: scores on whole benchmarks whose data sets are on the Hub.
 
-    Args:
-        results (`Results`): What was measured.
-
-    Returns:
-        `dict[str, str]`: Content by path. A number from part of a benchmark is not its score and is left out.
+    A number from part of a benchmark is not its score and is left out.
     """
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     from huggingface_hub.utils import yaml_dump

@@ -1,4 +1,7 @@
-"""The plots of a card, drawn from the same records as its text."""
+"""The plots of a card, drawn from the same records as its text.
+
+Each function that draws takes the picture to write, and a hash of the records for it (see [`~style.draw`]).
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,7 @@ _LIGHT = "#ffffff"
 
 
 def layer_map(history: History, path: Path, digest: str | None = None) -> None:
-    """Draw the stack of decoder layers: which were kept, which were dropped, and which were changed later.
-
-    Args:
-        history (`History`): What was done.
-        path (`Path`): The picture to write.
-        digest (`str`, *optional*): See [`~style.draw`].
-    """
+    """Draw the stack of decoder layers: which were kept, which were dropped, and which were changed later."""
     from matplotlib.patches import FancyBboxPatch, Patch
 
     n, kept = history.num_base_layers, set(history.kept)
@@ -65,14 +62,7 @@ def layer_map(history: History, path: Path, digest: str | None = None) -> None:
 
 
 def accuracy(results: Results, rows: Sequence[Row], path: Path, digest: str | None = None) -> None:
-    """Draw the accuracy of all stages on each task with standard errors, and chance.
-
-    Args:
-        results (`Results`): What was measured.
-        rows (`Sequence[Row]`): The tasks.
-        path (`Path`): The picture to write.
-        digest (`str`, *optional*): See [`~style.draw`].
-    """
+    """Draw the accuracy of all stages on each task with standard errors, and chance."""
     columns = results.columns
     with draw(path, height=0.85 + len(rows) * (0.3 + 0.13 * len(columns)), digest=digest) as (figure, axes):
         step = 0.72 / max(1, len(columns))
@@ -104,14 +94,7 @@ def accuracy(results: Results, rows: Sequence[Row], path: Path, digest: str | No
 
 
 def tradeoff(results: Results, speed: Row, path: Path, digest: str | None = None) -> None:
-    """Draw quality against speed: the mean accuracy of every stage against its decode throughput.
-
-    Args:
-        results (`Results`): What was measured, including the mean accuracy of each stage.
-        speed (`Row`): Decode throughput.
-        path (`Path`): The picture to write.
-        digest (`str`, *optional*): See [`~style.draw`].
-    """
+    """Draw quality against speed: the mean accuracy of every stage against its decode throughput."""
     means = results.mean_accuracy()
     with draw(path, height=2.9, digest=digest) as (_, axes):
         for column in results.columns:
@@ -136,15 +119,7 @@ def tradeoff(results: Results, speed: Row, path: Path, digest: str | None = None
 def scores(
     values: Sequence[float | None], dropped: Sequence[int], label: str, path: Path, digest: str | None = None
 ) -> None:
-    """Draw a criterion's score of each layer, and mark the layers that were dropped.
-
-    Args:
-        values (`Sequence[float | None]`): One score for each layer of the base; `None` for a layer without one.
-        dropped (`Sequence[int]`): The dropped layers.
-        label (`str`): The label of the score axis.
-        path (`Path`): The picture to write.
-        digest (`str`, *optional*): See [`~style.draw`].
-    """
+    """Draw a criterion's score of each layer of the base, where it has one, and mark the layers that were dropped."""
     with draw(path, height=2.3, digest=digest) as (_, axes):
         bars(axes, {i: value for i, value in enumerate(values) if value is not None}, dropped, "dropped")
         axes.set_xlabel("decoder layer of the base")
@@ -159,15 +134,7 @@ def _mark(role: str) -> dict[str, Any]:
 
 
 def pictures(history: History, results: Results | None = None) -> dict[str, Callable[..., None]]:
-    """The plots that can be drawn from the records.
-
-    Args:
-        history (`History`): What was done.
-        results (`Results`, *optional*): What was measured.
-
-    Returns:
-        `dict[str, Callable]`: The function that draws each plot, by name; it takes a path, and a digest.
-    """
+    """The functions that draw the plots for which there are records, by name; each takes a path, and a digest."""
     drawings: dict[str, Callable[..., None]] = {"layers": partial(layer_map, history)}
     told = next(filter(None, (_scores_of(stage.entry, history) for stage in history.stages)), None)
     if told is not None:

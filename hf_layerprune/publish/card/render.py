@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.resources import files
 from typing import Any
 
 import jinja2
@@ -33,24 +34,21 @@ from ...records.requirements import Outcome
 from . import escape, metadata, plots, regions, tables
 from .curve_plot import curve_of, table_of
 from .limits import limits
-from .papers import METHOD, USED, bibtex
 
 # The sections of a card, in order, each from its own template: `templates/NAME.md.jinja`. What a template prints is
 # escaped unless it is `Markup`; a template that prints nothing leaves no section.
-SECTIONS = [
-    "summary",
-    "results",
-    "speed",
-    "requirements",
-    "curve",
-    "use",
-    "recipe",
-    "training",
-    "limits",
-    "provenance",
-    "licence",
+SECTIONS = (
+    "summary", "results", "speed", "requirements", "curve", "use", "recipe", "training", "limits", "provenance", "licence",
     "citation",
-]
+)  # fmt: skip
+# Papers, as keys of `papers.bib`: that of the method, and by a stage's setting and its value.
+_METHOD = "lu2024reassessing"
+_USED = {
+    ("criterion", "block_influence"): "men2024shortgpt",
+    ("criterion", "angular_distance"): "gromov2024unreasonable",
+    ("criterion", "taylor"): "kim2024shortened",
+    ("repair", "linear"): "shopkhoev2025replaceme",
+}
 # Changing this number makes every plot be redrawn.
 _DRAWING = 3
 _MAX_SETTINGS = 60
@@ -81,13 +79,6 @@ class Card:
     @classmethod
     def of(cls, lineage: Lineage, metrics: Metrics | None = None) -> Card:
         """Build a card from the records.
-
-        Args:
-            lineage (`Lineage`): How the model was made.
-            metrics (`Metrics`, *optional*): What was measured on it.
-
-        Returns:
-            `Card`: The card.
 
         Raises:
             CheckpointError: The lineage contradicts itself.
@@ -139,13 +130,16 @@ class Card:
         return metadata.metadata(self)
 
     @property
-    def papers(self) -> list[str]:
-        """The papers of the method, and of the criteria and repairs that were used, by their keys."""
+    def papers(self) -> str:
+        """The papers of the method, and of the criteria and repairs that were used, in BibTeX."""
         keys = [(name, str(value)) for stage in self.history.stages for name, value in stage.settings.items()]
         keys += [(stage.name, str(stage.settings.get("method"))) for stage in self.history.stages]
         chosen = [stage.entry.get("selection") for stage in self.history.stages]
         keys += [("criterion", str(one.get("criterion"))) for one in chosen if isinstance(one, dict)]
-        return [METHOD, *(USED[key] for key in keys if key in USED)]
+        entries = files(__package__).joinpath("papers.bib").read_text(encoding="utf-8").strip().split("\n\n")
+        by_key = {entry.partition("{")[2].partition(",")[0]: entry for entry in entries}
+        cited = [_METHOD, *(_USED[key] for key in keys if key in _USED)]
+        return "\n\n".join(by_key[key] for key in dict.fromkeys(cited))
 
     def body(self) -> str:
         """The card without its YAML block."""
@@ -189,7 +183,7 @@ def _context(card: Card) -> dict[str, Any]:
         "pictures": card.pictures,
         "dropped": format_layers(history.dropped).replace(",", ", "),
         "done": [stage.name for stage in history.stages],
-        "papers": bibtex(card.papers),
+        "papers": card.papers,
         "measured_with": measured_with(results) if results else [],
         "no_repeat": NO_REPEAT_NGRAM,
         "model_id": card.repo_id or f"path/to/{card.name}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...select.registry import CRITERIA
 from ...select.scores import Scores
@@ -15,19 +16,11 @@ _DROPPED = {"facecolor": f"{ROLE_COLOURS['cut']}2e", **DASHED}
 
 
 def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], path: Path) -> None:
-    """Draw one bar chart per criterion, with the layers that it would drop outlined.
-
-    Args:
-        scores (`Sequence[Scores]`): The scores of single layers, one item per criterion.
-        drops (`Mapping[str, Sequence[int]]`): The layers that each criterion would drop, by its name.
-        path (`Path`): The picture to write.
-    """
+    """Draw the scores of single layers, one bar chart per criterion, with the layers that it would drop outlined."""
     columns = min(_COLUMNS, len(scores))
     rows = -(-len(scores) // columns)
-    with draw(path, height=0.5 + 1.75 * rows, columns=columns, rows=rows, squeeze=False, sharex=True) as (
-        figure,
-        panels,
-    ):
+    shape: dict[str, Any] = {"columns": columns, "rows": rows, "squeeze": False, "sharex": True}
+    with draw(path, height=0.5 + 1.75 * rows, **shape) as (figure, panels):
         for axes, panel_scores in zip(panels.flat, scores, strict=False):
             values = {i: score for i, score in enumerate(panel_scores.layers or ()) if score is not None}
             bars(axes, values, set(drops[panel_scores.criterion]))
@@ -46,13 +39,7 @@ def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], p
 
 
 def block_scores(scores: Scores, drops: Sequence[int], path: Path) -> None:
-    """Draw the scores of blocks by start and length, as a heat map; as bars if all have the same length.
-
-    Args:
-        scores (`Scores`): The scores of blocks.
-        drops (`Sequence[int]`): The block that would be dropped.
-        path (`Path`): The picture to write.
-    """
+    """Draw the scores of blocks, and the block that would be dropped: a heat map, or bars if all have the same length."""
     lengths = sorted({len(block) for block in scores.blocks})
     if len(lengths) == 1:
         _bars(scores, drops, lengths[0], path)
@@ -61,13 +48,7 @@ def block_scores(scores: Scores, drops: Sequence[int], path: Path) -> None:
 
 
 def choices(drops: Mapping[str, Sequence[int]], num_layers: int, path: Path) -> None:
-    """Draw the layers that each criterion would drop, one row each, and below them how many agree.
-
-    Args:
-        drops (`Mapping[str, Sequence[int]]`): The layers that each criterion would drop, by its name.
-        num_layers (`int`): How many layers the base has.
-        path (`Path`): The picture to write.
-    """
+    """Draw the layers that each criterion would drop, one row each, and below them how many agree."""
     from matplotlib.patches import FancyBboxPatch
 
     names = list(drops)
@@ -118,14 +99,9 @@ def _heat_map(scores: Scores, drops: Sequence[int], path: Path) -> None:
         cells[len(block) - 1][position[block[0]]] = score
     norm = LogNorm() if spread(scores.blocks.values()) > 300 else None
     with draw(path, height=1.2 + min(3.6, 0.14 * most + 0.6)) as (figure, axes):
-        mesh = axes.pcolormesh(
-            [i - 0.5 for i in range(n + 1)],
-            [k + 0.5 for k in range(most + 1)],
-            cells,
-            cmap="cividis",
-            norm=norm,
-            rasterized=True,  # thousands of cells would make a heavy SVG
-        )
+        edges = [i - 0.5 for i in range(n + 1)], [k + 0.5 for k in range(most + 1)]
+        # Rasterised, because thousands of cells would make a heavy SVG.
+        mesh = axes.pcolormesh(*edges, cells, cmap="cividis", norm=norm, rasterized=True)
         # The best start of every length, and the block that would be dropped.
         for length in range(1, most + 1):
             row = [(score, position[block[0]]) for block, score in scores.blocks.items() if len(block) == length]

@@ -85,8 +85,7 @@ def draw(
         with new_file(path, force=True) as partial:
             figure.savefig(partial, format=path.suffix[1:], **(svg if path.suffix == ".svg" else png))
             if (size := partial.stat().st_size) > MAX_BYTES:
-                text = f"{path} would have {size} bytes, which is too large for a card; draw fewer points"
-                raise LayerPruneError(text)
+                raise LayerPruneError(f"{path} would have {size} bytes, too many for a card; draw fewer points")
 
 
 def drawn_for(path: Path) -> str | None:
@@ -101,14 +100,7 @@ def drawn_for(path: Path) -> str | None:
 
 
 def bars(axes: Axes, values: Mapping[int, float], gone: Collection[int], label: str = "would be dropped") -> None:
-    """Draw a score for each layer, with those that are dropped outlined.
-
-    Args:
-        axes (`Axes`): Where to draw.
-        values (`Mapping[int, float]`): The scores by layer.
-        gone (`Collection[int]`): The dropped layers.
-        label (`str`, *optional*): What the legend says of them.
-    """
+    """Draw a score for each layer, with those that are dropped outlined; `label` is what the legend says of these."""
     kept, chosen = ([i for i in values if (i in gone) is dropped] for dropped in (False, True))
     axes.bar(kept, [values[i] for i in kept], 0.78, label="kept", color=CYCLE[4])
     axes.bar(chosen, [values[i] for i in chosen], 0.78, label=label, facecolor=f"{ROLE_COLOURS['cut']}2e", **DASHED)

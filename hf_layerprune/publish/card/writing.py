@@ -35,15 +35,9 @@ _ADDED = re.compile(r"#+ Framework versions|- \w+ [\w.+]+|")
 def read_card(folder: Path, *, weights: bool = True) -> Card:
     """Read the records of a folder.
 
-    Args:
-        folder (`Path`): A model folder.
-        weights (`bool`, *optional*, defaults to `True`): Refuse records of other weights than the folder's.
-
-    Returns:
-        `Card`: The card.
-
     Raises:
-        CheckpointError: There are no records, they contradict themselves, or they belong to other weights.
+        CheckpointError: There are no records, they contradict themselves, or, with `weights`, they belong to others than
+            the folder's.
     """
     lineage, metrics = Lineage.required(folder), Metrics.of(folder)
     if weights and metrics is not None:
@@ -97,9 +91,6 @@ def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = Fal
         old (`str`, *optional*): The existing README.md.
         where (`str`, *optional*): The file's name in errors.
         force (`bool`, *optional*, defaults to `False`): Overwrite changes inside our sections.
-
-    Returns:
-        `str`: The whole file.
 
     Raises:
         CheckpointError: Somebody edited our sections, or a mark is missing.
@@ -155,13 +146,7 @@ def write_card(folder: Path, *, force: bool = False, weights: bool = True) -> li
 
 
 def read_text(path: Path) -> str | None:
-    """Read a text that people edit too, exactly, so that rewriting it loses nothing.
-
-    Args:
-        path (`Path`): The file.
-
-    Returns:
-        `str`, *optional*: The text; `None` if there is no such file.
+    """Read a text that people edit too, exactly, so that rewriting it loses nothing; `None` if there is no such file.
 
     Raises:
         CheckpointError: It is a link, a folder, not UTF-8, or unreadable.

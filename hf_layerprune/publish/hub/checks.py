@@ -44,15 +44,7 @@ class Check:
 
 
 def run_checks(contents: Contents, request: PushRequest) -> list[Check]:
-    """Check a folder before it is published.
-
-    Args:
-        contents (`Contents`): What to publish.
-        request (`PushRequest`): Where to publish it.
-
-    Returns:
-        `list[Check]`: All outcomes. A check that fails to run is a refusal.
-    """
+    """Check a folder before it is published. A check that fails to run is a refusal."""
     outcomes: list[Check] = []
     for name, check in _CHECKS.items():
         try:

@@ -68,14 +68,7 @@ class Contents:
 
 
 def find_model(request: PushRequest) -> Path:
-    """Find the folder to publish.
-
-    Args:
-        request (`PushRequest`): With `adapter_only`, the folder is `model` if that is an adapter, or else its subfolder
-            `adapter`.
-
-    Returns:
-        `Path`: The folder.
+    """Find the folder to publish: with `adapter_only`, `model` if that is an adapter, or else its subfolder `adapter`.
 
     Raises:
         CheckpointError: There is no model, or no adapter.
@@ -97,14 +90,7 @@ def find_model(request: PushRequest) -> Path:
 
 
 def list_contents(folder: Path, request: PushRequest) -> Contents:
-    """List the files of a model folder.
-
-    Args:
-        folder (`Path`): The folder to publish, from [`find_model`].
-        request (`PushRequest`): What else is published (`include`), and what is not (`adapter_only`).
-
-    Returns:
-        `Contents`: The files to publish, and those left out.
+    """List the files of a model folder: those to publish, and those left out.
 
     Raises:
         CheckpointError: A file to publish is a link or not a regular file, a name is not UTF-8, or a file of `include`

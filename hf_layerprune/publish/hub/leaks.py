@@ -58,35 +58,23 @@ class Leak:
 
 
 def find_secrets(folder: Path, files: Iterable[str], named: frozenset[str] = frozenset()) -> Iterator[Leak]:
-    """Find secrets in files.
+    """Find secrets in files of a folder; of safetensors files, only the header is searched.
 
     Args:
         folder (`Path`): The folder.
-        files (`Iterable[str]`): Paths in it. Of safetensors files, only the header is searched.
-        named (`frozenset[str]`, *optional*): The files that are published only because the user named them.
+        files (`Iterable[str]`): Paths in it.
+        named (`frozenset[str]`, *optional*): Those that are published only because the user named them.
 
     Yields:
         `Leak`: Each line with a secret, once for each kind of secret.
     """
     for name in files:
-        seen: set[tuple[int, str]] = set()
-        leaks = _formats(folder / name)
-        for line, what in [*leaks, *(_everything(folder / name) if name in named else ())]:
-            if (line, what) not in seen:
-                seen.add((line, what))
-                yield Leak(name, line, what)
+        leaks = [*_formats(folder / name), *(_everything(folder / name) if name in named else ())]
+        yield from (Leak(name, line, what) for line, what in dict.fromkeys(leaks))
 
 
 def find_paths(folder: Path, files: Iterable[str]) -> Iterator[Leak]:
-    """Find paths into a home folder, at most one per file.
-
-    Args:
-        folder (`Path`): The folder.
-        files (`Iterable[str]`): Paths in it.
-
-    Yields:
-        `Leak`: The first such path of each file.
-    """
+    """Find paths into a home folder; yields the first one of each file."""
     for name in files:
         for start, chunk in _chunks(folder / name):
             if match := _PATHS.search(chunk):

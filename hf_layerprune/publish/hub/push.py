@@ -79,12 +79,6 @@ class PushRefusedError(PushError):
 def plan(request: PushRequest) -> Plan:
     """Prepare and check a push, without contacting the Hub or changing the folder.
 
-    Args:
-        request (`PushRequest`): What to push.
-
-    Returns:
-        `Plan`: The files with their sizes, and the checks.
-
     Raises:
         CheckpointError: There is no model, or its card can't be written.
     """
@@ -93,18 +87,11 @@ def plan(request: PushRequest) -> Plan:
 
 
 def push(request: PushRequest) -> tuple[Plan, Uploaded]:
-    """Push a model.
-
-    Args:
-        request (`PushRequest`): What to push.
-
-    Returns:
-        `tuple[Plan, Uploaded]`: The checks, and what was uploaded.
+    """Push a model; return the checks, and what was uploaded.
 
     Raises:
         PushRefusedError: A check failed. Nothing was uploaded.
-        PushError: The Hub refused the push. Nothing that a reader of the repository can see was
-            changed.
+        PushError: The Hub refused the push. Nothing that a reader of the repository can see was changed.
         UnreachableError: The Hub could not be reached.
         CheckpointError: There is no model, or its card can't be written.
     """
@@ -228,7 +215,7 @@ def _merge_remote_card(request: PushRequest, staging: Path, path: Path | None) -
         old = metadata.to_yaml(metadata.merged(local_fields, remote_fields)) + "\n" + body
         text = compose(card, old, where=where)
     except CheckpointError as error:
-        raise PushError(f"{str(error).replace('--force', '--overwrite-card')}") from error
+        raise PushError(str(error).replace("--force", "--overwrite-card")) from error
     if text != local:
         write_text(staging / CARD, text)
 

@@ -133,15 +133,7 @@ def log_in(token: str | bool | None = None) -> tuple[HfApi, dict[str, Any]]:
 
 
 def upload(job: Upload, api: HfApi, user: dict[str, Any]) -> Uploaded:
-    """Upload files in one commit.
-
-    Args:
-        job (`Upload`): What the repository should contain.
-        api (`HfApi`): The client, see `log_in`.
-        user (`dict[str, Any]`): The Hub's description of the user, see `log_in`.
-
-    Returns:
-        `Uploaded`: What was done.
+    """Upload files in one commit, with the client and the user's description from `log_in`.
 
     Raises:
         PushError: The Hub refused. What a reader sees is unchanged.
@@ -277,11 +269,6 @@ def _header(error: Any) -> str | None:
 @contextmanager
 def push_errors(repo_id: str, user: dict[str, Any] | None = None, kind: str = "model") -> Iterator[None]:
     """Turn exceptions of the client into one line that says what, where, and the way out.
-
-    Args:
-        repo_id (`str`): The repository.
-        user (`dict[str, Any]`, *optional*): The Hub's description of the user.
-        kind (`str`, *optional*, defaults to `"model"`): The kind of the repository.
 
     Raises:
         PushError: The Hub refused.

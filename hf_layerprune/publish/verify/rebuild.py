@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import json
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from ...cut.disk import plan_cut
 from ...cut.header import read_header
-from ...cut.plan import CheckpointPlan, ShardPlan
+from ...cut.plan import CheckpointPlan
 from ...cut.write import fill
-from ...errors import CheckpointError
+from ...errors import CheckpointError, boundary
 from ...files.copy import LocalFile
-from ...files.json_file import parse_json
 from ...records.fingerprints import CONFIG, WEIGHTS, hash_files, is_inert, model_files, sha256_of
-from ...records.history import History
-from ...runtime.loading import load_config
+from ...records.history import History, Stage
+from ...records.quantized import is_repeatable_method, method_of
+from ...runtime.loading import load_base, load_config
 from .places import Base
-from .requantize import is_repeatable, quantize_again
 
-_CHUNK = 8 << 20
-_MAX_HEADER = 100_000_000  # the limit of safetensors
+logger = logging.getLogger(__name__)
 
 
 class TensorHash(NamedTuple):
@@ -66,13 +66,6 @@ class Expected:
 def rebuild(history: History, base: Base) -> Expected:
     """Repeat all cuts of a history as a single one, without writing the result.
 
-    Args:
-        history (`History`): The stages of the model.
-        base (`Base`): The base.
-
-    Returns:
-        `Expected`: The expected content of the pruned model.
-
     Raises:
         CheckpointError: No layers were dropped, the base is damaged or a different one, or the cut can't be repeated.
     """
@@ -91,13 +84,12 @@ def rebuild(history: History, base: Base) -> Expected:
     inside: dict[str, dict[str, TensorHash]] = {}
     for shard in plan.shards:
         with LocalFile(plan.source / shard.source) as source:
-            files[shard.target], inside[shard.target] = digest(
-                io.BufferedReader(_Chunks(_planned(shard, source)), _CHUNK)
-            )
+            parts = (part for offset, length in shard.spans() for part in source.chunks(offset, length))
+            files[shard.target], inside[shard.target] = _hash(shard.header, parts)
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
         folder = Path(place, "cut")
         folder.mkdir()
-        if is_repeatable(history.quantized):
+        if history.quantized and is_repeatable_method(history.quantized.settings["quantization_config"]):
             fill(plan, folder)
         else:
             (folder / CONFIG).write_bytes(plan.files[CONFIG])
@@ -110,24 +102,42 @@ def _quantized(history: History, folder: Path, cut: Expected) -> Expected:
     if stage is None:
         return cut
     told = stage.settings["quantization_config"]
-    if not is_repeatable(stage):  # its tensors can't be derived again, and are counted as the ones that it changed
+    if not is_repeatable_method(
+        told
+    ):  # its tensors can't be derived again, and are counted as the ones that it changed
         return replace(cut, config=cut.config | {"quantization_config": told, "dtype": stage.settings.get("dtype")})
     target = folder.with_name("quantized")
-    quantizer = quantize_again(stage, folder, target)
+    quantizer = _quantize_again(stage, folder, target)
     paths = {name: path for name, path in model_files(target).items() if name.endswith(WEIGHTS)}
     inside = {name: digest_file(path) for name, path in paths.items()}
     files = {name: sha256 for name, sha256 in cut.files.items() if not name.endswith(WEIGHTS)} | hash_files(paths)
     return Expected(files, inside, load_config(target).to_dict(), cut.tensors, quantizer, notes_in(paths.values()))
 
 
+def _quantize_again(stage: Stage, cut: Path, target: Path) -> str:
+    """Quantise a cut on the CPU; return what did so, with its version, and the version used first if it differs."""
+    import torch
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    told, dtype = stage.settings["quantization_config"], getattr(torch, str(stage.settings.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"lineage.json says that a {stage.settings.get('dtype')!r} model was quantised")
+    method = method_of(told)
+    try:
+        here, then = version(method), (stage.entry.get("versions") or {}).get(method)
+    except PackageNotFoundError:
+        raise CheckpointError(
+            f"the model was quantised with {method}, which is needed to repeat that; install it: pip install {method}"
+        ) from None
+    logger.info("quantising the cut with %s, to compare", method)
+    with boundary(f"{method} {here} can't repeat how the model was quantised"):
+        settings: Any = AutoQuantizationConfig.from_dict(dict(told))
+        load_base(cut, quantization_config=settings, dtype=dtype, device_map="cpu").save_pretrained(target)
+    return f"{method} {here}" + (f" ({then} was used)" if then not in (None, here) else "")
+
+
 def notes_in(paths: Iterable[Path]) -> dict[str, str]:
-    """What safetensors files say about their tensors.
-
-    Args:
-        paths (`Iterable[Path]`): The files of a model.
-
-    Returns:
-        `dict[str, str]`: By name.
+    """What a model's safetensors files say about their tensors, by name.
 
     Raises:
         CheckpointError: Two files contradict each other, or one is not a safetensors file.
@@ -151,19 +161,12 @@ def _check_bytes(plan: CheckpointPlan, files: Mapping[str, Mapping[str, Any]]) -
             )
 
 
-def _planned(shard: ShardPlan, source: LocalFile) -> Iterator[bytes | memoryview]:
-    """The bytes of a planned weight file. Each part is valid only until the next one is requested."""
-    yield shard.header
-    for offset, length in shard.spans():
-        yield from source.chunks(offset, length)
-
-
 def _converted(history: History, base: Base) -> Expected:
     """Repeat a cut whose weights are dequantised or converted, in a temporary folder."""
     import torch
 
     from ...cut.memory import drop_layers
-    from ...runtime.loading import load_base, load_tokenizer
+    from ...runtime.loading import load_tokenizer
 
     conversions = [
         one for one in history.stages if one.name == "prune" and one.settings.get("dtype", "auto") != "auto"
@@ -193,70 +196,24 @@ def digest_file(path: Path) -> dict[str, TensorHash]:
     Raises:
         CheckpointError: The file is not a valid safetensors file.
     """
-    with path.open("rb") as file:
-        return digest(file, str(path))[1]
+    header = read_header(path)
+    with LocalFile(path) as file:
+        start = header.data_start
+        return _hash(file.read(0, start), file.chunks(start, header.size - start))[1]
 
 
-def digest(file: BinaryIO, name: str = "the base") -> tuple[str, dict[str, TensorHash]]:
-    """Hash a safetensors file while it is read, as a whole and tensor by tensor.
-
-    Args:
-        file (`BinaryIO`): The file.
-        name (`str`, *optional*): The name to use in errors.
-
-    Returns:
-        `tuple[str, dict[str, TensorHash]]`: The sha256 of the file, and the hashes of its tensors by name.
-
-    Raises:
-        CheckpointError: The header is invalid, or the file is too short or too long.
-    """
-    whole = hashlib.sha256()
-
-    def take(count: int) -> bytes:
-        data = file.read(count)
-        if len(data) < count:
-            raise CheckpointError("a weight file is shorter than its header says; download or save it again")
-        whole.update(data)
-        return data
-
-    length = int.from_bytes(take(8), "little")
-    if not 2 <= length <= _MAX_HEADER:
-        raise CheckpointError(f"{name} is not a safetensors file; download or save it again")
-    header = parse_json(take(length), name)
+def _hash(header: bytes, data: Iterator[memoryview]) -> tuple[str, dict[str, TensorHash]]:
+    """The sha256 of a valid safetensors file and of each of its tensors, from its header and the parts that follow it."""
+    whole, part = hashlib.sha256(header), memoryview(b"")
     tensors: dict[str, TensorHash] = {}
-    position = 0
-    try:
-        header.pop("__metadata__", None)
-        for tensor, told in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            start, end = told["data_offsets"]
-            if start != position or not start <= end:
-                raise CheckpointError(f"{name}: {tensor} does not begin where the tensor before it ends")
-            own = hashlib.sha256()
-            for offset in range(start, end, _CHUNK):
-                own.update(take(min(_CHUNK, end - offset)))
-            tensors[tensor] = TensorHash(told["dtype"], tuple(told["shape"]), own.hexdigest())
-            position = end
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{name} has an invalid header: {error}") from error
-    if file.read(1):
-        raise CheckpointError(f"{name} has bytes that do not belong to any tensor")
+    entries = json.loads(header[8:])
+    entries.pop("__metadata__", None)
+    for name, told in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        own, left = hashlib.sha256(), told["data_offsets"][1] - told["data_offsets"][0]
+        while left:
+            part = part or next(data)
+            for each in (own, whole):
+                each.update(part[:left])
+            left, part = left - len(part[:left]), part[left:]
+        tensors[name] = TensorHash(told["dtype"], tuple(told["shape"]), own.hexdigest())
     return whole.hexdigest(), tensors
-
-
-class _Chunks(io.RawIOBase):
-    """Chunks of bytes, as a file to read."""
-
-    def __init__(self, chunks: Iterator[bytes | memoryview]) -> None:
-        self._chunks: Iterator[bytes | memoryview] = filter(len, chunks)  # an empty chunk is not the end
-        self._left = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._left = self._left or memoryview(next(self._chunks, b""))
-        count = min(len(buffer), len(self._left))
-        buffer[:count], self._left = self._left[:count], self._left[count:]
-        return count

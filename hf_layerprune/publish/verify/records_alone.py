@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...errors import CheckpointError, LayerPruneError
-from ...records.fingerprints import CONFIG, WEIGHTS, Identity, identity_of, weights_hash
+from ...records.fingerprints import CONFIG, WEIGHTS, Identity, base_of_adapter, identity_of, weights_hash
 from ...records.history import History
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
@@ -18,12 +18,7 @@ from .rebuild import Expected, rebuild
 
 
 def check_chain(lineage: Lineage, outcome: Verified) -> None:
-    """Check that each stage started from the output of the previous one.
-
-    Args:
-        lineage (`Lineage`): The history of a model.
-        outcome (`Verified`): Gets the findings.
-    """
+    """Check that each stage started from the output of the previous one."""
     for before, after in zip(lineage.entries, lineage.entries[1:], strict=False):
         if after.get("input_weights") != before.get("weights"):
             text = f"{LINEAGE}: {after['stage']} did not start from the weights that {before['stage']} wrote"
@@ -31,13 +26,7 @@ def check_chain(lineage: Lineage, outcome: Verified) -> None:
 
 
 def check_base(source: Base, lineage: Lineage, outcome: Verified) -> None:
-    """Check that a base is the one that a lineage names.
-
-    Args:
-        source (`Base`): The base.
-        lineage (`Lineage`): The history of a model.
-        outcome (`Verified`): Gets the findings.
-    """
+    """Check that a base is the one that a lineage names."""
     told = lineage.base.get("files") or {}
     if not any(name.endswith(WEIGHTS) for name in told):
         outcome.say(False, "base", f"{LINEAGE} has no hashes of the base's weights")
@@ -48,14 +37,9 @@ def check_base(source: Base, lineage: Lineage, outcome: Verified) -> None:
 
 
 def recorded_identity(lineage: Lineage, metrics: Metrics) -> Identity:
-    """The identity of a model whose files are elsewhere, as its last stage recorded them.
+    """The identity of a model whose files are elsewhere, as the `weights` and `files` of its last stage record it.
 
-    Args:
-        lineage (`Lineage`): Its history, whose last entry has `weights` and `files`.
-        metrics (`Metrics`): Its numbers, which name the base of an adapter.
-
-    Returns:
-        `Identity`: The identity.
+    The base of an adapter is the one that its numbers name.
     """
     last = lineage.entries[-1]
     base = metrics.models.get(last["weights"], {}).get("identity", {}).get("base")
@@ -63,21 +47,14 @@ def recorded_identity(lineage: Lineage, metrics: Metrics) -> Identity:
 
 
 def check_records_alone(place: Place, history: History, request: VerifyRequest, outcome: Verified) -> None:
-    """Check records whose weights are elsewhere: what they say of the cut is derived from the base again.
-
-    Args:
-        place (`Place`): The folder.
-        history (`History`): Its stages.
-        request (`VerifyRequest`): Where the base is.
-        outcome (`Verified`): Gets the findings.
-    """
+    """Check records whose weights are elsewhere: what they say of the cut is derived from the base again."""
     outcome.without_weights = True
     check_chain(history.lineage, outcome)
     last = history.lineage.entries[-1]
     if not last.get("weights") or not last.get("files"):
         outcome.say(False, "files", f"{LINEAGE} does not record the weights, the config and the like; prune again")
         return
-    _check_metrics(place, history, outcome)
+    check_metrics(place, history.lineage, outcome)
     try:
         source = Base.find(history, request)
         check_base(source, history.lineage, outcome)
@@ -90,14 +67,19 @@ def check_records_alone(place: Place, history: History, request: VerifyRequest, 
         outcome.say(False, "base", str(error))
 
 
-def _check_metrics(place: Place, history: History, outcome: Verified) -> None:
+def check_metrics(place: Place, lineage: Lineage, outcome: Verified) -> None:
+    """Check that the numbers belong to the model, or to the one that records without weights describe."""
     try:
         metrics = Metrics.of(place.folder)
         if metrics is None:
             return
-        model = recorded_identity(history.lineage, metrics)
-        wrong = [f"{METRICS} {text}"] if (text := metrics.mismatch(model, history.lineage)) else []
-        outcome.say_all("metrics", wrong, f"{len(metrics.results)} numbers, of this model and its history")
+        if place.hashes:
+            top = {name: hashed for name, hashed in place.hashes.items() if "/" not in name or name.endswith(".jinja")}
+            model = identity_of(top, base_of_adapter(place.folder) if place.is_adapter else None)
+        else:
+            model = recorded_identity(lineage, metrics)
+        texts = [f"{METRICS} {text}"] if (text := metrics.mismatch(model, lineage)) else []
+        outcome.say_all("metrics", texts, f"{len(metrics.results)} numbers, of this model and its history")
     except CheckpointError as error:
         outcome.say(False, "metrics", str(error))
 

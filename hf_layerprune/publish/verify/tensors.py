@@ -20,13 +20,7 @@ _ADAPTER_PREFIX = "base_model.model."
 
 
 def weight_files(place: Place) -> list[str]:
-    """The weight files that loaders read.
-
-    Args:
-        place (`Place`): The model.
-
-    Returns:
-        `list[str]`: Their names.
+    """The names of the weight files that loaders read.
 
     Raises:
         CheckpointError: Loaders differ in which files they read.
@@ -47,12 +41,6 @@ def _read_index(place: Place) -> Any:
 
 def check_tensors(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
     """Check that every tensor is the base's or was changed by a recorded stage, and that none is missing or extra.
-
-    Args:
-        place (`Place`): The model.
-        history (`History`): Its stages.
-        expected (`Expected`): The repeated cut.
-        outcome (`Verified`): Gets the findings.
 
     Raises:
         CheckpointError: The weight files are not complete, or contradict each other.

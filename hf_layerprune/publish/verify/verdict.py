@@ -18,12 +18,10 @@ from ...errors import CheckpointError, LayerPruneError
 from ...families import MARKER
 from ...files.json_file import read_object
 from ...layer_ranges import format_layers
-from ...records.fingerprints import ADAPTER_CONFIG, CONFIG, WEIGHTS, base_of_adapter, identity_of, weights_hash
+from ...records.fingerprints import ADAPTER_CONFIG, CONFIG, WEIGHTS, weights_hash
 from ...records.history import History, Stage, read_history
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
-from ...records.metrics import FILE_NAME as METRICS
-from ...records.metrics import Metrics
 from ...records.quantized import describe_quantization, is_repeatable_method
 from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_config
@@ -31,7 +29,7 @@ from ..requests import VerifyRequest
 from .outcome import Verified
 from .places import Base, Place
 from .rebuild import Expected, rebuild
-from .records_alone import check_base, check_chain, check_records_alone
+from .records_alone import check_base, check_chain, check_metrics, check_records_alone
 from .tensors import ADAPTER, check_tensors, weight_files
 
 # Fields that are set on saving, and the marker of the cut, which is checked separately; none affects the outputs.
@@ -41,12 +39,6 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 def verify(request: VerifyRequest) -> Verified:
     """Verify a model against its base.
-
-    Args:
-        request (`VerifyRequest`): The model, and where its base is.
-
-    Returns:
-        `Verified`: The verdict and all findings.
 
     Raises:
         CheckpointError: The model does not exist or can't be read.
@@ -74,7 +66,7 @@ def verify(request: VerifyRequest) -> Verified:
         check_records_alone(place, history, request, outcome)
         return outcome
     _check_records(place, lineage, outcome, _hint(place, quantized))
-    _check_metrics(place, lineage, outcome)
+    check_metrics(place, lineage, outcome)
     try:
         source = Base.find(history, request)
         check_base(source, lineage, outcome)
@@ -127,19 +119,6 @@ def _check_records(place: Place, lineage: Lineage, outcome: Verified, hint: str)
         for name in changed
     ]
     outcome.say_all("files", texts, f"{len(here)} files besides the weights are as {last['stage']} wrote them")
-
-
-def _check_metrics(place: Place, lineage: Lineage, outcome: Verified) -> None:
-    try:
-        metrics = Metrics.of(place.folder)
-        if metrics is None:
-            return
-        top = {name: sha256 for name, sha256 in place.hashes.items() if "/" not in name or name.endswith(".jinja")}
-        model = identity_of(top, base_of_adapter(place.folder) if place.is_adapter else None)
-        wrong = [f"{METRICS} {text}"] if (text := metrics.mismatch(model, lineage)) else []
-        outcome.say_all("metrics", wrong, f"{len(metrics.results)} numbers, of this model and its history")
-    except CheckpointError as error:
-        outcome.say(False, "metrics", str(error))
 
 
 def _check_cut(told: dict[str, Any], name: str, history: History, outcome: Verified) -> None:
