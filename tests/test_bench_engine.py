@@ -18,7 +18,6 @@ from hf_layerprune.cli import main
 from hf_layerprune.cut.gguf import cut_gguf
 from hf_layerprune.measure.engines.llama_cpp import LlamaCpp
 from hf_layerprune.measure.report import report
-from hf_layerprune.measure.workload import threads
 from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.figures import numbers
 from hf_layerprune.records.figures.results import results_of
@@ -162,7 +161,7 @@ def test_vllm_times_folders_in_turns(tmp_path, capsys):
     }  # fmt: skip
     assert len(rows) == 2 * 4 * 3  # models, workloads, metrics
     assert {one["settings"]["engine"] for one in rows} == {"vllm"}
-    assert {one["settings"]["threads"] for one in rows} == {threads()}
+    assert {one["settings"]["threads"] for one in rows} == {torch.get_num_threads()}
     assert {one["dtype"] for one in rows} == {"bfloat16"}
     assert all(one["samples"] == 3 and one["value"] > 0 for one in rows)
     assert "decode throughput, tokens/s, in vllm bfloat16" in Card.of(Lineage.of(folders["cut"]), metrics).body()
@@ -231,7 +230,7 @@ def test_an_answer_that_is_none_is_an_error(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     from hf_layerprune.measure.engines import EngineError
-    from hf_layerprune.measure.workload import Workload
+    from hf_layerprune.measure.requests import Workload
 
     with pytest.raises(EngineError, match="llama-bench answered 'nonsense"):
         LlamaCpp().time(["a.gguf"], [Workload(1, 8, 4)], 1, dtype="auto", device="cpu")

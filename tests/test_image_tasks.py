@@ -109,9 +109,6 @@ def test_a_text_model_is_not_asked(
         evaluate(EvalRequest(str(base), base=str(text), tasks_from=folder, output=tmp_path / "numbers.json"))
     with pytest.raises(LayerPruneError, match="of which its examples have none; omit num_fewshot"):
         evaluate(EvalRequest(str(base), tasks_from=folder, num_fewshot=2))
-    monkeypatch.setattr(image_tasks, "HARNESS_MODULE", "lm_eval.models.gone")
-    with pytest.raises(LayerPruneError, match="has no hf-multimodal; upgrade"):
-        evaluate(EvalRequest(str(base), tasks_from=folder))
 
 
 def test_without_a_processor(base: Path, tmp_path: Path) -> None:

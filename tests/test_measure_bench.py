@@ -15,8 +15,8 @@ from hf_layerprune.cli import main
 from hf_layerprune.measure.bench import BenchRequest, bench
 from hf_layerprune.measure.cost import cache_bytes, decode_bytes, prefill_flops
 from hf_layerprune.measure.probe import probe
+from hf_layerprune.measure.requests import Workload
 from hf_layerprune.measure.speed import time_models
-from hf_layerprune.measure.workload import Workload
 from hf_layerprune.records.metrics import Metrics
 
 from .measure_models import write_model

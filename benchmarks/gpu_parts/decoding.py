@@ -19,8 +19,8 @@ def steps(rounds: int) -> list[Step]:
 def run(compiled: bool, batches: tuple[int, ...], setting: Setting) -> dict[str, Any]:
     """Time both models in turns; for each batch size the cut model's speed over the dense one's, and what is ideal."""
     from hf_layerprune.measure.cost import decode_bytes, prefill_flops
+    from hf_layerprune.measure.requests import Workload
     from hf_layerprune.measure.speed import time_models
-    from hf_layerprune.measure.workload import Workload
 
     prompt, new = (8, 4) if setting.tiny else (512, 64)
     models = {"dense": random_model(setting), "cut": random_model(setting, last(setting))}

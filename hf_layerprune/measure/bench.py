@@ -16,14 +16,13 @@ from ..errors import LayerPruneError, boundary
 from ..records.metrics import Metrics
 from ..screen import progress_bar
 from .cost import cache_bytes, decode_bytes, prefill_flops, weight_bytes
-from .engine_bench import bench_in_engine
+from .engine_bench import EngineBench
+from .measurement import Recorder
 from .paired import compare_values
 from .probe import probe
-from .recorder import Recorder
-from .requests import BenchRequest
+from .requests import BenchRequest, Workload
 from .speed import time_models
 from .subject import Subject
-from .workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,21 +31,17 @@ if TYPE_CHECKING:
 def bench(request: BenchRequest) -> Metrics:
     """Measure size, speed and memory of a model and its base; the two are timed in turns.
 
-    Args:
-        request (`BenchRequest`): What to measure.
-
     Returns:
         `Metrics`: The numbers, including those that the file already had.
 
     Raises:
         CheckpointError: A model can't be read, or existing numbers belong to other weights.
-        LayerPruneError: A setting is invalid, or a model does not fit into memory.
+        LayerPruneError: A setting is invalid, a model does not fit into memory, or the engine is not installed or does not
+            run a model.
     """
-    if request.engine == "transformers":
-        run = _Bench(request)
-        run.run()
-        return run.store.metrics
-    return bench_in_engine(request)
+    run = _Bench(request) if request.engine == "transformers" else EngineBench(request)
+    run.run()
+    return run.store.metrics
 
 
 class _Bench(Recorder):
@@ -64,10 +59,9 @@ class _Bench(Recorder):
         self._record_size(live)
         if probes:
             self._record_probes(probes, live)
-        works = self.workloads
         start = perf_counter()
         with boundary("the models can't be timed", kind=LayerPruneError):
-            timed = time_models(live, works, repeats=request.repeats)
+            timed = time_models(live, request.workloads, repeats=request.repeats)
         seconds = round((perf_counter() - start) / max(1, len(timed)), 3)
         for work, timings in timed.items():
             flops = {w: float(prefill_flops(model, work.batch, work.prompt_tokens)) for w, model in live.items()}

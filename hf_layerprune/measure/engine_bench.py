@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -10,45 +11,32 @@ from ..cut.gguf import gguf_layer_count
 from ..cut.gguf.header import read_header
 from ..errors import LayerPruneError
 from ..families import layer_count
-from ..records.metrics import Metrics
 from ..runtime.loading import load_config
 from ..runtime.model_class import auto_class_of
 from .cost import decode_bytes, prefill_flops
-from .engines import EngineError, Timed, engine_named, explain
-from .recorder import Recorder
-from .requests import BenchRequest
+from .engines import EngineError, Timed
+from .engines.llama_cpp import LlamaCpp
+from .engines.vllm import Vllm
+from .measurement import Recorder
+from .requests import BenchRequest, Workload
 from .subject import Subject
-from .workload import Workload
+
+# By their names in `ENGINES`.
+_ENGINES: dict[str, type[LlamaCpp | Vllm]] = {LlamaCpp.name: LlamaCpp, Vllm.name: Vllm}
 
 
-def bench_in_engine(request: BenchRequest) -> Metrics:
-    """Time a model and its base in an engine, in turns.
+class EngineBench(Recorder):
+    """One run in an engine, for a model alone, or for a model and its base."""
 
-    Args:
-        request (`BenchRequest`): What to measure, and in which engine.
-
-    Returns:
-        `Metrics`: The numbers, including those that the file already had.
-
-    Raises:
-        CheckpointError: A model can't be read, or existing numbers belong to other weights.
-        LayerPruneError: The engine is not installed, or does not run a model.
-    """
-    run = _EngineBench(request)
-    run.run()
-    return run.store.metrics
-
-
-class _EngineBench(Recorder):
     def __init__(self, request: BenchRequest) -> None:
-        self.engine = engine_named(request.engine)
+        self.engine = _ENGINES[request.engine]()
         self.engine.find()  # before gigabytes are hashed
         super().__init__(request)
         self.paths = self._paths()
 
     def run(self) -> None:
         """Time the models, and record what came out."""
-        works = self.workloads
+        works = self.request.workloads
         if (most := self.engine.largest_batch) is not None:
             works = [work for work in works if work.batch <= most]
             if not works:
@@ -83,13 +71,16 @@ class _EngineBench(Recorder):
         except EngineError as error:
             failed = error
         if self.base is None:
-            raise explain(self.engine.name, failed, None, False)
-        base, runs = str(self.paths[self.base.weights]), True
-        try:
-            self.engine.time([base], works, 1, **where)
-        except EngineError as error:
-            runs, failed = False, EngineError(error.reason, model) if failed.model == base else failed
-        raise explain(self.engine.name, failed, base, runs)
+            why = "name its base with --base to see whether the engine knows the architecture"
+        else:
+            base = str(self.paths[self.base.weights])
+            try:
+                self.engine.time([base], works, 1, **where)
+                why = f"it runs {base}, so it knows the architecture, and it is the cut or its file that it can't take"
+            except EngineError as error:
+                failed = EngineError(error.reason, model) if failed.model == base else failed
+                why = f"it does not run {base} either, so it does not know the architecture"
+        raise LayerPruneError(f"{self.engine.name} does not run {failed.model}: {failed.reason}; {why}")
 
     def _paths(self) -> dict[str, Path]:
         """What the engine reads, by the hash of the weights."""
@@ -124,8 +115,6 @@ class _Weighed:
     """What theory says a GGUF file takes: each parameter of a layer once a token, and all bytes for each token written."""
 
     def __init__(self, path: Path) -> None:
-        import math
-
         header = read_header(path)
         sizes = {tensor.name: math.prod(tensor.dimensions) for tensor in header.tensors}
         self.layers, self.parameters = gguf_layer_count(path), sum(sizes.values())

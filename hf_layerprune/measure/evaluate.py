@@ -48,9 +48,9 @@ def evaluate(request: EvalRequest) -> Metrics:
         CheckpointError: A model can't be read, or existing numbers belong to other weights.
         LayerPruneError: A task or text is not available, or the model and its base can't be compared.
     """
-    evaluation = _Evaluation(request)
-    evaluation.run()
-    return evaluation.store.metrics
+    run = _Evaluation(request)
+    run.run()
+    return run.store.metrics
 
 
 def check_required(request: EvalRequest) -> None:
@@ -102,8 +102,7 @@ class _Evaluation(Measurement):
         self.tasks = _tasks_of(request)
         if not self.tasks.tasks and not self.texts:
             raise LayerPruneError("there is nothing to measure: name tasks, or texts")
-        subjects = [subject for subject in (self.model, self.base) if subject is not None]
-        check_media_tasks(self.tasks.tasks, subjects, request.num_fewshot)
+        check_media_tasks(self.tasks.tasks, self.subjects[::-1], request.num_fewshot)
         if request.require is not None:
             texts = [text.name for text, *_ in self.texts]
             check_measurable(
@@ -173,11 +172,9 @@ class _Evaluation(Measurement):
 
     def _harness(self, subject: Subject, model: PreTrainedModel, images: bool) -> Runs:
         """The harness for tasks of text, or for those about images."""
-        from .harness import Harness
+        from .harness import Harness, ImageHarness
 
         if images:
-            from .image_harness import ImageHarness
-
             return ImageHarness(model, subject.processor(), self.request.batch_size)
         tokenizer = self.tokenizer if subject is self.model else self.base_tokenizer
         return Harness(model, tokenizer, self.request.batch_size)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.task import Task
+from lm_eval.models.hf_vlms import HFMultimodalLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -27,7 +28,7 @@ from .tasks import quiet, require_harness
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class Harness(Runs, HFLM):
     ) -> None:
         require_harness()
         with quiet():
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=first_batch(model, batch_size))
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_first_batch(model, batch_size))
 
     def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> Any:
         while True:
@@ -167,22 +168,39 @@ class Harness(Runs, HFLM):
             logger.warning("out of memory; continuing with batches of %d", self.batch_size)
 
 
-def first_batch(model: PreTrainedModel, batch_size: int | str) -> int:
+class ImageHarness(Runs, HFMultimodalLM):
+    """The harness for tasks about images, set up for one model.
+
+    Args:
+        model (`PreTrainedModel`): A model that reads images and text.
+        processor (`ProcessorMixin`): Its processor.
+        batch_size (`int` or `"auto"`, defaults to `"auto"`): Answers that are written together.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, batch_size: int | str = "auto") -> None:
+        require_harness()
+        text = model.config.get_text_config()
+        with quiet():
+            super().__init__(
+                pretrained=model,
+                tokenizer=processor,
+                batch_size=_first_batch(model, batch_size),
+                max_length=getattr(text, "max_position_embeddings", None),  # which it seeks at the top of the config
+                convert_img_format=True,
+            )
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Keep the processor that is given; the harness only keeps one that it loads by a name."""
+        self.processor, self.tokenizer = tokenizer, tokenizer.tokenizer
+
+
+def _first_batch(model: PreTrainedModel, batch_size: int | str) -> int:
     """The batch size to begin with, where it may be `"auto"`."""
     return int(batch_size if batch_size != "auto" else _AUTO.get(model.device.type, _AUTO_ELSEWHERE))
 
 
 def prompts_hash(task: Task | Group, limit: int | None, shots: int | None) -> str:
-    """One hash of everything that a task asks a model: the final prompts, the choices and the right answers.
-
-    Args:
-        task (`Task` or `Group`): The harness's object.
-        limit (`int`, *optional*): Number of questions.
-        shots (`int`, *optional*): Number of few-shot examples before each question.
-
-    Returns:
-        `str`: A sha256 in hex.
-    """
+    """One sha256 of everything that a task asks a model: the final prompts, the choices and the right answers."""
     digest = hashlib.sha256()
     with quiet():
         for one in [task] if isinstance(task, Task) else task.get_all_tasks():

@@ -1,13 +1,13 @@
 """Tasks that ask about images: which of them can be run, on which models, and the user's own in files.
 
-A line of a `.jsonl` file about images is `{"query": "...", "answer": "...", "image": "a.png"}`, or `"images": [...]`; paths
-are relative to the file. The model writes a line, which is right if it equals the answer but for case and punctuation. The harness's `hf-multimodal` runs such tasks, and those of its own that ask for a text, such as `mmmu_val`.
+A line of a `.jsonl` file about images is `{"query": "...", "answer": "...", "image": "a.png"}`, or `"images": [...]`;
+paths are relative to the file. The model writes a line, which is right if it equals the answer but for case and
+punctuation. The harness's `hf-multimodal` runs such tasks, and those of its own that ask for a text, such as `mmmu_val`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from .subject import Subject
 
-HARNESS_MODULE = "lm_eval.models.hf_vlms"
 # Where an image stands in a prompt; the harness puts the model's own token there.
 PLACE = "<image>"
 _COLUMNS = ("image", "images")
@@ -76,11 +75,6 @@ def check_media_tasks(tasks: Mapping[str, Task | Group], subjects: Sequence[Subj
         if getattr(config, "is_encoder_decoder", False):
             raise LayerPruneError(f"task {first} can't be asked of {subject.name}: {ENCODER_DECODER}")
         subject.processor()
-    if importlib.util.find_spec(HARNESS_MODULE) is None:
-        raise LayerPruneError(
-            f"task {first} asks about images, and this lm-evaluation-harness has no hf-multimodal; upgrade: "
-            'pip install -U "hf-layerprune[eval]"'
-        )
 
 
 def image_token(config: Any) -> int | None:

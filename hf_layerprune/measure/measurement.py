@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LayerPruneError
 from ..families import layer_count
 from ..records.figures.metric_names import BYTES, SECONDS, metric_named
-from .paired import PairedDifference, require_statistics
+from .paired import PairedDifference, compare_pairs, require_statistics
 from .requests import BenchRequest, EvalRequest
 from .store import Store
 from .subject import Subject, describe, identify, pick_device
@@ -35,6 +37,7 @@ class Measurement:
             require_statistics()
         self.model = identify(request.model, request.revision)
         self.base = identify(request.base, request.base_revision) if request.base is not None else None
+        self.subjects = [one for one in (self.base, self.model) if one is not None]
         self.store = Store.open(
             self.model, self.base, output=request.output, history=request.history, force=request.force
         )
@@ -77,3 +80,47 @@ class Measurement:
             return
         record = {"weights": self.model.weights, "base": self.base.weights, "kind": kind, "metric": metric}
         self.store.add(comparisons=[record | {"settings": settings} | asdict(difference) | more])
+
+
+class Recorder(Measurement):
+    """A measurement that is repeated, of a model and its base in turns."""
+
+    def __init__(self, request: BenchRequest) -> None:
+        super().__init__(request)
+        self.request = request
+        self.machine: dict[str, Any] = {}
+
+    def record(
+        self,
+        kind: str,
+        metric: str,
+        settings: dict[str, Any],
+        values: Mapping[str, Sequence[float]],
+        cost: Mapping[str, float],
+        seconds: float | None = None,
+    ) -> None:
+        """Record what was measured several times, and its comparison with the base and the cost that theory names.
+
+        Args:
+            kind (`str`): As in `metrics.json`.
+            metric (`str`): As in `metrics.json`.
+            settings (`dict[str, Any]`): How it was measured.
+            values (`Mapping[str, Sequence[float]]`): The repeats, by the hash of the weights.
+            cost (`Mapping[str, float]`): What theory says it takes, by the hash of the weights; any unit.
+            seconds (`float`, *optional*): What the measurement took.
+        """
+        settings = settings | self.machine
+        results = []
+        for weights, repeats in values.items():
+            more = {"spread": [min(repeats), max(repeats)], "samples": len(repeats), "seconds": seconds}
+            results.append(self.result(weights, kind, metric, statistics.median(repeats), settings, **more))
+        self.store.add(results=results)
+        if self.base is None:
+            return
+        ours, theirs = values[self.model.weights], values[self.base.weights]
+        # The ratio of two runs that follow each other is not affected by whatever slowed down both.
+        share = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+        theory = cost[self.model.weights] / cost[self.base.weights]
+        theory = 1 / theory if metric.endswith("per_second") else theory
+        difference = compare_pairs(ours, theirs)
+        self.compare(kind, metric, settings, difference, share=share, theoretical_share=theory)

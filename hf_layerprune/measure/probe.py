@@ -19,7 +19,7 @@ from ..records.fingerprints import Identity
 from ..records.lineage import peak_rss
 
 if TYPE_CHECKING:
-    from .workload import Workload
+    from .requests import Workload
 
 
 def probe(source: str, revision: str | None, dtype: str, device: str, work: Workload) -> dict[str, float]:
@@ -57,9 +57,9 @@ def _probe(source: str, revision: str | None, dtype: str, device: str, work: dic
     from transformers import AutoModelForCausalLM, GenerationMixin  # noqa: F401
 
     from .cost import read_prompt
+    from .requests import Workload
     from .speed import synchronise, time_once
     from .subject import Subject
-    from .workload import Workload
 
     found: dict[str, Any] = {"idle_rss_bytes": peak_rss()}
     start = perf_counter()

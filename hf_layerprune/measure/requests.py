@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,26 @@ class EvalRequest(MeasureOptions, RequireOptions):
 ENGINES = ("transformers", "vllm", "llama.cpp")
 
 
+@dataclass(frozen=True)
+class Workload:
+    """One batch of prompts to time a model with.
+
+    Args:
+        batch (`int`): Prompts per batch.
+        prompt_tokens (`int`): Tokens per prompt.
+        new_tokens (`int`): Tokens to generate after each prompt.
+    """
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings to record with its numbers."""
+        return asdict(self)
+
+
 @documented
 @dataclass
 class BenchRequest(MeasureOptions):
@@ -120,3 +140,10 @@ class BenchRequest(MeasureOptions):
         if len(self.gguf) != 1 + (self.base is not None):
             wanted = "two files, of MODEL and of BASE" if self.base is not None else "one file, of MODEL"
             raise CutError(f"--gguf needs {wanted}, and got {len(self.gguf)}")
+
+    @property
+    def workloads(self) -> list[Workload]:
+        """What is timed."""
+        return [
+            Workload(batch, length, self.new_tokens) for batch in self.batch_sizes for length in self.prompt_lengths
+        ]

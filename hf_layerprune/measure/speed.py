@@ -16,7 +16,7 @@ from ..runtime.memory import free_memory, is_out_of_memory
 from ..runtime.parts import evaluating
 from ..screen import progress_bar
 from .cost import read_prompt
-from .workload import Workload
+from .requests import Workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

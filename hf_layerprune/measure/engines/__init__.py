@@ -1,25 +1,41 @@
-"""Other programs that run models."""
+"""Other programs that run models: what they measure, and how they fail."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from .base import Engine, EngineError, Timed, explain
+from ...errors import LayerPruneError
+from ..requests import Workload
 
-__all__ = ["Engine", "EngineError", "Timed", "engine_named", "explain"]
 
-
-def engine_named(name: str) -> Engine:
-    """Look up an engine.
+class EngineError(LayerPruneError):
+    """An engine does not run a model.
 
     Args:
-        name (`str`): One of `ENGINES` in `measure/requests.py`, except transformers.
-
-    Returns:
-        `Engine`: The engine.
+        reason (`str`): What it says.
+        model (`str`): The path of the model.
     """
-    from .llama_cpp import LlamaCpp
-    from .vllm import Vllm
 
-    engines: Mapping[str, type[Engine]] = {"llama.cpp": LlamaCpp, "vllm": Vllm}
-    return engines[name]()
+    def __init__(self, reason: str, model: str) -> None:
+        super().__init__(reason)
+        self.reason, self.model = reason, model
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What an engine measured.
+
+    Args:
+        runs (`dict[Workload, dict[str, list[dict[str, float]]]]`): The metrics of each repeat, by the path of the model,
+            named as in `metrics.json`.
+        dtype (`str`): The type of the weights, as the engine names it.
+        device (`str`): What it ran on.
+        version (`str`): The engine's version.
+        settings (`dict[str, int | str]`): What else decides the speed, such as the number of threads.
+    """
+
+    runs: dict[Workload, dict[str, list[dict[str, float]]]]
+    dtype: str
+    device: str
+    version: str
+    settings: dict[str, int | str] = field(default_factory=dict)

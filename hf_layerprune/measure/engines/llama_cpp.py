@@ -11,8 +11,8 @@ from typing import Any
 
 from ...errors import LayerPruneError
 from ...screen import progress_bar
-from ..workload import Workload, threads
-from .base import EngineError, Timed
+from ..requests import Workload
+from . import EngineError, Timed
 
 _PROGRAM = "llama-bench"
 # What stands before the type in "llama 256M Q4_0", "llama ?B (guessed) all F32", "llama4 17Bx16E (Scout) Q4_K - Medium".
@@ -41,7 +41,18 @@ class LlamaCpp:
     def time(
         self, models: Sequence[str], works: Sequence[Workload], repeats: int, *, dtype: str, device: str
     ) -> Timed:
-        """Time GGUF files in turns, each run in a process of its own. See [`Engine.time`]."""
+        """Time GGUF files in turns, each run in a process of its own.
+
+        Args:
+            models (`Sequence[str]`): Their paths.
+            works (`Sequence[Workload]`): What to time.
+            repeats (`int`): Timed runs of each workload.
+            dtype (`str`): The type of the weights, which is that of the file.
+            device (`str`): `"cpu"`, `"cuda"`, ...
+
+        Raises:
+            EngineError: The engine does not run one of them.
+        """
         runs: dict[Workload, dict[str, list[dict[str, float]]]] = {w: {m: [] for m in models} for w in works}
         last: dict[str, Any] = {}
         with progress_bar(total=repeats * len(models), desc="timing", unit="run") as bar:
@@ -64,9 +75,11 @@ class LlamaCpp:
         self, model: str, works: Sequence[Workload], device: str
     ) -> tuple[dict[Workload, dict[str, float]], dict[str, Any]]:
         """Read each prompt, and go on from there; with what the program says of itself."""
+        import torch
+
         lengths = ",".join(str(work.prompt_tokens) for work in works)
         # llama.cpp's threads wait for each other actively, so more than there are free cores slow it down a lot.
-        more = ["-ngl", "0", "-t", str(threads())] if device == "cpu" else []
+        more = ["-ngl", "0", "-t", str(torch.get_num_threads())] if device == "cpu" else []
         read = self._ask(model, ["-p", lengths, "-n", "0", *more])
         written: dict[int, dict[str, Any]] = {}
         if new := works[0].new_tokens - 1:

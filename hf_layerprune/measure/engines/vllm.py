@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...errors import LayerPruneError
-from ..workload import Workload
-from .base import EngineError, Timed
+from ..requests import Workload
+from . import EngineError, Timed
 
 
 class Vllm:
@@ -43,7 +43,7 @@ class Vllm:
     def time(
         self, models: Sequence[str], works: Sequence[Workload], repeats: int, *, dtype: str, device: str
     ) -> Timed:
-        """Time folders in turns, in one process. See [`Engine.time`]."""
+        """Time folders in turns, in one process. See [`llama_cpp.LlamaCpp.time`]."""
         what = {"models": list(models), "works": [work.settings for work in works], "repeats": repeats, "dtype": dtype}
         command = [sys.executable, "-m", "hf_layerprune.measure.engines.vllm", json.dumps(what)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
