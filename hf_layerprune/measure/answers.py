@@ -26,12 +26,7 @@ _MAX_BYTES = 512 << 20
 
 
 def answers_file(folder: Path, key: dict[str, Any]) -> Path:
-    """The file for answers.
-
-    Args:
-        folder (`Path`): The folder that the user named.
-        key (`dict[str, Any]`): Everything that the answers depend on.
-    """
+    """The file for the answers that depend on everything in the key."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return folder / f"{key['task']}-{digest[:16]}.json"
 

@@ -22,16 +22,7 @@ _UNCOUNTED = {
 
 
 def prefill_flops(model: PreTrainedModel, batch: int, length: int) -> int:
-    """Floating-point operations of a prefill, counted during one.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-        batch (`int`): Prompts per batch.
-        length (`int`): Tokens per prompt.
-
-    Returns:
-        `int`: The operations of all matrix products and attention, with logits for the last token only.
-    """
+    """Floating-point operations of a prefill, counted during one: matrix products and attention, as in [`read_prompt`]."""
     ids = torch.ones(batch, length, dtype=torch.long, device=model.device)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         read_prompt(model, ids)
@@ -39,31 +30,17 @@ def prefill_flops(model: PreTrainedModel, batch: int, length: int) -> int:
 
 
 def read_prompt(model: PreTrainedModel, ids: torch.Tensor) -> Any:
-    """Run a prefill as `generate` does: with a cache, and logits for the last token only.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-        ids (`torch.Tensor`): Token ids `[batch, length]`.
-
-    Returns:
-        `Any`: The model's output.
-    """
+    """Run a prefill of token ids `[batch, length]` as `generate` does: with a cache, and logits for the last token only."""
     supports: Any = model._supports_logits_to_keep
     last = {"logits_to_keep": 1} if supports() else {}
     return model(input_ids=ids, use_cache=True, **last)
 
 
 def decode_bytes(model: PreTrainedModel, batch: int, tokens: int) -> float:
-    """Bytes that are read to decode one token for each sequence of a batch.
+    """Bytes that are read to decode one token for each sequence of a batch, with a number of tokens of each in the cache.
 
-    Args:
-        model (`PreTrainedModel`): The model.
-        batch (`int`): Sequences per batch.
-        tokens (`int`): Tokens of each sequence in the cache.
-
-    Returns:
-        `float`: The size of the cache and of all weights, without embeddings that are not tied to the head. All experts
-            of a mixture are counted, although a small batch reads only some.
+    That is the size of the cache and of all weights, without embeddings that are not tied to the head. All experts of a
+    mixture are counted, although a small batch reads only some.
     """
     head: Any = model.get_output_embeddings()
     table: Any = model.get_input_embeddings()
@@ -81,15 +58,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def cache_bytes(model: PreTrainedModel, length: int = 32) -> float:
-    """Size of the key-value cache in bytes per token.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-        length (`int`, defaults to 32): Tokens in the text that it is measured with.
-
-    Returns:
-        `float`: Bytes per token; 0 for a model without such a cache.
-    """
+    """Size of the key-value cache in bytes per token, measured on a short text; 0 for a model without such a cache."""
     output = model(input_ids=torch.ones(1, length, dtype=torch.long, device=model.device), use_cache=True)
     layers = getattr(getattr(output, "past_key_values", None), "layers", ())
     tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]

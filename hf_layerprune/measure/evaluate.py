@@ -37,9 +37,6 @@ def evaluate(request: EvalRequest) -> Metrics:
 
     Invalid requests are refused before a model is loaded, and results are written after each task.
 
-    Args:
-        request (`EvalRequest`): What to measure.
-
     Returns:
         `Metrics`: The numbers, including those that the file already had. `outcomes` says which requirements they meet.
 

@@ -44,11 +44,6 @@ def asks_about_media(task: Task | Group) -> bool:
 def check_media_tasks(tasks: Mapping[str, Task | Group], subjects: Sequence[Subject], shots: int | None) -> None:
     """Refuse tasks about images or audio that can't be run, before a model is loaded.
 
-    Args:
-        tasks (`Mapping[str, Task | Group]`): The harness's objects, by name.
-        subjects (`Sequence[Subject]`): The models that are to answer.
-        shots (`int`, *optional*): The number of few-shot examples that was asked for.
-
     Raises:
         LayerPruneError: A model reads text alone, or the harness can't run a task.
         CheckpointError: A model has no processor that can be loaded.
@@ -120,15 +115,12 @@ def _named(row: dict[str, Any]) -> list[Any]:
 
 
 def to_row(row: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
-    """A question about images as the harness gets it.
+    """A question about images as the harness gets it: `query`, with a place for each image; `answer`; paths of `images`.
 
     Args:
         row (`dict[str, Any]`): A line of a file.
         folder (`Path`): What its paths are relative to.
         where (`str`): The line's name in errors.
-
-    Returns:
-        `dict[str, Any]`: `query`, with a place for each image; `answer`; and the paths of `images`.
 
     Raises:
         LayerPruneError: There is no such image, or it can't be read.

@@ -43,15 +43,7 @@ class PairedDifference:
 
 
 def compare_values(value: float, base: float) -> PairedDifference:
-    """Compare two single numbers, without a test.
-
-    Args:
-        value (`float`): The model's number.
-        base (`float`): The base's number.
-
-    Returns:
-        `PairedDifference`: Difference and share.
-    """
+    """Compare a number of the model with the base's, without a test."""
     return PairedDifference(value - base, share=value / base if base else None)
 
 
@@ -63,17 +55,13 @@ def compare_pairs(ours: Sequence[float], theirs: Sequence[float], chance: float 
             value in between), its mean negative log-likelihood of each window, or its value of each run.
         theirs (`Sequence[float]`): The base's values for the same questions, windows or runs in the same order.
         chance (`float`, *optional*): For questions, the accuracy of random guessing.
-
-    Returns:
-        `PairedDifference`: The difference of the means.
     """
     mean, base = sum(ours) / len(ours), sum(theirs) / len(theirs)
     difference, stderr = _paired(ours, theirs)
+    p_value: float | None
     if set(ours) | set(theirs) <= {0, 1}:
-        gained = sum(a > b for a, b in zip(ours, theirs, strict=True))
-        lost = sum(a < b for a, b in zip(ours, theirs, strict=True))
-        p_value: float | None = mcnemar(gained, lost)
-        test = "mcnemar_exact"
+        differ = [a - b for a, b in zip(ours, theirs, strict=True)]
+        p_value, test = mcnemar(differ.count(1), differ.count(-1)), "mcnemar_exact"
     else:
         p_value, test = paired_t(ours, theirs), "paired_t"
     kept, error = None, _stderr(theirs)
@@ -100,10 +88,6 @@ def mcnemar(gained: int, lost: int) -> float:
 
 def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
     """Two-sided paired t test.
-
-    Args:
-        ours (`Sequence[float]`): The model's numbers.
-        theirs (`Sequence[float]`): The base's.
 
     Returns:
         `float`, *optional*: The p-value of the mean difference; `None` for fewer than two pairs, or if a number is not

@@ -20,15 +20,7 @@ _NOTES = {
 
 
 def report(metrics: Metrics, kinds: Iterable[str] = QUALITY) -> str:
-    """Format numbers as a table.
-
-    Args:
-        metrics (`Metrics`): The numbers of a model.
-        kinds (`Iterable[str]`): The kinds of numbers to show.
-
-    Returns:
-        `str`: The table, with a heading and notes.
-    """
+    """Format a model's numbers of some kinds as a table, with a heading and notes."""
     results = results_of(metrics)
     rows = results.table(kinds, every=True) if results else []
     if not rows:

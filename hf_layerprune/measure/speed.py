@@ -84,12 +84,7 @@ def time_models(
 
 
 def time_once(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> dict[str, float]:
-    """Run a workload once.
-
-    Args:
-        model (`PreTrainedModel`): The model, in evaluation mode.
-        ids (`torch.Tensor`): The prompts `[batch, prompt_tokens]`.
-        work (`Workload`): The workload.
+    """Run a workload once on a model in evaluation mode, with prompts `[batch, prompt_tokens]`.
 
     Returns:
         `dict[str, float]`: Throughput of reading the prompts, with logits for their last token; seconds until `generate`

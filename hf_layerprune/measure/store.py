@@ -100,12 +100,10 @@ class Store:
         self._bounds = bounds
 
     def add(self, *, results: Sequence[dict[str, Any]] = (), comparisons: Sequence[dict[str, Any]] = ()) -> None:
-        """Add numbers and write them. Numbers that another process added to the file in the meantime are kept.
+        """Add numbers and differences from the base, with the date, and write them.
 
-        Args:
-            results (`Sequence[dict]`): Numbers, without `date` and `versions`. Fields that are unknown or not finite are
-                omitted, and so is a number whose value is not finite.
-            comparisons (`Sequence[dict]`): Differences from the base, without `date`; likewise.
+        Fields that are unknown or not finite are omitted, and so is a number whose value is not finite. Numbers that
+        another process added to the file in the meantime are kept.
 
         Raises:
             CheckpointError: The numbers don't follow the schema, can't be written, or the file now holds numbers of

@@ -113,10 +113,8 @@ class Subject:
         Raises:
             CheckpointError: There is none.
         """
-        adapter = find_adapter(self.source, **self._at)
-        if adapter is None:
-            return load_processor(self.source, **self._at)
-        return load_processor(adapter.base_model_name_or_path or "", revision=adapter.revision)
+        name, where = self._whole_model()
+        return load_processor(name, **where)
 
     def config(self) -> PreTrainedConfig:
         """Load the config; that of an adapter is its base's.
@@ -124,33 +122,27 @@ class Subject:
         Raises:
             CheckpointError: The config can't be read, or the model needs code from its repository.
         """
-        adapter = find_adapter(self.source, **self._at)
-        if adapter is None:
-            return load_config(self.source, **self._at)
-        return load_config(adapter.base_model_name_or_path or "", revision=adapter.revision)
+        name, where = self._whole_model()
+        return load_config(name, **where)
 
     def vocabulary(self) -> int | None:
-        """The vocabulary size in the config; `None` if it has none.
-
-        Raises:
-            CheckpointError: The config can't be read, or the model needs code from its repository.
-        """
+        """The vocabulary size in the config; `None` if it has none. Raises as `config` does."""
         return getattr(self.config().get_text_config(), "vocab_size", None)
 
     @property
     def _at(self) -> dict[str, Any]:
         return {} if self.revision is None else {"revision": self.revision}
 
+    def _whole_model(self) -> tuple[str, dict[str, Any]]:
+        """Where the model is, or the base of an adapter."""
+        adapter = find_adapter(self.source, **self._at)
+        if adapter is None:
+            return self.source, self._at
+        return adapter.base_model_name_or_path or "", {"revision": adapter.revision}
+
 
 def identify(source: str | Path, revision: str | None = None) -> Subject:
-    """Identify a model by its files, without loading it.
-
-    Args:
-        source (`str` or `Path`): A Hub id, a model folder, an adapter's folder, or a GGUF file.
-        revision (`str`, *optional*): Branch, tag or commit on the Hub.
-
-    Returns:
-        `Subject`: The model.
+    """Identify a model by its files, without loading it: a Hub id, a model folder, an adapter's folder, or a GGUF file.
 
     Raises:
         CheckpointError: The model does not exist, or has no weights that can be hashed.
@@ -202,13 +194,7 @@ def _check_adapter(adapter: PeftConfig | None, source: str | Path, files: Contai
 
 
 def pick_device(name: str) -> str:
-    """Resolve the name of a device.
-
-    Args:
-        name (`str`): A torch device, `"auto"` or `"all"`.
-
-    Returns:
-        `str`: The device; for `"auto"`, a GPU if there is one.
+    """Resolve the name of a device; `"auto"` is a GPU if there is one, and `"all"` remains as it is where there is one.
 
     Raises:
         LayerPruneError: This machine has no such device.

@@ -225,14 +225,7 @@ def task_config(task: LocalTask | Text) -> dict[str, Any]:
 
 
 def read_tasks(folder: Path, names: Collection[str] | None = None) -> dict[str, LocalTask | Text]:
-    """Read tasks and texts of a folder.
-
-    Args:
-        folder (`Path`): The folder.
-        names (`Collection[str]`, *optional*): Those to read; other files are left alone. By default all.
-
-    Returns:
-        `dict[str, LocalTask | Text]`: The tasks and texts by name, in alphabetical order.
+    """Read tasks and texts of a folder, by name, in alphabetical order: those that are named, or all.
 
     Raises:
         LayerPruneError: The folder has none, or one is invalid; the message names the line.
@@ -245,13 +238,7 @@ def read_tasks(folder: Path, names: Collection[str] | None = None) -> dict[str, 
 
 
 def task_files(folder: Path) -> dict[str, Path]:
-    """The files of tasks (`.jsonl`) and texts (`.txt`) in a folder.
-
-    Args:
-        folder (`Path`): The folder.
-
-    Returns:
-        `dict[str, Path]`: The files by name, in alphabetical order.
+    """The files of tasks (`.jsonl`) and texts (`.txt`) in a folder, by name, in alphabetical order.
 
     Raises:
         LayerPruneError: The folder has none, or two of the same name.
@@ -269,13 +256,7 @@ def task_files(folder: Path) -> dict[str, Path]:
 
 
 def read_task(path: Path) -> LocalTask:
-    """Read a file of questions.
-
-    Args:
-        path (`Path`): A `.jsonl` file.
-
-    Returns:
-        `LocalTask`: The task.
+    """Read a `.jsonl` file of questions.
 
     Raises:
         LayerPruneError: A line is not a valid question.

@@ -37,13 +37,7 @@ class Text:
 
 
 def read_text(path: Path) -> Text:
-    """Read a text file.
-
-    Args:
-        path (`Path`): A `.txt` file.
-
-    Returns:
-        `Text`: The text.
+    """Read a `.txt` file.
 
     Raises:
         LayerPruneError: It is empty, or not UTF-8.
@@ -55,13 +49,7 @@ def read_text(path: Path) -> Text:
 
 
 def find_text(name: str) -> Text:
-    """Find a text by its name.
-
-    Args:
-        name (`str`): A file, or `"wikitext2"`.
-
-    Returns:
-        `Text`: The text.
+    """Read a file, or download the text of a name such as `"wikitext2"`.
 
     Raises:
         LayerPruneError: There is no such text, or it can't be downloaded.
@@ -128,11 +116,6 @@ def begins_with(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def check_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, text: str) -> None:
     """Refuse to compare models whose tokenizers differ on a text.
-
-    Args:
-        ours (`PreTrainedTokenizerBase`): The model's tokenizer.
-        theirs (`PreTrainedTokenizerBase`): The base's.
-        text (`str`): The text that both will read.
 
     Raises:
         LayerPruneError: They tokenise it differently.
