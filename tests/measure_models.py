@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_layerprune.records.metrics import Metrics
 
 from .tiny_models import randomize
 
@@ -128,3 +131,14 @@ def write_gguf(path: Path, *, layers: int = 4, seed: int = 0, packed: GGMLQuanti
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def find(
+    metrics: Metrics, weights: str, metric: str, task: str | None = None, **settings: Any
+) -> dict[str, Any] | None:
+    """The newest number of these weights, or `None`."""
+    for record in reversed(metrics.results):
+        same = record["weights"] == weights and record["metric"] == metric and record.get("task") == task
+        if same and settings.items() <= record.get("settings", {}).items():
+            return record
+    return None

@@ -71,7 +71,7 @@ def extended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(REPAIRS, "doubling", doubling)
     first = Tuning("first", "the first N layers", lambda width: 0.1 / width, lambda cut, n: cut.keep[:n], "N")
     monkeypatch.setitem(METHODS, "first", first)
-    monkeypatch.setitem(METRICS, "surprise", Metric("surprise per haiku", help="Of a test."))
+    monkeypatch.setitem(METRICS, "surprise", Metric("surprise per haiku"))
 
 
 @pytest.mark.usefixtures("extended")

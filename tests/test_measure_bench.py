@@ -19,7 +19,7 @@ from hf_layerprune.measure.requests import Workload
 from hf_layerprune.measure.speed import time_models
 from hf_layerprune.records.metrics import Metrics
 
-from .measure_models import write_model
+from .measure_models import find, write_model
 from .tiny_models import tiny_model
 
 pytestmark = pytest.mark.processes
@@ -44,19 +44,19 @@ def test_dense_and_pruned_side_by_side(base: Path, cut: Path) -> None:
     (dense,) = set(found.models) - {ours}
     assert Metrics.of(cut) == found
     for weights, folder in ((ours, cut), (dense, base)):
-        assert found.find(weights, "bytes_on_disk")["value"] == (folder / "model.safetensors").stat().st_size
-        assert found.find(weights, "parameters")["value"] == load_model(folder).num_parameters()
+        assert find(found, weights, "bytes_on_disk")["value"] == (folder / "model.safetensors").stat().st_size
+        assert find(found, weights, "parameters")["value"] == load_model(folder).num_parameters()
         # Of float32 keys and values of two heads of eight each.
         layers = found.models[weights]["layers"]
-        assert found.find(weights, "kv_cache_bytes_per_token")["value"] == layers * 2 * 2 * 8 * 4
+        assert find(found, weights, "kv_cache_bytes_per_token")["value"] == layers * 2 * 2 * 8 * 4
         for metric in ("load_seconds", "peak_rss_bytes"):
-            record = found.find(weights, metric)
+            record = find(found, weights, metric)
             assert record["spread"][0] <= record["value"] <= record["spread"][1]
-        assert 50e6 < found.find(weights, "peak_rss_bytes")["value"] < 5e9
+        assert 50e6 < find(found, weights, "peak_rss_bytes")["value"] < 5e9
         for batch in (1, 2):
             for length in (8, 32):
                 for metric in TIMED:
-                    record = found.find(weights, metric, batch=batch, prompt_tokens=length, new_tokens=4)
+                    record = find(found, weights, metric, batch=batch, prompt_tokens=length, new_tokens=4)
                     low, high = record["spread"]
                     assert 0 < low <= record["value"] <= high
                     assert record["samples"] == 3

@@ -30,7 +30,7 @@ from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage, stage
 from hf_layerprune.records.metrics import Metrics
 
-from .measure_models import write_gguf, write_model, write_tasks
+from .measure_models import find, write_gguf, write_model, write_tasks
 
 NAMES = ("asked", "begun", "mixed")
 SMALL = {"length": 64, "windows": 8}
@@ -90,13 +90,13 @@ def test_numbers_are_those_of_the_harness_own_command(
     weights = found.weights
     for task in NAMES:
         for metric in ("acc", "acc_norm"):
-            record = found.find(weights, metric, task)
+            record = find(found, weights, metric, task)
             assert record["value"] == printed[task][f"{metric},none"]
             assert record["stderr"] == printed[task][f"{metric}_stderr,none"]
             assert record["samples"] == printed[task]["sample_len"] == 20
-    assert found.find(weights, "word_perplexity", "words")["value"] == printed["words"]["word_perplexity,none"]
-    assert found.find(weights, "bits_per_byte", "words")["value"] == printed["words"]["bits_per_byte,none"]
-    assert found.find(weights, "bits_per_byte", "words")["kind"] == "text"
+    assert find(found, weights, "word_perplexity", "words")["value"] == printed["words"]["word_perplexity,none"]
+    assert find(found, weights, "bits_per_byte", "words")["value"] == printed["words"]["bits_per_byte,none"]
+    assert find(found, weights, "bits_per_byte", "words")["kind"] == "text"
 
 
 def test_perplexity_is_the_textbooks(base: Path, tasks: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_perplexity_is_the_textbooks(base: Path, tasks: Path, tmp_path: Path) ->
         for i in range(8):
             window = ids[None, 64 * i : 64 * (i + 1)]
             losses.append(model(window, labels=window).loss.item())
-    record = found.find(found.weights, "perplexity", "words")
+    record = find(found, found.weights, "perplexity", "words")
     assert record["value"] == pytest.approx(math.exp(sum(losses) / 8), rel=1e-6)
     assert record["samples"] == 8 * 63
     assert record["settings"] == {"length": 64, "windows": 8, "starts_with_bos": False}
@@ -121,22 +121,22 @@ def test_beside_the_dense_model(base: Path, cut: Path, tasks: Path) -> None:
     assert found.models[ours]["layers"] == 6
     assert found.models[dense]["layers"] == 8
     for task, chance in (("asked", 0.25), ("begun", 0.5)):
-        mine, theirs = found.find(ours, "acc", task), found.find(dense, "acc", task)
+        mine, theirs = find(found, ours, "acc", task), find(found, dense, "acc", task)
         assert mine["chance"] == theirs["chance"] == chance
         (compared,) = (one for one in found.comparisons if (one.get("task"), one["metric"]) == (task, "acc"))
         assert compared["difference"] == pytest.approx(mine["value"] - theirs["value"])
         assert compared["test"] == "mcnemar_exact"
         assert compared["samples"] == mine["samples"] == 24
         assert 0 <= compared["p_value"] <= 1
-    assert 0.25 < found.find(ours, "acc", "mixed")["chance"] < 0.5
-    kl, nll = found.find(ours, "kl", "words"), found.find(ours, "nll", "words")
+    assert 0.25 < find(found, ours, "acc", "mixed")["chance"] < 0.5
+    kl, nll = find(found, ours, "kl", "words"), find(found, ours, "nll", "words")
     assert kl["value"] > 0
     assert kl["kind"] == "distance"
-    assert 0 < found.find(ours, "top1_agreement", "words")["value"] < 1
+    assert 0 < find(found, ours, "top1_agreement", "words")["value"] < 1
     (compared,) = (one for one in found.comparisons if one["metric"] == "nll")
-    assert compared["difference"] == pytest.approx(nll["value"] - found.find(dense, "nll", "words")["value"])
+    assert compared["difference"] == pytest.approx(nll["value"] - find(found, dense, "nll", "words")["value"])
     assert compared["test"] == "paired_t"
-    assert found.find(dense, "kl", "words") is None
+    assert find(found, dense, "kl", "words") is None
     # The file says the same, and every number says how it came about.
     assert Metrics.of(cut) == found
     for record in found.results:
@@ -208,12 +208,12 @@ def test_a_gguf_file(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found.models[dense] | {"parameters": 0} == {
         "role": "dense", "name": "tiny.gguf", "layers": 4, "parameters": 0, "identity": {},
     }  # fmt: skip
-    assert found.find(dense, "acc", "asked")["dtype"] == "bfloat16"
+    assert find(found, dense, "acc", "asked")["dtype"] == "bfloat16"
     # The same as the model that it unpacks to.
     model, tokenizer = load_model(path, dtype=torch.bfloat16), load_tokenizer(path)
     asked = task_set(["asked"], tasks).tasks["asked"]
     run = Harness(model, tokenizer, "auto").run("asked", asked, limit=8)
-    assert run.scores["acc"].value == found.find(dense, "acc", "asked")["value"]
+    assert run.scores["acc"].value == find(found, dense, "acc", "asked")["value"]
 
 
 # --- numbers belong to weights ------------------------------------------------------------------------------
@@ -405,8 +405,8 @@ def test_ruined_models_are_recorded(base: Path, tasks: Path, tmp_path: Path, cap
         model.model.norm.weight.mul_(1e5)
     model.save_pretrained(ruined)
     found = measure(ruined, tasks, base=str(base), tasks=(), output=tmp_path / "metrics.json")
-    assert found.find(found.weights, "perplexity", "words") is None
-    assert found.find(found.weights, "nll", "words")["value"] > 700
+    assert find(found, found.weights, "perplexity", "words") is None
+    assert find(found, found.weights, "nll", "words")["value"] > 700
     assert "perplexity on words is inf and is not recorded" in caplog.text
     assert any(one["metric"] == "nll" for one in found.comparisons)
 

@@ -16,7 +16,7 @@ from hf_layerprune.records.metrics import Metrics
 
 from .hub_server import HubServer, client_env
 from .measure_datasets import write_datasets
-from .measure_models import write_model
+from .measure_models import find, write_model
 
 pytestmark = pytest.mark.processes
 SIX = ("piqa", "hellaswag", "openbookqa", "arc_easy", "arc_challenge", "winogrande")
@@ -77,13 +77,13 @@ def test_six_of_the_papers_tasks_and_wikitext2(repos: dict[str, Path], tmp_path:
         "role": "cut", "name": "org/cut", "layers": 6, "parameters": 0, "identity": identity(repos["org/cut"]).parts,
     }  # fmt: skip
     for task in SIX:
-        record = found.find(found.weights, "acc", task)
+        record = find(found, found.weights, "acc", task)
         assert (record["samples"], record["shots"]) == (4, 0)
         assert record["settings"]["chat_template"] is False
         assert record["chance"] == (0.5 if task in ("piqa", "winogrande") else 0.25)
-        assert (found.find(found.weights, "acc_norm", task) is None) == (task == "winogrande")
-    assert found.find(found.weights, "acc", "arc_easy")["dataset"] == "allenai/ai2_arc"
-    assert found.find(found.weights, "kl", "wikitext2")["dataset"] == "Salesforce/wikitext"
+        assert (find(found, found.weights, "acc_norm", task) is None) == (task == "winogrande")
+    assert find(found, found.weights, "acc", "arc_easy")["dataset"] == "allenai/ai2_arc"
+    assert find(found, found.weights, "kl", "wikitext2")["dataset"] == "Salesforce/wikitext"
     assert len([one for one in found.comparisons if one.get("test") == "mcnemar_exact"]) == 11
 
 
@@ -104,4 +104,4 @@ def test_an_adapter_on_the_hub(repos: dict[str, Path], tmp_path: Path) -> None:
     assert found.weights == weights_hash(fingerprint(adapter))
     assert found.models[found.weights]["layers"] == 6
     assert found.models[found.weights]["role"] == "cut"
-    assert found.find(found.weights, "acc", "piqa")
+    assert find(found, found.weights, "acc", "piqa")

@@ -16,7 +16,7 @@ from hf_layerprune.records.figures.metric_names import METRICS, SHARE
 from hf_layerprune.records.metrics import Metrics
 from hf_layerprune.records.requirements import Bound, RequireOptions, check_measurable, judge, parse_bounds, strictest
 
-from .measure_models import write_model, write_tasks
+from .measure_models import find, write_model, write_tasks
 
 OWN, DENSE = "a" * 64, "b" * 64
 NAMES = st.sampled_from([*METRICS, "piqa", "words:perplexity", "piqa:acc", "perplexity_ratio", "mmlu_ratio"])
@@ -197,7 +197,9 @@ def test_eval_stops_at_a_miss(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "kl<=1000 is met: " in out
     recorded = json.loads((cut / "metrics.json").read_text())["requirements"]
     assert [one["met"] for one in recorded] == [False, False, True]
-    assert recorded[2]["measured"][0]["value"] == Metrics.of(cut).find(Metrics.of(cut).weights, "kl", "words")["value"]
+    assert (
+        recorded[2]["measured"][0]["value"] == find(Metrics.of(cut), Metrics.of(cut).weights, "kl", "words")["value"]
+    )
     # Later numbers are held against the same bounds, and others replace them.
     assert main(words) == 0
     assert len(Metrics.of(cut).bounds) == 3

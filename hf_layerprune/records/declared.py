@@ -72,16 +72,8 @@ def declared_by(folder: Path, card: Path | None = None, repository: str | None =
 
 
 def declared_in_gguf(keys: Mapping[str, str]) -> dict[str, Any]:
-    """Read what a GGUF file declares about itself.
-
-    Args:
-        keys (`Mapping[str, str]`): Its text metadata, by key.
-
-    Returns:
-        `dict[str, Any]`: As from `declared_by`, without languages.
-    """
-    names = {"license": "general.license", "license_name": "general.license.name"}
-    names["license_link"] = "general.license.link"
+    """Read what a GGUF file declares in its text metadata; as from `declared_by`, without languages."""
+    names = {field: f"general.{field.replace('_', '.')}" for field in LICENCE_FIELDS}
     declared: dict[str, Any] = {field: keys[key].strip()[:_MAX_TEXT] for field, key in names.items() if keys.get(key)}
     return declared | ({"chat": True} if "tokenizer.chat_template" in keys else {})
 

@@ -52,30 +52,18 @@ def hash_files(paths: Mapping[str, Path]) -> dict[str, str]:
 
 
 def fingerprint(path: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of the weight and JSON files of a base.
-
-    Args:
-        path (`Path`): A folder, or a single file.
-
-    Returns:
-        `dict[str, dict[str, Any]]`: By file name.
-    """
+    """Size and sha256 of the weight and JSON files of a base, a folder or a single file, by name."""
     suffixes = (*WEIGHTS, ".json")
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in suffixes and p.is_file())
-    hashes = hash_files({file.name: file for file in files if file.name not in RECORDS})
-    return {name: {"size": (path if path.is_file() else path / name).stat().st_size, "sha256": sha256}
-            for name, sha256 in hashes.items()}  # fmt: skip
+    named = {file.name: file for file in files if file.name not in RECORDS}
+    hashes = hash_files(named)
+    return {name: {"size": file.stat().st_size, "sha256": hashes[name]} for name, file in named.items()}
 
 
 def weights_hash(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """One hash for the weights of a model.
+    """One sha256 over the names and hashes of all weight files of a model, from `fingerprint`.
 
-    Args:
-        files (`Mapping[str, Mapping[str, Any]]`): Size and sha256 by file name, from `fingerprint`.
-
-    Returns:
-        `str`: The sha256 over the names and hashes of all weight files. Other files are ignored; the same weights in
-            other shards have another hash.
+    The same weights in other shards have another hash.
     """
     return _combined({name: entry["sha256"] for name, entry in files.items() if name.endswith(WEIGHTS)})
 
@@ -83,11 +71,7 @@ def weights_hash(files: Mapping[str, Mapping[str, Any]]) -> str:
 def passing_weights_hash(folder: Path) -> str:
     """The hash of weights that are about to be changed in place.
 
-    Args:
-        folder (`Path`): A model folder.
-
-    Returns:
-        `str`: As from `weights_hash`, but not cached: the modification time may be too coarse to show the change.
+    It is not cached, since the modification time may be too coarse to show the change.
     """
     paths = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
     return weights_hash({path.name: {"sha256": _read_hash(path)} for path in paths})
@@ -99,11 +83,9 @@ def _combined(hashes: Mapping[str, str]) -> str:
 
 
 def is_inert(name: str) -> bool:
-    """Whether a file of a model folder cannot change how the model behaves.
+    """Whether the file at a path relative to a model folder cannot change how the model behaves.
 
-    Args:
-        name (`str`): The path relative to the folder. Records, the card, pictures, licences and hidden files are inert;
-            any other file counts as affecting the behaviour.
+    Records, the card, pictures, licences and hidden files are inert; any other file counts as affecting the behaviour.
     """
     folder, _, base = name.rpartition("/")
     if name.startswith(".") or "/." in name:  # of git or of the Hub client; never loaded
@@ -187,22 +169,15 @@ class Identity:
 
 
 def identity_of(hashes: Mapping[str, str], base: str | None = None) -> Identity:
-    """The identity of a model, from the hashes of its files.
-
-    Args:
-        hashes (`Mapping[str, str]`): The sha256 of each file, by path relative to the model folder.
-        base (`str`, *optional*): For an adapter, its base.
-
-    Returns:
-        `Identity`: The identity.
-    """
+    """The identity of a model, from the sha256 of each file by relative path, and from the base of an adapter."""
     weights: dict[str, str] = {}
     template: dict[str, str] = {}
     others: dict[str, str] = {}
     for name, sha256 in hashes.items():
         if is_inert(name) or name in (CONFIG, GENERATION, ADAPTER_CONFIG):
             continue
-        group = weights if name.endswith(WEIGHTS) else template if _is_template(name) else others
+        is_template = name.startswith((f"{TEMPLATES}/", "chat_template."))
+        group = weights if name.endswith(WEIGHTS) else template if is_template else others
         group[name] = sha256
     return Identity(
         weights=_combined(weights),
@@ -215,18 +190,8 @@ def identity_of(hashes: Mapping[str, str], base: str | None = None) -> Identity:
     )
 
 
-def _is_template(name: str) -> bool:
-    return name.startswith((f"{TEMPLATES}/", "chat_template."))
-
-
 def identity(path: Path) -> Identity:
     """The identity of a model folder, an adapter's folder, or a GGUF file.
-
-    Args:
-        path (`Path`): The folder or file.
-
-    Returns:
-        `Identity`: The identity.
 
     Raises:
         CheckpointError: An entry is a broken link, or `adapter_config.json` can't be read.

@@ -172,12 +172,8 @@ class History:
         if budget is None:
             words += ["--drop-layers", format_layers(settings["drop_layers"])]
         else:  # its repair is fitted to the rows that are not held out
-            words += [
-                f"--{budget.replace('_', '-')}",
-                f"{settings[budget]:g}",
-                "--criterion",
-                str(settings["criterion"]),
-            ]
+            words += [f"--{budget.replace('_', '-')}", f"{settings[budget]:g}"]
+            words += ["--criterion", str(settings["criterion"])]
             words += ["--contiguous"] if settings.get("contiguous") is True else []
             for name in ("protect_first", "protect_last"):
                 words += [f"--{name.replace('_', '-')}", str(settings[name])] if settings.get(name) else []
@@ -227,12 +223,6 @@ def _calibration_words(record: Any) -> list[str]:
 
 def read_history(lineage: Lineage) -> History:
     """Follow a lineage from the base to the model.
-
-    Args:
-        lineage (`Lineage`): The lineage.
-
-    Returns:
-        `History`: The stages.
 
     Raises:
         CheckpointError: The lineage contradicts itself.

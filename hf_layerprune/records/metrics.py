@@ -85,14 +85,7 @@ class Metrics:
 
     @classmethod
     def update(cls, path: Path, change: Callable[[Metrics | None], Metrics]) -> Metrics:
-        """Change a file of numbers under a lock, so that concurrent changes are not lost.
-
-        Args:
-            path (`Path`): The file.
-            change (`Callable[[Metrics | None], Metrics]`): Takes the current numbers and returns the new ones.
-
-        Returns:
-            `Metrics`: The new numbers.
+        """Change a file of numbers under a lock, so that concurrent changes are not lost; return the new numbers.
 
         Raises:
             CheckpointError: The old or new content does not follow the schema, or the file can't be written.
@@ -108,11 +101,7 @@ class Metrics:
         self.models[model.weights] = told
 
     def changed_since(self, model: Identity) -> list[str]:
-        """The parts of a model, such as `config`, that have changed since its numbers were measured.
-
-        Returns:
-            `list[str]`: Empty if nothing changed, or if the model was not measured.
-        """
+        """The parts of a model, such as `config`, that have changed since its numbers were measured, if they were."""
         told = self.models.get(model.weights)
         return model.changed_since(told.get("identity")) if told is not None else []
 
@@ -122,20 +111,8 @@ class Metrics:
             keys = {_key(record) for record in new}
             setattr(self, name, [old for old in getattr(self, name) if _key(old) not in keys] + list(new))
 
-    def find(self, weights: str, metric: str, task: str | None = None, **settings: Any) -> dict[str, Any] | None:
-        """The newest matching number, or `None`."""
-        for record in reversed(self.results):
-            same = record["weights"] == weights and record["metric"] == metric and record.get("task") == task
-            if same and settings.items() <= record.get("settings", {}).items():
-                return record
-        return None
-
     def mismatch(self, model: Identity, lineage: Lineage | None) -> str | None:
         """How these numbers contradict a model and its history.
-
-        Args:
-            model (`Identity`): The model.
-            lineage (`Lineage`, *optional*): Its history.
 
         Returns:
             `str`, *optional*: The contradiction, to follow the name of the file: the weights, config, tokenizer, chat

@@ -13,51 +13,23 @@ _PACKAGES = {
 
 
 def method_of(settings: Any) -> str:
-    """The method of a `quantization_config`.
-
-    Args:
-        settings (`Any`): The field of a config.
-
-    Returns:
-        `str`: The name by which transformers knows it, which is that of a package for most; `"unknown"` if it has none.
-    """
+    """The method of a `quantization_config`: the name of a package for most, and `"unknown"` if it has none."""
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     return method if isinstance(method, str) and method else "unknown"
 
 
 def is_repeatable_method(settings: Any) -> bool:
-    """Whether quantising the same weights with these settings again gives the same bytes.
-
-    Args:
-        settings (`Any`): The field `quantization_config` of a config.
-
-    Returns:
-        `bool`: `False` for a method that depends on data, and for one that is not known to repeat.
-    """
+    """Whether quantising the same weights with this `quantization_config` again is known to give the same bytes."""
     return method_of(settings) in _REPEATABLE
 
 
 def package_of(settings: Any) -> str | None:
-    """The package that transformers needs to load a quantised model, as pip takes it.
-
-    Args:
-        settings (`Any`): The field `quantization_config` of a config.
-
-    Returns:
-        `str | None`: `None` for a method that is not known here.
-    """
+    """The package that transformers needs to load a model with this `quantization_config`, if that is known here."""
     return _PACKAGES.get(method_of(settings))
 
 
 def describe_quantization(settings: Any) -> str:
-    """A `quantization_config` in a few words.
-
-    Args:
-        settings (`Any`): The field of a config.
-
-    Returns:
-        `str`: The method, and its type of numbers where the method names one, such as `bitsandbytes, nf4`.
-    """
+    """A `quantization_config` in a few words: its method, and its type of numbers if it has one, as `bitsandbytes, nf4`."""
     told = settings if isinstance(settings, dict) else {}
     kind: Any = told.get("quant_type") or told.get("format")
     if isinstance(kind, dict):  # of torchao

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from operator import ge, gt, le, lt
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError
@@ -66,11 +67,7 @@ class Bound:
 
     def met_by(self, value: float) -> bool:
         """Whether a number meets it."""
-        if self.sign == "<=":
-            return value <= self.limit
-        if self.sign == ">=":
-            return value >= self.limit
-        return value < self.limit if self.sign == "<" else value > self.limit
+        return {"<=": le, ">=": ge, "<": lt, ">": gt}[self.sign](value, self.limit)
 
 
 @dataclass(frozen=True)
@@ -108,16 +105,10 @@ class Outcome:
 
 
 def parse_bounds(text: str) -> tuple[Bound, ...]:
-    """Read bounds, separated by commas.
-
-    Args:
-        text (`str`): The bounds, or `none` for no bound.
-
-    Returns:
-        `tuple[Bound, ...]`: The bounds.
+    """Read bounds, separated by commas; `none` is no bound.
 
     Raises:
-        ValueError: A bound is malformed, its limit is not a finite number or out of range, or it stands there twice.
+        ValueError: A bound is malformed or repeated, or its limit is not a finite number or out of range.
     """
     if text.strip() == "none":
         return ()
@@ -187,15 +178,7 @@ class RequireOptions(Options):
 
 
 def judge(bounds: Iterable[Bound], metrics: Metrics) -> list[Outcome]:
-    """Hold bounds against the newest numbers of a model.
-
-    Args:
-        bounds (`Iterable[Bound]`): The bounds.
-        metrics (`Metrics`): The numbers of a model folder.
-
-    Returns:
-        `list[Outcome]`: One for each bound.
-    """
+    """Hold each bound against the newest numbers of a model."""
     return [Outcome(bound, tuple(_measured(bound, metrics))) for bound in bounds]
 
 

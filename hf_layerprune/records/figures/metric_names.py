@@ -20,7 +20,6 @@ class Metric:
         unit (`str`, defaults to `"number"`): The format of the number: `share` (0 to 1, in percent), `bytes`,
             `seconds`, `count` or `number`.
         higher_is_better (`bool`, defaults to `False`): Whether higher values are better.
-        help (`str`, defaults to `""`): A sentence on what the metric measures.
         instead_of (`str`, *optional*): An equivalent metric of the same task that is hidden if this one is present.
         of_the_file (`bool`, defaults to `False`): Whether the metric depends on how a file stores its weights.
     """
@@ -28,38 +27,34 @@ class Metric:
     label: str
     unit: str = NUMBER
     higher_is_better: bool = False
-    help: str = ""
     instead_of: str | None = None
     of_the_file: bool = False
 
 
 METRICS: dict[str, Metric] = {
-    "acc": Metric("accuracy", SHARE, True, "Questions answered correctly."),
+    "acc": Metric("accuracy", SHARE, True),
     "acc_norm": Metric(
-        "length-normalised accuracy", SHARE, True,
-        "Questions answered correctly, where answers are compared by likelihood per byte.", instead_of="acc",
-    ),
-    "exact_match": Metric("exact match", SHARE, True, "Answers that equal the expected one."),
-    "f1": Metric("F1", SHARE, True, "Overlap of the answer's words with those expected."),
-    "perplexity": Metric("perplexity", help="Of the tokens of a text.", instead_of="nll"),
-    "word_perplexity": Metric("per-word perplexity", help="Of a text, normalised by its words."),
-    "byte_perplexity": Metric("per-byte perplexity", help="Of a text, normalised by its bytes."),
-    "bits_per_byte": Metric("bits per byte", help="Cross-entropy of a text, normalised by its bytes."),
-    "nll": Metric("cross-entropy, nats per token", help="Of a text."),
-    "kl": Metric("KL divergence from dense, nats per token", help="Of the next-token distribution."),
-    "top1_agreement": Metric(
-        "top-1 agreement with dense", SHARE, True, "Tokens whose likeliest successor is that of the dense model."
-    ),
+        "length-normalised accuracy", SHARE, True, instead_of="acc"
+    ),  # likelihood per byte of an answer
+    "exact_match": Metric("exact match", SHARE, True),
+    "f1": Metric("F1", SHARE, True),
+    "perplexity": Metric("perplexity", instead_of="nll"),
+    "word_perplexity": Metric("per-word perplexity"),
+    "byte_perplexity": Metric("per-byte perplexity"),
+    "bits_per_byte": Metric("bits per byte"),
+    "nll": Metric("cross-entropy, nats per token"),
+    "kl": Metric("KL divergence from dense, nats per token"),  # of the distributions of the next token
+    "top1_agreement": Metric("top-1 agreement with dense", SHARE, True),  # of the likeliest next token
     "parameters": Metric("parameters", COUNT),
-    "bytes_on_disk": Metric("size on disk", BYTES, help="Weight files.", of_the_file=True),
-    "prefill_tokens_per_second": Metric("prefill throughput, tokens/s", NUMBER, True, "Reading the prompt."),
-    "decode_tokens_per_second": Metric("decode throughput, tokens/s", NUMBER, True, "Generating after the first token."),
-    "time_to_first_token": Metric("time to first token", SECONDS, help="From the prompt to the first new token."),
+    "bytes_on_disk": Metric("size on disk", BYTES, of_the_file=True),  # of the weight files
+    "prefill_tokens_per_second": Metric("prefill throughput, tokens/s", NUMBER, True),
+    "decode_tokens_per_second": Metric("decode throughput, tokens/s", NUMBER, True),
+    "time_to_first_token": Metric("time to first token", SECONDS),
     "load_seconds": Metric("load time", SECONDS, of_the_file=True),
-    "peak_rss_bytes": Metric("peak memory", BYTES, help="Resident set of the process.", of_the_file=True),
-    "peak_cuda_bytes": Metric("peak GPU memory", BYTES, help="Allocated by PyTorch."),
+    "peak_rss_bytes": Metric("peak memory", BYTES, of_the_file=True),  # resident set of the process
+    "peak_cuda_bytes": Metric("peak GPU memory", BYTES),  # allocated by PyTorch
     "kv_cache_bytes_per_token": Metric("KV cache per token", BYTES),
-}  # fmt: skip
+}
 _SHARES = {"acc", "agreement", "match", "em", "f1"}
 _LOWER = ("perplexity", "nll", "kl", "bits_per", "bytes", "seconds", "time_", "parameters", "loss", "error")
 

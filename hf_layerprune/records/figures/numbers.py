@@ -79,17 +79,7 @@ def ratio(value: float) -> str:
 
 
 def measured(metric: str, value: float, kind: str | None = None, unit: str | None = None) -> str:
-    """Format the value of a metric.
-
-    Args:
-        metric (`str`): The name in `metrics.json`.
-        value (`float`): The value.
-        kind (`str`, *optional*): The kind in `metrics.json`.
-        unit (`str`, *optional*): The unit in `metrics.json`.
-
-    Returns:
-        `str`: The formatted value, with the unit unless the metric's label contains it.
-    """
+    """Format the value of a metric of `metrics.json`, with the unit unless the metric's label contains it."""
     return _WRITTEN[metric_named(metric, kind, unit).unit](value)
 
 
