@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from .. import families
@@ -54,12 +55,6 @@ class Advice:
 
 def advise(request: AdviseRequest) -> Advice:
     """Say what to drop, and how to repair and heal it.
-
-    Args:
-        request (`AdviseRequest`): The model, the time, and how many layers go, if that is settled.
-
-    Returns:
-        `Advice`: A command, settings, and what to expect.
 
     Raises:
         CutError: An option is not accepted, or can't be met.
@@ -112,9 +107,13 @@ def _launch(request: AdviseRequest) -> tuple[str, ...]:
 
 
 def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
+    from ..select.cost import forward_seconds
+    from .curve import curve_in
+    from .rank import open_base, open_walk
+
     frontier, n = Frontier.load(), families.layer_count(config)
-    curve = _curve(request)
-    seconds = _forward_seconds(request)
+    curve = curve_in(request.from_curve.expanduser(), request).points if request.from_curve is not None else None
+    seconds = forward_seconds(open_walk(request, open_base(request)), _LENGTH)  # to read a token on this machine
     left = request.minutes * 60 / seconds - frontier.tokens_before
     tokens = max(0, int(left / frontier.tokens_per_token))
     if tokens < _FEW_TOKENS:
@@ -150,35 +149,15 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
         }
         command = _launch(request)
     else:
-        words = [word for name, value in settings.items() for word in _words(name, value)]
-        command = ("hf-layerprune", "prune", request.base, "pruned", *words)
+        asked = amount | {"repair": heal["repair"]}
+        words = [
+            (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])) for name, value in asked.items()
+        ]
+        command = ("hf-layerprune", "prune", request.base, "pruned", *chain(*words))
         settings = {}
     record["settings"] = settings
-    text = _told(request, frontier, expected | {count: here}, count, n, tokens, record)
+    text = _told(request, frontier, expected | {count: here}, n, record)
     return Advice(settings, command, text, record)
-
-
-def _words(name: str, value: Any) -> list[str]:
-    if name == "model_name_or_path":
-        return []
-    flag = "--" + name.replace("_", "-")
-    return [flag] if value is True else [flag, str(value)]
-
-
-def _forward_seconds(request: AdviseRequest) -> float:
-    """Seconds that the model takes to read a token on this machine."""
-    from ..select.cost import forward_seconds
-    from .rank import open_base, open_walk
-
-    return forward_seconds(open_walk(request, open_base(request)), _LENGTH)
-
-
-def _curve(request: AdviseRequest) -> list[dict[str, Any]] | None:
-    if request.from_curve is None:
-        return None
-    from .curve import curve_in
-
-    return curve_in(request.from_curve.expanduser(), request).points
 
 
 def _expected(frontier: Frontier, curve: list[dict[str, Any]] | None, count: int, n: int, tokens: int) -> Expected:
@@ -239,15 +218,8 @@ def _for_target(request: AdviseRequest, config: Any) -> int:
     return len(chosen)
 
 
-def _told(
-    request: AdviseRequest,
-    frontier: Frontier,
-    expected: dict[int, Expected],
-    count: int,
-    n: int,
-    tokens: int,
-    record: Any,
-) -> str:
+def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expected], n: int, record: Any) -> str:
+    count, tokens = record["drop"], record["tokens"]
     lines = ["dropped  perplexity     KL"]
     for each, one in sorted(expected.items()):
         mark = "  <- advised" if each == count else ""

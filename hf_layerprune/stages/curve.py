@@ -89,21 +89,12 @@ class Curve:
         rows = [heads, ["0", *_sizes(self.record["dense"]), "1x", "0", "0", "x1", "100 %", "dense"]]
         for point in self.points:
             best = point.get("repaired") or point["cut"]
-            marks = [
-                word for word, count in (("chosen", self.chosen), ("knee", self.knee)) if count == point["dropped"]
-            ]
-            rows.append(
-                [
-                    str(point["dropped"]),
-                    *_sizes(point),
-                    f"{point['speedup']:.2f}x",
-                    f"{point['cut']['kl']:.3g}",
-                    f"{point['repaired']['kl']:.3g}" if "repaired" in point else "-",
-                    f"x{best['perplexity_ratio']:.3g}",
-                    f"{best['top1_agreement']:.0%}".replace("%", " %"),
-                    point["layers"] + (f"  <- {', '.join(marks)}" if marks else ""),
-                ]
-            )
+            marks = {"chosen": self.chosen, "knee": self.knee}
+            here = ", ".join(word for word, count in marks.items() if count == point["dropped"])
+            kls = [f"{point[name]['kl']:.3g}" if name in point else "-" for name in ("cut", "repaired")]
+            quality = [f"x{best['perplexity_ratio']:.3g}", f"{100 * best['top1_agreement']:.0f} %"]
+            layers = point["layers"] + (f"  <- {here}" if here else "")
+            rows.append([str(point["dropped"]), *_sizes(point), f"{point['speedup']:.2f}x", *kls, *quality, layers])
         widths = [max(len(row[k]) for row in rows) for k in range(len(heads) - 1)]
         lines = ["  ".join([*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
         repair = self.record["repair"]
@@ -240,11 +231,7 @@ def _identity(request: RankRequest | PruneRequest | AdviseRequest) -> str:
 
 
 def _earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, Any] | None:
-    """What an earlier run has found.
-
-    Raises:
-        CheckpointError: The folder holds something else.
-    """
+    """What an earlier run has found; raises if the folder holds something else."""
     if not folder.exists():
         return None
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
@@ -270,10 +257,6 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
 def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[str, Any]]:
     """The cut that a request asks for, among the points of a curve.
 
-    Args:
-        request (`PruneRequest`): What to prune, and how many layers go.
-        folder (`Path`): The curve.
-
     Returns:
         `tuple[PruneRequest, dict[str, Any]]`: The request with the layers and the repair of the point, and the curve
             for the lineage.
@@ -292,19 +275,14 @@ def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[st
         )
     point = curve.points[count - 1]
     repair = request.repair or (record["repair"] if "repaired" in point else None)
-    told = {"criterion": "curve", "curve": [_without_bytes(one) for one in curve.points]}
-    return replace(request, drop_layers=parse_layers(point["layers"]), repair=repair), told
+    sizes = ("bytes", "parameters", "speedup")
+    points = [{name: value for name, value in one.items() if name not in sizes} for one in curve.points]
+    request = replace(request, drop_layers=parse_layers(point["layers"]), repair=repair)
+    return request, {"criterion": "curve", "curve": points}
 
 
 def curve_in(folder: Path, request: PruneRequest | AdviseRequest) -> Curve:
-    """The curve of a base that `rank --curve` has written.
-
-    Args:
-        folder (`Path`): Where it is.
-        request (`PruneRequest` or `AdviseRequest`): Names the base.
-
-    Returns:
-        `Curve`: The curve.
+    """The curve of a request's base that `rank --curve` has written.
 
     Raises:
         CheckpointError: There is no curve of this base.
@@ -317,19 +295,11 @@ def curve_in(folder: Path, request: PruneRequest | AdviseRequest) -> Curve:
     return Curve(record["points"], record)
 
 
-def _without_bytes(point: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in point.items() if name not in ("bytes", "parameters", "speedup")}
-
-
 def _chosen(request: AmountOptions, curve: Curve, num_layers: int) -> int | None:
     """How many layers a request would drop, by the points of the curve."""
-    for name, limit in ((request.budget, "budget"), (request.target, "target")):
-        if name is not None:
-            value = getattr(request, name)
-            found = [point for point in curve.points if _is_inside(point, name, value)]
-            if limit == "budget":
-                return found[-1]["dropped"] if found else None
-            return found[0]["dropped"] if found else None
+    if name := request.budget or request.target:
+        found = [point["dropped"] for point in curve.points if _is_inside(point, name, getattr(request, name))]
+        return found[-1 if request.budget else 0] if found else None
     count = drop_count(request.drop, num_layers)
     return count if count <= len(curve.points) else None
 

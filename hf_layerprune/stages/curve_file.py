@@ -14,13 +14,7 @@ FILE = "curve.json"
 
 
 def read_curve(path: Path) -> dict[str, Any]:
-    """Read what a run of `rank --curve` has written, whole or in part.
-
-    Args:
-        path (`Path`): The file.
-
-    Returns:
-        `dict[str, Any]`: Its content, checked.
+    """Read and check what a run of `rank --curve` has written, whole or in part.
 
     Raises:
         CheckpointError: It is something else.

@@ -60,13 +60,7 @@ class Anatomy:
 
 
 def inspect_model(request: InspectRequest) -> Anatomy:
-    """Take a model apart by its config.
-
-    Args:
-        request (`InspectRequest`): Which model.
-
-    Returns:
-        `Anatomy`: Parameters by part.
+    """Count the parameters of a model by part.
 
     Raises:
         CheckpointError: There is no such model.
@@ -76,13 +70,7 @@ def inspect_model(request: InspectRequest) -> Anatomy:
 
 
 def inspect_config(config: PreTrainedConfig) -> Anatomy:
-    """Take a model apart by its config alone.
-
-    Args:
-        config (`PreTrainedConfig`): The model's config.
-
-    Returns:
-        `Anatomy`: Parameters by part.
+    """Count the parameters of a model by part, from its config alone.
 
     Raises:
         LayerPruneError: The config is of a model without a language decoder.
@@ -108,10 +96,7 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
     stack = find_decoder_layers(model)
     layers = [_count(layer) for layer in stack.layers]
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = bool(getattr(families.text_config(model.config), "tie_word_embeddings", False))
-    tied = tied and head is not None
-    embedding_count = _count(embeddings)
-    head_count = 0 if tied or head is None else _count(head)
+    tied = head is not None and bool(getattr(families.text_config(model.config), "tie_word_embeddings", False))
     # On the meta device a tied matrix may be counted twice; the parts are counted one by one instead.
     known = {id(p) for m in (embeddings, head, *stack.layers) if m is not None for p in m.parameters()}
     other = sum(p.numel() for p in model.parameters() if id(p) not in known)
@@ -119,8 +104,8 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
         model_type=families.text_config(config).model_type,
         architecture=type(model).__name__,
         layers=layers,
-        embeddings=embedding_count,
-        head=head_count,
+        embeddings=_count(embeddings),
+        head=0 if tied or head is None else _count(head),
         other=other,
         tied=tied,
         layers_path=stack.path,
@@ -136,25 +121,16 @@ def _count(module: nn.Module) -> int:
 
 
 def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
-    """Spell an anatomy out for a person.
-
-    Args:
-        name (`str`): What the user called the model.
-        anatomy (`Anatomy`): See `inspect_config`.
-        drop (`float` or `int`, defaults to 0.25): The cut to try out.
-
-    Returns:
-        `str`: Several lines.
-    """
+    """Describe a model, by the name that the user gave it, and what a cut would leave of it."""
     n, smallest, largest = len(anatomy.layers), min(anatomy.layers), max(anatomy.layers)
     each = f"{smallest:,} each" if smallest == largest else f"{smallest:,} to {largest:,} each"
-    head = "tied to the embeddings" if anatomy.tied else f"{anatomy.head:,}"
+    head = f"{'-':>15}   tied to the embeddings" if anatomy.tied else f"{anatomy.head:,}"
     lines = [
         f"{name}: {anatomy.architecture} ({anatomy.model_type})",
         f"  decoder layers   {n:>15}   {anatomy.layers_path}, {each}",
         f"  in the layers    {sum(anatomy.layers):>15,}   {sum(anatomy.layers) / anatomy.total:.1%}",
         f"  embeddings       {anatomy.embeddings:>15,}   {anatomy.embeddings / anatomy.total:.1%}",
-        f"  output head      {head:>15}" if not anatomy.tied else f"  output head      {'-':>15}   {head}",
+        f"  output head      {head:>15}",
         f"  other            {anatomy.other:>15,}",
         f"  parameters       {anatomy.total:>15,}",
     ]

@@ -32,7 +32,7 @@ def write_lineage(
         request (`PruneRequest`): What was asked for.
         entry (`dict[str, Any]`): The stage's entry.
         commit (`str`, *optional*): The base's commit on the Hub.
-        folder (`Path`): What was written.
+        folder (`Path`): The folder that was written.
         hub (`Base`, *optional*): The base, if it is open already.
 
     Raises:
@@ -70,12 +70,7 @@ def _declared(source: Path, repo: Repo | None) -> dict[str, Any]:
 
 
 def copy_licence(source: Path, folder: Path) -> None:
-    """Hand on the licence and its notices, where copying bytes has not done so.
-
-    Args:
-        source (`Path`): The folder that has them.
-        folder (`Path`): The folder that gets them.
-    """
+    """Copy the licence and its notices from one folder to another that lacks them."""
     for path in sorted(source.iterdir()):
         if path.is_file() and is_licence_file(path.name) and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)

@@ -81,14 +81,7 @@ def settings_of(request: PruneRequest, dropped: list[int]) -> dict[str, Any]:
 
 
 def was_made(request: PruneRequest, folder: Path) -> bool:
-    """Whether a folder holds what a request asks for, made by an earlier run.
-
-    Args:
-        request (`PruneRequest`): What is asked for.
-        folder (`Path`): Where it would be.
-
-    Returns:
-        `bool`: `False` where there is nothing yet.
+    """Whether a folder holds what a request asks for, made by an earlier run; `False` if there is nothing yet.
 
     Raises:
         CheckpointError: It holds something else.
@@ -111,12 +104,6 @@ def was_made(request: PruneRequest, folder: Path) -> bool:
 
 def prune_to(request: PruneRequest) -> Pruned:
     """Prune a base into a new folder or file.
-
-    Args:
-        request (`PruneRequest`): What to do.
-
-    Returns:
-        `Pruned`: What was done; as text, one line.
 
     Raises:
         CutError: These layers can't be dropped.
@@ -155,7 +142,7 @@ def prune_to(request: PruneRequest) -> Pruned:
     cut = families.make_cut(config, dropped)
     if warning := misread(config, cut.keep):
         logger.warning("%s; %s", warning, WAY_OUT)
-    from ..cut.check import tell_if_presumed  # these import torch, which a cut GGUF file does without
+    from ..cut.check import check_cut, tell_if_presumed  # these import torch, which a cut GGUF file does without
     from ..cut.memory import rehearse_config
 
     # Everything that can be refused is refused before a weight is read.
@@ -172,8 +159,8 @@ def prune_to(request: PruneRequest) -> Pruned:
                 plan = plan_cut(hub or source, cut.drop)
                 fill(plan, folder, link=request.link, name=output.name)
                 commit = hub.repo.commit if hub and hub.repo else None
-                if request.check:
-                    _check(request, folder)
+                if request.check:  # before any repair; a cut in memory has been checked already
+                    check_cut(load_base(request.base, revision=request.revision), load_base(folder))
                 else:
                     tell_if_presumed(config)
                 if prepared is not None and prepared.repair is not None:
@@ -243,12 +230,12 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
 
 
 def _write_modelfile(output: Path) -> None:
-    """Write what Ollama needs beside a file that chats; one that is there already may have been edited, and stays."""
+    """Write what Ollama needs beside a file that chats; an existing one may have been edited, and stays."""
     text, path = modelfile_of(output), output.with_suffix(".Modelfile")
     if text is None:
         return
     if os.path.lexists(path):
-        logger.info("%s is there already and stays as it is", path)
+        logger.info("%s exists and stays as it is", path)
         return
     write_text(path, text)
     logger.info("wrote %s, for Ollama", path)
@@ -320,27 +307,16 @@ def _model(
             f"{stack.path}.{cut.new_index[i]}.{name}" for i, name in sorted(prepared.repair.tensors)
         ]
     model.save_pretrained(folder)
-    _save_tokenizer(request, folder)
+    try:
+        load_tokenizer(request.base, revision=request.revision).save_pretrained(folder)
+    except CheckpointError as error:
+        logger.warning("%s; none is written", error)
     return getattr(model.config, "_commit_hash", None), prepared
-
-
-def _check(request: PruneRequest, folder: Path) -> None:
-    """Compare what was written, before any repair, with its base; a cut in memory has been checked already."""
-    from ..cut.check import check_cut
-
-    check_cut(load_base(request.base, revision=request.revision), load_base(folder))
 
 
 def _note_plain_cut(prepared: Prepared, folder: Path) -> None:
     """Note what the weights were before their repair, so that the numbers of that cut can stand beside."""
     prepared.record["repair"]["input_weights"] = passing_weights_hash(folder)
-
-
-def _save_tokenizer(request: PruneRequest, folder: Path) -> None:
-    try:
-        load_tokenizer(request.base, revision=request.revision).save_pretrained(folder)
-    except CheckpointError as error:
-        logger.warning("%s; none is written", error)
 
 
 def _adapter(

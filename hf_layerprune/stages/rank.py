@@ -63,12 +63,6 @@ class Ranking:
 def rank(request: RankRequest) -> Ranking:
     """Score the layers of a base.
 
-    Args:
-        request (`RankRequest`): What to do.
-
-    Returns:
-        `Ranking`: The scores, and what each criterion would drop.
-
     Raises:
         CutError: Too few layers may be dropped, or a device can't be used.
         CheckpointError: The base or the calibration set can't be read, or the output can't be written.
@@ -88,7 +82,7 @@ def rank(request: RankRequest) -> Ranking:
     free = {criterion.name: free_layers(n, count, *criterion.protection(request), protected) for criterion in criteria}
     source = Path(request.base).expanduser()
     if request.output is not None:
-        _check_output(request.output.expanduser(), source, request.force)
+        check_target(request.output.expanduser(), source, request.force, replaces=_OURS)
     from ..select.runner import choose_layers, score_layers
 
     start = time.perf_counter()
@@ -204,11 +198,6 @@ def open_walk(request: WalkRequest, model: Any) -> LayerWalk:
         raise CutError(f"device {request.device!r} can't be used: {str(error).splitlines()[0]}") from error
 
 
-def _check_output(output: Path, source: Path, force: bool) -> None:
-    """Refuse an output that can't be written, before minutes are spent on scoring."""
-    check_target(output, source, force, replaces=_OURS)
-
-
 def _write(ranking: Ranking, folder: Path, num_layers: int) -> None:
     write_text(folder / "scores.json", json.dumps(ranking.record, indent=1, allow_nan=False) + "\n")
     try:
@@ -222,16 +211,7 @@ def _write(ranking: Ranking, folder: Path, num_layers: int) -> None:
 def draw_ranking(
     scores: Mapping[str, Scores], drops: Mapping[str, Sequence[int]], num_layers: int, folder: Path
 ) -> list[Path]:
-    """Draw a ranking.
-
-    Args:
-        scores (`Mapping[str, Scores]`): By criterion.
-        drops (`Mapping[str, Sequence[int]]`): What each would drop.
-        num_layers (`int`): Number of layers of the base.
-        folder (`Path`): Where the plots go.
-
-    Returns:
-        `list[Path]`: The plots, each as PNG and as SVG.
+    """Draw the scores and what each criterion would drop; return the plots, each as PNG and as SVG.
 
     Raises:
         LayerPruneError: matplotlib is not installed.
