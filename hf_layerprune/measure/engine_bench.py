@@ -35,7 +35,7 @@ class EngineBench(Recorder):
         self.paths = self._paths()
 
     def run(self) -> None:
-        """Time the models, and record what came out."""
+        """Time the models, and record the numbers."""
         works = self.request.workloads
         if (most := self.engine.largest_batch) is not None:
             works = [work for work in works if work.batch <= most]

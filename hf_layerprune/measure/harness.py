@@ -110,7 +110,7 @@ class Runs:
             torch.no_grad(),
             boundary(f"task {name} can't be run", "omit it", LayerPruneError),
         ):
-            # An empty index: the task is loaded, and by default the harness would index all of its own for each.
+            # An empty index, because the task is loaded; otherwise the harness would index all of its tasks each time.
             manager = TaskManager(include_defaults=False)
             model: Any = self
             evaluated = simple_evaluate(
@@ -185,7 +185,7 @@ class ImageHarness(Runs, HFMultimodalLM):
                 pretrained=model,
                 tokenizer=processor,
                 batch_size=_first_batch(model, batch_size),
-                max_length=getattr(text, "max_position_embeddings", None),  # which it seeks at the top of the config
+                max_length=getattr(text, "max_position_embeddings", None),  # the harness expects it at the top level
                 convert_img_format=True,
             )
 

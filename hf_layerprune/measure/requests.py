@@ -1,4 +1,4 @@
-"""The requests of `eval` and `bench`. This module does not import torch."""
+"""The options of `eval` and `bench`. This module does not import torch."""
 
 from __future__ import annotations
 

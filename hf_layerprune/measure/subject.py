@@ -194,7 +194,7 @@ def _check_adapter(adapter: PeftConfig | None, source: str | Path, files: Contai
 
 
 def pick_device(name: str) -> str:
-    """Resolve the name of a device; `"auto"` is a GPU if there is one, and `"all"` remains as it is where there is one.
+    """Resolve the name of a device: `"auto"` becomes a GPU if there is one; `"all"`, for all GPUs, stays if there is one.
 
     Raises:
         LayerPruneError: This machine has no such device.

@@ -1,4 +1,4 @@
-"""What `card`, `push`, `verify` and `chat` can be asked for. Importing this imports no torch."""
+"""The options of `card`, `push`, `verify` and `chat`. This module does not import torch."""
 
 from __future__ import annotations
 

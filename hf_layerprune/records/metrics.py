@@ -52,7 +52,7 @@ class Metrics:
 
     @property
     def outcomes(self) -> list[Outcome]:
-        """Its bounds, held against its numbers."""
+        """Whether its numbers meet its bounds."""
         return judge(self.bounds, self)
 
     @classmethod

@@ -72,7 +72,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A bound, and the numbers that it was held against.
+    """A bound, and the numbers that it applies to.
 
     Args:
         bound (`Bound`): The bound.
@@ -178,7 +178,7 @@ class RequireOptions(Options):
 
 
 def judge(bounds: Iterable[Bound], metrics: Metrics) -> list[Outcome]:
-    """Hold each bound against the newest numbers of a model."""
+    """Check each bound against the newest numbers of a model."""
     return [Outcome(bound, tuple(_measured(bound, metrics))) for bound in bounds]
 
 
@@ -255,7 +255,7 @@ def unknown(bound: Bound, names: Sequence[str]) -> str:
 
 
 def how_to_measure(bound: Bound) -> str:
-    """What to run, so that a bound can be held against a number."""
+    """The command that measures what a bound is about."""
     task, _, metric = bound.plain.rpartition(":")
     base = " --base BASE" if bound.is_ratio or metric in _FROM_BASE else ""
     if metric in (*_OF_TEXTS, *_FROM_BASE):

@@ -1,4 +1,4 @@
-"""What to drop, and how to repair and heal it, in the time that there is.
+"""What to drop, and how to repair and heal it, in the time available.
 
 The time is turned into tokens by running a layer and the head of the model on this machine, and tokens into a loss by
 the frontier that was measured on a small model (`heal/frontier.py`), which a curve of the model itself brings to its
@@ -24,7 +24,7 @@ from ..select.sets import drop_count, free_layers
 from .requests import AdviseRequest
 
 _PAPER_SIZE = 5e9  # parameters; the paper's models have 6 to 9 billion
-_GOAL = 1.25  # the perplexity ratio that decides how many layers go where nothing else does
+_GOAL = 1.25  # the perplexity ratio that decides how many layers go unless an option does
 _LENGTH = 512  # tokens in a row
 _FEW_TOKENS = 8 * _LENGTH  # with less, only the closed-form repair is worth the time
 # A shard of a web corpus; how many tokens a document has, roughly.

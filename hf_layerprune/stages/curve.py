@@ -6,7 +6,7 @@
     print(curve)
     curve.points[6]["layers"], curve.points[6]["repaired"]["kl"]
 
-Each point is on disk once it is found, so a curve that was interrupted goes on where it stopped.
+Each point is on disk once it is found, so an interrupted curve continues where it stopped.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def quality_curve(base: str, output: str | os.PathLike[str] | None = None, **opt
 
     Args:
         base (`str`): A Hub id, a model folder, or a GGUF file.
-        output (`str` or `os.PathLike`, *optional*): A folder for `curve.json` and the plot. A curve that is there
-            already, of the same base and options, is gone on with.
+        output (`str` or `os.PathLike`, *optional*): A folder for `curve.json` and the plot. An existing curve of the
+            same base and options is continued.
         options: Those of `hf-layerprune rank`: `repair`, `curve_up_to`, `calibration`, `max_kl`, ...
 
     Returns:
@@ -128,7 +128,7 @@ def quality_curve(base: str, output: str | os.PathLike[str] | None = None, **opt
 
 
 def make_curve(request: RankRequest) -> Curve:
-    """As `quality_curve`, for a request."""
+    """Do as `quality_curve` does, for a request."""
     config = load_config(request.base, revision=request.revision)
     families.check_supported(config)
     families.check_stage(config, "rank")
@@ -147,7 +147,7 @@ def make_curve(request: RankRequest) -> Curve:
     if request.output is not None and (old := _earlier(request.output.expanduser(), identity, request.force)):
         record = old
     if len(record["points"]) < up_to:
-        _go_on(request, record, free, up_to)
+        _continue(request, record, free, up_to)
     points = record["points"][:up_to]
     curve = Curve(points, record)
     record["chosen"] = _chosen(request, curve, n)
@@ -159,7 +159,7 @@ def make_curve(request: RankRequest) -> Curve:
     return curve
 
 
-def _go_on(request: RankRequest, record: dict[str, Any], free: set[int], up_to: int) -> None:
+def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_to: int) -> None:
     """Find and measure the points that are missing."""
     from ..adapter.prepare import calibration_of
     from ..cut.sizes import Sizes
@@ -245,7 +245,7 @@ def _earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, A
             f"{folder} holds a curve of another base or with other options; name another folder, or begin again with "
             "--force"
         )
-    logger.info("going on with %s, which has %d points", folder / FILE, len(record["points"]))
+    logger.info("continuing %s, which has %d points", folder / FILE, len(record["points"]))
     return record
 
 
@@ -263,14 +263,14 @@ def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[st
 
     Raises:
         CheckpointError: There is no curve of this base.
-        CutError: No point of the curve is what is asked for.
+        CutError: No point of the curve meets the request.
     """
     curve = curve_in(folder, request)
     record = curve.record
     count = _chosen(request, curve, record["num_layers"])
     if count is None:
         raise CutError(
-            f"no point of {folder} is what is asked for; it goes from 1 to {len(curve.points)} layers, so ask for less, "
+            f"no point of {folder} meets the request; it goes from 1 to {len(curve.points)} layers, so ask for less, "
             "or make a longer curve with --curve-up-to"
         )
     point = curve.points[count - 1]

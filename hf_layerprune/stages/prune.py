@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,6 @@ from .requests import PruneRequest
 if TYPE_CHECKING:
     from ..adapter.config import LayerDropConfig
     from ..adapter.prepare import Prepared
-    from ..cut.base import Base
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ def was_made(request: PruneRequest, folder: Path) -> bool:
         asked["length"] = request.calibration_length
         same += [calibration.get(name) == value for name, value in asked.items()]
     if not all(same):
-        raise CheckpointError(f"{folder} holds another cut than is asked for; name another folder, or remove it")
+        raise CheckpointError(f"{folder} holds a different cut; name another folder, or remove it")
     return True
 
 
@@ -120,7 +119,11 @@ def prune_to(request: PruneRequest) -> Pruned:
         return _prune_gguf(request, Path(request.base), output)
     if request.repair and request.link:
         raise CutError("--repair changes weights, and --link shares them with the base; leave one of them out")
-    hub = _hub_base(request)
+    hub = None
+    if not (request.adapter or _needs_a_model(request)) and is_hub_id(request.base):
+        from ..cut.base import Base
+
+        hub = Base.open(request.base, request.revision)
     source = hub.folder if hub else Path(request.base).expanduser()
     check_target(output.expanduser(), source, request.force)  # before minutes are spent on choosing layers
     config = load_config(hub.folder) if hub else load_config(request.base, revision=request.revision)
@@ -135,14 +138,15 @@ def prune_to(request: PruneRequest) -> Pruned:
         # The repair looks at the same model and the same text, so it is fitted here as well.
         prepared = _prepare(request, None)
         dropped = prepared.drop_layers
+    elif request.drop_layers is not None:
+        dropped = request.drop_layers
     else:
-        if request.drop_layers is None:
-            target = Target.of(_config(request, None), config, request.base, revision=request.revision)
-        dropped = _count_only(request, families.layer_count(config), families.protected_layers(config), target)
+        target = Target.of(_config(request, None), config, request.base, revision=request.revision)
+        dropped = select_layers(families.layer_count(config), request, families.protected_layers(config), target)
     cut = families.make_cut(config, dropped)
     if warning := misread(config, cut.keep):
         logger.warning("%s; %s", warning, WAY_OUT)
-    from ..cut.check import check_cut, tell_if_presumed  # these import torch, which a cut GGUF file does without
+    from ..cut.check import check_cut, tell_if_presumed  # these import torch, which cutting a GGUF file does not need
     from ..cut.memory import rehearse_config
 
     # Everything that can be refused is refused before a weight is read.
@@ -181,27 +185,9 @@ def prune_to(request: PruneRequest) -> Pruned:
     return Pruned(str(output), list(cut.drop), cut.num_layers, "adapter" if request.adapter else "model")
 
 
-def _count_only(
-    request: PruneRequest, num_layers: int, protected: Collection[int] = (), target: Target | None = None
-) -> list[int]:
-    """The layers to drop, where nothing has to look at the model."""
-    if request.drop_layers is not None:
-        return request.drop_layers
-    return select_layers(num_layers, request, protected, target)
-
-
 def _needs_a_model(request: PruneRequest) -> bool:
-    """Whether weights change on the way, by another type or by unpacking, so that copying bytes is not enough."""
+    """Whether the weights are converted or unpacked, so that copying bytes is not enough."""
     return request.dtype != "auto" or resolve_base(request.base)[1] is not None
-
-
-def _hub_base(request: PruneRequest) -> Base | None:
-    """The base, if it is on the Hub and its weights stay as they are."""
-    if request.adapter or _needs_a_model(request) or not is_hub_id(request.base):
-        return None
-    from ..cut.base import Base
-
-    return Base.open(request.base, request.revision)
 
 
 def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
@@ -221,9 +207,11 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
         raise CheckpointError(f"{output} exists; replace it with --force, or name another file")
     if looks_at_model(request):
         dropped = _prepare(request, None).drop_layers  # looks at the dequantised model
+    elif request.drop_layers is not None:
+        dropped = request.drop_layers
     else:
         n = gguf_layer_count(base)
-        dropped = _count_only(request, n, target=_gguf_target(request, base, n))
+        dropped = select_layers(n, request, target=_gguf_target(request, base, n))
     plan = cut_gguf(base, output, dropped, force=request.force)
     _write_modelfile(output)
     return Pruned(str(output), list(plan.dropped_layers), plan.block_count)
@@ -243,7 +231,7 @@ def _write_modelfile(output: Path) -> None:
 
 def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target | None:
     """What must be left of a GGUF file."""
-    if request.target is None or request.drop_layers is not None:
+    if request.target is None:
         return None
     if request.target_size is None:
         raise CutError(f"{request.target} is not known for a GGUF file that stays one; name target_size or drop")

@@ -1,4 +1,4 @@
-"""What `prune`, `rank` and `inspect` can be asked for. Importing this imports no torch."""
+"""The options of `prune`, `rank`, `advise` and `inspect`. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
 @documented
 @dataclass
 class AdviseRequest(WalkOptions, AmountOptions):
-    """The model and the time that there is for it."""
+    """The model, and the time available for it."""
 
     base: str = option(MISSING, MODEL_HELP, MODEL)
     output: Path | None = option(None, "YAML file for the settings of sft_tail.py", PATH, positional=True)
@@ -126,7 +126,7 @@ class AdviseRequest(WalkOptions, AmountOptions):
     force: bool = option(False, "Replace OUTPUT if it exists")
 
     def settle(self) -> None:
-        """Leave the number of layers open where nothing says it."""
+        """Leave the number of layers open unless an option says it."""
         said = any(getattr(self, name) is not None for name in AMOUNTS)
         super().settle()
         if not said:

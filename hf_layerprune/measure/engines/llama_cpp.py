@@ -74,7 +74,7 @@ class LlamaCpp:
     def _run(
         self, model: str, works: Sequence[Workload], device: str
     ) -> tuple[dict[Workload, dict[str, float]], dict[str, Any]]:
-        """Read each prompt, and go on from there; with what the program says of itself."""
+        """Time the reading of each prompt and the tokens after it; also returns what the program says about itself."""
         import torch
 
         lengths = ",".join(str(work.prompt_tokens) for work in works)

@@ -1,4 +1,4 @@
-"""Verify records without weights, as a folder of a card holds them, against the base and against one another."""
+"""Verify records without weights, as in the folder of a card, against the base and against each other."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_records_alone(place: Place, history: History, request: VerifyRequest, 
     check_chain(history.lineage, outcome)
     last = history.lineage.entries[-1]
     if not last.get("weights") or not last.get("files"):
-        outcome.say(False, "files", f"{LINEAGE} does not record the weights, the config and the like; prune again")
+        outcome.say(False, "files", f"{LINEAGE} does not record the weights, the config and other files; prune again")
         return
     check_metrics(place, history.lineage, outcome)
     try:
@@ -101,7 +101,7 @@ def _check_cut(history: History, expected: Expected, outcome: Verified) -> None:
 
 
 def _check_files(history: History, expected: Expected, outcome: Verified) -> None:
-    """Check the recorded hashes of the tokenizer, the chat template and the like; later stages write another config."""
+    """Check the recorded hashes of the tokenizer, the chat template, ...; later stages write another config."""
     told = history.lineage.entries[-1]["files"]
     names = {name for name in told.keys() | expected.files.keys() if not name.endswith(WEIGHTS)} - {CONFIG}
     texts = [

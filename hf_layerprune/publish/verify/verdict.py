@@ -109,7 +109,9 @@ def _check_records(place: Place, lineage: Lineage, outcome: Verified, hint: str)
     check_chain(lineage, outcome)
     recorded = last.get("files")
     if recorded is None:
-        outcome.say(False, "files", f"{LINEAGE} does not record the config, the tokenizer and the like; prune again")
+        outcome.say(
+            False, "files", f"{LINEAGE} does not record the config, the tokenizer and other files; prune again"
+        )
         return
     here = {name: sha256 for name, sha256 in place.hashes.items() if not name.endswith(WEIGHTS)}
     changed = sorted(name for name in recorded.keys() | here.keys() if recorded.get(name) != here.get(name))

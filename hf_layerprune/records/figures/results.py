@@ -237,7 +237,7 @@ def _cell(record: dict[str, Any], base: dict[str, Any] | None, metrics: Metrics)
     elif kind == "distance" or not base["value"]:
         change = ""
     else:
-        # That of runs that follow each other, where there is one: what slowed down both does not count.
+        # Preferably the ratio of runs in turn, in which whatever slowed down both cancels out.
         in_turn = paired.get("share") if paired else None
         change = numbers.ratio(value / base["value"] if in_turn is None else in_turn)
     p_value = paired.get("p_value") if paired else None
