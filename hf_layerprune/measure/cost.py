@@ -37,7 +37,7 @@ def read_prompt(model: PreTrainedModel, ids: torch.Tensor) -> Any:
 
 
 def decode_bytes(model: PreTrainedModel, batch: int, tokens: int) -> float:
-    """Bytes that are read to decode one token for each sequence of a batch, with a number of tokens of each in the cache.
+    """Bytes that are read to decode one token for each of `batch` sequences with `tokens` tokens in the cache.
 
     That is the size of the cache and of all weights, without embeddings that are not tied to the head. All experts of a
     mixture are counted, although a small batch reads only some.

@@ -13,11 +13,10 @@ from ..errors import CheckpointError, LayerPruneError, boundary
 from ..files.hub import Repo
 from ..records.fingerprints import (
     CONFIG,
-    RECORDS,
     WEIGHTS,
     Identity,
     base_of_adapter,
-    hash_files,
+    hash_hub_files,
     identity,
     identity_of,
     is_model_file,
@@ -173,15 +172,10 @@ def _on_hub(repo: str, revision: str | None) -> Subject:
     if adapter is not None:
         _check_adapter(adapter, repo, hub.files)
     names = [name for name in hub.files if is_model_file(name)]
-    weights = [name for name in names if name.endswith(WEIGHTS)]
-    listed = {name: sha256 for name in weights if (sha256 := hub.files[name].sha256)}
-    small = hub.fetch([*(name for name in names if name not in listed), *(n for n in RECORDS if n in hub.files)])
-    folder = next(path.parent for name, path in small.items() if "/" not in name)
-    base = base_of_adapter(folder) if adapter is not None else None
-    model = identity_of(listed | hash_files({name: small[name] for name in names if name in small}), base)
-    lineage = Lineage.of(folder)
-    size = sum(hub.files[name].size for name in weights)
-    return Subject(repo, repo, model, lineage, None, hub.commit, size)
+    hashes, folder = hash_hub_files(hub, names)
+    model = identity_of(hashes, base_of_adapter(folder) if adapter is not None else None)
+    size = sum(hub.files[name].size for name in names if name.endswith(WEIGHTS))
+    return Subject(repo, repo, model, Lineage.of(folder), None, hub.commit, size)
 
 
 def _check_adapter(adapter: PeftConfig | None, source: str | Path, files: Container[str]) -> None:

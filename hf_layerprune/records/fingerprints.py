@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -14,12 +14,14 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..files.copy import FileState
+from ..files.hub import Repo
 from ..files.json_file import read_object
 from .licences import is_licence_file
 from .names import is_hub_name
 
 WEIGHTS = (".safetensors", ".gguf")
 CONFIG, GENERATION, ADAPTER_CONFIG = "config.json", "generation_config.json", "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TEMPLATES = "additional_chat_templates"
 # Files that do not affect the model's behaviour: records, the card, pictures, licences, and files of git.
 RECORDS = {"lineage.json", "metrics.json"}
@@ -27,6 +29,7 @@ _RECIPE = "recipe.yaml"  # of llm-compressor, the only one to read it; what load
 _INERT = (".md", ".png", ".svg", ".jpg", ".jpeg")
 _NEVER_LOADED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".pkl", ".pickle")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_MAX_SMALL = 512 << 20
 
 
 def sha256_of(path: Path) -> str:
@@ -49,6 +52,29 @@ def hash_files(paths: Mapping[str, Path]) -> dict[str, str]:
     """The sha256 of several files, under the same keys."""
     with ThreadPoolExecutor(2) as pool:  # hashing releases the interpreter lock
         return dict(zip(paths, pool.map(sha256_of, paths.values()), strict=True))
+
+
+def hash_hub_files(repo: Repo, names: Sequence[str]) -> tuple[dict[str, str], Path]:
+    """The sha256 of files of a repository, of which only the small ones are downloaded.
+
+    Returns:
+        `tuple[dict[str, str], Path]`: The hashes by name, those of weights as the Hub lists them; and the folder in the
+            cache with the small files and the records.
+
+    Raises:
+        CheckpointError: A file is too large or can't be downloaded.
+    """
+    # Offline, the listed hashes are only the names of files in the cache, so all files are hashed.
+    listed = {} if repo.offline else {name: repo.files[name].sha256 for name in names if name.endswith(WEIGHTS)}
+    hashes = {name: sha256 for name, sha256 in listed.items() if sha256 is not None}
+    small = [name for name in names if name not in hashes]
+    if huge := [name for name in small if repo.files[name].size > _MAX_SMALL and not name.endswith(WEIGHTS)]:
+        raise CheckpointError(
+            f"{repo.name}/{huge[0]} is too large for a companion file; download the model, and name the folder"
+        )
+    paths = repo.fetch([*small, *(name for name in sorted(RECORDS) if name in repo.files)])
+    folder = next((path.parent for name, path in paths.items() if "/" not in name), Path(repo.name))
+    return hashes | hash_files({name: paths[name] for name in small}), folder
 
 
 def fingerprint(path: Path) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...cut.folder import read_json
 from ...errors import CheckpointError, LayerPruneError
 from ...records.figures import numbers
-from ...records.fingerprints import ADAPTER_CONFIG, fingerprint, weights_hash
+from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fingerprint, weights_hash
 from ...records.history import read_history
 from ...records.licences import NOTICE, LicenceFound, is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
@@ -21,7 +21,7 @@ from ...records.names import is_hub_name, is_local
 from ...runtime.config_file import read_config_file
 from ..requests import PushRequest
 from . import leaks
-from .contents import ADAPTER_WEIGHTS, Contents
+from .contents import Contents
 
 OK, WARNING, REFUSAL = "ok", "warning", "refusal"
 _MOST_LEAKS = 5  # reported in one run

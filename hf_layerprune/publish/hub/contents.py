@@ -14,14 +14,13 @@ from pathlib import Path
 from ...cut.folder import INDEX, SINGLE
 from ...errors import CheckpointError
 from ...records.declared import CARD
-from ...records.fingerprints import ADAPTER_CONFIG, CONFIG, TEMPLATES, WEIGHTS
+from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, TEMPLATES, WEIGHTS
 from ...records.licences import is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.metrics import FILE_NAME as METRICS
 from ..card.writing import ASSETS, EVAL_RESULTS, PICTURES, is_our_result
 from ..requests import PushRequest
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Files that tokenizers write.
 _TOKENIZER = {
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "sentencepiece.bpe.model",

@@ -9,16 +9,11 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...files.hub import Repo
-from ...records.fingerprints import ADAPTER_CONFIG, CONFIG, WEIGHTS, fingerprint, is_inert, sha256_of
+from ...records.fingerprints import ADAPTER_CONFIG, CONFIG, WEIGHTS, fingerprint, hash_hub_files, is_inert, sha256_of
 from ...records.history import History
-from ...records.lineage import FILE_NAME as LINEAGE
-from ...records.metrics import FILE_NAME as METRICS
 from ...records.names import base_name
 from ...runtime.loading import is_hub_id
 from ..requests import VerifyRequest
-
-_RECORDS = (LINEAGE, METRICS)
-_MAX_SMALL = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -65,18 +60,7 @@ class Place:
         names = [name for name in repo.files if not is_inert(name)]
         if repo.offline and not any(name.endswith(WEIGHTS) for name in names):
             raise CheckpointError(f"the weights of {repo.name} are not in the cache ({repo.offline}); go online")
-        # Offline, the listed hashes are only the names of files in the cache, so all files are hashed.
-        large = [name for name in names if repo.files[name].sha256 and name.endswith(WEIGHTS) and not repo.offline]
-        small = [name for name in names if name not in large]
-        if huge := [name for name in small if repo.files[name].size > _MAX_SMALL]:
-            raise CheckpointError(
-                f"{repo.name}/{huge[0]} is too large for a companion file; download the model and verify the folder"
-            )
-        paths = repo.fetch([*small, *(name for name in _RECORDS if name in repo.files)])
-        hashes = {name: str(repo.files[name].sha256) for name in large} | {
-            name: sha256_of(paths[name]) for name in small
-        }
-        folder = next((path.parent for name, path in paths.items() if "/" not in name), Path(repo.name))
+        hashes, folder = hash_hub_files(repo, names)
         return cls(repo.name, folder, hashes, repo)
 
     @property

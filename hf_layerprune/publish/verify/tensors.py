@@ -8,6 +8,7 @@ from typing import Any
 from ...cut.folder import INDEX, SINGLE
 from ...errors import CheckpointError, boundary
 from ...files.json_file import read_object
+from ...records.fingerprints import ADAPTER_WEIGHTS
 from ...records.history import QUANTIZE, History
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...runtime.model_class import stored_names
@@ -15,7 +16,6 @@ from .outcome import Verified
 from .places import Place
 from .rebuild import Expected, TensorHash, digest_file, notes_in
 
-ADAPTER = "adapter_model.safetensors"
 _ADAPTER_PREFIX = "base_model.model."
 
 
@@ -26,7 +26,7 @@ def weight_files(place: Place) -> list[str]:
         CheckpointError: Loaders differ in which files they read.
     """
     if place.is_adapter:
-        return [ADAPTER]
+        return [ADAPTER_WEIGHTS]
     if INDEX not in place.hashes:
         return [SINGLE]
     if SINGLE in place.hashes:

@@ -18,7 +18,7 @@ from ...errors import CheckpointError, LayerPruneError
 from ...families import MARKER
 from ...files.json_file import read_object
 from ...layer_ranges import format_layers
-from ...records.fingerprints import ADAPTER_CONFIG, CONFIG, WEIGHTS, weights_hash
+from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, weights_hash
 from ...records.history import History, Stage, read_history
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
@@ -30,7 +30,7 @@ from .outcome import Verified
 from .places import Base, Place
 from .rebuild import Expected, rebuild
 from .records_alone import check_base, check_chain, check_metrics, check_records_alone
-from .tensors import ADAPTER, check_tensors, weight_files
+from .tensors import check_tensors, weight_files
 
 # Fields that are set on saving, and the marker of the cut, which is checked separately; none affects the outputs.
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache", MARKER}
@@ -178,7 +178,7 @@ def _check_adapter(place: Place, history: History, expected: Expected, outcome: 
 
 def _check_files(place: Place, expected: Expected, outcome: Verified) -> None:
     """Check all other files against the repeated cut: tokenizer, chat template, generation settings, ..."""
-    loaded = {ADAPTER, ADAPTER_CONFIG} if place.is_adapter else {CONFIG, *weight_files(place)}
+    loaded = {ADAPTER_WEIGHTS, ADAPTER_CONFIG} if place.is_adapter else {CONFIG, *weight_files(place)}
     texts = []
     for name, sha256 in sorted(place.hashes.items()):
         if name in loaded or (name == INDEX and not place.is_adapter):
