@@ -57,11 +57,11 @@ def compare_pairs(ours: Sequence[float], theirs: Sequence[float], chance: float 
         chance (`float`, *optional*): For questions, the accuracy of random guessing.
     """
     mean, base = sum(ours) / len(ours), sum(theirs) / len(theirs)
-    difference, stderr = _paired(ours, theirs)
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    difference, stderr = math.fsum(differences) / len(differences), _stderr(differences)
     p_value: float | None
     if set(ours) | set(theirs) <= {0, 1}:
-        differ = [a - b for a, b in zip(ours, theirs, strict=True)]
-        p_value, test = mcnemar(differ.count(1), differ.count(-1)), "mcnemar_exact"
+        p_value, test = mcnemar(differences.count(1), differences.count(-1)), "mcnemar_exact"
     else:
         p_value, test = paired_t(ours, theirs), "paired_t"
     kept, error = None, _stderr(theirs)
@@ -93,14 +93,15 @@ def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
         `float`, *optional*: The p-value of the mean difference; `None` for fewer than two pairs, or if a number is not
             finite.
     """
-    difference, stderr = _paired(ours, theirs)
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    stderr = _stderr(differences)
     if stderr is None or not math.isfinite(stderr):
         return None
     if stderr == 0:  # scipy returns nan if all differences are the same
-        return 1.0 if difference == 0 else 0.0
+        return float(not any(differences))
     from scipy.stats import ttest_1samp
 
-    return float(ttest_1samp([a - b for a, b in zip(ours, theirs, strict=True)], 0).pvalue)
+    return float(ttest_1samp(differences, 0).pvalue)
 
 
 def require_statistics() -> None:
@@ -111,11 +112,6 @@ def require_statistics() -> None:
     """
     if importlib.util.find_spec("scipy") is None:
         raise LayerPruneError('comparing a model with its base needs scipy: pip install "hf-layerprune[eval]"')
-
-
-def _paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return math.fsum(differences) / len(differences), _stderr(differences)
 
 
 def _stderr(values: Sequence[float]) -> float | None:

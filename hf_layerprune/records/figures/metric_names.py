@@ -33,9 +33,8 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "acc": Metric("accuracy", SHARE, True),
-    "acc_norm": Metric(
-        "length-normalised accuracy", SHARE, True, instead_of="acc"
-    ),  # likelihood per byte of an answer
+    # By the likelihood per byte of an answer.
+    "acc_norm": Metric("length-normalised accuracy", SHARE, True, instead_of="acc"),
     "exact_match": Metric("exact match", SHARE, True),
     "f1": Metric("F1", SHARE, True),
     "perplexity": Metric("perplexity", instead_of="nll"),
