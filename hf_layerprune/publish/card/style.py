@@ -85,7 +85,7 @@ def draw(
         with new_file(path, force=True) as partial:
             figure.savefig(partial, format=path.suffix[1:], **(svg if path.suffix == ".svg" else png))
             if (size := partial.stat().st_size) > MAX_BYTES:
-                raise LayerPruneError(f"{path} would have {size} bytes, too many for a card; draw fewer points")
+                raise LayerPruneError(f"{path} would be too large for a card ({size} bytes); draw fewer points")
 
 
 def drawn_for(path: Path) -> str | None:

@@ -83,7 +83,11 @@ def rebuild(history: History, base: Base) -> Expected:
     files |= hash_files({name: plan.source / name for name, _ in plan.companions if not is_inert(name)})
     inside: dict[str, dict[str, TensorHash]] = {}
     for shard in plan.shards:
-        with LocalFile(plan.source / shard.source) as source:
+        path = plan.source / shard.source
+        if shard.whole:
+            files[shard.target], inside[shard.target] = sha256_of(path), digest_file(path)
+            continue
+        with LocalFile(path) as source:
             parts = (part for offset, length in shard.spans() for part in source.chunks(offset, length))
             files[shard.target], inside[shard.target] = _hash(shard.header, parts)
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
