@@ -107,6 +107,17 @@ def test_what_nobody_touched(place: Path, capsys: pytest.CaptureFixture[str]) ->
     assert says(place / "healed", capsys, "--accept-trained")[0] == 0
 
 
+def name_twice(folder: Path) -> None:
+    """A loader may read the type of the first of two equal names, and `verify` that of the second."""
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = raw[8:end].decode().rstrip()
+    entry = json.dumps(json.loads(header)[NORM])
+    header = f'{{"{NORM}": {entry.replace("F32", "I32")}, {header[1:]}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + raw[end:])
+
+
 BEHAVIOUR: dict[str, tuple[Callable[[Path], object], str]] = {
     "chat template edited": (write("chat_template.jinja", "{{ 'evil' }}"), "chat_template.jinja"),
     "chat template removed": (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja"),
@@ -150,6 +161,7 @@ PLANTED: dict[str, Callable[[Path], object]] = {
     "a shard": lambda folder: save_file(TENSOR, folder / "model-00002-of-00002.safetensors"),
     "an index": write("model.safetensors.index.json", '{"weight_map": {"x": "stray.safetensors"}}'),
     "a GGUF file": write("model.gguf", b"GGUF"),
+    "a tensor named twice": name_twice,
     "a pickle": write("pytorch_model.bin", b"\x80\x04."),
     "another pickle": write("adapter_model.bin", b"\x80\x04."),
     "code": write("modeling_evil.py", "raise SystemExit"),

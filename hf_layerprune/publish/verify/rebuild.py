@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ from ...cut.plan import CheckpointPlan
 from ...cut.write import fill
 from ...errors import CheckpointError, boundary
 from ...files.copy import LocalFile
+from ...files.json_file import parse_json
 from ...records.fingerprints import CONFIG, WEIGHTS, hash_files, is_inert, model_files, sha256_of
 from ...records.history import History, Stage
 from ...records.quantized import is_repeatable_method, method_of
@@ -106,9 +106,8 @@ def _quantized(history: History, folder: Path, cut: Expected) -> Expected:
     if stage is None:
         return cut
     told = stage.settings["quantization_config"]
-    if not is_repeatable_method(
-        told
-    ):  # its tensors can't be derived again, and are counted as the ones that it changed
+    if not is_repeatable_method(told):
+        # Its tensors can't be derived again, and are counted as the ones that it changed.
         return replace(cut, config=cut.config | {"quantization_config": told, "dtype": stage.settings.get("dtype")})
     target = folder.with_name("quantized")
     quantizer = _quantize_again(stage, folder, target)
@@ -210,7 +209,7 @@ def _hash(header: bytes, data: Iterator[memoryview]) -> tuple[str, dict[str, Ten
     """The sha256 of a valid safetensors file and of each of its tensors, from its header and the parts that follow it."""
     whole, part = hashlib.sha256(header), memoryview(b"")
     tensors: dict[str, TensorHash] = {}
-    entries = json.loads(header[8:])
+    entries = parse_json(header[8:], "a safetensors header")  # strict: a loader may take the other of two equal names
     entries.pop("__metadata__", None)
     for name, told in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         own, left = hashlib.sha256(), told["data_offsets"][1] - told["data_offsets"][0]
