@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from .adapter.model import LayerDropModel
     from .adapter.pruning import prune_with
     from .cut.memory import drop_layers
+    from .heal.config import HealConfig as HealConfig
+    from .heal.trainer import HealTrainer as HealTrainer
     from .stages.curve import quality_curve
     from .stages.quantize import record_quantized
 
+# Without `HealConfig` and `HealTrainer`, since `import *` must work without TRL.
 __all__ = [
     "CheckpointError",
     "CutError",
@@ -40,6 +43,8 @@ __all__ = [
 
 # Loaded on first use: each of them imports torch.
 _LAZY = {
+    "HealConfig": ".heal.config",
+    "HealTrainer": ".heal.trainer",
     "LayerDropConfig": ".adapter.config",
     "LayerDropModel": ".adapter.model",
     "drop_layers": ".cut.memory",

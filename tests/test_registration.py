@@ -73,10 +73,14 @@ def test_help_is_quick() -> None:
 
 
 def test_public_surface() -> None:
+    from trl import SFTConfig, SFTTrainer
+
     import hf_layerprune
 
     for name in hf_layerprune.__all__:
         assert getattr(hf_layerprune, name).__doc__, name
-    assert set(hf_layerprune.__all__) <= set(dir(hf_layerprune))
+    assert issubclass(hf_layerprune.HealTrainer, SFTTrainer)
+    assert issubclass(hf_layerprune.HealConfig, SFTConfig)
+    assert {*hf_layerprune.__all__, "HealConfig", "HealTrainer"} <= set(dir(hf_layerprune))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hf_layerprune.nothing
