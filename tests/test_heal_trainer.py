@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from hf_layerprune.families import Cut
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.losses import HeadLoss, head_loss
 from hf_layerprune.heal.methods import parse_method
+from hf_layerprune.heal.precompute import precompute
 from hf_layerprune.heal.trainer import HealTrainer, TrainingStopped, last_checkpoint
 
 from .heal_makers import dense_and_pruned, rows, word_tokenizer
@@ -232,6 +234,20 @@ def test_computed_once_is_exactly_the_same(llama: Bench, method: str, loss: str)
 )
 def test_computed_once_with_other_batches(llama: Bench, settings: dict[str, Any]) -> None:
     assert llama.losses(cache="on", **settings) == pytest.approx(llama.losses(cache="off", **settings), rel=1e-6)
+
+
+def test_workers_that_are_not_forked_get_the_same_batches(llama: Bench) -> None:
+    trainer = llama.trainer(cache="on", loss="kd")
+    collator, rows = trainer.data_collator, [trainer.train_dataset[i] for i in (3, 0)]
+    collator.precomputed = precompute(trainer, llama.dense)
+    try:
+        copy = pickle.loads(pickle.dumps(collator))
+        batch, other = collator(rows), copy(rows)
+    finally:
+        collator.precomputed.prefix.restore()
+    assert copy.precomputed.prefix is copy.precomputed.teacher_head is None
+    assert {"prefix_states", "teacher_states"} <= batch.keys() == other.keys()
+    assert all(torch.equal(batch[name], other[name]) for name in batch)
 
 
 def test_evaluation_during_training_uses_the_same_states(llama: Bench) -> None:

@@ -44,6 +44,10 @@ class StateCollator:
         self.padding_free = padding_free
         self.precomputed = Precomputed()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Where data loader workers are not forked (Python 3.14, macOS, Windows), they get a copy, without the model.
+        return {**self.__dict__, "precomputed": Precomputed(self.precomputed.caches)}
+
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows; states are added as `prefix_states` and `teacher_states`, and row numbers as `rows`."""
         rows = [example["row"] for example in examples if "row" in example]
