@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..files.copy import LocalFile, check_space
+from ..files.copy import LocalFile, NewFile, check_space
 from ..files.folders import new_folder
 from ..screen import progress_bar
 from .folder import INDEX, SINGLE, check_index, read_json
@@ -57,7 +57,7 @@ def fill(plan: CheckpointPlan, folder: Path, *, link: bool = False, name: str | 
             for count in _write_companion(plan.source / companion, folder / companion):
                 bar.update(count)
         for file, content in plan.files.items():
-            with (folder / file).open("xb") as output:
+            with NewFile(folder / file) as output:
                 output.write(content)
             bar.update(len(content))
     _check_written(plan, folder)
@@ -82,7 +82,7 @@ def _write_shard(plan: CheckpointPlan, shard: ShardPlan, folder: Path, linked: b
             # Link to the file itself: in the Hub client's cache, `path` is a symbolic link.
             os.link(os.path.realpath(path), folder / shard.target)
             return
-        with (folder / shard.target).open("xb") as output:
+        with NewFile(folder / shard.target) as output:
             output.write(shard.header)
             yield len(shard.header)
             for offset, length in shard.spans():
@@ -92,7 +92,7 @@ def _write_shard(plan: CheckpointPlan, shard: ShardPlan, folder: Path, linked: b
 
 def _write_companion(path: Path, target: Path) -> Iterator[int]:
     target.parent.mkdir(exist_ok=True)
-    with LocalFile(path) as source, target.open("xb") as output:
+    with LocalFile(path) as source, NewFile(target) as output:
         yield from source.copy_into(output, 0, source.size)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...files.copy import LocalFile, check_space, new_file
+from ...files.copy import LocalFile, NewFile, check_space, new_file
 from ...screen import progress_bar
 from .header import GGUFHeader, Tensor, padded, read_header, write_header
 from .layers import block_count_of, rewrite_metadata
@@ -154,7 +154,7 @@ def cut_gguf(
         total, name = plan.target_bytes, target.name
         with (
             new_file(target, force=force, apart_from=source) as partial,
-            partial.open("xb") as output,
+            NewFile(partial) as output,
             progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar,
         ):
             check_space(target, plan.target_bytes, shutil.disk_usage(target.parent).free)
