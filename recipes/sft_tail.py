@@ -174,21 +174,27 @@ def main(
 
 
 def push_request(training_args: HealConfig, folder: Path) -> PushRequest | None:
-    """The push at the end, if `--push_to_hub` is set: it uploads the finished folder with its card, no checkpoints."""
+    """The push at the end, if `--push_to_hub` is set: it uploads the finished folder with its card, no checkpoints.
+
+    Without a token that may write, it is refused now, before hours of training.
+    """
     if not training_args.push_to_hub:
         return None
+    from hf_layerprune.publish.hub.upload import log_in
     from hf_layerprune.publish.requests import PushRequest
 
     training_args.push_to_hub = False
     if not training_args.hub_model_id:
         raise LayerPruneError("--push_to_hub needs the name of a repository: --hub_model_id NAMESPACE/NAME")
+    if training_args.process_index == 0:
+        log_in(training_args.hub_token)
     private = bool(training_args.hub_private_repo)
     return PushRequest(folder, training_args.hub_model_id, private=private, token=training_args.hub_token)
 
 
 def eval_request(folder: Path, base: str | None, measure_args: MeasureArguments) -> EvalRequest | None:
-    """The evaluation at the end, if there is one. A requirement on what it will not measure is refused."""
-    from hf_layerprune.measure.evaluate import EvalRequest, check_required
+    """The evaluation at the end, if there is one. What it could not run, or will not measure, is refused now."""
+    from hf_layerprune.measure.evaluate import EvalRequest, check_request
 
     if not (measure_args.eval_tasks or measure_args.eval_texts or measure_args.eval_from):
         if measure_args.require:
@@ -203,7 +209,7 @@ def eval_request(folder: Path, base: str | None, measure_args: MeasureArguments)
         limit=measure_args.eval_limit,
         require=measure_args.require,
     )
-    check_required(request)
+    check_request(request)
     return request
 
 

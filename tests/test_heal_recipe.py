@@ -318,6 +318,10 @@ def test_bad_settings(recipe: ModuleType, base: Path, tmp_path: Path, settings: 
         ({"dataset_name": "/nowhere.jsonl"}, "/nowhere.jsonl"),
         ({"dataset_test_split": "test", "eval_strategy": "steps"}, "has no split 'test'; it has train"),
         ({"loss": "kd", "teacher": "/nowhere"}, "/nowhere"),
+        ({"eval_tasks": "piqaa"}, "piqaa"),
+        ({"eval_texts": "/nowhere.txt"}, "/nowhere.txt"),
+        ({"eval_from": "/nowhere"}, "/nowhere"),
+        ({"push_to_hub": "true", "hub_model_id": "me/small"}, "HF_HUB_OFFLINE is set, so nothing can be pushed"),
     ],
 )
 def test_refused_before_the_cut(

@@ -50,8 +50,8 @@ def evaluate(request: EvalRequest) -> Metrics:
     return run.store.metrics
 
 
-def check_required(request: EvalRequest) -> None:
-    """Refuse requirements on what an evaluation will not measure, without its model.
+def check_request(request: EvalRequest) -> None:
+    """Refuse, without its model, an evaluation that can't be run, or that will not measure what it requires.
 
     Args:
         request (`EvalRequest`): The evaluation, whose model need not exist yet. Its tasks and texts are loaded.
@@ -60,8 +60,8 @@ def check_required(request: EvalRequest) -> None:
         CutError: A requirement is about something that is not measured.
         LayerPruneError: A task or text is not available.
     """
+    texts, tasks = [text.name for text in _texts_of(request)], [*_tasks_of(request).tasks]
     if request.require:
-        texts, tasks = [text.name for text in _texts_of(request)], [*_tasks_of(request).tasks]
         check_measurable(request.require, Metrics(""), tasks=tasks, texts=texts, base=request.base is not None)
 
 

@@ -105,7 +105,7 @@ class Outcome:
 
 
 def parse_bounds(text: str) -> tuple[Bound, ...]:
-    """Read bounds, separated by commas; `none` is no bound.
+    """Parse bounds that are separated by commas; `none` stands for no bounds.
 
     Raises:
         ValueError: A bound is malformed or repeated, or its limit is not a finite number or out of range.

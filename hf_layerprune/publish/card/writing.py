@@ -146,7 +146,7 @@ def write_card(folder: Path, *, force: bool = False, weights: bool = True) -> li
 
 
 def read_text(path: Path) -> str | None:
-    """Read a text that people edit too, exactly, so that rewriting it loses nothing; `None` if there is no such file.
+    """Read a file that people may have edited, with its exact line endings; `None` if there is no such file.
 
     Raises:
         CheckpointError: It is a link, a folder, not UTF-8, or unreadable.
