@@ -28,7 +28,6 @@ TASKS = "piqa,arc_easy,openbook_qa"
 TEXT = "wikitext2-valid.txt"
 LIMIT, WINDOWS = 200, 16
 RECIPES = Path(__file__).parents[1] / "recipes"
-RUN = "run"  # the output folder of the recipe, which prunes and repairs before it trains
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,10 @@ class Model:
     Args:
         name (`str`): The model's name.
         made (`tuple[str, ...]`): Arguments of `hf-layerprune prune`; empty for a model that is made another way.
-        taken (`str`): For a model that the recipe makes, its folder in the recipe's output.
+        taken (`str`): For a model that the recipe makes, its folder in the recipe's output; the recipe prunes and
+            repairs before it trains.
+        run (`str`): The recipe's output folder.
+        words (`tuple[str, ...]`): Arguments of the recipe beside those of `heal.yaml`.
         same_layers (`str`): For a plain cut, the model whose layers it drops.
         beside (`tuple[str, ...]`): Earlier stages, whose numbers its card also shows.
     """
@@ -46,6 +48,8 @@ class Model:
     name: str
     made: tuple[str, ...] = ()
     taken: str = ""
+    run: str = "run"
+    words: tuple[str, ...] = ()
     same_layers: str = ""
     beside: tuple[str, ...] = ()
 
@@ -56,7 +60,9 @@ CUT = Model("SmolLM2-135M-23L-cut", same_layers=REPAIRED.name)
 HEALED = Model("SmolLM2-135M-23L-healed", taken="model", beside=(CUT.name, REPAIRED.name))
 WITHIN = Model(
     "SmolLM2-135M-ratio-1.10",
-    made=("--max-perplexity-ratio", "1.10", "--criterion", "auto", "--contiguous", "--repair", "refit"),
+    taken="model",
+    run="run-ratio-1.10",
+    words=("--max_perplexity_ratio", "1.10", "--criterion", "angular_distance"),
 )
 MODELS = (LAST, REPAIRED, CUT, HEALED, WITHIN)
 
@@ -116,10 +122,12 @@ def build(model: Model, base: Path, work: Path, budget: Budget) -> None:
     """Make one model: by the recipe, by another one's layers, or by `hf-layerprune prune`."""
     prune, folder = ["prune", base, work / model.name], work / model.name
     if model.taken:
-        if not (work / RUN / "model").is_dir():
-            heal(base, work / RUN, budget)
+        if not (work / model.run / "model").is_dir():
+            heal(model, base, work / model.run, budget)
         # Renamed, so that an interrupted copy is not taken for the model.
-        shutil.copytree(work / RUN / model.taken, copy := folder.with_name(f".{folder.name}"), dirs_exist_ok=True)
+        shutil.copytree(
+            work / model.run / model.taken, copy := folder.with_name(f".{folder.name}"), dirs_exist_ok=True
+        )
         copy.rename(folder)
     elif model.same_layers:
         run(*prune, "--drop-layers", format_layers(dropped_by(work / model.same_layers)))
@@ -135,12 +143,12 @@ def dropped_by(folder: Path) -> list[int]:
     return layers
 
 
-def heal(base: Path, place: Path, budget: Budget) -> None:
-    """Run the training recipe with its default settings: it prunes, repairs and trains."""
+def heal(model: Model, base: Path, place: Path, budget: Budget) -> None:
+    """Run the training recipe with the settings of `heal.yaml`: it prunes, repairs and trains."""
     import torch
 
     engine = "single_gpu.yaml" if torch.accelerator.is_available() else "cpu.yaml"
-    words: list[object] = ["--model_name_or_path", base, "--output_dir", place, "--report_to", "none"]
+    words: list[object] = ["--model_name_or_path", base, "--output_dir", place, "--report_to", "none", *model.words]
     words += ["--self_rows", budget.rows] if budget.rows else []
     words += ["--calibration_samples", budget.samples] if budget.samples else []
     words += ["--calibration_length", budget.length] if budget.length else []

@@ -66,7 +66,7 @@ def check(shelf: Path, folders: list[Path]) -> None:
     assert {folder.name: command.outdated(folder) for folder in folders} == {folder.name: [] for folder in folders}
     for model in (model for model in make.MODELS if shelf / model.name in folders):
         entries = Lineage.of(shelf / model.name).entries
-        assert [entry["stage"] for entry in entries] == ["prune", "heal"][: 2 if model.name == make.HEALED.name else 1]
+        assert [entry["stage"] for entry in entries] == ["prune", "heal"][: 2 if model.taken == "model" else 1]
         assert entries[0]["settings"] | {"drop_layers": []} == asked(model)
         if model.same_layers:
             assert entries[0]["settings"]["drop_layers"] == make.dropped_by(shelf / model.same_layers)
@@ -81,8 +81,9 @@ def asked(model: make.Model) -> dict[str, Any]:
     """The settings that the records of a model's cut should have, but for the layers."""
     if model.taken:
         told = yaml.safe_load((make.RECIPES / "configs" / "heal.yaml").read_text())
-        words = ["--drop", told["drop"], "--criterion", told["criterion"], "--repair", told["repair"]]
+        words = ["--criterion", told["criterion"], "--repair", told["repair"]]
         words += ["--contiguous"] if told["contiguous"] else []
+        words += [word.replace("_", "-") if word.startswith("--") else word for word in model.words]
     else:
         words = ["--drop-layers", "0"] if model.same_layers else [*model.made]
     request = gather(build_parser().parse_args(["prune", "base", "out", *words]), PruneRequest)
@@ -181,8 +182,8 @@ def test_the_whole_way_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(command, "HERE", shelf)
     monkeypatch.setattr(make, "packed_base", lambda: base)
     # Of a random model, any layer matters more than the ratio of the real one allows.
-    loose = tuple("50" if word == "1.10" else word for word in make.WITHIN.made)
-    models = tuple(replace(model, made=loose) if model is make.WITHIN else model for model in make.MODELS)
+    loose = tuple("50" if word == "1.10" else word for word in make.WITHIN.words)
+    models = tuple(replace(model, words=loose) if model is make.WITHIN else model for model in make.MODELS)
     monkeypatch.setattr(make, "MODELS", models)
     own, ran = make.hf_layerprune, []
 
