@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from ..options import AMOUNTS
 from ..stages.requests import AdviseRequest as Request
-from . import Answer, hint
+from . import Answer, hint, options_of
 
-HELP = "say what to drop and how to heal it in the time that there is"
-DESCRIPTION = """Say how many layers of BASE to drop, and how to repair and heal it in --minutes on this machine, with the quality to
-expect: from the speed of a layer here, and from what healing was measured to bring; with --from-curve, from the losses of
-BASE itself. With OUTPUT, write the settings of recipes/sft_tail.py there."""
+HELP = "say what to drop and how to heal it in the time available"
+DESCRIPTION = """Say how many layers of BASE to drop, and how to repair and heal it within --minutes on this machine, with
+the loss to expect. The advice is based on the speed of a layer here and on what healing was measured to bring; with
+--from-curve, also on the losses of BASE itself. Budgets are compared with the loss expected after healing;
+--min-top1-agreement is refused, since nothing was measured for it. With OUTPUT, write the settings for
+recipes/sft_tail.py there."""
 EXCLUSIVE = AMOUNTS
 
 
@@ -20,5 +22,5 @@ def run(request: Request) -> Answer:
     made = f"the settings are in {request.output}" if request.output and advice.settings else ""
     then = advice.command
     if advice.settings and request.output is None:  # the command needs the file
-        then = hint("advise", request.base, "advice.yaml", "--minutes", f"{request.minutes:g}")
+        then = hint("advise", request.base, "advice.yaml", *options_of(request, "force"))
     return Answer(made, advice.text, advice.record | {"command": list(advice.command)}, then)

@@ -15,6 +15,10 @@ def run(request: Request) -> Answer:
     from ..stages.inspect import inspect_model, report
 
     anatomy = inspect_model(request)
-    then = hint("rank", request.model, "curve", "--curve") if anatomy.refusal is None else ()
+    then = (
+        hint("rank", request.model, "curve", "--curve", "--revision", request.revision)
+        if anatomy.refusal is None
+        else ()
+    )
     text = report(request.model, anatomy, request.drop)
     return Answer(text=text, data=asdict(anatomy) | {"parameters": anatomy.total}, then=then)

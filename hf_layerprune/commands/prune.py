@@ -17,4 +17,5 @@ def run(request: Request) -> Answer:
     from ..stages.prune import prune_to
 
     done = prune_to(request)
-    return Answer(str(done), data=asdict(done), then=hint("eval", request.output, "--base", request.base))
+    then = hint("eval", request.output, "--base", request.base, "--base-revision", request.revision)
+    return Answer(str(done), data=asdict(done), then=then)

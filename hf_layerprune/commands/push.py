@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..publish.requests import PushRequest as Request
-from . import Answer, hint
+from . import Answer, hint, options_of
 
 if TYPE_CHECKING:
     from ..publish.hub.push import Plan
@@ -26,7 +26,7 @@ def run(request: Request) -> Answer:
         made = plan(request)
         data: dict[str, Any] = {"files": made.contents.files, "left_out": made.contents.left_out}
         data["checks"] = [asdict(check) for check in made.checks]
-        then = () if made.refusals else hint("push", request.model, request.repo_id)
+        then = () if made.refusals else hint("push", request.model, request.repo_id, *options_of(request, "dry_run"))
         said = "nothing would be pushed" if made.refusals else "ready to push; nothing was pushed"
         return Answer(said, _lines(*_report(made)), data, then, code=1 if made.refusals else 0)
     try:

@@ -9,11 +9,13 @@ from . import Answer, hint
 
 HELP = "score every layer, and show what each criterion would drop"
 DESCRIPTION = """Score the decoder layers of BASE, by one criterion or by all of them at once, and show which layers
-each would drop; with --curve, the best cut of each depth and what it costs. With OUTPUT, write scores.json and the plots there. Nothing is pruned."""
+each would drop; with --curve, the best cut of each depth and what it costs. With OUTPUT, write scores.json (or
+curve.json) and the plots there. Nothing is pruned."""
 EXCLUSIVE = AMOUNTS
 
 
 def run(request: Request) -> Answer:
+    of = ("--revision", request.revision)
     if request.curve:
         from ..stages.curve import make_curve
 
@@ -27,13 +29,13 @@ def run(request: Request) -> Answer:
         choice = ("--drop-layers", point["layers"], "--repair", repair)
         if request.output is not None:
             choice = ("--from-curve", request.output, "--drop", count)
-        return Answer(made, str(curve), curve.record, hint("prune", request.base, "pruned", *choice))
+        return Answer(made, str(curve), curve.record, hint("prune", request.base, "pruned", *choice, *of))
     from ..stages.rank import rank
 
     ranking = rank(request)
     made = f"scores.json and the plots are in {request.output}" if request.output else ""
-    then = hint("rank", request.base, "curve", "--curve")
+    then = hint("rank", request.base, "curve", "--curve", *of)
     if "auto" in ranking.drops or len(ranking.drops) == 1:
         layers = format_layers(ranking.drops.get("auto") or next(iter(ranking.drops.values())))
-        then = hint("prune", request.base, "pruned", "--drop-layers", layers, "--repair", request.repair)
+        then = hint("prune", request.base, "pruned", "--drop-layers", layers, "--repair", request.repair, *of)
     return Answer(made, str(ranking), ranking.record, then)

@@ -87,7 +87,7 @@ def _amount(request: AdviseRequest, count: int) -> dict[str, Any]:
 
 def _like_the_paper(request: AdviseRequest) -> Advice:
     settings = {
-        "model_name_or_path": request.base,
+        **_source(request),
         **({name: getattr(request, name) for name in AMOUNTS if getattr(request, name)} or {"drop": 0.25}),
         "criterion": "reverse_order",
         "method": "lm_head+last3",
@@ -100,6 +100,11 @@ def _like_the_paper(request: AdviseRequest) -> Advice:
     }
     record = {"by": "the paper", "measured": False, "settings": settings}
     return Advice(settings, _launch(request), _PAPER.replace("BASE", request.base), record)
+
+
+def _source(request: AdviseRequest) -> dict[str, Any]:
+    revision = {"model_revision": request.revision} if request.revision else {}
+    return {"model_name_or_path": request.base} | revision
 
 
 def _launch(request: AdviseRequest) -> tuple[str, ...]:
@@ -125,7 +130,7 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     point = curve[count - 1] if curve and count <= len(curve) else None
     which: dict[str, Any] = {"criterion": "angular_distance", "contiguous": True}
     amount = {"drop_layers": point["layers"]} if point else _amount(request, count) | which
-    settings: dict[str, Any] = {"model_name_or_path": request.base, **amount, "repair": heal["repair"]}
+    settings: dict[str, Any] = {**_source(request), **amount, "repair": heal["repair"]}
     record = {
         "by": "the frontier",
         "tokens_per_second": round(1 / seconds / frontier.tokens_per_token, 1),
@@ -153,6 +158,7 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
         words = [
             (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])) for name, value in asked.items()
         ]
+        words += [("--revision", request.revision)] if request.revision else []
         command = ("hf-layerprune", "prune", request.base, "pruned", *chain(*words))
         settings = {}
     record["settings"] = settings
@@ -182,7 +188,7 @@ def _counts(config: Any, curve: list[dict[str, Any]] | None) -> range:
     )
     most = min(len(free), n - 1, len(curve) if curve else max(1, n // 4))
     if most < 1:
-        raise CutError("no layer may be dropped from this model")
+        raise CutError("no layer of this model may be dropped; choose another model")
     return range(1, most + 1)
 
 
