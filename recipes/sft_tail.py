@@ -63,8 +63,8 @@ except ImportError:
 
 from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError, boundary
 from hf_layerprune.heal.config import HealConfig
-from hf_layerprune.heal.options import RowOptions
-from hf_layerprune.options import DTYPES, CutOptions, arguments, option, take, whole
+from hf_layerprune.heal.options import FinishOptions, RowOptions
+from hf_layerprune.options import DTYPES, CutOptions, arguments, take
 from hf_layerprune.records.requirements import RequireOptions
 from hf_layerprune.stages.requests import PruneRequest
 
@@ -88,22 +88,15 @@ RequireArguments = arguments("RequireArguments", RequireOptions)
 
 
 @dataclass
-class MeasureArguments(RequireArguments):
+class MeasureArguments(FinishOptions, RequireArguments):
     """The evaluation at the end. If the model misses a requirement, the exit code is 1 and it is not pushed."""
-
-    eval_tasks: str | None = option(None, "Tasks, such as piqa,arc_easy; none by default")
-    eval_texts: str | None = option(
-        None, "Texts for perplexity and distance from the dense model: wikitext2, or text files"
-    )
-    eval_from: str | None = option(None, "A folder with files of tasks and texts")
-    eval_limit: int | None = option(None, "The most questions per task", whole())
 
 
 @dataclass
 class ModelArguments(ModelConfig):
     """TRL's `ModelConfig`, with the checkpoint's own type as the default."""
 
-    dtype: str | None = field(default="auto", metadata={"help": "Type of the weights.", "choices": list(DTYPES)})
+    dtype: str | None = field(default="auto", metadata={"help": "Data type of the weights.", "choices": list(DTYPES)})
 
 
 def main(

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from hf_layerprune.adapter.config import LayerDropConfig
 from hf_layerprune.cli import build_parser
-from hf_layerprune.heal.options import HealOptions, RowOptions
+from hf_layerprune.heal.options import FinishOptions, HealOptions, RowOptions
 from hf_layerprune.options import CutOptions, declared
+from hf_layerprune.records.requirements import RequireOptions
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 _HEAD = """# Options
 
-Made by `make docs` from the declarations in `hf_layerprune/options/` and in the requests of the rooms; don't edit.
+Generated from the declarations in the code by `python -m tests.options_page --write`, which `make docs` runs; don't edit.
 """
 
 
@@ -63,11 +64,24 @@ def page() -> str:
     (commands,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     for name, parser in commands.choices.items():
         lines += [f"## `hf-layerprune {name}`", "", _cell(parser.description), "", *_table(_of_command(parser)), ""]
-    lines += ["## `LayerDropConfig`", "", "The fields that a user sets; PEFT's own are left out.", ""]
+    lines += ["## `LayerDropConfig`", "", "The fields that a user sets, without those of PEFT's `PeftConfig`.", ""]
     lines += [*_table(_of_config(LayerDropConfig)), ""]
-    lines += ["## `HealConfig`", "", "The rest is TRL's `SFTConfig`.", "", *_table(_of_config(HealOptions)), ""]
-    lines += ["## `recipes/sft_tail.py`", "", "Those of `HealConfig`, TRL's for models and data, and:", ""]
-    lines += [*_table([*_of_config(RowOptions), *_of_config(CutOptions)]), ""]
+    lines += [
+        "## `HealConfig`",
+        "",
+        "Its other fields are those of TRL's `SFTConfig`.",
+        "",
+        *_table(_of_config(HealOptions)),
+        "",
+    ]
+    lines += [
+        "## `recipes/sft_tail.py`",
+        "",
+        "It takes the options of `HealConfig`, those of TRL for models and data, and these:",
+        "",
+    ]
+    own = (RowOptions, CutOptions, FinishOptions, RequireOptions)
+    lines += [*_table([row for cls in own for row in _of_config(cls)]), ""]
     return "\n".join(lines)
 
 

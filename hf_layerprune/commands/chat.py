@@ -9,9 +9,9 @@ from ..options import ScreenOptions
 from ..publish.requests import ChatRequest as Request
 from . import Answer
 
-HELP = "talk to a pruned model, beside its dense base"
-DESCRIPTION = """Open the chat of spaces/chat on this machine, with MODEL, and with BASE beside it: the page that
-push --space publishes. Its address is printed."""
+HELP = "chat with a pruned model, next to its dense base"
+DESCRIPTION = """Serve a chat with MODEL on this machine, and with --base, the same chat with the dense model next to it:
+the page that push --space publishes. Its address is printed."""
 
 
 Screen = ScreenOptions  # a page, not a result

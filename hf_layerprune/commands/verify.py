@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..publish.requests import VerifyRequest as Request
 from . import Answer
 
-HELP = "prove that a model is what its base and its records make it"
+HELP = "check that a model follows from its base and its records"
 DESCRIPTION = """Repeat the cut of the base that MODEL's lineage.json names, and compare hashes: weights, config,
 tokenizer, chat template and every other file that affects how MODEL behaves. Tensors that a repair or training changed
 cannot be derived again; the verdict counts them. Exit code 0: everything is accounted for; 1: it is not."""

@@ -33,29 +33,30 @@ class HealOptions(Options):
     )
     kd_temperature: float = option(1.0, "Temperature of both distributions in distillation", _TEMPERATURE)
     kd_direction: str = option(
-        "forward", "KL(teacher || student), or in reverse KL(student || teacher)", choices=DIRECTIONS
+        "forward", "KL(teacher || student) (forward), or KL(student || teacher) (reverse)", choices=DIRECTIONS
     )
     kd_tokens: str = option(
-        "all", "Tokens to distil on; all includes prompts, completion has only tokens with a label",
+        "all", "Tokens to distil on: all, prompts included, or only those with a label (completion)",
         choices=("all", "completion"),
     )  # fmt: skip
     teacher: str | None = option(None, "The dense model; by default the one that the model was pruned from")
     cache: str = option(
         "auto",
-        "Compute the frozen layers' output once and keep it on disk; auto does if that is exact, and on raises an "
-        "error if it is not",
+        "Compute the frozen layers' output once and keep it on disk: auto does so if the result is exact, on stops with "
+        "an error if it is not, off never does",
         choices=CACHE_MODES,
     )
     cache_dir: str | None = option(
         None, "Folder of the cache, by default in the output folder; processes on several machines must share it"
     )
     cache_batch_tokens: int | None = option(
-        None, "Tokens that go through the frozen layers at a time; by default 4096 on a CPU and 32768 elsewhere",
+        None, "Number of tokens that go through the frozen layers at a time; by default 4096 on a CPU and 32768 elsewhere",
         whole(),
     )  # fmt: skip
     keep_cache: bool = option(False, "Keep the cache after training")
     float32_weights: bool = option(
-        True, "Hold trained weights in float32 in mixed-precision training, and all on a CPU slow in bfloat16"
+        True,
+        "Hold trained weights in float32 in mixed-precision training, and all weights on a CPU that is slow in bfloat16",
     )
 
 
@@ -66,10 +67,27 @@ class RowOptions(Options):
     template: str = option(
         "auto", "Format of instructions; auto is the chat template if there is one", choices=TEMPLATES
     )
-    self_rows: int = option(512, "Number of rows that the dense model writes", whole())
+    self_rows: int = option(512, "Number of rows that the dense model writes for --dataset_name self", whole())
     self_length: int = option(512, "Number of tokens in each of these rows", whole())
     rewrite_answers: bool = option(False, "Replace the data set's answers with the dense model's")
     rewrite_max_tokens: int = option(
-        256, "Number of tokens that a rewritten answer may have; rows with longer ones are left out", whole()
+        256, "The most tokens that a rewritten answer may have; rows with longer ones are left out", whole()
     )
     rewrite_temperature: float = option(0.0, "Sampling temperature of rewritten answers; 0 for greedy decoding", _RATE)
+
+
+@dataclass(kw_only=True)
+class FinishOptions(Options):
+    """How the recipe measures the finished model."""
+
+    eval_tasks: str | None = option(
+        None,
+        "Tasks to measure the finished model on, separated by commas, such as piqa,arc_easy; by default all of eval_from",
+    )
+    eval_texts: str | None = option(
+        None,
+        "Texts for perplexity and the distance to the dense model, separated by commas: wikitext2, or files; by default "
+        "all of eval_from",
+    )
+    eval_from: str | None = option(None, "Folder with tasks and texts, as for eval --tasks-from")
+    eval_limit: int | None = option(None, "Number of questions per task; by default all", whole())

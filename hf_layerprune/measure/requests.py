@@ -44,9 +44,9 @@ class MeasureOptions(Options):
     base_revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
     output: Path | None = option(None, "File for the numbers; by default metrics.json in the model's folder", PATH)
     history: tuple[Path, ...] = option(
-        (), "Folder of an earlier stage of MODEL, whose numbers are copied; repeatable", many(PATH)
+        (), "Folder of an earlier stage of MODEL, whose numbers are copied for its card; repeatable", many(PATH)
     )
-    force: bool = option(False, "Replace existing numbers of other weights")
+    force: bool = option(False, "Replace numbers that belong to other weights")
 
 
 @documented
@@ -58,29 +58,35 @@ class EvalRequest(MeasureOptions, RequireOptions):
     base: str | None = option(None, "Dense model to compare with", MODEL)
     tasks: tuple[str, ...] | None = option(
         None,
-        "Tasks of lm-evaluation-harness or in --tasks-from, separated by commas; paper: the eight of "
-        "arXiv:2411.15558; none",
+        "Tasks of lm-evaluation-harness or of --tasks-from, separated by commas; paper stands for the eight of "
+        "arXiv:2411.15558; none for no tasks. By default all of --tasks-from, or paper if neither that nor --text is given",
         Kind(_parse_names, _check_names, "T,T"),
     )
     tasks_from: Path | None = option(
         None,
-        "Folder with NAME.jsonl (one {query, choices, gold} or {query, answer, image} per line) and NAME.txt (texts)",
+        "Folder with tasks (NAME.jsonl, one {query, choices, gold} or {query, answer, image} per line) and texts "
+        "(NAME.txt)",
         PATH,
     )
     texts: tuple[str, ...] | None = option(
         None,
-        "Text file, or wikitext2, or none; repeatable",
+        "Text to measure perplexity on: a file, wikitext2, or none; repeatable. By default those of --tasks-from, or "
+        "wikitext2 if neither that nor --tasks is given",
         many(Kind(str, lambda value: value, "FILE"), _check_names),
         flag="text",
     )
-    limit: int | None = option(None, "Number of questions per task; by default all", whole(1))
+    limit: int | None = option(None, "Number of questions per task, from the first; by default all", whole(1))
     num_fewshot: int | None = option(
         None, "Number of few-shot examples before each question; by default the task's own", whole(0, 1000)
     )
-    batch_size: int | str = option("auto", "Number of answers scored together", _number_or("auto", "auto"))
-    length: int = option(1024, "Number of tokens in a window of a text", whole(1))
+    batch_size: int | str = option(
+        "auto",
+        "Number of answers scored together; auto depends on the device, and is halved where memory runs out",
+        _number_or("auto", "auto"),
+    )
+    length: int = option(1024, "Number of tokens in each window of a text", whole(1))
     windows: int | None = option(64, "Number of windows from the start of each text, or all", _number_or("all", None))
-    answers: Path | None = option(None, "Folder that stores the answers, to resume an interrupted run", PATH)
+    answers: Path | None = option(None, "Folder for the answers, from which an interrupted run resumes", PATH)
 
 
 # What a model can be timed in.
@@ -123,12 +129,12 @@ class BenchRequest(MeasureOptions):
     load_repeats: int = option(3, "Number of fresh processes that load the model; 0 for none", whole(0, 100))
     engine: str = option(
         "transformers",
-        "What runs the model: transformers, vllm (installed here), or llama.cpp (its llama-bench; one prompt at a time); "
-        "size, memory and load time are measured in transformers",
+        "What runs the model: transformers; vllm, which must be installed here; or llama.cpp, whose llama-bench must be "
+        "on the PATH and takes one prompt at a time. Size, memory and load time are measured in transformers only",
         choices=ENGINES,
     )
     gguf: tuple[Path, ...] = option(
-        (), "For llama.cpp, the GGUF file that was made of MODEL, and then that of BASE; repeatable", many(PATH)
+        (), "GGUF file made from MODEL, then a second one from BASE, for --engine llama.cpp; repeatable", many(PATH)
     )
 
     def __post_init__(self) -> None:

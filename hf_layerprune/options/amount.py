@@ -22,8 +22,8 @@ class AmountOptions:
 
     drop: float | int | None = option(
         None,
-        "Fraction of the layers to drop, rounded down to whole layers, or the number of layers; 0.25 where neither a "
-        "target nor a budget is named",
+        "Fraction of the layers to drop, rounded down to whole layers, or number of layers; by default 0.25, unless "
+        "layers, a target or a budget are named",
         DROP,
     )
     target_params: int | None = option(
@@ -40,8 +40,8 @@ class AmountOptions:
     )
     target_speedup: float | None = option(
         None,
-        "Drop just enough layers to make decoding faster by this factor, such as 1.3, going by the times that layers "
-        "and head take on this machine",
+        "Drop just enough layers to make decoding faster by this factor, such as 1.3, judged by the time that the layers "
+        "and the head take on this machine",
         number(1, 1000, "a factor above 1, such as 1.3", "X"),
     )
     max_perplexity_ratio: float | None = option(
@@ -53,24 +53,24 @@ class AmountOptions:
     max_kl: float | None = option(
         None,
         "Drop as many layers as possible while the KL divergence from the dense model stays within this number of "
-        "nats per token, on held-out rows, after the repair",
+        "nats per token, on held-out calibration rows, after the repair",
         number(0, 1000, "a number of nats above 0, such as 0.2", "NATS"),
     )
     min_top1_agreement: float | None = option(
         None,
         "Drop as many layers as possible while the most likely next token stays the dense model's for this share of "
-        "tokens, such as 0.8, on held-out rows, after the repair",
+        "tokens, such as 0.8, on held-out calibration rows, after the repair",
         number(0, 1, "a share between 0 and 1, such as 0.8", "SHARE"),
     )
     context: int | None = option(
         None,
-        "Number of tokens in the cache, for target_memory and target_speedup; by default 4096 for memory and 512 for "
-        "speed, or what the model has room for",
+        "Number of tokens per sequence in the cache, for target_memory and target_speedup; by default 4096 for memory and "
+        "512 for speed, or fewer if the model's context is shorter",
         whole(1, 10**8),
     )
     batch: int = option(1, "Number of sequences in the cache, for target_memory and target_speedup", whole(1, 10**6))
     target_dtype: str = option(
-        "auto", "Type of weights and cache that target_size and target_memory count in; auto is the base's",
+        "auto", "Data type of the weights and the cache for target_size and target_memory; auto is the base's",
         choices=DTYPES,
     )  # fmt: skip
 

@@ -19,10 +19,10 @@ class Options:
 
 @dataclass(kw_only=True)
 class ScreenOptions(Options):
-    """What a command shows. Every command has them, before its name or behind it."""
+    """What a command shows. Every command has these options, before or after its name."""
 
     quiet: bool = option(False, "Show only errors and the result")
-    debug: bool = option(False, "Show where an error came from (also HF_LAYERPRUNE_DEBUG=1)")
+    debug: bool = option(False, "Print the traceback of an error (also HF_LAYERPRUNE_DEBUG=1)")
 
 
 @dataclass(kw_only=True)
@@ -38,9 +38,9 @@ class CalibrationOptions(Options):
 
     calibration: str = option(
         "self",
-        "Text that criteria and repairs look at: self (the dense model writes it), a .txt or .jsonl file "
-        "(rows.jsonl:column), or a data set on the Hub (id:split:column); with a column image or images beside it, "
-        "images, for a model that reads them",
+        "Text that criteria and repairs look at: self (the dense model writes it); a .txt, .jsonl or .parquet file "
+        "(rows.jsonl:column); or a folder or Hub id of a data set (id:split:column). A column image or images beside the "
+        "text is used as well, for a model that reads images",
     )
     calibration_samples: int = option(128, "Number of rows in the calibration set", whole(1))
     calibration_length: int = option(512, "Number of tokens in each calibration row", whole(1))
@@ -53,7 +53,7 @@ class ChoiceOptions(AmountOptions, Options):
 
     variant: str = option(
         "original",
-        "Definition of the criterion: as its own source has it, or as the code of the paper (arXiv:2411.15558) does",
+        "Definition of the criterion: as in its own source (original), or as in the code of arXiv:2411.15558 (paper)",
         choices="variant",
     )
     protect_first: int | None = option(
@@ -76,7 +76,7 @@ class CutOptions(CalibrationOptions, ChoiceOptions):
 
     drop_layers: list[int] | None = option(
         None,
-        "Base indices of the layers to drop, such as 20-26,29; overrides drop, targets, budgets and criterion",
+        "Base indices, from 0, of the layers to drop, such as 20-26,29; instead of drop, targets, budgets and criterion",
         LAYERS,
     )
     criterion: str | None = option(
@@ -86,7 +86,7 @@ class CutOptions(CalibrationOptions, ChoiceOptions):
     )
     steps: int = option(
         1,
-        "Number of rounds in which the layers are chosen; each round scores what the one before left",
+        "Number of rounds in which the layers are chosen; each round scores what the previous one left",
         whole(1, 10_000),
     )
 
@@ -101,9 +101,10 @@ class TuningOptions(Options):
 
     tune_layers: int | str | list[int] = option(
         3,
-        "Layers to tune: a number of last layers, cut (the layers next to each cut), or base indices such as 20-22",
+        "Layers that the adapter tunes: a number of last layers, cut (the layers next to each cut), or base indices such "
+        "as 20-22",
         TUNE_LAYERS,
     )
     tune_lm_head: bool = option(
-        True, "Tune lm_head; where it is tied to the embeddings, this unties it, which adds a matrix"
+        True, "Let the adapter tune lm_head; a head tied to the embeddings is untied, which adds its parameters"
     )

@@ -25,11 +25,13 @@ class CardRequest(Options):
     """What to write on a card that only its author knows."""
 
     model: Path = option(MISSING, _FOLDER_HELP, PATH)
-    name: str | None = option(None, "The model's name until it is on the Hub; by default BASE-23L")
-    base_model: str | None = option(
-        None, "Hub id of the base, or of the model that a local base is a copy of", _named("ID")
+    name: str | None = option(
+        None, "The model's name until it is on the Hub; by default the base's with the layers left, such as BASE-23L"
     )
-    license: str | None = option(None, "The base's licence, such as apache-2.0, if it declares none", _named("ID"))
+    base_model: str | None = option(None, "Hub id of the base, if MODEL was pruned from a local copy", _named("ID"))
+    license: str | None = option(
+        None, "The base's licence, such as apache-2.0, if the base declares none", _named("ID")
+    )
     license_name: str | None = option(None, "The name of the licence, with --license other", _named("NAME"))
     license_link: str | None = option(None, "The URL of its text, with --license other", _named("URL"))
     force: bool = option(False, "Overwrite changes inside the marked sections, and plots drawn by other programs")
@@ -47,12 +49,12 @@ class PushRequest(RequireOptions):
 
     model: Path = option(MISSING, _FOLDER_HELP, PATH)
     repo_id: str = option(MISSING, "NAMESPACE/NAME on the Hub", _NAME)
-    private: bool = option(False, "Make a new repository private, and refuse a public one")
-    adapter_only: bool = option(False, "Push only the adapter in MODEL or MODEL/adapter")
+    private: bool = option(False, "Create the repository as private; refuse one that is public")
+    adapter_only: bool = option(False, "Push only the adapter, from MODEL or MODEL/adapter")
     include: tuple[str, ...] = option((), "Also publish this file of MODEL; repeatable", many(_NAME))
     revision: str | None = option(None, "Push to this branch, created if missing, or to refs/pr/N")
     create_pr: bool = option(False, "Open a pull request instead of committing")
-    overwrite_card: bool = option(False, "Overwrite changes made to the card on the Hub")
+    overwrite_card: bool = option(False, "Overwrite changes that were made to the card on the Hub")
     allow_miss: bool = option(False, "Push a model that misses its requirements; its card says so")
     space: str | None = option(None, "Also publish a chat with the model as this Space", _named("REPO_ID"))
     space_secret: str | None = option(
@@ -75,7 +77,9 @@ class VerifyRequest(Options):
     """What to verify, and against what."""
 
     model: str = option(MISSING, "A model folder, or a Hub id", MODEL)
-    base: str | None = option(None, f"The base, if not where lineage.json says: {MODEL_HELP}", MODEL)
+    base: str | None = option(
+        None, f"The base, if it is not where lineage.json says: {MODEL_HELP[0].lower()}{MODEL_HELP[1:]}", MODEL
+    )
     revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub")
     accept_trained: bool = option(False, "Trust the records for the tensors that a repair or training changed")
     token: str | bool | None = field(default=None, repr=False)
@@ -87,6 +91,10 @@ class ChatRequest(Options):
     """What to chat with, and where to serve it."""
 
     model: str = option(MISSING, f"{MODEL_HELP}; an adapter too", MODEL)
-    base: str | None = option(None, "Dense model to compare with; by default the one that MODEL was made from", MODEL)
+    base: str | None = option(
+        None,
+        "Dense model to compare with; by default an adapter's base, or the folder that MODEL was pruned from, if it is here",
+        MODEL,
+    )
     port: int | None = option(None, "Port to serve on; by default the first free one from 7860", whole(1, 65_535))
-    host: str | None = option(None, "Address to serve on, 0.0.0.0 for all; by default 127.0.0.1")
+    host: str | None = option(None, "Address to listen on, 0.0.0.0 for all; by default 127.0.0.1")

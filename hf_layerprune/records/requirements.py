@@ -171,8 +171,8 @@ class RequireOptions(Options):
 
     require: tuple[Bound, ...] | None = option(
         None,
-        f"Bounds that the numbers must meet, such as {_EXAMPLE}: metrics, tasks, or their ratio to the dense model; for "
-        "eval, none removes those that were recorded",
+        f"Bounds that the numbers must meet, such as {_EXAMPLE}, on metrics, tasks or their ratio to the dense model's; "
+        "for eval, none removes those recorded before",
         REQUIREMENTS,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 
 from ..errors import CutError
@@ -47,24 +47,25 @@ class PruneRequest(TuningOptions, CutOptions):
     """What to prune, and how."""
 
     base: str = option(MISSING, MODEL_HELP, MODEL)
-    output: str = option(MISSING, "Folder to write; or a .gguf file, for a base that is one", MODEL)
+    output: str = option(MISSING, "Folder to write, or a .gguf file if BASE is one", MODEL)
     dtype: str = option(
         "auto",
-        "Type of the weights that are written; auto keeps the base's, and is bfloat16 for a GGUF file that becomes a "
-        "folder",
+        "Data type of the weights that are written; auto keeps the base's, and is bfloat16 for a GGUF file that becomes "
+        "a folder",
         choices=DTYPES,
     )
     from_curve: Path | None = option(
         None,
-        "Folder of a curve that rank --curve made of BASE: the layers, and the repair if none is named, are those of "
-        "the point that the number, target or budget asks for",
+        "Folder of a curve that rank --curve made of BASE: the number, target or budget picks a point, which says which "
+        "layers go and, unless --repair is given, with which repair",
         PATH,
     )
     adapter: bool = option(False, "Write a PEFT adapter (the plan and the tuned layers) instead of a whole model")
     revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
     link: bool = option(False, "Hard-link the weight files that stay as they are")
     check: bool = option(
-        False, "Load BASE and the cut, and compare them on a few tokens, with the dropped layers of BASE bypassed"
+        False,
+        "Load BASE and the cut, and compare their logits on a few tokens, with the dropped layers of BASE bypassed",
     )
     force: bool = option(False, "Replace OUTPUT if it exists")
 
@@ -75,10 +76,12 @@ class WalkOptions(Options):
 
     dtype: str = option(
         "auto",
-        "Type of the weights; auto keeps the base's, or is float32 on a CPU without fast 16-bit multiplication",
+        "Data type of the weights; auto keeps the base's, or is float32 on a CPU without fast 16-bit multiplication",
         choices=DTYPES,
     )
-    device: str = option("auto", "Device that runs the layers: cpu, cuda, ...; auto takes a GPU if any")
+    device: str = option(
+        "auto", "Device that runs the layers: cpu, cuda, cuda:1, mps, or auto, which uses a GPU if there is one"
+    )
     revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
 
 
@@ -91,23 +94,23 @@ class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
     output: Path | None = option(None, "Folder for scores.json and the plots", PATH, positional=True)
     criteria: list[str] | tuple[str, ...] = option(
         ("all",),
-        "Criteria to score by, separated by commas, or all, which leaves out auto",
+        "Criteria to score by, separated by commas; all stands for all but auto",
         Kind(_parse_criteria, _check_criteria, "C"),
         choices="criterion",
         flag="criterion",
     )
     lengths: list[int] | None = option(
-        None, "Lengths of the blocks to score, such as 1-8; by default the number of layers to drop", LAYERS
+        None, "Lengths of the blocks to score, in layers, such as 1-8; by default the number of layers to drop", LAYERS
     )
     curve: bool = option(
         False,
-        "Find the best cut of each depth in place of scores: parameters, bytes, speed-up and quality, with and without "
-        "repair. In OUTPUT, an interrupted curve goes on",
+        "Instead of scores, find the best cut of each depth: parameters, bytes, speed-up and quality, with and without "
+        "repair. With the same OUTPUT, an interrupted curve resumes",
     )
     curve_up_to: int | None = option(
-        None, "The most layers that the curve drops; half of them by default", whole(1, 10_000)
+        None, "The most layers that the curve drops; by default half of them", whole(1, 10_000)
     )
-    force: bool = option(False, "Replace a ranking or a curve in OUTPUT")
+    force: bool = option(False, "Replace the ranking or the curve in OUTPUT")
 
 
 @documented
@@ -116,12 +119,21 @@ class AdviseRequest(WalkOptions, AmountOptions):
     """The model, and the time available for it."""
 
     base: str = option(MISSING, MODEL_HELP, MODEL)
-    output: Path | None = option(None, "YAML file for the settings of sft_tail.py", PATH, positional=True)
+    output: Path | None = option(
+        None, "YAML file to write, with the settings for recipes/sft_tail.py", PATH, positional=True
+    )
+    _: KW_ONLY
+    drop: float | int | None = option(
+        None,
+        "Fraction of the layers to drop, rounded down to whole layers, or number of layers; by default as many as are "
+        "expected to stay within 1.25 times the perplexity, or 0.25 from 5 billion parameters on",
+        DROP,
+    )
     minutes: float = option(
-        60, "Minutes of this machine for repair and training", number(0, 1e6, "a number of minutes above 0", "MIN")
+        60, "Minutes on this machine for repair and training", number(0, 1e6, "a number of minutes above 0", "MIN")
     )
     from_curve: Path | None = option(
-        None, "Folder of a curve that rank --curve made of BASE, for losses of BASE itself before training", PATH
+        None, "Folder of a curve that rank --curve made of BASE: its losses before training replace estimates", PATH
     )
     force: bool = option(False, "Replace OUTPUT if it exists")
 
@@ -132,7 +144,10 @@ class AdviseRequest(WalkOptions, AmountOptions):
         if not said:
             self.drop = None
         if self.min_top1_agreement is not None:
-            raise CutError("what top-1 agreement healing brings was not measured; name max_kl or max_perplexity_ratio")
+            raise CutError(
+                "min_top1_agreement: the top-1 agreement after healing was not measured; name max_kl or "
+                "max_perplexity_ratio instead"
+            )
 
 
 @documented
