@@ -113,14 +113,14 @@ class TestAnUnprovenVersion:
         tiny_model("llama").save_pretrained(tmp_path / "base")
         load_pruned(tmp_path / "base", DROP)
         cut_checkpoint(tmp_path / "base", tmp_path / "cut", DROP)
-        told = [record.message for record in caplog.records if "presumed" in record.message]
+        told = [record.message for record in caplog.records if "is not proven" in record.message]
         assert len(told) == 1
-        assert told[0].startswith("cutting llama is presumed, not proven with transformers 5.99.0 (proven with ")
+        assert told[0].startswith("a cut of model type llama is not proven with transformers 5.99.0 (proven with ")
         assert "--check" in told[0]
 
     def test_is_not_told_where_the_cut_is_checked(self, caplog: pytest.LogCaptureFixture) -> None:
         drop_layers(tiny_model("llama"), DROP)
-        assert "presumed" not in caplog.text
+        assert "is not proven" not in caplog.text
 
 
 def test_a_peft_that_would_be_silently_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

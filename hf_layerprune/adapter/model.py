@@ -123,7 +123,7 @@ class LayerDropModel(BaseTuner):
         """Say nothing: a tied head is untied on purpose, see `tied.untie`."""
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
-        raise LayerPruneError("LayerDropConfig wraps no target modules; leave target_modules out")
+        raise LayerPruneError("LayerDropConfig takes no target modules; leave target_modules out")
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # PEFT's own expects a layer with one weight
@@ -134,7 +134,10 @@ class LayerDropModel(BaseTuner):
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         cut: LayerCut | None = getattr(self.model, CUT, None)
         if cut is None and not enabled:
-            raise CutError("this model was loaded without its dropped layers, so there is no dense model to return to")
+            raise CutError(
+                "this model was loaded without its dropped layers, so there is no dense model to return to; prune with "
+                "keep_dropped=True, or load the base"
+            )
         if cut is not None:
             cut.reapply() if enabled else cut.restore()
         super()._enable_adapter_layers(enabled)

@@ -52,7 +52,9 @@ def prune_with(
             )
         model = _load(config, from_pretrained_kwargs)
     elif from_pretrained_kwargs:
-        raise TypeError(f"{sorted(from_pretrained_kwargs)} are for loading a base, but a model was passed")
+        raise TypeError(
+            f"{', '.join(sorted(from_pretrained_kwargs))}: for loading a base, but a model was passed; leave out one or the other"
+        )
     return get_peft_model(model, config)
 
 

@@ -41,7 +41,7 @@ def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:
         config = PeftConfig.from_pretrained(name, **where)
     if not isinstance(config.base_model_name_or_path, str | None):
         raise CheckpointError(
-            f"{config_path} names {config.base_model_name_or_path!r} as its base, not a model's name"
+            f"{config_path} names {config.base_model_name_or_path!r} as its base, which is not a model's name; correct it"
         )
     return config
 

@@ -52,7 +52,9 @@ def cut_of(config: LayerDropConfig) -> families.Cut:
     """The cut that a resolved config describes."""
     dropped, n = config.drop_layers, config.num_base_layers
     if dropped is None or n is None:
-        raise CutError("this config does not say which layers are dropped yet; use it with its base first")
+        raise CutError(
+            "this config does not say which layers are dropped; prune its base with it first, or set drop_layers"
+        )
     return cut_without(dropped, n)
 
 

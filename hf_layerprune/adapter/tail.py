@@ -26,7 +26,9 @@ def tuned_layers(cut: families.Cut, tune_layers: int | str | Collection[int]) ->
         return sorted(beside & set(cut.keep))
     if isinstance(tune_layers, int):
         if tune_layers > len(cut.keep):
-            raise CutError(f"tune_layers={tune_layers}, but only {len(cut.keep)} layers remain")
+            raise CutError(
+                f"tune_layers={tune_layers}, but only {len(cut.keep)} layers remain; name {len(cut.keep)} or fewer"
+            )
         return list(cut.keep[len(cut.keep) - tune_layers :])
     for i in tune_layers:
         if not 0 <= i < cut.num_layers:
@@ -58,14 +60,18 @@ def tuned_modules(
     for asked in config.modules_to_save or []:
         matches = [name for name in modules if name == asked or name.endswith(f".{asked}")]
         if not matches:
-            raise CutError(f"modules_to_save has {asked!r}, but {type(model).__name__} has no such module")
+            raise CutError(
+                f"modules_to_save has {asked!r}, but {type(model).__name__} has no such module; name one of its modules"
+            )
         names += [name for name in matches if name not in names]
     _check_trainable(model, names)
     for name in names:
         # PEFT matches by the end of the name alone.
         others = [other for other in modules if other.endswith(name) and other != name and name in modules]
         if others:
-            raise CutError(f"{name} can't be tuned alone: PEFT would also take {', '.join(others[:3])}")
+            raise CutError(
+                f"{name} can't be tuned alone: PEFT would also tune {', '.join(others[:3])}; tune other modules"
+            )
     return names
 
 

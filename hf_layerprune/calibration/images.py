@@ -119,7 +119,9 @@ def _filled(chat: list[dict[str, Any]], images: list[Any], document: Document) -
     places = [part for said in messages for part in said["content"] if is_image(part)]
     empty = [part for part in places if not _held(part)]
     if len(empty) != len(images):
-        raise CheckpointError(f"{document.where} has {len(images)} images for {len(empty)} places in its messages")
+        raise CheckpointError(
+            f"{document.where} has {len(images)} images for {len(empty)} places in its messages; give each image one place"
+        )
     for part, image in zip(empty, images, strict=True):
         part["image"] = image
     for part in places:

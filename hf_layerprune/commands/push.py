@@ -27,7 +27,11 @@ def run(request: Request) -> Answer:
         data: dict[str, Any] = {"files": made.contents.files, "left_out": made.contents.left_out}
         data["checks"] = [asdict(check) for check in made.checks]
         then = () if made.refusals else hint("push", request.model, request.repo_id, *options_of(request, "dry_run"))
-        said = "nothing would be pushed" if made.refusals else "ready to push; nothing was pushed"
+        said = (
+            "nothing would be pushed until the refusals are dealt with"
+            if made.refusals
+            else "ready to push; nothing was pushed"
+        )
         return Answer(said, _lines(*_report(made)), data, then, code=1 if made.refusals else 0)
     try:
         made, done = push(request)

@@ -102,7 +102,10 @@ def check_cut(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
     """
     marker = getattr(pruned.config, families.MARKER, None)
     if not marker:
-        raise CutError("the pruned model's config has no layer_drop entry, so its dropped layers are not known")
+        raise CutError(
+            "the pruned model's config has no layer_drop entry, so its dropped layers are not known; pass a model that "
+            "hf-layerprune has pruned"
+        )
     check_logits(pruned, bypassed_logits(dense, marker["drop_layers"]))
 
 
@@ -114,8 +117,8 @@ def tell_if_presumed(config: PreTrainedConfig) -> None:
         return
     _told.add(model_type)
     logger.warning(
-        "cutting %s is presumed, not proven with transformers %s (proven with %s); to compare it with its "
-        "base, use `hf-layerprune prune --check`, or hf_layerprune.cut.check.check_cut",
+        "a cut of model type %s is not proven with transformers %s (proven with %s); compare it with its base: "
+        "`hf-layerprune prune --check`, or hf_layerprune.cut.check.check_cut",
         model_type,
         version,
         ", ".join(proven) or "no listed version",

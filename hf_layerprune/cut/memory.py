@@ -25,6 +25,7 @@ from .. import families
 from ..errors import CutError, boundary
 from ..families.layout import find_decoder_layers
 from ..families.multimodal import path_to_text
+from ..layer_ranges import format_layers
 from ..runtime.model_class import auto_class_of
 from .check import CannotCheckError, WrongCutError, bypassed_logits, check_logits
 
@@ -154,7 +155,7 @@ def drop_layers(
         except WrongCutError:
             made.restore()
             raise
-    logger.info("dropped layers %s of %d from %s", list(cut.drop), cut.num_layers, stack.path)
+    logger.info("dropped layers %s of %d from %s", format_layers(cut.drop), cut.num_layers, stack.path)
     # The changes reference the old layers and would keep them in memory.
     return made if keep_dropped else LayerCut(cut, [], [])
 

@@ -22,7 +22,8 @@ def opened(path: Path, max_bytes: int | None) -> Iterator[BinaryIO]:
     """
     try:
         if not path.is_file():  # a pipe or a device may never end
-            raise CheckpointError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+            what = "is not a file" if path.exists() else "does not exist"
+            raise CheckpointError(f"{path} {what}; is the path right, and the download complete?")
         if max_bytes is not None and path.stat().st_size > max_bytes:
             raise CheckpointError(f"{path} is larger than {max_bytes:,} bytes, the limit for such a file")
         with path.open("rb") as file:

@@ -59,7 +59,7 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
     path = Path(name).expanduser()
     with _reading(f"data set {name}"):
         if path.suffix in FILES and not path.is_file():
-            raise CheckpointError(f"data file {path} does not exist")
+            raise CheckpointError(f"data file {path} does not exist; name a file, a folder, or a data set on the Hub")
         if files := json_files(str(path), name=config):
             return read_json_files(files, streaming=streaming)
         if path.suffix in FILES:
@@ -164,7 +164,9 @@ def shape_rows(
     conversation = next((name for name in ("messages", "conversations") if name in columns), None)
     if conversation is not None:
         if not chats:
-            raise CheckpointError(f"{name} has {conversation}, but the tokenizer has no chat template for them")
+            raise CheckpointError(
+                f"{name} has {conversation}, but the tokenizer has no chat template for them; name a set with plain text"
+            )
         with _rows_of(name):
             return _split_conversations(rows, conversation, columns)
     names = next((names for names in _INSTRUCTIONS if {names[0], names[2]} <= set(columns)), None)
@@ -242,5 +244,7 @@ def _split_conversations(rows: Dataset, column: str, columns: list[str]) -> Data
     logger.info("only the last answer of each conversation is learned; everything before it is the prompt")
     shaped = rows.map(split, remove_columns=columns).filter(lambda row: bool(row["prompt"]))
     if hasattr(shaped, "__len__") and not len(shaped):
-        raise CheckpointError(f"no row of {column} has an answer of the assistant after another message")
+        raise CheckpointError(
+            f"no row of {column} has an assistant's answer after another message; name a set with such rows"
+        )
     return shaped

@@ -132,7 +132,7 @@ class Writer:
         shaped = self._in_parts(parts, make, use, "answers", prompts, max_tokens, temperature)
         if not shaped:
             raise CheckpointError(
-                f"no answer of the dense model ends within {max_tokens} tokens; allow longer answers"
+                f"no answer of the dense model ends within {max_tokens} tokens; raise --rewrite_max_tokens"
             )
         if len(shaped) < len(rows):
             left_out = len(rows) - len(shaped)

@@ -57,7 +57,9 @@ class Student:
             folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=CHECKPOINT_FILES))
         cut = cut_of(load_config(folder))
         if cut is None:
-            raise CheckpointError(f"{name} is not a model that hf-layerprune has pruned")
+            raise CheckpointError(
+                f"{name} was not pruned by hf-layerprune; prune it first: hf-layerprune prune {name} OUTPUT"
+            )
         lineage = Lineage.of(folder) or Lineage({})
         entries = lineage.entries
         tensors = [name for e in entries for name in (e.get("repair") or {}).get("changed_tensors") or ()]

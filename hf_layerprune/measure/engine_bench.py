@@ -94,7 +94,9 @@ class EngineBench(Recorder):
                     "name the file of MODEL, then that of BASE, each with --gguf"
                 )
             if not self.engine.takes_gguf and not path.is_dir():
-                raise LayerPruneError(f"{self.engine.name} is timed on model folders, and {path} is not one")
+                raise LayerPruneError(
+                    f"{self.engine.name} is timed on model folders, and {path} is not one; name a folder"
+                )
             if path != Path(subject.source):
                 _check_same(path, subject)
             paths[subject.weights] = path
@@ -107,7 +109,7 @@ def _check_same(path: Path, subject: Subject) -> None:
     if found.layers != model.layers or abs(found.parameters / model.parameters - 1) > 1e-3:
         raise LayerPruneError(
             f"{path} has {found.layers} layers and {found.parameters:,} parameters, and {subject.name} has "
-            f"{model.layers} and {model.parameters:,}; name the file that was made of it"
+            f"{model.layers} and {model.parameters:,}; name the file that was made from it"
         )
 
 

@@ -42,7 +42,9 @@ class Measurement:
             self.model, self.base, output=request.output, history=request.history, force=request.force
         )
         if self.base is not None and self.base.weights == self.model.weights:
-            raise LayerPruneError(f"{request.model} and {request.base} have the same weights; name another base")
+            raise LayerPruneError(
+                f"{request.model} and {request.base} have the same weights; name the dense model as the base"
+            )
         self.where: dict[str, dict[str, str]] = {}
         self._dtype, self.device = request.dtype, pick_device(request.device)
 

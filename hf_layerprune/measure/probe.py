@@ -45,7 +45,9 @@ def probe(source: str, revision: str | None, dtype: str, device: str, work: Work
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or "it was killed; is there enough memory?").splitlines()[-1]
-        raise LayerPruneError(f"loading {source} in a separate process failed: {reason[:300]}")
+        raise LayerPruneError(
+            f"loading {source} in a separate process failed: {reason[:300]}; --load-repeats 0 leaves these runs out"
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

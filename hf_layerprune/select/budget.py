@@ -80,7 +80,7 @@ def choose(
         )
     most = search.most
     if most < 1:
-        raise CutError("no layer may be dropped from this model; protect fewer")
+        raise CutError("no layer of this model may be dropped; protect fewer (protect_first, protect_last)")
     depth = max(1, walk.num_layers // 4)
     rounds = depth.bit_length() if pick else 2
     announce(walk, search.judging, search.layer_runs(depth, rounds, depth + rounds), "the search within the budget")

@@ -205,7 +205,7 @@ def _count(request: AdviseRequest, config: Any, expected: dict[int, Expected]) -
     if not inside and request.budget:
         least = getattr(expected[1], name)
         raise CutError(
-            f"{request.budget}={limits[name]:g} is less than the {least:.3g} to expect of dropping one layer in "
+            f"{request.budget}={limits[name]:g} is less than the {least:.3g} expected after dropping one layer and healing for "
             f"{request.minutes:g} minutes; allow more loss or more time"
         )
     return max(inside, default=1)
@@ -215,7 +215,10 @@ def _for_target(request: AdviseRequest, config: Any) -> int:
     from ..select.targets import Target
 
     if request.target == "target_speedup":
-        raise CutError("target_speedup times the model; find the number of layers with hf-layerprune rank --curve")
+        raise CutError(
+            "target_speedup is not available here; find the number of layers with hf-layerprune rank --curve, and name it with "
+            "drop"
+        )
     target = Target.of(take(CutOptions, request), config, request.base, revision=request.revision)
     assert target is not None, "there is a target"
     n, options = families.layer_count(config), take(CutOptions, request, **just(1))
@@ -233,19 +236,21 @@ def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expect
     here = expected[count]
     if tokens:
         lines.append(
-            f"\n{request.minutes:g} minutes of this machine are enough to heal on about {spell_count(tokens)} tokens "
-            f"({record['tokens_per_second']:g} a second), once."
+            f"\n{request.minutes:g} minutes on this machine are enough to heal on about {spell_count(tokens)} tokens, each once "
+            f"({record['tokens_per_second']:g} tokens a second)."
         )
     else:
         lines.append(
-            f"\n{request.minutes:g} minutes of this machine are too few to run a teacher and train; the closed-form repair "
-            "is all that they buy."
+            f"\n{request.minutes:g} minutes on this machine are too few to run a teacher and train, so only the closed-form "
+            "repair is advised."
         )
     scale = "the curve of this model, and the gain of healing" if record["curve"] else "losses"
     lines.append(
-        f"Expected by {scale} measured on {frontier.source['model']}, as a mean over three kinds of text; larger models "
+        f"Expected from {scale} measured on {frontier.source['model']}, as a mean over three kinds of text; larger models "
         "lose less of the same share of their layers."
     )
     if here.beyond:
-        lines.append("Fewer tokens, or fewer layers, were tried; the loss is that of the most that were.")
+        lines.append(
+            "This is beyond what was measured: the loss shown is that of the most tokens and layers that were tried."
+        )
     return "\n".join(lines)

@@ -215,7 +215,7 @@ def _search(
             record["repair"] = _BEST_REPAIR
             return search
         except LayerPruneError as error:
-            logger.info("the curve is without repair: %s", error)
+            logger.info("the curve is measured without repair: %s", error)
     return with_repair(record.setdefault("repair", request.repair))
 
 
@@ -270,8 +270,8 @@ def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[st
     count = _chosen(request, curve, record["num_layers"])
     if count is None:
         raise CutError(
-            f"no point of {folder} meets the request; it goes from 1 to {len(curve.points)} layers, so ask for less, "
-            "or make a longer curve with --curve-up-to"
+            f"no point of {folder} meets the request: it covers 1 to {len(curve.points)} dropped layers; ask for less, "
+            "or extend the curve with rank --curve-up-to"
         )
     point = curve.points[count - 1]
     repair = request.repair or (record["repair"] if "repaired" in point else None)
@@ -291,7 +291,9 @@ def curve_in(folder: Path, request: PruneRequest | AdviseRequest) -> Curve:
         raise CheckpointError(f"{folder} has no {FILE}; make it with hf-layerprune rank BASE {folder} --curve")
     record = read_curve(folder / FILE)
     if record["identity"].get("base") != _identity(request):
-        raise CheckpointError(f"{folder} holds the curve of another base than {request.base}")
+        raise CheckpointError(
+            f"{folder} holds the curve of another base than {request.base}; name that base, or make a curve of this one"
+        )
     return Curve(record["points"], record)
 
 
@@ -308,7 +310,7 @@ def _is_inside(point: dict[str, Any], name: str, value: float) -> bool:
     """Whether a point meets a target or, with one standard error, a budget."""
     best = point.get("repaired") or point["cut"]
     if name == "target_memory":
-        raise CutError("a curve does not know the memory that is left; name target_size, or prune without a curve")
+        raise CutError("a curve has no figures for memory; name target_size, or prune without a curve")
     if name in ("target_params", "target_size"):
         return point["parameters" if name == "target_params" else "bytes"] <= value
     if name == "target_speedup":
@@ -316,7 +318,9 @@ def _is_inside(point: dict[str, Any], name: str, value: float) -> bool:
     figure = {"max_kl": "kl", "max_perplexity_ratio": "perplexity_ratio"}.get(name, "top1_agreement")
     error = best.get(f"{figure}_stderr")
     if error is None:
-        raise CutError(f"{name} needs a standard error, and the curve has none; raise calibration_samples to 8")
+        raise CutError(
+            f"{name} needs a standard error, and the curve has none; make it again with calibration_samples=8 or more"
+        )
     return best[figure] - error >= value if figure == "top1_agreement" else best[figure] + error <= value
 
 

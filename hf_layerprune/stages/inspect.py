@@ -83,9 +83,12 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
             model = auto.from_config(config, trust_remote_code=False)
     except Exception as error:  # each model's class raises what it likes
         if type(config) in auto._model_mapping:
-            raise LayerPruneError(f"no model can be built from the config: {cause_of(error)}") from error
+            raise LayerPruneError(
+                f"no model can be built from the config: {cause_of(error)}; check that it belongs to this checkpoint"
+            ) from error
         raise LayerPruneError(
-            f"a {config.model_type} model has no language decoder of its own, so it has no decoder layers to prune"
+            f"a {config.model_type} model has no language decoder of its own, so there are no decoder layers to prune; "
+            "docs/architectures.md lists the types that can be pruned"
         ) from error
     refusal, protected = None, {}
     try:

@@ -97,7 +97,7 @@ def was_made(request: PruneRequest, folder: Path) -> bool:
         asked["length"] = request.calibration_length
         same += [calibration.get(name) == value for name, value in asked.items()]
     if not all(same):
-        raise CheckpointError(f"{folder} holds a different cut; name another folder, or remove it")
+        raise CheckpointError(f"{folder} holds a different cut; name another output folder, or remove it")
     return True
 
 

@@ -41,7 +41,7 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
     lineage = Lineage.required(before)
     if not lineage.entries or lineage.entries[-1].get("weights") != weights_hash(fingerprint(before)):
         raise CheckpointError(
-            f"the weights of {before} are not those that its {FILE_NAME} names; name the one it is of"
+            f"the weights of {before} are not those that its {FILE_NAME} names; name the folder that they belong to"
         )
     if (after / FILE_NAME).exists():
         raise CheckpointError(f"{after} has a {FILE_NAME} already; remove it if its weights are new")

@@ -74,7 +74,10 @@ def declare(request: CardRequest, published: dict[str, str] | None = None) -> No
             if not base.get("commit"):
                 base |= {"id": base_name(base), "hub_id": hub_id}
             elif hub_id != base.get("id"):
-                raise CheckpointError(f"the base is {base['id']} at commit {base['commit'][:12]}, not {hub_id}")
+                raise CheckpointError(
+                    f"the model was pruned from {base['id']} at commit {base['commit'][:12]}, not from {hub_id}; leave out "
+                    "--base-model"
+                )
         if named and named.get("repo_id") != lineage.published.get("repo_id"):
             lineage.published = {}  # a Space that belongs to another repository
         lineage.base, lineage.published = base, lineage.published | named

@@ -141,7 +141,9 @@ def _check_cut(told: dict[str, Any], name: str, history: History, outcome: Verif
 def _check_config(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
     """Check that the config is that of the repeated cut: an edited config makes another model of the same weights."""
     if CONFIG not in place.hashes:
-        outcome.say(False, "config", f"{place.name} has no {CONFIG}")
+        outcome.say(
+            False, "config", f"{place.name} has no {CONFIG}, so it is not a whole model; complete the download"
+        )
         return
     _check_cut(read_config_file(place.path(CONFIG)).get(MARKER) or {}, CONFIG, history, outcome)
     has, changed = load_config(place.folder).to_dict(), history.changed()
@@ -194,4 +196,8 @@ def _check_files(place: Place, expected: Expected, outcome: Verified) -> None:
             if not name.endswith(WEIGHTS) and name != INDEX
         ]
     others = len(place.hashes.keys() - loaded - {INDEX})
-    outcome.say_all("files", texts, f"{others} other files are the base's" if others else "there are no other files")
+    outcome.say_all(
+        "files",
+        texts,
+        f"{others} other file{'s are' if others > 1 else ' is'} the base's" if others else "there are no other files",
+    )
