@@ -21,19 +21,22 @@ class LayerDropPeftType(StrEnum):
 @documented
 @dataclass
 class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
-    """Configuration of a [`LayerDropModel`]: drop whole decoder layers, then tune the tail of what is left.
+    """Configuration of a [`LayerDropModel`]: drop whole decoder layers, then tune some of what is left.
 
-    The defaults are the recipe of arXiv:2411.15558: drop the last 25 % of the layers, tune `lm_head` and the last
-    three layers that remain. Once a model is pruned, `drop_layers` always holds the layers that were dropped, so a
-    saved config makes the same cut again.
+    The defaults are the recipe of arXiv:2411.15558: drop the last 25 % of the layers, then tune `lm_head`, the norm before
+    it and the last three layers that remain. Once a model is pruned, `drop_layers` always contains the layers that were
+    dropped, so a saved config makes the same cut again. Sizes such as `target_size` may be numbers or texts (`"12GB"`).
     """
 
-    tune_final_norm: bool = option(True, "Tune the norm before lm_head, as the code of arXiv:2411.15558 does")
+    tune_final_norm: bool = option(
+        True, "Let the adapter tune the norm before lm_head, as in the code of arXiv:2411.15558"
+    )
     keep_dropped: bool = option(
-        False, "Keep the dropped layers in memory, so that disable_adapter() gives the dense model"
+        False, "Keep the dropped layers in memory, so that disable_adapter() restores the dense model"
     )
     check_cut: bool = option(
-        True, "Check a cut in memory on a few tokens against the dense model with the dropped layers bypassed"
+        True,
+        "After a cut in memory, compare its logits on a few tokens with the dense model's, dropped layers bypassed",
     )
     target_modules: str | None = field(
         default=None, metadata={"help": "Set by the method for PEFT to read; leave it out."}

@@ -32,12 +32,12 @@ logger = logging.getLogger(__name__)
 
 
 class LayerDropModel(BaseTuner):
-    """Drops decoder layers of a causal language model, then tunes the tail of what is left.
+    """Drops decoder layers of a causal language model, then tunes some of what is left.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The dense model. It is pruned in place.
         config ([`LayerDropConfig`]): What to drop and what to tune.
-        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        adapter_name (`str`, defaults to `"default"`): The name of the adapter.
 
     Attributes:
         prepared (`Prepared`, *optional*): What was computed from the dense model (which layers and why, the repair),

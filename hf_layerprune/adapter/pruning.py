@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 def prune_with(
     config: LayerDropConfig, model: PreTrainedModel | None = None, **from_pretrained_kwargs: Any
 ) -> PeftModel:
-    """Prune a model and make its tail trainable.
+    """Prune a model, and make the layers that the config names trainable.
 
     Args:
         config ([`LayerDropConfig`]): What to drop and what to tune. Its `drop_layers` is filled in.
-        model ([`~transformers.PreTrainedModel`], *optional*): The dense model, pruned in place. Without one, the base
-            named in `config.base_model_name_or_path` is loaded, without ever reading the layers that go, unless
-            `keep_dropped` asks for them or the base is a GGUF file. A base that is an adapter of this method is
-            merged with its own base first.
+        model ([`~transformers.PreTrainedModel`], *optional*): The dense model, which is pruned in place. Without one, the
+            base named in `config.base_model_name_or_path` is loaded, and the dropped layers are never read unless
+            `keep_dropped`, a repair or a criterion needs them or the base is a GGUF file. A base that is an adapter of
+            this method is merged with its own base first.
         from_pretrained_kwargs: For loading the base: `dtype`, `device_map`, `attn_implementation`, `gguf_file`, ...
 
     Returns:
@@ -43,7 +43,9 @@ def prune_with(
     Raises:
         CheckpointError: The base can't be loaded.
         CutError: These layers can't be dropped from this model.
-        UnsupportedModelError: The architecture is not one that is proven to survive a cut.
+        LayerPruneError: Neither a model nor a base is named.
+        TypeError: Arguments for loading a base are passed together with a model.
+        UnsupportedModelError: The architecture is not proven to survive a cut.
     """
     if model is None:
         if not config.base_model_name_or_path:

@@ -106,8 +106,8 @@ def drop_layers(
     """Drop decoder layers of a model in memory, in place.
 
     Args:
-        model (`PreTrainedModel`): A causal language model. Its modules, config and layer indices change, its weights
-            do not.
+        model (`PreTrainedModel`): A causal language model. Its modules, its config and the indices of its layers change,
+            its weights do not.
         layers (`Sequence[int]`): Indices of the layers to drop.
         keep_dropped (`bool`, defaults to `False`): Keep the dropped layers in memory, outside of the module tree,
             so that `LayerCut.restore` can put them back.
@@ -119,7 +119,7 @@ def drop_layers(
 
     Raises:
         CutError: These layers can't be dropped. The model is unchanged.
-        WrongCutError: The pruned model gives other logits. The model is unchanged.
+        WrongCutError: The pruned model gives different logits. The model is unchanged.
         UnsupportedModelError: The architecture is not proven. The model is unchanged.
     """
     cut = families.make_cut(model.config, layers)

@@ -66,7 +66,9 @@ def _told(error: Exception, repo: str, revision: str | None) -> CheckpointError 
     if isinstance(error, errors.RevisionNotFoundError):
         return CheckpointError(f"{repo} has no revision {revision!r}; name a branch, a tag or a commit")
     if isinstance(error, errors.HFValidationError):
-        return CheckpointError(f"{repo!r} is neither a folder nor a Hub id: {cause}")
+        return CheckpointError(
+            f"{repo!r} is neither a folder nor a Hub id ({cause}); name a folder, or an id such as org/name"
+        )
     if isinstance(error, errors.LocalEntryNotFoundError):
         behind = cause_of(error.__cause__) if isinstance(error.__cause__, Exception) else cause
         return UnreachableError(f"can't get {repo} ({behind}); check the connection")
@@ -79,7 +81,9 @@ def _told(error: Exception, repo: str, revision: str | None) -> CheckpointError 
     if isinstance(error, (errors.OfflineModeIsEnabled, transport_error())):
         return UnreachableError(f"can't reach the Hub for {repo} ({cause}); check the connection")
     if isinstance(error, OSError) and not isinstance(error, errors.FileMetadataError):  # no space or no permission
-        return CheckpointError(f"can't store {repo} in the cache: {error.strerror or cause}")
+        return CheckpointError(
+            f"can't store {repo} in the cache ({error.strerror or cause}); free space there, or set HF_HOME"
+        )
     if isinstance(error, (errors.FileMetadataError, ValueError, KeyError, TypeError, AttributeError)):
         return CheckpointError(
             f"the answer to a request for {repo} is not from the Hub ({cause}); check for a log-in page or a proxy "

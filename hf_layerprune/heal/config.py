@@ -37,6 +37,9 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
     It is TRL's `SFTConfig` with other defaults: no gradient checkpointing, which TRL enables and which would force
     gradients through all frozen layers; a learning rate that depends on the method; a short warm-up; on a CPU, rows
     padded to a multiple of 64; and float32 instead of mixed precision on a CPU without fast bfloat16 multiplication.
+
+    The recipe prepares the model for `method`; `HealTrainer` trains what requires gradients, and only takes its default
+    learning rate from `method`.
     """
 
     gradient_checkpointing: bool | None = _trls("gradient_checkpointing", None)  # type: ignore[assignment]

@@ -72,14 +72,18 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 class HealTrainer(SFTTrainer):
-    """Trains the tail of a pruned model.
+    """Trains some of the layers of a pruned model.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The pruned model. Parameters with `requires_grad` are trained.
-        args ([`HealConfig`]): The settings.
+        args ([`HealConfig`]): The settings. Of `method`, only the default learning rate is used.
         teacher (`PreTrainedModel`, *optional*): The dense model, if it is loaded already. Its values do not change,
-            but parts of it may end up on another device, and on some CPUs in float32. By default `args.teacher`.
+            but parts of it may end up on another device, and on some CPUs in float32. By default, `args.teacher` is loaded.
         kwargs: For [`~trl.SFTTrainer`]: `train_dataset`, `eval_dataset`, `processing_class`, `peft_config`, ...
+
+    Raises:
+        LayerPruneError: No training row has a token to learn within `max_length`, or the settings exclude each other.
+        UnsupportedModelError: This model type can't be healed.
     """
 
     # `compute_loss` divides by all tokens of a step, for any model.

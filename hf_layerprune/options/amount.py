@@ -23,19 +23,22 @@ class AmountOptions:
     drop: float | int | None = option(
         None,
         "Fraction of the layers to drop, rounded down to whole layers, or number of layers; by default 0.25, unless "
-        "layers, a target or a budget are named",
+        "layers, a target or a budget is named",
         DROP,
     )
     target_params: int | None = option(
-        None, "Drop just enough layers to leave at most this number of parameters, such as 6.3B", COUNT
+        None, "Drop just enough layers to leave at most this number of parameters, such as 6.3B (6.3 * 10^9)", COUNT
     )
     target_size: int | None = option(
-        None, "Drop just enough layers for the weight files to fit into this size, such as 12GB or 8GiB", BYTES
+        None,
+        "Drop just enough layers for the weight files to fit into this many bytes, such as 12GB (12 * 1000^3) or 8GiB (8 * "
+        "1024^3)",
+        BYTES,
     )
     target_memory: int | None = option(
         None,
-        "Drop just enough layers for the weights and the key-value cache (see context and batch) to fit into this "
-        "size, such as 8GB",
+        "Drop just enough layers for the weights and the key-value cache (see context and batch) to fit into this many "
+        "bytes, such as 8GB",
         BYTES,
     )
     target_speedup: float | None = option(

@@ -111,9 +111,9 @@ def quality_curve(base: str, output: str | os.PathLike[str] | None = None, **opt
 
     Args:
         base (`str`): A Hub id, a model folder, or a GGUF file.
-        output (`str` or `os.PathLike`, *optional*): A folder for `curve.json` and the plot. An existing curve of the
-            same base and options is continued.
-        options: Those of `hf-layerprune rank`: `repair`, `curve_up_to`, `calibration`, `max_kl`, ...
+        output (`str` or `os.PathLike`, *optional*): A folder for `curve.json` and the plot. An unfinished curve of the
+            same base with the same options is resumed.
+        options: Those of `hf-layerprune rank --curve`: `repair`, `curve_up_to`, `calibration`, `max_kl`, ...
 
     Returns:
         `Curve`: The points.

@@ -293,7 +293,9 @@ def push_errors(repo_id: str, user: dict[str, Any] | None = None, kind: str = "m
                 f"the Hub answers {status} for {repo_id}; run the same command again{later}: {_AGAIN}"
             ) from raised
         if isinstance(error, errors.HFValidationError):
-            raise PushError(f"{repo_id!r} is not a valid repository name: {says}") from raised
+            raise PushError(
+                f"{repo_id!r} is not a valid repository name ({says}); write it as NAMESPACE/NAME"
+            ) from raised
         if isinstance(error, errors.RevisionNotFoundError):
             raise PushError(f"{repo_id} has no such branch or pull request; check --revision") from raised
         if isinstance(error, errors.HfHubHTTPError):
@@ -301,5 +303,5 @@ def push_errors(repo_id: str, user: dict[str, Any] | None = None, kind: str = "m
             text = _REFUSED.get(status or 0, "the Hub refused {repo}: {says}")
             raise PushError(text.format(repo=repo_id, who=who, kind=kind, says=says)) from raised
         if isinstance(error, ValueError) and "metadata" in says:
-            raise PushError(f"the Hub does not accept the YAML of README.md: {says}") from raised
+            raise PushError(f"the Hub does not accept the YAML of README.md ({says}); correct it") from raised
         raise
