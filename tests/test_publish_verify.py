@@ -138,7 +138,7 @@ def test_what_stages_changed_is_listed(cut: Path) -> None:
     assert found.recorded == {"heal": 2}  # and not q_proj, which is the base's
     assert "55 are the base's" in said(found)
     assert "2 were changed by heal, as lineage.json says" in said(found)
-    assert found.verdict.startswith(f"IN PART: all else of {cut} is proven; 2 tensors (heal: 2) are only as")
+    assert found.verdict.startswith(f"IN PART: the rest of {cut} is proven; 2 tensors (heal: 2) can't be")
     assert main(["verify", str(cut)]) == 1
     assert main(["verify", str(cut), "--accept-trained"]) == 0
 

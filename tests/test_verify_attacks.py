@@ -255,7 +255,7 @@ def test_a_stage_that_was_invented(cut: Path, entry: dict[str, Any], capsys: pyt
     assert code == 1
     assert "YES" not in said
     if "IN PART" in said:
-        assert f"1 tensors ({entry['stage']}: 1) are only as lineage.json records them" in said
+        assert f"1 tensor ({entry['stage']}: 1) can't be derived again and is taken as lineage.json records" in said
 
 
 def test_a_stage_that_does_not_follow(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:

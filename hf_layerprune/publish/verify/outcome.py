@@ -71,12 +71,12 @@ class Verified:
         if not self.recorded:
             return f"YES: {self.name} is what it says"
         stages = ", ".join(f"{name}: {count}" for name, count in sorted(self.recorded.items()))
-        told = (
-            f"{self.recorded.total()} tensors ({stages}) are only as {LINEAGE} records them, which nothing can derive"
-        )
+        count = self.recorded.total()
+        tensors, be = (f"{count} tensors", "are") if count > 1 else ("1 tensor", "is")
+        told = f"{tensors} ({stages}) can't be derived again and {be} taken as {LINEAGE} records"
         if self.accept_trained:
             return f"YES, as recorded: {self.name} is what it says; {told}"
-        return f"IN PART: all else of {self.name} is proven; {told} (--accept-trained takes the records' word)"
+        return f"IN PART: the rest of {self.name} is proven; {told} (--accept-trained trusts the records)"
 
     def say(self, good: bool, what: str, text: str) -> None:
         """Add a finding."""
