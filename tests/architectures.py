@@ -51,10 +51,10 @@ middle. For each of them:
 5. the same cut made on disk, and the model loaded without the dropped layers, have the same tensors and logits.
 
 **rank**: when layers are run one at a time, the hidden states after every layer and the logits match the model's own
-forward. Perplexity and KL without each layer, and Taylor scores, match a simple computation from the model's own
+forward pass. Perplexity and KL without each layer, and Taylor scores, match a simple computation from the model's own
 logits.
 
-**repair**: each fitted map is the ridge solution for the hidden states of the model's own forward, and fits its rows
+**repair**: each fitted map is the ridge solution for the hidden states of the model's own forward pass, and fits its rows
 at least as well as the plain cut. A rescaled model gives the logits of the pruned model with its hidden states
 multiplied at the cut. The repaired model is bit-identical after saving and reloading. The table lists the repairs that
 a type accepts.
@@ -64,8 +64,8 @@ from the model's own logits.
 
 **evaluate**: perplexity, KL and top-1 agreement match those computed from the model's own logits.
 
-A particular cut of a proven type can still be refused, with a reason: if layers share keys and values, if the config
-can only describe a fixed period, or if a layer must keep its position.
+A particular cut of a proven type can still be refused, with a reason: for example, because layers share keys and values,
+the config can only describe a fixed period, or a layer must keep its position.
 
 | model type | cut | rank | repair | heal | evaluate | tail cut | middle cut | fields rewritten besides the layer count |
 |---|---|---|---|---|---|---|---|---|
@@ -76,8 +76,8 @@ MULTIMODAL = """\
 
 The types that transformers {version} loads with `AutoModelForMultimodalLM` alone: {proven} proven, {refused} refused.
 Only the layers of the language decoder are cut; towers, projectors and their tensors stay as they are. The column
-**cut** lists the inputs with which all of its tests hold: text alone, and text with an image or audio, of which the
-type's own tower makes the features. The other stages are proven with text.
+**cut** lists the inputs with which all tests of a cut pass: text alone, and text with an image or audio, whose features
+come from the type's own tower. The other stages are proven with text.
 
 The types above whose **cut** says *alone, text, image* have a text model (*alone*) and a multimodal one, tested with
 text and with an image. The `architectures` in a checkpoint's config decide which of the two is loaded.

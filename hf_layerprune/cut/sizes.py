@@ -165,8 +165,8 @@ class Sizes:
             return tensor.size * elements // max(1, tensor.elements)
         if tensor.dtype not in _FLOATS:
             raise CutError(
-                f"the base holds {tensor.dtype} tensors, so it is not known what it takes as {self._dtype}; leave the "
-                "type as it is"
+                f"the base has {tensor.dtype} tensors, so its size as {self._dtype} can't be computed; leave the data type at "
+                "auto (target_dtype, dtype)"
             )
         return elements * self.dtype.itemsize
 
