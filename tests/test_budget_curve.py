@@ -283,7 +283,7 @@ def test_what_a_curve_says_is_what_prune_makes(
     assert "## How deep to cut" in Card.of(lineage).body()
     for more, code, message in (
         (["--drop", "5"], 2, "from 1 to 3 layers"),
-        (["--target-memory", "1GB"], 2, "does not know the memory"),
+        (["--target-memory", "1GB"], 2, "has no figures for memory"),
     ):
         assert main(["prune", str(base), str(tmp_path / "x"), "--from-curve", str(tmp_path / "curve"), *more]) == code
         assert message in capsys.readouterr().err

@@ -270,7 +270,7 @@ def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[st
     count = _chosen(request, curve, record["num_layers"])
     if count is None:
         raise CutError(
-            f"no point of {folder} meets the request: it covers 1 to {len(curve.points)} dropped layers; ask for less, "
+            f"no point of {folder} meets the request: its points drop from 1 to {len(curve.points)} layers; ask for less, "
             "or extend the curve with rank --curve-up-to"
         )
     point = curve.points[count - 1]
