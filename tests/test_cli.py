@@ -208,6 +208,10 @@ def test_no_network_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--criterion", "vibes"], "criterion 'vibes' is unknown"),
         (["--protect-first", "7"], "only 1 may"),
         (["--adapter", "--tune-layers", "7"], "only 6 layers remain"),
+        (["--tune-layers", "2"], "add --adapter"),
+        (["--no-tune-lm-head"], "add --adapter"),
+        (["--adapter", "--link"], "leave --link out"),
+        (["--dtype", "float16", "--link"], "leave --link out"),
     ],
 )
 def test_bad_words(

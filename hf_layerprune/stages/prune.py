@@ -117,8 +117,7 @@ def prune_to(request: PruneRequest) -> Pruned:
         request, curve = point_of(request, request.from_curve.expanduser())
     if output.suffix == ".gguf":
         return _prune_gguf(request, Path(request.base), output)
-    if request.repair and request.link:
-        raise CutError("--repair changes weights, and --link shares them with the base; leave one of them out")
+    _refuse_what_has_no_effect(request)
     hub = None
     if not (request.adapter or _needs_a_model(request)) and is_hub_id(request.base):
         from ..cut.base import Base
@@ -185,6 +184,20 @@ def prune_to(request: PruneRequest) -> Pruned:
     return Pruned(str(output), list(cut.drop), cut.num_layers, "adapter" if request.adapter else "model")
 
 
+def _refuse_what_has_no_effect(request: PruneRequest) -> None:
+    """Refuse options that would be ignored; those of a GGUF file that stays one are refused elsewhere."""
+    if request.repair and request.link:
+        raise CutError("--repair changes weights, and --link shares them with the base; leave one of them out")
+    if request.link and (request.adapter or _needs_a_model(request)):
+        raise CutError("--link shares weight files with the base, and here all are written anew; leave --link out")
+    plain = PruneRequest(request.base, request.output)
+    tuning = (request.tune_layers, request.tune_lm_head) != (plain.tune_layers, plain.tune_lm_head)
+    if tuning and not request.adapter:
+        raise CutError(
+            "--tune-layers and --no-tune-lm-head say what an adapter tunes; add --adapter, or leave them out"
+        )
+
+
 def _needs_a_model(request: PruneRequest) -> bool:
     """Whether the weights are converted or unpacked, so that copying bytes is not enough."""
     return request.dtype != "auto" or resolve_base(request.base)[1] is not None
@@ -199,9 +212,13 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
             f"run llama.cpp's converter: python convert_hf_to_gguf.py {output.stem} --outfile {output} (docs/engines.md "
             "says where it is)"
         )
-    if request.dtype != "auto" or request.adapter or request.repair:
+    given = {
+        "--dtype": request.dtype != "auto", "--adapter": request.adapter, "--repair": request.repair,
+        "--check": request.check, "--link": request.link,
+    }  # fmt: skip
+    if refused := [name for name, value in given.items() if value]:
         raise CheckpointError(
-            "a cut GGUF file keeps its weights as they are; leave out --dtype, --adapter and --repair, or name a folder"
+            f"a GGUF file is cut without being loaded; leave out {' and '.join(refused)}, or name a folder as the output"
         )
     if os.path.lexists(output) and not request.force:
         raise CheckpointError(f"{output} exists; replace it with --force, or name another file")
