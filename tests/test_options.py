@@ -6,6 +6,7 @@ import argparse
 import ast
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from hypothesis import strategies as st
 
 from hf_layerprune import CutError, LayerDropConfig
 from hf_layerprune.cli import main
+from hf_layerprune.commands import options_of
+from hf_layerprune.measure.requests import BenchRequest, EvalRequest
 from hf_layerprune.options import CutOptions, TuningOptions, add, declared, gather, take
-from hf_layerprune.stages.requests import PruneRequest, RankRequest
+from hf_layerprune.publish.requests import PushRequest
+from hf_layerprune.stages.requests import AdviseRequest, PruneRequest, RankRequest
 
 from .options_page import PAGE, page
 
@@ -107,6 +111,35 @@ def test_a_command_line_gives_what_the_request_has() -> None:
     assert gather(parser.parse_args(["base"]), RankRequest) == RankRequest("base")
     assert "auto" not in RankRequest("base").criteria
     assert RankRequest("base", criteria=["all", "auto", "kl"]).criteria[-1] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RankRequest("base", curve_up_to=3), "add --curve"),
+        (lambda: RankRequest("base", curve=True, lengths=[1, 2]), "leave --curve out"),
+        (lambda: EvalRequest("model", base_revision="v1"), "needs --base"),
+        (lambda: BenchRequest("model", base_revision="v1"), "needs --base"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(CutError, match=message):
+        make()
+
+
+def test_the_next_command_has_the_options_of_this_one() -> None:
+    said = AdviseRequest("base", max_kl=0.2, minutes=30, from_curve=Path("my curve"), force=True)
+    assert options_of(said, "force") == ["--max-kl", "0.2", "--minutes", "30", "--from-curve", "my curve"]
+    said = PushRequest(Path("model"), "me/model", private=True, include=("a", "b"), require="piqa>=0.6,kl<=1")
+    words = ["--require", "piqa>=0.6,kl<=1", "--private", "--include", "a", "--include", "b"]
+    assert options_of(said, "dry_run") == words
+    for cls, request, place in (
+        (AdviseRequest, AdviseRequest("b", target_size="2GB"), ["b"]),
+        (PushRequest, said, ["model", "me/model"]),
+    ):
+        parser = argparse.ArgumentParser()
+        add(parser, cls)
+        assert gather(parser.parse_args([*place, *options_of(request)]), cls) == request
 
 
 def test_each_is_declared_once() -> None:

@@ -112,6 +112,14 @@ class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
     )
     force: bool = option(False, "Replace the ranking or the curve in OUTPUT")
 
+    def settle(self) -> None:
+        """Refuse what only a curve, or only a ranking, uses."""
+        super().settle()
+        if self.curve_up_to is not None and not self.curve:
+            raise CutError("curve_up_to is for a curve; add --curve (curve=True), or leave it out")
+        if self.lengths is not None and self.curve:
+            raise CutError("lengths are for scores, not for a curve; leave them out, or leave --curve out")
+
 
 @documented
 @dataclass
