@@ -360,7 +360,7 @@ def make_parser() -> TrlParser:
 
 if __name__ == "__main__":
     try:
-        with boundary("can't read the settings", kind=CutError):
+        with boundary("can't read the settings", "--help lists the options, docs/options.md explains them", CutError):
             settings = make_parser().parse_args_and_config()
         missed = main(*settings)
     except LayerPruneError as error:
