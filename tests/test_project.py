@@ -50,7 +50,7 @@ def test_versions_of_python_are_the_same_everywhere() -> None:
 
 def test_hooks_run_what_lint_runs() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
-    lint = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\n\n")[0]
+    lint = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\nformat:")[0]
     assert {Path(hook["entry"].split()[0]).name for hook in hooks} == set(re.findall(r"\$\(BIN\)/([\w-]+)", lint))
 
 
