@@ -6,6 +6,7 @@ functions.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
+@cache
 def installed(distribution: str) -> Version:
     """The installed version of a distribution, or `0` if it is not installed."""
     from importlib.metadata import PackageNotFoundError, version
