@@ -12,6 +12,8 @@ import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,6 +59,14 @@ def same(name: str, mine: Any, wanted: Any, tolerance: float = TOLERANCE) -> Non
 def next_token_loss(own: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Mean negative log-likelihood of the next token: of logits `[batch, seq, vocab]`."""
     return F.cross_entropy(own[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
+
+
+@lru_cache(maxsize=1)
+def cut_of(dense: Any, drop: tuple[int, ...]) -> Any:
+    """A model without some layers, which the proofs of a type share. Nobody changes it."""
+    pruned = copy.deepcopy(dense)
+    drop_layers(pruned, drop)
+    return pruned
 
 
 def divergence(dense: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -149,7 +159,7 @@ def prove_repair(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> list[st
 def _prove_method(dense: Any, method: str, middle: tuple[int, ...], rows: CalibrationSet) -> LayerPruneError | None:
     """Prove a repair at the first of some cuts that it accepts; why not, where it accepts none."""
     refusal = None
-    for drop in (middle, *_single_layers(dense)):
+    for drop in chain((middle,), _single_layers(dense)):
         try:
             repair = fit_repair(dense, drop, rows, method)
         except LayerPruneError as error:
@@ -161,18 +171,16 @@ def _prove_method(dense: Any, method: str, middle: tuple[int, ...], rows: Calibr
     return refusal
 
 
-def _single_layers(dense: Any) -> list[tuple[int, ...]]:
+def _single_layers(dense: Any) -> Iterator[tuple[int, ...]]:
     """Cuts of one layer each: where experts stand in front of one, a plain layer may stand in front of another."""
     n, protected = families.layer_count(dense.config), families.protected_layers(dense.config)
-    found = []
     for i in range(1, n - 1):
         try:
             families.cut_config(dense.config, families.make_cut(dense.config, [i]))
         except LayerPruneError:
             continue
         if i not in protected:
-            found.append((i,))
-    return found
+            yield (i,)
 
 
 def _fitted_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: CalibrationSet) -> None:
@@ -274,8 +282,7 @@ def _multiplied_at_the_cuts(dense: Any, repair: Repair, drop: tuple[int, ...], i
 
 def _same_when_saved(dense: Any, repair: Repair, drop: tuple[int, ...]) -> None:
     ids = tiny_input(seed=3)
-    pruned = copy.deepcopy(dense)
-    drop_layers(pruned, drop)
+    pruned = copy.deepcopy(cut_of(dense, drop))
     cut = families.make_cut(dense.config, drop)
     repair.apply(find_decoder_layers(pruned).layers, cut.new_index)
     mine = logits(pruned, ids)
@@ -333,11 +340,11 @@ def heal_rows() -> Dataset:
 def prove_heal(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
     """Loss and gradients of one step with each loss, against the model's own logits, a row at a time."""
     drop = proven_cuts["middle"]
-    pruned = copy.deepcopy(dense)
-    drop_layers(pruned, drop)
+    pruned = cut_of(dense, drop)
+    teacher = copy.deepcopy(dense)
     gc.freeze()  # each training run collects garbage, which takes long among all that was imported
     for loss, method in HEALED:
-        mine, gradients = _trained(copy.deepcopy(pruned), copy.deepcopy(dense), loss, method, drop)
+        mine, gradients = _trained(copy.deepcopy(pruned), teacher, loss, method, drop)
         own = copy.deepcopy(pruned)
         wanted, naive = _naive_step(own, dense, loss, list(gradients), untied=method != "full")
         name = f"{loss} of {method}"
@@ -412,8 +419,7 @@ def _naive_step(
 def prove_evaluate(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
     """Perplexity, KL and top-1 agreement, and logits a few positions at a time."""
     rows = tiny_input(seed=5, batch=3, length=12)
-    pruned = copy.deepcopy(dense)
-    drop_layers(pruned, proven_cuts["middle"])
+    pruned = cut_of(dense, proven_cuts["middle"])
     own, whole = (torch.cat([logits(model, row[None]) for row in rows]) for model in (pruned, dense))
     measured = distance(pruned, dense, rows, batch_size=2)
     same("KL", measured.kl, divergence(whole, own)[:, :-1].mean())

@@ -72,6 +72,8 @@ SHRINK: dict[str, Any] = _LAYER_COUNTS | {
     # vocabulary and positions
     "vocab_size": VOCAB,
     "type_vocab_size": 2,
+    **dict.fromkeys(("shape_embed_dim", "pronunciation_embed_dim"), 16),
+    **dict.fromkeys(("shape_vocab_size", "pronunciation_vocab_size"), VOCAB),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_target_positions"), 128),
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -81,9 +83,10 @@ SHRINK: dict[str, Any] = _LAYER_COUNTS | {
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
+    "zero_expert_num": 2,
     # state spaces and linear attention
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "mamba_chunk_size", "chunk_size"), 8),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_value_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("mamba_head_dim", "linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 8),
     "mamba_d_head": 16,
     "mamba_n_groups": 1,
