@@ -21,18 +21,22 @@ from .measure_models import find, write_model
 pytestmark = pytest.mark.processes
 SIX = ("piqa", "hellaswag", "openbookqa", "arc_easy", "arc_challenge", "winogrande")
 
-# One process that measures everything, since the client library reads its settings when it is imported.
+# One process that cuts and measures everything, since the client library reads its settings when it is imported.
 WORKER = """
 import json, sys
 from pathlib import Path
+from hf_layerprune.cli import main
 from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 for line in sys.stdin:
     order = json.loads(line)
     try:
-        if "output" in order:
-            order["output"] = Path(order["output"])
-        evaluate(EvalRequest(**{k: tuple(v) if isinstance(v, list) else v for k, v in order.items()}))
+        if "command" in order:
+            assert main(order["command"]) == 0
+        else:
+            if "output" in order:
+                order["output"] = Path(order["output"])
+            evaluate(EvalRequest(**{k: tuple(v) if isinstance(v, list) else v for k, v in order.items()}))
         print(json.dumps({}), flush=True)
     except LayerPruneError as error:
         print(json.dumps({"error": str(error)}), flush=True)
@@ -52,24 +56,39 @@ def repos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("hub")
     base = write_model(root / "base")
     assert main(["prune", str(base), str(root / "cut"), "--drop-layers", "3-4"]) == 0
-    return {"org/base": base, "org/cut": root / "cut"} | write_datasets(root / "datasets")
+    found = {"org/base": base, "org/cut": root / "cut", "org/adapter": root / "adapter"}  # which is made below
+    return found | write_datasets(root / "datasets")
 
 
-def test_six_of_the_papers_tasks_and_wikitext2(repos: dict[str, Path], tmp_path: Path) -> None:
-    """Without one local file: the models, the data and the text come from the Hub."""
+@pytest.fixture(scope="module")
+def measured(repos: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    """What the process answers, and the folder of its results. Not one file of these is local to it."""
+    folder = tmp_path_factory.mktemp("measured")
+    words = ["prune", "org/base", str(repos["org/adapter"]), "--drop-layers", "6-7", "--adapter", "--no-tune-lm-head"]
+    order = {"model": "org/cut", "base": "org/base", "output": str(folder / "cut.json"), "length": 64}
+    adapter = {"model": "org/adapter", "base": "org/base", "output": str(folder / "adapter.json")}
     with HubServer(repos) as server:
-        order = {"model": "org/cut", "base": "org/base", "output": str(tmp_path / "metrics.json"), "length": 64}
         answers = ask(
             server,
-            tmp_path / "home",
+            folder / "home",
             order | {"tasks": SIX, "texts": ["wikitext2"], "windows": 4},
             {"model": "org/base", "tasks": ["piqa"], "texts": [], "revision": "no-such-branch"},
             {"model": "org/none", "tasks": ["piqa"], "texts": []},
+            {"command": words},
+            adapter | {"tasks": ["piqa"], "texts": []},
         )
+    return answers, folder
+
+
+def test_six_of_the_papers_tasks_and_wikitext2(
+    repos: dict[str, Path], measured: tuple[list[dict[str, Any]], Path]
+) -> None:
+    """Without one local file: the models, the data and the text come from the Hub."""
+    answers, folder = measured
     assert answers[0] == {}
     assert "no-such-branch" in answers[1]["error"]
     assert "org/none" in answers[2]["error"]
-    found = Metrics.read(tmp_path / "metrics.json")
+    found = Metrics.read(folder / "cut.json")
     # The hashes are those of the files, though nobody looked at them there.
     assert found.weights == weights_hash(fingerprint(repos["org/cut"]))
     assert weights_hash(fingerprint(repos["org/base"])) in found.models
@@ -87,21 +106,11 @@ def test_six_of_the_papers_tasks_and_wikitext2(repos: dict[str, Path], tmp_path:
     assert len([one for one in found.comparisons if one.get("test") == "mcnemar_exact"]) == 11
 
 
-def test_an_adapter_on_the_hub(repos: dict[str, Path], tmp_path: Path) -> None:
-    with HubServer(repos) as server:
-        words = ["prune", "org/base", str(tmp_path / "adapter"), "--drop-layers", "6-7", "--adapter"]
-        command = [sys.executable, "-m", "hf_layerprune.cli", *words, "--no-tune-lm-head"]
-        code = "import sys; from hf_layerprune.cli import main; sys.exit(main(sys.argv[1:]))"
-        command = [sys.executable, "-c", code, *words, "--no-tune-lm-head"]
-        env = client_env(server, tmp_path / "home")
-        subprocess.run(command, env=env, check=True, capture_output=True)
-    adapter = tmp_path / "adapter"
-    with HubServer(repos | {"org/adapter": adapter}) as server:
-        order = {"model": "org/adapter", "base": "org/base", "output": str(tmp_path / "metrics.json")}
-        (answer,) = ask(server, tmp_path / "home2", order | {"tasks": ["piqa"], "texts": []})
-    assert answer == {}
-    found = Metrics.read(tmp_path / "metrics.json")
-    assert found.weights == weights_hash(fingerprint(adapter))
+def test_an_adapter_on_the_hub(repos: dict[str, Path], measured: tuple[list[dict[str, Any]], Path]) -> None:
+    answers, folder = measured
+    assert answers[3:] == [{}, {}]
+    found = Metrics.read(folder / "adapter.json")
+    assert found.weights == weights_hash(fingerprint(repos["org/adapter"]))
     assert found.models[found.weights]["layers"] == 6
     assert found.models[found.weights]["role"] == "cut"
     assert find(found, found.weights, "acc", "piqa")
