@@ -185,7 +185,14 @@ def test_fsdp_learns_what_one_process_does(base: Path, healed: tuple[Path, str],
 # --- killed --------------------------------------------------------------------------------------------
 
 
-def test_killed_and_resumed_is_as_if_nothing_had_been(base: Path, healed: tuple[Path, str], tmp_path: Path) -> None:
+def test_killed_and_resumed_is_as_if_nothing_had_been(
+    recipe: ModuleType,
+    base: Path,
+    healed: tuple[Path, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Killed while it writes a checkpoint: it goes on from the one before."""
     output, half = tmp_path / "run", tmp_path / "run" / "checkpoint-8"
     command = [sys.executable, str(RECIPE), *words(base, output, save_steps=4, save_strategy="steps")]
@@ -199,9 +206,10 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(base: Path, healed: tuple[
     running.communicate()
     assert not (output / "model").exists()
     (half / "trainer_state.json").write_text("")  # wherever in the writing the kill came
-    log = launch(base, output, save_steps=4, save_strategy="steps", resume_from_checkpoint="true")
-    assert f"{half} is incomplete and is skipped" in log
-    assert len(losses(log)) == 12  # of the 16 steps
+    capsys.readouterr()
+    run(recipe, words(base, output, save_steps=4, save_strategy="steps", resume_from_checkpoint="true"))
+    assert f"{half} is incomplete and is skipped" in caplog.text
+    assert len(losses(capsys.readouterr().out)) == 12  # of the 16 steps
     mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (output, healed[0]))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
@@ -286,12 +294,17 @@ def test_a_miss_of_what_is_required(
 # --- bad input -----------------------------------------------------------------------------------------
 
 
-def test_one_line_for_an_error(base: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(RECIPE), *words(base, tmp_path / "run", dataset_name=tmp_path / "none.jsonl")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: data file ")
-    assert "Traceback" not in done.stderr
+def test_one_line_for_an_error(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = words(base, tmp_path / "run", dataset_name=tmp_path / "none.jsonl")
+    monkeypatch.setattr(sys, "argv", [str(RECIPE), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("error: data file ")
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(
