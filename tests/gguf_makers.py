@@ -4,6 +4,7 @@ import importlib.util
 import re
 import struct
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,20 @@ def all_of(*steps: Callable[[GGUFWriter], None]) -> Callable[[GGUFWriter], None]
     return lambda writer: [step(writer) for step in steps] and None
 
 
+def read(path: Path) -> GGUFReader:
+    """A file in the gguf library, which takes seconds for a large vocabulary: the last two are kept."""
+    state = path.stat()
+    return _read(path, state.st_ino, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path, *state: int) -> GGUFReader:
+    return GGUFReader(path)
+
+
 def contents(path: Path) -> tuple[dict[str, tuple], dict[str, tuple]]:
     """Every key with its types and raw bytes, and every tensor with its type, shape and raw bytes, in file order."""
-    reader = GGUFReader(path)
+    reader = read(path)
     keys = {
         key: (tuple(field.types), b"".join(part.tobytes() for part in field.parts[3:]))
         for key, field in reader.fields.items()
@@ -124,7 +136,7 @@ def contents(path: Path) -> tuple[dict[str, tuple], dict[str, tuple]]:
 
 def value(path: Path, key: str):
     """One value, read by the gguf library."""
-    return GGUFReader(path).fields[key].contents()
+    return read(path).fields[key].contents()
 
 
 def check_bytes(source: Path, target: Path, drop, changed: set[str]) -> None:

@@ -370,7 +370,7 @@ print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 @linux
 def test_peak_memory_does_not_depend_on_the_size(tmp_path):
     growth, peaks = [], []
-    for gb in (0.2, 3):
+    for gb in (0.2, 1):
         base, target = tmp_path / "base", tmp_path / "cut"
         make_llama(base, gb, sparse=True)
         kept = plan_cut(base, range(21, 29)).weight_bytes

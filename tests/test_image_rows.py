@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -121,11 +122,17 @@ def states(model: Any, index: int, rows: Sequence[Rows]) -> torch.Tensor:
     return torch.cat([state[0] for state in seen]).double()
 
 
+@lru_cache(maxsize=1)
+def made_to_repair(model_type: str) -> tuple[Any, CalibrationSet, list[Rows]]:
+    """What the tests of each repair share."""
+    return made(model_type, 5)
+
+
 @pytest.mark.parametrize("method", ["linear", "refit"])
 @pytest.mark.parametrize("model_type", [t for t in TYPES if t.values[0] not in families.REFUSED_AT["repair"]])
 def test_repaired(model_type: str, method: str) -> None:
     """A map is the ridge solution for the states of the model's own forward, with images in their places."""
-    model, text, rows = made(model_type, 5)
+    model, text, rows = made_to_repair(model_type)
     drop, repair = first_repair(model, text, method)
     assert repair is not None, "its text can be repaired"
     (cut,) = repair.cuts
@@ -133,10 +140,10 @@ def test_repaired(model_type: str, method: str) -> None:
     before, fitted = int(index), rows[:4]  # the fifth row judges
     layer = find_decoder_layers(model).layers[before]
     module = layer.get_submodule(name)
-    wanted, plain = states(model, drop[-1] + 1, fitted), states(model, drop[0], fitted)
+    wanted = states(model, drop[-1] + 1, fitted)
     seen: list[torch.Tensor] = []
     with _hooked([module], lambda m, args, output: seen.extend((args[0], output.clone()))):
-        states(model, drop[0], fitted)
+        plain = states(model, drop[0], fitted)
     features, output = (torch.cat([x.flatten(0, -2) for x in seen[start::2]]).double() for start in (0, 1))
     with _hooked([module], lambda m, args, output: torch.zeros_like(output)):
         written = plain - states(model, drop[0], fitted)
