@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): The words after the program's name; those of the process by default.
 
     Returns:
-        `int`: 0; 1 for a failure; 2 for wrong usage. One line on stderr says what went wrong and why, after the
-            traceback where `--debug` asks for it. A command that answers a question with yes or no (`verify`)
-            returns 1 for no.
+        `int`: 0 for success; 1 for a failure; 2 for wrong usage; 130 for an interrupt. One line on stderr says what
+            went wrong and why, after the traceback if `--debug` is given. A command that answers a question with yes or
+            no (such as `verify`) returns 1 for no.
     """
     args = build_parser().parse_args(argv)
     command = _command(args.command)

@@ -35,15 +35,15 @@ class LayerPruneError(ValueError):
 
 
 class UnsupportedModelError(LayerPruneError):
-    """The model's architecture is not proven to survive a cut."""
+    """The model's architecture is not proven to survive a cut, or can't be ranked, repaired, healed or evaluated."""
 
 
 class CutError(LayerPruneError):
-    """This set of layers cannot be dropped from this model."""
+    """These layers can't be dropped from this model, or an option or a combination of options is not accepted."""
 
 
 class CheckpointError(LayerPruneError):
-    """A file or folder is missing, damaged, or not of the expected kind."""
+    """A file, a folder or a repository is missing, damaged, or not of the expected kind."""
 
 
 @contextmanager
