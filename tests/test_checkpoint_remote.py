@@ -302,16 +302,26 @@ def test_a_base_is_told_apart_by_what_the_hub_lists(
     assert not fetched(hub)
 
 
-def run(hub: HubServer, home: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "import sys; from hf_layerprune.cli import main; sys.exit(main())", *words]
-    return subprocess.run(command, env=client_env(hub, home) | env, capture_output=True, text=True, check=False)
+def run(hub: HubServer, home: Path, *commands: list[str], **env: str) -> tuple[list[int], str, str]:
+    """Run commands in one process; their exit codes, and what they said."""
+    code = (
+        "import json, sys; from hf_layerprune.cli import main; print([main(each) for each in json.loads(sys.argv[1])])"
+    )
+    words = [sys.executable, "-c", code, json.dumps(commands)]
+    done = subprocess.run(words, env=client_env(hub, home) | env, capture_output=True, text=True, check=True)
+    *said, codes = done.stdout.splitlines()
+    return json.loads(codes), "\n".join(said), done.stderr
 
 
 def test_the_command(hub: HubServer, bases: dict[str, Path], tmp_path: Path) -> None:
     out, home = tmp_path / "out", tmp_path / "home"
-    done = run(hub, home, "prune", "org/llama", str(out), "--drop", "2")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"dropped layers 6-7 of 8: 6 left, in {out}; next: hf-layerprune eval {out} --base ")
+    gated = ["prune", "org/gated", str(tmp_path / "no")]
+    codes, said, error = run(hub, home, ["prune", "org/llama", str(out), "--drop", "2"], gated)
+    assert codes == [0, 1], error
+    assert said.startswith(f"dropped layers 6-7 of 8: 6 left, in {out}; next: hf-layerprune eval {out} --base ")
+    assert "org/gated is gated; ask for access" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "no").exists()
     cut_checkpoint(bases["llama"], tmp_path / "near", [6, 7])
     written = content(out)
     base = json.loads(written.pop("lineage.json"))["base"]
@@ -321,15 +331,12 @@ def test_the_command(hub: HubServer, bases: dict[str, Path], tmp_path: Path) -> 
     assert base["files"] == fingerprint(bases["llama"])
 
     hub.reset()
-    again = run(hub, home, "prune", "org/llama", str(tmp_path / "again"), "--drop", "2", HF_HUB_OFFLINE="1")
-    assert again.returncode == 0, again.stderr
+    again = ["prune", "org/llama", str(tmp_path / "again"), "--drop", "2"]
+    unknown = ["prune", "org/single", str(tmp_path / "no"), "--drop", "2"]
+    codes, said, error = run(hub, home, again, unknown, HF_HUB_OFFLINE="1")
+    assert codes == [0, 1], error
     assert not hub.log
     assert content(tmp_path / "again").keys() == content(out).keys()
-    for error in (
-        run(hub, home, "prune", "org/single", str(tmp_path / "no"), "--drop", "2", HF_HUB_OFFLINE="1"),
-        run(hub, home, "prune", "org/gated", str(tmp_path / "no")),
-    ):
-        assert error.returncode == 1
-        assert "is not in the cache" in error.stderr or "org/gated is gated; ask for access" in error.stderr
-        assert "Traceback" not in error.stderr
-        assert not (tmp_path / "no").exists()
+    assert "is not in the cache" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "no").exists()
