@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from hf_layerprune import families
 from hf_layerprune.calibration.rows import CalibrationSet
@@ -165,7 +166,7 @@ def _prove_method(dense: Any, method: str, middle: tuple[int, ...], rows: Calibr
         except LayerPruneError as error:
             refusal = refusal or error
             continue
-        (_fitted_as_written if REPAIRS[method].in_front else _scaled_as_written)(dense, repair, drop, rows)
+        (fitted_as_written if REPAIRS[method].in_front else _scaled_as_written)(dense, repair, drop, rows)
         _same_when_saved(dense, repair, drop)
         return None
     return refusal
@@ -183,7 +184,7 @@ def _single_layers(dense: Any) -> Iterator[tuple[int, ...]]:
             yield (i,)
 
 
-def _fitted_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: CalibrationSet) -> None:
+def fitted_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: CalibrationSet) -> None:
     """Each map is the ridge solution on the fitted rows, given what the model's own forward does there."""
     layers = find_decoder_layers(dense).layers
     ids, fitted = rows.input_ids, slice(0, 4)  # the fifth row judges
@@ -199,6 +200,8 @@ def _fitted_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: 
             for i, values in folded.items():
                 if i < before:
                     stack.enter_context(swapped(layers[i], values))
+            cut_plainly = _leaving(dense, before, ids)
+            stack.enter_context(swapped(layers[before], _borrowed(layers[before], name, folded[before])))
             entering: list[torch.Tensor] = []
             with _hooked(
                 [module], lambda m, args, output, entering=entering: entering.extend((args[0], output.clone()))
@@ -214,9 +217,32 @@ def _fitted_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: 
         x = gain * (output if repair.method == "linear" else features)
         change = _ridge(x[fitted], (wanted - plain)[fitted], cut["ridge"])
         same(f"{_name(repair)}: states behind layers {first} to {last}", mine, plain.double() + x @ change, 1e-3)
-        errors = [(wanted - states)[fitted].double().square().sum().item() for states in (mine, plain)]
+        errors = [(wanted - states)[fitted].double().square().sum().item() for states in (mine, cut_plainly)]
         if errors[0] > errors[1] * (1 + TOLERANCE):
             raise ProofError(f"{_name(repair)}: error {errors[0]} on the fitted rows, plainly cut {errors[1]}")
+
+
+def _borrowed(layer: Any, writer: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a fit starts from: neurons that are new in front of the projection write nothing yet."""
+    start = {name: value for name, value in values.items() if not name.startswith(f"{writer}.")}
+    if not start:
+        return {}
+
+    def by_output(name: str, value: torch.Tensor) -> torch.Tensor:
+        module = layer.get_submodule(name.rpartition(".")[0])
+        return value.T if value.ndim == 2 and isinstance(module, Conv1D) else value
+
+    weight = by_output(f"{writer}.weight", layer.get_parameter(f"{writer}.weight")).clone()
+    new = torch.zeros(weight.shape[1], dtype=torch.bool)
+    for name, value in start.items():
+        differs = by_output(name, value) != by_output(name, layer.get_parameter(name))
+        new |= (
+            differs.flatten(1).any(1).view(-1, len(new)).any(0)
+            if differs.ndim > 1
+            else differs.view(-1, len(new)).any(0)
+        )
+    weight[:, new] = 0
+    return start | {f"{writer}.weight": by_output(f"{writer}.weight", weight)}
 
 
 def _name(repair: Repair) -> str:

@@ -94,6 +94,10 @@ def test_repair_is_that_of_the_cpu(method: str, text: CalibrationSet) -> None:
     wanted = fit_repair(tiny_model("llama"), [3, 4], text, method)
     found = fit_repair(LayerWalk(tiny_model("llama"), device=DEVICE), [3, 4], text, method)
     assert found.tensors.keys() == wanted.tensors.keys()
+    if method == "borrow":  # which of two neurons is better may be decided by rounding
+        shares = [[cut["unexplained_share"] for cut in repair.cuts] for repair in (found, wanted)]
+        assert shares[0] == pytest.approx(shares[1], rel=0.05)
+        return
     for name, tensor in wanted.tensors.items():
         close_to(found.tensors[name], tensor)
 

@@ -102,7 +102,7 @@ def test_noise_is_not_fitted():
     assert fit.change.norm() < 0.2
 
 
-@pytest.mark.parametrize("method", ["linear", "refit"])
+@pytest.mark.parametrize("method", ["linear", "refit", "borrow"])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "granite", "opt"])
 def test_a_fitted_repair_brings_the_states_behind_the_cut_closer(model_type, method):
     model = tiny_model(model_type)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,8 @@ def fit_repair(
         method (`str`, defaults to `"linear"`): `"linear"`: the ridge map of ReplaceMe (arXiv:2505.02819, section 3),
             folded into the output projection of the MLP in front of each block. `"refit"`: the same least squares for
             the projection's own weight. Its input is wider than its output, so the fit explains more, but it needs
-            more tokens than the projection has inputs. `"magnitude"`: the rescaling of Prune&Comp (arXiv:2507.18212).
+            more tokens than the projection has inputs. `"borrow"`: the same after some neurons of the MLP have given
+            way to neurons of the dropped layers. `"magnitude"`: the rescaling of Prune&Comp (arXiv:2507.18212).
 
     Returns:
         `Repair`: The new weights; [`~Repair.apply`] writes them into a model.
@@ -134,8 +136,9 @@ class Fitter:
                 self.enter(i, batches)
             with walk.layer(i) as run:
                 self.step(i, run, batches, probe)
-                for batch in (probe, *batches):
-                    batch.hidden = run(batch.hidden, batch)
+                with self.watch(i, batches):
+                    for batch in (probe, *batches):
+                        batch.hidden = run(batch.hidden, batch)
             if i + 1 in self.end_of:
                 self.leave(self.end_of[i + 1], i + 1, batches)
 
@@ -144,6 +147,10 @@ class Fitter:
 
     def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
         """Called before layer `i` runs; `probe` holds a few tokens for trial runs of the layer."""
+
+    def watch(self, i: int, batches: list[Batch]) -> AbstractContextManager[None]:
+        """Observe layer `i` while the probe and then all batches run through it."""
+        return nullcontext()
 
     def leave(self, first: int, end: int, batches: list[Batch]) -> None:
         """Called with the states that leave the dropped block, layers `first` to `end - 1`."""

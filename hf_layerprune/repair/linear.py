@@ -93,12 +93,22 @@ def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
 
 
 def fit_map(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int) -> Fit:
-    """Fit a map, and hold out a fifth of the batches, or of the rows if there is a single batch.
+    """Fit a map; see [`sums_of`] for the arguments, and for what is held out to choose the ridge."""
+    return solve_ridge(*sums_of(pairs, batches))
+
+
+def sums_of(
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int
+) -> tuple[NormalEquations, NormalEquations]:
+    """Sum the normal equations, and hold out a fifth of the batches, or of the rows if there is a single batch.
 
     Args:
         pairs (`Iterable[tuple[torch.Tensor, torch.Tensor]]`): For each batch, the features `[batch, seq, width]` and
             the change `[batch, seq, hidden]`.
         batches (`int`): How many there are.
+
+    Returns:
+        `tuple[NormalEquations, NormalEquations]`: Of what is fitted, and of what is held out.
     """
     every = max(2, min(HELD_OUT, batches))
     sums: list[NormalEquations] = []
@@ -112,7 +122,8 @@ def fit_map(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int) ->
             held_out.add(feature[-rows:], change[-rows:])
         else:
             (held_out if number % every == every - 1 else fitted).add(feature, change)
-    return solve_ridge(*sums)
+    fitted, held_out = sums
+    return fitted, held_out
 
 
 class LinearFitter(Fitter):

@@ -32,12 +32,14 @@ class RepairMethod:
 
 
 _LINEAR = "ReplaceMe, arXiv:2505.02819"
+_OURS = f"this project, after {_LINEAR}"
 
 REPAIRS: dict[str, RepairMethod] = {
     repair.name: repair
     for repair in (
         RepairMethod("linear", "linear", "a linear map, folded into the projection in front of a cut", _LINEAR, True),
-        RepairMethod("refit", "linear", "the projection in front of a cut, refitted", f"this project, after {_LINEAR}", True),
+        RepairMethod("refit", "linear", "the projection in front of a cut, refitted", _OURS, True),
+        RepairMethod("borrow", "borrow", "neurons of the dropped layers in front of a cut, and a refit", _OURS, True),
         RepairMethod("magnitude", "magnitude", "the magnitude of the hidden states", "Prune&Comp, arXiv:2507.18212", False),
     )
 }  # fmt: skip

@@ -41,7 +41,7 @@ class Writer:
 
     def folded(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
         """The module's parameters, on the CPU, with a matrix folded in: the new output is `output @ matrix`."""
-        new = {"weight": self._weight @ matrix.double().cpu()}
+        new = {"weight": self.weight @ matrix.double().cpu()}
         bias: torch.Tensor | None = self.module.bias  # type: ignore[assignment]
         if bias is not None:
             new["bias"] = bias.detach().double().cpu() @ matrix.double().cpu()
@@ -49,10 +49,16 @@ class Writer:
 
     def moved(self, change: torch.Tensor) -> dict[str, torch.Tensor]:
         """The module's parameters, on the CPU, with its weight changed: the new output adds `input @ change`."""
-        return self._as_kept({"weight": self._weight + change.double().cpu()})
+        return self._as_kept({"weight": self.weight + change.double().cpu()})
+
+    def without(self, indices: torch.Tensor) -> torch.Tensor:
+        """The module's weight, on the CPU, with zeros for some inputs."""
+        weight = self.weight.clone()
+        weight[indices] = 0
+        return self._as_kept({"weight": weight})["weight"]
 
     @property
-    def _weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:
         """The weight as `[in, hidden]`, as a `Conv1D` keeps it, in double precision on the CPU."""
         weight = self.module.get_parameter("weight").detach().double().cpu()
         return weight if isinstance(self.module, Conv1D) else weight.T

@@ -193,7 +193,12 @@ def _context(card: Card) -> dict[str, Any]:
 def _gap(history: History) -> str:
     """What closed the gap left by the dropped layers, in words."""
     methods = [str(one.settings.get("method")) for one in history.stages if one.name == "repair"]
-    words = {"linear": "a linear map", "refit": "a refitted projection", "magnitude": "a rescaling"}
+    words = {
+        "linear": "a linear map",
+        "refit": "a refitted projection",
+        "borrow": "borrowed neurons",
+        "magnitude": "a rescaling",
+    }
     return words.get(methods[-1] if methods else "", "a repair")
 
 

@@ -1,0 +1,322 @@
+"""Let the layer in front of a dropped block borrow neurons from the block, and refit its projection.
+
+An MLP is a sum of neurons: each has rows of its own in the projections that read the hidden states (`gate` and `up`,
+say) and a column in the projection that writes them back. A dropped layer's neurons could do some of their work in
+the layer in front, were it not that they read other hidden states. So their rows are changed to read what a linear
+map, fitted to the calibration rows, predicts of those states. Then the layer in front keeps the neurons, its own and
+borrowed ones, that together explain the states behind the block best, as many as it had. No shape changes.
+
+1. Of all neurons of the block, as many as the layer has are taken into the pool with its own: those that, one at a
+   time, explain most of what `refit` leaves.
+2. The pool shrinks in rounds. What it costs to leave a neuron out, when the others make up for it, is
+   `|w|^2 / inverse(G + ridge)[i, i]`, where `w` is the neuron's column and `G` the sum of products of the pool's
+   activations (optimal brain surgeon).
+3. Borrowed neurons take the places of those that went, and the projection is fitted as by `refit`.
+
+No family is known here: that a neuron is made of rows, and where they are, is found out by trying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import CutError
+from ..runtime.parts import close
+from ..runtime.walk import Batch, LayerWalk
+from .linear import STRENGTHS, LinearFitter, NormalEquations, fit_map, solve_ridge, sums_of
+from .writers import Run, Writer, inputs, swapped
+
+_ROUNDS = 6
+Rows = dict[str, torch.Tensor]  # by parameter, `[parts, neurons, ...]`
+
+
+@dataclass(frozen=True)
+class Readers:
+    """The linear modules that hold the rows of an MLP's neurons.
+
+    Args:
+        names (`tuple[str, ...]`): Their names inside the layer, such as `mlp.gate_proj` and `mlp.up_proj`.
+        neurons (`int`): How many neurons there are. A fused module has a multiple of that many rows.
+    """
+
+    names: tuple[str, ...]
+    neurons: int
+
+    def of(self, layer: nn.Module) -> Rows:
+        """The rows of a layer's neurons."""
+        return {
+            f"{name}.{kind}": (value.T if kind == "weight" and isinstance(module, Conv1D) else value)
+            .detach()
+            .unflatten(0, (-1, self.neurons))
+            for name, module in self._modules(layer)
+            for kind, value in module.named_parameters(recurse=False)
+        }
+
+    def _modules(self, layer: nn.Module) -> list[tuple[str, nn.Module]]:
+        return [(name, layer.get_submodule(name)) for name in self.names]
+
+    def values(self, layer: nn.Module, rows: Rows) -> dict[str, torch.Tensor]:
+        """Values of a layer's parameters that give it these rows."""
+        found = {}
+        for name, value in rows.items():
+            module = layer.get_submodule(name.rpartition(".")[0])
+            flat = value.flatten(0, 1)
+            found[name] = (flat.T if name.endswith(".weight") and isinstance(module, Conv1D) else flat).contiguous()
+        return found
+
+    def fits(self, layer: nn.Module, other: nn.Module) -> bool:
+        """Whether another layer has the same modules, in the same shapes."""
+        modules = dict(other.named_modules())
+        return all(
+            type(modules.get(name)) is type(module)
+            and {kind: value.shape for kind, value in modules[name].named_parameters()}
+            == {kind: value.shape for kind, value in module.named_parameters()}
+            for name, module in self._modules(layer)
+        )
+
+
+@torch.no_grad()
+def find_readers(layer: nn.Module, writer: Writer, run: Run, batch: Batch) -> Readers | None:
+    """Find the modules that hold the rows of the neurons whose activations a projection reads.
+
+    Rows are drawn anew, some of them several times; if the activations follow, each alone, those are the modules.
+
+    Returns:
+        `Readers`: `None` if there are no such modules.
+    """
+    parent = writer.name.rpartition(".")[0]
+    weight = writer.module.get_parameter("weight")
+    neurons = weight.shape[0 if isinstance(writer.module, Conv1D) else 1]
+    read: dict[str, list[torch.Tensor]] = {}
+    for name, module in layer.get_submodule(parent).named_children():
+        if module is writer.module or not (type(module) is nn.Linear or isinstance(module, Conv1D)):
+            continue
+        out = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
+        if out in (neurons, 2 * neurons) and module.weight.dtype == weight.dtype:
+            read[f"{parent}.{name}".lstrip(".")] = []
+    if not read:
+        return None
+    for name, seen in read.items():
+        with inputs(layer.get_submodule(name), seen.append):
+            run(batch.hidden, batch)
+    first, *others = read.values()
+    if any(len(seen) != 1 or not torch.equal(seen[0], first[0]) for seen in (first, *others)):
+        return None
+    readers = Readers(tuple(read), neurons)
+    drawn = torch.randint(neurons, (neurons,), generator=torch.Generator().manual_seed(0))
+    activations: list[torch.Tensor] = []
+    rows = {name: value[:, drawn.to(value.device)] for name, value in readers.of(layer).items()}
+    with inputs(writer.module, lambda x: activations.append(x.clone())):
+        run(batch.hidden, batch)
+        with swapped(layer, readers.values(layer, rows)):
+            run(batch.hidden, batch)
+    before, after = activations
+    return readers if before.any() and close(after, before[..., drawn.to(before.device)]) else None
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Neurons that a layer is to have.
+
+    Args:
+        values (`dict[str, torch.Tensor]`): Its parameters in front of the fit; borrowed neurons write nothing yet.
+        borrowed (`int`): How many there are.
+        left (`float`): The error on held-out rows in front of the fit, as a multiple of the plain cut's.
+        without (`float`): The same behind a fit without borrowed neurons.
+    """
+
+    values: dict[str, torch.Tensor]
+    borrowed: int
+    left: float
+    without: float
+
+
+class BorrowFitter(LinearFitter):
+    """Chooses neurons for the layer in front of each block, then refits its projection."""
+
+    def __init__(self, walk: LayerWalk, cuts: list[tuple[int, int]], method: str) -> None:
+        super().__init__(walk, cuts, method)
+        self.read: list[torch.Tensor] = []  # what the neurons in front of the block read
+        self.maps: dict[int, torch.Tensor] = {}  # by dropped layer: the map from there to what its own neurons read
+
+    def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
+        """In front of a block, find the rows of its neurons, and record what they read."""
+        super().step(i, run, batches, probe)
+        if i in self.dropped or i + 1 not in self.first_of:
+            return
+        layer = self.walk.layers[i]
+        readers = find_readers(layer, self.writer, run, probe)
+        if readers is None:
+            raise CutError(
+                f'repair="{self.method}" finds no neurons in layer {i}: what its {self.writer.name} reads is not made '
+                'by rows of projections beside it; use repair="refit"'
+            )
+        self.readers, self.read, self.maps = readers, [], {}
+        with inputs(layer.get_submodule(readers.names[0]), lambda x: self.read.append(x.clone())):
+            for state, batch in zip(self.student or [], batches, strict=True):
+                run(state, batch)
+
+    @contextmanager
+    def watch(self, i: int, batches: list[Batch]) -> Iterator[None]:
+        """Fit the map from what the neurons in front of the block read to what those of a dropped layer read."""
+        layer = self.walk.layers[i]
+        if i not in self.dropped or not self.readers.fits(self._front(i), layer):
+            yield
+            return
+        seen: list[torch.Tensor] = []
+        with inputs(layer.get_submodule(self.readers.names[0]), lambda x: seen.append(x.clone())):
+            yield
+        pairs = (
+            (one.view(*batch.hidden.shape[:-1], -1), other.view(*batch.hidden.shape[:-1], -1))
+            for one, other, batch in zip(self.read, seen[1:], batches, strict=True)  # the first is the probe's
+        )
+        self.maps[i] = fit_map(pairs, len(batches)).change
+
+    def leave(self, first: int, end: int, batches: list[Batch]) -> None:
+        """Choose the neurons, then fit the projection that reads their activations."""
+        layer, entering = self.walk.layers[first - 1], self.student
+        choice = self._chosen(layer, first, batches) if self.maps else None
+        if choice is not None:
+            with swapped(layer, choice.values):
+                super().leave(first, end, batches)
+            record = self.records[-1]
+            # Relative to the plain cut, as for the other repairs.
+            record["unexplained_share"] = round(record["unexplained_share"] * choice.left, 4)
+            if record["unexplained_share"] < choice.without:
+                record["borrowed_neurons"] = choice.borrowed
+                self.tensors = {(first - 1, name): value.cpu() for name, value in choice.values.items()} | self.tensors
+                return
+            self.records.pop()
+            self.student = entering
+        super().leave(first, end, batches)
+        self.records[-1]["borrowed_neurons"] = 0
+
+    # --- internals ---------------------------------------------------------------------------------------
+
+    def _front(self, i: int) -> nn.Module:
+        """The layer in front of the block that a dropped layer belongs to."""
+        return self.walk.layers[max(first for first in self.first_of if first <= i) - 1]
+
+    def _chosen(self, layer: nn.Module, first: int, batches: list[Batch]) -> _Choice | None:
+        """The neurons; `None` where a fit explains nothing."""
+        readers, neurons = self.readers, self.readers.neurons
+        own = readers.of(layer)
+        offers = [_mapped(readers.of(self.walk.layers[j]), change, own) for j, change in self.maps.items()]
+        gains, without = self._gains(layer, first, batches, offers)
+        best = gains.topk(neurons).indices
+        offered = {name: torch.cat([offer[name] for offer in offers], 1)[:, best.to(own[name].device)] for name in own}
+        fitted, held_out = sums_of(self._pool(layer, first, batches, offered), len(batches))
+        strength = solve_ridge(fitted, held_out).strength
+        if strength == float("inf"):
+            return None
+        weight = self.writer.weight.to(fitted.gram)
+        weight = torch.cat([weight, torch.zeros_like(weight)])
+        stay = torch.zeros(2 * neurons, dtype=torch.bool)
+        stay[survivors(fitted, weight, strength, neurons).cpu()] = True
+        gone, come = (~stay[:neurons]).nonzero()[:, 0], stay[neurons:].nonzero()[:, 0]
+        rows = {name: value.clone() for name, value in own.items()}
+        for name, value in rows.items():
+            value[:, gone.to(value.device)] = offered[name][:, come.to(value.device)]
+        values = readers.values(layer, rows) | {f"{self.writer.name}.weight": self.writer.without(gone)}
+        left = held_out.unexplained(-weight * ~stay[:, None].to(weight.device))
+        return _Choice(values, len(come), left, without)
+
+    def _runs(
+        self, layer: nn.Module, first: int, batches: list[Batch], offers: list[Rows]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Iterator[torch.Tensor]]]:
+        """For each batch: activations of the layer's neurons, what is missing behind it, and activations of offers."""
+        seen: list[torch.Tensor] = []
+        values = [self.readers.values(layer, offer) for offer in offers]
+
+        def taken(shape: torch.Size) -> torch.Tensor:
+            return seen.pop().view(*shape[:-1], -1).float() * self.writer.gain
+
+        def tried(state: torch.Tensor, batch: Batch) -> Iterator[torch.Tensor]:
+            for value in values:
+                with swapped(layer, value):
+                    run(state, batch)
+                yield taken(state.shape)
+
+        with self.walk.layer(first - 1) as run, inputs(self.writer.module, lambda x: seen.append(x.clone())):
+            for state, batch in zip(self.student or [], batches, strict=True):
+                after = run(state, batch).float()
+                yield taken(state.shape), batch.hidden.float() - after, tried(state, batch)
+
+    def _pool(
+        self, layer: nn.Module, first: int, batches: list[Batch], offered: Rows
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for own, missing, others in self._runs(layer, first, batches, [offered]):
+            yield torch.cat([own, *others], -1), missing
+
+    def _gains(
+        self, layer: nn.Module, first: int, batches: list[Batch], offers: list[Rows]
+    ) -> tuple[torch.Tensor, float]:
+        """How much of what `refit` leaves each offered neuron explains alone, and the share that `refit` leaves."""
+        width = self.readers.neurons
+        with_own: list[torch.Tensor] = [torch.zeros(())] * len(offers)
+        with_missing, squares = list(with_own), list(with_own)
+
+        def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for own, missing, others in self._runs(layer, first, batches, offers):
+                x, z = own.flatten(0, -2), missing.flatten(0, -2)
+                for j, other in enumerate(others):
+                    f = other.flatten(0, -2)
+                    with_own[j] = with_own[j].to(f) + f.T @ x
+                    with_missing[j] = with_missing[j].to(f) + f.T @ z
+                    squares[j] = squares[j].to(f) + f.square().sum(0)
+                yield own, missing
+
+        fitted, held_out = sums_of(pairs(), len(batches))
+        fit = solve_ridge(fitted, held_out)
+        gram = fitted.gram + held_out.gram
+        ridge = min(fit.strength, STRENGTHS[-1]) * gram.diagonal().mean()
+        factor = torch.linalg.cholesky(gram + ridge * torch.eye(width).to(gram))
+        change = torch.cholesky_solve(fitted.moment + held_out.moment, factor)
+        gains = []
+        for cross, moment, square in zip(with_own, with_missing, squares, strict=True):
+            cross = cross.to(gram)
+            explained = torch.linalg.solve_triangular(factor, cross.T, upper=False).square().sum(0)
+            free = (square.to(gram) + ridge - explained).clamp(min=1e-6 * square.to(gram).mean() + 1e-30)
+            gains.append((moment.to(gram) - cross @ change).square().sum(1) / free)
+        return torch.cat(gains), fit.unexplained
+
+
+def _mapped(rows: Rows, change: torch.Tensor, like: Rows) -> Rows:
+    """Rows that read `x` as the given ones read `x @ change`; a bias has nothing to read and stays."""
+    return {
+        name: ((value.to(change) @ change.T) if value.ndim == 3 else value).to(like[name])
+        for name, value in rows.items()
+    }
+
+
+def survivors(sums: NormalEquations, weight: torch.Tensor, strength: float, keep: int) -> torch.Tensor:
+    """The features that are best kept, where the weights of those that stay are fitted anew.
+
+    Args:
+        sums (`NormalEquations`): Of all features, and the change that is wanted of their product with `weight`.
+        weight (`torch.Tensor`): `[features, hidden]`: the weights before the fit.
+        strength (`float`): The ridge on the weights' change, as a multiple of the mean squared feature.
+        keep (`int`): How many.
+
+    Returns:
+        `torch.Tensor`: Their indices, ascending.
+    """
+    ridge = strength * sums.gram.diagonal().mean()
+    target = sums.moment + sums.gram @ weight + ridge * weight
+    alive = torch.arange(len(weight), device=weight.device)
+    for left in range(_ROUNDS, 0, -1):
+        factor = torch.linalg.cholesky(sums.gram[alive][:, alive] + ridge * torch.eye(len(alive)).to(weight))
+        columns = torch.cholesky_solve(target[alive], factor)
+        cost = columns.square().sum(1) / torch.cholesky_inverse(factor).diagonal()
+        count = keep if left == 1 else round(len(alive) * (keep / len(alive)) ** (1 / left))
+        alive = alive[cost.topk(count).indices.sort().values]
+    return alive
+
+
+fitter = BorrowFitter
