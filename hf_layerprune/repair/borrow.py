@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CutError
 from ..runtime.parts import close
 from ..runtime.walk import Batch, LayerWalk
-from .linear import STRENGTHS, LinearFitter, NormalEquations, fit_map, solve_ridge, sums_of
+from .linear import STRENGTHS, Fit, LinearFitter, NormalEquations, fit_map, solve_ridge, sums_of
 from .writers import Run, Writer, inputs, swapped
 
 _ROUNDS = 6
@@ -208,24 +208,23 @@ class BorrowFitter(LinearFitter):
         readers, neurons = self.readers, self.readers.neurons
         own = readers.of(layer)
         offers = [_mapped(readers.of(self.walk.layers[j]), change, own) for j, change in self.maps.items()]
-        gains, without = self._gains(layer, first, batches, offers)
+        gains, refit = self._gains(layer, first, batches, offers)
+        if refit.strength == float("inf"):
+            return None
         best = gains.topk(neurons).indices
         offered = {name: torch.cat([offer[name] for offer in offers], 1)[:, best.to(own[name].device)] for name in own}
         fitted, held_out = sums_of(self._pool(layer, first, batches, offered), len(batches))
-        strength = solve_ridge(fitted, held_out).strength
-        if strength == float("inf"):
-            return None
         weight = self.writer.weight.to(fitted.gram)
         weight = torch.cat([weight, torch.zeros_like(weight)])
         stay = torch.zeros(2 * neurons, dtype=torch.bool)
-        stay[survivors(fitted, weight, strength, neurons).cpu()] = True
+        stay[survivors(fitted, weight, refit.strength, neurons).cpu()] = True
         gone, come = (~stay[:neurons]).nonzero()[:, 0], stay[neurons:].nonzero()[:, 0]
         rows = {name: value.clone() for name, value in own.items()}
         for name, value in rows.items():
             value[:, gone.to(value.device)] = offered[name][:, come.to(value.device)]
         values = readers.values(layer, rows) | {f"{self.writer.name}.weight": self.writer.without(gone)}
         left = held_out.unexplained(-weight * ~stay[:, None].to(weight.device))
-        return _Choice(values, len(come), left, without)
+        return _Choice(values, len(come), left, refit.unexplained)
 
     def _runs(
         self, layer: nn.Module, first: int, batches: list[Batch], offers: list[Rows]
@@ -256,8 +255,8 @@ class BorrowFitter(LinearFitter):
 
     def _gains(
         self, layer: nn.Module, first: int, batches: list[Batch], offers: list[Rows]
-    ) -> tuple[torch.Tensor, float]:
-        """How much of what `refit` leaves each offered neuron explains alone, and the share that `refit` leaves."""
+    ) -> tuple[torch.Tensor, Fit]:
+        """How much of what `refit` leaves each offered neuron explains alone, and the fit of `refit`."""
         width = self.readers.neurons
         with_own: list[torch.Tensor] = [torch.zeros(())] * len(offers)
         with_missing, squares = list(with_own), list(with_own)
@@ -284,7 +283,7 @@ class BorrowFitter(LinearFitter):
             explained = torch.linalg.solve_triangular(factor, cross.T, upper=False).square().sum(0)
             free = (square.to(gram) + ridge - explained).clamp(min=1e-6 * square.to(gram).mean() + 1e-30)
             gains.append((moment.to(gram) - cross @ change).square().sum(1) / free)
-        return torch.cat(gains), fit.unexplained
+        return torch.cat(gains), fit
 
 
 def _mapped(rows: Rows, change: torch.Tensor, like: Rows) -> Rows:
