@@ -232,11 +232,13 @@ def main() -> None:
         for key in missing:
             model, record = heal(arms[key["arm"]], setting, key["seed"], args.minutes, args.tokens)
             run = key | record | {"machine": machine(args), "windows": yardstick.measure(model)}
-            if args.questions:
-                model.save_pretrained(args.work / "healed")
-                setting.tokenizer.save_pretrained(args.work / "healed")
-                run["questions"] = margin(args.work / "healed", args)
-            append(path, run)
+            try:
+                if args.questions:
+                    model.save_pretrained(args.work / "healed")
+                    setting.tokenizer.save_pretrained(args.work / "healed")
+                    run["questions"] = margin(args.work / "healed", args)
+            finally:
+                append(path, run)
             del model
             means = {metric: round(row["mean"][0], 4) for metric, row in summary([run["windows"]]).items()}
             print(f"{key['arm']}, seed {key['seed']}: {json.dumps(means | record)}", flush=True)

@@ -40,7 +40,8 @@ class Arm:
         method: What is trained: a method of `hf_layerprune.heal.methods`, `stand-in`, or empty for nothing.
         loss: `ce` or `kd`.
         rows: See `texts.training_rows`; or `answers` (instructions, a row each, with labels on answers), `rewritten` (the
-            same with the dense model's answers), `self` (text that the dense model writes).
+            same with the dense model's answers), `self` (text that the dense model writes), `broad and self` (all `broad`
+            rows, and as many of its own as are missing).
         pace: Tokens of rows for each minute that is left behind the repair, about as many as are trained on once.
         settings: Of `HealConfig`.
         same_domain: Whether it trains on other text of a domain that no other arm has seen.
@@ -72,6 +73,8 @@ ARMS = {
     "ours, borrow": Arm("ours with borrowed neurons", repair="borrow", method="behind2", loss="kd", settings=_SMALL_STEPS),
     "ours, self": Arm("ours on text that the dense model writes", repair="refit", method="behind2", loss="kd",
                       rows="self", pace=7_000, settings=_SMALL_STEPS),
+    "ours, more rows": Arm("ours, with rows that the dense model writes where the given ones run out", repair="refit",
+                           method="behind2", loss="kd", rows="broad and self", pace=7_500, settings=_SMALL_STEPS),
     "ours, encyclopedia": Arm("ours on other articles of WikiText", repair="refit", method="behind2", loss="kd",
                               rows="encyclopedia", same_domain=True, settings=_SMALL_STEPS),
 }  # fmt: skip

@@ -20,6 +20,7 @@ def accuracy(folder: Path, data: Path, limit: int) -> dict[str, float]:
     from hf_layerprune.cli import main
 
     output = folder.with_name(f"{folder.name}-questions.json")  # a model is only read
+    output.unlink(missing_ok=True)  # of an earlier model in the same folder
     words = ["eval", str(folder), "--tasks-from", str(data), "--tasks", ",".join(CHANCE), "--limit", str(limit)]
     if main([*words, "--text", "none", "--output", str(output), "--quiet"]):
         raise SystemExit(f"the questions could not be put to {folder}")

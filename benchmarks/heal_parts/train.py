@@ -145,13 +145,24 @@ def _rows(arm: Arm, setting: Setting, clock: Clock, seed: int, tokens: int | Non
             written += _rewritten(some, setting, seed)
         return answers_only(setting.tokenizer, written, 2 * setting.length)
     if arm.rows == "self":
-        from hf_layerprune.heal.self_data import Writer
+        return _self_written(count, setting, seed)
+    rows = "broad" if arm.rows == "broad and self" else arm.rows
+    made = training_rows(setting.data, setting.tokenizer, rows, count, setting.length, seed)
+    given = [{"input_ids": row, "labels": row} for row in made]
+    # As many as the given rows fall short of.
+    return given + (_self_written(count - len(given), setting, seed) if rows != arm.rows else [])
 
-        shutil.rmtree(setting.work / "self", ignore_errors=True)  # so that each run pays for its own
-        writer = Writer(setting.dense, setting.tokenizer, setting.work / "self", seed)
-        return [dict(row) for row in writer.rows(count, setting.length)]
-    made = training_rows(setting.data, setting.tokenizer, arm.rows, count, setting.length, seed)
-    return [{"input_ids": row, "labels": row} for row in made]
+
+def _self_written(count: int, setting: Setting, seed: int) -> list[dict[str, Any]]:
+    from hf_layerprune.heal.self_data import Writer
+
+    if count <= 0:
+        return []
+    folder = setting.work / f"self-{os.getpid()}"  # of its own, so that each run pays for its rows
+    shutil.rmtree(folder, ignore_errors=True)
+    rows = Writer(setting.dense, setting.tokenizer, folder, seed).rows(count, setting.length)
+    shutil.rmtree(folder)
+    return [dict(row) for row in rows]
 
 
 def _rewritten(rows: list[dict[str, str]], setting: Setting, seed: int) -> list[dict[str, str]]:
