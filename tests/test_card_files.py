@@ -99,7 +99,7 @@ def test_a_name_until_it_is_on_the_hub(tmp_path: Path) -> None:
     (["--license-name", "x"], 2, "need --license"),
     (["--base-model", "no such id!"], 1, "is not a Hub id"),
     (["--name", "org/model"], 1, "is not a valid model name"),
-    (["--base-model", "other/base"], 1, "not other/base"),
+    (["--base-model", "other/base"], 1, "not from other/base"),
 ])  # fmt: skip
 def test_bad_words(
     tmp_path: Path, words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
