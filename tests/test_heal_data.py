@@ -91,7 +91,11 @@ def test_another_name_for_text() -> None:
             "my rows has the columns question, answers, but training needs prompt",
         ),
         ([{"messages": [{"role": "user", "content": "a"}]}], {}, "the tokenizer has no chat template for them"),
-        ([{"messages": [{"role": "user", "content": "a"}]}], {"chat": True}, "no row of messages has an assistant's answer"),
+        (
+            [{"messages": [{"role": "user", "content": "a"}]}],
+            {"chat": True},
+            "no row of messages has an assistant's answer",
+        ),
         ([{"messages": [{"content": "a"}]}], {"chat": True}, "can't use the rows of my rows: .*role"),
         ([{"conversations": ["a"]}], {"chat": True}, "can't use the rows of my rows"),
         (ALPACA, {"template": "chat"}, "no chat template; use template=alpaca"),
