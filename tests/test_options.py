@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from hf_layerprune import CutError, LayerDropConfig
 from hf_layerprune.cli import main
-from hf_layerprune.commands import options_of
 from hf_layerprune.measure.requests import BenchRequest, EvalRequest
-from hf_layerprune.options import CutOptions, TuningOptions, add, declared, gather, take
+from hf_layerprune.options import CutOptions, TuningOptions, add, declared, gather, take, words_of
 from hf_layerprune.publish.requests import PushRequest
 from hf_layerprune.stages.requests import AdviseRequest, PruneRequest, RankRequest
 
@@ -129,17 +128,18 @@ def test_what_would_be_ignored_is_refused(make: Callable[[], Any], message: str)
 
 def test_the_next_command_has_the_options_of_this_one() -> None:
     said = AdviseRequest("base", max_kl=0.2, minutes=30, from_curve=Path("my curve"), force=True)
-    assert options_of(said, "force") == ["--max-kl", "0.2", "--minutes", "30", "--from-curve", "my curve"]
+    assert words_of(said, "force") == ["--max-kl", "0.2", "--minutes", "30", "--from-curve", "my curve"]
     said = PushRequest(Path("model"), "me/model", private=True, include=("a", "b"), require="piqa>=0.6,kl<=1")
     words = ["--require", "piqa>=0.6,kl<=1", "--private", "--include", "a", "--include", "b"]
-    assert options_of(said, "dry_run") == words
+    assert words_of(said, "dry_run") == words
     for cls, request, place in (
-        (AdviseRequest, AdviseRequest("b", target_size="2GB"), ["b"]),
+        (AdviseRequest, AdviseRequest("b", target_size="2GB", revision="v1.0"), ["b"]),
+        (PruneRequest, PruneRequest("b", "o", drop_layers=[2, 3, 5], tune_lm_head=False), ["b", "o"]),
         (PushRequest, said, ["model", "me/model"]),
     ):
         parser = argparse.ArgumentParser()
         add(parser, cls)
-        assert gather(parser.parse_args([*place, *options_of(request)]), cls) == request
+        assert gather(parser.parse_args([*place, *words_of(request)]), cls) == request
 
 
 def test_each_is_declared_once() -> None:

@@ -135,7 +135,7 @@ class LayerDropModel(BaseTuner):
         cut: LayerCut | None = getattr(self.model, CUT, None)
         if cut is None and not enabled:
             raise CutError(
-                "this model was loaded without its dropped layers, so there is no dense model to return to; prune with "
+                "the dropped layers of this model are not in memory, so it can't become the dense model again; prune with "
                 "keep_dropped=True, or load the base"
             )
         if cut is not None:

@@ -7,12 +7,9 @@ A module here turns a request into one call of the room that does the work; it i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from ..options import declared
-from ..options.kinds import FLAG
 
 if TYPE_CHECKING:
     from ..measure.requests import BenchRequest, EvalRequest
@@ -51,24 +48,6 @@ def hint(command: str, *words: object) -> tuple[str, ...]:
         elif kept and kept[-1].startswith("--"):
             kept.pop()
     return ("hf-layerprune", command, *kept)
-
-
-def options_of(request: Any, *without: str) -> list[str]:
-    """The options that differ from their defaults in a request, as words for a command that goes on from it."""
-    words: list[str] = []
-    for name, known in declared(request).items():
-        value = getattr(request, name)
-        if name in without or known.positional or known.default is MISSING or value == known.default:
-            continue
-        flag = known.flag or name.replace("_", "-")
-        if known.kind is FLAG:
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif known.kind.repeated:
-            words += [word for one in value for word in (f"--{flag}", str(one))]
-        else:
-            values = value if isinstance(value, list | tuple) else [value]
-            words += [f"--{flag}", ",".join(str(one).removesuffix(".0") for one in values)]
-    return words
 
 
 def measured(request: EvalRequest | BenchRequest, metrics: Metrics, text: str, missed: Sequence[str] = ()) -> Answer:

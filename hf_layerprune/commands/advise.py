@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..options import AMOUNTS
+from ..options import AMOUNTS, words_of
 from ..stages.requests import AdviseRequest as Request
-from . import Answer, hint, options_of
+from . import Answer, hint
 
 HELP = "say what to drop and how to heal it in the time available"
 DESCRIPTION = """Say how many layers of BASE to drop, and how to repair and heal it within --minutes on this machine, with
@@ -22,5 +22,5 @@ def run(request: Request) -> Answer:
     made = f"the settings are in {request.output}" if request.output and advice.settings else ""
     then = advice.command
     if advice.settings and request.output is None:  # the command needs the file
-        then = hint("advise", request.base, "advice.yaml", *options_of(request, "force"))
+        then = hint("advise", request.base, "advice.yaml", *words_of(request, "force"))
     return Answer(made, advice.text, advice.record | {"command": list(advice.command)}, then)

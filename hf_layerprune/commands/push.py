@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..options import words_of
 from ..publish.requests import PushRequest as Request
-from . import Answer, hint, options_of
+from . import Answer, hint
 
 if TYPE_CHECKING:
     from ..publish.hub.push import Plan
@@ -26,7 +27,7 @@ def run(request: Request) -> Answer:
         made = plan(request)
         data: dict[str, Any] = {"files": made.contents.files, "left_out": made.contents.left_out}
         data["checks"] = [asdict(check) for check in made.checks]
-        then = () if made.refusals else hint("push", request.model, request.repo_id, *options_of(request, "dry_run"))
+        then = () if made.refusals else hint("push", request.model, request.repo_id, *words_of(request, "dry_run"))
         said = (
             "nothing would be pushed until the refusals are dealt with"
             if made.refusals

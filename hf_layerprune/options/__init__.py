@@ -13,7 +13,7 @@ A dataclass whose fields are options is all that a config, a request and a comma
 """
 
 from .amount import AMOUNTS, BUDGETS, TARGETS, AmountOptions, just
-from .command_line import add, arguments, gather
+from .command_line import add, arguments, gather, words_of
 from .declare import bind, check, declared, documented, find, option, take
 from .kinds import DROP, DTYPES, LAYERS, MODEL, MODEL_HELP, PATH, TEXT, Kind, checked, many, whole
 from .quantities import spell_bytes, spell_count
@@ -31,5 +31,5 @@ __all__ = [
     "AMOUNTS", "BUDGETS", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "PATH", "TARGETS", "TEXT",
     "AmountOptions", "AnswerOptions", "CalibrationOptions", "ChoiceOptions", "CutOptions", "Kind", "Options",
     "ScreenOptions", "TuningOptions", "add", "arguments", "bind", "check", "checked", "declared", "documented", "find", "gather", "just", "many", "option",
-    "spell_bytes", "spell_count", "take", "whole",
+    "spell_bytes", "spell_count", "take", "whole", "words_of",
 ]  # fmt: skip

@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from ..errors import CutError
+from ..layer_ranges import format_layers
 from .declare import Option, declared
-from .kinds import FLAG, TEXT, quoted
+from .kinds import FLAG, LAYERS, TEXT, quoted
 
 T = TypeVar("T")
 
@@ -26,12 +27,12 @@ def _add(parser: Any, name: str, known: Option) -> None:
     text = (known.help if listed else known.text).replace("%", "%%")
     text = text if text[1:2].isupper() else text[0].lower() + text[1:]
     words: dict[str, Any] = {"help": text}
-    flag = known.flag or name.replace("_", "-")
+    flag = _flag(name, known)
     if known.kind is FLAG:
         action = argparse.BooleanOptionalAction if known.default else "store_true"
         # No default: an option that stands before the command keeps its value there.
         default = known.default or argparse.SUPPRESS
-        parser.add_argument(f"--{flag}", action=action, dest=name, default=default, **words)
+        parser.add_argument(flag, action=action, dest=name, default=default, **words)
         return
     if known.kind.repeated:
         words["action"] = "append"
@@ -50,7 +51,11 @@ def _add(parser: Any, name: str, known: Option) -> None:
         return
     if "choices" not in words:
         words["metavar"] = known.kind.metavar or name.rpartition("_")[2].upper()
-    parser.add_argument(f"--{flag}", dest=name, **words)
+    parser.add_argument(flag, dest=name, **words)
+
+
+def _flag(name: str, known: Option) -> str:
+    return f"--{known.flag or name.replace('_', '-')}"
 
 
 def word_of(known: Option) -> Callable[[str], Any]:
@@ -71,6 +76,33 @@ def gather(args: argparse.Namespace, cls: type[T], **others: Any) -> T:
     said = {name: getattr(args, name) for name in declared(cls) if hasattr(args, name)}
     said = {name: value for name, value in said.items() if value is not None}
     return cls(**said | others)
+
+
+def words_of(values: Any, *without: str) -> list[str]:
+    """The words with which a command line gives the options of a dataclass that differ from their defaults.
+
+    Args:
+        values: The dataclass; `gather` makes an equal one of the words and its positional arguments.
+        without (`str`): Options to leave out.
+    """
+    words: list[str] = []
+    for name, known in declared(values).items():
+        value, flag = getattr(values, name), _flag(name, known)
+        if name in without or known.positional or known.default is dataclasses.MISSING or value == known.default:
+            continue
+        if known.kind is FLAG:
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif known.kind.repeated:
+            words += [word for one in value for word in (flag, _spelled(one))]
+        elif known.kind is LAYERS:
+            words += [flag, format_layers(value)]
+        else:
+            words += [flag, ",".join(map(_spelled, value)) if isinstance(value, list | tuple) else _spelled(value)]
+    return words
+
+
+def _spelled(value: Any) -> str:
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def arguments(name: str, cls: type[T], skip: Collection[str] = ()) -> type[T]:

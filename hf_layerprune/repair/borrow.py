@@ -85,7 +85,8 @@ class Readers:
 def find_readers(layer: nn.Module, writer: Writer, run: Run, batch: Batch) -> Readers | None:
     """Find the modules that hold the rows of the neurons whose activations a projection reads.
 
-    Rows are drawn anew, some of them several times; if the activations follow, each alone, those are the modules.
+    Each neuron is given the rows of a randomly drawn one. If each activation becomes that of the drawn neuron, those are
+    the modules.
 
     Returns:
         `Readers`: `None` if there are no such modules.
@@ -295,7 +296,7 @@ def _mapped(rows: Rows, change: torch.Tensor, like: Rows) -> Rows:
 
 
 def survivors(sums: NormalEquations, weight: torch.Tensor, strength: float, keep: int) -> torch.Tensor:
-    """The features that are best kept, where the weights of those that stay are fitted anew.
+    """Choose the features to keep, given that the weights of the kept features are refitted.
 
     Args:
         sums (`NormalEquations`): Of all features, and the change that is wanted of their product with `weight`.

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
 from .. import families
 from ..errors import CheckpointError, CutError
 from ..files.copy import write_text
 from ..heal.frontier import Expected, Frontier
-from ..options import AMOUNTS, CutOptions, just, spell_count, take
+from ..layer_ranges import parse_layers
+from ..options import AMOUNTS, CutOptions, just, spell_count, take, words_of
 from ..runtime.loading import load_config
 from ..select.registry import find_criterion
 from ..select.sets import drop_count, free_layers
-from .requests import AdviseRequest
+from .requests import AdviseRequest, PruneRequest
 
 _PAPER_SIZE = 5e9  # parameters; the paper's models have 6 to 9 billion
 _GOAL = 1.25  # the perplexity ratio that decides how many layers go unless an option does
@@ -154,12 +154,9 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
         }
         command = _launch(request)
     else:
-        asked = amount | {"repair": heal["repair"]}
-        words = [
-            (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])) for name, value in asked.items()
-        ]
-        words += [("--revision", request.revision)] if request.revision else []
-        command = ("hf-layerprune", "prune", request.base, "pruned", *chain(*words))
+        chosen = {"drop_layers": parse_layers(point["layers"])} if point else amount
+        cut = PruneRequest(request.base, "pruned", repair=heal["repair"], revision=request.revision, **chosen)
+        command = ("hf-layerprune", "prune", request.base, "pruned", *words_of(cut))
         settings = {}
     record["settings"] = settings
     text = _told(request, frontier, expected | {count: here}, n, record)

@@ -189,7 +189,9 @@ def _refuse_what_has_no_effect(request: PruneRequest) -> None:
     if request.repair and request.link:
         raise CutError("--repair changes weights, and --link shares them with the base; leave one of them out")
     if request.link and (request.adapter or _needs_a_model(request)):
-        raise CutError("--link shares weight files with the base, and here all are written anew; leave --link out")
+        raise CutError(
+            "--link shares weight files with the base, but this cut writes all of them itself; leave --link out"
+        )
     plain = PruneRequest(request.base, request.output)
     tuning = (request.tune_layers, request.tune_lm_head) != (plain.tune_layers, plain.tune_lm_head)
     if tuning and not request.adapter:

@@ -149,7 +149,7 @@ def write_card(folder: Path, *, force: bool = False, weights: bool = True) -> li
 
 
 def read_text(path: Path) -> str | None:
-    """Read a file that people may have edited, with its exact line endings; `None` if there is no such file.
+    """Read a file that people may have edited, and keep its exact line endings; `None` if it does not exist.
 
     Raises:
         CheckpointError: It is a link, a folder, not UTF-8, or unreadable.
