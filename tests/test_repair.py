@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import LayerDropConfig, LayerPruneError, drop_layers, prune_with
+from hf_layerprune import CutError, LayerDropConfig, LayerPruneError, drop_layers, prune_with
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
 from hf_layerprune.repair.fit import blocks, fit_repair
@@ -238,6 +238,18 @@ def test_what_cannot_be_repaired_is_refused(model_type, drop, method, message):
     model = tiny_model(model_type)
     with pytest.raises(LayerPruneError, match=message):
         fit_repair(model, drop, calibration(model), method=method)
+
+
+@pytest.mark.parametrize(
+    ("drop", "samples", "message"), [([0, 1], 8, "layer 0 is dropped"), ([3, 4], 1, "two calibration rows or more")]
+)
+def test_it_is_refused_before_the_model_writes_text(drop, samples, message, monkeypatch):
+    """Writing takes minutes on a real model."""
+    monkeypatch.setattr("hf_layerprune.adapter.prepare.calibration_of", lambda *given: pytest.fail("text was written"))
+    with pytest.raises(CutError, match=message):
+        prune_with(
+            LayerDropConfig(drop_layers=drop, repair="borrow", calibration_samples=samples), tiny_model("llama")
+        )
 
 
 @pytest.mark.parametrize("method", REPAIRS)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .. import families
 from ..calibration.rows import SELF, load_calibration
 from ..errors import CheckpointError, CutError
-from ..repair.fit import fit_repair
+from ..repair.fit import check_repair, fit_repair
 from ..runtime.loading import load_processor, load_tokenizer
 from ..runtime.walk import LayerWalk
 from ..select import find_criterion, needs_model
@@ -96,8 +96,8 @@ def prepare(
         if chooses and cut is not None:
             what, way_out = f"criterion {config.criterion!r}", f"name its layers with drop_layers={list(cut.cut.drop)}"
         raise CutError(f"{what} needs the dense model, and this one is cut already; {way_out}, or load the base again")
-    if config.repair is not None:
-        families.check_stage(model.config, "repair")
+    if config.repair is not None:  # now, as the model may write its calibration text for minutes
+        check_repair(model.config, config.drop_layers or [], config.calibration_samples, config.repair)
     walk = calibration = repair = None
     record: dict[str, Any] = {}
     if needs_text(config):

@@ -24,7 +24,7 @@ from .registry import find_repair
 from .writers import Run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..calibration.rows import CalibrationSet
 
@@ -65,6 +65,32 @@ class Repair:
             parameter.data = value.to(parameter.device, parameter.dtype)
 
 
+def check_repair(config: PreTrainedConfig, drop_layers: Sequence[int], rows: int, method: str) -> None:
+    """Refuse what can't be repaired, as far as that is known before there is calibration text.
+
+    Args:
+        config (`PreTrainedConfig`): The dense model's.
+        drop_layers (`Sequence[int]`): Base indices of the layers to drop.
+        rows (`int`): The number of calibration rows.
+        method (`str`): The repair.
+
+    Raises:
+        CutError: The repair does not exist, a block has no layer in front of it, or there are too few rows.
+        UnsupportedModelError: The model type can't be repaired.
+    """
+    repair = find_repair(method)
+    check_stage(config, "repair")
+    if 0 in drop_layers and repair.in_front:
+        raise CutError(
+            f'repair="{method}" changes the layer in front of a dropped block, but layer 0 is dropped; keep layer 0 '
+            '(protect_first=1), or use repair="magnitude"'
+        )
+    if rows < 2:
+        raise CutError(
+            "a repair needs two calibration rows or more, to fit and to hold out; raise calibration_samples"
+        )
+
+
 def fit_repair(
     model: PreTrainedModel | LayerWalk, drop_layers: Sequence[int], calibration: CalibrationSet, method: str = "linear"
 ) -> Repair:
@@ -88,18 +114,10 @@ def fit_repair(
             the map can be folded into.
         UnsupportedModelError: The model type can't be repaired, or its layers can't be run one at a time.
     """
-    repair = find_repair(method)
-    check_stage((model.model if isinstance(model, LayerWalk) else model).config, "repair")
-    cuts = blocks(drop_layers)
-    if cuts and cuts[0][0] == 0 and repair.in_front:
-        raise CutError(
-            f'repair="{method}" changes the layer in front of a dropped block, but layer 0 is dropped; keep layer 0 '
-            '(protect_first=1), or use repair="magnitude"'
-        )
-    if len(calibration) < 2:
-        raise CutError(
-            "a repair needs two calibration rows or more, to fit and to hold out; raise calibration_samples"
-        )
+    check_repair(
+        (model.model if isinstance(model, LayerWalk) else model).config, drop_layers, len(calibration), method
+    )
+    repair, cuts = find_repair(method), blocks(drop_layers)
     walk = model if isinstance(model, LayerWalk) else LayerWalk(model)
     fitter: Fitter = repair.load().fitter(walk, cuts, method)
     with torch.no_grad():
