@@ -97,6 +97,18 @@ def test_a_twin_is_borrowed_whole():
     assert shares[0] > 0.1
 
 
+def test_where_borrowing_gains_nothing_the_layer_is_refitted():
+    """With few rows, borrowed neurons explain less of those that are held out."""
+    model = tiny_model("llama")
+    refit, borrow = (
+        fit_repair(model, [3, 4], calibration(model, samples=5), method) for method in ("refit", "borrow")
+    )
+    assert borrow.cuts[0].pop("borrowed_neurons") == 0
+    assert borrow.cuts == refit.cuts
+    assert borrow.tensors.keys() == refit.tensors.keys()
+    assert all(torch.equal(value, refit.tensors[key]) for key, value in borrow.tensors.items())
+
+
 def test_what_is_not_made_of_neurons_is_refused():
     model = tiny_model("bitnet")
     with pytest.raises(LayerPruneError, match="finds no neurons in layer 2"):
