@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,7 +69,7 @@ def extended(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, f"hf_layerprune.{room}.{name}", module)
     spread = Criterion("spread", "spread", "weights", "spread of the weights", "a test", "variance")
     monkeypatch.setitem(CRITERIA, "spread", spread)
-    doubling = RepairMethod("doubling", "doubling", "a norm, doubled", "a test", in_front=True)
+    doubling = RepairMethod("doubling", "doubling", "a norm, doubled", "after arXiv:2507.18212", in_front=True)
     monkeypatch.setitem(REPAIRS, "doubling", doubling)
     first = Tuning("first", "the first N layers", lambda width: 0.1 / width, lambda cut, n: cut.keep[:n], "N")
     monkeypatch.setitem(METHODS, "first", first)
@@ -123,8 +125,17 @@ def test_the_card_shows_them() -> None:
     sample = next(record for record in metrics.results if record["kind"] == "text")
     metrics.add(results=[sample | {"metric": "surprise"}])
     text = Card.of(lineage, metrics).render()
-    for name in ("spread", "doubling", "first2", "surprise per haiku"):
+    for name in ("spread", "doubling", "first2", "surprise per haiku", "The gap was closed by a norm, doubled, and"):
         assert name in text, name
+    assert "{Prune\\&Comp: " in text  # the paper in the repair's `source`
+
+
+def test_every_paper_that_a_registry_names_can_be_cited() -> None:
+    cited = files("hf_layerprune.publish.card").joinpath("papers.bib").read_text(encoding="utf-8")
+    sources = [one.source for one in (*CRITERIA.values(), *REPAIRS.values())]
+    named = {identifier for source in sources for identifier in re.findall(r"arXiv:([\d.]+)", source)}
+    assert len(named) > 4
+    assert not [identifier for identifier in named if f"{{{identifier}}}" not in cited]
 
 
 def test_every_entry_defines_what_its_kind_asks_for() -> None:

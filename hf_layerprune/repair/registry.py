@@ -16,7 +16,7 @@ class RepairMethod:
     Args:
         name (`str`): Its name in options and records.
         module (`str`): The module in this package that fits it, and defines `fitter(walk, cuts, name)`.
-        what (`str`): A short description for help and tables.
+        what (`str`): A noun phrase for cards: "The gap was closed by ...".
         source (`str`): The publication it comes from.
         in_front (`bool`): Whether it changes the layer in front of a dropped block, and so needs one there.
     """
@@ -37,10 +37,10 @@ _OURS = f"this project, after {_LINEAR}"
 REPAIRS: dict[str, RepairMethod] = {
     repair.name: repair
     for repair in (
-        RepairMethod("linear", "linear", "a linear map, folded into the projection in front of a cut", _LINEAR, True),
-        RepairMethod("refit", "linear", "the projection in front of a cut, refitted", _OURS, True),
-        RepairMethod("borrow", "borrow", "neurons of the dropped layers in front of a cut, and a refit", _OURS, True),
-        RepairMethod("magnitude", "magnitude", "the magnitude of the hidden states", "Prune&Comp, arXiv:2507.18212", False),
+        RepairMethod("linear", "linear", "a linear map folded into the projection in front of it", _LINEAR, True),
+        RepairMethod("refit", "linear", "a refit of the projection in front of it", _OURS, True),
+        RepairMethod("borrow", "borrow", "neurons borrowed from the dropped layers and a refit", _OURS, True),
+        RepairMethod("magnitude", "magnitude", "a rescaling of the hidden states", "Prune&Comp, arXiv:2507.18212", False),
     )
 }  # fmt: skip
 

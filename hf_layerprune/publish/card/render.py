@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,6 +32,8 @@ from ...records.metrics import Metrics
 from ...records.names import is_hub_name
 from ...records.quantized import describe_quantization, method_of, package_of
 from ...records.requirements import Outcome
+from ...repair.registry import REPAIRS, RepairMethod
+from ...select.registry import CRITERIA
 from . import escape, metadata, plots, regions, tables
 from .curve_plot import curve_of, table_of
 from .limits import limits
@@ -41,14 +44,8 @@ SECTIONS = (
     "summary", "results", "speed", "requirements", "curve", "use", "recipe", "training", "limits", "provenance", "licence",
     "citation",
 )  # fmt: skip
-# Papers, as keys of `papers.bib`: that of the method, and by a stage's setting and its value.
-_METHOD = "lu2024reassessing"
-_USED = {
-    ("criterion", "block_influence"): "men2024shortgpt",
-    ("criterion", "angular_distance"): "gromov2024unreasonable",
-    ("criterion", "taylor"): "kim2024shortened",
-    ("repair", "linear"): "shopkhoev2025replaceme",
-}
+# The paper of the method. Those of criteria and repairs are named in their registries; `papers.bib` has them all.
+_METHOD = "2411.15558"
 # Changing this number makes every plot be redrawn.
 _DRAWING = 3
 _MAX_SETTINGS = 60
@@ -132,14 +129,10 @@ class Card:
     @property
     def papers(self) -> str:
         """The papers of the method, and of the criteria and repairs that were used, in BibTeX."""
-        keys = [(name, str(value)) for stage in self.history.stages for name, value in stage.settings.items()]
-        keys += [(stage.name, str(stage.settings.get("method"))) for stage in self.history.stages]
-        chosen = [stage.entry.get("selection") for stage in self.history.stages]
-        keys += [("criterion", str(one.get("criterion"))) for one in chosen if isinstance(one, dict)]
         entries = files(__package__).joinpath("papers.bib").read_text(encoding="utf-8").strip().split("\n\n")
-        by_key = {entry.partition("{")[2].partition(",")[0]: entry for entry in entries}
-        cited = [_METHOD, *(_USED[key] for key in keys if key in _USED)]
-        return "\n\n".join(by_key[key] for key in dict.fromkeys(cited))
+        by_id = {identifier: entry for entry in entries for identifier in re.findall(r"eprint += {(.+)}", entry)}
+        used = [_METHOD, *(one for source in _sources(self.history) for one in re.findall(r"arXiv:([\d.]+)", source))]
+        return "\n\n".join(by_id[identifier] for identifier in dict.fromkeys(used))
 
     def body(self) -> str:
         """The card without its YAML block."""
@@ -153,7 +146,7 @@ class Card:
 
 
 def _context(card: Card) -> dict[str, Any]:
-    history, results = card.history, card.results
+    history, results, repairs = card.history, card.results, _repairs(card.history)
     quantized = history.quantized
     return {
         "card": card,
@@ -171,7 +164,7 @@ def _context(card: Card) -> dict[str, Any]:
         "noise": _has_noise(results, QUALITY),
         "scatter": _has_noise(results, COST),
         "chances": any(row.chance for row in results.table(QUALITY)),
-        "gap": _gap(history),
+        "gap": repairs[-1].what if repairs else "a repair",
         "trained": [stage for stage in history.stages if stage.data],
         "versions": _versions(history),
         "limits": limits(results, history),
@@ -190,16 +183,19 @@ def _context(card: Card) -> dict[str, Any]:
     }
 
 
-def _gap(history: History) -> str:
-    """What closed the gap left by the dropped layers, in words."""
-    methods = [str(one.settings.get("method")) for one in history.stages if one.name == "repair"]
-    words = {
-        "linear": "a linear map",
-        "refit": "a refitted projection",
-        "borrow": "borrowed neurons",
-        "magnitude": "a rescaling",
-    }
-    return words.get(methods[-1] if methods else "", "a repair")
+def _repairs(history: History) -> list[RepairMethod]:
+    """The repairs that were used; those of other versions, which are not in the registry, are left out."""
+    names = [str(stage.settings.get("method")) for stage in history.stages if stage.name == "repair"]
+    return [REPAIRS[name] for name in names if name in REPAIRS]
+
+
+def _sources(history: History) -> list[str]:
+    """The sources of the criteria and repairs that were used, as their registries name them."""
+    names = [stage.settings.get("criterion") for stage in history.stages]
+    chosen = [stage.entry.get("selection") for stage in history.stages]
+    names += [one.get("criterion") for one in chosen if isinstance(one, dict)]
+    criteria = [CRITERIA[name].source for name in names if isinstance(name, str) and name in CRITERIA]
+    return criteria + [repair.source for repair in _repairs(history)]
 
 
 def _means(results: Results) -> list[Markup]:
