@@ -200,6 +200,17 @@ def test_distillation_brings_the_student_to_the_teacher(llama: Bench) -> None:
         assert log["loss"] == pytest.approx(0.75 * log["ce"] + 0.25 * log["kd"], rel=1e-4)
 
 
+def test_cross_entropy_may_come_in_later(llama: Bench) -> None:
+    alone = llama.losses(loss="kd", max_steps=4, num_train_epochs=10)
+    trainer = llama.trainer(loss="ce+kd", kd_alone=0.5, kd_share=0.25, max_steps=4, num_train_epochs=10)
+    trainer.train()
+    logs = trainer.state.log_history[:-1]
+    assert [log["loss"] for log in logs[:2]] == pytest.approx(alone[:2], rel=1e-6)
+    for log in logs[2:]:
+        assert log["loss"] == pytest.approx(0.75 * log["ce"] + 0.25 * log["kd"], rel=1e-4)
+    assert len(logs) == 4
+
+
 def test_teacher_on_completions_or_on_all_tokens(llama: Bench) -> None:
     everywhere, completions = llama.losses(loss="kd"), llama.losses(loss="kd", kd_tokens="completion")
     assert everywhere != completions
@@ -449,7 +460,17 @@ def test_no_teacher(llama: Bench) -> None:
         trainer.train()
 
 
-@pytest.mark.parametrize("settings", [{"loss": "mse"}, {"kd_share": 0.0}, {"kd_temperature": 0.0}, {"cache": "yes"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": "mse"},
+        {"kd_share": 0.0},
+        {"kd_alone": 0.5},
+        {"kd_alone": 1.0},
+        {"kd_temperature": 0.0},
+        {"cache": "yes"},
+    ],
+)
 def test_settings_that_make_no_sense(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(LayerPruneError, match=next(iter(settings))):
         HealConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
@@ -463,6 +484,7 @@ def test_resumed_equals_uninterrupted(llama: Bench, tmp_path: Path, cache: str) 
     settings = {
         "cache": cache,
         "loss": "ce+kd",
+        "kd_alone": 0.6,
         "save_strategy": "steps",
         "save_steps": 2,
         "max_steps": -1,

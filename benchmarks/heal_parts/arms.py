@@ -38,7 +38,7 @@ class Arm:
         drop: `middle` or `last`.
         repair: A closed-form repair, or empty.
         method: What is trained: a method of `hf_layerprune.heal.methods`, `stand-in`, or empty for nothing.
-        loss: `ce` or `kd`.
+        loss: `ce`, `kd` or `ce+kd`.
         rows: See `texts.training_rows`; or `answers` (instructions, a row each, with labels on answers), `rewritten` (the
             same with the dense model's answers), `self` (text that the dense model writes), `broad and self` (all `broad`
             rows, and as many of its own as are missing).
@@ -71,6 +71,8 @@ ARMS = {
     "borrow": Arm("ours without training, borrowed neurons", repair="borrow"),
     "ours": Arm("ours", repair="refit", method="behind2", loss="kd", settings=_SMALL_STEPS),
     "ours, borrow": Arm("ours with borrowed neurons", repair="borrow", method="behind2", loss="kd", settings=_SMALL_STEPS),
+    "ours, text last": Arm("ours with borrowed neurons, then cross-entropy as well in the last 15 % of the time",
+                           repair="borrow", method="behind2", loss="ce+kd", settings=_SMALL_STEPS | {"kd_alone": 0.85}),
     "ours, self": Arm("ours on text that the dense model writes", repair="refit", method="behind2", loss="kd",
                       rows="self", pace=7_000, settings=_SMALL_STEPS),
     "ours, more rows": Arm("ours, with rows that the dense model writes where the given ones run out", repair="refit",

@@ -200,11 +200,17 @@ def _train(
     class Timed(HealTrainer):
         """The learning rate rises over the first 3 % of the time left for training, and falls to zero over the rest."""
 
+        begun = 0.0
+
+        @property
+        def progress(self) -> float:
+            return (time.process_time() - self.begun) / max(clock.end - self.begun, 1.0)
+
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-            begun = time.process_time()
+            self.begun = time.process_time()
 
             def share(step: int) -> float:
-                gone = (time.process_time() - begun) / max(clock.end - begun, 1.0)
+                gone = self.progress
                 return max(0.0, min(1.0, gone / 0.03, (1 - gone) / 0.97))
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
@@ -231,7 +237,7 @@ def _train(
     trainer = (HealTrainer if tokens else Timed)(
         model,
         settings,
-        teacher=setting.dense if arm.loss == "kd" else None,
+        teacher=setting.dense if "kd" in arm.loss else None,
         train_dataset=rows,
         processing_class=setting.tokenizer,
         peft_config=adapter_config(student, method, r=16, alpha=32, dropout=0.0, target_modules=None),

@@ -66,6 +66,10 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
         check(self)
         if self.method != "auto":
             parse_method(self.method)
+        if self.kd_alone and self.loss != "ce+kd":
+            raise CutError(
+                f"kd_alone is for loss=ce+kd, and the loss is {self.loss}; set loss=ce+kd, or leave kd_alone out"
+            )
 
     @property
     def distils(self) -> bool:

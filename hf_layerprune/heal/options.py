@@ -31,6 +31,12 @@ class HealOptions(Options):
         "Weight of distillation in ce+kd; cross-entropy has the rest",
         number(0, 1 + 1e-9, "above 0 and at most 1; use loss=ce for none", "X"),
     )
+    kd_alone: float = option(
+        0.0,
+        "With ce+kd, the share of the steps, from the first, that only distil; with 0.85, the last 15 percent add "
+        "cross-entropy",
+        number(-1e-9, 1, "at least 0 and below 1; use loss=kd for 1", "X"),
+    )
     kd_temperature: float = option(1.0, "Temperature of both distributions in distillation", _TEMPERATURE)
     kd_direction: str = option(
         "forward", "KL(teacher || student) (forward), or KL(student || teacher) (reverse)", choices=DIRECTIONS

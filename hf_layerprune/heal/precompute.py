@@ -7,6 +7,7 @@ the frozen layers' output if it has the same layers. Both are divided among proc
 from __future__ import annotations
 
 import logging
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -227,3 +228,12 @@ def _why_not(trainer: HealTrainer) -> str:
 def is_split_by_deepspeed(model: PreTrainedModel) -> bool:
     """Whether DeepSpeed ZeRO-3 has split the weights, so that the model only runs inside its engine."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def keep_inputs_without_gradients(model: Any) -> None:
+    """Keep gradients from flowing through all frozen layers.
+
+    Gradient checkpointing makes the output of the embeddings require gradients; only reentrant checkpointing needs it.
+    """
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain.enable_input_require_grads = types.MethodType(lambda self: None, plain)

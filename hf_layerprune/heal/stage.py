@@ -89,8 +89,8 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
 # Fields of a model's config that a trainer sets for its own use.
 _SET_BY_TRAINERS = ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
 _DECIDING = (
-    "method", "loss", "kd_share", "kd_temperature", "kd_direction", "kd_tokens", "learning_rate", "lr_scheduler_type",
-    "warmup_steps", "weight_decay", "max_grad_norm", "optim", "num_train_epochs", "max_steps",
+    "method", "loss", "kd_share", "kd_alone", "kd_temperature", "kd_direction", "kd_tokens", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_length", "packing",
     "completion_only_loss", "bf16", "fp16", "float32_weights", "seed", "data_seed",
 )  # fmt: skip

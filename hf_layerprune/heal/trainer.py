@@ -36,7 +36,7 @@ from .data import has_images
 from .halving import Halving
 from .losses import Lesson, head_loss
 from .methods import parse_method
-from .precompute import is_split_by_deepspeed, precompute
+from .precompute import is_split_by_deepspeed, keep_inputs_without_gradients, precompute
 
 from trl import SFTTrainer  # isort: skip (if TRL is missing, `.config` raises an error that says what to install)
 
@@ -109,7 +109,7 @@ class HealTrainer(SFTTrainer):
                     in_fast_precision(one)
         recompute: Any = args.gradient_checkpointing_kwargs or {}
         if args.gradient_checkpointing and not recompute.get("use_reentrant"):
-            _keep_inputs_without_gradients(model)
+            keep_inputs_without_gradients(model)
         super().__init__(model, args, **kwargs)
         self._teacher_model = teacher
         self._hold_in_float32()
@@ -331,7 +331,7 @@ class HealTrainer(SFTTrainer):
         nowhere = torch.zeros_like(labels, dtype=torch.bool)
         kd_mask = nowhere if taught is None else taught_positions(inputs, labels, self.args)
         counts = local if num_items_in_batch is None else num_items_in_batch
-        share = 0.0 if taught is None else 1.0 if self.args.loss == "kd" else self.args.kd_share
+        share = 0.0 if taught is None else self._kd_share
         heal = {
             "labels": labels,
             "keep": (labels != -100) | kd_mask,
@@ -346,6 +346,17 @@ class HealTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
         self._note(mode, outputs, local, tokens, taught is not None)
         return loss
+
+    @property
+    def progress(self) -> float:
+        """The share of the steps that are done."""
+        return self.state.global_step / max(self.state.max_steps, 1)
+
+    @property
+    def _kd_share(self) -> float:
+        """The weight of distillation in this step, or in the loss of an evaluation."""
+        alone = self.model.training and self.progress < self.args.kd_alone
+        return 1.0 if self.args.loss == "kd" or alone else self.args.kd_share
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -384,12 +395,3 @@ class HealTrainer(SFTTrainer):
         columns: Any = self._signature_columns
         if "row" not in columns:
             columns.append("row")
-
-
-def _keep_inputs_without_gradients(model: Any) -> None:
-    """Keep gradients from flowing through all frozen layers.
-
-    Gradient checkpointing makes the output of the embeddings require gradients; only reentrant checkpointing needs it.
-    """
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    plain.enable_input_require_grads = types.MethodType(lambda self: None, plain)
