@@ -219,6 +219,15 @@ def test_auto_picks_the_best_of_its_short_list(repair: str | None, model: Any, t
         assert 0 not in choice.drop_layers
 
 
+def test_auto_judges_by_the_cheap_repair(model: Any, text: CalibrationSet) -> None:
+    """`borrow` takes minutes for each candidate, so its registry entry names a repair to judge by."""
+    borrow, refit = (
+        choose_layers(model, text, CutOptions(drop=3, repair=r, criterion="auto")) for r in ("borrow", "refit")
+    )
+    assert borrow == refit
+    assert borrow.details["repair"] == "refit"
+
+
 def test_auto_finds_the_layers_that_do_nothing(text: CalibrationSet) -> None:
     model = tiny_model("llama")
     with torch.no_grad():

@@ -19,6 +19,8 @@ class RepairMethod:
         what (`str`): A noun phrase for cards: "The gap was closed by ...".
         source (`str`): The publication it comes from.
         in_front (`bool`): Whether it changes the layer in front of a dropped block, and so needs one there.
+        judged_by (`str`, *optional*): The repair that `auto` judges its short list with, if this one would take too
+            long for every candidate.
     """
 
     name: str
@@ -26,6 +28,7 @@ class RepairMethod:
     what: str
     source: str
     in_front: bool
+    judged_by: str | None = None
 
     def load(self) -> ModuleType:
         return import_module(f".{self.module}", __package__)
@@ -39,7 +42,7 @@ REPAIRS: dict[str, RepairMethod] = {
     for repair in (
         RepairMethod("linear", "linear", "a linear map folded into the projection in front of it", _LINEAR, True),
         RepairMethod("refit", "linear", "a refit of the projection in front of it", _OURS, True),
-        RepairMethod("borrow", "borrow", "neurons borrowed from the dropped layers and a refit", _OURS, True),
+        RepairMethod("borrow", "borrow", "neurons borrowed from the dropped layers and a refit", _OURS, True, "refit"),
         RepairMethod("magnitude", "magnitude", "a rescaling of the hidden states", "Prune&Comp, arXiv:2507.18212", False),
     )
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """Auto: build a short list cheaply, evaluate the best few candidates, and explain the choice.
 
 Candidates are judged by the KL divergence of the cut model's next-token distribution from the dense model's, after the
-repair if one will follow, on held-out text. The short list, of the best blocks and a set of layers that go one after
+repair if one will follow (or the one that its registry entry names for this, if it is slow), on held-out text. The short list, of the best blocks and a set of layers that go one after
 the other, uses the same measure on fewer rows, see `search.py`.
 
 Neither the KL of the unrepaired cut nor the share that a map leaves unexplained is enough to find the best repaired
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..calibration.rows import CalibrationSet
 from ..layer_ranges import format_layers
+from ..repair.registry import find_repair
 from ..runtime.walk import LayerWalk
 from .scores import Choice, Scores
 from .search import BLOCK, GREEDY, Candidate, Search
@@ -37,6 +39,8 @@ def choose(
     Raises:
         CutError: No set of `count` layers may be dropped, or there are too few rows.
     """
+    if choice.repair:
+        choice = replace(choice, repair=find_repair(choice.repair).judged_by or choice.repair)
     search = Search(walk, calibration, free, choice)
     looked_at: list[Scores] = []
     scores = search.blocks(count)
