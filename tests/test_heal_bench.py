@@ -165,7 +165,11 @@ def test_points_of_the_frontier(tmp_path: Path) -> None:
         (7, 16_384, 0.5),
     ]
     heal_frontier.write(points, runs[0], tmp_path / "frontier.json", 0.003)
-    stored = json.loads((tmp_path / "frontier.json").read_text())
+    other = runs[0] | {"settings": runs[0]["settings"] | {"repair": "borrow"}}
+    for _ in range(2):
+        heal_frontier.write(points[:1], other, tmp_path / "frontier.json", 0.003)
+    borrow, stored = json.loads((tmp_path / "frontier.json").read_text())["frontiers"]
+    assert borrow["points"] == points[:1]
     assert stored["points"] == points
     assert stored["source"]["forward_seconds_per_token"] == 0.003
     assert stored["not_run"]["7"][0] == 65_536

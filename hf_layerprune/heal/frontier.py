@@ -1,6 +1,6 @@
 """What tokens of healing buy, as `benchmarks/heal_frontier.py` measured it on one model.
 
-The points are in `frontier.json`. Between them, losses are interpolated linearly: over the logarithm of tokens, and over
+The points are in `frontier.json`, for each of the repairs that healing was started from. Between them, losses are interpolated linearly: over the logarithm of tokens, and over
 the share of the layers that are dropped, from none at 0.
 """
 
@@ -56,10 +56,9 @@ class Frontier:
 
     @classmethod
     @cache
-    def load(cls) -> Frontier:
-        """The frontier that comes with the package."""
-        record = read_object(_FILE)
-        return cls(record["points"], record["source"])
+    def every(cls) -> tuple[Frontier, ...]:
+        """The frontiers that come with the package, one for each repair."""
+        return tuple(cls(one["points"], one["source"]) for one in read_object(_FILE)["frontiers"])
 
     @property
     def most_tokens(self) -> int:
@@ -103,6 +102,15 @@ class Frontier:
             for name in ("ln_ratio", "kl")
         }
         return Expected(**values, beyond=beyond)
+
+    def tokens_in(self, seconds: float, forward_seconds: float) -> int:
+        """How many tokens can be healed on within a time; negative if it does not even suffice for the repair.
+
+        Args:
+            seconds (`float`): The time.
+            forward_seconds (`float`): How long the dense model takes to read a token.
+        """
+        return math.floor((seconds / forward_seconds - self.tokens_before) / self.tokens_per_token)
 
     def _at(self, share: float) -> list[dict[str, Any]]:
         some = [point for point in self.points if point["dropped"] / point["layers"] == share]

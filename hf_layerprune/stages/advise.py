@@ -116,14 +116,12 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     from .curve import curve_in
     from .rank import open_base, open_walk
 
-    frontier, n = Frontier.load(), families.layer_count(config)
+    n = families.layer_count(config)
     curve = curve_in(request.from_curve.expanduser(), request).points if request.from_curve is not None else None
     seconds = forward_seconds(open_walk(request, open_base(request)), _LENGTH)  # to read a token on this machine
-    left = request.minutes * 60 / seconds - frontier.tokens_before
-    tokens = max(0, int(left / frontier.tokens_per_token))
-    if tokens < _FEW_TOKENS:
-        tokens = 0
-    expected = {count: _expected(frontier, curve, count, n, tokens) for count in _counts(config, curve)}
+    counts = _counts(config, curve)
+    frontier, tokens = _best(request.minutes * 60, seconds, counts[-1] / n)
+    expected = {count: _expected(frontier, curve, count, n, tokens) for count in counts}
     count = _count(request, config, expected)
     here = expected.get(count) or _expected(frontier, curve, count, n, tokens)
     heal = frontier.source["heal"]
@@ -161,6 +159,14 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     record["settings"] = settings
     text = _told(request, frontier, expected | {count: here}, n, record)
     return Advice(settings, command, text, record)
+
+
+def _best(available: float, forward_seconds: float, share: float) -> tuple[Frontier, int]:
+    """The frontier that loses least of a share of the layers in a time in seconds, and how many tokens it heals on then."""
+    every = [(frontier, frontier.tokens_in(available, forward_seconds)) for frontier in Frontier.every()]
+    in_time = [one for one in every if one[1] >= 0] or [max(every, key=lambda one: one[1])]
+    healed = [(frontier, tokens if tokens >= _FEW_TOKENS else 0) for frontier, tokens in in_time]
+    return min(healed, key=lambda one: one[0].expected(share, one[1]).kl)
 
 
 def _expected(frontier: Frontier, curve: list[dict[str, Any]] | None, count: int, n: int, tokens: int) -> Expected:
