@@ -23,7 +23,7 @@ accelerate launch --config_file recipes/accelerate/single_gpu.yaml recipes/sft_t
 accelerate launch recipes/sft_tail.py \
     --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
     --drop_layers 12-18 \
-    --repair refit \
+    --repair borrow \
     --method behind2 \
     --loss kd \
     --dataset_name self \
