@@ -116,11 +116,15 @@ def run(way: str, pruned: str, data: str, count: int, epochs: int, length: int, 
 
 
 def prepared(tokenizer: Any, rows: list[dict[str, str]], length: int) -> list[dict[str, list[int]]]:
-    """Tokenize instructions as chats; only answers have labels."""
+    """Tokenize instructions as chats, or in Alpaca's format if there is no chat template; only answers have labels."""
     made = []
     for row in rows:
-        question = [{"role": "user", "content": f"{row['instruction']}\n\n{row['input']}".strip()}]
-        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True).input_ids
+        about = f"{row['instruction']}\n\n{row['input']}".strip()
+        if tokenizer.chat_template is None:
+            prompt = tokenizer(f"### Instruction:\n{about}\n\n### Response:\n").input_ids
+        else:
+            question = [{"role": "user", "content": about}]
+            prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True).input_ids
         answer = tokenizer(row["output"] + tokenizer.eos_token, add_special_tokens=False).input_ids
         ids = (prompt + answer)[:length]
         if len(ids) > len(prompt):

@@ -34,7 +34,11 @@ def held_out(data: Path, tokenizer: Any, count: int, length: int) -> dict[str, t
     ids = tokenizer((data / WIKITEXT).read_text()[:_MEASURED_CHARACTERS], verbose=False).input_ids
     chats = [token for row in _chats(data, tokenizer)[_FIRST_MEASURED_ROW:] for token in row["input_ids"]]
     pages = [page[:length] for page in _pages(data, tokenizer)[_FIRST_MEASURED_DOCUMENT:] if len(page) >= length]
-    windows = {"encyclopedia": _split(ids, length), "web": pages, "instructions": _split(chats, length)}
+    windows = {
+        "encyclopedia": _split(ids, length, tokenizer),
+        "web": pages,
+        "instructions": _split(chats, length, tokenizer),
+    }
     return {name: torch.tensor(_spread(rows, count, name)) for name, rows in windows.items()}
 
 
@@ -59,11 +63,11 @@ def training_rows(data: Path, tokenizer: Any, rows: str, count: int, length: int
         documents = [row["input_ids"] for row in _chats(data, tokenizer)[:_FIRST_MEASURED_ROW]]
     elif rows == "encyclopedia":
         text = (data / WIKITEXT).read_text()[_FIRST_OTHER_CHARACTER:]
-        documents = _split(tokenizer(text, verbose=False).input_ids, 4 * length)
+        documents = _split(tokenizer(text, verbose=False).input_ids, 4 * length, tokenizer)
     else:
         raise ValueError(f"rows={rows!r} are unknown")
     random.Random(seed).shuffle(documents)
-    return _split([token for document in documents for token in document], length)[:count]
+    return _split([token for document in documents for token in document], length, tokenizer)[:count]
 
 
 def instructions(data: Path, seed: int) -> list[dict[str, str]]:
@@ -89,8 +93,11 @@ def _pages(data: Path, tokenizer: Any) -> list[list[int]]:
     return [tokenizer(json.loads(line)["text"], verbose=False).input_ids for line in lines]
 
 
-def _split(ids: list[int], length: int) -> list[list[int]]:
-    return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+def _split(ids: list[int], length: int, tokenizer: Any) -> list[list[int]]:
+    """Rows of equal length, each of which opens as the tokenizer opens a text: some models need that to work at all."""
+    opening = tokenizer("").input_ids
+    ids, step = ids[len(opening) :], length - len(opening)
+    return [opening + ids[start : start + step] for start in range(0, len(ids) - step + 1, step)]
 
 
 def _spread(rows: list[list[int]], count: int, name: str) -> list[list[int]]:
