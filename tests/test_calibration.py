@@ -59,6 +59,15 @@ def test_a_running_text_is_cut_into_rows(tokenizer: Any, tmp_path: Path) -> None
     assert again.fingerprint == found.fingerprint != other.fingerprint
 
 
+def test_rows_begin_as_the_tokenizer_does(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(TEXT)
+    found = load_calibration(str(path), byte_tokenizer(bos=True), samples=8, length=65, seed=1).input_ids
+    assert set(found[:, 0].tolist()) == {1}
+    without = load_calibration(str(path), byte_tokenizer(), samples=8, length=64, seed=1).input_ids
+    assert found[:, 1:].equal(without)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
 def test_documents_are_joined(kind: str, tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / f"rows.{kind}"

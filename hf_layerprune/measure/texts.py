@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import LayerPruneError, boundary
 from ..files import text_file
+from ..runtime.loading import begins_with
 
 if TYPE_CHECKING:
     import torch
@@ -105,13 +106,6 @@ def windows(
     if begin is not None:
         rows = torch.cat([torch.full((len(rows), 1), begin), rows], dim=1)
     return rows, begin is not None
-
-
-def begins_with(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that a tokenizer puts before every text; `None` if there is none."""
-    with_it = tokenizer("a").input_ids
-    without = tokenizer("a", add_special_tokens=False).input_ids
-    return with_it[0] if len(with_it) > len(without) and with_it[0] != without[0] else None
 
 
 def check_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, text: str) -> None:
