@@ -58,11 +58,12 @@ LAST = Model("SmolLM2-135M-23L-last", made=("--drop", "0.25"))
 REPAIRED = Model("SmolLM2-135M-23L-repaired", taken="pruned", beside=("SmolLM2-135M-23L-cut",))
 CUT = Model("SmolLM2-135M-23L-cut", same_layers=REPAIRED.name)
 HEALED = Model("SmolLM2-135M-23L-healed", taken="model", beside=(CUT.name, REPAIRED.name))
+# Two layers are what `hf-layerprune advise BASE --max-perplexity-ratio 1.10` names.
 WITHIN = Model(
     "SmolLM2-135M-ratio-1.10",
     taken="model",
     run="run-ratio-1.10",
-    words=("--max_perplexity_ratio", "1.10", "--criterion", "angular_distance"),
+    words=("--drop", "2"),
 )
 MODELS = (LAST, REPAIRED, CUT, HEALED, WITHIN)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +180,6 @@ def test_the_whole_way_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.Monkey
     (data / make.TEXT).write_text("the river rises in spring and falls in autumn. " * 20)
     monkeypatch.setattr(command, "HERE", shelf)
     monkeypatch.setattr(make, "packed_base", lambda: base)
-    # Of a random model, any layer matters more than the ratio of the real one allows.
-    loose = tuple("50" if word == "1.10" else word for word in make.WITHIN.words)
-    models = tuple(replace(model, words=loose) if model is make.WITHIN else model for model in make.MODELS)
-    monkeypatch.setattr(make, "MODELS", models)
     own, ran = make.hf_layerprune, []
 
     def short(words: list[str]) -> int:
