@@ -420,3 +420,14 @@ def test_roles_have_one_order() -> None:
     metrics.results.reverse()
     metrics.models = dict(reversed(metrics.models.items()))
     assert [column.role for column in Card.of(lineage, metrics).results.columns] == list(ROLES)
+
+
+def test_choosing_and_repairing_have_times_of_their_own() -> None:
+    lineage = lineage_of()
+    prune = lineage.entries[0]
+    prune["selection"] = {"criterion": "auto", "why": "layers 2: best", "seconds": 384.5}
+    prune |= {"seconds": 15.8}
+    prune["repair"]["seconds"] = 125.0
+    text = Card.of(lineage).render()
+    assert "6 min 24 s to choose the layers, 15.8 s to cut" in text
+    assert re.search(r"\*\*repair.*<sub>2 min 05 s</sub>", text)

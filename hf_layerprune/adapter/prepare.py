@@ -114,8 +114,12 @@ def prepare(
         if len(choice.scores) == 1 and choice.scores[0].layers is not None:
             record["scores"] = {"criterion": config.criterion, "layers": choice.scores[0].layers}
     if config.repair is not None and walk is not None and calibration is not None:
-        repair = repair or fit_repair(walk, config.drop_layers, calibration, config.repair)
-        record["repair"] = {"method": repair.method, "cuts": repair.cuts}
+        took = {}
+        if repair is None:  # a search within a budget has fitted it already
+            start = time.perf_counter()
+            repair = fit_repair(walk, config.drop_layers, calibration, config.repair)
+            took = {"seconds": round(time.perf_counter() - start, 3)}
+        record["repair"] = {"method": repair.method, "cuts": repair.cuts} | took
     return Prepared(list(config.drop_layers), repair, record)
 
 

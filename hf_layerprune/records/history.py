@@ -20,7 +20,7 @@ QUANTIZE = "quantize"
 _LINE = 80
 OWN_TEXT = "text that the dense model wrote itself"
 # Fields of a repair's record that are not settings.
-_NO_SETTINGS = ("changed_tensors", "changed_modules", "input_weights")
+_NO_SETTINGS = ("changed_tensors", "changed_modules", "input_weights", "seconds")
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def _parts(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     repair = entry.get("repair")
     if isinstance(repair, dict):
         settings = {name: value for name, value in repair.items() if name not in _NO_SETTINGS}
-        yield "repair", {"settings": settings, "changed_tensors": repair.get("changed_tensors")}
+        yield "repair", {"settings": settings} | {name: repair.get(name) for name in ("changed_tensors", "seconds")}
 
 
 def _calibration(record: dict[str, Any]) -> dict[str, Any]:

@@ -134,9 +134,11 @@ def stage_line(stage: Stage) -> Markup:
         line += f": {code(settings['method'])}"
     if stage.changed:
         line += f"; {len(stage.changed)} tensor{'s' * (len(stage.changed) > 1)} changed"
-    facts = []
+    facts, chosen = [], entry.get("selection")
+    if isinstance(chosen, dict) and isinstance(chosen.get("seconds"), int | float):
+        facts.append(f"{numbers.seconds(chosen['seconds'])} to choose the layers")
     if isinstance(entry.get("seconds"), int | float):
-        facts.append(numbers.seconds(entry["seconds"]))
+        facts.append(numbers.seconds(entry["seconds"]) + " to cut" * bool(facts))
     if isinstance(entry.get("peak_memory_bytes"), int):
         facts.append(f"{numbers.size(entry['peak_memory_bytes'])} of memory")
     if entry.get("date"):
