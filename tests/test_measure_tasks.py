@@ -16,7 +16,7 @@ from hf_layerprune import LayerPruneError
 from hf_layerprune.measure import tasks
 from hf_layerprune.measure.tasks import PAPER, LocalTask, read_task, read_tasks, task_set
 from hf_layerprune.measure.texts import Text, check_same_tokens, find_text, windows
-from hf_layerprune.runtime.loading import begins_with
+from hf_layerprune.runtime.windows import begins_with
 
 from .measure_models import byte_tokenizer, write_tasks
 

@@ -94,10 +94,10 @@ def _pages(data: Path, tokenizer: Any) -> list[list[int]]:
 
 
 def _split(ids: list[int], length: int, tokenizer: Any) -> list[list[int]]:
-    """Rows of equal length, each of which opens as the tokenizer opens a text: some models need that to work at all."""
-    opening = tokenizer("").input_ids
-    ids, step = ids[len(opening) :], length - len(opening)
-    return [opening + ids[start : start + step] for start in range(0, len(ids) - step + 1, step)]
+    from hf_layerprune.runtime.windows import begins_with, windows_of
+
+    begin = begins_with(tokenizer)
+    return windows_of(ids[1:] if ids[:1] == [begin] else ids, length, begin).tolist()
 
 
 def _spread(rows: list[list[int]], count: int, name: str) -> list[list[int]]:

@@ -6,7 +6,8 @@
     calibration = load_calibration("allenai/c4@en:train:text", tokenizer)      # a column of a data set on the Hub
 
 Rows of text are windows without padding: documents are concatenated, separated by an end-of-text token, and a seeded
-random sample of the windows is used. Each begins as the tokenizer begins a text, since some models predict badly without. Where a set has images, each of its rows is one example, see [`.images`].
+random sample of the windows is used. Each begins as the tokenizer begins a text. Where a set has images, each of its rows
+is one example, see [`.images`].
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from ..errors import CheckpointError, CutError, boundary
 from ..families.multimodal import placeholders
-from ..runtime.loading import begins_with
+from ..runtime.windows import begins_with, windows_of
 from .documents import Document, documents_of
 from .images import image_rows
 
@@ -183,20 +184,16 @@ def load_calibration(
         calibration = CalibrationSet.of(padded, source, seed, [media for _, media in rows_of], lengths)
         check_vocabulary(calibration, model)
         return calibration
-    begin = begins_with(tokenizer)
-    own = length - (begin is not None)
-    ids = _tokens(documents, tokenizer, samples * own * _POOL)
-    rows = len(ids) // own
+    ids = _tokens(documents, tokenizer, samples * length * _POOL)
+    windows = windows_of(ids, length, begins_with(tokenizer))
+    rows = len(windows)
     if rows < samples:
         raise CheckpointError(
             f"calibration {source} is too short: {len(ids):,} tokens make {rows} rows of {length}, not "
             f"{samples}; use calibration_samples={rows or 1}, a smaller calibration_length, or more text"
         )
     chosen = sorted(Random(seed).sample(range(rows), samples))
-    windows = torch.tensor(ids[: rows * own]).view(rows, own)[chosen]
-    if begin is not None:
-        windows = torch.nn.functional.pad(windows, (1, 0), value=begin)
-    calibration = CalibrationSet.of(windows, source, seed)
+    calibration = CalibrationSet.of(windows[chosen], source, seed)
     check_vocabulary(calibration, model)
     return calibration
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from ..errors import LayerPruneError, boundary
 from ..files import text_file
-from ..runtime.loading import begins_with
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +86,7 @@ def windows(
     Raises:
         LayerPruneError: The text is too short for one window.
     """
-    import torch
+    from ..runtime.windows import begins_with, windows_of
 
     begin = begins_with(tokenizer)
     own = length - (begin is not None)
@@ -96,15 +95,12 @@ def windows(
     if most is not None:  # tokens average far fewer than 64 characters, so this part is enough
         text = text[: most * length * 64]
     # Texts are longer than a model's context on purpose; `verbose=False` suppresses the warning.
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
-    count = len(ids) // own
-    if not count:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    rows = windows_of(ids, length, begin)[:most]
+    if not len(rows):
         raise LayerPruneError(
             f"the text has {len(ids)} tokens, but a window has {length}; name a longer text, or give --length {len(ids)}"
         )
-    rows = ids[: count * own].view(count, own)[:most]
-    if begin is not None:
-        rows = torch.cat([torch.full((len(rows), 1), begin), rows], dim=1)
     return rows, begin is not None
 
 

@@ -257,10 +257,3 @@ def _check_saved(tokenizer: PreTrainedTokenizerBase, model: str | Path) -> None:
             f'{again.decode(again(text)["input_ids"])!r}; upgrade: pip install "transformers>={GGUF_TOKENIZERS}", or name a '
             "model folder with the original tokenizer"
         )
-
-
-def begins_with(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that a tokenizer puts before every text; `None` if there is none."""
-    with_it = tokenizer("a").input_ids
-    without = tokenizer("a", add_special_tokens=False).input_ids
-    return with_it[0] if len(with_it) > len(without) and with_it[0] != without[0] else None
