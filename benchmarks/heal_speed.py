@@ -116,14 +116,18 @@ def run(way: str, pruned: str, data: str, count: int, epochs: int, length: int, 
 
 
 def prepared(tokenizer: Any, rows: list[dict[str, str]], length: int) -> list[dict[str, list[int]]]:
-    """Tokenize instructions as chats, or in Alpaca's format if there is no chat template; only answers have labels."""
+    """Turn instructions into tokens, of which only the answers have labels.
+
+    They become chats; for a tokenizer without a chat template, Alpaca's prompts.
+    """
+    from hf_layerprune.heal.data import alpaca_row
+
     made = []
     for row in rows:
-        about = f"{row['instruction']}\n\n{row['input']}".strip()
         if tokenizer.chat_template is None:
-            prompt = tokenizer(f"### Instruction:\n{about}\n\n### Response:\n").input_ids
+            prompt = tokenizer(alpaca_row(row["instruction"], row["input"], row["output"])["prompt"]).input_ids
         else:
-            question = [{"role": "user", "content": about}]
+            question = [{"role": "user", "content": f"{row['instruction']}\n\n{row['input']}".strip()}]
             prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True).input_ids
         answer = tokenizer(row["output"] + tokenizer.eos_token, add_special_tokens=False).input_ids
         ids = (prompt + answer)[:length]

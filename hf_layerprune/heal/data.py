@@ -173,7 +173,7 @@ def shape_rows(
     if names is not None:
         if template == "chat" and not chats:
             raise CheckpointError("template=chat, but the tokenizer has no chat template; use template=alpaca")
-        make = _chat_row if template != "alpaca" and chats else _alpaca_row
+        make = _chat_row if template != "alpaca" and chats else alpaca_row
         with _rows_of(name):
             return rows.map(lambda row: make(*(row.get(key) or "" for key in names)), remove_columns=columns)
     if text_field in columns and not images:
@@ -220,7 +220,7 @@ def _chat_row(instruction: str, about: str, answer: str) -> dict[str, Any]:
     }
 
 
-def _alpaca_row(instruction: str, about: str, answer: str) -> dict[str, Any]:
+def alpaca_row(instruction: str, about: str, answer: str) -> dict[str, Any]:
     """The template of Stanford Alpaca, with which the paper trains."""
     paired = ", paired with an input that provides further context" if about else ""
     task = f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the"

@@ -1,7 +1,7 @@
 """What tokens of healing buy, as `benchmarks/heal_frontier.py` measured it on one model.
 
-The points are in `frontier.json`, for each of the repairs that healing was started from. Between them, losses are interpolated linearly: over the logarithm of tokens, and over
-the share of the layers that are dropped, from none at 0.
+The points are in `frontier.json`, for each of the repairs that healing was started from. Between them, losses are
+interpolated linearly: over the logarithm of tokens, and over the share of the layers that are dropped, from none at 0.
 """
 
 from __future__ import annotations

@@ -119,12 +119,12 @@ def training_table(stage: Stage) -> Markup:
 def stage_line(stage: Stage) -> Markup:
     """One line about a stage: what was done, how many tensors changed, how long it took."""
     settings, entry = stage.settings, stage.entry
+    chosen = entry["selection"] if isinstance(entry.get("selection"), dict) else {}
     line = f"**{prose(stage.name)}**"
     if stage.name == "prune":
         line += f": layers {format_layers(settings.get('drop_layers') or ())} dropped"
-        selection = entry.get("selection")
-        if isinstance(selection, dict) and selection.get("why"):
-            why = str(selection["why"])
+        if chosen.get("why"):
+            why = str(chosen["why"])
             line += f" ({prose(why.partition(': ')[2] if why.startswith('layers ') else why)})"
         elif settings.get("criterion"):
             line += f", chosen by {code(settings['criterion'])}"
@@ -134,8 +134,8 @@ def stage_line(stage: Stage) -> Markup:
         line += f": {code(settings['method'])}"
     if stage.changed:
         line += f"; {len(stage.changed)} tensor{'s' * (len(stage.changed) > 1)} changed"
-    facts, chosen = [], entry.get("selection")
-    if isinstance(chosen, dict) and isinstance(chosen.get("seconds"), int | float):
+    facts = []
+    if isinstance(chosen.get("seconds"), int | float):
         facts.append(f"{numbers.seconds(chosen['seconds'])} to choose the layers")
     if isinstance(entry.get("seconds"), int | float):
         facts.append(numbers.seconds(entry["seconds"]) + " to cut" * bool(facts))
