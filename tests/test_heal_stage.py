@@ -9,8 +9,9 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.methods import parse_method
-from hf_layerprune.heal.stage import write_healed
+from hf_layerprune.heal.stage import settings_of, write_healed
 from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.verdict import verify
@@ -69,3 +70,12 @@ def test_an_evaluation_leaves_4_bit_weights_trainable(tmp_path: Path) -> None:
     for name, gradient in alone.items():
         assert torch.equal(after[name], gradient), name
     assert any(gradient.abs().max() > 0 for name, gradient in alone.items() if ".layers.0." in name)
+
+
+def test_options_that_decide_the_result_are_recorded(tmp_path: Path) -> None:
+    args = HealConfig(output_dir=str(tmp_path), use_cpu=True, loss="ce+kd", kd_alone=0.85, learning_rate=1e-3)
+    found = settings_of(args)
+    assert (found["kd_alone"], found["kd_share"], found["learning_rate"]) == (0.85, 0.5, 1e-3)
+    assert "cache" not in found
+    args = HealConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert not [name for name in settings_of(args) if name.startswith("kd_")]

@@ -317,6 +317,7 @@ def test_the_lineage_says_what_a_repair_did(base, tmp_path):
     entry = json.loads((tmp_path / "out" / "lineage.json").read_text())["entries"][0]
     assert entry["repair"]["changed_tensors"] == ["model.layers.2.mlp.down_proj.weight"]
     assert entry["repair"]["cuts"][0]["layers"] == [3, 4]
+    assert entry["repair"]["seconds"] > 0
     assert entry["settings"]["repair"] == "linear"
     assert len(entry["calibration"]["fingerprint"]) == 64
 

@@ -14,10 +14,12 @@ import torch
 from safetensors import safe_open
 
 from ..files.folders import new_folder
+from ..options import declared
 from ..records.fingerprints import CONFIG, WEIGHTS, fingerprint, model_files
 from ..records.lineage import Lineage
 from ..runtime.loading import load_base, load_config, load_tokenizer
 from .data import has_images
+from .options import HealOptions
 from .store import hash_rows
 from .student import Student
 
@@ -88,11 +90,13 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
 
 # Fields of a model's config that a trainer sets for its own use.
 _SET_BY_TRAINERS = ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
+# Options that do not affect the result, or that the history records elsewhere.
+_NOT_DECIDING = ("teacher", "cache", "cache_dir", "cache_batch_tokens", "keep_cache")
 _DECIDING = (
-    "method", "loss", "kd_share", "kd_alone", "kd_temperature", "kd_direction", "kd_tokens", "learning_rate",
+    *(name for name in declared(HealOptions) if name not in _NOT_DECIDING),
     "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_length", "packing",
-    "completion_only_loss", "bf16", "fp16", "float32_weights", "seed", "data_seed",
+    "completion_only_loss", "bf16", "fp16", "seed", "data_seed",
 )  # fmt: skip
 
 
