@@ -78,9 +78,10 @@ def image_rows(
             break
     if len(rows) < samples:
         fit = f", and {left_out} whose images take up to {longest} tokens" if left_out else ""
+        ways = [f"calibration_samples={len(rows)}"] * bool(rows) + ["a larger calibration_length"] * bool(left_out)
         raise CheckpointError(
             f"calibration {source} has {len(rows)} rows that fit into calibration_length={length}{fit}, not {samples}; "
-            f"use calibration_samples={len(rows) or 1}, {'a larger calibration_length' if left_out else 'or more rows'}"
+            f"use {', '.join([*ways, 'or more rows'] if ways else ['more rows'])}"
         )
     return rows
 

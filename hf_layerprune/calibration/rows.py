@@ -188,9 +188,10 @@ def load_calibration(
     windows = windows_of(ids, length, begins_with(tokenizer))
     rows = len(windows)
     if rows < samples:
+        fewer = f"calibration_samples={rows}, " if rows else ""
         raise CheckpointError(
-            f"calibration {source} is too short: {len(ids):,} tokens make {rows} rows of {length}, not "
-            f"{samples}; use calibration_samples={rows or 1}, a smaller calibration_length, or more text"
+            f"calibration {source} is too short: {len(ids):,} tokens make {rows} rows of {length}, not {samples}; use "
+            f"{fewer}a smaller calibration_length, or more text"
         )
     chosen = sorted(Random(seed).sample(range(rows), samples))
     calibration = CalibrationSet.of(windows[chosen], source, seed)

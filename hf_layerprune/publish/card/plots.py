@@ -104,15 +104,13 @@ def tradeoff(results: Results, speed: Row, path: Path, digest: str | None = None
             low, high = record.get("spread", (record["value"],) * 2)
             x, y = record["value"], 100 * mean
             axes.errorbar(
-                x, y, xerr=[[max(0, x - low)], [max(0, high - x)]], yerr=100 * (stderr or 0), **_mark(column.role)
-            )
-            axes.annotate(
-                f"{column.role}, {column.layers} layers", (x, y), xytext=(6, 5),
-                textcoords="offset points", fontsize=9, color=ROLE_COLOURS[column.role],
+                x, y, xerr=[[max(0, x - low)], [max(0, high - x)]], yerr=100 * (stderr or 0),
+                label=f"{column.role}, {column.layers} layers", **_mark(column.role),
             )  # fmt: skip
         axes.set_xlabel("decode throughput, tokens/s")
         axes.set_ylabel("mean accuracy in %")
         axes.margins(x=0.2, y=0.2)
+        axes.legend(loc="best")  # stages are often too close for labels beside them
         grid(axes, "both")
 
 
