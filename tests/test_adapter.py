@@ -75,7 +75,7 @@ def test_round_trip(base: Path, tmp_path: Path) -> None:
     plain_cut = load(base)
     drop_layers(plain_cut, [6, 7])
     cut = logits(plain_cut)
-    model = get_peft_model(load(base), LayerDropConfig(drop=0.25, keep_dropped=True))
+    model = get_peft_model(load(base), LayerDropConfig(drop=0.25, keep_dropped=True, tune_lm_head=True))
     assert torch.equal(logits(model), cut)
     shake(model)
     tuned = logits(model)
@@ -102,7 +102,7 @@ def test_dense_and_back(base: Path, tmp_path: Path) -> None:
     dense = load(base)
     before, was_tied = logits(dense), dense.config.tie_word_embeddings
     config_before = families.text_config(dense.config).to_dict() | UNTIED
-    model = get_peft_model(dense, LayerDropConfig(drop_layers=[2, 3, 6], keep_dropped=True))
+    model = get_peft_model(dense, LayerDropConfig(drop_layers=[2, 3, 6], keep_dropped=True, tune_lm_head=True))
     cut = logits(model)
     shake(model)
     tuned = logits(model)
@@ -126,7 +126,7 @@ def test_dense_and_back(base: Path, tmp_path: Path) -> None:
 
 def test_what_trains_is_exact(base: Path) -> None:
     """Gradients reach the tail and nothing else, and the frozen trunk builds no graph."""
-    model = get_peft_model(load(base), LayerDropConfig(drop=0.25))
+    model = get_peft_model(load(base), LayerDropConfig(drop=0.25, tune_lm_head=True))
     config = model.peft_config["default"]
     stack = config.modules_to_save[0].rpartition(".")[0]
     assert config.modules_to_save[:3] == [f"{stack}.{i}" for i in (3, 4, 5)]
@@ -150,7 +150,7 @@ def test_what_trains_is_exact(base: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapter_file_holds_the_tail_in_the_base_dtype(base: Path, dtype: torch.dtype, tmp_path: Path) -> None:
-    model = get_peft_model(load(base, dtype), LayerDropConfig(drop=0.25))
+    model = get_peft_model(load(base, dtype), LayerDropConfig(drop=0.25, tune_lm_head=True))
     model.save_pretrained(tmp_path)
     trainable = {name.replace(".modules_to_save.default", "") for name, p in model.named_parameters() if p.requires_grad}  # fmt: skip
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
@@ -255,9 +255,9 @@ def test_lora_on_top_of_merged(llama: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model))
 
 
-def test_untying_is_told_and_kept(tied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_untying_is_told_and_kept(tied: Path, llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        model = prune_with(LayerDropConfig(drop=1), load(tied))
+        model = prune_with(LayerDropConfig(drop=1, tune_lm_head=True), load(tied))
     assert "adds 4,096 parameters" in caplog.text
     assert "tune_lm_head=False" in caplog.text
     config = model.peft_config["default"]
@@ -278,17 +278,19 @@ def test_untying_is_told_and_kept(tied: Path, tmp_path: Path, caplog: pytest.Log
     assert torch.equal(again.get_output_embeddings().weight, head)
 
     caplog.clear()
-    kept = prune_with(LayerDropConfig(drop=1, tune_lm_head=False), load(tied))
+    kept = prune_with(LayerDropConfig(drop=1), load(tied))
     assert "unties" not in caplog.text
     assert kept.get_output_embeddings().weight is kept.get_input_embeddings().weight
     assert not kept.peft_config["default"].untied_lm_head
+    assert kept.peft_config["default"].tune_lm_head is False  # resolved, as the saved config says what was tuned
+    assert prune_with(LayerDropConfig(drop=1), load(llama)).peft_config["default"].tune_lm_head is True
 
 
 def test_head_heavier_than_the_saving(tied: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = load(tied)
     base.resize_token_embeddings(4096)
     with caplog.at_level(logging.WARNING):
-        prune_with(LayerDropConfig(drop=1), base)
+        prune_with(LayerDropConfig(drop=1, tune_lm_head=True), base)
     assert "larger than its base" in caplog.text
     assert "tune_lm_head=False" in caplog.text
 

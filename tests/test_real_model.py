@@ -102,7 +102,8 @@ def test_three_forms_agree(base: Path, ids: torch.Tensor, tmp_path: Path) -> Non
 
 def test_head_outweighs_the_saving(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        model = prune_with(LayerDropConfig(base_model_name_or_path=str(base), drop=0.25), dtype=torch.bfloat16)
+        config = LayerDropConfig(base_model_name_or_path=str(base), drop=0.25, tune_lm_head=True)
+        model = prune_with(config, dtype=torch.bfloat16)
     assert "adds 28,311,552 parameters, more than the 24,780,672" in caplog.text
     assert "tune_lm_head=False" in caplog.text
     assert model.merge_and_unload().num_parameters() == 2 * EMBEDDINGS + 23 * LAYER + 576

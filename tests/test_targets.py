@@ -135,8 +135,8 @@ def test_prune_writes_what_was_predicted(bases: dict[str, Path], tmp_path: Path)
 def test_an_adapter_counts_the_head_that_it_unties(bases: dict[str, Path]) -> None:
     dense = tiny_model("gemma2")
     limit = int(0.8 * dense.num_parameters())
-    tied = prune_with(LayerDropConfig(target_params=limit, tune_lm_head=False), tiny_model("gemma2"))
-    untied = prune_with(LayerDropConfig(target_params=limit), dense)
+    tied = prune_with(LayerDropConfig(target_params=limit), tiny_model("gemma2"))
+    untied = prune_with(LayerDropConfig(target_params=limit, tune_lm_head=True), dense)
     left = [model.merge_and_unload().num_parameters() for model in (tied, untied)]
     assert max(left) <= limit
     dropped = [len(model.peft_config["default"].drop_layers) for model in (tied, untied)]

@@ -19,7 +19,7 @@ from torch import nn
 from ..cut.lazy import SAVED
 from ..cut.memory import LayerCut, drop_layers
 from ..errors import CutError, LayerPruneError
-from ..families.layout import find_decoder_layers
+from ..families.layout import find_decoder_layers, find_output_head
 from ..options import check
 from ..repair.frozen import freeze, module_names, put, thaw
 from .config import LayerDropConfig
@@ -50,7 +50,7 @@ class LayerDropModel(BaseTuner):
         >>> from hf_layerprune import LayerDropConfig
 
         >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
-        >>> model = get_peft_model(model, LayerDropConfig(drop=0.25, tune_lm_head=False))
+        >>> model = get_peft_model(model, LayerDropConfig(drop=0.25))
         >>> model.print_trainable_parameters()
         ```
     """
@@ -81,6 +81,8 @@ class LayerDropModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
         model, stack = self.model, find_decoder_layers(self.model)
+        if peft_config.tune_lm_head is None:
+            peft_config.tune_lm_head = find_output_head(model) is not None and not is_tied(model)
         tuned = tuned_modules(model, peft_config, cut_of(peft_config), stack)
         if needs_dense(peft_config):
             peft_config.repaired_modules = module_names(getattr(model, PREPARED).repair, stack, cut_of(peft_config))

@@ -29,7 +29,7 @@ def _add(parser: Any, name: str, known: Option) -> None:
     words: dict[str, Any] = {"help": text}
     flag = _flag(name, known)
     if known.kind is FLAG:
-        action = argparse.BooleanOptionalAction if known.default else "store_true"
+        action = "store_true" if known.default is False else argparse.BooleanOptionalAction
         # No default: an option that stands before the command keeps its value there.
         default = known.default or argparse.SUPPRESS
         parser.add_argument(flag, action=action, dest=name, default=default, **words)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .amount import AmountOptions
 from .declare import check, option
-from .kinds import LAYERS, MOST_LAYERS, TUNE_LAYERS, whole
+from .kinds import FLAG, LAYERS, MOST_LAYERS, TUNE_LAYERS, whole
 
 
 @dataclass(kw_only=True)
@@ -105,6 +105,9 @@ class TuningOptions(Options):
         "as 20-22",
         TUNE_LAYERS,
     )
-    tune_lm_head: bool = option(
-        True, "Let the adapter tune lm_head; a head tied to the embeddings is untied, which adds its parameters"
+    tune_lm_head: bool | None = option(
+        None,
+        "Let the adapter tune lm_head; by default unless it is tied to the embeddings, as tuning unties it, which adds its "
+        "parameters",
+        FLAG,
     )

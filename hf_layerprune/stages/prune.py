@@ -195,9 +195,7 @@ def _refuse_what_has_no_effect(request: PruneRequest) -> None:
     plain = PruneRequest(request.base, request.output)
     tuning = (request.tune_layers, request.tune_lm_head) != (plain.tune_layers, plain.tune_lm_head)
     if tuning and not request.adapter:
-        raise CutError(
-            "--tune-layers and --no-tune-lm-head say what an adapter tunes; add --adapter, or leave them out"
-        )
+        raise CutError("--tune-layers and --tune-lm-head say what an adapter tunes; add --adapter, or leave them out")
 
 
 def _needs_a_model(request: PruneRequest) -> bool:
@@ -281,7 +279,7 @@ def _config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig
         base_model_name_or_path=request.base,
         drop_layers=dropped,
         target_dtype=dtype,
-        tune_lm_head=request.adapter and request.tune_lm_head,  # which a whole model's head is not untied for
+        tune_lm_head=request.tune_lm_head if request.adapter else False,  # a whole model's head is not untied
     )
 
 
