@@ -220,7 +220,8 @@ def test_quantised_base_can_be_cut_but_not_tuned(base: Path, ids: torch.Tensor, 
 
 
 def test_adapter_of_the_real_model_is_a_peft_model(base: Path) -> None:
-    model = prune_with(LayerDropConfig(drop=7, criterion="random", seed=3, contiguous=True), load(base))
+    config = LayerDropConfig(drop=7, criterion="random", seed=3, contiguous=True, tune_lm_head=True)
+    model = prune_with(config, load(base))
     assert isinstance(model, PeftModel)
     trainable, total = model.get_nb_trainable_parameters()
     assert trainable == 3 * LAYER + 576 + EMBEDDINGS
