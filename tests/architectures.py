@@ -175,6 +175,7 @@ def _prove(model_type: str, stages: tuple[str, ...]) -> tuple[str, dict[str, str
     # A type that is not in the table yet can be tried here alone.
     known = families.proven() | {part.model_type for part in path_to_text(tiny_config(model_type))}
     families.proven = lambda: known
+    families.proven_stages = dict  # repairs that the table lacks are tried as well
     return model_type, outcomes(model_type, stages), time.process_time() - start
 
 

@@ -206,7 +206,8 @@ def fitted_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: C
                 if i < before:
                     stack.enter_context(swapped(layers[i], values))
             cut_plainly = _leaving(dense, before, ids)
-            stack.enter_context(swapped(layers[before], _borrowed(layers[before], name, folded[before])))
+            refitted = (name, cut.get("norm", "").partition(".")[2])
+            stack.enter_context(swapped(layers[before], _borrowed(layers[before], refitted, folded[before])))
             entering: list[torch.Tensor] = []
             with _hooked(
                 [module], lambda m, args, output, entering=entering: entering.extend((args[0], output.clone()))
@@ -217,19 +218,42 @@ def fitted_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: C
             with swapped(layers[before], folded[before]):
                 mine = _leaving(dense, before, ids)
         features, output = (x.double().view(*plain.shape[:-1], -1) for x in entering)
+        norm = _Norm(layers[before].get_submodule(cut["norm"].partition(".")[2]), output) if "norm" in cut else None
+        output = output if norm is None else norm.output
         gain = (written.double() * output).sum() / output.square().sum()
         same(f"{_name(repair)}: what {cut['folded_into']} writes", gain * output, written, 1e-3)
-        x = gain * (output if repair.method == "linear" else features)
-        change = _ridge(x[fitted], (wanted - plain)[fitted], cut["ridge"])
-        same(f"{_name(repair)}: states behind layers {first} to {last}", mine, plain.double() + x @ change, 1e-3)
+        x = gain * (output if repair.method == "linear" else features if norm is None else features / norm.divisor)
+        missing = wanted.double() - plain.double()
+        added = x @ _ridge(x[fitted], missing[fitted], cut["ridge"])
+        if norm is not None and cut["ridge"] is not None:
+            new = gain * norm.again(output + added / gain)
+            old = gain * output
+            factor = (new * (missing + old))[fitted].sum() / new[fitted].square().sum()
+            added = factor * new - old
+        same(f"{_name(repair)}: states behind layers {first} to {last}", mine, plain.double() + added, 1e-3)
         errors = [(wanted - states)[fitted].double().square().sum().item() for states in (mine, cut_plainly)]
         if errors[0] > errors[1] * (1 + TOLERANCE):
             raise ProofError(f"{_name(repair)}: error {errors[0]} on the fitted rows, plainly cut {errors[1]}")
 
 
-def _borrowed(layer: Any, writer: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+class _Norm:
+    """An RMS norm behind a projection, by its definition: what it makes of the projection's output."""
+
+    def __init__(self, module: Any, x: torch.Tensor) -> None:
+        self.epsilon = getattr(module, "variance_epsilon", None) or module.eps
+        self.divisor = (x.square().mean(-1, keepdim=True) + self.epsilon).sqrt()
+        self.output = module(x.float()).double()
+        self.scale = (self.output * self.divisor).square().sum((0, 1)).sqrt() / x.square().sum((0, 1)).sqrt()
+
+    def again(self, y: torch.Tensor) -> torch.Tensor:
+        """What it makes of an input to which it would give `y`, if it divided by what it divided by before."""
+        wide = y * self.divisor
+        return wide / ((wide / self.scale).square().mean(-1, keepdim=True) + self.epsilon).sqrt()
+
+
+def _borrowed(layer: Any, refitted: tuple[str, str], values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What a fit starts from: neurons that are new in front of the projection write nothing yet."""
-    start = {name: value for name, value in values.items() if not name.startswith(f"{writer}.")}
+    start = {name: value for name, value in values.items() if name.rpartition(".")[0] not in refitted}
     if not start:
         return {}
 
@@ -237,7 +261,7 @@ def _borrowed(layer: Any, writer: str, values: dict[str, torch.Tensor]) -> dict[
         module = layer.get_submodule(name.rpartition(".")[0])
         return value.T if value.ndim == 2 and isinstance(module, Conv1D) else value
 
-    weight = by_output(f"{writer}.weight", layer.get_parameter(f"{writer}.weight")).clone()
+    weight = by_output(f"{refitted[0]}.weight", layer.get_parameter(f"{refitted[0]}.weight")).clone()
     new = torch.zeros(weight.shape[1], dtype=torch.bool)
     for name, value in start.items():
         differs = by_output(name, value) != by_output(name, layer.get_parameter(name))
@@ -247,7 +271,7 @@ def _borrowed(layer: Any, writer: str, values: dict[str, torch.Tensor]) -> dict[
             else differs.view(-1, len(new)).any(0)
         )
     weight[:, new] = 0
-    return start | {f"{writer}.weight": by_output(f"{writer}.weight", weight)}
+    return start | {f"{refitted[0]}.weight": by_output(f"{refitted[0]}.weight", weight)}
 
 
 def _name(repair: Repair) -> str:

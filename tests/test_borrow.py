@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from hf_layerprune import LayerPruneError
+from hf_layerprune import LayerPruneError, families
 from hf_layerprune.repair.borrow import find_readers, survivors
 from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.repair.linear import NormalEquations
@@ -61,7 +61,7 @@ def test_survivors_are_the_best_subset():
     assert tuple(survivors(sums, weight, 1e-12, 4).tolist()) == min(errors, key=errors.__getitem__)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "opt", "gpt_neox", "gemma2"])
 @pytest.mark.parametrize("drop", [[3, 4], [2, 5]])
 def test_borrowed_neurons_explain_more_than_the_layers_own(model_type, drop):
     model = tiny_model(model_type)
@@ -109,7 +109,10 @@ def test_where_borrowing_gains_nothing_the_layer_is_refitted():
     assert all(torch.equal(value, refit.tensors[key]) for key, value in borrow.tensors.items())
 
 
-def test_what_is_not_made_of_neurons_is_refused():
+def test_what_is_not_made_of_neurons_is_refused(monkeypatch):
     model = tiny_model("bitnet")
+    with pytest.raises(LayerPruneError, match=r"'bitnet' has no layer for repair='borrow'; it takes linear, refit"):
+        fit_repair(model, [3, 4], calibration(model), "borrow")
+    monkeypatch.setattr(families, "proven_stages", dict)  # as for a type that is not in the table
     with pytest.raises(LayerPruneError, match="finds no neurons in layer 2"):
         fit_repair(model, [3, 4], calibration(model), "borrow")

@@ -61,7 +61,8 @@ def base(tmp_path):
         ("gpt_neox", ["mlp.dense_4h_to_h", "attention.dense"]),  # attention and MLP side by side
         ("opt", ["fc2", "self_attn.out_proj"]),
         ("granite", ["mlp.down_proj", "self_attn.o_proj"]),
-        ("gemma2", []),  # a norm behind each
+        ("gemma2", ["mlp.down_proj", "self_attn.o_proj"]),  # a norm behind each
+        ("bert", []),  # a norm of the sum
         ("mixtral", []),  # experts write, and what attention writes passes through them as well
     ],
 )
@@ -103,7 +104,7 @@ def test_noise_is_not_fitted():
 
 
 @pytest.mark.parametrize("method", ["linear", "refit", "borrow"])
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "granite", "opt"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "granite", "opt", "gemma2", "olmo2"])
 def test_a_fitted_repair_brings_the_states_behind_the_cut_closer(model_type, method):
     model = tiny_model(model_type)
     ids = calibration(model, samples=400)
@@ -230,8 +231,8 @@ def test_magnitude_has_nothing_to_do_at_the_tail(caplog):
     [
         ("llama", [0, 1], "linear", "layer 0 is dropped"),
         ("llama", [0, 1], "refit", "layer 0 is dropped"),
-        ("gemma2", [3, 4], "linear", "model type 'gemma2' can't be repaired"),
-        ("gemma2", [3, 4], "magnitude", "model type 'gemma2' can't be repaired"),
+        ("mixtral", [3, 4], "linear", "model type 'mixtral' can't be repaired"),
+        ("gemma2", [3, 4], "magnitude", "model type 'gemma2' has no layer .* linear, refit, borrow"),
     ],
 )
 def test_what_cannot_be_repaired_is_refused(model_type, drop, method, message):

@@ -128,14 +128,10 @@ class _Choice:
     Args:
         values (`dict[str, torch.Tensor]`): Its parameters in front of the fit; borrowed neurons write nothing yet.
         borrowed (`int`): How many there are.
-        left (`float`): The error on held-out rows in front of the fit, as a multiple of the plain cut's.
-        without (`float`): The same behind a fit without borrowed neurons.
     """
 
     values: dict[str, torch.Tensor]
     borrowed: int
-    left: float
-    without: float
 
 
 class BorrowFitter(LinearFitter):
@@ -180,23 +176,25 @@ class BorrowFitter(LinearFitter):
         self.maps[i] = fit_map(pairs, len(batches)).change
 
     def leave(self, first: int, end: int, batches: list[Batch]) -> None:
-        """Choose the neurons, then fit the projection that reads their activations."""
+        """Fit the projection; then choose neurons, fit it to their activations, and keep the better of the two."""
         layer, entering = self.walk.layers[first - 1], self.student
         choice = self._chosen(layer, first, batches) if self.maps else None
-        if choice is not None:
-            with swapped(layer, choice.values):
-                super().leave(first, end, batches)
-            record = self.records[-1]
-            # Relative to the plain cut, as for the other repairs.
-            record["unexplained_share"] = round(record["unexplained_share"] * choice.left, 4)
-            if record["unexplained_share"] < choice.without:
-                record["borrowed_neurons"] = choice.borrowed
-                self.tensors = {(first - 1, name): value.cpu() for name, value in choice.values.items()} | self.tensors
-                return
-            self.records.pop()
-            self.student = entering
         super().leave(first, end, batches)
+        refit, tensors, student = self.fit, dict(self.tensors), self.student
         self.records[-1]["borrowed_neurons"] = 0
+        if choice is None:
+            return
+        self.student = entering
+        with swapped(layer, choice.values):
+            super().leave(first, end, batches)
+        record = self.records.pop()
+        # Relative to the plain cut, as for the other repairs.
+        left = self.fit.unexplained * self.fit.total / refit.total
+        if left < refit.unexplained:
+            self.records[-1] = record | {"unexplained_share": round(left, 4), "borrowed_neurons": choice.borrowed}
+            self.tensors = {(first - 1, name): value.cpu() for name, value in choice.values.items()} | self.tensors
+        else:
+            self.tensors, self.student = tensors, student
 
     # --- internals ---------------------------------------------------------------------------------------
 
@@ -214,7 +212,7 @@ class BorrowFitter(LinearFitter):
             return None
         best = gains.topk(neurons).indices
         offered = {name: torch.cat([offer[name] for offer in offers], 1)[:, best.to(own[name].device)] for name in own}
-        fitted, held_out = sums_of(self._pool(layer, first, batches, offered), len(batches))
+        fitted, _ = sums_of(self._pool(layer, first, batches, offered), len(batches))
         weight = self.writer.weight.to(fitted.gram)
         weight = torch.cat([weight, torch.zeros_like(weight)])
         stay = torch.zeros(2 * neurons, dtype=torch.bool)
@@ -224,8 +222,7 @@ class BorrowFitter(LinearFitter):
         for name, value in rows.items():
             value[:, gone.to(value.device)] = offered[name][:, come.to(value.device)]
         values = readers.values(layer, rows) | {f"{self.writer.name}.weight": self.writer.without(gone)}
-        left = held_out.unexplained(-weight * ~stay[:, None].to(weight.device))
-        return _Choice(values, len(come), left, refit.unexplained)
+        return _Choice(values, len(come))
 
     def _runs(
         self, layer: nn.Module, first: int, batches: list[Batch], offers: list[Rows]
@@ -234,19 +231,18 @@ class BorrowFitter(LinearFitter):
         seen: list[torch.Tensor] = []
         values = [self.readers.values(layer, offer) for offer in offers]
 
-        def taken(shape: torch.Size) -> torch.Tensor:
-            return seen.pop().view(*shape[:-1], -1).float() * self.writer.gain
-
-        def tried(state: torch.Tensor, batch: Batch) -> Iterator[torch.Tensor]:
+        def tried(state: torch.Tensor, batch: Batch, factor: torch.Tensor) -> Iterator[torch.Tensor]:
             for value in values:
                 with swapped(layer, value):
                     run(state, batch)
-                yield taken(state.shape)
+                yield seen.pop().view(*state.shape[:-1], -1).float() * factor
 
         with self.walk.layer(first - 1) as run, inputs(self.writer.module, lambda x: seen.append(x.clone())):
             for state, batch in zip(self.student or [], batches, strict=True):
                 after = run(state, batch).float()
-                yield taken(state.shape), batch.hidden.float() - after, tried(state, batch)
+                own = seen.pop().view(*state.shape[:-1], -1)
+                factor = self.writer.factor(own)
+                yield own.float() * factor, batch.hidden.float() - after, tried(state, batch, factor)
 
     def _pool(
         self, layer: nn.Module, first: int, batches: list[Batch], offered: Rows

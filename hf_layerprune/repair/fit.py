@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .. import families
 from ..errors import CutError
-from ..families import check_stage
+from ..families.multimodal import path_to_text
 from ..layer_ranges import blocks
 from ..runtime.walk import Batch, LayerWalk
 from ..screen import progress_bar
@@ -79,7 +80,13 @@ def check_repair(config: PreTrainedConfig, drop_layers: Sequence[int], rows: int
         UnsupportedModelError: The model type can't be repaired.
     """
     repair = find_repair(method)
-    check_stage(config, "repair")
+    families.check_stage(config, "repair")
+    for part in path_to_text(config):
+        known = families.proven_stages().get(part.model_type, {}).get("repair")
+        if known and method not in known:
+            raise CutError(
+                f"model type {part.model_type!r} has no layer for repair={method!r}; it takes {', '.join(known)}"
+            )
     if 0 in drop_layers and repair.in_front:
         raise CutError(
             f'repair="{method}" changes the layer in front of a dropped block, but layer 0 is dropped; keep layer 0 '

@@ -11,6 +11,9 @@ cut. The ridge strength is chosen on held-out rows.
 
 `M` itself is a product `A W` of the projection's input and its weight, and `A` is wider than `M`. `refit` solves the
 same problem for a change of `W`: `A D = X - (Y + M)`. A map applied to `M` is a special case of it.
+
+Where an RMS norm with scale `g` follows the projection, `M = A W g / r`, where `r` is what the norm divides a token by. Then
+`A / r` takes the place of `A`, and `W g` that of `W`.
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ import torch
 from ..errors import CutError
 from ..runtime.walk import Batch, LayerWalk
 from .fit import HELD_OUT, Fitter
-from .writers import Run, find_writers, inputs, outputs, swapped
+from .norms import Norm
+from .writers import Run, find_writers, swapped
 
+Tensors = dict[str, torch.Tensor]  # by name in the layer
 STRENGTHS = tuple(10.0**k for k in range(-6, 4))
 
 
@@ -69,12 +74,14 @@ class Fit:
         strength (`float`): The chosen ridge, as a multiple of the mean squared feature.
         unexplained (`float`): The share of the block's effect that the map leaves unexplained, on held-out rows.
         tokens (`tuple[int, int]`): How many tokens it was fitted to, and how many were held out.
+        total (`float`): The sum of squares of the block's effect on the held-out rows.
     """
 
     change: torch.Tensor
     strength: float
     unexplained: float
     tokens: tuple[int, int]
+    total: float = 0.0
 
 
 def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
@@ -83,7 +90,9 @@ def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
     values = values.clamp(min=0)
     rotated = vectors.T @ fitted.moment
     scale = values.mean().item() or 1.0
-    best = Fit(torch.zeros_like(fitted.moment), float("inf"), 1.0, (fitted.tokens, held_out.tokens))
+    best = Fit(
+        torch.zeros_like(fitted.moment), float("inf"), 1.0, (fitted.tokens, held_out.tokens), held_out.total.item()
+    )
     for strength in STRENGTHS:
         change = vectors @ (rotated / (values + strength * scale)[:, None])
         unexplained = held_out.unexplained(change)
@@ -135,10 +144,11 @@ class LinearFitter(Fitter):
         method (`str`): `"linear"`: fit from the projection's output; `"refit"`: from its input.
     """
 
+    fit: Fit  # of the last block
+
     def __init__(self, walk: LayerWalk, cuts: list[tuple[int, int]], method: str) -> None:
         super().__init__(walk, cuts)
         self.method = method
-        self.look = outputs if method == "linear" else inputs
         self.student: list[torch.Tensor] | None = None
 
     def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
@@ -153,7 +163,7 @@ class LinearFitter(Fitter):
         if not writers:
             raise CutError(
                 f'repair="{self.method}" has no weight to change: no output projection of layer {i} writes into '
-                "the hidden states directly (each is followed by a norm or belongs to a mixture of experts); use "
+                "the hidden states directly or through an RMS norm (it belongs to a mixture of experts, say); use "
                 'repair=None and train the layers next to the cut (tune_layers="cut")'
             )
         self.writer = writers[0]
@@ -164,21 +174,21 @@ class LinearFitter(Fitter):
     def leave(self, first: int, end: int, batches: list[Batch]) -> None:
         """Fit the block, change the weights, and continue with the states of the repaired layer."""
         writer, layer, student = self.writer, self.walk.layers[first - 1], self.student or []
-        features: list[torch.Tensor] = []
 
         def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             for batch, entering in zip(batches, student, strict=True):
                 state = run(entering, batch).float()
-                feature = features.pop()
-                yield feature.view(*state.shape[:-1], -1).float() * writer.gain, batch.hidden.float() - state
+                yield seen.pop().view(*state.shape[:-1], -1), batch.hidden.float() - state
 
-        with self.walk.layer(first - 1) as run, self.look(writer.module, lambda x: features.append(x.clone())):
+        with self.walk.layer(first - 1) as run, writer.watch(self.method == "linear") as seen:
             fit = fit_map(pairs(), len(batches))
         if self.method == "linear":
             new = writer.folded(torch.eye(len(fit.change)).to(fit.change) + fit.change)
         else:
             new = writer.moved(fit.change)
-        new = {f"{writer.name}.{name}": value for name, value in new.items()}
+        if writer.norm is not None:
+            new, fit = self._through_norm(writer.norm, new, fit, first, batches)
+        self.fit = fit
         self.tensors |= {(first - 1, name): value for name, value in new.items()}
         with self.walk.layer(first - 1) as run, swapped(layer, new):
             self.student = [run(state, batch) for state, batch in zip(student, batches, strict=True)]
@@ -191,7 +201,35 @@ class LinearFitter(Fitter):
                 "tokens": fit.tokens[0],
                 "held_out_tokens": fit.tokens[1],
             }
+            | ({} if writer.norm is None else {"norm": f"{first - 1}.{writer.norm.name}"})
         )
+
+    def _through_norm(
+        self, norm: Norm, new: Tensors, fit: Fit, first: int, batches: list[Batch]
+    ) -> tuple[Tensors, Fit]:
+        """Fit the norm behind the projection to what it makes of the new weight, or keep both as they are.
+
+        The projection is fitted as if the norm divided by what it divided by before. It does not, so what is written
+        has the fitted direction but another size. The norm's weight gets the factor that is best for all tokens.
+        """
+        new = new | {f"{norm.name}.weight": norm.weight_for(norm.scale)}
+        layer = self.walk.layers[first - 1]
+
+        def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for batch, entering in zip(batches, self.student or [], strict=True):
+                state = run(entering, batch).float()
+                written = seen.pop().view_as(state)
+                yield written[..., None], (batch.hidden.float() - state + written)[..., None]
+
+        with self.walk.layer(first - 1) as run, swapped(layer, new), self.writer.watch(True) as seen:
+            fitted, held_out = sums_of(pairs(), len(batches))
+        factor = fitted.moment / fitted.gram
+        left = held_out.unexplained(factor) * held_out.total.item() / (fit.total or 1.0)
+        if not left < 1:
+            kept = {name: layer.get_parameter(name).detach().cpu() for name in new}
+            return kept, replace(fit, strength=float("inf"), unexplained=1.0)
+        new[f"{norm.name}.weight"] = norm.weight_for(norm.scale * factor.item())
+        return new, replace(fit, unexplained=left)
 
 
 fitter = LinearFitter

@@ -80,7 +80,7 @@ def scaled_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor:
     Raises:
         CutError: The layer can't be rescaled by its output projections alone.
     """
-    writers = find_writers(layer, run, batch)
+    writers = [writer for writer in find_writers(layer, run, batch) if writer.norm is None]
     with silenced(writers):
         rest = run(batch.hidden, batch).float() - batch.hidden.float()
     if not writers or rest.norm() > _ROUNDING * batch.hidden.float().norm():

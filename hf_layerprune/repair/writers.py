@@ -2,8 +2,8 @@
 
 A module is a writer if anything added to its output arrives unchanged in the layer's output, up to a constant factor
 (the gain: 1 in most families, the residual multiplier in Granite). A matrix applied to its output can then be folded
-into its weight. No model family is named here: modules followed by a norm (Gemma 2 and 3), experts and packed weights
-simply fail the test.
+into its weight. A module is also a writer if its output only goes through an RMS norm of which that is true (Gemma 2
+and 3, OLMo 2). No model family is named here: experts and packed weights simply fail the test.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..runtime.parts import hooked
 from ..runtime.walk import Batch
+from .norms import Norm, find_norm
 
 _TOLERANCE = 0.03  # bfloat16 keeps two to three digits
 _ROUNDING = 2e-3  # a gain this close to 1 is taken as 1
@@ -32,41 +33,78 @@ class Writer:
     Args:
         name (`str`): Its name inside the layer, such as `mlp.down_proj`.
         module (`nn.Module`): An `nn.Linear` or a `Conv1D`.
-        gain (`float`): The factor between its output and what arrives in the residual stream.
+        gain (`float`): The factor between its output, or that of the norm behind it, and what arrives in the
+            residual stream.
+        norm (`Norm`, *optional*): The norm between the module and the residual stream.
     """
 
     name: str
     module: nn.Module
     gain: float
+    norm: Norm | None = None
 
     def folded(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The module's parameters, on the CPU, with a matrix folded in: the new output is `output @ matrix`."""
+        """The writer's parameters, on the CPU, with a matrix folded in: the new output is `output @ matrix`.
+
+        With a norm, `output` is the norm's, and the new one has that direction.
+        """
         new = {"weight": self.weight @ matrix.double().cpu()}
         bias: torch.Tensor | None = self.module.bias  # type: ignore[assignment]
         if bias is not None:
-            new["bias"] = bias.detach().double().cpu() @ matrix.double().cpu()
+            new["bias"] = bias.detach().double().cpu() * self._scale @ matrix.double().cpu()
         return self._as_kept(new)
 
     def moved(self, change: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The module's parameters, on the CPU, with its weight changed: the new output adds `input @ change`."""
+        """The writer's parameters, on the CPU, with its weight changed: the new output adds `features @ change`."""
         return self._as_kept({"weight": self.weight + change.double().cpu()})
 
     def without(self, indices: torch.Tensor) -> torch.Tensor:
         """The module's weight, on the CPU, with zeros for some inputs."""
-        weight = self.weight.clone()
-        weight[indices] = 0
-        return self._as_kept({"weight": weight})["weight"]
+        weight = self.module.get_parameter("weight").detach().cpu().clone()
+        (weight if isinstance(self.module, Conv1D) else weight.T)[indices] = 0
+        return weight
+
+    @contextmanager
+    def watch(self, output: bool) -> Iterator[list[torch.Tensor]]:
+        """Collect the features of a fit in each run of the layer inside a `with` block.
+
+        Args:
+            output (`bool`): Whether they are what the writer adds to the residual stream; otherwise, they are what its
+                input contributes to it for each unit of [`weight`]: the input, divided by what the norm divides by.
+        """
+        seen: list[torch.Tensor] = []
+        if output:
+            module = self.module if self.norm is None else self.norm.module
+            with outputs(module, lambda x: seen.append(x.clone().float() * self.gain)):
+                yield seen
+            return
+
+        with inputs(self.module, lambda x: seen.append(x.float() * self.factor(x))):
+            yield seen
+
+    def factor(self, x: torch.Tensor) -> torch.Tensor:
+        """The factor between what an input `[..., in]` gives, times [`weight`], and what is written, `[..., 1]`."""
+        gain = torch.full_like(x[..., :1], self.gain, dtype=torch.float32)
+        return gain if self.norm is None else gain / self.norm.divisor(self.module.forward(x))
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight as `[in, hidden]`, as a `Conv1D` keeps it, in double precision on the CPU."""
+        """The weight, times the norm's scale, as `[in, hidden]`, in double precision on the CPU."""
         weight = self.module.get_parameter("weight").detach().double().cpu()
-        return weight if isinstance(self.module, Conv1D) else weight.T
+        return (weight if isinstance(self.module, Conv1D) else weight.T) * self._scale
+
+    @property
+    def _scale(self) -> torch.Tensor:
+        return torch.ones(1, dtype=torch.float64) if self.norm is None else self.norm.scale
 
     def _as_kept(self, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        new = {name: value / self._scale for name, value in new.items()}
         if not isinstance(self.module, Conv1D):
             new["weight"] = new["weight"].T
-        return {name: value.to(self.module.get_parameter(name).dtype).contiguous() for name, value in new.items()}
+        return {
+            f"{self.name}.{name}": value.to(self.module.get_parameter(name).dtype).contiguous()
+            for name, value in new.items()
+        }
 
 
 def outputs(
@@ -107,23 +145,27 @@ def find_writers(layer: nn.Module, run: Run, batch: Batch) -> list[Writer]:
             layer has none.
     """
     hidden = batch.hidden
-    order: list[tuple[str, nn.Module]] = []
+    order: list[tuple[str, nn.Module, torch.Tensor]] = []
     handles = [
-        module.register_forward_hook(lambda module, args, output, name=name: order.append((name, module)))
+        module.register_forward_hook(
+            lambda module, args, output, name=name: order.append((name, module, output.clone()))
+        )
         for name, module in layer.named_modules()
         if _is_plain_linear(module, hidden.shape[-1])
     ]
     with hooked(*handles):
         run(hidden, batch)
-    if len({name for name, _ in order}) != len(order):  # run more than once: experts, or shared weights
-        order = [(name, module) for name, module in order if sum(name == other for other, _ in order) == 1]
-
+    names = [name for name, _, _ in order]
     writers: list[Writer] = []
-    for name, module in reversed(order):
+    for name, module, output in reversed(order):
+        if names.count(name) > 1:  # run more than once: experts, or shared weights
+            continue
         with silenced(writers):  # later writers must not respond to the change
-            gain = _gain(module, run, batch)
+            norm, gain = None, _gain(module, run, batch)
+            if gain is None and (norm := find_norm(layer, output, lambda: run(hidden, batch))) is not None:
+                gain = _gain(norm.module, run, batch)
         if gain is not None:
-            writers.append(Writer(name, module, gain))
+            writers.append(Writer(name, module, gain, norm))
     return writers
 
 

@@ -77,7 +77,8 @@ class Repairability(Observer):
     @contextmanager
     def watch(self, index: int, layer: nn.Module, run: Run, probe: Batch) -> Iterator[None]:
         """Record the outputs of the module that a map would be folded into."""
-        writers = find_writers(layer, run, probe)
+        # A map of what a norm divides again would not be linear.
+        writers = [writer for writer in find_writers(layer, run, probe) if writer.norm is None]
         self.writer = writers[0] if writers else None
         self.features: list[torch.Tensor] = []
         if self.writer is None:

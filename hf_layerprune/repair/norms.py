@@ -1,0 +1,98 @@
+"""Norms between a module that writes and the residual stream, as in Gemma 2 and 3 or OLMo 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..runtime.parts import close, hooked
+
+# Channels that a norm all but silences are taken to have this share of its mean scale, as they are divided by it.
+_LEAST = 1e-2
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm: it divides its input by the root of its mean square, and multiplies it by `offset + weight`.
+
+    Args:
+        name (`str`): Its name inside the layer, such as `post_feedforward_layernorm`.
+        module (`nn.Module`): The norm, with `weight` `[hidden]` as its only parameter.
+        offset (`float`): 1 in Gemma, otherwise 0.
+    """
+
+    name: str
+    module: nn.Module
+    offset: float
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """`offset + weight`, `[hidden]`, in double precision on the CPU, and nowhere too small to divide by."""
+        scale = self.offset + self.module.get_parameter("weight").detach().double().cpu()
+        least = _LEAST * scale.abs().mean()
+        return torch.where(scale.abs() < least, least * torch.where(scale < 0, -1.0, 1.0).to(scale), scale)
+
+    def weight_for(self, scale: torch.Tensor) -> torch.Tensor:
+        """The weight, on the CPU, that gives the norm this scale."""
+        return (scale - self.offset).to(self.module.get_parameter("weight").dtype)
+
+    def divisor(self, x: torch.Tensor) -> torch.Tensor:
+        """What the norm divides an input `[..., hidden]` by, `[..., 1]`, its epsilon included."""
+        scale = self.offset + self.module.get_parameter("weight").float()
+        return (x * scale).norm(dim=-1, keepdim=True) / self.module(x).float().norm(dim=-1, keepdim=True).clamp(1e-12)
+
+
+@torch.no_grad()
+def find_norm(layer: nn.Module, x: torch.Tensor, run: Callable[[], object]) -> Norm | None:
+    """Find the RMS norm in a layer that reads a module's output.
+
+    Args:
+        layer (`nn.Module`): The layer.
+        x (`torch.Tensor`): The module's output `[..., hidden]`.
+        run (`Callable`): Runs the layer on the input for which the module has that output.
+
+    Returns:
+        `Norm`: `None` if there is none, if several modules read it, or if it is another kind of norm.
+    """
+    readers: list[tuple[str, nn.Module]] = []
+
+    def see(name: str, module: nn.Module, args: tuple[object, ...]) -> None:
+        read = args[0] if args else None
+        if isinstance(read, torch.Tensor) and read.numel() == x.numel() and torch.equal(read.reshape(x.shape), x):
+            readers.append((name, module))
+
+    norms = [
+        (name, module)
+        for name, module in layer.named_modules()
+        if [(kind, value.shape) for kind, value in module.named_parameters()] == [("weight", x.shape[-1:])]
+    ]
+    with hooked(
+        *(
+            module.register_forward_pre_hook(lambda module, args, name=name: see(name, module, args))
+            for name, module in norms
+        )
+    ):
+        run()
+    if len(readers) != 1 or not x.any():
+        return None
+    name, module = readers[0]
+    weight = module.get_parameter("weight")
+    kept, x = weight.data, x * (1e3 / x.float().std()).to(x.dtype)  # so that no epsilon counts
+    try:
+        without, ones = (_with(module, weight, torch.full_like(kept, value), x).float() for value in (0.0, 1.0))
+    finally:
+        weight.data = kept
+    unit = ones - without
+    if not unit.any():  # the weight is not a factor
+        return None
+    norm = Norm(name, module, round((without * unit).sum().item() / unit.square().sum().item(), 2))
+    wanted = x.float() / x.float().square().mean(-1, keepdim=True).sqrt()
+    return norm if norm.offset in (0.0, 1.0) and close(wanted, unit.to(x.dtype)) else None
+
+
+def _with(module: nn.Module, weight: nn.Parameter, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    weight.data = value
+    return module(x.clone())
