@@ -479,6 +479,15 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], tmp_path: Path) -
 # --- resuming ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("settings", "steps"), [({}, 12), ({"gradient_accumulation_steps": 5}, 3)])
+def test_half_an_epoch_is_half_of_the_rows(llama: Bench, settings: dict[str, Any], steps: int) -> None:
+    half = {"max_steps": -1, "num_train_epochs": 0.5, "per_device_train_batch_size": 1}
+    trainer = llama.trainer(**half | settings)
+    trainer.train()
+    assert trainer.state.global_step == steps
+    assert len(trainer.train_dataset) == steps * settings.get("gradient_accumulation_steps", 1)  # the others are not computed
+
+
 @pytest.mark.parametrize("cache", ["off", "on"])
 def test_resumed_equals_uninterrupted(llama: Bench, tmp_path: Path, cache: str) -> None:
     settings = {

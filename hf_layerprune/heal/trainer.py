@@ -163,8 +163,10 @@ class HealTrainer(SFTTrainer):
         """If training ends before it has seen all rows, a sample of those that it will see: only these are computed."""
         args = self.args
         a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        seen = args.max_steps * a_step if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(rows))
-        if seen >= len(rows):
+        if args.max_steps <= 0 and args.num_train_epochs < 1:  # the Trainer would take that part of the sample again
+            args.max_steps = math.ceil(args.num_train_epochs * math.ceil(len(rows) / a_step))
+        seen = args.max_steps * a_step
+        if args.max_steps <= 0 or seen >= len(rows):
             return rows
         logger.info("training ends after %d of %d rows; the other rows are left out", seen, len(rows))
         return rows.select(sorted(random.Random(args.data_seed or args.seed).sample(range(len(rows)), seen)))
