@@ -127,13 +127,15 @@ def main(
     dense = training_args.teacher or model_args.model_name_or_path
     evaluation = eval_request(output / "model", dense, measure_args)
     if training_args.teacher:
-        load_config(training_args.teacher)
+        load_config(training_args.teacher, revision=training_args.teacher_revision)
     raw_train, raw_test, name = load_data(script_args, dataset_args, training_args)
 
     student = prepare_student(model_args, cut_args, training_args)
     method = student.method(training_args.method)
     training_args.method = method.name
-    training_args.teacher = training_args.teacher or student.base
+    if training_args.teacher in (None, student.base):  # the very weights that the layers were dropped from
+        training_args.teacher = student.base
+        training_args.teacher_revision = training_args.teacher_revision or student.revision
     tokenizer = load_tokenizer(student.folder)
     train_rows, test_rows = prepare_rows(raw_train, raw_test, name, row_args, training_args, student, tokenizer)
 
@@ -161,7 +163,7 @@ def main(
 
     missed = []
     if trainer.is_world_process_zero():
-        missed = finish(folder, training_args.teacher, evaluation, hub)
+        missed = finish(folder, training_args, evaluation, hub)
     trainer.accelerator.end_training()  # Trainer.end came after transformers 5.16
     return missed
 
@@ -302,7 +304,8 @@ def make_writer(training_args: HealConfig, student: Student, tokenizer: PreTrain
     if training_args.teacher is None:
         raise LayerPruneError("writing rows needs the dense model; name it with --teacher")
     # In the student's type, since the weights of a GGUF file would be unpacked to float32.
-    dense: Any = load_base(training_args.teacher, dtype=weights_dtype(student))
+    source, revision = training_args.teacher, training_args.teacher_revision
+    dense: Any = load_base(source, revision=revision, dtype=weights_dtype(student))
     dense = in_fast_precision(dense.to(training_args.device))
     share = training_args.process_index, training_args.world_size
     folder = Path(str(training_args.output_dir)) / "self"
@@ -323,20 +326,24 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
     return output / "model"
 
 
-def finish(folder: Path, base: str | None, evaluation: EvalRequest | None, hub: PushRequest | None) -> list[str]:
+def finish(
+    folder: Path, training_args: HealConfig, evaluation: EvalRequest | None, hub: PushRequest | None
+) -> list[str]:
     """Evaluate the model, write its card, and push it if it meets its requirements. Returns those that it misses."""
     from hf_layerprune.publish.card.writing import write_card
 
-    missed = []
+    missed, base, revision = [], training_args.teacher, training_args.teacher_revision
     if evaluation is not None:
         from hf_layerprune.measure.evaluate import evaluate
 
-        missed = [outcome.text for outcome in evaluate(replace(evaluation, base=base)).outcomes if not outcome.met]
+        request = replace(evaluation, base=base, base_revision=revision)
+        missed = [outcome.text for outcome in evaluate(request).outcomes if not outcome.met]
     try:
         write_card(folder)
     except LayerPruneError as error:  # such as a licence that only the user knows; the model is complete without it
         logger.warning("the model card was not written: %s (hf-layerprune card %s)", error, folder)
-    logger.info("the model is in %s; next: hf-layerprune eval %s --base %s", folder, folder, base)
+    where = f" --base-revision {revision}" if revision else ""
+    logger.info("the model is in %s; next: hf-layerprune eval %s --base %s%s", folder, folder, base, where)
     if hub is not None and missed:
         logger.warning("the model was not pushed, because it misses a requirement")
     elif hub is not None:

@@ -46,6 +46,9 @@ class HealOptions(Options):
         choices=("all", "completion"),
     )  # fmt: skip
     teacher: str | None = option(None, "The dense model; by default the one that the model was pruned from")
+    teacher_revision: str | None = option(
+        None, "Branch, tag or commit of the teacher on the Hub; by default the commit that the model was pruned from"
+    )
     cache: str = option(
         "auto",
         "Compute the frozen layers' output once and keep it on disk: auto does so if the result is exact, on stops with "

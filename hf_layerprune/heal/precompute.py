@@ -90,7 +90,7 @@ class _Run:
             source = model if model is not None else args.teacher
             if source is None:
                 raise LayerPruneError(f"loss={args.loss} needs the dense model; name it with --teacher")
-            teacher = Teacher(source, self.model, prefix)
+            teacher = Teacher(source, self.model, prefix, args.teacher_revision)
             token = teacher.width * teacher.model.dtype.itemsize
             caches["teacher"] = self._cache("teacher", token, teacher.fingerprint)
         with self.accelerator.main_process_first():

@@ -91,7 +91,7 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
 # Fields of a model's config that a trainer sets for its own use.
 _SET_BY_TRAINERS = ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
 # Options that do not affect the result, or that the history records elsewhere.
-_NOT_DECIDING = ("teacher", "cache", "cache_dir", "cache_batch_tokens", "keep_cache")
+_NOT_DECIDING = ("teacher", "teacher_revision", "cache", "cache_dir", "cache_batch_tokens", "keep_cache")
 _DECIDING = (
     *(name for name in declared(HealOptions) if name not in _NOT_DECIDING),
     "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "num_train_epochs", "max_steps",

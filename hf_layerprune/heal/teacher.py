@@ -34,18 +34,26 @@ class Teacher:
         source (`str` or `PreTrainedModel`): The dense model: a folder, a Hub id, a GGUF file, or a loaded model.
         student (`PreTrainedModel`): The pruned model, before training.
         prefix (`Prefix`, *optional*): The student's frozen layers, which have run once.
+        revision (`str`, *optional*): Branch, tag or commit of the dense model on the Hub.
 
     Raises:
         CheckpointError: It can't be loaded, or has a different number of layers than the student's base.
     """
 
-    def __init__(self, source: str | PreTrainedModel, student: PreTrainedModel, prefix: Prefix | None) -> None:
+    def __init__(
+        self,
+        source: str | PreTrainedModel,
+        student: PreTrainedModel,
+        prefix: Prefix | None,
+        revision: str | None = None,
+    ) -> None:
         self._borrowed = not isinstance(source, str)
         if isinstance(source, str):
             logger.info("loading the dense model %s as the teacher", source)
             # Not `student.dtype`: trained weights may be held in float32.
             dtype = getattr(student.config, "dtype", None) or student.dtype
-            source = load_base(source, dtype=dtype, attn_implementation=student.config._attn_implementation)
+            attention = student.config._attn_implementation
+            source = load_base(source, revision=revision, dtype=dtype, attn_implementation=attention)
         self.model: Any = source.eval().requires_grad_(False)
         layers, cut = len(find_decoder_layers(source).layers), cut_of(student.config)
         if cut is not None and layers != cut.num_layers:
