@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
 import shlex
 import sys
 import traceback
@@ -15,14 +13,10 @@ from types import ModuleType
 from typing import NoReturn
 
 from .commands import COMMANDS, Answer
-from .errors import CutError, LayerPruneError, cause_of, one_line, shown
+from .errors import explain, one_line, shown, wants_traceback
 from .options import AnswerOptions, ScreenOptions, add, gather
 from .screen import settle
 from .versions import __version__
-
-_DEBUG = "HF_LAYERPRUNE_DEBUG"
-# What torch says of a package whose compiled part is another torch's; transformers imports torchaudio where it finds it.
-_MISBUILT = re.compile(r"Could not load this library: .*site-packages[/\\](\w+)[/\\]")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,12 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     settle(quiet=screen.quiet)
     try:
         return _show(command.run(gather(args, command.Request)), screen)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was left half-written", 130)
-    except Exception as error:
-        if screen.debug or os.environ.get(_DEBUG, "0") not in ("", "0"):
+    except (Exception, KeyboardInterrupt) as error:
+        if screen.debug or wants_traceback():
             traceback.print_exc()
-        return _fail(*_explain(error))
+        return _fail(*explain(error, "--debug"))
 
 
 def _show(answer: Answer, screen: ScreenOptions) -> int:
@@ -92,18 +84,6 @@ def _show(answer: Answer, screen: ScreenOptions) -> int:
     if line := "; ".join(filter(None, (answer.made, following))):
         print(shown(f"\n{line}" if answer.text else line))
     return answer.code
-
-
-def _explain(error: Exception) -> tuple[str, int]:
-    """One line for an error, and the exit code."""
-    if isinstance(error, OSError) and (library := _MISBUILT.search(str(error))):
-        package = library[1]
-        return f"{package} was built for another torch ({error}); uninstall it: pip uninstall {package}", 1
-    if isinstance(error, LayerPruneError | OSError):
-        return str(error), 2 if isinstance(error, CutError) else 1
-    if isinstance(error, MemoryError):
-        return "out of memory; use a machine with more of it, or a smaller setting", 1
-    return f"internal error: {cause_of(error)}; --debug shows where it came from", 1
 
 
 def _fail(message: str, code: int) -> int:

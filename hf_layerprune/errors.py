@@ -7,6 +7,7 @@ turns any exception of the library into a `LayerPruneError`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,11 @@ _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
 _MOST = 300  # characters to keep of a library's message
 # Exceptions whose message is clear without the class name.
 _PLAIN = (OSError, ValueError, RuntimeError, ImportError)
+
+
+# What torch says of a package whose compiled part is another torch's; transformers imports torchaudio where it finds it.
+_MISBUILT = re.compile(r"Could not load this library: .*site-packages[/\\](\w+)[/\\]")
+DEBUG = "HF_LAYERPRUNE_DEBUG"
 
 
 class LayerPruneError(ValueError):
@@ -76,6 +82,33 @@ def cause_of(error: BaseException) -> str:
     if not text or not isinstance(error, _PLAIN):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= _MOST else text[: _MOST - 3] + "..."
+
+
+def explain(error: BaseException, debug: str = f"{DEBUG}=1") -> tuple[str, int]:
+    """What a command says of an exception that ended it, and its exit code.
+
+    Args:
+        error (`BaseException`): The exception.
+        debug (`str`, *optional*): What makes the command show a traceback.
+
+    Returns:
+        `tuple[str, int]`: One line; and 2 for wrong usage, 130 for an interrupt, or else 1.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing was left half-written", 130
+    if isinstance(error, OSError) and (library := _MISBUILT.search(str(error))):
+        package = library[1]
+        return f"{package} was built for another torch ({error}); uninstall it: pip uninstall {package}", 1
+    if isinstance(error, LayerPruneError | OSError):
+        return one_line(str(error)), 2 if isinstance(error, CutError) else 1
+    if isinstance(error, MemoryError):
+        return "out of memory; use a machine with more of it, or a smaller setting", 1
+    return f"internal error: {cause_of(error)}; {debug} shows where it came from", 1
+
+
+def wants_traceback() -> bool:
+    """Whether the environment asks for the traceback of an error."""
+    return os.environ.get(DEBUG, "0") not in ("", "0")
 
 
 def one_line(text: str) -> str:
