@@ -72,6 +72,11 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
             )
 
     @property
+    def row_seed(self) -> int:
+        """The seed of everything that is drawn for the rows."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
     def distils(self) -> bool:
         """Whether the loss includes distillation from the dense model."""
         return "kd" in self.loss

@@ -169,7 +169,7 @@ class HealTrainer(SFTTrainer):
         if args.max_steps <= 0 or seen >= len(rows):
             return rows
         logger.info("training ends after %d of %d rows; the other rows are left out", seen, len(rows))
-        return rows.select(sorted(random.Random(args.data_seed or args.seed).sample(range(len(rows)), seen)))
+        return rows.select(sorted(random.Random(args.row_seed).sample(range(len(rows)), seen)))
 
     def _number_rows(self) -> None:
         """Number the rows of all data sets consecutively, unless one of them is streamed."""
