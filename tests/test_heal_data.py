@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from hf_layerprune.errors import CheckpointError
+from hf_layerprune.errors import CheckpointError, CutError
 from hf_layerprune.heal.data import load_mixture, load_rows, pick_split, shape_rows
 from hf_layerprune.heal.self_data import Writer
 
@@ -103,8 +103,15 @@ def test_another_name_for_text() -> None:
     ],
 )
 def test_rows_that_can_not_be_used(rows: list[dict[str, Any]], settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError if "can't use" in message else CutError, match=message):
         shaped(rows, name="my rows", **settings)
+
+
+def test_conversations_without_an_answer_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    turns = [{"from": "human", "value": "a"}]
+    kept = shaped([{"conversations": [*turns, {"from": role, "value": "b"}]} for role in ("gpt", "bot")], chat=True)
+    assert len(kept) == 1
+    assert "1 of 2 rows are left out, since not each has an assistant's answer" in caplog.text
 
 
 def test_files(tmp_path: Path) -> None:
@@ -124,7 +131,7 @@ def test_files_that_can_not_be_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"bad\.json, line 1 is not JSON"):
         load_rows(str(tmp_path / "bad.json"))
     (tmp_path / "a.json").write_text(json.dumps(ALPACA))
-    with pytest.raises(CheckpointError, match=r"has no split 'test'; it has train"):
+    with pytest.raises(CutError, match=r"has no split 'test'; it has train"):
         pick_split(load_rows(str(tmp_path / "a.json")), "test", "a.json")
 
 

@@ -82,7 +82,7 @@ def test_rows_hold_opened_images(base: Path) -> None:
     with pytest.raises(CheckpointError, match=r"the rows name the image no.png, and .*no.png is not a file"):
         shape_rows(missing, load_tokenizer(base), name=name, load_processor=processor)
     text = Dataset.from_list([{"text": "w5", "image": "1.png"}])
-    with pytest.raises(CheckpointError, match="has the columns text, but training needs prompt and completion"):
+    with pytest.raises(CutError, match="has the columns text, but training needs prompt and completion"):
         shape_rows(text, load_tokenizer(base), name=name, load_processor=processor)
 
 

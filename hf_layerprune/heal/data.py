@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, boundary
+from ..errors import CheckpointError, CutError, boundary
 from ..files.data_sets import SUFFIXES, json_files, read_json_files
 from .options import TEMPLATES
 
@@ -111,10 +111,10 @@ def pick_split(rows: DatasetDict, split: str, name: str) -> Dataset:
     """One split of a data set; `name` is the data set's name in errors.
 
     Raises:
-        CheckpointError: There is no such split.
+        CutError: There is no such split.
     """
     if split not in rows:
-        raise CheckpointError(f"data set {name} has no split {split!r}; it has {', '.join(rows)}")
+        raise CutError(f"data set {name} has no split {split!r}; it has {', '.join(rows)}")
     return rows[split]
 
 
@@ -143,17 +143,18 @@ def shape_rows(
         `Dataset`: With `prompt` and `completion`, `text` or `input_ids`, and the images if there are any.
 
     Raises:
-        CheckpointError: The rows have none of these shapes, or need a chat template that the tokenizer lacks.
+        CutError: The rows have none of these shapes, or need a chat template that the tokenizer lacks.
+        CheckpointError: They can't be read.
     """
     with boundary(f"can't read data set {name}"):
         columns = rows.column_names or list(next(iter(rows)))
     if template not in TEMPLATES:
-        raise CheckpointError(f"template={template!r} is unknown; it may be {', '.join(TEMPLATES)}")
+        raise CutError(f"template={template!r} is unknown; it may be {', '.join(TEMPLATES)}")
     if media := [column for column in OTHER_MEDIA if column in columns]:
-        raise CheckpointError(f"{name} has {', '.join(media)}, and healing trains on text and images; leave it out")
+        raise CutError(f"{name} has {', '.join(media)}, and healing trains on text and images; leave it out")
     images = [column for column in IMAGES if column in columns]
     if images and load_processor is None:
-        raise CheckpointError(f"{name} has {', '.join(images)}, and the model reads text alone; leave that column out")
+        raise CutError(f"{name} has {', '.join(images)}, and the model reads text alone; leave that column out")
     chats = (load_processor() if images and load_processor else tokenizer).chat_template is not None
     if images:
         with _rows_of(name):
@@ -164,7 +165,7 @@ def shape_rows(
     conversation = next((name for name in ("messages", "conversations") if name in columns), None)
     if conversation is not None:
         if not chats:
-            raise CheckpointError(
+            raise CutError(
                 f"{name} has {conversation}, but the tokenizer has no chat template for them; name a set with plain text"
             )
         with _rows_of(name):
@@ -172,13 +173,13 @@ def shape_rows(
     names = next((names for names in _INSTRUCTIONS if {names[0], names[2]} <= set(columns)), None)
     if names is not None:
         if template == "chat" and not chats:
-            raise CheckpointError("template=chat, but the tokenizer has no chat template; use template=alpaca")
+            raise CutError("template=chat, but the tokenizer has no chat template; use template=alpaca")
         make = _chat_row if template != "alpaca" and chats else alpaca_row
         with _rows_of(name):
             return rows.map(lambda row: make(*(row.get(key) or "" for key in names)), remove_columns=columns)
     if text_field in columns and not images:
         return rows
-    raise CheckpointError(f"{name} has the columns {', '.join(columns)}, but training needs {_SHAPES}")
+    raise CutError(f"{name} has the columns {', '.join(columns)}, but training needs {_SHAPES}")
 
 
 def has_images(rows: Any) -> bool:
@@ -243,8 +244,9 @@ def _split_conversations(rows: Dataset, column: str, columns: list[str]) -> Data
 
     logger.info("only the last answer of each conversation is learned; everything before it is the prompt")
     shaped = rows.map(split, remove_columns=columns).filter(lambda row: bool(row["prompt"]))
-    if hasattr(shaped, "__len__") and not len(shaped):
-        raise CheckpointError(
-            f"no row of {column} has an assistant's answer after another message; name a set with such rows"
-        )
+    if hasattr(shaped, "__len__") and len(shaped) < len(rows):
+        why = "has an assistant's answer after another message (roles: assistant, or gpt after human)"
+        if not len(shaped):
+            raise CutError(f"no row of {column} {why}; name a set with such rows")
+        logger.warning("%d of %d rows are left out, since not each %s", len(rows) - len(shaped), len(rows), why)
     return shaped

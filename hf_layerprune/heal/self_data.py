@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ..calibration.self_text import fast_decoding, write_text_with
-from ..errors import CheckpointError, boundary
+from ..errors import CheckpointError, CutError, boundary
 from ..files.copy import write_text
 from ..files.json_file import parse_json
 from ..files.text_file import read_text
@@ -100,12 +100,13 @@ class Writer:
             `Dataset`: With `prompt` and `completion`.
 
         Raises:
-            CheckpointError: The rows have no prompts, or no answer ended within `max_tokens`.
+            CutError: The rows have no prompts.
+            CheckpointError: No answer ended within `max_tokens`.
         """
         from datasets import Dataset
 
         if not {"prompt", "completion"} <= set(rows.column_names):
-            raise CheckpointError(
+            raise CutError(
                 "rewriting answers needs rows with prompt and completion, but these have "
                 f"{', '.join(rows.column_names)}"
             )
