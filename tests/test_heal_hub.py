@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hf_layerprune.cli import main
 from hf_layerprune.records.lineage import Lineage
 
 from .hub_repo import Commit, Repo, RepoFile
@@ -60,3 +61,28 @@ def test_the_teacher_and_the_base_of_the_evaluation_are_at_the_students_revision
     assert Lineage.of(tmp_path / "run" / "model").base["commit"] == commit
     assert f"--base org/m --base-revision {commit}" in said
     assert (tmp_path / "run" / "model" / "metrics.json").is_file()
+
+
+def test_a_pruned_model_is_downloaded_without_other_formats(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "3-4"]) == 0
+    (tmp_path / "cut" / "pytorch_model.bin").write_bytes(b"pickled")
+    code = """
+from hf_layerprune.errors import CheckpointError
+from hf_layerprune.heal.student import Student
+student = Student.at("org/cut")
+print(len(student.cut.keep), *sorted(path.name for path in student.folder.iterdir()))
+try:
+    Student.at("org/none")
+except CheckpointError as error:
+    print(error)
+"""
+    with HubServer({"org/cut": tmp_path / "cut"}) as server:
+        env = client_env(server, tmp_path / "home")
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, refused = done.stdout.splitlines()[-2:]
+    assert found.startswith("6 ")
+    assert {"config.json", "lineage.json", "model.safetensors", "tokenizer.json"} <= set(found.split())
+    assert "pytorch_model.bin" not in found
+    assert refused.startswith("org/none is not on the Hub, or it is private")

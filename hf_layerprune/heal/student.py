@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,8 @@ from .. import families
 from ..errors import CheckpointError
 from ..families import Cut
 from ..families.fields import cut_without
+from ..files.hub import Repo
+from ..records.fingerprints import CONFIG
 from ..records.lineage import Lineage
 from ..runtime.loading import CHECKPOINT_FILES, is_hub_id, load_base, load_config
 from .methods import Method, choose_method, parse_method
@@ -52,9 +56,9 @@ class Student:
         """
         folder = Path(name).expanduser()
         if is_hub_id(name):
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=CHECKPOINT_FILES))
+            repo = Repo.open(str(name), revision)
+            files = [file for file in repo.files if any(map(partial(fnmatch, file), CHECKPOINT_FILES))]
+            folder = repo.fetch([*files, CONFIG])[CONFIG].parent
         cut = cut_of(load_config(folder))
         if cut is None:
             raise CheckpointError(
