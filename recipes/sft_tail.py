@@ -318,6 +318,9 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
 
     output = Path(str(trainer.args.output_dir))
     trained = output / ".trained"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(trained, ignore_errors=True)  # what an earlier run left would be taken for this one's
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(trained))
     if trainer.is_world_process_zero():
         write_healed(student, trained, output / "model", entry, adapter=output / "adapter")
