@@ -485,7 +485,8 @@ def test_half_an_epoch_is_half_of_the_rows(llama: Bench, settings: dict[str, Any
     trainer = llama.trainer(**half | settings)
     trainer.train()
     assert trainer.state.global_step == steps
-    assert len(trainer.train_dataset) == steps * settings.get("gradient_accumulation_steps", 1)  # the others are not computed
+    rows_a_step = settings.get("gradient_accumulation_steps", 1)
+    assert len(trainer.train_dataset) == steps * rows_a_step  # the others are not computed
 
 
 @pytest.mark.parametrize("cache", ["off", "on"])
