@@ -100,6 +100,13 @@ def test_a_card_without_numbers_says_so() -> None:
     assert "every remaining tensor is the base's own, bit for bit" in text
 
 
+def test_rewritten_answers_are_told_beside_the_data() -> None:
+    lineage = lineage_of()
+    data = next(entry["data"] for entry in lineage.entries if entry.get("data"))
+    data[0]["answers"] = "rewritten by the dense model"
+    assert f"{data[0]['name']}`, answers rewritten by the dense model `" in Card.of(lineage).render()
+
+
 def test_speed_that_was_not_measured_has_no_section() -> None:
     lineage = lineage_of()
     text = Card.of(lineage, metrics_of(lineage, cost=False)).render()

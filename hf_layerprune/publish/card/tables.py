@@ -88,6 +88,8 @@ def data_table(stages: Sequence[Stage]) -> Markup:
     for stage in stages:
         for one in stage.data:
             name = hub_link(str(one["id"]), "datasets") if one.get("id") else code(one.get("name", "unnamed"))
+            if one.get("answers"):
+                name = Markup(f"{name}, answers {prose(str(one['answers']))}")
             pin = one.get("revision") or one.get("sha256")
             counts = [one.get(key) for key in ("rows", "tokens")]
             rows.append(
