@@ -47,9 +47,8 @@ import shutil
 import sys
 import traceback
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hf_layerprune.screen import settle
 
@@ -61,7 +60,7 @@ try:
 except ImportError:
     sys.exit('error: this recipe needs TRL: pip install "hf-layerprune[train]"')
 
-from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError, boundary
+from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError, boundary, explain, shown, wants_traceback
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.options import FinishOptions, RowOptions
 from hf_layerprune.options import DTYPES, CutOptions, arguments, take
@@ -72,7 +71,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from hf_layerprune.heal.self_data import Writer
     from hf_layerprune.heal.student import Student
     from hf_layerprune.heal.trainer import HealTrainer
     from hf_layerprune.measure.requests import EvalRequest
@@ -110,54 +108,57 @@ def main(
 ) -> list[str]:
     """Prune, repair, train, merge, evaluate, publish. Returns a line for each requirement that the model misses."""
     from hf_layerprune.heal.data import has_images
+    from hf_layerprune.heal.describe import describe_command, describe_rows, public, row_settings, settings_of
+    from hf_layerprune.heal.preflight import lora_settings
     from hf_layerprune.heal.progress import show_progress
-    from hf_layerprune.heal.stage import describe_command, describe_rows, settings_of
+    from hf_layerprune.heal.sources import Sources
     from hf_layerprune.heal.student import adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
     from hf_layerprune.records.lineage import stage
-    from hf_layerprune.runtime.loading import load_config, load_processor, load_tokenizer
+    from hf_layerprune.runtime.loading import load_processor, load_tokenizer
 
     output = Path(str(training_args.output_dir))
-    for folder in (output / "model", output / "adapter"):
-        if os.path.lexists(folder):
-            raise CheckpointError(f"{folder} exists already; name another --output_dir, or remove it")
-    if any(getattr(args, "trust_remote_code", False) for args in (training_args, model_args)):
-        raise LayerPruneError("models that need code of their own can't be healed; leave --trust_remote_code out")
+    student = check(script_args, training_args, model_args, dataset_args, cut_args, row_args)
     hub = push_request(training_args, output / "model")
-    dense = training_args.teacher or model_args.model_name_or_path
+    named, revision = str(model_args.model_name_or_path), revision_of(model_args)
+    dense = training_args.teacher or (student.base if student else named)
     evaluation = eval_request(output / "model", dense, measure_args)
-    if training_args.teacher:
-        load_config(training_args.teacher, revision=training_args.teacher_revision)
-    raw_train, raw_test, name = load_data(script_args, dataset_args, training_args)
+    tokenizer = load_tokenizer(named, revision=revision)
+    data = Sources.read(script_args, dataset_args, training_args)
+    data = data.shaped(row_args, training_args, tokenizer, named, revision)
 
-    student = prepare_student(model_args, cut_args, training_args)
+    student = student or prune(model_args, cut_args, training_args)
     method = student.method(training_args.method)
     training_args.method = method.name
     if training_args.teacher in (None, student.base):  # the very weights that the layers were dropped from
         training_args.teacher = student.base
         training_args.teacher_revision = training_args.teacher_revision or student.revision
-    tokenizer = load_tokenizer(student.folder)
-    train_rows, test_rows = prepare_rows(raw_train, raw_test, name, row_args, training_args, student, tokenizer)
+    rows = data.train
+    if rows is None or row_args.rewrite_answers:
+        rows = write_rows(rows, row_args, training_args, student, tokenizer)
 
     kwargs: dict[str, Any] = {"dtype": model_args.dtype, "trust_remote_code": False}
     if model_args.attn_implementation:
         kwargs["attn_implementation"] = model_args.attn_implementation
     model = load_student(student, method, **kwargs)
-    lora = {"r": model_args.lora_r, "alpha": model_args.lora_alpha, "dropout": model_args.lora_dropout}
-    peft_config = adapter_config(student, method, **lora, target_modules=model_args.lora_target_modules)
+    peft_config = adapter_config(student, method, **lora_settings(model_args))
     with boundary("can't train", "HF_LAYERPRUNE_DEBUG=1 shows where it came from", LayerPruneError):
         trainer = HealTrainer(
             model,
             training_args,
-            train_dataset=train_rows,
-            eval_dataset=test_rows,
-            processing_class=load_processor(student.folder) if has_images(train_rows) else tokenizer,
+            train_dataset=rows,
+            eval_dataset=data.test,
+            processing_class=load_processor(student.folder) if has_images(rows) else tokenizer,
             peft_config=peft_config,
         )
         show_progress(trainer)
-        with stage("heal", settings_of(training_args)) as entry:
+        settings = settings_of(training_args, model_args, script_args, dataset_args)
+        settings |= row_settings(row_args, written=data.train is None)
+        if training_args.teacher != student.base:
+            settings["teacher"] = public(str(training_args.teacher))
+        with stage("heal", settings) as entry:
             trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    entry |= {"data": describe_rows(trainer.numbered_datasets, name)}
+    entry |= {"data": describe_rows(trainer.numbered_datasets, data.parts, row_args.rewrite_answers)}
     entry |= {"command": describe_command(["accelerate", "launch", "recipes/sft_tail.py"], sys.argv[1:])}
     folder = save(trainer, student, entry)
 
@@ -166,6 +167,44 @@ def main(
         missed = finish(folder, training_args, evaluation, hub)
     trainer.accelerator.end_training()  # Trainer.end came after transformers 5.16
     return missed
+
+
+def check(
+    script_args: ScriptArguments,
+    training_args: HealConfig,
+    model_args: ModelArguments,
+    dataset_args: DatasetMixtureConfig,
+    cut_args: CutOptions,
+    row_args: RowOptions,
+) -> Student | None:
+    """Refuse now what would fail, or do nothing, after hours. Returns the model if it is pruned already."""
+    from hf_layerprune.heal import preflight
+    from hf_layerprune.heal.student import Student, cut_of
+    from hf_layerprune.runtime.loading import load_config
+
+    for folder in (Path(str(training_args.output_dir)) / name for name in ("model", "adapter")):
+        if os.path.lexists(folder):
+            raise CheckpointError(f"{folder} exists already; name another --output_dir, or remove it")
+    if any(getattr(args, "trust_remote_code", False) for args in (training_args, model_args)):
+        raise CutError("models that need code of their own can't be healed; leave --trust_remote_code out")
+    if model_args.model_name_or_path is None:
+        raise CutError("name the model with --model_name_or_path")
+    preflight.check_data(script_args, dataset_args, row_args, training_args)
+    preflight.check_resume(training_args.resume_from_checkpoint)
+    name, revision = model_args.model_name_or_path, revision_of(model_args)
+    config = load_config(name, revision=revision)
+    pruned = cut_of(config) is not None
+    preflight.check_cut(cut_args, name, pruned)
+    preflight.check_method(training_args, model_args, cut_args, config)
+    student = Student.at(name, revision) if pruned else None
+    base, base_revision = (student.base, student.revision) if student else (name, revision)
+    preflight.check_teacher(training_args, script_args, row_args, base, base_revision, config)
+    return student
+
+
+def revision_of(model_args: ModelArguments) -> str | None:
+    """The branch, tag or commit of the model, if one is named."""
+    return None if model_args.model_revision == "main" else model_args.model_revision
 
 
 def push_request(training_args: HealConfig, folder: Path) -> PushRequest | None:
@@ -177,10 +216,12 @@ def push_request(training_args: HealConfig, folder: Path) -> PushRequest | None:
         return None
     from hf_layerprune.publish.hub.upload import log_in
     from hf_layerprune.publish.requests import PushRequest
+    from hf_layerprune.records.names import check_repository
 
     training_args.push_to_hub = False
     if not training_args.hub_model_id:
-        raise LayerPruneError("--push_to_hub needs the name of a repository: --hub_model_id NAMESPACE/NAME")
+        raise CutError("--push_to_hub needs the name of a repository: --hub_model_id NAMESPACE/NAME")
+    check_repository(training_args.hub_model_id)
     if training_args.process_index == 0:
         log_in(training_args.hub_token)
     private = bool(training_args.hub_private_repo)
@@ -208,22 +249,14 @@ def eval_request(folder: Path, base: str | None, measure_args: MeasureArguments)
     return request
 
 
-def prepare_student(model_args: ModelArguments, cut_args: CutOptions, training_args: HealConfig) -> Student:
-    """The pruned model: pruned now, pruned by an earlier start of this run, or named by the user."""
-    from hf_layerprune.heal.student import Student, cut_of
-    from hf_layerprune.runtime.loading import load_config
+def prune(model_args: ModelArguments, cut_args: CutOptions, training_args: HealConfig) -> Student:
+    """Prune the model, unless an earlier start of this run did."""
+    from hf_layerprune.heal.student import Student
     from hf_layerprune.stages.prune import prune_to, was_made
 
-    name = model_args.model_name_or_path
-    if name is None:
-        raise LayerPruneError("name the model with --model_name_or_path")
-    revision = None if model_args.model_revision == "main" else model_args.model_revision
-    if cut_of(load_config(name, revision=revision)) is not None:
-        if cut_args.drop_layers or cut_args.repair:
-            raise LayerPruneError(f"{name} is pruned already; leave --drop_layers and --repair out, or name its base")
-        return Student.at(name, revision)
     folder = Path(str(training_args.output_dir)) / "pruned"
-    request = take(PruneRequest, cut_args, base=name, output=str(folder), seed=training_args.seed, revision=revision)
+    named = {"base": model_args.model_name_or_path, "output": str(folder), "revision": revision_of(model_args)}
+    request = take(PruneRequest, cut_args, seed=training_args.seed, **named)
     with training_args.main_process_first(local=False, desc="pruning"):
         if training_args.process_index == 0 and not was_made(request, folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -231,69 +264,14 @@ def prepare_student(model_args: ModelArguments, cut_args: CutOptions, training_a
     return Student.at(folder)
 
 
-def load_data(
-    script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, training_args: HealConfig
-) -> tuple[Dataset | None, Dataset | None, str]:
-    """The raw rows and the name of their source.
-
-    Returns:
-        `tuple`: The training rows, `None` if the dense model is to write them; the evaluation rows if
-        `--eval_strategy` is set; and the name.
-    """
-    from hf_layerprune.heal.data import load_mixture, load_rows, pick_split
-    from hf_layerprune.heal.self_data import SELF
-
-    name = script_args.dataset_name
-    if dataset_args.datasets:
-        splits = load_mixture(dataset_args, training_args.data_seed or training_args.seed)
-        name = "+".join(part.path for part in dataset_args.datasets)
-    elif not name:
-        raise LayerPruneError("name the training data with --dataset_name; with `self`, the dense model writes them")
-    elif name == SELF:
-        return None, None, name
-    else:
-        splits = load_rows(name, config=script_args.dataset_config, streaming=script_args.dataset_streaming)
-    train = pick_split(splits, script_args.dataset_train_split, name)
-    if training_args.eval_strategy == "no":
-        return train, None, name
-    return train, pick_split(splits, script_args.dataset_test_split, name), name
-
-
-def prepare_rows(
-    train: Dataset | None,
-    test: Dataset | None,
-    name: str,
+def write_rows(
+    rows: Dataset | None,
     row_args: RowOptions,
     training_args: HealConfig,
     student: Student,
     tokenizer: PreTrainedTokenizerBase,
-) -> tuple[Dataset, Dataset | None]:
-    """The training rows, written by the dense model if there are none, and the evaluation rows, ready for the trainer."""
-    from hf_layerprune.families.multimodal import placeholders
-    from hf_layerprune.heal.data import has_images, shape_rows
-    from hf_layerprune.runtime.loading import load_config, load_processor
-
-    seed = training_args.data_seed or training_args.seed
-    if train is None:
-        writer = make_writer(training_args, student, tokenizer, seed)
-        return writer.rows(row_args.self_rows, row_args.self_length), None
-
-    processor = partial(load_processor, student.folder) if placeholders(load_config(student.folder)) else None
-
-    def shaped(rows: Dataset) -> Dataset:
-        return shape_rows(rows, tokenizer, row_args.template, name, training_args.dataset_text_field, processor)
-
-    train = shaped(train)
-    if row_args.rewrite_answers:
-        if has_images(train):
-            raise CutError(f"{name} has images, and --rewrite_answers rewrites answers to text alone; leave it out")
-        writer = make_writer(training_args, student, tokenizer, seed)
-        train = writer.rewritten(train, row_args.rewrite_max_tokens, row_args.rewrite_temperature)
-    return train, None if test is None else shaped(test)
-
-
-def make_writer(training_args: HealConfig, student: Student, tokenizer: PreTrainedTokenizerBase, seed: int) -> Writer:
-    """The dense model as a writer of rows; all processes share the work."""
+) -> Dataset:
+    """Rows that the dense model writes, or whose answers it rewrites; all processes share the work."""
     from accelerate.state import PartialState
 
     from hf_layerprune.heal.self_data import Writer
@@ -301,15 +279,16 @@ def make_writer(training_args: HealConfig, student: Student, tokenizer: PreTrain
     from hf_layerprune.runtime.loading import load_base
     from hf_layerprune.runtime.precision import in_fast_precision
 
-    if training_args.teacher is None:
-        raise LayerPruneError("writing rows needs the dense model; name it with --teacher")
     # In the student's type, since the weights of a GGUF file would be unpacked to float32.
-    source, revision = training_args.teacher, training_args.teacher_revision
+    source, revision = str(training_args.teacher), training_args.teacher_revision
     dense: Any = load_base(source, revision=revision, dtype=weights_dtype(student))
     dense = in_fast_precision(dense.to(training_args.device))
     share = training_args.process_index, training_args.world_size
     folder = Path(str(training_args.output_dir)) / "self"
-    return Writer(dense, tokenizer, folder, seed, share, PartialState().wait_for_everyone)
+    writer = Writer(dense, tokenizer, folder, training_args.row_seed, share, PartialState().wait_for_everyone)
+    if rows is None:
+        return writer.rows(row_args.self_rows, row_args.self_length)
+    return writer.rewritten(rows, row_args.rewrite_max_tokens, row_args.rewrite_temperature)
 
 
 def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
@@ -361,23 +340,35 @@ def _names(words: str | None) -> tuple[str, ...] | None:
     return tuple(word.strip() for word in words.split(",")) if words else None
 
 
+class Parser(TrlParser):
+    """Takes options by their full names, and repeats no token that was given where something else belongs."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown(message))
+
+
 def make_parser() -> TrlParser:
     """The command line."""
     own = (ModelArguments, DatasetMixtureConfig, CutArguments, RowOptions, MeasureArguments)
     types: Any = (ScriptArguments, HealConfig, *own)
-    return TrlParser(types)
+    return Parser(types, allow_abbrev=False)
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """Run the command line; returns the exit code."""
     try:
         with boundary("can't read the settings", "--help lists the options, docs/options.md explains them", CutError):
             settings = make_parser().parse_args_and_config()
-        missed = main(*settings)
-    except LayerPruneError as error:
-        if os.environ.get("HF_LAYERPRUNE_DEBUG", "0") not in ("", "0"):
+        missed, code = main(*settings), 1
+    except (Exception, KeyboardInterrupt) as error:
+        if wants_traceback():
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, CutError) else 1)
+        message, code = explain(error)
+        missed = [message]
     for line in missed:
         print(f"error: {line}", file=sys.stderr)
-    sys.exit(1 if missed else 0)
+    return code if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

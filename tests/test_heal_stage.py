@@ -8,10 +8,12 @@ import pytest
 import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
+from trl import ModelConfig
 
 from hf_layerprune.heal.config import HealConfig
+from hf_layerprune.heal.describe import describe_command, describe_rows, settings_of
 from hf_layerprune.heal.methods import parse_method
-from hf_layerprune.heal.stage import settings_of, write_healed
+from hf_layerprune.heal.stage import write_healed
 from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.verdict import verify
@@ -77,5 +79,50 @@ def test_options_that_decide_the_result_are_recorded(tmp_path: Path) -> None:
     found = settings_of(args)
     assert (found["kd_alone"], found["kd_share"], found["learning_rate"]) == (0.85, 0.5, 1e-3)
     assert "cache" not in found
+    assert "label_smoothing_factor" not in found
     args = HealConfig(output_dir=str(tmp_path), use_cpu=True)
     assert not [name for name in settings_of(args) if name.startswith("kd_")]
+
+
+def test_every_option_that_differs_is_recorded_unless_it_decides_nothing(tmp_path: Path) -> None:
+    changed = {
+        "label_smoothing_factor": 0.1,
+        "neftune_noise_alpha": 5.0,
+        "loss_type": "dft",
+        "adam_beta2": 0.95,
+    }
+    idle = {"logging_steps": 1, "save_strategy": "no", "hub_token": "hf_" + "a" * 30, "dataloader_num_workers": 1}
+    common = {"output_dir": str(tmp_path), "use_cpu": True}
+    plain, found = (settings_of(HealConfig(**common, **more)) for more in ({}, changed | idle))
+    assert found == plain | changed
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 10}
+    assert best.items() <= settings_of(HealConfig(**common, **best)).items()
+    lora = ModelConfig(lora_r=4, use_dora=True, dtype="auto", model_name_or_path=str(tmp_path))
+    found = settings_of(HealConfig(**common, method="lora"), lora)
+    assert (found["lora_r"], found["lora_alpha"], found["use_dora"]) == (4, 32, True)
+    assert str(tmp_path) not in str(found)
+
+
+def test_sources_are_named_one_by_one_and_without_their_folders(tmp_path: Path) -> None:
+    (tmp_path / "c++").mkdir()
+    path = tmp_path / "c++" / "rows.jsonl"
+    path.write_text("{}")
+    told = describe_rows([], [{"path": str(path)}, {"path": "org/rows", "name": "small", "split": "train[:9]"}], True)
+    assert told == [
+        {"name": "rows.jsonl", "answers": "rewritten by the dense model"},
+        {"name": "org/rows", "id": "org/rows", "config": "small", "split": "train[:9]", "answers": told[0]["answers"]},
+    ]
+
+
+def test_the_recorded_command_has_neither_tokens_nor_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    token = "hf_" + "a" * 30
+    words = [
+        "--config", f"{tmp_path}/recipes/heal.yaml", "--hub_token", token, f"--hub-token={token}", "--pad_token", "<pad>",
+        "--output_dir=/home/alice/x", "--eval-texts", "/home/alice/a.txt,b/c.txt", "--run_name", f"of {token}",
+        "--dataset_name", "mine/rows.jsonl",
+    ]  # fmt: skip
+    assert describe_command(["run"], words) == (
+        "run --config recipes/heal.yaml --pad_token '<pad>' --output_dir x --eval_texts a.txt,b/c.txt "
+        "--run_name 'of hf_***' --dataset_name mine/rows.jsonl"
+    )

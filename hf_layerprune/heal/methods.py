@@ -43,12 +43,14 @@ def _behind(cut: Cut, n: int) -> Collection[int]:
 # --- adapters and how the model is loaded -----------------------------------------------------------------
 
 
-def _lora(*, r: int, alpha: int, dropout: float, target_modules: list[str] | str | None) -> PeftConfig:
-    """LoRA on a pruned model: on every linear layer but the head, unless `target_modules` says otherwise."""
+def _lora(
+    *, r: int, alpha: int, dropout: float, target_modules: list[str] | str | None = None, **more: Any
+) -> PeftConfig:
+    """LoRA on a pruned model: on every linear layer but the head, unless `target_modules` or another setting says where."""
     from peft import LoraConfig
 
-    where = target_modules or "all-linear"
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=where, task_type="CAUSAL_LM")
+    where = target_modules or (None if more.get("target_parameters") else "all-linear")
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=where, task_type="CAUSAL_LM", **more)
 
 
 def _four_bits() -> dict[str, Any]:
@@ -157,6 +159,11 @@ class Method:
     def trains_layers(self) -> bool:
         """Whether whole layers, norm and head are trained, as an adapter of the dense base."""
         return self.parts[0][0].layers is not None
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether low-rank matrices are trained."""
+        return self.parts[0][0].adapter is not None
 
     def layers(self, cut: Cut) -> list[int]:
         """The layers that are trained whole, as indices in the base.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,20 +13,13 @@ import torch
 from safetensors import safe_open
 
 from ..files.folders import new_folder
-from ..options import declared
 from ..records.fingerprints import CONFIG, WEIGHTS, fingerprint, model_files
 from ..records.lineage import Lineage
 from ..runtime.loading import load_base, load_config, load_tokenizer
-from .data import has_images
-from .options import HealOptions
-from .store import hash_rows
 from .student import Student
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel
-
-    from .config import HealConfig
 
 logger = logging.getLogger(__name__)
 
@@ -90,55 +82,6 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
 
 # Fields of a model's config that a trainer sets for its own use.
 _SET_BY_TRAINERS = ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
-# Options that do not affect the result, or that the history records elsewhere.
-_NOT_DECIDING = ("teacher", "teacher_revision", "cache", "cache_dir", "cache_batch_tokens", "keep_cache")
-_DECIDING = (
-    *(name for name in declared(HealOptions) if name not in _NOT_DECIDING),
-    "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_length", "packing",
-    "completion_only_loss", "bf16", "fp16", "seed", "data_seed",
-)  # fmt: skip
-
-
-def settings_of(args: HealConfig) -> dict[str, Any]:
-    """All settings that affect the result, for the history."""
-    names = [name for name in _DECIDING if args.distils or not name.startswith("kd_")]
-    return {name: getattr(value := getattr(args, name), "value", value) for name in names}
-
-
-def describe_rows(datasets: Sequence[Dataset], source: str) -> list[dict[str, Any]]:
-    """Describe the training data, for the history.
-
-    Args:
-        datasets (`Sequence[Dataset]`): Prepared rows, the training set first; empty if the data were streamed.
-        source (`str`): Where they come from: one or several Hub ids joined with `+`, a file, or `"self"`.
-
-    Returns:
-        `list[dict]`: One entry for each source; the first holds the counts and the hash of all rows.
-    """
-    records: list[dict[str, Any]] = []
-    for name in source.split("+"):
-        local = Path(name).expanduser().exists()
-        known = {"name": Path(name).name if local else name}
-        records.append(known if local or "/" not in name else known | {"id": name})
-    if datasets and has_images(datasets[0]):
-        records[0] |= {"rows": len(datasets[0]), "images": True}
-    elif datasets:
-        ids = datasets[0]["input_ids"]
-        records[0] |= {"rows": len(ids), "tokens": sum(map(len, ids)), "sha256": hash_rows(datasets[0])}
-    return records
-
-
-def describe_command(launcher: Sequence[str], words: Sequence[str]) -> str:
-    """The command of a run on one line, without tokens and without the folders of absolute paths."""
-    kept, secret = [], False
-    for word in words:
-        name = word.partition("=")[0]
-        is_token = name.startswith("--") and name.endswith("token")
-        if not secret and not is_token:
-            kept.append(Path(word).name if Path(word).is_absolute() else word)
-        secret = is_token and "=" not in word
-    return shlex.join([*launcher, *kept])
 
 
 def weights_dtype(student: Student) -> torch.dtype:

@@ -1,0 +1,156 @@
+"""What the history says of a healing run: its settings, its data, and the command that repeats it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import shown
+from ..options import declared
+from .data import has_images
+from .options import HealOptions, RowOptions
+from .store import hash_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .config import HealConfig
+
+# Options that decide nothing about the trained weights, or that the history records elsewhere: their names, and how the
+# names of others begin.
+_NOT_DECIDING = (
+    "teacher", "teacher_revision", "cache", "cache_dir", "cache_batch_tokens", "keep_cache",
+    "output_dir", "run_name", "project", "debug", "use_cpu", "use_cache", "local_rank", "resume_from_checkpoint",
+    "accelerator_config", "parallelism_config", "deepspeed", "fsdp", "fsdp_config", "pad_to_multiple_of",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "activation_offloading",
+    "activation_checkpointing_kwargs", "dataset_num_proc", "dataset_test_split", "torch_empty_cache_steps",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context", "remove_unused_columns", "skip_memory_metrics", "prediction_loss_only",
+    "enable_jit_checkpoint", "trust_remote_code", "model_name_or_path", "model_revision", "dataset_name", "datasets",
+)  # fmt: skip
+_NOT_DECIDING_BEGINS = (
+    "log_", "logging_", "report_", "disable_", "trackio_", "hub_", "push_", "include_", "do_", "ddp_", "bf16_full_",
+    "fp16_full_", "per_device_eval_", "per_gpu_", "batch_eval_",
+)  # fmt: skip
+_CHECKPOINTS = ("eval_", "save_")  # these decide which weights are kept, if the best are
+# The options that are recorded even at their defaults.
+_ALWAYS = (
+    *(name for name in declared(HealOptions) if name not in _NOT_DECIDING),
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "num_train_epochs", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_length", "packing",
+    "completion_only_loss", "bf16", "fp16", "seed", "data_seed",
+)  # fmt: skip
+_LORA = ("lora_r", "lora_alpha", "lora_dropout")
+
+
+def settings_of(args: HealConfig, *others: Any) -> dict[str, Any]:
+    """All settings that decide the result.
+
+    The most important ones are always there; every other one is if it differs from its default, unless it is named
+    above as one that decides nothing.
+
+    Args:
+        args ([`HealConfig`]): The settings of the training.
+        others: Further dataclasses of settings, such as TRL's `ModelConfig`.
+
+    Returns:
+        `dict[str, Any]`: The settings by name, as JSON.
+    """
+    found = {name: getattr(args, name) for name in _ALWAYS if args.distils or not name.startswith("kd_")}
+    idle = _NOT_DECIDING_BEGINS + (() if args.load_best_model_at_end else _CHECKPOINTS)
+    always = _LORA if args.method in ("lora", "qlora") else ()
+    for one in (args, *others):
+        for field in fields(one):
+            name, usual = field.name, field.default
+            if not field.init or name in (*found, *_ALWAYS, *_NOT_DECIDING) or name.startswith(idle):
+                continue
+            if usual is MISSING:
+                usual = field.default_factory() if field.default_factory is not MISSING else None
+            # What is off is off, whether as None, False, 0 or nothing.
+            if name in always or (getattr(one, name) or None) != (usual or None):
+                found[name] = getattr(one, name)
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    value = getattr(value, "value", value)
+    return public(value) if isinstance(value, str) else json.loads(json.dumps(value, default=str))
+
+
+def row_settings(rows: RowOptions, written: bool) -> dict[str, Any]:
+    """The options that made the training rows; `written` if the dense model wrote all of them."""
+    if written:
+        return {"self_rows": rows.self_rows, "self_length": rows.self_length}
+    names = [name for name in declared(RowOptions) if name.startswith("rewrite_") and rows.rewrite_answers]
+    return {name: getattr(rows, name) for name in ("template", *names)}
+
+
+def describe_rows(
+    datasets: Sequence[Dataset], sources: Sequence[Mapping[str, Any]], rewritten: bool = False
+) -> list[dict[str, Any]]:
+    """Describe the training data.
+
+    Args:
+        datasets (`Sequence[Dataset]`): Prepared rows, the training set first; empty if the data were streamed.
+        sources (`Sequence[Mapping[str, Any]]`): Where they come from: for each source its `path`, which is a Hub id, a
+            file, or `"self"`, and what else TRL's `DatasetConfig` has.
+        rewritten (`bool`, defaults to `False`): Whether the dense model rewrote the answers.
+
+    Returns:
+        `list[dict]`: One entry for each source; the first holds the counts and the hash of all rows.
+    """
+    records: list[dict[str, Any]] = []
+    for source in sources:
+        name = str(source["path"])
+        local = Path(name).expanduser().exists()
+        known: dict[str, Any] = {"name": Path(name).name} if local else {"name": name}
+        if not local and "/" in name:
+            known["id"] = name
+        how = {"config": source.get("name")} | {key: source.get(key) for key in _HOW}
+        known |= {key: _plain(value) for key, value in how.items() if value not in (None, "train", 1)}
+        records.append(known | ({"answers": "rewritten by the dense model"} if rewritten else {}))
+    if datasets and has_images(datasets[0]):
+        records[0] |= {"rows": len(datasets[0]), "images": True}
+    elif datasets:
+        ids = datasets[0]["input_ids"]
+        records[0] |= {"rows": len(ids), "tokens": sum(map(len, ids)), "sha256": hash_rows(datasets[0])}
+    return records
+
+
+# What decides which rows of a source are read, besides its config.
+_HOW = ("split", "columns", "fraction")
+_SECRETS = ("hub_token", "push_to_hub_token")
+
+
+def describe_command(launcher: Sequence[str], words: Sequence[str]) -> str:
+    """The command of a run on one line, without tokens, and without the folders of absolute paths outside this one.
+
+    Args:
+        launcher (`Sequence[str]`): The words before the options.
+        words (`Sequence[str]`): The options, as `--name value` or `--name=value`, none of them abbreviated.
+
+    Returns:
+        `str`: The command, with each option as `--name value`.
+    """
+    options: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            name, joined, value = word.partition("=")
+            options.append([name[2:].replace("-", "_"), *([value] if joined else [])])
+        else:
+            options[-1].append(word)
+    kept = [word for name, *values in options[1:] if name not in _SECRETS for word in (f"--{name}", *values)]
+    return shown(shlex.join([*launcher, *(",".join(map(public, word.split(","))) for word in (*options[0], *kept))]))
+
+
+def public(word: str) -> str:
+    """A word without the folders of an absolute path; one below the working folder keeps those from there on."""
+    path, here = Path(word), Path.cwd()
+    if not path.is_absolute():
+        return word
+    inside = path.is_relative_to(here) and not Path.home().is_relative_to(here)
+    return str(path.relative_to(here)) if inside else path.name

@@ -1,0 +1,180 @@
+"""What a healing run is refused for before anything is pruned or written: settings that can't work, or would do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, CutError
+from ..families import check_stage, layer_count
+from ..families.fields import cut_without
+from ..options import AMOUNTS, CutOptions, declared
+from ..runtime.loading import load_config
+from ..select.sets import drop_count
+from .methods import parse_method
+from .options import RowOptions
+from .self_data import SELF
+from .student import cut_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+    from .config import HealConfig
+
+# The options of TRL's `ModelConfig` that are used: for every method, and for LoRA alone, with PEFT's names.
+_MODEL = ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "trust_remote_code")
+_LORA = {
+    "lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters", "lora_modules_to_save": "modules_to_save",
+    "use_rslora": "use_rslora", "use_dora": "use_dora",
+}  # fmt: skip
+_DATA = ("dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
+
+
+def lora_settings(model_args: ModelConfig) -> dict[str, Any]:
+    """The settings of LoRA; those that are not set have PEFT's defaults."""
+    found = {ours: getattr(model_args, name, None) for name, ours in _LORA.items()}
+    return {name: value for name, value in found.items() if value is not None or name == "target_modules"}
+
+
+def refuse(options: Any, names: Collection[str], why: str) -> None:
+    """Refuse options that are set, though they would do nothing.
+
+    Raises:
+        CutError: One of them differs from its default.
+    """
+    usual = type(options)()
+    if idle := [name for name in names if getattr(options, name, None) != getattr(usual, name, None)]:
+        raise CutError(f"{', '.join(f'--{name}' for name in idle)} would have no effect: {why}")
+
+
+def check_data(
+    script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, row_args: RowOptions, args: HealConfig
+) -> None:
+    """Check what says which rows are trained on, before any is read.
+
+    Raises:
+        CutError: There is none, or something would do nothing, or can't be done with such rows.
+    """
+    name = script_args.dataset_name
+    refuse(script_args, ["ignore_bias_buffers"], "this recipe does not use it; leave it out")
+    if dataset_args.datasets:
+        why = "the settings file names its data under `datasets`; leave them out, or take `datasets` out of the file"
+        refuse(script_args, ["dataset_name", *_DATA], why)
+    elif not name:
+        raise CutError("name the training data with --dataset_name; with `self`, the dense model writes them")
+    else:
+        why = "it is for `datasets` in a settings file; leave it out, or use --dataset_streaming, --dataset_test_split"
+        refuse(dataset_args, ["streaming", "test_split_size"], why)
+    if name == SELF:
+        why = "with --dataset_name self, the dense model writes the rows; leave them out, or name a data set"
+        refuse(script_args, _DATA, why)
+        refuse(row_args, ["template", "rewrite_answers"], why)
+        if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
+            raise CutError(
+                "--eval_strategy needs evaluation rows, and --dataset_name self has none; leave it out, and measure the "
+                "finished model with --eval_texts or --eval_tasks"
+            )
+    if script_args.dataset_streaming or dataset_args.streaming:
+        if args.distils or row_args.rewrite_answers:
+            what = f"loss={args.loss}" if args.distils else "--rewrite_answers"
+            raise CutError(f"{what} needs all rows at once; leave out --dataset_streaming (`streaming` in a file)")
+        if args.max_steps <= 0:
+            raise CutError("streamed rows have no known number, so say when training ends: --max_steps N")
+
+
+def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:
+    """Check what says which layers go.
+
+    Raises:
+        CutError: The model is pruned already, or two options say it.
+    """
+    if pruned:
+        why = f"{name} is pruned already; leave them out, or name its base with --model_name_or_path"
+        refuse(cut_args, [*declared(CutOptions)], why)
+    elif cut_args.drop_layers:
+        refuse(cut_args, AMOUNTS, "drop_layers says which layers go; leave one of the two out")
+
+
+def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions, config: PreTrainedConfig) -> None:
+    """Check that a model can be trained as a method asks, as far as that is known before the cut.
+
+    Raises:
+        CutError: The method trains more layers than are left, or does not use a setting of the model.
+        UnsupportedModelError: This model type can't be healed.
+        LayerPruneError: The method can't run here.
+    """
+    check_stage(config, "heal")
+    method = None if args.method == "auto" else parse_method(args.method)
+    others = [field.name for field in fields(model_args) if field.name not in (*_MODEL, *_LORA)]
+    refuse(model_args, others, "this recipe does not use it; --method says what is trained, such as lora or qlora")
+    if method is None or not method.is_lora:
+        refuse(model_args, _LORA, f"--method {args.method} trains no LoRA; leave it out, or use --method lora")
+    if method is not None:
+        method.loading()
+        method.layers(cut_of(config) or _expected_cut(cut_args, layer_count(config)))
+
+
+def _expected_cut(cut_args: CutOptions, num_layers: int) -> Any:
+    """A cut of as many layers as the options name; of one where a target or a budget decides."""
+    if cut_args.drop_layers:
+        return cut_without(cut_args.drop_layers, num_layers)
+    count = 1 if cut_args.drop is None else drop_count(cut_args.drop, num_layers)
+    return cut_without(range(num_layers - count, num_layers), num_layers)
+
+
+def check_teacher(
+    args: HealConfig,
+    script_args: ScriptArguments,
+    row_args: RowOptions,
+    base: str | None,
+    revision: str | None,
+    config: PreTrainedConfig,
+) -> None:
+    """Check the dense model, if one is named, or teaches or writes rows.
+
+    Args:
+        args ([`HealConfig`]): The settings of the training.
+        script_args (`ScriptArguments`): The data set.
+        row_args ([`RowOptions`]): The settings of the rows.
+        base (`str`, *optional*): What the layers are dropped from, if that is known.
+        revision (`str`, *optional*): Branch, tag or commit of the base.
+        config (`PreTrainedConfig`): The config of the model to train, or of its base.
+
+    Raises:
+        CutError: It is needed, and not named.
+        CheckpointError: It does not exist, or has another number of layers.
+    """
+    used = args.distils or row_args.rewrite_answers or script_args.dataset_name == SELF
+    if args.teacher is None and not used:
+        return
+    name = args.teacher or base
+    if name is None:
+        raise CutError("distilling and writing rows need the dense model; name it with --teacher")
+    revision = args.teacher_revision or (revision if name == base else None)
+    found, cut = layer_count(load_config(name, revision=revision)), cut_of(config)
+    layers = layer_count(config) if cut is None else cut.num_layers
+    if found != layers:
+        raise CheckpointError(
+            f"the teacher {name} has {found} layers, but this model is cut from one with {layers}; name the dense model "
+            "with --teacher"
+        )
+
+
+def check_resume(word: Any) -> None:
+    """Check the checkpoint to go on from.
+
+    Raises:
+        CheckpointError: A path is not that of a complete checkpoint.
+    """
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    named = word is not None and str(word).lower() not in ("true", "false")
+    if named and not (Path(word) / TRAINER_STATE_NAME).is_file():
+        raise CheckpointError(
+            f"{word} has no {TRAINER_STATE_NAME}, so it is no checkpoint; name a folder checkpoint-N, or use "
+            "--resume_from_checkpoint true for the last one"
+        )

@@ -1,0 +1,182 @@
+"""What `recipes/sft_tail.py` refuses before it prunes or writes anything, and with which exit code."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from hf_layerprune import drop_layers
+from hf_layerprune.errors import CutError, LayerPruneError, explain
+
+from .heal_makers import rows, word_tokenizer
+from .tiny_models import tiny_model
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = {"method": "last2", "use_cpu": "true", "bf16": "false", "report_to": "none"}
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"preflight_{name}", ROOT / "recipes" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    return load("sft_tail")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a model that was pruned from it, one of another depth, and rows."""
+    folder = tmp_path_factory.mktemp("preflight")
+    for name, drop in (("base", []), ("pruned", [3, 4])):
+        model = tiny_model("llama")
+        if drop:
+            drop_layers(model, drop)
+        model.save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
+    rows(8).to_json(folder / "rows.jsonl")
+    (folder / "odd.jsonl").write_text('{"question": "a"}\n')
+    part = {"datasets": [{"path": str(folder / "rows.jsonl")}]}
+    (folder / "mixture.yaml").write_text(yaml.safe_dump(part))
+    (folder / "advice.yaml").write_text(yaml.safe_dump({"drop_layers": "3,4"}))
+    return folder
+
+
+def words(folder: Path, output: Path, **settings: Any) -> list[str]:
+    named = {"model_name_or_path": folder / "base", "dataset_name": folder / "rows.jsonl", "output_dir": output}
+    said = {name: str(value).replace("FOLDER", str(folder)) for name, value in (named | SETTINGS | settings).items()}
+    return [part for name, value in said.items() if value != "None" for part in (f"--{name}", value)]
+
+
+PRUNED = {"model_name_or_path": "FOLDER/pruned"}
+USAGE = [
+    ({"method": "head"}, "method='head' is unknown"),
+    ({"method": "last9"}, "trains the last 9 layers, but only 6 remain"),
+    ({"method": "last8", "max_kl": 0.1}, "trains the last 8 layers, but only 7 remain"),
+    ({"dataset_name": None}, "name the training data with --dataset_name"),
+    ({"dataset_name": "FOLDER/odd.jsonl"}, "has the columns question, but training needs prompt"),
+    ({"dataset_test_split": "test", "eval_strategy": "steps"}, "has no split 'test'; it has train"),
+    ({"config": "FOLDER/mixture.yaml"}, "--dataset_name would have no effect: the settings file names its data"),
+    ({"test_split_size": 4}, "--test_split_size would have no effect"),
+    ({"ignore_bias_buffers": "true"}, "--ignore_bias_buffers would have no effect"),
+    ({"config": "FOLDER/advice.yaml", "drop": 0.3}, "--drop would have no effect: drop_layers says which layers go"),
+    (PRUNED | {"drop": 0.5}, "--drop would have no effect: FOLDER/pruned is pruned already"),
+    (PRUNED | {"target_params": "1K"}, "--target_params would have no effect"),
+    (PRUNED | {"max_kl": 0.1}, "--max_kl, --criterion would have no effect"),
+    (PRUNED | {"criterion": "kl", "repair": "linear"}, "--repair, --criterion would have no effect"),
+    ({"dataset_name": "self", "rewrite_answers": "true"}, "--rewrite_answers would have no effect"),
+    ({"dataset_name": "self", "eval_strategy": "steps"}, "--eval_strategy needs evaluation rows"),
+    ({"load_in_4bit": "true", "method": "lora"}, "--load_in_4bit would have no effect: this recipe does not use it"),
+    ({"use_peft": "true"}, "--use_peft would have no effect"),
+    ({"use_dora": "true", "lora_r": 4}, "--lora_r, --use_dora would have no effect: --method last2 trains no LoRA"),
+    ({"dataset_streaming": "true", "loss": "kd", "max_steps": 1}, "loss=kd needs all rows at once"),
+    ({"dataset_streaming": "true", "rewrite_answers": "true", "max_steps": 1}, "--rewrite_answers needs all rows"),
+    ({"dataset_streaming": "true"}, "say when training ends: --max_steps N"),
+    (PRUNED | {"loss": "kd"}, "distilling and writing rows need the dense model; name it with --teacher"),
+    ({"push_to_hub": "true"}, "--push_to_hub needs the name of a repository: --hub_model_id NAMESPACE/NAME"),
+    ({"push_to_hub": "true", "hub_model_id": "small"}, "'small' is not a Hub id; write it as NAMESPACE/NAME"),
+    ({"trust_remote_code": "true"}, "leave --trust_remote_code out"),
+    ({"hub_tok": "hf_" + "a" * 30}, "'--hub_tok', 'hf_***'"),
+]  # fmt: skip
+FAILURES = [
+    ({"eval_tasks": "piqaa"}, "piqaa"),
+    ({"dataset_name": "/nowhere.jsonl"}, "data file /nowhere.jsonl does not exist"),
+    ({"loss": "kd", "teacher": "/nowhere"}, "/nowhere"),
+    ({"loss": "kd", "teacher": "FOLDER/pruned"}, "has 6 layers, but this model is cut from one with 8"),
+    ({"resume_from_checkpoint": "FOLDER/base"}, "has no trainer_state.json, so it is no checkpoint"),
+    ({"eval_texts": "/nowhere.txt"}, "/nowhere.txt"),
+    ({"eval_from": "/nowhere"}, "/nowhere"),
+    ({"push_to_hub": "true", "hub_model_id": "me/small"}, "HF_HUB_OFFLINE is set, so nothing can be pushed"),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "code"), [(*one, 2) for one in USAGE] + [(*one, 1) for one in FAILURES]
+)
+def test_refused_before_the_cut(
+    recipe: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any],
+    message: str,
+    code: int,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sft_tail.py", *words(folder, tmp_path / "run", **settings)])
+    assert recipe.run() == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: ")
+    assert message.replace("FOLDER", str(folder)) in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_type_that_can_not_be_healed_is_refused_before_the_cut(
+    recipe: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_layerprune.heal import preflight
+
+    def refused(config: Any, stage: str) -> None:
+        raise LayerPruneError(f"{config.model_type} can't go through {stage}")
+
+    monkeypatch.setattr(preflight, "check_stage", refused)
+    with pytest.raises(LayerPruneError, match="llama can't go through heal"):
+        recipe.main(*recipe.make_parser().parse_args_and_config(words(folder, tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "code"),
+    [
+        (KeyboardInterrupt(), "interrupted; nothing was left half-written", 130),
+        (PermissionError(13, "Permission denied", "/x"), "[Errno 13] Permission denied: '/x'", 1),
+        (CutError("a"), "a", 2),
+        (TypeError("b"), "internal error: TypeError: b; HF_LAYERPRUNE_DEBUG=1 shows where it came from", 1),
+    ],
+)
+def test_whatever_ends_it_is_one_line(
+    recipe: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    line: str,
+    code: int,
+) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(recipe, "check", fail)
+    monkeypatch.setattr(sys, "argv", ["sft_tail.py", *words(folder, tmp_path / "run")])
+    assert recipe.run() == code
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {line}"
+    assert explain(error) == (line, code)
+
+
+def test_the_demo_removes_nothing_of_others(tmp_path: Path) -> None:
+    demo = load("demo")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine").touch()
+    for other in ("models", "models/mine"):
+        with pytest.raises(CutError, match="was not made by the demo; name another --output, or remove it"):
+            demo.make_room(tmp_path / other)
+    assert (tmp_path / "models" / "mine").is_file()
+    for _ in range(2):
+        demo.make_room(tmp_path / "new")
+        (tmp_path / "new" / "base").mkdir()
+    demo.make_room(tmp_path / "new")
+    assert not (tmp_path / "new" / "base").exists()
