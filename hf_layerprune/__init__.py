@@ -2,7 +2,8 @@
 
 from hf_layerprune import LayerDropConfig, prune_with
 
-model = prune_with(LayerDropConfig(base_model_name_or_path="HuggingFaceTB/SmolLM2-135M-Instruct", drop=0.25))
+config = LayerDropConfig(base_model_name_or_path="HuggingFaceTB/SmolLM2-135M-Instruct", drop_layers=range(12, 19))
+model = prune_with(config)
 model.save_pretrained("adapter")  # small: the tuned tail and the plan
 model.merge_and_unload().save_pretrained("pruned")  # a plain transformers checkpoint, no plugin needed
 """

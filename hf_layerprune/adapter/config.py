@@ -24,7 +24,8 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
     """Configuration of a [`LayerDropModel`]: drop whole decoder layers, then tune some of what is left.
 
     The defaults are the recipe of arXiv:2411.15558: drop the last 25 % of the layers, then tune `lm_head`, the norm before
-    it and the last three layers that remain. Once a model is pruned, `drop_layers` always contains the layers that were
+    it and the last three layers that remain. An `lm_head` that is tied to the embeddings stays tied and is not tuned unless
+    `tune_lm_head=True`, because untying it adds its parameters. Once a model is pruned, `drop_layers` always contains the layers that were
     dropped, so a saved config makes the same cut again. Sizes such as `target_size` may be numbers or texts (`"12GB"`).
     """
 

@@ -155,8 +155,8 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     if anatomy.tied:
         untied = left + anatomy.embeddings
         lines.append(
-            f"Tuning lm_head unties it, which adds {anatomy.embeddings:,}: {untied:,}, {untied / anatomy.total:.1%} of the "
-            f"base"
-            + (" - more than the base itself; tune_lm_head=False keeps it tied." if untied > anatomy.total else ".")
+            f"lm_head stays tied by default. Tuning it (tune_lm_head=True) would untie it and add {anatomy.embeddings:,} "
+            f"parameters: {untied:,}, {untied / anatomy.total:.1%} of the base"
+            + (", more than the base itself." if untied > anatomy.total else ".")
         )
     return "\n".join(lines)
