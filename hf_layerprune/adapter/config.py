@@ -37,7 +37,8 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
     )
     check_cut: bool = option(
         True,
-        "After a cut in memory, compare its logits on a few tokens with the dense model's, dropped layers bypassed",
+        "After a cut in memory, compare its logits on a few tokens with those of the dense model with the dropped layers "
+        "bypassed",
     )
     target_modules: str | None = field(
         default=None, metadata={"help": "Set by the method for PEFT to read; leave it out."}
@@ -45,7 +46,7 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
     exclude_modules: list[str] | None = field(default=None, metadata={"help": "Never set; PEFT reads it."})
     modules_to_save: list[str] | None = field(
         default=None,
-        metadata={"help": "Further modules to tune, by full name; after pruning, all modules that are tuned."},
+        metadata={"help": "Further modules to tune, by full name; after pruning, the list of all tuned modules."},
     )
     num_base_layers: int | None = field(default=None, metadata={"help": "Recorded: the base's number of layers."})
     base_commit: str | None = field(default=None, metadata={"help": "Recorded: the base's commit on the Hub."})

@@ -6,12 +6,13 @@ from ..options import AMOUNTS, words_of
 from ..stages.requests import AdviseRequest as Request
 from . import Answer, hint
 
-HELP = "say what to drop and how to heal it in the time available"
+HELP = "recommend what to drop and how to heal it in the time available"
 DESCRIPTION = """Say how many layers of BASE to drop, and how to repair and heal it within --minutes on this machine, with
-the loss to expect. The advice is based on the speed of a layer here and on what healing was measured to bring; with
---from-curve, also on the losses of BASE itself. Budgets are compared with the loss expected after healing;
---min-top1-agreement is refused, since nothing was measured for it. With OUTPUT, write the settings for
-recipes/sft_tail.py there."""
+the loss to expect. The advice is based on the speed of a layer on this machine and on the measured gain of healing; with
+--from-curve, also on the losses of BASE itself. Budgets are compared with the loss expected after healing.
+--min-top1-agreement is refused, since nothing was measured for it, and so is --target-speedup below 5 billion
+parameters. From 5 billion parameters on, nothing was measured at all: the advice is the paper's recipe, whatever the time
+and the machine. With OUTPUT, write the settings for recipes/sft_tail.py there."""
 EXCLUSIVE = AMOUNTS
 
 

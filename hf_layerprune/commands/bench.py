@@ -6,10 +6,10 @@ from ..measure.requests import BenchRequest as Request
 from . import Answer, measured
 
 HELP = "measure speed, memory and size"
-DESCRIPTION = """Time MODEL, and with --base the dense model beside it, in turns: prefill and decode throughput at several
-batch sizes and prompt lengths, time to first token, and load time and peak memory in processes of their own. Each
-number is the median of its repeats, with the lowest and the highest, and goes to metrics.json in the model's folder.
-With --engine, throughput in that engine."""
+DESCRIPTION = """Time MODEL and, with --base, the dense model in alternation: prefill and decode throughput at several batch
+sizes and prompt lengths, time to first token, and, in separate processes, load time and peak memory. Each number is the
+median of its repeats, with the minimum and the maximum, and goes to metrics.json in the model's folder. With --engine,
+measure throughput in that engine."""
 
 
 def run(request: Request) -> Answer:

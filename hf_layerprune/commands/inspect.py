@@ -6,7 +6,7 @@ from ..stages.requests import InspectRequest as Request
 from . import Answer, hint
 
 HELP = "show what a model is made of"
-DESCRIPTION = "Show layers, parameters by part, and what a cut would leave. No weight is loaded."
+DESCRIPTION = "Show layers, parameters by part, and what a cut would leave. No weights are loaded."
 
 
 def run(request: Request) -> Answer:

@@ -6,8 +6,8 @@ from ..options import AMOUNTS
 from ..stages.requests import PruneRequest as Request
 from . import Answer, hint
 
-HELP = "drop layers and write the model that is left"
-DESCRIPTION = "Drop decoder layers of BASE and write the model that is left to OUTPUT."
+HELP = "drop layers and write the remaining model"
+DESCRIPTION = "Drop decoder layers of BASE and write the remaining model to OUTPUT."
 EXCLUSIVE = (*AMOUNTS, "drop_layers")
 
 

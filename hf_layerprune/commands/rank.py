@@ -8,9 +8,9 @@ from ..stages.requests import RankRequest as Request
 from . import Answer, hint
 
 HELP = "score every layer, and show what each criterion would drop"
-DESCRIPTION = """Score the decoder layers of BASE, by one criterion or by all of them at once, and show which layers
-each would drop; with --curve, the best cut of each depth and what it costs. With OUTPUT, write scores.json (or
-curve.json) and the plots there. Nothing is pruned."""
+DESCRIPTION = """Score the decoder layers of BASE by one criterion or by all of them at once, and show which layers each
+would drop; with --curve, find the best cut for each number of layers and what it costs. With OUTPUT, write scores.json
+(or curve.json) and the plots there. Nothing is pruned."""
 EXCLUSIVE = AMOUNTS
 
 

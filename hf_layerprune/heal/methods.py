@@ -128,7 +128,7 @@ METHODS: dict[str, Tuning] = {
                final_norm=True),
         Tuning("cut", "N layers on each side of the cut", _per_width(_LAYERS), _beside, "[N]"),
         # Gradients pass through all layers behind the cut anyway.
-        Tuning("behind", "N layers before the first cut, all layers after it, and the final norm",
+        Tuning("behind", "N layers in front of the first cut, all layers behind it, and the final norm",
                _per_width(_LAYERS), _behind, "[N]", final_norm=True),
         Tuning("lora", "LoRA on every linear layer but the head", lambda width: _LORA, adapter=_lora),
         Tuning("qlora", "LoRA on a 4-bit model", lambda width: _LORA, adapter=_lora, loading=_four_bits),
@@ -140,7 +140,7 @@ METHODS: dict[str, Tuning] = {
 def method_help() -> str:
     """What each method trains, for the help of `--method`."""
     lines = [f"{method.name}{method.number} ({method.help})" for method in METHODS.values()]
-    return f"What is trained: auto (depends on the cut), {', '.join(lines)}; join methods that train layers with +"
+    return f"What is trained: auto (depends on the cut), {', '.join(lines)}; methods that train layers can be joined with +"
 
 
 @dataclass(frozen=True)

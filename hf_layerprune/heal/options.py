@@ -24,17 +24,17 @@ class HealOptions(Options):
     method: str = option("auto", method_help())
     learning_rate: float | None = option(None, "Peak learning rate of AdamW; by default the method's own", _RATE)
     loss: str = option(
-        "ce", "Cross-entropy on the data, distillation from the dense model (kd), or both", choices=LOSSES
+        "ce", "Cross-entropy on the data (ce), distillation from the dense model (kd), or both", choices=LOSSES
     )
     kd_share: float = option(
         0.5,
-        "Weight of distillation in ce+kd; cross-entropy has the rest",
+        "Weight of distillation in ce+kd; cross-entropy gets the rest",
         number(0, 1 + 1e-9, "above 0 and at most 1; use loss=ce for none", "X"),
     )
     kd_alone: float = option(
         0.0,
-        "With ce+kd, the share of the steps, from the first, that only distil; with 0.85, the last 15 percent add "
-        "cross-entropy",
+        "With ce+kd, share of the steps at the start that only distil; with 0.85, cross-entropy is added only in the last 15 "
+        "percent of the steps",
         number(-1e-9, 1, "at least 0 and below 1; use loss=kd for 1", "X"),
     )
     kd_temperature: float = option(1.0, "Temperature of both distributions in distillation", _TEMPERATURE)
@@ -42,30 +42,32 @@ class HealOptions(Options):
         "forward", "KL(teacher || student) (forward), or KL(student || teacher) (reverse)", choices=DIRECTIONS
     )
     kd_tokens: str = option(
-        "all", "Tokens to distil on: all, prompts included, or only those with a label (completion)",
+        "all", "Tokens to distil on: all of them, prompts included, or only those with a label (completion)",
         choices=("all", "completion"),
     )  # fmt: skip
-    teacher: str | None = option(None, "The dense model; by default the one that the model was pruned from")
+    teacher: str | None = option(
+        None, "Dense model, which teaches and writes rows; by default the one that the model was pruned from"
+    )
     teacher_revision: str | None = option(
         None, "Branch, tag or commit of the teacher on the Hub; by default the commit that the model was pruned from"
     )
     cache: str = option(
         "auto",
-        "Compute the frozen layers' output once and keep it on disk: auto does so if the result is exact, on stops with "
-        "an error if it is not, off never does",
+        "Compute the output of the frozen layers once and keep it on disk: auto does so if the result is exact, on fails if "
+        "it is not, and off never does",
         choices=CACHE_MODES,
     )
     cache_dir: str | None = option(
         None, "Folder of the cache, by default in the output folder; processes on several machines must share it"
     )
     cache_batch_tokens: int | None = option(
-        None, "Number of tokens that go through the frozen layers at a time; by default 4096 on a CPU and 32768 elsewhere",
+        None, "Number of tokens to run through the frozen layers at a time; by default 4096 on a CPU and 32768 elsewhere",
         whole(),
     )  # fmt: skip
     keep_cache: bool = option(False, "Keep the cache after training")
     float32_weights: bool = option(
         True,
-        "Hold trained weights in float32 in mixed-precision training, and all weights on a CPU that is slow in bfloat16",
+        "Keep trained weights in float32 in mixed-precision training, and all weights on a CPU that is slow in bfloat16",
     )
 
 
@@ -74,15 +76,19 @@ class RowOptions(Options):
     """How the recipe makes training rows. With `--dataset_name self`, the dense model writes them."""
 
     template: str = option(
-        "auto", "Format of instructions; auto is the chat template if there is one", choices=TEMPLATES
+        "auto",
+        "Prompt format for instructions; auto uses the chat template if there is one, otherwise Alpaca's",
+        choices=TEMPLATES,
     )
     self_rows: int = option(512, "Number of rows that the dense model writes for --dataset_name self", whole())
     self_length: int = option(512, "Number of tokens in each of these rows", whole())
     rewrite_answers: bool = option(False, "Replace the data set's answers with the dense model's")
     rewrite_max_tokens: int = option(
-        256, "The most tokens that a rewritten answer may have; rows with longer ones are left out", whole()
+        256, "Maximum number of tokens in a rewritten answer; rows with longer answers are left out", whole()
     )
-    rewrite_temperature: float = option(0.0, "Sampling temperature of rewritten answers; 0 for greedy decoding", _RATE)
+    rewrite_temperature: float = option(
+        0.0, "Sampling temperature for rewritten answers; 0 means greedy decoding", _RATE
+    )
 
 
 @dataclass(kw_only=True)

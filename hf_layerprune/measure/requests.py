@@ -44,7 +44,7 @@ class MeasureOptions(Options):
     base_revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
     output: Path | None = option(None, "File for the numbers; by default metrics.json in the model's folder", PATH)
     history: tuple[Path, ...] = option(
-        (), "Folder of an earlier stage of MODEL, whose numbers are copied for its card; repeatable", many(PATH)
+        (), "Folder of an earlier stage of MODEL, whose numbers are copied for the card; can be repeated", many(PATH)
     )
     force: bool = option(False, "Replace numbers that belong to other weights")
 
@@ -63,8 +63,8 @@ class EvalRequest(MeasureOptions, RequireOptions):
     base: str | None = option(None, "Dense model to compare with", MODEL)
     tasks: tuple[str, ...] | None = option(
         None,
-        "Tasks of lm-evaluation-harness or of --tasks-from, separated by commas; paper stands for the eight of "
-        "arXiv:2411.15558; none for no tasks. By default all of --tasks-from, or paper if neither that nor --text is given",
+        "Tasks of lm-evaluation-harness or of --tasks-from, separated by commas; paper means the eight of arXiv:2411.15558, "
+        "and none means no tasks. By default all of --tasks-from, or paper if neither that nor --text is given",
         Kind(_parse_names, _check_names, "T,T"),
     )
     tasks_from: Path | None = option(
@@ -75,23 +75,25 @@ class EvalRequest(MeasureOptions, RequireOptions):
     )
     texts: tuple[str, ...] | None = option(
         None,
-        "Text to measure perplexity on: a file, wikitext2, or none; repeatable. By default those of --tasks-from, or "
+        "Text to measure perplexity on: a file, wikitext2, or none; can be repeated. By default those of --tasks-from, or "
         "wikitext2 if neither that nor --tasks is given",
         many(Kind(str, lambda value: value, "FILE"), _check_names),
         flag="text",
     )
-    limit: int | None = option(None, "Number of questions per task, from the first; by default all", whole(1))
+    limit: int | None = option(None, "Number of questions per task, starting with the first; by default all", whole(1))
     num_fewshot: int | None = option(
         None, "Number of few-shot examples before each question; by default the task's own", whole(0, 1000)
     )
     batch_size: int | str = option(
         "auto",
-        "Number of answers scored together; auto depends on the device, and is halved where memory runs out",
+        "Number of answers to score together; auto depends on the device, and is halved when memory runs out",
         _number_or("auto", "auto"),
     )
     length: int = option(1024, "Number of tokens in each window of a text", whole(1))
-    windows: int | None = option(64, "Number of windows from the start of each text, or all", _number_or("all", None))
-    answers: Path | None = option(None, "Folder for the answers, from which an interrupted run resumes", PATH)
+    windows: int | None = option(
+        64, "Number of windows to measure, from the start of each text, or all", _number_or("all", None)
+    )
+    answers: Path | None = option(None, "Folder to store answers in, from which an interrupted run resumes", PATH)
 
 
 # What a model can be timed in.
@@ -124,22 +126,27 @@ class BenchRequest(MeasureOptions):
     """What to measure, and how."""
 
     model: str = option(MISSING, f"{MODEL_HELP}; an adapter too", MODEL)
-    base: str | None = option(None, "Dense model to compare with; the two are timed in turns", MODEL)
+    base: str | None = option(None, "Dense model to compare with; the two are timed in alternation", MODEL)
     batch_sizes: tuple[int, ...] = option((1, 4), "Batch sizes, separated by commas", many(whole(1), separator=","))
     prompt_lengths: tuple[int, ...] = option(
         (64, 512), "Prompt lengths in tokens, separated by commas", many(whole(1), separator=",")
     )
     new_tokens: int = option(32, "Number of tokens to generate after each prompt", whole(1))
     repeats: int = option(5, "Number of timed runs of each workload", whole(1, 1000))
-    load_repeats: int = option(3, "Number of fresh processes that load the model; 0 for none", whole(0, 100))
+    load_repeats: int = option(
+        3, "Number of times to load the model, each in a new process; 0 skips load time and peak memory", whole(0, 100)
+    )
     engine: str = option(
         "transformers",
-        "What runs the model: transformers; vllm, which must be installed here; or llama.cpp, whose llama-bench must be "
-        "on the PATH and takes one prompt at a time. Size, memory and load time are measured in transformers only",
+        "Engine that runs the model: transformers; vllm, which must be installed in this environment; or llama.cpp, whose "
+        "llama-bench must be on the PATH and takes one prompt at a time. Size, memory and load time are measured in "
+        "transformers only",
         choices=ENGINES,
     )
     gguf: tuple[Path, ...] = option(
-        (), "GGUF file made from MODEL, then a second one from BASE, for --engine llama.cpp; repeatable", many(PATH)
+        (),
+        "For --engine llama.cpp: GGUF file made from MODEL; with --base, repeat the option for the one made from BASE",
+        many(PATH),
     )
 
     def __post_init__(self) -> None:

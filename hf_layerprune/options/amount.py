@@ -22,12 +22,12 @@ class AmountOptions:
 
     drop: float | int | None = option(
         None,
-        "Fraction of the layers to drop, rounded down to whole layers, or number of layers; by default 0.25, unless "
-        "layers, a target or a budget is named",
+        "Fraction (rounded down to whole layers) or number of layers to drop; by default 0.25, unless layers, a target or a "
+        "budget is given",
         DROP,
     )
     target_params: int | None = option(
-        None, "Drop just enough layers to leave at most this number of parameters, such as 6.3B (6.3 * 10^9)", COUNT
+        None, "Drop just enough layers to leave at most this many parameters, such as 6.3B (6.3 * 10^9)", COUNT
     )
     target_size: int | None = option(
         None,
@@ -43,26 +43,26 @@ class AmountOptions:
     )
     target_speedup: float | None = option(
         None,
-        "Drop just enough layers to make decoding faster by this factor, such as 1.3, judged by the time that the layers "
+        "Drop just enough layers to speed up decoding by this factor, such as 1.3, estimated from the time that the layers "
         "and the head take on this machine",
         number(1, 1000, "a factor above 1, such as 1.3", "X"),
     )
     max_perplexity_ratio: float | None = option(
         None,
-        "Drop as many layers as possible while the perplexity stays within this factor of the dense model's, such as "
-        "1.1, on held-out calibration rows, after the repair",
+        "Drop as many layers as possible while the perplexity on held-out calibration rows, after the repair, is at most "
+        "this multiple of the dense model's, such as 1.1",
         number(1, 1000, "a ratio above 1, such as 1.1", "R"),
     )
     max_kl: float | None = option(
         None,
-        "Drop as many layers as possible while the KL divergence from the dense model stays within this number of "
-        "nats per token, on held-out calibration rows, after the repair",
+        "Drop as many layers as possible while the KL divergence from the dense model on held-out calibration rows, after "
+        "the repair, is at most this many nats per token, such as 0.2",
         number(0, 1000, "a number of nats above 0, such as 0.2", "NATS"),
     )
     min_top1_agreement: float | None = option(
         None,
-        "Drop as many layers as possible while the most likely next token stays the dense model's for this share of "
-        "tokens, such as 0.8, on held-out calibration rows, after the repair",
+        "Drop as many layers as possible while the most likely next token on held-out calibration rows, after the repair, "
+        "agrees with the dense model's for at least this share of tokens, such as 0.8",
         number(0, 1, "a share between 0 and 1, such as 0.8", "SHARE"),
     )
     context: int | None = option(
@@ -73,7 +73,7 @@ class AmountOptions:
     )
     batch: int = option(1, "Number of sequences in the cache, for target_memory and target_speedup", whole(1, 10**6))
     target_dtype: str = option(
-        "auto", "Data type of the weights and the cache for target_size and target_memory; auto is the base's",
+        "auto", "Data type of the weights and the cache for target_size and target_memory; auto means the base's",
         choices=DTYPES,
     )  # fmt: skip
 

@@ -38,13 +38,13 @@ class CalibrationOptions(Options):
 
     calibration: str = option(
         "self",
-        "Text that criteria and repairs look at: self (the dense model writes it); a .txt, .jsonl or .parquet file "
-        "(rows.jsonl:column); or a folder or Hub id of a data set (id:split:column). A column image or images beside the "
-        "text is used as well, for a model that reads images",
+        "Calibration text for criteria and repairs: self (the dense model writes it); a .txt, .jsonl or .parquet file "
+        "(rows.jsonl:column); or a folder or Hub id of a data set (id:split:column). For a model that reads images, a "
+        "column image or images next to the text is used as well",
     )
-    calibration_samples: int = option(128, "Number of rows in the calibration set", whole(1))
+    calibration_samples: int = option(128, "Number of calibration rows", whole(1))
     calibration_length: int = option(512, "Number of tokens in each calibration row", whole(1))
-    seed: int = option(42, "Seed for everything random: layers, rows, text", whole(0, 2**63 - 1, "SEED"))
+    seed: int = option(42, "Random seed for the choice of layers, rows and text", whole(0, 2**63 - 1, "SEED"))
 
 
 @dataclass(kw_only=True)
@@ -53,18 +53,18 @@ class ChoiceOptions(AmountOptions, Options):
 
     variant: str = option(
         "original",
-        "Definition of the criterion: as in its own source (original), or as in the code of arXiv:2411.15558 (paper)",
+        "Definition of the criterion: that of its own source (original), or that of the code of arXiv:2411.15558 (paper)",
         choices="variant",
     )
     protect_first: int | None = option(
-        None, "Number of layers at the start that are never dropped; by default the criterion's own",
+        None, "Number of initial layers to protect from dropping; the default depends on the criterion",
         whole(0, MOST_LAYERS),
     )  # fmt: skip
     protect_last: int | None = option(
-        None, "Number of layers at the end that are never dropped; by default the criterion's own",
+        None, "Number of final layers to protect from dropping; the default depends on the criterion",
         whole(0, MOST_LAYERS),
     )  # fmt: skip
-    contiguous: bool = option(False, "Drop one block of adjacent layers")
+    contiguous: bool = option(False, "Drop a single block of adjacent layers")
     repair: str | None = option(
         None, "Closed-form compensation for the dropped layers, before any training", choices="repair"
     )
@@ -76,17 +76,18 @@ class CutOptions(CalibrationOptions, ChoiceOptions):
 
     drop_layers: list[int] | None = option(
         None,
-        "Base indices, from 0, of the layers to drop, such as 20-26,29; instead of drop, targets, budgets and criterion",
+        "Layers to drop, as indices in the base counted from 0, such as 20-26,29; replaces drop, targets, budgets and "
+        "criterion",
         LAYERS,
     )
     criterion: str | None = option(
         None,
-        "How the layers are chosen; reverse_order by default, and auto where a budget says how many go",
+        "How the layers are chosen; by default reverse_order, or auto if a budget decides how many to drop",
         choices="criterion",
     )
     steps: int = option(
         1,
-        "Number of rounds in which the layers are chosen; each round scores what the previous one left",
+        "Number of rounds in which the layers are chosen; each round scores the layers that the previous one left",
         whole(1, 10_000),
     )
 
@@ -107,7 +108,7 @@ class TuningOptions(Options):
     )
     tune_lm_head: bool | None = option(
         None,
-        "Let the adapter tune lm_head; by default unless it is tied to the embeddings, as tuning unties it, which adds its "
-        "parameters",
+        "Let the adapter tune lm_head; by default, it does unless lm_head is tied to the embeddings, since tuning unties it, "
+        "which adds its parameters",
         FLAG,
     )

@@ -26,15 +26,17 @@ class CardRequest(Options):
 
     model: Path = option(MISSING, _FOLDER_HELP, PATH)
     name: str | None = option(
-        None, "The model's name until it is on the Hub; by default the base's with the layers left, such as BASE-23L"
+        None,
+        "Name of the model until it is on the Hub; by default the base's name and the number of layers left, such as "
+        "BASE-23L",
     )
     base_model: str | None = option(None, "Hub id of the base, if MODEL was pruned from a local copy", _named("ID"))
     license: str | None = option(
-        None, "The base's licence, such as apache-2.0, if the base declares none", _named("ID")
+        None, "Licence of the base, such as apache-2.0, if the base declares none", _named("ID")
     )
-    license_name: str | None = option(None, "The name of the licence, with --license other", _named("NAME"))
-    license_link: str | None = option(None, "The URL of its text, with --license other", _named("URL"))
-    force: bool = option(False, "Overwrite changes inside the marked sections, and plots drawn by other programs")
+    license_name: str | None = option(None, "Name of the licence, with --license other", _named("NAME"))
+    license_link: str | None = option(None, "URL of the licence, with --license other", _named("URL"))
+    force: bool = option(False, "Overwrite changes inside the marked sections, and plots that another program drew")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,18 +51,18 @@ class PushRequest(RequireOptions):
 
     model: Path = option(MISSING, _FOLDER_HELP, PATH)
     repo_id: str = option(MISSING, "NAMESPACE/NAME on the Hub", _NAME)
-    private: bool = option(False, "Create the repository as private; refuse one that is public")
+    private: bool = option(False, "Create a private repository; refuse to push to a public one")
     adapter_only: bool = option(False, "Push only the adapter, from MODEL or MODEL/adapter")
-    include: tuple[str, ...] = option((), "Also publish this file of MODEL; repeatable", many(_NAME))
+    include: tuple[str, ...] = option((), "Also publish this file of MODEL; can be repeated", many(_NAME))
     revision: str | None = option(None, "Push to this branch, created if missing, or to refs/pr/N")
     create_pr: bool = option(False, "Open a pull request instead of committing")
     overwrite_card: bool = option(False, "Overwrite changes that were made to the card on the Hub")
     allow_miss: bool = option(False, "Push a model that misses its requirements; its card says so")
     space: str | None = option(None, "Also publish a chat with the model as this Space", _named("REPO_ID"))
     space_secret: str | None = option(
-        None, "Give the Space the token in this environment variable, to read a private model", _named("VARIABLE")
+        None, "Environment variable with a token that the Space uses to read a private model", _named("VARIABLE")
     )
-    dry_run: bool = option(False, "List files, sizes and checks, but push nothing")
+    dry_run: bool = option(False, "List files, sizes and checks without pushing anything")
     token: str | bool | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ class VerifyRequest(Options):
 
     model: str = option(MISSING, "A model folder, or a Hub id", MODEL)
     base: str | None = option(
-        None, f"The base, if it is not where lineage.json says: {MODEL_HELP[0].lower()}{MODEL_HELP[1:]}", MODEL
+        None, f"Base, if it is not where lineage.json says: {MODEL_HELP[0].lower()}{MODEL_HELP[1:]}", MODEL
     )
     revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub")
     accept_trained: bool = option(False, "Trust the records for the tensors that a repair or training changed")
@@ -93,8 +95,9 @@ class ChatRequest(Options):
     model: str = option(MISSING, f"{MODEL_HELP}; an adapter too", MODEL)
     base: str | None = option(
         None,
-        "Dense model to compare with; by default an adapter's base, or the folder that MODEL was pruned from, if it is here",
+        "Dense model to compare with; by default an adapter's base, or the folder that MODEL was pruned from, if it still "
+        "exists",
         MODEL,
     )
     port: int | None = option(None, "Port to serve on; by default the first free one from 7860", whole(1, 65_535))
-    host: str | None = option(None, "Address to listen on, 0.0.0.0 for all; by default 127.0.0.1")
+    host: str | None = option(None, "Address to listen on, or 0.0.0.0 for all addresses; by default 127.0.0.1")

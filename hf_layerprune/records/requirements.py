@@ -171,8 +171,8 @@ class RequireOptions(Options):
 
     require: tuple[Bound, ...] | None = option(
         None,
-        f"Bounds that the numbers must meet, such as {_EXAMPLE}, on metrics, tasks or their ratio to the dense model's; "
-        "for eval, none removes those recorded before",
+        f"Bounds that the numbers must meet, such as {_EXAMPLE}, on metrics, tasks, or their ratio to the dense model's; "
+        "in eval, none clears bounds recorded before",
         REQUIREMENTS,
     )
 

@@ -50,22 +50,22 @@ class PruneRequest(TuningOptions, CutOptions):
     output: str = option(MISSING, "Folder to write, or a .gguf file if BASE is one", MODEL)
     dtype: str = option(
         "auto",
-        "Data type of the weights that are written; auto keeps the base's, and is bfloat16 for a GGUF file that becomes "
-        "a folder",
+        "Data type of the weights to write; auto keeps the base's, or uses bfloat16 if a GGUF file becomes a folder",
         choices=DTYPES,
     )
     from_curve: Path | None = option(
         None,
-        "Folder of a curve that rank --curve made of BASE: the number, target or budget picks a point, which says which "
-        "layers go and, unless --repair is given, with which repair",
+        "Folder of a curve of BASE made by rank --curve: the number, target or budget picks a point of it, which determines "
+        "the layers and, unless --repair is given, the repair",
         PATH,
     )
     adapter: bool = option(False, "Write a PEFT adapter (the plan and the tuned layers) instead of a whole model")
     revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
-    link: bool = option(False, "Hard-link the weight files that stay as they are")
+    link: bool = option(False, "Hard-link weight files that do not change, instead of copying them")
     check: bool = option(
         False,
-        "Load BASE and the cut, and compare their logits on a few tokens, with the dropped layers of BASE bypassed",
+        "Load both BASE and the pruned model, and compare their logits on a few tokens, with the dropped layers of BASE "
+        "bypassed",
     )
     force: bool = option(False, "Replace OUTPUT if it exists")
 
@@ -76,7 +76,7 @@ class WalkOptions(Options):
 
     dtype: str = option(
         "auto",
-        "Data type of the weights; auto keeps the base's, or is float32 on a CPU without fast 16-bit multiplication",
+        "Data type of the weights; auto keeps the base's, or uses float32 on a CPU without fast 16-bit multiplication",
         choices=DTYPES,
     )
     device: str = option(
@@ -94,7 +94,7 @@ class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
     output: Path | None = option(None, "Folder for scores.json and the plots", PATH, positional=True)
     criteria: list[str] | tuple[str, ...] = option(
         ("all",),
-        "Criteria to score by, separated by commas; all stands for all but auto",
+        "Criteria to compute, separated by commas; all means every one but auto",
         Kind(_parse_criteria, _check_criteria, "C"),
         choices="criterion",
         flag="criterion",
@@ -104,11 +104,11 @@ class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
     )
     curve: bool = option(
         False,
-        "Instead of scores, find the best cut of each depth: parameters, bytes, speed-up and quality, with and without "
-        "repair. With the same OUTPUT, an interrupted curve resumes",
+        "Instead of scoring layers, find the best cut for each number of layers, with its parameters, bytes, speed-up, and "
+        "quality with and without repair. With the same OUTPUT, an interrupted curve resumes",
     )
     curve_up_to: int | None = option(
-        None, "The most layers that the curve drops; by default half of them", whole(1, 10_000)
+        None, "Maximum number of layers to drop on the curve; by default half of them", whole(1, 10_000)
     )
     force: bool = option(False, "Replace the ranking or the curve in OUTPUT")
 
@@ -133,15 +133,20 @@ class AdviseRequest(WalkOptions, AmountOptions):
     _: KW_ONLY
     drop: float | int | None = option(
         None,
-        "Fraction of the layers to drop, rounded down to whole layers, or number of layers; by default as many as are "
-        "expected to stay within 1.25 times the perplexity, or 0.25 from 5 billion parameters on",
+        "Fraction (rounded down to whole layers) or number of layers to drop; by default as many as are expected to keep the "
+        "perplexity within 1.25 times the dense model's, or 0.25 from 5 billion parameters on",
         DROP,
     )
     minutes: float = option(
-        60, "Minutes on this machine for repair and training", number(0, 1e6, "a number of minutes above 0", "MIN")
+        60,
+        "Minutes available on this machine for repair and training; ignored from 5 billion parameters on",
+        number(0, 1e6, "a number of minutes above 0", "MIN"),
     )
     from_curve: Path | None = option(
-        None, "Folder of a curve that rank --curve made of BASE: its losses before training replace estimates", PATH
+        None,
+        "Folder of a curve of BASE made by rank --curve, whose losses before training replace the estimates; ignored from 5 "
+        "billion parameters on",
+        PATH,
     )
     force: bool = option(False, "Replace OUTPUT if it exists")
 
@@ -164,5 +169,5 @@ class InspectRequest(Options):
     """What to inspect."""
 
     model: str = option(MISSING, MODEL_HELP, MODEL)
-    drop: float | int = option(0.25, "Cut to try out: a fraction of the layers, or a number of layers", DROP)
+    drop: float | int = option(0.25, "Cut to try out: a fraction or a number of layers", DROP)
     revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub")
