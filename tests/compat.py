@@ -198,8 +198,12 @@ def record(output: Path, add: bool = False) -> str:
     return f"transformers {version}: {len(proven)} of {len(rows)} types proven"
 
 
-def rendered() -> str:
-    """The section of docs/architectures.md about other versions, from versions.json."""
+def rendered(without_row: int) -> str:
+    """The section of docs/architectures.md about other versions, from versions.json.
+
+    Args:
+        without_row (`int`): How many proven types have no row of their own in the tables above it.
+    """
     table = json.loads(PROVEN_AT.read_text())
     lines = [
         "## With other versions of transformers",
@@ -207,6 +211,9 @@ def rendered() -> str:
         "Results of the cut proof for the listed types that each version has (`make compat`). With a version that is not",
         "in this table, a cut on disk logs a warning once, and `hf-layerprune prune --check` compares the pruned model with",
         "its base; a cut in memory is always compared.",
+        "",
+        "The counts include text models inside multimodal ones, which have no row of their own above "
+        f"({without_row} in the newest version).",
         "",
         "| transformers | proven | not proven | fail even without a cut |",
         "|---|---|---|---|",

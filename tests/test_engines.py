@@ -43,11 +43,11 @@ def test_an_answer_fits_if_it_differs_by_rounding_alone(given, fits):
 def test_an_engine_that_lacks_the_architecture_is_told_apart_from_a_wrong_cut():
     right, off = (REFERENCE, answer()), (REFERENCE, answer(logprobs=(-1.5, -2.0, -3.0)))
     assert asking.judge(right, None) == (asking.SAME, 0.0, "")
-    assert asking.judge((REFERENCE, FAILED), (REFERENCE, FAILED)) == (asking.UNKNOWN, None, FAILED["error"])
-    assert asking.judge(off, off)[0] == asking.UNKNOWN
+    assert asking.judge((REFERENCE, FAILED), (REFERENCE, FAILED)) == (asking.UNSUPPORTED, None, FAILED["error"])
+    assert asking.judge(off, off)[0] == asking.UNSUPPORTED
     assert asking.judge((REFERENCE, FAILED), right) == (asking.WRONG, None, FAILED["error"])
-    assert asking.judge(off, right) == (asking.WRONG, None, "off by 0.5 nats; the whole model is right")
-    with pytest.raises(ValueError, match="the whole model must be asked too"):
+    assert asking.judge(off, right) == (asking.WRONG, None, "off by 0.5 nats; the uncut model is right")
+    with pytest.raises(ValueError, match="the uncut model must be asked too"):
         asking.judge(off, None)
 
 

@@ -12,7 +12,7 @@ from . import models
 from .environments import ENGINES, HOME, python_of
 
 TOLERANCE = 2e-3  # nats; float32 on both sides
-SAME, UNKNOWN, WRONG, REFUSED = "same", "not known", "wrong", "refused"
+SAME, UNSUPPORTED, WRONG, REFUSED = "same", "unsupported", "wrong", "refused"
 _SECONDS = 900  # for one model
 
 
@@ -107,7 +107,7 @@ def judge(
 
     Args:
         cut (`tuple[dict[str, Any], dict[str, Any]]`): What transformers and the engine answer on the cut model.
-        dense (`tuple[dict[str, Any], dict[str, Any]]`, *optional*): The same of the whole model.
+        dense (`tuple[dict[str, Any], dict[str, Any]]`, *optional*): The same of the uncut model.
         tolerance (`float`): As in [`matches`].
 
     Returns:
@@ -116,11 +116,11 @@ def judge(
     if matches(*cut, tolerance):
         return SAME, models.difference(*cut), ""
     if dense is None:
-        raise ValueError("the cut does not match, so the whole model must be asked too")
+        raise ValueError("the cut does not match, so the uncut model must be asked too")
     if not matches(*dense, tolerance):
         return (
-            UNKNOWN,
+            UNSUPPORTED,
             None,
-            dense[1].get("error") or f"the whole model is off by {models.difference(*dense):.2g} nats",
+            dense[1].get("error") or f"the uncut model is off by {models.difference(*dense):.2g} nats",
         )
-    return WRONG, None, cut[1].get("error") or f"off by {models.difference(*cut):.2g} nats; the whole model is right"
+    return WRONG, None, cut[1].get("error") or f"off by {models.difference(*cut):.2g} nats; the uncut model is right"

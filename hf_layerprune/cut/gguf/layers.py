@@ -30,6 +30,7 @@ from ...families.gguf import (
     UNMOVED_FIRST,
     ZERO_ONLY,
 )
+from ...layer_ranges import format_layers
 
 if TYPE_CHECKING:
     from .header import Entry, GGUFHeader
@@ -157,12 +158,15 @@ def _check_turns(cut: GGUFCut, period: int, picked: Callable[[int, int], bool], 
             first -= first % period
             last = min(first + period, cut.main_count) - 1
             cut.header.fail(
-                f"layers take turns in groups of {period} ({source}), and layer {old}, which would become layer "
-                f"{new}, would change its kind; drop whole groups, for example {first}..{last}"
+                f"two kinds of layers alternate in groups of {period} ({source}), and layer {old} would become layer {new}, "
+                f"which is of the other kind; drop whole groups, for example {format_layers(range(first, last + 1))}"
             )
     kinds = {picked(layer, period) for layer in range(cut.main_count)}
     if kinds != {picked(layer, period) for layer in kept}:
-        cut.header.fail(f"layers take turns in groups of {period} ({source}), and only one kind would be left")
+        cut.header.fail(
+            f"two kinds of layers alternate in groups of {period} ({source}), and only one kind would be left; keep a layer "
+            "of each"
+        )
 
 
 def _new_value(cut: GGUFCut, entry: Entry) -> int | list[int] | None:
