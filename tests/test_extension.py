@@ -125,7 +125,13 @@ def test_the_card_shows_them() -> None:
     sample = next(record for record in metrics.results if record["kind"] == "text")
     metrics.add(results=[sample | {"metric": "surprise"}])
     text = Card.of(lineage, metrics).render()
-    for name in ("spread", "doubling", "first2", "surprise per haiku", "The gap was closed by a norm, doubled, and"):
+    for name in (
+        "spread",
+        "doubling",
+        "first2",
+        "surprise per haiku",
+        "The cut was repaired with a norm, doubled, and",
+    ):
         assert name in text, name
     assert "{Prune\\&Comp: " in text  # the paper in the repair's `source`
 

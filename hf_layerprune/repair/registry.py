@@ -16,7 +16,7 @@ class RepairMethod:
     Args:
         name (`str`): Its name in options and records.
         module (`str`): The module in this package that fits it, and defines `fitter(walk, cuts, name)`.
-        what (`str`): A noun phrase for cards: "The gap was closed by ...".
+        what (`str`): A noun phrase for cards: "The cut was repaired with ...".
         source (`str`): The publication it comes from.
         in_front (`bool`): Whether it changes the layer in front of a dropped block, and so needs one there.
         judged_by (`str`, *optional*): The repair that `auto` judges its short list with, if this one would take too
@@ -42,7 +42,10 @@ REPAIRS: dict[str, RepairMethod] = {
     for repair in (
         RepairMethod("linear", "linear", "a linear map folded into the projection in front of it", _LINEAR, True),
         RepairMethod("refit", "linear", "a refit of the projection in front of it", _OURS, True),
-        RepairMethod("borrow", "borrow", "neurons borrowed from the dropped layers and a refit", _OURS, True, "refit"),
+        RepairMethod(
+            "borrow", "borrow", "neurons borrowed from the dropped layers and a refit of the projection in front of it", _OURS, True,
+            "refit",
+        ),
         RepairMethod("magnitude", "magnitude", "a rescaling of the hidden states", "Prune&Comp, arXiv:2507.18212", False),
     )
 }  # fmt: skip

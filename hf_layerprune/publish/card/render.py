@@ -164,7 +164,7 @@ def _context(card: Card) -> dict[str, Any]:
         "noise": _has_noise(results, QUALITY),
         "scatter": _has_noise(results, COST),
         "chances": any(row.chance for row in results.table(QUALITY)),
-        "gap": repairs[-1].what if repairs else "a repair",
+        "repaired_with": repairs[-1].what if repairs else "",
         "trained": [stage for stage in history.stages if stage.data],
         "versions": _versions(history),
         "limits": limits(results, history),
