@@ -112,15 +112,15 @@ def drop_layers(
         keep_dropped (`bool`, defaults to `False`): Keep the dropped layers in memory, outside of the module tree,
             so that `LayerCut.restore` can put them back.
         check (`bool`, defaults to `True`): Compare logits with those of the dense model with the dropped layers
-            bypassed, which takes two forward passes over 8 tokens. See [`~cut.check`].
+            bypassed, which takes two forward passes over 8 tokens. A model that can't be run here is not checked.
 
     Returns:
         `LayerCut`: The cut.
 
     Raises:
         CutError: These layers can't be dropped. The model is unchanged.
-        WrongCutError: The pruned model gives different logits. The model is unchanged.
         UnsupportedModelError: The architecture is not proven. The model is unchanged.
+        LayerPruneError: The pruned model gives different logits. The model is unchanged.
     """
     cut = families.make_cut(model.config, layers)
     new_config = families.cut_config(model.config, cut)
