@@ -12,7 +12,7 @@ A dataclass whose fields are options is all that a config, a request and a comma
 `docs/options.md` is made from the same declarations (`make docs`).
 """
 
-from .amount import AMOUNTS, BUDGETS, TARGETS, AmountOptions, just
+from .amount import AMOUNTS, BUDGETS, COUNTED_BY, TARGETS, AmountOptions, just
 from .command_line import add, arguments, gather, words_of
 from .declare import bind, check, declared, documented, find, option, take
 from .kinds import DROP, DTYPES, LAYERS, MODEL, MODEL_HELP, PATH, TEXT, Kind, checked, many, whole
@@ -28,7 +28,7 @@ from .shared import (
 )
 
 __all__ = [
-    "AMOUNTS", "BUDGETS", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "PATH", "TARGETS", "TEXT",
+    "AMOUNTS", "BUDGETS", "COUNTED_BY", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "PATH", "TARGETS", "TEXT",
     "AmountOptions", "AnswerOptions", "CalibrationOptions", "ChoiceOptions", "CutOptions", "Kind", "Options",
     "ScreenOptions", "TuningOptions", "add", "arguments", "bind", "check", "checked", "declared", "documented", "find", "gather", "just", "many", "option",
     "spell_bytes", "spell_count", "take", "whole", "words_of",

@@ -14,6 +14,12 @@ TARGETS = ("target_params", "target_size", "target_memory", "target_speedup")
 BUDGETS = ("max_perplexity_ratio", "max_kl", "min_top1_agreement")
 # Only one of these may be given.
 AMOUNTS = ("drop", *TARGETS, *BUDGETS)
+# The options that decide how a target is counted.
+COUNTED_BY = {
+    "target_size": ("target_dtype",),
+    "target_memory": ("context", "batch", "target_dtype"),
+    "target_speedup": ("context", "batch"),
+}
 
 
 @dataclass(kw_only=True)

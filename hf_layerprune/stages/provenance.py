@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..cut.gguf import gguf_texts
 from ..errors import CheckpointError
+from ..files.hub import Repo
 from ..records.declared import CARD, declared_by, declared_in_gguf
-from ..records.fingerprints import fingerprint
+from ..records.fingerprints import CONFIG, WEIGHTS, fingerprint
 from ..records.licences import is_licence_file
 from ..records.lineage import Lineage
 from ..runtime.loading import is_hub_id
@@ -18,7 +19,6 @@ from .requests import PruneRequest
 
 if TYPE_CHECKING:
     from ..cut.base import Base
-    from ..files.hub import Repo
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,25 @@ def write_lineage(
     if source.is_dir():
         copy_licence(source, folder)
     lineage.record(folder, entry)
+
+
+def is_base(recorded: dict[str, Any], request: PruneRequest) -> bool:
+    """Whether the base that a lineage records is the one that a request names, with the same files as now.
+
+    A base on the Hub is the same at another commit too, if its config and its weights are.
+    """
+    if recorded.get("id") != request.base:
+        return False
+    before = recorded.get("files", {})
+    if not is_hub_id(request.base):
+        return before == fingerprint(Path(request.base).expanduser())
+    repo = Repo.open(request.base, request.revision)
+    if recorded.get("commit") == repo.commit:
+        return True
+    repo.get(CONFIG)  # small files have a hash once they are in the cache
+    files = repo.fingerprint()
+    decisive = [name for name in {*before, *files} if name == CONFIG or name.endswith(WEIGHTS)]
+    return all(before.get(name) == files.get(name) for name in decisive)
 
 
 def _declared(source: Path, repo: Repo | None) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from ..families.engines import WAY_OUT, misread
 from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
 from ..layer_ranges import format_layers
-from ..options import AMOUNTS, spell_bytes, take
+from ..options import AMOUNTS, COUNTED_BY, spell_bytes, take
 from ..records.fingerprints import passing_weights_hash
 from ..records.lineage import Lineage, stage
 from ..runtime.loading import is_hub_id, load_base, load_config, load_tokenizer, resolve_base
 from ..select import find_criterion, needs_model, select_layers
 from ..select.targets import Target
-from .provenance import write_lineage
+from .provenance import is_base, write_lineage
 from .requests import PruneRequest
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def settings_of(request: PruneRequest, dropped: list[int]) -> dict[str, Any]:
     if request.drop_layers is None:
         first, last = find_criterion(request.criterion).protection(request)
         amount = next(name for name in AMOUNTS if getattr(request, name) is not None)
-        sizes = ("context", "batch", "target_dtype") if request.target in ("target_memory", "target_speedup") else ()
-        names = (amount, *sizes, "criterion", "variant", "seed", "steps", "contiguous")
+        names = (amount, *COUNTED_BY.get(amount, ()), "criterion", "variant", "seed", "steps", "contiguous")
         settings |= {name: getattr(request, name) for name in names} | {"protect_first": first, "protect_last": last}
     if request.repair is not None:
         settings["repair"] = request.repair
@@ -91,13 +90,19 @@ def was_made(request: PruneRequest, folder: Path) -> bool:
     entry: dict[str, Any] = next((entry for entry in reversed(lineage.entries) if entry["stage"] == "prune"), {})
     recorded, calibration = entry.get("settings", {}), entry.get("calibration", {})
     dropped = recorded.get("drop_layers", []) if request.drop_layers is None else request.drop_layers
-    same = [settings_of(request, dropped) == recorded, lineage.base.get("id") == request.base]
-    if request.repair:
-        asked = {"source": request.calibration, "samples": request.calibration_samples}
-        asked["length"] = request.calibration_length
-        same += [calibration.get(name) == value for name, value in asked.items()]
-    if not all(same):
-        raise CheckpointError(f"{folder} holds a different cut; name another output folder, or remove it")
+    asked = {
+        "source": request.calibration,
+        "samples": request.calibration_samples,
+        "length": request.calibration_length,
+        "seed": request.seed,
+    }
+    same = settings_of(request, dropped) == recorded and all(
+        calibration.get(name, value) == value for name, value in asked.items()
+    )
+    if not (same and is_base(lineage.base, request)):
+        raise CheckpointError(
+            f"{folder} holds a different cut, or one of another base; name another output folder, or remove it"
+        )
     return True
 
 

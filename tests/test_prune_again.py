@@ -1,0 +1,92 @@
+"""A cut that is asked for again is taken up; one that has become another is not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_layerprune.errors import CheckpointError
+from hf_layerprune.stages import provenance
+from hf_layerprune.stages.prune import prune_to, was_made
+from hf_layerprune.stages.requests import PruneRequest
+
+from .measure_models import write_model
+
+FEW: dict[str, Any] = {"calibration_samples": 4, "calibration_length": 16}
+TEXT: dict[str, Any] = {"drop": 2, "criterion": "block_influence", **FEW}
+REPAIRED: dict[str, Any] = {"drop_layers": [3], "repair": "linear", "calibration_samples": 8, "calibration_length": 16}
+SIZE: dict[str, Any] = {"target_size": "90KB"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_model(tmp_path_factory.mktemp("base") / "model")
+    (folder.parent / "notes.txt").write_text("The river is wide, and the water is cold. " * 40)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        (TEXT, {"calibration": "notes.txt"}),
+        (TEXT, {"calibration_samples": 5}),
+        (TEXT, {"seed": 7}),
+        (REPAIRED, {"seed": 7}),
+        (SIZE, {"target_dtype": "bfloat16"}),
+    ],
+    ids=str,
+)
+def test_other_options_are_another_cut(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], change: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(base.parent)
+    folder = tmp_path / "pruned"
+    request = PruneRequest(str(base), str(folder), **options)
+    assert not was_made(request, folder)
+    prune_to(request)
+    assert was_made(request, folder)
+    with pytest.raises(CheckpointError, match="holds a different cut"):
+        was_made(PruneRequest(str(base), str(folder), **options | change), folder)
+
+
+def test_what_is_not_used_may_differ(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pruned"
+    prune_to(PruneRequest(str(base), str(folder), drop_layers=[3]))
+    assert was_made(PruneRequest(str(base), str(folder), drop_layers=[3], seed=7, **FEW), folder)
+
+
+def test_a_base_that_was_edited_is_another_base(base: Path, tmp_path: Path) -> None:
+    """The file keeps its name and its size."""
+    mine = Path(shutil.copytree(base, tmp_path / "base"))
+    request = PruneRequest(str(mine), str(tmp_path / "pruned"), drop_layers=[3])
+    prune_to(request)
+    weights = load_file(mine / "model.safetensors")
+    size = (mine / "model.safetensors").stat().st_size
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], 2)
+    save_file(weights, mine / "model.safetensors", metadata={"format": "pt"})
+    assert (mine / "model.safetensors").stat().st_size == size
+    with pytest.raises(CheckpointError, match="one of another base"):
+        was_made(request, tmp_path / "pruned")
+
+
+@pytest.mark.parametrize(
+    ("commit", "weights", "same"), [("a" * 40, "1", True), ("b" * 40, "1", True), ("b" * 40, "2", False)]
+)
+def test_another_commit_of_a_base_on_the_hub(
+    monkeypatch: pytest.MonkeyPatch, commit: str, weights: str, same: bool
+) -> None:
+    """With the same weights and config, such as after an edit of its card, it is the same base."""
+
+    def files(sha256: str) -> dict[str, Any]:
+        return {name: {"size": 1, "sha256": sha256} for name in ("config.json", "model.safetensors")}
+
+    repo = SimpleNamespace(commit=commit, get=lambda name: None, fingerprint=lambda: files(weights))
+    monkeypatch.setattr(provenance.Repo, "open", lambda name, revision: repo)
+    recorded = {"id": "org/base", "commit": "a" * 40, "files": files("1")}
+    assert provenance.is_base(recorded, PruneRequest("org/base", "pruned", revision="v2")) is same
