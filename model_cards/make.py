@@ -40,7 +40,8 @@ class Model:
 
     Args:
         name (`str`): The model's name.
-        made (`tuple[str, ...]`): Arguments of `hf-layerprune prune`; empty for a model that is made another way.
+        made (`tuple[str, ...]`): Arguments of `hf-layerprune prune`, for which no text is read; empty for a model that is
+            made another way.
         taken (`str`): For a model that the recipe makes, its folder in the recipe's output; the recipe prunes and
             repairs before it trains.
         run (`str`): The recipe's output folder.
@@ -132,9 +133,7 @@ def build(model: Model, base: Path, work: Path, budget: Budget) -> None:
     elif model.same_layers:
         run(*prune, "--drop-layers", format_layers(dropped_by(work / model.same_layers)))
     else:
-        samples = ["--calibration-samples", budget.samples] if budget.samples else []
-        length = ["--calibration-length", budget.length] if budget.length else []
-        run(*prune, *model.made, *samples, *length)
+        run(*prune, *model.made)
 
 
 def dropped_by(folder: Path) -> list[int]:

@@ -122,7 +122,8 @@ def _hf_layerprune(words: list[str]) -> None:
     if words[0] == "chat":
         build_parser().parse_args(words)
         return
-    code = main([*words, *SHORT.get(words[0], [])])
+    reads_text = words[0] != "prune" or {"--repair", "--from-curve", "auto"} & set(words)
+    code = main([*words, *(SHORT.get(words[0], []) if reads_text else [])])
     # A random model may miss what a page requires of a real one.
     assert code in ((0, 1) if "--require" in words else (0,)), f"exit code {code}"
 

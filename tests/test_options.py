@@ -164,3 +164,78 @@ def test_each_is_declared_once() -> None:
 
 def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "docs/options.md is stale: run `make docs`"
+
+
+NO_EFFECT: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+    (
+        PruneRequest,
+        {"drop_layers": [3], "criterion": "kl", "steps": 4, "contiguous": True},
+        "criterion and contiguous",
+    ),
+    (PruneRequest, {"drop_layers": [3], "from_curve": Path("curve")}, "from_curve has no effect beside drop_layers"),
+    (PruneRequest, {"drop_layers": [3], "target_size": "1GB", "target_dtype": "float16"}, "target_size has no effect"),
+    (PruneRequest, {"drop": 2, "criterion": "auto", "steps": 4}, "steps has no effect with criterion auto"),
+    (PruneRequest, {"drop": 2, "steps": 4}, "steps has no effect with criterion reverse_order"),
+    (PruneRequest, {"drop": 2, "criterion": "kl", "variant": "paper"}, "variant has no effect"),
+    (PruneRequest, {"drop": 2, "calibration": "a.txt"}, "calibration has no effect with criterion reverse_order"),
+    (PruneRequest, {"drop_layers": [3], "calibration_samples": 8}, "calibration_samples has no effect"),
+    (PruneRequest, {"drop": 2, "from_curve": Path("curve"), "criterion": "kl"}, "criterion has no effect beside"),
+    (
+        PruneRequest,
+        {"target_params": "1B", "context": 512},
+        "context has no effect without target_memory or target_sp",
+    ),
+    (PruneRequest, {"drop": 2, "target_dtype": "float16"}, "target_dtype has no effect without target_size or"),
+    (AdviseRequest, {"drop": 2, "batch": 4}, "batch has no effect"),
+    (
+        RankRequest,
+        {"criteria": ["magnitude_l1"], "calibration": "a.txt"},
+        "calibration has no effect with criterion magn",
+    ),
+    (RankRequest, {"context": 512}, "context has no effect"),
+    (RankRequest, {"curve": True, "criteria": ["kl"]}, "criterion has no effect on a curve"),
+    (RankRequest, {"curve": True, "variant": "paper"}, "variant has no effect on a curve"),
+]
+
+
+def ask(cls: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Make a request, as its command does."""
+    made = cls("base", "output", **options) if cls is PruneRequest else cls("base", **options)
+    if cls is PruneRequest:  # a recipe may make one of more than it uses
+        made.refuse_unused()
+
+
+@pytest.mark.parametrize(("cls", "options", "message"), NO_EFFECT, ids=[str(case[1]) for case in NO_EFFECT])
+def test_an_option_without_effect_is_refused(cls: Callable[..., Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CutError, match=message):
+        ask(cls, options)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (PruneRequest, {"drop_layers": [3], "repair": "refit", "calibration": "a.txt", "seed": 3}),
+        (PruneRequest, {"max_kl": 0.3, "from_curve": Path("curve"), "calibration_samples": 8}),
+        (PruneRequest, {"max_kl": 0.3, "contiguous": True, "calibration_samples": 8}),
+        (PruneRequest, {"drop": 2, "criterion": "taylor", "variant": "paper", "steps": 2, "calibration": "a.txt"}),
+        (PruneRequest, {"target_memory": "1GB", "context": 512, "batch": 4, "target_dtype": "float16"}),
+        (AdviseRequest, {"target_memory": "1GB", "context": 512, "batch": 4}),
+        (RankRequest, {"curve": True, "context": 512, "batch": 4, "repair": "refit", "calibration": "a.txt"}),
+        (RankRequest, {"calibration": "a.txt", "variant": "paper"}),
+    ],
+    ids=str,
+)
+def test_an_option_with_an_effect_is_not(cls: Callable[..., Any], options: dict[str, Any]) -> None:
+    ask(cls, options)
+
+
+def test_a_saved_config_keeps_how_its_layers_were_chosen(tmp_path: Path) -> None:
+    """It holds the layers beside the criterion."""
+    LayerDropConfig(drop=2, criterion="kl", steps=4, context=512, drop_layers=[3]).save_pretrained(str(tmp_path))
+    again = LayerDropConfig.from_pretrained(str(tmp_path))
+    assert (again.drop_layers, again.criterion, again.steps) == ([3], "kl", 4)
+
+
+def test_layers_are_instead_of_a_number() -> None:
+    """Otherwise the next command would name both, which exclude each other."""
+    assert words_of(PruneRequest("b", "o", drop_layers=[3, 4]), "criterion") == ["--drop-layers", "3-4"]

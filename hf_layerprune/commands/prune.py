@@ -16,6 +16,7 @@ def run(request: Request) -> Answer:
 
     from ..stages.prune import prune_to
 
+    request.refuse_unused()
     done = prune_to(request)
     then = hint("eval", request.output, "--base", request.base, "--base-revision", request.revision)
     return Answer(str(done), data=asdict(done), then=then)

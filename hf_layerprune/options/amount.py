@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import CutError
-from .declare import option
+from .declare import option, refuse_unused
 from .kinds import DROP, DTYPES, whole
 from .quantities import BYTES, COUNT, number
 
@@ -92,8 +92,19 @@ class AmountOptions:
         said = [name for name in AMOUNTS if getattr(self, name) is not None]
         if len(said) > 1:
             raise CutError(f"{' and '.join(said)} each say how many layers go; name only one of them")
-        if not said:
+        if not said and getattr(self, "drop_layers", None) is None:
             self.drop = _DROP
+
+    def refuse_unused(self) -> None:
+        """Refuse what decides how a target is counted, if no target is counted by it.
+
+        Raises:
+            CutError: One of these options is set.
+        """
+        for name in ("context", "batch", "target_dtype"):
+            targets = [target for target, names in COUNTED_BY.items() if name in names]
+            if self.target not in targets:
+                refuse_unused(self, (name,), f"without {' or '.join(targets)}")
 
     @property
     def target(self) -> str | None:

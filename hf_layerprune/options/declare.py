@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -120,6 +120,25 @@ def check(values: Any) -> None:
         setattr(values, name, known.check(name, getattr(values, name)))
     if settle := getattr(values, "settle", None):
         settle()
+
+
+def refuse_unused(values: Any, names: Iterable[str], why: str) -> None:
+    """Refuse those of some options of a dataclass that differ from their defaults.
+
+    Args:
+        values: The dataclass.
+        names (`Iterable[str]`): Options that nothing uses.
+        why (`str`): When that is so, such as `"without --curve"`.
+
+    Raises:
+        CutError: One of them is set.
+    """
+    known = declared(values)
+    said = [name for name in names if getattr(values, name) != known[name].check(name, known[name].default)]
+    if said:
+        has, it = ("have", "them") if len(said) > 1 else ("has", "it")
+        spelled = " and ".join(known[name].flag or name for name in said)
+        raise CutError(f"{spelled} {has} no effect {why}; leave {it} out")
 
 
 def take(cls: type[T], values: Any, **changes: Any) -> T:

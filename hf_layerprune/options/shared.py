@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import CutError
 from .amount import AmountOptions
 from .declare import check, option
 from .kinds import FLAG, LAYERS, MOST_LAYERS, TUNE_LAYERS, whole
@@ -93,7 +94,16 @@ class CutOptions(CalibrationOptions, ChoiceOptions):
 
     def settle(self) -> None:
         super().settle()
-        self.criterion = self.criterion or ("auto" if self.budget else "reverse_order")
+        self.criterion = self.criterion or self.default_criterion
+        if self.drop_layers is None and self.contiguous and self.steps > 1:
+            raise CutError(
+                "steps and contiguous exclude each other, since a block is chosen in one step; leave one of them out"
+            )
+
+    @property
+    def default_criterion(self) -> str:
+        """The criterion, if none is named."""
+        return "auto" if self.budget else "reverse_order"
 
 
 @dataclass(kw_only=True)

@@ -152,10 +152,6 @@ def choose_layers(
         text = _text(calibration, criterion)
         return criterion.load().choose(_walk(model), text, count, free, choice)
     shares = rounds(count, choice.steps)
-    if choice.contiguous and len(shares) > 1:
-        raise CutError(
-            "steps and contiguous exclude each other, since a block is chosen in one step; leave one of them out"
-        )
     if criterion.needs == "text":
         model = _walk(model)
     gone: list[int] = []

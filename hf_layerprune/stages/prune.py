@@ -219,7 +219,7 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
         )
     given = {
         "--dtype": request.dtype != "auto", "--adapter": request.adapter, "--repair": request.repair,
-        "--check": request.check, "--link": request.link,
+        "--check": request.check, "--link": request.link, "--target-dtype": request.target_dtype != "auto",
     }  # fmt: skip
     if refused := [name for name, value in given.items() if value]:
         raise CheckpointError(

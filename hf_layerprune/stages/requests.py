@@ -23,10 +23,13 @@ from ..options import (
     TuningOptions,
     documented,
     option,
+    refuse_unused,
     whole,
 )
 from ..options.quantities import number
 from ..select.registry import CRITERIA, find_criterion
+
+TEXT_OPTIONS = ("calibration", "calibration_samples", "calibration_length")
 
 
 def _parse_criteria(text: str) -> list[str]:
@@ -68,6 +71,29 @@ class PruneRequest(TuningOptions, CutOptions):
         "bypassed",
     )
     force: bool = option(False, "Replace OUTPUT if it exists")
+
+    def refuse_unused(self) -> None:
+        """Refuse options that nothing would use. A recipe does not call it: its file may hold more than one run uses.
+
+        Raises:
+            CutError: One of them is set.
+        """
+        criterion = find_criterion(self.criterion)
+        said = ("criterion",) if self.criterion != self.default_criterion else ()
+        which = (*said, "variant", "protect_first", "protect_last", "contiguous", "steps")
+        if self.drop_layers is not None:
+            refuse_unused(self, ("from_curve", *AMOUNTS, *which), "beside drop_layers, which say which layers go")
+        elif self.from_curve is not None:
+            sizes = ("context", "batch", "target_dtype")
+            refuse_unused(self, (*which, *sizes), "beside from_curve, whose points say which layers go")
+        elif criterion.needs == "count" or criterion.kind == "choice":
+            refuse_unused(self, ("steps",), f"with criterion {criterion.name}, which chooses all layers at once")
+        if not criterion.has_variant:
+            refuse_unused(self, ("variant",), f"with criterion {criterion.name}, of which there is one definition")
+        super().refuse_unused()
+        by_text = self.drop_layers is None and (self.budget or self.from_curve or criterion.needs == "text")
+        if not (by_text or self.repair):
+            refuse_unused(self, TEXT_OPTIONS, f"with criterion {criterion.name} and without a repair or a budget")
 
 
 @dataclass(kw_only=True)
@@ -115,6 +141,12 @@ class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
     def settle(self) -> None:
         """Refuse what only a curve, or only a ranking, uses."""
         super().settle()
+        if self.curve:
+            refuse_unused(self, ("criteria", "variant", "target_dtype"), "on a curve, whose cuts are searched for")
+        else:
+            self.refuse_unused()
+            if not any(find_criterion(name).needs == "text" for name in self.criteria):
+                refuse_unused(self, TEXT_OPTIONS, f"with criterion {' and '.join(self.criteria)}")
         if self.curve_up_to is not None and not self.curve:
             raise CutError("curve_up_to is for a curve; add --curve (curve=True), or leave it out")
         if self.lengths is not None and self.curve:
@@ -156,6 +188,7 @@ class AdviseRequest(WalkOptions, AmountOptions):
         super().settle()
         if not said:
             self.drop = None
+        self.refuse_unused()
         if self.min_top1_agreement is not None:
             raise CutError(
                 "min_top1_agreement: the top-1 agreement after healing was not measured; name max_kl or "
