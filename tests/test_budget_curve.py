@@ -32,7 +32,7 @@ from .measure_models import LAYERS, write_model
 from .tiny_models import VOCAB, tiny_model
 
 FEW: dict[str, Any] = {"calibration_samples": 12, "calibration_length": 16, "context": 16}
-WORDS = [word for name, value in FEW.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+WORDS = ["--calibration-samples", "12", "--calibration-length", "16"]
 
 
 @pytest.fixture(scope="module")
@@ -260,11 +260,35 @@ def test_a_curve_goes_on_where_it_stopped(
         quality_curve(str(base), tmp_path / "curve", force=True, **options)
 
 
+@pytest.mark.parametrize(
+    ("amount", "message"),
+    [
+        ({"target_memory": "8GB"}, "has no figures for memory"),
+        ({"max_kl": 0.3, "calibration_samples": 5}, "max_kl=0.3 needs a standard error"),
+    ],
+)
+def test_what_a_curve_can_not_answer_is_refused_before_it_is_made(
+    base: Path, monkeypatch: pytest.MonkeyPatch, amount: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(stage, "_continue", lambda *_: pytest.fail("the curve was begun"))
+    with pytest.raises(CutError, match=message):
+        quality_curve(str(base), **FEW | amount)
+
+
+def test_too_few_rows_for_a_budget_are_refused_before_the_text_is_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hf_layerprune.adapter.prepare.calibration_of", lambda *_: pytest.fail("it was written"))
+    few = ["--calibration-samples", "5", "--calibration-length", "16"]
+    assert main(["prune", str(base), str(tmp_path / "cut"), "--max-kl", "0.3", *few]) == 2
+    assert "raise calibration_samples to 8" in capsys.readouterr().err
+
+
 def test_what_a_curve_says_is_what_prune_makes(
     base: Path, notes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["rank", str(base), str(tmp_path / "curve"), "--curve", "--curve-up-to", "3", "--calibration", notes]
-    assert main([*words, *WORDS, "--max-kl", "0.3"]) == 0
+    assert main([*words, *WORDS, "--context", "16", "--max-kl", "0.3"]) == 0
     out = capsys.readouterr().out
     curve = json.loads((tmp_path / "curve" / "curve.json").read_text())
     chosen = curve["points"][curve["chosen"] - 1]

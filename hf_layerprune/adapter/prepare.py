@@ -14,6 +14,7 @@ from ..repair.fit import check_repair, fit_repair
 from ..runtime.loading import load_processor, load_tokenizer
 from ..runtime.walk import LayerWalk
 from ..select import find_criterion, needs_model
+from ..select.budget import check_rows
 from ..select.runner import choose_layers
 from .resolve import is_made, resolve_drop
 
@@ -98,6 +99,8 @@ def prepare(
         raise CutError(f"{what} needs the dense model, and this one is cut already; {way_out}, or load the base again")
     if config.repair is not None:  # now, as the model may write its calibration text for minutes
         check_repair(model.config, config.drop_layers or [], config.calibration_samples, config.repair)
+    if chooses:
+        check_rows(config, config.calibration_samples)
     walk = calibration = repair = None
     record: dict[str, Any] = {}
     if needs_text(config):

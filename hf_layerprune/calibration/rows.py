@@ -108,7 +108,7 @@ class CalibrationSet:
         """
         if len(self) < 2:
             raise CutError("one calibration row can't be split; raise calibration_samples")
-        count = min(len(self) - 1, max(1, round(held_out * len(self))))
+        count = held_out_rows(held_out, len(self))
         return self._part(0, len(self) - count), self._part(len(self) - count, len(self))
 
     def _part(self, start: int, end: int) -> CalibrationSet:
@@ -121,6 +121,11 @@ class CalibrationSet:
         shape: dict[str, Any] = {"source": self.source, "samples": samples, "length": length}
         images = {"images": True, "tokens": self.tokens} if self.media else {}
         return shape | images | {"seed": self.seed, "fingerprint": self.fingerprint}
+
+
+def held_out_rows(held_out: float, rows: int) -> int:
+    """How many of some rows are held out: a share of them, and at least one on each side."""
+    return min(rows - 1, max(1, round(held_out * rows)))
 
 
 def load_calibration(

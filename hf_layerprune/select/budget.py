@@ -13,20 +13,33 @@ import math
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.rows import CalibrationSet
+from ..calibration.rows import CalibrationSet, held_out_rows
 from ..errors import CutError
 from ..layer_ranges import format_layers
 from ..runtime.walk import LayerWalk
 from .cost import announce
 from .scores import Choice
-from .search import BLOCK, GREEDY, Candidate, Loss, Search
+from .search import BLOCK, GREEDY, HELD_OUT, Candidate, Loss, Search
 
 if TYPE_CHECKING:
-    from ..options import CutOptions
+    from ..options import ChoiceOptions, CutOptions
 
 logger = logging.getLogger(__name__)
 
 Pick = Callable[[CalibrationSet, int], tuple[int, ...]]
+
+
+def check_rows(choice: ChoiceOptions, rows: int) -> None:
+    """Refuse a budget for which there are too few calibration rows.
+
+    Raises:
+        CutError: Fewer than two of them would be held out.
+    """
+    if choice.budget is not None and held_out_rows(HELD_OUT, rows) < 2:
+        raise CutError(
+            f"{choice.budget}={getattr(choice, choice.budget):g} needs a standard error, and so two held-out rows or "
+            "more; raise calibration_samples to 8"
+        )
 
 
 def limit_of(budget: str, value: float) -> float:
@@ -73,11 +86,8 @@ def choose(
     assert budget is not None, "there is a budget"
     limit = limit_of(budget, getattr(choice, budget))
     said = f"{budget}={getattr(choice, budget):g}"
+    check_rows(choice, len(calibration))
     search = Search(walk, calibration, free, choice)
-    if len(search.judging) < 2:
-        raise CutError(
-            f"{said} needs a standard error, and so two held-out rows or more; raise calibration_samples to 8"
-        )
     most = search.most
     if most < 1:
         raise CutError("no layer of this model may be dropped; protect fewer (protect_first, protect_last)")

@@ -129,6 +129,10 @@ def quality_curve(base: str, output: str | os.PathLike[str] | None = None, **opt
 
 def make_curve(request: RankRequest) -> Curve:
     """Do as `quality_curve` does, for a request."""
+    from ..select.budget import check_rows
+
+    _check_known(request)
+    check_rows(request, request.calibration_samples)
     config = load_config(request.base, revision=request.revision)
     families.check_supported(config)
     families.check_stage(config, "rank")
@@ -265,6 +269,7 @@ def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[st
         CheckpointError: There is no curve of this base.
         CutError: No point of the curve meets the request.
     """
+    _check_known(request)
     curve = curve_in(folder, request)
     record = curve.record
     count = _chosen(request, curve, record["num_layers"])
@@ -306,11 +311,15 @@ def _chosen(request: AmountOptions, curve: Curve, num_layers: int) -> int | None
     return count if count <= len(curve.points) else None
 
 
+def _check_known(request: AmountOptions) -> None:
+    """Refuse what no curve can answer, before one is made or read."""
+    if request.target_memory is not None:
+        raise CutError("a curve has no figures for memory; name target_size, or prune without a curve")
+
+
 def _is_inside(point: dict[str, Any], name: str, value: float) -> bool:
     """Whether a point meets a target or, with one standard error, a budget."""
     best = point.get("repaired") or point["cut"]
-    if name == "target_memory":
-        raise CutError("a curve has no figures for memory; name target_size, or prune without a curve")
     if name in ("target_params", "target_size"):
         return point["parameters" if name == "target_params" else "bytes"] <= value
     if name == "target_speedup":
