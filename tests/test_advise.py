@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_layerprune import CutError
-from hf_layerprune.cli import main
+from hf_layerprune.cli import build_parser, main
 from hf_layerprune.heal.frontier import Frontier
+from hf_layerprune.options import gather
 from hf_layerprune.stages.advise import advise
-from hf_layerprune.stages.requests import AdviseRequest
+from hf_layerprune.stages.requests import AdviseRequest, PruneRequest
 
 from .measure_models import write_model
 
@@ -102,6 +103,39 @@ def test_a_target_and_a_budget(base: Path) -> None:
         AdviseRequest(str(base), min_top1_agreement=0.8)
 
 
+@pytest.mark.parametrize("minutes", ["0.001", "100000"], ids=["prune", "recipe"])
+def test_a_target_is_advised_as_it_was_counted(base: Path, capsys: pytest.CaptureFixture[str], minutes: str) -> None:
+    """With the context and the batch: for others, another number of layers would go."""
+    counted = ["--target-memory", "1200KB", "--context", "256", "--batch", "8", "--target-dtype", "float32"]
+    told = said(capsys, base, *counted, "--minutes", minutes)
+    if told["settings"]:
+        kept = {"target_memory": 1_200_000, "context": 256, "batch": 8, "target_dtype": "float32"}
+        assert kept.items() <= told["settings"].items()
+    else:
+        request = gather(build_parser().parse_args(told["command"][1:]), PruneRequest)
+        assert (request.target_memory, request.context, request.batch) == (1_200_000, 256, 8)
+        assert request.target_dtype == "float32"
+
+
+def test_a_point_of_a_curve_is_advised_in_words_that_prune_takes(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--calibration-samples", "12", "--calibration-length", "16", "--context", "16"]
+    assert main(["rank", str(base), str(tmp_path / "curve"), "--curve", "--curve-up-to", "1", *few]) == 0
+    capsys.readouterr()
+    command = said(capsys, base, "--from-curve", tmp_path / "curve", "--drop", "1", "--minutes", "0.001")["command"]
+    request = gather(build_parser().parse_args(command[1:]), PruneRequest)
+    request.refuse_unused()
+    assert request.drop_layers is not None
+    assert len(request.drop_layers) == 1
+
+
+def test_a_place_for_the_settings_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before the model is looked at."""
+    assert main(["advise", str(tmp_path / "none"), str(tmp_path / "no" / "x.yaml")]) == 1
+    assert "no does not exist; create it first" in capsys.readouterr().err
+
+
 def test_at_the_papers_size_the_papers_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -111,3 +145,7 @@ def test_at_the_papers_size_the_papers_word(tmp_path: Path, capsys: pytest.Captu
     told = said(capsys, tmp_path)
     assert (told["by"], told["measured"]) == ("the paper", False)
     assert told["settings"]["method"] == "lm_head+last3"
+    assert main(["advise", str(tmp_path)]) == 0
+    assert "--minutes, --dtype and --device play no part" in capsys.readouterr().out.replace("\n", " ")
+    assert main(["advise", str(tmp_path), "--from-curve", str(tmp_path)]) == 2
+    assert "from_curve has no effect from 5 billion" in capsys.readouterr().err

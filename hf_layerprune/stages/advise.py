@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import families
-from ..errors import CheckpointError, CutError
-from ..files.copy import write_text
+from ..errors import CutError
+from ..files.copy import check_file_target, write_text
 from ..heal.frontier import Expected, Frontier
 from ..layer_ranges import parse_layers
-from ..options import AMOUNTS, CutOptions, just, spell_count, take, words_of
+from ..options import COUNTED_BY, CutOptions, declared, just, refuse_unused, spell_count, take, words_of
 from ..runtime.loading import load_config
 from ..select.registry import find_criterion
 from ..select.sets import drop_count, free_layers
@@ -33,7 +33,8 @@ _DOCUMENT = 400
 _PAPER = """For models of this size we measured nothing. The paper (arXiv:2411.15558, tables 3 and 8) did, on two A100 GPUs: without
 the last 8 of 32 layers, and with lm_head and the last 3 that remain tuned for 2 epochs on Alpaca, Llama-3.1-8B-Instruct
 has a mean accuracy of 0.581 in 8 tasks (dense: 0.630); tuned on Dolly, 0.598. On small models, a block in the middle does far
-better; to find out which it is here, make a curve: hf-layerprune rank BASE curve --curve."""
+better; to find out which it is here, make a curve: hf-layerprune rank BASE curve --curve. Nothing was timed here, so --minutes, --dtype and --device play no part in this
+advice."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,17 @@ def advise(request: AdviseRequest) -> Advice:
     """
     from ..cut.sizes import Sizes
 
-    if request.output is not None and request.output.expanduser().exists() and not request.force:
-        raise CheckpointError(f"{request.output} exists; name another file, or replace it with --force")
+    if request.output is not None:
+        check_file_target(request.output.expanduser(), force=request.force)
     config = load_config(request.base, revision=request.revision)
     families.check_supported(config)
     families.check_stage(config, "heal")
     sizes = Sizes(config, request.base, revision=request.revision)
     parameters = sizes.parameters()
-    made = _like_the_paper(request) if parameters >= _PAPER_SIZE else _by_the_frontier(request, config)
+    by_the_paper = parameters >= _PAPER_SIZE
+    if by_the_paper:
+        refuse_unused(request, ("from_curve",), "from 5 billion parameters on, where the advice is the paper's recipe")
+    made = _like_the_paper(request) if by_the_paper else _by_the_frontier(request, config)
     made.record["parameters"] = parameters
     if request.output is not None and made.settings:
         import yaml
@@ -80,15 +84,22 @@ def advise(request: AdviseRequest) -> Advice:
     return made
 
 
-def _amount(request: AdviseRequest, count: int) -> dict[str, Any]:
-    """The setting that says how many layers go: the request's own target, or a number."""
-    return {request.target: getattr(request, request.target)} if request.target else {"drop": count}
+def _amount(request: AdviseRequest, otherwise: float) -> dict[str, Any]:
+    """The settings that say how many layers go: the request's own, with what its target is counted by, or a number."""
+    amount = request.target or request.budget
+    if amount is None:
+        return {"drop": otherwise}
+    plain = declared(AdviseRequest)
+    said = {name: getattr(request, name) for name in COUNTED_BY.get(amount, ())}
+    return {amount: getattr(request, amount)} | {
+        name: value for name, value in said.items() if value != plain[name].default
+    }
 
 
 def _like_the_paper(request: AdviseRequest) -> Advice:
     settings = {
         **_source(request),
-        **({name: getattr(request, name) for name in AMOUNTS if getattr(request, name)} or {"drop": 0.25}),
+        **_amount(request, 0.25 if request.drop is None else request.drop),
         "criterion": "reverse_order",
         "method": "lm_head+last3",
         "loss": "ce",
@@ -127,7 +138,8 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     heal = frontier.source["heal"]
     point = curve[count - 1] if curve and count <= len(curve) else None
     which: dict[str, Any] = {"criterion": "angular_distance", "contiguous": True}
-    amount = {"drop_layers": point["layers"]} if point else _amount(request, count) | which
+    own = {"drop": count} if request.budget else _amount(request, count)
+    amount = {"drop_layers": point["layers"]} if point else own | which
     settings: dict[str, Any] = {**_source(request), **amount, "repair": heal["repair"]}
     record = {
         "by": "the frontier",
