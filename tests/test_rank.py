@@ -102,7 +102,7 @@ def test_without_output_or_text(base: Path, capsys: pytest.CaptureFixture[str], 
         (["--drop", "3", "--criterion", "taylor"], 2, "only 2 may"),
         (["--lengths", "8", "--criterion", "kl", *FEW], 2, "blocks of 8 layers"),
         (["--calibration", "no.txt", "--criterion", "kl"], 1, "no.txt does not exist"),
-        (["--device", "tpu9", "--criterion", "kl", *FEW], 2, "device 'tpu9' can't be used"),
+        (["--device", "tpu9", "--criterion", "kl", *FEW], 2, "'tpu9' is not a device of this machine"),
     ],
 )
 def test_bad_words(words: list[str], code: int, message: str, base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,44 @@ def test_times_are_of_the_layers_of_the_model() -> None:
     assert times.speedup([0, 1]) == pytest.approx(times.total / (times.total - times.layers[0] - times.layers[1]))
 
 
+def test_times_are_taken_on_the_device_that_runs_the_layers(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a GPU notes what is moved there; nothing stays behind."""
+    import hf_layerprune.select.decode_times as decode_times
+    import hf_layerprune.stages.rank as stage
+
+    moved: list[Any] = []
+
+    @contextmanager
+    def note(device: Any, *modules: Any) -> Iterator[None]:
+        moved.append(device)
+        yield
+
+    monkeypatch.setattr(decode_times, "moved_to", note)
+    monkeypatch.setattr("hf_layerprune.runtime.devices.pick_device", lambda name: "meta" if name == "gpu" else name)
+    request = RankRequest(str(bases["llama"]), criteria=["reverse_order"], target_speedup=1.2, device="gpu")
+    stage.rank(request)
+    assert moved == [torch.device("meta")]
+
+
+def test_a_model_that_is_too_large_for_a_device_is_timed_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import hf_layerprune.select.decode_times as decode_times
+
+    @contextmanager
+    def too_small(device: Any, *modules: Any) -> Iterator[None]:
+        raise torch.OutOfMemoryError("no room")
+        yield
+
+    monkeypatch.setattr(decode_times, "moved_to", too_small)
+    times = decode_times.time_decoding(tiny_model("llama"), 40, 1, torch.device("meta"))
+    assert "meta is too small for the whole model, so decoding is timed on cpu" in caplog.text
+    assert times.device == "cpu"
+    assert str(times).startswith("on cpu, decoding takes")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -177,7 +217,7 @@ def test_times_are_of_the_layers_of_the_model() -> None:
             "dropping 7 layers leaves 65.14KB, 64.14KB too much; raise the target to at least that",
         ),
         (["--target-params", "1M"], "is met by the model as it is (70.18K), so there is nothing to drop"),
-        (["--target-memory", "200KB", "--context", "999"], "context=999 is more than the 128 tokens"),
+        (["--target-memory", "200KB", "--context", "999"], "context=999 is more than the 128 positions"),
         (["--target-params", "20K", "--criterion", "magnitude_l1"], "dropping all 2 of the layers that may go leaves"),
     ],
 )

@@ -115,10 +115,10 @@ def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     families.check_supported(model.config)
     # The new weights are stored in the types of the old ones, whatever they are computed in.
     types = [{name: p.dtype for name, p in layer.named_parameters()} for layer in find_decoder_layers(model).layers]
+    device = torch.accelerator.current_accelerator(check_available=True)
     target = None
     if config.drop_layers is None:  # sizes and times are those of the type in which the base is
-        target = Target.of(config, model.config, base, revision=others.get("revision"), model=model)
-    device = torch.accelerator.current_accelerator(check_available=True)
+        target = Target.of(config, model.config, base, revision=others.get("revision"), model=model, device=device)
     if device is None and needs_text(config):
         in_fast_precision(model)
     prepared = prepare(config, model, target=target, device=device)

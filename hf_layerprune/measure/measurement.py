@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LayerPruneError
 from ..families import layer_count
 from ..records.figures.metric_names import BYTES, SECONDS, metric_named
+from ..runtime.devices import pick_device
 from .paired import PairedDifference, compare_pairs, require_statistics
 from .requests import BenchRequest, EvalRequest
 from .store import Store
-from .subject import Subject, describe, identify, pick_device
+from .subject import Subject, describe, identify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +47,7 @@ class Measurement:
                 f"{request.model} and {request.base} have the same weights; name the dense model as the base"
             )
         self.where: dict[str, dict[str, str]] = {}
-        self._dtype, self.device = request.dtype, pick_device(request.device)
+        self._dtype, self.device = request.dtype, pick_device(request.device, spread=True)
 
     def load(self, subject: Subject) -> PreTrainedModel:
         """Load the model or its base, and record that it is measured."""

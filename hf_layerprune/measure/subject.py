@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter.loading import load_model, load_tokenizer
 from ..adapter.reading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_adapter
-from ..errors import CheckpointError, LayerPruneError, boundary
+from ..errors import CheckpointError
 from ..files.hub import Repo
 from ..records.fingerprints import (
     CONFIG,
@@ -23,6 +23,7 @@ from ..records.fingerprints import (
     model_files,
 )
 from ..records.lineage import Lineage
+from ..runtime.devices import pick_device
 from ..runtime.loading import is_hub_id, load_config, load_processor, resolve_base
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Subject:
 
         name = "bfloat16" if dtype == "auto" and self.source.endswith(".gguf") else dtype
         kwargs: dict[str, Any] = self._at | {"dtype": name if name == "auto" else getattr(torch, name)}
-        device = pick_device(device)
+        device = pick_device(device, spread=True)
         if device != "cpu":
             kwargs["device_map"] = "auto" if device == "all" else {"": device}
         model = load_model(self.source, **kwargs)
@@ -185,23 +186,6 @@ def _check_adapter(adapter: PeftConfig | None, source: str | Path, files: Contai
     if adapter is not None and name and is_hub_id(name):
         # The Hub client resolves the base's commit, so that the identity is that of the base that will be loaded.
         Repo.open(name, adapter.revision).get(CONFIG)
-
-
-def pick_device(name: str) -> str:
-    """Resolve the name of a device: `"auto"` becomes a GPU if there is one; `"all"`, for all GPUs, stays if there is one.
-
-    Raises:
-        LayerPruneError: This machine has no such device.
-    """
-    import torch
-
-    if name in ("auto", "all"):
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return "cpu" if accelerator is None else "all" if name == "all" else accelerator.type
-    hint = "use cpu, cuda, cuda:1, mps, auto or all"
-    with boundary(f"{name!r} is not a device of this machine", hint, LayerPruneError):
-        torch.empty(0, device=name)
-    return name
 
 
 def describe(model: PreTrainedModel) -> dict[str, str]:

@@ -36,6 +36,7 @@ from ..errors import UnsupportedModelError
 from ..families import check_stage, protected_layers
 from ..families.layout import find_decoder_layers
 from ..families.multimodal import placeholders
+from .devices import moved_to
 from .parts import TROUBLE, close, hidden_of, hooked, layer_stub, probe_ids, replaced_forward, returned
 
 if TYPE_CHECKING:
@@ -261,18 +262,6 @@ class LayerWalk:
                         else:
                             tensors[name] = tensor.to(self._device)
 
-    @contextmanager
-    def _moved(self, *layers: nn.Module) -> Iterator[None]:
-        """Move layers to the device inside a `with` block; their original tensors are restored after it."""
-        if not self._streams:
-            yield
-            return
-        tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
-        home = [tensor.data for tensor in tensors]
-        for tensor in tensors:
-            tensor.data = tensor.data.to(self._device)
-        try:
-            yield
-        finally:
-            for tensor, data in zip(tensors, home, strict=True):
-                tensor.data = data
+    def _moved(self, *layers: nn.Module) -> AbstractContextManager[None]:
+        """Move layers to the device inside a `with` block, if they are elsewhere."""
+        return moved_to(self._device if self._streams else None, *layers)

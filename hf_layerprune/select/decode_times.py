@@ -7,6 +7,7 @@ does other work, which interrupts long spans more often than short ones.
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -19,10 +20,14 @@ import torch
 
 from ..families import text_config
 from ..families.layout import find_decoder_layers
+from ..runtime.devices import moved_to
+from ..runtime.memory import free_memory
 from ..runtime.parts import evaluating, hooked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 _TOKENS, _WARM_UP = 24, 4
 
@@ -34,10 +39,12 @@ class DecodeTimes:
     Args:
         layers (`list[float]`): Of each layer.
         rest (`float`): Of everything else: embeddings, head, choosing the token.
+        device (`str`): Where they were taken.
     """
 
     layers: list[float]
     rest: float
+    device: str = "cpu"
 
     @property
     def total(self) -> float:
@@ -55,16 +62,35 @@ class DecodeTimes:
     def __str__(self) -> str:
         each = sum(self.layers) / len(self.layers)
         return (
-            f"decoding takes {1000 * self.total:.3g} ms per token: {1000 * each:.3g} for each of {len(self.layers)} "
+            f"on {self.device}, decoding takes {1000 * self.total:.3g} ms per token: {1000 * each:.3g} for each of {len(self.layers)} "
             f"layers, {1000 * self.rest:.3g} for the rest"
         )
 
 
-@torch.no_grad()
 def time_decoding(
-    model: PreTrainedModel, context: int, batch: int = 1, clock: Callable[[], float] = perf_counter
+    model: PreTrainedModel,
+    context: int,
+    batch: int = 1,
+    device: torch.device | None = None,
+    clock: Callable[[], float] = perf_counter,
 ) -> DecodeTimes:
-    """Time the layers of a model while it decodes behind a cache of `context` tokens in each of `batch` sequences."""
+    """Time the layers of a model while it decodes behind a cache of `context` tokens in each of `batch` sequences.
+
+    It is moved to the device for that, if one is named and it fits there; otherwise it is timed where it is.
+    """
+    try:
+        with moved_to(device, model):
+            return _timed(model, context, batch, clock)
+    except torch.OutOfMemoryError:
+        if device is None or device == model.device:
+            raise
+    free_memory()
+    logger.warning("%s is too small for the whole model, so decoding is timed on %s", device, model.device)
+    return _timed(model, context, batch, clock)
+
+
+@torch.no_grad()
+def _timed(model: PreTrainedModel, context: int, batch: int, clock: Callable[[], float]) -> DecodeTimes:
     layers = find_decoder_layers(model).layers
     device = model.device
     starts: list[float] = []
@@ -112,7 +138,7 @@ def time_decoding(
     means = {kind: statistics.fmean(times) for kind, times in by_kind.items()}
     each = [means[kind] for kind in kinds]
     gaps = [after - before for before, after in pairwise(steps[1:])][_WARM_UP:]
-    return DecodeTimes(each, max(0.0, statistics.fmean(gaps) - sum(each)))
+    return DecodeTimes(each, max(0.0, statistics.fmean(gaps) - sum(each)), device.type)
 
 
 def _kind(model: PreTrainedModel, index: int, layer: torch.nn.Module) -> tuple[Any, ...]:

@@ -122,7 +122,8 @@ def choose_layers(
     num_layers = len(_layers(model))
     if choice.target is not None:
         dense = model.model if isinstance(model, LayerWalk) else model
-        target = target or Target.of(choice, dense.config, dense.name_or_path, model=dense)
+        place = model.device if isinstance(model, LayerWalk) else None
+        target = target or Target.of(choice, dense.config, dense.name_or_path, model=dense, device=place)
         assert target is not None, "there is one"
         model = _walk(model) if criterion.needs == "text" else model
         chosen: Choice = target.choose(

@@ -17,6 +17,7 @@ from ..options import spell_bytes, spell_count
 from .sets import free_layers
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..options import ChoiceOptions
@@ -41,6 +42,7 @@ class Target:
         left (`Callable[[Sequence[int]], float]`): What a cut leaves, by the layers that it drops.
         of_layers (`list[float]`): What each layer takes.
         spell (`Callable[[float], str]`): An amount for people.
+        device (`str`, *optional*): Where the model was timed, if it was.
     """
 
     option: str
@@ -48,6 +50,7 @@ class Target:
     left: Callable[[Sequence[int]], float]
     of_layers: list[float]
     spell: Callable[[float], str]
+    device: str | None = None
 
     @classmethod
     def of(
@@ -58,6 +61,7 @@ class Target:
         *,
         revision: str | None = None,
         model: PreTrainedModel | None = None,
+        device: torch.device | None = None,
     ) -> Target | None:
         """The target among some options, or `None`.
 
@@ -67,6 +71,7 @@ class Target:
             base (`str`, *optional*): Its folder or Hub id.
             revision (`str`, *optional*): Branch, tag or commit on the Hub.
             model (`PreTrainedModel`, *optional*): The base itself, which only `target_speedup` needs.
+            device (`torch.device`, *optional*): Where to time it; by default, where it is.
 
         Raises:
             CutError: The sizes are not known, or there is no model to time.
@@ -91,11 +96,12 @@ class Target:
             raise CutError("target_speedup times the layers of the model, and there is none here; pass the model")
         from .decode_times import time_decoding
 
-        times = time_decoding(model, sizes.context(choice.context, _SHORT_CONTEXT), choice.batch)
+        times = time_decoding(model, sizes.context(choice.context, _SHORT_CONTEXT), choice.batch, device)
         logger.info("%s", times)
         return cls(
-            option, times.total / limit, times.without, times.layers, lambda t: f"{times.total / t:.3g} times as fast"
-        )
+            option, times.total / limit, times.without, times.layers,
+            lambda t: f"{times.total / t:.3g} times as fast", times.device,
+        )  # fmt: skip
 
     def met_by(self, drop: Sequence[int]) -> bool:
         """Whether a cut meets it."""
@@ -157,7 +163,8 @@ class Target:
 
     def record(self, drop: Sequence[int]) -> dict[str, Any]:
         """The entry for `lineage.json`: what was asked for, what the dense model has, and what is predicted."""
-        return {"option": self.option, "limit": self.limit, "dense": self.left(()), "left": self.left(drop)}
+        timed = {} if self.device is None else {"device": self.device}
+        return {"option": self.option, "limit": self.limit, "dense": self.left(()), "left": self.left(drop)} | timed
 
     def __str__(self) -> str:
         return f"{self.option}={self.spell(self.limit)}"

@@ -99,7 +99,10 @@ class Curve:
         lines = ["  ".join([*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
         repair = self.record["repair"]
         note = f"perplexity and top-1 after the {repair} repair; " if repair else ""
-        return "\n".join([*lines, "", f"{note}speed-up as expected from the times of layers and head on this machine"])
+        device = self.record["decode"].get("device", "machine")
+        return "\n".join(
+            [*lines, "", f"{note}speed-up as expected from the times of layers and head on this {device}"]
+        )
 
 
 def _sizes(entry: dict[str, Any]) -> list[str]:
@@ -165,18 +168,21 @@ def make_curve(request: RankRequest) -> Curve:
 
 def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_to: int) -> None:
     """Find and measure the points that are missing."""
+    import torch
+
     from ..adapter.prepare import calibration_of
     from ..cut.sizes import Sizes
+    from ..runtime.devices import pick_device
     from ..select.cost import announce
     from ..select.curve import curve_points
     from ..select.decode_times import DecodeTimes, time_decoding
     from .rank import open_base, open_walk
 
-    model = open_base(request)
+    model, device = open_base(request), torch.device(pick_device(request.device))
     sizes = Sizes(model.config, request.base, revision=request.revision)
     if "decode" not in record:
-        times = time_decoding(model, sizes.context(request.context, 512), request.batch)
-        record["decode"] = {"layers": times.layers, "rest": times.rest}
+        times = time_decoding(model, sizes.context(request.context, 512), request.batch, device)
+        record["decode"] = {"layers": times.layers, "rest": times.rest, "device": times.device}
         record["dense"] = {"parameters": sizes.parameters(), "bytes": sizes.file_bytes()}
     times = DecodeTimes(record["decode"]["layers"], record["decode"]["rest"])
     walk = open_walk(request, model)

@@ -149,12 +149,15 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, 
 
     Says what it will cost.
     """
+    import torch
+
     from ..adapter.prepare import calibration_of
+    from ..runtime.devices import pick_device
     from ..select.cost import estimate
 
-    model = open_base(request)
+    model, device = open_base(request), torch.device(pick_device(request.device))
     # Sizes and times are those of the type in which the base is.
-    target = Target.of(request, model.config, request.base, revision=request.revision, model=model)
+    target = Target.of(request, model.config, request.base, revision=request.revision, model=model, device=device)
     if not any(CRITERIA[name].needs == "text" for name in (*names, *request.criteria)):
         return model, None, target
     walk = open_walk(request, model)
@@ -167,9 +170,12 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, 
 
 
 def open_base(request: WalkRequest) -> Any:
-    """The base that a request names, in the type that it asks for."""
+    """The base that a request names, in the type that it asks for; its device is looked for first."""
     import torch
 
+    from ..runtime.devices import pick_device
+
+    pick_device(request.device)
     dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
     return load_base(request.base, revision=request.revision, dtype=dtype)
 
@@ -182,20 +188,14 @@ def open_walk(request: WalkRequest, model: Any) -> LayerWalk:
     """
     import torch
 
+    from ..runtime.devices import pick_device
     from ..runtime.precision import in_fast_precision
     from ..runtime.walk import LayerWalk
 
-    device = request.device
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = str(accelerator) if accelerator is not None else "cpu"
-    try:
-        place = torch.device(device)
-        if request.dtype == "auto" and place.type == "cpu":
-            in_fast_precision(model)
-        return LayerWalk(model, device=None if place.type == "cpu" else place)
-    except (RuntimeError, AssertionError) as error:
-        raise CutError(f"device {request.device!r} can't be used: {str(error).splitlines()[0]}") from error
+    place = torch.device(pick_device(request.device))
+    if request.dtype == "auto" and place.type == "cpu":
+        in_fast_precision(model)
+    return LayerWalk(model, device=None if place.type == "cpu" else place)
 
 
 def _write(ranking: Ranking, folder: Path, num_layers: int) -> None:

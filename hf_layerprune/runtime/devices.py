@@ -1,0 +1,48 @@
+"""Devices: find the one that is named, and move what is on the CPU there for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..errors import CutError, boundary
+
+
+def pick_device(name: str, *, spread: bool = False) -> str:
+    """Resolve the name of a device: `"auto"` becomes a GPU if there is one.
+
+    Args:
+        name (`str`): A torch device, or `"auto"`.
+        spread (`bool`, *optional*, defaults to `False`): Whether a model may be spread over all GPUs. `"all"` is such a
+            name then, and stays if there is a GPU.
+
+    Raises:
+        CutError: This machine has no such device.
+    """
+    if name == "auto" or (spread and name == "all"):
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return "cpu" if accelerator is None else "all" if name == "all" else accelerator.type
+    hint = f"use cpu, cuda, cuda:1, mps{', auto or all' if spread else ' or auto'}"
+    with boundary(f"{name!r} is not a device of this machine", hint, CutError):
+        torch.empty(0, device=name)
+    return name
+
+
+@contextmanager
+def moved_to(device: torch.device | None, *modules: nn.Module) -> Iterator[None]:
+    """Move modules to a device, if one is named, inside a `with` block; after it, they have their own tensors again."""
+    if device is None:
+        yield
+        return
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    home = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device)
+        yield
+    finally:
+        for tensor, data in zip(tensors, home, strict=True):
+            tensor.data = data
