@@ -152,6 +152,8 @@ def test_bad_settings(tokenizer: Any, model: Any, tmp_path: Path) -> None:
         load_calibration("self", tokenizer)
     with pytest.raises(CutError, match="more than the 512 positions"):
         load_calibration("self", tokenizer, model=model, length=513)
+    with pytest.raises(CutError, match="self_length=513 is more than the 512 positions"):
+        write_text_with(model, tokenizer, 1, 513, 0)
 
 
 def test_tokens_of_another_model(tokenizer: Any, tmp_path: Path) -> None:

@@ -414,12 +414,12 @@ def test_ruined_models_are_recorded(base: Path, tasks: Path, tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--tasks", "askd"], 1, "did you mean asked"),
-        (["--tasks", "none", "--text", "none"], 1, "nothing to measure"),
-        (["--tasks", "none", "--text", "missing.txt"], 1, "there is no text missing.txt"),
-        (["--length", "100000"], 1, "a window has 100000"),
-        (["--device", "gpu"], 1, "'gpu' is not a device"),
-        (["--device", "cuda:7"], 1, "'cuda:7' is not a device"),
+        (["--tasks", "askd"], 2, "did you mean asked"),
+        (["--tasks", "none", "--text", "none"], 2, "nothing to measure"),
+        (["--tasks", "none", "--text", "missing.txt"], 2, "there is no text missing.txt"),
+        (["--length", "513"], 2, "length=513 is more than the 512 positions"),
+        (["--device", "gpu"], 2, "'gpu' is not a device"),
+        (["--device", "cuda:7"], 2, "'cuda:7' is not a device"),
         (["--output", "nowhere/metrics.json"], 1, "nowhere does not exist"),
         (["--output", "."], 1, ". is a folder; name a file"),
         (["--tasks-from", "nowhere"], 1, "nowhere is not a folder"),

@@ -23,7 +23,7 @@ import torch
 
 from ..errors import CheckpointError, CutError, boundary
 from ..families.multimodal import placeholders
-from ..runtime.windows import begins_with, windows_of
+from ..runtime.windows import begins_with, check_context, windows_of
 from .documents import Document, documents_of
 from .images import image_rows
 
@@ -164,12 +164,8 @@ def load_calibration(
     for name, value, least in (("calibration_samples", samples, 1), ("calibration_length", length, 2)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise CutError(f"{name}={value!r} must be a whole number, {least} or more")
-    config = None if model is None else model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < length:
-        raise CutError(
-            f"calibration_length={length} is more than the {limit} positions of the model; use {limit} or less"
-        )
+    if model is not None:
+        check_context(model.config, length, "calibration_length")
     if source == SELF:
         if model is None:
             raise CutError('calibration="self" is text written by the dense model; pass the model')

@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..errors import UnsupportedModelError, boundary
 from ..runtime.memory import free_bytes, in_batches
+from ..runtime.windows import check_context
 from ..screen import progress_bar
 
 if TYPE_CHECKING:
@@ -49,8 +50,10 @@ def write_text_with(
 
     Raises:
         UnsupportedModelError: The model can't generate.
+        CutError: The rows are longer than the model's context.
         LayerPruneError: A single row does not fit into memory.
     """
+    check_context(model.config, length, "self_length")
     from transformers import GenerationConfig, LogitsProcessorList
 
     start = _beginning(model, tokenizer)[: length - 1]

@@ -23,6 +23,7 @@ from .. import families
 from ..errors import CutError, boundary, cause_of
 from ..families.layout import find_decoder_layers, find_layer_prefix
 from ..runtime.loading import is_hub_id
+from ..runtime.windows import length_within
 from .base import Base, Weights, read_headers
 from .header import Tensor
 from .plan import WeightsPlan, plan_weights
@@ -126,13 +127,7 @@ class Sizes:
         Raises:
             CutError: More is asked for than the model has room for.
         """
-        most = getattr(families.text_config(self.config), "max_position_embeddings", None)
-        most = most if isinstance(most, int) and most > 0 else None
-        if asked is None:
-            return min(default, most or default)
-        if most is not None and asked > most:
-            raise CutError(f"context={asked} is more than the {most} tokens that the model has room for")
-        return asked
+        return length_within(self.config, asked, default, "context")
 
     @property
     def dtype(self) -> torch.dtype:

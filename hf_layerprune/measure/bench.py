@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import LayerPruneError, boundary
+from ..errors import CutError, LayerPruneError, boundary
 from ..records.metrics import Metrics
+from ..runtime.windows import context_of
 from ..screen import progress_bar
 from .cost import cache_bytes, decode_bytes, prefill_flops, weight_bytes
 from .engine_bench import EngineBench
@@ -22,7 +23,6 @@ from .paired import compare_values
 from .probe import probe
 from .requests import BenchRequest, Workload
 from .speed import time_models
-from .subject import Subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,12 +50,19 @@ class _Bench(Recorder):
     def __init__(self, request: BenchRequest) -> None:
         super().__init__(request)
         self.machine = {"threads": torch.get_num_threads()} if self.device == "cpu" else {}
+        longest = max(request.prompt_lengths) + request.new_tokens
+        for subject in self.subjects:
+            if (most := context_of(subject.config())) is not None and longest > most:
+                raise CutError(
+                    f"{subject.name} has a context of {most} tokens, but prompts with new tokens are {longest} long; "
+                    "use shorter --prompt-lengths or fewer --new-tokens"
+                )
 
     def run(self) -> None:
         """Measure everything, starting with the probes, for which no other model may be in memory."""
         request = self.request
         probes = self._probe()
-        live = {subject.weights: self._load_checked(subject) for subject in self.subjects}
+        live = {subject.weights: self.load(subject) for subject in self.subjects}
         self._record_size(live)
         if probes:
             self._record_probes(probes, live)
@@ -71,17 +78,6 @@ class _Bench(Recorder):
                 values = {w: [run[metric] for run in runs] for w, runs in timings.items()}
                 cost = read if metric.startswith("decode") else flops
                 self.record("speed", metric, work.settings, values, cost, seconds)
-
-    def _load_checked(self, subject: Subject) -> PreTrainedModel:
-        model = self.load(subject)
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(self.request.prompt_lengths) + self.request.new_tokens
-        if most is not None and longest > most:
-            raise LayerPruneError(
-                f"{subject.name} has a context of {most} tokens, but prompts with new tokens are {longest} long; "
-                "use shorter --prompt-lengths or fewer --new-tokens"
-            )
-        return model
 
     @property
     def _largest(self) -> Workload:

@@ -9,14 +9,15 @@ import logging
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, LayerPruneError, boundary
+from ..errors import CheckpointError, CutError, LayerPruneError, boundary
 from ..records.metrics import Metrics
 from ..records.requirements import check_measurable
+from ..runtime.windows import length_within
 from .answers import answers_file, find_answers, keep_answers
 from .image_tasks import asks_about_media, check_media_tasks
 from .measurement import Measurement
 from .paired import compare_pairs, compare_values
-from .requests import EvalRequest
+from .requests import DEFAULT_LENGTH, EvalRequest
 from .subject import Subject
 from .tasks import TaskSet, read_tasks, task_files, task_set
 from .texts import WIKITEXT2, Text, check_same_tokens, find_text, windows
@@ -41,7 +42,8 @@ def evaluate(request: EvalRequest) -> Metrics:
         `Metrics`: The numbers, including those that the file already had. `outcomes` says which requirements they meet.
 
     Raises:
-        CutError: A requirement is about something that is not measured.
+        CutError: A task, a text or a device is unknown, windows are longer than a model's context, or a requirement is
+            about something that is not measured.
         CheckpointError: A model can't be read, or existing numbers belong to other weights.
         LayerPruneError: A task or text is not available, or the model and its base can't be compared.
     """
@@ -57,7 +59,7 @@ def check_request(request: EvalRequest) -> None:
         request (`EvalRequest`): The evaluation, whose model need not exist yet. Its tasks and texts are loaded.
 
     Raises:
-        CutError: A requirement is about something that is not measured.
+        CutError: A task or text is unknown, or a requirement is about something that is not measured.
         LayerPruneError: A task or text is not available.
     """
     texts, tasks = [text.name for text in _texts_of(request)], [*_tasks_of(request).tasks]
@@ -98,7 +100,7 @@ class _Evaluation(Measurement):
         self.texts = [(text, *self._rows(text)) for text in _texts_of(request)]
         self.tasks = _tasks_of(request)
         if not self.tasks.tasks and not self.texts:
-            raise LayerPruneError("there is nothing to measure: name tasks, or texts")
+            raise CutError("there is nothing to measure: name tasks, or texts")
         check_media_tasks(self.tasks.tasks, self.subjects[::-1], request.num_fewshot)
         if request.require is not None:
             texts = [text.name for text, *_ in self.texts]
@@ -109,7 +111,9 @@ class _Evaluation(Measurement):
 
     def _rows(self, text: Text) -> tuple[torch.Tensor, dict[str, Any]]:
         """A text as windows, and the settings to record with their results."""
-        rows, begun = windows(text.text, self.tokenizer, self.request.length, self.request.windows)
+        asked = self.request.length
+        length = min(length_within(one.config(), asked, DEFAULT_LENGTH, "length") for one in self.subjects)
+        rows, begun = windows(text.text, self.tokenizer, length, self.request.windows)
         if self.vocabulary is not None and (highest := int(rows.max())) >= self.vocabulary:
             raise LayerPruneError(
                 f"the tokenizer produces token {highest}, but the model has a vocabulary of {self.vocabulary}; use the "
@@ -124,7 +128,7 @@ class _Evaluation(Measurement):
                     "texts"
                 )
             check_same_tokens(self.tokenizer, self.base_tokenizer, text.text)
-        return rows, {"length": self.request.length, "windows": len(rows), "starts_with_bos": begun}
+        return rows, {"length": length, "windows": len(rows), "starts_with_bos": begun}
 
     def run(self) -> None:
         """Measure everything."""

@@ -10,6 +10,8 @@ from ..errors import CutError
 from ..options import DTYPES, MODEL, MODEL_HELP, PATH, Kind, Options, documented, many, option, whole
 from ..records.requirements import RequireOptions
 
+DEFAULT_LENGTH = 1024  # tokens in a window of text
+
 
 def _check_names(value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not all(isinstance(name, str) and name for name in value):
@@ -89,7 +91,11 @@ class EvalRequest(MeasureOptions, RequireOptions):
         "Number of answers to score together; auto depends on the device, and is halved when memory runs out",
         _number_or("auto", "auto"),
     )
-    length: int = option(1024, "Number of tokens in each window of a text", whole(1))
+    length: int | None = option(
+        None,
+        f"Number of tokens in each window of a text; by default {DEFAULT_LENGTH}, or fewer if the model's context is shorter",
+        whole(1),
+    )
     windows: int | None = option(
         64, "Number of windows to measure, from the start of each text, or all", _number_or("all", None)
     )

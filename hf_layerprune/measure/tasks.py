@@ -24,7 +24,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LayerPruneError, boundary
+from ..errors import CutError, LayerPruneError, boundary
 from ..files import text_file
 from ..files.json_rows import read_rows
 from ..screen import progress_bar
@@ -87,7 +87,8 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> TaskSet
         `TaskSet`: The tasks.
 
     Raises:
-        LayerPruneError: A task is unknown, its data is not available, or a file is not a valid task.
+        CutError: A task is unknown.
+        LayerPruneError: Its data is not available, or a file is not a valid task.
     """
     paths = task_files(folder) if folder else {}
     if names is None:
@@ -184,7 +185,7 @@ def _find(name: str, files: Sequence[str], folder: Path | None) -> list[str]:
         f"neither a task of lm-evaluation-harness nor a file in {folder}" if folder else "not a task of the harness"
     )
     way_out = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists all"
-    raise LayerPruneError(f"{name!r} is {where}; {way_out}")
+    raise CutError(f"{name!r} is {where}; {way_out}")
 
 
 def _dataset(task: Task | Group) -> str:

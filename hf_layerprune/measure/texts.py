@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import LayerPruneError, boundary
+from ..errors import CutError, LayerPruneError, boundary
 from ..files import text_file
 
 if TYPE_CHECKING:
@@ -52,13 +52,14 @@ def find_text(name: str) -> Text:
     """Read a file, or download the text of a name such as `"wikitext2"`.
 
     Raises:
-        LayerPruneError: There is no such text, or it can't be downloaded.
+        CutError: There is no such text.
+        LayerPruneError: It can't be read or downloaded.
     """
     path = Path(name).expanduser()
     if path.is_file():
         return read_text(path)
     if name != WIKITEXT2:
-        raise LayerPruneError(f"there is no text {name}; name a file, or {WIKITEXT2}")
+        raise CutError(f"there is no text {name}; name a file, or {WIKITEXT2}")
     repo, config, split = _WIKITEXT2
     with boundary(f"{WIKITEXT2} can't be downloaded", "name a file with --text", LayerPruneError):
         from datasets import load_dataset
@@ -84,6 +85,7 @@ def windows(
             An incomplete window at the end is dropped.
 
     Raises:
+        CutError: Windows are too short to predict anything in.
         LayerPruneError: The text is too short for one window.
     """
     from ..runtime.windows import begins_with, windows_of
@@ -91,7 +93,7 @@ def windows(
     begin = begins_with(tokenizer)
     own = length - (begin is not None)
     if own < 2:
-        raise LayerPruneError(f"a window of {length} tokens is too short; give --length 2 or more")
+        raise CutError(f"a window of {length} tokens is too short; give --length 2 or more")
     if most is not None:  # tokens average far fewer than 64 characters, so this part is enough
         text = text[: most * length * 64]
     # Texts are longer than a model's context on purpose; `verbose=False` suppresses the warning.

@@ -1,4 +1,4 @@
-"""Text as windows of tokens, each of which begins as the tokenizer begins a text."""
+"""Text as windows of tokens, no longer than a model's context, each of which begins as the tokenizer begins a text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,45 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import CutError
+from ..families import text_config
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model has positions for; `None` if its config does not say."""
+    most = getattr(text_config(config), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
+
+
+def check_context(config: PreTrainedConfig, length: int, what: str) -> None:
+    """Refuse rows that are longer than a model's context, where its numbers mean nothing or it fails.
+
+    Args:
+        config (`PreTrainedConfig`): The config of the model.
+        length (`int`): Tokens in a row.
+        what (`str`): The option that says so, such as `"length"`.
+
+    Raises:
+        CutError: The rows are too long.
+    """
+    most = context_of(config)
+    if most is not None and length > most:
+        raise CutError(f"{what}={length} is more than the {most} positions of the model; use {most} or less")
+
+
+def length_within(config: PreTrainedConfig, asked: int | None, default: int, what: str) -> int:
+    """As many tokens as are asked for, or the default, or fewer if the model's context is shorter.
+
+    Raises:
+        CutError: More are asked for than the model has positions for.
+    """
+    if asked is None:
+        return min(default, context_of(config) or default)
+    check_context(config, asked, what)
+    return asked
 
 
 def begins_with(tokenizer: PreTrainedTokenizerBase) -> int | None:
