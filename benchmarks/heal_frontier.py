@@ -102,6 +102,7 @@ def forward_seconds_of(args: argparse.Namespace) -> float:
     """Process seconds that the dense model takes to read a token, to carry costs over to other models and machines."""
     import time
 
+    import torch
     from heal_quality import dense_folder
 
     from hf_layerprune.runtime.loading import load_base
@@ -109,6 +110,7 @@ def forward_seconds_of(args: argparse.Namespace) -> float:
     from hf_layerprune.runtime.walk import LayerWalk
     from hf_layerprune.select.cost import forward_seconds
 
+    torch.set_num_threads(args.threads)
     walk = LayerWalk(in_fast_precision(load_base(dense_folder(args), dtype="auto")))
     return forward_seconds(walk, 256, time.process_time)
 
