@@ -270,6 +270,42 @@ def test_layers_of_several_rounds_are_counted_in_the_base() -> None:
     assert dropped_of_base(rounds) == [0, 1, 2, 3, 7]
 
 
+@pytest.mark.parametrize(("drop", "rounds"), [(0.25, [20, 5]), (30, [20, 10]), (0.29, [20, 9])])
+def test_rounds_drop_as_many_layers_as_one_cut(tmp_path: Path, drop: float, rounds: list[int]) -> None:
+    """An integer is a number of layers, and 0.29 of 100 are 29, though 0.29 * 100 is below that."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 100}))
+    plan = plans.Plan(str(tmp_path), {"drop": drop}, 20, None, None, {})
+    assert list(import_module("stages").Runner(tmp_path)._counts(plan)) == rounds
+
+
+def test_the_last_round_is_the_one_with_the_highest_number() -> None:
+    paths = [Path(f"runs/x-round-99/round-{number}/heal/adapter") for number in (10, 9, 2, 1)]
+    assert [import_module("stages")._round_of(path) for path in paths] == [10, 9, 2, 1]
+
+
+def test_other_content_of_a_file_is_another_run(tmp_path: Path) -> None:
+    """Under the same name; what is on the Hub has a name alone."""
+    files = {name: tmp_path / name for name in ("rows.jsonl", "text.txt", "calibration.txt")}
+    (tmp_path / "tasks").mkdir()
+    files["tasks"] = tmp_path / "tasks" / "one.jsonl"
+    for path in files.values():
+        path.write_text("before")
+    plan = plans.Plan(
+        "org/base",
+        {"criterion": "taylor", "calibration": f"{files['calibration.txt']}:text"},
+        None,
+        {"method": "lora"},
+        {"name": str(files["rows.jsonl"])},
+        {"texts": {"wikitext2": str(files["text.txt"])}, "tasks_from": str(tmp_path / "tasks")},
+    )
+    names = {(plan.key, plan.cut_name)}
+    for path in files.values():
+        path.write_text("after, and of another size")
+        names.add((plan.key, plan.cut_name))
+    assert len(names) == 5
+    assert len({cut for _, cut in names}) == 2, "the training rows do not decide the cut"
+
+
 def test_processes_share_a_batch() -> None:
     training = import_module("training")
     settings = {"gradient_accumulation_steps": 16, "fp16": True}

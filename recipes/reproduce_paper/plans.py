@@ -19,6 +19,7 @@ import yaml
 
 from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.measure.tasks import PAPER
+from hf_layerprune.records.fingerprints import sha256_of
 from hf_layerprune.select.registry import CRITERIA
 
 HERE = Path(__file__).parent
@@ -151,7 +152,9 @@ class Plan:
     @property
     def key(self) -> str:
         """A hash of all settings that decide the numbers; rows with the same key share a run."""
-        return digest([self.model, self.cut, self.per_step, self.tune, self.data, self.evaluate])
+        sources = [(self.cut or {}).get("calibration"), (self.data or {}).get("name"), self.evaluate.get("tasks_from")]
+        files = local_files(*sources, *self.evaluate["texts"].values())
+        return digest([self.model, self.cut, self.per_step, self.tune, self.data, self.evaluate, *files])
 
     @property
     def folder_name(self) -> str:
@@ -162,8 +165,22 @@ class Plan:
     @property
     def cut_name(self) -> str:
         """The name of the folder of a cut in one step, which several runs may share."""
-        key = digest([self.model, self.cut])
+        key = digest([self.model, self.cut, *local_files((self.cut or {}).get("calibration"))])
         return re.sub(r"[^\w.-]+", "_", f"{Path(self.model).name}-{(self.cut or {})['criterion']}") + f"-{key[:10]}"
+
+
+def local_files(*sources: str | None) -> list[str]:
+    """The sha256 of the files that sources of data name, such as `rows.jsonl:text`; those of a folder; none on the Hub."""
+    found = []
+    for source in sources:
+        place = source or ""
+        while place and not Path(place).expanduser().exists():
+            place = place.rpartition(":")[0]
+        if place:
+            path = Path(place).expanduser()
+            files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+            found += [sha256_of(file) for file in files]
+    return found
 
 
 def digest(value: Any) -> str:

@@ -9,7 +9,6 @@ so that none is evaluated twice), and `runs/`, where each run keeps its `lineage
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import math
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from plans import HERE, Plan, digest
+from plans import HERE, Plan, digest, local_files
 from training import engine_settings, remove_broken_checkpoints, trained_parameters
 from training_rows import prepare_rows
 
@@ -37,6 +36,8 @@ from hf_layerprune.measure.texts import find_text
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
 from hf_layerprune.runtime.loading import load_config, load_tokenizer
+from hf_layerprune.runtime.memory import free_memory
+from hf_layerprune.select.sets import drop_count
 from hf_layerprune.stages.prune import PruneRequest, prune_to
 
 logger = logging.getLogger("hf_layerprune.reproduce_paper")
@@ -130,7 +131,8 @@ class Runner:
         if plan.tune is not None:
             self._rows(plan)
         said = plan.evaluate
-        key = digest([said["tasks"], said.get("tasks_from"), said["texts"]])
+        files = local_files(said.get("tasks_from"), *said["texts"].values())
+        key = digest([said["tasks"], said.get("tasks_from"), said["texts"], *files])
         if key in self._checked:
             return
         for source in said["texts"].values():
@@ -165,7 +167,7 @@ class Runner:
         if plan.per_step is None:
             yield (plan.cut or {})["drop"]
             return
-        left = math.floor((plan.cut or {})["drop"] * families.layer_count(load_config(plan.model)))
+        left = drop_count((plan.cut or {})["drop"], families.layer_count(load_config(plan.model)))
         while left > 0:
             yield min(plan.per_step, left)
             left -= plan.per_step
@@ -234,7 +236,7 @@ class Runner:
     def _rows(self, plan: Plan) -> Path:
         data = plan.data or {}
         by_tokens = "longest" in data or "whole_sequence" in data
-        key = digest([data, plan.model if by_tokens else None])
+        key = digest([data, plan.model if by_tokens else None, *local_files(data["name"])])
         folder = self.output / "data" / f"{Path(data['name']).stem}-{key[:10]}"
         if not folder.is_dir():
             prepare_rows(data, folder, load_tokenizer(plan.model))
@@ -289,7 +291,7 @@ class Runner:
 
         merged = folder / "merged_in_4_bits"
         if not merged.is_dir():
-            heal = sorted(folder.glob("round-*/heal/adapter"), key=lambda path: len(str(path.parents[1])))[-1]
+            heal = sorted(folder.glob("round-*/heal/adapter"), key=_round_of)[-1]
             student = Student.at(self._cut_folder(plan, heal.parents[1]))
             model = load_student(student, parse_method("qlora"), dtype="auto")
             with new_folder(merged) as new:
@@ -298,6 +300,11 @@ class Runner:
             del model
             free_memory()
         return merged
+
+
+def _round_of(path: Path) -> int:
+    """The number of the round whose folder a path is in."""
+    return next(int(part.removeprefix("round-")) for part in path.parts[::-1] if part.startswith("round-"))
 
 
 def dropped_of_base(rounds: list[dict[str, Any]]) -> list[int]:
@@ -344,15 +351,6 @@ def has_accelerator() -> bool:
     import torch
 
     return torch.accelerator.is_available()
-
-
-def free_memory() -> None:
-    """Free the memory of a stage before the next one starts in its own process."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _plain(plan: Plan) -> dict[str, Any]:
