@@ -176,7 +176,7 @@ class AdviseRequest(WalkOptions, AmountOptions):
     )
     from_curve: Path | None = option(
         None,
-        "Folder of a curve of BASE made by rank --curve, whose losses before training replace the estimates; ignored from 5 "
+        "Folder of a curve of BASE made by rank --curve, whose losses before training replace the estimates; refused from 5 "
         "billion parameters on",
         PATH,
     )
