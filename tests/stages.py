@@ -218,22 +218,47 @@ def fitted_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: C
             with swapped(layers[before], folded[before]):
                 mine = _leaving(dense, before, ids)
         features, output = (x.double().view(*plain.shape[:-1], -1) for x in entering)
-        norm = _Norm(layers[before].get_submodule(cut["norm"].partition(".")[2]), output) if "norm" in cut else None
-        output = output if norm is None else norm.output
-        gain = (written.double() * output).sum() / output.square().sum()
-        same(f"{_name(repair)}: what {cut['folded_into']} writes", gain * output, written, 1e-3)
-        x = gain * (output if repair.method == "linear" else features if norm is None else features / norm.divisor)
         missing = wanted.double() - plain.double()
-        added = x @ _ridge(x[fitted], missing[fitted], cut["ridge"])
-        if norm is not None and cut["ridge"] is not None:
-            new = gain * norm.again(output + added / gain)
-            old = gain * output
-            factor = (new * (missing + old))[fitted].sum() / new[fitted].square().sum()
-            added = factor * new - old
+        added = added_by_fit(repair.method, cut, layers[before], features, output, written, missing, fitted)
         same(f"{_name(repair)}: states behind layers {first} to {last}", mine, plain.double() + added, 1e-3)
         errors = [(wanted - states)[fitted].double().square().sum().item() for states in (mine, cut_plainly)]
         if errors[0] > errors[1] * (1 + TOLERANCE):
             raise ProofError(f"{_name(repair)}: error {errors[0]} on the fitted rows, plainly cut {errors[1]}")
+
+
+def added_by_fit(
+    method: str,
+    cut: dict[str, Any],
+    layer: Any,
+    features: torch.Tensor,
+    output: torch.Tensor,
+    written: torch.Tensor,
+    missing: torch.Tensor,
+    fitted: slice = slice(None),
+) -> torch.Tensor:
+    """What a fit adds to the states behind a layer, by its definition.
+
+    Args:
+        method (`str`): `linear`, or one that fits from the input of the projection.
+        cut (`dict`): The record of the fit.
+        layer (`nn.Module`): The layer, as it is in front of the fit.
+        features (`torch.Tensor`): The projection's input `[..., in]`.
+        output (`torch.Tensor`): Its output `[..., hidden]`.
+        written (`torch.Tensor`): What of it arrives behind the layer.
+        missing (`torch.Tensor`): What the dropped layers added.
+        fitted (`slice`): The rows that were fitted.
+    """
+    norm = _Norm(layer.get_submodule(cut["norm"].partition(".")[2]), output) if "norm" in cut else None
+    output = output if norm is None else norm.output
+    gain = (written.double() * output).sum() / output.square().sum()
+    same(f"repair {method}: what {cut['folded_into']} writes", gain * output, written, 1e-3)
+    x = gain * (output if method == "linear" else features if norm is None else features / norm.divisor)
+    added = x @ _ridge(x[fitted], missing[fitted], cut["ridge"])
+    if norm is None or cut["ridge"] is None:
+        return added
+    new, old = gain * norm.again(output + added / gain), gain * output
+    factor = (new * (missing + old))[fitted].sum() / new[fitted].square().sum()
+    return factor * new - old
 
 
 class _Norm:
@@ -243,7 +268,7 @@ class _Norm:
         self.epsilon = getattr(module, "variance_epsilon", None) or module.eps
         self.divisor = (x.square().mean(-1, keepdim=True) + self.epsilon).sqrt()
         self.output = module(x.float()).double()
-        self.scale = (self.output * self.divisor).square().sum((0, 1)).sqrt() / x.square().sum((0, 1)).sqrt()
+        self.scale = (self.output * self.divisor).flatten(0, -2).norm(dim=0) / x.flatten(0, -2).norm(dim=0)
 
     def again(self, y: torch.Tensor) -> torch.Tensor:
         """What it makes of an input to which it would give `y`, if it divided by what it divided by before."""

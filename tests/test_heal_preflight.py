@@ -88,15 +88,15 @@ USAGE = [
     ({"push_to_hub": "true"}, "--push_to_hub needs the name of a repository: --hub_model_id NAMESPACE/NAME"),
     ({"push_to_hub": "true", "hub_model_id": "small"}, "'small' is not a Hub id; write it as NAMESPACE/NAME"),
     ({"trust_remote_code": "true"}, "leave --trust_remote_code out"),
+    ({"eval_tasks": "piqaa"}, "piqaa"),
+    ({"eval_texts": "/nowhere.txt"}, "/nowhere.txt"),
     ({"hub_tok": "hf_" + "a" * 30}, "'--hub_tok', 'hf_***'"),
 ]  # fmt: skip
 FAILURES = [
-    ({"eval_tasks": "piqaa"}, "piqaa"),
     ({"dataset_name": "/nowhere.jsonl"}, "data file /nowhere.jsonl does not exist"),
     ({"loss": "kd", "teacher": "/nowhere"}, "/nowhere"),
     ({"loss": "kd", "teacher": "FOLDER/pruned"}, "has 6 layers, but this model is cut from one with 8"),
     ({"resume_from_checkpoint": "FOLDER/base"}, "has no trainer_state.json, so it is no checkpoint"),
-    ({"eval_texts": "/nowhere.txt"}, "/nowhere.txt"),
     ({"eval_from": "/nowhere"}, "/nowhere"),
     ({"push_to_hub": "true", "hub_model_id": "me/small"}, "HF_HUB_OFFLINE is set, so nothing can be pushed"),
 ]

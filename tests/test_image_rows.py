@@ -24,7 +24,7 @@ from hf_layerprune.select.trials import Trial, try_out
 from .matrix import cuts, identities
 from .multimodal_inputs import AUDIO, IMAGES
 from .multimodal_makers import media_rows
-from .stages import _hooked, _ridge, divergence, same
+from .stages import _hooked, added_by_fit, divergence, same
 from .test_matrix import REPRESENTATIVE
 from .tiny_models import tiny_model
 from .tiny_multimodal import WHOLE, whole_model
@@ -147,12 +147,10 @@ def test_repaired(model_type: str, method: str) -> None:
     features, output = (torch.cat([x.flatten(0, -2) for x in seen[start::2]]).double() for start in (0, 1))
     with _hooked([module], lambda m, args, output: torch.zeros_like(output)):
         written = plain - states(model, drop[0], fitted)
-    gain = (written * output).sum() / output.square().sum()
-    x = gain * (output if method == "linear" else features)
-    change = _ridge(x, wanted - plain, cut["ridge"])
+    added = added_by_fit(method, cut, layer, features, output, written, wanted - plain)
     with swapped(layer, repair.by_layer()[before]):
         mine = states(model, drop[0], fitted)
-    same("states behind the cut", mine, plain + x @ change, 1e-3)
+    same("states behind the cut", mine, plain + added, 1e-3)
     assert cut["tokens"] == sum(ids.shape[1] for ids, _ in fitted)
 
 

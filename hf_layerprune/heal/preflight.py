@@ -46,8 +46,8 @@ def refuse(options: Any, names: Collection[str], why: str) -> None:
     Raises:
         CutError: One of them differs from its default.
     """
-    usual = type(options)()
-    if idle := [name for name in names if getattr(options, name, None) != getattr(usual, name, None)]:
+    usual, given = type(options)(), {name: getattr(options, name, None) for name in names}
+    if idle := [name for name, value in given.items() if value not in (None, getattr(usual, name, None))]:
         raise CutError(f"{', '.join(f'--{name}' for name in idle)} would have no effect: {why}")
 
 

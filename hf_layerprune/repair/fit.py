@@ -81,11 +81,12 @@ def check_repair(config: PreTrainedConfig, drop_layers: Sequence[int], rows: int
     """
     repair = find_repair(method)
     families.check_stage(config, "repair")
+    proven = {name: stages.get("repair", ()) for name, stages in families.proven_stages().items()}
     for part in path_to_text(config):
-        known = families.proven_stages().get(part.model_type, {}).get("repair")
-        if known and method not in known:
+        takes = proven.get(part.model_type)
+        if takes and method not in takes and any(method in others for others in proven.values()):
             raise CutError(
-                f"model type {part.model_type!r} has no layer for repair={method!r}; it takes {', '.join(known)}"
+                f"model type {part.model_type!r} has no layer for repair={method!r}; it takes {', '.join(takes)}"
             )
     if 0 in drop_layers and repair.in_front:
         raise CutError(
