@@ -416,7 +416,7 @@ def test_ruined_models_are_recorded(base: Path, tasks: Path, tmp_path: Path, cap
     [
         (["--tasks", "askd"], 2, "did you mean asked"),
         (["--tasks", "none", "--text", "none"], 2, "nothing to measure"),
-        (["--tasks", "none", "--text", "missing.txt"], 2, "there is no text missing.txt"),
+        (["--tasks", "none", "--text", "missing.txt"], 2, "text missing.txt does not exist"),
         (["--length", "513"], 2, "length=513 is more than the 512 positions"),
         (["--device", "gpu"], 2, "'gpu' is not a device"),
         (["--device", "cuda:7"], 2, "'cuda:7' is not a device"),

@@ -194,7 +194,7 @@ def test_bad_texts(tmp_path: Path) -> None:
         windows("short", byte_tokenizer(), 64)
     with pytest.raises(LayerPruneError, match="too short; give --length"):
         windows("short", byte_tokenizer(), 1)
-    with pytest.raises(LayerPruneError, match=r"there is no text nowhere\.txt; name a file, or wikitext2"):
+    with pytest.raises(LayerPruneError, match=r"text nowhere\.txt does not exist; name a file, or wikitext2"):
         find_text("nowhere.txt")
     with pytest.raises(LayerPruneError, match=r"wikitext2 can't be downloaded: .*; name a file with --text"):
         find_text("wikitext2")

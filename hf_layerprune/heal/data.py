@@ -111,7 +111,7 @@ def pick_split(rows: DatasetDict, split: str, name: str) -> Dataset:
     """One split of a data set; `name` is the data set's name in errors.
 
     Raises:
-        CutError: There is no such split.
+        CutError: The data set does not have this split.
     """
     if split not in rows:
         raise CutError(f"data set {name} has no split {split!r}; it has {', '.join(rows)}")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, CutError
 from ..families import check_stage, layer_count
 from ..families.fields import cut_without
-from ..options import AMOUNTS, CutOptions, declared
+from ..options import AMOUNTS, CutOptions, declared, refuse_unused
 from ..runtime.loading import load_config
 from ..select.sets import drop_count
 from .methods import parse_method
@@ -40,17 +39,6 @@ def lora_settings(model_args: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None or name == "target_modules"}
 
 
-def refuse(options: Any, names: Collection[str], why: str) -> None:
-    """Refuse options that are set, though they would do nothing.
-
-    Raises:
-        CutError: One of them differs from its default.
-    """
-    usual, given = type(options)(), {name: getattr(options, name, None) for name in names}
-    if idle := [name for name, value in given.items() if value not in (None, getattr(usual, name, None))]:
-        raise CutError(f"{', '.join(f'--{name}' for name in idle)} would have no effect: {why}")
-
-
 def check_data(
     script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, row_args: RowOptions, args: HealConfig
 ) -> None:
@@ -60,19 +48,18 @@ def check_data(
         CutError: There is none, or something would do nothing, or can't be done with such rows.
     """
     name = script_args.dataset_name
-    refuse(script_args, ["ignore_bias_buffers"], "this recipe does not use it; leave it out")
+    refuse_unused(script_args, ["ignore_bias_buffers"], "in this recipe")
     if dataset_args.datasets:
-        why = "the settings file names its data under `datasets`; leave them out, or take `datasets` out of the file"
-        refuse(script_args, ["dataset_name", *_DATA], why)
+        refuse_unused(script_args, ["dataset_name", *_DATA], "beside `datasets`, which the settings file names")
     elif not name:
         raise CutError("name the training data with --dataset_name; with `self`, the dense model writes them")
     else:
-        why = "it is for `datasets` in a settings file; leave it out, or use --dataset_streaming, --dataset_test_split"
-        refuse(dataset_args, ["streaming", "test_split_size"], why)
+        why = "without `datasets` in a settings file, where --dataset_streaming and --dataset_test_split say it"
+        refuse_unused(dataset_args, ["streaming", "test_split_size"], why)
     if name == SELF:
-        why = "with --dataset_name self, the dense model writes the rows; leave them out, or name a data set"
-        refuse(script_args, _DATA, why)
-        refuse(row_args, ["template", "rewrite_answers"], why)
+        why = "with --dataset_name self, where the dense model writes the rows"
+        refuse_unused(script_args, _DATA, why)
+        refuse_unused(row_args, ["template", "rewrite_answers"], why)
         if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
             raise CutError(
                 "--eval_strategy needs evaluation rows, and --dataset_name self has none; leave it out, and measure the "
@@ -93,10 +80,11 @@ def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:
         CutError: The model is pruned already, or two options say it.
     """
     if pruned:
-        why = f"{name} is pruned already; leave them out, or name its base with --model_name_or_path"
-        refuse(cut_args, [*declared(CutOptions)], why)
+        usual = replace(CutOptions(), criterion=cut_args.default_criterion)  # which a budget decides
+        names = [option for option in declared(CutOptions) if getattr(cut_args, option) != getattr(usual, option)]
+        refuse_unused(cut_args, names, f"on {name}, which is pruned already, unlike its base")
     elif cut_args.drop_layers:
-        refuse(cut_args, AMOUNTS, "drop_layers says which layers go; leave one of the two out")
+        refuse_unused(cut_args, AMOUNTS, "beside drop_layers, which say which layers go")
 
 
 def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions, config: PreTrainedConfig) -> None:
@@ -110,9 +98,9 @@ def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions
     check_stage(config, "heal")
     method = None if args.method == "auto" else parse_method(args.method)
     others = [field.name for field in fields(model_args) if field.name not in (*_MODEL, *_LORA)]
-    refuse(model_args, others, "this recipe does not use it; --method says what is trained, such as lora or qlora")
+    refuse_unused(model_args, others, "in this recipe, where --method says what is trained, such as lora or qlora")
     if method is None or not method.is_lora:
-        refuse(model_args, _LORA, f"--method {args.method} trains no LoRA; leave it out, or use --method lora")
+        refuse_unused(model_args, _LORA, f"with --method {args.method}, unlike with lora")
     if method is not None:
         method.loading()
         method.layers(cut_of(config) or _expected_cut(cut_args, layer_count(config)))
@@ -175,6 +163,6 @@ def check_resume(word: Any) -> None:
     named = word is not None and str(word).lower() not in ("true", "false")
     if named and not (Path(word) / TRAINER_STATE_NAME).is_file():
         raise CheckpointError(
-            f"{word} has no {TRAINER_STATE_NAME}, so it is no checkpoint; name a folder checkpoint-N, or use "
+            f"{word} has no {TRAINER_STATE_NAME}, so it is not a checkpoint; name a folder checkpoint-N, or use "
             "--resume_from_checkpoint true for the last one"
         )

@@ -52,14 +52,14 @@ def find_text(name: str) -> Text:
     """Read a file, or download the text of a name such as `"wikitext2"`.
 
     Raises:
-        CutError: There is no such text.
+        CutError: The text does not exist.
         LayerPruneError: It can't be read or downloaded.
     """
     path = Path(name).expanduser()
     if path.is_file():
         return read_text(path)
     if name != WIKITEXT2:
-        raise CutError(f"there is no text {name}; name a file, or {WIKITEXT2}")
+        raise CutError(f"text {name} does not exist; name a file, or {WIKITEXT2}")
     repo, config, split = _WIKITEXT2
     with boundary(f"{WIKITEXT2} can't be downloaded", "name a file with --text", LayerPruneError):
         from datasets import load_dataset

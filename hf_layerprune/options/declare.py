@@ -123,22 +123,29 @@ def check(values: Any) -> None:
 
 
 def refuse_unused(values: Any, names: Iterable[str], why: str) -> None:
-    """Refuse those of some options of a dataclass that differ from their defaults.
+    """Refuse those of some settings that differ from their defaults.
 
     Args:
-        values: The dataclass.
-        names (`Iterable[str]`): Options that nothing uses.
+        values: A dataclass of options, or of another library's settings.
+        names (`Iterable[str]`): Settings that nothing uses; those that are `None` or that it does not have are not set.
         why (`str`): When that is so, such as `"without --curve"`.
 
     Raises:
         CutError: One of them is set.
     """
-    known = declared(values)
-    said = [name for name in names if getattr(values, name) != known[name].check(name, known[name].default)]
+    known, said = declared(values), []
+    fields = {field.name: field for field in dataclasses.fields(values)}
+    for name in names:
+        if name not in fields:
+            continue
+        default, factory = fields[name].default, fields[name].default_factory
+        usual = factory() if factory is not dataclasses.MISSING else default
+        usual = known[name].check(name, usual) if name in known else usual
+        if getattr(values, name) not in (None, usual):
+            said.append(known[name].flag or name if name in known else name)
     if said:
         has, it = ("have", "them") if len(said) > 1 else ("has", "it")
-        spelled = " and ".join(known[name].flag or name for name in said)
-        raise CutError(f"{spelled} {has} no effect {why}; leave {it} out")
+        raise CutError(f"{' and '.join(said)} {has} no effect {why}; leave {it} out")
 
 
 def take(cls: type[T], values: Any, **changes: Any) -> T:

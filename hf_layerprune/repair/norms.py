@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from ..runtime.parts import close, hooked
 
@@ -79,20 +80,14 @@ def find_norm(layer: nn.Module, x: torch.Tensor, run: Callable[[], object]) -> N
     if len(readers) != 1 or not x.any():
         return None
     name, module = readers[0]
-    weight = module.get_parameter("weight")
-    kept, x = weight.data, x * (1e3 / x.float().std()).to(x.dtype)  # so that no epsilon counts
-    try:
-        without, ones = (_with(module, weight, torch.full_like(kept, value), x).float() for value in (0.0, 1.0))
-    finally:
-        weight.data = kept
+    weight, x = module.get_parameter("weight"), x * (1e3 / x.float().std()).to(x.dtype)  # so that no epsilon counts
+    without, ones = (
+        functional_call(module, {"weight": torch.full_like(weight, value)}, (x.clone(),)).float()
+        for value in (0.0, 1.0)
+    )
     unit = ones - without
     if not unit.any():  # the weight is not a factor
         return None
     norm = Norm(name, module, round((without * unit).sum().item() / unit.square().sum().item(), 2))
     wanted = x.float() / x.float().square().mean(-1, keepdim=True).sqrt()
     return norm if norm.offset in (0.0, 1.0) and close(wanted, unit.to(x.dtype)) else None
-
-
-def _with(module: nn.Module, weight: nn.Parameter, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    weight.data = value
-    return module(x.clone())

@@ -33,8 +33,8 @@ _DOCUMENT = 400
 _PAPER = """For models of this size we measured nothing. The paper (arXiv:2411.15558, tables 3 and 8) did, on two A100 GPUs: without
 the last 8 of 32 layers, and with lm_head and the last 3 that remain tuned for 2 epochs on Alpaca, Llama-3.1-8B-Instruct
 has a mean accuracy of 0.581 in 8 tasks (dense: 0.630); tuned on Dolly, 0.598. On small models, a block in the middle does far
-better; to find out which it is here, make a curve: hf-layerprune rank BASE curve --curve. Nothing was timed here, so --minutes, --dtype and --device play no part in this
-advice."""
+better; to find out which it is here, make a curve: hf-layerprune rank BASE curve --curve. Nothing was timed here, so --minutes,
+--dtype and --device play no part in this advice."""
 
 
 @dataclass(frozen=True)
