@@ -232,6 +232,23 @@ def test_a_model_that_is_pruned_already(
     assert {name.split(".")[2] for name in entry["changed_tensors"] if ".layers." in name} == {"1", "2", "3", "4", "5"}
 
 
+def test_a_model_that_is_healed_again_is_no_adapter_of_the_base(
+    recipe: ModuleType, base: Path, healed: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Such an adapter would lack what was trained before."""
+    settings = {"dataset_name": base.parent / "rows.jsonl", "max_steps": 2, "method": "last1", "template": "alpaca"}
+    arguments = words(healed[0] / "model", tmp_path / "run", **settings)
+    place = arguments.index("--drop_layers")
+    run(recipe, arguments[:place] + arguments[place + 2 :])
+    assert [entry["stage"] for entry in Lineage.of(tmp_path / "run" / "model").entries] == ["prune", "heal", "heal"]
+    assert not (tmp_path / "run" / "adapter").exists()
+    before, after = (load_file(f / "model" / "model.safetensors") for f in (healed[0], tmp_path / "run"))
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed and all(name.startswith(("model.layers.5.", "model.norm.")) for name in changed)
+    outcome = verify(VerifyRequest(str(tmp_path / "run" / "model"), base=str(base)))
+    assert outcome.consistent, outcome.lines
+
+
 def test_settings_of_lora_are_used_and_recorded(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
     lora = {"use_dora": "true", "use_rslora": "true", "lora_modules_to_save": "lm_head", "lora_r": 4}
     run(recipe, words(base, tmp_path / "run", method="lora", max_steps=3, loss="ce", **lora))

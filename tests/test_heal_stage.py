@@ -30,7 +30,7 @@ def test_only_a_model_that_was_cut_once_is_an_adapter_of_its_base(tmp_path: Path
     for number in range(rounds):
         prune_to(PruneRequest(str(tmp_path / f"{number}"), str(tmp_path / f"{number + 1}"), drop_layers=[2]))
     student = Student.at(tmp_path / f"{rounds}")
-    assert student.cut_again == (rounds > 1)
+    assert student.whole_only == (rounds > 1)
     method = parse_method("last1")
     model = get_peft_model(load_student(student, method), adapter_config(student, method))
     with torch.no_grad():

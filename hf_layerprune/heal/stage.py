@@ -36,7 +36,7 @@ def write_healed(
         entry (`dict[str, Any]`): The stage's entry in the history, see [`~records.lineage.stage`]; the names of the
             changed tensors are added to it.
         adapter (`Path`, *optional*): Where to write the adapter, if the trainer saved one, in the model's own type. A
-            model that was cut more than once has none.
+            model that was cut or healed before has none.
 
     Raises:
         CheckpointError: The output or the adapter's folder exists, or something can't be written.
@@ -66,10 +66,9 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
     from ..adapter.reading import load_adapter
 
     adapted: Any = load_adapter(load_base(student.folder, dtype="auto"), str(trained))
-    if adapter is not None and student.cut_again:
+    if adapter is not None and student.whole_only:
         logger.warning(
-            "%s was cut from a model that had been cut before, so no adapter of %s can be written; only the whole "
-            "model is",
+            "%s was cut or healed before, so an adapter of %s would lack what was done then; only the whole model is written",
             student.folder,
             student.base,
         )

@@ -36,8 +36,8 @@ class Student:
         base (`str`, *optional*): The model that it was pruned from, if its history says so.
         revision (`str`, *optional*): The commit of the base.
         repaired (`tuple[str, ...]`): Full names of the modules that a repair changed.
-        cut_again (`bool`, defaults to `False`): Whether the model was pruned more than once. It can't be written as an
-            adapter of the base then.
+        whole_only (`bool`, defaults to `False`): Whether the model was pruned more than once or healed before. An
+            adapter of the base would lack what was done first, so only the whole model is written.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class Student:
     base: str | None
     revision: str | None
     repaired: tuple[str, ...]
-    cut_again: bool = False
+    whole_only: bool = False
 
     @classmethod
     def at(cls, name: str | Path, revision: str | None = None) -> Student:
@@ -68,7 +68,8 @@ class Student:
         entries = lineage.entries
         tensors = [name for e in entries for name in (e.get("repair") or {}).get("changed_tensors") or ()]
         repaired = tuple(sorted({name.rpartition(".")[0] for name in tensors}))
-        again = sum(entry["stage"] == "prune" for entry in entries) > 1
+        stages = [entry["stage"] for entry in entries]
+        again = stages.count("prune") > 1 or "heal" in stages
         return cls(folder, cut, lineage.base.get("id"), lineage.base.get("commit"), repaired, again)
 
     def method(self, name: str) -> Method:
@@ -101,7 +102,7 @@ def load_student(student: Student, method: Method, **from_pretrained_kwargs: Any
         # passes give no gradients to the layers below, without an error (bitsandbytes 0.50).
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if method.trains_layers and student.base and not student.cut_again:
+    if method.trains_layers and student.base and not student.whole_only:
         model.name_or_path = student.base  # PEFT writes this into the adapter, whose base is the dense model
     return model
 
@@ -114,7 +115,7 @@ def adapter_config(student: Student, method: Method, **lora: Any) -> PeftConfig 
     """
     if not method.trains_layers:
         return method.adapter(**lora)
-    base = None if student.cut_again else student.base
+    base = None if student.whole_only else student.base
     config = method.tail_config(student.cut, base or str(student.folder))
     config.revision = student.revision if base else None
     config.repaired_modules = list(student.repaired) or None
