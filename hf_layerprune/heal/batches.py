@@ -24,11 +24,14 @@ class Precomputed:
         caches (`dict[str, StateCache]`): The states that each batch contains: `"prefix"`, `"teacher"`.
         prefix (`Prefix`, *optional*): The frozen layers, if they were taken out of the model.
         teacher_head (`Head`, *optional*): The dense model's head, in distillation.
+        feature_width (`int`, defaults to 0): How many of the teacher's values for a token, the first ones, are hidden
+            states behind the cut; the rest are the input of its head.
     """
 
     caches: dict[str, StateCache] = field(default_factory=dict)
     prefix: Prefix | None = None
     teacher_head: Head | None = None
+    feature_width: int = 0
 
 
 class StateCollator:
@@ -75,12 +78,20 @@ class StateCollator:
 
 
 def token_counts(batches: list[dict[str, Any]], args: HealConfig) -> torch.Tensor:
-    """How many tokens of the batches have a label, and on how many the distillation loss is computed, `[2]`."""
-    counts = torch.zeros(2)
+    """How many tokens of the batches have a label, on how many the distillation loss is computed, and all, `[3]`."""
+    counts = torch.zeros(3)
     for batch in batches:
         labels = batch["labels"][:, 1:]
-        counts += torch.stack([(labels != -100).sum(), taught_positions(batch, labels, args).sum()]).to(counts)
+        masks = labels != -100, taught_positions(batch, labels, args), real_tokens(batch)
+        counts += torch.stack([mask.sum() for mask in masks]).to(counts)
     return counts
+
+
+def real_tokens(inputs: dict[str, Any]) -> torch.Tensor:
+    """Which tokens are no padding, boolean `[batch, seq]`."""
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"] != 0
+    return torch.ones_like(inputs["position_ids"], dtype=torch.bool)
 
 
 def taught_positions(inputs: dict[str, Any], labels: torch.Tensor, args: HealConfig) -> torch.Tensor:

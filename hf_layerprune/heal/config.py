@@ -78,5 +78,5 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
 
     @property
     def distils(self) -> bool:
-        """Whether the loss includes distillation from the dense model."""
-        return "kd" in self.loss
+        """Whether the dense model teaches: its distribution, its hidden states, or both."""
+        return "kd" in self.loss or self.features > 0

@@ -37,6 +37,12 @@ class HealOptions(Options):
         "percent of the steps",
         number(-1e-9, 1, "at least 0 and below 1; use loss=kd for 1", "X"),
     )
+    features: float = option(
+        0.0,
+        "Share of the steps at the start that only train the layers in front of the cut, to reproduce the dense model's "
+        "hidden states behind it; such a step takes a fraction of the time of the others",
+        number(-1e-9, 1, "at least 0 and below 1", "X"),
+    )
     kd_temperature: float = option(1.0, "Temperature of both distributions in distillation", _TEMPERATURE)
     kd_direction: str = option(
         "forward", "KL(teacher || student) (forward), or KL(student || teacher) (reverse)", choices=DIRECTIONS

@@ -20,7 +20,9 @@ from ..runtime.head import Head
 from ..runtime.parts import TROUBLE, close, evaluating
 from ..runtime.prefix import Prefix, first_trained_layer
 from .batches import Precomputed
+from .features import boundaries
 from .store import StateCache, hash_rows, hash_tensors, make_room
+from .student import cut_of
 from .teacher import Teacher
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class _Run:
         self.state_bytes = 0  # of a token, behind the prefix
 
     def run(self, model: PreTrainedModel | None) -> Precomputed:
-        args, caches = self.args, dict[str, StateCache]()
+        args, caches, features = self.args, dict[str, StateCache](), 0
         prefix = self._prefix() if args.cache != "off" else None
         if prefix is None and args.cache == "on":
             raise LayerPruneError(f"the frozen layers can't be precomputed: {self.why_not}; use cache=auto or off")
@@ -90,8 +92,11 @@ class _Run:
             source = model if model is not None else args.teacher
             if source is None:
                 raise LayerPruneError(f"loss={args.loss} needs the dense model; name it with --teacher")
-            teacher = Teacher(source, self.model, prefix, args.teacher_revision)
-            token = teacher.width * teacher.model.dtype.itemsize
+            cut = cut_of(self.model.config)
+            depths = tuple(boundaries(cut).values()) if args.features and cut is not None else ()
+            teacher = Teacher(source, self.model, prefix, args.teacher_revision, depths)
+            features = len(depths) * teacher.layer_width
+            token = (features + teacher.width) * teacher.model.dtype.itemsize
             caches["teacher"] = self._cache("teacher", token, teacher.fingerprint)
         with self.accelerator.main_process_first():
             if self.accelerator.is_main_process:
@@ -99,7 +104,7 @@ class _Run:
         if prefix is not None:
             self._run_student(caches["prefix"], prefix)
         head = None if teacher is None else self._run_teacher(caches["teacher"], teacher, caches.get("prefix"))
-        return Precomputed(caches, prefix, head)
+        return Precomputed(caches, prefix, head, features)
 
     # --- what can be precomputed -------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from ..families.fields import cut_without
 from ..options import AMOUNTS, CutOptions, declared, refuse_unused
 from ..runtime.loading import load_config
 from ..select.sets import drop_count
+from .features import check_features
 from .methods import parse_method
 from .options import RowOptions
 from .self_data import SELF
@@ -103,7 +104,11 @@ def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions
         refuse_unused(model_args, _LORA, f"with --method {args.method}, unlike with lora")
     if method is not None:
         method.loading()
-        method.layers(cut_of(config) or _expected_cut(cut_args, layer_count(config)))
+        known = cut_of(config)
+        cut = known or _expected_cut(cut_args, layer_count(config))
+        layers = method.layers(cut)
+        if args.features and method.trains_layers and (known or cut_args.drop_layers):
+            check_features(cut, [cut.new_index[layer] for layer in layers], args.method)
 
 
 def _expected_cut(cut_args: CutOptions, num_layers: int) -> Any:

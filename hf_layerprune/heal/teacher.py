@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, LayerPruneError
 from ..families.layout import find_decoder_layers
 from ..runtime.head import Head, OutputHead
 from ..runtime.loading import load_base
@@ -35,6 +35,7 @@ class Teacher:
         student (`PreTrainedModel`): The pruned model, before training.
         prefix (`Prefix`, *optional*): The student's frozen layers, which have run once.
         revision (`str`, *optional*): Branch, tag or commit of the dense model on the Hub.
+        features (`tuple[int, ...]`, *optional*): After how many of its layers hidden states are wanted, too.
 
     Raises:
         CheckpointError: It can't be loaded, or has a different number of layers than the student's base.
@@ -46,6 +47,7 @@ class Teacher:
         student: PreTrainedModel,
         prefix: Prefix | None,
         revision: str | None = None,
+        features: tuple[int, ...] = (),
     ) -> None:
         self._borrowed = not isinstance(source, str)
         if isinstance(source, str):
@@ -64,7 +66,10 @@ class Teacher:
         self._output: Any = OutputHead(source)
         self.head: Head = self._output.head()
         self.width = self._output.width
-        self.fingerprint = hash_tensors(source.named_parameters())
+        self.layer_width: int = source.config.get_text_config().hidden_size
+        self.fingerprint = hash_tensors(source.named_parameters(), *features)
+        self._features = features
+        self._middle = Prefix(source, features[-1]) if features else None
         self._prefix: Prefix | None = None
         if prefix is not None and shared_layers(source, student, prefix.depth) == prefix.depth:
             self._prefix = Prefix(source, prefix.depth, needs_ids=prefix.needs_ids)
@@ -78,7 +83,7 @@ class Teacher:
         return self._prefix is not None
 
     def states(self, inputs: dict[str, torch.Tensor], shared: torch.Tensor | None) -> torch.Tensor:
-        """The last hidden states of some rows, `[batch, seq, width]`: the input of `head`.
+        """The last hidden states of some rows, `[batch, seq, width]`: the input of `head`, behind the features if any.
 
         Args:
             inputs (`dict[str, torch.Tensor]`): The model's arguments for the rows.
@@ -86,7 +91,16 @@ class Teacher:
         """
         if self._prefix is not None and shared is not None:
             inputs = self._prefix.put(shared, inputs)
-        return self._output.states(**inputs, use_cache=False).to(self.model.dtype)
+        if self._middle is None:
+            return self._output.states(**inputs, use_cache=False).to(self.model.dtype)
+        with self._middle.recorded(self._features) as found:
+            last = self._output.states(**inputs, use_cache=False)
+        shape = (*last.shape[:-1], self.layer_width)
+        if any(states.shape != shape for states in found.values()):
+            raise LayerPruneError(
+                "features=0 is needed: this model's layers pass on more than one hidden state a token"
+            )
+        return torch.cat([*(found[depth] for depth in self._features), last], -1).to(self.model.dtype)
 
     def let_go(self, device: torch.device, student: Head) -> Head:
         """Free the model, and return its head on a device.
@@ -101,7 +115,7 @@ class Teacher:
         head = Head(weight, bias, self.head.transform)
         if self._prefix is not None and self._borrowed:
             self._prefix.restore()
-        self.model = self._prefix = self._output = self.head = None  # type: ignore[assignment]
+        self.model = self._prefix = self._middle = self._output = self.head = None  # type: ignore[assignment]
         gc.collect()
         free_memory()
         return head

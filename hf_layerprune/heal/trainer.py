@@ -30,9 +30,10 @@ from ..families import check_stage
 from ..runtime.head import OutputHead
 from ..runtime.precision import in_fast_precision
 from ..versions import trl_drops_rows_without_labels
-from .batches import Precomputed, StateCollator, taught_positions, token_counts
+from .batches import Precomputed, StateCollator, real_tokens, taught_positions, token_counts
 from .config import HealConfig
 from .data import has_images
+from .features import FeaturePhase
 from .halving import Halving
 from .losses import Lesson, head_loss
 from .methods import parse_method
@@ -56,6 +57,7 @@ class _HealOutput(ModelOutput):
     ce: torch.Tensor | None = None
     kd: torch.Tensor | None = None
     correct: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -112,6 +114,8 @@ class HealTrainer(SFTTrainer):
             keep_inputs_without_gradients(model)
         super().__init__(model, args, **kwargs)
         self._teacher_model = teacher
+        if args.features:
+            self._features = FeaturePhase(self.plain_model, args.method)
         self._hold_in_float32()
         # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
         self._split = is_split_by_deepspeed(self.plain_model)
@@ -201,6 +205,9 @@ class HealTrainer(SFTTrainer):
         def forward(self_: PreTrainedModel, *args: Any, heal: dict[str, Any] | None = None, **kwargs: Any) -> Any:
             if heal is None:
                 return plain_forward(*args, **kwargs)
+            if heal["features"] is not None:
+                total = self._features.loss(plain_forward, kwargs, heal["features"], heal["everywhere"])
+                return _HealOutput(total * heal["feature_weight"], features=total)
             states = output.states(*args, run=plain_forward, **kwargs)[:, :-1]
             keep = heal["keep"]
             head = output.head()
@@ -322,23 +329,26 @@ class HealTrainer(SFTTrainer):
         prefix, taught = inputs.pop("prefix_states", None), inputs.pop("teacher_states", None)
         mode = "train" if self.model.training else "eval"
         local = token_counts([inputs], self.args).to(inputs["labels"].device)
-        mask = inputs.get("attention_mask")
-        tokens = torch.tensor(inputs["position_ids"].shape[1]) if mask is None else mask.sum()
+        everywhere = real_tokens(inputs)
+        features, taught = self._parted(taught)
         if prefix is not None and self.data_collator.precomputed.prefix is not None:
             inputs = self.data_collator.precomputed.prefix.put(prefix, inputs)
         if self._leaves_loss_to_trl or return_outputs:
             count = None if num_items_in_batch is None else num_items_in_batch[0]
             return super().compute_loss(model, inputs, return_outputs, count)
         labels = inputs.pop("labels")[:, 1:]
-        nowhere = torch.zeros_like(labels, dtype=torch.bool)
-        kd_mask = nowhere if taught is None else taught_positions(inputs, labels, self.args)
-        counts = local if num_items_in_batch is None else num_items_in_batch
         share = 0.0 if taught is None else self._kd_share
+        nowhere = torch.zeros_like(labels, dtype=torch.bool)
+        kd_mask = taught_positions(inputs, labels, self.args) if share else nowhere
+        counts = local if num_items_in_batch is None else num_items_in_batch
         heal = {
+            "features": features,
+            "everywhere": everywhere,
+            "feature_weight": 1 / counts[2],
             "labels": labels,
             "keep": (labels != -100) | kd_mask,
             "ce_weight": None if share == 1 else (1 - share) / counts[0].clamp(min=1),
-            "teacher_states": taught,
+            "teacher_states": taught if share else None,
             "kd_mask": kd_mask,
             "kd_weight": share / counts[1].clamp(min=1),
         }
@@ -346,8 +356,16 @@ class HealTrainer(SFTTrainer):
         loss = outputs.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
-        self._note(mode, outputs, local, tokens, taught is not None)
+        self._note(mode, outputs, local)
         return loss
+
+    def _parted(self, taught: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The dense model's hidden states behind the cut, if this step is to reproduce them, and its last ones."""
+        width = self.data_collator.precomputed.feature_width
+        if taught is None or not width:
+            return None, taught
+        first = self.model.training and self.progress < self.args.features
+        return taught[..., :width] if first else None, taught[..., width:]
 
     @property
     def progress(self) -> float:
@@ -358,7 +376,7 @@ class HealTrainer(SFTTrainer):
     def _kd_share(self) -> float:
         """The weight of distillation in this step, or in the loss of an evaluation."""
         alone = self.model.training and self.progress < self.args.kd_alone
-        return 1.0 if self.args.loss == "kd" or alone else self.args.kd_share
+        return {"ce": 0.0, "kd": 1.0, "ce+kd": 1.0 if alone else self.args.kd_share}[self.args.loss]
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -370,20 +388,24 @@ class HealTrainer(SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs), None, None
 
-    def _note(self, mode: str, outputs: Any, counts: torch.Tensor, tokens: torch.Tensor, taught: bool) -> None:
-        sums = torch.stack([outputs.ce, outputs.kd, outputs.correct, *counts, tokens.to(outputs.ce.device)]).detach()
-        ce, kd, correct, ce_count, kd_count, seen = self.accelerator.gather_for_metrics(sums[None]).sum(0).tolist()
-        metrics = self._metrics[mode]
-        metrics["mean_token_accuracy"].append(correct / max(ce_count, 1))
-        if taught:
-            metrics["ce"].append(ce / max(ce_count, 1))
-            metrics["kd"].append(kd / max(kd_count, 1))
+    def _note(self, mode: str, outputs: Any, counts: torch.Tensor) -> None:
+        known = {name: outputs[name] for name in ("ce", "kd", "correct", "features") if name in outputs}
+        sums = torch.stack([*known.values(), *counts.to(outputs.loss.device)]).detach()
+        *values, labelled, taught, seen = self.accelerator.gather_for_metrics(sums[None]).sum(0).tolist()
+        found, metrics = dict(zip(known, values, strict=True)), self._metrics[mode]
+        if "correct" in found:
+            metrics["mean_token_accuracy"].append(found["correct"] / max(labelled, 1))
+        if "correct" in found and "kd" in self.args.loss:
+            metrics["ce"].append(found["ce"] / max(labelled, 1))
+            metrics["kd"].append(found["kd"] / max(taught, 1))
+        if "features" in found:
+            metrics["features"].append(found["features"] / max(seen, 1))
         if mode == "train":
             self._total_train_tokens += int(seen)
         metrics["num_tokens"] = [self._total_train_tokens]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Any:
-        """The labelled and the distilled tokens in all batches of a step, `[2]`."""
+        """The labelled, the distilled and all tokens in all batches of a step, `[3]`."""
         if self._leaves_loss_to_trl:
             count = super()._get_num_items_in_batch(batch_samples, device)
             return None if count is None else torch.as_tensor(count, device=device).reshape(1)

@@ -132,10 +132,15 @@ class Prefix:
         with hooked(*[layer.register_forward_hook(note(depth)) for depth, layer in layers]):
             yield states
 
-    def run(self, depths: tuple[int, ...] = (), **inputs: Any) -> dict[int, torch.Tensor]:
-        """Run the prefix alone on the model's arguments; see [`recorded`] for `depths` and what is returned."""
+    def run(
+        self, depths: tuple[int, ...] = (), *, forward: Callable[..., Any] | None = None, **inputs: Any
+    ) -> dict[int, torch.Tensor]:
+        """Run the prefix alone on the model's arguments; see [`recorded`] for `depths` and what is returned.
+
+        `forward` is called in place of the model, such as its own forward method from inside a replaced one.
+        """
         with self.recorded(depths, stop=True) as states, suppress(_Enough):
-            self.model(**inputs, use_cache=False)
+            (forward or self.model)(**(inputs | {"use_cache": False}))
         return states
 
     # --- running without the prefix ----------------------------------------------------------------------

@@ -1,0 +1,117 @@
+"""Feature reconstruction: the layers in front of a cut learn to produce the dense model's hidden states behind it.
+
+Neither the layers behind the cut nor the head run, so a step costs a fraction of one of distillation. LLM-Streamline
+(arXiv:2403.19135) trains one layer that way; here it is a first phase that distillation continues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import CutError
+from ..families import Cut
+from ..families.layout import find_decoder_layers
+from ..runtime.prefix import Prefix, first_trained_layer
+from .student import cut_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# A state with a smaller mean square, such as that of padding, counts as if it had this one.
+_SMALLEST = 1e-12
+
+
+def boundaries(cut: Cut) -> dict[int, int]:
+    """Where hidden states are compared: behind each block of dropped layers with a layer in front of it.
+
+    Args:
+        cut (`Cut`): The cut.
+
+    Returns:
+        `dict[int, int]`: For each block, how many layers of the pruned model and of the dense model are in front of
+        the place, ascending.
+    """
+    kept, found = set(cut.keep), {}
+    for last in cut.drop:
+        front = sum(layer < last for layer in cut.keep)
+        if front and (last + 1 in kept or last + 1 == cut.num_layers):
+            found[front] = last + 1
+    return found
+
+
+def check_features(cut: Cut | None, layers: Collection[int], method: str) -> dict[int, int]:
+    """Check that a method trains a layer that feature reconstruction can train; returns the [`boundaries`].
+
+    Args:
+        cut (`Cut`, *optional*): The cut; `None` for a model that was not pruned.
+        layers (`Collection[int]`): The layers that are trained, as indices in the pruned model.
+        method (`str`): The method, for the error.
+
+    Raises:
+        CutError: It trains none, or there is none in front of the cut.
+    """
+    places = boundaries(cut) if cut is not None else {}
+    if not any(layer < front for layer in layers for front in places):
+        raise CutError(
+            f"features trains the layers in front of the cut, and method={method} trains none there; use "
+            "method=behind2 or cut2, or features=0"
+        )
+    return places
+
+
+def feature_loss(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """How far hidden states are from the dense model's: for each token, the mean squared error over RMS^1.5 of the target.
+
+    The squared error alone would be that of the few tokens with enormous states (massive activations,
+    arXiv:2402.17762). The relative error, over RMS^2, neglects them, although much of the attention goes to them: after
+    a thousand steps they were gone, and the model with them.
+
+    Args:
+        states (`torch.Tensor`): The pruned model's states `[..., hidden]`.
+        wanted (`torch.Tensor`): The dense model's states `[..., hidden]`.
+
+    Returns:
+        `torch.Tensor`: A loss for each token `[...]`, in float32.
+    """
+    wanted = wanted.float()
+    error = (states.float() - wanted).square().mean(-1)
+    return error / wanted.square().mean(-1).clamp(min=_SMALLEST) ** 0.75
+
+
+class FeaturePhase:
+    """The phase for one model.
+
+    Args:
+        model (`PreTrainedModel`): The pruned model, without PEFT's wrapper.
+        method (`str`): What is trained of it, for the error.
+
+    Raises:
+        CutError: No layer in front of the cut is trained.
+    """
+
+    def __init__(self, model: PreTrainedModel, method: str) -> None:
+        trained = range(first_trained_layer(model), len(find_decoder_layers(model).layers))
+        self._depths = tuple(check_features(cut_of(model.config), trained, method))
+        self._front = Prefix(model, self._depths[-1])
+
+    def loss(
+        self, run: Callable[..., Any], inputs: dict[str, Any], wanted: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the layers in front of the last cut, and compare.
+
+        Args:
+            run (`Callable`): The model's forward method.
+            inputs (`dict[str, Any]`): Its arguments.
+            wanted (`torch.Tensor`): The dense model's states behind each block, joined, `[batch, seq, blocks * hidden]`.
+            mask (`torch.Tensor`): The tokens that count, boolean `[batch, seq]`.
+
+        Returns:
+            `torch.Tensor`: The mean over blocks of the loss of these tokens, summed over tokens.
+        """
+        found = self._front.run(self._depths, forward=run, **inputs)
+        parts = wanted.chunk(len(self._depths), -1)
+        losses = [feature_loss(found[depth], part) for depth, part in zip(self._depths, parts, strict=True)]
+        return torch.stack(losses).mean(0)[mask].sum()
