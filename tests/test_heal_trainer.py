@@ -23,11 +23,12 @@ from trl.trainer import base_trainer
 
 from hf_layerprune.errors import CheckpointError, LayerPruneError
 from hf_layerprune.families import Cut
+from hf_layerprune.heal.checkpoints import TrainingStopped, last_checkpoint
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.losses import HeadLoss, head_loss
 from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.precompute import precompute
-from hf_layerprune.heal.trainer import HealTrainer, TrainingStopped, last_checkpoint
+from hf_layerprune.heal.trainer import HealTrainer
 
 from .heal_makers import dense_and_pruned, rows, word_tokenizer
 from .tiny_models import EAGER

@@ -80,3 +80,8 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
     def distils(self) -> bool:
         """Whether the dense model teaches: its distribution, its hidden states, or both."""
         return "kd" in self.loss or self.features > 0
+
+    @property
+    def lesson(self) -> str:
+        """The setting that needs the dense model, as a message names it."""
+        return f"loss={self.loss}" if "kd" in self.loss else f"features={self.features:g}"

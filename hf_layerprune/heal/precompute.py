@@ -80,18 +80,20 @@ class _Run:
             return Precomputed()
         if is_split_by_deepspeed(self.model):
             raise LayerPruneError(
-                f"loss={args.loss} needs the dense model whole, but DeepSpeed ZeRO-3 splits every model; use ZeRO-2, "
-                "FSDP or DDP, or loss=ce"
+                f"{args.lesson} needs the dense model whole, but DeepSpeed ZeRO-3 splits every model; use ZeRO-2, "
+                "FSDP or DDP, or loss=ce without features"
             )
         if not self.datasets:
-            raise LayerPruneError(f"loss={args.loss} does not work with streamed data; use loss=ce, or do not stream")
+            raise LayerPruneError(
+                f"{args.lesson} does not work with streamed data; use loss=ce without features, or do not stream"
+            )
         if prefix is not None:
             caches["prefix"] = self._cache("prefix", self.state_bytes, hash_tensors(prefix.parameters(), prefix.depth))
         teacher = None
         if args.distils:
             source = model if model is not None else args.teacher
             if source is None:
-                raise LayerPruneError(f"loss={args.loss} needs the dense model; name it with --teacher")
+                raise LayerPruneError(f"{args.lesson} needs the dense model; name it with --teacher")
             cut = cut_of(self.model.config)
             depths = tuple(boundaries(cut).values()) if args.features and cut is not None else ()
             teacher = Teacher(source, self.model, prefix, args.teacher_revision, depths)

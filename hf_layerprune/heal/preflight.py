@@ -68,7 +68,7 @@ def check_data(
             )
     if script_args.dataset_streaming or dataset_args.streaming:
         if args.distils or row_args.rewrite_answers:
-            what = f"loss={args.loss}" if args.distils else "--rewrite_answers"
+            what = args.lesson if args.distils else "--rewrite_answers"
             raise CutError(f"{what} needs all rows at once; leave out --dataset_streaming (`streaming` in a file)")
         if args.max_steps <= 0:
             raise CutError("streamed rows have no known number, so say when training ends: --max_steps N")

@@ -9,21 +9,17 @@ accelerate's engines.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import random
-import re
 import types
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers.modeling_outputs import ModelOutput
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import LayerPruneError
 from ..families import check_stage
@@ -31,6 +27,7 @@ from ..runtime.head import OutputHead
 from ..runtime.precision import in_fast_precision
 from ..versions import trl_drops_rows_without_labels
 from .batches import Precomputed, StateCollator, real_tokens, taught_positions, token_counts
+from .checkpoints import TrainingStopped, last_checkpoint
 from .config import HealConfig
 from .data import has_images
 from .features import FeaturePhase
@@ -47,10 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class TrainingStopped(LayerPruneError):
-    """Training can't continue, because the loss or a weight is not finite."""
-
-
 @dataclass
 class _HealOutput(ModelOutput):
     loss: torch.Tensor | None = None
@@ -58,19 +51,6 @@ class _HealOutput(ModelOutput):
     kd: torch.Tensor | None = None
     correct: torch.Tensor | None = None
     features: torch.Tensor | None = None
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest complete checkpoint in the output folder of a run; one whose writing was interrupted is skipped."""
-    named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*"))
-    for _, path in sorted(((int(match[1]), path) for match, path in named if match), reverse=True):
-        try:  # transformers writes this file last
-            json.loads((path / TRAINER_STATE_NAME).read_text())
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete and is skipped", path)
-        else:
-            return str(path)
-    return None
 
 
 class HealTrainer(SFTTrainer):
@@ -241,8 +221,8 @@ class HealTrainer(SFTTrainer):
         asked = self.splits_sequences or smoothed or other or self._split
         if asked and self.args.distils:
             raise LayerPruneError(
-                f"loss={self.args.loss} can't be combined with loss_type, label smoothing, a router loss, images, or a "
-                "model split over devices; use loss=ce, or do without these"
+                f"{self.args.lesson} can't be combined with loss_type, label smoothing, a router loss, images, or a "
+                "model split over devices; use loss=ce without features, or do without these"
             )
         return asked
 
