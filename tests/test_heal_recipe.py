@@ -39,7 +39,8 @@ ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "sft_tail.py"
 SETTINGS = {
     "drop_layers": "3,4",
-    "method": "last2",
+    "method": "behind1",
+    "features": 0.25,
     "loss": "ce+kd",
     "num_train_epochs": 2,
     "per_device_train_batch_size": 4,
@@ -120,7 +121,8 @@ def test_adapter_and_model_are_the_same_healed_model(base: Path, healed: tuple[P
     ]  # fmt: skip
     found = losses(log)
     assert len(found) == 16
-    assert sum(found[-4:]) < sum(found[:4])
+    assert found[3] < found[0]  # hidden states in the first quarter, then distributions and text
+    assert sum(found[-4:]) < sum(found[4:8])
     ids = torch.randint(3, 100, (2, 9))
     model = AutoModelForCausalLM.from_pretrained(output / "model", **EAGER).eval()
     assert model.config.num_hidden_layers == 6
@@ -139,8 +141,8 @@ def test_history_says_what_was_done(healed: tuple[Path, str]) -> None:
     before, after = (load_file(output / name / "model.safetensors") for name in ("pruned", "model"))
     changed = sorted(name for name in after if not torch.equal(after[name], before[name]))
     assert entry["changed_tensors"] == changed
-    assert {name.split(".")[2] for name in changed if "layers" in name} == {"4", "5"}
-    assert entry["settings"]["method"] == "last2"
+    assert {name.split(".")[2] for name in changed if "layers" in name} == {"2", "3", "4", "5"}
+    assert (entry["settings"]["method"], entry["settings"]["features"]) == ("behind1", 0.25)
     assert entry["settings"]["learning_rate"] == 0.01
     assert entry["data"][0]["rows"] == 32
     assert re.fullmatch(r"[0-9a-f]{64}", entry["data"][0]["sha256"])
@@ -237,6 +239,7 @@ def test_a_model_that_is_healed_again_is_no_adapter_of_the_base(
 ) -> None:
     """Such an adapter would lack what was trained before."""
     settings = {"dataset_name": base.parent / "rows.jsonl", "max_steps": 2, "method": "last1", "template": "alpaca"}
+    settings |= {"features": 0}
     arguments = words(healed[0] / "model", tmp_path / "run", **settings)
     place = arguments.index("--drop_layers")
     run(recipe, arguments[:place] + arguments[place + 2 :])
@@ -287,6 +290,7 @@ def test_rows_that_the_dense_model_writes(recipe: ModuleType, base: Path, tmp_pa
 
 def test_repaired_first(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
     settings = {"repair": "linear", "calibration_samples": 8, "calibration_length": 16, "max_steps": 2}
+    settings |= {"method": "last2", "features": 0}
     run(recipe, words(base, tmp_path / "run", **settings))
     prune, heal = Lineage.of(tmp_path / "run" / "model").entries
     assert prune["repair"]["changed_tensors"] == ["model.layers.2.mlp.down_proj.weight"]
