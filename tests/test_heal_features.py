@@ -136,3 +136,13 @@ def test_nothing_to_train_in_front(middle: Bench, tmp_path: Path) -> None:
         middle.trainer(**FEATURES | {"method": "last2"})
     with pytest.raises(LayerPruneError, match="features trains the layers in front of the cut"):
         Bench(tmp_path, drop=[0, 1]).trainer(**FEATURES)
+
+
+def test_the_first_phase_has_a_higher_rate(middle: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    steady = {"lr_scheduler_type": "constant", "max_steps": 8}
+    usual = middle.losses(**FEATURES | steady | {"features": 0.5})
+    monkeypatch.setattr("hf_layerprune.heal.features.RATE", 1.0)
+    slow, fast = (middle.losses(**FEATURES | steady | {"features": 0.5, "learning_rate": r * 1e-3}) for r in (1, 2.5))
+    assert usual[:5] == pytest.approx(fast[:5], rel=1e-5)  # the fifth loss is that after four steps
+    assert usual[4] != pytest.approx(slow[4], rel=1e-4)
+    assert usual[6] != pytest.approx(fast[6], rel=1e-4)  # two steps of distillation at the usual rate

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import TrainerCallback
 
 from ..errors import CutError
 from ..families import Cut
@@ -20,6 +21,10 @@ from .student import cut_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .trainer import HealTrainer
+
+# The learning rate of this phase over that of what follows, which is for distillation (docs/experiments.md).
+RATE = 2.5
 # A state with a smaller mean square, such as that of padding, counts as if it had this one.
 _SMALLEST = 1e-12
 
@@ -115,3 +120,26 @@ class FeaturePhase:
         parts = wanted.chunk(len(self._depths), -1)
         losses = [feature_loss(found[depth], part) for depth, part in zip(self._depths, parts, strict=True)]
         return torch.stack(losses).mean(0)[mask].sum()
+
+
+class HigherRate(TrainerCallback):
+    """Multiplies the learning rate of this phase's steps by `RATE`.
+
+    Args:
+        trainer ([`HealTrainer`]): The trainer.
+    """
+
+    def __init__(self, trainer: HealTrainer) -> None:
+        self._trainer = trainer
+        self._factor = 1.0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self._factor = RATE if self._trainer.reproduces_features else 1.0
+        self._multiply(optimizer, self._factor)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self._multiply(optimizer, 1 / self._factor)
+
+    def _multiply(self, optimizer: Any, factor: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= factor

@@ -30,7 +30,7 @@ from .batches import Precomputed, StateCollator, real_tokens, taught_positions, 
 from .checkpoints import TrainingStopped, last_checkpoint
 from .config import HealConfig
 from .data import has_images
-from .features import FeaturePhase
+from .features import FeaturePhase, HigherRate
 from .halving import Halving
 from .losses import Lesson, head_loss
 from .methods import parse_method
@@ -96,6 +96,7 @@ class HealTrainer(SFTTrainer):
         self._teacher_model = teacher
         if args.features:
             self._features = FeaturePhase(self.plain_model, args.method)
+            self.add_callback(HigherRate(self))
         self._hold_in_float32()
         # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
         self._split = is_split_by_deepspeed(self.plain_model)
@@ -344,8 +345,12 @@ class HealTrainer(SFTTrainer):
         width = self.data_collator.precomputed.feature_width
         if taught is None or not width:
             return None, taught
-        first = self.model.training and self.progress < self.args.features
-        return taught[..., :width] if first else None, taught[..., width:]
+        return taught[..., :width] if self.reproduces_features else None, taught[..., width:]
+
+    @property
+    def reproduces_features(self) -> bool:
+        """Whether this step is one of the first phase."""
+        return self.model.training and self.progress < self.args.features
 
     @property
     def progress(self) -> float:
