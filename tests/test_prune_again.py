@@ -75,6 +75,17 @@ def test_a_base_that_was_edited_is_another_base(base: Path, tmp_path: Path) -> N
         was_made(request, tmp_path / "pruned")
 
 
+def test_a_calibration_file_that_was_edited_is_another_text(base: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    shutil.copyfile(base.parent / "notes.txt", notes)
+    request = PruneRequest(str(base), str(tmp_path / "pruned"), **REPAIRED, calibration=str(notes))
+    prune_to(request)
+    assert was_made(request, tmp_path / "pruned")
+    notes.write_text(notes.read_text().replace("cold", "warm"))
+    with pytest.raises(CheckpointError, match="another base or calibration text"):
+        was_made(request, tmp_path / "pruned")
+
+
 @pytest.mark.parametrize(
     ("commit", "weights", "same"), [("a" * 40, "1", True), ("b" * 40, "1", True), ("b" * 40, "2", False)]
 )

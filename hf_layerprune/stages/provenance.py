@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..calibration.rows import load_calibration
 from ..cut.gguf import gguf_texts
 from ..errors import CheckpointError
 from ..files.hub import Repo
@@ -14,7 +15,7 @@ from ..records.declared import CARD, declared_by, declared_in_gguf
 from ..records.fingerprints import CONFIG, WEIGHTS, fingerprint
 from ..records.licences import is_licence_file
 from ..records.lineage import Lineage
-from ..runtime.loading import is_hub_id
+from ..runtime.loading import is_hub_id, load_tokenizer
 from .requests import PruneRequest
 
 if TYPE_CHECKING:
@@ -72,6 +73,24 @@ def is_base(recorded: dict[str, Any], request: PruneRequest) -> bool:
     files = repo.fingerprint()
     decisive = [name for name in {*before, *files} if name == CONFIG or name.endswith(WEIGHTS)]
     return all(before.get(name) == files.get(name) for name in decisive)
+
+
+def is_text(recorded: dict[str, Any], request: PruneRequest) -> bool:
+    """Whether the calibration file that a request names still holds the rows that a lineage records.
+
+    Only files of text are read again: a data set on the Hub is known by its name, and text by the model by its seed.
+    """
+    file = Path(request.calibration.partition(":")[0]).expanduser()
+    if "fingerprint" not in recorded or recorded.get("images") or not file.is_file():
+        return True
+    rows = load_calibration(
+        request.calibration,
+        load_tokenizer(request.base, revision=request.revision),
+        samples=request.calibration_samples,
+        length=request.calibration_length,
+        seed=request.seed,
+    )
+    return rows.fingerprint == recorded["fingerprint"]
 
 
 def _declared(source: Path, repo: Repo | None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ..records.lineage import Lineage, stage
 from ..runtime.loading import is_hub_id, load_base, load_config, load_tokenizer, resolve_base
 from ..select import find_criterion, needs_model, select_layers
 from ..select.targets import Target
-from .provenance import is_base, write_lineage
+from .provenance import is_base, is_text, write_lineage
 from .requests import PruneRequest
 
 if TYPE_CHECKING:
@@ -99,9 +99,10 @@ def was_made(request: PruneRequest, folder: Path) -> bool:
     same = settings_of(request, dropped) == recorded and all(
         calibration.get(name, value) == value for name, value in asked.items()
     )
-    if not (same and is_base(lineage.base, request)):
+    if not (same and is_base(lineage.base, request) and is_text(calibration, request)):
         raise CheckpointError(
-            f"{folder} holds a different cut, or one of another base; name another output folder, or remove it"
+            f"{folder} holds a different cut, or one of another base or calibration text; name another output folder, or "
+            "remove it"
         )
     return True
 
