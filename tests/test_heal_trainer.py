@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import base_trainer
 
-from hf_layerprune.errors import CheckpointError, LayerPruneError
+from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError
 from hf_layerprune.families import Cut
 from hf_layerprune.heal.checkpoints import TrainingStopped, last_checkpoint
 from hf_layerprune.heal.config import HealConfig
@@ -438,6 +438,18 @@ def test_weights_that_are_no_numbers_are_not_saved(llama: Bench, tmp_path: Path)
     with pytest.raises(TrainingStopped, match="not finite after step 4"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"packing": True}])
+def test_rows_longer_than_the_context(tmp_path: Path, settings: dict[str, Any]) -> None:
+    bench = Bench(tmp_path)
+    config = bench.pruned / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 12}))
+    with pytest.raises(
+        CutError, match=r"a training row has \d+ tokens, and the model 12 positions; use max_length=12"
+    ):
+        bench.trainer(**settings)
+    bench.trainer(max_length=12)
 
 
 def test_rows_that_are_all_too_long(llama: Bench) -> None:

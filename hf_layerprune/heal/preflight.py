@@ -11,6 +11,7 @@ from ..families import check_stage, layer_count
 from ..families.fields import cut_without
 from ..options import AMOUNTS, CutOptions, declared, refuse_unused
 from ..runtime.loading import load_config
+from ..runtime.windows import check_context
 from ..select.sets import drop_count
 from .features import check_features
 from .methods import parse_method
@@ -138,9 +139,11 @@ def check_teacher(
         config (`PreTrainedConfig`): The config of the model to train, or of its base.
 
     Raises:
-        CutError: It is needed, and not named.
+        CutError: It is needed, and not named, or is to write rows that are longer than its context.
         CheckpointError: It does not exist, or has another number of layers.
     """
+    if script_args.dataset_name == SELF:
+        check_context(config, row_args.self_length, "self_length")
     used = args.distils or row_args.rewrite_answers or script_args.dataset_name == SELF
     if args.teacher is None and not used:
         return

@@ -29,7 +29,7 @@ from ..versions import trl_drops_rows_without_labels
 from .batches import Precomputed, StateCollator, real_tokens, taught_positions, token_counts
 from .checkpoints import TrainingStopped, last_checkpoint
 from .config import HealConfig
-from .data import has_images
+from .data import check_lengths, has_images
 from .features import FeaturePhase, HigherRate
 from .halving import Halving
 from .losses import Lesson, head_loss
@@ -64,6 +64,7 @@ class HealTrainer(SFTTrainer):
         kwargs: For [`~trl.SFTTrainer`]: `train_dataset`, `eval_dataset`, `processing_class`, `peft_config`, ...
 
     Raises:
+        CutError: A row is longer than the model's context.
         LayerPruneError: No training row has a token to learn within `max_length`, or the settings exclude each other.
         UnsupportedModelError: This model type can't be healed.
     """
@@ -107,6 +108,7 @@ class HealTrainer(SFTTrainer):
             labelled = self.train_dataset
             if not self._is_vision_dataset:
                 labelled = self._labelled_rows(labelled, len(rows))
+                check_lengths(labelled, model.config)
             self.train_dataset = self._seen_rows(labelled)
             self._number_rows()
         self.data_collator = StateCollator(self.data_collator, self.padding_free)
