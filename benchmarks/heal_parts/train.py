@@ -193,6 +193,7 @@ def _train(
     from transformers import TrainerCallback
 
     from hf_layerprune.heal.config import HealConfig
+    from hf_layerprune.heal.features import RATE
     from hf_layerprune.heal.student import Student, adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
 
@@ -214,7 +215,8 @@ def _train(
 
             def share(step: int) -> float:
                 gone = self.progress
-                return max(0.0, min(1.0, gone / 0.03, (1 - gone) / 0.97))
+                rate = RATE if gone < self.args.features else 1.0
+                return rate * max(0.0, min(1.0, gone / 0.03, (1 - gone) / 0.97))
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
             self._created_lr_scheduler = True

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, CutError, boundary
 from ..files.data_sets import SUFFIXES, json_files, read_json_files
-from ..runtime.windows import context_of
 from .options import TEMPLATES
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
     from trl import DatasetMixtureConfig
     from trl.scripts.utils import DatasetConfig
 
@@ -186,19 +185,6 @@ def shape_rows(
 def has_images(rows: Any) -> bool:
     """Whether shaped rows have images, which TRL's own path for them trains on."""
     return any(column in IMAGES for column in getattr(rows, "column_names", None) or ())
-
-
-def check_lengths(rows: Dataset, config: PreTrainedConfig) -> None:
-    """Refuse prepared rows that are longer than a model's context.
-
-    Raises:
-        CutError: A row, or a text packed into one, has more tokens than the model has positions.
-    """
-    packed = "seq_lengths" in rows.column_names
-    lengths = map(max, rows["seq_lengths"]) if packed else map(len, rows["input_ids"])
-    longest, most = max(lengths, default=0), context_of(config)
-    if most is not None and longest > most:
-        raise CutError(f"a training row has {longest} tokens, and the model {most} positions; use max_length={most}")
 
 
 def _opened(rows: Dataset, columns: list[str], folder: Path) -> Dataset:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback
 
 from ..errors import CutError
 from ..families import Cut
@@ -21,10 +20,8 @@ from .student import cut_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .trainer import HealTrainer
-
-# The learning rate of this phase over that of what follows, which is for distillation (docs/experiments.md).
-RATE = 2.5
+# The learning rate of this phase over that of the next, and the time of a step; SmolLM2-135M, docs/experiments.md.
+RATE, _COST = 2.5, 0.1
 # A state with a smaller mean square, such as that of padding, counts as if it had this one.
 _SMALLEST = 1e-12
 
@@ -122,24 +119,21 @@ class FeaturePhase:
         return torch.stack(losses).mean(0)[mask].sum()
 
 
-class HigherRate(TrainerCallback):
-    """Multiplies the learning rate of this phase's steps by `RATE`.
+def phased(schedule: Callable[..., float], first: int, steps: int) -> Callable[[int], float]:
+    """A schedule of the learning rate for both phases, by what their steps cost.
 
     Args:
-        trainer ([`HealTrainer`]): The trainer.
+        schedule (`Callable`): The factor of the learning rate for the number of steps that are done.
+        first (`int`): Steps of this phase.
+        steps (`int`): All steps.
+
+    Returns:
+        `Callable[[int], float]`: The same, with steps of this phase counted at their cost and at a higher rate.
     """
+    cost = _COST * first + steps - first
 
-    def __init__(self, trainer: HealTrainer) -> None:
-        self._trainer = trainer
-        self._factor = 1.0
+    def factor(step: int) -> float:
+        done = _COST * min(step, first) + max(step - first, 0)
+        return schedule(steps * done / cost) * (RATE if step < first else 1.0)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        self._factor = RATE if self._trainer.reproduces_features else 1.0
-        self._multiply(optimizer, self._factor)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        self._multiply(optimizer, 1 / self._factor)
-
-    def _multiply(self, optimizer: Any, factor: float) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] *= factor
+    return factor

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import random
 import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,22 +18,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.modeling_outputs import ModelOutput
 
 from ..errors import LayerPruneError
 from ..families import check_stage
 from ..runtime.head import OutputHead
 from ..runtime.precision import in_fast_precision
-from ..versions import trl_drops_rows_without_labels
 from .batches import Precomputed, StateCollator, real_tokens, taught_positions, token_counts
 from .checkpoints import TrainingStopped, last_checkpoint
 from .config import HealConfig
-from .data import check_lengths, has_images
-from .features import FeaturePhase, HigherRate
+from .data import has_images
+from .features import FeaturePhase, phased
 from .halving import Halving
 from .losses import Lesson, head_loss
 from .methods import parse_method
 from .precompute import is_split_by_deepspeed, keep_inputs_without_gradients, precompute
+from .prepared import check_lengths, labelled_rows, numbered, seen_rows
 
 from trl import SFTTrainer  # isort: skip (if TRL is missing, `.config` raises an error that says what to install)
 
@@ -97,7 +97,6 @@ class HealTrainer(SFTTrainer):
         self._teacher_model = teacher
         if args.features:
             self._features = FeaturePhase(self.plain_model, args.method)
-            self.add_callback(HigherRate(self))
         self._hold_in_float32()
         # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
         self._split = is_split_by_deepspeed(self.plain_model)
@@ -105,12 +104,13 @@ class HealTrainer(SFTTrainer):
             self._patch_forward(self.output_head)
         self.numbered_datasets: list[Dataset] = []
         if isinstance(self.train_dataset, Dataset):
-            labelled = self.train_dataset
             if not self._is_vision_dataset:
-                labelled = self._labelled_rows(labelled, len(rows))
-                check_lengths(labelled, model.config)
-            self.train_dataset = self._seen_rows(labelled)
-            self._number_rows()
+                self.train_dataset = labelled_rows(self.train_dataset, args, len(rows))
+                check_lengths(self.train_dataset, model.config)
+            self.train_dataset = seen_rows(self.train_dataset, args)
+            self.train_dataset, self.eval_dataset, self.numbered_datasets = numbered(
+                self.train_dataset, self.eval_dataset
+            )
         self.data_collator = StateCollator(self.data_collator, self.padding_free)
 
     @property
@@ -126,51 +126,6 @@ class HealTrainer(SFTTrainer):
             return OutputHead(self.plain_model)
 
     # --- set-up ------------------------------------------------------------------------------------------
-
-    def _labelled_rows(self, rows: Dataset, given: int) -> Dataset:
-        """The rows with a labelled token; logs how many rows are truncated or left out."""
-        limit = self.args.max_length
-        if limit is not None and "completion_mask" in rows.column_names and not trl_drops_rows_without_labels():
-            rows = rows.filter(lambda row: any(row["completion_mask"][:limit]))
-        if len(rows) == 0:
-            raise LayerPruneError(
-                f"none of the {given} training rows has a labelled token within max_length={limit}: all prompts are "
-                "longer; raise --max_length"
-            )
-        if limit is not None and not self.args.packing:
-            cut = sum(len(ids) >= limit for ids in rows["input_ids"])
-            if cut or len(rows) < given:
-                logger.info(
-                    "of %d rows, %d reach max_length=%d and may be cut; %d are left out, as their prompts reach it",
-                    given, cut, limit, given - len(rows),
-                )  # fmt: skip
-        return rows
-
-    def _seen_rows(self, rows: Dataset) -> Dataset:
-        """If training ends before it has seen all rows, a sample of those that it will see: only these are computed."""
-        args = self.args
-        a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if args.max_steps <= 0 and args.num_train_epochs < 1:  # the Trainer would take that part of the sample again
-            args.max_steps = math.ceil(args.num_train_epochs * math.ceil(len(rows) / a_step))
-        seen = args.max_steps * a_step
-        if args.max_steps <= 0 or seen >= len(rows):
-            return rows
-        logger.info("training ends after %d of %d rows; the other rows are left out", seen, len(rows))
-        return rows.select(sorted(random.Random(args.row_seed).sample(range(len(rows)), seen)))
-
-    def _number_rows(self) -> None:
-        """Number the rows of all data sets consecutively, unless one of them is streamed."""
-        several = isinstance(self.eval_dataset, dict)
-        evaluated: Any = self.eval_dataset if several else {"eval": self.eval_dataset}
-        sets = {"": self.train_dataset} | {name: rows for name, rows in evaluated.items() if rows is not None}
-        if not all(isinstance(rows, Dataset) for rows in sets.values()):
-            return
-        for name, rows in sets.items():
-            first = sum(map(len, self.numbered_datasets))
-            sets[name] = rows.add_column("row", list(range(first, first + len(rows))))
-            self.numbered_datasets.append(sets[name])
-        self.train_dataset = sets.pop("")
-        self.eval_dataset = sets if several else sets.get("eval")
 
     def _hold_in_float32(self) -> None:
         mixed = self.args.float32_weights and (self.args.bf16 or self.args.fp16)
@@ -353,6 +308,20 @@ class HealTrainer(SFTTrainer):
     def reproduces_features(self) -> bool:
         """Whether this step is one of the first phase."""
         return self.model.training and self.progress < self.args.features
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of the learning rate; see [`~transformers.Trainer`]."""
+        if self.lr_scheduler is not None or not self.args.features:
+            return super().create_scheduler(num_training_steps, optimizer)
+        rate: float = self.args.learning_rate or 0.0
+        own: Any = optimizer or self.optimizer
+        usual = super().create_scheduler(num_training_steps, torch.optim.SGD([torch.zeros(1)], lr=rate))
+        self.lr_scheduler = None
+        if not isinstance(usual, LambdaLR):
+            return super().create_scheduler(num_training_steps, optimizer)
+        first = math.ceil(self.args.features * num_training_steps)
+        self.lr_scheduler = LambdaLR(own, phased(usual.lr_lambdas[0], first, num_training_steps))
+        return self.lr_scheduler
 
     @property
     def progress(self) -> float:

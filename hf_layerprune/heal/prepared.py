@@ -1,0 +1,97 @@
+"""Rows that TRL has prepared: which of them are trained on, and their numbers."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+
+from ..errors import CutError, LayerPruneError
+from ..runtime.windows import context_of
+from ..versions import trl_drops_rows_without_labels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .config import HealConfig
+
+logger = logging.getLogger(__name__)
+
+
+def labelled_rows(rows: Dataset, args: HealConfig, given: int) -> Dataset:
+    """The rows with a labelled token; logs how many of the `given` rows are truncated or left out.
+
+    Raises:
+        LayerPruneError: There are none.
+    """
+    limit = args.max_length
+    if limit is not None and "completion_mask" in rows.column_names and not trl_drops_rows_without_labels():
+        rows = rows.filter(lambda row: any(row["completion_mask"][:limit]))
+    if len(rows) == 0:
+        raise LayerPruneError(
+            f"none of the {given} training rows has a labelled token within max_length={limit}: all prompts are "
+            "longer; raise --max_length"
+        )
+    if limit is not None and not args.packing:
+        cut = sum(len(ids) >= limit for ids in rows["input_ids"])
+        if cut or len(rows) < given:
+            logger.info(
+                "of %d rows, %d reach max_length=%d and may be cut; %d are left out, as their prompts reach it",
+                given, cut, limit, given - len(rows),
+            )  # fmt: skip
+    return rows
+
+
+def check_lengths(rows: Dataset, config: PreTrainedConfig) -> None:
+    """Refuse prepared rows that are longer than a model's context.
+
+    Raises:
+        CutError: A row, or a text packed into one, has more tokens than the model has positions.
+    """
+    packed = "seq_lengths" in rows.column_names
+    lengths = map(max, rows["seq_lengths"]) if packed else map(len, rows["input_ids"])
+    longest, most = max(lengths, default=0), context_of(config)
+    if most is not None and longest > most:
+        raise CutError(f"a training row has {longest} tokens, and the model {most} positions; use max_length={most}")
+
+
+def seen_rows(rows: Dataset, args: HealConfig) -> Dataset:
+    """If training ends before it has seen all rows, a sample of those that it will see: only these are computed.
+
+    A part of an epoch becomes as many steps in `args.max_steps`.
+    """
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.max_steps <= 0 and args.num_train_epochs < 1:  # the Trainer would take that part of the sample again
+        args.max_steps = math.ceil(args.num_train_epochs * math.ceil(len(rows) / a_step))
+    seen = args.max_steps * a_step
+    if args.max_steps <= 0 or seen >= len(rows):
+        return rows
+    logger.info("training ends after %d of %d rows; the other rows are left out", seen, len(rows))
+    return rows.select(sorted(random.Random(args.row_seed).sample(range(len(rows)), seen)))
+
+
+def numbered(train: Dataset, evaluated: Any) -> tuple[Dataset, Any, list[Dataset]]:
+    """Number the rows of all data sets consecutively, unless one of them is streamed.
+
+    Args:
+        train (`Dataset`): The rows to train on.
+        evaluated (`Dataset` or `dict`, *optional*): Those to evaluate on, or several sets of them by name.
+
+    Returns:
+        `tuple`: Both with a column `row`, and a list of all sets; as they were, and an empty list, if one is streamed.
+    """
+    several = isinstance(evaluated, dict)
+    others: dict[str, Any] = evaluated if several else {"eval": evaluated}
+    sets = {"": train} | {name: rows for name, rows in others.items() if rows is not None}
+    if not all(isinstance(rows, Dataset) for rows in sets.values()):
+        return train, evaluated, []
+    first = 0
+    for name, rows in sets.items():
+        sets[name] = rows.add_column("row", list(range(first, first + len(rows))))
+        first += len(rows)
+    every = list(sets.values())
+    train = sets.pop("")
+    return train, sets if several else sets.get("eval"), every
