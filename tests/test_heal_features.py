@@ -10,11 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_layerprune.errors import CutError, LayerPruneError
+from hf_layerprune.errors import CutError
 from hf_layerprune.families import Cut
-from hf_layerprune.heal.features import boundaries, feature_loss
+from hf_layerprune.heal.features import RATE, boundaries, feature_loss, phased
 from hf_layerprune.heal.methods import parse_method
 
+from .heal_makers import rows
 from .test_heal_trainer import Bench, losses, tuned
 
 FEATURES: dict[str, Any] = {"method": "behind1", "loss": "kd", "features": 0.99, "learning_rate": 1e-3}
@@ -81,14 +82,14 @@ def test_layers_in_front_learn_and_the_others_wait(middle: Bench) -> None:
 
 
 def test_then_the_loss_proper(middle: Bench) -> None:
-    trainer = middle.trainer(**FEATURES | {"features": 0.5, "loss": "ce+kd", "kd_alone": 0.75}, max_steps=8)
+    trainer = middle.trainer(**FEATURES | {"features": 0.5, "loss": "ce+kd", "kd_alone": 0.5}, max_steps=8)
     trainer.train()
     logs = trainer.state.log_history[:-1]
     assert [sorted({"features", "kd"} & log.keys()) for log in logs] == [["features"]] * 4 + [["kd"]] * 4
     assert [log["loss"] == pytest.approx(log["kd"], rel=1e-4) for log in logs[4:]] == [True, True, False, False]
     tokens = [log["num_tokens"] for log in logs]
     assert tokens == sorted(tokens)
-    plain = middle.trainer(**FEATURES | {"features": 0.5, "loss": "ce"}, max_steps=8)
+    plain = middle.trainer(**FEATURES | {"features": 0.5, "loss": "ce", "cache": "off"}, max_steps=8)
     plain.train()
     assert losses(plain)[4] > losses(trainer)[4]
     assert "kd" not in plain.state.log_history[5]
@@ -109,9 +110,35 @@ def test_the_same_however_it_is_computed(middle: Bench, settings: dict[str, Any]
 
 
 def test_rows_in_one_sequence(middle: Bench) -> None:
-    packed = {"packing": True, "max_steps": 2}
-    found = [middle.losses(**FEATURES | {"features": 0.5, "cache": cache}, **packed) for cache in ("on", "off")]
+    packed = FEATURES | {"packing": True, "max_steps": 4, "features": 0.5}
+    usual = middle.losses(**packed, cache="on")
+    for more in ({"cache": "off"}, {"pad_to_multiple_of": 64}, {"pad_to_multiple_of": 64, "cache": "off"}):
+        assert middle.losses(**packed | more) == pytest.approx(usual, rel=1e-4)
+
+
+def test_places_without_a_trained_layer_in_front_do_not_count(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, drop=[1, 5])
+    found = [bench.losses(**FEATURES | {"method": "last4", "cache": cache}) for cache in ("on", "off")]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+    alone = bench.trainer(**FEATURES | {"method": "last4"})
+    assert alone.feature_phase.wanted == (6,)
+
+
+def test_an_evaluation_is_that_of_the_loss(middle: Bench) -> None:
+    evaluated = {"eval_rows": rows(6, seed=1), "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    trainer = middle.trainer(**FEATURES | {"features": 0.5}, **evaluated)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert [log["eval_loss"] == pytest.approx(log["eval_kd"], rel=1e-4) for log in logs] == [True, True]
+
+
+def test_resumed_inside_the_phase(middle: Bench, tmp_path: Path) -> None:
+    settings = FEATURES | {"features": 0.5, "max_steps": 8, "save_strategy": "steps", "save_steps": 2}
+    trainer = middle.trainer(**settings, output_dir=str(tmp_path / "run"))
+    trainer.train()
+    again = middle.trainer(**settings, output_dir=str(tmp_path / "again"))
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert losses(again)[2:] == pytest.approx(losses(trainer)[2:], rel=1e-5)
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "mixtral", "gpt_neox", "granite"])
@@ -132,10 +159,22 @@ def test_lora_learns_in_front_of_the_cut(middle: Bench) -> None:
 
 
 def test_nothing_to_train_in_front(middle: Bench, tmp_path: Path) -> None:
-    with pytest.raises(CutError, match="method=last2 trains none there; use method=behind2 or cut2, or features=0"):
+    with pytest.raises(CutError, match="none of them is trained; use --method behind2 or cut2"):
         middle.trainer(**FEATURES | {"method": "last2"})
-    with pytest.raises(LayerPruneError, match="features trains the layers in front of the cut"):
+    with pytest.raises(CutError, match="but the first layers were dropped; use features=0"):
         Bench(tmp_path, drop=[0, 1]).trainer(**FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
+        ({"ddp_find_unused_parameters": False}, "ddp_find_unused_parameters"),
+    ],
+)
+def test_settings_that_rule_it_out(middle: Bench, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(CutError, match=f"features needs {message}.*or use features=0"):
+        middle.trainer(**FEATURES | settings)
 
 
 def test_the_learning_rate_falls_with_the_time_and_is_higher_at_first(middle: Bench) -> None:
@@ -144,3 +183,25 @@ def test_the_learning_rate_falls_with_the_time_and_is_higher_at_first(middle: Be
     found = [log["learning_rate"] for log in trainer.state.log_history[:-1]]
     left = [4.4, 4.3, 4.2, 4.1, 4, 3, 2, 1]  # in steps of distillation, ten times as long as the others
     assert found == pytest.approx([(2.5 if i < 4 else 1) * 1e-3 * x / 4.4 for i, x in enumerate(left)])
+
+
+def test_the_warm_up_keeps_its_steps() -> None:
+    rise = [phased(lambda step: min(1.0, step / 6), 40, 200, 6)(step) for step in range(200)]
+    assert rise[:7] == pytest.approx([RATE * step / 6 for step in range(7)])
+    assert rise[39:41] == [RATE, 1.0]
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.07, 100), (0.29, 100), (0.5, 7)])
+def test_the_schedule_and_the_steps_agree(middle: Bench, share: float, steps: int) -> None:
+    trainer = middle.trainer(**FEATURES | {"features": share, "max_steps": steps})
+    trainer.model.train()
+    trainer.state.max_steps = steps
+    trainer.create_optimizer_and_scheduler(steps)
+    rates = []
+    for step in range(steps):
+        trainer.state.global_step = step
+        factor = trainer.lr_scheduler.lr_lambdas[0](step)
+        rates.append((trainer.reproduces_features, factor > 1))
+        if step > steps / 2:
+            break
+    assert all(first == higher for first, higher in rates)

@@ -64,7 +64,8 @@ PRUNED = {"model_name_or_path": "FOLDER/pruned"}
 USAGE = [
     ({"method": "head"}, "method='head' is unknown"),
     ({"method": "last9"}, "trains the last 9 layers, but only 6 remain"),
-    ({"method": "last2", "features": 0.5, "drop_layers": "3,4"}, "method=last2 trains none there; use method=behind2"),
+    ({"method": "last2", "features": 0.5, "drop_layers": "3,4"}, "none of them is trained; use --method behind2"),
+    ({"method": "lora", "features": 0.5, "drop_layers": "0,1"}, "but the first layers were dropped; use features=0"),
     ({"dataset_name": "self", "self_length": 5000}, "self_length=5000 is more than the 128 positions of the model"),
     ({"method": "last8", "max_kl": 0.1}, "trains the last 8 layers, but only 7 remain"),
     ({"dataset_name": None}, "name the training data with --dataset_name"),

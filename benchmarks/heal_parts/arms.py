@@ -74,10 +74,10 @@ ARMS = {
     "ours, text last": Arm("ours with borrowed neurons, then cross-entropy as well in the last 15 % of the time",
                            repair="borrow", method="behind2", loss="ce+kd", settings=_SMALL_STEPS | {"kd_alone": 0.85}),
     "ours, states first": Arm("ours with borrowed neurons, hidden states at first, then distillation", repair="borrow",
-                              method="behind2", loss="kd", settings=_SMALL_STEPS | {"features": 0.4}),
+                              method="behind2", loss="kd", settings=_SMALL_STEPS | {"features": 0.35}),
     "ours, states first, text last": Arm(
         "ours with borrowed neurons, hidden states at first, then distillation, then cross-entropy as well",
-        repair="borrow", method="behind2", loss="ce+kd", settings=_SMALL_STEPS | {"features": 0.4, "kd_alone": 0.85}),
+        repair="borrow", method="behind2", loss="ce+kd", settings=_SMALL_STEPS | {"features": 0.35, "kd_alone": 0.77}),
     "ours, self": Arm("ours on text that the dense model writes", repair="refit", method="behind2", loss="kd",
                       rows="self", pace=7_000, settings=_SMALL_STEPS),
     "ours, more rows": Arm("ours, with rows that the dense model writes where the given ones run out", repair="refit",

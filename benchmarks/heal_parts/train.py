@@ -242,7 +242,7 @@ def _train(
     trainer = (HealTrainer if tokens else Timed)(
         model,
         settings,
-        teacher=setting.dense if "kd" in arm.loss else None,
+        teacher=setting.dense if settings.distils else None,
         train_dataset=rows,
         processing_class=setting.tokenizer,
         peft_config=adapter_config(student, method, r=16, alpha=32, dropout=0.0, target_modules=None),

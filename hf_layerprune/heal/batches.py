@@ -91,7 +91,8 @@ def real_tokens(inputs: dict[str, Any]) -> torch.Tensor:
     """Which tokens are no padding, boolean `[batch, seq]`."""
     if "attention_mask" in inputs:
         return inputs["attention_mask"] != 0
-    return torch.ones_like(inputs["position_ids"], dtype=torch.bool)
+    # Where texts share a row, padding has position 0 to the end of the row.
+    return inputs["position_ids"].flip(-1).cumsum(-1).flip(-1) != 0
 
 
 def taught_positions(inputs: dict[str, Any], labels: torch.Tensor, args: HealConfig) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Feature reconstruction: the layers in front of a cut learn to produce the dense model's hidden states behind it.
 
 Neither the layers behind the cut nor the head run, so a step costs a fraction of one of distillation. LLM-Streamline
-(arXiv:2403.19135) trains one layer that way; here it is a first phase that distillation continues.
+(arXiv:2403.19135) trains one layer that way; here it is a first phase, and training on the loss follows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from .student import cut_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .config import HealConfig
 
 # The learning rate of this phase over that of the next, and the time of a step; SmolLM2-135M, docs/experiments.md.
 RATE, _COST = 2.5, 0.1
@@ -44,24 +46,33 @@ def boundaries(cut: Cut) -> dict[int, int]:
     return found
 
 
-def check_features(cut: Cut | None, layers: Collection[int], method: str) -> dict[int, int]:
-    """Check that a method trains a layer that feature reconstruction can train; returns the [`boundaries`].
+def trained_places(cut: Cut | None, layers: Collection[int]) -> dict[int, int]:
+    """The [`boundaries`] with a trained layer in front of them.
 
     Args:
         cut (`Cut`, *optional*): The cut; `None` for a model that was not pruned.
         layers (`Collection[int]`): The layers that are trained, as indices in the pruned model.
-        method (`str`): The method, for the error.
+
+    Returns:
+        `dict[int, int]`: As [`boundaries`].
 
     Raises:
-        CutError: It trains none, or there is none in front of the cut.
+        CutError: There are none.
     """
-    places = boundaries(cut) if cut is not None else {}
-    if not any(layer < front for layer in layers for front in places):
+    if cut is None:
+        raise CutError("features reproduces what dropped layers did, and this model was not pruned; use features=0")
+    places = boundaries(cut)
+    found = {front: dense for front, dense in places.items() if any(layer < front for layer in layers)}
+    if not places:
         raise CutError(
-            f"features trains the layers in front of the cut, and method={method} trains none there; use "
-            "method=behind2 or cut2, or features=0"
+            "features trains the layers in front of the cut, but the first layers were dropped; use features=0"
         )
-    return places
+    if not found:
+        raise CutError(
+            "features trains the layers in front of the cut, and none of them is trained; use --method behind2 or cut2 "
+            '(tune_layers="cut"), or features=0'
+        )
+    return found
 
 
 def feature_loss(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -83,22 +94,42 @@ def feature_loss(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return error / wanted.square().mean(-1).clamp(min=_SMALLEST) ** 0.75
 
 
+def leave_parameters_out(args: HealConfig) -> None:
+    """Prepare settings for steps in which a forward pass ends early and most parameters get no gradient.
+
+    Raises:
+        CutError: A setting rules that out.
+    """
+    recompute: Any = args.gradient_checkpointing_kwargs or {}
+    if args.gradient_checkpointing and recompute.get("use_reentrant"):
+        raise CutError(
+            "features needs use_reentrant=False in gradient_checkpointing_kwargs; set it, or use features=0"
+        )
+    if args.ddp_find_unused_parameters is False:
+        raise CutError("features needs ddp_find_unused_parameters; leave it out, or use features=0")
+    if args.world_size > 1:
+        args.ddp_find_unused_parameters = True
+
+
 class FeaturePhase:
     """The phase for one model.
 
     Args:
         model (`PreTrainedModel`): The pruned model, without PEFT's wrapper.
-        method (`str`): What is trained of it, for the error.
 
     Raises:
         CutError: No layer in front of the cut is trained.
     """
 
-    def __init__(self, model: PreTrainedModel, method: str) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         trained = range(first_trained_layer(model), len(find_decoder_layers(model).layers))
-        self._depths = tuple(check_features(cut_of(model.config), trained, method))
+        places = trained_places(cut_of(model.config), trained)
+        self._depths = tuple(places)
+        # After how many of its layers the dense model's states are wanted.
+        self.wanted = tuple(places.values())
         self._front = Prefix(model, self._depths[-1])
 
+    @torch.compiler.disable(recursive=False)
     def loss(
         self, run: Callable[..., Any], inputs: dict[str, Any], wanted: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
@@ -119,13 +150,14 @@ class FeaturePhase:
         return torch.stack(losses).mean(0)[mask].sum()
 
 
-def phased(schedule: Callable[..., float], first: int, steps: int) -> Callable[[int], float]:
+def phased(schedule: Callable[..., float], first: int, steps: int, warmup: int) -> Callable[[int], float]:
     """A schedule of the learning rate for both phases, by what their steps cost.
 
     Args:
         schedule (`Callable`): The factor of the learning rate for the number of steps that are done.
         first (`int`): Steps of this phase.
         steps (`int`): All steps.
+        warmup (`int`): Steps of the warm-up, which keep their number.
 
     Returns:
         `Callable[[int], float]`: The same, with steps of this phase counted at their cost and at a higher rate.
@@ -134,6 +166,6 @@ def phased(schedule: Callable[..., float], first: int, steps: int) -> Callable[[
 
     def factor(step: int) -> float:
         done = _COST * min(step, first) + max(step - first, 0)
-        return schedule(steps * done / cost) * (RATE if step < first else 1.0)
+        return schedule(max(steps * done / cost, min(step, warmup))) * (RATE if step < first else 1.0)
 
     return factor

@@ -20,9 +20,7 @@ from ..runtime.head import Head
 from ..runtime.parts import TROUBLE, close, evaluating
 from ..runtime.prefix import Prefix, first_trained_layer
 from .batches import Precomputed
-from .features import boundaries
 from .store import StateCache, hash_rows, hash_tensors, make_room
-from .student import cut_of
 from .teacher import Teacher
 
 if TYPE_CHECKING:
@@ -94,8 +92,7 @@ class _Run:
             source = model if model is not None else args.teacher
             if source is None:
                 raise LayerPruneError(f"{args.lesson} needs the dense model; name it with --teacher")
-            cut = cut_of(self.model.config)
-            depths = tuple(boundaries(cut).values()) if args.features and cut is not None else ()
+            depths = self.trainer.feature_phase.wanted if self.trainer.feature_phase else ()
             teacher = Teacher(source, self.model, prefix, args.teacher_revision, depths)
             features = len(depths) * teacher.layer_width
             token = (features + teacher.width) * teacher.model.dtype.itemsize

@@ -13,7 +13,7 @@ from ..options import AMOUNTS, CutOptions, declared, refuse_unused
 from ..runtime.loading import load_config
 from ..runtime.windows import check_context
 from ..select.sets import drop_count
-from .features import check_features
+from .features import trained_places
 from .methods import parse_method
 from .options import RowOptions
 from .self_data import SELF
@@ -105,11 +105,12 @@ def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions
         refuse_unused(model_args, _LORA, f"with --method {args.method}, unlike with lora")
     if method is not None:
         method.loading()
-        known = cut_of(config)
-        cut = known or _expected_cut(cut_args, layer_count(config))
-        layers = method.layers(cut)
-        if args.features and method.trains_layers and (known or cut_args.drop_layers):
-            check_features(cut, [cut.new_index[layer] for layer in layers], args.method)
+        method.layers(cut_of(config) or _expected_cut(cut_args, layer_count(config)))
+    cut = cut_of(config) or (_expected_cut(cut_args, layer_count(config)) if cut_args.drop_layers else None)
+    if args.features and cut is not None:
+        trains = method is not None and method.trains_layers
+        layers = method.layers(cut) if method is not None and trains else cut.keep
+        trained_places(cut, [cut.new_index[layer] for layer in layers])
 
 
 def _expected_cut(cut_args: CutOptions, num_layers: int) -> Any:

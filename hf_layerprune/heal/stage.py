@@ -36,7 +36,7 @@ def write_healed(
         entry (`dict[str, Any]`): The stage's entry in the history, see [`~records.lineage.stage`]; the names of the
             changed tensors are added to it.
         adapter (`Path`, *optional*): Where to write the adapter, if the trainer saved one, in the model's own type. A
-            model that was cut or healed before has none.
+            model that was cut or healed before has none, unless it is LoRA's.
 
     Raises:
         CheckpointError: The output or the adapter's folder exists, or something can't be written.
@@ -63,10 +63,12 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
         for name in _SET_BY_TRAINERS:
             setattr(model.config, name, getattr(before, name, None))
         return model
+    from ..adapter.config import LayerDropConfig
     from ..adapter.reading import load_adapter
 
     adapted: Any = load_adapter(load_base(student.folder, dtype="auto"), str(trained))
-    if adapter is not None and student.whole_only:
+    tail = isinstance(adapted.peft_config["default"], LayerDropConfig)  # others have the pruned model as their base
+    if adapter is not None and student.whole_only and tail:
         logger.warning(
             "%s was cut or healed before, so an adapter of %s would lack what was done then; only the whole model is written",
             student.folder,

@@ -1,7 +1,7 @@
 """The dense model as teacher: its last hidden states for each training row, computed once.
 
 If the student's frozen layers are the same in the teacher, its pass starts from their output. Only the last hidden
-states are kept, one vector per token; the loss computes logits from them with the dense model's head, chunk by chunk.
+states are kept, one vector per token, and those behind the cut for feature reconstruction; the loss computes logits from them with the dense model's head, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -97,9 +97,7 @@ class Teacher:
             last = self._output.states(**inputs, use_cache=False)
         shape = (*last.shape[:-1], self.layer_width)
         if any(states.shape != shape for states in found.values()):
-            raise LayerPruneError(
-                "features=0 is needed: this model's layers pass on more than one hidden state a token"
-            )
+            raise LayerPruneError("this model's layers pass on more than one hidden state a token; use features=0")
         return torch.cat([*(found[depth] for depth in self._features), last], -1).to(self.model.dtype)
 
     def let_go(self, device: torch.device, student: Head) -> Head:

@@ -29,7 +29,7 @@ from .batches import Precomputed, StateCollator, real_tokens, taught_positions, 
 from .checkpoints import TrainingStopped, last_checkpoint
 from .config import HealConfig
 from .data import has_images
-from .features import FeaturePhase, phased
+from .features import FeaturePhase, leave_parameters_out, phased
 from .halving import Halving
 from .losses import Lesson, head_loss
 from .methods import parse_method
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+_SAME = 1e-9  # Shares of the steps that are closer are the same.
 
 
 @dataclass
@@ -93,10 +95,16 @@ class HealTrainer(SFTTrainer):
         recompute: Any = args.gradient_checkpointing_kwargs or {}
         if args.gradient_checkpointing and not recompute.get("use_reentrant"):
             keep_inputs_without_gradients(model)
+        if args.features:
+            leave_parameters_out(args)
         super().__init__(model, args, **kwargs)
         self._teacher_model = teacher
+        self.feature_phase: FeaturePhase | None = None
         if args.features:
-            self._features = FeaturePhase(self.plain_model, args.method)
+            fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+            if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
+                raise LayerPruneError("features needs FSDP2; set fsdp_version: 2, or use features=0")
+            self.feature_phase = FeaturePhase(self.plain_model)
         self._hold_in_float32()
         # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
         self._split = is_split_by_deepspeed(self.plain_model)
@@ -143,8 +151,8 @@ class HealTrainer(SFTTrainer):
         def forward(self_: PreTrainedModel, *args: Any, heal: dict[str, Any] | None = None, **kwargs: Any) -> Any:
             if heal is None:
                 return plain_forward(*args, **kwargs)
-            if heal["features"] is not None:
-                total = self._features.loss(plain_forward, kwargs, heal["features"], heal["everywhere"])
+            if self.feature_phase is not None and heal["features"] is not None:
+                total = self.feature_phase.loss(plain_forward, kwargs, heal["features"], heal["everywhere"])
                 return _HealOutput(total * heal["feature_weight"], features=total)
             states = output.states(*args, run=plain_forward, **kwargs)[:, :-1]
             keep = heal["keep"]
@@ -246,6 +254,11 @@ class HealTrainer(SFTTrainer):
             raise TrainingStopped(
                 f"{broken[0]} has a value that is not finite after step {self.state.global_step}; {self._way_back()}"
             )
+        if self.reproduces_features and self.is_fsdp_enabled:  # which can't load a state that some parameters lack
+            logger.info(
+                "no checkpoint is saved at step %d: with FSDP, the first phase has none", self.state.global_step
+            )
+            return
         super()._save_checkpoint(model, trial)
 
     def _way_back(self) -> str:
@@ -307,7 +320,7 @@ class HealTrainer(SFTTrainer):
     @property
     def reproduces_features(self) -> bool:
         """Whether this step is one of the first phase."""
-        return self.model.training and self.progress < self.args.features
+        return self.model.training and self.progress < self.args.features - _SAME
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of the learning rate; see [`~transformers.Trainer`]."""
@@ -318,9 +331,11 @@ class HealTrainer(SFTTrainer):
         usual = super().create_scheduler(num_training_steps, torch.optim.SGD([torch.zeros(1)], lr=rate))
         self.lr_scheduler = None
         if not isinstance(usual, LambdaLR):
+            logger.warning("%s knows no phases: features are trained at its rate", type(usual).__name__)
             return super().create_scheduler(num_training_steps, optimizer)
-        first = math.ceil(self.args.features * num_training_steps)
-        self.lr_scheduler = LambdaLR(own, phased(usual.lr_lambdas[0], first, num_training_steps))
+        first = math.ceil(self.args.features * num_training_steps - _SAME)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        self.lr_scheduler = LambdaLR(own, phased(usual.lr_lambdas[0], first, num_training_steps, warmup))
         return self.lr_scheduler
 
     @property
@@ -331,7 +346,8 @@ class HealTrainer(SFTTrainer):
     @property
     def _kd_share(self) -> float:
         """The weight of distillation in this step, or in the loss of an evaluation."""
-        alone = self.model.training and self.progress < self.args.kd_alone
+        done = (self.progress - self.args.features) / (1 - self.args.features)  # behind the first phase
+        alone = self.model.training and done < self.args.kd_alone
         return {"ce": 0.0, "kd": 1.0, "ce+kd": 1.0 if alone else self.args.kd_share}[self.args.loss]
 
     def prediction_step(
