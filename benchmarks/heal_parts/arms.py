@@ -42,7 +42,7 @@ class Arm:
         rows: See `texts.training_rows`; or `answers` (instructions, a row each, with labels on answers), `rewritten` (the
             same with the dense model's answers), `self` (text that the dense model writes), `broad and self` (all `broad`
             rows, and as many of its own as are missing).
-        pace: Tokens of rows for each minute that is left behind the repair, about as many as are trained on once.
+        pace: Tokens of rows for each minute that is left behind the repair.
         settings: Of `HealConfig`.
         same_domain: Whether it trains on other text of a domain that no other arm has seen.
     """
