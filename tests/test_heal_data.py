@@ -231,3 +231,16 @@ def test_answers_are_rewritten_by_greedy_decoding(tmp_path: Path) -> None:
     ]
     assert found == expected
     assert writer.rewritten(given, 6, 0.0).to_list() == found  # from its parts
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_left_out(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), word_tokenizer()
+    ids = tokenizer("w5 w6 w7", return_tensors="pt").input_ids
+    own = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 3:].tolist()
+    model.generation_config.eos_token_id = next(token for token in own[1:] if token != own[0])
+    model.config.max_position_embeddings = 9
+    given = Dataset.from_list([{"prompt": prompt, "completion": "w3"} for prompt in ("w5 w6 w7", "w7 " * 6)])
+    writer = Writer(model, tokenizer, tmp_path, 0)
+    assert [row["prompt"] for row in writer.rewritten(given, 6, 0.0).to_list()] == ["w5 w6 w7"]
+    with pytest.raises(CutError, match="no prompt leaves room for rewrite_max_tokens=7 among the 9 positions"):
+        writer.rewritten(given, 7, 0.0)

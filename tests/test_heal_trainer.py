@@ -445,11 +445,13 @@ def test_rows_longer_than_the_context(tmp_path: Path, settings: dict[str, Any]) 
     bench = Bench(tmp_path)
     config = bench.pruned / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 12}))
-    with pytest.raises(
-        CutError, match=r"a training row has \d+ tokens, and the model 12 positions; use max_length=12"
-    ):
+    with pytest.raises(CutError, match=r"a row has \d+ tokens, and the model 12 positions; use max_length=12"):
         bench.trainer(**settings)
     bench.trainer(max_length=12)
+    short = rows().filter(lambda row: len((row["prompt"] + row["completion"]).split()) < 11)
+    bench.trainer(rows_=short, **settings)
+    with pytest.raises(CutError, match="use max_length=12"):
+        bench.trainer(rows_=short, eval_rows=rows(), **settings)
 
 
 def test_rows_that_are_all_too_long(llama: Bench) -> None:

@@ -79,8 +79,8 @@ def feature_loss(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """How far hidden states are from the dense model's: for each token, the mean squared error over RMS^1.5 of the target.
 
     The squared error alone would be that of the few tokens with enormous states (massive activations,
-    arXiv:2402.17762). The relative error, over RMS^2, neglects them, although much of the attention goes to them: after
-    a thousand steps they were gone, and the model with them.
+    arXiv:2402.17762). The relative error, over RMS^2, neglects them, although much of the attention goes to them: in one
+    run they were lost after a thousand steps, which broke the model.
 
     Args:
         states (`torch.Tensor`): The pruned model's states `[..., hidden]`.

@@ -45,17 +45,21 @@ def labelled_rows(rows: Dataset, args: HealConfig, given: int) -> Dataset:
     return rows
 
 
-def check_lengths(rows: Dataset, config: PreTrainedConfig) -> None:
-    """Refuse prepared rows that are longer than a model's context.
+def check_lengths(train: Dataset, evaluated: Any, config: PreTrainedConfig) -> None:
+    """Refuse prepared rows, in any set that is not streamed, that are longer than a model's context.
 
     Raises:
         CutError: A row, or a text packed into one, has more tokens than the model has positions.
     """
-    packed = "seq_lengths" in rows.column_names
-    lengths = map(max, rows["seq_lengths"]) if packed else map(len, rows["input_ids"])
-    longest, most = max(lengths, default=0), context_of(config)
-    if most is not None and longest > most:
-        raise CutError(f"a training row has {longest} tokens, and the model {most} positions; use max_length={most}")
+    others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+    most = context_of(config)
+    for rows in (train, *others):
+        if most is None or not isinstance(rows, Dataset):
+            continue
+        packed = "seq_lengths" in rows.column_names
+        longest = max(map(max, rows["seq_lengths"]) if packed else map(len, rows["input_ids"]), default=0)
+        if longest > most:
+            raise CutError(f"a row has {longest} tokens, and the model {most} positions; use max_length={most}")
 
 
 def seen_rows(rows: Dataset, args: HealConfig) -> Dataset:

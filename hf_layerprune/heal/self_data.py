@@ -22,6 +22,7 @@ from ..files.copy import write_text
 from ..files.json_file import parse_json
 from ..files.text_file import read_text
 from ..runtime.memory import in_batches
+from ..runtime.windows import context_of
 from ..screen import progress_bar
 from .store import hash_tensors
 
@@ -100,7 +101,7 @@ class Writer:
             `Dataset`: With `prompt` and `completion`.
 
         Raises:
-            CutError: The rows have no prompts.
+            CutError: The rows have no prompts, or none that leaves room for an answer in the model's context.
             CheckpointError: No answer ended within `max_tokens`.
         """
         from datasets import Dataset
@@ -112,8 +113,15 @@ class Writer:
             )
         with boundary("can't make prompts of the rows"):
             prompts = [self._ids_of(row["prompt"]) for row in rows]
+        context = context_of(self.model.config)
+        fitting = [i for i, ids in enumerate(prompts) if context is None or len(ids) + max_tokens <= context]
+        if not fitting:
+            raise CutError(
+                f"no prompt leaves room for rewrite_max_tokens={max_tokens} among the {context} positions of the dense "
+                "model; lower it, or use shorter prompts"
+            )
         # Batch prompts of similar length, to keep padding low.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        order = sorted(fitting, key=lambda i: len(prompts[i]))
 
         def make(part: int) -> list[tuple[int, str]]:
             chosen = order[part * _ANSWERS_A_PART : (part + 1) * _ANSWERS_A_PART]
@@ -137,7 +145,10 @@ class Writer:
             )
         if len(shaped) < len(rows):
             left_out = len(rows) - len(shaped)
-            logger.warning("%d of %d rows are left out: longer than %d tokens", left_out, len(rows), max_tokens)
+            logger.warning(
+                "%d of %d rows are left out: their answers are longer than %d tokens, or their prompts leave no room for that",
+                left_out, len(rows), max_tokens,
+            )  # fmt: skip
         return Dataset.from_list(shaped)
 
     def _ids_of(self, prompt: str | list[dict[str, Any]]) -> list[int]:

@@ -114,7 +114,7 @@ class HealTrainer(SFTTrainer):
         if isinstance(self.train_dataset, Dataset):
             if not self._is_vision_dataset:
                 self.train_dataset = labelled_rows(self.train_dataset, args, len(rows))
-                check_lengths(self.train_dataset, model.config)
+                check_lengths(self.train_dataset, self.eval_dataset, model.config)
             self.train_dataset = seen_rows(self.train_dataset, args)
             self.train_dataset, self.eval_dataset, self.numbered_datasets = numbered(
                 self.train_dataset, self.eval_dataset
@@ -236,6 +236,22 @@ class HealTrainer(SFTTrainer):
                 cache.delete()
         return result
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of the learning rate; see [`~transformers.Trainer`]."""
+        if self.lr_scheduler is not None or not self.args.features:
+            return super().create_scheduler(num_training_steps, optimizer)
+        rate: float = self.args.learning_rate or 0.0
+        own: Any = optimizer or self.optimizer
+        usual = super().create_scheduler(num_training_steps, torch.optim.SGD([torch.zeros(1)], lr=rate))
+        self.lr_scheduler = None
+        if not isinstance(usual, LambdaLR):
+            logger.warning("%s knows no phases: features are trained at its rate", type(usual).__name__)
+            return super().create_scheduler(num_training_steps, optimizer)
+        first = math.ceil(self.args.features * num_training_steps - _SAME)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        self.lr_scheduler = LambdaLR(own, phased(usual.lr_lambdas[0], first, num_training_steps, warmup))
+        return self.lr_scheduler
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run forward and backward for one batch, in parts if memory runs out, and stop if the loss is not finite."""
         whole = super().training_step
@@ -295,7 +311,7 @@ class HealTrainer(SFTTrainer):
         heal = {
             "features": features,
             "everywhere": everywhere,
-            "feature_weight": 1 / counts[2],
+            "feature_weight": 1 / counts[2].clamp(min=1),
             "labels": labels,
             "keep": (labels != -100) | kd_mask,
             "ce_weight": None if share == 1 else (1 - share) / counts[0].clamp(min=1),
@@ -321,22 +337,6 @@ class HealTrainer(SFTTrainer):
     def reproduces_features(self) -> bool:
         """Whether this step is one of the first phase."""
         return self.model.training and self.progress < self.args.features - _SAME
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The schedule of the learning rate; see [`~transformers.Trainer`]."""
-        if self.lr_scheduler is not None or not self.args.features:
-            return super().create_scheduler(num_training_steps, optimizer)
-        rate: float = self.args.learning_rate or 0.0
-        own: Any = optimizer or self.optimizer
-        usual = super().create_scheduler(num_training_steps, torch.optim.SGD([torch.zeros(1)], lr=rate))
-        self.lr_scheduler = None
-        if not isinstance(usual, LambdaLR):
-            logger.warning("%s knows no phases: features are trained at its rate", type(usual).__name__)
-            return super().create_scheduler(num_training_steps, optimizer)
-        first = math.ceil(self.args.features * num_training_steps - _SAME)
-        warmup = self.args.get_warmup_steps(num_training_steps)
-        self.lr_scheduler = LambdaLR(own, phased(usual.lr_lambdas[0], first, num_training_steps, warmup))
-        return self.lr_scheduler
 
     @property
     def progress(self) -> float:
