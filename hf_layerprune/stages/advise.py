@@ -242,6 +242,13 @@ def _for_target(request: AdviseRequest, config: Any) -> int:
     return len(chosen)
 
 
+def _passes(settings: dict[str, Any]) -> str:
+    """How often the text is trained on, and on what first."""
+    if "features" not in settings:
+        return "each once"
+    return f"in {settings['num_train_epochs']} epochs, with the first {settings['features']:.0%} of the steps on hidden states"
+
+
 def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expected], n: int, record: Any) -> str:
     count, tokens = record["drop"], record["tokens"]
     lines = ["dropped  perplexity     KL"]
@@ -251,8 +258,8 @@ def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expect
     here = expected[count]
     if tokens:
         lines.append(
-            f"\n{request.minutes:g} minutes on this machine are enough to heal on about {spell_count(tokens)} tokens, each once "
-            f"({record['tokens_per_second']:g} tokens a second)."
+            f"\n{request.minutes:g} minutes on this machine are enough to heal on about {spell_count(tokens)} tokens of text "
+            f"({record['tokens_per_second']:g} tokens a second), {_passes(record['settings'])}."
         )
     else:
         lines.append(
