@@ -48,8 +48,9 @@ fuzz: $(STAMP)
 gpu: $(STAMP)
 	$(BIN)/python benchmarks/gpu.py
 
+# Every type at every stage; in make test, most go through the cut and one other stage.
 matrix: $(STAMP)
-	$(BIN)/python -m pytest -n auto -m matrix
+	$(BIN)/python -m pytest -n auto -m matrix --whole-matrix tests
 
 # The tests and the matrix with other versions of transformers, PEFT, TRL and the Hub client (about an hour).
 compat: $(STAMP)

@@ -33,6 +33,20 @@ if not tiny_models.is_current():
     tiny_models.on_unusable = pytest.skip
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole-matrix",
+        action="store_true",
+        help="prove each type at every stage; otherwise those that are not representative are proven at the cut and one stage",
+    )
+
+
+@pytest.fixture(scope="session")
+def whole_matrix(request: pytest.FixtureRequest) -> bool:
+    """Whether each type is proven at every stage."""
+    return bool(request.config.getoption("whole_matrix"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
