@@ -89,7 +89,11 @@ def asked(model: make.Model) -> dict[str, Any]:
     return settings_of(request, [])
 
 
-@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
+# Of the others, the cut is the same as that of one of these.
+CUTS = [folder for folder in KEPT if folder.name.endswith(("last", "healed"))]
+
+
+@pytest.mark.parametrize("folder", CUTS, ids=lambda folder: folder.name)
 def test_the_records_agree_with_the_base(folder: Path) -> None:
     """The cut is repeated from the base's file; there are no weights that could be proven."""
     agrees(folder, smollm2())
@@ -184,6 +188,7 @@ def test_the_whole_way_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(make, "SAMPLES", dict.fromkeys(make.SAMPLES, 0))
     monkeypatch.setattr(command, "HERE", shelf)
     monkeypatch.setattr(make, "packed_base", lambda: base)
+    monkeypatch.setattr(make, "MODELS", make.MODELS[:-1])  # the last one is made like the one in front of it
     own, ran = make.hf_layerprune, []
 
     def short(words: list[str]) -> int:
