@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..errors import CutError, LayerPruneError
 from ..runtime.windows import context_of
-from ..versions import trl_drops_rows_without_labels
+from ..versions import trl_drops_rows_without_labels, trl_shortens_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -45,14 +45,16 @@ def labelled_rows(rows: Dataset, args: HealConfig, given: int) -> Dataset:
     return rows
 
 
-def check_lengths(train: Dataset, evaluated: Any, config: PreTrainedConfig) -> None:
+def check_lengths(train: Dataset, evaluated: Any, config: PreTrainedConfig, args: HealConfig) -> None:
     """Refuse prepared rows, in any set that is not streamed, that are longer than a model's context.
 
     Raises:
         CutError: A row, or a text packed into one, has more tokens than the model has positions.
     """
     others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-    most = context_of(config)
+    most, limit = context_of(config), args.max_length
+    if most is not None and limit is not None and limit <= most and trl_shortens_batches() and not args.padding_free:
+        return
     for rows in (train, *others):
         if most is None or not isinstance(rows, Dataset):
             continue

@@ -71,9 +71,7 @@ class HealTrainer(SFTTrainer):
         UnsupportedModelError: This model type can't be healed.
     """
 
-    # `compute_loss` divides by all tokens of a step, for any model.
-    loss_is_scaled_for_ga: Any = True
-
+    loss_is_scaled_for_ga: Any
     args: HealConfig
     model: Any
     data_collator: StateCollator
@@ -110,11 +108,13 @@ class HealTrainer(SFTTrainer):
         self._split = is_split_by_deepspeed(self.plain_model)
         if not self._leaves_loss_to_trl:
             self._patch_forward(self.output_head)
+            # `compute_loss` divides by all tokens of a step, for any model. Below 5.19, transformers reads the other one.
+            self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self.numbered_datasets: list[Dataset] = []
         if isinstance(self.train_dataset, Dataset):
             if not self._is_vision_dataset:
                 self.train_dataset = labelled_rows(self.train_dataset, args, len(rows))
-                check_lengths(self.train_dataset, self.eval_dataset, model.config)
+                check_lengths(self.train_dataset, self.eval_dataset, model.config, args)
             self.train_dataset = seen_rows(self.train_dataset, args)
             self.train_dataset, self.eval_dataset, self.numbered_datasets = numbered(
                 self.train_dataset, self.eval_dataset
@@ -181,8 +181,7 @@ class HealTrainer(SFTTrainer):
     @property
     def _leaves_loss_to_trl(self) -> bool:
         """Whether a setting requires a loss that only TRL computes."""
-        # TRL keeps a remark there for the trainers of transformers below 5.19.
-        smoothed = self.label_smoother is not None or callable(self.compute_loss_func)
+        smoothed = self.label_smoother is not None or self.compute_loss_func is not None
         other = self.args.loss_type not in ("nll", "chunked_nll") or self.aux_loss_enabled or self._is_vision_dataset
         asked = self.splits_sequences or smoothed or other or self._split
         if asked and self.args.distils:
