@@ -112,11 +112,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 # --- the loss ------------------------------------------------------------------------------------------
 
-
-@pytest.mark.skipif(
+trl_computes_losses = pytest.mark.skipif(
     getattr(trl.trainer.utils, "_ChunkedLogProbFunction", True) is None,
     reason="TRL 1.11 to 1.15 compute no loss of their own without Triton",
 )
+
+
+@trl_computes_losses
 @pytest.mark.parametrize(
     "settings",
     [
@@ -161,22 +163,11 @@ def test_gradient_of_the_head_is_added_up_in_training_alone(llama: Bench) -> Non
     assert set(seen) == {(True, True), (False, False)}
 
 
-@pytest.mark.skipif(not hasattr(base_trainer, "Version"), reason="this TRL asks no version, and sets no text")
-@pytest.mark.parametrize("loss", ["ce", "kd"])
-def test_text_that_trl_keeps_in_place_of_a_loss_function_is_no_loss(llama: Bench, loss: str) -> None:
-    """With transformers below 5.19, TRL stops the scaling of losses by a text in `compute_loss_func`."""
-    expected = llama.losses(loss=loss, max_steps=2)
-    with mock.patch.object(base_trainer, "transformers", SimpleNamespace(__version__="5.18.0")):
-        trainer = llama.trainer(loss=loss, max_steps=2)
-    assert isinstance(trainer.compute_loss_func, str)  # by TRL itself
-    trainer.train()
-    assert losses(trainer) == expected
-
-
 def mean_square(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
     return outputs.logits[labels != -100].float().pow(2).mean()
 
 
+@trl_computes_losses
 @pytest.mark.parametrize(
     "settings", [{"compute_loss_func": mean_square}, {"label_smoothing_factor": 0.2}, {"loss_type": "dft"}]
 )
@@ -189,6 +180,19 @@ def test_other_losses_are_left_to_trl(llama: Bench, settings: dict[str, Any]) ->
     assert llama.losses(max_steps=1) != pytest.approx(losses(theirs)[:1], rel=1e-3)
     with pytest.raises(LayerPruneError, match="loss=kd can't be combined with loss_type"):
         llama.trainer(loss="kd", **settings)
+
+
+@pytest.mark.skipif(not hasattr(base_trainer, "Version"), reason="this TRL asks for no version")
+@trl_computes_losses
+@pytest.mark.parametrize("settings", [{}, {"loss": "kd"}, {"compute_loss_func": mean_square}])
+def test_losses_are_the_same_with_an_older_trainer(llama: Bench, settings: dict[str, Any]) -> None:
+    """With transformers below 5.19, TRL would replace a loss function if the trainer said that it scales losses itself."""
+    expected = llama.losses(max_steps=2, gradient_accumulation_steps=2, **settings)
+    with mock.patch.object(base_trainer, "transformers", SimpleNamespace(__version__="5.18.0")):
+        trainer = llama.trainer(max_steps=2, gradient_accumulation_steps=2, **settings)
+    assert trainer.compute_loss_func is settings.get("compute_loss_func")
+    trainer.train()
+    assert losses(trainer) == expected
 
 
 def test_distillation_brings_the_student_to_the_teacher(llama: Bench) -> None:
