@@ -18,6 +18,7 @@ import torch
 from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.heal.self_data import Writer
 from hf_layerprune.heal.store import StateCache, make_room
+from hf_layerprune.runtime.memory import free_bytes
 
 from .heal_makers import word_tokenizer
 from .test_heal_trainer import Bench, losses, tuned
@@ -142,3 +143,10 @@ def test_what_the_dense_model_writes(what: str, tmp_path: Path) -> None:
     with full(model.model.layers[0], 2) as refused:
         assert write[what](tmp_path / "few") == wanted
     assert refused
+
+
+def test_what_torch_holds_for_tensors_to_come_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"mem_get_info": (100, 1000), "memory_reserved": 70, "memory_allocated": 30}
+    for name, figure in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure)
+    assert free_bytes(torch.device("cuda")) == 140

@@ -69,9 +69,10 @@ def in_batches(
 
 
 def free_bytes(device: torch.device) -> int:
-    """The free memory of a device; 8 GiB if it does not say."""
+    """The free memory of a device, with what torch holds for tensors to come; 8 GiB if it does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     return psutil.virtual_memory().available if device.type in ("cpu", "mps") else 8 << 30
 
 
