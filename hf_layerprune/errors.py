@@ -101,7 +101,7 @@ def explain(error: BaseException, debug: str = f"{DEBUG}=1") -> tuple[str, int]:
         return f"{package} was built for another torch ({error}); uninstall it: pip uninstall {package}", 1
     if isinstance(error, LayerPruneError | OSError):
         return one_line(str(error)), 2 if isinstance(error, CutError) else 1
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without torch
         return "out of memory; use a machine with more of it, or a smaller setting", 1
     return f"internal error: {cause_of(error)}; {debug} shows where it came from", 1
 

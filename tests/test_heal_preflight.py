@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from hf_layerprune import drop_layers
@@ -147,6 +148,11 @@ def test_a_type_that_can_not_be_healed_is_refused_before_the_cut(
         (KeyboardInterrupt(), "interrupted; nothing was left half-written", 130),
         (PermissionError(13, "Permission denied", "/x"), "[Errno 13] Permission denied: '/x'", 1),
         (CutError("a"), "a", 2),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "out of memory; use a machine with more of it, or a smaller setting",
+            1,
+        ),
         (TypeError("b"), "internal error: TypeError: b; HF_LAYERPRUNE_DEBUG=1 shows where it came from", 1),
     ],
 )

@@ -15,14 +15,17 @@ from typing import Any
 import pytest
 import torch
 
+from hf_layerprune.cut.memory import drop_layers
 from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.heal.self_data import Writer
 from hf_layerprune.heal.store import StateCache, make_room
-from hf_layerprune.runtime.memory import free_bytes
+from hf_layerprune.runtime.head import OutputHead
+from hf_layerprune.runtime.memory import free_bytes, is_out_of_memory
+from hf_layerprune.runtime.walk import LayerWalk
 
 from .heal_makers import word_tokenizer
 from .test_heal_trainer import Bench, losses, tuned
-from .tiny_models import tiny_model
+from .tiny_models import tiny_input, tiny_model
 
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB"
 
@@ -150,3 +153,36 @@ def test_what_torch_holds_for_tensors_to_come_is_free(monkeypatch: pytest.Monkey
     for name, figure in figures.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure)
     assert free_bytes(torch.device("cuda")) == 140
+
+
+TRIES = {
+    # What runs a model a few times to see whether it can be run, and how often a layer runs then.
+    "walk": (LayerWalk, 2),
+    "head": (OutputHead, 3),
+    "cut": (lambda model: drop_layers(model, [3, 4]), 2),
+}
+
+
+@pytest.mark.parametrize(("what", "run"), [(what, run) for what, (_, runs) in TRIES.items() for run in range(runs)])
+def test_a_full_gpu_is_not_taken_for_a_model_that_can_not_be_run(what: str, run: int) -> None:
+    """In any of its runs; the model is as it was."""
+    model, calls = tiny_model("llama"), []
+
+    def fill(module: Any, args: Any) -> None:
+        calls.append(module)
+        if len(calls) == run + 1:
+            raise torch.OutOfMemoryError(MESSAGE)
+
+    with torch.no_grad():
+        wanted = model(tiny_input()).logits
+    hook = model.model.layers[2].register_forward_pre_hook(fill)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        TRIES[what][0](model)
+    hook.remove()
+    with torch.no_grad():
+        assert torch.equal(model(tiny_input()).logits, wanted)
+
+
+def test_a_matrix_product_without_room_for_its_workspace() -> None:
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED"))

@@ -19,6 +19,7 @@ from ..errors import CutError, LayerPruneError, cause_of
 from ..families.layout import find_decoder_layers
 from ..families.multimodal import path_to_text
 from ..families.types import proven_versions
+from ..runtime.memory import is_out_of_memory
 from ..runtime.parts import TROUBLE, evaluating, hooked, probe_ids
 from ..versions import installed
 
@@ -61,6 +62,8 @@ def bypassed_logits(model: PreTrainedModel, layers: Sequence[int]) -> torch.Tens
         with _bypassed(model, layers):
             return few_logits(model)
     except TROUBLE as error:
+        if is_out_of_memory(error):
+            raise
         raise CannotCheckError(f"the dense model does not run on tokens alone ({cause_of(error)})") from error
 
 
@@ -79,6 +82,8 @@ def check_logits(pruned: PreTrainedModel, expected: torch.Tensor) -> None:
     try:
         logits = few_logits(pruned)
     except TROUBLE as error:
+        if is_out_of_memory(error):
+            raise
         raise WrongCutError(_mismatch(pruned.config, f"the pruned model does not run ({cause_of(error)})")) from error
     expected = expected.to(logits.device)
     if logits.shape != expected.shape:

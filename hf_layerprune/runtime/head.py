@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
+from .memory import is_out_of_memory
 from .parts import TROUBLE, close, evaluating, probe_ids, replaced_forward
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ class OutputHead:
             try:
                 own = model(input_ids=ids, use_cache=False).logits
             except TROUBLE as error:
+                if is_out_of_memory(error):
+                    raise
                 cause = (str(error).splitlines() or [type(error).__name__])[0][:160]
                 raise self._refusal(f"it can't be run on token ids alone ({cause})") from error
             if own.shape[:2] != ids.shape:
@@ -187,6 +190,8 @@ class OutputHead:
                 return "it does more after its output embedding than scale and softcap"
             logits = self.head().logits(self.states(input_ids=ids, use_cache=False))
         except TROUBLE as error:
+            if is_out_of_memory(error):
+                raise
             self._transform = None
             return f"it can't be run without its output embedding ({(str(error).splitlines() or [''])[0][:120]})"
         if not close(logits, own):

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 # The most bytes of float32 logits that one model holds at a time; 2,048 tokens and a vocabulary of 256,000 would take
 # 2 GB.
 LOGITS_BYTES = 64 << 20
+# What errors say, beside those that accelerate knows.
+_FULL = ("not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def positions_at_once(length: int, batch: int, vocabulary: int, budget: int = LOGITS_BYTES) -> int:
@@ -81,7 +83,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, Exception) and (
-        should_reduce_batch_size(error) or "not enough memory" in str(error) or "out of memory" in str(error)
+        should_reduce_batch_size(error) or any(words in str(error) for words in _FULL)
     )
 
 

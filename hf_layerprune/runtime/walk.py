@@ -37,6 +37,7 @@ from ..families import check_stage, protected_layers
 from ..families.layout import find_decoder_layers
 from ..families.multimodal import placeholders
 from .devices import moved_to
+from .memory import is_out_of_memory
 from .parts import TROUBLE, close, hidden_of, hooked, layer_stub, probe_ids, replaced_forward, returned
 
 if TYPE_CHECKING:
@@ -235,6 +236,8 @@ class LayerWalk:
                         batch.hidden = run(batch.hidden, batch)
                 logits = self.logits(batch.hidden)
         except TROUBLE as error:
+            if is_out_of_memory(error):
+                raise
             raise self._refusal(f"one fails when it is run alone ({str(error).splitlines()[0][:120]})") from error
         if not close(logits, wanted):
             raise self._refusal("they pass more than hidden states to each other")
