@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_layerprune import LayerDropConfig, prune_with
 from hf_layerprune.calibration.rows import CalibrationSet
@@ -27,9 +27,14 @@ from hf_layerprune.measure.bench import bench
 from hf_layerprune.measure.requests import BenchRequest
 from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.repair.registry import REPAIRS
+from hf_layerprune.runtime.memory import free_memory
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import ALL
 from hf_layerprune.select.runner import score_layers
+from hf_layerprune.stages.curve import quality_curve
+from hf_layerprune.stages.prune import prune_to
+from hf_layerprune.stages.rank import rank
+from hf_layerprune.stages.requests import PruneRequest, RankRequest
 
 from .chat_models import pruned_model, tiny_chat_model
 from .heal_makers import rows, word_tokenizer
@@ -100,6 +105,38 @@ def test_repair_is_that_of_the_cpu(method: str, text: CalibrationSet) -> None:
         return
     for name, tensor in wanted.tensors.items():
         close_to(found.tensors[name], tensor)
+
+
+@only_cuda
+def test_a_walk_has_one_layer_on_the_card_at_a_time() -> None:
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=32, num_attention_heads=8, vocab_size=259
+    )
+    model = LlamaForCausalLM(config).eval()
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    free_memory()
+    torch.cuda.init()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    LayerWalk(model, device=DEVICE)
+    assert torch.cuda.max_memory_allocated() - before < size / 4  # cuBLAS takes some
+
+
+FEW: dict[str, Any] = {"calibration_samples": 8, "calibration_length": 16}
+
+
+def test_text_that_the_model_writes_itself(base: Path, tmp_path: Path) -> None:
+    """The default: all of the model runs, though its layers go to the card one at a time."""
+    prune_to(PruneRequest(str(base), tmp_path / "cut", drop_layers=[3, 4], repair="linear", **FEW))
+    prune_to(PruneRequest(str(base), tmp_path / "chosen", drop=2, criterion="block_influence", **FEW))
+    for folder in ("cut", "chosen"):
+        assert load_file(tmp_path / folder / "model.safetensors")
+        entry = json.loads((tmp_path / folder / "lineage.json").read_text())["entries"][-1]
+        assert entry["calibration"]["source"] == "self"
+    ranking = rank(RankRequest(str(base), criteria=["block_influence"], drop=2, device=DEVICE, **FEW))
+    assert len(ranking.drops["block_influence"]) == 2
+    curve = quality_curve(str(base), curve_up_to=1, device=DEVICE, **FEW)
+    assert [point["dropped"] for point in curve.points] == [1]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import families
@@ -105,7 +106,7 @@ def prepare(
     record: dict[str, Any] = {}
     if needs_text(config):
         walk = LayerWalk(model, device=device)
-        calibration = calibration_of(config, model, config.revision)
+        calibration = calibration_of(config, walk, config.revision)
         record["calibration"] = calibration.record()
     if config.drop_layers is None:
         start = time.perf_counter()
@@ -126,19 +127,23 @@ def prepare(
     return Prepared(list(config.drop_layers), repair, record)
 
 
-def calibration_of(options: CalibrationOptions, model: PreTrainedModel, revision: str | None = None) -> CalibrationSet:
+def calibration_of(options: CalibrationOptions, walk: LayerWalk, revision: str | None = None) -> CalibrationSet:
     """The calibration set that a config or a request names; the tokenizer is loaded from where the model came from.
+
+    A model whose layers are moved to a GPU one at a time is moved there as a whole while it writes its text.
 
     Raises:
         CheckpointError: The model has no tokenizer and the text needs one, or the text can't be read.
     """
+    model = walk.model
     try:
         tokenizer = load_tokenizer(model.name_or_path or "", revision=revision)
     except CheckpointError:
         if options.calibration != SELF:  # a model can write without one
             raise
         tokenizer = None
-    return load_calibration(
+    load = partial(
+        load_calibration,
         options.calibration,
         tokenizer,
         samples=options.calibration_samples,
@@ -147,3 +152,4 @@ def calibration_of(options: CalibrationOptions, model: PreTrainedModel, revision
         model=model,
         processor=lambda: load_processor(model.name_or_path or "", revision=revision),
     )
+    return walk.with_whole_model(load) if options.calibration == SELF else load()

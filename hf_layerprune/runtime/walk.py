@@ -23,27 +23,31 @@ model may be larger than memory, and each weight is read once per pass.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 import torch
 from torch import nn
 
-from ..errors import UnsupportedModelError
+from ..errors import LayerPruneError, UnsupportedModelError
 from ..families import check_stage, protected_layers
 from ..families.layout import find_decoder_layers
 from ..families.multimodal import placeholders
 from .devices import moved_to
-from .memory import is_out_of_memory
+from .memory import free_memory, is_out_of_memory
 from .parts import TROUBLE, close, hidden_of, hooked, layer_stub, probe_ids, replaced_forward, returned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
+
 _PROBE_TOKENS = 8
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -150,6 +154,23 @@ class LayerWalk:
         with self._replaced(put_in):
             return self._forward(torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device))
 
+    def with_whole_model(self, work: Callable[[], Result]) -> Result:
+        """Do what runs the whole model, such as generating, while all of its weights are on one device.
+
+        It is the device of the walk or, for a model that does not fit there, the one where its layers are otherwise.
+        """
+        try:
+            with self._moved(self.model):
+                return work()
+        except (RuntimeError, MemoryError, LayerPruneError) as error:
+            if not (self._streams and is_out_of_memory(error)):
+                raise
+        finally:
+            free_memory()
+        logger.warning("%s is too small for the whole model, so it runs on %s for now", self._device, self._home)
+        with moved_to(self._home, self.model):
+            return work()
+
     # --- internals ---------------------------------------------------------------------------------------
 
     def _begin(self, input_ids: torch.Tensor, media: Mapping[str, torch.Tensor]) -> Batch:
@@ -221,8 +242,17 @@ class LayerWalk:
 
             return hook
 
+        def moved(layer: nn.Module) -> Callable[..., Any]:
+            own = layer.forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                with self._moved(layer):
+                    return own(*args, **kwargs)
+
+            return forward
+
         notes = hooked(*[layer.register_forward_hook(note(index)) for index, layer in enumerate(self.layers)])
-        with notes, torch.no_grad(), self._moved(*self.layers):
+        with notes, torch.no_grad(), replaced_forward(list(self.layers), *map(moved, self.layers)):
             wanted = self._forward(ids, **media)
         if order != list(range(self.num_layers)):
             raise self._refusal("they are not run once each, in order")
@@ -265,6 +295,6 @@ class LayerWalk:
                         else:
                             tensors[name] = tensor.to(self._device)
 
-    def _moved(self, *layers: nn.Module) -> AbstractContextManager[None]:
-        """Move layers to the device inside a `with` block, if they are elsewhere."""
-        return moved_to(self._device if self._streams else None, *layers)
+    def _moved(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Move a layer, or the whole model, to the device inside a `with` block, if its layers are elsewhere."""
+        return moved_to(self._device if self._streams else None, module)

@@ -186,7 +186,7 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
         record["dense"] = {"parameters": sizes.parameters(), "bytes": sizes.file_bytes()}
     times = DecodeTimes(record["decode"]["layers"], record["decode"]["rest"])
     walk = open_walk(request, model)
-    calibration = calibration_of(request, model, request.revision)
+    calibration = calibration_of(request, walk, request.revision)
     if record.setdefault("calibration", calibration.record()) != calibration.record():
         raise CheckpointError(
             f"{request.output} holds a curve on other calibration rows; name another folder, or begin again with --force"

@@ -166,7 +166,7 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, 
     )
     if cost.layers:
         logger.info("scoring takes %s", cost)
-    return walk, calibration_of(request, model, revision=request.revision), target
+    return walk, calibration_of(request, walk, request.revision), target
 
 
 def open_base(request: WalkRequest) -> Any:
