@@ -57,6 +57,7 @@ class Teacher:
             attention = student.config._attn_implementation
             source = load_base(source, revision=revision, dtype=dtype, attn_implementation=attention)
         self.model: Any = source.eval().requires_grad_(False)
+        self._home = next(source.parameters()).device
         layers, cut = len(find_decoder_layers(source).layers), cut_of(student.config)
         if cut is not None and layers != cut.num_layers:
             raise CheckpointError(
@@ -101,7 +102,7 @@ class Teacher:
         return torch.cat([*(found[depth] for depth in self._features), last], -1).to(self.model.dtype)
 
     def let_go(self, device: torch.device, student: Head) -> Head:
-        """Free the model, and return its head on a device.
+        """Free the model, or put one that was passed back on its device, and return its head on the given device.
 
         If the student's head is frozen and has the same weights, both share one copy.
         """
@@ -111,9 +112,17 @@ class Teacher:
         weight = None if weight is None else weight.detach().to(device)
         bias = None if bias is None else bias.detach().to(device)
         head = Head(weight, bias, self.head.transform)
-        if self._prefix is not None and self._borrowed:
-            self._prefix.restore()
+        if self._borrowed:
+            self._go_home()
         self.model = self._prefix = self._middle = self._output = self.head = None  # type: ignore[assignment]
         gc.collect()
         free_memory()
         return head
+
+    def _go_home(self) -> None:
+        """Put the model together again, on the device that it came from."""
+        if self._prefix is not None:
+            self._prefix.restore()
+        split = len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
+        if not split and any(parameter.device != self._home for parameter in self.model.parameters()):
+            self.model.to(self._home)
