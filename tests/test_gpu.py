@@ -190,6 +190,37 @@ def test_healing_in_16_bits(precision: str, loss: str, tmp_path: Path) -> None:
     assert runs["on"] == pytest.approx(runs["off"], rel=0.02)
 
 
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=only_cuda)])
+def test_hidden_states_first_in_16_bits(precision: str, tmp_path: Path) -> None:
+    settings = {precision: True, "bf16": precision == "bf16", "use_cpu": DEVICE == "cpu"}
+    runs = {}
+    for cache in ("on", "off"):
+        trainer = Bench(tmp_path / cache, drop=[3, 4]).trainer(
+            cache=cache, method="behind1", loss="kd", features=0.5, learning_rate=1e-3, max_steps=12, **settings
+        )
+        trainer.train()
+        assert ["features" in log for log in trainer.state.log_history[:-1]] == [True] * 6 + [False] * 6
+        assert all(torch.isfinite(value).all() for value in tuned(trainer).values())
+        assert {value.device.type for value in tuned(trainer).values()} == {DEVICE}
+        runs[cache] = losses(trainer)
+    assert runs["on"][5] < runs["on"][0]
+    assert runs["on"][-1] < runs["on"][6]
+    assert runs["on"] == pytest.approx(runs["off"], rel=0.02)
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_a_teacher_that_was_passed_can_be_used_again(cache: str, tmp_path: Path) -> None:
+    made = Bench(tmp_path)
+    wanted = made.dense(tiny_input()).logits
+    runs = []
+    for output in ("first", "second"):  # the second time, the dense model's states are computed once more
+        settings = {"output_dir": str(tmp_path / output), "use_cpu": DEVICE == "cpu"}
+        runs.append(made.losses(cache=cache, method="lm_head+last2", loss="kd", max_steps=2, **settings))
+        assert {p.device.type for p in (*made.dense.parameters(), *made.dense.buffers())} == {"cpu"}
+        assert torch.equal(made.dense(tiny_input()).logits, wanted)
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
 def command(base: Path, output: Path, **settings: Any) -> list[str]:
     common = {
         "model_name_or_path": base, "dataset_name": base.parent / "rows.jsonl", "output_dir": output,
