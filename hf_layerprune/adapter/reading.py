@@ -74,7 +74,8 @@ def load_adapter(base: PreTrainedModel, adapter: str, **where: Any) -> PeftModel
             "save_pretrained"
         )
     with boundary(f"can't load the adapter {adapter}"):
-        model = PeftModel.from_pretrained(base, adapter, **where)
+        device = "cpu" if base.device.type == "meta" else str(base.device)  # PEFT would take a GPU, used or not
+        model = PeftModel.from_pretrained(base, adapter, torch_device=device, **where)
     _check_weights(model, path, adapter)
     return model
 
