@@ -17,9 +17,11 @@ import torch
 
 from ..errors import LayerPruneError
 from ..runtime.head import Head
+from ..runtime.memory import is_out_of_memory
 from ..runtime.parts import TROUBLE, close, evaluating
 from ..runtime.prefix import Prefix, first_trained_layer
 from .batches import Precomputed
+from .placement import is_spread
 from .store import StateCache, hash_rows, hash_tensors, make_room
 from .teacher import Teacher
 
@@ -121,8 +123,11 @@ class _Run:
             try:
                 self.why_not = self._try_out(prefix)
             except TROUBLE as error:
+                if is_out_of_memory(error):  # running all layers in every step takes even more
+                    raise
                 self.why_not = f"the model fails without them ({str(error).splitlines()[0][:120]})"
-            prefix.restore()
+            finally:
+                prefix.restore()
             if not self.why_not:
                 return prefix
         return None
@@ -222,7 +227,7 @@ def _why_not(trainer: HealTrainer) -> str:
         return "the data are streamed, so rows can't be numbered"
     if args.neftune_noise_alpha is not None:
         return "neftune_noise_alpha adds noise to their input"
-    if trainer.splits_sequences or len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+    if trainer.splits_sequences or is_spread(model):
         return "the model or its sequences are split over devices"
     if is_split_by_deepspeed(model):
         return "DeepSpeed ZeRO-3 has split the weights"

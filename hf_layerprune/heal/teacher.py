@@ -18,6 +18,7 @@ from ..runtime.head import Head, OutputHead
 from ..runtime.loading import load_base
 from ..runtime.memory import free_memory
 from ..runtime.prefix import Prefix, shared_layers
+from .placement import is_spread, runnable_where_it_is
 from .store import hash_tensors
 from .student import cut_of
 
@@ -64,7 +65,8 @@ class Teacher:
                 f"the teacher has {layers} layers, but this model was cut from one with {cut.num_layers}; "
                 "name the dense model with --teacher"
             )
-        self._output: Any = OutputHead(source)
+        with runnable_where_it_is(source):
+            self._output: Any = OutputHead(source)
         self.head: Head = self._output.head()
         self.width = self._output.width
         self.layer_width: int = source.config.get_text_config().hidden_size
@@ -123,6 +125,5 @@ class Teacher:
         """Put the model together again, on the device that it came from."""
         if self._prefix is not None:
             self._prefix.restore()
-        split = len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
-        if not split and any(parameter.device != self._home for parameter in self.model.parameters()):
+        if not is_spread(self.model) and any(parameter.device != self._home for parameter in self.model.parameters()):
             self.model.to(self._home)

@@ -33,6 +33,7 @@ from .features import FeaturePhase, leave_parameters_out, phased
 from .halving import Halving
 from .losses import Lesson, head_loss
 from .methods import parse_method
+from .placement import autocast_where_it_is, hold_in_float32, put_back, runnable_where_it_is, use_one_gpu
 from .precompute import is_split_by_deepspeed, keep_inputs_without_gradients, precompute
 from .prepared import check_lengths, labelled_rows, numbered, seen_rows
 
@@ -83,6 +84,7 @@ class HealTrainer(SFTTrainer):
         if args.learning_rate is None:
             method = parse_method("last1" if args.method == "auto" else args.method)
             args.learning_rate = method.learning_rate(model.config.get_text_config().hidden_size)
+        use_one_gpu(model, args)
         rows: Any = kwargs.get("train_dataset")
         if has_images(rows):
             args.pad_to_multiple_of = None  # which TRL's collator for images can't do
@@ -103,7 +105,9 @@ class HealTrainer(SFTTrainer):
             if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
                 raise LayerPruneError("features needs FSDP2; set fsdp_version: 2, or use features=0")
             self.feature_phase = FeaturePhase(self.plain_model)
-        self._hold_in_float32()
+        # DeepSpeed holds its own float32 copy.
+        if args.float32_weights and (args.bf16 or args.fp16) and not self.is_deepspeed_enabled:
+            hold_in_float32(self.model)
         # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
         self._split = is_split_by_deepspeed(self.plain_model)
         if not self._leaves_loss_to_trl:
@@ -130,18 +134,11 @@ class HealTrainer(SFTTrainer):
     @functools.cached_property
     def output_head(self) -> OutputHead:
         """The model's output head, checked against the model's own logits."""
-        with self.accelerator.autocast():  # trained weights may be in float32, and the others in 16 bits
-            return OutputHead(self.plain_model)
+        model = self.plain_model
+        with runnable_where_it_is(model), autocast_where_it_is(model, self.accelerator):  # types may be mixed
+            return OutputHead(model)
 
     # --- set-up ------------------------------------------------------------------------------------------
-
-    def _hold_in_float32(self) -> None:
-        mixed = self.args.float32_weights and (self.args.bf16 or self.args.fp16)
-        # DeepSpeed holds its own float32 copy.
-        if mixed and not self.is_deepspeed_enabled and not getattr(self.model, "is_quantized", False):
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
 
     def _patch_forward(self, output: OutputHead) -> None:
         """Compute the loss inside the model's forward method, where DDP and FSDP expect all computation to happen."""
@@ -229,7 +226,7 @@ class HealTrainer(SFTTrainer):
         finally:
             self.data_collator.precomputed = Precomputed(teacher_head=precomputed.teacher_head)
             if precomputed.prefix is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-                precomputed.prefix.restore()
+                put_back(precomputed.prefix, self.plain_model)
         if not self.args.keep_cache and self.is_world_process_zero():
             for cache in precomputed.caches.values():
                 cache.delete()

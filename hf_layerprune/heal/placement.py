@@ -1,0 +1,91 @@
+"""On which device, and in which type, a trainer's weights are held."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..runtime.memory import free_memory, is_out_of_memory
+from ..runtime.prefix import Prefix
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from .config import HealConfig
+
+logger = logging.getLogger(__name__)
+
+# Part of the name of every kind of attention that runs on GPUs alone.
+_FOR_GPUS = "flash"
+
+
+def use_one_gpu(model: Any, args: HealConfig) -> None:
+    """Train on the first GPU if one process has several, for which the Trainer would take `nn.DataParallel`.
+
+    Its replicas would run the forward method of the original model. A model that is split over the GPUs stays as it is.
+    """
+    if args.n_gpu > 1 and not is_spread(model):
+        logger.warning(
+            "one process has %d GPUs and trains on the first alone; start one process for each with accelerate launch "
+            "--multi_gpu, or show it a single one with CUDA_VISIBLE_DEVICES",
+            args.n_gpu,
+        )
+        args._n_gpu = 1
+
+
+def is_spread(model: Any) -> bool:
+    """Whether a model was loaded onto several devices."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
+def hold_in_float32(model: Any) -> None:
+    """Hold trained weights in float32, those beside quantised ones too, which TRL casts to bfloat16."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+
+
+def autocast_where_it_is(model: PreTrainedModel, accelerator: Accelerator) -> torch.autocast:
+    """The accelerator's mixed precision, on the device that a model is on: before FSDP shards it, that is the CPU."""
+    dtype = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
+    return torch.autocast(model.device.type, dtype, enabled=accelerator.native_amp)
+
+
+@contextmanager
+def runnable_where_it_is(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model on the CPU run inside a `with` block, even if its attention is for GPUs alone, as FlashAttention is."""
+    own: Any = {"": model.config._attn_implementation}
+    if model.device.type != "cpu" or _FOR_GPUS not in str(own[""]):
+        yield
+        return
+    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    own |= {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    model.set_attn_implementation("eager")  # which every model has
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+def put_back(prefix: Prefix, model: PreTrainedModel) -> None:
+    """Restore the frozen layers; where the device has no room for them, move the whole model to the CPU."""
+    try:
+        prefix.restore()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return
+    logger.warning(
+        "%s has no room for the frozen layers beside what training holds: the model is on the CPU now, where it can be saved",
+        model.device,
+    )
+    prefix._device = torch.device("cpu")
+    prefix.restore()
+    model.to("cpu")  # type: ignore[arg-type]
+    free_memory()
