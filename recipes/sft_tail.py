@@ -116,6 +116,7 @@ def main(
     from hf_layerprune.heal.trainer import HealTrainer
     from hf_layerprune.records.lineage import stage
     from hf_layerprune.runtime.loading import load_processor, load_tokenizer
+    from hf_layerprune.runtime.memory import free_memory
 
     output = Path(str(training_args.output_dir))
     student = check(script_args, training_args, model_args, dataset_args, cut_args, row_args)
@@ -162,10 +163,12 @@ def main(
     entry |= {"command": describe_command(["accelerate", "launch", "recipes/sft_tail.py"], sys.argv[1:])}
     folder = save(trainer, student, entry)
 
-    missed = []
-    if trainer.is_world_process_zero():
-        missed = finish(folder, training_args, evaluation, hub)
-    trainer.accelerator.end_training()  # Trainer.end came after transformers 5.16
+    accelerator = trainer.accelerator
+    accelerator.free_memory()  # its references to the model and the optimizer
+    del model, trainer
+    free_memory()  # the evaluation loads the dense model, too
+    missed = finish(folder, training_args, evaluation, hub) if accelerator.is_main_process else []
+    accelerator.end_training()  # Trainer.end came after transformers 5.16
     return missed
 
 

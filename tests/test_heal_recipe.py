@@ -21,7 +21,7 @@ import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from hf_layerprune import drop_layers
 from hf_layerprune.errors import CheckpointError, LayerPruneError
@@ -276,6 +276,24 @@ def test_methods_that_are_no_tail(recipe: ModuleType, base: Path, tmp_path: Path
     assert ("model.embed_tokens.weight" in changed) == (method == "full")
     assert "model.layers.0.self_attn.q_proj.weight" in changed
     assert (tmp_path / "run" / "adapter").exists() == (method != "full")
+
+
+def test_the_evaluation_has_the_memory_to_itself(
+    recipe: ModuleType, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the trainer nor its optimizer is left when the finished model is measured."""
+    alive, finish = [], recipe.finish
+    before = {id(one) for one in gc.get_objects() if isinstance(one, torch.optim.Optimizer)}
+
+    def look(*args: Any) -> list[str]:
+        found = [one for one in gc.get_objects() if isinstance(one, Trainer | torch.optim.Optimizer)]
+        alive.extend(type(one).__name__ for one in found if id(one) not in before)
+        return [*finish(*args), "looked"]
+
+    monkeypatch.setattr(recipe, "finish", look)
+    arguments = words(base, tmp_path / "run", max_steps=1, loss="ce", features=0)
+    assert recipe.main(*recipe.make_parser().parse_args_and_config(arguments)) == ["looked"]
+    assert alive == []
 
 
 def test_rows_that_the_dense_model_writes(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
