@@ -40,7 +40,8 @@ def base(setting: Setting) -> Path:
             vocab_size=128, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
             max_position_embeddings=2048,
         )  # fmt: skip
-        LlamaForCausalLM(config).save_pretrained(folder)
+        dtype = torch.float32 if setting.tiny else torch.bfloat16
+        LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
         tokenizer().save_pretrained(folder)
         words = [" ".join(f"w{3 + (i * j) % 97}" for j in range(1, 13)) for i in range(64)]
         rows = [json.dumps({"prompt": text[:20] + " ", "completion": text[20:]}) + "\n" for text in words]
@@ -79,9 +80,10 @@ def run(name: str, processes: int, setting: Setting) -> dict[str, Any]:
     output = setting.work / f"engine-{name}-{processes}"
     if output.exists():
         shutil.rmtree(output)
+    method = "last2" if name == "fsdp2" else "lm_head+last2"  # with float32 layers below a frozen head in 16 bits
     settings = {
         "model_name_or_path": folder, "dataset_name": folder / "rows.jsonl", "output_dir": output,
-        "drop_layers": "3,4", "method": "lm_head+last2", "loss": "ce+kd", "num_train_epochs": 2,
+        "drop_layers": "3,4", "method": method, "loss": "ce+kd", "num_train_epochs": 2,
         "per_device_train_batch_size": 8 // processes, "learning_rate": 0.005, "max_length": 32, "logging_steps": 1,
         "report_to": "none", "disable_tqdm": "true", "save_strategy": "no", "bf16": str(not setting.tiny).lower(),
     }  # fmt: skip
