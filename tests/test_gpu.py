@@ -242,9 +242,10 @@ def run(words: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-def test_qlora(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=only_cuda)])
+def test_qlora(precision: str, base: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    run(command(base, tmp_path / "run", method="qlora", loss="ce", bf16="true"))
+    run(command(base, tmp_path / "run", method="qlora", loss="ce", **{precision: "true"}))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert model.config.num_hidden_layers == 6
     assert not getattr(model, "is_quantized", False)
