@@ -125,6 +125,43 @@ def test_bfloat16_compute_with_float32_weights(words: int) -> None:
     assert (hidden.grad - wanted).norm() < 0.02 * wanted.norm()
 
 
+@pytest.mark.parametrize("kind", ["ce", "kd", "ce+kd"])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_float16_gradients_with_tiny_weights_and_a_large_loss_scale(kind: str, direction: str, mixed: bool) -> None:
+    """As GradScaler begins: each token weighs one by the tokens of a step, and the loss is multiplied by 65536."""
+    torch.manual_seed(0)
+    words, tokens, share, scale = 1000, 64, torch.tensor(1 / 65536), 65536.0
+    hidden, weight, offset = torch.randn(tokens, 32), torch.randn(words, 32) / 4, torch.randn(words)
+    taught, labels = hidden + 0.3 * torch.randn(tokens, 32), torch.randint(0, words, (tokens,))
+    everywhere = torch.ones(tokens, dtype=torch.bool)
+    gradients = []
+    for exact in (False, True):
+        own = torch.float64 if exact else torch.float16
+        states, teacher = hidden.half().to(own).requires_grad_(), taught.half().to(own)
+        trained = [tensor.half().to(torch.float32 if mixed and not exact else own) for tensor in (weight, offset)]
+        matrix, bias = (tensor.requires_grad_() for tensor in trained)
+        frozen = Head(matrix.detach().to(own), bias.detach().to(own))
+        lesson = Lesson(teacher, frozen, everywhere, share, 2.0, direction) if "kd" in kind else None
+        given = states, Head(matrix, bias), labels, share if "ce" in kind else None, lesson
+        with torch.autocast("cpu", torch.float16, enabled=mixed and not exact):
+            loss = plain(*given) if exact else head_loss(*given, accumulate=True).loss
+        gradients.append(torch.autograd.grad(loss * scale, [states, matrix, bias]))
+    for mine, wanted in zip(*gradients, strict=True):
+        assert mine.isfinite().all()
+        assert (mine - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_float16_sums_over_many_tokens_do_not_overflow() -> None:
+    hidden = torch.full((2000, WIDTH), 100.0).half()
+    weight = torch.zeros(VOCABULARY, WIDTH).half().requires_grad_()
+    found = head_loss(hidden, Head(weight), torch.zeros(2000, dtype=torch.long), torch.tensor(1 / 2000))
+    (gradient,) = torch.autograd.grad(found.loss, weight)
+    wanted = torch.full((VOCABULARY, WIDTH), 100 / VOCABULARY)
+    wanted[0] -= 100
+    assert torch.allclose(gradient.float(), wanted, rtol=0.01)
+
+
 def test_gradient_added_up_at_once() -> None:
     """Over several batches, as gradient accumulation does, in chunks, with one matrix of memory less."""
     hidden = torch.randn(2, 30, WIDTH).requires_grad_()

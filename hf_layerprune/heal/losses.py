@@ -3,6 +3,9 @@
 The head runs over a chunk of tokens at a time, and each chunk's gradients are computed before its logits are freed:
 one product for the student's logits, two for the gradients, one for the teacher's logits, and nothing is computed
 twice. Logits stay in the type of the product, and are overwritten by their gradients.
+
+In float16, gradients with weights like one by the tokens of a step would be rounded away before a loss scale could help.
+So they are computed with the weights divided by their sum, which multiplies them in `backward`, in float32.
 """
 
 from __future__ import annotations
@@ -82,7 +85,7 @@ def head_loss(
             cross-entropy is only reported.
         lesson (`Lesson`, *optional*): The teacher's side.
         accumulate (`bool`, defaults to `False`): Add the gradient of the head's weights to their `grad` directly,
-            which saves a second matrix of their size. Use it only if `backward` is called on this loss without scaling
+            which saves a second matrix of their size; ignored in float16. Use it only if `backward` is called on this loss without scaling
             it: otherwise `backward` raises a `RuntimeError`.
 
     Returns:
@@ -116,9 +119,13 @@ class _HeadLoss(torch.autograd.Function):
         device = hidden.device
         autocast = weight is not None and torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
+        half = dtype == torch.float16
+        if half:
+            into = None  # what is added to it could not be multiplied later
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         sums = HeadLoss(*torch.zeros(4, device=device).unbind())
-        d_hidden: Any = torch.empty_like(hidden) if wants_hidden else None
+        unit = _weight_of_a_token(ce_weight, lesson, device) if half else None
+        d_hidden: Any = torch.empty_like(hidden, dtype=torch.float32 if half else None) if wants_hidden else None
         d_weight: Any = into
         if weight is not None and wants_weight and into is None:
             d_weight = torch.zeros(weight.shape, device=device, dtype=torch.float32)
@@ -130,6 +137,8 @@ class _HeadLoss(torch.autograd.Function):
         size = max(1, (CHUNK_BYTES if on_cpu else DEVICE_CHUNK_BYTES) // (dtype.itemsize * vocabulary))
         rows = max(1, _CACHED_BYTES // (4 * vocabulary)) if on_cpu else size
         words = _WORDS if on_cpu else vocabulary
+        # In float16, sums over a chunk's tokens could overflow, so they are divided by a power of two.
+        shrink = 2.0 ** -min(size, len(hidden)).bit_length() if half else 1.0
         with torch.autocast(device.type, enabled=False):
             # Casting the weights for each chunk would take as long as the products, so they are cast once.
             matrix = None if weight is None else weight.detach().to(dtype)
@@ -145,36 +154,51 @@ class _HeadLoss(torch.autograd.Function):
                     logits = transform.forward(raw[piece])
                     capped = logits.clone() if transform.cap is not None else None
                     wanted = None if taught is None else taught[piece]
-                    gradient = _gradient(logits, labels[few], ce_weight, lesson, wanted, few, sums)
+                    gradient = _gradient(logits, labels[few], ce_weight, lesson, wanted, few, sums, unit)
                     raw[piece] = transform.backward(gradient, capped)
                 if d_bias is not None:
                     d_bias += raw.sum(0, dtype=d_bias.dtype)
                 if wants_hidden:
                     d_hidden[part] = raw if matrix is None else raw @ matrix
                 if wants_weight:
+                    if half:
+                        states = states * shrink
                     for tokens, out in zip(raw.split(words, 1), d_weight.split(words), strict=True):
                         out += tokens.T @ states
         ctx.save_for_backward(d_hidden, d_weight if into is None else None, d_bias)
         ctx.accumulated = into is not None
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, bias)]
+        ctx.unit, ctx.shrink = unit, shrink
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.mark_non_differentiable(sums.ce, sums.kd, sums.correct)
         return tuple(sums)
 
     @staticmethod
     def backward(ctx: Any, d_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
+        hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
         if ctx.accumulated and d_loss != 1:
             raise RuntimeError(
                 f"the loss was multiplied by {d_loss.item()} after the head's gradient had been added up; use "
                 "accumulate=False"
             )
+        if ctx.unit is not None:
+            d_loss = d_loss * ctx.unit
         return (
-            None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype),
-            None if d_weight is None else d_weight.mul_(d_loss).to(weight_dtype),
+            None if d_hidden is None else (d_hidden * d_loss.to(d_hidden.dtype)).to(hidden_dtype),
+            None if d_weight is None else d_weight.mul_(d_loss / ctx.shrink).to(weight_dtype),
             None if d_bias is None else d_bias.mul_(d_loss).to(bias_dtype),
             *(None,) * 5,
         )
+
+
+def _weight_of_a_token(ce_weight: torch.Tensor | None, lesson: Lesson | None, device: torch.device) -> torch.Tensor:
+    """The sum of the factors of a token's gradients, or a tiny number if that is zero."""
+    total = torch.zeros((), device=device)
+    if ce_weight is not None:
+        total = total + ce_weight
+    if lesson is not None:
+        total = total + lesson.weight * lesson.temperature
+    return total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def _gradient(
@@ -185,9 +209,11 @@ def _gradient(
     taught: torch.Tensor | None,
     part: slice,
     sums: HeadLoss,
+    unit: torch.Tensor | None,
 ) -> torch.Tensor:
     """Add the losses of some tokens to the sums, and return the gradient of their logits, in the logits' memory.
 
+    The gradient, but not the losses, is divided by `unit`.
     With z the logits less their maximum and Q the sum of exp(z), log q = z - log Q; likewise y and P of the teacher.
     """
     counted = labels != -100
@@ -197,6 +223,8 @@ def _gradient(
     z = logits.sub_(largest)
     of_target = z.gather(-1, targets)
     ce_rows = counted[:, None] * (0.0 if ce_weight is None else ce_weight)
+    if unit is not None:
+        ce_rows = ce_rows / unit
     if lesson is None or taught is None:
         q = z.exp_()
         total = q.sum(-1, keepdim=True)
@@ -216,6 +244,8 @@ def _gradient(
         norms = (q_total.log() - p_total.log())[:, 0]
         mask = lesson.mask[part]
         kd_rows = (mask * (lesson.weight * t))[:, None]
+        if unit is not None:
+            kd_rows = kd_rows / unit
         shared: torch.Tensor | float = 0.0
         if t == 1.0:
             total, shared = q_total, ce_rows
