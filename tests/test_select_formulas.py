@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from hf_layerprune import drop_layers
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.families.layout import find_decoder_layers
-from hf_layerprune.select import taylor
+from hf_layerprune.select import passes, taylor
 from hf_layerprune.select.runner import score_layers
 
 from .tiny_models import LAYERS, VOCAB, tiny_model
@@ -170,6 +170,18 @@ def test_taylor_in_parts(model: Any, text: CalibrationSet, rows: int, monkeypatc
     for variant in ("original", "paper"):
         found = score_layers(model, CalibrationSet.of(ids, "random"), ["taylor"], variant=variant)["taylor"]
         assert found.layers == pytest.approx(naive_taylor(variant)(model, ids), rel=1e-5)
+
+
+def test_taylor_in_float16_keeps_small_gradients(text: CalibrationSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one row among many; the head's weights are small, so that a few rows are many."""
+    monkeypatch.setattr(passes, "BATCH_TOKENS", LENGTH)
+    half = tiny_model("llama")
+    half.lm_head.weight.data *= 2.0**-10
+    half = half.half()
+    found, wanted = (
+        score_layers(one, text, ["taylor"])["taylor"].layers for one in (half, copy.deepcopy(half).float())
+    )
+    assert found == pytest.approx(wanted, rel=0.01)
 
 
 def test_angular_distance(model: Any, text: CalibrationSet) -> None:

@@ -7,7 +7,8 @@ left out.
 
 A forward pass keeps the input of each layer. A backward pass then goes through the layers from the last to the first:
 it runs a layer again on all batches, sums the gradients of its weights, and passes the gradient of its input on to the
-layer below. Only one layer's gradients are in memory at a time.
+layer below. Only one layer's gradients are in memory at a time. They are those of each batch's mean loss, which in
+float16 keep digits that those of its share in the whole loss would not.
 """
 
 from __future__ import annotations
@@ -53,13 +54,11 @@ def score(
         run_pass(walk, calibration, [seen], alive, rows)
         batches, entering = seen.batches, seen.entering
         asked = [int(batch.asked[:, :-1].sum()) for batch in batches]
-        down = [
-            _loss_gradient(walk, batch, of_batch if variant == PAPER else sum(asked))
-            for batch, of_batch in zip(batches, asked, strict=True)
-        ]
+        shares = [1.0 if variant == PAPER else tokens / sum(asked) for tokens in asked]
+        down = [_loss_gradient(walk, batch, tokens) for batch, tokens in zip(batches, asked, strict=True)]
         scores: list[float | None] = [None] * walk.num_layers
         for i in progress_bar(alive[::-1], desc="taylor", unit="layer"):
-            scores[i] = _backward(walk, i, batches, entering.pop(), down)
+            scores[i] = _backward(walk, i, batches, entering.pop(), down, shares)
     return Scores("taylor", variant, tuple(alive), layers=scores)
 
 
@@ -75,9 +74,17 @@ class _Entering(Observer):
 
 
 def _backward(
-    walk: LayerWalk, index: int, batches: Sequence[Batch], entering: list[Any], down: list[torch.Tensor]
+    walk: LayerWalk,
+    index: int,
+    batches: Sequence[Batch],
+    entering: list[Any],
+    down: list[torch.Tensor],
+    shares: Sequence[float],
 ) -> float:
-    """One layer's score. `down` holds the gradients with respect to its output, and on return to its input."""
+    """One layer's score. `down` holds the gradients with respect to its output, and on return to its input.
+
+    The sum of the weights' gradients has a factor for each batch, its share.
+    """
     weights = [weight for _, weight in weight_matrices(walk.layers[index], index)]
     sums: list[Any] = [None] * len(weights)
     with walk.layer(index) as run, torch.enable_grad():
@@ -98,9 +105,9 @@ def _backward(
                     if gradient is None:
                         continue
                     if sums[k] is not None:
-                        sums[k].add_(gradient)
+                        sums[k].add_(gradient, alpha=shares[number])
                     else:  # with a single batch, nothing is accumulated, so its dtype will do
-                        sums[k] = gradient if len(batches) == 1 else gradient.float()
+                        sums[k] = gradient if len(batches) == 1 else gradient.float().mul_(shares[number])
                     del gradient
         finally:
             for weight in weights:
