@@ -212,7 +212,7 @@ class BorrowFitter(LinearFitter):
             return None
         best = gains.topk(neurons).indices
         offered = {name: torch.cat([offer[name] for offer in offers], 1)[:, best.to(own[name].device)] for name in own}
-        fitted, _ = sums_of(self._pool(layer, first, batches, offered), len(batches))
+        fitted = sums_of(self._pool(layer, first, batches, offered), len(batches))[0]  # the other is as large
         weight = self.writer.weight.to(fitted.gram)
         weight = torch.cat([weight, torch.zeros_like(weight)])
         stay = torch.zeros(2 * neurons, dtype=torch.bool)
@@ -254,7 +254,6 @@ class BorrowFitter(LinearFitter):
         self, layer: nn.Module, first: int, batches: list[Batch], offers: list[Rows]
     ) -> tuple[torch.Tensor, Fit]:
         """How much of what `refit` leaves each offered neuron explains alone, and the fit of `refit`."""
-        width = self.readers.neurons
         with_own: list[torch.Tensor] = [torch.zeros(())] * len(offers)
         with_missing, squares = list(with_own), list(with_own)
 
@@ -272,7 +271,7 @@ class BorrowFitter(LinearFitter):
         fit = solve_ridge(fitted, held_out)
         gram = fitted.gram + held_out.gram
         ridge = min(fit.strength, STRENGTHS[-1]) * gram.diagonal().mean()
-        factor = torch.linalg.cholesky(gram + ridge * torch.eye(width).to(gram))
+        factor = _factor(gram, ridge)
         change = torch.cholesky_solve(fitted.moment + held_out.moment, factor)
         gains = []
         for cross, moment, square in zip(with_own, with_missing, squares, strict=True):
@@ -291,6 +290,12 @@ def _mapped(rows: Rows, change: torch.Tensor, like: Rows) -> Rows:
     }
 
 
+def _factor(gram: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    """The Cholesky factor of a matrix with a ridge, which is added in place: of a wide pool, each copy is several GB."""
+    gram.diagonal().add_(ridge)
+    return torch.linalg.cholesky(gram)
+
+
 def survivors(sums: NormalEquations, weight: torch.Tensor, strength: float, keep: int) -> torch.Tensor:
     """Choose the features to keep, given that the weights of the kept features are refitted.
 
@@ -307,7 +312,7 @@ def survivors(sums: NormalEquations, weight: torch.Tensor, strength: float, keep
     target = sums.moment + sums.gram @ weight + ridge * weight
     alive = torch.arange(len(weight), device=weight.device)
     for left in range(_ROUNDS, 0, -1):
-        factor = torch.linalg.cholesky(sums.gram[alive][:, alive] + ridge * torch.eye(len(alive)).to(weight))
+        factor = _factor(sums.gram[alive][:, alive], ridge)
         columns = torch.cholesky_solve(target[alive], factor)
         cost = columns.square().sum(1) / torch.cholesky_inverse(factor).diagonal()
         count = keep if left == 1 else round(len(alive) * (keep / len(alive)) ** (1 / left))
