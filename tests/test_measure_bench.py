@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import sdpa_flop_count
 
 from hf_layerprune import LayerPruneError, drop_layers
 from hf_layerprune.adapter.loading import load_model
 from hf_layerprune.cli import main
+from hf_layerprune.measure import cost
 from hf_layerprune.measure.bench import BenchRequest, bench
 from hf_layerprune.measure.cost import cache_bytes, decode_bytes, prefill_flops
 from hf_layerprune.measure.probe import probe
@@ -106,6 +108,22 @@ def test_the_processors_own_attention_is_counted() -> None:
     sdpa = tiny_model("llama")
     sdpa.set_attn_implementation("sdpa")
     assert prefill_flops(sdpa, 1, 32) == prefill_flops(eager, 1, 32)
+
+
+def test_shared_heads_are_counted_as_if_each_query_head_had_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def strict(query: Any, key: Any, value: Any) -> int:
+        """As torch's below 2.13."""
+        assert query[1] == key[1] == value[1]
+        return sdpa_flop_count(query, key, value)
+
+    monkeypatch.setattr(cost, "sdpa_flop_count", strict)
+    assert len(cost._ATTENTION) == 4
+    for count in cost._ATTENTION.values():
+        flops = count((2, 8, 16, 4), (2, 2, 24, 4), (2, 2, 24, 6), 0.0, True, out_shape=(2, 8, 16, 6))
+        assert flops == 2 * 2 * 8 * 16 * 24 * (4 + 6)
+    shared, alike = tiny_model("llama"), tiny_model("llama")
+    shared.set_attn_implementation("sdpa")
+    assert prefill_flops(shared, 1, 32) == prefill_flops(alike, 1, 32)
 
 
 def test_bytes_are_counted() -> None:

@@ -15,16 +15,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# The attention kernel for CPUs, which torch's counter ignores.
-_UNCOUNTED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """Operations of attention, for shapes `[batch, heads, seq, width]`; several heads may share those of `key`."""
+    heads = query[1]
+    return sdpa_flop_count(query, (key[0], heads, *key[2:]), (value[0], heads, *value[2:]))
+
+
+# Torch's counter ignores the kernel for CPUs, and below torch 2.13 fails where heads are shared.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention: _attention_flops,
+    torch.ops.aten._scaled_dot_product_efficient_attention: _attention_flops,
+    torch.ops.aten._scaled_dot_product_cudnn_attention: _attention_flops,
 }
 
 
 def prefill_flops(model: PreTrainedModel, batch: int, length: int) -> int:
     """Floating-point operations of a prefill, counted during one: matrix products and attention, as in [`read_prompt`]."""
     ids = torch.ones(batch, length, dtype=torch.long, device=model.device)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
         read_prompt(model, ids)
     return counter.get_total_flops()
 
