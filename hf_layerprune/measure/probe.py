@@ -33,9 +33,10 @@ def probe(source: str, revision: str | None, dtype: str, device: str, work: Work
         work (`Workload`): What to run.
 
     Returns:
-        `dict[str, float]`: `load_seconds`, the time to load the model and read one token, without imports;
-            `idle_rss_bytes`, the memory of the process before loading: Python, torch and transformers; `peak_rss_bytes`,
-            its peak resident memory, including mapped weights; and on a GPU, `peak_cuda_bytes` of torch's allocator.
+        `dict[str, float]`: `load_seconds`, the time to load the model and read one token, without imports and the set-up
+            of GPUs; `idle_rss_bytes`, the memory of the process before both: Python, torch and transformers;
+            `peak_rss_bytes`, its peak resident memory, including mapped weights; and on GPUs, `peak_cuda_bytes` of torch's
+            allocator, of all together.
 
     Raises:
         LayerPruneError: The process failed, for example for lack of memory.
@@ -64,6 +65,7 @@ def _probe(source: str, revision: str | None, dtype: str, device: str, work: dic
     from .subject import Subject
 
     found: dict[str, Any] = {"idle_rss_bytes": peak_rss()}
+    _start_accelerators(device)
     start = perf_counter()
     model = Subject(source, source, Identity(""), revision=revision).load(dtype, device)
     with torch.no_grad():
@@ -75,8 +77,21 @@ def _probe(source: str, revision: str | None, dtype: str, device: str, work: dic
         ids = torch.ones(workload.batch, workload.prompt_tokens, dtype=torch.long)
         time_once(model, ids, workload)
     if model.device.type == "cuda":
-        found["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+        found["peak_cuda_bytes"] = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     return found | {"peak_rss_bytes": peak_rss()}
+
+
+def _start_accelerators(device: str) -> None:
+    """Let torch set up the accelerators that a model will be on, which takes seconds."""
+    import torch
+
+    from ..runtime.devices import pick_device
+
+    name = pick_device(device, spread=True)
+    if name != "cpu":
+        for one in range(torch.accelerator.device_count()) if name == "all" else [name]:
+            torch.zeros(1, device=one)
+            torch.accelerator.synchronize(one)
 
 
 if __name__ == "__main__":
