@@ -85,7 +85,6 @@ def put_back(prefix: Prefix, model: PreTrainedModel) -> None:
         "%s has no room for the frozen layers beside what training holds: the model is on the CPU now, where it can be saved",
         model.device,
     )
-    prefix._device = torch.device("cpu")
-    prefix.restore()
+    prefix.restore("cpu")
     model.to("cpu")  # type: ignore[arg-type]
     free_memory()

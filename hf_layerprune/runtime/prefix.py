@@ -191,10 +191,14 @@ class Prefix:
         assert self._state is not None, "the prefix is skipped without its states"
         return self._state
 
-    def restore(self) -> None:
-        """Restore the full model; trained weights keep their new values."""
+    def restore(self, device: torch.device | str | None = None) -> None:
+        """Restore the full model; trained weights keep their new values.
+
+        Args:
+            device (`torch.device` or `str`, *optional*): Where the weights that were taken out go; by default, where they were.
+        """
         self._skipping.close()
-        self._move(self._device)
+        self._move(device or self._device)
         for module, parameters, buffers in self._hidden:
             module._parameters, module._buffers = parameters, buffers
         self._hidden.clear()
