@@ -226,3 +226,12 @@ def test_adapter_of_the_real_model_is_a_peft_model(base: Path) -> None:
     trainable, total = model.get_nb_trainable_parameters()
     assert trainable == 3 * LAYER + 576 + EMBEDDINGS
     assert total > trainable
+
+
+def test_the_tokenizer_is_saved_alike_with_and_without_the_hub(tmp_path: Path) -> None:
+    """Its hash is recorded, and compared by `verify` on other machines."""
+    saved = []
+    for offline in (True, False):
+        load_tokenizer(smollm2(), local_files_only=offline).save_pretrained(folder := tmp_path / str(offline))
+        saved.append((folder / "tokenizer_config.json").read_bytes())
+    assert saved[0] == saved[1]

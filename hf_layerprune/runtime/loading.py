@@ -216,6 +216,8 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     hint = "copy the tokenizer files of its base into it"
     with boundary(f"{model} has no tokenizer that can be loaded", hint):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **kwargs)
+        if "local_files_only" in tokenizer.init_kwargs:  # it would be saved, and differ with HF_HUB_OFFLINE
+            tokenizer.init_kwargs["local_files_only"] = False
         tokenizer("a")  # some broken settings show only on use
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers 5.4 makes one up
             raise ValueError("its vocabulary has only special tokens")
