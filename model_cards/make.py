@@ -63,7 +63,8 @@ LAST = Model("SmolLM2-135M-23L-last", made=("--drop", "0.25"))
 REPAIRED = Model("SmolLM2-135M-23L-repaired", taken="pruned", beside=("SmolLM2-135M-23L-cut",))
 CUT = Model("SmolLM2-135M-23L-cut", same_layers=REPAIRED.name)
 HEALED = Model("SmolLM2-135M-23L-healed", taken="model", beside=(CUT.name, REPAIRED.name))
-# Two layers are what `hf-layerprune advise BASE --max-perplexity-ratio 1.10` names.
+# The deepest cut with a perplexity within about 1.10 times the base's on the texts of the cards. `advise` names three layers
+# for 1.10: the benchmark, which its figures are from, heals on web text and instructions.
 FEWER = Model("SmolLM2-135M-28L-healed", taken="model", run="run-28L", words=("--drop", "2"))
 MODELS = (LAST, REPAIRED, CUT, HEALED, FEWER)
 
