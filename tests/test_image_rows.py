@@ -128,12 +128,23 @@ def made_to_repair(model_type: str) -> tuple[Any, CalibrationSet, list[Rows]]:
     return made(model_type, 5)
 
 
-@pytest.mark.parametrize("method", ["linear", "refit"])
-@pytest.mark.parametrize("model_type", [t for t in TYPES if t.values[0] not in families.REFUSED_AT["repair"]])
-def test_repaired(model_type: str, method: str, whole_matrix: bool) -> None:
+REPAIRED = [t for t in TYPES if t.values[0] not in families.REFUSED_AT["repair"]]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [
+        pytest.param(
+            *t.values,
+            method,
+            marks=(*t.marks, *([pytest.mark.whole_matrix] if t.marks and method == "linear" else [])),
+        )
+        for t in REPAIRED
+        for method in ("linear", "refit")
+    ],
+)
+def test_repaired(model_type: str, method: str) -> None:
     """A map is the ridge solution for the states of the model's own forward, with images in their places."""
-    if not whole_matrix and model_type not in QUICK and method == "linear":
-        pytest.skip("make matrix runs both")
     model, text, rows = made_to_repair(model_type)
     drop, repair = first_repair(model, text, method)
     assert repair is not None, "its text can be repaired"

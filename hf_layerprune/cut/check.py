@@ -15,12 +15,11 @@ import torch
 from torch import nn
 
 from .. import families
-from ..errors import CutError, LayerPruneError, cause_of
+from ..errors import CutError, LayerPruneError
 from ..families.layout import find_decoder_layers
 from ..families.multimodal import path_to_text
 from ..families.types import proven_versions
-from ..runtime.memory import is_out_of_memory
-from ..runtime.parts import TROUBLE, evaluating, hooked, probe_ids
+from ..runtime.parts import TrialError, evaluating, hooked, probe_ids, trial
 from ..versions import installed
 
 if TYPE_CHECKING:
@@ -59,12 +58,10 @@ def bypassed_logits(model: PreTrainedModel, layers: Sequence[int]) -> torch.Tens
         if hasattr(parameter, "ds_id") or type(parameter).__name__ in ("DTensor", "FlatParameter"):
             raise CannotCheckError("the dense model's weights are sharded across processes")
     try:
-        with _bypassed(model, layers):
+        with trial(), _bypassed(model, layers):
             return few_logits(model)
-    except TROUBLE as error:
-        if is_out_of_memory(error):
-            raise
-        raise CannotCheckError(f"the dense model does not run on tokens alone ({cause_of(error)})") from error
+    except TrialError as error:
+        raise CannotCheckError(f"the dense model does not run on tokens alone ({error})") from error
 
 
 def few_logits(model: PreTrainedModel) -> torch.Tensor:
@@ -80,11 +77,10 @@ def check_logits(pruned: PreTrainedModel, expected: torch.Tensor) -> None:
         WrongCutError: They differ by more than rounding, or the pruned model does not run.
     """
     try:
-        logits = few_logits(pruned)
-    except TROUBLE as error:
-        if is_out_of_memory(error):
-            raise
-        raise WrongCutError(_mismatch(pruned.config, f"the pruned model does not run ({cause_of(error)})")) from error
+        with trial():
+            logits = few_logits(pruned)
+    except TrialError as error:
+        raise WrongCutError(_mismatch(pruned.config, f"the pruned model does not run ({error})")) from error
     expected = expected.to(logits.device)
     if logits.shape != expected.shape:
         raise WrongCutError(_mismatch(pruned.config, f"logits are {tuple(logits.shape)}, not {tuple(expected.shape)}"))

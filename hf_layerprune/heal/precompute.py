@@ -17,8 +17,7 @@ import torch
 
 from ..errors import LayerPruneError
 from ..runtime.head import Head
-from ..runtime.memory import is_out_of_memory
-from ..runtime.parts import TROUBLE, close, evaluating
+from ..runtime.parts import TrialError, close, evaluating, trial
 from ..runtime.prefix import Prefix, first_trained_layer
 from .batches import Precomputed
 from .placement import is_spread
@@ -121,11 +120,10 @@ class _Run:
         for needs_ids in (False, True):
             prefix = Prefix(self.model, depth, needs_ids=needs_ids)
             try:
-                self.why_not = self._try_out(prefix)
-            except TROUBLE as error:
-                if is_out_of_memory(error):  # running all layers in every step takes even more
-                    raise
-                self.why_not = f"the model fails without them ({str(error).splitlines()[0][:120]})"
+                with trial():
+                    self.why_not = self._try_out(prefix)
+            except TrialError as error:
+                self.why_not = f"the model fails without them ({error})"
             finally:
                 prefix.restore()
             if not self.why_not:

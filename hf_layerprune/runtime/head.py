@@ -20,8 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
-from .memory import is_out_of_memory
-from .parts import TROUBLE, close, evaluating, probe_ids, replaced_forward
+from .parts import TrialError, close, evaluating, probe_ids, replaced_forward, trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,12 +109,10 @@ class OutputHead:
         ids = probe_ids(model, _PROBE_TOKENS)
         with evaluating(model):
             try:
-                own = model(input_ids=ids, use_cache=False).logits
-            except TROUBLE as error:
-                if is_out_of_memory(error):
-                    raise
-                cause = (str(error).splitlines() or [type(error).__name__])[0][:160]
-                raise self._refusal(f"it can't be run on token ids alone ({cause})") from error
+                with trial():
+                    own = model(input_ids=ids, use_cache=False).logits
+            except TrialError as error:
+                raise self._refusal(f"it can't be run on token ids alone ({error})") from error
             if own.shape[:2] != ids.shape:
                 raise self._refusal(f"for input_ids of shape {list(ids.shape)} its logits have {list(own.shape)}")
             self.vocabulary: int = own.shape[-1]
@@ -185,15 +182,14 @@ class OutputHead:
         if linear.weight.is_meta:
             return "its output embedding is offloaded, and in memory only while it runs"
         try:
-            self._transform = self._measured(ids)
-            if self._transform is None:
-                return "it does more after its output embedding than scale and softcap"
-            logits = self.head().logits(self.states(input_ids=ids, use_cache=False))
-        except TROUBLE as error:
-            if is_out_of_memory(error):
-                raise
+            with trial():
+                self._transform = self._measured(ids)
+                if self._transform is None:
+                    return "it does more after its output embedding than scale and softcap"
+                logits = self.head().logits(self.states(input_ids=ids, use_cache=False))
+        except TrialError as error:
             self._transform = None
-            return f"it can't be run without its output embedding ({(str(error).splitlines() or [''])[0][:120]})"
+            return f"it can't be run without its output embedding ({error})"
         if not close(logits, own):
             self._transform = None
             return "its logits depend on more than its output embedding"

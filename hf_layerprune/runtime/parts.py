@@ -9,10 +9,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import cause_of
 from ..families import text_config
+from .memory import is_out_of_memory
 
-# What a model that can't be run in parts may raise.
-TROUBLE = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+
+class TrialError(Exception):
+    """A model failed in a trial run; the message is the cause on one line."""
+
+
+@contextmanager
+def trial() -> Iterator[None]:
+    """Turn what a model that can't be run in parts may raise into one error. Running out of memory says nothing about it.
+
+    Raises:
+        TrialError: The model failed.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise TrialError(cause_of(error)) from error
 
 
 @contextmanager

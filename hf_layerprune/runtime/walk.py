@@ -39,7 +39,7 @@ from ..families.layout import find_decoder_layers
 from ..families.multimodal import placeholders
 from .devices import moved_to
 from .memory import free_memory, is_out_of_memory
-from .parts import TROUBLE, close, hidden_of, hooked, layer_stub, probe_ids, replaced_forward, returned
+from .parts import TrialError, close, hidden_of, hooked, layer_stub, probe_ids, replaced_forward, returned, trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -257,7 +257,7 @@ class LayerWalk:
         if order != list(range(self.num_layers)):
             raise self._refusal("they are not run once each, in order")
         try:
-            with torch.no_grad():
+            with trial(), torch.no_grad():
                 batch = self._begin(ids, media)
                 if batch.hidden.shape[:-1] != ids.shape:
                     raise self._refusal("they pass on several streams of hidden states")
@@ -265,10 +265,8 @@ class LayerWalk:
                     with self.layer(index) as run:
                         batch.hidden = run(batch.hidden, batch)
                 logits = self.logits(batch.hidden)
-        except TROUBLE as error:
-            if is_out_of_memory(error):
-                raise
-            raise self._refusal(f"one fails when it is run alone ({str(error).splitlines()[0][:120]})") from error
+        except TrialError as error:
+            raise self._refusal(f"one fails when it is run alone ({error})") from error
         if not close(logits, wanted):
             raise self._refusal("they pass more than hidden states to each other")
 
