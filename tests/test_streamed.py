@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from hf_layerprune.adapter import prepare
 from hf_layerprune.calibration import self_text
 from hf_layerprune.runtime import walk
 from hf_layerprune.runtime.walk import LayerWalk
@@ -97,6 +98,25 @@ def test_a_model_that_writes_is_on_one_device(
     COMMANDS[command](base, tmp_path / "out")
     assert whole == [True]
     assert card.now == []
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"dtype": "bfloat16"}, {"adapter": True}, {"adapter": True, "check": True}], ids=str
+)
+def test_a_repair_is_fitted_on_the_accelerator(
+    how: dict[str, Any], base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the cut is written afterwards."""
+    there, devices = torch.device("cpu"), []
+
+    def note(model: PreTrainedModel, device: torch.device | None = None) -> LayerWalk:
+        devices.append(device)
+        return LayerWalk(model, device=device)
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: there)
+    monkeypatch.setattr(prepare, "LayerWalk", note)
+    prune_to(PruneRequest(base, tmp_path / "out", drop_layers=[3, 4], repair="linear", **FEW, **how))
+    assert devices == [there]
 
 
 @pytest.mark.parametrize("when", ["it is moved", "it writes"])

@@ -158,12 +158,12 @@ def prune_to(request: PruneRequest) -> Pruned:
     rehearse_config(config, families.cut_config(config, cut), cut)
     with new_folder(output, force=request.force, apart_from=source) as folder:
         with stage("prune", settings_of(request, list(cut.drop))) as entry:
+            if prepared is None and request.repair:
+                prepared = _prepare(request, list(cut.drop))
             if request.adapter or _needs_a_model(request):
                 make = _adapter if request.adapter else _model
-                commit, prepared = make(request, list(cut.drop), folder, prepared)
+                commit = make(request, list(cut.drop), folder, prepared)
             else:
-                if prepared is None and request.repair:
-                    prepared = _prepare(request, list(cut.drop))
                 # The same bytes of what stays: nothing is loaded, and of a base on the Hub nothing else is fetched.
                 plan = plan_cut(hub or source, cut.drop)
                 fill(plan, folder, link=request.link, name=output.name)
@@ -296,18 +296,13 @@ def _prepare(request: PruneRequest, dropped: list[int] | None) -> Prepared:
     return look_at_dense(_config(request, dropped), {"revision": request.revision})
 
 
-def _model(
-    request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None
-) -> tuple[str | None, Prepared | None]:
-    """Load the whole model, cut it, and save it."""
-    from ..adapter.prepare import prepare
+def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> str | None:
+    """Load the whole model, cut it, and save it. Returns the commit that it was loaded from."""
     from ..cut.memory import drop_layers
     from ..families.layout import find_decoder_layers
 
     _, gguf_file = resolve_base(request.base)
     model = load_base(request.base, revision=request.revision, dtype=_dtype(request, gguf_file is not None))
-    if prepared is None and request.repair is not None:
-        prepared = prepare(_config(request, dropped), model)
     cut = drop_layers(model, dropped).cut
     if prepared is not None and prepared.repair is not None:
         model.save_pretrained(folder)
@@ -322,7 +317,7 @@ def _model(
         load_tokenizer(request.base, revision=request.revision).save_pretrained(folder)
     except CheckpointError as error:
         logger.warning("%s; none is written", error)
-    return getattr(model.config, "_commit_hash", None), prepared
+    return getattr(model.config, "_commit_hash", None)
 
 
 def _note_plain_cut(prepared: Prepared, folder: Path) -> None:
@@ -330,10 +325,8 @@ def _note_plain_cut(prepared: Prepared, folder: Path) -> None:
     prepared.record["repair"]["input_weights"] = passing_weights_hash(folder)
 
 
-def _adapter(
-    request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None
-) -> tuple[str | None, Prepared | None]:
-    """Save the plan, the tail that will be tuned, and what the repair changed."""
+def _adapter(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> str | None:
+    """Save the plan, the tail that will be tuned, and what the repair changed. Returns the base's commit."""
     from ..adapter.pruning import prune_prepared
 
     config = _config(request, dropped)
@@ -341,8 +334,6 @@ def _adapter(
     dtype = _dtype(request, gguf_file is not None)
     model = prune_prepared(config, prepared, whole=request.check, dtype=dtype)
     model.save_pretrained(str(folder))
-    tuner: Any = model.base_model
-    prepared = tuner.prepared
     if prepared is not None and prepared.repair is not None:
         prepared.record["repair"]["changed_modules"] = config.repaired_modules
-    return config.base_commit, prepared
+    return config.base_commit
