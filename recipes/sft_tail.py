@@ -65,6 +65,7 @@ from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.options import FinishOptions, RowOptions
 from hf_layerprune.options import DTYPES, CutOptions, arguments, take
 from hf_layerprune.records.requirements import RequireOptions
+from hf_layerprune.runtime.model_class import whole_models
 from hf_layerprune.stages.requests import PruneRequest
 
 if TYPE_CHECKING:
@@ -252,6 +253,7 @@ def eval_request(folder: Path, base: str | None, measure_args: MeasureArguments)
     return request
 
 
+@whole_models()
 def prune(model_args: ModelArguments, cut_args: CutOptions, training_args: HealConfig) -> Student:
     """Prune the model, unless an earlier start of this run did."""
     from hf_layerprune.heal.student import Student
@@ -267,6 +269,7 @@ def prune(model_args: ModelArguments, cut_args: CutOptions, training_args: HealC
     return Student.at(folder)
 
 
+@whole_models()
 def write_rows(
     rows: Dataset | None,
     row_args: RowOptions,
@@ -305,12 +308,14 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(trained))
     if trainer.is_world_process_zero():
-        write_healed(student, trained, output / "model", entry, adapter=output / "adapter")
+        with whole_models():
+            write_healed(student, trained, output / "model", entry, adapter=output / "adapter")
         shutil.rmtree(trained, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return output / "model"
 
 
+@whole_models()
 def finish(
     folder: Path, training_args: HealConfig, evaluation: EvalRequest | None, hub: PushRequest | None
 ) -> list[str]:

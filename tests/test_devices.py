@@ -100,6 +100,19 @@ def test_a_model_that_fsdp_has_yet_to_move_is_checked_where_it_is(
     assert trainer.output_head.is_linear
 
 
+def test_what_zero3_leaves_out_is_saved(llama: Bench, tmp_path: Path) -> None:
+    """A repair is frozen, and transformers passes on trained weights alone; those of a stand-in for the engine here."""
+    config = parse_method("last2").tail_config(llama.cut, str(llama.folder / "dense"))
+    config.repaired_modules = ["model.layers.2.mlp.down_proj"]
+    trainer = llama.trainer(peft_config=config)
+    repaired = trainer.plain_model.model.layers[2].mlp.down_proj
+    trainer._split, trainer.deepspeed = True, trainer.model
+    trainer._save(str(tmp_path), tuned(trainer))
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    (name,) = (name for name in saved if "down_proj" in name and "layers.2." in name)
+    assert torch.equal(saved[name], repaired.modules_to_save["default"].weight)
+
+
 def test_weights_beside_quantised_ones_are_trained_in_float32(llama: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL casts them to bfloat16, whose gradients the loss scaling of float16 can't divide."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers.integrations import deepspeed
 
 from hf_layerprune import drop_layers
 from hf_layerprune.errors import CutError, LayerPruneError, explain
@@ -126,6 +128,48 @@ def test_refused_before_the_cut(
     assert said.splitlines()[-1].startswith("error: ")
     assert message.replace("FOLDER", str(folder)) in said
     assert not (tmp_path / "run").exists()
+
+
+class _ZeRO3:
+    """What transformers asks DeepSpeed's settings."""
+
+    def is_zero3(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def zero3() -> Iterator[_ZeRO3]:
+    """As under `deepspeed_zero3.yaml`: transformers would load every model split, for which DeepSpeed is not even installed."""
+    deepspeed.set_hf_deepspeed_config(settings := _ZeRO3())
+    yield settings
+    deepspeed.unset_hf_deepspeed_config()
+
+
+@pytest.mark.parametrize("lesson", [{"loss": "kd"}, {"features": 0.5, "method": "behind2"}], ids=str)
+def test_zero3_can_not_distil(
+    lesson: dict[str, Any],
+    recipe: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    zero3: _ZeRO3,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sft_tail.py", *words(folder, tmp_path / "run", **lesson)])
+    assert recipe.run() == 2
+    assert "DeepSpeed ZeRO-3 splits it; train with ZeRO-2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_prunes_a_whole_model_under_zero3(
+    recipe: ModuleType, folder: Path, tmp_path: Path, zero3: _ZeRO3
+) -> None:
+    """Pruning and repair load whole models there, and only what is loaded afterwards is split."""
+    said = words(folder, tmp_path / "run", repair="linear", calibration_samples=8, calibration_length=16)
+    _, training, model, _, cut, *_ = recipe.make_parser().parse_args_and_config(said)
+    student = recipe.prune(model, cut, training)
+    assert student.repaired
+    assert deepspeed.is_deepspeed_zero3_enabled()
 
 
 def test_a_type_that_can_not_be_healed_is_refused_before_the_cut(

@@ -13,6 +13,7 @@ from hf_layerprune import CutError, LayerDropConfig, LayerPruneError, drop_layer
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
 from hf_layerprune.repair.fit import blocks, fit_repair
+from hf_layerprune.repair.frozen import freeze, thaw
 from hf_layerprune.repair.linear import NormalEquations, solve_ridge
 from hf_layerprune.repair.registry import REPAIRS
 from hf_layerprune.repair.writers import find_writers, inputs, outputs
@@ -51,6 +52,17 @@ def base(tmp_path):
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
+
+
+def test_freezing_keeps_the_parameters_themselves():
+    """DeepSpeed ZeRO-3 keeps a module's weights in attributes of its parameters."""
+    module = torch.nn.Linear(2, 3)
+    before = [*module.parameters()]
+    freeze(module)
+    assert all(one is other for one, other in zip(before, module.parameters(), strict=True))
+    assert not any(p.requires_grad for p in copy.deepcopy(module).requires_grad_().parameters())
+    thaw(module)
+    assert all(p.requires_grad for p in module.requires_grad_().parameters())
 
 
 @pytest.mark.parametrize(

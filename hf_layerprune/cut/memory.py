@@ -26,7 +26,7 @@ from ..errors import CutError, boundary
 from ..families.layout import find_decoder_layers
 from ..families.multimodal import path_to_text
 from ..layer_ranges import format_layers
-from ..runtime.model_class import auto_class_of
+from ..runtime.model_class import auto_class_of, whole_models
 from .check import CannotCheckError, bypassed_logits, check_logits
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def rehearse(
 
 def rehearse_config(config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut) -> None:
     """Make the checks of `rehearse`, for the class that a config is loaded as."""
-    with boundary("no model can be built from the config"), torch.device("meta"):
+    with boundary("no model can be built from the config"), torch.device("meta"), whole_models():
         model = auto_class_of(config).from_config(config, trust_remote_code=False)
         part = families.text_config(new_config) if type(model.config) is not type(config) else new_config
     rehearse(type(model), model.config, part, cut)
@@ -285,7 +285,7 @@ def _empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -
         if part is not None and isinstance(dtype, str):  # as it is saved; not every class accepts the name of a dtype
             part.dtype = getattr(torch, dtype)
     what = "no model can be built from the config"
-    with boundary(what), torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with boundary(what), torch.random.fork_rng(devices=[]), torch.device("meta"), whole_models():
         return model_class(config)
 
 

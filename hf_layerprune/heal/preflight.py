@@ -93,11 +93,19 @@ def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions
     """Check that a model can be trained as a method asks, as far as that is known before the cut.
 
     Raises:
-        CutError: The method trains more layers than are left, or does not use a setting of the model.
+        CutError: The method trains more layers than are left, or does not use a setting of the model; or ZeRO-3 rules out
+            distillation.
         UnsupportedModelError: This model type can't be healed.
         LayerPruneError: The method can't run here.
     """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
     check_stage(config, "heal")
+    if args.distils and is_deepspeed_zero3_enabled():
+        raise CutError(
+            f"{args.lesson} needs the dense model beside a whole pruned one, and DeepSpeed ZeRO-3 splits it; train with "
+            "ZeRO-2 (recipes/accelerate/deepspeed_zero2.yaml), or use loss=ce without features"
+        )
     method = None if args.method == "auto" else parse_method(args.method)
     others = [field.name for field in fields(model_args) if field.name not in (*_MODEL, *_LORA)]
     refuse_unused(model_args, others, "in this recipe, where --method says what is trained, such as lora or qlora")

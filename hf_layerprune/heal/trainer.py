@@ -273,6 +273,11 @@ class HealTrainer(SFTTrainer):
             return
         super()._save_checkpoint(model, trial)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._split:  # transformers leaves out what is frozen, and with it a repair
+            state_dict = self.accelerator.get_state_dict(self.deepspeed)
+        super()._save(output_dir, state_dict)
+
     def _way_back(self) -> str:
         last = last_checkpoint(str(self.args.output_dir))
         kept = f"{last} is the last good checkpoint" if last else "no checkpoint was saved before"

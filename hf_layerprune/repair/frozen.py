@@ -26,16 +26,16 @@ class _Frozen(nn.Parameter):
 
 def freeze(module: nn.Module) -> None:
     """Freeze a module for good; its copies are frozen too."""
-    for name, parameter in module.named_parameters(recurse=False):
-        setattr(module, name, _Frozen(parameter.data, requires_grad=False))
+    for parameter in module.parameters(recurse=False):
+        parameter.requires_grad_(False)
+        parameter.__class__ = _Frozen  # a new one would lack what DeepSpeed ZeRO-3 keeps with it
 
 
 def thaw(model: nn.Module) -> None:
     """Undo [`freeze`] for all modules of a model."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, _Frozen):
-                setattr(module, name, nn.Parameter(parameter.data, requires_grad=False))
+    for parameter in model.parameters():
+        if isinstance(parameter, _Frozen):
+            parameter.__class__ = nn.Parameter
 
 
 def module_names(repair: Repair, stack: DecoderStack, cut: families.Cut) -> list[str]:

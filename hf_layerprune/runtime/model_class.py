@@ -1,8 +1,9 @@
-"""Which class a model is loaded as: the one place that decides between text models and multimodal ones."""
+"""As what a model is loaded: which class, a text model or a multimodal one, and whole or split over processes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
@@ -91,3 +92,20 @@ def stored_names(config: PreTrainedConfig, names: Collection[str]) -> dict[str, 
             if len(made) == 1:
                 stored[name] = made[0]
     return stored
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Build and load whole models under DeepSpeed ZeRO-3 too.
+
+    There, transformers splits every new model over the processes, each of which has to take part; but rehearsals have no
+    weights, and pruning and evaluation are the work of one process.
+    """
+    from transformers.integrations import deepspeed
+
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
