@@ -33,9 +33,9 @@ def freeze(module: nn.Module) -> None:
 
 def thaw(model: nn.Module) -> None:
     """Undo [`freeze`] for all modules of a model."""
-    for parameter in model.parameters():
-        if isinstance(parameter, _Frozen):
-            parameter.__class__ = nn.Parameter
+    frozen: list[nn.Parameter] = [parameter for parameter in model.parameters() if isinstance(parameter, _Frozen)]
+    for parameter in frozen:
+        parameter.__class__ = nn.Parameter
 
 
 def module_names(repair: Repair, stack: DecoderStack, cut: families.Cut) -> list[str]:
