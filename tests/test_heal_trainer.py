@@ -184,6 +184,29 @@ def test_other_losses_are_left_to_trl(llama: Bench, settings: dict[str, Any]) ->
 
 @pytest.mark.skipif(not hasattr(base_trainer, "Version"), reason="this TRL asks for no version")
 @trl_computes_losses
+def test_an_engine_that_rounds_what_the_model_returns(llama: Bench) -> None:
+    """As FSDP does in bfloat16: the loss and the metrics are exact all the same, and the gradients are those of the loss."""
+    trainer = llama.trainer(loss="ce+kd")
+    trainer.data_collator.precomputed = precompute(trainer, llama.dense)
+    batch = next(iter(trainer.get_train_dataloader()))
+
+    def rounding(**inputs: Any) -> dict[str, torch.Tensor]:
+        return {"loss": trainer.model(**inputs)["loss"].bfloat16()}
+
+    found = []
+    for model in (trainer.model, rounding):
+        loss = trainer.compute_loss(model, batch)
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+        found.append((loss.item(), gradients))
+        trainer.model.zero_grad()
+    assert found[0][0] == found[1][0]
+    assert found[0][0] != torch.tensor(found[0][0]).bfloat16().item()
+    assert found[0][1].keys() == found[1][1].keys() == tuned(trainer).keys()
+    assert all(torch.equal(gradient, found[1][1][name]) for name, gradient in found[0][1].items())
+    assert trainer._metrics["train"]["kd"][0] == trainer._metrics["train"]["kd"][1]
+
+
 @pytest.mark.parametrize("settings", [{}, {"loss": "kd"}, {"compute_loss_func": mean_square}])
 def test_losses_are_the_same_with_an_older_trainer(llama: Bench, settings: dict[str, Any]) -> None:
     """With transformers below 5.19, TRL would replace a loss function if the trainer said that it scales losses itself."""

@@ -12,14 +12,12 @@ import functools
 import logging
 import math
 import types
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
-from transformers.modeling_outputs import ModelOutput
 
 from ..errors import LayerPruneError
 from ..families import check_stage
@@ -31,6 +29,7 @@ from .config import HealConfig
 from .data import has_images
 from .features import FeaturePhase, leave_parameters_out, phased
 from .halving import Halving
+from .loss_inputs import LossInputs
 from .losses import Lesson, head_loss
 from .methods import parse_method
 from .placement import autocast_where_it_is, hold_in_float32, put_back, runnable_where_it_is, use_one_gpu
@@ -45,15 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SAME = 1e-9  # Shares of the steps that are closer are the same.
-
-
-@dataclass
-class _HealOutput(ModelOutput):
-    loss: torch.Tensor | None = None
-    ce: torch.Tensor | None = None
-    kd: torch.Tensor | None = None
-    correct: torch.Tensor | None = None
-    features: torch.Tensor | None = None
 
 
 class HealTrainer(SFTTrainer):
@@ -145,29 +135,31 @@ class HealTrainer(SFTTrainer):
         model = self.plain_model
         plain_forward = model.forward
 
-        def forward(self_: PreTrainedModel, *args: Any, heal: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        def forward(self_: PreTrainedModel, *args: Any, heal: LossInputs | None = None, **kwargs: Any) -> Any:
             if heal is None:
                 return plain_forward(*args, **kwargs)
-            if self.feature_phase is not None and heal["features"] is not None:
-                total = self.feature_phase.loss(plain_forward, kwargs, heal["features"], heal["everywhere"])
-                return _HealOutput(total * heal["feature_weight"], features=total)
+            if self.feature_phase is not None and heal.features is not None:
+                total = self.feature_phase.loss(plain_forward, kwargs, heal.features, heal.feature_mask)
+                heal.loss, heal.sums = total * heal.feature_weight, {"features": total}
+                return {"loss": heal.loss}
             states = output.states(*args, run=plain_forward, **kwargs)[:, :-1]
-            keep = heal["keep"]
-            head = output.head()
-            lesson = self._lesson(heal, keep)
-            labels, accumulate = heal["labels"][keep], self._owns_gradients and torch.is_grad_enabled()
-            losses = head_loss(states[keep], head, labels, heal["ce_weight"], lesson, accumulate=accumulate)
-            return _HealOutput(losses.loss, losses.ce, losses.kd, losses.correct)
+            head, labels = output.head(), heal.labels[heal.keep]
+            accumulate = self._owns_gradients and torch.is_grad_enabled()
+            losses = head_loss(
+                states[heal.keep], head, labels, heal.ce_weight, self._lesson(heal), accumulate=accumulate
+            )
+            heal.loss, heal.sums = losses.loss, {"ce": losses.ce, "kd": losses.kd, "correct": losses.correct}
+            return {"loss": heal.loss}
 
         # `generate` and the trainer inspect the signature of forward.
         model.forward = types.MethodType(functools.wraps(type(model).forward)(forward), model)
 
-    def _lesson(self, heal: dict[str, Any], keep: torch.Tensor) -> Lesson | None:
-        head, states = self.data_collator.precomputed.teacher_head, heal["teacher_states"]
+    def _lesson(self, heal: LossInputs) -> Lesson | None:
+        head, states = self.data_collator.precomputed.teacher_head, heal.teacher_states
         if states is None or head is None:
             return None
-        mask, how = heal["kd_mask"][keep], (self.args.kd_temperature, self.args.kd_direction)
-        return Lesson(states[:, :-1][keep], head, mask, heal["kd_weight"], *how)
+        mask, how = heal.kd_mask[heal.keep], (self.args.kd_temperature, self.args.kd_direction)
+        return Lesson(states[:, :-1][heal.keep], head, mask, heal.kd_weight, *how)
 
     @property
     def splits_sequences(self) -> bool:
@@ -309,22 +301,23 @@ class HealTrainer(SFTTrainer):
         nowhere = torch.zeros_like(labels, dtype=torch.bool)
         kd_mask = taught_positions(inputs, labels, self.args) if share else nowhere
         counts = local if num_items_in_batch is None else num_items_in_batch
-        heal = {
-            "features": features,
-            "everywhere": everywhere,
-            "feature_weight": 1 / counts[2].clamp(min=1),
-            "labels": labels,
-            "keep": (labels != -100) | kd_mask,
-            "ce_weight": None if share == 1 else (1 - share) / counts[0].clamp(min=1),
-            "teacher_states": taught if share else None,
-            "kd_mask": kd_mask,
-            "kd_weight": share / counts[1].clamp(min=1),
-        }
-        outputs = model(**inputs, use_cache=False, heal=heal)
-        loss = outputs.loss
+        heal = LossInputs(
+            labels=labels,
+            keep=(labels != -100) | kd_mask,
+            ce_weight=None if share == 1 else (1 - share) / counts[0].clamp(min=1),
+            kd_mask=kd_mask,
+            kd_weight=share / counts[1].clamp(min=1),
+            teacher_states=taught if share else None,
+            features=features,
+            feature_mask=everywhere,
+            feature_weight=1 / counts[2].clamp(min=1),
+        )
+        # The engine's gradients start from what it returns, which may be rounded.
+        loss = model(**inputs, use_cache=False, heal=heal)["loss"]
+        loss = loss + (heal.loss - loss).detach()
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
-        self._note(mode, outputs, local)
+        self._note(mode, heal.sums, local)
         return loss
 
     def _parted(self, taught: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -361,9 +354,9 @@ class HealTrainer(SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs), None, None
 
-    def _note(self, mode: str, outputs: Any, counts: torch.Tensor) -> None:
-        known = {name: outputs[name] for name in ("ce", "kd", "correct", "features") if name in outputs}
-        sums = torch.stack([*known.values(), *counts.to(outputs.loss.device)]).detach()
+    def _note(self, mode: str, known: dict[str, torch.Tensor], counts: torch.Tensor) -> None:
+        sums = torch.stack([value.detach() for value in known.values()])
+        sums = torch.cat([sums, counts.to(sums)])
         *values, labelled, taught, seen = self.accelerator.gather_for_metrics(sums[None]).sum(0).tolist()
         found, metrics = dict(zip(known, values, strict=True)), self._metrics[mode]
         if "correct" in found:
