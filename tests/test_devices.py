@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import peft
 import pytest
@@ -101,16 +103,26 @@ def test_a_model_that_fsdp_has_yet_to_move_is_checked_where_it_is(
 
 
 def test_what_zero3_leaves_out_is_saved(llama: Bench, tmp_path: Path) -> None:
-    """A repair is frozen, and transformers passes on trained weights alone; those of a stand-in for the engine here."""
+    """A repair is frozen, and transformers passes on trained weights alone. All processes have to gather the others."""
     config = parse_method("last2").tail_config(llama.cut, str(llama.folder / "dense"))
     config.repaired_modules = ["model.layers.2.mlp.down_proj"]
     trainer = llama.trainer(peft_config=config)
     repaired = trainer.plain_model.model.layers[2].mlp.down_proj
-    trainer._split, trainer.deepspeed = True, trainer.model
-    trainer._save(str(tmp_path), tuned(trainer))
+    gathered: list[bool] = []
+
+    def gather() -> dict[str, torch.Tensor]:
+        gathered.append(trainer.args.should_save)
+        return trainer.model.state_dict() if trainer.args.should_save else {}
+
+    trainer._split = True
+    trainer.deepspeed = SimpleNamespace(_zero3_consolidated_16bit_state_dict=gather)
+    trainer.save_model(str(tmp_path))
     saved = load_file(tmp_path / "adapter_model.safetensors")
     (name,) = (name for name in saved if "down_proj" in name and "layers.2." in name)
     assert torch.equal(saved[name], repaired.modules_to_save["default"].weight)
+    with mock.patch.object(HealConfig, "should_save", False):  # as in other processes
+        trainer.save_model(str(tmp_path / "none"))
+    assert gathered == [True, False]
 
 
 def test_weights_beside_quantised_ones_are_trained_in_float32(llama: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

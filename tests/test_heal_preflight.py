@@ -6,16 +6,24 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from peft import get_peft_model
 from transformers.integrations import deepspeed
 
 from hf_layerprune import drop_layers
+from hf_layerprune.cut.memory import rehearse_config
 from hf_layerprune.errors import CutError, LayerPruneError, explain
+from hf_layerprune.families import cut_config, make_cut
+from hf_layerprune.heal.methods import parse_method
+from hf_layerprune.heal.student import Student, adapter_config, load_student
+from hf_layerprune.measure.requests import EvalRequest
+from hf_layerprune.runtime.loading import load_config
+from hf_layerprune.runtime.model_class import whole_models
 
 from .heal_makers import rows, word_tokenizer
 from .tiny_models import tiny_model
@@ -157,7 +165,7 @@ def test_zero3_can_not_distil(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["sft_tail.py", *words(folder, tmp_path / "run", **lesson)])
     assert recipe.run() == 2
-    assert "DeepSpeed ZeRO-3 splits it; train with ZeRO-2" in capsys.readouterr().err
+    assert "DeepSpeed ZeRO-3 splits them; train with ZeRO-2" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -170,6 +178,45 @@ def test_one_process_prunes_a_whole_model_under_zero3(
     student = recipe.prune(model, cut, training)
     assert student.repaired
     assert deepspeed.is_deepspeed_zero3_enabled()
+
+
+def test_the_dense_model_writes_whole_under_zero3(
+    recipe: ModuleType, folder: Path, tmp_path: Path, zero3: _ZeRO3
+) -> None:
+    said = words(folder, tmp_path / "run", dataset_name="self", self_rows=2, self_length=8, teacher=folder / "base")
+    _, training, _, _, _, rows_, _ = recipe.make_parser().parse_args_and_config(said)
+    student = Student.at(folder / "pruned")
+    assert len(recipe.write_rows(None, rows_, training, student, word_tokenizer())) == 2
+
+
+def test_a_whole_model_is_merged_and_evaluated_under_zero3(
+    recipe: ModuleType, folder: Path, tmp_path: Path, zero3: _ZeRO3
+) -> None:
+    with whole_models():
+        student = Student.at(folder / "pruned")
+        method = parse_method("last2")
+        model = get_peft_model(load_student(student, method, dtype="auto"), adapter_config(student, method))
+    said = words(folder, tmp_path / "run")
+    _, training, *_ = recipe.make_parser().parse_args_and_config(said)
+    trainer = SimpleNamespace(
+        args=training,
+        is_world_process_zero=lambda: True,
+        accelerator=SimpleNamespace(wait_for_everyone=lambda: None),
+        save_model=model.save_pretrained,
+    )
+    entry: dict[str, Any] = {"stage": "heal", "settings": {}}
+    healed = recipe.save(trainer, student, entry)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i % 50}" for i in range(200)))
+    request = EvalRequest(str(healed), tasks=("none",), texts=(str(text),), length=16, windows=2)
+    assert recipe.finish(healed, training, request, None) == []
+    assert (healed / "metrics.json").is_file()
+
+
+def test_rehearsals_have_whole_models_under_zero3(folder: Path, zero3: _ZeRO3) -> None:
+    config = load_config(folder / "base")
+    cut = make_cut(config, [3, 4])
+    rehearse_config(config, cut_config(config, cut), cut)
 
 
 def test_a_type_that_can_not_be_healed_is_refused_before_the_cut(

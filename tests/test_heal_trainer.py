@@ -17,6 +17,7 @@ import transformers
 import trl.trainer.utils
 from packaging.version import Version
 from safetensors.torch import load_file
+from torch.distributed.utils import _apply_to_tensors
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import base_trainer
@@ -182,16 +183,18 @@ def test_other_losses_are_left_to_trl(llama: Bench, settings: dict[str, Any]) ->
         llama.trainer(loss="kd", **settings)
 
 
-@pytest.mark.skipif(not hasattr(base_trainer, "Version"), reason="this TRL asks for no version")
-@trl_computes_losses
-def test_an_engine_that_rounds_what_the_model_returns(llama: Bench) -> None:
+def test_an_engine_that_rounds_what_passes_it(llama: Bench) -> None:
     """As FSDP does in bfloat16: the loss and the metrics are exact all the same, and the gradients are those of the loss."""
     trainer = llama.trainer(loss="ce+kd")
     trainer.data_collator.precomputed = precompute(trainer, llama.dense)
     batch = next(iter(trainer.get_train_dataloader()))
 
-    def rounding(**inputs: Any) -> dict[str, torch.Tensor]:
-        return {"loss": trainer.model(**inputs)["loss"].bfloat16()}
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.bfloat16() if tensor.is_floating_point() else tensor
+
+    def rounding(*, heal: Any, **inputs: Any) -> dict[str, torch.Tensor]:
+        found = trainer.model(heal=_apply_to_tensors(rounded, heal), **inputs)
+        return {"loss": rounded(found["loss"])}
 
     found = []
     for model in (trainer.model, rounding):
@@ -207,6 +210,8 @@ def test_an_engine_that_rounds_what_the_model_returns(llama: Bench) -> None:
     assert trainer._metrics["train"]["kd"][0] == trainer._metrics["train"]["kd"][1]
 
 
+@pytest.mark.skipif(not hasattr(base_trainer, "Version"), reason="this TRL asks for no version")
+@trl_computes_losses
 @pytest.mark.parametrize("settings", [{}, {"loss": "kd"}, {"compute_loss_func": mean_square}])
 def test_losses_are_the_same_with_an_older_trainer(llama: Bench, settings: dict[str, Any]) -> None:
     """With transformers below 5.19, TRL would replace a loss function if the trainer said that it scales losses itself."""

@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_layerprune.adapter import prepare
+from hf_layerprune.adapter import prepare, pruning
 from hf_layerprune.calibration import self_text
 from hf_layerprune.runtime import walk
+from hf_layerprune.runtime.loading import load_base
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.stages.curve import quality_curve
 from hf_layerprune.stages.prune import prune_to
@@ -21,6 +22,7 @@ from hf_layerprune.stages.rank import rank
 from hf_layerprune.stages.requests import PruneRequest, RankRequest
 
 from .heal_makers import word_tokenizer
+from .measure_models import write_gguf
 from .test_walk import walked
 from .tiny_models import tiny_input, tiny_model
 
@@ -117,6 +119,23 @@ def test_a_repair_is_fitted_on_the_accelerator(
     monkeypatch.setattr(prepare, "LayerWalk", note)
     prune_to(PruneRequest(base, tmp_path / "out", drop_layers=[3, 4], repair="linear", **FEW, **how))
     assert devices == [there]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_repair_is_fitted_in_the_type_that_a_gguf_file_is_unpacked_to(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types: list[torch.dtype] = []
+
+    def loaded(*args: Any, **kwargs: Any) -> PreTrainedModel:
+        types.append((model := load_base(*args, **kwargs)).dtype)
+        return model
+
+    monkeypatch.setattr(pruning, "load_base", loaded)
+    base = write_gguf(tmp_path / "tiny.gguf", layers=8)
+    prune_to(PruneRequest(str(base), tmp_path / "out", drop_layers=[3, 4], repair="linear", dtype=dtype, **FEW))
+    assert types == [torch.bfloat16 if dtype == "auto" else torch.float32]
+    assert load_base(tmp_path / "out", dtype="auto").dtype == types[0]
 
 
 @pytest.mark.parametrize("when", ["it is moved", "it writes"])

@@ -12,7 +12,7 @@ from ..cut.lazy import SAVED, load_pruned
 from ..cut.memory import LayerCut
 from ..errors import CheckpointError, LayerPruneError, boundary
 from ..families.layout import find_decoder_layers
-from ..runtime.loading import WHERE, load_base, resolve_base
+from ..runtime.loading import UNPACKED, WHERE, load_base, resolve_base
 from ..runtime.precision import in_fast_precision
 from ..select.targets import Target
 from .config import LayerDropConfig
@@ -104,14 +104,15 @@ def _load(
 def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     """Choose the layers and fit the repair on a config's base, of which only a layer at a time is in memory.
 
-    The config's `drop_layers` is filled in.
+    A GGUF file is unpacked as a whole, to the `dtype` in `kwargs`. The config's `drop_layers` is filled in.
 
     Raises:
         CutError: The base is cut already, or the repair is impossible.
     """
     base = config.base_model_name_or_path or ""
     others = {name: value for name, value in kwargs.items() if name not in ("device_map", "dtype", "torch_dtype")}
-    model = load_base(base, dtype="auto", **others)
+    packed = resolve_base(base, kwargs.get("gguf_file"))[1] is not None
+    model = load_base(base, dtype=kwargs.get("dtype", UNPACKED) if packed else "auto", **others)
     families.check_supported(model.config)
     # The new weights are stored in the types of the old ones, whatever they are computed in.
     types = [{name: p.dtype for name, p in layer.named_parameters()} for layer in find_decoder_layers(model).layers]

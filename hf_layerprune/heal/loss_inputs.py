@@ -1,4 +1,4 @@
-"""What the trainer passes to the model's forward method for one batch, and what it finds out there."""
+"""What the trainer passes to the model's forward method for one batch, and what comes back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class LossInputs:
-    """What the loss of one batch is computed from, beside the model's own inputs; weights are for each token, scalars.
+    """What the loss of one batch is computed from, beside the model's own inputs. Weights are scalars, per token.
 
     A plain class, which the engines pass on as it is: tensors in a dict or a dataclass, and whatever `forward` returns,
     are rounded to 16 bits by FSDP.

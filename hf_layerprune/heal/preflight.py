@@ -103,7 +103,7 @@ def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions
     check_stage(config, "heal")
     if args.distils and is_deepspeed_zero3_enabled():
         raise CutError(
-            f"{args.lesson} needs the dense model beside a whole pruned one, and DeepSpeed ZeRO-3 splits it; train with "
+            f"{args.lesson} needs the dense and the pruned model whole, and DeepSpeed ZeRO-3 splits them; train with "
             "ZeRO-2 (recipes/accelerate/deepspeed_zero2.yaml), or use loss=ce without features"
         )
     method = None if args.method == "auto" else parse_method(args.method)

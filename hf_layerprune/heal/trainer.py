@@ -100,6 +100,7 @@ class HealTrainer(SFTTrainer):
             hold_in_float32(self.model)
         # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
         self._split = is_split_by_deepspeed(self.plain_model)
+        self._gathered: dict[str, torch.Tensor] | None = None
         if not self._leaves_loss_to_trl:
             self._patch_forward(self.output_head)
             # `compute_loss` divides by all tokens of a step, for any model. Below 5.19, transformers reads the other one.
@@ -265,10 +266,18 @@ class HealTrainer(SFTTrainer):
             return
         super()._save_checkpoint(model, trial)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter, or the model; called by all processes."""
+        adapters = getattr(self.model, "peft_config", {}).values()
+        if self._split and any(getattr(adapter, "repaired_modules", None) for adapter in adapters):
+            # Of an adapter, transformers passes on trained weights alone under ZeRO-3; a repair is frozen.
+            engine: Any = self.deepspeed
+            self._gathered = engine._zero3_consolidated_16bit_state_dict()
+        super().save_model(output_dir, _internal_call)
+        self._gathered = None
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self._split:  # transformers leaves out what is frozen, and with it a repair
-            state_dict = self.accelerator.get_state_dict(self.deepspeed)
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, self._gathered or state_dict)
 
     def _way_back(self) -> str:
         last = last_checkpoint(str(self.args.output_dir))
@@ -314,7 +323,7 @@ class HealTrainer(SFTTrainer):
         )
         # The engine's gradients start from what it returns, which may be rounded.
         loss = model(**inputs, use_cache=False, heal=heal)["loss"]
-        loss = loss + (heal.loss - loss).detach()
+        loss = loss + (heal.loss - loss).detach().nan_to_num(0, 0, 0)  # an infinite loss stays one
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
         self._note(mode, heal.sums, local)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CHECKPOINT_FILES = [
     "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "LICENSE*", "NOTICE*", "USE_POLICY*",
 ]  # fmt: skip
+UNPACKED = "bfloat16"  # the type of a model that is unpacked from a GGUF file
 # The arguments of `from_pretrained` that locate files.
 WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 

@@ -1,4 +1,4 @@
-"""As what a model is loaded: which class, a text model or a multimodal one, and whole or split over processes."""
+"""How a model is loaded: as a text model or a multimodal one, and whole or split over processes."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from ..layer_ranges import format_layers
 from ..options import AMOUNTS, COUNTED_BY, spell_bytes, take
 from ..records.fingerprints import passing_weights_hash
 from ..records.lineage import Lineage, stage
-from ..runtime.loading import is_hub_id, load_base, load_config, load_tokenizer, resolve_base
+from ..runtime.loading import UNPACKED, is_hub_id, load_base, load_config, load_tokenizer, resolve_base
 from ..select import find_criterion, needs_model, select_layers
 from ..select.targets import Target
 from .provenance import is_base, is_text, write_lineage
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from ..adapter.prepare import Prepared
 
 logger = logging.getLogger(__name__)
-
-_FROM_GGUF = "bfloat16"  # the type of a model that is unpacked from a GGUF file
 
 
 @dataclass(frozen=True)
@@ -269,7 +267,7 @@ def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target |
 def _dtype(request: PruneRequest, gguf: bool) -> Any:
     import torch
 
-    name = _FROM_GGUF if request.dtype == "auto" and gguf else request.dtype
+    name = UNPACKED if request.dtype == "auto" and gguf else request.dtype
     return name if name == "auto" else getattr(torch, name)
 
 
@@ -278,7 +276,7 @@ def _config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig
 
     dtype = request.target_dtype if request.target_dtype != "auto" else request.dtype
     if dtype == "auto" and resolve_base(request.base)[1] is not None:
-        dtype = _FROM_GGUF
+        dtype = UNPACKED
     return take(
         LayerDropConfig,
         request,
@@ -293,7 +291,8 @@ def _prepare(request: PruneRequest, dropped: list[int] | None) -> Prepared:
     """Choose the layers, where none are given, and fit the repair, from a dense model walked layer by layer."""
     from ..adapter.pruning import look_at_dense
 
-    return look_at_dense(_config(request, dropped), {"revision": request.revision})
+    dtype = _dtype(request, resolve_base(request.base)[1] is not None)
+    return look_at_dense(_config(request, dropped), {"revision": request.revision, "dtype": dtype})
 
 
 def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> str | None:
