@@ -20,6 +20,7 @@ from hf_layerprune.publish.card.writing import declare, write_card
 from hf_layerprune.publish.requests import CardRequest
 from hf_layerprune.records.declared import front_matter
 from hf_layerprune.records.figures import numbers
+from hf_layerprune.records.history import read_history
 from hf_layerprune.records.lineage import Lineage
 
 from .publish_records import lineage_of, measure_by_hand, metrics_of
@@ -421,3 +422,14 @@ def test_numbers_stay_close(value: float) -> None:
 ])  # fmt: skip
 def test_how_numbers_are_written(made: str, text: str) -> None:
     assert made == text
+
+
+def test_a_base_that_gets_a_name_has_it_in_the_commands(tmp_path: Path) -> None:
+    """A recipe that pruned the base still starts from it, so no other command prunes it into the base's own path."""
+    path = ".venv/models/small model.gguf"
+    lineage = lineage_of(id=path, commit=None)
+    lineage.entries[-1]["command"] = f"accelerate launch recipes/sft_tail.py --model_name_or_path '{path}' --drop 0.25"
+    lineage.write(tmp_path)
+    declare(CardRequest(tmp_path, base_model="org/base"))
+    (command,) = read_history(Lineage.required(tmp_path)).commands()
+    assert "--model_name_or_path 'small model.gguf'" in command

@@ -71,6 +71,8 @@ def check(shelf: Path, folders: list[Path]) -> None:
             assert entries[0]["settings"]["drop_layers"] == make.dropped_by(shelf / model.same_layers)
         for entry in entries[1:]:
             told = yaml.safe_load((make.RECIPES / "configs" / "heal.yaml").read_text())
+            told |= make.ON_WEB_TEXT if model.on_web_text else {}
+            told |= {"num_train_epochs": model.epochs} if model.epochs else {}
             names = told.keys() & entry["settings"].keys() - {"method", "self_rows"}  # which `auto` and `make` choose
             assert len(names) > 3
             assert {name: entry["settings"][name] for name in names} == {name: told[name] for name in names}
@@ -90,7 +92,7 @@ def asked(model: make.Model) -> dict[str, Any]:
 
 
 # Of the others, the cut is the same as that of one of these.
-CUTS = [folder for folder in KEPT if folder.name.endswith(("last", "healed"))]
+CUTS = [folder for folder in KEPT if folder.name.endswith(("last", "healed", "web"))]
 
 
 @pytest.mark.parametrize("folder", CUTS, ids=lambda folder: folder.name)
@@ -110,6 +112,48 @@ def agrees(folder: Path, base: Path) -> None:
 def test_the_list_names_every_card() -> None:
     text = (Path(command.__file__).parent / "README.md").read_text(encoding="utf-8")
     assert [folder.name for folder in KEPT if f"[{folder.name}]({folder.name}/README.md)" not in text] == []
+
+
+# How the rows of the README's table begin, and the models whose numbers they have.
+README_ROWS = {
+    "dense": None,
+    "last 25 % dropped": make.LAST,
+    "layers 12-18 dropped": make.CUT,
+    "... repaired": make.REPAIRED,
+    "... and healed on text that the dense model wrote": make.HEALED,
+    "... or healed on web text": make.WEB,
+    "layers 13-15 dropped": make.FEWER,
+}
+
+
+def test_the_readme_has_the_numbers_of_the_cards() -> None:
+    text = (Path(command.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = text.split("| | layers | perplexity |")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert len(rows) == len(README_ROWS)
+    for (start, model), (label, *cells) in zip(README_ROWS.items(), rows, strict=True):
+        assert label.startswith(start)
+        assert cells == readme_cells(model)
+
+
+def readme_cells(model: make.Model | None) -> list[str]:
+    """Layers, perplexity, KL, agreement and mean accuracy, of a model or of the dense one, as the README writes them."""
+    metrics = Metrics.of(command.HERE / (model or make.HEALED).name)
+    weights = metrics.weights if model else next(w for w, one in metrics.models.items() if one["role"] == "dense")
+    found = [result for result in metrics.results if result["weights"] == weights]
+    text = {result["metric"]: result["value"] for result in found if result.get("task") == Path(make.TEXT).stem}
+    tasks = [result for result in found if result["metric"] == "acc_norm"]
+    assert len(tasks) == 3
+    mean = 100 * sum(result["value"] for result in tasks) / 3
+    error = 100 * sum(result["stderr"] ** 2 for result in tasks) ** 0.5 / 3
+    perplexity = text["perplexity"]
+    return [
+        str(metrics.models[weights]["layers"]),
+        f"{perplexity:.1f}" if perplexity < 1000 else f"{perplexity:.1e}".replace("e+0", "e"),
+        f"{text['kl']:.3g}" if model else "",
+        f"{100 * text['top1_agreement']:.0f} %" if model else "",
+        f"{mean:.1f} ± {error:.1f}",
+    ]
 
 
 def test_drift_is_seen_and_mended(
@@ -183,9 +227,9 @@ def test_the_whole_way_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.Monkey
         (data / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     river = "the river rises in spring and falls in autumn. " * 20
     (data / make.TEXT).write_text(river)
-    (data / "c4_sample.jsonl").write_text(json.dumps({"text": river}) + "\n")
-    (data / "alpaca_en_demo.json").write_text(json.dumps([{"instruction": "Rise.", "input": "", "output": river}]))
-    monkeypatch.setattr(make, "SAMPLES", dict.fromkeys(make.SAMPLES, 0))
+    (data / "c4_sample.jsonl").write_text(2 * (json.dumps({"text": river}) + "\n"))
+    (data / "alpaca_en_demo.json").write_text(json.dumps([{"instruction": "Rise.", "input": "", "output": river}] * 2))
+    monkeypatch.setattr(make, "SAMPLES", dict.fromkeys(make.SAMPLES, 1))
     monkeypatch.setattr(command, "HERE", shelf)
     monkeypatch.setattr(make, "packed_base", lambda: base)
     monkeypatch.setattr(make, "MODELS", make.MODELS[:-1])  # the last one is made like the one in front of it

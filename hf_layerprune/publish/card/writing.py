@@ -8,6 +8,8 @@ README.md keeps the text that people wrote around our marks, and the YAML fields
 from __future__ import annotations
 
 import re
+import shlex
+from contextlib import suppress
 from pathlib import Path
 
 from ...errors import CheckpointError
@@ -72,6 +74,7 @@ def declare(request: CardRequest, published: dict[str, str] | None = None) -> No
             if not is_hub_name(hub_id):
                 raise CheckpointError(f"{hub_id!r} is not a Hub id; name the base as org/name")
             if not base.get("commit"):
+                _name_in_commands(lineage, str(base.get("id")), base_name(base))
                 base |= {"id": base_name(base), "hub_id": hub_id}
             elif hub_id != base.get("id"):
                 raise CheckpointError(
@@ -84,6 +87,15 @@ def declare(request: CardRequest, published: dict[str, str] | None = None) -> No
 
     Lineage.required(folder)  # or else no lock file is made
     Lineage.update(folder, change)
+
+
+def _name_in_commands(lineage: Lineage, path: str, name: str) -> None:
+    """Name the base in the recorded commands as in the history, which knows by it that they start from the base."""
+    for entry in lineage.entries:
+        if isinstance(command := entry.get("command"), str):
+            with suppress(ValueError):  # what is no command line stays as it is
+                words = [name if word == path else word for word in shlex.split(command)]
+                entry["command"] = shlex.join(words)
 
 
 def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = False) -> str:
