@@ -109,13 +109,14 @@ def main(
 ) -> list[str]:
     """Prune, repair, train, merge, evaluate, publish. Returns a line for each requirement that the model misses."""
     from hf_layerprune.heal.data import has_images
-    from hf_layerprune.heal.describe import describe_command, describe_rows, public, row_settings, settings_of
+    from hf_layerprune.heal.describe import describe_command, describe_rows, row_settings, settings_of
     from hf_layerprune.heal.preflight import lora_settings
     from hf_layerprune.heal.progress import show_progress
     from hf_layerprune.heal.sources import Sources
     from hf_layerprune.heal.student import adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
     from hf_layerprune.records.lineage import stage
+    from hf_layerprune.records.names import public
     from hf_layerprune.runtime.loading import load_processor, load_tokenizer
     from hf_layerprune.runtime.memory import free_memory
 

@@ -52,7 +52,7 @@ def test_a_running_text_is_cut_into_rows(tokenizer: Any, tmp_path: Path) -> None
     assert positions == sorted(set(positions))
     assert positions != list(range(8)), "rows are drawn from the whole text"
     assert found.record() == {
-        "source": str(path), "samples": 8, "length": 64, "seed": 1, "fingerprint": found.fingerprint,
+        "source": path.name, "samples": 8, "length": 64, "seed": 1, "fingerprint": found.fingerprint,
     }  # fmt: skip
     again = load_calibration(str(path), tokenizer, samples=8, length=64, seed=1)
     other = load_calibration(str(path), tokenizer, samples=8, length=64, seed=2)
@@ -281,3 +281,9 @@ def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path, 
         file.truncate(6 << 30)  # sparse
     with pytest.raises(CheckpointError, match=r"web\.txt"):
         load_calibration(str(path), tokenizer, samples=2, length=8)
+
+
+@pytest.mark.parametrize("source", ["/home/alice/rows.jsonl:text", "org/rows:train:text", "self"])
+def test_the_record_reveals_no_path(source: str) -> None:
+    record = CalibrationSet.of(torch.zeros(2, 4, dtype=torch.long), source).record()
+    assert record["source"] == source.removeprefix("/home/alice/")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,19 @@ def agrees(folder: Path, base: Path) -> None:
     assert not found.good
     assert found.verdict.startswith("RECORDS ONLY: ")
     assert any(line.what == "cut" and "as lineage.json says" in line.text for line in found.lines)
+
+
+@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
+def test_the_records_name_no_path_of_a_disk(folder: Path) -> None:
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from texts(part)
+
+    told = [text for name in command.RECORDS for text in texts(json.loads((folder / name).read_text()))]
+    assert [text for text in told if any(Path(word).is_absolute() for word in text.split())] == []
 
 
 def test_the_list_names_every_card() -> None:

@@ -23,6 +23,7 @@ import torch
 
 from ..errors import CheckpointError, CutError, boundary
 from ..families.multimodal import placeholders
+from ..records.names import public
 from ..runtime.windows import begins_with, check_context, windows_of
 from .documents import Document, documents_of
 from .images import image_rows
@@ -118,7 +119,7 @@ class CalibrationSet:
     def record(self) -> dict[str, Any]:
         """The entry for `lineage.json`."""
         samples, length = self.input_ids.shape
-        shape: dict[str, Any] = {"source": self.source, "samples": samples, "length": length}
+        shape: dict[str, Any] = {"source": public(self.source), "samples": samples, "length": length}
         images = {"images": True, "tokens": self.tokens} if self.media else {}
         return shape | images | {"seed": self.seed, "fingerprint": self.fingerprint}
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import shown
 from ..options import declared
+from ..records.names import public
 from .data import has_images
 from .options import HealOptions, RowOptions
 from .store import hash_rows
@@ -145,12 +146,3 @@ def describe_command(launcher: Sequence[str], words: Sequence[str]) -> str:
             options[-1].append(word)
     kept = [word for name, *values in options[1:] if name not in _SECRETS for word in (f"--{name}", *values)]
     return shown(shlex.join([*launcher, *(",".join(map(public, word.split(","))) for word in (*options[0], *kept))]))
-
-
-def public(word: str) -> str:
-    """A word without the folders of an absolute path; one below the working folder keeps those from there on."""
-    path, here = Path(word), Path.cwd()
-    if not path.is_absolute():
-        return word
-    inside = path.is_relative_to(here) and not Path.home().is_relative_to(here)
-    return str(path.relative_to(here)) if inside else path.name

@@ -1,9 +1,9 @@
-"""Public names of a base: its Hub id, or a name that does not reveal local paths."""
+"""Public names of a base and of files: Hub ids, or names that do not reveal local paths."""
 
 from __future__ import annotations
 
 import re
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import CutError
@@ -52,3 +52,12 @@ def is_local(base: dict[str, Any]) -> bool:
 def last_part(path: str) -> str:
     """The last part of a path of any operating system."""
     return PurePath(path.replace("\\", "/")).name
+
+
+def public(word: str) -> str:
+    """A word without the folders of an absolute path; one below the working folder keeps those from there on."""
+    path, here = Path(word), Path.cwd()
+    if not path.is_absolute():
+        return word
+    inside = path.is_relative_to(here) and not Path.home().is_relative_to(here)
+    return str(path.relative_to(here)) if inside else path.name

@@ -23,6 +23,7 @@ from ..layer_ranges import format_layers
 from ..options import AMOUNTS, COUNTED_BY, spell_bytes, take
 from ..records.fingerprints import passing_weights_hash
 from ..records.lineage import Lineage, stage
+from ..records.names import public
 from ..runtime.loading import UNPACKED, is_hub_id, load_base, load_config, load_tokenizer, resolve_base
 from ..select import find_criterion, needs_model, select_layers
 from ..select.targets import Target
@@ -89,7 +90,7 @@ def was_made(request: PruneRequest, folder: Path) -> bool:
     recorded, calibration = entry.get("settings", {}), entry.get("calibration", {})
     dropped = recorded.get("drop_layers", []) if request.drop_layers is None else request.drop_layers
     asked = {
-        "source": request.calibration,
+        "source": public(request.calibration),
         "samples": request.calibration_samples,
         "length": request.calibration_length,
         "seed": request.seed,

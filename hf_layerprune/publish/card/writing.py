@@ -93,7 +93,7 @@ def _name_in_commands(lineage: Lineage, path: str, name: str) -> None:
     """Name the base in the recorded commands as in the history, which knows by it that they start from the base."""
     for entry in lineage.entries:
         if isinstance(command := entry.get("command"), str):
-            with suppress(ValueError):  # what is no command line stays as it is
+            with suppress(ValueError):  # a text that is not a command line is kept
                 words = [name if word == path else word for word in shlex.split(command)]
                 entry["command"] = shlex.join(words)
 
