@@ -59,7 +59,7 @@ def test_all_criteria(
     found = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert set(found["criteria"]) == {*ALL, "auto"}
     assert found["calibration"]["samples"] == 8
-    assert found["calibration"]["source"] == str(text)
+    assert found["calibration"]["source"] == text.name
     assert len(found["calibration"]["fingerprint"]) == 64
     assert (found["num_layers"], found["count"], found["seed"]) == (LAYERS, 2, 42)
     assert found["protect"]["taylor"] == [0, 1, 2, 3, 6, 7]
@@ -121,7 +121,7 @@ def test_prune_by_a_criterion(base: Path, text: Path, tmp_path: Path) -> None:
         assert entry["settings"]["criterion"] == "auto"
         assert entry["selection"]["why"].startswith("layers ")
         assert entry["selection"]["repair"] == ("linear" if form == "repaired" else None)
-        assert entry["calibration"]["source"] == str(text)
+        assert entry["calibration"]["source"] == text.name
         assert ("repair" in entry) == (form == "repaired")
         dropped = entry["settings"]["drop_layers"]
         assert len(dropped) == 2
