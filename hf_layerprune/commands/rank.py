@@ -20,7 +20,7 @@ def run(request: Request) -> Answer:
         from ..stages.curve import make_curve
 
         curve = make_curve(request)
-        made = f"curve.json and the plot are in {request.output}" if request.output else ""
+        made = f"the curve is in {request.output}" if request.output else ""
         count = curve.chosen or curve.knee
         point = curve.points[count - 1] if count else None
         if point is None:
@@ -33,7 +33,7 @@ def run(request: Request) -> Answer:
     from ..stages.rank import rank
 
     ranking = rank(request)
-    made = f"scores.json and the plots are in {request.output}" if request.output else ""
+    made = f"the scores are in {request.output}" if request.output else ""
     then = hint("rank", request.base, "curve", "--curve", *of)
     if "auto" in ranking.drops or len(ranking.drops) == 1:
         layers = format_layers(ranking.drops.get("auto") or next(iter(ranking.drops.values())))

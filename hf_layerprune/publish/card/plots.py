@@ -24,8 +24,6 @@ _LIGHT = "#ffffff"
 
 def layer_map(history: History, path: Path, digest: str | None = None) -> None:
     """Draw the stack of decoder layers: which were kept, which were dropped, and which were changed later."""
-    from matplotlib.patches import FancyBboxPatch, Patch
-
     n, kept = history.num_base_layers, set(history.kept)
     healed = history.layers_changed("heal")
     repaired = history.layers_changed("repair") - healed
@@ -42,6 +40,8 @@ def layer_map(history: History, path: Path, digest: str | None = None) -> None:
     }
     styles["cut"] = {"facecolor": "none", **DASHED}
     with draw(path, height=0.4 + 0.4 * rows, digest=digest) as (figure, axes):
+        from matplotlib.patches import FancyBboxPatch, Patch
+
         for i in range(n):
             x, y = i % columns, -1.32 * (i // columns)
             role = next(role for role, (_, layers, _) in groups.items() if i in layers)

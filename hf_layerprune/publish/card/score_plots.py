@@ -49,10 +49,10 @@ def block_scores(scores: Scores, drops: Sequence[int], path: Path) -> None:
 
 def choices(drops: Mapping[str, Sequence[int]], num_layers: int, path: Path) -> None:
     """Draw the layers that each criterion would drop, one row each, and below them how many agree."""
-    from matplotlib.patches import FancyBboxPatch
-
     names = list(drops)
     with draw(path, height=0.75 + 0.27 * len(names)) as (_, axes):
+        from matplotlib.patches import FancyBboxPatch
+
         for y, name in enumerate(names):
             gone = set(drops[name])
             for i in range(num_layers):
@@ -89,16 +89,16 @@ def _bars(scores: Scores, drops: Sequence[int], length: int, path: Path) -> None
 
 
 def _heat_map(scores: Scores, drops: Sequence[int], path: Path) -> None:
-    from matplotlib.colors import LogNorm
-    from matplotlib.patches import Rectangle
-
     position = {layer: i for i, layer in enumerate(scores.alive)}
     n, most = len(scores.alive), max(len(block) for block in scores.blocks)
     cells = [[math.nan] * n for _ in range(most)]
     for block, score in scores.blocks.items():
         cells[len(block) - 1][position[block[0]]] = score
-    norm = LogNorm() if spread(scores.blocks.values()) > 300 else None
     with draw(path, height=1.2 + min(3.6, 0.14 * most + 0.6)) as (figure, axes):
+        from matplotlib.colors import LogNorm
+        from matplotlib.patches import Rectangle
+
+        norm = LogNorm() if spread(scores.blocks.values()) > 300 else None
         edges = [i - 0.5 for i in range(n + 1)], [k + 0.5 for k in range(most + 1)]
         # Rasterised, because thousands of cells would make a heavy SVG.
         mesh = axes.pcolormesh(*edges, cells, cmap="cividis", norm=norm, rasterized=True)

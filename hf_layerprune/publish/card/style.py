@@ -55,6 +55,8 @@ def draw(
 ) -> Iterator[tuple[Figure, Any]]:
     """Make a figure in the project's style, and write it when the block ends without an error.
 
+    Import matplotlib only inside the block, where it is known to be installed.
+
     Args:
         path (`Path`): The file, `.svg` or `.png`. It is written completely or not at all.
         height (`float`, *optional*, defaults to 3.0): In inches of 100 pixels. The width is 7.2, that of a card's column.
