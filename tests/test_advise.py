@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -16,10 +17,13 @@ from hf_layerprune import CutError
 from hf_layerprune.cli import build_parser, main
 from hf_layerprune.heal.frontier import Frontier
 from hf_layerprune.options import gather
+from hf_layerprune.repair.fit import check_repair
+from hf_layerprune.runtime.loading import load_config
 from hf_layerprune.stages.advise import advise
 from hf_layerprune.stages.requests import AdviseRequest, PruneRequest
 
 from .measure_models import write_model
+from .tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +134,38 @@ def test_a_point_of_a_curve_is_advised_in_words_that_prune_takes(
     assert len(request.drop_layers) == 1
 
 
+@pytest.mark.parametrize(("model_type", "repair"), [("mixtral", None), ("mamba", "refit"), ("gemma", "borrow")])
+def test_only_repairs_that_a_type_takes_are_advised(model_type: str, repair: str | None, tmp_path: Path) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path / "base")
+    advice = advise(AdviseRequest(str(tmp_path / "base"), minutes=1e5, drop=1))
+    assert advice.settings.get("repair") == advice.record["repair"] == repair
+    assert ("expect to lose more" in advice.text) == (repair is None)
+    if repair:
+        check_repair(load_config(str(tmp_path / "base")), [2], 8, repair)
+
+
+def test_rows_fit_the_context_of_the_model(base: Path, tmp_path: Path) -> None:
+    small = write_model(tmp_path / "small")
+    config = json.loads((small / "config.json").read_text()) | {"max_position_embeddings": 64}
+    (small / "config.json").write_text(json.dumps(config))
+    assert advise(AdviseRequest(str(small), minutes=1e5)).settings["max_length"] == 64
+    assert advise(AdviseRequest(str(base), minutes=1e5)).settings["max_length"] == 512
+
+
+def test_a_pruned_model_gets_no_advice(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", str(base), str(tmp_path / "pruned"), "--drop", "2"]) == 0
+    assert main(["advise", str(tmp_path / "pruned"), str(tmp_path / "advice.yaml")]) == 2
+    assert "is pruned already" in capsys.readouterr().err
+    assert not (tmp_path / "advice.yaml").exists()
+
+
+def test_more_layers_than_were_measured_have_no_loss(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = said(capsys, base, "--drop", "6")
+    assert told["perplexity_ratio"] is told["kl"] is None
+    assert main(["advise", str(base), "--drop", "6"]) == 0
+    assert re.search(r"6 of 8 *>x1\.", capsys.readouterr().out)
+
+
 def test_a_place_for_the_settings_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Said before the model is looked at."""
     assert main(["advise", str(tmp_path / "none"), str(tmp_path / "no" / "x.yaml")]) == 1
@@ -146,6 +182,6 @@ def test_at_the_papers_size_the_papers_word(tmp_path: Path, capsys: pytest.Captu
     assert (told["by"], told["measured"]) == ("the paper", False)
     assert told["settings"]["method"] == "lm_head+last3"
     assert main(["advise", str(tmp_path)]) == 0
-    assert "--minutes, --dtype and --device play no part" in capsys.readouterr().out.replace("\n", " ")
+    assert "--minutes, --dtype and --device have no effect" in capsys.readouterr().out.replace("\n", " ")
     assert main(["advise", str(tmp_path), "--from-curve", str(tmp_path)]) == 2
-    assert "from_curve has no effect from 5 billion" in capsys.readouterr().err
+    assert "from_curve has no effect for 5 billion" in capsys.readouterr().err

@@ -30,11 +30,13 @@ class Expected:
         kl (`float`): KL divergence from the dense model, in nats per token.
         beyond (`bool`): Whether fewer tokens, or fewer layers, were tried at the nearest share; the loss is then that
             of the nearest point that was.
+        at_least (`bool`): Whether more layers go than were tried, so that the loss is larger.
     """
 
     ln_ratio: float
     kl: float
     beyond: bool
+    at_least: bool
 
     @property
     def perplexity_ratio(self) -> float:
@@ -60,11 +62,6 @@ class Frontier:
     def every(cls) -> tuple[Frontier, ...]:
         """The frontiers that come with the package, one for each repair."""
         return tuple(cls(one["points"], one["source"]) for one in read_object(_FILE)["frontiers"])
-
-    @property
-    def most_tokens(self) -> int:
-        """The largest number of tokens that was tried."""
-        return max(point["tokens"] for point in self.points)
 
     @property
     def shares(self) -> list[float]:
@@ -97,12 +94,13 @@ class Frontier:
         shares = self.shares
         losses = [{"ln_ratio": 0.0, "kl": 0.0}, *(self._along(each, tokens) for each in shares)]
         nearest = min(shares, key=lambda each: abs(each - share))
-        beyond = tokens > self._at(nearest)[-1]["tokens"] or share > shares[-1] * 1.01
+        at_least = share > shares[-1] * 1.01
+        beyond = at_least or tokens > self._at(nearest)[-1]["tokens"]
         values = {
             name: float(np.interp(share, [0.0, *shares], [loss[name] for loss in losses]))
             for name in ("ln_ratio", "kl")
         }
-        return Expected(**values, beyond=beyond)
+        return Expected(**values, beyond=beyond, at_least=at_least)
 
     def tokens_in(self, seconds: float, forward_seconds: float) -> int:
         """How many tokens can be healed on within a time; negative if it does not even suffice for the repair.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..errors import CutError
 from .declare import option, refuse_unused
 from .kinds import DROP, DTYPES, whole
-from .quantities import BYTES, COUNT, number
+from .quantities import BYTES, COUNT, NATS, RATIO, SHARE, number
 
 _DROP = 0.25
 TARGETS = ("target_params", "target_size", "target_memory", "target_speedup")
@@ -57,19 +57,19 @@ class AmountOptions:
         None,
         "Drop as many layers as possible while the perplexity on held-out calibration rows, after the repair, is at most "
         "this multiple of the dense model's, such as 1.1",
-        number(1, 1000, "a ratio above 1, such as 1.1", "R"),
+        RATIO,
     )
     max_kl: float | None = option(
         None,
         "Drop as many layers as possible while the KL divergence from the dense model on held-out calibration rows, after "
         "the repair, is at most this many nats per token, such as 0.2",
-        number(0, 1000, "a number of nats above 0, such as 0.2", "NATS"),
+        NATS,
     )
     min_top1_agreement: float | None = option(
         None,
         "Drop as many layers as possible while the most likely next token on held-out calibration rows, after the repair, "
         "agrees with the dense model's for at least this share of tokens, such as 0.8",
-        number(0, 1, "a share between 0 and 1, such as 0.8", "SHARE"),
+        SHARE,
     )
     context: int | None = option(
         None,

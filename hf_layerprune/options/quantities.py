@@ -60,6 +60,11 @@ def number(least: float, most: float, wanted: str, metavar: str) -> Kind:
     return Kind(parse, check, metavar)
 
 
+RATIO = number(1, 1000, "a ratio above 1, such as 1.1", "R")
+NATS = number(0, 1000, "a number of nats above 0, such as 0.2", "NATS")
+SHARE = number(0, 1, "a share between 0 and 1, such as 0.8", "SHARE")
+
+
 def spell_count(count: float) -> str:
     """A number of parameters for people: `6.3B`."""
     return _spell(count, {unit: size for unit, size in _COUNTS.items() if size > 1})

@@ -9,16 +9,19 @@ paper's figures.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import families
-from ..errors import CutError
+from ..errors import CutError, LayerPruneError
 from ..files.copy import check_file_target, write_text
 from ..heal.frontier import Expected, Frontier
 from ..layer_ranges import parse_layers
 from ..options import COUNTED_BY, CutOptions, declared, just, refuse_unused, spell_count, take, words_of
+from ..repair.fit import check_repair
 from ..runtime.loading import load_config
+from ..runtime.windows import context_of
 from ..select.registry import find_criterion
 from ..select.sets import drop_count, free_layers
 from .requests import AdviseRequest, PruneRequest
@@ -34,7 +37,7 @@ _PAPER = """For models of this size we measured nothing. The paper (arXiv:2411.1
 the last 8 of 32 layers, and with lm_head and the last 3 that remain tuned for 2 epochs on Alpaca, Llama-3.1-8B-Instruct
 has a mean accuracy of 0.581 in 8 tasks (dense: 0.630); tuned on Dolly, 0.598. On small models, a block in the middle does far
 better; to find out which it is here, make a curve: hf-layerprune rank BASE curve --curve. Nothing was timed here, so --minutes,
---dtype and --device play no part in this advice."""
+--dtype and --device have no effect on this advice."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +61,30 @@ def advise(request: AdviseRequest) -> Advice:
     """Say what to drop, and how to repair and heal it.
 
     Raises:
-        CutError: An option is not accepted, or can't be met.
+        CutError: An option is not accepted or can't be met, or the model is pruned already.
         CheckpointError: The model or the curve can't be read, or the output exists.
-        UnsupportedModelError: The architecture is not proven, or can't be healed.
+        UnsupportedModelError: The architecture is not proven, or can't be healed, or its layers can't be timed.
     """
     from ..cut.sizes import Sizes
+    from ..heal.student import cut_of
 
     if request.output is not None:
         check_file_target(request.output.expanduser(), force=request.force)
     config = load_config(request.base, revision=request.revision)
     families.check_supported(config)
     families.check_stage(config, "heal")
+    if cut_of(config) is not None:
+        raise CutError(
+            f"{request.base} is pruned already, and the advice is for the model before the cut; pass its base, or heal it as it "
+            "is: recipes/sft_tail.py --config recipes/configs/heal.yaml"
+        )
     sizes = Sizes(config, request.base, revision=request.revision)
     parameters = sizes.parameters()
     by_the_paper = parameters >= _PAPER_SIZE
     if by_the_paper:
-        refuse_unused(request, ("from_curve",), "from 5 billion parameters on, where the advice is the paper's recipe")
+        refuse_unused(
+            request, ("from_curve",), "for 5 billion parameters or more, where the advice is the paper's recipe"
+        )
     made = _like_the_paper(request) if by_the_paper else _by_the_frontier(request, config)
     made.record["parameters"] = parameters
     if request.output is not None and made.settings:
@@ -127,11 +138,13 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     from .curve import curve_in
     from .rank import open_base, open_walk
 
-    n = families.layer_count(config)
+    families.check_stage(config, "rank")  # for the criterion, and to be timed layer by layer
+    n, length = families.layer_count(config), min(_LENGTH, context_of(config) or _LENGTH)
     curve = curve_in(request.from_curve.expanduser(), request).points if request.from_curve is not None else None
-    seconds = forward_seconds(open_walk(request, open_base(request)), _LENGTH)  # to read a token on this machine
+    seconds = forward_seconds(open_walk(request, open_base(request)), length)  # to read a token on this machine
     counts = _counts(config, curve)
-    frontier, tokens = _best(request.minutes * 60, seconds, counts[-1] / n)
+    repairable = [frontier for frontier in Frontier.every() if _takes(config, frontier.source["heal"]["repair"])]
+    frontier, tokens = _best(repairable or Frontier.every(), request.minutes * 60, seconds, counts[-1] / n)
     expected = {count: _expected(frontier, curve, count, n, tokens) for count in counts}
     count = _count(request, config, expected)
     here = expected.get(count) or _expected(frontier, curve, count, n, tokens)
@@ -140,14 +153,17 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     which: dict[str, Any] = {"criterion": "angular_distance", "contiguous": True}
     own = {"drop": count} if request.budget else _amount(request, count)
     amount = {"drop_layers": point["layers"]} if point else own | which
-    settings: dict[str, Any] = {**_source(request), **amount, "repair": heal["repair"]}
+    repair = {"repair": heal["repair"]} if repairable else {}
+    settings: dict[str, Any] = {**_source(request), **amount, **repair}
     record = {
         "by": "the frontier",
         "tokens_per_second": round(1 / seconds / frontier.tokens_per_token, 1),
         "tokens": tokens,
         "drop": count,
-        "perplexity_ratio": round(here.perplexity_ratio, 4),
-        "kl": round(here.kl, 4),
+        "criterion": None if point else which["criterion"],
+        "repair": repair.get("repair"),
+        "perplexity_ratio": None if here.at_least else round(here.perplexity_ratio, 4),
+        "kl": None if here.at_least else round(here.kl, 4),
         "beyond_what_was_measured": here.beyond,
         "measured_on": frontier.source["model"],
         "curve": curve is not None,
@@ -157,7 +173,7 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
             "method": heal["method"],
             "loss": heal["loss"],
             "datasets": [_TEXT | {"split": f"train[:{math.ceil(1.1 * tokens / _DOCUMENT)}]", "columns": ["text"]}],
-            "max_length": _LENGTH,
+            "max_length": length,
             "num_train_epochs": 1,
             "output_dir": "pruned",
             **heal["settings"],
@@ -165,7 +181,7 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
         command = _launch(request)
     else:
         chosen = {"drop_layers": parse_layers(point["layers"])} if point else amount
-        cut = PruneRequest(request.base, "pruned", repair=heal["repair"], revision=request.revision, **chosen)
+        cut = PruneRequest(request.base, "pruned", revision=request.revision, **repair, **chosen)
         command = ("hf-layerprune", "prune", request.base, "pruned", *words_of(cut))
         settings = {}
     record["settings"] = settings
@@ -173,9 +189,20 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     return Advice(settings, command, text, record)
 
 
-def _best(available: float, forward_seconds: float, share: float) -> tuple[Frontier, int]:
+def _takes(config: Any, repair: str) -> bool:
+    """Whether a model type has layers for a repair."""
+    try:
+        check_repair(config, [], 2, repair)
+    except LayerPruneError:
+        return False
+    return True
+
+
+def _best(
+    frontiers: Sequence[Frontier], available: float, forward_seconds: float, share: float
+) -> tuple[Frontier, int]:
     """The frontier that loses least of a share of the layers in a time in seconds, and how many tokens it heals on then."""
-    every = [(frontier, frontier.tokens_in(available, forward_seconds)) for frontier in Frontier.every()]
+    every = [(frontier, frontier.tokens_in(available, forward_seconds)) for frontier in frontiers]
     in_time = [one for one in every if one[1] >= 0] or [max(every, key=lambda one: one[1])]
     healed = [(frontier, tokens if tokens >= _FEW_TOKENS else 0) for frontier, tokens in in_time]
     return min(healed, key=lambda one: one[0].expected(share, one[1]).kl)
@@ -192,6 +219,7 @@ def _expected(frontier: Frontier, curve: list[dict[str, Any]] | None, count: int
         found,
         ln_ratio=math.log(best["perplexity_ratio"]) * found.ln_ratio / before.ln_ratio,
         kl=best["kl"] * found.kl / before.kl,
+        at_least=False,
     )
 
 
@@ -216,7 +244,8 @@ def _count(request: AdviseRequest, config: Any, expected: dict[int, Expected]) -
         return _for_target(request, config)
     limits = {"kl": request.max_kl, "perplexity_ratio": request.max_perplexity_ratio or _GOAL}
     name = "kl" if request.max_kl is not None else "perplexity_ratio"
-    inside = [count for count, one in expected.items() if getattr(one, name) <= (limits[name] or 0)]
+    known = {count: getattr(one, name) for count, one in expected.items() if not one.at_least}
+    inside = [count for count, loss in known.items() if loss <= (limits[name] or 0)]
     if not inside and request.budget:
         least = getattr(expected[1], name)
         raise CutError(
@@ -254,23 +283,33 @@ def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expect
     lines = ["dropped  perplexity     KL"]
     for each, one in sorted(expected.items()):
         mark = "  <- advised" if each == count else ""
-        lines.append(f"{each:>3} of {n:<3} x{one.perplexity_ratio:<8.3g}  {one.kl:>6.3g}{mark}")
+        sign = ">" if one.at_least else " "
+        lines.append(f"{each:>3} of {n:<3}{sign}x{one.perplexity_ratio:<8.3g} {sign}{one.kl:>6.3g}{mark}")
     here = expected[count]
     if tokens:
         lines.append(
-            f"\n{request.minutes:g} minutes on this machine are enough to heal on about {spell_count(tokens)} tokens of text "
+            f"\n{request.minutes:g} minutes on this machine is enough to heal on about {spell_count(tokens)} tokens of text "
             f"({record['tokens_per_second']:g} tokens a second), {_passes(record['settings'])}."
         )
     else:
         lines.append(
-            f"\n{request.minutes:g} minutes on this machine are too few to run a teacher and train, so only the closed-form "
-            "repair is advised."
+            f"\n{request.minutes:g} minutes on this machine is too little to run a teacher and train, so only "
+            + ("the closed-form repair is advised." if record["repair"] else "the cut is advised.")
         )
     scale = "the curve of this model, and the gain of healing" if record["curve"] else "losses"
     lines.append(
         f"Expected from {scale} measured on {frontier.source['model']}, as a mean over three kinds of text; larger models "
         "lose less of the same share of their layers."
     )
+    if record["repair"] is None:
+        lines.append(
+            "They were measured with a closed-form repair, which this model type can't have, so expect to lose more."
+        )
+    if record["criterion"]:
+        lines.append(
+            "The block is chosen by angular distance, in one pass over the calibration rows; criterion: auto takes longer, and "
+            "tries several."
+        )
     if here.beyond:
         lines.append(
             "This is beyond what was measured: the loss shown is that of the most tokens and layers that were tried."

@@ -26,7 +26,7 @@ from ..options import (
     refuse_unused,
     whole,
 )
-from ..options.quantities import number
+from ..options.quantities import NATS, RATIO, SHARE, number
 from ..select.registry import CRITERIA, find_criterion
 
 TEXT_OPTIONS = ("calibration", "calibration_samples", "calibration_length")
@@ -166,20 +166,33 @@ class AdviseRequest(WalkOptions, AmountOptions):
     drop: float | int | None = option(
         None,
         "Fraction (rounded down to whole layers) or number of layers to drop; by default as many as are expected to keep the "
-        "perplexity within 1.25 times the dense model's, or 0.25 from 5 billion parameters on",
+        "perplexity within 1.25 times the dense model's, or 0.25 for models with 5 billion parameters or more",
         DROP,
     )
     minutes: float = option(
         60,
-        "Minutes available on this machine for repair and training; ignored from 5 billion parameters on",
+        "Minutes available on this machine for repair and training; ignored for models with 5 billion parameters or more",
         number(0, 1e6, "a number of minutes above 0", "MIN"),
     )
     from_curve: Path | None = option(
         None,
-        "Folder of a curve of BASE made by rank --curve, whose losses before training replace the estimates; refused from 5 "
-        "billion parameters on",
+        "Folder of a curve of BASE made by rank --curve, whose losses before training replace the estimates; refused for "
+        "models with 5 billion parameters or more",
         PATH,
     )
+    max_perplexity_ratio: float | None = option(
+        None,
+        "Drop as many layers as possible while the perplexity expected after healing is at most this multiple of the dense "
+        "model's, such as 1.1",
+        RATIO,
+    )
+    max_kl: float | None = option(
+        None,
+        "Drop as many layers as possible while the KL divergence from the dense model that is expected after healing is at "
+        "most this many nats per token, such as 0.2",
+        NATS,
+    )
+    min_top1_agreement: float | None = option(None, "Not available here: it was not measured after healing", SHARE)
     force: bool = option(False, "Replace OUTPUT if it exists")
 
     def settle(self) -> None:
