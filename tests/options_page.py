@@ -42,7 +42,7 @@ def _of_command(parser: argparse.ArgumentParser) -> list[tuple[str, str, str]]:
         default = "" if action.default in (None, False, argparse.SUPPRESS, []) else f"`{action.default}`"
         if isinstance(action.default, tuple):
             default = f"`{','.join(map(str, action.default))}`"
-        meaning = meaning.removesuffix(f" ({default.strip('`')})") if default else meaning
+        meaning = meaning.removesuffix(f" (default: {default.strip('`')})") if default else meaning
         if action.choices:
             meaning += f": {', '.join(map(str, action.choices))}"
         rows.append((name, default, meaning[:1].upper() + meaning[1:]))

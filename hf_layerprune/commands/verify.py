@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..publish.requests import VerifyRequest as Request
 from . import Answer
 
-HELP = "check that a model follows from its base and its records"
+HELP = "check that a model can be reproduced from its base and its records"
 DESCRIPTION = """Repeat the cut of the base that MODEL's lineage.json names, and compare hashes: weights, config,
 tokenizer, chat template and every other file that affects how MODEL behaves. Tensors that a repair or training changed
 cannot be derived again; the verdict counts them. The exit code is 0 if everything is accounted for, and 1 if not."""

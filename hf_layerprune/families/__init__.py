@@ -15,13 +15,23 @@ from ..versions import installed
 from .fields import COUNT_FIELDS, Cut, cut_without, rewrite_fields
 from .multimodal import path_to_text, protected_by_towers, rewrite_outside
 from .special import SPECIAL, Family, WideTensor
-from .types import ENCODER_DECODER, REFUSED, REFUSED_AT, STAGES, is_wrong_with, proven, proven_stages, proven_versions
+from .types import (
+    ENCODER_DECODER,
+    REFUSED,
+    REFUSED_AT,
+    STAGES,
+    UNREPAIRABLE,
+    is_wrong_with,
+    proven,
+    proven_stages,
+    proven_versions,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = [
-    "MARKER", "REFUSED", "REFUSED_AT", "STAGES", "Cut", "WideTensor", "check_stage", "check_supported",
+    "MARKER", "REFUSED", "REFUSED_AT", "STAGES", "UNREPAIRABLE", "Cut", "WideTensor", "check_stage", "check_supported",
     "count_field", "cut_config", "layer_count", "make_cut", "protected_layers", "proven", "proven_stages",
     "text_config", "wide_tensors",
 ]  # fmt: skip

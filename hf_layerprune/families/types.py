@@ -20,13 +20,19 @@ class Stage(NamedTuple):
     instead: str
 
 
+# What to do about a model, or a layer, that can't be repaired.
+UNREPAIRABLE = (
+    "leave out --repair (repair=None), and to recover quality train the layers next to the cut (--method cut2 in the recipe, or "
+    'tune_layers="cut")'
+)
+
 STAGES: dict[str, Stage] = {
     "rank": Stage(
         "ranked on text",
         "use a criterion that needs no text (reverse_order, random, magnitude_l1, magnitude_l2), or name the layers "
         "yourself (drop_layers)",
     ),
-    "repair": Stage("repaired", 'use repair=None, and train the layers next to the cut (tune_layers="cut")'),
+    "repair": Stage("repaired", UNREPAIRABLE),
     "heal": Stage("healed", "train the pruned model with transformers' Trainer, which uses the model's own loss"),
     "evaluate": Stage("evaluated on text", "run lm-eval's own command on the model's folder"),
 }

@@ -33,14 +33,14 @@ class HealOptions(Options):
     )
     kd_alone: float = option(
         0.0,
-        "With ce+kd, share of the steps at the start (behind those of features) that only distil; with 0.85, cross-entropy is "
-        "added only in the last 15 percent of them",
+        "With ce+kd, share of the steps after those of features that use distillation alone; 0.85 adds cross-entropy only in "
+        "the last 15 percent of them",
         number(-1e-9, 1, "at least 0 and below 1; use loss=kd for 1", "X"),
     )
     features: float = option(
         0.0,
-        "Share of the steps at the start that only train the layers in front of the cut, to reproduce the dense model's "
-        "hidden states behind it, at 2.5 times the learning rate; such a step takes a fraction of the time of the others",
+        "Share of the steps at the start that only train the layers before the cut, to reproduce the dense model's "
+        "hidden states after it, at 2.5 times the learning rate; such a step takes a fraction of the time of the others",
         number(-1e-9, 1, "at least 0 and below 1", "X"),
     )
     kd_temperature: float = option(1.0, "Temperature of both distributions in distillation", _TEMPERATURE)
@@ -59,8 +59,8 @@ class HealOptions(Options):
     )
     cache: str = option(
         "auto",
-        "Compute the output of the frozen layers once and keep it on disk: auto does so if the result is exact, on fails if "
-        "it is not, and off never does",
+        "Compute the output of the frozen layers once and keep it on disk: if the result is exact (auto), always, or fail if "
+        "it is not exact (on), or never (off)",
         choices=CACHE_MODES,
     )
     cache_dir: str | None = option(

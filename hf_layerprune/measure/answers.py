@@ -48,7 +48,7 @@ def find_answers(path: Path, key: dict[str, Any]) -> TaskRun | None:
         for score in scores.values():
             numbers += [score.value, *score.outcomes.values()]
         if not all(isinstance(number, int | float) for number in numbers):
-            raise TypeError("a text stands where a number belongs")
+            raise TypeError("expected a number, found text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is damaged (%s), so the task is run again", path, error)
         return None

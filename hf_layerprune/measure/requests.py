@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CutError
-from ..options import DTYPES, MODEL, MODEL_HELP, PATH, Kind, Options, documented, many, option, whole
+from ..options import DTYPES, MODEL, MODEL_OR_ADAPTER_HELP, PATH, Kind, Options, documented, many, option, whole
 from ..records.requirements import RequireOptions
 
 DEFAULT_LENGTH = 1024  # tokens in a window of text
@@ -61,7 +61,7 @@ class MeasureOptions(Options):
 class EvalRequest(MeasureOptions, RequireOptions):
     """What to measure, and how."""
 
-    model: str = option(MISSING, f"{MODEL_HELP}; an adapter too", MODEL)
+    model: str = option(MISSING, MODEL_OR_ADAPTER_HELP, MODEL)
     base: str | None = option(None, "Dense model to compare with", MODEL)
     tasks: tuple[str, ...] | None = option(
         None,
@@ -131,7 +131,7 @@ class Workload:
 class BenchRequest(MeasureOptions):
     """What to measure, and how."""
 
-    model: str = option(MISSING, f"{MODEL_HELP}; an adapter too", MODEL)
+    model: str = option(MISSING, MODEL_OR_ADAPTER_HELP, MODEL)
     base: str | None = option(None, "Dense model to compare with; the two are timed in alternation", MODEL)
     batch_sizes: tuple[int, ...] = option((1, 4), "Batch sizes, separated by commas", many(whole(1), separator=","))
     prompt_lengths: tuple[int, ...] = option(

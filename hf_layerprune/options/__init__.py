@@ -15,7 +15,20 @@ A dataclass whose fields are options is all that a config, a request and a comma
 from .amount import AMOUNTS, BUDGETS, COUNTED_BY, TARGETS, AmountOptions, just
 from .command_line import add, arguments, gather, words_of
 from .declare import bind, check, declared, documented, find, option, refuse_unused, take
-from .kinds import DROP, DTYPES, LAYERS, MODEL, MODEL_HELP, PATH, TEXT, Kind, checked, many, whole
+from .kinds import (
+    DROP,
+    DTYPES,
+    LAYERS,
+    MODEL,
+    MODEL_HELP,
+    MODEL_OR_ADAPTER_HELP,
+    PATH,
+    TEXT,
+    Kind,
+    checked,
+    many,
+    whole,
+)
 from .quantities import spell_bytes, spell_count
 from .shared import (
     AnswerOptions,
@@ -28,7 +41,7 @@ from .shared import (
 )
 
 __all__ = [
-    "AMOUNTS", "BUDGETS", "COUNTED_BY", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "PATH", "TARGETS", "TEXT",
+    "AMOUNTS", "BUDGETS", "COUNTED_BY", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "MODEL_OR_ADAPTER_HELP", "PATH", "TARGETS", "TEXT",
     "AmountOptions", "AnswerOptions", "CalibrationOptions", "ChoiceOptions", "CutOptions", "Kind", "Options",
     "ScreenOptions", "TuningOptions", "add", "arguments", "bind", "check", "checked", "declared", "documented", "find", "gather", "just", "many", "option",
     "refuse_unused", "spell_bytes", "spell_count", "take", "whole", "words_of",

@@ -39,7 +39,7 @@ def _add(parser: Any, name: str, known: Option) -> None:
     elif known.default not in (None, dataclasses.MISSING):
         several = isinstance(known.default, list | tuple)
         default = ",".join(map(str, known.default)) if several else known.default
-        words |= {"default": known.default, "help": f"{text} ({default})"}
+        words |= {"default": known.default, "help": f"{text} (default: {default})"}
     if listed:
         words["choices"] = known.choices
     elif known.kind is not TEXT:

@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
 from ..errors import CutError
-from ..options import MODEL, MODEL_HELP, PATH, Kind, Options, documented, many, option, whole
+from ..options import MODEL, MODEL_HELP, MODEL_OR_ADAPTER_HELP, PATH, Kind, Options, documented, many, option, whole
 from ..records.names import check_repository
 from ..records.requirements import RequireOptions
 
@@ -92,7 +92,7 @@ class VerifyRequest(Options):
 class ChatRequest(Options):
     """What to chat with, and where to serve it."""
 
-    model: str = option(MISSING, f"{MODEL_HELP}; an adapter too", MODEL)
+    model: str = option(MISSING, MODEL_OR_ADAPTER_HELP, MODEL)
     base: str | None = option(
         None,
         "Dense model to compare with; by default an adapter's base, or the folder that MODEL was pruned from, if it still "

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .. import families
 from ..errors import CutError
 from ..runtime.walk import Batch, LayerWalk
 from .fit import HELD_OUT, Fitter
@@ -163,8 +164,8 @@ class LinearFitter(Fitter):
         if not writers:
             raise CutError(
                 f'repair="{self.method}" has no weight to change: no output projection of layer {i} writes into '
-                "the hidden states directly or through an RMS norm (it belongs to a mixture of experts, say); use "
-                'repair=None and train the layers next to the cut (tune_layers="cut")'
+                "the hidden states directly or through an RMS norm (it belongs to a mixture of experts, say); "
+                f"{families.UNREPAIRABLE}"
             )
         self.writer = writers[0]
         # The layer runs again after the block, so that nothing as wide as an MLP has to be kept for all rows.

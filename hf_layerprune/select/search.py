@@ -186,7 +186,7 @@ class Search:
             fitted = [one for one in fitted if one[2] is not None]
         if not fitted:
             raise CutError(
-                f"repair={self.repair!r} works for none of the candidates on the short list; use repair=None"
+                f"repair={self.repair!r} works for none of the candidates on the short list; leave it out (repair=None)"
             )
         trials = [Trial(drop, changes_of(repair) if repair else {}) for drop, _, repair in fitted]
         outcomes = try_out(self.walk, self.judging, trials)
@@ -250,7 +250,9 @@ class Search:
         known = dict(zip(left, outcomes, strict=True))
         scored = {i: one.kl for i, one in known.items() if one is not None}
         if not scored:
-            raise CutError(f"repair={self.repair!r} works for none of the layers that are left; use repair=None")
+            raise CutError(
+                f"repair={self.repair!r} works for none of the layers that are left; leave it out (repair=None)"
+            )
         # Blocks that can't come up any more leave memory.
         step = min(scored, key=scored.__getitem__)
         gone.add(step)
