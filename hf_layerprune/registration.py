@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from .versions import check_peft, let_peft_save
+from .versions import let_peft_save
 
 
 def register() -> None:
     """Make PEFT know the method; a second call changes nothing."""
-    check_peft()
     from peft import mapping
 
     from .adapter.config import LayerDropConfig, LayerDropPeftType

@@ -10,8 +10,6 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import LayerPruneError
-
 if TYPE_CHECKING:
     import os
     from enum import Enum
@@ -41,20 +39,6 @@ def _is_at_least(distribution: str, floor: str) -> bool:
 
 
 # --- PEFT -------------------------------------------------------------------------------------------------
-
-
-def check_peft() -> None:
-    """Refuse a version of PEFT that would silently load adapters of this method wrongly.
-
-    Raises:
-        LayerPruneError: PEFT is older than 0.19. It does not call the hook that restores dropped layers, so the model
-            would still be pruned inside `disable_adapter`.
-    """
-    if not _is_at_least("peft", "0.19"):
-        raise LayerPruneError(
-            f"peft {installed('peft')} is too old: it can't switch between the pruned and the dense model and would silently give "
-            'wrong results; upgrade it: pip install "peft>=0.19"'
-        )
 
 
 def let_peft_save(method: Enum) -> None:
