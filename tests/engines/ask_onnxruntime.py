@@ -3,15 +3,14 @@
 The folder is converted by onnxruntime-genai's model builder.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import onnxruntime_genai
+from answering import answer
 
 
 def ask(job: dict) -> dict:
@@ -38,21 +37,5 @@ def ask(job: dict) -> dict:
     return {"tokens": tokens, "logprobs": logprobs, "seconds": seconds}
 
 
-def main(jobs: str, answers: str) -> None:
-    """Ask for every job, and write a line for each as soon as it is there."""
-
-    def say(answer: dict) -> None:
-        with open(answers, "a") as file:
-            file.write(json.dumps(answer) + "\n")
-
-    for job in json.loads(Path(jobs).read_text()):
-        say({"name": job["name"], "started": True})
-        try:
-            say({"name": job["name"], **ask(job)})
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            say({"name": job["name"], "error": f"{type(error).__name__}: {lines[0]}"})
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    answer(ask)

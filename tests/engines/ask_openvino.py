@@ -1,11 +1,9 @@
 """Ask OpenVINO through optimum: python ask_openvino.py JOBS.json ANSWERS.jsonl. Runs in OpenVINO's own environment."""
 
-import json
-import sys
 import time
-from pathlib import Path
 
 import torch
+from answering import answer
 from optimum.intel import OVModelForCausalLM
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFERENCE_NUM_THREADS": "1"}
@@ -29,21 +27,5 @@ def ask(job: dict) -> dict:
     return {"tokens": tokens, "logprobs": logprobs, "seconds": time.perf_counter() - start}
 
 
-def main(jobs: str, answers: str) -> None:
-    """Ask for every job, and write a line for each as soon as it is there."""
-
-    def say(answer: dict) -> None:
-        with open(answers, "a") as file:
-            file.write(json.dumps(answer) + "\n")
-
-    for job in json.loads(Path(jobs).read_text()):
-        say({"name": job["name"], "started": True})
-        try:
-            say({"name": job["name"], **ask(job)})
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            say({"name": job["name"], "error": f"{type(error).__name__}: {lines[0]}"})
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    answer(ask)

@@ -1,20 +1,19 @@
 """Ask vLLM: python ask_vllm.py JOBS.json ANSWERS.jsonl. Runs in vLLM's own environment."""
 
 import gc
-import json
 import os
-import sys
 import time
-from pathlib import Path
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
 
+from answering import answer
 from vllm import LLM, SamplingParams, TokensPrompt
 
 
 def ask(job: dict) -> dict:
     """The greedy continuation of a prompt, with the log-probability of each token."""
+    gc.collect()  # the model before
     model = LLM(
         job["path"],
         dtype="float32",
@@ -33,22 +32,5 @@ def ask(job: dict) -> dict:
     return {"tokens": tokens, "logprobs": logprobs, "seconds": seconds}
 
 
-def main(jobs: str, answers: str) -> None:
-    """Ask for every job, and write a line for each as soon as it is there."""
-
-    def say(answer: dict) -> None:
-        with open(answers, "a") as file:
-            file.write(json.dumps(answer) + "\n")
-
-    for job in json.loads(Path(jobs).read_text()):
-        say({"name": job["name"], "started": True})
-        try:
-            say({"name": job["name"], **ask(job)})
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            say({"name": job["name"], "error": f"{type(error).__name__}: {lines[0]}"})
-        gc.collect()
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    answer(ask)
