@@ -111,7 +111,6 @@ def test_all_tensor_types_and_alignments_are_copied_exactly(tmp_path, alignment,
     check_bytes(source, target, drop, {"llama.block_count"})
     assert plan.metadata_changes == {"llama.block_count": (6, 6 - len(drop))}
     assert set(plan.tensor_names.values()) == set(contents(target)[1])
-    assert not set(plan.dropped_tensors) & set(plan.tensor_names)
     # And the file is the one that the gguf library writes for a model without these layers.
     kept = plan.kept_layers
     model = make_gguf(tmp_path / "b.gguf", layers=len(kept), alignment=alignment, seeds=kept)

@@ -108,7 +108,6 @@ class WeightsPlan:
         shards (`tuple[ShardPlan, ...]`): The weight files to write.
         index (`dict`, *optional*): The index to write, of a sharded checkpoint.
         tensor_names (`dict[str, str]`): Old to new name of every tensor that is kept.
-        dropped_tensors (`tuple[str, ...]`): Names of the tensors that are dropped.
         shapes (`dict[str, tuple[int, ...]]`): The shape of each tensor, by its new name.
     """
 
@@ -116,7 +115,6 @@ class WeightsPlan:
     shards: tuple[ShardPlan, ...]
     index: dict[str, Any] | None = field(repr=False)
     tensor_names: dict[str, str] = field(repr=False)
-    dropped_tensors: tuple[str, ...] = field(repr=False)
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
 
 
@@ -166,8 +164,8 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
         CheckpointError: Tensors do not fit the config, or two would get the same name.
         UnsupportedModelError: The decoder layers can't be identified.
     """
-    stored, wide = weights.tensor_names, families.wide_tensors(config)
-    names, prefix = new_names(stored, config, cut)
+    wide = families.wide_tensors(config)
+    names, prefix = new_names(weights.tensor_names, config, cut)
     kept: dict[str, list[_Kept]] = {}
     for file, header in weights.headers.items():
         items = [_keep(one, names[one.name], header, wide, cut) for one in header.tensors if one.name in names]
@@ -187,9 +185,8 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
             gone = sum(one.elements for header in weights.headers.values() for one in header.tensors)
             gone -= sum(one.elements for one in every)
             index["metadata"] = _index_metadata(index["metadata"], None if weights.skipped else gone, every)
-    dropped = tuple(name for name in stored if name not in names)
     shapes = {item.new.name: item.new.shape for items in kept.values() for item in items}
-    return WeightsPlan(prefix, tuple(shards), index, names, dropped, shapes)
+    return WeightsPlan(prefix, tuple(shards), index, names, shapes)
 
 
 # Config fields with the number of layers for multi-token prediction; a cut sets them to zero.

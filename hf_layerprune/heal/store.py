@@ -175,10 +175,10 @@ def make_room(caches: Sequence[StateCache]) -> None:
         raise write_failed(around, error) from error
 
 
-def hash_rows(dataset: Dataset, columns: Sequence[str] = ("input_ids", "seq_lengths")) -> str:
+def hash_rows(dataset: Dataset) -> str:
     """A sha256 of the tokens of prepared rows, and of how they are packed."""
     digest = hashlib.sha256()
-    for name in columns:
+    for name in ("input_ids", "seq_lengths"):
         if name in dataset.column_names:
             for row in dataset.with_format(None).select_columns([name]):
                 values = np.asarray(row[name], dtype=np.int64)

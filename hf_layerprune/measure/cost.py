@@ -21,6 +21,7 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: 
     return sdpa_flop_count(query, (key[0], heads, *key[2:]), (value[0], heads, *value[2:]))
 
 
+_TOKENS = 32
 # Torch's counter ignores the kernel for CPUs, and below torch 2.13 fails where heads are shared.
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
@@ -66,9 +67,9 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def cache_bytes(model: PreTrainedModel, length: int = 32) -> float:
+def cache_bytes(model: PreTrainedModel) -> float:
     """Size of the key-value cache in bytes per token, measured on a short text; 0 for a model without such a cache."""
-    output = model(input_ids=torch.ones(1, length, dtype=torch.long, device=model.device), use_cache=True)
+    output = model(input_ids=torch.ones(1, _TOKENS, dtype=torch.long, device=model.device), use_cache=True)
     layers = getattr(getattr(output, "past_key_values", None), "layers", ())
     tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)) / length
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)) / _TOKENS

@@ -54,13 +54,12 @@ class Outcome:
     Args:
         loss (`float`): Mean negative log-likelihood per token, in nats.
         kl (`float`): Mean KL(dense || cut) of the next-token distribution, over all positions, in nats.
-        agreement (`float`): Share of positions at which both have the same most likely token.
-        rows (`torch.Tensor`): The three numbers of each row, `[rows, 3]`.
+        rows (`torch.Tensor`): Both numbers of each row, and the share of positions at which both have the same most
+            likely token, `[rows, 3]`.
     """
 
     loss: float
     kl: float
-    agreement: float
     rows: torch.Tensor
 
     @property
@@ -97,7 +96,7 @@ def try_out(
                 means.append(_compare(walk, batch, [state[number] for state in states]))
     by_trial = torch.cat(means, 1)
     means_by_trial = by_trial.mean(1).tolist()
-    return [Outcome(loss, kl, same, rows) for (loss, kl, same), rows in zip(means_by_trial, by_trial, strict=True)]
+    return [Outcome(loss, kl, rows) for (loss, kl, _), rows in zip(means_by_trial, by_trial, strict=True)]
 
 
 def rows_per_pass(

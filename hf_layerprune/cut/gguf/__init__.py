@@ -41,7 +41,6 @@ class GGUFCutPlan:
     dropped_layers: tuple[int, ...]
     metadata_changes: dict[str, tuple[Any, Any]]
     tensor_names: dict[str, str] = field(repr=False)
-    dropped_tensors: tuple[str, ...] = field(repr=False)
     source_bytes: int
     header: bytes = field(repr=False)
     tensors: tuple[tuple[int, int], ...] = field(repr=False)
@@ -113,7 +112,6 @@ def plan_gguf_cut(source: str | os.PathLike[str], drop_layers: Sequence[int]) ->
         dropped_layers=tuple(layer for layer in range(cut.block_count) if layer not in new_index),
         metadata_changes=changes,
         tensor_names=names,
-        dropped_tensors=tuple(tensor.name for tensor in header.tensors if tensor.name not in names),
         source_bytes=header.path.stat().st_size,
         header=write_header(entries, kept, header.alignment),
         tensors=tuple((header.data_start + tensor.offset, tensor.size) for tensor in kept),
