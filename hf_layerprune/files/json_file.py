@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, cause_of, one_line
-from .text_file import read_bytes
+from .text_file import MAX_DEPTH, check_values, read_bytes
 
 if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
 MAX_BYTES = 32 * 1024 * 1024
-MAX_DEPTH = 64
 
 
 def read_object(
@@ -60,7 +59,7 @@ def parse_json(data: bytes | str, name: str, *, max_depth: int = MAX_DEPTH, non_
         raise CheckpointError(f"{name} is nested more than {max_depth} levels deep") from error
     except ValueError as error:
         raise CheckpointError(f"{name} is not usable JSON: {cause_of(error)}") from error
-    _check_values(content, name, max_depth)
+    check_values(content, name, max_depth)
     return content
 
 
@@ -93,27 +92,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"key {twice!r} is repeated")
     return content
-
-
-def _check_values(content: Any, name: str, max_depth: int) -> None:
-    """Refuse deep nesting, and text that can't be encoded."""
-    level, depth = [content], 0
-    while level:
-        if depth > max_depth:
-            raise CheckpointError(f"{name} is nested more than {max_depth} levels deep")
-        inside: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                inside += value.keys()
-                inside += value.values()
-            elif isinstance(value, list):
-                inside += value
-            elif isinstance(value, str) and not value.isascii():
-                try:
-                    value.encode("utf-8")
-                except UnicodeEncodeError as error:
-                    raise CheckpointError(f"{name} holds half a surrogate pair in {value[:40]!r}") from error
-        level, depth = inside, depth + 1
 
 
 @cache

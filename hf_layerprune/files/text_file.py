@@ -11,6 +11,7 @@ from ..errors import CheckpointError, LayerPruneError, cause_of
 
 MAX_TEXT = 256 * 1024 * 1024
 MAX_YAML = 1024 * 1024
+MAX_DEPTH = 64
 
 
 @contextmanager
@@ -69,16 +70,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid YAML: {cause_of(error)}") from error
     if not isinstance(fields, Mapping) or not all(isinstance(key, str) for key in fields):
         raise CheckpointError(f"{path} must be a mapping with string keys, but is a {type(fields).__name__}")
-    seen: set[int] = set()  # an alias may repeat a value very often, or hold itself
-    level: list[Any] = [fields]
-    while level:
-        value = level.pop()
-        if isinstance(value, str) and not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise CheckpointError(f"{path} holds half a surrogate pair in {value[:40]!r}") from error
-        elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
-            seen.add(id(value))
-            level += [*value, *value.values()] if isinstance(value, Mapping) else value
+    check_values(fields, str(path))
     return dict(fields)
+
+
+def check_values(content: Any, name: str, max_depth: int = MAX_DEPTH) -> None:
+    """Refuse what the file `name` holds if it is nested deeply, or has text that can't be encoded.
+
+    Raises:
+        CheckpointError: It is nested more than `max_depth` levels deep, or holds half a surrogate pair.
+    """
+    seen: set[int] = set()  # an alias may repeat a value very often, or hold itself
+    level, depth = [content], 0
+    while level:
+        if depth > max_depth:
+            raise CheckpointError(f"{name} is nested more than {max_depth} levels deep")
+        inside: list[Any] = []
+        for value in level:
+            if isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+                seen.add(id(value))
+                inside += [*value, *value.values()] if isinstance(value, Mapping) else value
+            elif isinstance(value, str) and not value.isascii():
+                try:
+                    value.encode("utf-8")
+                except UnicodeEncodeError as error:
+                    raise CheckpointError(f"{name} holds half a surrogate pair in {value[:40]!r}") from error
+        level, depth = inside, depth + 1
