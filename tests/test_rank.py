@@ -136,7 +136,7 @@ def test_the_lineage_has_the_scores(base: Path, text: Path, tmp_path: Path) -> N
     words = ["--calibration", str(text), *FEW, "--drop", "2", "--criterion", "block_influence"]
     assert main(["prune", str(base), str(tmp_path / "cut"), *words]) == 0
     (entry,) = Lineage.of(tmp_path / "cut").entries
-    scores = entry["scores"]["layers"]
+    scores = entry["selection"]["scores"]["layers"]
     assert len(scores) == LAYERS
     assert sorted(range(LAYERS), key=scores.__getitem__)[:2] == sorted(
         entry["settings"]["drop_layers"], key=scores.__getitem__

@@ -115,8 +115,6 @@ def prepare(
         logger.info("%s", choice.why)
         config.drop_layers, repair = choice.drop_layers, choice.repair
         record["selection"] = choice.record() | {"seconds": round(time.perf_counter() - start, 3)}
-        if len(choice.scores) == 1 and choice.scores[0].layers is not None:
-            record["scores"] = {"criterion": config.criterion, "layers": choice.scores[0].layers}
     if config.repair is not None and walk is not None and calibration is not None:
         took = {}
         if repair is None:  # a search within a budget has fitted it already
