@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -64,7 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     screen = gather(args, _screen_of(command))
     settle(quiet=screen.quiet)
     try:
-        return _show(command.run(gather(args, command.Request)), screen)
+        answer = command.run(gather(args, command.Request))
+        try:
+            return _show(answer, screen)
+        except BrokenPipeError:  # the reader, such as `head`, has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return answer.code
     except (Exception, KeyboardInterrupt) as error:
         if screen.debug or wants_traceback():
             traceback.print_exc()
@@ -76,13 +82,14 @@ def _show(answer: Answer, screen: ScreenOptions) -> int:
     for line in answer.errors:
         _fail(line, answer.code)
     if isinstance(screen, AnswerOptions) and screen.json:
-        print(shown(json.dumps(answer.data)))
+        print(shown(json.dumps(answer.data)), flush=True)
         return answer.code
     if answer.text:
         print(shown(answer.text))
     following = f"next: {shlex.join(answer.then)}" if answer.then and not screen.quiet else ""
     if line := "; ".join(filter(None, (answer.made, following))):
         print(shown(f"\n{line}" if answer.text else line))
+    sys.stdout.flush()
     return answer.code
 
 

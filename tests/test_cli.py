@@ -285,6 +285,16 @@ def test_inspect(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "model.layers" in out
 
 
+def test_a_reader_that_has_read_enough(base: Path) -> None:
+    """`python -m hf_layerprune inspect BASE | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "hf_layerprune", "inspect", str(base)]
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=600)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_inspect_of_what_cannot_be_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_config("diffllama").save_pretrained(tmp_path / "a")
     assert main(["inspect", str(tmp_path / "a")]) == 0
