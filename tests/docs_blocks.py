@@ -50,7 +50,7 @@ SHORT = {
 }
 ON_A_CPU = ["--use_cpu", "true", "--fp16", "false", "--bf16", "false"]
 RECIPE = [
-    "--max_steps", "1", "--self_rows", "4", "--max_length", "32", "--calibration_samples", "4",
+    "--max_steps", "2", "--self_rows", "4", "--self_length", "32", "--max_length", "32", "--calibration_samples", "4",
     "--calibration_length", "32", "--report_to", "none", *ON_A_CPU,
 ]  # fmt: skip
 
@@ -150,8 +150,9 @@ def _recipe(words: list[str]) -> None:
     sys.modules["sft_tail"] = recipe
     spec.loader.exec_module(recipe)
     words = [str(ROOT / word) if word.startswith("recipes/") else word for word in words[1:]]
-    settings = recipe.make_parser().parse_args_and_config([*words, *(ON_A_CPU if "--config" in words else RECIPE)])
-    if "--config" not in words:  # those train models of 8 billion parameters
+    large = any("configs/paper_" in word for word in words)  # models of 8 billion parameters
+    settings = recipe.make_parser().parse_args_and_config([*words, *(ON_A_CPU if large else RECIPE)])
+    if not large:
         recipe.main(*settings)
 
 

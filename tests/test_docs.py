@@ -58,7 +58,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str |
     """The error of each block, by page and line, after one process has run them all."""
     root = tmp_path_factory.mktemp("docs")
     base = write_base(root / "base")
-    files = {"my-model": str(base), "model.gguf": str(smollm2())} | write_images(root / "images")
+    text = root / "my-text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"Row {i} of a text of one's own."}) + "\n" for i in range(20)))
+    files = {"my-model": str(base), "model.gguf": str(smollm2()), text.name: str(text)} | write_images(root / "images")
     repos = {MODEL: base} | write_datasets(root / "datasets", questions=2, groups=True)
     with HubServer(repos, writers={TOKEN: None}) as server:
         env = client_env(server, root / "home", TOKEN) | {"DOCS_FILES": json.dumps(files), "PYTHONPATH": str(ROOT)}
