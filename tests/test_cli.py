@@ -315,6 +315,21 @@ def test_inspect_tells_of_tied_heads_and_protected_layers(tmp_path: Path, capsys
     assert "tied to the embeddings" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("model_type", "told"),
+    [
+        ("mamba", "it can be repaired by linear, refit, magnitude"),
+        ("mixtral", "model type 'mixtral' can't be repaired: "),
+    ],
+)
+def test_inspect_tells_of_repairs(
+    model_type: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config(model_type).save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert told in capsys.readouterr().out
+
+
 def test_what_reaches_the_screen(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One line with the next command for people, nothing but the result with --quiet, one object with --json."""
     words = ["prune", str(base), "--drop-layers", "6,7"]

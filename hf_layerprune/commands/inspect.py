@@ -17,7 +17,7 @@ def run(request: Request) -> Answer:
     anatomy = inspect_model(request)
     then = (
         hint("rank", request.model, "curve", "--curve", "--revision", request.revision)
-        if anatomy.refusal is None
+        if anatomy.refusal is None and "rank" not in anatomy.refused_at
         else ()
     )
     text = report(request.model, anatomy, request.drop)

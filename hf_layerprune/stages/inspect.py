@@ -37,6 +37,8 @@ class Anatomy:
         refusal (`str`, *optional*): Why this model can't be pruned, if so.
         protected (`dict[int, str]`): Layers that can't go, with the reason.
         dropped_before (`list[int]`): Layers of its base that an earlier cut dropped, if it is the result of one.
+        refused_at (`dict[str, str]`): Why it can't be ranked, repaired, healed or evaluated, by stage.
+        repairs (`list[str]`): The repairs that its type is proven for.
         counted (`str`, *optional*): Which engines would run it as another model, or would do so if it is cut anyhow.
     """
 
@@ -51,6 +53,8 @@ class Anatomy:
     refusal: str | None
     protected: dict[int, str]
     dropped_before: list[int]
+    refused_at: dict[str, str]
+    repairs: list[str]
     counted: str | None = None
 
     @property
@@ -96,6 +100,12 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
         protected = families.protected_layers(model.config)
     except LayerPruneError as error:
         refusal = str(error)
+    refused_at = {}
+    for stage in families.STAGES:
+        try:
+            families.check_stage(config, stage)
+        except LayerPruneError as error:
+            refused_at[stage] = str(error)
     stack = find_decoder_layers(model)
     layers = [_count(layer) for layer in stack.layers]
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -115,6 +125,8 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
         refusal=refusal,
         protected=protected,
         dropped_before=list((getattr(config, families.MARKER, None) or {}).get("drop_layers", [])),
+        refused_at=refused_at,
+        repairs=list(families.proven_stages().get(families.text_config(config).model_type, {}).get("repair", ())),
         counted=misread(config) or counted(config),
     )
 
@@ -144,6 +156,9 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     lines += [f"  layer {i} must stay: {reason}" for i, reason in sorted(anatomy.protected.items())]
     if anatomy.refusal:
         return "\n".join([*lines, f"It can't be pruned: {anatomy.refusal}"])
+    if anatomy.repairs:
+        lines.append(f"  it can be repaired by {', '.join(anatomy.repairs)}")
+    lines += [f"  {refused}" for refused in anatomy.refused_at.values()]
     dropped = select_layers(n, CutOptions(drop=drop), anatomy.protected)
     saved = sum(anatomy.layers[i] for i in dropped)
     left = anatomy.total - saved
