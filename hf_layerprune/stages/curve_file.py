@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..files.json_file import read_object
-from ..publish.card.curve_plot import is_point
+from ..records.curve import is_point
 from ..repair.registry import REPAIRS
 
 FILE = "curve.json"

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...records.curve import curve_of
 from ...records.figures.results import Results, Row
 from ...records.history import History
-from .curve_plot import curve, curve_of
+from .curve_plot import curve
 from .escape import plain
 from .style import DASHED, INK, ROLE_COLOURS, ROLE_MARKERS, bars, draw, grid
 

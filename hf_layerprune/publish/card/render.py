@@ -22,6 +22,7 @@ import jinja2
 from markupsafe import Markup
 
 from ...layer_ranges import format_layers
+from ...records.curve import curve_of
 from ...records.figures import numbers
 from ...records.figures.results import COST, QUALITY, Results, measured_with, results_of, run_words
 from ...records.figures.stages import NO_REPEAT_NGRAM
@@ -35,7 +36,7 @@ from ...records.requirements import Outcome
 from ...repair.registry import REPAIRS, RepairMethod
 from ...select.registry import CRITERIA
 from . import escape, metadata, plots, regions, tables
-from .curve_plot import curve_of, table_of
+from .curve_plot import table_of
 from .limits import limits
 
 # The sections of a card, in order, each from its own template: `templates/NAME.md.jinja`. What a template prints is

@@ -1,0 +1,40 @@
+"""The points of a curve of quality against depth, in the records of a model or in `curve.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..layer_ranges import parse_layers
+from .history import History
+
+STATES = ("cut", "repaired")
+_FIGURES = ("kl", "perplexity_ratio", "top1_agreement")
+
+
+def curve_of(history: History) -> list[dict[str, Any]]:
+    """The points that the records have, of the search for a budget or of `rank --curve`; none that is malformed."""
+    for stage in history.stages:
+        selection = stage.entry.get("selection")
+        points = selection.get("curve") if isinstance(selection, dict) else None
+        if isinstance(points, list) and len(points) > 1 and all(is_point(p, history.num_base_layers) for p in points):
+            return sorted(points, key=lambda point: point["dropped"])
+    return []
+
+
+def is_point(point: Any, num_layers: int) -> bool:
+    """Whether what a file has is a point of a curve."""
+    if not isinstance(point, dict) or not any(name in point for name in STATES):
+        return False
+    try:
+        layers = parse_layers(str(point["layers"])) if isinstance(point.get("layers"), str) else [num_layers]
+    except ValueError:
+        return False
+    measured = [point[name] for name in STATES if name in point]
+    figures = [m.get(figure) for m in measured if isinstance(m, dict) for figure in _FIGURES]
+    figures += [m.get("kl_stderr", 0) for m in measured if isinstance(m, dict)]
+    return (
+        len(layers) == point.get("dropped")
+        and layers[-1] < num_layers
+        and len(figures) == 4 * len(measured)
+        and all(isinstance(figure, int | float) and abs(figure) < 1e6 for figure in figures)
+    )
