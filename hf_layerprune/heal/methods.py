@@ -71,7 +71,7 @@ def _four_bits() -> dict[str, Any]:
 # Adam's step does not shrink with a layer's width, but the step that a layer tolerates does: the best learning rate is
 # about proportional to 1 / width (arXiv:2203.03466). These constants were tuned on the tails of SmolLM2-135M, whose
 # width is 576 (docs/experiments.md), and give 2.4e-5 and 1.2e-5 at width 4096. With hundreds of thousands of tokens,
-# twice as much does well behind a cut in the middle; with few, it harms a model that is still close to the dense one.
+# twice as much does well after a cut in the middle; with few, it harms a model that is still close to the dense one.
 _LAYERS, _FULL = 0.1, 0.05
 # LoRA's own scaling makes one value work for all widths. The paper trained LoRA at 1e-5, the rate that it used for
 # whole layers and a twentieth of what is common for LoRA, so its comparison of the two says little.
@@ -127,8 +127,8 @@ METHODS: dict[str, Tuning] = {
         Tuning("last", "the last N layers and the final norm; a tied head stays tied", _per_width(_LAYERS), _last, "N",
                final_norm=True),
         Tuning("cut", "N layers on each side of the cut", _per_width(_LAYERS), _beside, "[N]"),
-        # Gradients pass through all layers behind the cut anyway.
-        Tuning("behind", "N layers in front of the first cut, all layers behind it, and the final norm",
+        # Gradients pass through all layers after the cut anyway.
+        Tuning("behind", "N layers before the first cut, all layers after it, and the final norm",
                _per_width(_LAYERS), _behind, "[N]", final_norm=True),
         Tuning("lora", "LoRA on every linear layer but the head", lambda width: _LORA, adapter=_lora),
         Tuning("qlora", "LoRA on a 4-bit model", lambda width: _LORA, adapter=_lora, loading=_four_bits),
@@ -254,7 +254,7 @@ def choose_method(cut: Cut, tied: bool, width: int) -> tuple[Method, str]:
         if width <= _NARROW:
             return parse_method(
                 "behind2"
-            ), "the cut is inside the model, and gradients pass through all layers behind it"
+            ), "the cut is inside the model, and gradients pass through all layers after it"
         return parse_method("cut2"), "the cut is inside a large model, so only the layers next to it are trained"
     last = min(3, len(cut.keep))
     if tied:

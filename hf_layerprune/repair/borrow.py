@@ -1,10 +1,10 @@
-"""Let the layer in front of a dropped block borrow neurons from the block, and refit its projection.
+"""Let the layer before a dropped block borrow neurons from the block, and refit its projection.
 
 An MLP is a sum of neurons: each has rows of its own in the projections that read the hidden states (`gate` and `up`,
 say) and a column in the projection that writes them back. A dropped layer's neurons could do some of their work in
 the layer in front, were it not that they read other hidden states. So their rows are changed to read what a linear
 map, fitted to the calibration rows, predicts of those states. Then the layer in front keeps the neurons, its own and
-borrowed ones, that together explain the states behind the block best, as many as it had. No shape changes.
+borrowed ones, that together explain the states after the block best, as many as it had. No shape changes.
 
 1. Of all neurons of the block, as many as the layer has are taken into the pool with its own: those that, one at a
    time, explain most of what `refit` leaves.
@@ -126,7 +126,7 @@ class _Choice:
     """Neurons that a layer is to have.
 
     Args:
-        values (`dict[str, torch.Tensor]`): Its parameters in front of the fit; borrowed neurons write nothing yet.
+        values (`dict[str, torch.Tensor]`): Its parameters before the fit; borrowed neurons write nothing yet.
         borrowed (`int`): How many there are.
     """
 
@@ -135,11 +135,11 @@ class _Choice:
 
 
 class BorrowFitter(LinearFitter):
-    """Chooses neurons for the layer in front of each block, then refits its projection."""
+    """Chooses neurons for the layer before each block, then refits its projection."""
 
     def __init__(self, walk: LayerWalk, cuts: list[tuple[int, int]], method: str) -> None:
         super().__init__(walk, cuts, method)
-        self.read: list[torch.Tensor] = []  # what the neurons in front of the block read
+        self.read: list[torch.Tensor] = []  # what the neurons before the block read
         self.maps: dict[int, torch.Tensor] = {}  # by dropped layer: the map from there to what its own neurons read
 
     def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
@@ -161,7 +161,7 @@ class BorrowFitter(LinearFitter):
 
     @contextmanager
     def watch(self, i: int, batches: list[Batch]) -> Iterator[None]:
-        """Fit the map from what the neurons in front of the block read to what those of a dropped layer read."""
+        """Fit the map from what the neurons before the block read to what those of a dropped layer read."""
         layer = self.walk.layers[i]
         if i not in self.dropped or not self.readers.fits(self._front(i), layer):
             yield
@@ -199,7 +199,7 @@ class BorrowFitter(LinearFitter):
     # --- internals ---------------------------------------------------------------------------------------
 
     def _front(self, i: int) -> nn.Module:
-        """The layer in front of the block that a dropped layer belongs to."""
+        """The layer before the block that a dropped layer belongs to."""
         return self.walk.layers[max(first for first in self.first_of if first <= i) - 1]
 
     def _chosen(self, layer: nn.Module, first: int, batches: list[Batch]) -> _Choice | None:
@@ -227,7 +227,7 @@ class BorrowFitter(LinearFitter):
     def _runs(
         self, layer: nn.Module, first: int, batches: list[Batch], offers: list[Rows]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Iterator[torch.Tensor]]]:
-        """For each batch: activations of the layer's neurons, what is missing behind it, and activations of offers."""
+        """For each batch: activations of the layer's neurons, what is missing after it, and activations of offers."""
         seen: list[torch.Tensor] = []
         values = [self.readers.values(layer, offer) for offer in offers]
 

@@ -76,7 +76,7 @@ def check_repair(config: PreTrainedConfig, drop_layers: Sequence[int], rows: int
         method (`str`): The repair.
 
     Raises:
-        CutError: The repair does not exist, a block has no layer in front of it, or there are too few rows.
+        CutError: The repair does not exist, a block has no layer before it, or there are too few rows.
         UnsupportedModelError: The model type can't be repaired.
     """
     repair = find_repair(method)
@@ -90,7 +90,7 @@ def check_repair(config: PreTrainedConfig, drop_layers: Sequence[int], rows: int
             )
     if 0 in drop_layers and repair.in_front:
         raise CutError(
-            f'repair="{method}" changes the layer in front of a dropped block, but layer 0 is dropped; keep layer 0 '
+            f'repair="{method}" changes the layer before a dropped block, but layer 0 is dropped; keep layer 0 '
             '(protect_first=1), or use repair="magnitude"'
         )
     if rows < 2:
@@ -109,7 +109,7 @@ def fit_repair(
         drop_layers (`Sequence[int]`): Base indices of the layers to drop.
         calibration (`CalibrationSet`): Rows `[samples, seq]`; a fifth of them is held out to choose the ridge.
         method (`str`, defaults to `"linear"`): `"linear"`: the ridge map of ReplaceMe (arXiv:2505.02819, section 3),
-            folded into the output projection of the MLP in front of each block. `"refit"`: the same least squares for
+            folded into the output projection of the MLP before each block. `"refit"`: the same least squares for
             the projection's own weight. Its input is wider than its output, so the fit explains more, but it needs
             more tokens than the projection has inputs. `"borrow"`: the same after some neurons of the MLP have given
             way to neurons of the dropped layers. `"magnitude"`: the rescaling of Prune&Comp (arXiv:2507.18212).
@@ -118,7 +118,7 @@ def fit_repair(
         `Repair`: The new weights; [`~Repair.apply`] writes them into a model.
 
     Raises:
-        CutError: The repair does not exist, a block has no layer in front of it, or that layer has no weight that
+        CutError: The repair does not exist, a block has no layer before it, or that layer has no weight that
             the map can be folded into.
         UnsupportedModelError: The model type can't be repaired, or its layers can't be run one at a time.
     """

@@ -1,7 +1,7 @@
-"""Replace a dropped block by a linear map folded into the projection in front of it, or by refitting that projection.
+"""Replace a dropped block by a linear map folded into the projection before it, or by refitting that projection.
 
 ReplaceMe (arXiv:2505.02819): let `Y + M` be the hidden states that enter the block, where `M` is the output of the MLP
-of the last layer in front of it and `Y` the rest, and let `X` be the hidden states that leave the block in the dense
+of the last layer before it and `Y` the rest, and let `X` be the hidden states that leave the block in the dense
 model. The map `T` that brings `Y + M T` closest to `X` is folded into the MLP's output projection, so the pruned model
 does not grow.
 
@@ -153,7 +153,7 @@ class LinearFitter(Fitter):
         self.student: list[torch.Tensor] | None = None
 
     def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
-        """Advance the repaired model's states; in front of a block, find the module to change."""
+        """Advance the repaired model's states; before a block, find the module to change."""
         if i in self.dropped:
             return
         if i + 1 not in self.first_of:
@@ -208,7 +208,7 @@ class LinearFitter(Fitter):
     def _through_norm(
         self, norm: Norm, new: Tensors, fit: Fit, first: int, batches: list[Batch]
     ) -> tuple[Tensors, Fit]:
-        """Fit the norm behind the projection to what it makes of the new weight, or keep both as they are.
+        """Fit the norm after the projection to what it makes of the new weight, or keep both as they are.
 
         The projection is fitted as if the norm divided by what it divided by before. It does not, so what is written
         has the fitted direction but another size. The norm's weight gets the factor that is best for all tokens.

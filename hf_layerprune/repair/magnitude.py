@@ -1,7 +1,7 @@
-"""Rescale the layers behind a cut, to compensate for the growth of the hidden states in the dropped block.
+"""Rescale the layers after a cut, to compensate for the growth of the hidden states in the dropped block.
 
 Prune&Comp (arXiv:2507.18212) multiplies the hidden states at the cut by the ratio of their magnitudes after and before
-the dropped block. Since every layer normalises its input, dividing the outputs of all layers behind the cut by the
+the dropped block. Since every layer normalises its input, dividing the outputs of all layers after the cut by the
 same ratio is equivalent, and leaves the embeddings, and a head tied to them, unchanged. Behind a cut at the tail there
 is only the final norm, so there is nothing to rescale.
 """
@@ -26,7 +26,7 @@ _ROUNDING = 1e-3
 
 
 class MagnitudeFitter(Fitter):
-    """Measures how a dropped block changes the magnitude of the states, and rescales the layers behind it."""
+    """Measures how a dropped block changes the magnitude of the states, and rescales the layers after it."""
 
     def __init__(self, walk: LayerWalk, cuts: list[tuple[int, int]], method: str) -> None:
         super().__init__(walk, cuts)
@@ -47,7 +47,7 @@ class MagnitudeFitter(Fitter):
         self.before = [batch.hidden for batch in batches]
 
     def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
-        """Rescale a kept layer behind a cut."""
+        """Rescale a kept layer after a cut."""
         if i not in self.dropped and self.factor != 1.0:
             new = scaled_writers(i, self.walk.layers[i], run, probe, self.factor)
             self.tensors |= {(i, name): value for name, value in new.items()}
@@ -87,7 +87,7 @@ def scaled_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor:
         raise _cannot(
             index,
             "not everything that it adds to the hidden states comes from its output projections (it has experts, a "
-            "norm or a bias behind them)",
+            "norm or a bias after them)",
         )
     new = {
         f"{writer.name}.{name}": (parameter.detach().double().cpu() * factor).to(parameter.dtype)

@@ -18,7 +18,7 @@ class RepairMethod:
         module (`str`): The module in this package that fits it, and defines `fitter(walk, cuts, name)`.
         what (`str`): A noun phrase for cards: "The cut was repaired with ...".
         source (`str`): The publication it comes from.
-        in_front (`bool`): Whether it changes the layer in front of a dropped block, and so needs one there.
+        in_front (`bool`): Whether it changes the layer before a dropped block, and so needs one there.
         judged_by (`str`, *optional*): The repair that `auto` judges its short list with, if this one would take too
             long for every candidate.
     """
@@ -40,10 +40,10 @@ _OURS = f"this project, after {_LINEAR}"
 REPAIRS: dict[str, RepairMethod] = {
     repair.name: repair
     for repair in (
-        RepairMethod("linear", "linear", "a linear map folded into the projection in front of it", _LINEAR, True),
-        RepairMethod("refit", "linear", "a refit of the projection in front of it", _OURS, True),
+        RepairMethod("linear", "linear", "a linear map folded into the projection before it", _LINEAR, True),
+        RepairMethod("refit", "linear", "a refit of the projection before it", _OURS, True),
         RepairMethod(
-            "borrow", "borrow", "neurons borrowed from the dropped layers and a refit of the projection in front of it", _OURS, True,
+            "borrow", "borrow", "neurons borrowed from the dropped layers and a refit of the projection before it", _OURS, True,
             "refit",
         ),
         RepairMethod("magnitude", "magnitude", "a rescaling of the hidden states", "Prune&Comp, arXiv:2507.18212", False),

@@ -33,7 +33,7 @@ class Writer:
     Args:
         name (`str`): Its name inside the layer, such as `mlp.down_proj`.
         module (`nn.Module`): An `nn.Linear` or a `Conv1D`.
-        gain (`float`): The factor between its output, or that of the norm behind it, and what arrives in the
+        gain (`float`): The factor between its output, or that of the norm after it, and what arrives in the
             residual stream.
         norm (`Norm`, *optional*): The norm between the module and the residual stream.
     """
@@ -193,7 +193,7 @@ def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:
     # Scaled to the output too: the first layer's input can be so small that the noise would be lost to rounding.
     size = max(hidden.float().std().item(), plain.std().item())
     gains = []
-    for scale in (1.0, 4.0):  # a norm behind the module would cancel the scale
+    for scale in (1.0, 4.0):  # a norm after the module would cancel the scale
         added = noise * scale * size
         with outputs(module, partial(_plus, added=added)):
             change = run(hidden, batch).float() - plain
