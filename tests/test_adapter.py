@@ -221,30 +221,6 @@ def test_never_pruned_twice(llama: Path, tmp_path: Path) -> None:
     assert further.config.layer_drop == {"drop_layers": [4, 5], "num_base_layers": 6}
 
 
-def test_two_adapters_share_the_cut(llama: Path, tmp_path: Path) -> None:
-    model = prune_with(LayerDropConfig(drop=0.25), load(llama))
-    shake(model)
-    first = logits(model)
-    model.add_adapter("second", LayerDropConfig(drop=0.25, tune_layers=1))
-    model.set_adapter("second")
-    cut = load(llama)
-    drop_layers(cut, [6, 7])
-    assert torch.equal(logits(model), logits(cut))
-    shake(model)
-    second = logits(model)
-    model.save_pretrained(tmp_path)
-    model.set_adapter("default")
-    assert torch.equal(logits(model), first)
-
-    again = PeftModel.from_pretrained(load(llama), tmp_path)
-    again.load_adapter(tmp_path / "second", "second")
-    again.set_adapter("second")
-    assert torch.equal(logits(again), second)
-
-    with pytest.raises(CutError, match=r"drops layers \[6, 7\], and the new one \[1\]"):
-        model.add_adapter("third", LayerDropConfig(drop_layers=[1]))
-
-
 def test_lora_on_top_of_merged(llama: Path, tmp_path: Path) -> None:
     merged = prune_with(LayerDropConfig(drop=0.25), load(llama)).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")

@@ -121,6 +121,14 @@ class LayerDropModel(BaseTuner):
             put(prepared.repair, model, find_decoder_layers(model).path, cut_of(config), adapter_name)
         self.prepared = prepared or getattr(self, "prepared", None)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter. The active one stays active; if it is the one deleted, the first of the others follows."""
+        active = self.active_adapters
+        super().delete_adapter(adapter_name)
+        # PEFT looks for the next one in layers of its own, of which there are none here.
+        for name in sorted(self.peft_config, key=lambda name: name not in active)[:1]:
+            self.set_adapter(name, inference_mode=self.peft_config[name].inference_mode)
+
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
         """Say nothing: a tied head is untied on purpose, see `tied.untie`."""
 
