@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -278,7 +279,8 @@ def test_every_way_gives_the_same_repaired_model(base, tmp_path, method, tune_la
     config = LayerDropConfig(base_model_name_or_path=str(base), **settings)
     live = get_peft_model(dense, LayerDropConfig(**settings, keep_dropped=True))
     loaded = prune_with(config)
-    assert config.repaired_modules
+    repaired = loaded.peft_config["default"].repaired_modules
+    assert repaired
     torch.testing.assert_close(logits(live, ids), logits(loaded, ids), rtol=1e-4, atol=1e-4)
     with live.disable_adapter():
         torch.testing.assert_close(logits(live, ids), dense_logits, rtol=0, atol=0)
@@ -289,7 +291,7 @@ def test_every_way_gives_the_same_repaired_model(base, tmp_path, method, tune_la
     loaded.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
     assert torch.equal(logits(again, ids), logits(loaded, ids))
-    assert again.peft_config["default"].repaired_modules == config.repaired_modules
+    assert again.peft_config["default"].repaired_modules == repaired
 
     merged = loaded.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
@@ -314,12 +316,37 @@ def test_a_repaired_module_is_saved_and_not_trained(base):
         calibration_length=32,
     )
     model = prune_with(config)
-    assert config.repaired_modules == ["model.layers.2.mlp.down_proj"]
+    assert model.peft_config["default"].repaired_modules == ["model.layers.2.mlp.down_proj"]
     trained = {name.split("modules_to_save")[0] for name, value in model.named_parameters() if value.requires_grad}
     assert not any("layers.2" in name for name in trained)
     assert any(f"layers.{LAYERS - 3}" in name for name in trained)
     model.set_adapter("default")
     assert not any("layers.2" in name for name, value in model.named_parameters() if value.requires_grad)
+
+
+def test_a_config_that_was_used_repairs_again(base, tmp_path):
+    """The object itself, a changed copy, and one that was saved; a copy of the adapter takes over its weights."""
+    ids, settings = tiny_input(), {"drop_layers": [3, 4], "tune_layers": 1, "calibration_samples": 12}
+    config = LayerDropConfig(**settings, repair="linear", calibration_length=32)
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(base)
+
+    first = get_peft_model(load(), config)
+    expected = logits(first, ids)
+    first.save_pretrained(tmp_path)
+    saved = LayerDropConfig.from_pretrained(tmp_path)
+    for again in (config, replace(first.peft_config["default"], tune_layers=1), first.peft_config["default"], saved):
+        assert torch.equal(logits(get_peft_model(load(), again), ids), expected)
+    saved.base_model_name_or_path = str(base)
+    torch.testing.assert_close(logits(prune_with(saved), ids), expected, rtol=1e-4, atol=1e-4)
+    for trainable in (False, True):
+        loaded = PeftModel.from_pretrained(load(), tmp_path, is_trainable=trainable)
+        assert loaded.base_model.prepared is None
+        assert torch.equal(logits(loaded, ids), expected)
+    loaded.add_adapter("reference", loaded.peft_config["default"])  # as TRL does, and copies the weights
+    names = {name.replace(".default.", ".reference.") for name, _ in loaded.named_parameters() if ".default." in name}
+    assert names <= {name for name, _ in loaded.named_parameters()}
 
 
 def test_the_lineage_says_what_a_repair_did(base, tmp_path):

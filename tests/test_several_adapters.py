@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,11 @@ from .test_adapter import load, logits, save, shake
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save("llama", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save("gemma3_text", tmp_path_factory)
 
 
 @pytest.fixture
@@ -64,3 +70,25 @@ def test_what_is_left_stays_or_becomes_active(model: PeftModel, deleted: str, le
     assert torch.equal(logits(model), expected)
     assert any(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(logits(model.merge_and_unload()), expected)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_config_tunes_what_it_says_however_often_it_is_used(llama: Path, tmp_path: Path, saved: bool) -> None:
+    config = LayerDropConfig(drop_layers=[2, 3], modules_to_save=["model.embed_tokens"])
+    first = prune_with(config, load(llama))
+    if saved:
+        first.save_pretrained(tmp_path)
+        config = LayerDropConfig.from_pretrained(tmp_path)
+    for changes, layers in (({"tune_layers": 1}, [5]), ({"drop_layers": [2, 3, 4]}, [2, 3, 4])):
+        for made in (replace(config, **changes), replace(first.peft_config["default"], **changes)):
+            again = prune_with(made, load(llama))
+            names = again.peft_config["default"].modules_to_save
+            assert names == [*(f"model.layers.{i}" for i in layers), "model.norm", "lm_head", "model.embed_tokens"]
+            assert any(parameter.requires_grad for parameter in again.parameters())
+            assert made.drop_layers == again.peft_config["default"].drop_layers
+
+
+def test_a_head_is_tuned_as_each_base_has_it(llama: Path, tied: Path) -> None:
+    config = LayerDropConfig(drop_layers=[2])
+    for base, tuned in ((tied, False), (llama, True), (tied, False)):
+        assert prune_with(config, load(base)).peft_config["default"].tune_lm_head is tuned

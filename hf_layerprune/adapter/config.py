@@ -25,8 +25,9 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
 
     The defaults are the recipe of arXiv:2411.15558: drop the last 25 % of the layers, then tune `lm_head`, the norm before
     it and the last three layers that remain. An `lm_head` that is tied to the embeddings stays tied and is not tuned unless
-    `tune_lm_head=True`, because untying it adds its parameters. Once a model is pruned, `drop_layers` always contains the layers that were
-    dropped, so a saved config makes the same cut again. Sizes such as `target_size` may be numbers or texts (`"12GB"`).
+    `tune_lm_head=True`, because untying it adds its parameters. Once a model is pruned, `drop_layers` always contains the
+    layers that were dropped, so a saved config makes the same cut again. What else is recorded is in the model's own copy,
+    `model.peft_config["default"]`, so a config can be used for several models. Sizes such as `target_size` may be numbers or texts (`"12GB"`).
     """
 
     tune_final_norm: bool = option(
@@ -50,6 +51,9 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
     )
     num_base_layers: int | None = field(default=None, metadata={"help": "Recorded: the base's number of layers."})
     base_commit: str | None = field(default=None, metadata={"help": "Recorded: the base's commit on the Hub."})
+    own_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Recorded: what `modules_to_save` contained before it was completed."}
+    )
     untied_lm_head: bool = field(
         default=False, metadata={"help": "Recorded: whether lm_head was tied in the base and no longer is."}
     )
@@ -64,4 +68,26 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
         self.task_type = self.task_type or TaskType.CAUSAL_LM
         if self.task_type != TaskType.CAUSAL_LM:
             raise CutError(f"task_type={self.task_type!r}: only causal language models are pruned, so leave it out")
+        # A saved config says that it is for inference. PEFT sets this again only where it loads the weights as well.
+        self._saved = self.inference_mode is not False
+        if self._saved:
+            self.inference_mode = None  # type: ignore[assignment]
         check(self)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the config is for a new adapter, not for one whose weights are loaded next."""
+        return self.inference_mode is None or not (self.inference_mode or self._saved)
+
+    def renew(self, *, repair: bool = True) -> None:
+        """Forget what was recorded for another adapter, other than its cut.
+
+        Args:
+            repair (`bool`, defaults to `True`): Whether to forget the repair too, so that it is fitted again.
+        """
+        self.inference_mode = self._saved = False
+        if self.own_modules_to_save is not None:
+            self.modules_to_save, self.own_modules_to_save = self.own_modules_to_save or None, None
+            self.untied_lm_head, self.base_commit = False, None
+            if repair:
+                self.repaired_modules = None

@@ -7,6 +7,7 @@ the model in `_prepare_model`, names the modules to wrap, and puts the dense mod
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -89,6 +90,8 @@ class LayerDropModel(BaseTuner):
         # What a repair changed is saved as well; inside a tuned layer it is saved with the layer.
         inside = tuple(f"{name}." for name in tuned)
         repaired = [name for name in peft_config.repaired_modules or () if not f"{name}.".startswith(inside)]
+        if peft_config.own_modules_to_save is None:
+            peft_config.own_modules_to_save = peft_config.modules_to_save or []
         peft_config.modules_to_save = [*tuned, *repaired] or None
         peft_config.target_modules = DUMMY_TARGET_MODULES
         peft_config.base_commit = peft_config.base_commit or getattr(model.config, "_commit_hash", None)
@@ -114,10 +117,14 @@ class LayerDropModel(BaseTuner):
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap what is tuned, then give the copies what the repair fitted."""
+        asked: Any = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name] = copy.copy(asked)  # the caller's may make further adapters
+        if isinstance(config, LayerDropConfig) and config.is_new:
+            config.renew(repair=len(self.peft_config) == 1)  # others are made from the first, such as TRL's reference
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        asked.drop_layers, asked.num_base_layers = config.drop_layers, config.num_base_layers
         prepared = model.__dict__.pop(PREPARED, None)
         if prepared is not None and prepared.repair is not None:
-            config: Any = self.peft_config[adapter_name]
             put(prepared.repair, model, find_decoder_layers(model).path, cut_of(config), adapter_name)
         self.prepared = prepared or getattr(self, "prepared", None)
 

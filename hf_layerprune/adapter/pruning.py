@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +48,8 @@ def prune_with(
         TypeError: Arguments for loading a base are passed together with a model.
         UnsupportedModelError: The architecture is not proven to survive a cut.
     """
+    asked, config = config, copy.copy(config)
+    config.renew()
     if model is None:
         if not config.base_model_name_or_path:
             raise LayerPruneError(
@@ -57,7 +60,9 @@ def prune_with(
         raise TypeError(
             f"{', '.join(sorted(from_pretrained_kwargs))}: for loading a base, but a model was passed; leave out one or the other"
         )
-    return get_peft_model(model, config)
+    pruned: Any = get_peft_model(model, config)
+    asked.drop_layers, asked.num_base_layers = config.drop_layers, config.num_base_layers
+    return pruned
 
 
 def prune_prepared(

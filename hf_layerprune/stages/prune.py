@@ -334,6 +334,7 @@ def _adapter(request: PruneRequest, dropped: list[int], folder: Path, prepared: 
     dtype = _dtype(request, gguf_file is not None)
     model = prune_prepared(config, prepared, whole=request.check, dtype=dtype)
     model.save_pretrained(str(folder))
+    made: Any = model.peft_config["default"]
     if prepared is not None and prepared.repair is not None:
-        prepared.record["repair"]["changed_modules"] = config.repaired_modules
-    return config.base_commit
+        prepared.record["repair"]["changed_modules"] = made.repaired_modules
+    return made.base_commit
