@@ -92,3 +92,19 @@ def test_a_head_is_tuned_as_each_base_has_it(llama: Path, tied: Path) -> None:
     config = LayerDropConfig(drop_layers=[2])
     for base, tuned in ((tied, False), (llama, True), (tied, False)):
         assert prune_with(config, load(base)).peft_config["default"].tune_lm_head is tuned
+
+
+@pytest.mark.parametrize("active", ["default", "second", "third"])
+def test_only_an_adapter_that_tunes_a_tied_head_unties_it(tied: Path, tmp_path: Path, active: str) -> None:
+    model = prune_with(LayerDropConfig(drop_layers=[2]), load(tied))
+    model.add_adapter("second", LayerDropConfig(drop_layers=[2], tune_lm_head=True))
+    model.add_adapter("third", LayerDropConfig(drop_layers=[2], tune_lm_head=True))
+    model.add_adapter("fourth", LayerDropConfig(drop_layers=[2]))
+    assert [config.tune_lm_head for config in model.peft_config.values()] == [False, True, True, False]
+    model.set_adapter(active)
+    shake(model)
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings == (active == "default")
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), expected)

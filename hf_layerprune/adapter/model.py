@@ -83,7 +83,9 @@ class LayerDropModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
         model, stack = self.model, find_decoder_layers(self.model)
         if peft_config.tune_lm_head is None:
-            peft_config.tune_lm_head = find_output_head(model) is not None and not is_tied(model)
+            peft_config.tune_lm_head = find_output_head(model) is not None and not (
+                is_tied(model) or hasattr(model, TIED)
+            )
         tuned = tuned_modules(model, peft_config, cut_of(peft_config), stack)
         if needs_dense(peft_config):
             peft_config.repaired_modules = module_names(getattr(model, PREPARED).repair, stack, cut_of(peft_config))
@@ -106,11 +108,11 @@ class LayerDropModel(BaseTuner):
             setattr(model, CUT, drop_layers(model, peft_config.drop_layers, **how))
             saved = before - model.num_parameters()
             logger.info("%d of %d parameters remain", before - saved, before)
-        if peft_config.tune_lm_head and is_tied(model):
+        if peft_config.tune_lm_head and is_tied(model) and not hasattr(model, TIED):
             added = untie(model)
             if not peft_config.untied_lm_head:  # for a saved config, the warning was given when it was made
                 warn_of_untying(added, saved)
-            peft_config.untied_lm_head = True
+        peft_config.untied_lm_head |= bool(peft_config.tune_lm_head) and hasattr(model, TIED)
         for name in set(peft_config.repaired_modules or ()) & set(peft_config.modules_to_save or ()):
             module = model.get_submodule(name)
             freeze(module.original_module if isinstance(module, ModulesToSaveWrapper) else module)
@@ -175,9 +177,11 @@ class LayerDropModel(BaseTuner):
             for name, module in list(self.model.named_modules()):
                 if isinstance(module, ModulesToSaveWrapper):
                     self.model.set_submodule(name, module.original_module)
-            if hasattr(self.model, TIED):
-                tie_again(self.model)
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[func-returns-value]
+        if hasattr(model, TIED) and is_tied(
+            model
+        ):  # the adapter that stays, if any does, is not the one that untied it
+            tie_again(model)
         for name in (CUT, TIED, SAVED):
             if hasattr(model, name):
                 delattr(model, name)
