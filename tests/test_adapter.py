@@ -278,13 +278,22 @@ def test_disabling_without_the_layers_says_why(llama: Path) -> None:
     assert model.config.num_hidden_layers == 6
 
 
-def test_kept_layers_follow_moves(llama: Path) -> None:
-    model = prune_with(LayerDropConfig(drop=0.25, keep_dropped=True), load(llama))
-    for parameter_dtype in (torch.float64, torch.float32):
-        model.to(parameter_dtype)
+@pytest.mark.parametrize("model_type", ["llama", "gemma3n_text"])
+def test_what_is_put_aside_follows(model_type: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Casts and modes reach the dropped layers, and where these are back, the tuned ones; dropped ones stay frozen."""
+    base = load(save(model_type, tmp_path_factory))
+    model = prune_with(LayerDropConfig(drop_layers=[2], keep_dropped=True, check_cut=False), base)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for dtype, training in ((torch.float64, True), (torch.float32, False)):
+        model.to(dtype).train(training)
         with model.disable_adapter():
-            assert {p.dtype for p in model.parameters()} == {parameter_dtype}
-            assert logits(model).dtype == parameter_dtype
+            assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+            assert {module.training for module in model.modules()} == {training}
+            assert not any(parameter.requires_grad for parameter in model.get_base_model().parameters())
+            model.to(torch.bfloat16).train(not training)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert {module.training for module in model.modules()} == {not training}
+        assert trainable == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def test_unlisted_names_stay_out(llama: Path) -> None:

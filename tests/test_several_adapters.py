@@ -108,3 +108,24 @@ def test_only_an_adapter_that_tunes_a_tied_head_unties_it(tied: Path, tmp_path: 
     assert merged.config.tie_word_embeddings == (active == "default")
     merged.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path)), expected)
+
+
+def test_a_disabled_adapter_is_left_alone(llama: Path, tmp_path: Path) -> None:
+    config = LayerDropConfig(drop_layers=[2, 3], keep_dropped=True)
+    model = prune_with(config, load(llama))
+    shake(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    with model.disable_adapter():
+        for use in (
+            lambda: model.save_pretrained(tmp_path / "disabled"),
+            lambda: model.add_adapter("second", config),
+            lambda: model.load_adapter(tmp_path, "second"),
+            lambda: model.load_adapter(tmp_path, "default"),
+            lambda: model.set_adapter("default"),
+            lambda: model.delete_adapter("default"),
+        ):
+            with pytest.raises(CutError, match=r"while its adapter is disabled.*leave disable_adapter\(\) first"):
+                use()
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model), expected)

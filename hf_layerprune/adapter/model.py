@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+from typing import Any, Self
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -119,12 +119,15 @@ class LayerDropModel(BaseTuner):
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap what is tuned, then give the copies what the repair fitted."""
+        self._check_enabled()
         asked: Any = self.peft_config[adapter_name]
         config = self.peft_config[adapter_name] = copy.copy(asked)  # the caller's may make further adapters
         if isinstance(config, LayerDropConfig) and config.is_new:
             config.renew(repair=len(self.peft_config) == 1)  # others are made from the first, such as TRL's reference
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         asked.drop_layers, asked.num_base_layers = config.drop_layers, config.num_base_layers
+        if (cut := getattr(model, CUT, None)) is not None:
+            cut.aside().requires_grad_(False)
         prepared = model.__dict__.pop(PREPARED, None)
         if prepared is not None and prepared.repair is not None:
             put(prepared.repair, model, find_decoder_layers(model).path, cut_of(config), adapter_name)
@@ -132,6 +135,7 @@ class LayerDropModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. The active one stays active; if it is the one deleted, the first of the others follows."""
+        self._check_enabled()
         active = self.active_adapters
         super().delete_adapter(adapter_name)
         # PEFT looks for the next one in layers of its own, of which there are none here.
@@ -161,12 +165,37 @@ class LayerDropModel(BaseTuner):
             cut.reapply() if enabled else cut.restore()
         super()._enable_adapter_layers(enabled)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        # Dropped layers that are kept are in no module tree, so moves and casts must be passed on to them.
+    def _check_enabled(self) -> None:
         cut: LayerCut | None = getattr(self.model, CUT, None)
-        for layer in cut.dropped if cut is not None and cut.active else ():
-            layer._apply(fn, recurse)
+        if cut is not None and not cut.active:
+            raise CutError(
+                "while its adapter is disabled, this is the dense model, on which adapters can't be added, loaded, saved, "
+                "chosen or deleted; leave disable_adapter() first"
+            )
+
+    def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:
+        self._check_enabled()
+        super().set_adapter(adapter_name, inference_mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_enabled()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_enabled()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    # What a cut has put aside is in no module tree, so moves, casts and modes must be passed on to it.
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        if (cut := getattr(self.model, CUT, None)) is not None:
+            cut.aside()._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> Self:
+        if (cut := getattr(self.model, CUT, None)) is not None:
+            cut.aside().train(mode)
+        return super().train(mode)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         cut: LayerCut | None = getattr(self.model, CUT, None)

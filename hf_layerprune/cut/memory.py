@@ -99,6 +99,12 @@ class LayerCut:
                 change.apply(change.new)
             self.active = True
 
+    def aside(self) -> nn.ModuleList:
+        """What is not in the model: what was dropped, if it was kept; while that is restored, what took its place."""
+        values = [change.old if self.active else change.new for change in self.changes]
+        parameters = nn.ParameterList(value for value in values if isinstance(value, nn.Parameter))
+        return nn.ModuleList([*(value for value in values if isinstance(value, nn.Module)), parameters])
+
 
 def drop_layers(
     model: PreTrainedModel, layers: Sequence[int], *, keep_dropped: bool = False, check: bool = True
