@@ -221,13 +221,27 @@ def test_never_pruned_twice(llama: Path, tmp_path: Path) -> None:
     assert further.config.layer_drop == {"drop_layers": [4, 5], "num_base_layers": 6}
 
 
-def test_lora_on_top_of_merged(llama: Path, tmp_path: Path) -> None:
-    merged = prune_with(LayerDropConfig(drop=0.25), load(llama)).merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
-    model = get_peft_model(merged, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload", "drop_layers"])
+def test_lora_on_top_of_a_cut(llama: Path, tmp_path: Path, how: str) -> None:
+    """A pruned model in memory is not the base under whose name it was loaded, and PEFT must not record that."""
+    pruned = load(llama)
+    if how == "drop_layers":
+        drop_layers(pruned, [6, 7])
+    else:
+        adapted = prune_with(LayerDropConfig(drop=0.25, keep_dropped=True), pruned)
+        with adapted.disable_adapter():
+            assert adapted.get_base_model().name_or_path == str(llama)
+        adapted.add_adapter("second", LayerDropConfig(drop=0.25))
+        adapted.save_pretrained(tmp_path)
+        for folder in (tmp_path, tmp_path / "second"):
+            assert LayerDropConfig.from_pretrained(folder).base_model_name_or_path == str(llama)
+        pruned = getattr(adapted, how)()
+    pruned.save_pretrained(tmp_path / "pruned")
+    model = get_peft_model(pruned, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     shake(model)
     model.save_pretrained(tmp_path / "lora")
-    again = PeftModel.from_pretrained(load(tmp_path / "merged"), tmp_path / "lora")
+    assert LoraConfig.from_pretrained(tmp_path / "lora").base_model_name_or_path is None
+    again = PeftModel.from_pretrained(load(tmp_path / "pruned"), tmp_path / "lora")
     assert torch.equal(logits(again), logits(model))
 
 

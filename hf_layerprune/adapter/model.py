@@ -96,6 +96,10 @@ class LayerDropModel(BaseTuner):
             peft_config.own_modules_to_save = peft_config.modules_to_save or []
         peft_config.modules_to_save = [*tuned, *repaired] or None
         peft_config.target_modules = DUMMY_TARGET_MODULES
+        # A cut in memory takes the name from the model, and all adapters here have the same base.
+        configs: Any = [peft_config, *self.peft_config.values()]
+        bases = [config.base_model_name_or_path for config in configs] + [model.name_or_path]
+        peft_config.base_model_name_or_path = next(filter(None, bases), None)
         peft_config.base_commit = peft_config.base_commit or getattr(model.config, "_commit_hash", None)
         return peft_config
 
@@ -214,5 +218,6 @@ class LayerDropModel(BaseTuner):
         for name in (CUT, TIED, SAVED):
             if hasattr(model, name):
                 delattr(model, name)
+        model.name_or_path = ""  # another model than its base, which PEFT would record as an adapter's
         thaw(model)
         return model

@@ -134,8 +134,9 @@ def calibration_of(options: CalibrationOptions, walk: LayerWalk, revision: str |
         CheckpointError: The model has no tokenizer and the text needs one, or the text can't be read.
     """
     model = walk.model
+    name = model.name_or_path or model.config.name_or_path or ""  # a model that was cut in memory has only the second
     try:
-        tokenizer = load_tokenizer(model.name_or_path or "", revision=revision)
+        tokenizer = load_tokenizer(name, revision=revision)
     except CheckpointError:
         if options.calibration != SELF:  # a model can write without one
             raise
@@ -148,6 +149,6 @@ def calibration_of(options: CalibrationOptions, walk: LayerWalk, revision: str |
         length=options.calibration_length,
         seed=options.seed,
         model=model,
-        processor=lambda: load_processor(model.name_or_path or "", revision=revision),
+        processor=lambda: load_processor(name, revision=revision),
     )
     return walk.with_whole_model(load) if options.calibration == SELF else load()

@@ -146,6 +146,8 @@ def drop_layers(
         _Change(parent, stack.name, stack.layers, kept),
         *_swap_configs(model, new_config),
         *attributes,
+        # Another model now: PEFT would record the base under this name as that of an adapter. The config's stays.
+        _Change(model, "name_or_path", model.name_or_path, ""),
     ]
     expected = None
     if check:
