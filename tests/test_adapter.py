@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_layerprune import (
     CutError,
@@ -362,6 +362,18 @@ def test_encoder_is_refused(tmp_path: Path) -> None:
     model.config.is_decoder = False
     with pytest.raises(UnsupportedModelError, match="it is an encoder"):
         prune_with(LayerDropConfig(drop=1), model)
+
+
+def test_a_classifier_is_refused_whole(llama: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=3)
+    for prune in (get_peft_model, lambda model, config: prune_with(config, model)):
+        with pytest.raises(
+            CutError, match=r"LlamaForSequenceClassification is not a causal .*with drop_layers\(model"
+        ):
+            prune(base, LayerDropConfig(drop=1))
+        assert base.config.num_hidden_layers == len(base.model.layers) == 8
+    drop_layers(base, [2])
+    assert base(input_ids=tiny_input()[:1]).logits.shape[-1] == 3
 
 
 def test_unknown_per_layer_field_is_refused(llama: Path) -> None:

@@ -12,6 +12,7 @@ from peft import PeftModel
 from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
 
 from .test_adapter import load, logits, save, shake
+from .tiny_models import tiny_input
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +130,35 @@ def test_a_disabled_adapter_is_left_alone(llama: Path, tmp_path: Path) -> None:
                 use()
     assert list(model.peft_config) == ["default"]
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("merged", ["default", "second"])
+def test_the_named_adapter_is_merged(model: PeftModel, merged: str) -> None:
+    model.set_adapter(merged)
+    expected = logits(model)
+    model.set_adapter("default" if merged == "second" else "second")
+    for names in (["default", "second"], ["third"], []):
+        for merge in (model.merge_and_unload, model.merge_adapter):
+            with pytest.raises(CutError, match=r"with one adapter's name, of \['default', 'second'\]"):
+                merge(adapter_names=names)
+    model.merge_adapter(adapter_names=[merged])
+    assert torch.equal(logits(model), expected)
+    model.set_adapter("default" if merged == "second" else "second")
+    assert torch.equal(logits(model.merge_and_unload(adapter_names=[merged])), expected)
+
+
+def test_a_batch_has_one_adapter(model: PeftModel) -> None:
+    for run in (model, model.generate):
+        with pytest.raises(CutError, match="choose one with set_adapter"):
+            run(input_ids=tiny_input(), adapter_names=["default", "second"])
+
+
+def test_what_was_not_kept_is_not_kept_by_a_second_adapter(llama: Path, tmp_path: Path) -> None:
+    kept = prune_with(LayerDropConfig(drop_layers=[2, 3], keep_dropped=True), load(llama))
+    kept.save_pretrained(tmp_path)
+    kept.add_adapter("second", kept.peft_config["default"])
+    model = prune_with(LayerDropConfig(drop_layers=[2, 3]), load(llama))
+    model.load_adapter(tmp_path, "saved")
+    with pytest.raises(CutError, match="earlier adapter that did not keep them"):
+        model.add_adapter("second", LayerDropConfig(drop_layers=[2, 3], keep_dropped=True))
+    assert list(model.peft_config) == ["default", "saved"]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 from peft import PeftConfig
@@ -22,6 +24,7 @@ from ..cut.memory import LayerCut, drop_layers
 from ..errors import CutError, LayerPruneError
 from ..families.layout import find_decoder_layers, find_output_head
 from ..options import check
+from ..options.kinds import quoted
 from ..repair.frozen import freeze, module_names, put, thaw
 from .config import LayerDropConfig
 from .prepare import CUT, PREPARED, needs_dense, prepare
@@ -65,7 +68,17 @@ class LayerDropModel(BaseTuner):
         if not isinstance(config, LayerDropConfig):
             raise LayerPruneError(f"a LayerDropConfig is needed, not a {type(config).__name__}")
         check(config)  # again: its fields may have been set since it was made
-        cut = getattr(self.model, CUT, None)
+        if not hasattr(self.model, "prepare_inputs_for_generation"):
+            raise CutError(
+                f"{type(self.model).__name__} is not a causal language model, and only these are tuned; drop its layers "
+                "with drop_layers(model, [...]) instead, and tune it by other means"
+            )
+        cut: LayerCut | None = getattr(self.model, CUT, None)
+        if config.keep_dropped and cut is not None and not cut.dropped and not config.inference_mode:
+            raise CutError(
+                "keep_dropped=True, but the layers were dropped by an earlier adapter that did not keep them; leave it out, "
+                "or load the base again"
+            )
         if needs_dense(config) and not hasattr(self.model, PREPARED):
             setattr(self.model, PREPARED, prepare(config, self.model, cut))
         resolve_drop(config, self.model.config, cut)
@@ -201,10 +214,35 @@ class LayerDropModel(BaseTuner):
             cut.aside().train(mode)
         return super().train(mode)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise CutError(
+                "adapter_names: an adapter is whole layers, so one batch can't mix several; choose one with set_adapter"
+            )
+        yield
+
+    def _choose(self, adapter_names: Sequence[str] | None) -> None:
+        """Make the adapter that is to be merged the active one."""
+        if adapter_names is None:
+            return
+        if len(adapter_names) != 1 or adapter_names[0] not in self.peft_config:
+            known = list(self.peft_config)
+            raise CutError(f"adapter_names={quoted(adapter_names)} must be a list with one adapter's name, of {known}")
+        name = adapter_names[0]
+        self.set_adapter(name, inference_mode=self.peft_config[name].inference_mode)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Do nothing but make the named adapter active: what is tuned are whole modules, which take the place of others."""
+        self._choose(adapter_names)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Any:
         cut: LayerCut | None = getattr(self.model, CUT, None)
         if cut is not None:
             cut.reapply()
+        self._choose(adapter_names)
         if not merge:
             # PEFT would keep the tuned copies here as well; unloading means the untuned cut.
             for name, module in list(self.model.named_modules()):
