@@ -1,14 +1,16 @@
 """`prune_with` loads a base without the layers that it drops, and what it makes is a base again."""
 
+import copy
 import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_layerprune import CheckpointError, CutError, LayerDropConfig, prune_with
+from hf_layerprune import CheckpointError, CutError, LayerDropConfig, LayerPruneError, drop_layers, prune_with
 from hf_layerprune.cut import lazy
 from hf_layerprune.cut.lazy import load_pruned
 from tests.matrix import cuts, logits, realign
@@ -84,6 +86,59 @@ def test_prune_with_refuses_before_reading(tmp_path, monkeypatch):
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(edit))
     with pytest.raises(CheckpointError, match=r"adapter of another method \(.*LORA\); merge it first"):
         prune_with(config_of(tmp_path / "lora"))
+
+
+@pytest.mark.parametrize("make", [LayerDropConfig, LoraConfig], ids=["layerdrop", "lora"])
+def test_a_model_with_adapters_is_refused(make, tmp_path):
+    settings = {"drop_layers": [2]} if make is LayerDropConfig else {"target_modules": ["q_proj"]}
+    adapted = get_peft_model(save("llama", tmp_path), make(**settings, task_type="CAUSAL_LM"))
+    for model in (adapted, adapted.get_base_model()):
+        left = model.config.num_hidden_layers
+        for prune in (lambda model: drop_layers(model, [0]), lambda model: prune_with(LayerDropConfig(drop=1), model)):
+            with pytest.raises(CutError, match=r"has adapters \(default\).*merge_and_unload"):
+                prune(model)
+        assert model.config.num_hidden_layers == left
+
+
+def test_other_kinds_of_arguments_are_refused(tmp_path):
+    model = save("llama", tmp_path)
+    for wrong, message in (
+        (lambda: prune_with(LayerDropConfig(drop=1), str(tmp_path)), "the model is a str.*let prune_with load it"),
+        (lambda: drop_layers(str(tmp_path), [2]), "the model is a str"),
+        (lambda: prune_with(str(tmp_path)), "a LayerDropConfig is needed, not a str"),
+        (lambda: prune_with(LoraConfig(), model), "a LayerDropConfig is needed, not a LoraConfig"),
+        (lambda: drop_layers(model, 2), r"drop_layers=2 must be a list of layer indices such as \[6, 7\]"),
+        (lambda: LayerDropConfig(modules_to_save="lm_head"), "modules_to_save='lm_head' must be a list"),
+    ):
+        with pytest.raises(LayerPruneError, match=message):
+            wrong()
+    assert model.config.num_hidden_layers == 8
+
+
+def test_a_base_in_a_subfolder(tmp_path):
+    dense = save("llama", tmp_path / "sub")
+    for settings in ({}, {"criterion": "magnitude_l2"}, {"keep_dropped": True}):
+        model = prune_with(config_of(tmp_path, drop=2, **settings), subfolder="sub", **EAGER)
+        config = model.peft_config["default"]
+        assert config.base_model_name_or_path == str(tmp_path / "sub")
+        reference = logits(cut_in_memory(copy.deepcopy(dense), config.drop_layers), tiny_input())
+        assert torch.equal(logits(realign(model), tiny_input()), reference)
+
+
+def test_an_adapter_whose_base_is_an_adapter_says_how_it_is_used(tmp_path):
+    save("llama", tmp_path / "base")
+    prune_with(config_of(tmp_path / "base", drop_layers=[2, 3]), **EAGER).save_pretrained(tmp_path / "first")
+    prune_with(config_of(tmp_path / "first", drop_layers=[5]), **EAGER).save_pretrained(tmp_path / "second")
+    for load in (
+        lambda: AutoPeftModelForCausalLM.from_pretrained(tmp_path / "second"),
+        lambda: PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "second"
+        ),
+    ):
+        with pytest.raises(CutError, match=r"if that is an adapter, merge it first with merge_and_unload\(\)"):
+            load()
+    base = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "first").merge_and_unload()
+    assert PeftModel.from_pretrained(base, tmp_path / "second").config.num_hidden_layers == 5
 
 
 def test_the_price_of_untying_is_known_without_the_dropped_weights(tmp_path, caplog):

@@ -9,6 +9,7 @@ from peft import PeftConfig, TaskType
 
 from ..errors import CutError
 from ..options import CutOptions, TuningOptions, check, documented, option
+from ..options.kinds import TEXT, checked, many
 from ..select import registry  # noqa: F401 (enters the criteria among the choices)
 
 
@@ -73,6 +74,11 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
         if self._saved:
             self.inference_mode = None  # type: ignore[assignment]
         check(self)
+
+    def settle(self) -> None:
+        super().settle()
+        if self.modules_to_save is not None:
+            self.modules_to_save = list(checked("modules_to_save", self.modules_to_save, many(TEXT)))
 
     @property
     def is_new(self) -> bool:

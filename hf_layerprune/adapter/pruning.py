@@ -10,10 +10,10 @@ from peft import PeftConfig, PeftModel, get_peft_model
 
 from .. import families
 from ..cut.lazy import SAVED, load_pruned
-from ..cut.memory import LayerCut
+from ..cut.memory import LayerCut, check_plain
 from ..errors import CheckpointError, LayerPruneError, boundary
 from ..families.layout import find_decoder_layers
-from ..runtime.loading import UNPACKED, WHERE, load_base, resolve_base
+from ..runtime.loading import UNPACKED, WHERE, as_path, load_base, resolve_base
 from ..runtime.precision import in_fast_precision
 from ..select.targets import Target
 from .config import LayerDropConfig
@@ -43,11 +43,15 @@ def prune_with(
 
     Raises:
         CheckpointError: The base can't be loaded.
-        CutError: These layers can't be dropped from this model.
-        LayerPruneError: Neither a model nor a base is named.
+        CutError: These layers can't be dropped from this model, or it has adapters.
+        LayerPruneError: Neither a model nor a base is named, or the config is of another method.
         TypeError: Arguments for loading a base are passed together with a model.
         UnsupportedModelError: The architecture is not proven to survive a cut.
     """
+    if not isinstance(config, LayerDropConfig):
+        raise LayerPruneError(f"a LayerDropConfig is needed, not a {type(config).__name__}")
+    if model is not None:
+        check_plain(model)
     asked, config = config, copy.copy(config)
     config.renew()
     if model is None:
@@ -80,6 +84,9 @@ def _load(
 ) -> PreTrainedModel:
     """Load the base named in a config, already cut where possible."""
     base = config.base_model_name_or_path or ""
+    if kwargs.get("subfolder") and as_path(base).is_dir():
+        base = config.base_model_name_or_path = str(as_path(base) / kwargs["subfolder"])
+        kwargs = {name: value for name, value in kwargs.items() if name != "subfolder"}
     if config.revision is not None:
         kwargs = {"revision": config.revision} | kwargs
     if (adapter := find_adapter(base, **kwargs)) is not None:

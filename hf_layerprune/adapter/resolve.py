@@ -42,7 +42,8 @@ def resolve_drop(
     elif config.num_base_layers != n and not is_made(config, model_config):
         raise CutError(
             f"this config drops layers {config.drop_layers} of a base with {config.num_base_layers} layers, and the "
-            f"model has {n}; use it with its base ({config.base_model_name_or_path}), or make a new config"
+            f"model has {n}; use it with its base ({config.base_model_name_or_path}; if that is an adapter, merge it first "
+            "with merge_and_unload()), or make a new config"
         )
     if cut is None and config.num_base_layers == n:
         families.make_cut(model_config, config.drop_layers)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
@@ -26,6 +27,7 @@ from ..errors import CutError, boundary
 from ..families.layout import find_decoder_layers
 from ..families.multimodal import path_to_text
 from ..layer_ranges import format_layers
+from ..options.kinds import LAYERS, checked
 from ..runtime.model_class import auto_class_of, whole_models
 from .check import CannotCheckError, bypassed_logits, check_logits
 
@@ -106,6 +108,24 @@ class LayerCut:
         return nn.ModuleList([*(value for value in values if isinstance(value, nn.Module)), parameters])
 
 
+def check_plain(model: Any) -> None:
+    """Refuse what is not a model of transformers without adapters.
+
+    Raises:
+        CutError: It is something else.
+    """
+    if hasattr(model, "peft_config"):
+        raise CutError(
+            f"this {type(model).__name__} has adapters ({', '.join(model.peft_config)}), which are for the layers that it has "
+            "now; merge them first: model = model.merge_and_unload()"
+        )
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise CutError(
+            f"the model is a {type(model).__name__}, not one of transformers; load it with from_pretrained first, or let "
+            "prune_with load it: LayerDropConfig(base_model_name_or_path=...)"
+        )
+
+
 def drop_layers(
     model: PreTrainedModel, layers: Sequence[int], *, keep_dropped: bool = False, check: bool = True
 ) -> LayerCut:
@@ -124,11 +144,12 @@ def drop_layers(
         `LayerCut`: The cut.
 
     Raises:
-        CutError: These layers can't be dropped. The model is unchanged.
+        CutError: These layers can't be dropped, or the model has adapters. The model is unchanged.
         UnsupportedModelError: The architecture is not proven. The model is unchanged.
         LayerPruneError: The pruned model gives different logits. The model is unchanged.
     """
-    cut = families.make_cut(model.config, layers)
+    check_plain(model)
+    cut = families.make_cut(model.config, checked("drop_layers", layers, LAYERS))
     new_config = families.cut_config(model.config, cut)
     stack = find_decoder_layers(model)
     live = dict(model.named_modules())
