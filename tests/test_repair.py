@@ -344,6 +344,7 @@ def test_a_config_that_was_used_repairs_again(base, tmp_path):
         loaded = PeftModel.from_pretrained(load(), tmp_path, is_trainable=trainable)
         assert loaded.base_model.prepared is None
         assert torch.equal(logits(loaded, ids), expected)
+    assert torch.equal(logits(get_peft_model(load(), loaded.peft_config["default"]), ids), expected)
     loaded.add_adapter("reference", loaded.peft_config["default"])  # as TRL does, and copies the weights
     names = {name.replace(".default.", ".reference.") for name, _ in loaded.named_parameters() if ".default." in name}
     assert names <= {name for name, _ in loaded.named_parameters()}

@@ -158,7 +158,8 @@ def test_what_was_not_kept_is_not_kept_by_a_second_adapter(llama: Path, tmp_path
     kept.save_pretrained(tmp_path)
     kept.add_adapter("second", kept.peft_config["default"])
     model = prune_with(LayerDropConfig(drop_layers=[2, 3]), load(llama))
-    model.load_adapter(tmp_path, "saved")
+    for trainable in (False, True):
+        model.load_adapter(tmp_path, f"saved {trainable}", is_trainable=trainable)
     with pytest.raises(CutError, match="earlier adapter that did not keep them"):
         model.add_adapter("second", LayerDropConfig(drop_layers=[2, 3], keep_dropped=True))
-    assert list(model.peft_config) == ["default", "saved"]
+    assert list(model.peft_config) == ["default", "saved False", "saved True"]

@@ -70,8 +70,8 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
         if self.task_type != TaskType.CAUSAL_LM:
             raise CutError(f"task_type={self.task_type!r}: only causal language models are pruned, so leave it out")
         # A saved config says that it is for inference. PEFT sets this again only where it loads the weights as well.
-        self._saved = self.inference_mode is not False
-        if self._saved:
+        self.is_saved = self.inference_mode is not False
+        if self.is_saved:
             self.inference_mode = None  # type: ignore[assignment]
         check(self)
 
@@ -83,7 +83,7 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
     @property
     def is_new(self) -> bool:
         """Whether the config is for a new adapter, not for one whose weights are loaded next."""
-        return self.inference_mode is None or not (self.inference_mode or self._saved)
+        return self.inference_mode is None or not (self.inference_mode or self.is_saved)
 
     def renew(self, *, repair: bool = True) -> None:
         """Forget what was recorded for another adapter, other than its cut.
@@ -91,7 +91,7 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
         Args:
             repair (`bool`, defaults to `True`): Whether to forget the repair too, so that it is fitted again.
         """
-        self.inference_mode = self._saved = False
+        self.inference_mode = self.is_saved = False
         if self.own_modules_to_save is not None:
             self.modules_to_save, self.own_modules_to_save = self.own_modules_to_save or None, None
             self.untied_lm_head, self.base_commit = False, None

@@ -74,7 +74,7 @@ class LayerDropModel(BaseTuner):
                 "with drop_layers(model, [...]) instead, and tune it by other means"
             )
         cut: LayerCut | None = getattr(self.model, CUT, None)
-        if config.keep_dropped and cut is not None and not cut.dropped and not config.inference_mode:
+        if config.keep_dropped and cut is not None and not cut.dropped and config.is_new:
             raise CutError(
                 "keep_dropped=True, but the layers were dropped by an earlier adapter that did not keep them; leave it out, "
                 "or load the base again"
@@ -96,9 +96,8 @@ class LayerDropModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
         model, stack = self.model, find_decoder_layers(self.model)
         if peft_config.tune_lm_head is None:
-            peft_config.tune_lm_head = find_output_head(model) is not None and not (
-                is_tied(model) or hasattr(model, TIED)
-            )
+            tied = is_tied(model) or hasattr(model, TIED)  # in the base, whatever other adapters tune
+            peft_config.tune_lm_head = find_output_head(model) is not None and not tied
         tuned = tuned_modules(model, peft_config, cut_of(peft_config), stack)
         if needs_dense(peft_config):
             peft_config.repaired_modules = module_names(getattr(model, PREPARED).repair, stack, cut_of(peft_config))
@@ -142,6 +141,7 @@ class LayerDropModel(BaseTuner):
         if isinstance(config, LayerDropConfig) and config.is_new:
             config.renew(repair=len(self.peft_config) == 1)  # others are made from the first, such as TRL's reference
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config.is_saved = False  # from here on, its weights are in this model, and another adapter of it is a new one
         asked.drop_layers, asked.num_base_layers = config.drop_layers, config.num_base_layers
         if (cut := getattr(model, CUT, None)) is not None:
             cut.aside().requires_grad_(False)
@@ -249,9 +249,7 @@ class LayerDropModel(BaseTuner):
                 if isinstance(module, ModulesToSaveWrapper):
                     self.model.set_submodule(name, module.original_module)
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[func-returns-value]
-        if hasattr(model, TIED) and is_tied(
-            model
-        ):  # the adapter that stays, if any does, is not the one that untied it
+        if hasattr(model, TIED) and is_tied(model):  # what was merged, if anything, is not what untied it
             tie_again(model)
         for name in (CUT, TIED, SAVED):
             if hasattr(model, name):
