@@ -161,6 +161,13 @@ def test_code_in_a_folder_never_runs(
         assert "needs code of its own (auto_map in its config.json), which is not run" in line or command == "eval"
 
 
+@pytest.mark.parametrize("field", ["_attn_implementation", "attn_implementation", "_experts_implementation"])
+def test_kernels_of_a_repository_never_run(copy: Path, field: str, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(copy / "config.json", **{field: "someone/kernels"})
+    assert main(["inspect", str(copy)]) == 1
+    assert f"would run code of someone/kernels ({field} in its config.json)" in one_line_of(capsys)
+
+
 # --- weights ------------------------------------------------------------------------------------------------------
 
 

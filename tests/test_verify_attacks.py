@@ -144,8 +144,18 @@ CONFIG: dict[str, Callable[[Path], object]] = {
     "tie_word_embeddings": edit_json("config.json", tie_word_embeddings=True),
     "architectures": edit_json("config.json", architectures=["MistralForCausalLM"]),
     "auto_map": edit_json("config.json", auto_map={"AutoModelForCausalLM": "evil.Evil"}),
-    "attention": edit_json("config.json", attention_bias=True),
+    "bias": edit_json("config.json", attention_bias=True),
     "quantization_config": edit_json("config.json", quantization_config={"quant_method": "bitsandbytes"}),
+    "attention": edit_json("config.json", _attn_implementation="paged|eager"),
+    "attention from a repository": edit_json("config.json", attn_implementation="kernels-community/evil"),
+    "experts": edit_json("config.json", _experts_implementation="eager"),
+    "an old name beside the new one": edit_json("config.json", torch_dtype="float16"),
+    "generation": edit_json("config.json", temperature=7.0, do_sample=True),
+    "a plan of devices": edit_json("config.json", base_model_tp_plan={"lm_head": "rowwise"}),
+    "a mark of quantisation": edit_json("config.json", _is_quantized=True),
+    "more in the mark of the cut": edit_json(
+        "config.json", layer_drop={"drop_layers": [2, 5], "num_base_layers": 8, "x": 1}
+    ),
     "the cut": edit_json("config.json", layer_drop={"drop_layers": [1, 5], "num_base_layers": 8}),
 }
 TENSOR = {"x": torch.ones(1)}
@@ -201,6 +211,16 @@ def test_config_fields(
     assert code == 1
     assert "YES" not in said
     assert "Traceback" not in said
+
+
+def test_a_config_in_the_words_of_an_older_transformers(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = cut / "config.json"
+    fields = json.loads(path.read_text())
+    old = {"torch_dtype": fields.pop("dtype"), "rope_theta": fields.pop("rope_parameters")["rope_theta"]}
+    path.write_text(json.dumps(fields | old | {"transformers_version": "4.57.0"}))
+    forge(cut)
+    code, said = says(cut, capsys)
+    assert (code, "YES:" in said) == (0, True), said
 
 
 @pytest.mark.parametrize("forged", [False, True])

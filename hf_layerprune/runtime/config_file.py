@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _MOST_LAYERS = 10_000
 _MOST_TOKENS = 2**31
+# Fields that may name a repository with code.
+_KERNELS = ("attn_implementation", "experts_implementation")
 # Nested configs.
 _SECTIONS = ("text_config", "decoder", "encoder", "vision_config", "audio_config")
 
@@ -69,10 +71,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def check_no_code(fields: dict[str, Any], name: str) -> None:
-    """Refuse a model whose architecture is defined by code in its own repository.
+    """Refuse a model whose config names code to run.
 
     Raises:
-        CheckpointError: transformers does not know the model type, and the config names code to run.
+        CheckpointError: transformers does not know the model type, and the config names code for it; or the config names
+            a repository whose kernels would be run.
     """
     from transformers import CONFIG_MAPPING
 
@@ -81,3 +84,9 @@ def check_no_code(fields: dict[str, Any], name: str) -> None:
             f"{name} needs code of its own (auto_map in its config.json), which is not run; name a model of an "
             "architecture that transformers has"
         )
+    for part in (fields, *(section for section in fields.values() if isinstance(section, dict))):
+        for field, value in part.items():
+            if field.endswith(_KERNELS) and "/" in str(value):
+                raise CheckpointError(
+                    f"{name} would run code of {str(value)[:200]} ({field} in its config.json); remove that field"
+                )

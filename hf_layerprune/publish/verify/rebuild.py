@@ -22,6 +22,7 @@ from ...files.json_file import parse_json
 from ...records.fingerprints import CONFIG, WEIGHTS, hash_files, is_inert, model_files, sha256_of
 from ...records.history import History, Stage
 from ...records.quantized import is_repeatable_method, method_of
+from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_base, load_config
 from .places import Base
 
@@ -44,6 +45,7 @@ class Expected:
         files (`dict[str, str]`): The sha256 of each file that may affect the model's behaviour, by relative path.
         inside (`dict[str, dict[str, TensorHash]]`): The tensors of each weight file, by name.
         config (`dict[str, Any]`): The fields of the config, as loaded by its class.
+        raw_config (`dict[str, Any]`): The fields in the config's file.
         unquantized (`dict[str, TensorHash]`, *optional*): The tensors before they were quantised, if they were.
         quantizer (`str`, *optional*): What quantised them, with its version.
         notes (`dict[str, str]`): What the weight files of a quantised model say about their tensors, which decides how
@@ -53,6 +55,7 @@ class Expected:
     files: dict[str, str]
     inside: dict[str, dict[str, TensorHash]]
     config: dict[str, Any]
+    raw_config: dict[str, Any]
     unquantized: dict[str, TensorHash] | None = None
     quantizer: str | None = None
     notes: dict[str, str] = field(default_factory=dict)
@@ -97,7 +100,9 @@ def rebuild(history: History, base: Base) -> Expected:
             fill(plan, folder)
         else:
             (folder / CONFIG).write_bytes(plan.files[CONFIG])
-        return _quantized(history, folder, Expected(files, inside, load_config(folder).to_dict()))
+        return _quantized(
+            history, folder, Expected(files, inside, load_config(folder).to_dict(), read_config_file(folder / CONFIG))
+        )
 
 
 def _quantized(history: History, folder: Path, cut: Expected) -> Expected:
@@ -114,7 +119,8 @@ def _quantized(history: History, folder: Path, cut: Expected) -> Expected:
     paths = {name: path for name, path in model_files(target).items() if name.endswith(WEIGHTS)}
     inside = {name: digest_file(path) for name, path in paths.items()}
     files = {name: sha256 for name, sha256 in cut.files.items() if not name.endswith(WEIGHTS)} | hash_files(paths)
-    return Expected(files, inside, load_config(target).to_dict(), cut.tensors, quantizer, notes_in(paths.values()))
+    told = load_config(target).to_dict(), read_config_file(target / CONFIG)
+    return Expected(files, inside, *told, cut.tensors, quantizer, notes_in(paths.values()))
 
 
 def _quantize_again(stage: Stage, cut: Path, target: Path) -> str:
@@ -190,7 +196,8 @@ def _converted(history: History, base: Base) -> Expected:
             load_tokenizer(base.source, revision=base.commit).save_pretrained(folder)
         paths = model_files(folder)
         inside = {name: digest_file(path) for name, path in paths.items() if name.endswith(WEIGHTS)}
-        return _quantized(history, folder, Expected(hash_files(paths), inside, load_config(folder).to_dict()))
+        told = load_config(folder).to_dict(), read_config_file(folder / CONFIG)
+        return _quantized(history, folder, Expected(hash_files(paths), inside, *told))
 
 
 def digest_file(path: Path) -> dict[str, TensorHash]:

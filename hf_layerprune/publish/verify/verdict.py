@@ -11,6 +11,7 @@ weights that their stage recorded. Of records without a model, the verdict says 
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ...cut.folder import INDEX
@@ -34,6 +35,8 @@ from .tensors import check_tensors, weight_files
 
 # Fields that are set on saving, and the marker of the cut, which is checked separately; none affects the outputs.
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache", MARKER}
+# Old names of fields, which a loader reads if the new one is absent.
+_OLD_NAMES = {"torch_dtype": "dtype", "rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -145,8 +148,10 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
             False, "config", f"{place.name} has no {CONFIG}, so it is not a whole model; complete the download"
         )
         return
-    _check_cut(read_config_file(place.path(CONFIG)).get(MARKER) or {}, CONFIG, history, outcome)
-    has, changed = load_config(place.folder).to_dict(), history.changed()
+    raw, loaded = read_config_file(place.path(CONFIG)), load_config(place.folder)
+    mark = raw.get(MARKER) or {}
+    _check_cut(mark, CONFIG, history, outcome)
+    has, changed = loaded.to_dict(), history.changed()
     differ = {name for name in expected.config.keys() | has.keys() if expected.config.get(name) != has.get(name)}
     differ -= _VOLATILE
     if any(name.endswith("lm_head.weight") for name in changed) and has.get("tie_word_embeddings") is False:
@@ -155,7 +160,28 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
     if expected.config.get("dtype") is None and types == {has.get("dtype")}:
         differ.discard("dtype")  # saving a model records the dtype of its weights
     texts = [f"{name} is {has.get(name)!r} and was {expected.config.get(name)!r}"[:200] for name in sorted(differ)]
+    told = json.loads(loaded.to_json_string(use_diff=False))
+    hidden = [name for name in _hidden(raw, told, expected.raw_config) if name.partition(".")[0] not in differ]
+    hidden += [f"{MARKER}.{name}" for name in sorted(mark.keys() - {"drop_layers", "num_base_layers"})]
+    texts += [f"{CONFIG} sets {name[:150]}, which is not in what the cut leaves of the base's" for name in hidden]
     outcome.say_all("config", texts, f"{CONFIG} is what the cut leaves of the base's")
+
+
+def _hidden(raw: dict[str, Any], told: Any, expected: Any) -> list[str]:
+    """The fields of a config's file, by dotted path, that are not in the file of the repeated cut, and that the loaded
+    config does not hold with the same value: a loader may act on them, but a comparison of loaded configs misses them.
+    """
+    told, expected = (part if isinstance(part, dict) else {} for part in (told, expected))
+    names = []
+    for name, value in sorted(raw.items()):
+        alike = any(name in part and part[name] == value for part in (told, expected))
+        if alike or name in _VOLATILE or _OLD_NAMES.get(name, name) in told.keys() - raw.keys():
+            continue
+        if isinstance(value, dict) and isinstance(told.get(name), dict):
+            names += [f"{name}.{inner}" for inner in _hidden(value, told[name], expected.get(name))]
+        else:
+            names.append(name)
+    return names
 
 
 def _check_adapter(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
