@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hf_layerprune import CutError, LayerPruneError
 from hf_layerprune.cli import main
 from hf_layerprune.records.figures.metric_names import METRICS, SHARE
+from hf_layerprune.records.figures.results import results_of
 from hf_layerprune.records.metrics import Metrics
 from hf_layerprune.records.requirements import Bound, RequireOptions, check_measurable, judge, parse_bounds, strictest
 
@@ -207,3 +208,47 @@ def test_eval_stops_at_a_miss(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert Metrics.of(cut).bounds == parse_bounds("kl<=1000")
     assert main([*words, "--require", "none"]) == 0
     assert "requirements" not in json.loads((cut / "metrics.json").read_text())
+
+
+CONDITIONS = {"dataset": "e" * 64, "dtype": "float32", "device": "cpu", "shots": 0, "task_version": "1"}
+
+
+def piqa(weights: str, **fields: Any) -> dict[str, Any]:
+    same = {"kind": "accuracy", "task": "piqa", "metric": "acc", "value": 0.5, "date": "2026-11-26", "versions": {}}
+    return same | {"weights": weights, "settings": {}} | CONDITIONS | fields
+
+
+AGAIN = [{"dataset": "f" * 64}, {"dtype": "bfloat16"}, {"device": "cuda: H100"}, {"shots": 5}, {"task_version": "2"}]
+
+
+@pytest.mark.parametrize("other", AGAIN, ids=str)
+def test_what_was_measured_otherwise_is_not_compared(other: dict[str, Any]) -> None:
+    """Neither by a difference from before, nor by standing in one row."""
+    metrics = numbers()
+    metrics.add(results=[piqa(OWN), piqa(DENSE)])
+    pair = piqa(OWN) | {"base": DENSE, "difference": 0.1, "share": 1.2}
+    metrics.add(comparisons=[{name: pair[name] for name in pair if name not in ("value", "versions", *CONDITIONS)}])
+    assert judge(parse_bounds("piqa:acc_ratio>=1"), metrics)[0].met
+    metrics.add(results=[piqa(OWN, **other)])
+    assert not judge(parse_bounds("piqa:acc_ratio>=1"), metrics)[0].measured
+    rows = [row for row in results_of(metrics).rows if row.key[1:] == ("piqa", "acc")]
+    assert [set(row.cells) for row in rows] == [{DENSE}, {OWN}]
+    assert not rows[1].cells[OWN].change
+    assert str(next(iter(other.values())))[:8] in rows[1].task
+
+
+def test_each_in_its_own_type_is_compared_if_both_were_measured_together() -> None:
+    metrics = numbers()
+    metrics.add(results=[piqa(OWN, dtype="float16"), piqa(DENSE, dtype="bfloat16")])
+    assert not [row for row in results_of(metrics).rows if row.key[1:] == ("piqa", "acc") and len(row.cells) == 2]
+    pair = {name: piqa(OWN)[name] for name in ("weights", "kind", "task", "metric", "settings", "date")}
+    metrics.add(comparisons=[pair | {"base": DENSE, "difference": 0.1}])
+    (row,) = (row for row in results_of(metrics).rows if row.key[1:] == ("piqa", "acc"))
+    assert row.cells[OWN].change
+
+
+def test_the_same_number_again_keeps_its_difference() -> None:
+    metrics = numbers()
+    before = metrics.comparisons
+    metrics.add(results=[dict(one) | {"date": "2026-11-27"} for one in metrics.results])
+    assert metrics.comparisons == before

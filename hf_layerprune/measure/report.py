@@ -33,7 +33,7 @@ def report(metrics: Metrics, kinds: Iterable[str] = QUALITY) -> str:
     ]
     table = [["task", "metric", "n", *(one.role for one in columns), "change", "theory", "of margin", "p"]]
     for row in rows:
-        words = ", ".join(filter(None, [row.engine, run_words(row.run)]))
+        words = ", ".join(filter(None, [row.engine, run_words(row.run), row.apart]))
         name = " ".join(filter(None, [row.key[1], f"({words})" if words else ""]))
         cells = [_value(row, row.cells.get(one.weights)) for one in columns]
         samples = f"{row.samples:,}" if row.samples else ""

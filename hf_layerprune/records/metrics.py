@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import CheckpointError, boundary
 from ..files.copy import write_text
 from ..files.json_file import check_schema, load_schema, read_object
+from .figures.results import CONDITIONS
 from .fingerprints import Identity, identity
 from .lineage import Lineage
 from .locked import locked
@@ -106,7 +107,12 @@ class Metrics:
         return model.changed_since(told.get("identity")) if told is not None else []
 
     def add(self, *, results: Sequence[dict[str, Any]] = (), comparisons: Sequence[dict[str, Any]] = ()) -> None:
-        """Add numbers, replacing earlier ones for the same weights and settings."""
+        """Add numbers, replacing earlier ones for the same weights and settings. A difference from the base goes with a
+        number that it was taken from, if that is replaced by another number or was measured otherwise.
+        """
+        before = {_key(record): _fact(record) for record in self.results}
+        changed = {key for key, fact in ((_key(one), _fact(one)) for one in results) if before.get(key, fact) != fact}
+        self.comparisons = [old for old in self.comparisons if not changed.intersection(_compared(old))]
         for name, new in (("results", results), ("comparisons", comparisons)):
             keys = {_key(record) for record in new}
             setattr(self, name, [old for old in getattr(self, name) if _key(old) not in keys] + list(new))
@@ -170,6 +176,16 @@ class Metrics:
 
 def _key(record: dict[str, Any]) -> str:
     return json.dumps([record.get(name) for name in _KEY], sort_keys=True)
+
+
+def _fact(record: dict[str, Any]) -> list[Any]:
+    """What a number is, and how it was measured."""
+    return [record["value"], *(record.get(name) for name in CONDITIONS)]
+
+
+def _compared(record: dict[str, Any]) -> list[str]:
+    """The keys of the two numbers that a comparison is about."""
+    return [_key(record | {"weights": record[name], "base": None}) for name in ("weights", "base")]
 
 
 def _validate(data: dict[str, Any], path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from . import numbers
@@ -23,6 +23,10 @@ QUALITY = ("accuracy", "text", "distance")
 COST = ("size", "speed", "memory")
 # Settings of a timed run, and their descriptions.
 RUN = {"batch": "batch size {}", "prompt_tokens": "{} prompt tokens", "new_tokens": "{} new tokens"}
+# What was asked, and where: numbers that differ in one of them are not in one row.
+_ASKED, _WHERE = ("dataset", "shots", "task_version"), ("dtype", "device")
+CONDITIONS = (*_ASKED, *_WHERE)
+_SHA256 = 64  # the length of a hash, which is shown in short
 # A difference with a larger p-value is called noise.
 SIGNIFICANT = 0.05
 
@@ -79,6 +83,7 @@ class Row:
         key (`tuple[str, ...]`): `kind`, `task`, `metric`, as in `metrics.json`.
         run (`tuple[tuple[str, int], ...]`): For a speed, the batch size and lengths of the run, by the keys of `RUN`.
         engine (`str`): For a speed in another engine than transformers, its name, and the type of the weights there.
+        apart (`str`): What tells it from other rows of the same task, as in its label: another data set, dtype, ...
     """
 
     task: str
@@ -90,6 +95,7 @@ class Row:
     key: tuple[str, str, str]
     run: tuple[tuple[str, int], ...] = ()
     engine: str = ""
+    apart: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,14 +178,46 @@ def results_of(metrics: Metrics | None) -> Results:
     results = Results(list(_columns(metrics)), [], metrics)
     grouped: dict[str, dict[str, dict[str, Any]]] = {}
     for record in metrics.results:
-        key = json.dumps(
-            [record["kind"], record.get("task"), record["metric"], record.get("settings")], sort_keys=True
-        )
+        key = json.dumps([_key(record), _conditions(record, metrics)], sort_keys=True)
         grouped.setdefault(key, {})[record["weights"]] = record
     rows = [_row(by_weights, results) for by_weights in grouped.values()]
+    rows = list(_told_apart([row for row in rows if row.cells]))
     order = {kind: index for index, kind in enumerate((*QUALITY, *COST))}
-    results.rows.extend(sorted((row for row in rows if row.cells), key=lambda row: order[row.key[0]]))
+    results.rows.extend(sorted(rows, key=lambda row: order[row.key[0]]))
     return results
+
+
+def _key(record: dict[str, Any]) -> list[Any]:
+    return [record.get(name) for name in ("kind", "task", "metric", "settings")]
+
+
+def _conditions(record: dict[str, Any], metrics: Metrics) -> list[Any]:
+    """What was asked, and where. A number that was compared with the base's when both were measured stands beside that,
+    even if each model ran in its own type.
+    """
+    bases = {one["base"] for one in metrics.comparisons if one["weights"] == record["weights"] and _is_of(one, record)}
+    partner = next((one for one in metrics.results if one["weights"] in bases and _key(one) == _key(record)), record)
+    return [*(record.get(name) for name in _ASKED), *(partner.get(name) for name in _WHERE)]
+
+
+def _told_apart(rows: list[Row]) -> Iterator[Row]:
+    """The rows, labelled with the conditions in which those of one task, or of one metric without a task, differ."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.key[1] or (row.key, row.run, row.engine), []).append(row)
+    for group in groups.values():
+        told = [next(iter(row.cells.values())).record for row in group]
+        differ = [name for name in CONDITIONS if len({one[name] for one in told if name in one}) > 1]
+        for row, record in zip(group, told, strict=True):
+            words = ", ".join(_words(name, record[name]) for name in differ if name in record)
+            label = {"task": f"{row.task} ({words})"} if row.task else {"metric": f"{row.metric}, {words}"}
+            yield replace(row, apart=words, **label) if words else row
+
+
+def _words(name: str, value: Any) -> str:
+    if name == "dataset":
+        return value[:8] if len(value) == _SHA256 else value
+    return {"shots": f"{value}-shot", "task_version": f"version {value}"}.get(name, str(value))
 
 
 def _columns(metrics: Metrics) -> Iterator[ResultColumn]:
@@ -246,12 +284,15 @@ def _cell(record: dict[str, Any], base: dict[str, Any] | None, metrics: Metrics)
 
 def _paired(metrics: Metrics, record: dict[str, Any], base: str) -> dict[str, Any] | None:
     """The newest paired difference between a number and the base's."""
-    wanted = {name: record.get(name) for name in ("weights", "kind", "metric", "task")} | {"base": base}
-    for paired in reversed(metrics.comparisons):
-        same = all(paired.get(name) == value for name, value in wanted.items())
-        if same and paired.get("settings") in (None, record.get("settings")):
-            return paired
-    return None
+    pair = (record["weights"], base)
+    found = (one for one in reversed(metrics.comparisons) if (one["weights"], one["base"]) == pair)
+    return next((one for one in found if _is_of(one, record)), None)
+
+
+def _is_of(paired: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether a comparison is about this number, given that it is about these weights."""
+    same = all(paired.get(name) == record.get(name) for name in ("kind", "metric", "task"))
+    return same and paired.get("settings") in (None, record.get("settings"))
 
 
 def run_words(run: Iterable[tuple[str, int]]) -> str:
