@@ -157,6 +157,13 @@ def a_newer_model(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     out["numbers"] = cli("push", older, "org/next")
     out["stored"] = [one.path.rpartition("/")[2] for one in hub.log if one.method == "PUT"]
     out["card"] = "42.0" in files(hub, "org/next")["README.md"].decode()
+    from huggingface_hub import HfApi
+
+    strays = ("added_tokens.json", "chat_template.jinja", "additional_chat_templates/x.jinja", "notes.txt", "a/b.json")
+    for name in strays:
+        HfApi().upload_file(repo_id="org/next", path_in_repo=name, path_or_fileobj=b"{}")
+    out["strays"] = cli("push", older, "org/next")
+    out["left"] = sorted(set(files(hub, "org/next")).intersection(strays))
 
 
 @scenario

@@ -93,6 +93,10 @@ def test_what_does_not_belong_to_the_new_model_goes(found: Found) -> None:
     assert "pushed 4 files" in out["numbers"][1]
     assert len(out["stored"]) == 2  # pictures
     assert out["card"]
+    # What loaders would read beside the new model goes; what people have put there stays.
+    gone = ("added_tokens.json", "chat_template.jinja", "additional_chat_templates/x.jinja")
+    assert all(name in out["strays"][1].partition("removed ")[2] for name in gone)
+    assert out["left"] == ["a/b.json", "notes.txt"]
 
 
 def test_a_branch(found: Found) -> None:

@@ -220,6 +220,23 @@ def test_a_base_that_has_moved(place: Path, cut: Path, tmp_path: Path, monkeypat
     assert found.good, said(found)
 
 
+def test_a_base_that_was_cut_from_an_incomplete_copy(place: Path, tmp_path: Path) -> None:
+    copy, complete = (Path(shutil.copytree(place / "single", tmp_path / name)) for name in ("copy", "complete"))
+    for name in ("merges.txt", "special_tokens_map.json"):
+        (complete / name).write_text("{}")
+    assert main(["prune", str(copy), str(tmp_path / "cut"), "--drop-layers", "2"]) == 0
+    found = verify(tmp_path / "cut", base=str(complete))
+    assert found.good, said(found)
+    assert "the copy of the base that was cut lacked merges.txt, special_tokens_map.json" in said(found, True)
+    (tmp_path / "cut" / "merges.txt").write_text("{}")
+    assert "merges.txt is not a file that the cut leaves" in said(verify(tmp_path / "cut", base=str(complete)), False)
+    (tmp_path / "cut" / "merges.txt").unlink()
+    lineage = Lineage.of(tmp_path / "cut")
+    del lineage.base["companions"]  # as recorded before
+    lineage.write(tmp_path / "cut")
+    assert "merges.txt is missing" in said(verify(tmp_path / "cut", base=str(complete)), False)
+
+
 # No.
 
 

@@ -35,7 +35,8 @@ class Lineage:
 
     Args:
         base (`dict[str, Any]`): `id` as the user gave it; `commit` on the Hub or `None`; `files`, the size and sha256 of
-            each weight and config file; and the fields that its card declares (see `declared.py`).
+            each weight and config file; for a folder, `companions`, the names of all its files but the weights that may
+            affect the behaviour; and the fields that its card declares (see `declared.py`).
         entries (`list[dict[str, Any]]`): One entry per stage, oldest first.
         published (`dict[str, str]`): The names of this model: `repo_id` on the Hub, and `space` if it has one; or else
             a `name`. A new stage makes a different model, so it clears this field.

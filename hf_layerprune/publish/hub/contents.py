@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...cut.folder import INDEX, SINGLE
+from ...cut.folder import INDEX
 from ...errors import CheckpointError
 from ...records.declared import CARD
 from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, TEMPLATES, WEIGHTS
@@ -169,9 +169,12 @@ def _is_part(top: str, name: str, path: Path) -> bool:
 def is_ours(name: str) -> bool:
     """Whether a push writes files of this kind, and so may remove one that no longer belongs to the model.
 
-    Outdated weights and records must not remain in the repository; other files that people have put there must.
+    Weights, settings, templates and tokenizers of another model would be loaded with this one, and outdated records would
+    be believed; other files that people have put there must remain.
     """
     top, _, rest = name.partition("/")
-    if rest:
-        return (top == EVAL_RESULTS and rest.endswith(".yaml")) or (top == ASSETS and rest in _PICTURES)
-    return name.endswith(WEIGHTS) or name in (METRICS, LINEAGE, INDEX, SINGLE, ADAPTER_CONFIG, CONFIG)
+    if not rest:
+        return name.endswith(WEIGHTS) or name in _ALLOWED
+    if top == EVAL_RESULTS:
+        return rest.endswith(".yaml")
+    return (top == ASSETS and rest in _PICTURES) or (top == TEMPLATES and rest.endswith(".jinja"))

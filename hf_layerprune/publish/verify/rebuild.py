@@ -48,6 +48,8 @@ class Expected:
         raw_config (`dict[str, Any]`): The fields in the config's file.
         unquantized (`dict[str, TensorHash]`, *optional*): The tensors before they were quantised, if they were.
         quantizer (`str`, *optional*): What quantised them, with its version.
+        lacked (`tuple[str, ...]`): The other files of the base that were not in the copy that was cut, according to the
+            lineage.
         notes (`dict[str, str]`): What the weight files of a quantised model say about their tensors, which decides how
             some of them are unpacked.
     """
@@ -59,6 +61,7 @@ class Expected:
     unquantized: dict[str, TensorHash] | None = None
     quantizer: str | None = None
     notes: dict[str, str] = field(default_factory=dict)
+    lacked: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> dict[str, TensorHash]:
@@ -83,7 +86,9 @@ def rebuild(history: History, base: Base) -> Expected:
         )
     _check_bytes(plan, base.files)
     files = {name: hashlib.sha256(content).hexdigest() for name, content in plan.files.items()}
-    files |= hash_files({name: plan.source / name for name, _ in plan.companions if not is_inert(name)})
+    companions = [name for name, _ in plan.companions if not is_inert(name)]
+    had = history.lineage.base.get("companions", companions)
+    files |= hash_files({name: plan.source / name for name in companions if name in had})
     inside: dict[str, dict[str, TensorHash]] = {}
     for shard in plan.shards:
         path = plan.source / shard.source
@@ -100,9 +105,9 @@ def rebuild(history: History, base: Base) -> Expected:
             fill(plan, folder)
         else:
             (folder / CONFIG).write_bytes(plan.files[CONFIG])
-        return _quantized(
-            history, folder, Expected(files, inside, load_config(folder).to_dict(), read_config_file(folder / CONFIG))
-        )
+        told = load_config(folder).to_dict(), read_config_file(folder / CONFIG)
+        lacked = tuple(name for name in companions if name not in had)
+        return _quantized(history, folder, Expected(files, inside, *told, lacked=lacked))
 
 
 def _quantized(history: History, folder: Path, cut: Expected) -> Expected:
@@ -120,7 +125,8 @@ def _quantized(history: History, folder: Path, cut: Expected) -> Expected:
     inside = {name: digest_file(path) for name, path in paths.items()}
     files = {name: sha256 for name, sha256 in cut.files.items() if not name.endswith(WEIGHTS)} | hash_files(paths)
     told = load_config(target).to_dict(), read_config_file(target / CONFIG)
-    return Expected(files, inside, *told, cut.tensors, quantizer, notes_in(paths.values()))
+    notes = notes_in(paths.values())
+    return Expected(files, inside, *told, cut.tensors, quantizer, notes, cut.lacked)
 
 
 def _quantize_again(stage: Stage, cut: Path, target: Path) -> str:

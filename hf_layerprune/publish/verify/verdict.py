@@ -221,6 +221,9 @@ def _check_files(place: Place, expected: Expected, outcome: Verified) -> None:
             for name in sorted(expected.files.keys() - place.hashes.keys())
             if not name.endswith(WEIGHTS) and name != INDEX
         ]
+    if expected.lacked:
+        text = f"{LINEAGE} says that the copy of the base that was cut lacked {', '.join(expected.lacked)}"
+        outcome.say(True, "files", text[:300])
     others = len(place.hashes.keys() - loaded - {INDEX})
     outcome.say_all(
         "files",
