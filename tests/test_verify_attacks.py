@@ -242,6 +242,15 @@ ADAPTER: dict[str, Callable[[Path], object]] = {
     "another revision": edit_json("adapter_config.json", revision="evil"),
     "another cut": edit_json("adapter_config.json", drop_layers=[1, 5]),
     "classes of its own": edit_json("adapter_config.json", auto_mapping={"parent_library": "evil"}),
+    "a module that was not repaired": edit_json("adapter_config.json", repaired_modules=["model.layers.0.mlp"]),
+    "more tuned layers": edit_json("adapter_config.json", tune_layers=3),
+    "no tuned layers": edit_json("adapter_config.json", tune_layers=0, modules_to_save=["model.norm", "lm_head"]),
+    "no tuned head": edit_json("adapter_config.json", tune_lm_head=False, modules_to_save=["model.layers.5"]),
+    "a repair": edit_json("adapter_config.json", repair="linear"),
+    "a file to read": edit_json("adapter_config.json", repair="linear", calibration="/etc/hostname"),
+    "another task": edit_json("adapter_config.json", task_type="SEQ_CLS"),
+    "other targets": edit_json("adapter_config.json", target_modules=".*", exclude_modules=["lm_head"]),
+    "a field of nobody's": edit_json("adapter_config.json", runtime_config={"x": 1}),
     "a pickle beside it": write("adapter_model.bin", b"\x80\x04."),
     "stray weights beside it": lambda folder: save_file(TENSOR, folder / "model.safetensors"),
     "a chat template": write("chat_template.jinja", "{{ 'evil' }}"),
@@ -257,6 +266,21 @@ def test_an_adapter(adapter: Path, attack: str, forged: bool, capsys: pytest.Cap
     code, said = says(adapter, capsys)
     assert code == 1
     assert "YES" not in said
+
+
+def test_an_adapter_without_what_was_trained(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, name = adapter / "adapter_model.safetensors", f"base_model.model.{NORM}"
+    tensors = load_file(path)
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    Lineage.of(adapter).record(adapter, {"stage": "heal", "settings": {}, "changed_tensors": [NORM]})
+    assert says(adapter, capsys, "--accept-trained")[0] == 0
+    del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+    forge(adapter)
+    code, said = says(adapter, capsys, "--accept-trained")
+    assert code == 1
+    assert f"{NORM} is missing" in said
 
 
 def invent(**fields: Any) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def check_tensors(place: Place, history: History, expected: Expected, outcome: V
     owners = {name.rpartition(".")[0] for name in plain}
     wrong, same, again, seen = [], 0, 0, set()
     recorded: dict[str, str] = {}  # by tensor, the stages that changed it
-    found = list(_tensors(place, expected))
+    found = list(stored_tensors(place, expected))
     stored = _stored_names(expected, [name for name, _ in found if name not in tensors]) if place.is_adapter else {}
     for name, tensor in found:
         key = stored.get(name, name)
@@ -70,6 +70,8 @@ def check_tensors(place: Place, history: History, expected: Expected, outcome: V
         packed = {_owner(name, owners) for name, by in changed.items() if QUANTIZE in by and name in seen}
         lacking = [name for name in tensors.keys() - seen if not _is_tied(name, expected, seen)]
         wrong += [f"{name} is missing" for name in lacking if name.rpartition(".")[0] not in packed]
+    else:
+        wrong += [f"{name} is missing" for name in changed.keys() - seen - set(stored.values())]
     outcome.recorded.update(recorded.values())
     outcome.say_all("tensors", sorted(wrong), f"{same} are the base's, to the last bit")
     if expected.quantizer:
@@ -118,7 +120,7 @@ def _repaired_modules(history: History) -> list[str]:
     return [name for repair in repairs for name in repair.get("changed_modules") or ()]
 
 
-def _tensors(place: Place, expected: Expected) -> Iterator[tuple[str, TensorHash]]:
+def stored_tensors(place: Place, expected: Expected) -> Iterator[tuple[str, TensorHash]]:
     """The tensors of the files that loaders read. Files with the expected hash are not read."""
     files = weight_files(place)
     weight_map: dict[str, str] = {}

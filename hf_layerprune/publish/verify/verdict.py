@@ -27,11 +27,12 @@ from ...records.quantized import describe_quantization, is_repeatable_method
 from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_config
 from ..requests import VerifyRequest
+from .adapter_fields import adapter_differences
 from .outcome import Verified
 from .places import Base, Place
 from .rebuild import Expected, rebuild
 from .records_alone import check_base, check_chain, check_metrics, check_records_alone
-from .tensors import check_tensors, weight_files
+from .tensors import check_tensors, stored_tensors, weight_files
 
 # Fields that are set on saving, and the marker of the cut, which is checked separately; none affects the outputs.
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache", MARKER}
@@ -185,7 +186,7 @@ def _hidden(raw: dict[str, Any], told: Any, expected: Any) -> list[str]:
 
 
 def _check_adapter(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
-    """Check that an adapter names this base, cut and method."""
+    """Check that an adapter names this base, cut and method, and loads what the cut wrote."""
     fields = read_object(place.path(ADAPTER_CONFIG))
     _check_cut(fields, ADAPTER_CONFIG, history, outcome)
     told = history.lineage.base
@@ -201,7 +202,14 @@ def _check_adapter(place: Place, history: History, expected: Expected, outcome: 
         wrong.append(f"names the base's commit {commit!r}, and {LINEAGE} says {told.get('commit')!r}")
     if fields.get("auto_mapping"):
         wrong.append("names custom classes for loading the base (auto_mapping)")
-    outcome.say_all("adapter", [f"{ADAPTER_CONFIG} {text}" for text in wrong], f"{ADAPTER_CONFIG} names this base")
+    if not wrong:
+        names = [name for name, _ in stored_tensors(place, expected)]
+        wrong = adapter_differences(fields, history, expected.config, names)
+    outcome.say_all(
+        "adapter",
+        [f"{ADAPTER_CONFIG} {text}" for text in wrong],
+        f"{ADAPTER_CONFIG} names this base, and loads this cut",
+    )
 
 
 def _check_files(place: Place, expected: Expected, outcome: Verified) -> None:
