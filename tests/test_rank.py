@@ -45,6 +45,21 @@ def numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, float) else []
 
 
+def test_rows_that_are_too_long_are_refused_before_a_weight_is_read(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert main(["rank", str(tmp_path), "--criterion", "kl", "--calibration-length", "99999"]) == 2
+    assert "calibration_length=99999 is more than the" in capsys.readouterr().err
+
+
+def test_the_commit_of_the_base_is_recorded(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_layerprune.runtime.loading.resolve_commit", lambda *words, **options: "c" * 40)
+    words = [str(base), str(tmp_path / "out"), "--criterion", "magnitude,block_influence", *FEW]
+    assert main(["rank", *words]) == 0
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["commit"] == "c" * 40
+
+
 def test_all_criteria(
     base: Path,
     text: Path,

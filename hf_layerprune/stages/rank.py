@@ -68,11 +68,15 @@ def rank(request: RankRequest) -> Ranking:
         CheckpointError: The base or the calibration set can't be read, or the output can't be written.
         UnsupportedModelError: The architecture is not proven, or its layers can't be run one at a time.
     """
+    from ..runtime.walk import LayerWalk
+    from ..runtime.windows import check_context
+
     criteria = [find_criterion(name) for name in request.criteria]
     config = load_config(request.base, revision=request.revision)
     families.check_supported(config)
     if any(criterion.needs == "text" for criterion in criteria):
         families.check_stage(config, "rank")
+        check_context(config, request.calibration_length, "calibration_length")
     n = families.layer_count(config)
     if request.budget is not None and any(criterion.name != "auto" for criterion in criteria):
         raise CutError(f"{request.budget} is for --curve or --criterion auto; name one of them, or a drop or target")
@@ -123,7 +127,7 @@ def rank(request: RankRequest) -> Ranking:
     record = {
         "schema_version": SCHEMA_VERSION,
         "base": request.base,
-        "commit": getattr(config, "_commit_hash", None),
+        "commit": getattr((model.model if isinstance(model, LayerWalk) else model).config, "_commit_hash", None),
         "num_layers": n,
         **{name: value for name in AMOUNTS if (value := getattr(request, name)) is not None},
         "count": count,
