@@ -294,6 +294,19 @@ def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
     assert write_card(folder, weights=False, force=True) == ["assets/layers.png"]
 
 
+def test_another_licence_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    path = folder / "README.md"
+    path.write_text(
+        "---\nlicense: other\nlicense_name: x\nlicense_link: https://x.org\ndatasets: [a/b]\n---\n# Mine\n"
+    )
+    write_card(folder, weights=False)
+    fields = front_matter(path.read_text())[0]
+    assert fields["license"] == "apache-2.0"
+    assert not fields.keys() & {"license_name", "license_link"}
+    assert fields.get("datasets") != ["a/b"]
+
+
 def test_a_card_of_somebody_else_is_kept_below(tmp_path: Path) -> None:
     folder = make(tmp_path)
     (folder / "README.md").write_text("---\nlicense: mit\nthumbnail: x.png\n---\n\n# My own card\n\nWords.\n")

@@ -170,6 +170,7 @@ PLANTED: dict[str, Callable[[Path], object]] = {
     "a copy of the weights": lambda folder: shutil.copy(folder / "model.safetensors", folder / "other.safetensors"),
     "a shard": lambda folder: save_file(TENSOR, folder / "model-00002-of-00002.safetensors"),
     "an index": write("model.safetensors.index.json", '{"weight_map": {"x": "stray.safetensors"}}'),
+    "a hidden template": write("additional_chat_templates/.tool_use.jinja", "{{ 'evil' }}"),
     "a GGUF file": write("model.gguf", b"GGUF"),
     "a tensor named twice": name_twice,
     "a pickle": write("pytorch_model.bin", b"\x80\x04."),

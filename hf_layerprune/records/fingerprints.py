@@ -112,8 +112,11 @@ def is_inert(name: str) -> bool:
     """Whether the file at a path relative to a model folder cannot change how the model behaves.
 
     Records, the card, pictures, licences and hidden files are inert; any other file counts as affecting the behaviour.
+    Of chat templates, transformers loads hidden files too.
     """
     folder, _, base = name.rpartition("/")
+    if folder == TEMPLATES:
+        return False
     if name.startswith(".") or "/." in name:  # of git or of the Hub client; never loaded
         return True
     if folder:

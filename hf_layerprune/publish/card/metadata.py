@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 TAGS = ("layer-pruning", "depth-pruning", "hf_layerprune")
 # Fields that only this package writes: they are removed once they no longer apply. Other fields are kept.
-OURS = {"model-index", "base_model", "base_model_relation", "library_name"}
+OURS = {"model-index", "base_model", "base_model_relation", "library_name", "datasets"}
+_OF_LICENSE = {"license_name", "license_link"}  # they go with a licence of ours
 _FIRST = (
     "language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model",
     "base_model_relation",
@@ -64,8 +65,8 @@ def metadata(card: Card) -> dict[str, Any]:
 
 def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Our fields plus those that somebody else has added to the card; our value where both have one; the tags of both."""
-    both = dict(ours)
-    both |= {name: value for name, value in theirs.items() if name not in ours and name not in OURS}
+    both, outdated = dict(ours), OURS | (_OF_LICENSE if "license" in ours else set())
+    both |= {name: value for name, value in theirs.items() if name not in ours and name not in outdated}
     tags, more = ours.get("tags") or [], theirs.get("tags")
     if isinstance(more, list):
         both["tags"] = [*tags, *(tag for tag in more if tag not in tags)]
