@@ -28,7 +28,7 @@ def test_hf_layerprune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "names the base by a path on your disk" in done.stdout
     done = hf("verify", str(model))
     assert done.returncode == 0, done.stdout
-    assert done.stdout.splitlines()[-1] == f"YES: {model} is what it says"
+    assert done.stdout.splitlines()[-1] == f"YES: {model} matches its records"
     data = bytearray((model / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (model / "model.safetensors").write_bytes(data)

@@ -1,4 +1,4 @@
-"""`verify` says yes to what is what it says, and of what was tampered with, which and what."""
+"""`verify` says yes to what matches its records, and of what was tampered with, which and what."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_plain_cut(place: Path, name: str, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     assert "layers 2,5 of 8 dropped, 6 left (prune)" in out
     assert "57 are the base's, to the last bit" in out
-    assert out.splitlines()[-1] == f"YES: {place / name} is what it says"
+    assert out.splitlines()[-1] == f"YES: {place / name} matches its records"
 
 
 def test_with_numbers_and_after_a_second_cut(place: Path, tmp_path: Path) -> None:
@@ -216,8 +216,11 @@ def test_a_base_that_has_moved(place: Path, cut: Path, tmp_path: Path, monkeypat
     found = verify(cut)
     assert not found.good
     assert "base: the base, gone, is not available here; give its location with --base" in said(found, False)
+    assert found.verdict.startswith(f"NOT CHECKED: the base of {cut} was not found")
     found = verify(cut, base=str(place / "single"))
     assert found.good, said(found)
+    (cut / "model.safetensors").unlink()
+    assert verify(cut).verdict.startswith("NO: ")  # a fault of its own is one with and without the base
 
 
 def test_a_base_that_was_cut_from_an_incomplete_copy(place: Path, tmp_path: Path) -> None:
@@ -423,6 +426,10 @@ def test_records_without_a_model_are_only_that(
         "itself where its weights are"
     )
     assert not verify(card, accept_trained=True).good
+
+    found = verify(card, base=str(tmp_path / "typo"))
+    assert not found.good
+    assert found.verdict.startswith(f"NOT CHECKED: the base of {card} was not found")
 
     def broken(change: Callable[[dict[str, Any]], None]) -> str:
         lineage = Lineage.of(tmp_path / "model")

@@ -55,7 +55,7 @@ def test_rows_that_are_too_long_are_refused_before_a_weight_is_read(
 
 def test_the_commit_of_the_base_is_recorded(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_layerprune.runtime.loading.resolve_commit", lambda *words, **options: "c" * 40)
-    words = [str(base), str(tmp_path / "out"), "--criterion", "magnitude,block_influence", *FEW]
+    words = [str(base), str(tmp_path / "out"), "--criterion", "magnitude_l2,block_influence", *FEW]
     assert main(["rank", *words]) == 0
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["commit"] == "c" * 40
 

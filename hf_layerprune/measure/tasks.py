@@ -140,7 +140,8 @@ def sandbox() -> SandboxedEnvironment:
 def quiet() -> Iterator[None]:
     """Suppress the harness's log messages, and its progress bars for steps that take no time.
 
-    Also skip its report on the environment, which takes seconds after each task and is not used here.
+    Also skip its report on the environment, which takes seconds after each task, and its call of git, which prints an
+    error outside a repository; neither is used here.
     """
     import lm_eval.api.model
     import lm_eval.api.task
@@ -148,17 +149,18 @@ def quiet() -> Iterator[None]:
     import lm_eval.models.huggingface
 
     log = logging.getLogger("lm_eval")
-    level, add_env_info, bar = log.level, lm_eval.evaluator.add_env_info, lm_eval.api.task.tqdm
+    level, bar, evaluator = log.level, lm_eval.api.task.tqdm, lm_eval.evaluator
+    add_env_info, get_git_commit_hash = evaluator.add_env_info, evaluator.get_git_commit_hash
     bars = {lm_eval.api.model: True, lm_eval.api.task: True, lm_eval.models.huggingface: None}
     log.setLevel(logging.ERROR)
-    lm_eval.evaluator.add_env_info = lambda results: None
+    evaluator.add_env_info, evaluator.get_git_commit_hash = (lambda results: None), (lambda: None)
     for module, hidden in bars.items():
         module.tqdm = partial(_bar, hidden)
     try:
         yield
     finally:
         log.setLevel(level)
-        lm_eval.evaluator.add_env_info = add_env_info
+        evaluator.add_env_info, evaluator.get_git_commit_hash = add_env_info, get_git_commit_hash
         for module in bars:
             module.tqdm = bar
 

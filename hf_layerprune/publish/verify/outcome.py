@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ...errors import shown
 from ...records.lineage import FILE_NAME as LINEAGE
 
+BASE = "base"  # what a line is about that says where the base is
 _MAX_LINES = 20
 
 
@@ -38,6 +39,7 @@ class Verified:
         accept_trained (`bool`): Whether to accept such tensors.
         complete (`bool`): Whether all checks were made.
         without_weights (`bool`): Whether there are only records, and no model that they could prove.
+        without_base (`bool`): Whether the base was not found, so that nothing could be compared with it.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Verified:
     accept_trained: bool = False
     complete: bool = False
     without_weights: bool = False
+    without_base: bool = False
 
     @property
     def consistent(self) -> bool:
@@ -59,7 +62,9 @@ class Verified:
 
     @property
     def verdict(self) -> str:
-        """One line: yes, no, or in part, with the unproven part; or that there are only records."""
+        """One line: yes, no, or in part, with the unproven part; or that there are only records, or no base."""
+        if self.without_base and all(line.good for line in self.lines if line.what != BASE):
+            return f"NOT CHECKED: the base of {self.name} was not found, and its records have no other fault; name it with --base"
         if self.without_weights:
             agree = "agree" if self.consistent else "do NOT agree"
             return (
@@ -67,15 +72,15 @@ class Verified:
                 "Verify the model itself where its weights are"
             )
         if not self.consistent:
-            return f"NO: {self.name} is not proven to be what it says"
+            return f"NO: {self.name} is not proven to match its records"
         if not self.recorded:
-            return f"YES: {self.name} is what it says"
+            return f"YES: {self.name} matches its records"
         stages = ", ".join(f"{name}: {count}" for name, count in sorted(self.recorded.items()))
         count = self.recorded.total()
         tensors, be = (f"{count} tensors", "are") if count > 1 else ("1 tensor", "is")
         told = f"{tensors} ({stages}) can't be derived again and {be} taken as {LINEAGE} records"
         if self.accept_trained:
-            return f"YES, as recorded: {self.name} is what it says; {told}"
+            return f"YES, as recorded: {self.name} matches its records; {told}"
         return f"IN PART: the rest of {self.name} is proven; {told} (--accept-trained trusts the records)"
 
     def say(self, good: bool, what: str, text: str) -> None:

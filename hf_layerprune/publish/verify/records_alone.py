@@ -12,7 +12,7 @@ from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
 from ...records.metrics import Metrics
 from ..requests import VerifyRequest
-from .outcome import Verified
+from .outcome import BASE, Verified
 from .places import Base, Place
 from .rebuild import Expected, rebuild
 
@@ -25,7 +25,19 @@ def check_chain(lineage: Lineage, outcome: Verified) -> None:
             outcome.say(False, "lineage", text)
 
 
-def check_base(source: Base, lineage: Lineage, outcome: Verified) -> None:
+def find_base(history: History, request: VerifyRequest, outcome: Verified) -> Base | None:
+    """Find the base, and check that it is the one that a lineage names; `None` if it is not found, which is no fault."""
+    try:
+        source = Base.find(history, request)
+    except LayerPruneError as error:
+        outcome.say(False, BASE, str(error))
+        outcome.without_base = True
+        return None
+    _check_base(source, history.lineage, outcome)
+    return source
+
+
+def _check_base(source: Base, lineage: Lineage, outcome: Verified) -> None:
     """Check that a base is the one that a lineage names."""
     told = lineage.base.get("files") or {}
     if not any(name.endswith(WEIGHTS) for name in told):
@@ -55,9 +67,10 @@ def check_records_alone(place: Place, history: History, request: VerifyRequest, 
         outcome.say(False, "files", f"{LINEAGE} does not record the weights, the config and other files; prune again")
         return
     check_metrics(place, history.lineage, outcome)
+    source = find_base(history, request, outcome)
+    if source is None:
+        return
     try:
-        source = Base.find(history, request)
-        check_base(source, history.lineage, outcome)
         if history.form == "model":
             expected = rebuild(history, source)
             _check_cut(history, expected, outcome)
