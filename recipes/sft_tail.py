@@ -194,6 +194,7 @@ def check(
         raise CutError("models that need code of their own can't be healed; leave --trust_remote_code out")
     if model_args.model_name_or_path is None:
         raise CutError("name the model with --model_name_or_path")
+    preflight.check_training(training_args)
     preflight.check_data(script_args, dataset_args, row_args, training_args)
     preflight.check_resume(training_args.resume_from_checkpoint)
     name, revision = model_args.model_name_or_path, revision_of(model_args)

@@ -102,6 +102,8 @@ USAGE = [
     ({"push_to_hub": "true"}, "--push_to_hub needs the name of a repository: --hub_model_id NAMESPACE/NAME"),
     ({"push_to_hub": "true", "hub_model_id": "small"}, "'small' is not a Hub id; write it as NAMESPACE/NAME"),
     ({"trust_remote_code": "true"}, "leave --trust_remote_code out"),
+    ({"chat_template_path": "FOLDER/t.jinja"}, "--chat_template_path changes the tokenizer in training alone"),
+    ({"eos_token": "w3"}, "--eos_token changes the tokenizer in training alone"),
     ({"eval_tasks": "piqaa"}, "piqaa"),
     ({"eval_texts": "/nowhere.txt"}, "/nowhere.txt"),
     ({"hub_tok": "hf_" + "a" * 30}, "'--hub_tok', 'hf_***'"),

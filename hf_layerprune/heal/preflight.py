@@ -75,6 +75,20 @@ def check_data(
             raise CutError("streamed rows have no known number, so say when training ends: --max_steps N")
 
 
+def check_training(args: HealConfig) -> None:
+    """Check the settings of the training itself, before anything is read.
+
+    Raises:
+        CutError: One of them can't be followed, or would leave the model untrained or other than it was trained.
+    """
+    for name in ("chat_template_path", "eos_token"):
+        if getattr(args, name) is not None:
+            raise CutError(
+                f"--{name} changes the tokenizer in training alone: the finished model has the one of its base, with which "
+                "verify compares it; change it in a copy of the base, and name that copy with --model_name_or_path"
+            )
+
+
 def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:
     """Check what says which layers go.
 
