@@ -73,6 +73,13 @@ def test_of_a_conversation_the_last_answer_is_learned() -> None:
     assert shaped([{"conversations": sharegpt}], chat=True) == expected
 
 
+def test_what_a_chat_template_reads_beside_the_messages_stays() -> None:
+    for_it = {"tools": [{"type": "function", "function": {"name": "f"}}], "chat_template_kwargs": {"thinking": False}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = {"messages": messages, "id": 1} | for_it
+    assert shaped([row], chat=True) == [{"prompt": messages[:1], "completion": messages[1:]} | for_it]
+
+
 @pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}, {"input_ids": [1, 2]}])
 def test_what_trl_takes_is_left_alone(row: dict[str, Any]) -> None:
     assert shaped([row]) == [row]
@@ -244,3 +251,15 @@ def test_prompts_that_leave_no_room_for_an_answer_are_left_out(tmp_path: Path) -
     assert [row["prompt"] for row in writer.rewritten(given, 6, 0.0).to_list()] == ["w5 w6 w7"]
     with pytest.raises(CutError, match="no prompt leaves room for rewrite_max_tokens=7 among the 9 positions"):
         writer.rewritten(given, 7, 0.0)
+
+
+def test_answers_are_rewritten_with_the_tools_of_their_rows(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), word_tokenizer()
+    tokenizer.chat_template = "{% if tools %}w5 {% endif %}{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    ids = tokenizer("w5 w6 w7", return_tensors="pt").input_ids
+    own = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 3:].tolist()
+    model.generation_config.eos_token_id = end = next(token for token in own if token != own[0])
+    row = {"prompt": [{"role": "user", "content": "w6 w7"}], "tools": [{"type": "function"}]}
+    answer = {"role": "assistant", "content": tokenizer.decode(own[: own.index(end)], skip_special_tokens=True)}
+    given = Dataset.from_list([row | {"completion": [answer | {"content": "w3"}], "id": 1}])
+    assert Writer(model, tokenizer, tmp_path, 0).rewritten(given, 6, 0.0).to_list() == [row | {"completion": [answer]}]

@@ -32,6 +32,8 @@ _INSTRUCTIONS = (("instruction", "input", "output"), ("instruction", "context", 
 # Columns in which data sets hold what is not text.
 IMAGES = ("image", "images")
 OTHER_MEDIA = ("audio", "audios", "video", "videos")
+# Columns that TRL passes on to the chat template.
+FOR_TEMPLATES = ("tools", "chat_template_kwargs")
 _ROLES = {"human": "user", "gpt": "assistant"}
 _SHAPES = (
     "prompt and completion, messages, conversations, instruction and output (input is optional), instruction and "
@@ -243,7 +245,8 @@ def _split_conversations(rows: Dataset, column: str, columns: list[str]) -> Data
         return {"prompt": messages[:last], "completion": messages[last : last + 1]}
 
     logger.info("only the last answer of each conversation is learned; everything before it is the prompt")
-    shaped = rows.map(split, remove_columns=columns).filter(lambda row: bool(row["prompt"]))
+    others = [column for column in columns if column not in FOR_TEMPLATES]
+    shaped = rows.map(split, remove_columns=others).filter(lambda row: bool(row["prompt"]))
     if hasattr(shaped, "__len__") and len(shaped) < len(rows):
         why = "has an assistant's answer after another message (roles: assistant, or gpt after human)"
         if not len(shaped):

@@ -24,6 +24,7 @@ from ..files.text_file import read_text
 from ..runtime.memory import in_batches
 from ..runtime.windows import context_of
 from ..screen import progress_bar
+from .data import FOR_TEMPLATES
 from .store import hash_tensors
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Writer:
             temperature (`float`): Sampling temperature; 0 for greedy decoding.
 
         Returns:
-            `Dataset`: With `prompt` and `completion`.
+            `Dataset`: With `prompt` and `completion`, and what the rows have for the chat template.
 
         Raises:
             CutError: The rows have no prompts, or none that leaves room for an answer in the model's context.
@@ -112,7 +113,7 @@ class Writer:
                 f"{', '.join(rows.column_names)}"
             )
         with boundary("can't make prompts of the rows"):
-            prompts = [self._ids_of(row["prompt"]) for row in rows]
+            prompts = [self._ids_of(row) for row in rows]
         context = context_of(self.model.config)
         fitting = [i for i, ids in enumerate(prompts) if context is None or len(ids) + max_tokens <= context]
         if not fitting:
@@ -122,6 +123,8 @@ class Writer:
             )
         # Batch prompts of similar length, to keep padding low.
         order = sorted(fitting, key=lambda i: len(prompts[i]))
+
+        kept = [name for name in FOR_TEMPLATES if name in rows.column_names]
 
         def make(part: int) -> list[tuple[int, str]]:
             chosen = order[part * _ANSWERS_A_PART : (part + 1) * _ANSWERS_A_PART]
@@ -134,7 +137,7 @@ class Writer:
             for i, answer in sorted((int(i), str(answer)) for i, answer in made if answer):
                 prompt = rows[i]["prompt"]
                 completion = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
-                shaped.append({"prompt": prompt, "completion": completion})
+                shaped.append({name: rows[i][name] for name in kept} | {"prompt": prompt, "completion": completion})
             return shaped
 
         parts = -(-len(order) // _ANSWERS_A_PART)
@@ -151,10 +154,15 @@ class Writer:
             )  # fmt: skip
         return Dataset.from_list(shaped)
 
-    def _ids_of(self, prompt: str | list[dict[str, Any]]) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer(prompt).input_ids
-        chat: Any = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    def _ids_of(self, row: dict[str, Any]) -> list[int]:
+        if isinstance(row["prompt"], str):
+            return self.tokenizer(row["prompt"]).input_ids
+        tools = row.get("tools")
+        read = {"tools": json.loads(tools) if isinstance(tools, str) else tools}  # as TRL does
+        read |= row.get("chat_template_kwargs") or {}
+        chat: Any = self.tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, return_dict=True, **read
+        )
         return chat.input_ids
 
     @torch.no_grad()
