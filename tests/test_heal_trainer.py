@@ -30,6 +30,7 @@ from hf_layerprune.heal.losses import HeadLoss, head_loss
 from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.precompute import precompute
 from hf_layerprune.heal.trainer import HealTrainer
+from hf_layerprune.runtime.prefix import Prefix
 
 from .heal_makers import dense_and_pruned, rows, word_tokenizer
 from .tiny_models import EAGER
@@ -423,6 +424,23 @@ def test_cache_of_another_model_or_other_rows_is_not_used(llama: Bench, cache: P
     assert sorted(cache.rglob("*")) == before
 
 
+def test_evaluation_rows_that_are_not_packed(llama: Bench) -> None:
+    settings = {
+        "packing": True,
+        "eval_packing": False,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "eval_rows": rows(8, seed=1),
+    }
+    found = {}
+    for cache in ("off", "on"):
+        trainer = llama.trainer(cache=cache, **settings)
+        trainer.train()
+        found[cache] = losses(trainer), [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert found["on"][0] == pytest.approx(found["off"][0], rel=1e-5)
+    assert found["on"][1] == pytest.approx(found["off"][1], rel=1e-5)
+
+
 def test_other_things_in_the_folder_stay(llama: Bench, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     llama.trainer(cache="on", cache_dir=str(tmp_path)).train()
@@ -434,6 +452,28 @@ def test_damaged_shard(llama: Bench, cache: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"00000-of-00001\.safetensors can't be read"):
         llama.trainer(cache="on", cache_dir=str(cache), loss="kd").train()
+
+
+def test_unloaded_weights_can_be_read_and_come_back(llama: Bench) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama.pruned, dtype=torch.float32, **EAGER)
+    before, states = dict(model.named_parameters()), model.state_dict()
+    prefix = Prefix(model, 3)
+    with torch.no_grad():
+        prefix.run(input_ids=torch.randint(3, 100, (1, 4)))
+    prefix.skip()
+    prefix.unload()
+    assert model.get_input_embeddings().weight.numel() == 0
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+    assert not any(name.startswith(("model.embed", "model.layers.2.")) for name in model.state_dict())
+    prefix.restore()
+    assert dict(model.named_parameters()) == before
+    assert model.state_dict().keys() == states.keys()
+
+
+def test_8_bit_optimizer(llama: Bench) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = {"optim": "adamw_bnb_8bit", "max_steps": 2}
+    assert llama.losses(cache="on", **settings) == llama.losses(cache="off", **settings)
 
 
 # --- bad input -----------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ class _Run:
         self.trainer = trainer
         self.device = trainer.args.device
         self.datasets = trainer.numbered_datasets
+        self.packed = any("seq_lengths" in dataset.column_names for dataset in self.datasets)
         self.lengths = [len(ids) for dataset in self.datasets for ids in dataset["input_ids"]]
         self.why_not = _why_not(trainer)
         self.state_bytes = 0  # of a token, behind the prefix
@@ -213,7 +214,9 @@ class _Run:
     def _example(self, row: int) -> dict[str, Any]:
         for dataset in self.datasets:
             if row < len(dataset):
-                return {name: value for name, value in dataset[row].items() if name in _FED}
+                fed = {name: value for name, value in dataset[row].items() if name in _FED}
+                # Rows of several sets form a batch here, and of these, only some may be packed.
+                return {"seq_lengths": [len(fed["input_ids"])]} | fed if self.packed else fed
             row -= len(dataset)
         raise IndexError(row)
 

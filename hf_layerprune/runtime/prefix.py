@@ -184,7 +184,10 @@ class Prefix:
             unloaded[id(embeddings)] = embeddings
         for module in unloaded.values():
             self._hidden.append((module, module._parameters, module._buffers))
-            module._parameters, module._buffers = {}, {}
+            tensors = (module._parameters | module._buffers).items()
+            module._parameters, module._buffers = {name: None for name, tensor in tensors if tensor is None}, {}
+            # Optimizers read `weight`. Unlike empty parameters, these are neither saved nor split over devices.
+            vars(module).update({name: _empty_like(tensor) for name, tensor in tensors if tensor is not None})
         self._move("cpu")
 
     def _kept(self) -> torch.Tensor:
@@ -200,6 +203,8 @@ class Prefix:
         self._skipping.close()
         self._move(device or self._device)
         for module, parameters, buffers in self._hidden:
+            for name in (*parameters, *buffers):
+                vars(module).pop(name, None)
             module._parameters, module._buffers = parameters, buffers
         self._hidden.clear()
         self._state = None
@@ -211,6 +216,10 @@ class Prefix:
                 if parameter is not None:
                     parameter.data = parameter.data.to(device)
             buffers.update({name: buffer.to(device) for name, buffer in buffers.items() if buffer is not None})
+
+
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 # --- whether two models are the same at the start ---------------------------------------------------------
