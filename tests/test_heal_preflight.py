@@ -103,6 +103,10 @@ USAGE = [
     ({"push_to_hub": "true", "hub_model_id": "small"}, "'small' is not a Hub id; write it as NAMESPACE/NAME"),
     ({"trust_remote_code": "true"}, "leave --trust_remote_code out"),
     ({"chat_template_path": "FOLDER/t.jinja"}, "--chat_template_path changes the tokenizer in training alone"),
+    ({"num_train_epochs": 0}, "--num_train_epochs 0 trains nothing; raise it"),
+    ({"num_train_epochs": -1}, "--num_train_epochs -1 trains nothing"),
+    ({"max_steps": 0}, "--max_steps 0 trains nothing"),
+    ({"learning_rate": 0}, "--learning_rate 0 trains nothing"),
     ({"eos_token": "w3"}, "--eos_token changes the tokenizer in training alone"),
     ({"eval_tasks": "piqaa"}, "piqaa"),
     ({"eval_texts": "/nowhere.txt"}, "/nowhere.txt"),
@@ -198,6 +202,8 @@ def test_a_whole_model_is_merged_and_evaluated_under_zero3(
         student = Student.at(folder / "pruned")
         method = parse_method("last2")
         model = get_peft_model(load_student(student, method, dtype="auto"), adapter_config(student, method))
+        for parameter in model.parameters():
+            parameter.data += 0.01 * parameter.requires_grad
     said = words(folder, tmp_path / "run")
     _, training, *_ = recipe.make_parser().parse_args_and_config(said)
     trainer = SimpleNamespace(

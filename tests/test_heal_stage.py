@@ -10,6 +10,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
+from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.describe import describe_command, describe_rows, settings_of
 from hf_layerprune.heal.methods import parse_method
@@ -49,6 +50,19 @@ def test_only_a_model_that_was_cut_once_is_an_adapter_of_its_base(tmp_path: Path
     outcome = verify(VerifyRequest(str(tmp_path / "healed")))
     assert outcome.consistent, outcome.lines
     assert set(outcome.recorded) == {"heal"}
+
+
+def test_what_training_left_as_it_was_is_not_healed(tmp_path: Path) -> None:
+    write_model(tmp_path / "base")
+    prune_to(PruneRequest(str(tmp_path / "base"), str(tmp_path / "cut"), drop_layers=[2]))
+    student, method = Student.at(tmp_path / "cut"), parse_method("last1")
+    model = get_peft_model(load_student(student, method), adapter_config(student, method))
+    model.save_pretrained(tmp_path / "trained")
+    with stage("heal", {}) as entry:
+        pass
+    with pytest.raises(LayerPruneError, match=r"training changed no weight of .*cut, so nothing was healed"):
+        write_healed(student, tmp_path / "trained", tmp_path / "healed", entry, adapter=tmp_path / "adapter")
+    assert not any((tmp_path / name).exists() for name in ("healed", "adapter"))
 
 
 def test_an_evaluation_leaves_4_bit_weights_trainable(tmp_path: Path) -> None:

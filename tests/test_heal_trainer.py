@@ -510,6 +510,9 @@ def test_weights_that_are_no_numbers_are_not_saved(llama: Bench, tmp_path: Path)
     with pytest.raises(TrainingStopped, match="not finite after step 4"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    with pytest.raises(TrainingStopped, match="checkpoint-2 is the last good"):
+        trainer.save_model(str(tmp_path / "trained"))
+    assert not (tmp_path / "trained").exists()
 
 
 @pytest.mark.parametrize("settings", [{}, {"packing": True}])
@@ -574,6 +577,15 @@ def test_half_an_epoch_is_half_of_the_rows(llama: Bench, settings: dict[str, Any
     assert trainer.state.global_step == steps
     rows_a_step = settings.get("gradient_accumulation_steps", 1)
     assert len(trainer.train_dataset) == steps * rows_a_step  # the others are not computed
+
+
+def test_a_single_step_trains(llama: Bench) -> None:
+    warmup = HealConfig.__dataclass_fields__["warmup_steps"].default
+    trainer = llama.trainer(max_steps=1, warmup_steps=warmup)
+    start = tuned(trainer)
+    trainer.train()
+    assert all(not torch.equal(start[name], parameter) for name, parameter in tuned(trainer).items())
+    assert [trainer.args.get_warmup_steps(steps) for steps in (1, 2, 100)] == [0, 1, 3]
 
 
 @pytest.mark.parametrize("cache", ["off", "on"])

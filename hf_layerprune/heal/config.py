@@ -71,6 +71,11 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
                 f"kd_alone is for loss=ce+kd, and the loss is {self.loss}; set loss=ce+kd, or leave kd_alone out"
             )
 
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """The steps of the warm-up; one that is a share of the steps leaves the last, so that a single step trains."""
+        steps: int = SFTConfig.get_warmup_steps(self, num_training_steps)
+        return min(steps, max(num_training_steps - 1, 0)) if self.warmup_steps < 1 else steps
+
     @property
     def row_seed(self) -> int:
         """The seed of everything that is drawn for the rows."""

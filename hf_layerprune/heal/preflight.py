@@ -87,6 +87,11 @@ def check_training(args: HealConfig) -> None:
                 f"--{name} changes the tokenizer in training alone: the finished model has the one of its base, with which "
                 "verify compares it; change it in a copy of the base, and name that copy with --model_name_or_path"
             )
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        name = "max_steps" if args.max_steps == 0 else "num_train_epochs"
+        raise CutError(f"--{name} {getattr(args, name):g} trains nothing; raise it")
+    if args.learning_rate == 0:
+        raise CutError("--learning_rate 0 trains nothing; raise it, or leave it out for the method's own")
 
 
 def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:

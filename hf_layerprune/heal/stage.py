@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
+from ..errors import LayerPruneError
 from ..files.folders import new_folder
 from ..records.fingerprints import CONFIG, WEIGHTS, fingerprint, model_files
 from ..records.lineage import Lineage
@@ -40,6 +41,7 @@ def write_healed(
 
     Raises:
         CheckpointError: The output or the adapter's folder exists, or something can't be written.
+        LayerPruneError: Training changed nothing.
     """
     lineage = Lineage.of(student.folder) or Lineage(
         {"id": str(student.folder), "commit": None, "files": fingerprint(student.folder)}
@@ -51,6 +53,11 @@ def write_healed(
         merged.save_pretrained(folder)
         copy_beside_weights(student.folder, folder)
         entry["changed_tensors"] = changed_tensors(student.folder, folder)
+        if not entry["changed_tensors"]:
+            raise LayerPruneError(
+                f"training changed no weight of {student.folder}, so nothing was healed; train more steps, or at a higher "
+                "learning rate"
+            )
         entry["layers"] = {"base": student.cut.num_layers, "left": len(student.cut.keep)}
         lineage.record(folder, entry)
     logger.info("training changed %d tensors; the model is in %s", len(entry["changed_tensors"]), output)

@@ -203,7 +203,7 @@ class HealTrainer(SFTTrainer):
             `TrainOutput`: The result of [`~transformers.Trainer.train`].
 
         Raises:
-            TrainingStopped: The loss or a weight is not finite.
+            TrainingStopped: The loss, or a weight of a checkpoint, is not finite.
             CheckpointError: The cache can't be written, or its disk is too small.
         """
         word = str(resume_from_checkpoint).lower()  # from a command line
@@ -254,11 +254,6 @@ class HealTrainer(SFTTrainer):
         return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        broken = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
-        if broken:
-            raise TrainingStopped(
-                f"{broken[0]} has a value that is not finite after step {self.state.global_step}; {self._way_back()}"
-            )
         if self.reproduces_features and self.is_fsdp_enabled:  # which can't load a state that some parameters lack
             logger.info(
                 "no checkpoint is saved at step %d: with FSDP, the first phase has none", self.state.global_step
@@ -267,7 +262,16 @@ class HealTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter, or the model; called by all processes."""
+        """Save the adapter, or the model; called by all processes.
+
+        Raises:
+            TrainingStopped: A weight is not finite.
+        """
+        broken = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        if broken:
+            raise TrainingStopped(
+                f"{broken[0]} has a value that is not finite after step {self.state.global_step}; {self._way_back()}"
+            )
         adapters = getattr(self.model, "peft_config", {}).values()
         if self._split and any(getattr(adapter, "repaired_modules", None) for adapter in adapters):
             # Of an adapter, transformers passes on trained weights alone under ZeRO-3; a repair is frozen.
