@@ -536,6 +536,13 @@ def test_rows_that_are_all_too_long(llama: Bench) -> None:
         llama.trainer(max_length=3)
 
 
+def test_rows_that_fill_no_batch(llama: Bench) -> None:
+    settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 25}
+    with pytest.raises(LayerPruneError, match="the 24 training rows do not fill a batch of 25"):
+        llama.trainer(**settings)
+    llama.trainer(**settings | {"per_device_train_batch_size": 24})
+
+
 def test_teacher_of_another_depth(llama: Bench) -> None:
     trainer = llama.trainer(loss="kd")
     trainer._teacher_model = AutoModelForCausalLM.from_pretrained(llama.pruned)

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, CutError
+from ..errors import CheckpointError, CutError, boundary
 from ..families import check_stage, layer_count
 from ..families.fields import cut_without
 from ..options import AMOUNTS, CutOptions, declared, refuse_unused
@@ -32,6 +32,8 @@ _LORA = {
     "lora_target_parameters": "target_parameters", "lora_modules_to_save": "modules_to_save",
     "use_rslora": "use_rslora", "use_dora": "use_dora",
 }  # fmt: skip
+# Settings of the training that count something.
+_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length")
 _DATA = ("dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
 
 
@@ -81,6 +83,11 @@ def check_training(args: HealConfig) -> None:
     Raises:
         CutError: One of them can't be followed, or would leave the model untrained or other than it was trained.
     """
+    import torch
+    from torch.optim import SGD
+    from transformers import get_scheduler
+    from transformers.integrations import get_reporting_integration_callbacks
+
     for name in ("chat_template_path", "eos_token"):
         if getattr(args, name) is not None:
             raise CutError(
@@ -92,6 +99,18 @@ def check_training(args: HealConfig) -> None:
         raise CutError(f"--{name} {getattr(args, name):g} trains nothing; raise it")
     if args.learning_rate == 0:
         raise CutError("--learning_rate 0 trains nothing; raise it, or leave it out for the method's own")
+    for name in _COUNTS:
+        count = getattr(args, name)
+        if count is not None and count < 1:
+            raise CutError(f"--{name} {count} must be at least 1")
+    if args.eval_strategy == "no":
+        refuse_unused(args, ["do_eval", "eval_on_start", "load_best_model_at_end"], "without --eval_strategy")
+    with boundary("--report_to can't be followed", "leave it out, or use --report_to none", CutError):
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    with boundary("can't make the schedule of the learning rate", "see --lr_scheduler_kwargs", CutError):
+        optimizer, steps = SGD([torch.zeros(1)], lr=args.learning_rate or 1.0), max(args.max_steps, 1000)
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
 
 
 def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:

@@ -68,8 +68,17 @@ def seen_rows(rows: Dataset, args: HealConfig) -> Dataset:
     """If training ends before it has seen all rows, a sample of those that it will see: only these are computed.
 
     A part of an epoch becomes as many steps in `args.max_steps`.
+
+    Raises:
+        LayerPruneError: The rows fill no batch, and smaller ones are left out.
     """
-    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    a_batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(rows) < a_batch:
+        raise LayerPruneError(
+            f"the {len(rows)} training rows do not fill a batch of {a_batch}, and dataloader_drop_last leaves it out; "
+            "lower per_device_train_batch_size, or leave dataloader_drop_last out"
+        )
+    a_step = a_batch * args.gradient_accumulation_steps
     if args.max_steps <= 0 and args.num_train_epochs < 1:  # the Trainer would take that part of the sample again
         args.max_steps = math.ceil(args.num_train_epochs * math.ceil(len(rows) / a_step))
     seen = args.max_steps * a_step
