@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 import trl.trainer.utils
+from datasets import Dataset, concatenate_datasets
 from packaging.version import Version
 from safetensors.torch import load_file
 from torch.distributed.utils import _apply_to_tensors
@@ -534,6 +535,12 @@ def test_rows_that_are_all_too_long(llama: Bench) -> None:
         LayerPruneError, match=r"none of the 24 training rows has a labelled token within max_length=3"
     ):
         llama.trainer(max_length=3)
+    long = Dataset.from_list([{"prompt": "w5 " * 40, "completion": "w6"}] * 2)
+    none = r"none of the 2 evaluation rows has a labelled token within max_length=32"
+    for evaluated in (long, {"short": rows(4), "long": long}):
+        with pytest.raises(LayerPruneError, match=none):
+            llama.trainer(eval_rows=evaluated, eval_strategy="steps", eval_steps=2)
+    assert len(llama.trainer(eval_rows=concatenate_datasets([rows(4), long]), eval_strategy="steps").eval_dataset) == 4
 
 
 def test_rows_that_fill_no_batch(llama: Bench) -> None:

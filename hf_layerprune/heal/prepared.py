@@ -21,26 +21,41 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def labelled_rows(rows: Dataset, args: HealConfig, given: int) -> Dataset:
+def labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "training") -> Any:
     """The rows with a labelled token; logs how many of the `given` rows are truncated or left out.
+
+    Args:
+        rows (`Dataset` or `dict`, *optional*): Prepared rows, or several sets of them by name. Those that are streamed are
+            returned as they are.
+        args ([`HealConfig`]): The settings of the training.
+        given (`Dataset` or `dict`, *optional*): The same rows before they were prepared.
+        what (`str`, defaults to `"training"`): What they are for, in messages.
+
+    Returns:
+        `Dataset` or `dict`: As the rows.
 
     Raises:
         LayerPruneError: There are none.
     """
-    limit = args.max_length
+    if isinstance(rows, dict):
+        return {name: labelled_rows(part, args, given[name], what) for name, part in rows.items()}
+    if not isinstance(rows, Dataset):
+        return rows
+    limit, count = args.max_length, len(given)
     if limit is not None and "completion_mask" in rows.column_names and not trl_drops_rows_without_labels():
         rows = rows.filter(lambda row: any(row["completion_mask"][:limit]))
     if len(rows) == 0:
         raise LayerPruneError(
-            f"none of the {given} training rows has a labelled token within max_length={limit}: all prompts are "
+            f"none of the {count} {what} rows has a labelled token within max_length={limit}: all prompts are "
             "longer; raise --max_length"
         )
-    if limit is not None and not args.packing:
+    packed = args.packing if what == "training" or args.eval_packing is None else args.eval_packing
+    if limit is not None and not packed:
         cut = sum(len(ids) >= limit for ids in rows["input_ids"])
-        if cut or len(rows) < given:
+        if cut or len(rows) < count:
             logger.info(
-                "of %d rows, %d reach max_length=%d and may be cut; %d are left out, as their prompts reach it",
-                given, cut, limit, given - len(rows),
+                "of %d %s rows, %d reach max_length=%d and may be cut; %d are left out, as their prompts reach it",
+                count, what, cut, limit, count - len(rows),
             )  # fmt: skip
     return rows
 

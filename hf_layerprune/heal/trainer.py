@@ -58,7 +58,7 @@ class HealTrainer(SFTTrainer):
 
     Raises:
         CutError: A row is longer than the model's context.
-        LayerPruneError: No training row has a token to learn within `max_length`, or the settings exclude each other.
+        LayerPruneError: No row of a set has a token to learn within `max_length`, or the settings exclude each other.
         UnsupportedModelError: This model type can't be healed.
     """
 
@@ -108,7 +108,8 @@ class HealTrainer(SFTTrainer):
         self.numbered_datasets: list[Dataset] = []
         if isinstance(self.train_dataset, Dataset):
             if not self._is_vision_dataset:
-                self.train_dataset = labelled_rows(self.train_dataset, args, len(rows))
+                self.train_dataset = labelled_rows(self.train_dataset, args, rows)
+                self.eval_dataset = labelled_rows(self.eval_dataset, args, kwargs.get("eval_dataset"), "evaluation")
                 check_lengths(self.train_dataset, self.eval_dataset, model.config, args)
             self.train_dataset = seen_rows(self.train_dataset, args)
             self.train_dataset, self.eval_dataset, self.numbered_datasets = numbered(
