@@ -57,6 +57,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             drop_layers(model, drop)
         model.save_pretrained(folder / name)
         word_tokenizer().save_pretrained(folder / name)
+    for name, change in {"other": {"vocab_size": 200}, "wide": {"hidden_size": 64}}.items():
+        config = load_config(folder / "base")
+        config.update(change)
+        config.save_pretrained(folder / name)
     rows(8).to_json(folder / "rows.jsonl")
     (folder / "odd.jsonl").write_text('{"question": "a"}\n')
     part = {"datasets": [{"path": str(folder / "rows.jsonl")}]}
@@ -123,6 +127,14 @@ FAILURES = [
     ({"dataset_name": "/nowhere.jsonl"}, "data file /nowhere.jsonl does not exist"),
     ({"loss": "kd", "teacher": "/nowhere"}, "/nowhere"),
     ({"loss": "kd", "teacher": "FOLDER/pruned"}, "has 6 layers, but this model is cut from one with 8"),
+    (
+        {"loss": "kd", "teacher": "FOLDER/other"},
+        "has 200 tokens in its vocabulary, but this model is cut from one with",
+    ),
+    (
+        {"features": 0.5, "method": "behind2", "drop_layers": "3,4", "teacher": "FOLDER/wide"},
+        "has 64 values in a hidden",
+    ),
     ({"resume_from_checkpoint": "FOLDER/base"}, "has no trainer_state.json, so it is not a checkpoint"),
     ({"eval_from": "/nowhere"}, "/nowhere"),
     ({"push_to_hub": "true", "hub_model_id": "me/small"}, "HF_HUB_OFFLINE is set, so nothing can be pushed"),

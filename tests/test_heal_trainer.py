@@ -553,7 +553,7 @@ def test_rows_that_fill_no_batch(llama: Bench) -> None:
 def test_teacher_of_another_depth(llama: Bench) -> None:
     trainer = llama.trainer(loss="kd")
     trainer._teacher_model = AutoModelForCausalLM.from_pretrained(llama.pruned)
-    with pytest.raises(CheckpointError, match="the teacher has 6 layers, but this model was cut from one with 8"):
+    with pytest.raises(CheckpointError, match=r"the teacher .* has 6 layers, but this model is cut from one with 8"):
         trainer.train()
 
 

@@ -17,7 +17,7 @@ from .features import trained_places
 from .methods import parse_method
 from .options import RowOptions
 from .self_data import SELF
-from .student import cut_of
+from .student import check_dense, cut_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -187,7 +187,7 @@ def check_teacher(
 
     Raises:
         CutError: It is needed, and not named, or is to write rows that are longer than its context.
-        CheckpointError: It does not exist, or has another number of layers.
+        CheckpointError: It does not exist, or has another number of layers, vocabulary or width.
     """
     if script_args.dataset_name == SELF:
         check_context(config, row_args.self_length, "self_length")
@@ -198,13 +198,7 @@ def check_teacher(
     if name is None:
         raise CutError("distilling and writing rows need the dense model; name it with --teacher")
     revision = args.teacher_revision or (revision if name == base else None)
-    found, cut = layer_count(load_config(name, revision=revision)), cut_of(config)
-    layers = layer_count(config) if cut is None else cut.num_layers
-    if found != layers:
-        raise CheckpointError(
-            f"the teacher {name} has {found} layers, but this model is cut from one with {layers}; name the dense model "
-            "with --teacher"
-        )
+    check_dense(load_config(name, revision=revision), config, name, features=args.features > 0)
 
 
 def check_resume(word: Any) -> None:

@@ -89,6 +89,33 @@ def cut_of(config: PreTrainedConfig) -> Cut | None:
     return cut_without(marker["drop_layers"], marker["num_base_layers"]) if marker else None
 
 
+def check_dense(dense: PreTrainedConfig, config: PreTrainedConfig, name: str, *, features: bool) -> None:
+    """Check that a dense model can teach a model that was, or will be, cut.
+
+    Args:
+        dense (`PreTrainedConfig`): The config of the dense model.
+        config (`PreTrainedConfig`): The config of the other one, or of its base.
+        name (`str`): What errors call the dense model.
+        features (`bool`): Whether it teaches hidden states, too.
+
+    Raises:
+        CheckpointError: It has another number of layers, vocabulary or, for hidden states, width.
+    """
+    cut = cut_of(config)
+    sizes = [("layers", families.layer_count(dense), families.layer_count(config) if cut is None else cut.num_layers)]
+    fields = {"tokens in its vocabulary": "vocab_size"} | (
+        {"values in a hidden state": "hidden_size"} if features else {}
+    )
+    for what, field in fields.items():
+        sizes.append((what, *(getattr(one.get_text_config(), field, None) for one in (dense, config))))
+    for what, found, wanted in sizes:
+        if found != wanted:
+            raise CheckpointError(
+                f"the teacher {name} has {found} {what}, but this model is cut from one with {wanted}; name the dense "
+                "model with --teacher"
+            )
+
+
 def load_student(student: Student, method: Method, **from_pretrained_kwargs: Any) -> PreTrainedModel:
     """Load a pruned model for training; some methods, such as `qlora`, change how it is loaded.
 

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CheckpointError, LayerPruneError
-from ..families.layout import find_decoder_layers
+from ..errors import LayerPruneError
 from ..runtime.head import Head, OutputHead
 from ..runtime.loading import load_base
 from ..runtime.memory import free_memory
 from ..runtime.prefix import Prefix, shared_layers
 from .placement import is_spread, runnable_where_it_is
 from .store import hash_tensors
-from .student import cut_of
+from .student import check_dense, cut_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +38,7 @@ class Teacher:
         features (`tuple[int, ...]`, *optional*): After how many of its layers hidden states are wanted, too.
 
     Raises:
-        CheckpointError: It can't be loaded, or has a different number of layers than the student's base.
+        CheckpointError: It can't be loaded, or can't teach the student, see [`check_dense`].
     """
 
     def __init__(
@@ -59,12 +58,8 @@ class Teacher:
             source = load_base(source, revision=revision, dtype=dtype, attn_implementation=attention)
         self.model: Any = source.eval().requires_grad_(False)
         self._home = next(source.parameters()).device
-        layers, cut = len(find_decoder_layers(source).layers), cut_of(student.config)
-        if cut is not None and layers != cut.num_layers:
-            raise CheckpointError(
-                f"the teacher has {layers} layers, but this model was cut from one with {cut.num_layers}; "
-                "name the dense model with --teacher"
-            )
+        if cut_of(student.config) is not None:
+            check_dense(source.config, student.config, source.config.name_or_path, features=bool(features))
         with runnable_where_it_is(source):
             self._output: Any = OutputHead(source)
         self.head: Head = self._output.head()
