@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from hf_layerprune.errors import CheckpointError, CutError
 from hf_layerprune.heal.data import load_mixture, load_rows, pick_split, shape_rows
+from hf_layerprune.heal.row_checks import check_rows
 from hf_layerprune.heal.self_data import Writer
 
 from .heal_makers import word_tokenizer
@@ -87,6 +88,51 @@ def test_what_trl_takes_is_left_alone(row: dict[str, Any]) -> None:
 
 def test_another_name_for_text() -> None:
     assert shaped([{"content": "a"}], text_field="content") == [{"content": "a"}]
+    assert shaped([ALPACA[0] | {"body": "a"}], text_field="body") == [{"body": "a"}]
+
+
+def test_all_answers_of_whole_conversations_stay() -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    rows = [{"messages": messages, "id": 1}, {"messages": messages[:1], "id": 2}]
+    assert shaped(rows, chat=True, whole=True) == [{"messages": messages[:4]}]
+
+
+GOOD = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a"}, {"text": None}], "row 1 of my rows has None in column text, which needs text"),
+        ([{"text": 5}], "row 0 of my rows has 5 in column text"),
+        (
+            [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}],
+            "row 1 .* None in column completion",
+        ),
+        (
+            [GOOD, {"input_ids": [5, 6, 128]}],
+            r"row 1 .* \[5, 6, 128\] in column input_ids, which needs .* ids below 128",
+        ),
+        ([GOOD | {"input_ids": [5, -1, 6]}], "row 0 .* in column input_ids"),
+        ([GOOD | {"input_ids": [5, None, 6]}], "row 0 .* in column input_ids"),
+        ([{"input_ids": "w5 w6"}], "row 0 .* 'w5 w6' in column input_ids"),
+        ([GOOD | {"labels": [6, 7]}], "in column labels, which needs as many values as in input_ids, 3,"),
+        ([GOOD | {"labels": [-1, 6, 7]}], r"in column labels, which needs .* below 128, or -100 for no label"),
+        ([GOOD | {"completion_mask": [0, 1]}], "in column completion_mask"),
+    ],
+)
+def test_values_that_can_not_be_trained_on(rows: list[dict[str, Any]], message: str) -> None:
+    many = Dataset.from_list([rows[0]] * 1500 + rows[1:]) if len(rows) > 1 else Dataset.from_list(rows)
+    with pytest.raises(CutError, match=message.replace("row 1 ", "row 1500 ")):
+        check_rows(many, "my rows", "text", 128)
+
+
+def test_values_that_can_be_trained_on() -> None:
+    chat = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": None}]}
+    for row in ({"text": ""}, chat, GOOD, {"input_ids": []}, {"prompt": "a", "completion": ""}):
+        check_rows(Dataset.from_list([row]), "my rows", "text", 128)
+        check_rows(Dataset.from_list([row]).to_iterable_dataset(), "my rows", "text", 128)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +151,8 @@ def test_another_name_for_text() -> None:
         ),
         ([{"messages": [{"content": "a"}]}], {"chat": True}, "can't use the rows of my rows: .*role"),
         ([{"conversations": ["a"]}], {"chat": True}, "can't use the rows of my rows"),
+        (ALPACA, {"text_field": "body"}, "my rows has no column body, which --dataset_text_field names"),
+        ([ALPACA[0], ALPACA[0] | {"output": None}], {}, "row 1 of my rows has None in column output"),
         (ALPACA, {"template": "chat"}, "no chat template; use template=alpaca"),
         (ALPACA, {"template": "vicuna"}, "template='vicuna' is unknown"),
     ],

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, CutError, boundary
 from ..files.data_sets import SUFFIXES, json_files, read_json_files
 from .options import TEMPLATES
+from .row_checks import check_text
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 FILES = (*SUFFIXES, ".parquet", ".csv")
 # Columns of an instruction, of its context, and of its answer.
 _INSTRUCTIONS = (("instruction", "input", "output"), ("instruction", "context", "response"))
+TEXT = "text"
 # Columns in which data sets hold what is not text.
 IMAGES = ("image", "images")
 OTHER_MEDIA = ("audio", "audios", "video", "videos")
@@ -125,8 +127,9 @@ def shape_rows(
     tokenizer: PreTrainedTokenizerBase,
     template: str = "auto",
     name: str = "the data set",
-    text_field: str = "text",
+    text_field: str = TEXT,
     load_processor: Callable[[], ProcessorMixin] | None = None,
+    whole: bool = False,
 ) -> Dataset:
     """Convert rows to `prompt` and `completion`, or leave them unchanged if TRL accepts them.
 
@@ -137,15 +140,17 @@ def shape_rows(
             `"alpaca"` for the paper's template, `"auto"` for the chat template if there is one, otherwise Alpaca's.
             Messages always use the chat template.
         name (`str`, *optional*): The data set's name in error messages.
-        text_field (`str`, *optional*): The column that holds plain text, where there is one.
+        text_field (`str`, *optional*): The column that holds plain text, where there is one. Any other name than
+            `"text"` is taken as a wish, and no other column is used.
         load_processor (`Callable`, *optional*): Loads the processor of a model that reads images; `None` for one that
             reads text alone.
+        whole (`bool`, defaults to `False`): Leave conversations whole, so that all their answers can be learned.
 
     Returns:
-        `Dataset`: With `prompt` and `completion`, `text` or `input_ids`, and the images if there are any.
+        `Dataset`: With `prompt` and `completion`, `messages`, `text` or `input_ids`, and the images if there are any.
 
     Raises:
-        CutError: The rows have none of these shapes, or need a chat template that the tokenizer lacks.
+        CutError: The rows have none of these shapes, need a chat template that the tokenizer lacks, or lack an answer.
         CheckpointError: They can't be read.
     """
     with boundary(f"can't read data set {name}"):
@@ -162,6 +167,12 @@ def shape_rows(
         with _rows_of(name):
             rows = _opened(rows, images, Path(name).expanduser().parent)
         columns = [column for column in columns if column not in images]
+    if text_field != TEXT and not images:
+        if text_field not in columns:
+            raise CutError(
+                f"{name} has no column {text_field}, which --dataset_text_field names; it has {', '.join(columns)}"
+            )
+        return rows.select_columns([text_field])
     if "input_ids" in columns or {"prompt", "completion"} <= set(columns):
         return rows
     conversation = next((name for name in ("messages", "conversations") if name in columns), None)
@@ -171,12 +182,13 @@ def shape_rows(
                 f"{name} has {conversation}, but the tokenizer has no chat template for them; name a set with plain text"
             )
         with _rows_of(name):
-            return _split_conversations(rows, conversation, columns)
+            return _split_conversations(rows, conversation, columns, whole)
     names = next((names for names in _INSTRUCTIONS if {names[0], names[2]} <= set(columns)), None)
     if names is not None:
         if template == "chat" and not chats:
             raise CutError("template=chat, but the tokenizer has no chat template; use template=alpaca")
         make = _chat_row if template != "alpaca" and chats else alpaca_row
+        check_text(rows, name, (names[0], names[2]))
         with _rows_of(name):
             return rows.map(lambda row: make(*(row.get(key) or "" for key in names)), remove_columns=columns)
     if text_field in columns and not images:
@@ -231,8 +243,8 @@ def alpaca_row(instruction: str, about: str, answer: str) -> dict[str, Any]:
     return {"prompt": prompt + f"### Input:\n{about}\n\n" * bool(about) + "### Response:\n", "completion": answer}
 
 
-def _split_conversations(rows: Dataset, column: str, columns: list[str]) -> Dataset:
-    """Make the last answer the completion, and everything before it the prompt."""
+def _split_conversations(rows: Dataset, column: str, columns: list[str], whole: bool) -> Dataset:
+    """Make the last answer the completion, and everything before it the prompt; or `messages` of all, if `whole`."""
 
     def message(part: dict[str, Any]) -> dict[str, Any]:
         if "from" not in part:
@@ -242,11 +254,15 @@ def _split_conversations(rows: Dataset, column: str, columns: list[str]) -> Data
     def split(row: dict[str, Any]) -> dict[str, Any]:
         messages = list(map(message, row[column]))
         last = max((i for i, said in enumerate(messages) if said["role"] == "assistant"), default=0)
+        if whole:
+            return {"messages": messages[: last + 1] if last else []}
         return {"prompt": messages[:last], "completion": messages[last : last + 1]}
 
-    logger.info("only the last answer of each conversation is learned; everything before it is the prompt")
+    if not whole:
+        logger.info("only the last answer of each conversation is learned; everything before it is the prompt")
+    kept = "messages" if whole else "prompt"
     others = [column for column in columns if column not in FOR_TEMPLATES]
-    shaped = rows.map(split, remove_columns=others).filter(lambda row: bool(row["prompt"]))
+    shaped = rows.map(split, remove_columns=others).filter(lambda row: bool(row[kept]))
     if hasattr(shaped, "__len__") and len(shaped) < len(rows):
         why = "has an assistant's answer after another message (roles: assistant, or gpt after human)"
         if not len(shaped):

@@ -10,6 +10,7 @@ from ..errors import CutError
 from ..families.multimodal import placeholders
 from ..runtime.loading import load_config, load_processor
 from .data import has_images, load_mixture, load_rows, pick_split, shape_rows
+from .row_checks import check_rows
 from .self_data import SELF
 
 if TYPE_CHECKING:
@@ -75,13 +76,17 @@ class Sources:
         Raises:
             CutError: They can't be used as the options say.
         """
-        reads_images = bool(placeholders(load_config(model, revision=revision)))
+        config = load_config(model, revision=revision)
+        reads_images, vocabulary = bool(placeholders(config)), getattr(config.get_text_config(), "vocab_size", None)
         processor = partial(load_processor, model, revision=revision) if reads_images else None
 
         def shape(rows: Dataset | None) -> Dataset | None:
             if rows is None:
                 return None
-            return shape_rows(rows, tokenizer, row_args.template, self.name, args.dataset_text_field, processor)
+            field, whole = args.dataset_text_field, args.assistant_only_loss and not row_args.rewrite_answers
+            shaped = shape_rows(rows, tokenizer, row_args.template, self.name, field, processor, whole)
+            check_rows(shaped, self.name, field, vocabulary)
+            return shaped
 
         train, evaluated = shape(self.train), shape(self.test)
         if row_args.rewrite_answers and has_images(train):

@@ -1,0 +1,119 @@
+"""Whether rows hold what training can use: text, or ids of tokens that the model knows, with a label for each.
+
+Columns are read as Arrow tables, so that a million rows take seconds. Rows that are streamed are not checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CutError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_AT_A_TIME = 1000
+_UNLABELLED = -100
+# Columns with a value for each token.
+_BESIDE_IDS = ("labels", "completion_mask", "assistant_masks")
+
+
+def check_rows(rows: Dataset, name: str, text_field: str, vocab_size: int | None) -> None:
+    """Check rows in the shapes that TRL takes.
+
+    Args:
+        rows (`Dataset`): The rows.
+        name (`str`): The data set's name in errors.
+        text_field (`str`): The column that holds plain text, where there is one.
+        vocab_size (`int`, *optional*): How many tokens the model knows.
+
+    Raises:
+        CutError: A value is not text, or not the id of a token, or a token has no label.
+    """
+    columns = rows.column_names or ()
+    if "input_ids" in columns:
+        _check_ids(rows, name, [column for column in ("input_ids", *_BESIDE_IDS) if column in columns], vocab_size)
+    elif {"prompt", "completion"} <= set(columns):
+        check_text(rows, name, ("prompt", "completion"), messages=True)
+    elif text_field in columns:
+        check_text(rows, name, (text_field,))
+
+
+def check_text(rows: Dataset, name: str, columns: Sequence[str], *, messages: bool = False) -> None:
+    """Check that columns hold text or, with `messages`, text or messages.
+
+    Raises:
+        CutError: A value is something else, or missing.
+    """
+    from pyarrow import compute, types
+
+    for first, table in _tables(rows, columns):
+        for column in columns:
+            values, row = table[column], 0
+            if values.null_count:
+                row = compute.index(values.is_null(), True).as_py()
+            elif not types.is_primitive(values.type) and (messages or not types.is_nested(values.type)):
+                continue
+            raise _error(name, first + row, column, values[row].as_py(), "text")
+
+
+def _check_ids(rows: Dataset, name: str, columns: Sequence[str], vocab_size: int | None) -> None:
+    for first, table in _tables(rows, columns):
+        if _are_ids(table, columns, vocab_size):
+            continue
+        for row, values in enumerate(table.to_pylist(), first):
+            ids = values["input_ids"]
+            for column in columns:
+                if not _is_whole(values[column], column, vocab_size):
+                    most = "" if vocab_size is None else f" below {vocab_size}"
+                    needs = f"a list of token ids{most}" + ", or -100 for no label" * (column == "labels")
+                    raise _error(name, row, column, values[column], needs)
+                if len(values[column]) != len(ids):
+                    raise _error(name, row, column, values[column], f"as many values as in input_ids, {len(ids)},")
+
+
+def _are_ids(table: Any, columns: Sequence[str], vocab_size: int | None) -> bool:
+    """Whether all of a table is right, without a look at single rows."""
+    from pyarrow import compute, types
+
+    lengths = None
+    for column in columns:
+        lists = table[column].combine_chunks()
+        if not (types.is_list(lists.type) or types.is_large_list(lists.type)) or lists.null_count:
+            return False
+        values, own = compute.list_flatten(lists), compute.list_value_length(lists)
+        if not types.is_integer(values.type) or values.null_count or not own.equals(lengths or own):
+            return False
+        lengths = own
+        if column == "labels":
+            values = values.filter(compute.not_equal(values, _UNLABELLED))
+        least, most = compute.min_max(values).as_py().values()
+        if least is not None and (least < 0 or (vocab_size is not None and most >= vocab_size)):
+            return False
+    return True
+
+
+def _is_whole(values: Any, column: str, vocab_size: int | None) -> bool:
+    """Whether one row of a column is a list of ids."""
+    if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
+        return False
+    ids = [value for value in values if column != "labels" or value != _UNLABELLED]
+    return all(value >= 0 and (vocab_size is None or value < vocab_size) for value in ids)
+
+
+def _tables(rows: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    """Arrow tables of some columns, each with the number of its first row."""
+    from datasets import Dataset
+
+    if isinstance(rows, Dataset):
+        tables = rows.select_columns(list(columns)).with_format("arrow").iter(_AT_A_TIME)
+        yield from zip(range(0, len(rows), _AT_A_TIME), tables, strict=True)
+
+
+def _error(name: str, row: int, column: str, value: Any, needs: str) -> CutError:
+    seen = repr(value)
+    seen = seen if len(seen) <= 60 else f"{seen[:57]}..."
+    return CutError(
+        f"row {row} of {name} has {seen} in column {column}, which needs {needs}; correct it, or leave that row out"
+    )
