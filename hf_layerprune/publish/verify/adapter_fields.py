@@ -15,7 +15,7 @@ from ...runtime.model_class import auto_class_of
 
 # They don't affect the outputs: layers that are named are not chosen again.
 _HARMLESS = {one.name for one in fields(CutOptions)} - {"repair"} | {
-    "check_cut", "inference_mode", "keep_dropped", "peft_version", "untied_lm_head",
+    "check_cut", "inference_mode", "keep_dropped", "own_modules_to_save", "peft_version", "untied_lm_head",
 }  # fmt: skip
 # They are held against the base and the cut of the lineage elsewhere.
 _CHECKED = {"auto_mapping", "base_commit", "base_model_name_or_path", "num_base_layers", "peft_type", "revision"}
