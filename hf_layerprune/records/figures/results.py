@@ -210,7 +210,9 @@ def _told_apart(rows: list[Row]) -> Iterator[Row]:
         differ = [name for name in CONDITIONS if len({one[name] for one in told if name in one}) > 1]
         for row, record in zip(group, told, strict=True):
             words = ", ".join(_words(name, record[name]) for name in differ if name in record)
-            label = {"task": f"{row.task} ({words})"} if row.task else {"metric": f"{row.metric}, {words}"}
+            label: dict[str, Any] = (
+                {"task": f"{row.task} ({words})"} if row.task else {"metric": f"{row.metric}, {words}"}
+            )
             yield replace(row, apart=words, **label) if words else row
 
 
