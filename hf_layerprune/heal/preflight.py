@@ -110,7 +110,8 @@ def check_training(args: HealConfig) -> None:
             callback()
     with boundary("can't make the schedule of the learning rate", "see --lr_scheduler_kwargs", CutError):
         optimizer, steps = SGD([torch.zeros(1)], lr=args.learning_rate or 1.0), max(args.max_steps, 1000)
-        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
+        more: Any = args.lr_scheduler_kwargs
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, more)
 
 
 def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:

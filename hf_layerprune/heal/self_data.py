@@ -158,7 +158,7 @@ class Writer:
         if isinstance(row["prompt"], str):
             return self.tokenizer(row["prompt"]).input_ids
         tools = row.get("tools")
-        read = {"tools": json.loads(tools) if isinstance(tools, str) else tools}  # as TRL does
+        read: dict[str, Any] = {"tools": json.loads(tools) if isinstance(tools, str) else tools}  # as TRL does
         read |= row.get("chat_template_kwargs") or {}
         chat: Any = self.tokenizer.apply_chat_template(
             row["prompt"], add_generation_prompt=True, return_dict=True, **read

@@ -102,13 +102,14 @@ def check_dense(dense: PreTrainedConfig, config: PreTrainedConfig, name: str, *,
         CheckpointError: It has another number of layers, vocabulary or, for hidden states, width.
     """
     cut = cut_of(config)
-    sizes = [("layers", families.layer_count(dense), families.layer_count(config) if cut is None else cut.num_layers)]
-    fields = {"tokens in its vocabulary": "vocab_size"} | (
-        {"values in a hidden state": "hidden_size"} if features else {}
-    )
+    layers = families.layer_count(config) if cut is None else cut.num_layers
+    sizes: dict[str, tuple[Any, Any]] = {"layers": (families.layer_count(dense), layers)}
+    fields = {"tokens in its vocabulary": "vocab_size", "values in a hidden state": "hidden_size"}
     for what, field in fields.items():
-        sizes.append((what, *(getattr(one.get_text_config(), field, None) for one in (dense, config))))
-    for what, found, wanted in sizes:
+        if field == "vocab_size" or features:
+            found, wanted = (getattr(one.get_text_config(), field, None) for one in (dense, config))
+            sizes[what] = found, wanted
+    for what, (found, wanted) in sizes.items():
         if found != wanted:
             raise CheckpointError(
                 f"the teacher {name} has {found} {what}, but this model is cut from one with {wanted}; name the dense "

@@ -59,7 +59,7 @@ class Teacher:
         self.model: Any = source.eval().requires_grad_(False)
         self._home = next(source.parameters()).device
         if cut_of(student.config) is not None:
-            check_dense(source.config, student.config, source.config.name_or_path, features=bool(features))
+            check_dense(source.config, student.config, str(source.config.name_or_path), features=bool(features))
         with runnable_where_it_is(source):
             self._output: Any = OutputHead(source)
         self.head: Head = self._output.head()
