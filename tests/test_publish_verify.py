@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -387,6 +388,10 @@ def test_what_was_unpacked_from_gguf(tmp_path: Path) -> None:
     assert found.good, said(found)
     assert "small.gguf: layers 1 of 4 dropped, 3 left (prune)" in said(found)
     assert "29 are the base's, to the last bit" in said(found)
+    assert "unpacks it" not in said(found)
+    records = tmp_path / "cut" / "lineage.json"
+    records.write_text(re.sub(r'("transformers": )"[^"]+"', r'\1"4.0"', records.read_text()))
+    assert "unpacks it; 4.0 did so for the cut" in said(verify(tmp_path / "cut"))
     name = "model.layers.1.mlp.up_proj.weight"
     edit(tmp_path / "cut", lambda tensors: tensors[name].view(torch.int16)[0, 0].bitwise_xor_(1))
     claim(tmp_path / "cut")

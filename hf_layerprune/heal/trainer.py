@@ -256,9 +256,7 @@ class HealTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.reproduces_features and self.is_fsdp_enabled:  # which can't load a state that some parameters lack
-            logger.info(
-                "no checkpoint is saved at step %d: with FSDP, the first phase has none", self.state.global_step
-            )
+            logger.info("step %d is not saved: with FSDP, the first phase has no checkpoints", self.state.global_step)
             return
         super()._save_checkpoint(model, trial)
 

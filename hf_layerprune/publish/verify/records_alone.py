@@ -11,6 +11,7 @@ from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
 from ...records.metrics import Metrics
+from ...versions import installed
 from ..requests import VerifyRequest
 from .outcome import BASE, Verified
 from .places import Base, Place
@@ -34,6 +35,10 @@ def find_base(history: History, request: VerifyRequest, outcome: Verified) -> Ba
         outcome.without_base = True
         return None
     _check_base(source, history.lineage, outcome)
+    here, then = str(installed("transformers")), (history.stages[0].entry.get("versions") or {}).get("transformers")
+    if source.packed and then not in (None, here):
+        text = f"transformers {here} unpacks it; {then} did so for the cut, and may have made another tokenizer of it"
+        outcome.say(True, BASE, text)
     return source
 
 
