@@ -240,7 +240,7 @@ def test_lora_on_top_of_a_cut(llama: Path, tmp_path: Path, how: str) -> None:
     model = get_peft_model(pruned, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     shake(model)
     model.save_pretrained(tmp_path / "lora")
-    assert LoraConfig.from_pretrained(tmp_path / "lora").base_model_name_or_path is None
+    assert not LoraConfig.from_pretrained(tmp_path / "lora").base_model_name_or_path
     again = PeftModel.from_pretrained(load(tmp_path / "pruned"), tmp_path / "lora")
     assert torch.equal(logits(again), logits(model))
 

@@ -243,11 +243,11 @@ class LayerDropModel(BaseTuner):
         if cut is not None:
             cut.reapply()
         self._choose(adapter_names)
-        if not merge:
-            # PEFT would keep the tuned copies here as well; unloading means the untuned cut.
-            for name, module in list(self.model.named_modules()):
-                if isinstance(module, ModulesToSaveWrapper):
-                    self.model.set_submodule(name, module.original_module)
+        for name, module in list(self.model.named_modules()):
+            # PEFT would keep the tuned copies here as well; unloading means the untuned cut. And PEFT 0.19
+            # fails on modules that only other adapters tune.
+            if isinstance(module, ModulesToSaveWrapper) and not (merge and module.active_adapters):
+                self.model.set_submodule(name, module.original_module)
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[func-returns-value]
         if hasattr(model, TIED) and is_tied(model):  # what was merged, if anything, is not what untied it
             tie_again(model)
