@@ -36,7 +36,17 @@ _TRL = [f"tests/test_heal_{name}.py" for name in ("data", "losses", "methods", "
 _HUB = ["-m", "not browser and not space", *(f"tests/test_{name}.py" for name in ("hub_server", "hub_writing"))]
 _FLOORS = [
     f"tests/test_{name}.py"
-    for name in ("adapter", "walk", "check", "repair", "heal_losses", "heal_methods", "gguf_layers", "gguf_file")
+    for name in (
+        "adapter",
+        "walk",
+        "check",
+        "repair",
+        "heal_data",
+        "heal_losses",
+        "heal_methods",
+        "gguf_layers",
+        "gguf_file",
+    )  # fmt: skip
 ]
 _OLD_TOKENIZERS = "tokenizers==0.22.2"
 
@@ -65,7 +75,7 @@ STACKS = {
     "5.10": Stack(["transformers==5.10.4", _OLD_TOKENIZERS, "huggingface-hub==1.31.0"], matrix=True),
     "5.16": Stack(["transformers==5.16.1", "huggingface-hub==1.33.0"], matrix=True),
     "newest": Stack(["transformers==5.24.0"], matrix=True),
-    "floors": Stack(["accelerate==1.4.0", "datasets==4.7.0", "gguf==0.18.0"], _FLOORS),
+    "floors": Stack(["accelerate==1.4.0", "datasets==4.7.0", "pyarrow==21.0.0", "gguf==0.18.0"], _FLOORS),
     "peft-0.19": Stack(["peft==0.19.0"], _PEFT),
     "peft-0.20": Stack(["peft==0.20.0"], _PEFT),
     "trl-1.0": Stack(["trl==1.0.0"], _TRL),
