@@ -46,7 +46,7 @@ _FLOORS = [
         "heal_methods",
         "gguf_layers",
         "gguf_file",
-    )  # fmt: skip
+    )
 ]
 _OLD_TOKENIZERS = "tokenizers==0.22.2"
 

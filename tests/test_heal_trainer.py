@@ -30,8 +30,10 @@ from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.losses import HeadLoss, head_loss
 from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.precompute import precompute
+from hf_layerprune.heal.prepared import labelled_rows
 from hf_layerprune.heal.trainer import HealTrainer
 from hf_layerprune.runtime.prefix import Prefix
+from hf_layerprune.versions import trl_drops_rows_without_labels
 
 from .heal_makers import dense_and_pruned, rows, word_tokenizer
 from .tiny_models import EAGER
@@ -528,6 +530,14 @@ def test_rows_longer_than_the_context(tmp_path: Path, settings: dict[str, Any]) 
     bench.trainer(rows_=short, **settings)
     with pytest.raises(CutError, match="use max_length=12"):
         bench.trainer(rows_=short, eval_rows=rows(), **settings)
+
+
+@pytest.mark.skipif(trl_drops_rows_without_labels(), reason="this TRL leaves these rows out itself")
+def test_answers_that_are_all_too_late() -> None:
+    late = Dataset.from_list([{"input_ids": [5] * 8, "assistant_masks": [0] * 6 + [1] * 2}] * 3)
+    with pytest.raises(LayerPruneError, match="none of the 3 training rows"):
+        labelled_rows(late, HealConfig(output_dir="none", max_length=4, use_cpu=True), late)
+    assert len(labelled_rows(late, HealConfig(output_dir="none", max_length=7, use_cpu=True), late)) == 3
 
 
 def test_rows_that_are_all_too_long(llama: Bench) -> None:

@@ -239,6 +239,9 @@ def test_a_base_that_was_cut_from_an_incomplete_copy(place: Path, tmp_path: Path
     del lineage.base["companions"]  # as recorded before
     lineage.write(tmp_path / "cut")
     assert "merges.txt is missing" in said(verify(tmp_path / "cut", base=str(complete)), False)
+    (copy / "notes.bak").symlink_to(tmp_path / "nowhere")  # an adapter takes nothing but the weights
+    assert main(["prune", str(copy), str(tmp_path / "adapter"), "--drop-layers", "2", "--adapter"]) == 0
+    assert "companions" not in Lineage.of(tmp_path / "adapter").base
 
 
 # No.

@@ -254,6 +254,6 @@ class LayerDropModel(BaseTuner):
         for name in (CUT, TIED, SAVED):
             if hasattr(model, name):
                 delattr(model, name)
-        model.name_or_path = ""  # another model than its base, which PEFT would record as an adapter's
+        model.name_or_path = None  # another model than its base, which PEFT would record as an adapter's
         thaw(model)
         return model

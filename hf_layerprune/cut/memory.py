@@ -168,7 +168,7 @@ def drop_layers(
         *_swap_configs(model, new_config),
         *attributes,
         # Another model now: PEFT would record the base under this name as that of an adapter. The config's stays.
-        _Change(model, "name_or_path", model.name_or_path, ""),
+        _Change(model, "name_or_path", model.name_or_path, None),
     ]
     expected = None
     if check:

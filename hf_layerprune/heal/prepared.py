@@ -42,8 +42,9 @@ def labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "training
     if not isinstance(rows, Dataset):
         return rows
     limit, count = args.max_length, len(given)
-    if limit is not None and "completion_mask" in rows.column_names and not trl_drops_rows_without_labels():
-        rows = rows.filter(lambda row: any(row["completion_mask"][:limit]))
+    masks = [name for name in ("completion_mask", "assistant_masks") if name in rows.column_names]
+    if limit is not None and masks and not trl_drops_rows_without_labels():
+        rows = rows.filter(lambda row: any(map(all, zip(*(row[name][:limit] for name in masks), strict=True))))
     if len(rows) == 0:
         raise LayerPruneError(
             f"none of the {count} {what} rows has a labelled token within max_length={limit}: all prompts are "

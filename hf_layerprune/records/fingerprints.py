@@ -156,6 +156,11 @@ def behaviour_hashes(folder: Path) -> dict[str, str]:
     return hash_files({name: path for name, path in model_files(folder).items() if not name.endswith(WEIGHTS)})
 
 
+def companion_names(folder: Path) -> list[str]:
+    """The names of the files of a folder, except weights, that may affect the model's behaviour."""
+    return sorted(name for name in model_files(folder) if not name.endswith(WEIGHTS))
+
+
 @dataclass(frozen=True)
 class Identity:
     """The identity of a model. Numbers that were measured on one identity are not valid for another.

@@ -12,7 +12,7 @@ from ..cut.gguf import gguf_texts
 from ..errors import CheckpointError
 from ..files.hub import Repo
 from ..records.declared import CARD, declared_by, declared_in_gguf
-from ..records.fingerprints import CONFIG, WEIGHTS, behaviour_hashes, fingerprint
+from ..records.fingerprints import CONFIG, WEIGHTS, companion_names, fingerprint
 from ..records.licences import is_licence_file
 from ..records.lineage import Lineage
 from ..runtime.loading import is_hub_id, load_tokenizer
@@ -51,8 +51,9 @@ def write_lineage(
             "commit": commit,
             "files": hub.repo.fingerprint() if hub and hub.repo else fingerprint(source),
         } | _declared(source, hub.repo if hub else None)
-        if not is_hub_id(request.base) and source.is_dir():  # a copy may lack files that the base on the Hub has
-            lineage.base["companions"] = sorted(behaviour_hashes(source))
+        # A copy may lack files that the base on the Hub has; an adapter has none of them.
+        if not request.adapter and not is_hub_id(request.base) and source.is_dir():
+            lineage.base["companions"] = companion_names(source)
     if source.is_dir():
         copy_licence(source, folder)
     lineage.record(folder, entry)
