@@ -29,7 +29,7 @@ from ..repair.frozen import freeze, module_names, put, thaw
 from .config import LayerDropConfig
 from .prepare import CUT, PREPARED, needs_dense, prepare
 from .resolve import cut_of, is_made, resolve_drop
-from .tail import tuned_modules
+from .tail import saved_modules, tuned_modules
 from .tied import TIED, is_tied, tie_again, untie, warn_of_untying
 
 logger = logging.getLogger(__name__)
@@ -101,12 +101,9 @@ class LayerDropModel(BaseTuner):
         tuned = tuned_modules(model, peft_config, cut_of(peft_config), stack)
         if needs_dense(peft_config):
             peft_config.repaired_modules = module_names(getattr(model, PREPARED).repair, stack, cut_of(peft_config))
-        # What a repair changed is saved as well; inside a tuned layer it is saved with the layer.
-        inside = tuple(f"{name}." for name in tuned)
-        repaired = [name for name in peft_config.repaired_modules or () if not f"{name}.".startswith(inside)]
         if peft_config.own_modules_to_save is None:
             peft_config.own_modules_to_save = peft_config.modules_to_save or []
-        peft_config.modules_to_save = [*tuned, *repaired] or None
+        peft_config.modules_to_save = saved_modules(tuned, peft_config.repaired_modules)
         peft_config.target_modules = DUMMY_TARGET_MODULES
         # A cut in memory takes the name from the model, and all adapters here have the same base.
         configs: Any = [peft_config, *self.peft_config.values()]

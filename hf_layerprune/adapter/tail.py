@@ -75,6 +75,12 @@ def tuned_modules(
     return names
 
 
+def saved_modules(tuned: Collection[str], repaired: Collection[str] | None) -> list[str] | None:
+    """What an adapter saves: what it tunes, and what a repair changed, unless that is inside a module that is tuned."""
+    inside = tuple(f"{name}." for name in tuned)
+    return [*tuned, *(name for name in repaired or () if not f"{name}.".startswith(inside))] or None
+
+
 def _check_trainable(model: PreTrainedModel, names: list[str]) -> None:
     """Refuse to tune packed weights: they have no gradient, and their copies would not be theirs to change."""
     if not getattr(model, "is_quantized", False):

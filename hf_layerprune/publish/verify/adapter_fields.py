@@ -77,12 +77,11 @@ def _tuned(adapter: Any, config: dict[str, Any]) -> list[str] | None:
     from transformers import CONFIG_MAPPING
 
     from ...adapter.resolve import cut_of
-    from ...adapter.tail import tuned_modules
+    from ...adapter.tail import saved_modules, tuned_modules
 
     told = {name: value for name, value in config.items() if name != "quantization_config"}
     made = CONFIG_MAPPING[config["model_type"]].from_dict(told)
     with boundary("no model can be built from the base's config"), torch.device("meta"):
         model = auto_class_of(made).from_config(made, trust_remote_code=False)
     tuned = tuned_modules(model, replace(adapter, modules_to_save=None), cut_of(adapter), find_decoder_layers(model))
-    inside = tuple(f"{name}." for name in tuned)
-    return [*tuned, *(name for name in adapter.repaired_modules or () if not f"{name}.".startswith(inside))] or None
+    return saved_modules(tuned, adapter.repaired_modules)

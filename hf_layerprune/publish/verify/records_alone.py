@@ -27,7 +27,11 @@ def check_chain(lineage: Lineage, outcome: Verified) -> None:
 
 
 def find_base(history: History, request: VerifyRequest, outcome: Verified) -> Base | None:
-    """Find the base, and check that it is the one that a lineage names; `None` if it is not found, which is no fault."""
+    """Find the base, and check that it is the one that a lineage names.
+
+    Returns:
+        `Base`, *optional*: `None` if it can't be found, which alone does not contradict the records.
+    """
     try:
         source = Base.find(history, request)
     except LayerPruneError as error:
