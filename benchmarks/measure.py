@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="windows of each text")
     args = parser.parse_args()
     if args.data is None:
-        parser.error("name a folder with --data, or in HF_LAYERPRUNE_DATA")
+        parser.error("specify a folder with --data, or in HF_LAYERPRUNE_DATA")
     files = read_tasks(args.data).values()
     with tempfile.TemporaryDirectory() as folder:
         compare_tasks(args, [one for one in files if isinstance(one, LocalTask)], Path(folder))

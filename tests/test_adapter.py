@@ -335,7 +335,7 @@ def test_unlisted_names_stay_out(llama: Path) -> None:
         ([], "nothing would be dropped"),
         ([8], r"drop_layers has 8, but the model's layers are 0\.\.7"),
         ([-1], r"drop_layers( has |=\[)-1"),
-        ([3, 3], "names 3 more than once"),
+        ([3, 3], "has 3 more than once"),
         (list(range(8)), "at least one must stay"),
     ],
 )

@@ -129,7 +129,7 @@ def test_an_unknown_architecture_is_told_apart_from_a_wrong_cut(llama_bench, fil
     assert "so it knows the architecture, and it is the cut or its file" in said
     words = ["bench", str(broken), "--engine", "llama.cpp", *FEW, *output]
     assert main(words) == 1
-    assert "name its base with --base to see whether" in capsys.readouterr().err
+    assert "specify its base with --base to see whether" in capsys.readouterr().err
 
 
 def write_folders(place: Path, config: PreTrainedConfig) -> dict[str, Path]:

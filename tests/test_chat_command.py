@@ -12,7 +12,7 @@ from hf_layerprune.cli import main
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["/nowhere/at-all"], "/nowhere/at-all does not exist; name a model folder"),
+        (["/nowhere/at-all"], "/nowhere/at-all does not exist; specify a model folder"),
         ([str(Path(__file__).parent)], "has no config.json, so it is not a model folder"),
         (["org/name", "--base", "./nowhere"], "nowhere does not exist"),
     ],

@@ -70,7 +70,7 @@ def test_the_source_and_what_overlaps_with_it_is_no_target(base, tmp_path):
         (tmp_path, "is inside"),
         (base / "sub/linked/base", "is the source itself"),
         (Path("/"), "is inside"),
-        (tmp_path / "file", "is a file; name a folder"),
+        (tmp_path / "file", "is a file; specify a folder"),
         (tmp_path / "file/cut", "is a file, so"),
     ):
         with pytest.raises(CheckpointError, match=match) as caught:

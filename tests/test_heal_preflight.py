@@ -83,7 +83,7 @@ USAGE = [
     ({"method": "lora", "features": 0.5, "drop_layers": "0,1"}, "but the first layers were dropped; use features=0"),
     ({"dataset_name": "self", "self_length": 5000}, "self_length=5000 is more than the 128 positions of the model"),
     ({"method": "last8", "max_kl": 0.1}, "trains the last 8 layers, but only 7 remain"),
-    ({"dataset_name": None}, "name the training data with --dataset_name"),
+    ({"dataset_name": None}, "specify the training data with --dataset_name"),
     ({"dataset_name": "FOLDER/odd.jsonl"}, "has the columns question, but training needs prompt"),
     ({"dataset_test_split": "test", "eval_strategy": "steps"}, "has no split 'test'; it has train"),
     ({"config": "FOLDER/mixture.yaml"}, "dataset_name has no effect beside `datasets`"),
@@ -102,7 +102,7 @@ USAGE = [
     ({"dataset_streaming": "true", "loss": "kd", "max_steps": 1}, "loss=kd needs all rows at once"),
     ({"dataset_streaming": "true", "rewrite_answers": "true", "max_steps": 1}, "--rewrite_answers needs all rows"),
     ({"dataset_streaming": "true"}, "say when training ends: --max_steps N"),
-    (PRUNED | {"loss": "kd"}, "distilling and writing rows need the dense model; name it with --teacher"),
+    (PRUNED | {"loss": "kd"}, "distilling and writing rows need the dense model; specify it with --teacher"),
     ({"push_to_hub": "true"}, "--push_to_hub needs the name of a repository: --hub_model_id NAMESPACE/NAME"),
     ({"push_to_hub": "true", "hub_model_id": "small"}, "'small' is not a Hub id; write it as NAMESPACE/NAME"),
     ({"trust_remote_code": "true"}, "leave --trust_remote_code out"),
@@ -299,7 +299,7 @@ def test_the_demo_removes_nothing_of_others(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine").touch()
     for other in ("models", "models/mine"):
-        with pytest.raises(CutError, match="was not made by the demo; name another --output, or remove it"):
+        with pytest.raises(CutError, match="was not made by the demo; choose another --output, or remove it"):
             demo.make_room(tmp_path / other)
     assert (tmp_path / "models" / "mine").is_file()
     for _ in range(2):

@@ -368,14 +368,14 @@ def test_bad_settings(recipe: ModuleType, base: Path, tmp_path: Path, settings: 
 
 
 def test_output_of_another_run(recipe: ModuleType, base: Path, healed: tuple[Path, str]) -> None:
-    with pytest.raises(CheckpointError, match="model exists already; name another --output_dir, or remove it"):
+    with pytest.raises(CheckpointError, match="model exists already; choose another --output_dir, or remove it"):
         run(recipe, words(base, healed[0]))
 
 
 def test_an_adapter_of_somebody_else_stays(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="adapter exists already; name another --output_dir, or remove it"):
+    with pytest.raises(CheckpointError, match="adapter exists already; choose another --output_dir, or remove it"):
         run(recipe, words(base, tmp_path / "run"))
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").read_text() == "{}"
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["adapter"]

@@ -161,7 +161,7 @@ def test_names_of_the_harness(tmp_path: Path) -> None:
 
 
 def test_tasks_whose_data_is_far_away() -> None:
-    message = "can't load task piqa: .*; go online, or name files with --tasks-from FOLDER"
+    message = "can't load task piqa: .*; go online, or specify files with --tasks-from FOLDER"
     with pytest.raises(LayerPruneError, match=message):
         task_set(["paper"])
 
@@ -194,9 +194,9 @@ def test_bad_texts(tmp_path: Path) -> None:
         windows("short", byte_tokenizer(), 64)
     with pytest.raises(LayerPruneError, match="too short; give --length"):
         windows("short", byte_tokenizer(), 1)
-    with pytest.raises(LayerPruneError, match=r"text nowhere\.txt does not exist; name a file, or wikitext2"):
+    with pytest.raises(LayerPruneError, match=r"text nowhere\.txt does not exist; specify a file, or wikitext2"):
         find_text("nowhere.txt")
-    with pytest.raises(LayerPruneError, match=r"wikitext2 can't be downloaded: .*; name a file with --text"):
+    with pytest.raises(LayerPruneError, match=r"wikitext2 can't be downloaded: .*; specify a file with --text"):
         find_text("wikitext2")
     with pytest.raises(LayerPruneError, match="into different tokens"):
         check_same_tokens(byte_tokenizer(), byte_tokenizer(bos=True), "some text")

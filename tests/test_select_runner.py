@@ -343,7 +343,7 @@ def test_a_config_chooses(model: Any, text: CalibrationSet, tmp_path: Path) -> N
     again = LayerDropConfig.from_pretrained(tmp_path / "adapter")
     assert again.drop_layers == config.drop_layers
     other = LayerDropConfig(criterion="kl", drop=3, tune_lm_head=False)
-    with pytest.raises(CutError, match="cut already; name its layers with drop_layers="):
+    with pytest.raises(CutError, match="cut already; specify its layers with drop_layers="):
         pruned.add_adapter("second", other)
 
 

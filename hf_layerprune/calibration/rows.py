@@ -223,13 +223,13 @@ def _tokens(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, e
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in documents:
         if document.images:
-            raise CheckpointError(f"{document.where} has images, and the first row has none; name rows of one kind")
+            raise CheckpointError(f"{document.where} has images, and the first row has none; use rows of one kind")
         if isinstance(document.text, str):
             with boundary("the tokenizer can't read the calibration set"):
                 ids += tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids + between
         elif tokenizer.chat_template is None:
             raise CheckpointError(
-                "the calibration set has chats, but the tokenizer has no chat template; name a set with plain text"
+                "the calibration set has chats, but the tokenizer has no chat template; specify a set with plain text"
             )
         else:
             with boundary("the tokenizer's chat template can't render the calibration set", "name plain text instead"):

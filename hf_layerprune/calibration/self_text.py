@@ -83,7 +83,7 @@ def write_text_with(
             deque(in_batches(draws, _rows_at_once(model, length), write, "write shorter rows"), maxlen=0)
     except (AttributeError, NotImplementedError, TypeError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} can't write its own calibration text ({str(error)[:120]}); name a text "
+            f"{type(model).__name__} can't write its own calibration text ({str(error)[:120]}); specify a text "
             "or a data set with calibration="
         ) from error
     finally:
@@ -110,7 +110,7 @@ def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     """The start of an empty user turn, or the beginning-of-text token."""
     if tokenizer is not None and tokenizer.chat_template is not None:
         with boundary(
-            "the tokenizer's chat template can't be rendered", "name a text or a data set with --calibration"
+            "the tokenizer's chat template can't be rendered", "specify a text or a data set with --calibration"
         ):
             chat = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
         before, mark, _ = str(chat).partition(_MARK)

@@ -56,14 +56,14 @@ class Base:
             repo = Repo.open(source, revision, **hub)
             if CONFIG not in repo.files:
                 raise CheckpointError(
-                    f"{source} has no {CONFIG}, so it is not a model that can be cut; choose another"
+                    f"{source} has no {CONFIG}, so it is not a model that can be cut; choose another folder"
                 )
             sizes = {name: file.size for name, file in repo.files.items()}
             return cls(source, repo.get(CONFIG).parent, sizes, repo)
         folder = Path(source).expanduser()
         if not folder.is_dir():
             raise CheckpointError(
-                f"{folder} is not a folder; name a model folder with a {CONFIG} and safetensors weights"
+                f"{folder} is not a folder; specify a model folder with a {CONFIG} and safetensors weights"
             )
         # Below the top level, only folders that may hold companion files are listed.
         paths = sorted([*folder.iterdir(), *(path for name in SUBFOLDERS for path in folder.glob(f"{name}/*"))])

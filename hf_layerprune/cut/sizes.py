@@ -197,7 +197,7 @@ class Sizes:
         except Exception as error:
             raise CutError(
                 f"the key-value cache of a {families.text_config(self.config).model_type} model is not known without "
-                f"running it ({cause_of(error)[:120]}); name target_size or drop instead of target_memory"
+                f"running it ({cause_of(error)[:120]}); use target_size or drop instead of target_memory"
             ) from error
         layers = getattr(cache, "layers", None)
         return [_tensor_bytes(part, set()) for part in (layers if layers is not None else [cache])]

@@ -60,14 +60,16 @@ def cut_without(drop_layers: Sequence[int], num_layers: int) -> Cut:
         except TypeError:
             i = None
         if i is None or isinstance(item, bool):
-            raise CutError(f"drop_layers has {item!r}, which is not a layer index; name layers of 0..{num_layers - 1}")
+            raise CutError(
+                f"drop_layers has {item!r}, which is not a layer index; specify layers of 0..{num_layers - 1}"
+            )
         if not 0 <= i < num_layers:
             raise CutError(f"drop_layers has {i}, but the model's layers are 0..{num_layers - 1}")
         if i in gone:
-            raise CutError(f"drop_layers names {i} more than once; name each layer once")
+            raise CutError(f"drop_layers has {i} more than once; list each layer once")
         gone.add(i)
     if not gone:
-        raise CutError("drop_layers is empty: nothing would be dropped; name at least one layer, or set drop")
+        raise CutError("drop_layers is empty: nothing would be dropped; list at least one layer, or set drop")
     if len(gone) == num_layers:
         raise CutError(f"drop_layers names all {num_layers} layers; at least one must stay")
     return Cut(tuple(i for i in range(num_layers) if i not in gone), num_layers)

@@ -58,7 +58,7 @@ class _Rewriter:
         if isinstance(value, list | tuple):
             if "layer" in where.lower() and value and all(type(item) is int for item in value):
                 raise CutError(
-                    f"quantization_config field {where!r} may list layers by index, which is ambiguous; name modules "
+                    f"quantization_config field {where!r} may list layers by index, which is ambiguous; list modules "
                     "instead"
                 )
             new: list[Any] = []

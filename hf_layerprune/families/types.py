@@ -29,7 +29,7 @@ UNREPAIRABLE = (
 STAGES: dict[str, Stage] = {
     "rank": Stage(
         "ranked on text",
-        "use a criterion that needs no text (reverse_order, random, magnitude_l1, magnitude_l2), or name the layers "
+        "use a criterion that needs no text (reverse_order, random, magnitude_l1, magnitude_l2), or list the layers "
         "yourself (drop_layers)",
     ),
     "repair": Stage("repaired", UNREPAIRABLE),

@@ -199,13 +199,15 @@ def check_file_target(
         if source in real.parents:
             raise CheckpointError(f"{target} is inside {apart_from}, which is only read; write to another folder")
     if target.is_symlink():
-        raise CheckpointError(f"{target} is a symbolic link, and nothing is written through links; name another file")
+        raise CheckpointError(
+            f"{target} is a symbolic link, and nothing is written through links; choose another file"
+        )
     if target.is_dir():
-        raise CheckpointError(f"{target} is a folder; name a file to write")
+        raise CheckpointError(f"{target} is a folder; specify a file to write")
     if target.exists() and not target.is_file():
-        raise CheckpointError(f"{target} is not a regular file; name another file")
+        raise CheckpointError(f"{target} is not a regular file; choose another file")
     if target.exists() and not force:
-        raise CheckpointError(f"{target} exists; replace it with --force (force=True), or name another file")
+        raise CheckpointError(f"{target} exists; replace it with --force (force=True), or choose another file")
 
 
 @contextmanager

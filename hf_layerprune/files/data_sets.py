@@ -93,7 +93,7 @@ def _stored(split: str, paths: tuple[str, ...], types: RowTypes) -> Dataset:
     from datasets import Dataset, NamedSplit
 
     if not types.columns:
-        raise CheckpointError(f"{', '.join(paths)} has only empty rows; name a file with data")
+        raise CheckpointError(f"{', '.join(paths)} has only empty rows; specify a file with data")
     known = hashlib.sha256(f"{_VERSION} {split} {types.features()}".encode())
     for path in paths:
         with Path(path).open("rb") as file:
@@ -126,4 +126,4 @@ def _placed_rows(paths: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]
                 raise CheckpointError(f'{where} is {what}, but a row is an object, such as {{"text": "..."}}')
             yield where, row
     if not where:
-        raise CheckpointError(f"{', '.join(paths)} has no rows; name a file with data")
+        raise CheckpointError(f"{', '.join(paths)} has no rows; specify a file with data")

@@ -94,25 +94,25 @@ def check_target(target: Path, source: Path | None, force: bool, replaces: re.Pa
     named = target
     target = Path(os.path.abspath(target))
     if target.is_symlink():
-        raise CheckpointError(f"{named} is a symbolic link, and nothing is written through links; name a new folder")
+        raise CheckpointError(f"{named} is a symbolic link, and nothing is written through links; choose a new folder")
     target = Path(os.path.realpath(target.parent)) / target.name
     if source is not None and source.exists():
         _check_apart(named, target, source)
     if not target.name:
-        raise CheckpointError(f"{named} can't be replaced; name a new folder")
+        raise CheckpointError(f"{named} can't be replaced; choose a new folder")
     if os.path.lexists(target):
         if not target.is_dir():
-            raise CheckpointError(f"{named} is a file; name a folder to create")
+            raise CheckpointError(f"{named} is a file; specify a folder to create")
         if next(os.scandir(target), None) is not None:
             if not force:
                 raise CheckpointError(
-                    f"{named} exists and is not empty; replace it with --force (force=True), or name another folder"
+                    f"{named} exists and is not empty; replace it with --force (force=True), or choose another folder"
                 )
             _check_replaceable(named, target, replaces)
     for parent in target.parents:
         if os.path.lexists(parent):
             if not parent.is_dir():
-                raise CheckpointError(f"{parent} is a file, so {named} can't be created in it; name another folder")
+                raise CheckpointError(f"{parent} is a file, so {named} can't be created in it; choose another folder")
             break
     return target
 
@@ -121,7 +121,7 @@ def _check_replaceable(named: Path, folder: Path, replaces: re.Pattern[str] | No
     """Check that a folder is of the kind to be written and holds no other files."""
     if replaces is None and not any((folder / name).is_file() for name in _MODEL_SIGNS):
         raise CheckpointError(
-            f"{named} is not a model folder, so it is not replaced; remove it yourself, or name another"
+            f"{named} is not a model folder, so it is not replaced; remove it yourself, or choose another folder"
         )
     known = [replaces or _MODEL_FILES, *([_OUR_FILES] if replaces is None and _is_ours(folder) else [])]
     foreign: list[str] = []
@@ -133,7 +133,7 @@ def _check_replaceable(named: Path, folder: Path, replaces: re.Pattern[str] | No
     if foreign:
         shown = ", ".join(sorted(foreign)[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise CheckpointError(
-            f"{named} is not replaced, since it holds files that may be yours: {shown}; move them away, or name another "
+            f"{named} is not replaced, since it holds files that may be yours: {shown}; move them away, or choose another "
             "folder"
         )
 

@@ -64,10 +64,10 @@ def _told(error: Exception, repo: str, revision: str | None) -> CheckpointError 
         how = "check the name, or log in with `hf auth login` or HF_TOKEN"
         return CheckpointError(f"{repo} is not on the Hub, or it is private; {how}")
     if isinstance(error, errors.RevisionNotFoundError):
-        return CheckpointError(f"{repo} has no revision {revision!r}; name a branch, a tag or a commit")
+        return CheckpointError(f"{repo} has no revision {revision!r}; specify a branch, a tag or a commit")
     if isinstance(error, errors.HFValidationError):
         return CheckpointError(
-            f"{repo!r} is neither a folder nor a Hub id ({cause}); name a folder, or an id such as org/name"
+            f"{repo!r} is neither a folder nor a Hub id ({cause}); specify a folder, or an id such as org/name"
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
         behind = cause_of(error.__cause__) if isinstance(error.__cause__, Exception) else cause
@@ -182,7 +182,7 @@ class Repo:
         cached = _cached(name, revision, place)
         if cached is None:
             raise CheckpointError(
-                f"{name} is not in the cache, and the Hub can't be reached ({offline}); go online, or name a folder"
+                f"{name} is not in the cache, and the Hub can't be reached ({offline}); go online, or specify a folder"
             )
         return cls(name, cached[0], _under(cached[1], subfolder), offline, where, subfolder)
 

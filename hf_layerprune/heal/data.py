@@ -63,7 +63,9 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
     path = Path(name).expanduser()
     with _reading(f"data set {name}"):
         if path.suffix in FILES and not path.is_file():
-            raise CheckpointError(f"data file {path} does not exist; name a file, a folder, or a data set on the Hub")
+            raise CheckpointError(
+                f"data file {path} does not exist; specify a file, a folder, or a data set on the Hub"
+            )
         if files := json_files(str(path), name=config):
             return read_json_files(files, streaming=streaming)
         if path.suffix in FILES:
@@ -179,7 +181,7 @@ def shape_rows(
     if conversation is not None:
         if not chats:
             raise CutError(
-                f"{name} has {conversation}, but the tokenizer has no chat template for them; name a set with plain text"
+                f"{name} has {conversation}, but the tokenizer has no chat template for them; specify a set with plain text"
             )
         with _rows_of(name):
             return _split_conversations(rows, conversation, columns, whole)
@@ -266,6 +268,6 @@ def _split_conversations(rows: Dataset, column: str, columns: list[str], whole: 
     if hasattr(shaped, "__len__") and len(shaped) < len(rows):
         why = "has an assistant's answer after another message (roles: assistant, or gpt after human)"
         if not len(shaped):
-            raise CutError(f"no row of {column} {why}; name a set with such rows")
+            raise CutError(f"no row of {column} {why}; specify a set with such rows")
         logger.warning("%d of %d rows are left out, since not each %s", len(rows) - len(shaped), len(rows), why)
     return shaped

@@ -93,7 +93,7 @@ class _Run:
         if args.distils:
             source = model if model is not None else args.teacher
             if source is None:
-                raise LayerPruneError(f"{args.lesson} needs the dense model; name it with --teacher")
+                raise LayerPruneError(f"{args.lesson} needs the dense model; specify it with --teacher")
             depths = self.trainer.feature_phase.wanted if self.trainer.feature_phase else ()
             teacher = Teacher(source, self.model, prefix, args.teacher_revision, depths)
             features = len(depths) * teacher.layer_width

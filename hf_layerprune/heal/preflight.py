@@ -56,7 +56,7 @@ def check_data(
     if dataset_args.datasets:
         refuse_unused(script_args, ["dataset_name", *_DATA], "beside `datasets`, which the settings file names")
     elif not name:
-        raise CutError("name the training data with --dataset_name; with `self`, the dense model writes them")
+        raise CutError("specify the training data with --dataset_name; with `self`, the dense model writes them")
     else:
         why = "without `datasets` in a settings file, where --dataset_streaming and --dataset_test_split say it"
         refuse_unused(dataset_args, ["streaming", "test_split_size"], why)
@@ -197,7 +197,7 @@ def check_teacher(
         return
     name = args.teacher or base
     if name is None:
-        raise CutError("distilling and writing rows need the dense model; name it with --teacher")
+        raise CutError("distilling and writing rows need the dense model; specify it with --teacher")
     revision = args.teacher_revision or (revision if name == base else None)
     check_dense(load_config(name, revision=revision), config, name, features=args.features > 0)
 
@@ -213,6 +213,6 @@ def check_resume(word: Any) -> None:
     named = word is not None and str(word).lower() not in ("true", "false")
     if named and not (Path(word) / TRAINER_STATE_NAME).is_file():
         raise CheckpointError(
-            f"{word} has no {TRAINER_STATE_NAME}, so it is not a checkpoint; name a folder checkpoint-N, or use "
+            f"{word} has no {TRAINER_STATE_NAME}, so it is not a checkpoint; specify a folder checkpoint-N, or use "
             "--resume_from_checkpoint true for the last one"
         )

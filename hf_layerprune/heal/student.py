@@ -112,7 +112,7 @@ def check_dense(dense: PreTrainedConfig, config: PreTrainedConfig, name: str, *,
     for what, (found, wanted) in sizes.items():
         if found != wanted:
             raise CheckpointError(
-                f"the teacher {name} has {found} {what}, but this model is cut from one with {wanted}; name the dense "
+                f"the teacher {name} has {found} {what}, but this model is cut from one with {wanted}; specify the dense "
                 "model with --teacher"
             )
 

@@ -181,7 +181,7 @@ def _check_vocabularies(model: PreTrainedModel, base: PreTrainedModel) -> None:
     if ours != theirs:
         raise LayerPruneError(
             f"the model has a vocabulary of {ours} tokens and its base one of {theirs}, so they can't be compared token "
-            "by token; name the base that the model was made from"
+            "by token; specify the base that the model was made from"
         )
 
 

@@ -72,7 +72,7 @@ class EngineBench(Recorder):
         except EngineError as error:
             failed = error
         if self.base is None:
-            why = "name its base with --base to see whether the engine knows the architecture"
+            why = "specify its base with --base to see whether the engine knows the architecture"
         else:
             base = str(self.paths[self.base.weights])
             try:
@@ -92,11 +92,11 @@ class EngineBench(Recorder):
             if self.engine.takes_gguf and not path.is_file():
                 raise LayerPruneError(
                     f"{self.engine.name} runs GGUF files, and {path} is not one; convert it (docs/engines.md says how), and "
-                    "name the file of MODEL, then that of BASE, each with --gguf"
+                    "specify the file of MODEL, then that of BASE, each with --gguf"
                 )
             if not self.engine.takes_gguf and not path.is_dir():
                 raise LayerPruneError(
-                    f"{self.engine.name} is timed on model folders, and {path} is not one; name a folder"
+                    f"{self.engine.name} is timed on model folders, and {path} is not one; specify a folder"
                 )
             if path != Path(subject.source):
                 _check_same(path, subject)
@@ -110,7 +110,7 @@ def _check_same(path: Path, subject: Subject) -> None:
     if found.layers != model.layers or abs(found.parameters / model.parameters - 1) > 1e-3:
         raise LayerPruneError(
             f"{path} has {found.layers} layers and {found.parameters:,} parameters, and {subject.name} has "
-            f"{model.layers} and {model.parameters:,}; name the file that was made from it"
+            f"{model.layers} and {model.parameters:,}; specify the file that was made from it"
         )
 
 

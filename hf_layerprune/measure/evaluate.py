@@ -124,7 +124,7 @@ class _Evaluation(Measurement):
             if None not in (theirs, self.vocabulary) and theirs != self.vocabulary:
                 raise LayerPruneError(
                     f"{self.model.name} has a vocabulary of {self.vocabulary} tokens and {self.base.name} one of {theirs}, "
-                    "so they can't be compared token by token; name the base that the model was made from, or omit the "
+                    "so they can't be compared token by token; specify the base that the model was made from, or omit the "
                     "texts"
                 )
             check_same_tokens(self.tokenizer, self.base_tokenizer, text.text)

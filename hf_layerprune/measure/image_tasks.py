@@ -65,7 +65,7 @@ def check_media_tasks(tasks: Mapping[str, Task | Group], subjects: Sequence[Subj
         if image_token(config) is None:
             raise LayerPruneError(
                 f"task {first} asks about images, and {subject.name} is a {config.model_type} model that reads none; omit "
-                "the task, or name a model that reads images"
+                "the task, or specify a model that reads images"
             )
         if getattr(config, "is_encoder_decoder", False):
             raise LayerPruneError(f"task {first} can't be asked of {subject.name}: {ENCODER_DECODER}")

@@ -44,7 +44,7 @@ class Measurement:
         )
         if self.base is not None and self.base.weights == self.model.weights:
             raise LayerPruneError(
-                f"{request.model} and {request.base} have the same weights; name the dense model as the base"
+                f"{request.model} and {request.base} have the same weights; specify the dense model as the base"
             )
         self.where: dict[str, dict[str, str]] = {}
         self._dtype, self.device = request.dtype, pick_device(request.device, spread=True)

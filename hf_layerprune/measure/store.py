@@ -162,7 +162,7 @@ def _check_output(path: Path, subjects: Sequence[Subject | None]) -> None:
         if subject is not None and path.name != FILE_NAME:
             check_file_target(path, force=True, apart_from=Path(subject.source))
     if path.exists() and path.suffix != ".json":
-        raise LayerPruneError(f"{path} exists and is not a .json file; name another file for the numbers")
+        raise LayerPruneError(f"{path} exists and is not a .json file; choose another file for the numbers")
 
 
 def _before(path: Path | None, model: Subject, base: Subject | None, force: bool) -> Metrics | None:

@@ -152,7 +152,7 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
     path = Path(source).expanduser()
     if not path.exists():
         raise CheckpointError(
-            f"{source} does not exist; name a model folder, a .gguf file, or a Hub id such as org/name"
+            f"{source} does not exist; specify a model folder, a .gguf file, or a Hub id such as org/name"
         )
     adapter = path.is_dir() and (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file()
     if not adapter:

@@ -104,7 +104,7 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> TaskSet
     with quiet():
         for name in theirs:
             with boundary(
-                f"can't load task {name}", "go online, or name files with --tasks-from FOLDER", LayerPruneError
+                f"can't load task {name}", "go online, or specify files with --tasks-from FOLDER", LayerPruneError
             ):
                 found = _all_tasks().load([name])
             loaded |= {name: found["groups"][name]} if name in found["groups"] else found["tasks"]
@@ -247,14 +247,14 @@ def task_files(folder: Path) -> dict[str, Path]:
         LayerPruneError: The folder has none, or two of the same name.
     """
     if not folder.is_dir():
-        raise LayerPruneError(f"{folder} is not a folder; name one with .jsonl files (tasks) or .txt files (texts)")
+        raise LayerPruneError(f"{folder} is not a folder; specify one with .jsonl files (tasks) or .txt files (texts)")
     files: dict[str, Path] = {}
     for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.txt")]):
         if path.stem in files:
             raise LayerPruneError(f"{path} and {path.with_suffix('.jsonl')} have the same name; rename one")
         files[path.stem] = path
     if not files:
-        raise LayerPruneError(f"{folder} has no .jsonl file (a task) and no .txt file (a text); name another folder")
+        raise LayerPruneError(f"{folder} has no .jsonl file (a task) and no .txt file (a text); choose another folder")
     return files
 
 

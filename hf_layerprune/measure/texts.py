@@ -59,9 +59,9 @@ def find_text(name: str) -> Text:
     if path.is_file():
         return read_text(path)
     if name != WIKITEXT2:
-        raise CutError(f"text {name} does not exist; name a file, or {WIKITEXT2}")
+        raise CutError(f"text {name} does not exist; specify a file, or {WIKITEXT2}")
     repo, config, split = _WIKITEXT2
-    with boundary(f"{WIKITEXT2} can't be downloaded", "name a file with --text", LayerPruneError):
+    with boundary(f"{WIKITEXT2} can't be downloaded", "specify a file with --text", LayerPruneError):
         from datasets import load_dataset
 
         rows = load_dataset(repo, config, split=split, trust_remote_code=False)
@@ -101,7 +101,7 @@ def windows(
     rows = windows_of(ids, length, begin)[:most]
     if not len(rows):
         raise LayerPruneError(
-            f"the text has {len(ids)} tokens, but a window has {length}; name a longer text, or give --length {len(ids)}"
+            f"the text has {len(ids)} tokens, but a window has {length}; specify a longer text, or give --length {len(ids)}"
         )
     return rows, begin is not None
 
@@ -116,5 +116,5 @@ def check_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizer
     if ours(sample, verbose=False).input_ids != theirs(sample, verbose=False).input_ids:
         raise LayerPruneError(
             "the tokenizers of the model and its base split the text into different tokens, so the models can't be compared "
-            "token by token; name the base that the model was made from"
+            "token by token; specify the base that the model was made from"
         )

@@ -91,7 +91,7 @@ class AmountOptions:
         """
         said = [name for name in AMOUNTS if getattr(self, name) is not None]
         if len(said) > 1:
-            raise CutError(f"{' and '.join(said)} each say how many layers go; name only one of them")
+            raise CutError(f"{' and '.join(said)} each say how many layers to drop; use only one of them")
         if not said and getattr(self, "drop_layers", None) is None:
             self.drop = _DROP
 

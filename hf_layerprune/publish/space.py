@@ -151,7 +151,7 @@ def secret_from(variable: str | None) -> str | None:
         return None
     if not (token := os.environ.get(variable)):  # the name is not repeated: it may be the token itself
         raise CutError(
-            "--space-secret names an environment variable that is not set; name the one that holds the token"
+            "--space-secret names an environment variable that is not set; specify the one that holds the token"
         )
     return token
 

@@ -70,7 +70,7 @@ def hash_hub_files(repo: Repo, names: Sequence[str]) -> tuple[dict[str, str], Pa
     small = [name for name in names if name not in hashes]
     if huge := [name for name in small if repo.files[name].size > _MAX_SMALL and not name.endswith(WEIGHTS)]:
         raise CheckpointError(
-            f"{repo.name}/{huge[0]} is too large for a companion file; download the model, and name the folder"
+            f"{repo.name}/{huge[0]} is too large for a companion file; download the model, and specify the folder"
         )
     paths = repo.fetch([*small, *(name for name in sorted(RECORDS) if name in repo.files)])
     folder = next((path.parent for name, path in paths.items() if "/" not in name), Path(repo.name))

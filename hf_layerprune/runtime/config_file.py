@@ -81,7 +81,7 @@ def check_no_code(fields: dict[str, Any], name: str) -> None:
 
     if fields.get("auto_map") and fields["model_type"] not in CONFIG_MAPPING:
         raise CheckpointError(
-            f"{name} needs code of its own (auto_map in its config.json), which is not run; name a model of an "
+            f"{name} needs code of its own (auto_map in its config.json), which is not run; specify a model of an "
             "architecture that transformers has"
         )
     for part in (fields, *(section for section in fields.values() if isinstance(section, dict))):

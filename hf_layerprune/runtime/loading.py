@@ -41,17 +41,17 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
     path = as_path(base)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise CheckpointError(f"{path} is a file; name a model folder, a Hub id, or a .gguf file")
+            raise CheckpointError(f"{path} is a file; specify a model folder, a Hub id, or a .gguf file")
         return str(path.parent), path.name
     if path.is_dir():
         if gguf_file is None and not (path / "config.json").is_file():
             raise CheckpointError(
-                f"{path} has no config.json, so it is not a model folder; name a folder that has one"
+                f"{path} has no config.json, so it is not a model folder; specify a folder that has one"
             )
         return str(path), gguf_file
     if _looks_like_a_path(str(base)) or path.suffix == ".gguf":
         raise CheckpointError(
-            f"{path} does not exist; name a model folder, a .gguf file, or a Hub id such as org/name"
+            f"{path} does not exist; specify a model folder, a .gguf file, or a Hub id such as org/name"
         )
     return str(base), gguf_file
 
@@ -69,7 +69,7 @@ def as_path(base: str | Path) -> Path:
         CheckpointError: The name is empty, or can't be a file name.
     """
     if not str(base).strip() or "\0" in str(base):
-        raise CheckpointError(f"{str(base)!r} names no model; name a model folder, a .gguf file, or a Hub id")
+        raise CheckpointError(f"{str(base)!r} names no model; specify a model folder, a .gguf file, or a Hub id")
     try:
         path = Path(base).expanduser()
         path.exists()
@@ -257,6 +257,6 @@ def _check_saved(tokenizer: PreTrainedTokenizerBase, model: str | Path) -> None:
     if again(text)["input_ids"] != tokenizer(text)["input_ids"]:
         raise CheckpointError(
             f"transformers {__version__} misreads the tokenizer in {model}: saved and loaded again, {text!r} becomes "
-            f'{again.decode(again(text)["input_ids"])!r}; upgrade: pip install "transformers>={GGUF_TOKENIZERS}", or name a '
+            f'{again.decode(again(text)["input_ids"])!r}; upgrade: pip install "transformers>={GGUF_TOKENIZERS}", or specify a '
             "model folder with the original tokenizer"
         )

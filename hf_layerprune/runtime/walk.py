@@ -273,7 +273,7 @@ class LayerWalk:
     def _refusal(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"the layers of {type(self.model).__name__} can't be run one at a time: {why}. Choose layers with a "
-            "criterion that needs no data (reverse_order, random, magnitude_l1, magnitude_l2), or name them yourself"
+            "criterion that needs no data (reverse_order, random, magnitude_l1, magnitude_l2), or list them yourself"
         )
 
     @property

@@ -133,7 +133,7 @@ class Target:
         if self.met_by(()):
             raise CutError(
                 f"{self.option}={self.spell(self.limit)} is met by the model as it is ({self.spell(self.left(()))}), so "
-                "there is nothing to drop; name a stricter target"
+                "there is nothing to drop; choose a stricter target"
             )
         # The largest layers first: with fewer, no set can meet it.
         by_size = sorted(free, key=self.of_layers.__getitem__, reverse=True)[:most]

@@ -260,7 +260,7 @@ def _for_target(request: AdviseRequest, config: Any) -> int:
 
     if request.target == "target_speedup":
         raise CutError(
-            "target_speedup is not available here; find the number of layers with hf-layerprune rank --curve, and name it with "
+            "target_speedup is not available here; find the number of layers with hf-layerprune rank --curve, and specify it with "
             "drop"
         )
     target = Target.of(take(CutOptions, request), config, request.base, revision=request.revision)

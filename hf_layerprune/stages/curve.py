@@ -189,7 +189,7 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
     calibration = calibration_of(request, walk, request.revision)
     if record.setdefault("calibration", calibration.record()) != calibration.record():
         raise CheckpointError(
-            f"{request.output} holds a curve on other calibration rows; name another folder, or begin again with --force"
+            f"{request.output} holds a curve on other calibration rows; choose another folder, or begin again with --force"
         )
     search = _search(request, record, walk, calibration, free)
     left = up_to - len(record["points"])
@@ -246,13 +246,13 @@ def _earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, A
         return None
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
     if names - {FILE, *_PLOTS}:
-        raise CheckpointError(f"{folder} is not empty, and not a curve; name another folder")
+        raise CheckpointError(f"{folder} is not empty, and not a curve; choose another folder")
     if FILE not in names or force:
         return None
     record = read_curve(folder / FILE)
     if record["identity"] != json.loads(json.dumps(identity)):
         raise CheckpointError(
-            f"{folder} holds a curve of another base or with other options; name another folder, or begin again with "
+            f"{folder} holds a curve of another base or with other options; choose another folder, or begin again with "
             "--force"
         )
     logger.info("continuing %s, which has %d points", folder / FILE, len(record["points"]))
@@ -303,7 +303,7 @@ def curve_in(folder: Path, request: PruneRequest | AdviseRequest) -> Curve:
     record = read_curve(folder / FILE)
     if record["identity"].get("base") != _identity(request):
         raise CheckpointError(
-            f"{folder} holds the curve of another base than {request.base}; name that base, or make a curve of this one"
+            f"{folder} holds the curve of another base than {request.base}; specify that base, or make a curve of this one"
         )
     return Curve(record["points"], record)
 
@@ -320,7 +320,7 @@ def _chosen(request: AmountOptions, curve: Curve, num_layers: int) -> int | None
 def _check_known(request: AmountOptions) -> None:
     """Refuse what no curve can answer, before one is made or read."""
     if request.target_memory is not None:
-        raise CutError("a curve has no figures for memory; name target_size, or prune without a curve")
+        raise CutError("a curve has no figures for memory; use target_size, or prune without a curve")
 
 
 def _is_inside(point: dict[str, Any], name: str, value: float) -> bool:

@@ -100,7 +100,7 @@ def was_made(request: PruneRequest, folder: Path) -> bool:
     )
     if not (same and is_base(lineage.base, request) and is_text(calibration, request)):
         raise CheckpointError(
-            f"{folder} holds a different cut, or one of another base or calibration text; name another output folder, or "
+            f"{folder} holds a different cut, or one of another base or calibration text; choose another output folder, or "
             "remove it"
         )
     return True
@@ -211,7 +211,9 @@ def _needs_a_model(request: PruneRequest) -> bool:
 def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
     if not is_gguf(base):
         if not base.is_dir() and not is_hub_id(request.base):
-            raise CheckpointError(f"{base} is not a GGUF file, and only one can be written to {output}; name a folder")
+            raise CheckpointError(
+                f"{base} is not a GGUF file, and only one can be written to {output}; specify a folder"
+            )
         raise CheckpointError(
             f"{request.base} is not a GGUF file, so {output} takes two steps: prune into the folder {output.stem}, then "
             f"run llama.cpp's converter: python convert_hf_to_gguf.py {output.stem} --outfile {output} (docs/engines.md "
@@ -223,10 +225,10 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
     }  # fmt: skip
     if refused := [name for name, value in given.items() if value]:
         raise CheckpointError(
-            f"a GGUF file is cut without being loaded; leave out {' and '.join(refused)}, or name a folder as the output"
+            f"a GGUF file is cut without being loaded; leave out {' and '.join(refused)}, or specify a folder as the output"
         )
     if os.path.lexists(output) and not request.force:
-        raise CheckpointError(f"{output} exists; replace it with --force, or name another file")
+        raise CheckpointError(f"{output} exists; replace it with --force, or choose another file")
     if looks_at_model(request):
         dropped = _prepare(request, None).drop_layers  # looks at the dequantised model
     elif request.drop_layers is not None:
@@ -256,7 +258,7 @@ def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target |
     if request.target is None:
         return None
     if request.target_size is None:
-        raise CutError(f"{request.target} is not known for a GGUF file that stays one; name target_size or drop")
+        raise CutError(f"{request.target} is not known for a GGUF file that stays one; use target_size or drop")
 
     def left(drop: Sequence[int]) -> float:
         return plan_gguf_cut(base, list(drop)).target_bytes if drop else base.stat().st_size

@@ -37,11 +37,11 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
     before, after = Path(source).expanduser(), Path(folder).expanduser()
     for place in (before, after):
         if not (place / CONFIG).is_file():
-            raise CheckpointError(f"{place} is not a model folder; name one that has a {CONFIG}")
+            raise CheckpointError(f"{place} is not a model folder; specify one that has a {CONFIG}")
     lineage = Lineage.required(before)
     if not lineage.entries or lineage.entries[-1].get("weights") != weights_hash(fingerprint(before)):
         raise CheckpointError(
-            f"the weights of {before} are not those that its {FILE_NAME} names; name the folder that they belong to"
+            f"the weights of {before} are not those that its {FILE_NAME} names; specify the folder that they belong to"
         )
     if (after / FILE_NAME).exists():
         raise CheckpointError(f"{after} has a {FILE_NAME} already; remove it if its weights are new")
@@ -50,7 +50,7 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
     if not isinstance(settings, dict):
         raise CheckpointError(f"{after / CONFIG} has no quantization_config, so its model is not quantised")
     if old.get("quantization_config") is not None:
-        raise CheckpointError(f"{before} is quantised already; name the model before that")
+        raise CheckpointError(f"{before} is quantised already; specify the model from before quantisation")
     from ..heal.stage import changed_tensors, copy_beside_weights
 
     method = method_of(settings)

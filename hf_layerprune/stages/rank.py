@@ -79,7 +79,9 @@ def rank(request: RankRequest) -> Ranking:
         check_context(config, request.calibration_length, "calibration_length")
     n = families.layer_count(config)
     if request.budget is not None and any(criterion.name != "auto" for criterion in criteria):
-        raise CutError(f"{request.budget} is for --curve or --criterion auto; name one of them, or a drop or target")
+        raise CutError(
+            f"{request.budget} is for --curve or --criterion auto; specify one of them, or a drop or target"
+        )
     protected = families.protected_layers(config)
     count = 1 if request.drop is None else drop_count(request.drop, n)
     # What is refused is refused before a weight is read.

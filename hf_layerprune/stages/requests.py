@@ -38,7 +38,7 @@ def _parse_criteria(text: str) -> list[str]:
 
 def _check_criteria(names: object) -> list[str]:
     if not isinstance(names, list | tuple) or not names:
-        raise CutError("name one criterion or more, such as kl,taylor, or all")
+        raise CutError("specify one criterion or more, such as kl,taylor, or all")
     scores = [name for name, criterion in CRITERIA.items() if criterion.kind != "choice"]
     expanded = [each for name in names for each in (scores if name == "all" else [find_criterion(name).name])]
     return list(dict.fromkeys(expanded))
@@ -204,7 +204,7 @@ class AdviseRequest(WalkOptions, AmountOptions):
         self.refuse_unused()
         if self.min_top1_agreement is not None:
             raise CutError(
-                "min_top1_agreement: the top-1 agreement after healing was not measured; name max_kl or "
+                "min_top1_agreement: the top-1 agreement after healing was not measured; use max_kl or "
                 "max_perplexity_ratio instead"
             )
 

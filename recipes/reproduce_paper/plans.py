@@ -248,7 +248,7 @@ def _check(row: Row) -> None:
         if value not in choices:
             raise UsageError(f"{row.name}: {name} has {value!r}, and knows {', '.join(map(str, choices))}")
     if row.criterion is None and row.method != "none":
-        raise UsageError(f"{row.name}: only a model of which layers were dropped is trained; name a criterion")
+        raise UsageError(f"{row.name}: only a model of which layers were dropped is trained; specify a criterion")
     for name, number in row.figures().items():
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise UsageError(f"{row.name}: {name} is {number!r}, and must be a number")

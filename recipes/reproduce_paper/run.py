@@ -280,7 +280,7 @@ def _locked(output: Path) -> Iterator[int | None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LayerPruneError(f"another run is using {output}; wait for it, or name another --output") from None
+            raise LayerPruneError(f"another run is using {output}; wait for it, or choose another --output") from None
         yield descriptor
     finally:
         os.close(descriptor)

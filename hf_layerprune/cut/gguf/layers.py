@@ -62,7 +62,7 @@ def architecture_of(header: GGUFHeader) -> str:
     """
     kind = header.keys.get("general.type")
     if kind is not None and kind.text != "model":
-        header.fail(f"this is not a model: general.type is {kind.text!r}; name the model's own GGUF file")
+        header.fail(f"this is not a model: general.type is {kind.text!r}; specify the model's own GGUF file")
     split = header.keys.get("split.count")
     if split is not None and _whole_number(header, split) > 1:
         header.fail(

@@ -72,7 +72,7 @@ def declare(request: CardRequest, published: dict[str, str] | None = None) -> No
             base = {name: value for name, value in base.items() if name not in names} | licence
         if hub_id is not None:
             if not is_hub_name(hub_id):
-                raise CheckpointError(f"{hub_id!r} is not a Hub id; name the base as org/name")
+                raise CheckpointError(f"{hub_id!r} is not a Hub id; specify the base as org/name")
             if not base.get("commit"):
                 _name_in_commands(lineage, str(base.get("id")), base_name(base))
                 base |= {"id": base_name(base), "hub_id": hub_id}

@@ -120,7 +120,7 @@ def _base(contents: Contents, request: PushRequest) -> Outcome:
     if is_local(base):
         text = (
             f"{LINEAGE} names the base by a path on your disk, {base['id']}, which is of no use to others; "
-            "name its Hub id: hf-layerprune card MODEL --base-model ORG/NAME"
+            "specify its Hub id: hf-layerprune card MODEL --base-model ORG/NAME"
         )
         yield REFUSAL, text
     if contents.is_adapter:

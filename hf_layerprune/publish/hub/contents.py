@@ -74,9 +74,9 @@ def find_model(request: PushRequest) -> Path:
     """
     folder = request.model.expanduser()
     if folder.is_file():
-        raise CheckpointError(f"{folder} is a file; name a model folder written by hf-layerprune prune")
+        raise CheckpointError(f"{folder} is a file; specify a model folder written by hf-layerprune prune")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist; name a model folder")
+        raise CheckpointError(f"{folder} does not exist; specify a model folder")
     if not request.adapter_only:
         return folder
     for place in (folder, folder / "adapter"):
@@ -130,7 +130,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
                 text = f"the name of the file {os.fsencode(name)!r} in {folder} is not UTF-8; rename it"
                 raise CheckpointError(text) from None
             if count > _MOST_FILES:
-                raise CheckpointError(f"{folder} has more than {_MOST_FILES:,} files; name a model folder")
+                raise CheckpointError(f"{folder} has more than {_MOST_FILES:,} files; specify a model folder")
             yield name, path
 
 

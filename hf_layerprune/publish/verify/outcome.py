@@ -64,7 +64,7 @@ class Verified:
     def verdict(self) -> str:
         """One line: yes, no, or in part, with the unproven part; or that there are only records, or no base."""
         if self.without_base and all(line.good for line in self.lines if line.what != BASE):
-            return f"NOT CHECKED: the base of {self.name} was not found, and its records have no other fault; name it with --base"
+            return f"NOT CHECKED: the base of {self.name} was not found, and its records have no other fault; specify it with --base"
         if self.without_weights:
             agree = "agree" if self.consistent else "do NOT agree"
             return (

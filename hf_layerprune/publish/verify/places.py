@@ -44,7 +44,7 @@ class Place:
         folder = Path(request.model).expanduser()
         if not folder.is_dir():
             what = "is a file" if folder.is_file() else "does not exist"
-            raise CheckpointError(f"{folder} {what}; name a model folder or a Hub id")
+            raise CheckpointError(f"{folder} {what}; specify a model folder or a Hub id")
         hashes: dict[str, str] = {}
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
