@@ -39,9 +39,10 @@ AutoConfig.from_pretrained(sys.argv[1])
 """
 OURS = """
 import sys, time
-from hf_layerprune.cut.disk import plan_cut, write_checkpoint
 from pathlib import Path
-plan = plan_cut(sys.argv[1], [int(i) for i in sys.argv[3].split(",")])
+from hf_layerprune.cut.disk import plan_cut
+from tests.cutting import write_checkpoint
+plan = plan_cut(Path(sys.argv[1]), [int(i) for i in sys.argv[3].split(",")])
 started, cpu = time.perf_counter(), time.process_time()
 write_checkpoint(plan, Path(sys.argv[2]))
 print(time.perf_counter() - started, time.process_time() - cpu)

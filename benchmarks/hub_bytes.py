@@ -33,7 +33,7 @@ seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAG
 print(json.dumps(dict(kept=kept, seconds=seconds, peak=peak / 1000, before=before / 1000)))
 """
 OURS = TIMED.format(
-    imports="from hf_layerprune.cut.disk import cut_checkpoint",
+    imports="from tests.cutting import cut_checkpoint",
     work="kept = cut_checkpoint('org/llama', sys.argv[1], json.loads(sys.argv[2])).weight_bytes",
 )
 SNAPSHOT = TIMED.format(

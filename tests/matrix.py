@@ -19,12 +19,12 @@ import torch
 from transformers import AutoConfig
 
 from hf_layerprune import families
-from hf_layerprune.cut.disk import cut_checkpoint
 from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.cut.memory import drop_layers
 from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.runtime.model_class import auto_class_of
 
+from .cutting import cut_checkpoint
 from .tiny_models import EAGER, VOCAB, tiny_input
 
 CUT = "cut"

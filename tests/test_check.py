@@ -16,10 +16,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from hf_layerprune import LayerDropConfig, UnsupportedModelError, drop_layers, families
 from hf_layerprune.cli import main
 from hf_layerprune.cut import check
-from hf_layerprune.cut.disk import cut_checkpoint
 from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.runtime.loading import load_base
 
+from .cutting import cut_checkpoint
 from .matrix import identities, logits
 from .tiny_models import tiny_config, tiny_input, tiny_model
 
@@ -112,7 +112,7 @@ class TestAnUnprovenVersion:
     def test_is_told_once(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         tiny_model("llama").save_pretrained(tmp_path / "base")
         load_pruned(tmp_path / "base", DROP)
-        cut_checkpoint(tmp_path / "base", tmp_path / "cut", DROP)
+        assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2,3,5"]) == 0
         told = [record.message for record in caplog.records if "is not proven" in record.message]
         assert len(told) == 1
         assert told[0].startswith("a cut of model type llama is not proven with transformers 5.99.0 (proven with ")

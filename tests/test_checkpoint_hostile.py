@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from hf_layerprune.cut.disk import cut_checkpoint, plan_cut
+from hf_layerprune.cut.disk import plan_cut
 from hf_layerprune.cut.header import DTYPE_BITS, Tensor, read_header, write_header
 from hf_layerprune.errors import CheckpointError
 
+from .cutting import cut_checkpoint
 from .test_checkpoint import EMBED, NORM, layer, make, sharded
 
 

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.checkpoint import make_llama
-from hf_layerprune.cut.disk import cut_checkpoint
 from hf_layerprune.records.fingerprints import fingerprint
 
+from .cutting import cut_checkpoint
 from .hub_server import HubServer, client_env
 from .tiny_models import EAGER, tiny_input, tiny_model
 
@@ -30,7 +30,7 @@ TOKEN = "hf_good"
 # imported, so it can't be the tests' own process; a fresh one each time would be slow.
 WORKER = """
 import json, sys, traceback
-from hf_layerprune.cut.disk import cut_checkpoint
+from tests.cutting import cut_checkpoint
 from hf_layerprune.cut.sizes import Sizes
 from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.runtime.loading import load_config

@@ -17,12 +17,13 @@ from benchmarks.checkpoint import make_llama
 from hf_layerprune import LayerDropConfig, prune_with
 from hf_layerprune.cli import main
 from hf_layerprune.cut import write
-from hf_layerprune.cut.disk import cut_checkpoint, plan_cut
+from hf_layerprune.cut.disk import plan_cut
 from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.files import copy as files
 from hf_layerprune.files import folders as replace
 
+from .cutting import cut_checkpoint, write_checkpoint
 from .matrix import cuts
 from .test_checkpoint import EMBED, LLAMA, NORM, assert_same, layer, make, sharded, tensors
 from .tiny_models import tiny_model
@@ -189,7 +190,7 @@ def test_a_failure_on_the_way_leaves_nothing_behind(base, tmp_path, monkeypatch,
 def test_a_real_refusal_of_the_kernel_is_one_clear_error(base, tmp_path):
     """A limit on file sizes stands in for a full disk."""
     script = (
-        "import resource, signal\nfrom hf_layerprune.cut.disk import *\n"
+        "import resource, signal\nfrom tests.cutting import cut_checkpoint\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))\n"
         f"cut_checkpoint({str(base)!r}, {str(tmp_path / 'cut')!r}, [1])\n"
     )
@@ -216,7 +217,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(base, tmp_path, monkeypatch)
     shard = base / "model-00003-of-00004.safetensors"
     os.utime(shard, ns=(1, 1))
     with pytest.raises(CheckpointError, match=r"00003.*changed while it was being read"):
-        write.write_checkpoint(plan, tmp_path / "cut")
+        write_checkpoint(plan, tmp_path / "cut")
     copy = files.LocalFile.copy_into
 
     def shrinking(self, output, offset, length):
@@ -273,7 +274,7 @@ import os, random, shutil, signal, sys, threading, time
 from pathlib import Path
 from tqdm.auto import tqdm
 from hf_layerprune.files import copy as files
-from hf_layerprune.cut.disk import cut_checkpoint
+from tests.cutting import cut_checkpoint
 from tests.test_checkpoint_safety import digest
 
 base, target, rounds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -361,7 +362,7 @@ from transformers import AutoConfig
 AutoConfig.from_pretrained(sys.argv[1])
 import tqdm.auto
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-from hf_layerprune.cut.disk import cut_checkpoint
+from tests.cutting import cut_checkpoint
 cut_checkpoint(sys.argv[1], sys.argv[2], range(21, 29))
 print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

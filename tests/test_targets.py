@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from hf_layerprune import CutError, LayerDropConfig, prune_with
 from hf_layerprune.cli import main
-from hf_layerprune.cut.disk import cut_checkpoint
 from hf_layerprune.cut.sizes import Sizes
 from hf_layerprune.options import CutOptions
 from hf_layerprune.records.lineage import Lineage
@@ -24,6 +23,7 @@ from hf_layerprune.select.targets import Target
 from hf_layerprune.stages.rank import rank
 from hf_layerprune.stages.requests import RankRequest
 
+from .cutting import cut_checkpoint
 from .gguf_makers import smollm2
 from .tiny_models import LAYERS, tiny_input, tiny_model
 

@@ -10,29 +10,12 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..files.copy import LocalFile, NewFile, check_space
-from ..files.folders import new_folder
 from ..screen import progress_bar
 from .folder import INDEX, SINGLE, check_index, read_json
 from .header import read_header
 from .plan import CheckpointPlan, ShardPlan
 
 logger = logging.getLogger(__name__)
-
-
-def write_checkpoint(plan: CheckpointPlan, target: Path, *, force: bool = False, link: bool = False) -> None:
-    """Write a planned checkpoint to a new folder.
-
-    Args:
-        plan (`CheckpointPlan`): The plan.
-        target (`Path`): The folder to create.
-        force (`bool`, *optional*, defaults to `False`): Replace the target if it is already a model folder.
-        link (`bool`, *optional*, defaults to `False`): Hard-link unchanged weight files.
-
-    Raises:
-        CheckpointError: The target exists, the disk is too full, the source changed, or writing failed.
-    """
-    with new_folder(target, force=force, apart_from=plan.source) as folder:
-        fill(plan, folder, link=link, name=target.name)
 
 
 def fill(plan: CheckpointPlan, folder: Path, *, link: bool = False, name: str | None = None) -> None:

@@ -130,9 +130,9 @@ def _make_tiny(name: str, paths: dict[str, Path]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_layerprune.cut.disk import cut_checkpoint
     from hf_layerprune.layer_ranges import parse_layers
 
+    from ..cutting import cut_checkpoint
     from ..tiny_models import EAGER, randomize
 
     tokenizer = AutoTokenizer.from_pretrained(make(REAL)["dense"])

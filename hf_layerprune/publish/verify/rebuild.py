@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...cut.base import Base as Checkpoint
 from ...cut.disk import plan_cut
 from ...cut.header import read_header
 from ...cut.plan import CheckpointPlan
@@ -79,7 +80,7 @@ def rebuild(history: History, base: Base) -> Expected:
         raise CheckpointError("lineage.json does not drop any layers")
     if base.packed or history.dtype is not None:
         return _converted(history, base)
-    plan = plan_cut(base.source, history.dropped, revision=base.commit, token=base.token)
+    plan = plan_cut(Checkpoint.open(base.source, base.commit, token=base.token), history.dropped)
     if plan.cut.num_layers != history.num_base_layers:
         raise CheckpointError(
             f"the base has {plan.cut.num_layers} layers, but lineage.json says {history.num_base_layers}"
