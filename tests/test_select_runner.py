@@ -66,8 +66,10 @@ def test_any_cuts_in_any_memory(
 ) -> None:
     monkeypatch.setattr(trials, "_HEAD_TOKENS", head_tokens)
     monkeypatch.setattr(divergence, "_CACHED_LOGITS", cached_logits)
+    if memory is not None:
+        monkeypatch.setattr(trials, "memory_for", lambda walk: memory)
     drops = [(0,), (7,), (2, 3, 4), (1, 3, 6), (1, 3), (), (2, 3, 5, 6, 7)]
-    found = try_out(LayerWalk(model), text, [Trial(drop) for drop in drops], memory=memory)
+    found = try_out(LayerWalk(model), text, [Trial(drop) for drop in drops])
     for drop, outcome in zip(drops, found, strict=True):
         loss, kl = measured(without(drop), model, text.input_ids)
         assert outcome.loss == pytest.approx(loss, rel=1e-5)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Pick = Callable[[CalibrationSet, int], tuple[int, ...]]
+Probes = dict[int, tuple[Candidate, Loss]]  # the best cut that was judged, by its number of layers
 
 
 def check_rows(choice: ChoiceOptions, rows: int) -> None:
@@ -37,8 +38,7 @@ def check_rows(choice: ChoiceOptions, rows: int) -> None:
     """
     if choice.budget is not None and held_out_rows(HELD_OUT, rows) < 2:
         raise CutError(
-            f"{choice.budget}={getattr(choice, choice.budget):g} needs a standard error, and so two held-out rows or "
-            "more; raise calibration_samples to 8"
+            f"{_said(choice)} needs a standard error, and so two held-out rows or more; raise calibration_samples to 8"
         )
 
 
@@ -85,7 +85,6 @@ def choose(
     budget = choice.budget
     assert budget is not None, "there is a budget"
     limit = limit_of(budget, getattr(choice, budget))
-    said = f"{budget}={getattr(choice, budget):g}"
     check_rows(choice, len(calibration))
     search = Search(walk, calibration, free, choice)
     most = search.most
@@ -94,7 +93,7 @@ def choose(
     depth = max(1, walk.num_layers // 4)
     rounds = depth.bit_length() if pick else 2
     announce(walk, search.judging, search.layer_runs(depth, rounds, depth + rounds), "the search within the budget")
-    probes: dict[int, tuple[Candidate, Loss]] = {}
+    probes: Probes = {}
 
     def inside(count: int, found_by: str) -> bool:
         """Find a set of a size and judge it; the better one of a size is kept."""
@@ -128,8 +127,17 @@ def choose(
             if low > 1:
                 inside(low, BLOCK)
     if not low:
-        raise _too_strict(budget, said, limit, *probes[1])
-    high = low + 1
+        raise _too_strict(choice, limit, *probes[1])
+    return _chosen(low, probes, search, choice, limit)
+
+
+def _said(choice: ChoiceOptions) -> str:
+    return f"{choice.budget}={getattr(choice, str(choice.budget)):g}"
+
+
+def _chosen(low: int, probes: Probes, search: Search, choice: CutOptions, limit: float) -> Choice:
+    """The deepest cut that is inside, and what is known of the next number of layers."""
+    budget, said, high = str(choice.budget), _said(choice), low + 1
     candidate, loss = probes[low]
     if high in probes and probes[high][1].mean <= limit:
         nearly = probes[high][1]
@@ -193,8 +201,9 @@ def quality(outcome: Any, dense: Any) -> dict[str, float]:
     return {name: round(value, 6) for name, value in found.items() if math.isfinite(value)}
 
 
-def _too_strict(budget: str, said: str, limit: float, candidate: Candidate, loss: Loss) -> CutError:
-    layer = f"layer {format_layers(candidate.drop)}, the best found, costs {spell_loss(budget, loss)} on {loss.rows} held-out rows"
+def _too_strict(choice: ChoiceOptions, limit: float, candidate: Candidate, loss: Loss) -> CutError:
+    said, cost = _said(choice), spell_loss(str(choice.budget), loss)
+    layer = f"layer {format_layers(candidate.drop)}, the best found, costs {cost} on {loss.rows} held-out rows"
     if loss.mean - loss.error <= limit:
         rows = 4 * loss.rows_needed(abs(limit - loss.mean))
         return CutError(

@@ -69,20 +69,16 @@ class Outcome:
 
 
 @torch.no_grad()
-def try_out(
-    walk: LayerWalk, calibration: CalibrationSet, trials: Sequence[Trial], *, memory: int | None = None
-) -> list[Outcome]:
+def try_out(walk: LayerWalk, calibration: CalibrationSet, trials: Sequence[Trial]) -> list[Outcome]:
     """Run the model with each of some cuts.
 
     Args:
         walk (`LayerWalk`): The dense model.
         calibration (`CalibrationSet`): The text.
         trials (`Sequence[Trial]`): The cuts.
-        memory (`int`, *optional*): Bytes for hidden states. By default a share of the free memory if each pass has to
-            read the weights again, otherwise 256 MiB.
     """
     tracks = [*trials, Trial(())]
-    rows = rows_per_pass(walk, calibration, tracks, memory)
+    rows = rows_per_pass(walk, calibration, tracks)
     size = min(rows, batch_rows(calibration))
     given, step = list(calibration.batches(size)), -(-rows // size)
     parts = [given[start : start + step] for start in range(0, len(given), step)]
@@ -99,20 +95,21 @@ def try_out(
     return [Outcome(loss, kl, rows) for (loss, kl, _), rows in zip(means_by_trial, by_trial, strict=True)]
 
 
-def rows_per_pass(
-    walk: LayerWalk, calibration: CalibrationSet, trials: Sequence[Trial], memory: int | None = None
-) -> int:
+def memory_for(walk: LayerWalk) -> int:
+    """Bytes for hidden states: a share of the free memory if each pass has to read the weights again."""
+    if walk.device.type == "cuda":
+        return free_bytes(walk.device) // 3
+    # If the weights stay in memory, extra passes cost nothing, and small ones stay in the processor's cache.
+    return free_bytes(walk.device) // 8 if walk.reloads_weights else 256 << 20
+
+
+def rows_per_pass(walk: LayerWalk, calibration: CalibrationSet, trials: Sequence[Trial]) -> int:
     """How many rows to run through the model in one pass."""
     samples, length = calibration.input_ids.shape
-    if memory is None and walk.device.type == "cuda":
-        memory = free_bytes(walk.device) // 3
-    elif memory is None:
-        # If the weights stay in memory, extra passes cost nothing, and small ones stay in the processor's cache.
-        memory = free_bytes(walk.device) // 8 if walk.reloads_weights else 256 << 20
     width, size = walk.model.config.get_text_config().hidden_size, walk.model.dtype.itemsize
     # The hidden states kept after a layer, plus one set while it is computed.
     most = max((len({move.after for move in moves}) for moves in _all_moves(walk.num_layers, trials)), default=1) + 1
-    rows = memory // (most * length * width * size)
+    rows = memory_for(walk) // (most * length * width * size)
     small = batch_rows(calibration)
     return max(1, min(samples, rows // small * small if rows >= small else rows))
 
