@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import LayerPruneError
 from ..families import check_stage
 from ..runtime.divergence import Reference, diverge
 from ..runtime.head import OutputHead
@@ -92,7 +91,7 @@ def perplexity(model: PreTrainedModel, rows: torch.Tensor, *, batch_size: int = 
         `Perplexity`: The mean over all predicted tokens.
 
     Raises:
-        LayerPruneError: `rows` has another shape, or a window does not fit into memory.
+        LayerPruneError: A window does not fit into memory.
     """
     (nll,) = _means_of_windows(model, None, rows, batch_size)
     return Perplexity(**_fields(nll, rows))
@@ -118,7 +117,7 @@ def distance(
         `Distance`: Means over all predicted tokens.
 
     Raises:
-        LayerPruneError: `rows` has another shape, the vocabularies differ, or a window does not fit into memory.
+        LayerPruneError: A window does not fit into memory.
     """
     nll, base_nll, agreement, kl = _means_of_windows(model, base, rows, batch_size)
     return Distance(
@@ -136,13 +135,6 @@ def _means_of_windows(
 ) -> torch.Tensor:
     """The mean of each window: `nll`, and with a base, also the base's `nll`, agreement and `kl`."""
     check_stage(model.config, "evaluate")
-    if rows.ndim != 2 or not len(rows) or rows.shape[1] < 2:
-        raise LayerPruneError(
-            f"rows of tokens must be [windows, length] with at least 2 tokens per window, not {list(rows.shape)}; "
-            "the text may be too short for one window"
-        )
-    if base is not None:
-        _check_vocabularies(model, base)
     output, base_output = OutputHead(model), OutputHead(base) if base is not None else None
     head, base_head = output.head(), base_output.head() if base_output else None
     sums_of_batches: list[torch.Tensor] = []
@@ -174,22 +166,6 @@ def _means_of_windows(
         for done in in_batches(rows, batch_size, run, "use shorter windows"):
             bar.update(done)
     return torch.cat(sums_of_batches, dim=1) / (rows.shape[1] - 1)
-
-
-def _check_vocabularies(model: PreTrainedModel, base: PreTrainedModel) -> None:
-    ours, theirs = _vocabulary(model), _vocabulary(base)
-    if ours != theirs:
-        raise LayerPruneError(
-            f"the model has a vocabulary of {ours} tokens and its base one of {theirs}, so they can't be compared token "
-            "by token; specify the base that the model was made from"
-        )
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    head = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    embeddings: Any = model.get_input_embeddings()
-    return (embeddings.weight if weight is None else weight).shape[0]
 
 
 def _fields(window_nll: torch.Tensor, rows: torch.Tensor) -> dict[str, Any]:
