@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from hf_layerprune.select.report import report
 from hf_layerprune.select.scores import Scores
 from hf_layerprune.stages.rank import draw_ranking
 
+from .limits import largest_file
 from .measure_models import LAYERS, write_model
 
 FEW = ["--calibration-samples", "8", "--calibration-length", "16"]
@@ -184,47 +182,18 @@ def test_pictures_of_many_layers(tmp_path: Path) -> None:
     assert all(1000 < path.stat().st_size < 256 * 1024 for path in written)
 
 
-RANK = "import sys; from hf_layerprune.cli import main; sys.exit(main(sys.argv[1:]))"
-FULL = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); "
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-def test_a_full_disk_leaves_the_old_ranking(base: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_ranking(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     most = 6_000  # bytes a file: more than scores.json, less than a picture
     out = tmp_path / "out"
     words = ["rank", str(base), str(out), "--criterion", "magnitude_l1"]
     assert main([*words, "--drop", "2"]) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert max(len(content) for content in before.values()) > most
-    done = subprocess.run(
-        [sys.executable, "-c", FULL.format(most) + RANK, *words, "--drop", "1", "--force"],
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert f"could not write {tmp_path}" in done.stderr
+    with largest_file(most):
+        assert main([*words, "--drop", "1", "--force"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert f"could not write {tmp_path}" in error
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert os.listdir(tmp_path) == ["out"]
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_killed_ranking_leaves_the_old_one(base: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    words = ["rank", str(base), str(out), "--criterion", "magnitude_l1", "--force"]
-    assert main([*words, "--drop", "2"]) == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    running = subprocess.Popen(
-        [sys.executable, "-c", RANK, *words, "--drop", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 300
-    # From its first file on, drawing the pictures takes a while.
-    while (
-        not list(tmp_path.glob(".out.partial*/scores.json")) and running.poll() is None and time.monotonic() < deadline
-    ):
-        time.sleep(0.002)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert main([*words, "--drop", "1"]) == 0
-    assert json.loads((out / "scores.json").read_text())["count"] == 1
-    assert os.listdir(tmp_path) == ["out"], "the next run clears up"
