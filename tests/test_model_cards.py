@@ -95,7 +95,7 @@ def asked(model: make.Model) -> dict[str, Any]:
 
 
 # Of the others, the cut is the same as that of one of these.
-CUTS = [folder for folder in KEPT if folder.name.endswith(("last", "healed", "web"))]
+CUTS = [folder for folder in KEPT if folder.name in (make.LAST.name, make.HEALED.name, make.FEWER.name)]
 
 
 # Older versions unpack another tokenizer from a GGUF file, or none.
