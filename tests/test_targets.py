@@ -248,7 +248,7 @@ def test_a_gguf_file_that_stays_one(tmp_path: Path, capsys: pytest.CaptureFixtur
     base = smollm2()
     words = ["prune", str(base), str(tmp_path / "small.gguf")]
     assert main([*words, "--target-params", "100M"]) == 2
-    assert "name target_size" in capsys.readouterr().err
+    assert "use target_size" in capsys.readouterr().err
     assert main([*words, "--target-size", "75MB"]) == 0
     assert (tmp_path / "small.gguf").stat().st_size <= 75_000_000
 
