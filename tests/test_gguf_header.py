@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hf_layerprune.cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.families import gguf as tables
-from tests.gguf_makers import ARCH_KEY, COUNT_KEY, make_gguf, number, raw_gguf, raw_info, raw_string, smollm2
+from tests.gguf_makers import ARCH_KEY, COUNT_KEY, make_gguf, number, raw_gguf, raw_info, raw_string, smollm2, value
 
 HUGE = 1 << 60
 GOOD_KEYS = (ARCH_KEY, COUNT_KEY)
@@ -147,12 +147,12 @@ def test_a_hostile_file_is_one_clear_error_at_once(tmp_path, name):
 
 def test_a_huge_file_of_zeros_does_not_hang(tmp_path):
     path = tmp_path / "zeros.gguf"
-    path.write_bytes(raw_gguf([key("tokenizer.x", 9, u32(8) + u64((1 << 23) - 1))]))
+    path.write_bytes(raw_gguf([key("tokenizer.x", 9, u32(8) + u64((1 << 21) - 1))]))
     os.truncate(path, 1 << 33)
     started = time.monotonic()
     with pytest.raises(CheckpointError):
         gguf_layer_count(path)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 10
 
 
 FUZZ_BASE = with_key(
@@ -201,11 +201,11 @@ def test_no_bytes_at_all_get_past_the_checks_as_another_error(content):
 
 
 def test_every_cut_short_of_the_real_header_is_refused(tmp_path):
-    # 100 lengths over the header, which is 1.8 MB of a 98 MB file.
+    # 25 lengths over the header, which is 1.8 MB of a 98 MB file.
     with open(smollm2(), "rb") as file:
         header = file.read(1_785_664)
     path = tmp_path / "short.gguf"
-    for length in range(0, len(header) + 1, 17_856):
+    for length in range(0, len(header) + 1, 71_424):
         path.write_bytes(header[:length])
         with pytest.raises(CheckpointError):
             gguf_layer_count(path)
@@ -215,11 +215,10 @@ def test_a_layer_that_only_predicts_further_tokens_may_be_missing(tmp_path):
     path = make_gguf(
         tmp_path / "a.gguf", "glm4moe", 3, number("glm4moe.nextn_predict_layers", 1), None, 3, layer_names=["0", "1"]
     )
-    assert plan_gguf_cut(path, [1]).metadata_changes == {"glm4moe.block_count": (3, 2)}
-    assert plan_gguf_cut(path, [2]).metadata_changes == {
-        "glm4moe.block_count": (3, 2),
-        "glm4moe.nextn_predict_layers": (1, 0),
-    }
+    for layer, left in ((1, 1), (2, 0)):
+        cut_gguf(path, tmp_path / "cut.gguf", [layer], force=True)
+        found = [value(tmp_path / "cut.gguf", f"glm4moe.{key}") for key in ("block_count", "nextn_predict_layers")]
+        assert found == [2, left]
 
 
 def test_is_gguf_looks_at_the_first_bytes(tmp_path):

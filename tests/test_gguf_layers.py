@@ -34,10 +34,9 @@ PER_LAYER_CASES = {
 def test_an_array_with_one_value_a_layer_is_cut_in_its_own_type(tmp_path, suffix):
     values, kind = PER_LAYER_CASES[suffix]
     source = make_gguf(tmp_path / "a.gguf", more=array(f"llama.{suffix}", values, kind))
-    target, plan = cut(source, (1, 3))
+    target, _ = cut(source, (1, 3))
     assert value(target, f"llama.{suffix}") == [values[index] for index in (0, 2, 4, 5)]
     check_bytes(source, target, (1, 3), {"llama.block_count", f"llama.{suffix}"})
-    assert plan.metadata_changes[f"llama.{suffix}"][0] == tuple(values)
 
 
 def test_keys_without_the_architectures_name_are_cut_too(tmp_path):

@@ -18,12 +18,11 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from ...files.copy import LocalFile, NewFile, check_space, new_file
 from ...screen import progress_bar
-from .header import GGUFHeader, Tensor, padded, read_header, write_header
-from .layers import block_count_of, rewrite_metadata
+from .header import Tensor, padded, read_header, write_header
+from .layers import GGUFCut, block_count_of, rewrite_metadata
 from .names import renamed
 
 logger = logging.getLogger(__name__)
@@ -39,9 +38,6 @@ class GGUFCutPlan:
     block_count: int
     kept_layers: tuple[int, ...]
     dropped_layers: tuple[int, ...]
-    metadata_changes: dict[str, tuple[Any, Any]]
-    tensor_names: dict[str, str] = field(repr=False)
-    source_bytes: int
     header: bytes = field(repr=False)
     tensors: tuple[tuple[int, int], ...] = field(repr=False)
     alignment: int
@@ -91,16 +87,14 @@ def plan_gguf_cut(source: str | os.PathLike[str], drop_layers: Sequence[int]) ->
     """
     header = read_header(Path(source))
     cut, changes = rewrite_metadata(header, drop_layers)
-    layer_of = _sort_tensors(header, cut.architecture, cut.block_count)
+    layer_of = _sort_tensors(cut)
     new_index = {old: new for new, old in enumerate(cut.kept)}
     kept: list[Tensor] = []
-    names: dict[str, str] = {}
     for tensor in header.tensors:
         layer = layer_of.get(tensor.name)
         if layer is None or layer in new_index:
             name = tensor.name if layer is None else f"blk.{new_index[layer]}.{tensor.name.split('.', 2)[2]}"
             kept.append(replace(tensor, name=name))
-            names[tensor.name] = name
     changes |= renamed(header, cut.architecture, kept)
     entries = []
     for key, entry in header.keys.items():
@@ -110,9 +104,6 @@ def plan_gguf_cut(source: str | os.PathLike[str], drop_layers: Sequence[int]) ->
         block_count=cut.block_count,
         kept_layers=cut.kept,
         dropped_layers=tuple(layer for layer in range(cut.block_count) if layer not in new_index),
-        metadata_changes=changes,
-        tensor_names=names,
-        source_bytes=header.path.stat().st_size,
         header=write_header(entries, kept, header.alignment),
         tensors=tuple((header.data_start + tensor.offset, tensor.size) for tensor in kept),
         alignment=header.alignment,
@@ -165,8 +156,9 @@ def cut_gguf(
     return plan
 
 
-def _sort_tensors(header: GGUFHeader, architecture: str, block_count: int) -> dict[str, int]:
+def _sort_tensors(cut: GGUFCut) -> dict[str, int]:
     """Map the name of each layer's tensors to the layer, and check that no layer is missing."""
+    header, counted = cut.header, f"{cut.architecture}.block_count"
     layer_of: dict[str, int] = {}
     for tensor in header.tensors:
         match = _LAYER_TENSOR.fullmatch(tensor.name)
@@ -175,20 +167,18 @@ def _sort_tensors(header: GGUFHeader, architecture: str, block_count: int) -> di
                 header.fail(f"tensor {tensor.name!r} is numbered, but not like a decoder layer's (blk.0.NAME)")
             continue
         layer = int(match[1])
-        if layer >= block_count:
+        if layer >= cut.block_count:
             header.fail(
-                f"tensor {tensor.name!r} belongs to a layer beyond {architecture}.block_count = {block_count}; "
+                f"tensor {tensor.name!r} belongs to a layer beyond {counted} = {cut.block_count}; "
                 "the file is damaged or badly converted, so convert it again"
             )
         layer_of[tensor.name] = layer
     present = set(layer_of.values())
-    trailing = header.keys.get(f"{architecture}.nextn_predict_layers")
     # A model may be stored without its layers for multi-token prediction.
-    optional = trailing.values[0] if trailing is not None and trailing.is_integer else 0
-    for layer in range(block_count - optional):
+    for layer in range(cut.main_count):
         if layer not in present:
             header.fail(
-                f"layer {layer} has no tensors, though {architecture}.block_count is {block_count}; "
+                f"layer {layer} has no tensors, though {counted} is {cut.block_count}; "
                 "the file is damaged or badly converted, so convert it again"
             )
     return layer_of
