@@ -33,6 +33,7 @@ from .requests import PruneRequest
 if TYPE_CHECKING:
     from ..adapter.config import LayerDropConfig
     from ..adapter.prepare import Prepared
+    from ..cut.plan import CheckpointPlan
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +151,7 @@ def prune_to(request: PruneRequest) -> Pruned:
     cut = families.make_cut(config, dropped)
     if warning := misread(config, cut.keep):
         logger.warning("%s; %s", warning, WAY_OUT)
-    from ..cut.check import check_cut, tell_if_presumed  # these import torch, which cutting a GGUF file does not need
-    from ..cut.memory import rehearse_config
+    from ..cut.memory import rehearse_config  # imports torch, which cutting a GGUF file does not need
 
     # Everything that can be refused is refused before a weight is read.
     rehearse_config(config, families.cut_config(config, cut), cut)
@@ -163,19 +163,8 @@ def prune_to(request: PruneRequest) -> Pruned:
                 make = _adapter if request.adapter else _model
                 commit = make(request, list(cut.drop), folder, prepared)
             else:
-                # The same bytes of what stays: nothing is loaded, and of a base on the Hub nothing else is fetched.
-                plan = plan_cut(hub or source, cut.drop)
-                fill(plan, folder, link=request.link, name=output.name)
                 commit = hub.repo.commit if hub and hub.repo else None
-                if request.check:  # before any repair; a cut in memory has been checked already
-                    check_cut(load_base(request.base, revision=request.revision), load_base(folder))
-                else:
-                    tell_if_presumed(config)
-                if prepared is not None and prepared.repair is not None:
-                    _note_plain_cut(prepared, folder)
-                    values = {(cut.new_index[i], name): v for (i, name), v in prepared.repair.tensors.items()}
-                    changed = patch_layers(folder, len(cut.keep), values)
-                    prepared.record["repair"]["changed_tensors"] = changed
+                _files(request, plan_cut(hub or source, cut.drop), folder, prepared)
         if target is not None:
             entry["selection"] = {"criterion": request.criterion, "target": target.record(cut.drop)}
         if curve is not None:
@@ -320,6 +309,21 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
     except CheckpointError as error:
         logger.warning("%s; none is written", error)
     return getattr(model.config, "_commit_hash", None)
+
+
+def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: Prepared | None) -> None:
+    """Write the same bytes of what stays: nothing is loaded, and of a base on the Hub nothing else is fetched."""
+    from ..cut.check import check_cut, tell_if_presumed
+
+    fill(plan, folder, link=request.link, name=Path(request.output).name)
+    if request.check:  # before any repair; a cut in memory has been checked already
+        check_cut(load_base(request.base, revision=request.revision), load_base(folder))
+    else:
+        tell_if_presumed(plan.config)
+    if prepared is not None and prepared.repair is not None:
+        _note_plain_cut(prepared, folder)
+        values = {(plan.cut.new_index[i], name): v for (i, name), v in prepared.repair.tensors.items()}
+        prepared.record["repair"]["changed_tensors"] = patch_layers(folder, len(plan.cut.keep), values)
 
 
 def _note_plain_cut(prepared: Prepared, folder: Path) -> None:
