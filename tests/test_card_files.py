@@ -185,9 +185,7 @@ def test_what_people_write_inside_is_not_lost(tmp_path: Path, capsys: pytest.Cap
     assert card.read_text() == broken
 
 
-@pytest.mark.parametrize(
-    "mark", [r"begin summary \w+", "end summary", r"begin citation \w+", "end citation", "end speed"]
-)
+@pytest.mark.parametrize("mark", [r"begin summary \w+", "end citation", "end speed"])
 def test_one_broken_mark_loses_no_words(tmp_path: Path, mark: str) -> None:
     folder = make(tmp_path)
     write_card(folder, weights=False)

@@ -171,7 +171,7 @@ ENTRIES = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
 def test_no_bytes_do_anything_but_fail_cleanly(raw):
     accepted(raw)
@@ -179,7 +179,7 @@ def test_no_bytes_do_anything_but_fail_cleanly(raw):
     accepted(packed(b"{" + raw + b"}"))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.dictionaries(st.text(max_size=5) | st.just("__metadata__"), ENTRIES | VALUES, max_size=4), st.integers(0, 40)
 )
@@ -187,7 +187,7 @@ def test_no_json_does_anything_but_fail_cleanly(header, size):
     accepted(packed(header, bytes(size)))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_good_file_with_bytes_changed_is_taken_only_if_the_library_takes_it(data):
     raw = bytearray(

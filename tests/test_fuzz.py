@@ -126,7 +126,7 @@ def run(sound: Sound, kind: str, cases: int, work: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_file_breaks_a_command(sound: Sound, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(sound, kind, 5 if kind in SLOW else 15, tmp_path / "work", capsys, same=True)
+    run(sound, kind, 3 if kind in SLOW else 8, tmp_path / "work", capsys, same=True)
 
 
 @pytest.mark.fuzz

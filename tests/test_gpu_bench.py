@@ -69,14 +69,12 @@ def test_every_step_of_a_part(part: str, tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_steps_that_start_processes(tmp_path: Path) -> None:
     setting = Setting(tiny=True, work=tmp_path, data=write_tasks(tmp_path / "data", 4), rounds=1)
-    steps = {step.name: step for part in "aef" for step in gpu.PARTS[part](1)}
-    names = ["a-tests", "e-quarter-1", "e-quarter-1-measured", "f-single_gpu"]
+    steps = {step.name: step for part in "ae" for step in gpu.PARTS[part](1)}
+    names = ["a-tests", "e-quarter-1", "e-quarter-1-measured"]
     found = {name: json.loads(json.dumps(steps[name].run(setting))) for name in names}
     assert found["a-tests"]["passed"] > 0
     assert "failed" not in found["a-tests"]
     assert found["e-quarter-1"]["tokens"] == 8 * 16
-    losses = found["f-single_gpu"]["losses"]
-    assert losses[-1] < losses[0]
     assert any({"cut", "dense"} <= sides.keys() for sides in found["e-quarter-1-measured"].values())
 
 
