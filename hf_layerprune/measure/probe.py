@@ -59,9 +59,10 @@ def _probe(source: str, revision: str | None, dtype: str, device: str, work: dic
     import torch
     from transformers import AutoModelForCausalLM, GenerationMixin  # noqa: F401
 
+    from ..runtime.devices import synchronise
     from .cost import read_prompt
     from .requests import Workload
-    from .speed import synchronise, time_once
+    from .speed import time_once
     from .subject import Subject
 
     found: dict[str, Any] = {"idle_rss_bytes": peak_rss()}
@@ -71,7 +72,7 @@ def _probe(source: str, revision: str | None, dtype: str, device: str, work: dic
     with torch.no_grad():
         # Mapped weights are read on first use.
         read_prompt(model, torch.ones(1, 1, dtype=torch.long, device=model.device))
-        synchronise(model)
+        synchronise(model.device)
         found["load_seconds"] = perf_counter() - start
         workload = Workload(**work)
         ids = torch.ones(workload.batch, workload.prompt_tokens, dtype=torch.long)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..runtime.devices import synchronise
 from ..runtime.memory import free_memory, is_out_of_memory
 from ..runtime.parts import evaluating
 from ..screen import progress_bar
@@ -91,10 +92,10 @@ def time_once(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> dict
             returns the first token; and throughput from the first token to the last, if there are several.
     """
     ids = ids.to(model.device)
-    synchronise(model)
+    synchronise(model.device)
     start = perf_counter()
     read_prompt(model, ids)
-    synchronise(model)
+    synchronise(model.device)
     prefill = perf_counter() - start
     clock = _Clock()
     start = perf_counter()
@@ -108,7 +109,7 @@ def time_once(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> dict
         pad_token_id=0,
         streamer=clock,
     )
-    synchronise(model)
+    synchronise(model.device)
     _, first, *_ = clock.times  # the first call has the prompt
     metrics = {
         "prefill_tokens_per_second": work.batch * work.prompt_tokens / prefill,
@@ -117,9 +118,3 @@ def time_once(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> dict
     if work.new_tokens > 1:
         metrics["decode_tokens_per_second"] = work.batch * (work.new_tokens - 1) / (clock.times[-1] - first)
     return metrics
-
-
-def synchronise(model: PreTrainedModel) -> None:
-    """Wait until the accelerator has finished its work."""
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize()

@@ -31,6 +31,12 @@ def pick_device(name: str, *, spread: bool = False) -> str:
     return name
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait until an accelerator has finished its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
 @contextmanager
 def moved_to(device: torch.device | None, *modules: nn.Module) -> Iterator[None]:
     """Move modules to a device, if one is named, inside a `with` block; after it, they have their own tensors again."""

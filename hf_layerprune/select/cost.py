@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 
 from ..calibration.rows import CalibrationSet
+from ..runtime.devices import synchronise
 from ..runtime.walk import LayerWalk
 from .passes import batch_rows
 from .registry import find_criterion
@@ -98,41 +99,34 @@ def announce(walk: LayerWalk, text: CalibrationSet, layer_runs: int, what: str) 
 
 
 @torch.no_grad()
-def forward_seconds(walk: LayerWalk, length: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds that the whole model takes to read a token, by the best of a few runs of a layer and the head.
-
-    `clock` may be `time.process_time`, on a busy machine.
-    """
+def forward_seconds(walk: LayerWalk, length: int) -> float:
+    """Seconds that the whole model takes to read a token, by the best of a few runs of a layer and the head."""
     text = CalibrationSet.of(torch.arange(8 * length).view(8, length) % 100 + 3, "an estimate")
-    layer, head = map(min, zip(*(_of_a_row(walk, text, clock) for _ in range(3)), strict=True))
+    layer, head = map(min, zip(*(_of_a_row(walk, text) for _ in range(3)), strict=True))
     return (walk.num_layers * layer + head) / length
 
 
 @torch.no_grad()
-def _of_a_row(
-    walk: LayerWalk, text: CalibrationSet, clock: Callable[[], float] = time.perf_counter
-) -> tuple[float, float]:
+def _of_a_row(walk: LayerWalk, text: CalibrationSet) -> tuple[float, float]:
     """Seconds for a layer and for the head on one row, by a run of each."""
     rows = batch_rows(text)
     batch = walk.begin(*next(text.batches(rows)))
     length = batch.input_ids.shape[1]
     with walk.layer(0) as run:
         run(batch.hidden, batch)
-        layer = _timed(lambda: run(batch.hidden, batch), walk.device, clock)
+        layer = _timed(lambda: run(batch.hidden, batch), walk.device)
     piece = batch.hidden[:1, : min(_HEAD_TOKENS, length)]
     walk.logits(piece)
-    head = _timed(lambda: walk.logits(piece).float().logsumexp(-1), walk.device, clock)
+    head = _timed(lambda: walk.logits(piece).float().logsumexp(-1), walk.device)
     return layer / rows, head * length / piece.shape[1]
 
 
-def _timed(work: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    start = clock()
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    synchronise(device)
+    start = perf_counter()
     work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return clock() - start
+    synchronise(device)
+    return perf_counter() - start
 
 
 def _readable(seconds: float) -> str:

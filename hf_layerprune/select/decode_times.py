@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
@@ -20,7 +20,7 @@ import torch
 
 from ..families import text_config
 from ..families.layout import find_decoder_layers
-from ..runtime.devices import moved_to
+from ..runtime.devices import moved_to, synchronise
 from ..runtime.memory import free_memory
 from ..runtime.parts import evaluating, hooked
 
@@ -68,11 +68,7 @@ class DecodeTimes:
 
 
 def time_decoding(
-    model: PreTrainedModel,
-    context: int,
-    batch: int = 1,
-    device: torch.device | None = None,
-    clock: Callable[[], float] = perf_counter,
+    model: PreTrainedModel, context: int, batch: int = 1, device: torch.device | None = None
 ) -> DecodeTimes:
     """Time the layers of a model while it decodes behind a cache of `context` tokens in each of `batch` sequences.
 
@@ -80,17 +76,17 @@ def time_decoding(
     """
     try:
         with moved_to(device, model):
-            return _timed(model, context, batch, clock)
+            return _timed(model, context, batch)
     except torch.OutOfMemoryError:
         if device is None or device == model.device:
             raise
     free_memory()
     logger.warning("%s is too small for the whole model, so decoding is timed on %s", device, model.device)
-    return _timed(model, context, batch, clock)
+    return _timed(model, context, batch)
 
 
 @torch.no_grad()
-def _timed(model: PreTrainedModel, context: int, batch: int, clock: Callable[[], float]) -> DecodeTimes:
+def _timed(model: PreTrainedModel, context: int, batch: int) -> DecodeTimes:
     layers = find_decoder_layers(model).layers
     device = model.device
     starts: list[float] = []
@@ -98,9 +94,8 @@ def _timed(model: PreTrainedModel, context: int, batch: int, clock: Callable[[],
     steps: list[float] = []
 
     def now() -> float:
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        return clock()
+        synchronise(device)
+        return perf_counter()
 
     def start(*_: Any) -> None:
         starts.append(now())
