@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from gradio_client import Client
 
 from hf_layerprune.cli import main
-from tests.chat_server import SPACE, served
+from tests.chat_server import served
 
 import chat  # isort: skip
 import weights  # isort: skip
@@ -49,37 +46,6 @@ def test_both_sides_of_an_adapter_in_little_more_than_one(adapter: Path) -> None
         assert alone == both["pruned"]["text"]
         system = {"system_prompt": "You answer in one word.", "temperature": 0, "max_tokens": 4}
         assert client.predict("Hello", **system, api_name="/chat")
-
-
-def test_what_both_take_of_the_machine(smollm2_folder: Path, adapter: Path) -> None:
-    """The same by what the system says, after both have worked: one and the tuned layers, not two."""
-    script = """
-import json, sys, psutil, torch, peft, hf_layerprune.adapter, weights
-from source import Source
-torch.set_num_threads(1)
-before = psutil.Process().memory_info().rss
-models = weights.Models(Source(sys.argv[1])) if sys.argv[2] == "both" else None
-if models:
-    models.load()
-found = [side.model for side in models.sides.values()] if models else [weights.load(sys.argv[1])]
-with torch.no_grad():
-    for model in found:
-        model(torch.arange(16)[None], use_cache=False)
-print(len(found), psutil.Process().memory_info().rss - before)
-"""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(SPACE), str(Path(__file__).parents[1])])}
-
-    def measured(model: Path, what: str) -> tuple[int, int]:
-        words = [sys.executable, "-c", script, str(model), what]
-        out = subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout
-        count, taken = out.split()
-        return int(count), int(taken)
-
-    one, dense = measured(smollm2_folder, "one")
-    two, both = measured(adapter, "both")
-    assert (one, two) == (1, 2)
-    print(f"dense alone {dense / 1e6:.0f} MB, dense and pruned {both / 1e6:.0f} MB")
-    assert both < 1.35 * dense
 
 
 def test_records_of_a_real_cut(adapter: Path) -> None:

@@ -1,4 +1,4 @@
-"""`hf layerprune card`, `push` and `verify`, through the Hub's own command line; and that they start without torch."""
+"""`card`, `push` and `verify` one after the other; and that they start without torch."""
 
 from __future__ import annotations
 
@@ -10,29 +10,24 @@ import pytest
 
 from hf_layerprune.cli import main
 
-from .hf_extension import HfExtension
 from .tiny_models import tiny_model
 
 
-def test_hf_layerprune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hf = HfExtension(tmp_path / "home")
+def test_from_the_cut_to_its_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "base")
     model = tmp_path / "model"
     assert main(["prune", str(tmp_path / "base"), str(model), "--drop", "2"]) == 0
 
-    done = hf("card", str(model), "--license", "mit")
-    assert done.returncode == 0, done.stderr
+    assert main(["card", str(model), "--license", "mit"]) == 0
     assert (model / "README.md").is_file()
-    done = hf("push", str(model), "someone/small", "--dry-run")
-    assert done.returncode == 1
-    assert "names the base by a path on your disk" in done.stdout
-    done = hf("verify", str(model))
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.splitlines()[-1] == f"YES: {model} matches its records"
+    capsys.readouterr()
+    assert main(["push", str(model), "someone/small", "--dry-run"]) == 1
+    assert "names the base by a path on your disk" in capsys.readouterr().out
+    assert main(["verify", str(model)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"YES: {model} matches its records"
     data = bytearray((model / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (model / "model.safetensors").write_bytes(data)
-    capsys.readouterr()
     assert main(["verify", str(model)]) == 1
     assert "NO   weights   their hash is" in capsys.readouterr().out
 

@@ -38,7 +38,6 @@ def test_peft_knows_the_method() -> None:
         "import hf_layerprune, peft",
         "import peft, hf_layerprune",
         "from hf_layerprune import LayerDropConfig",
-        "from hf_layerprune.adapter.config import LayerDropConfig",
         "from hf_layerprune.adapter.model import LayerDropModel",
         asking,
     ]
