@@ -1,4 +1,4 @@
-"""The chat under load: many clients at once, clients that leave, a full queue, and 200 turns."""
+"""The chat under load: many clients at once, clients that leave, a full queue, and a hundred turns."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_chat_and_two_hundred_turns(folder: Path) -> None:
+def test_chat_and_a_hundred_turns(folder: Path) -> None:
     pruned = folder / "pruned"
     # The base is named nowhere: the history of the model knows it.
     env = os.environ | {"MAX_CONTEXT": "512", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -135,12 +135,12 @@ def test_chat_and_two_hundred_turns(folder: Path) -> None:
             server = psutil.Process(process.pid)
             said: list[dict[str, str]] = []
             used = []
-            for turn in range(200):
+            for turn in range(100):
                 answer = client.predict(f"ba be {turn}", said, max_tokens=3, seed=turn, api_name="/chat")
                 said += [{"role": "user", "content": f"ba be {turn}"}, {"role": "assistant", "content": answer or "-"}]
                 used.append(server.memory_info().rss)
-            print(f"resident after 50 turns {used[49] / 1e6:.1f} MB, after 200 {used[-1] / 1e6:.1f} MB")
-            assert used[-1] < 1.02 * used[49]
+            print(f"resident after 30 turns {used[29] / 1e6:.1f} MB, after 100 {used[-1] / 1e6:.1f} MB")
+            assert used[-1] < 1.02 * used[29]
             assert server.num_threads() < 40
             both = client.predict("ba", max_tokens=3, api_name="/compare")
             assert both["dense"]["weights_bytes"] > both["pruned"]["weights_bytes"]
