@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jinja2.exceptions import SecurityError, UndefinedError
 
 from hf_layerprune import LayerPruneError
-from hf_layerprune.measure import tasks
+from hf_layerprune.measure import harness, tasks
 from hf_layerprune.measure.tasks import PAPER, LocalTask, read_task, read_tasks, task_set
 from hf_layerprune.measure.texts import Text, check_same_tokens, find_text, windows
 from hf_layerprune.runtime.windows import begins_with
@@ -63,6 +63,28 @@ def test_the_harness_asks_what_the_file_says(tmp_path: Path) -> None:
     assert asked["two"] == [("12", " 34"), ("12", " [5]"), ("12", " 6")]
     assert found.local == {"one", "two"}
     assert all(len(dataset) == 64 for dataset in found.datasets.values())
+
+
+def test_a_question_is_not_among_its_own_examples(tmp_path: Path) -> None:
+    write(tmp_path / "one.jsonl", *({"query": f"{i}:", "choices": ["a", "b"], "gold": i % 2} for i in range(6)))
+    task = task_set(None, tmp_path).tasks["one"]
+    harness.prompts_hash(task, None, 4)
+    assert all(one.args[0].count(one.doc["query"]) == 1 and one.args[0].count(":") == 5 for one in task.instances)
+
+
+@pytest.mark.parametrize(
+    ("acc", "target", "chance"),
+    [
+        (1.0, 2, 0.25),
+        (0, " yes", 0.25),
+        (0.0, [0, 2], 0.5),
+        (0.37, 0, None),
+        (None, 0, None),
+    ],  # the fourth: truthfulqa_mc2
+)
+def test_chance_is_known_where_answers_are_right_or_wrong(acc: Any, target: Any, chance: float | None) -> None:
+    answered = {"arguments": [("", "")] * 4, "target": target, "acc": acc}
+    assert harness._chance({"one": answered}) == chance
 
 
 def test_a_file_beside_it_sets_the_prompt(tmp_path: Path) -> None:
@@ -187,6 +209,7 @@ def test_windows_begin_as_the_tokenizer_does() -> None:
     assert rows.shape == (10, 9)
     assert set(rows[:, 0].tolist()) == {1}
     assert tokenizer.decode(rows[3, 1:]) == "abcdefgh"
+    assert windows("abc", tokenizer, 2)[0].tolist() == [[1, token] for token in tokenizer("abc").input_ids[1:]]
 
 
 def test_bad_texts(tmp_path: Path) -> None:

@@ -245,11 +245,14 @@ def _scores(evaluated: dict[str, Any], name: str, samples: dict[str, dict[str, A
 
 
 def _chance(samples: dict[str, dict[str, Any]]) -> float | None:
-    """The accuracy of random guessing: the mean of one over the number of choices."""
-    choices = [len(one["arguments"]) for one in samples.values()]
-    if min(choices) < 2 or any("acc" not in one for one in samples.values()):
-        return None
-    return sum(1 / n for n in choices) / len(choices)
+    """The accuracy of random guessing: the mean share of right choices. `None` where `acc` does not count right answers."""
+    shares = []
+    for one in samples.values():
+        choices, right = len(one["arguments"]), one["target"]
+        if choices < 2 or one.get("acc") not in (0, 1):
+            return None
+        shares.append((len(set(right)) if isinstance(right, list) else 1) / choices)
+    return sum(shares) / len(shares)
 
 
 def kind_of(metric: str) -> str:

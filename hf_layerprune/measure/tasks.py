@@ -218,6 +218,7 @@ def task_config(task: LocalTask | Text) -> dict[str, Any]:
     if "images" in task.rows[0]:
         return config | image_tasks.config_of_images() | task.fields
     config |= {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold"}
+    config["fewshot_split"] = "test"  # unless it is named, a question may be among its own examples
     config["metric_list"] = [
         {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
     ]
