@@ -91,8 +91,7 @@ def windows(
     from ..runtime.windows import begins_with, windows_of
 
     begin = begins_with(tokenizer)
-    own = length - (begin is not None)
-    if own < 2:
+    if length < 2:
         raise CutError(f"a window of {length} tokens is too short; give --length 2 or more")
     if most is not None:  # tokens average far fewer than 64 characters, so this part is enough
         text = text[: most * length * 64]
