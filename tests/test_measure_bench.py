@@ -110,6 +110,13 @@ def test_the_processors_own_attention_is_counted() -> None:
     assert prefill_flops(sdpa, 1, 32) == prefill_flops(eager, 1, 32)
 
 
+def test_experts_are_counted_whatever_runs_them() -> None:
+    model = tiny_model("mixtral")
+    one_by_one = prefill_flops(model, 2, 24)
+    model.set_experts_implementation("grouped_mm")  # the default of `from_pretrained`
+    assert prefill_flops(model, 2, 24) == one_by_one
+
+
 def test_shared_heads_are_counted_as_if_each_query_head_had_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def strict(query: Any, key: Any, value: Any) -> int:
         """As torch's below 2.13."""
@@ -117,8 +124,9 @@ def test_shared_heads_are_counted_as_if_each_query_head_had_its_own(monkeypatch:
         return sdpa_flop_count(query, key, value)
 
     monkeypatch.setattr(cost, "sdpa_flop_count", strict)
-    assert len(cost._ATTENTION) == 4
-    for count in cost._ATTENTION.values():
+    kernels = [count for count in cost._KERNELS.values() if count is cost._attention_flops]
+    assert len(kernels) == 4
+    for count in kernels:
         flops = count((2, 8, 16, 4), (2, 2, 24, 4), (2, 2, 24, 6), 0.0, True, out_shape=(2, 8, 16, 6))
         assert flops == 2 * 2 * 8 * 16 * 24 * (4 + 6)
     shared, alike = tiny_model("llama"), tiny_model("llama")
@@ -135,6 +143,9 @@ def test_bytes_are_counted() -> None:
     model.lm_head.weight = model.model.embed_tokens.weight
     assert decode_bytes(model, 1, 0) == everything - table  # a tied table is read as the head
     assert cache_bytes(tiny_model("mamba2")) == 0
+    seeing = tiny_model("gemma3")  # whose tower reads images, not what is written behind them
+    text = {id(p): p for p in [*seeing.model.language_model.parameters(), *seeing.lm_head.parameters()]}
+    assert decode_bytes(seeing, 1, 0) == sum(p.numel() * 4 for p in text.values()) < cost.weight_bytes(seeing)
 
 
 def test_turns_and_times() -> None:

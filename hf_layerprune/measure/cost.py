@@ -21,9 +21,15 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: 
     return sdpa_flop_count(query, (key[0], heads, *key[2:]), (value[0], heads, *value[2:]))
 
 
+def _expert_flops(tokens: torch.Size, experts: torch.Size, *_: Any, **__: Any) -> int:
+    """Operations of a product of tokens, `[tokens, width]`, each with the matrix of one expert."""
+    return 2 * tokens.numel() * experts[-1]
+
+
 _TOKENS = 32
-# Torch's counter ignores the kernel for CPUs, and below torch 2.13 fails where heads are shared.
-_ATTENTION = {
+# Torch's counter ignores the kernels for CPUs and for experts, and below torch 2.13 fails where heads are shared.
+_KERNELS = {
+    torch.ops.aten._grouped_mm: _expert_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention: _attention_flops,
     torch.ops.aten._scaled_dot_product_efficient_attention: _attention_flops,
@@ -34,7 +40,7 @@ _ATTENTION = {
 def prefill_flops(model: PreTrainedModel, batch: int, length: int) -> int:
     """Floating-point operations of a prefill, counted during one: matrix products and attention, as in [`read_prompt`]."""
     ids = torch.ones(batch, length, dtype=torch.long, device=model.device)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_KERNELS) as counter:
         read_prompt(model, ids)
     return counter.get_total_flops()
 
@@ -49,21 +55,22 @@ def read_prompt(model: PreTrainedModel, ids: torch.Tensor) -> Any:
 def decode_bytes(model: PreTrainedModel, batch: int, tokens: int) -> float:
     """Bytes that are read to decode one token for each of `batch` sequences with `tokens` tokens in the cache.
 
-    That is the size of the cache and of all weights, without embeddings that are not tied to the head. All experts of a
-    mixture are counted, although a small batch reads only some.
+    That is the size of the cache and of the weights of the decoder and the head, without embeddings that are not tied to
+    the head. All experts of a mixture are counted, although a small batch reads only some.
     """
     head: Any = model.get_output_embeddings()
     table: Any = model.get_input_embeddings()
-    tied = head is not None and getattr(head, "weight", None) is table.weight
-    weights = weight_bytes(model)
-    if not tied:
-        weights -= table.weight.numel() * table.weight.element_size()
-    return weights + batch * tokens * cache_bytes(model)
+    read = {
+        id(one): one.nbytes for part in (model.get_decoder(), head) if part is not None for one in part.parameters()
+    }
+    if head is None or getattr(head, "weight", None) is not table.weight:
+        read.pop(id(table.weight), None)
+    return sum(read.values()) + batch * tokens * cache_bytes(model)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Size of a model's weights in memory."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 @torch.no_grad()
