@@ -252,6 +252,11 @@ def test_a_curve_goes_on_where_it_stopped(
     assert written == [1, 2, 3, 4, 4]
     assert without_times(resumed.points) == without_times(whole.points)
     assert {path.name for path in (tmp_path / "curve").iterdir()} == {"curve.json", "curve.png", "curve.svg"}
+    text = Path(notes).read_text()
+    Path(notes).write_text(text[::-1])
+    with pytest.raises(CheckpointError, match="on other calibration rows"):
+        quality_curve(str(base), tmp_path / "curve", **options)
+    Path(notes).write_text(text)
     for other in ({"repair": "refit"}, {"seed": 7}, {"calibration_samples": 16}):
         with pytest.raises(CheckpointError, match="with other options"):
             quality_curve(str(base), tmp_path / "curve", **options | other)

@@ -133,6 +133,7 @@ def quality_curve(base: str, output: str | os.PathLike[str] | None = None, **opt
 def make_curve(request: RankRequest) -> Curve:
     """Do as `quality_curve` does, for a request."""
     from ..select.budget import check_rows
+    from .provenance import is_text
 
     _check_known(request)
     check_rows(request, request.calibration_samples)
@@ -155,6 +156,8 @@ def make_curve(request: RankRequest) -> Curve:
         record = old
     if len(record["points"]) < up_to:
         _continue(request, record, free, up_to)
+    elif not is_text(record.get("calibration", {}), request):
+        raise _on_other_rows(request)
     points = record["points"][:up_to]
     curve = Curve(points, record)
     record["chosen"] = _chosen(request, curve, n)
@@ -188,9 +191,7 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
     walk = open_walk(request, model)
     calibration = calibration_of(request, walk, request.revision)
     if record.setdefault("calibration", calibration.record()) != calibration.record():
-        raise CheckpointError(
-            f"{request.output} holds a curve on other calibration rows; choose another folder, or begin again with --force"
-        )
+        raise _on_other_rows(request)
     search = _search(request, record, walk, calibration, free)
     left = up_to - len(record["points"])
     announce(walk, search.judging, search.layer_runs(left, left, left), f"a curve up to {up_to} layers")
@@ -207,6 +208,12 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
         logger.info("%d of %d: without layers %s, KL is %.3g", point["dropped"], up_to, point["layers"], best["kl"])
         if request.output is not None:
             _write(request.output.expanduser(), record)
+
+
+def _on_other_rows(request: RankRequest) -> CheckpointError:
+    return CheckpointError(
+        f"{request.output} holds a curve on other calibration rows; choose another folder, or begin again with --force"
+    )
 
 
 def _search(

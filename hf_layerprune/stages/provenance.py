@@ -16,7 +16,7 @@ from ..records.fingerprints import CONFIG, WEIGHTS, companion_names, fingerprint
 from ..records.licences import is_licence_file
 from ..records.lineage import Lineage
 from ..runtime.loading import is_hub_id, load_tokenizer
-from .requests import PruneRequest
+from .requests import PruneRequest, RankRequest
 
 if TYPE_CHECKING:
     from ..cut.base import Base
@@ -78,8 +78,8 @@ def is_base(recorded: dict[str, Any], request: PruneRequest) -> bool:
     return all(before.get(name) == files.get(name) for name in decisive)
 
 
-def is_text(recorded: dict[str, Any], request: PruneRequest) -> bool:
-    """Whether the calibration file that a request names still holds the rows that a lineage records.
+def is_text(recorded: dict[str, Any], request: PruneRequest | RankRequest) -> bool:
+    """Whether the calibration file that a request names still holds the rows that were recorded.
 
     Only files of text are read again: a data set on the Hub is known by its name, and text by the model by its seed.
     """
