@@ -131,6 +131,7 @@ def test_fingerprint_is_of_tokens_and_shape() -> None:
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "only a list"),
         ("a.json", b'{"text": "a"}\n{"text": "b"}', "too short"),
         ("a.json", b"", "is empty"),
+        ("a.jsonl", b'{"text": " "}\n' * 900, "too short: 0 tokens"),
         ("a.json", b'[{"text": "a"}, 3]', "row 2 has no text in 'text', only a int"),
     ],
 )

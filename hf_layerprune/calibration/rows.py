@@ -225,6 +225,8 @@ def _tokens(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, e
         if document.images:
             raise CheckpointError(f"{document.where} has images, and the first row has none; use rows of one kind")
         if isinstance(document.text, str):
+            if not document.text.strip():  # as between the paragraphs of a corpus in rows; no end of a text
+                continue
             with boundary("the tokenizer can't read the calibration set"):
                 ids += tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids + between
         elif tokenizer.chat_template is None:
