@@ -92,7 +92,8 @@ def test_another_picture_is_another_question(tmp_path: Path) -> None:
         noise(seed).save(folder / "pictures" / "0.png")
         found = task_set(None, folder)
         hashes.append(found.datasets["seen"])
-        assert prompts_hash(found.tasks["seen"], None, None) == prompts_hash(found.tasks["seen"], None, None)
+        seen = found.tasks["seen"]
+        assert prompts_hash("seen", seen, None, None) == prompts_hash("seen", seen, None, None)
     assert hashes[0] == hashes[1] != hashes[2]
 
 

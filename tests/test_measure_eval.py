@@ -19,10 +19,10 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.measure import write_task
-from hf_layerprune import CheckpointError, LayerPruneError
+from hf_layerprune import CheckpointError, CutError, LayerPruneError
 from hf_layerprune.adapter.loading import load_model, load_tokenizer
 from hf_layerprune.cli import main
-from hf_layerprune.measure.evaluate import EvalRequest, evaluate
+from hf_layerprune.measure.evaluate import EvalRequest, check_request, evaluate
 from hf_layerprune.measure.harness import Harness
 from hf_layerprune.measure.subject import identify
 from hf_layerprune.measure.tasks import read_tasks, task_set
@@ -417,6 +417,7 @@ def test_ruined_models_are_recorded(base: Path, tasks: Path, tmp_path: Path, cap
         (["--tasks", "askd"], 2, "did you mean asked"),
         (["--tasks", "none", "--text", "none"], 2, "nothing to measure"),
         (["--tasks", "none", "--text", "missing.txt"], 2, "text missing.txt does not exist"),
+        (["--tasks", "asked", "--num-fewshot", "24", "--answers", "no"], 1, "use fewer few-shot examples"),
         (["--length", "513"], 2, "length=513 is more than the 512 positions"),
         (["--device", "gpu"], 2, "'gpu' is not a device"),
         (["--device", "cuda:7"], 2, "'cuda:7' is not a device"),
@@ -434,6 +435,22 @@ def test_bad_words(
     assert main(command) == code
     assert message in capsys.readouterr().err
     assert not (base / "metrics.json").exists()
+
+
+def test_two_texts_of_one_name(tmp_path: Path) -> None:
+    """The numbers of the second would replace those of the first."""
+    texts = [tmp_path / folder / "notes.txt" for folder in ("a", "b")]
+    for text in texts:
+        text.parent.mkdir()
+        text.write_text("Some text.")
+    with pytest.raises(CutError, match=r"two texts are called notes, the second of them .*b/notes.txt; rename one"):
+        check_request(EvalRequest("model", tasks=(), texts=tuple(map(str, texts))))
+
+
+def test_a_text_has_no_examples(base: Path, tasks: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = measure(base, tasks, tasks=("words",), texts=(), num_fewshot=1, output=tmp_path / "metrics.json")
+    assert find(found, found.weights, "word_perplexity", "words")["shots"] == 0
+    assert "num_fewshot=1 has no effect on words, which always has 0 examples" in caplog.text
 
 
 def test_the_table(base: Path, cut: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,7 @@ def test_the_harness_asks_what_the_file_says(tmp_path: Path) -> None:
 def test_a_question_is_not_among_its_own_examples(tmp_path: Path) -> None:
     write(tmp_path / "one.jsonl", *({"query": f"{i}:", "choices": ["a", "b"], "gold": i % 2} for i in range(6)))
     task = task_set(None, tmp_path).tasks["one"]
-    harness.prompts_hash(task, None, 4)
+    harness.prompts_hash("one", task, None, 4)
     assert all(one.args[0].count(one.doc["query"]) == 1 and one.args[0].count(":") == 5 for one in task.instances)
 
 

@@ -76,7 +76,15 @@ def _tasks_of(request: EvalRequest) -> TaskSet:
 
 def _texts_of(request: EvalRequest) -> list[Text]:
     if request.texts is not None:
-        return [find_text(name) for name in request.texts]
+        texts = {}
+        for place in request.texts:
+            text = find_text(place)
+            if text.name in texts:  # the numbers of one would replace those of the other
+                raise CutError(
+                    f"two texts are called {text.name}, the second of them {place}; rename one, or leave it out"
+                )
+            texts[text.name] = text
+        return [*texts.values()]
     if request.tasks_from is not None:
         texts = [name for name, path in task_files(request.tasks_from).items() if path.suffix == ".txt"]
         return [one for one in read_tasks(request.tasks_from, texts).values() if isinstance(one, Text)]
@@ -191,7 +199,7 @@ class _Evaluation(Measurement):
             "identity": subject.identity.parts,
             "tokenizer_of": reader.identity.parts,
             "task": name,
-            "prompts": prompts_hash(task, self.request.limit, self.request.num_fewshot),
+            "prompts": prompts_hash(name, task, self.request.limit, self.request.num_fewshot),
             "dataset": self.tasks.datasets[name],
             "limit": self.request.limit,
             "num_fewshot": self.request.num_fewshot,

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import math
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,11 +106,7 @@ class Runs:
             LayerPruneError: A single question does not fit into memory, or the task gave no result.
         """
         start = time.perf_counter()
-        with (
-            quiet(),
-            torch.no_grad(),
-            boundary(f"task {name} can't be run", "omit it", LayerPruneError),
-        ):
+        with quiet(), torch.no_grad(), _refusing(name, shots):
             # An empty index, because the task is loaded; otherwise the harness would index all of its tasks each time.
             manager = TaskManager(include_defaults=False)
             model: Any = self
@@ -120,12 +117,15 @@ class Runs:
         if name not in evaluated["results"] or not samples:
             raise LayerPruneError(f"task {name} gave no result; omit it")
         version = evaluated["versions"].get(name)
+        given = max((int(n) for n in evaluated["n-shot"].values() if isinstance(n, int)), default=0)
+        if shots not in (None, given):
+            logger.warning("num_fewshot=%d has no effect on %s, which always has %d examples", shots, name, given)
         return TaskRun(
             task=name,
             scores=_scores(evaluated, name, samples),
             chance=_chance(samples),
             samples=len(samples),
-            shots=max((int(n) for n in evaluated["n-shot"].values() if isinstance(n, int)), default=0),
+            shots=given,
             version=version if isinstance(version, str | int | float) else None,
             seconds=time.perf_counter() - start,
         )
@@ -199,10 +199,20 @@ def _first_batch(model: PreTrainedModel, batch_size: int | str) -> int:
     return int(batch_size if batch_size != "auto" else _AUTO.get(model.device.type, _AUTO_ELSEWHERE))
 
 
-def prompts_hash(task: Task | Group, limit: int | None, shots: int | None) -> str:
-    """One sha256 of everything that a task asks a model: the final prompts, the choices and the right answers."""
+def _refusing(name: str, shots: int | None) -> AbstractContextManager[None]:
+    """Turns what the harness raises into an error of ours."""
+    way_out = "omit it, or use fewer few-shot examples" if shots else "omit it"
+    return boundary(f"task {name} can't be run", way_out, LayerPruneError)
+
+
+def prompts_hash(name: str, task: Task | Group, limit: int | None, shots: int | None) -> str:
+    """One sha256 of everything that a task asks a model: the final prompts, the choices and the right answers.
+
+    Raises:
+        LayerPruneError: The task has fewer examples than are asked for.
+    """
     digest = hashlib.sha256()
-    with quiet():
+    with quiet(), _refusing(name, shots):
         for one in [task] if isinstance(task, Task) else task.get_all_tasks():
             if shots is not None and one.get_config("num_fewshot") != 0:
                 one.set_config(key="num_fewshot", value=shots)

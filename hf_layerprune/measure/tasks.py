@@ -213,7 +213,12 @@ def task_config(task: LocalTask | Text) -> dict[str, Any]:
     config: dict[str, Any] = {"task": task.name, "test_split": "test", "metadata": {"version": 1.0}}
     if isinstance(task, Text):
         metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
-        config |= {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
+        config |= {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "text",
+            "num_fewshot": 0,
+        }
         return config | {"metric_list": [{"metric": metric} for metric in metrics]}
     if "images" in task.rows[0]:
         return config | image_tasks.config_of_images() | task.fields
