@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import CutError, LayerDropConfig, prune_with
+from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
 from hf_layerprune.cli import main
 from hf_layerprune.cut.sizes import Sizes
 from hf_layerprune.options import CutOptions
@@ -70,6 +70,17 @@ def test_exact_against_what_is_written(model_type: str, bases: dict[str, Path], 
     for tokens, batch in ((16, 1), (5, 3)):
         cache = sizes.memory_bytes(drop, context=tokens, batch=batch) - sizes.weight_bytes(drop)
         assert cache == real_cache(model, tokens, batch)
+
+
+@pytest.mark.parametrize("model_type", ["paligemma", "qwen2_5_vl"])
+def test_towers_are_counted(model_type: str) -> None:
+    model = tiny_model(model_type)
+    sizes = Sizes(model.config)
+    assert sizes.parameters() == model.num_parameters()
+    assert sizes.memory_bytes(context=16) == sizes.weight_bytes() + real_cache(model, 16, 1)
+    left = sizes.parameters([1, 3])
+    drop_layers(model, [1, 3])
+    assert left == model.num_parameters()
 
 
 @pytest.mark.parametrize(

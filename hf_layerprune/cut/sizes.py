@@ -23,6 +23,7 @@ from .. import families
 from ..errors import CutError, boundary, cause_of
 from ..families.layout import find_decoder_layers, find_layer_prefix
 from ..runtime.loading import is_hub_id
+from ..runtime.model_class import auto_class_of
 from ..runtime.windows import length_within
 from .base import Base, Weights, read_headers
 from .header import Tensor
@@ -193,7 +194,8 @@ class Sizes:
                 set_experts("batched_mm")  # the kernel whose shapes don't depend on the data
             ids = torch.ones(batch, context, dtype=torch.long, device="meta")
             with torch.no_grad():
-                cache = model(input_ids=ids, use_cache=True).past_key_values
+                # The decoder alone, since what looks for the places of images in a text needs one.
+                cache = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
         except Exception as error:
             raise CutError(
                 f"the key-value cache of a {families.text_config(self.config).model_type} model is not known without "
@@ -204,17 +206,13 @@ class Sizes:
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    known = type(config) in AutoModelForCausalLM._model_mapping
-    part = config if known else families.text_config(config)
+    auto_class = auto_class_of(config)
+    part = config if type(config) in auto_class._model_mapping else families.text_config(config)
     with boundary("no model can be built from the config"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            part, dtype=dtype, attn_implementation="eager", trust_remote_code=False
-        ).eval()
+        return auto_class.from_config(part, dtype=dtype, attn_implementation="eager", trust_remote_code=False).eval()
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
