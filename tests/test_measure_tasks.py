@@ -11,8 +11,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import SecurityError, UndefinedError
+from tokenizers import processors
 
-from hf_layerprune import LayerPruneError
+from hf_layerprune import CutError, LayerPruneError
 from hf_layerprune.measure import harness, tasks
 from hf_layerprune.measure.tasks import PAPER, LocalTask, read_task, read_tasks, task_set
 from hf_layerprune.measure.texts import Text, check_same_tokens, find_text, windows
@@ -203,13 +204,25 @@ def test_windows_follow_each_other(tmp_path: Path) -> None:
 
 def test_windows_begin_as_the_tokenizer_does() -> None:
     tokenizer = byte_tokenizer(bos=True)
-    assert begins_with(tokenizer) == 1
+    assert begins_with(tokenizer) == (1,)
     rows, begun = windows("abcdefgh" * 10, tokenizer, 9)
     assert begun
     assert rows.shape == (10, 9)
     assert set(rows[:, 0].tolist()) == {1}
     assert tokenizer.decode(rows[3, 1:]) == "abcdefgh"
     assert windows("abc", tokenizer, 2)[0].tolist() == [[1, token] for token in tokenizer("abc").input_ids[1:]]
+
+
+def test_windows_begin_with_all_that_the_tokenizer_puts_first() -> None:
+    tokenizer = byte_tokenizer()  # with two, as in GLM
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> <s> $A", special_tokens=[("<pad>", 0), ("<s>", 1)]
+    )
+    rows, begun = windows("abc", tokenizer, 3)
+    assert begun
+    assert rows.tolist() == [[0, 1, token] for token in tokenizer("abc").input_ids[2:]]
+    with pytest.raises(CutError, match="2 special tokens and no text; use 3 or more"):
+        windows("abc", tokenizer, 2)
 
 
 def test_bad_texts(tmp_path: Path) -> None:

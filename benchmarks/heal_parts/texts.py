@@ -97,7 +97,7 @@ def _split(ids: list[int], length: int, tokenizer: Any) -> list[list[int]]:
     from hf_layerprune.runtime.windows import begins_with, windows_of
 
     begin = begins_with(tokenizer)
-    return windows_of(ids[1:] if ids[:1] == [begin] else ids, length, begin).tolist()
+    return windows_of(ids[len(begin) :] if tuple(ids[: len(begin)]) == begin else ids, length, begin).tolist()
 
 
 def _spread(rows: list[list[int]], count: int, name: str) -> list[list[int]]:

@@ -75,8 +75,8 @@ def windows(
 
     Args:
         text (`str`): The text.
-        tokenizer (`PreTrainedTokenizerBase`): If it begins texts with a special token, every window begins with it too,
-            because a model that was trained with it predicts badly without.
+        tokenizer (`PreTrainedTokenizerBase`): If it begins texts with special tokens, every window begins with them too,
+            because a model that was trained with them predicts badly without.
         length (`int`): Tokens per window.
         most (`int`, *optional*): The most windows to return, from the start of the text; by default all.
 
@@ -102,7 +102,7 @@ def windows(
         raise LayerPruneError(
             f"the text has {len(ids)} tokens, but a window has {length}; specify a longer text, or give --length {len(ids)}"
         )
-    return rows, begin is not None
+    return rows, bool(begin)
 
 
 def check_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, text: str) -> None:

@@ -48,25 +48,34 @@ def length_within(config: PreTrainedConfig, asked: int | None, default: int, wha
     return asked
 
 
-def begins_with(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that a tokenizer puts before every text; `None` if there is none."""
-    with_it = tokenizer("a").input_ids
+def begins_with(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The special tokens that a tokenizer puts before every text: mostly none or one; two in GLM."""
+    with_them = tokenizer("a").input_ids
     without = tokenizer("a", add_special_tokens=False).input_ids
-    return with_it[0] if len(with_it) > len(without) and with_it[0] != without[0] else None
+    more = len(with_them) - len(without)
+    if more < 1 or with_them[0] == without[0]:
+        return ()
+    starts = (n for n in range(1, more + 1) if with_them[n : n + len(without)] == without)
+    return tuple(with_them[: next(starts, 1)])
 
 
-def windows_of(ids: Sequence[int], length: int, begin: int | None) -> torch.Tensor:
+def windows_of(ids: Sequence[int], length: int, begin: Sequence[int]) -> torch.Tensor:
     """Cut tokens into consecutive windows; an incomplete one at the end is left out.
 
     Args:
-        ids (`Sequence[int]`): The tokens of a text, without the special token.
+        ids (`Sequence[int]`): The tokens of a text, without the special tokens.
         length (`int`): Number of tokens in a window, 2 or more.
-        begin (`int`, *optional*): The special token that each window begins with, since a model that was trained with it
+        begin (`Sequence[int]`): The special tokens that each window begins with, since a model that was trained with them
             predicts badly without.
 
     Returns:
         `torch.Tensor`: `[windows, length]`, int64.
+
+    Raises:
+        CutError: The special tokens leave no room for text.
     """
-    own = length - (begin is not None)
+    own = length - len(begin)
+    if own < 1:
+        raise CutError(f"{length} tokens are {len(begin)} special tokens and no text; use {len(begin) + 1} or more")
     rows = torch.tensor(ids[: len(ids) // own * own], dtype=torch.int64).view(-1, own)
-    return rows if begin is None else torch.nn.functional.pad(rows, (1, 0), value=begin)
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(len(rows), -1), rows], 1)
