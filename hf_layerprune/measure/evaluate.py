@@ -76,15 +76,15 @@ def _tasks_of(request: EvalRequest) -> TaskSet:
 
 def _texts_of(request: EvalRequest) -> list[Text]:
     if request.texts is not None:
-        texts = {}
+        found: dict[str, Text] = {}
         for place in request.texts:
             text = find_text(place)
-            if text.name in texts:  # the numbers of one would replace those of the other
+            if text.name in found:  # the numbers of one would replace those of the other
                 raise CutError(
                     f"two texts are called {text.name}, the second of them {place}; rename one, or leave it out"
                 )
-            texts[text.name] = text
-        return [*texts.values()]
+            found[text.name] = text
+        return [*found.values()]
     if request.tasks_from is not None:
         texts = [name for name, path in task_files(request.tasks_from).items() if path.suffix == ".txt"]
         return [one for one in read_tasks(request.tasks_from, texts).values() if isinstance(one, Text)]
