@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_layerprune import CheckpointError, CutError, LayerDropConfig, UnsupportedModelError, drop_layers, prune_with
 from hf_layerprune.cut import lazy
+from hf_layerprune.cut.disk import cut_checkpoint
 from hf_layerprune.cut.lazy import load_pruned
+from hf_layerprune.runtime.loading import load_base
 from tests.hub_server import HubServer, client_env
 from tests.matrix import cuts, logits, realign
 from tests.tiny_models import EAGER, tiny_config, tiny_input, tiny_model
@@ -163,6 +165,16 @@ def test_layers_that_draft_further_tokens_go(tmp_path):
     extra = {"eh_proj.weight": torch.ones(2, 2), "self_attn.o_proj.weight": torch.ones(2, 2)}
     edit_tensors(tmp_path, lambda tensors: tensors | {f"model.layers.8.{n}": t for n, t in extra.items()})
     assert_same(load_pruned(tmp_path, DROP, **EAGER), cut_in_memory(dense))
+
+
+@pytest.mark.parametrize(("model_type", "stem"), [("gpt_neo", "attn.attention"), ("gpt2", "attn")])
+def test_masks_that_were_saved_with_each_layer_are_ignored(model_type, stem, tmp_path):
+    dense = cut_in_memory(save(model_type, tmp_path / "base"))
+    masks = {f"transformer.h.{i}.{stem}.{name}": torch.ones(1) for i in range(8) for name in ("bias", "masked_bias")}
+    edit_tensors(tmp_path / "base", lambda tensors: tensors | {name: mask.clone() for name, mask in masks.items()})
+    cut_checkpoint(tmp_path / "base", tmp_path / "cut", DROP)
+    assert_same(load_pruned(tmp_path / "base", DROP, **EAGER), dense)
+    assert_same(load_base(tmp_path / "cut", **EAGER), dense)
 
 
 @pytest.mark.parametrize("in_file", [True, False])

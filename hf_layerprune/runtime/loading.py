@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,8 @@ CHECKPOINT_FILES = [
     "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "LICENSE*", "NOTICE*", "USE_POLICY*",
 ]  # fmt: skip
 UNPACKED = "bfloat16"  # the type of a model that is unpacked from a GGUF file
+# Causal masks, which older versions of transformers saved with each layer. Not every class that had them ignores them.
+_OLD_MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
 # The arguments of `from_pretrained` that locate files.
 WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
@@ -154,8 +157,9 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     trust = kwargs.pop("trust_remote_code", False)
     with boundary(f"can't load {base}"):
         commit = resolve_commit(name, **lookup)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # checked below
         loaded: Any = auto_class_for(model_type, fields.get("architectures")).from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust, **kwargs
+            name, trust_remote_code=trust, **kwargs
         )
     model, info = loaded
     # When only the text part of a larger model is built, the other parts' weights are unexpected but harmless.
@@ -182,9 +186,10 @@ def check_complete(name: str, info: dict[str, Any], *, within: str = "", remark:
         CheckpointError: The weights do not match the model.
     """
     mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    unexpected = [key for key in info["unexpected_keys"] if key.startswith(within) and not _OLD_MASKS.search(key)]
     problems: tuple[tuple[str, Iterable[str]], ...] = (
         ("lacks", info["missing_keys"]),
-        ("has weights that the model has no place for:", [k for k in info["unexpected_keys"] if k.startswith(within)]),
+        ("has weights that the model has no place for:", unexpected),
         ("has weights whose shapes differ from the model's:", mismatched),
     )
     for what, keys in problems:
