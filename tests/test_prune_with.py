@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_layerprune import CheckpointError, CutError, LayerDropConfig, LayerPruneError, drop_layers, prune_with
+from hf_layerprune.adapter.loading import load_model
 from hf_layerprune.cut import lazy
 from hf_layerprune.cut.lazy import load_pruned
 from tests.matrix import cuts, logits, realign
@@ -71,7 +72,7 @@ def test_a_second_adapter_shares_the_cut(tmp_path):
 
 def test_keep_dropped_loads_all(tmp_path):
     dense = save("llama", tmp_path)
-    model = prune_with(config_of(tmp_path, keep_dropped=True), **EAGER)
+    model = prune_with(config_of(tmp_path, keep_dropped=True), ignore_mismatched_sizes=True, **EAGER)
     with model.disable_adapter():
         assert torch.equal(logits(realign(model), tiny_input()), logits(dense, tiny_input()))
 
@@ -102,7 +103,10 @@ def test_a_model_with_adapters_is_refused(make, tmp_path):
 
 def test_other_kinds_of_arguments_are_refused(tmp_path):
     model = save("llama", tmp_path)
+    prompt = PromptTuningConfig("CAUSAL_LM", base_model_name_or_path=str(tmp_path), num_virtual_tokens=2)
+    prompt.save_pretrained(tmp_path / "prompt")
     for wrong, message in (
+        (lambda: load_model(tmp_path / "prompt"), rf"adds virtual tokens .*specify its base instead: {tmp_path}"),
         (lambda: prune_with(LayerDropConfig(drop=1), str(tmp_path)), "the model is a str.*let prune_with load it"),
         (lambda: drop_layers(str(tmp_path), [2]), "the model is a str"),
         (lambda: prune_with(str(tmp_path)), "a LayerDropConfig is needed, not a str"),
@@ -115,14 +119,29 @@ def test_other_kinds_of_arguments_are_refused(tmp_path):
     assert model.config.num_hidden_layers == 8
 
 
-def test_a_base_in_a_subfolder(tmp_path):
+def test_where_a_base_lies_is_recorded(tmp_path):
     dense = save("llama", tmp_path / "sub")
     for settings in ({}, {"criterion": "magnitude_l2"}, {"keep_dropped": True}):
-        model = prune_with(config_of(tmp_path, drop=2, **settings), subfolder="sub", **EAGER)
+        model = prune_with(config_of(tmp_path, drop=2, **settings), subfolder="sub", revision="v1", **EAGER)
         config = model.peft_config["default"]
+        assert config.revision == "v1"
         assert config.base_model_name_or_path == str(tmp_path / "sub")
         reference = logits(cut_in_memory(copy.deepcopy(dense), config.drop_layers), tiny_input())
         assert torch.equal(logits(realign(model), tiny_input()), reference)
+
+
+@pytest.mark.parametrize(
+    "config", [LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), LayerDropConfig(drop_layers=[2])]
+)
+def test_an_adapter_for_which_tokens_were_added(config, tmp_path):
+    save("llama", tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **EAGER)
+    base.resize_token_embeddings(140)
+    adapted = get_peft_model(base, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = load_model(tmp_path / "adapter", **EAGER)
+    assert merged.config.vocab_size == len(merged.lm_head.weight) == 140
+    assert torch.equal(logits(realign(merged), tiny_input()), logits(adapted, tiny_input()))
 
 
 def test_an_adapter_whose_base_is_an_adapter_says_how_it_is_used(tmp_path):

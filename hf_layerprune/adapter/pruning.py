@@ -87,8 +87,9 @@ def _load(
     if kwargs.get("subfolder") and as_path(base).is_dir():
         base = config.base_model_name_or_path = str(as_path(base) / kwargs["subfolder"])
         kwargs = {name: value for name, value in kwargs.items() if name != "subfolder"}
-    if config.revision is not None:
-        kwargs = {"revision": config.revision} | kwargs
+    if revision := kwargs.get("revision") or config.revision:
+        config.revision = revision  # saved with the adapter, which would otherwise be put on the main branch
+        kwargs = kwargs | {"revision": revision}
     if (adapter := find_adapter(base, **kwargs)) is not None:
         if not isinstance(adapter, LayerDropConfig):
             raise CheckpointError(f"{base} is an adapter of another method ({adapter.peft_type}); merge it first")
@@ -145,6 +146,11 @@ def load_merged(name: str, adapter: PeftConfig, kwargs: dict[str, Any]) -> PreTr
     """Load an adapter of any PEFT method with its base, as one plain model."""
     if not adapter.base_model_name_or_path:
         raise CheckpointError(f"{name} is an adapter that does not name its base; merge it first")
+    if adapter.is_prompt_learning:
+        raise CheckpointError(
+            f"{name} is an adapter that adds virtual tokens ({adapter.peft_type}), which no plain model can hold; specify its "
+            f"base instead: {adapter.base_model_name_or_path}"
+        )
     where = {name: kwargs[name] for name in WHERE if kwargs.get(name)}
     others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
     if isinstance(adapter, LayerDropConfig):

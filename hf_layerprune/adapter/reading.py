@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,28 @@ def load_adapter(base: PreTrainedModel, adapter: str, **where: Any) -> PeftModel
             "save_pretrained"
         )
     with boundary(f"can't load the adapter {adapter}"):
+        _fit_vocabulary(base, path)
         device = "cpu" if base.device.type == "meta" else str(base.device)  # PEFT would take a GPU, used or not
         model = PeftModel.from_pretrained(base, adapter, torch_device=device, **where)
     _check_weights(model, path, adapter)
     return model
+
+
+def _fit_vocabulary(base: PreTrainedModel, path: str) -> None:
+    """Resize the token embeddings to those that an adapter was saved with, as PEFT does if tokens were added."""
+    table: Any = base.get_input_embeddings()
+    name = next(name for name, module in base.named_modules() if module is table)
+    with safe_open(path, framework="pt") as file:
+        names = {_plain(key): key for key in sorted(file.keys())}
+        key = names.get(f"base_model.model.{name}.weight")
+        rows, *width = file.get_slice(key).get_shape() if key else table.weight.shape
+    if rows != len(table.weight) and width == [*table.weight.shape[1:]]:
+        base.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _plain(key: str) -> str:
+    """The name of a weight without what PEFT's wrappers add to it."""
+    return re.sub(r"\.(base_layer|original_module|modules_to_save)\.", ".", key)
 
 
 def _check_weights(model: PeftModel, path: str, name: str) -> None:
@@ -86,11 +105,11 @@ def _check_weights(model: PeftModel, path: str, name: str) -> None:
         actual = set(file.keys())
     with boundary(f"can't tell which weights the adapter {name} needs"):
         expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    # The base's own weights, such as embeddings, may be there as well.
-    plain = {key.replace(".base_layer.", ".").replace(".original_module.", ".") for key in model.state_dict()}
+    # The base's own weights, such as embeddings, may be there as well, under the names that they have in the wrappers.
+    plain = {_plain(key) for key in model.state_dict()}
     info = {
         "missing_keys": expected - actual,
-        "unexpected_keys": actual - expected - plain,
+        "unexpected_keys": {key for key in actual - expected if _plain(key) not in plain},
         "mismatched_keys": (),  # PEFT raises
     }
     check_complete(name, info)
