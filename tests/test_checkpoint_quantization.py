@@ -7,12 +7,15 @@ from fnmatch import fnmatchcase
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from transformers import AutoConfig, AwqConfig, BitsAndBytesConfig
 
-from hf_layerprune import families
+from hf_layerprune import drop_layers, families
+from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.errors import CutError
 from hf_layerprune.families.fields import Cut
 from hf_layerprune.families.quantization import rewrite_quantization
+from tests.tiny_models import tiny_model
 
 CUT = Cut((0, 1, 4, 5, 6, 10, 11), 12)  # 4 is 2 now, 5 is 3, 6 is 4, 10 is 5, 11 is 6
 
@@ -181,3 +184,17 @@ def test_the_config_of_a_cut_model_carries_it():
             assert fields["quant_method"] == value.quant_method
     config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
     assert families.cut_config(config, CUT).quantization_config.to_dict() == config.quantization_config.to_dict()
+
+
+def test_in_memory_and_while_loading_the_same_layers_are_left_unquantised(tmp_path):
+    settings_ = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["model.layers.3", "model.layers.6"])
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    model.config.quantization_config = copy.deepcopy(settings_)
+    cut = drop_layers(model, [2, 3], keep_dropped=True)
+    assert model.config.quantization_config.llm_int8_skip_modules == ["model.layers.4"]
+    cut.restore()
+    assert model.config.quantization_config.llm_int8_skip_modules == ["model.layers.3", "model.layers.6"]
+    model = load_pruned(tmp_path, [2, 3], quantization_config=settings_)
+    assert model.config.quantization_config.llm_int8_skip_modules == ["model.layers.4"]
+    assert [type(layer.mlp.up_proj) is nn.Linear for layer in model.model.layers] == [False] * 4 + [True, False]

@@ -60,7 +60,8 @@ def load_pruned(
         drop_layers (`Sequence[int]` or `Callable`): Base indices of the layers to drop, or a function that chooses
             them from the model's config. If it returns none, the whole model is loaded.
         from_pretrained_kwargs: Passed on to `from_pretrained`: `dtype`, `device_map` (by the names in the pruned model),
-            `attn_implementation`, `quantization_config`, `revision`, `token`, `trust_remote_code`, ...
+            `attn_implementation`, `quantization_config` (by the names in the base), `revision`, `token`,
+            `trust_remote_code`, ...
 
     Returns:
         `PreTrainedModel`: The pruned model, in evaluation mode.
@@ -89,6 +90,8 @@ def load_pruned(
     else:
         cut = families.make_cut(config, dropped)
         pruned = families.cut_config(config, cut)
+        if (settings := kwargs.get("quantization_config")) is not None:
+            kwargs["quantization_config"] = families.cut_quantization(settings, config, cut)
         # Makes the checks of a cut in memory, before any weight is read.
         saved, _ = rehearse(model_class, config, pruned, cut)
         tell_if_presumed(config)

@@ -207,14 +207,20 @@ def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig) -> list[
             name: after.get(name, _ABSENT)
             for name in before.keys() | after.keys()
             if name not in (families.MARKER, *old_part.sub_configs)
-            and before.get(name, _ABSENT) != after.get(name, _ABSENT)
+            and not _same(before.get(name, _ABSENT), after.get(name, _ABSENT))
         }
         for config in {id(config): config for config in [old_part, *held] if type(config) is type(old_part)}.values():
             for name, value in delta.items():
                 own = vars(config).get(name, _ABSENT)
-                if own == before.get(name, _ABSENT):
+                if _same(own, before.get(name, _ABSENT)):
                     changes.append(_Change(config, name, own, value))
     return changes
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of a config are equal; a quantiser's settings are so whatever they hold, but not as dictionaries."""
+    one, other = (value.to_dict() if hasattr(value, "to_dict") else value for value in (one, other))
+    return one == other
 
 
 def kept_slices(name: str, tensor: Any, shape: Sequence[int], dim: int, width: int, cut: families.Cut) -> torch.Tensor:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MARKER", "REFUSED", "REFUSED_AT", "STAGES", "UNREPAIRABLE", "Cut", "WideTensor", "check_stage", "check_supported",
-    "count_field", "cut_config", "layer_count", "make_cut", "protected_layers", "proven", "proven_stages",
+    "count_field", "cut_config", "cut_quantization", "layer_count", "make_cut", "protected_layers", "proven", "proven_stages",
     "text_config", "wide_tensors",
 ]  # fmt: skip
 
@@ -177,27 +177,33 @@ def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:
 
 def _cut_quantization(old: PreTrainedConfig, new: PreTrainedConfig, cut: Cut) -> None:
     """Renumber the layers named in quantisation settings."""
-    from .quantization import rewrite_quantization
-
-    several_stacks = text_config(old) is not old
     for old_part, part in {id(old): (old, new), id(text_config(old)): (text_config(old), text_config(new))}.values():
         for name in ("quantization_config", "compression_config"):
-            settings = getattr(old_part, name, None)
-            if settings is None:
-                continue
-            fields = settings if isinstance(settings, dict) else settings.to_dict()
-            changed = rewrite_quantization(fields, cut, several_stacks=several_stacks)
-            if changed == fields:
-                changed = copy.deepcopy(settings)
-            elif not isinstance(settings, dict):
-                try:
-                    changed = type(settings).from_dict(changed)
-                except Exception as error:  # each quantiser's class raises its own errors
-                    raise CutError(
-                        f"{type(settings).__name__} can't hold the settings of the kept layers ({error}); drop other "
-                        "layers, or prune the model before it is quantised"
-                    ) from error
-            setattr(part, name, changed)
+            if (settings := getattr(old_part, name, None)) is not None:
+                setattr(part, name, cut_quantization(settings, old, cut))
+
+
+def cut_quantization(settings: Any, config: PreTrainedConfig, cut: Cut) -> Any:
+    """Quantisation settings, as a dictionary or a quantiser's own class, with the kept layers renumbered; a copy.
+
+    Raises:
+        CutError: An entry names layers in a way that can't be rewritten exactly.
+    """
+    from .quantization import rewrite_quantization
+
+    fields = settings if isinstance(settings, dict) else settings.to_dict()
+    changed = rewrite_quantization(fields, cut, several_stacks=text_config(config) is not config)
+    if changed == fields:
+        return copy.deepcopy(settings)
+    if isinstance(settings, dict):
+        return changed
+    try:
+        return type(settings).from_dict(changed)
+    except Exception as error:  # each quantiser's class raises its own errors
+        raise CutError(
+            f"{type(settings).__name__} can't hold the settings of the kept layers ({error}); drop other "
+            "layers, or prune the model before it is quantised"
+        ) from error
 
 
 # Layer types whose cache does not track the number of tokens.
