@@ -15,6 +15,7 @@ from hf_layerprune.adapter.loading import load_model
 from hf_layerprune.cut import lazy
 from hf_layerprune.cut.lazy import load_pruned
 from tests.matrix import cuts, logits, realign
+from tests.measure_models import write_gguf
 from tests.test_lazy import DROP, cut_in_memory, save
 from tests.tiny_models import EAGER, tiny_input
 
@@ -128,6 +129,10 @@ def test_where_a_base_lies_is_recorded(tmp_path):
         assert config.base_model_name_or_path == str(tmp_path / "sub")
         reference = logits(cut_in_memory(copy.deepcopy(dense), config.drop_layers), tiny_input())
         assert torch.equal(logits(realign(model), tiny_input()), reference)
+    path = write_gguf(tmp_path / "sub" / "model.gguf")
+    model = prune_with(config_of(tmp_path, drop_layers=[1]), subfolder="sub", gguf_file="model.gguf")
+    assert model.peft_config["default"].base_model_name_or_path == str(path)
+    assert model.config.num_hidden_layers == 3
 
 
 @pytest.mark.parametrize(

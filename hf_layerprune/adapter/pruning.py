@@ -84,9 +84,10 @@ def _load(
 ) -> PreTrainedModel:
     """Load the base named in a config, already cut where possible."""
     base = config.base_model_name_or_path or ""
-    if kwargs.get("subfolder") and as_path(base).is_dir():
-        base = config.base_model_name_or_path = str(as_path(base) / kwargs["subfolder"])
-        kwargs = {name: value for name, value in kwargs.items() if name != "subfolder"}
+    for part in ("subfolder", "gguf_file"):
+        if kwargs.get(part) and as_path(base).is_dir():
+            base = config.base_model_name_or_path = str(as_path(base) / kwargs[part])
+            kwargs = {name: value for name, value in kwargs.items() if name != part}
     if revision := kwargs.get("revision") or config.revision:
         config.revision = revision  # saved with the adapter, which would otherwise be put on the main branch
         kwargs = kwargs | {"revision": revision}
