@@ -85,11 +85,13 @@ def load_adapter(base: PreTrainedModel, adapter: str, **where: Any) -> PeftModel
 def _fit_vocabulary(base: PreTrainedModel, path: str) -> None:
     """Resize the token embeddings to those that an adapter was saved with, as PEFT does if tokens were added."""
     table: Any = base.get_input_embeddings()
-    name = next(name for name, module in base.named_modules() if module is table)
+    name = next((name for name, module in base.named_modules() if module is table), None)
     with safe_open(path, framework="pt") as file:
         names = {_plain(key): key for key in sorted(file.keys())}
         key = names.get(f"base_model.model.{name}.weight")
-        rows, *width = file.get_slice(key).get_shape() if key else table.weight.shape
+        if key is None:
+            return
+        rows, *width = file.get_slice(key).get_shape()
     if rows != len(table.weight) and width == [*table.weight.shape[1:]]:
         base.resize_token_embeddings(rows, mean_resizing=False)
 
