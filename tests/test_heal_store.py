@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -95,6 +96,18 @@ def test_only_its_own_folder_is_deleted(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thesis.txt"]
     cache_of(tmp_path / "alone" / "states", [2]).delete()
     assert not (tmp_path / "alone").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked with flock")
+def test_the_last_run_that_uses_a_folder_deletes_it(tmp_path: Path) -> None:
+    first, second = (cache_of(tmp_path / "cache" / "states", [2]) for _ in range(2))
+    make_room([first])
+    filled(first, [2])
+    make_room([second])
+    first.delete()
+    assert second.missing() == []
+    second.delete()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:

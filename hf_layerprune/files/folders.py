@@ -198,13 +198,13 @@ class NewFolder:
         self._target.parent.mkdir(parents=True, exist_ok=True)
         self._clear_up()
         self.path.mkdir()
-        self._lock = _lock(self.path)
+        self._lock = lock_folder(self.path)
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self.path.exists():
             shutil.rmtree(self.path, ignore_errors=True)
-        _unlock(self._lock)
+        unlock_folder(self._lock)
 
     def _clear_up(self) -> None:
         """Remove what killed runs left, and restore a target that was being replaced."""
@@ -219,11 +219,11 @@ class NewFolder:
                 shutil.rmtree(old)
         for partial in self._siblings("partial"):
             try:
-                lock = _lock(partial)
+                lock = lock_folder(partial)
             except BlockingIOError:
                 raise CheckpointError(f"{self._target} is being written by another process; wait for it") from None
             shutil.rmtree(partial, ignore_errors=True)
-            _unlock(lock)
+            unlock_folder(lock)
 
     def publish(self) -> None:
         """Flush the folder to disk and rename it to the target.
@@ -267,8 +267,15 @@ class NewFolder:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _lock(folder: Path) -> int | None:
-    """Lock a folder for the lifetime of this process, if the system supports it; returns a descriptor to close.
+def lock_folder(folder: Path, *, shared: bool = False) -> int | None:
+    """Lock a folder for the lifetime of this process, if the system supports it.
+
+    Args:
+        folder (`Path`): The folder.
+        shared (`bool`, defaults to `False`): Whether others may hold a shared lock at the same time.
+
+    Returns:
+        `int`: For [`unlock_folder`].
 
     Raises:
         BlockingIOError: Another process holds the lock.
@@ -279,7 +286,7 @@ def _lock(folder: Path) -> int | None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
@@ -288,6 +295,10 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _unlock(descriptor: int | None) -> None:
+def unlock_folder(descriptor: int | None) -> None:
+    """Unlock a folder, for processes that were forked meanwhile, too."""
     if descriptor is not None:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from ..errors import CheckpointError, LayerPruneError
 from ..files.copy import check_space, write_failed
+from ..files.folders import lock_folder, unlock_folder
 from ..records.figures.numbers import size
 from ..runtime.memory import free_memory, is_out_of_memory
 from ..screen import progress_bar
@@ -47,6 +48,7 @@ class StateCache:
     """
 
     def __init__(self, folder: Path, lengths: Sequence[int], token_bytes: int, shard_bytes: int = SHARD_BYTES) -> None:
+        self._lock: int | None = None
         self.folder = folder
         self._token_bytes = token_bytes
         self._lengths = np.asarray(lengths, dtype=np.int64)
@@ -60,7 +62,7 @@ class StateCache:
         self._open: dict[tuple[int, int], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # each data loader worker opens its own files
+        return {**self.__dict__, "_open": {}, "_lock": None}  # each data loader worker opens its own files
 
     def missing(self) -> list[int]:
         """Indices of the shards that have not been written yet."""
@@ -131,10 +133,29 @@ class StateCache:
                 raise CheckpointError(f"{path} can't be read ({error}); delete {self.folder} and run again") from error
         return states
 
+    def hold(self) -> None:
+        """Keep other runs with the same states from deleting the folder, as long as this object lives."""
+        if self._lock is None:
+            self._lock = lock_folder(self.folder, shared=True)
+
+    def __del__(self) -> None:
+        if self._lock is not None:  # a worker that was forked has a descriptor of its own
+            os.close(self._lock)
+
     def delete(self) -> None:
-        """Delete the folder, and the folder around it if it is empty then."""
+        """Delete the folder, unless another run uses it, and the folder around it if it is empty then."""
         self._open.clear()
+        unlock_folder(self._lock)
+        self._lock = None
+        try:
+            lock = lock_folder(self.folder)
+        except BlockingIOError:
+            logger.info("%s stays, since another run uses it", self.folder)
+            return
+        except FileNotFoundError:
+            return
         shutil.rmtree(self.folder, ignore_errors=True)
+        unlock_folder(lock)
         with suppress(OSError):
             self.folder.parent.rmdir()
 
@@ -171,6 +192,7 @@ def make_room(caches: Sequence[StateCache]) -> None:
             logger.info("%s already has the hidden states of all rows", around)
         for cache in caches:
             cache.folder.mkdir(exist_ok=True)
+            cache.hold()
     except OSError as error:
         raise write_failed(around, error) from error
 
