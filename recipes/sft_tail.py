@@ -108,6 +108,7 @@ def main(
     measure_args: MeasureArguments,
 ) -> list[str]:
     """Prune, repair, train, merge, evaluate, publish. Returns a line for each requirement that the model misses."""
+    from hf_layerprune.heal.checkpoints import TrainingStopped
     from hf_layerprune.heal.data import has_images
     from hf_layerprune.heal.describe import describe_command, describe_rows, row_settings, settings_of
     from hf_layerprune.heal.preflight import lora_settings
@@ -161,6 +162,13 @@ def main(
             settings["teacher"] = public(str(training_args.teacher))
         with stage("heal", settings) as entry:
             trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+            if trainer.state.global_step < trainer.state.max_steps:  # such as by SIGTERM with --enable_jit_checkpoint
+                raise TrainingStopped(
+                    f"training was stopped after {trainer.state.global_step} of {trainer.state.max_steps} steps; go on with "
+                    "--resume_from_checkpoint true"
+                )
+    if trainer.resumed:
+        del entry["seconds"]  # of the last part alone
     entry |= {"data": describe_rows(trainer.numbered_datasets, data.parts, row_args.rewrite_answers)}
     entry |= {"command": describe_command(["accelerate", "launch", "recipes/sft_tail.py"], sys.argv[1:])}
     folder = save(trainer, student, entry)

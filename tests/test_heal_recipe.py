@@ -21,10 +21,11 @@ import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_layerprune import drop_layers
 from hf_layerprune.errors import CheckpointError, LayerPruneError
+from hf_layerprune.heal.checkpoints import TrainingStopped, last_checkpoint
 from hf_layerprune.heal.preflight import check_data
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.verdict import verify
@@ -216,6 +217,24 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
     mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (output, healed[0]))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+    entries = [Lineage.of(folder / "model").entries[-1] for folder in (output, healed[0])]
+    assert ["seconds" in entry for entry in entries] == [False, True]  # those before the kill are not known
+
+
+def test_a_run_that_is_stopped_halfway_is_not_finished(
+    recipe: ModuleType, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SIGTERM does with --enable_jit_checkpoint, which saves a checkpoint and ends training without an error."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_save = control.should_training_stop = state.global_step == 3
+
+    monkeypatch.setattr("hf_layerprune.heal.progress.show_progress", lambda trainer: trainer.add_callback(Stop()))
+    with pytest.raises(TrainingStopped, match="after 3 of 16 steps; go on with --resume_from_checkpoint true"):
+        run(recipe, words(base, tmp_path / "run", save_strategy="no"))
+    assert last_checkpoint(tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
 
 
 # --- other ways to begin and to train ------------------------------------------------------------------

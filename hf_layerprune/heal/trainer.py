@@ -88,7 +88,7 @@ class HealTrainer(SFTTrainer):
         if args.features:
             leave_parameters_out(args)
         super().__init__(model, args, **kwargs)
-        self._teacher_model = teacher
+        self._teacher_model, self._told, self.resumed = teacher, False, False
         self.feature_phase: FeaturePhase | None = None
         if args.features:
             fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -213,6 +213,7 @@ class HealTrainer(SFTTrainer):
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 logger.info("no checkpoint in %s yet: training starts from the beginning", self.args.output_dir)
+        self.resumed = bool(resume_from_checkpoint)
         self._halving = Halving(self)
         precomputed = self.data_collator.precomputed = precompute(self, self._teacher_model)
         try:
