@@ -36,7 +36,7 @@ from hf_layerprune.runtime.prefix import Prefix
 from hf_layerprune.versions import trl_drops_rows_without_labels
 
 from .heal_makers import dense_and_pruned, rows, word_tokenizer
-from .tiny_models import EAGER
+from .tiny_models import EAGER, VOCAB
 
 DROP = [5, 6]
 CUT = Cut(tuple(i for i in range(8) if i not in DROP), 8)
@@ -60,6 +60,8 @@ class Bench:
         eval_rows: Any = None,
         peft_config: Any = None,
         compute_loss_func: Any = None,
+        compute_metrics: Any = None,
+        data_collator: Any = None,
         **settings: Any,
     ) -> Any:
         model = AutoModelForCausalLM.from_pretrained(self.pruned, dtype=torch.float32, **EAGER)
@@ -83,6 +85,8 @@ class Bench:
             "eval_dataset": eval_rows,
             "processing_class": word_tokenizer(),
             "compute_loss_func": compute_loss_func,
+            "compute_metrics": compute_metrics,
+            "data_collator": data_collator,
             "peft_config": peft_config or parse_method(method).tail_config(self.cut, str(self.folder / "dense")),
         }
         if trl:
@@ -307,6 +311,57 @@ def test_evaluation_during_training_uses_the_same_states(llama: Bench) -> None:
         found.append([log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log])
     assert len(found[0]) == 3
     assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_evaluation_outside_training_is_no_distillation(llama: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    found = {}
+    for loss in ("ce", "kd"):
+        found[loss] = llama.trainer(loss=loss, eval_rows=rows(6, seed=1)).evaluate()
+    assert found["kd"]["eval_loss"] == pytest.approx(found["ce"]["eval_loss"])
+    assert "eval_kd" not in found["kd"]
+    assert caplog.text.count("eval_loss is cross-entropy here") == 1
+
+
+def test_evaluation_with_metrics_has_the_same_loss(llama: Bench) -> None:
+    found = []
+    for compute_metrics in (None, lambda seen: {"width": seen.predictions.shape[-1]}):
+        evaluation = {"eval_rows": rows(6, seed=1), "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+        trainer = llama.trainer(cache="on", loss="kd", compute_metrics=compute_metrics, **evaluation)
+        trainer.train()
+        found.append(next(log for log in trainer.state.log_history if "eval_loss" in log))
+    assert found[1]["eval_loss"] == pytest.approx(found[0]["eval_loss"], rel=1e-6)
+    assert found[1]["eval_width"] == VOCAB
+
+
+def test_a_callback_that_generates_is_told_why_it_can_not(llama: Bench) -> None:
+    class Generate(TrainerCallback):
+        def on_step_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+
+    trainer = llama.trainer(cache="on", max_steps=1)
+    trainer.add_callback(Generate())
+    with pytest.raises(LayerPruneError, match="cache=off to generate text"):
+        trainer.train()
+
+
+def test_a_collator_that_pads_on_the_left(llama: Bench) -> None:
+    """The states of a row are where its tokens are."""
+
+    class Left:
+        def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            width, padding = max(len(e["input_ids"]) for e in examples), (0, -100, 0)
+            names = ("input_ids", "labels", "attention_mask")
+            found: dict[str, list[list[int]]] = {name: [] for name in names}
+            for example in examples:
+                filled = example | {"attention_mask": [1] * len(example["input_ids"])}
+                for name, value in zip(names, padding, strict=True):
+                    found[name].append([value] * (width - len(filled[name])) + list(filled[name]))
+            return {name: torch.tensor(value) for name, value in found.items()}
+
+    settings = {"loss": "kd", "max_steps": 2}
+    right = llama.losses(**settings)
+    for cache in ("on", "off"):
+        assert llama.losses(cache=cache, data_collator=Left(), **settings) == pytest.approx(right, rel=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "mixtral", "gpt_neox", "granite"])

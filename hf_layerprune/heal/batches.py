@@ -58,23 +58,30 @@ class StateCollator:
         if rows:
             batch["rows"] = torch.tensor(rows)
             for name, cache in self.precomputed.caches.items():
-                batch[f"{name}_states"] = self.joined(cache.read(rows), batch["input_ids"].shape[1])
+                batch[f"{name}_states"] = self.joined(cache.read(rows), batch)
         return batch
 
-    def joined(self, states: list[torch.Tensor], length: int) -> torch.Tensor:
-        """Combine states of rows `[tokens, width]` into a batch `[batch, length, width]`."""
+    def joined(self, states: list[torch.Tensor], inputs: dict[str, Any]) -> torch.Tensor:
+        """Combine states of rows `[tokens, width]` into a batch `[batch, seq, width]`, for the model's `inputs`."""
         if self.padding_free:
             states = [torch.cat(states)]
-        batch = states[0].new_zeros(len(states), length, states[0].shape[1])
-        for target, source in zip(batch, states, strict=True):
-            target[: len(source)] = source
+        batch = states[0].new_zeros(len(states), inputs["input_ids"].shape[1], states[0].shape[1])
+        for target, first, source in zip(batch, _starts(inputs), states, strict=True):
+            target[first : first + len(source)] = source
         return batch
 
-    def parted(self, batch: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
-        """Split a batch `[batch, length, width]` into states of rows `[tokens, width]`, the inverse of [`joined`]."""
+    def parted(self, batch: torch.Tensor, lengths: Sequence[int], inputs: dict[str, Any]) -> list[torch.Tensor]:
+        """Split a batch `[batch, seq, width]` into states of rows `[tokens, width]`, the inverse of [`joined`]."""
         if self.padding_free:
             return list(batch[0, : sum(lengths)].split(list(lengths)))
-        return [states[:length] for states, length in zip(batch, lengths, strict=True)]
+        places = zip(batch, _starts(inputs), lengths, strict=True)
+        return [states[first : first + length] for states, first, length in places]
+
+
+def _starts(inputs: dict[str, Any]) -> list[int]:
+    """Where the rows of a batch start: not at 0 if a collator of the user's pads on the left."""
+    mask = inputs.get("attention_mask")
+    return [0] * len(inputs["input_ids"]) if mask is None else (mask != 0).int().argmax(1).tolist()
 
 
 def token_counts(batches: list[dict[str, Any]], args: HealConfig) -> torch.Tensor:
@@ -100,5 +107,5 @@ def taught_positions(inputs: dict[str, Any], labels: torch.Tensor, args: HealCon
     if args.kd_tokens == "completion":
         return labels != -100
     if "attention_mask" in inputs:
-        return inputs["attention_mask"][:, 1:] != 0
+        return (inputs["attention_mask"][:, 1:] != 0) & (inputs["attention_mask"][:, :-1] != 0)
     return inputs["position_ids"][:, 1:] != 0

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+from ..runtime.head import Head
+from .losses import Lesson
+
+if TYPE_CHECKING:
+    from .config import HealConfig
 
 
 class LossInputs:
@@ -47,3 +55,10 @@ class LossInputs:
         self.labels, self.keep, self.ce_weight = labels, keep, ce_weight
         self.kd_mask, self.kd_weight, self.teacher_states = kd_mask, kd_weight, teacher_states
         self.features, self.feature_mask, self.feature_weight = features, feature_mask, feature_weight
+
+    def lesson(self, head: Head | None, args: HealConfig) -> Lesson | None:
+        """The dense model's side of the loss, with its head; `None` without its states."""
+        if self.teacher_states is None or head is None:
+            return None
+        mask, taught = self.kd_mask[self.keep], self.teacher_states[:, :-1][self.keep]
+        return Lesson(taught, head, mask, self.kd_weight, args.kd_temperature, args.kd_direction)

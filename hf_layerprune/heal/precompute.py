@@ -147,9 +147,9 @@ class _Run:
             self.model.eval()
             if not close(again, recorded):
                 return "their output differs in training mode, as with dropout"
-            alone = prefix.run(**self._inputs(rows[:1]))[prefix.depth]
-            pair = [self.collator.parted(s, [self.lengths[rows[0]]])[0] for s in (alone, recorded[:1])]
-            if not close(*pair):
+            single = self._inputs(rows[:1])
+            (alone,) = self.collator.parted(prefix.run(**single)[prefix.depth], self.lengths[:1], single)
+            if not close(alone, self.collator.parted(recorded, self.lengths[: len(rows)], inputs)[0]):
                 return "their output for a row depends on the other rows of the batch"
             prefix.skip()
             states = output.states(**prefix.put(recorded, inputs), use_cache=False)
@@ -177,7 +177,7 @@ class _Run:
         def run(inputs: dict[str, Any], rows: list[int]) -> torch.Tensor:
             shared = None
             if prefix is not None and teacher.shares:
-                shared = self.collator.joined(prefix.read(rows), inputs["input_ids"].shape[1]).to(self.device)
+                shared = self.collator.joined(prefix.read(rows), inputs).to(self.device)
             return teacher.states(inputs, shared)
 
         if cache.missing():
@@ -193,7 +193,8 @@ class _Run:
             tokens = min(tokens, self.args.per_device_train_batch_size * (self.args.max_length or tokens))
 
         def states(rows: list[int]) -> list[torch.Tensor]:
-            return self.collator.parted(run(self._inputs(rows), rows), [self.lengths[row] for row in rows])
+            inputs = self._inputs(rows)
+            return self.collator.parted(run(inputs, rows), [self.lengths[row] for row in rows], inputs)
 
         with self._inference():
             cache.fill(states, tokens, description, (self.accelerator.process_index, self.accelerator.num_processes))

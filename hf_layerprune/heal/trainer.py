@@ -30,7 +30,7 @@ from .data import has_images
 from .features import FeaturePhase, leave_parameters_out, phased
 from .halving import Halving
 from .loss_inputs import LossInputs
-from .losses import Lesson, head_loss
+from .losses import head_loss
 from .methods import parse_method
 from .placement import autocast_where_it_is, hold_in_float32, put_back, runnable_where_it_is, use_one_gpu
 from .precompute import is_split_by_deepspeed, keep_inputs_without_gradients, precompute
@@ -138,6 +138,12 @@ class HealTrainer(SFTTrainer):
         plain_forward = model.forward
 
         def forward(self_: PreTrainedModel, *args: Any, heal: LossInputs | None = None, **kwargs: Any) -> Any:
+            prefix = self.data_collator.precomputed.prefix
+            if prefix is not None and not prefix.needs_ids and (args or kwargs.get("input_ids") is not None):
+                raise LayerPruneError(
+                    "in training, the frozen layers are unloaded, and only rows of train_dataset and eval_dataset can be run; "
+                    "use cache=off to generate text or to evaluate other rows meanwhile"
+                )
             if heal is None:
                 return plain_forward(*args, **kwargs)
             if self.feature_phase is not None and heal.features is not None:
@@ -145,23 +151,17 @@ class HealTrainer(SFTTrainer):
                 heal.loss, heal.sums = total * heal.feature_weight, {"features": total}
                 return {"loss": heal.loss}
             states = output.states(*args, run=plain_forward, **kwargs)[:, :-1]
-            head, labels = output.head(), heal.labels[heal.keep]
+            lesson = heal.lesson(self.data_collator.precomputed.teacher_head, self.args)
             accumulate = self._owns_gradients and torch.is_grad_enabled()
-            losses = head_loss(
-                states[heal.keep], head, labels, heal.ce_weight, self._lesson(heal), accumulate=accumulate
-            )
-            heal.loss, heal.sums = losses.loss, {"ce": losses.ce, "kd": losses.kd, "correct": losses.correct}
+            labels = heal.labels[heal.keep]
+            losses = head_loss(states[heal.keep], output.head(), labels, heal.ce_weight, lesson, accumulate=accumulate)
+            heal.loss, heal.sums = losses.loss, {"ce": losses.ce, "correct": losses.correct}
+            if lesson is not None:
+                heal.sums["kd"] = losses.kd
             return {"loss": heal.loss}
 
         # `generate` and the trainer inspect the signature of forward.
         model.forward = types.MethodType(functools.wraps(type(model).forward)(forward), model)
-
-    def _lesson(self, heal: LossInputs) -> Lesson | None:
-        head, states = self.data_collator.precomputed.teacher_head, heal.teacher_states
-        if states is None or head is None:
-            return None
-        mask, how = heal.kd_mask[heal.keep], (self.args.kd_temperature, self.args.kd_direction)
-        return Lesson(states[:, :-1][heal.keep], head, mask, heal.kd_weight, *how)
 
     @property
     def splits_sequences(self) -> bool:
@@ -306,11 +306,17 @@ class HealTrainer(SFTTrainer):
         features, taught = self._parted(taught)
         if prefix is not None and self.data_collator.precomputed.prefix is not None:
             inputs = self.data_collator.precomputed.prefix.put(prefix, inputs)
+        outputs = None
         if self._leaves_loss_to_trl or return_outputs:
             count = None if num_items_in_batch is None else num_items_in_batch[0]
-            return super().compute_loss(model, inputs, return_outputs, count)
+            found = super().compute_loss(model, dict(inputs), return_outputs, count)
+            if self._leaves_loss_to_trl or taught is None:
+                return found
+            outputs = found[1]
         labels = inputs.pop("labels")[:, 1:]
         share = 0.0 if taught is None else self._kd_share
+        if taught is None and self._kd_share:
+            self._miss_teacher()
         nowhere = torch.zeros_like(labels, dtype=torch.bool)
         kd_mask = taught_positions(inputs, labels, self.args) if share else nowhere
         counts = local if num_items_in_batch is None else num_items_in_batch
@@ -331,7 +337,7 @@ class HealTrainer(SFTTrainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
         self._note(mode, heal.sums, local)
-        return loss
+        return (loss, outputs) if return_outputs else loss
 
     def _parted(self, taught: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The dense model's hidden states behind the cut, if this step is to reproduce them, and its last ones."""
@@ -357,6 +363,18 @@ class HealTrainer(SFTTrainer):
         alone = self.model.training and done < self.args.kd_alone
         return {"ce": 0.0, "kd": 1.0, "ce+kd": 1.0 if alone else self.args.kd_share}[self.args.loss]
 
+    def _miss_teacher(self) -> None:
+        """Distillation without the dense model's states can't go on, but an evaluation can measure cross-entropy."""
+        if self.model.training:
+            raise LayerPruneError(
+                f"{self.args.lesson} takes the rows as train_dataset when the trainer is made; pass them"
+            )
+        if not self._told:
+            logger.warning(
+                "eval_loss is cross-entropy here: the dense model has seen eval_dataset during train() alone"
+            )
+        self._told = True
+
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
@@ -374,7 +392,7 @@ class HealTrainer(SFTTrainer):
         found, metrics = dict(zip(known, values, strict=True)), self._metrics[mode]
         if "correct" in found:
             metrics["mean_token_accuracy"].append(found["correct"] / max(labelled, 1))
-        if "correct" in found and "kd" in self.args.loss:
+        if "kd" in found:
             metrics["ce"].append(found["ce"] / max(labelled, 1))
             metrics["kd"].append(found["kd"] / max(taught, 1))
         if "features" in found:
