@@ -16,6 +16,7 @@ import torch
 import transformers
 import trl.trainer.utils
 from datasets import Dataset, concatenate_datasets
+from huggingface_hub.utils import filter_repo_objects
 from packaging.version import Version
 from safetensors.torch import load_file
 from torch.distributed.utils import _apply_to_tensors
@@ -277,7 +278,22 @@ def test_computed_once_is_exactly_the_same(llama: Bench, method: str, loss: str)
         without.model.named_parameters(), once.model.named_parameters(), strict=True
     ):
         assert torch.equal(parameter, other), name  # the model is whole again
-    assert not (llama.folder / "out" / "cache").exists()
+    assert not (llama.folder / "out" / "_cache").exists()
+
+
+def test_the_cache_is_not_uploaded_with_checkpoints(llama: Bench, tmp_path: Path) -> None:
+    """As transformers' Trainer does with the output folder, but for what these patterns match."""
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seen.extend(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors"))
+
+    trainer = llama.trainer(cache="on", loss="kd", max_steps=1, output_dir=str(tmp_path))
+    trainer.add_callback(Look())
+    trainer.train()
+    assert len(seen) == 2
+    assert not list(filter_repo_objects(seen, ignore_patterns=["_*", "checkpoint-*"]))
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,8 @@ class _Run:
         precision, attention = self.accelerator.mixed_precision, self.model.config._attn_implementation
         settings = (precision, str(self.model.dtype), attention, self.collator.padding_free)
         known = hash_tensors([], source, *map(hash_rows, self.datasets), token_bytes, settings)
-        folder = Path(self.args.cache_dir or Path(str(self.args.output_dir)) / "cache")
+        # With `push_to_hub`, transformers uploads the output folder at each save, but nothing that begins with `_`.
+        folder = Path(self.args.cache_dir or Path(str(self.args.output_dir)) / "_cache")
         return StateCache(folder / f"{name}-{known[:16]}", self.lengths, token_bytes)
 
     def _run_student(self, cache: StateCache, prefix: Prefix) -> None:
