@@ -281,7 +281,10 @@ class HealTrainer(SFTTrainer):
         self._gathered = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, self._gathered or state_dict)
+        state_dict, prefix = self._gathered or state_dict, self.data_collator.precomputed.prefix
+        if prefix is not None and self.model is self.plain_model:  # a whole model, not an adapter
+            state_dict = (state_dict or self.model.state_dict()) | prefix.state_dict()
+        super()._save(output_dir, state_dict)
 
     def _way_back(self) -> str:
         last = last_checkpoint(str(self.args.output_dir))

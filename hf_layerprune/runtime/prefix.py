@@ -190,6 +190,16 @@ class Prefix:
             vars(module).update({name: _empty_like(tensor) for name, tensor in tensors if tensor is not None})
         self._move("cpu")
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights that were taken out of the model, by their names in it."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        found = {}
+        for module, parameters, buffers in self._hidden:
+            for name, tensor in (parameters | buffers).items():
+                if tensor is not None and name not in module._non_persistent_buffers_set:
+                    found[f"{names[id(module)]}.{name}"] = tensor.detach()
+        return found
+
     def _kept(self) -> torch.Tensor:
         assert self._state is not None, "the prefix is skipped without its states"
         return self._state
