@@ -168,6 +168,7 @@ PLANTED: dict[str, Callable[[Path], object]] = {
     "an adapter's weights": lambda folder: save_file(TENSOR, folder / "adapter_model.safetensors"),
     "a stray safetensors file": lambda folder: save_file(TENSOR, folder / "stray.safetensors"),
     "a copy of the weights": lambda folder: shutil.copy(folder / "model.safetensors", folder / "other.safetensors"),
+    "weights named as a licence": lambda folder: save_file(TENSOR, folder / "LICENSE.safetensors"),
     "a shard": lambda folder: save_file(TENSOR, folder / "model-00002-of-00002.safetensors"),
     "an index": write("model.safetensors.index.json", '{"weight_map": {"x": "stray.safetensors"}}'),
     "a hidden template": write("additional_chat_templates/.tool_use.jinja", "{{ 'evil' }}"),

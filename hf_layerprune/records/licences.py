@@ -12,9 +12,12 @@ import re
 import tomllib
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 _FILES = re.compile(r"(LICENSE|LICENCE|NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
+# The text of a licence, as opposed to a licence key, or to weights, which some engines load whatever their name.
+_ENDS = re.compile(r"|\.(md|txt|rst|pdf|html|\d+)", re.IGNORECASE)
 NOTICE = "NOTICE"
 
 
@@ -114,4 +117,4 @@ _ROWS = {_key(name): row for name, row in TABLE.items()}
 
 def is_licence_file(name: str) -> bool:
     """Whether a file of a model folder is a licence, notice or use policy, which every copy must include."""
-    return _FILES.fullmatch(name) is not None
+    return _FILES.fullmatch(name) is not None and _ENDS.fullmatch(Path(name).suffix) is not None

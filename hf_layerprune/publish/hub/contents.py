@@ -6,7 +6,6 @@ Everything else is left out, with a reason. Links are never followed: the files 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +32,6 @@ _SETTINGS = {
 }  # fmt: skip
 _ALLOWED = {CARD, LINEAGE, METRICS, INDEX} | _SETTINGS | _TOKENIZER
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
-# The text of a licence, as opposed to a licence key.
-_LICENCE_ENDS = re.compile(r"|\.(md|txt|rst|pdf|html|\d+)", re.IGNORECASE)
 _MOST_FILES = 10_000
 _PICTURES = {f"{name}.png" for name in PICTURES}
 
@@ -143,9 +140,7 @@ def _why_not(name: str, path: Path, adapter_only: bool, named: bool) -> str | No
         return None if named or _is_part(top, rest, path) else "in a folder that is not part of the model"
     if adapter_only and (name.endswith(WEIGHTS) or name in (INDEX, "config.json")) and name != ADAPTER_WEIGHTS:
         return "belongs to the whole model, and only the adapter is published"
-    if named or name in _ALLOWED or name.endswith(WEIGHTS):
-        return None
-    if is_licence_file(name) and _LICENCE_ENDS.fullmatch(Path(name).suffix):
+    if named or name in _ALLOWED or name.endswith(WEIGHTS) or is_licence_file(name):
         return None
     return "not part of the model; publish it with --include"
 
