@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
+from pathlib import Path
 from typing import Any
 
 from tests.hub_repo import Repo
 from tests.publish_child import finish, start
 from tests.publish_flow import cli, files
+
+
+def run_card(folder: Path) -> tuple[str, bool]:
+    """The task that a card names, and whether its code writes something."""
+    from hf_layerprune.records.declared import front_matter
+
+    fields, body = front_matter((folder / "README.md").read_text())
+    code = re.sub('"path/to/[^"]+"', repr(str(folder)), body.partition("```python\n")[2].partition("```")[0])
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(code, {})
+    return fields["pipeline_tag"], bool(said.getvalue().strip())
 
 
 def main() -> None:
@@ -31,6 +47,9 @@ def main() -> None:
     with torch.no_grad():
         found["logits"] = bool(torch.equal(model(**question).logits, here(**question).logits))
     found["class"] = type(model).__name__
+    small = place / "adapter"
+    cli("prune", "org/llava", small, "--drop-layers", "3-4", "--adapter", "--tune-layers", "1")
+    found["use"] = [cli("card", small), *map(run_card, (folder, small))]
     finish(found)
 
 

@@ -211,6 +211,9 @@ def test_pushed_verified_and_read_back(tmp_path: Path) -> None:
     assert "to the last bit" in found["verify"][1]
     assert found["logits"]
     assert found["class"] == "LlavaForConditionalGeneration"
+    card, *uses = found["use"]
+    assert card[0] == 0, card[1]
+    assert uses == [["image-text-to-text", True]] * 2  # what the cards name, and whether their code runs
 
 
 def test_media_that_healing_can_not_take() -> None:

@@ -30,6 +30,16 @@ def auto_class_for(model_type: str, architectures: Sequence[str] | None) -> Any:
     return AutoModelForCausalLM
 
 
+def pipeline_tag_of(model_type: str, architectures: Sequence[str] | None) -> str | None:
+    """The Hub's name for what a multimodal checkpoint does; `None` if it is loaded as a text model."""
+    from transformers import AutoModelForMultimodalLM
+    from transformers.models.auto import modeling_auto as names
+
+    if auto_class_for(model_type, architectures) is not AutoModelForMultimodalLM:
+        return None
+    return f"{'image' if model_type in names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else 'audio'}-text-to-text"
+
+
 def check_has_decoder(fields: Mapping[str, Any], name: str) -> None:
     """Refuse a model without a language decoder, with the reason in place of the list of all types that have one.
 

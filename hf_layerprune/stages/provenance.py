@@ -15,7 +15,9 @@ from ..records.declared import CARD, declared_by, declared_in_gguf
 from ..records.fingerprints import CONFIG, WEIGHTS, companion_names, fingerprint
 from ..records.licences import is_licence_file
 from ..records.lineage import Lineage
+from ..runtime.config_file import read_config_file
 from ..runtime.loading import is_hub_id, load_tokenizer
+from ..runtime.model_class import pipeline_tag_of
 from .requests import PruneRequest, RankRequest
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ def write_lineage(
             lineage.base["companions"] = companion_names(source)
     if source.is_dir():
         copy_licence(source, folder)
+        told = read_config_file(source / CONFIG)
+        if tag := pipeline_tag_of(told["model_type"], told.get("architectures")):
+            lineage.base["pipeline_tag"] = tag
     lineage.record(folder, entry)
 
 

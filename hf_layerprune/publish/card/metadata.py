@@ -52,7 +52,7 @@ def metadata(card: Card) -> dict[str, Any]:
     present = ModelCardData(
         language=languages or None,
         library_name="peft" if history.form == "adapter" else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=plain(history.lineage.base.get("pipeline_tag", "text-generation")),
         datasets=list(dict.fromkeys(name for name in named if is_hub_name(name)))[:_MAX_DATASETS] or None,
         tags=[*TAGS, *(["conversational"] if card.chats else [])],
         model_name=plain(card.name) if card.results else None,

@@ -103,6 +103,11 @@ class Card:
         return bool(self.history.lineage.base.get("chat"))
 
     @property
+    def multimodal(self) -> bool:
+        """Whether the base takes more than text."""
+        return "pipeline_tag" in self.history.lineage.base
+
+    @property
     def quantized_from(self) -> str | None:
         """Of a quantised model, the repository of the model before that, if it was published."""
         stage = self.history.quantized
