@@ -165,6 +165,8 @@ def test_what_people_write_stays(tmp_path: Path) -> None:
     assert order[-1] == "Last words."
     assert "seed: 7" in body
     assert write_card(folder, weights=False) == []
+    for words in ("no", "[en, no]"):  # false to a reader of YAML 1.1
+        assert front_matter(f"---\nlanguage: {words}\n---\n")[0]["language"] in ("no", ["en", "no"])
 
 
 def test_what_people_write_inside_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

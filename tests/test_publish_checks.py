@@ -172,7 +172,8 @@ def test_every_licence_of_the_table() -> None:
         if row.non_commercial:
             assert any("No commercial use" in duty for duty in row.duties)
     assert LicenceFound.of({"license": "other", "license_name": "Tongyi Qianwen LICENSE AGREEMENT"}).row is not None
-    assert LicenceFound.of({"license": "Apache-2.0"}).row is TABLE["apache-2.0"]
+    assert LicenceFound.of({"license": "Apache 2.0"}) == LicenceFound.of({"license": "apache-2.0"})
+    assert LicenceFound.of({"license": "apache-2.0"}).row is TABLE["apache-2.0"]
     assert LicenceFound.of({"license_name": "deepseek"}).row is TABLE["deepseek"]
 
 

@@ -48,7 +48,13 @@ def front_matter(text: str, where: str = CARD) -> tuple[dict[str, Any], str]:
         card = RepoCard(text)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"the YAML block of {where} can't be read ({cause_of(error)}); correct it") from error
-    return dict(vars(card.data)), card.text.lstrip("\n")
+    fields, languages = dict(vars(card.data)), card.data.get("language")
+    # A bare `no`, which is Norwegian to the Hub, is false to this reader of YAML.
+    if isinstance(languages, list):
+        fields["language"] = ["no" if one is False else one for one in languages]
+    elif languages is False:
+        fields["language"] = "no"
+    return fields, card.text.lstrip("\n")
 
 
 def declared_by(folder: Path, card: Path | None = None, repository: str | None = None) -> dict[str, Any]:
@@ -98,12 +104,13 @@ def _of_card(path: Path) -> dict[str, Any]:
         value = fields.get(name)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
+        if isinstance(value, list) and name == "license":
+            text = "%s declares several licences (%s), and none is recorded; choose: hf-layerprune card MODEL --license ID"
+            logger.warning(text, path, ", ".join(map(str, value))[:_MAX_TEXT])
         if isinstance(value, str) and value.strip():
             declared[name] = value.strip()[:_MAX_TEXT]
     languages = fields.get("language")
     languages = [languages] if isinstance(languages, str) else languages if isinstance(languages, list) else []
-    # YAML reads a bare `no`, which is Norwegian, as false.
-    languages = ["no" if one is False else one for one in languages]
     languages = [one for one in languages if isinstance(one, str) and re.fullmatch(r"[\w-]{2,20}", one)]
     if languages:
         declared["language"] = languages[:_MAX_LANGUAGES]

@@ -72,7 +72,7 @@ class LicenceFound:
     """The licence of a base, as it declares it.
 
     Args:
-        id (`str`, *optional*): `license` of the card, or `None` if the base declares none.
+        id (`str`, *optional*): `license` of the card, in the table's spelling; `None` if the base declares none.
         name (`str`, *optional*): `license_name`.
         link (`str`, *optional*): `license_link`, or else the link in the table.
         row (`Licence`, *optional*): The row in the table, if any.
@@ -92,8 +92,10 @@ class LicenceFound:
         if declared in (None, "", "unknown"):
             return cls()
         key = _key(name) if declared == "other" and name else _key(declared)
-        row = _ROWS.get(_ALIASES.get(key, key))
-        return cls(declared, name, link or (row.link if row else None), row)
+        row = TABLE.get(_IDS.get(_ALIASES.get(key, key), ""))
+        # The Hub refuses a card with another spelling, such as `Apache 2.0`.
+        known = declared if declared == "other" else _IDS.get(key, declared)
+        return cls(known, name, link or (row.link if row else None), row)
 
     @property
     def known(self) -> bool:
@@ -112,7 +114,7 @@ def _key(text: str) -> str:
     return re.sub(r"^llama-(?=\d)", "llama", key)
 
 
-_ROWS = {_key(name): row for name, row in TABLE.items()}
+_IDS = {_key(name): name for name in TABLE}
 
 
 def is_licence_file(name: str) -> bool:

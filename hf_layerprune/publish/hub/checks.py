@@ -138,7 +138,7 @@ def _licence(contents: Contents, request: PushRequest) -> Outcome:
     namespace, _, name = request.repo_id.rpartition("/")
     if not licence.known:
         text = (
-            "the base declares no licence, so it is unclear what this model may be used for; find out and record it: "
+            "the base declares no licence, or several, so it is unclear what this model may be used for; find out and record it: "
             "hf-layerprune card MODEL --license apache-2.0 (or --license other --license-name N --license-link URL)"
         )
         yield WARNING if request.private else REFUSAL, text
