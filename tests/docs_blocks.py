@@ -73,7 +73,13 @@ def blocks(page: Path) -> Iterator[Block]:
         language = token.info.split()[0] if token.type == "fence" and token.info else ""
         if language in ("python", "bash", "console"):
             reason = re.fullmatch(r"<!-- not run: (.+) -->\s*", above, re.S)
-            yield Block(page.name, token.map[0] + 1, language, token.content, reason[1] if reason else "")
+            yield Block(
+                page.relative_to(ROOT).as_posix(),
+                token.map[0] + 1,
+                language,
+                token.content,
+                reason[1] if reason else "",
+            )
         above = token.content if token.type == "html_block" else ""
 
 
@@ -109,7 +115,8 @@ def run_command(words: list[str]) -> None:
     elif program == "accelerate" and rest[0] == "launch":
         _recipe(rest[1:])
     elif program == "python" and rest[0] == "-m":
-        assert (ROOT / f"{rest[1].replace('.', '/')}.py").is_file(), f"no module {rest[1]}"
+        module = ROOT / rest[1].replace(".", "/")
+        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), f"no module {rest[1]}"
     elif program == "python":
         assert (ROOT / rest[0]).is_file(), f"no script {rest[0]}"
     else:
