@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 import tests.chat_server  # noqa: F401 (makes the Space's files importable)
 from tests.chat_models import TEMPLATE, pruned_model, tiny_chat_model
+from tests.measure_models import byte_tokenizer
 
 import answers  # isort: skip
 import chat  # isort: skip
@@ -79,6 +80,7 @@ def test_history_comes_in_parts() -> None:
         },  # the answer was stopped before its first word
     ]
     assert chat.plain(said) == talk("one\ntwo", "three", "four\n\nfive")
+    assert chat.text_of({"role": "assistant", "content": None}) == ""
 
 
 @pytest.mark.parametrize("turns", [1, 3, 9, 41])
@@ -181,6 +183,15 @@ def test_an_answer_is_that_of_plain_transformers(models: Any) -> None:
     assert state["seconds_to_first_token"] > 0
     # Keys and values of 6 layers, for all tokens but the last: 2 heads of 8 numbers with 4 bytes each.
     assert state["cache_bytes"] == 2 * 6 * (len(ids) + 23) * 2 * 8 * 4
+
+
+def test_stop_strings_of_the_model_end_an_answer(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.source, "tokenizer", byte_tokenizer())
+    [whole] = final(models, ["pruned"], [40, 41, 42], temperature=0)
+    third = whole["text"][2]
+    monkeypatch.setattr(models.sides["pruned"].model.generation_config, "stop_strings", [third])
+    [state] = final(models, ["pruned"], [40, 41, 42], temperature=0)
+    assert state["text"] == whole["text"][: whole["text"].index(third) + 1]
 
 
 def test_a_seed_decides_whatever_goes_on_beside(models: Any) -> None:

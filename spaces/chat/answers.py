@@ -203,6 +203,7 @@ class Answer(TextStreamer):
                 logits_processor=self._processors(),
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                 streamer=self,
+                tokenizer=self.tokenizer,  # for the stop strings of a generation config
                 return_dict_in_generate=True,
             )
             self.cache_bytes = _cache_bytes(made.past_key_values)

@@ -97,8 +97,8 @@ def most_tokens() -> int:
 
 
 def text_of(message: dict[str, Any]) -> str:
-    """The text of a message, whose content Gradio may split into parts."""
-    content = message["content"]
+    """The text of a message, whose content Gradio may split into parts; a program's may be null, beside calls of tools."""
+    content = message["content"] or ""
     parts = content if isinstance(content, list) else [content]
     return "\n".join(part if isinstance(part, str) else part["text"] for part in parts if is_text(part))
 
