@@ -122,7 +122,7 @@ def log_in(token: str | bool | None = None) -> tuple[HfApi, dict[str, Any]]:
     if not token:
         raise PushError("there is no token; log in with `hf auth login`, or set HF_TOKEN")
     api = HfApi(token=token)
-    with push_errors("the Hub"):
+    with push_errors("your account"):
         user = _with_retries(api.whoami)
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PushError(
