@@ -150,7 +150,7 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
 
     names = {"kl": "KL from the dense model, nats", "ln_ratio": "ln of the perplexity ratio"}
     counts = sorted({point["dropped"] for point in points})
-    with draw(path, height=3.4, columns=2) as (_, both):
+    with draw(path, height=3.4, ncols=2) as (_, both):
         for axes, (metric, title) in zip(both, names.items(), strict=True):
             for colour, marker, count in zip(CYCLE, "oDv^s", counts, strict=False):
                 some = [point for point in points if point["dropped"] == count]

@@ -75,12 +75,7 @@ WEB = Model("SmolLM2-135M-23L-web", taken="model", run="run-23L-web", on_web_tex
 # The deepest cut within 1.10 times the base's perplexity, as a mean over the texts of the cards. With the four epochs of
 # `heal.yaml`, it was 1.11.
 FEWER = Model(
-    "SmolLM2-135M-27L-web",
-    taken="model",
-    run="run-27L-web",
-    words=("--drop", "3"),
-    on_web_text=True,
-    epochs=8,
+    "SmolLM2-135M-27L-web", taken="model", run="run-27L-web", words=("--drop", "3"), on_web_text=True, epochs=8
 )
 MODELS = (LAST, REPAIRED, CUT, HEALED, WEB, FEWER)
 

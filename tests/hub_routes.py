@@ -317,6 +317,4 @@ HUB_ROUTES: list[Route] = [
     ("GET", re.compile(f"{API}/refs"), Handler.refs),
     ("GET", re.compile(f"{PAGE}/resolve/(?P<revision>[^/]+)/(?P<name>.+)"), Handler.resolve),
 ]
-CDN_ROUTES: list[Route] = [
-    ("GET", re.compile(f"/cdn{PAGE}/(?P<sha256>[0-9a-f]{{64}})/(?P<name>.+)"), Handler.cdn),
-]
+CDN_ROUTES: list[Route] = [("GET", re.compile(f"/cdn{PAGE}/(?P<sha256>[0-9a-f]{{64}})/(?P<name>.+)"), Handler.cdn)]

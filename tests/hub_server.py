@@ -91,10 +91,7 @@ class HubServer:
 
     def __enter__(self) -> Self:
         self._root = tempfile.TemporaryDirectory(prefix="hub-")
-        self._listeners = [
-            _Listener(self, HUB_ROUTES + WRITING_ROUTES),
-            _Listener(self, CDN_ROUTES + STORAGE_ROUTES),
-        ]
+        self._listeners = [_Listener(self, HUB_ROUTES + WRITING_ROUTES), _Listener(self, CDN_ROUTES + STORAGE_ROUTES)]
         # The CDN is another host: some clients send the token on to another port of the same one.
         self.endpoint, self.cdn_endpoint = (
             f"http://{host}:{one.server_port}"

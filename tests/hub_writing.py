@@ -216,5 +216,5 @@ WRITING_ROUTES: list[Route] = [
     ("POST", re.compile(f"/api/lfs{PAGE}/verify"), WritingHandler.verify),
 ]
 STORAGE_ROUTES: list[Route] = [
-    ("PUT", re.compile(rf"/upload{PAGE}/(?P<sha256>[0-9a-f]{{64}})/(?P<size>\d+)"), WritingHandler.upload),
+    ("PUT", re.compile(rf"/upload{PAGE}/(?P<sha256>[0-9a-f]{{64}})/(?P<size>\d+)"), WritingHandler.upload)
 ]

@@ -311,18 +311,7 @@ texts = st.one_of(
 
 def hostile(record: Any, pick: Callable[[str], str], path: tuple[str, ...] = ()) -> Any:
     """A record in which strings that outsiders choose are anything."""
-    kept = {
-        "weights",
-        "base",
-        "kind",
-        "role",
-        "stage",
-        "form",
-        "schema_version",
-        "sha256",
-        "dtype_",
-        "input_weights",
-    }
+    kept = {"weights", "base", "kind", "role", "stage", "form", "schema_version", "sha256", "dtype_", "input_weights"}
     if isinstance(record, dict):
         found = {}
         for key, value in record.items():

@@ -99,12 +99,7 @@ def test_options_that_decide_the_result_are_recorded(tmp_path: Path) -> None:
 
 
 def test_every_option_that_differs_is_recorded_unless_it_decides_nothing(tmp_path: Path) -> None:
-    changed = {
-        "label_smoothing_factor": 0.1,
-        "neftune_noise_alpha": 5.0,
-        "loss_type": "dft",
-        "adam_beta2": 0.95,
-    }
+    changed = {"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0, "loss_type": "dft", "adam_beta2": 0.95}
     idle = {"logging_steps": 1, "save_strategy": "no", "hub_token": "hf_" + "a" * 30, "dataloader_num_workers": 1}
     common = {"output_dir": str(tmp_path), "use_cpu": True}
     plain, found = (settings_of(HealConfig(**common, **more)) for more in ({}, changed | idle))

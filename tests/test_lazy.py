@@ -234,11 +234,7 @@ ON_DISK = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb":
 }
 
 
-@pytest.mark.parametrize(
-    "device_map",
-    ["cpu", "auto", {"": "cpu"}, ON_DISK],
-    ids=["cpu", "auto", "dict", "disk"],
-)
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, ON_DISK], ids=["cpu", "auto", "dict", "disk"])
 def test_device_map(device_map, tmp_path):
     dense = cut_in_memory(save("llama", tmp_path / "base"))
     model = load_pruned(

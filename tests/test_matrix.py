@@ -74,8 +74,7 @@ def test_refused(model_type: str) -> None:
 
 
 of_this_version = pytest.mark.skipif(
-    not is_current(),
-    reason="the table was made with another version of transformers, which has other types",
+    not is_current(), reason="the table was made with another version of transformers, which has other types"
 )
 
 

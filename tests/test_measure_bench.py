@@ -192,11 +192,7 @@ def test_loading_fails_in_a_process_of_its_own() -> None:
         (["--prompt-lengths", "0"], 2, "prompt_lengths=(0,) must be a whole number from 1"),
         (["--batch-sizes", "1,x"], 2, "'1,x' must be a whole number from 1"),
         (["--load-repeats", "-1"], 2, "load_repeats=-1 must be a whole number from 0"),
-        (
-            ["--prompt-lengths", "510"],
-            2,
-            "base has a context of 512 tokens, but prompts with new tokens",
-        ),
+        (["--prompt-lengths", "510"], 2, "base has a context of 512 tokens, but prompts with new tokens"),
         (["--base", "SAME"], 1, "have the same weights"),
     ],
 )

@@ -11,13 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hf_layerprune.measure.paired import (
-    PairedDifference,
-    compare_pairs,
-    compare_values,
-    mcnemar,
-    paired_t,
-)
+from hf_layerprune.measure.paired import PairedDifference, compare_pairs, compare_values, mcnemar, paired_t
 from hf_layerprune.measure.store import Store
 from hf_layerprune.records.metrics import Metrics
 

@@ -144,12 +144,7 @@ def test_what_the_user_says_counts(slow: bool, tmp_path: Path) -> None:
 def test_measuring_says_it(slow: bool, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tasks = write_tasks(tmp_path / "tasks")
     precision._warn_once.cache_clear()
-    request = {
-        "tasks_from": tasks,
-        "tasks": ("asked",),
-        "limit": 2,
-        "output": tmp_path / "out.json",
-    }
+    request = {"tasks_from": tasks, "tasks": ("asked",), "limit": 2, "output": tmp_path / "out.json"}
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         evaluate(EvalRequest(str(base), **request))
         evaluate(EvalRequest(str(base), force=True, **request))

@@ -59,11 +59,7 @@ def test_the_commit_of_the_base_is_recorded(base: Path, tmp_path: Path, monkeypa
 
 
 def test_all_criteria(
-    base: Path,
-    text: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    base: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     words = ["rank", str(base), str(tmp_path / "out"), "--criterion", "all,auto", "--calibration", str(text), *FEW]
     # Eight layers are few: what Taylor and magnitude protect by default leaves two.

@@ -10,18 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .disk import base
-from .steps import (
-    Setting,
-    Step,
-    last,
-    limits,
-    middle,
-    peak_bytes,
-    random_model,
-    reset_peak,
-    synchronise,
-    tokenizer,
-)
+from .steps import Setting, Step, last, limits, middle, peak_bytes, random_model, reset_peak, synchronise, tokenizer
 
 WAYS = ("ours", "trl-default", "trl-tuned", "paper", "ours-kd")
 EPOCHS = 3

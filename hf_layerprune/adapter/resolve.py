@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
 
 def resolve_drop(
-    config: LayerDropConfig,
-    model_config: PreTrainedConfig,
-    cut: LayerCut | None = None,
-    target: Target | None = None,
+    config: LayerDropConfig, model_config: PreTrainedConfig, cut: LayerCut | None = None, target: Target | None = None
 ) -> None:
     """Fill in `drop_layers` and `num_base_layers`, and refuse a config that was resolved for another base."""
     families.check_supported(model_config)

@@ -9,13 +9,13 @@ and the list takes precedence.
 from __future__ import annotations
 
 import math
-import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CutError
+from ..options.kinds import index_of
 
 # Names of lists of whole layers; lists of parts of layers (`attentions`, `ffns`) are not included.
 LIST_NAMES = ("layers", "layer", "h", "blocks", "block")
@@ -55,11 +55,8 @@ def cut_without(drop_layers: Sequence[int], num_layers: int) -> Cut:
     """
     gone: set[int] = set()
     for item in drop_layers:
-        try:
-            i = operator.index(item)
-        except TypeError:
-            i = None
-        if i is None or isinstance(item, bool):
+        i = index_of(item)
+        if i is None:
             raise CutError(
                 f"drop_layers has {item!r}, which is not a layer index; specify layers of 0..{num_layers - 1}"
             )

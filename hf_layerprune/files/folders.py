@@ -40,11 +40,7 @@ _MODEL_SIGNS = {"config.json", "adapter_config.json"}
 
 @contextmanager
 def new_folder(
-    target: Path,
-    *,
-    force: bool = False,
-    apart_from: Path | None = None,
-    replaces: re.Pattern[str] | None = None,
+    target: Path, *, force: bool = False, apart_from: Path | None = None, replaces: re.Pattern[str] | None = None
 ) -> Iterator[Path]:
     """Create a folder under a temporary name, and rename it when the block succeeds.
 

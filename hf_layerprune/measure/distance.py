@@ -97,13 +97,7 @@ def perplexity(model: PreTrainedModel, rows: torch.Tensor, *, batch_size: int = 
     return Perplexity(**_fields(nll, rows))
 
 
-def distance(
-    model: PreTrainedModel,
-    base: PreTrainedModel,
-    rows: torch.Tensor,
-    *,
-    batch_size: int = 1,
-) -> Distance:
+def distance(model: PreTrainedModel, base: PreTrainedModel, rows: torch.Tensor, *, batch_size: int = 1) -> Distance:
     """Distance of a model from its base on windows of a text.
 
     Args:

@@ -143,10 +143,7 @@ class Harness(Runs, HFLM):
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int | str = "auto",
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str = "auto"
     ) -> None:
         require_harness()
         with quiet():

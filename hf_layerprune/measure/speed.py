@@ -40,10 +40,7 @@ class _Clock:
 
 
 def time_models(
-    models: Mapping[str, PreTrainedModel],
-    workloads: Sequence[Workload],
-    *,
-    repeats: int = 5,
+    models: Mapping[str, PreTrainedModel], workloads: Sequence[Workload], *, repeats: int = 5
 ) -> dict[Workload, dict[str, list[dict[str, float]]]]:
     """Time models on the same random prompts, in turns.
 

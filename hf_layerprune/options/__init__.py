@@ -30,15 +30,7 @@ from .kinds import (
     whole,
 )
 from .quantities import spell_bytes, spell_count
-from .shared import (
-    AnswerOptions,
-    CalibrationOptions,
-    ChoiceOptions,
-    CutOptions,
-    Options,
-    ScreenOptions,
-    TuningOptions,
-)
+from .shared import AnswerOptions, CalibrationOptions, ChoiceOptions, CutOptions, Options, ScreenOptions, TuningOptions
 
 __all__ = [
     "AMOUNTS", "BUDGETS", "COUNTED_BY", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "MODEL_OR_ADAPTER_HELP", "PATH", "TARGETS", "TEXT",

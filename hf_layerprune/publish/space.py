@@ -49,13 +49,7 @@ def space_source() -> Path:
     raise CheckpointError("this installation of hf-layerprune has no spaces/chat; install it again, from PyPI or git")
 
 
-def build_space(
-    folder: Path,
-    *,
-    model_repo_id: str,
-    model: Path | None = None,
-    adapter: bool | None = None,
-) -> Path:
+def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, adapter: bool | None = None) -> Path:
     """Write a complete Space for a model: `app.py` and its modules, pinned requirements, and the front matter.
 
     Args:

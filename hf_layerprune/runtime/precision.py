@@ -57,8 +57,7 @@ def in_fast_precision(model: PreTrainedModel) -> PreTrainedModel:
     name = _name(weights[0].dtype)
     if 4 * sum(weight.numel() for weight in weights) > psutil.virtual_memory().available // 2:
         logger.warning(
-            "this CPU has no fast %s multiplication, and not enough memory for float32: the model will be slow",
-            name,
+            "this CPU has no fast %s multiplication, and not enough memory for float32: the model will be slow", name
         )
         return model
     logger.info("this CPU has no fast %s multiplication: computing in float32", name)

@@ -60,11 +60,7 @@ def spell_loss(budget: str, loss: Loss) -> str:
 
 
 def choose(
-    walk: LayerWalk,
-    calibration: CalibrationSet,
-    free: Collection[int],
-    choice: CutOptions,
-    pick: Pick | None = None,
+    walk: LayerWalk, calibration: CalibrationSet, free: Collection[int], choice: CutOptions, pick: Pick | None = None
 ) -> Choice:
     """Choose the layers to drop.
 

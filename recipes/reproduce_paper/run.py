@@ -193,11 +193,7 @@ def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan])
 
             check_settings({name: plan.tune for name, plan in left.items() if plan.tune is not None})
             runner = Runner(
-                args.output,
-                engine=args.accelerate_config,
-                device=args.device,
-                keep_models=args.keep_models,
-                hold=hold,
+                args.output, engine=args.accelerate_config, device=args.device, keep_models=args.keep_models, hold=hold
             )
         while left:
             name, plan = next(iter(left.items()))

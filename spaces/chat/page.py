@@ -19,11 +19,7 @@ from weights import DEVICE
 MAX_WAITING = 32  # questions in the queue; more are refused
 AT_ONCE = 4  # concurrent answers; they take turns, so that a short one need not wait for a long one
 
-EXAMPLES = (
-    "What is the capital of France?",
-    "Write two sentences about a river.",
-    "Why is the sky blue?",
-)
+EXAMPLES = ("What is the capital of France?", "Write two sentences about a river.", "Why is the sky blue?")
 
 ANSWER: dict[str, Any] = {
     "concurrency_id": "answer",

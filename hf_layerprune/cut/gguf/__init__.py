@@ -111,11 +111,7 @@ def plan_gguf_cut(source: str | os.PathLike[str], drop_layers: Sequence[int]) ->
 
 
 def cut_gguf(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    drop_layers: Sequence[int],
-    *,
-    force: bool = False,
+    source: str | os.PathLike[str], target: str | os.PathLike[str], drop_layers: Sequence[int], *, force: bool = False
 ) -> GGUFCutPlan:
     """Write a copy of a GGUF model file without some of its layers.
 

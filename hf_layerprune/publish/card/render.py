@@ -265,7 +265,6 @@ def _environment() -> jinja2.Environment:
     environment.globals |= {
         "link": escape.link,
         "command": escape.command,
-        "with_error": _with_error,
         "requirements_table": tables.requirements_table,
         "results_table": tables.results_table,
         "data_table": tables.data_table,

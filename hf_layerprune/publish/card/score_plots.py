@@ -19,7 +19,7 @@ def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], p
     """Draw the scores of single layers, one bar chart per criterion, with the layers that it would drop outlined."""
     columns = min(_COLUMNS, len(scores))
     rows = -(-len(scores) // columns)
-    shape: dict[str, Any] = {"columns": columns, "rows": rows, "squeeze": False, "sharex": True}
+    shape: dict[str, Any] = {"nrows": rows, "ncols": columns, "squeeze": False, "sharex": True}
     with draw(path, height=0.5 + 1.75 * rows, **shape) as (figure, panels):
         for axes, panel_scores in zip(panels.flat, scores, strict=False):
             values = {i: score for i, score in enumerate(panel_scores.layers or ()) if score is not None}

@@ -51,7 +51,7 @@ _STAMP = "hf-layerprune"
 
 @contextmanager
 def draw(
-    path: Path, *, height: float = 3.0, columns: int = 1, rows: int = 1, digest: str | None = None, **subplots: Any
+    path: Path, *, height: float = 3.0, digest: str | None = None, **subplots: Any
 ) -> Iterator[tuple[Figure, Any]]:
     """Make a figure in the project's style, and write it when the block ends without an error.
 
@@ -60,10 +60,8 @@ def draw(
     Args:
         path (`Path`): The file, `.svg` or `.png`. It is written completely or not at all.
         height (`float`, *optional*, defaults to 3.0): In inches of 100 pixels. The width is 7.2, that of a card's column.
-        columns (`int`, *optional*, defaults to 1): Axes side by side.
-        rows (`int`, *optional*, defaults to 1): Axes below each other.
         digest (`str`, *optional*): A hash of the data, which is stored in a PNG file; see [`drawn_for`].
-        subplots: Arguments for `Figure.subplots`: `sharey`, `width_ratios`, ...
+        subplots: Arguments for `Figure.subplots`: `nrows`, `ncols`, `sharey`, ...
 
     Yields:
         `tuple[Figure, Axes]`: The figure, and its axes; an array if there are several.
@@ -80,7 +78,7 @@ def draw(
     # Without pyplot, there is no window and no global state, and any thread can draw.
     with matplotlib.rc_context(fname=Path(__file__).with_name("card.mplstyle")):
         figure = Figure(figsize=(7.2, height), layout="constrained")
-        yield figure, figure.subplots(rows, columns, **subplots)
+        yield figure, figure.subplots(**subplots)
         # By default, matplotlib writes the date and its version.
         svg = {"metadata": {"Date": None, "Creator": None}}
         png = {"metadata": {"Software": None, _STAMP: digest}, "pil_kwargs": {"optimize": True}}
@@ -118,7 +116,7 @@ def spread(values: Collection[float]) -> float:
     return max(values) / min(values) if values and min(values) > 0 else 0.0
 
 
-def grid(axes: Axes, axis: Literal["x", "y", "both"] = "y") -> None:
+def grid(axes: Axes, axis: Literal["x", "y", "both"]) -> None:
     """Add faint grid lines along one axis."""
     axes.grid(True, axis=axis)
     axes.tick_params(axis=axis, length=0)
