@@ -76,17 +76,10 @@ def llama_config(gb: float) -> dict:
     while 2 * (13 * LAYERS * width**2 + 2 * VOCAB * width) < gb * 1e9:
         width += 64
     return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": width,
-        "intermediate_size": width * 7 // 2,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": width // 16,
-        "num_key_value_heads": width // 64,
-        "vocab_size": VOCAB,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-    }
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": width,
+        "intermediate_size": width * 7 // 2, "num_hidden_layers": LAYERS, "num_attention_heads": width // 16,
+        "num_key_value_heads": width // 64, "vocab_size": VOCAB, "tie_word_embeddings": False, "dtype": "bfloat16",
+    }  # fmt: skip
 
 
 def tensor_shapes(config: dict) -> dict[str, list[int]]:

@@ -70,19 +70,11 @@ def run(way: str, pruned: str, data: str, count: int, epochs: int, length: int, 
 
     with tempfile.TemporaryDirectory() as folder:
         arguments: dict[str, Any] = {
-            "output_dir": folder,
-            "num_train_epochs": epochs,
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 16 if way == "paper" else 4,
-            "learning_rate": 1e-5,
-            "bf16": True,
-            "use_cpu": True,
-            "report_to": [],
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
+            "output_dir": folder, "num_train_epochs": epochs, "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 16 if way == "paper" else 4, "learning_rate": 1e-5, "bf16": True,
+            "use_cpu": True, "report_to": [], "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
             "seed": 0,
-        }
+        }  # fmt: skip
         common = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer, "callbacks": [Clock()]}
         if way.startswith("ours"):
             trainer = ours(model, arguments | {"max_length": None, "pad_to_multiple_of": 8}, common, way)

@@ -36,17 +36,7 @@ _TRL = [f"tests/test_heal_{name}.py" for name in ("data", "losses", "methods", "
 _HUB = ["-m", "not browser and not space", *(f"tests/test_{name}.py" for name in ("hub_server", "hub_writing"))]
 _FLOORS = [
     f"tests/test_{name}.py"
-    for name in (
-        "adapter",
-        "walk",
-        "check",
-        "repair",
-        "heal_data",
-        "heal_losses",
-        "heal_methods",
-        "gguf_layers",
-        "gguf_file",
-    )
+    for name in "adapter walk check repair heal_data heal_losses heal_methods gguf_layers gguf_file".split()
 ]
 _OLD_TOKENIZERS = "tokenizers==0.22.2"
 

@@ -35,18 +35,7 @@ SHORT = {
     "prune": ROWS,
     "rank": ROWS,
     "eval": ["--limit", "2", "--windows", "2", "--length", "32"],
-    "bench": [
-        "--repeats",
-        "1",
-        "--load-repeats",
-        "0",
-        "--new-tokens",
-        "2",
-        "--batch-sizes",
-        "1",
-        "--prompt-lengths",
-        "8",
-    ],
+    "bench": "--repeats 1 --load-repeats 0 --new-tokens 2 --batch-sizes 1 --prompt-lengths 8".split(),
 }
 ON_A_CPU = ["--use_cpu", "true", "--fp16", "false", "--bf16", "false"]
 RECIPE = [

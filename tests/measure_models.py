@@ -55,21 +55,7 @@ def write_tasks(folder: Path, questions: int = 24) -> Path:
     """Three tasks, of two to four choices each, and a text."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
-    words = [
-        "the",
-        "river",
-        "rises",
-        "in",
-        "spring",
-        "and",
-        "people",
-        "walk",
-        "along",
-        "the",
-        "valley",
-        "to",
-        "school",
-    ]
+    words = "the river rises in spring and people walk along the valley to school".split()
 
     def some(n: int) -> str:
         return " ".join(draw.choices(words, k=n))

@@ -161,18 +161,8 @@ def test_other_budgets(name: str, model: Any, text: CalibrationSet) -> None:
 
 
 def test_a_prune_writes_what_was_judged(base: Path, notes: str, tmp_path: Path) -> None:
-    words = [
-        "prune",
-        str(base),
-        str(tmp_path / "cut"),
-        "--max-kl",
-        "0.25",
-        "--repair",
-        "refit",
-        "--calibration",
-        notes,
-    ]
-    assert main([*words, *WORDS]) == 0
+    words = ["--max-kl", "0.25", "--repair", "refit", "--calibration", notes]
+    assert main(["prune", str(base), str(tmp_path / "cut"), *words, *WORDS]) == 0
     lineage = Lineage.of(tmp_path / "cut")
     assert lineage is not None
     (entry,) = lineage.entries

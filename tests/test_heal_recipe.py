@@ -39,21 +39,10 @@ pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "sft_tail.py"
 SETTINGS = {
-    "drop_layers": "3,4",
-    "method": "behind1",
-    "features": 0.25,
-    "loss": "ce+kd",
-    "num_train_epochs": 2,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 0.01,
-    "max_length": 32,
-    "logging_steps": 1,
-    "attn_implementation": "eager",
-    "use_cpu": "true",
-    "bf16": "false",
-    "report_to": "none",
-    "disable_tqdm": "true",
-}
+    "drop_layers": "3,4", "method": "behind1", "features": 0.25, "loss": "ce+kd", "num_train_epochs": 2,
+    "per_device_train_batch_size": 4, "learning_rate": 0.01, "max_length": 32, "logging_steps": 1,
+    "attn_implementation": "eager", "use_cpu": "true", "bf16": "false", "report_to": "none", "disable_tqdm": "true",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -67,20 +67,11 @@ class Bench:
     ) -> Any:
         model = AutoModelForCausalLM.from_pretrained(self.pruned, dtype=torch.float32, **EAGER)
         arguments = {
-            "output_dir": str(self.folder / "out"),
-            "max_steps": 6,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "bf16": False,
-            "report_to": [],
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "max_length": 32,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "warmup_steps": 0,
+            "output_dir": str(self.folder / "out"), "max_steps": 6, "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2, "bf16": False, "report_to": [], "save_strategy": "no", "logging_steps": 1,
+            "max_length": 32, "use_cpu": True, "disable_tqdm": True, "warmup_steps": 0,
             "gradient_checkpointing": False,
-        } | settings
+        } | settings  # fmt: skip
         common = {
             "train_dataset": rows() if rows_ is None else rows_,
             "eval_dataset": eval_rows,

@@ -208,18 +208,7 @@ def test_bad_words(base: Path, words: list[str], code: int, message: str, capsys
 
 def test_the_table(base: Path, cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(cut, cut.parent / "other")
-    words = [
-        "--batch-sizes",
-        "1",
-        "--prompt-lengths",
-        "8",
-        "--new-tokens",
-        "3",
-        "--repeats",
-        "2",
-        "--load-repeats",
-        "0",
-    ]
+    words = "--batch-sizes 1 --prompt-lengths 8 --new-tokens 3 --repeats 2 --load-repeats 0".split()
     assert main(["bench", str(cut), "--base", str(base), "--quiet", *words]) == 0
     out = capsys.readouterr().out
     assert "cut:      cut, 4 layers" in out

@@ -14,17 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES = (
-    "accelerate",
-    "datasets",
-    "gguf",
-    "huggingface_hub",
-    "peft",
-    "safetensors",
-    "torch",
-    "transformers",
-    "trl",
-)
+LIBRARIES = "accelerate datasets gguf huggingface_hub peft safetensors torch transformers trl".split()
 
 
 def _runs(tree: ast.AST) -> Iterator[ast.AST]:

@@ -35,18 +35,7 @@ def test_the_notebooks_run(tmp_path: Path) -> None:
         # Their first cell finds the package installed; what it needs is not looked up again.
         env |= {"PIP_NO_DEPS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:xdist",
-            "--nbmake",
-            "--nbmake-timeout=600",
-            "-c",
-            os.devnull,
-        ]
+        command = [sys.executable, *"-m pytest -q -p no:xdist --nbmake --nbmake-timeout=600 -c".split(), os.devnull]
         done = subprocess.run([*command, str(copies)], cwd=copies, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
     assert f"{len(NOTEBOOKS)} passed" in done.stdout

@@ -29,16 +29,7 @@ from .measure_models import byte_tokenizer, write_model, write_tasks
 FOLDER = Path(__file__).parents[1] / "recipes" / "reproduce_paper"
 RUN = FOLDER / "run.py"
 # Table 1 of arXiv:2411.15558.
-CRITERIA = (
-    "dense",
-    "reverse_order",
-    "random",
-    "perplexity",
-    "magnitude_l1",
-    "magnitude_l2",
-    "block_influence",
-    "taylor",
-)
+CRITERIA = "dense reverse_order random perplexity magnitude_l1 magnitude_l2 block_influence taylor".split()
 TABLE_1 = {
     "vicuna": (0.5484, 0.4909, 0.2933, 0.4553, 0.2986, 0.2944, 0.3927, 0.2955),
     "qwen": (0.5973, 0.5037, 0.2954, 0.4078, 0.3890, 0.3567, 0.4190, 0.4871),

@@ -143,16 +143,7 @@ _LINEAR = {"layer_types": _cycle("linear_attention", "full_attention", "linear_a
 _SMALL_VISION = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
 _SHARED_KV = {
     "num_kv_shared_layers": 3,
-    "layer_types": [
-        "full_attention",
-        "sliding_attention",
-        "sliding_attention",
-        "sliding_attention",
-        "full_attention",
-        "full_attention",
-        "sliding_attention",
-        "full_attention",
-    ],
+    "layer_types": [f"{kind}_attention" for kind in "full sliding sliding sliding full full sliding full".split()],
 }
 _DOTS = {
     "num_key_value_heads": 4,

@@ -21,21 +21,9 @@ def main(folder: str, prompt: str, count: str) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0", "HF_HUB_OFFLINE": "1"}
-    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "1"]
+    options = "--served-model-name pruned --dtype float32 --enforce-eager --max-model-len 256 --max-num-seqs 1".split()
     module = "vllm.entrypoints.openai.api_server"
-    command = [
-        sys.executable,
-        "-m",
-        module,
-        "--model",
-        folder,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--served-model-name",
-        "pruned",
-    ]
+    command = [sys.executable, "-m", module, "--model", folder, "--host", "127.0.0.1", "--port", str(port)]
     server = subprocess.Popen(
         [*command, *options], env=os.environ | own, stdout=sys.stderr, stderr=sys.stderr, start_new_session=True
     )
