@@ -118,57 +118,48 @@ def choose_layers(
         CheckpointError: The calibration set belongs to another model, or a score is not finite.
         UnsupportedModelError: The model's layers can't be run one at a time.
     """
-    criterion = find_criterion(choice.criterion)
-    num_layers = len(_layers(model))
+    criterion, num_layers = find_criterion(choice.criterion), len(_layers(model))
+
+    def of(count: int, text: CalibrationSet | None = calibration) -> Choice:
+        return choose_layers(model, text, take(CutOptions, choice, **just(count)), protected=protected)
+
     if choice.target is not None:
-        dense = model.model if isinstance(model, LayerWalk) else model
-        place = model.device if isinstance(model, LayerWalk) else None
-        target = target or Target.of(choice, dense.config, dense.name_or_path, model=dense, device=place)
+        dense, device = (model.model, model.device) if isinstance(model, LayerWalk) else (model, None)
+        target = target or Target.of(choice, dense.config, dense.name_or_path, model=dense, device=device)
         assert target is not None, "there is one"
         model = _walk(model) if criterion.needs == "text" else model
-        chosen: Choice = target.choose(
-            num_layers,
-            criterion,
-            choice,
-            protected,
-            lambda count: choose_layers(
-                model, calibration, take(CutOptions, choice, **just(count)), protected=protected
-            ),
-        )
+        chosen: Choice = target.choose(num_layers, criterion, choice, protected, of)
         chosen.details["target"] = target.record(chosen.drop_layers)
         return chosen
     if choice.budget is not None:
         free = free_layers(num_layers, 1, *criterion.protection(choice), protected)
-        walk = _walk(model)
-
-        def pick(text: CalibrationSet, count: int) -> tuple[int, ...]:
-            options = take(CutOptions, choice, **just(count))
-            return tuple(choose_layers(walk, text, options, protected=protected).drop_layers)
-
-        text = _text(calibration, criterion)
-        return budget.choose(walk, text, free, choice, None if criterion.kind == "choice" else pick)
+        pick = None if criterion.kind == "choice" else lambda text, count: tuple(of(count, text).drop_layers)
+        walk = model = _walk(model)
+        return budget.choose(walk, _text(calibration, criterion), free, choice, pick)
     count = drop_count(choice.drop, num_layers)
     free = free_layers(num_layers, count, *criterion.protection(choice), protected)
-    if criterion.kind == "choice":
-        text = _text(calibration, criterion)
-        return criterion.load().choose(_walk(model), text, count, free, choice)
-    shares = rounds(count, choice.steps)
     if criterion.needs == "text":
         model = _walk(model)
-    gone: list[int] = []
-    looked_at: list[Scores] = []
+    if criterion.kind == "choice":
+        return criterion.load().choose(model, _text(calibration, criterion), count, free, choice)
+    return _in_rounds(model, calibration, criterion, choice, count, free)
+
+
+def _in_rounds(
+    model: PreTrainedModel | LayerWalk,
+    calibration: CalibrationSet | None,
+    criterion: Criterion,
+    choice: CutOptions,
+    count: int,
+    free: set[int],
+) -> Choice:
+    shares, gone, looked_at = rounds(count, choice.steps), list[int](), list[Scores]()
+    blocks = criterion.blocks_only or (choice.contiguous and criterion.kind == "trial")
     for share in shares:
-        blocks = criterion.blocks_only or (choice.contiguous and criterion.kind == "trial")
-        scores = score_layers(
-            model,
-            calibration,
-            [criterion.name],
-            variant=choice.variant,
-            drop=share,
-            lengths=[share] if blocks else None,
-            gone=gone,
-            seed=choice.seed,
-        )[criterion.name]
+        names, lengths = [criterion.name], [share] if blocks else None
+        (scores,) = score_layers(
+            model, calibration, names, variant=choice.variant, drop=share, lengths=lengths, gone=gone, seed=choice.seed
+        ).values()
         looked_at.append(scores)
         gone = sorted([*gone, *scores.pick(share, free - set(gone), choice.contiguous)])
     return Choice(gone, criterion.name, _why(criterion, choice.variant, gone, len(shares)), looked_at)

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..select.targets import Target
 from .requests import AdviseRequest, RankRequest
 
 WalkRequest = RankRequest | AdviseRequest
+Opened = tuple[Any, "CalibrationSet | None", Target | None]
 
 if TYPE_CHECKING:
     from ..calibration.rows import CalibrationSet
@@ -89,43 +90,20 @@ def rank(request: RankRequest) -> Ranking:
     source = Path(request.base).expanduser()
     if request.output is not None:
         check_target(request.output.expanduser(), source, request.force, replaces=_OURS)
-    from ..select.runner import choose_layers, score_layers
+    from ..select.runner import choose_layers
 
     start = time.perf_counter()
-    names = [criterion.name for criterion in criteria if criterion.name != "auto"]
-    model, calibration, target = _open(request, names, count)
+    model, calibration, target = opened = _open(request, [name for name in free if name != "auto"], count)
     if target is not None:  # what blocks are scored at: the number of layers that go if the last ones do
         order = sorted(free_layers(n, 1, 0, 0, protected))
         count = len(target.choose(n, find_criterion("reverse_order"), request, protected, lambda k: order[-k:]))
-    scores: dict[str, Scores] = {}
-    if names:
-        scores = score_layers(
-            model, calibration, names, variant=request.variant, drop=count, lengths=request.lengths, seed=request.seed
-        )
-
-    def pick(name: str, count: int) -> list[int]:
-        score = scores[name]
-        if score.layers is None and not any(len(block) == count for block in score.blocks):
-            more = score_layers(model, calibration, [name], variant=request.variant, drop=count, lengths=[count])
-            score.blocks |= more[name].blocks
-        return score.pick(count, free[name], request.contiguous)
-
-    drops = {
-        criterion.name: target.choose(n, criterion, request, protected, partial(pick, criterion.name))
-        if target is not None
-        else pick(criterion.name, count)
-        for criterion in criteria
-        if criterion.name in scores
-    }
+    scores, drops = _scored(request, opened, n, count, free, protected)
     why: dict[str, str] = {}
-    by_criterion: dict[str, Any] = {
-        name: score.record() | {"drop_layers": drops[name]} for name, score in scores.items()
-    }
+    found = {name: score.record() for name, score in scores.items()}
     if "auto" in free:
         by_auto = take(CutOptions, request, criterion="auto")
         choice = choose_layers(model, calibration, by_auto, protected=protected, target=target)
-        drops["auto"], why["auto"] = choice.drop_layers, choice.why
-        by_criterion["auto"] = choice.record() | {"drop_layers": choice.drop_layers}
+        drops["auto"], why["auto"], found["auto"] = choice.drop_layers, choice.why, choice.record()
     record = {
         "schema_version": SCHEMA_VERSION,
         "base": request.base,
@@ -138,7 +116,7 @@ def rank(request: RankRequest) -> Ranking:
         "seed": request.seed,
         "protect": {name: [i for i in range(n) if i not in layers] for name, layers in free.items()},
         "calibration": calibration.record() if calibration is not None else None,
-        "criteria": by_criterion,
+        "criteria": {name: one | {"drop_layers": drops[name]} for name, one in found.items()},
         "versions": versions(),
         "seconds": round(time.perf_counter() - start, 3),
         "peak_memory_bytes": peak_rss(),
@@ -150,7 +128,35 @@ def rank(request: RankRequest) -> Ranking:
     return ranking
 
 
-def _open(request: RankRequest, names: Sequence[str], count: int) -> tuple[Any, CalibrationSet | None, Target | None]:
+def _scored(
+    request: RankRequest, opened: Opened, n: int, count: int, free: Mapping[str, set[int]], protected: Collection[int]
+) -> tuple[dict[str, Scores], dict[str, list[int]]]:
+    """The scores by all criteria but `auto`, and what each would drop."""
+    from ..select.runner import score_layers
+
+    model, calibration, target = opened
+    names = [name for name in free if name != "auto"]
+    if not names:
+        return {}, {}
+    scores = score_layers(
+        model, calibration, names, variant=request.variant, drop=count, lengths=request.lengths, seed=request.seed
+    )
+
+    def pick(name: str, count: int) -> list[int]:
+        score = scores[name]
+        if score.layers is None and not any(len(block) == count for block in score.blocks):
+            more = score_layers(model, calibration, [name], variant=request.variant, drop=count, lengths=[count])
+            score.blocks |= more[name].blocks
+        return score.pick(count, free[name], request.contiguous)
+
+    if target is None:
+        return scores, {name: pick(name, count) for name in names}
+    return scores, {
+        name: target.choose(n, find_criterion(name), request, protected, partial(pick, name)) for name in names
+    }
+
+
+def _open(request: RankRequest, names: Sequence[str], count: int) -> Opened:
     """The model, walked where a criterion looks at its states, the calibration set, and what must be left.
 
     Says what it will cost.
