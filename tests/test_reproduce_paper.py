@@ -68,7 +68,7 @@ def test_every_field_of_every_row_is_a_real_option(mistakes: tuple[str, ...]) ->
         if plan.tune is not None:
             assert plan.tune["method"] == row.method
             settings[name] = plan.tune
-    import_module("settings_check").check_settings(settings)
+    run.check_settings(settings)
 
 
 def test_hyperparameters_are_the_papers() -> None:
@@ -446,23 +446,10 @@ def test_what_is_missing_is_found_before_anything_is_made(words: list[str], tmp_
 
 def test_training_that_fails_says_why(tmp_path: Path) -> None:
     runner = import_module("stages").Runner(tmp_path)
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; print('loading'); sys.exit('error: method=qlora needs bitsandbytes')",
-    ]
+    script = "import sys; print('loading'); sys.exit('error: method=qlora needs bitsandbytes')"
     with pytest.raises(LayerPruneError, match=r"training failed: method=qlora needs bitsandbytes \(log: "):
-        runner._launch(command, tmp_path / "log.txt")
+        runner._launch([sys.executable, "-c", script], tmp_path / "log.txt")
     assert (tmp_path / "log.txt").read_text().startswith("loading")
-
-
-def test_checkpoints_that_were_being_written_are_removed(tmp_path: Path) -> None:
-    for name, state in (("checkpoint-2", '{"global_step": 2}'), ("checkpoint-4", '{"global'), ("checkpoint-6", None)):
-        (tmp_path / name).mkdir()
-        if state is not None:
-            (tmp_path / name / "trainer_state.json").write_text(state)
-    import_module("training").remove_broken_checkpoints(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def test_settings_file_is_plain_yaml(done: Path) -> None:

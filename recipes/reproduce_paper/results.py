@@ -53,9 +53,9 @@ class Results:
             if said["schema_version"] != SCHEMA_VERSION:
                 raise UsageError(f"{path} has schema version {said['schema_version']}, not {SCHEMA_VERSION}")
             return cls(path, said["runs"], said["rows"])
+        except UsageError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, UsageError):
-                raise
             raise UsageError(
                 f"{path} is damaged ({error}); remove it, and runs that are there are read again"
             ) from error

@@ -13,6 +13,9 @@ are written to results.json and results.md in the output folder after each row.
 from __future__ import annotations
 
 import argparse
+import difflib
+import importlib.util
+import json
 import logging
 import os
 import signal
@@ -20,11 +23,12 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
-from plans import Options, Plan, Row, UsageError, choose_rows, concerning, defaults, make_plan, read_rows
+from plans import HERE, Options, Plan, Row, UsageError, choose_rows, concerning, defaults, make_plan, read_rows
 from results import NOT_RUN, Results, describe, lines_of, markdown, mistakes_text
 
 from hf_layerprune.errors import LayerPruneError
@@ -170,7 +174,8 @@ def _act(args: argparse.Namespace) -> int:
     if args.list:
         print(_list(rows, plans, results, args.output))
     elif args.plan:
-        print(yaml.safe_dump({name: _plain(plan) for name, plan in plans.items()}, sort_keys=False), end="")
+        plain = {name: json.loads(json.dumps(asdict(plan))) for name, plan in plans.items()}  # without tuples
+        print(yaml.safe_dump(plain, sort_keys=False), end="")
     elif args.table:
         print(markdown(rows, results), end="")
     elif not patterns and args.rows_matching is None and not args.all:
@@ -188,7 +193,6 @@ def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan])
         left = {name: plan for name, plan in plans.items() if not results.has(rows[name], plan)}
         logger.info("%d rows: %d done, %d left", len(rows), len(rows) - len(left), len(left))
         if left:
-            from settings_check import check_settings
             from stages import Runner
 
             check_settings({name: plan.tune for name, plan in left.items() if plan.tune is not None})
@@ -213,6 +217,25 @@ def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan])
     for name, why in failed.items():
         _fail(f"{name} failed: {why}", 1)
     return 1 if failed else 0
+
+
+def check_settings(plans: dict[str, dict[str, Any]]) -> None:
+    """Refuse training settings, by row, that `recipes/sft_tail.py` does not have, before anything is computed.
+
+    Raises:
+        UsageError: There is no such setting.
+    """
+    spec: Any = importlib.util.spec_from_file_location("sft_tail", HERE.parent / "sft_tail.py")
+    recipe = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault("sft_tail", recipe)  # dataclasses look up their module there
+    spec.loader.exec_module(recipe)
+    known = [option.dest for option in recipe.make_parser()._actions]
+    for row, settings in plans.items():
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UsageError(f"{row} sets {name!r}, which recipes/sft_tail.py does not know{hint}")
 
 
 def _explain(error: Exception, folder: Path) -> str:
@@ -258,11 +281,6 @@ def _list(rows: dict[str, Row], plans: dict[str, Plan], results: Results, output
     return "\n".join(
         [*lines, "", f"{len(rows)} rows; mistakes of the paper's code that concern a row are in brackets"]
     )
-
-
-def _plain(plan: Plan) -> dict[str, Any]:
-    said = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
 
 
 @contextmanager

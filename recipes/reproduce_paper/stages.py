@@ -18,12 +18,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 from plans import HERE, Plan, digest, local_files
-from training import engine_settings, remove_broken_checkpoints, trained_parameters
+from training import engine_settings, trained_parameters
 from training_rows import prepare_rows
 
 from hf_layerprune import families
@@ -90,7 +91,7 @@ class Runner:
         """
         folder = self.folder(plan)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "plan.json", json.dumps(_plain(plan), indent=2) + "\n")
+        write_text(folder / "plan.json", json.dumps(asdict(plan), indent=2) + "\n")
         self._check(plan)
         outcome: dict[str, Any] = {"values": {}}
         model = plan.model
@@ -202,7 +203,6 @@ class Runner:
         write_text(config, yaml.safe_dump(settings, sort_keys=False))
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.engine)]
         command += ["--mixed_precision", precision, str(RECIPE), "--config", str(config)]
-        remove_broken_checkpoints(heal)
         self._launch(command, heal / "log.txt")
 
     def _launch(self, command: list[str], log: Path) -> None:
@@ -351,7 +351,3 @@ def has_accelerator() -> bool:
     import torch
 
     return torch.accelerator.is_available()
-
-
-def _plain(plan: Plan) -> dict[str, Any]:
-    return {name: getattr(plan, name) for name in Plan.__dataclass_fields__}

@@ -1,11 +1,8 @@
-"""Helpers for runs of `recipes/sft_tail.py`: settings for the machine, broken checkpoints, trained parameters."""
+"""Helpers for runs of `recipes/sft_tail.py`: settings for the machine, trained parameters."""
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,6 @@ from safetensors import safe_open
 
 from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.records.lineage import Lineage
-
-logger = logging.getLogger("hf_layerprune.reproduce_paper")
 
 
 def engine_settings(settings: dict[str, Any], engine: dict[str, Any], accelerator: bool) -> dict[str, Any]:
@@ -44,16 +39,6 @@ def engine_settings(settings: dict[str, Any], engine: dict[str, Any], accelerato
             )
         changed["gradient_accumulation_steps"] = steps // processes
     return changed
-
-
-def remove_broken_checkpoints(heal: Path) -> None:
-    """Remove incomplete checkpoints of a killed run, which lack the trainer's state, as it is written last."""
-    for path in heal.glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.info("removing %s, which is incomplete", path)
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def trained_parameters(heal: Path) -> int:
