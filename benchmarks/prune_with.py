@@ -47,16 +47,6 @@ def write_checkpoint(folder: Path, gb: float, layers: int = 32) -> None:
     model.save_pretrained(folder, max_shard_size="500MB")
 
 
-def peak_mb() -> float:
-    """The peak resident set of this process so far, in MB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # `ru_maxrss` starts at the parent's on Linux
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1e3
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
 def measure(mode: str, case: str, folder: str, tune_layers: int) -> dict[str, float]:
     """Import, load, and use the model in the case `used`. Returns the time and the peak memory."""
     start = time.perf_counter()
@@ -65,6 +55,7 @@ def measure(mode: str, case: str, folder: str, tune_layers: int) -> dict[str, fl
 
     from hf_layerprune import LayerDropConfig, prune_with
     from hf_layerprune.cut.lazy import load_pruned
+    from hf_layerprune.records.lineage import peak_rss
 
     assert LlamaForCausalLM  # imported here, not during the load
     torch.set_num_threads(1)
@@ -85,7 +76,7 @@ def measure(mode: str, case: str, folder: str, tune_layers: int) -> dict[str, fl
         with torch.no_grad():
             model(input_ids=torch.ones(1, 1, dtype=torch.long))
     end = time.perf_counter()
-    return {"process": end - start, "load": end - imported, "mb": peak_mb()}
+    return {"process": end - start, "load": end - imported, "mb": peak_rss() / 1e6}
 
 
 def run(mode: str, case: str, folder: str, tune_layers: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hf_layerprune.calibration.rows import CalibrationSet, load_calibration
+from hf_layerprune.calibration.rows import load_calibration
 from hf_layerprune.errors import CutError
 from hf_layerprune.layer_ranges import format_layers
 from hf_layerprune.options import CutOptions
@@ -35,10 +35,6 @@ from hf_layerprune.select.sets import neighbours
 from hf_layerprune.select.trials import Outcome, Trial, try_out
 
 _FITTED = tuple(name for name, repair in REPAIRS.items() if repair.in_front)
-
-
-def first(calibration: CalibrationSet, rows: int) -> CalibrationSet:
-    return CalibrationSet.of(calibration.input_ids[:rows], calibration.source)
 
 
 def spearman(x: list[float], y: list[float]) -> float:
@@ -73,7 +69,7 @@ def main() -> None:
     walk = LayerWalk(model)
     n = walk.num_layers
     count = drop_count(args.drop, n)
-    few = first(text, args.try_rows)
+    few = text.first(args.try_rows)
     results: dict[str, Any] = {"calibration": text.record(), "report": report.record(), "count": count, "criteria": {}}
 
     def save() -> None:
@@ -100,20 +96,9 @@ def main() -> None:
         scores = score_layers(walk, text, names, variant=variant, drop=count)
         seconds = time.process_time() - start
         for name in names:
-            kept = {
-                i
-                for i in free
-                if not (
-                    variant == "original"
-                    and scores[name].criterion in ("taylor", "magnitude_l1", "magnitude_l2")
-                    and (i < 4 or i >= n - 2)
-                )
-            }
-            chose(
-                name if variant == "original" else f"{name} (paper)",
-                scores[name].pick(count, kept),
-                seconds / len(names),
-            )
+            guarded = variant == "original" and name in ("taylor", "magnitude_l1", "magnitude_l2")
+            drop = scores[name].pick(count, set(range(4, n - 2)) if guarded else free)
+            chose(name if variant == "original" else f"{name} (paper)", drop, seconds / len(names))
             if name == "repairability":
                 results["shares"] = {format_layers(b): s for b, s in scores[name].blocks.items()}
     start = time.process_time()
@@ -130,7 +115,7 @@ def main() -> None:
         results[f"auto_{repair}"] = choice.record()
         print("  ", choice.why, flush=True)
     start = time.process_time()
-    greedy = choose_layers(walk, first(text, 4), CutOptions(drop=count, criterion="kl", steps=count))
+    greedy = choose_layers(walk, text.first(4), CutOptions(drop=count, criterion="kl", steps=count))
     chose("kl, one after the other", greedy.drop_layers, time.process_time() - start)
 
     # The effect of each choice on the model, on the other text.
@@ -165,7 +150,7 @@ def main() -> None:
     blocks = [block for block in neighbours(range(n), count) if block in observer.fits]
     folded = [Trial(block, {observer.fits[block].before: observer.fits[block].applied}) for block in blocks]
     cheap = {
-        name: try_out(walk, first(text, rows), folded)
+        name: try_out(walk, text.first(rows), folded)
         for name, rows in (("repaired KL, 2 rows", 2), ("repaired KL, 8 rows", 8))
     }
     truth = try_out(walk, report, [*[Trial(block) for block in blocks], *folded])

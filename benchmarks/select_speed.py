@@ -48,15 +48,11 @@ def loss_of(model: Any, rows: torch.Tensor, batch: int) -> float:
     return torch.cat(losses).mean().item()
 
 
-def without(model: Any, layers: list[int]) -> Any:
-    return drop_layers(model, layers, keep_dropped=True)
-
-
 def naive_perplexity(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:
     """One forward pass of the whole cut model for each layer, without copying weights."""
     scores = []
     for i in range(model.config.num_hidden_layers):
-        cut = without(model, [i])
+        cut = drop_layers(model, [i], keep_dropped=True)
         scores.append(float(torch.tensor(loss_of(model, rows, args.batch)).exp()))
         cut.restore()
     return scores
@@ -86,7 +82,7 @@ def naive_greedy(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> li
         losses = {}
         for i in range(n):
             if i not in dropped:
-                cut = without(model, sorted([*dropped, i]))
+                cut = drop_layers(model, sorted([*dropped, i]), keep_dropped=True)
                 losses[i] = loss_of(model, rows, 1)
                 cut.restore()
         dropped.append(min(losses, key=losses.__getitem__))
@@ -149,19 +145,10 @@ def child(args: argparse.Namespace) -> None:
         parameter.data = parameter.data.clone()
     rows = torch.load(args.text)
     loss_of(model, rows[:1], 1)
-    before, start, cpu = peak_rss(), time.perf_counter(), time.process_time()
+    start, cpu = time.perf_counter(), time.process_time()
     scores = WAYS[what][way](model, rows, args)
-    print(
-        json.dumps(
-            {
-                "seconds": time.perf_counter() - start,
-                "cpu": time.process_time() - cpu,
-                "peak": peak_rss(),
-                "before": before,
-                "scores": scores,
-            }
-        )
-    )
+    spent = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+    print(json.dumps(spent | {"peak": peak_rss(), "scores": scores}))
 
 
 def compare(args: argparse.Namespace) -> None:

