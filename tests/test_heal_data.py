@@ -154,7 +154,6 @@ def test_values_that_can_be_trained_on() -> None:
         (ALPACA, {"text_field": "body"}, "my rows has no column body, which --dataset_text_field names"),
         ([ALPACA[0], ALPACA[0] | {"output": None}], {}, "row 1 of my rows has None in column output"),
         (ALPACA, {"template": "chat"}, "no chat template; use template=alpaca"),
-        (ALPACA, {"template": "vicuna"}, "template='vicuna' is unknown"),
     ],
 )
 def test_rows_that_can_not_be_used(rows: list[dict[str, Any]], settings: dict[str, Any], message: str) -> None:

@@ -153,12 +153,12 @@ def test_the_base_is_the_one_that_the_history_names(folder: Path, tmp_path: Path
     """If it is on the Hub; a folder of this machine is nothing to a Space."""
     space = build_space(tmp_path / "space", model_repo_id="org/pruned", model=folder / "pruned")
     assert front_matter(space)["models"] == ["org/pruned", "org/base"]
-    space = build_space(tmp_path / "other", model_repo_id="org/adapter", model=folder / "adapter")
+    space = build_space(tmp_path / "other", model_repo_id="org/adapter", model=folder / "adapter", adapter=True)
     assert front_matter(space)["models"] == ["org/adapter"]
 
 
 def test_an_adapter_needs_this_package(folder: Path, tmp_path: Path) -> None:
-    space = build_space(tmp_path / "space", model_repo_id="org/adapter", model=folder / "adapter")
+    space = build_space(tmp_path / "space", model_repo_id="org/adapter", model=folder / "adapter", adapter=True)
     assert str(requirements(space)["hf-layerprune"].specifier) == f"=={__version__}"
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, CutError, boundary
 from ..files.data_sets import SUFFIXES, json_files, read_json_files
-from .options import TEMPLATES
 from .row_checks import check_text
 
 if TYPE_CHECKING:
@@ -157,8 +156,6 @@ def shape_rows(
     """
     with boundary(f"can't read data set {name}"):
         columns = rows.column_names or list(next(iter(rows)))
-    if template not in TEMPLATES:
-        raise CutError(f"template={template!r} is unknown; it may be {', '.join(TEMPLATES)}")
     if media := [column for column in OTHER_MEDIA if column in columns]:
         raise CutError(f"{name} has {', '.join(media)}, and healing trains on text and images; leave it out")
     images = [column for column in IMAGES if column in columns]

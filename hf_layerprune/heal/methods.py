@@ -252,9 +252,8 @@ def choose_method(cut: Cut, tied: bool, width: int) -> tuple[Method, str]:
     """
     if cut.drop[-1] != cut.num_layers - 1:
         if width <= _NARROW:
-            return parse_method(
-                "behind2"
-            ), "the cut is inside the model, and gradients pass through all layers after it"
+            why = "the cut is inside the model, and gradients pass through all layers after it"
+            return parse_method("behind2"), why
         return parse_method("cut2"), "the cut is inside a large model, so only the layers next to it are trained"
     last = min(3, len(cut.keep))
     if tied:

@@ -49,7 +49,7 @@ def space_source() -> Path:
     raise CheckpointError("this installation of hf-layerprune has no spaces/chat; install it again, from PyPI or git")
 
 
-def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, adapter: bool | None = None) -> Path:
+def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, adapter: bool = False) -> Path:
     """Write a complete Space for a model: `app.py` and its modules, pinned requirements, and the front matter.
 
     Args:
@@ -57,7 +57,7 @@ def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, 
         model_repo_id (`str`): The model on the Hub.
         model (`Path`, *optional*): The model's folder. Its lineage names the dense model to compare with, if that is on
             the Hub; its config decides which packages are required.
-        adapter (`bool`, *optional*): Whether the model on the Hub is an adapter; by default whether `model` is one.
+        adapter (`bool`, defaults to `False`): Whether the model on the Hub is an adapter.
 
     Returns:
         `Path`: The folder.
@@ -69,8 +69,6 @@ def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, 
     check_repository(model_repo_id)
     lineage = Lineage.of(model) if model else None
     base_repo_id = hub_base(lineage.base) if lineage else None
-    if adapter is None:
-        adapter = model is not None and not (model / "config.json").is_file()
     source = space_source()
     with new_folder(folder, apart_from=source) as made:
         for path in sorted(source.iterdir()):

@@ -212,7 +212,9 @@ class BorrowFitter(LinearFitter):
             return None
         best = gains.topk(neurons).indices
         offered = {name: torch.cat([offer[name] for offer in offers], 1)[:, best.to(own[name].device)] for name in own}
-        fitted = sums_of(self._pool(layer, first, batches, offered), len(batches))[0]  # the other is as large
+        runs = self._runs(layer, first, batches, [offered])
+        pool = ((torch.cat([mine, *others], -1), missing) for mine, missing, others in runs)
+        fitted = sums_of(pool, len(batches))[0]  # the other is as large
         weight = self.writer.weight.to(fitted.gram)
         weight = torch.cat([weight, torch.zeros_like(weight)])
         stay = torch.zeros(2 * neurons, dtype=torch.bool)
@@ -243,12 +245,6 @@ class BorrowFitter(LinearFitter):
                 own = seen.pop().view(*state.shape[:-1], -1)
                 factor = self.writer.factor(own)
                 yield own.float() * factor, batch.hidden.float() - after, tried(state, batch, factor)
-
-    def _pool(
-        self, layer: nn.Module, first: int, batches: list[Batch], offered: Rows
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for own, missing, others in self._runs(layer, first, batches, [offered]):
-            yield torch.cat([own, *others], -1), missing
 
     def _gains(
         self, layer: nn.Module, first: int, batches: list[Batch], offers: list[Rows]

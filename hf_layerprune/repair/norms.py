@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -66,16 +67,11 @@ def find_norm(layer: nn.Module, x: torch.Tensor, run: Callable[[], object]) -> N
             readers.append((name, module))
 
     norms = [
-        (name, module)
+        module.register_forward_pre_hook(partial(see, name))
         for name, module in layer.named_modules()
         if [(kind, value.shape) for kind, value in module.named_parameters()] == [("weight", x.shape[-1:])]
     ]
-    with hooked(
-        *(
-            module.register_forward_pre_hook(lambda module, args, name=name: see(name, module, args))
-            for name, module in norms
-        )
-    ):
+    with hooked(*norms):
         run()
     if len(readers) != 1 or not x.any():
         return None

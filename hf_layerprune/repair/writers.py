@@ -178,11 +178,7 @@ def _is_plain_linear(module: nn.Module, hidden_size: int) -> bool:
 
 def silenced(writers: list[Writer]) -> AbstractContextManager[None]:
     """Set the outputs of writers to zero inside a `with` block."""
-    return hooked(*(writer.module.register_forward_hook(_zero) for writer in writers))
-
-
-def _zero(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(output)
+    return hooked(*(outputs(writer.module, torch.zeros_like) for writer in writers))
 
 
 def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:

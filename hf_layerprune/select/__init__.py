@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import CutError
 from ..options import CutOptions, just, take
-from .registry import ALL, CRITERIA, Criterion, find_criterion
+from .registry import ALL, CRITERIA, find_criterion
 from .sets import drop_count, free_layers, lowest_block, neighbours
 
 if TYPE_CHECKING:
     from .targets import Target
 
-__all__ = ["ALL", "CRITERIA", "Criterion", "drop_count", "find_criterion", "needs_model", "select_layers"]
+__all__ = ["ALL", "CRITERIA", "drop_count", "find_criterion", "needs_model", "select_layers"]
 
 
 def needs_model(choice: CutOptions) -> bool:

@@ -29,13 +29,11 @@ class BlockFit:
     """The map for one block.
 
     Args:
-        block (`tuple[int, ...]`): The layers that the map replaces.
         before (`int`): The layer in front of the block, whose output the map changes.
         writer (`Writer`): The module of that layer that the map is applied to.
         fit (`Fit`): The map, in float32.
     """
 
-    block: tuple[int, ...]
     before: int
     writer: Writer
     fit: Fit
@@ -115,7 +113,7 @@ class Repairability(Observer):
         fit = fit_map(pairs, len(batches))
         self.shares[block] = fit.unexplained
         if self.keep:
-            self.fits[block] = BlockFit(block, before, writer, replace(fit, change=fit.change.float()))
+            self.fits[block] = BlockFit(before, writer, replace(fit, change=fit.change.float()))
 
     def scores(self) -> Scores:
         if not self.shares:
