@@ -29,18 +29,9 @@ if TYPE_CHECKING:
 
 # Without `HealConfig` and `HealTrainer`, since `import *` must work without TRL.
 __all__ = [
-    "CheckpointError",
-    "CutError",
-    "LayerDropConfig",
-    "LayerDropModel",
-    "LayerPruneError",
-    "UnsupportedModelError",
-    "__version__",
-    "drop_layers",
-    "prune_with",
-    "quality_curve",
-    "record_quantized",
-]
+    "CheckpointError", "CutError", "LayerDropConfig", "LayerDropModel", "LayerPruneError", "UnsupportedModelError",
+    "__version__", "drop_layers", "prune_with", "quality_curve", "record_quantized",
+]  # fmt: skip
 
 # Loaded on first use: each of them imports torch.
 _LAZY = {

@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = [
-    "MARKER", "REFUSED", "REFUSED_AT", "STAGES", "UNREPAIRABLE", "Cut", "WideTensor", "check_stage", "check_supported",
-    "count_field", "cut_config", "cut_quantization", "layer_count", "make_cut", "protected_layers", "proven", "proven_stages",
-    "text_config", "wide_tensors",
+    "MARKER", "REFUSED", "REFUSED_AT", "STAGES", "UNREPAIRABLE", "Cut", "check_stage", "check_supported", "cut_config",
+    "cut_quantization", "layer_count", "make_cut", "protected_layers", "proven", "proven_stages", "text_config", "wide_tensors",
 ]  # fmt: skip
 
 # The config attribute in which a pruned model records its cut.

@@ -175,16 +175,13 @@ class Answer(TextStreamer):
             "cache_bytes": self.cache_bytes,
         }
 
-    def _processors(self) -> LogitsProcessorList:
-        loops = [NoLoops(self._no_repeat, len(self._ids))] if self._no_repeat else []
-        return LogitsProcessorList([*loops, *_sampling(self._settings, self._side.model.device)])
-
     def _run(self) -> None:
         model, settings = self._side.model, self._settings
         _here.answer = self
         TURNS.take()
         self._began = time.perf_counter()
         try:
+            loops = [NoLoops(self._no_repeat, len(self._ids))] if self._no_repeat else []
             ids = torch.tensor([self._ids], device=model.device)
             media = {
                 name: value.to(model.device, model.dtype if value.is_floating_point() else None)
@@ -200,7 +197,7 @@ class Answer(TextStreamer):
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                logits_processor=self._processors(),
+                logits_processor=LogitsProcessorList([*loops, *_sampling(settings, model.device)]),
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                 streamer=self,
                 tokenizer=self.tokenizer,  # for the stop strings of a generation config
@@ -216,13 +213,13 @@ class Answer(TextStreamer):
             self.done.set()
 
 
-def _sampling(settings: dict[str, Any], device: torch.device) -> LogitsProcessorList:
+def _sampling(settings: dict[str, Any], device: torch.device) -> list[LogitsProcessor]:
     if not settings["temperature"]:
-        return LogitsProcessorList()
+        return []
     steps = [TemperatureLogitsWarper(float(settings["temperature"]))]
     if settings["top_p"] < 1:
         steps.append(TopPLogitsWarper(float(settings["top_p"])))
-    return LogitsProcessorList([*steps, Draw(settings["seed"], device)])
+    return [*steps, Draw(settings["seed"], device)]
 
 
 def _cache_bytes(cache: Any) -> int:

@@ -56,7 +56,8 @@ class Models:
 
             dense = load(source.base)
             # The cut is made in a second tree of modules over the same tensors, so only tuned tensors exist twice.
-            pruned = PeftModel.from_pretrained(same_weights(dense), source.model).merge_and_unload()
+            tensors = {id(t): t for t in chain(dense.parameters(), dense.buffers())}
+            pruned = PeftModel.from_pretrained(copy.deepcopy(dense, tensors), source.model).merge_and_unload()
             self.sides["pruned"] = Side(source.model, pruned)
             self._add_dense(dense)
             return
@@ -72,7 +73,7 @@ class Models:
             except (OSError, ValueError, RuntimeError) as error:
                 self.no_dense = explain(source.base, error)
                 return
-            share_equal_weights(pruned, dense, self._kept())
+            share_equal_weights(pruned, dense, (source.records.layers() or (0, []))[1])
             self.sides["pruned"] = Side(source.model, pruned)
             self._add_dense(dense)
 
@@ -98,11 +99,6 @@ class Models:
             )
             return None
         return size
-
-    def _kept(self) -> list[int]:
-        """The base's layer for each layer of the pruned model; empty if unknown."""
-        layers = self.source.records.layers()
-        return layers[1] if layers else []
 
 
 def load(model: str) -> PreTrainedModel:
@@ -152,11 +148,6 @@ def load_adapter(model: str) -> PreTrainedModel:
     from hf_layerprune.adapter.loading import load_model
 
     return load_model(model, dtype="auto", **({} if DEVICE == "cpu" else {"device_map": DEVICE}))
-
-
-def same_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A second tree of modules over the same tensors."""
-    return copy.deepcopy(model, {id(t): t for t in chain(model.parameters(), model.buffers())})
 
 
 def share_equal_weights(pruned: PreTrainedModel, dense: PreTrainedModel, kept: list[int]) -> None:
