@@ -11,7 +11,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import os
     from enum import Enum
 
     from packaging.version import Version
@@ -81,41 +80,6 @@ def gguf_options() -> dict[str, Any]:
 
 
 # --- the Hub client ---------------------------------------------------------------------------------------
-
-
-def resolve_commit(
-    repo: str | os.PathLike[str],
-    revision: str | None = None,
-    *,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> str | None:
-    """The commit that a revision of a repository points to, if it can be determined.
-
-    Args:
-        repo (`str` or `os.PathLike`): A Hub id. A folder has no commit.
-        revision (`str`, *optional*): Branch, tag or commit.
-        token (`str` or `bool`, *optional*): As the Hub client takes it.
-        cache_dir (`str` or `os.PathLike`, *optional*): The Hub client's cache.
-        local_files_only (`bool`, defaults to `False`): Whether to use only the cache.
-
-    Returns:
-        `str`, *optional*: The full hash, or `None` for a folder or if it can't be determined. Loading the model then
-            reports the problem.
-    """
-    import os
-
-    from huggingface_hub import HfApi, constants
-
-    if os.path.exists(repo):
-        return None
-    offline = local_files_only or constants.HF_HUB_OFFLINE
-    where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": offline}
-    try:
-        return HfApi().resolve_revision(str(repo), revision=revision, **where).resolved
-    except Exception:  # loading raises it again and reports it in full
-        return None
 
 
 def transport_error() -> type[Exception]:

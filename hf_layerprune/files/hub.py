@@ -92,6 +92,23 @@ def _told(error: Exception, repo: str, revision: str | None) -> CheckpointError 
     return None
 
 
+def resolve_commit(repo: str, **where: Any) -> str | None:
+    """The commit that a revision on the Hub points to; `None` for a folder, or where loading it will say what is wrong.
+
+    Args:
+        repo (`str`): A Hub id, or a folder.
+        where: `revision`, `token`, `cache_dir` and `local_files_only`, as the Hub client takes them.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if os.path.exists(repo):
+        return None
+    where["local_files_only"] = where.get("local_files_only") or constants.HF_HUB_OFFLINE
+    with suppress(Exception):
+        return HfApi().resolve_revision(repo, **where).resolved
+    return None
+
+
 @dataclass(frozen=True)
 class HubFile:
     """One file of a repository, as its listing describes it.

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, boundary
 from ..families.layout import find_decoder_layers
+from ..files.hub import resolve_commit
 from ..files.json_file import read_object
 from ..files.shards import INDEX, MAX_INDEX, shard_names
-from ..versions import GGUF_TOKENIZERS, gguf_options, resolve_commit
+from ..versions import GGUF_TOKENIZERS, gguf_options
 from .config_file import check_no_code, read_config_file
 from .model_class import auto_class_for, check_has_decoder
 

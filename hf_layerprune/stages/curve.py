@@ -76,16 +76,8 @@ class Curve:
 
     def __str__(self) -> str:
         heads = [
-            "dropped",
-            "parameters",
-            "bytes",
-            "speed-up",
-            "KL, cut",
-            "KL, repaired",
-            "perplexity",
-            "top-1",
-            "layers",
-        ]
+            "dropped", "parameters", "bytes", "speed-up", "KL, cut", "KL, repaired", "perplexity", "top-1", "layers",
+        ]  # fmt: skip
         rows = [heads, ["0", *_sizes(self.record["dense"]), "1x", "0", "0", "x1", "100 %", "dense"]]
         for point in self.points:
             best = point.get("repaired") or point["cut"]
