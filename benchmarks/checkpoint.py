@@ -180,7 +180,6 @@ class Run(NamedTuple):
 
 
 def run(command: list[str]) -> Run:
-    """Run a command."""
     started = time.perf_counter()
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -203,7 +202,6 @@ def remove(paths: Iterable[Path]) -> None:
 
 
 def measure(work: Path, repeats: int, mergekit: str | None, copy_only: bool) -> dict[str, list[Run]]:
-    """Measure each way, in each round."""
     source, target, recipe = work / "base", work / "cut", work / "merge.yaml"
     python, drop = sys.executable, ",".join(map(str, DROP))
     recipe.write_text(mergekit_recipe(source))

@@ -51,7 +51,6 @@ def runs(engine: str, files: list[str]) -> Iterator[tuple[str, str, list[str], l
 
 
 def main() -> int:
-    """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", nargs="*", default=["transformers", "vllm", "llama.cpp"])
     parser.add_argument("--files", default="f32,Q4_0,Q4_K_M", help="for llama.cpp, as llama-quantize names them")

@@ -76,7 +76,6 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=sorted(PARTS), help="which parts; all by default")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on the CPU: a dry run")

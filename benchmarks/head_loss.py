@@ -31,7 +31,6 @@ def plain(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, taught
 
 
 def ours(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:
-    """`head_loss`."""
     one = torch.tensor(1 / len(hidden))
     if taught is None:
         return head_loss(hidden, Head(head), labels, one).loss
@@ -40,7 +39,6 @@ def ours(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, taught:
 
 
 def main() -> None:
-    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=49152)

@@ -29,7 +29,6 @@ BUDGETS = (0, 16_384, 65_536, 262_144, 1_048_576, 10_240_000, 102_400_000)
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
     parser.add_argument("--cuts", nargs="+", default=list(CUTS), help="blocks of layers to drop")
@@ -170,7 +169,6 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Run what has not been run, and print the table."""
     args = parse_args()
     path = args.work / "frontier.jsonl"
     if not args.report:

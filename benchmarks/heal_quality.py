@@ -37,7 +37,6 @@ TABLE = (*PEERS, "ours", "ours, encyclopedia")
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
     parser.add_argument("--minutes", type=float, default=60, help="minutes of one core for each arm")
@@ -220,7 +219,6 @@ def report(runs: list[dict[str, Any]], names: Iterable[str], budget: dict[str, A
 
 
 def main() -> None:
-    """Run what has not been run, and print the table."""
     args = parse_args()
     if unknown := [name for name in args.arms if name not in ARMS]:
         sys.exit(f"unknown arm {unknown[0]!r}; the arms are {', '.join(ARMS)}")

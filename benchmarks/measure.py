@@ -48,7 +48,6 @@ def run(command: list[str]) -> float:
 
 
 def ours(model: Path, data: Path, task: str, limit: int, batch: str, out: Path) -> tuple[float, dict[str, Any]]:
-    """Run `hf-layerprune eval`."""
     target = out / "ours.json"
     target.unlink(missing_ok=True)
     code = "import sys; from hf_layerprune.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -60,7 +59,6 @@ def ours(model: Path, data: Path, task: str, limit: int, batch: str, out: Path) 
 
 
 def theirs(model: Path, yaml: Path, task: str, limit: int, batch: str, out: Path) -> tuple[float, dict[str, Any]]:
-    """Run `lm_eval`."""
     folder = out / "theirs"
     for old in folder.rglob("results*.json"):
         old.unlink()

@@ -34,7 +34,6 @@ def load(name: str | None, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def main() -> None:
-    """Run, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder, a Hub id or a GGUF file")
     parser.add_argument("--tokens", type=int, default=512)

@@ -36,7 +36,6 @@ from hf_layerprune.stages.requests import PruneRequest
 
 
 def predict(args: argparse.Namespace) -> None:
-    """Predicted against real."""
     config = load_config(args.model)
     sizes = Sizes(config, args.model)
     dense = load_base(args.model, dtype="auto")

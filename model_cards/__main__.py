@@ -113,7 +113,6 @@ def _written(folder: Path) -> list[str]:
 
 
 def main() -> int:
-    """Write or check the cards."""
     parser = argparse.ArgumentParser(prog="python -m model_cards", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file is outdated")
     parser.add_argument("--take", type=Path, metavar="DIR", help="first copy the records of this model")

@@ -109,7 +109,6 @@ def answer(folder: Path) -> str:
 
 
 def main() -> None:
-    """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="a Hub id, a folder, or a .gguf file")
     parser.add_argument("--output", type=Path, default=Path("demo_output"))

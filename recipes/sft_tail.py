@@ -366,7 +366,6 @@ class Parser(TrlParser):
 
 
 def make_parser() -> TrlParser:
-    """The command line."""
     own = (ModelArguments, DatasetMixtureConfig, CutArguments, RowOptions, MeasureArguments)
     types: Any = (ScriptArguments, HealConfig, *own)
     return Parser(types, allow_abbrev=False)

@@ -54,7 +54,6 @@ def forget(files: Iterable[Path]) -> None:
 
 
 def weights(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint."""
     return sorted(folder.glob("*.safetensors"))
 
 

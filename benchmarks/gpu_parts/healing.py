@@ -61,12 +61,10 @@ def dense(setting: Setting) -> Path:
 
 
 def output(cut: str, number: int, setting: Setting) -> Path:
-    """The folder of a round."""
     return setting.work / f"heal-{cut}-{number}"
 
 
 def heal(cut: str, number: int, setting: Setting) -> dict[str, Any]:
-    """One round."""
     teacher, folder = dense(setting), output(cut, number, setting)
     before = output(cut, number - 1, setting) / "model"
     if number > 1 and not before.is_dir():

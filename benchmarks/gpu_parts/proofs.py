@@ -12,7 +12,6 @@ from .steps import ROOT, Setting, Step
 
 
 def steps(rounds: int) -> list[Step]:
-    """One step."""
     return [Step("a-tests", run, 7.5)]
 
 

@@ -49,7 +49,6 @@ def between(text: str, mark: str, new: str) -> str:
 
 
 def tables(found: Found) -> str:
-    """All results as Markdown."""
     if not found:
         return NOT_RUN
     lines = []
@@ -80,7 +79,6 @@ def machine(found: dict[str, Any]) -> str:
 
 
 def rows(head: list[str], body: list[list[str]]) -> str:
-    """A table."""
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -117,7 +115,6 @@ def part_b(mine: dict[str, Any]) -> str:
 
 
 def part_c(mine: dict[str, Any]) -> str:
-    """The drive, the cut, loading, ranking."""
     body = []
     for name, one in mine.items():
         if name == "c-cut":

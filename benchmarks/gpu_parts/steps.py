@@ -50,12 +50,10 @@ class Setting:
 
     @property
     def device(self) -> str:
-        """Where models run."""
         return "cpu" if self.tiny else "cuda"
 
     @property
     def layers(self) -> int:
-        """Layers of the dense shape."""
         return (TINY if self.tiny else LARGE)["num_hidden_layers"]
 
 
@@ -96,7 +94,6 @@ def machine(setting: Setting) -> dict[str, Any]:
 
 
 def config(setting: Setting) -> Any:
-    """The config of the dense shape."""
     from transformers import LlamaConfig
 
     numbers = TINY if setting.tiny else LARGE

@@ -17,7 +17,6 @@ EPOCHS = 3
 
 
 def steps(rounds: int) -> list[Step]:
-    """A step for each way."""
     return [Step(f"b-{way}", partial(run, way), 5) for way in WAYS]
 
 

@@ -184,13 +184,11 @@ def local_files(*sources: str | None) -> list[str]:
 
 
 def digest(value: Any) -> str:
-    """A hash of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @cache
 def defaults() -> dict[str, Any]:
-    """The contents of `defaults.yaml`."""
     return yaml.safe_load((HERE / "defaults.yaml").read_text(encoding="utf-8"))
 
 

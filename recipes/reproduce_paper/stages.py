@@ -73,7 +73,6 @@ class Runner:
         self.engine = engine or ENGINES / ("single_gpu.yaml" if has_accelerator() else "cpu.yaml")
 
     def folder(self, plan: Plan) -> Path:
-        """The folder of a plan's run."""
         return self.output / "runs" / plan.folder_name
 
     def run(self, plan: Plan) -> dict[str, Any]:
