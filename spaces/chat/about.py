@@ -142,14 +142,7 @@ def measured(metrics: dict[str, Any]) -> str:
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """A column for each model; below each number, its difference from the dense model's.
-
-    Args:
-        metrics (`dict`): The content of `metrics.json`.
-
-    Returns:
-        `str`: HTML.
-    """
+    """The numbers of a `metrics.json`: a column for each model; below each, its difference from the dense model's."""
     arranged = results.results_of(SimpleNamespace(**metrics))
     heads = [f"{escape(one.role)}<br><small>{one.layers} layers</small>" for one in arranged.columns]
     head = "".join(f'<th scope="col">{one}</th>' for one in heads)
