@@ -57,7 +57,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             drop_layers(model, drop)
         model.save_pretrained(folder / name)
         word_tokenizer().save_pretrained(folder / name)
-    for name, change in {"other": {"vocab_size": 200}, "wide": {"hidden_size": 64}}.items():
+    changes = {
+        "other": {"vocab_size": 200},
+        "wide": {"hidden_size": 64},
+        "quantised": {"quantization_config": {"quant_method": "fp8"}},
+    }
+    for name, change in changes.items():
         config = load_config(folder / "base")
         config.update(change)
         config.save_pretrained(folder / name)
@@ -124,6 +129,7 @@ USAGE = [
     ({"hub_tok": "hf_" + "a" * 30}, "'--hub_tok', 'hf_***'"),
 ]  # fmt: skip
 FAILURES = [
+    ({"model_name_or_path": "FOLDER/quantised"}, "the weights are quantised (fp8), and can't be healed"),
     ({"dataset_name": "/nowhere.jsonl"}, "data file /nowhere.jsonl does not exist"),
     ({"loss": "kd", "teacher": "/nowhere"}, "/nowhere"),
     ({"loss": "kd", "teacher": "FOLDER/pruned"}, "has 6 layers, but this model is cut from one with 8"),

@@ -177,8 +177,9 @@ def test_what_was_repaired_before_is_only_as_recorded(place, tmp_path):
             "compressed-tensors, pack-quantized",
             ("weight_packed", "weight_scale"),
         ),
+        ({"quant_method": "fp8"}, "fp8", ("weight_packed", "weight_scale_inv")),
     ],
-    ids=["gptq", "llm-compressor"],
+    ids=["gptq", "llm-compressor", "fp8, which needs no package"],
 )
 def test_a_method_that_takes_data_is_only_as_recorded(place, tmp_path, settings, words, parts):
     """What such methods write, in their form: their tensors in place of the base's."""
@@ -198,7 +199,9 @@ def test_a_method_that_takes_data_is_only_as_recorded(place, tmp_path, settings,
     found = check(tmp_path / "gptq")
     assert found.verdict.startswith("IN PART"), said(found)
     assert found.recorded == {"quantize": 2}
-    assert f"quantised: `{words}`" in Card.of(Lineage.of(tmp_path / "gptq")).body()
+    card = Card.of(Lineage.of(tmp_path / "gptq")).body()
+    assert f"quantised: `{words}`" in card
+    assert "None" not in card
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
     save_file(tensors, path, metadata={"format": "pt"})
     assert "model.norm.weight differs from the base's" in said(check(tmp_path / "gptq"), False)
@@ -225,3 +228,20 @@ def test_what_can_not_be_recorded_is_refused(place, tmp_path, prepare, says):
     folder = quantise(place / "cut", tmp_path / "q")
     with pytest.raises(CheckpointError, match=says):
         record_quantized(*prepare(place, folder))
+
+
+def test_a_cut_of_a_quantised_base(place, tmp_path, capsys):
+    base, cut = quantise(place / "base", tmp_path / "base"), tmp_path / "cut"
+    for option, says in {
+        "--check": "--check can't compare the logits: a forward pass can repack quantised weights; leave it out",
+        "--dtype=float32": "are quantised and stay so when they are loaded, so --dtype can't convert them; leave it out",
+    }.items():
+        assert main(["prune", str(base), str(cut), "--drop-layers", "2", option]) == 2
+        assert says in capsys.readouterr().err
+        assert not cut.exists()
+    assert main(["inspect", str(base)]) == 0
+    assert "the weights are quantised (bitsandbytes, nf4), and can't be healed" in capsys.readouterr().out
+    assert main(["prune", str(base), str(cut), "--drop-layers", "2"]) == 0
+    card = Card.of(Lineage.of(cut)).body()
+    assert "a quantised transformers checkpoint, like its base (`bitsandbytes, nf4`)" in card
+    assert "pip install transformers accelerate 'bitsandbytes>=0.50'" in card

@@ -46,12 +46,12 @@ def bypassed_logits(model: PreTrainedModel, layers: Sequence[int]) -> torch.Tens
     """Logits `[1, seq, vocab]` of a few tokens from the dense model, with some layers returning their input.
 
     Raises:
-        CannotCheckError: The weights are quantized, not in memory or sharded across processes, or the model needs
+        CannotCheckError: The weights are quantised, not in memory or sharded across processes, or the model needs
             other inputs than tokens.
     """
     if getattr(model, "is_quantized", False):
         # bitsandbytes repacks 4-bit weights in a forward pass on a CPU, and what is saved afterwards is garbage.
-        raise CannotCheckError("a forward pass can repack quantized weights")
+        raise CannotCheckError("a forward pass can repack quantised weights")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise CannotCheckError(f"{name} is not in memory")

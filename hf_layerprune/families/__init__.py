@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError, UnsupportedModelError
+from ..records.quantized import describe_quantization
 from ..versions import installed
 from .fields import COUNT_FIELDS, Cut, cut_without, rewrite_fields
 from .multimodal import path_to_text, protected_by_towers, rewrite_outside
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = [
-    "MARKER", "REFUSED", "REFUSED_AT", "STAGES", "UNREPAIRABLE", "Cut", "check_stage", "check_supported", "cut_config",
-    "cut_quantization", "layer_count", "make_cut", "protected_layers", "proven", "proven_stages", "text_config", "wide_tensors",
+    "MARKER", "REFUSED", "REFUSED_AT", "STAGES", "UNREPAIRABLE", "Cut", "check_stage", "check_supported", "check_trainable",
+    "cut_config", "cut_quantization", "layer_count", "make_cut", "protected_layers", "proven", "proven_stages", "text_config",
+    "wide_tensors",
 ]  # fmt: skip
 
 # The config attribute in which a pruned model records its cut.
@@ -114,6 +116,21 @@ def check_stage(config: PreTrainedConfig, stage: str) -> None:
             refused = STAGES[stage]
             raise UnsupportedModelError(
                 f"model type {part.model_type!r} can't be {refused.can_not}: {reason}; {refused.instead}"
+            )
+
+
+def check_trainable(config: PreTrainedConfig) -> None:
+    """Refuse to heal a checkpoint with quantised weights: what comes out could be neither saved nor verified.
+
+    Raises:
+        UnsupportedModelError: Its config says that it is quantised; says how, and what to heal instead.
+    """
+    for part in path_to_text(config):
+        if (settings := getattr(part, "quantization_config", None)) is not None:
+            raise UnsupportedModelError(
+                f"the weights are quantised ({describe_quantization(settings)}), and can't be healed; heal the model that they "
+                "were made from, or, where transformers can unpack them (FP8 and MXFP4, without a GPU), a cut that is: "
+                "hf-layerprune prune BASE FOLDER --dtype bfloat16"
             )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, CutError, boundary
-from ..families import check_stage, layer_count
+from ..families import check_stage, check_trainable, layer_count
 from ..families.fields import cut_without
 from ..options import AMOUNTS, CutOptions, declared, refuse_unused
 from ..runtime.loading import load_config
@@ -140,6 +140,7 @@ def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     check_stage(config, "heal")
+    check_trainable(config)
     if args.distils and is_deepspeed_zero3_enabled():
         raise CutError(
             f"{args.lesson} needs the dense and the pruned model whole, and DeepSpeed ZeRO-3 splits them; train with "

@@ -1,4 +1,4 @@
-"""Read the licence, languages and chat support that a base declares, from its card or from the keys of a GGUF file.
+"""Read the licence, languages, chat support and quantisation that a base declares, from its files or a GGUF file's keys.
 
 `prune` records them in `lineage.json`, so that a card can be made later without the base.
 """
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, cause_of
+from ..files.json_file import read_object
 from ..files.text_file import read_bytes
+from .quantized import describe_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +70,9 @@ def declared_by(folder: Path, card: Path | None = None, repository: str | None =
 
     Returns:
         `dict[str, Any]`: Those of `license`, `license_name`, `license_link` and `language` that it declares, and
-            `chat` if it has a chat template.
+            `chat` if it has a chat template, and `quantized`, how its weights are quantised, if they are.
     """
-    declared = _of_card(card or folder / CARD) | _chat(folder)
+    declared = _of_card(card or folder / CARD) | _chat(folder) | _quantized(folder)
     link = declared.get("license_link")
     if repository and link and "://" not in link:
         declared["license_link"] = f"https://huggingface.co/{repository}/{link.removeprefix('./')}"
@@ -89,6 +91,12 @@ def _chat(folder: Path) -> dict[str, Any]:
     settings = folder / "tokenizer_config.json"
     inside = settings.is_file() and b'"chat_template"' in settings.read_bytes()[:_MAX_CARD]
     return {"chat": True} if inside or (folder / "chat_template.jinja").is_file() else {}
+
+
+def _quantized(folder: Path) -> dict[str, Any]:
+    config = folder / "config.json"
+    settings = read_object(config).get("quantization_config") if config.is_file() else None
+    return {} if settings is None else {"quantized": describe_quantization(settings)}
 
 
 def _of_card(path: Path) -> dict[str, Any]:

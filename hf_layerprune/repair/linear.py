@@ -164,7 +164,7 @@ class LinearFitter(Fitter):
         if not writers:
             raise CutError(
                 f'repair="{self.method}" has no weight to change: no output projection of layer {i} writes into '
-                "the hidden states directly or through an RMS norm (it belongs to a mixture of experts, say); "
+                "the hidden states directly or through an RMS norm (it is quantised, or belongs to a mixture of experts, say); "
                 f"{families.UNREPAIRABLE}"
             )
         self.writer = writers[0]

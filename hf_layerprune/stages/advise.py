@@ -73,6 +73,7 @@ def advise(request: AdviseRequest) -> Advice:
     config = load_config(request.base, revision=request.revision)
     families.check_supported(config)
     families.check_stage(config, "heal")
+    families.check_trainable(config)
     if cut_of(config) is not None:
         raise CutError(
             f"{request.base} is pruned already, and the advice is for the model before the cut; pass its base, or heal it as it "

@@ -104,6 +104,8 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
     for stage in families.STAGES:
         try:
             families.check_stage(config, stage)
+            if stage == "heal":
+                families.check_trainable(config)
         except LayerPruneError as error:
             refused_at[stage] = str(error)
     stack = find_decoder_layers(model)

@@ -294,6 +294,11 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
 
     _, gguf_file = resolve_base(request.base)
     model = load_base(request.base, revision=request.revision, dtype=_dtype(request, gguf_file is not None))
+    if getattr(model, "is_quantized", False):
+        raise CutError(
+            f"the weights of {request.base} are quantised and stay so when they are loaded, so --dtype can't convert them; "
+            "leave it out"
+        )
     cut = drop_layers(model, dropped).cut
     if prepared is not None and prepared.repair is not None:
         model.save_pretrained(folder)
@@ -313,11 +318,14 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
 
 def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: Prepared | None) -> None:
     """Write the same bytes of what stays: nothing is loaded, and of a base on the Hub nothing else is fetched."""
-    from ..cut.check import check_cut, tell_if_presumed
+    from ..cut.check import CannotCheckError, check_cut, tell_if_presumed
 
     fill(plan, folder, link=request.link, name=Path(request.output).name)
     if request.check:  # before any repair; a cut in memory has been checked already
-        check_cut(load_base(request.base, revision=request.revision), load_base(folder))
+        try:
+            check_cut(load_base(request.base, revision=request.revision), load_base(folder))
+        except CannotCheckError as error:
+            raise CutError(f"--check can't compare the logits: {error}; leave it out") from error
     else:
         tell_if_presumed(plan.config)
     if prepared is not None and prepared.repair is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -154,6 +155,9 @@ class Card:
 def _context(card: Card) -> dict[str, Any]:
     history, results, repairs = card.history, card.results, _repairs(card.history)
     quantized = history.quantized
+    # A cut of a quantised base stays as it is, unless its weights were converted.
+    packed = "" if quantized or history.dtype else str(history.lineage.base.get("quantized", ""))
+    settings = quantized.settings["quantization_config"] if quantized else {"quant_method": packed.partition(",")[0]}
     return {
         "card": card,
         "history": history,
@@ -174,9 +178,10 @@ def _context(card: Card) -> dict[str, Any]:
         "trained": [stage for stage in history.stages if stage.data],
         "versions": _versions(history),
         "limits": limits(results, history),
-        "quantized": describe_quantization(quantized.settings["quantization_config"]) if quantized else "",
+        "quantized": describe_quantization(settings) if quantized else "",
         "quantized_from": card.quantized_from,
-        "quantizer": package_of(quantized.settings["quantization_config"]) if quantized else "",
+        "packed": packed,
+        "quantizer": shlex.quote(package) if (package := package_of(settings)) else "",
         "own_verb": "was" if quantized else "is",
         "curve": table_of(curve_of(history), len(history.dropped)),
         "pictures": card.pictures,
