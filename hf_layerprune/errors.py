@@ -58,7 +58,7 @@ def boundary(what: str, hint: str = "", kind: type[LayerPruneError] = Checkpoint
 
     Args:
         what (`str`): The action that failed, such as `"can't load the tokenizer of org/model"`.
-        hint (`str`, *optional*): How to fix it; appended after the cause.
+        hint (`str`, *optional*): How to fix it; appended after the cause, unless a package is missing.
         kind (`type[LayerPruneError]`, defaults to `CheckpointError`): The error class to raise.
 
     Raises:
@@ -73,6 +73,8 @@ def boundary(what: str, hint: str = "", kind: type[LayerPruneError] = Checkpoint
         # A panic in a Rust library such as tokenizers is not an `Exception`.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if hint and isinstance(error, ImportError):  # no file or setting is wrong
+            hint = "install the package that is missing"
         raise kind(f"{what}: {cause_of(error)}{f'; {hint}' if hint else ''}") from error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset, Features, Image, Value
 from transformers import AutoProcessor
 
@@ -149,13 +150,20 @@ def test_a_text_model_takes_no_images(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "is a llama model that reads text alone; specify a set without images" in said[-1]
 
 
-def test_a_folder_without_a_processor(base: Path, model: Any, tmp_path: Path) -> None:
+def test_a_folder_without_a_processor(base: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_tokenizer(base).save_pretrained(tmp_path)
     model.config.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"has no processor .*; copy the processor files of its base into it"):
         load_processor(tmp_path)
     with pytest.raises(CutError, match="has images, which need the model and its processor"):
         load_calibration(str(write_rows(tmp_path / "rows")), load_tokenizer(base), samples=2, length=40)
+
+    def without_torchvision(*args: Any, **kwargs: Any) -> None:
+        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", without_torchvision)
+    with pytest.raises(CheckpointError, match=r"Torchvision library; install the package that is missing$"):
+        load_processor(base)
 
 
 OPTIONS = ["--calibration-samples", "8", "--calibration-length", "40"]
