@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_layerprune import CheckpointError, CutError, LayerDropConfig, UnsupportedModelError, drop_layers, prune_with
 from hf_layerprune.cut import lazy
-from hf_layerprune.cut.disk import cut_checkpoint
 from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.runtime.loading import load_base
+from tests.cutting import cut_checkpoint
 from tests.hub_server import HubServer, client_env
 from tests.matrix import cuts, logits, realign
 from tests.tiny_models import EAGER, tiny_config, tiny_input, tiny_model
