@@ -256,11 +256,11 @@ def test_a_loader_that_takes_no_slices(tmp_path, monkeypatch):
     assert_same(load_pruned(tmp_path, drop, **EAGER), cut_in_memory(dense, drop))
 
 
-def test_variant_and_subfolder(tmp_path):
-    dense = save("llama", tmp_path / "sub", variant="fp16", max_shard_size="16KB")
-    assert (tmp_path / "sub" / "model.safetensors.index.fp16.json").exists()
-    model = load_pruned(tmp_path, DROP, subfolder="sub", variant="fp16", **EAGER)
-    assert model.name_or_path == str(tmp_path / "sub")
+def test_variant(tmp_path):
+    dense = save("llama", tmp_path, variant="fp16", max_shard_size="16KB")
+    assert (tmp_path / "model.safetensors.index.fp16.json").exists()
+    model = load_pruned(tmp_path, DROP, variant="fp16", **EAGER)
+    assert model.name_or_path == str(tmp_path)
     assert_same(model, cut_in_memory(dense))
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,18 @@ def test_where_a_base_lies_is_recorded(tmp_path):
     model = prune_with(config_of(tmp_path, drop_layers=[1]), subfolder="sub", gguf_file="model.gguf")
     assert model.peft_config["default"].base_model_name_or_path == str(path)
     assert model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("where", "way_out"),
+    [
+        ({"subfolder": "sub"}, "hf download org/name --include 'sub/*' --local-dir FOLDER), then specify FOLDER/sub "),
+        ({"gguf_file": "m.gguf"}, "hf download org/name m.gguf --local-dir FOLDER), then specify FOLDER/m.gguf "),
+    ],
+)
+def test_a_base_that_an_adapter_could_not_name_is_refused(where, way_out):
+    with pytest.raises(CheckpointError, match=re.escape(way_out)):
+        prune_with(LayerDropConfig(base_model_name_or_path="org/name", drop=1), **where)
 
 
 @pytest.mark.parametrize(

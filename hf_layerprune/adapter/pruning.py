@@ -13,7 +13,7 @@ from ..cut.lazy import SAVED, load_pruned
 from ..cut.memory import LayerCut, check_plain
 from ..errors import CheckpointError, LayerPruneError, boundary
 from ..families.layout import find_decoder_layers
-from ..runtime.loading import UNPACKED, WHERE, as_path, load_base, resolve_base
+from ..runtime.loading import UNPACKED, WHERE, as_path, is_hub_id, load_base, resolve_base
 from ..runtime.precision import in_fast_precision
 from ..select.targets import Target
 from .config import LayerDropConfig
@@ -36,7 +36,8 @@ def prune_with(
             base named in `config.base_model_name_or_path` is loaded, and the dropped layers are never read unless
             `keep_dropped`, a repair or a criterion needs them or the base is a GGUF file. A base that is an adapter of
             this method is merged with its own base first.
-        from_pretrained_kwargs: For loading the base: `dtype`, `device_map`, `attn_implementation`, `gguf_file`, ...
+        from_pretrained_kwargs: For loading the base: `dtype`, `device_map`, `attn_implementation`, ...; `subfolder` and
+            `gguf_file` only for a folder, as a saved adapter could not name a part of a repository as its base.
 
     Returns:
         [`~peft.PeftModel`]: The pruned model.
@@ -85,8 +86,16 @@ def _load(
     """Load the base named in a config, already cut where possible."""
     base = config.base_model_name_or_path or ""
     for part in ("subfolder", "gguf_file"):
-        if kwargs.get(part) and as_path(base).is_dir():
-            base = config.base_model_name_or_path = str(as_path(base) / kwargs[part])
+        if not (inside := kwargs.get(part)):
+            continue
+        if is_hub_id(base):
+            files = inside if part == "gguf_file" else f"--include '{inside}/*'"
+            raise CheckpointError(
+                f"{part}={inside!r}: PEFT's configs can't say where in a repository a base is, so a saved adapter would be put on "
+                f"another model; download it (hf download {base} {files} --local-dir FOLDER), then specify FOLDER/{inside} as the base"
+            )
+        if as_path(base).is_dir():
+            base = config.base_model_name_or_path = str(as_path(base) / inside)
             kwargs = {name: value for name, value in kwargs.items() if name != part}
     if revision := kwargs.get("revision") or config.revision:
         config.revision = revision  # saved with the adapter, which would otherwise be put on the main branch

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 # Attribute of a model that was loaded pruned: the number of parameters in its dropped layers.
 SAVED = "_layer_drop_saved"
 
-_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _OURS = ("state_dict", "key_mapping", "gguf_file", "output_loading_info", "adapter_kwargs")
 
 
@@ -128,19 +128,15 @@ def load_pruned(
 
 def _find(base: str | Path, hub: dict[str, Any]) -> tuple[Base, dict[str, Any]]:
     """The files of a base, and the arguments with which `from_pretrained` finds the same ones."""
-    subfolder = hub.pop("subfolder", None) or ""
-    if Path(base).expanduser().is_dir():
-        base, subfolder = Path(base, subfolder), ""
     name, gguf_file = resolve_base(base)
     if gguf_file is not None:
         raise CheckpointError(f"{base} is a GGUF file, which is not loaded cut; load it whole, then prune it")
     if not is_hub_id(name):
         return Base.open(Path(name)), {}
     where = {key: hub[key] for key in ("token", "cache_dir", "local_files_only", "force_download") if key in hub}
-    files = Base.open(name, hub.get("revision"), subfolder=subfolder, **where)
+    files = Base.open(name, hub.get("revision"), **where)
     # Everything else must come from the same commit, and nothing is downloaded twice.
-    hub |= {"revision": files.repo.commit if files.repo else None, "force_download": False}
-    return files, hub | ({"subfolder": subfolder} if subfolder else {})
+    return files, hub | {"revision": files.repo.commit if files.repo else None, "force_download": False}
 
 
 def _load_config(source: Base, hub: dict[str, Any], kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
@@ -172,8 +168,7 @@ def _model_class(
     """The class that the auto class would choose, and the part of the config that it takes."""
     reference = (getattr(config, "auto_map", None) or {}).get(auto_class_of(config).__name__)
     if reference and kwargs.get("trust_remote_code"):
-        where = {key: value for key, value in hub.items() if key != "subfolder"}
-        return get_class_from_dynamic_module(reference, source.name, **where), config
+        return get_class_from_dynamic_module(reference, source.name, **hub), config
     picked = model_class_of(config)
     if picked is None:
         families.check_supported(config)

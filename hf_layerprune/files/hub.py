@@ -131,7 +131,7 @@ class Repo:
     Args:
         name (`str`): The Hub id.
         commit (`str`): The commit to read.
-        files (`dict[str, HubFile]`): The files, of the subfolder if there is one; offline, only those in the cache.
+        files (`dict[str, HubFile]`): The files; offline, only those in the cache.
         offline (`str`, *optional*): The reason why only the cache is used, if so.
     """
 
@@ -140,7 +140,6 @@ class Repo:
     files: dict[str, HubFile]
     offline: str | None = None
     _where: dict[str, Any] = field(default_factory=dict, repr=False)
-    _subfolder: str = ""
 
     @classmethod
     def open(
@@ -152,7 +151,6 @@ class Repo:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
-        subfolder: str = "",
     ) -> Repo:
         """Resolve a revision and list the repository. At most one small file is downloaded.
 
@@ -163,7 +161,6 @@ class Repo:
             cache_dir (`str` or `os.PathLike`, *optional*): The Hub client's cache, if not the default.
             local_files_only (`bool`, *optional*, defaults to `False`): Only use the cache.
             force_download (`bool`, *optional*, defaults to `False`): Download files even if they are in the cache.
-            subfolder (`str`, *optional*): The folder in the repository that holds the model.
 
         Returns:
             `Repo`: The repository; its cached part if the Hub can't be reached.
@@ -192,7 +189,7 @@ class Repo:
                     landmark = next((one for one in _LANDMARKS if one in files), None)
                     if landmark and revision != info.sha:  # so that the revision can be resolved offline later
                         hf_hub_download(name, landmark, revision=revision, token=token, cache_dir=place)
-                return cls(name, str(info.sha), _under(files, subfolder), None, where, subfolder)
+                return cls(name, str(info.sha), files, None, where)
             except UnreachableError as error:
                 offline = str(error)
                 logger.info("%s; looking in the cache", error)
@@ -201,7 +198,7 @@ class Repo:
             raise CheckpointError(
                 f"{name} is not in the cache, and the Hub can't be reached ({offline}); go online, or specify a folder"
             )
-        return cls(name, cached[0], _under(cached[1], subfolder), offline, where, subfolder)
+        return cls(name, cached[0], cached[1], offline, where)
 
     @property
     def token(self) -> str | bool | None:
@@ -209,7 +206,7 @@ class Repo:
         return self._where.get("token")
 
     def get(self, name: str) -> Path:
-        """Download a file into the cache, unless it is there, by its path in the repository or in the subfolder.
+        """Download a file into the cache, unless it is there, by its path in the repository.
 
         Raises:
             CheckpointError: The file does not exist, can't be downloaded, or differs from what the Hub lists.
@@ -217,12 +214,12 @@ class Repo:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
         self._check_listed(name)
-        file, inside = self.files[name], f"{self._subfolder}/{name}" if self._subfolder else name
-        arrived = not isinstance(try_to_load_from_cache(self.name, inside, self._where["cache_dir"], self.commit), str)
+        file = self.files[name]
+        arrived = not isinstance(try_to_load_from_cache(self.name, name, self._where["cache_dir"], self.commit), str)
         with hub_errors(self.name, self.commit):
             path = Path(
                 hf_hub_download(
-                    self.name, inside, revision=self.commit, local_files_only=bool(self.offline), **self._where
+                    self.name, name, revision=self.commit, local_files_only=bool(self.offline), **self._where
                 )
             )
         if path.stat().st_size != file.size:
@@ -284,11 +281,6 @@ class Repo:
             elif name.endswith(".safetensors"):
                 known[name] = {"size": file.size, "blob_id": file.blob_id}
         return known
-
-
-def _under(files: dict[str, HubFile], subfolder: str) -> dict[str, HubFile]:
-    prefix = f"{subfolder}/" if subfolder else ""
-    return {name.removeprefix(prefix): file for name, file in files.items() if name.startswith(prefix)}
 
 
 def _cached(repo: str, revision: str | None, cache_dir: str | None) -> tuple[str, dict[str, HubFile]] | None:
