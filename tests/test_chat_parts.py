@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LogitsProcessorList
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
 
 import tests.chat_server  # noqa: F401 (makes the Space's files importable)
 from tests.chat_models import TEMPLATE, pruned_model, tiny_chat_model
@@ -192,6 +194,23 @@ def test_stop_strings_of_the_model_end_an_answer(models: Any, monkeypatch: pytes
     monkeypatch.setattr(models.sides["pruned"].model.generation_config, "stop_strings", [third])
     [state] = final(models, ["pruned"], [40, 41, 42], temperature=0)
     assert state["text"] == whole["text"][: whole["text"].index(third) + 1]
+
+
+def test_settings_of_the_model_that_an_answer_cannot_follow_are_left_out(models: Any) -> None:
+    model = copy.copy(models.sides["pruned"].model)
+    settings = {
+        "exponential_decay_length_penalty": [5, 1.5],
+        "dola_layers": "high",
+        "cache_implementation": "quantized",
+        "constraints": [1],
+        "max_time": 1e-4,
+        "bad_words_ids": [[token] for token in range(10, 120)],
+    }
+    model.generation_config = GenerationConfig.from_dict(settings)
+    side = answers.Side("other", model)
+    [state] = final(SimpleNamespace(sides={"other": side}, source=models.source), ["other"], [40, 41], temperature=0)
+    assert state["tokens"] == HOT["max_tokens"]
+    assert set(models.source.tokenizer(state["text"])["input_ids"]) <= {*range(10), *range(120, 128)}
 
 
 def test_a_seed_decides_whatever_goes_on_beside(models: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 from source import Source
 from torch import nn
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
     from weights import Models
 
 TICK = 0.05  # seconds between two updates of an answer
+# What an answer takes from its model's generation config: where it ends, and which tokens it may contain. The rest is
+# chosen on the page, or needs what may be missing here (another search, cache or package), so that every answer fails.
+TAKEN = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "stop_strings", "bad_words_ids", "suppress_tokens",
+    "begin_suppress_tokens", "sequence_bias", "repetition_penalty", "no_repeat_ngram_size",
+)  # fmt: skip
 
 
 class Stopped(Exception):
@@ -46,6 +53,8 @@ class Side:
 
     def __init__(self, name: str, model: PreTrainedModel) -> None:
         self.name, self.model = name, model.eval()
+        declared = model.generation_config
+        model.generation_config = GenerationConfig(**{name: getattr(declared, name, None) for name in TAKEN})
         self.layers = model.config.get_text_config().num_hidden_layers
         self.parameters = model.num_parameters()
         self.tensors = {t.data_ptr(): t.nbytes for t in chain(model.parameters(), model.buffers())}
@@ -193,10 +202,6 @@ class Answer(TextStreamer):
                 **media,
                 max_new_tokens=settings["max_tokens"],
                 do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
                 logits_processor=LogitsProcessorList([*loops, *_sampling(settings, model.device)]),
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                 streamer=self,
