@@ -86,9 +86,11 @@ def test_chats(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for _ in range(20)))
-    with pytest.raises(CheckpointError, match="no chat template"):
-        load_calibration(f"{path}:messages", tokenizer, samples=1, length=20)
     talker = byte_tokenizer()
+    talker.chat_template = {"rag": "{{ messages }}"}
+    for other in (tokenizer, talker):
+        with pytest.raises(CheckpointError, match="no chat template"):
+            load_calibration(f"{path}:messages", other, samples=1, length=20)
     talker.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}"
     found = load_calibration(f"{path}:messages", talker, samples=1, length=64)
     assert "<s>user: hello<s>assistant: good day<s>user" in talker.decode(found.input_ids[0])

@@ -18,7 +18,7 @@ from hf_layerprune.cli import main
 from hf_layerprune.publish.card import regions
 from hf_layerprune.publish.card.writing import declare, write_card
 from hf_layerprune.publish.requests import CardRequest
-from hf_layerprune.records.declared import front_matter
+from hf_layerprune.records.declared import declared_by, front_matter
 from hf_layerprune.records.figures import numbers
 from hf_layerprune.records.history import read_history
 from hf_layerprune.records.lineage import Lineage
@@ -167,6 +167,15 @@ def test_what_people_write_stays(tmp_path: Path) -> None:
     assert write_card(folder, weights=False) == []
     for words in ("no", "[en, no]"):  # false to a reader of YAML 1.1
         assert front_matter(f"---\nlanguage: {words}\n---\n")[0]["language"] in ("no", ["en", "no"])
+
+
+@pytest.mark.parametrize(
+    ("template", "chats"),
+    [("{{ 1 }}", True), (None, False), ([{"name": "rag"}], False), ([{"name": "rag"}, {"name": "default"}], True)],
+)
+def test_a_base_chats_if_it_has_a_default_template(template: Any, chats: bool, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert declared_by(tmp_path) == ({"chat": True} if chats else {})
 
 
 def test_what_people_write_inside_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

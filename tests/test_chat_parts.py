@@ -120,6 +120,14 @@ def test_a_history_as_long_as_a_book_takes_no_time(pruned: Path) -> None:
     assert sum(counted) < 100_000
 
 
+def test_templates_without_a_default_make_no_chat(pruned: Path) -> None:
+    found = source.Source(str(pruned))
+    assert found.chats
+    for templates, chats in (({"rag": TEMPLATE}, False), ({"rag": "", "default": TEMPLATE}, True)):
+        found.tokenizer.chat_template = templates
+        assert found.chats == chats
+
+
 def test_a_template_without_a_system_role(pruned: Path) -> None:
     found = source.Source(str(pruned))
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE

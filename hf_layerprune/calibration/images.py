@@ -15,6 +15,7 @@ import torch
 
 from ..errors import CheckpointError, CutError, boundary
 from ..families.multimodal import placeholders
+from ..runtime.loading import chats
 from .documents import Document, is_image, parts_of
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def image_rows(
 def _processed(processor: Any, document: Document) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The tokens `[1, seq]` of an example, and the model's other inputs."""
     given = list(document.images or ())
-    if isinstance(document.text, str) and (processor.chat_template is None or _holds_places(processor, document.text)):
+    if isinstance(document.text, str) and (not chats(processor) or _holds_places(processor, document.text)):
         text = document.text
         if not _holds_places(processor, text):
             text = processor.image_token * len(given) + text

@@ -24,6 +24,7 @@ import torch
 from ..errors import CheckpointError, CutError, boundary
 from ..families.multimodal import placeholders
 from ..records.names import public
+from ..runtime.loading import chats
 from ..runtime.windows import begins_with, check_context, windows_of
 from .documents import Document, documents_of
 from .images import image_rows
@@ -229,7 +230,7 @@ def _tokens(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, e
                 continue
             with boundary("the tokenizer can't read the calibration set"):
                 ids += tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids + between
-        elif tokenizer.chat_template is None:
+        elif not chats(tokenizer):
             raise CheckpointError(
                 "the calibration set has chats, but the tokenizer has no chat template; specify a set with plain text"
             )

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import UnsupportedModelError, boundary
+from ..runtime.loading import chats
 from ..runtime.memory import free_bytes, in_batches
 from ..runtime.windows import check_context
 from ..screen import progress_bar
@@ -108,7 +109,7 @@ class _Draw(LogitsProcessor):
 
 def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """The start of an empty user turn, or the beginning-of-text token."""
-    if tokenizer is not None and tokenizer.chat_template is not None:
+    if tokenizer is not None and chats(tokenizer):
         with boundary(
             "the tokenizer's chat template can't be rendered", "specify a text or a data set with --calibration"
         ):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, CutError, boundary
 from ..files.data_sets import SUFFIXES, json_files, read_json_files
+from ..runtime.loading import chats
 from .row_checks import check_text
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def shape_rows(
     images = [column for column in IMAGES if column in columns]
     if images and load_processor is None:
         raise CutError(f"{name} has {', '.join(images)}, and the model reads text alone; leave that column out")
-    chats = (load_processor() if images and load_processor else tokenizer).chat_template is not None
+    chatting = chats(load_processor() if images and load_processor else tokenizer)
     if images:
         with _rows_of(name):
             rows = _opened(rows, images, Path(name).expanduser().parent)
@@ -176,7 +177,7 @@ def shape_rows(
         return rows
     conversation = next((name for name in ("messages", "conversations") if name in columns), None)
     if conversation is not None:
-        if not chats:
+        if not chatting:
             raise CutError(
                 f"{name} has {conversation}, but the tokenizer has no chat template for them; specify a set with plain text"
             )
@@ -184,9 +185,9 @@ def shape_rows(
             return _split_conversations(rows, conversation, columns, whole)
     names = next((names for names in _INSTRUCTIONS if {names[0], names[2]} <= set(columns)), None)
     if names is not None:
-        if template == "chat" and not chats:
+        if template == "chat" and not chatting:
             raise CutError("template=chat, but the tokenizer has no chat template; use template=alpaca")
-        make = _chat_row if template != "alpaca" and chats else alpaca_row
+        make = _chat_row if template != "alpaca" and chatting else alpaca_row
         check_text(rows, name, (names[0], names[2]))
         with _rows_of(name):
             return rows.map(lambda row: make(*(row.get(key) or "" for key in names)), remove_columns=columns)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,13 @@ def declared_in_gguf(keys: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _chat(folder: Path) -> dict[str, Any]:
-    """Whether a folder has a chat template, in a separate file or in the tokenizer config."""
-    settings = folder / "tokenizer_config.json"
-    inside = settings.is_file() and b'"chat_template"' in settings.read_bytes()[:_MAX_CARD]
+    """Whether a folder has a chat template, in a separate file or in the tokenizer config, where one of several is the default."""
+    settings, inside = folder / "tokenizer_config.json", None
+    if settings.is_file():
+        with suppress(CheckpointError):
+            inside = read_object(settings).get("chat_template")
+    if isinstance(inside, list):
+        inside = any(isinstance(one, dict) and one.get("name") == "default" for one in inside)
     return {"chat": True} if inside or (folder / "chat_template.jinja").is_file() else {}
 
 

@@ -248,6 +248,12 @@ def load_processor(model: str | Path, **kwargs: Any) -> ProcessorMixin:
     return processor
 
 
+def chats(talker: PreTrainedTokenizerBase | ProcessorMixin) -> bool:
+    """Whether a tokenizer or a processor has a chat template that needs no name; several may have none of them."""
+    template = talker.chat_template
+    return "default" in template if isinstance(template, dict) else template is not None
+
+
 def _check_saved(tokenizer: PreTrainedTokenizerBase, model: str | Path) -> None:
     """Refuse a tokenizer from a GGUF file that saves as another one; transformers 5.4 and 5.5 make such.
 

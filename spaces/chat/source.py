@@ -63,8 +63,9 @@ class Source:
 
     @property
     def chats(self) -> bool:
-        """Whether the model has a chat template."""
-        return bool((self.processor or self.tokenizer).chat_template)
+        """Whether the model has a chat template, or a default one if there are several."""
+        template = (self.processor or self.tokenizer).chat_template
+        return "default" in template if isinstance(template, dict) else bool(template)
 
     def encode(self, messages: list[Message]) -> Prompt:
         """A conversation as token ids, with the prompt for an answer, and its images as inputs.
