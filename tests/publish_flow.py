@@ -329,6 +329,10 @@ def words_that_fail(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     folder = place / "model"
     del os.environ["HF_TOKEN"]
     out["no token"] = cli("push", folder, "org/none")
+    os.environ["HF_TOKEN"] = "hf_schön"
+    out["push without a real token"] = cli("push", folder, "org/none")
+    out["inspect without a real token"] = cli("inspect", "org/none")
+    out["verify without a real token"] = cli("verify", "org/none")
     os.environ["HF_TOKEN"] = TOKEN
     out["refused"] = cli("push", folder, "a name")
     out["left alone"] = sorted(hub.repos.keys() & {"org/none"})

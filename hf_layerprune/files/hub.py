@@ -69,6 +69,8 @@ def _told(error: Exception, repo: str, revision: str | None) -> CheckpointError 
         return CheckpointError(
             f"{repo!r} is neither a folder nor a Hub id ({cause}); specify a folder, or an id such as org/name"
         )
+    if isinstance(error, UnicodeEncodeError):
+        return CheckpointError(f"can't read {repo}: {cause}")
     if isinstance(error, errors.LocalEntryNotFoundError):
         behind = cause_of(error.__cause__) if isinstance(error.__cause__, Exception) else cause
         return UnreachableError(f"can't get {repo} ({behind}); check the connection")

@@ -292,6 +292,8 @@ def push_errors(repo_id: str, user: dict[str, Any] | None = None, kind: str = "m
             raise UnreachableError(
                 f"the Hub answers {status} for {repo_id}; run the same command again{later}: {_AGAIN}"
             ) from raised
+        if isinstance(error, UnicodeEncodeError):
+            raise PushError(says) from raised
         if isinstance(error, errors.HFValidationError):
             raise PushError(
                 f"{repo_id!r} is not a valid repository name ({says}); write it as NAMESPACE/NAME"
