@@ -215,6 +215,16 @@ def test_config_fields(
     assert "Traceback" not in said
 
 
+def test_numbers_that_do_not_equal_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_base(tmp_path / "base")
+    edit_json("config.json", limit=float("nan"), more={"limits": [float("nan")]})(tmp_path / "base")
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2"]) == 0
+    assert says(tmp_path / "cut", capsys)[0] == 0
+    edit_json("config.json", limit=1.5)(tmp_path / "cut")
+    forge(tmp_path / "cut")
+    assert "limit is 1.5 and was nan" in says(tmp_path / "cut", capsys)[1]
+
+
 def test_a_config_in_the_words_of_an_older_transformers(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = cut / "config.json"
     fields = json.loads(path.read_text())

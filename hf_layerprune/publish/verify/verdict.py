@@ -154,8 +154,8 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
     mark = raw.get(MARKER) or {}
     _check_cut(mark, CONFIG, history, outcome)
     has, changed = loaded.to_dict(), history.changed()
-    differ = {name for name in expected.config.keys() | has.keys() if expected.config.get(name) != has.get(name)}
-    differ -= _VOLATILE
+    fields = (expected.config.keys() | has.keys()) - _VOLATILE
+    differ = {name for name in fields if not _alike(expected.config.get(name), has.get(name))}
     if any(name.endswith("lm_head.weight") for name in changed) and has.get("tie_word_embeddings") is False:
         differ.discard("tie_word_embeddings")  # the head was untied and trained
     types = {_DTYPES.get(tensor.dtype) for tensor in expected.tensors.values()}
@@ -169,6 +169,11 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
     outcome.say_all("config", texts, f"{CONFIG} is what the cut leaves of the base's")
 
 
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two values of a config are the same; a NaN equals itself."""
+    return one == other or repr(one) == repr(other)
+
+
 def _hidden(raw: dict[str, Any], told: Any, expected: Any) -> list[str]:
     """The fields of a config's file, by dotted path, that are not in the file of the repeated cut, and that the loaded
     config does not hold with the same value: a loader may act on them, but a comparison of loaded configs misses them.
@@ -176,7 +181,7 @@ def _hidden(raw: dict[str, Any], told: Any, expected: Any) -> list[str]:
     told, expected = (part if isinstance(part, dict) else {} for part in (told, expected))
     names = []
     for name, value in sorted(raw.items()):
-        alike = any(name in part and part[name] == value for part in (told, expected))
+        alike = any(name in part and _alike(part[name], value) for part in (told, expected))
         if alike or name in _VOLATILE or _OLD_NAMES.get(name, name) in told.keys() - raw.keys():
             continue
         if isinstance(value, dict) and isinstance(told.get(name), dict):
