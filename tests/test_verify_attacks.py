@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from hf_layerprune.cli import main
+from hf_layerprune.heal.stage import copy_beside_weights
 from hf_layerprune.records.fingerprints import behaviour_hashes, fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage
 
@@ -223,6 +225,22 @@ def test_numbers_that_do_not_equal_themselves(tmp_path: Path, capsys: pytest.Cap
     edit_json("config.json", limit=1.5)(tmp_path / "cut")
     forge(tmp_path / "cut")
     assert "limit is 1.5 and was nan" in says(tmp_path / "cut", capsys)[1]
+
+
+def test_the_version_by_which_a_tokenizer_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, cut, healed = (tmp_path / name for name in ("base", "cut", "healed"))
+    write_base(base)
+    edit_json("config.json", transformers_version="4.57.3")(base)
+    edit_json("tokenizer_config.json", fix_mistral_regex=True)(base)
+    assert main(["prune", str(base), str(cut), "--drop-layers", "2"]) == 0
+    assert json.loads((cut / "config.json").read_text())["transformers_version"] == "4.57.3"
+    assert says(cut, capsys)[0] == 0
+    AutoModelForCausalLM.from_pretrained(cut).save_pretrained(healed)
+    copy_beside_weights(cut, healed)
+    assert json.loads((healed / "config.json").read_text())["transformers_version"] == "4.57.3"
+    edit_json("config.json", transformers_version="5.24.0")(cut)
+    forge(cut)
+    assert "transformers_version is 5 and was 4, which changes the tokenizer" in says(cut, capsys)[1]
 
 
 def test_a_config_in_the_words_of_an_older_transformers(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:

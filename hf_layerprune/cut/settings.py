@@ -34,6 +34,7 @@ def config_fields(source: dict[str, Any], config: PreTrainedConfig, num_layers: 
         CutError: A reload would give a different config.
     """
     fields = json.loads(config.to_json_string(use_diff=True))
+    keep_version(source, fields)
     doubtful: list[tuple[dict[str, Any], str, Any]] = []
     _complete(source, config, fields, num_layers, doubtful)
     expected = _reloaded(config, fields)
@@ -53,6 +54,12 @@ def config_fields(source: dict[str, Any], config: PreTrainedConfig, num_layers: 
             del part[name]
             logger.info("config field %r is left out: it would change the cut model", name)
     return fields
+
+
+def keep_version(source: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Give a config the version in another one: by it, transformers decides how to read the tokenizer beside it."""
+    fields.pop("transformers_version", None)
+    fields |= {name: value for name, value in source.items() if name == "transformers_version"}
 
 
 def _complete(

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
+from ..cut.settings import keep_version, to_bytes
 from ..errors import LayerPruneError
+from ..files.copy import write_bytes
 from ..files.folders import new_folder
 from ..records.fingerprints import CONFIG, WEIGHTS, fingerprint, model_files
 from ..records.lineage import Lineage
+from ..runtime.config_file import read_config_file
 from ..runtime.loading import load_base, load_config, load_tokenizer
 from .student import Student
 
@@ -118,7 +121,10 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def copy_beside_weights(before: Path, after: Path) -> None:
-    """Copy tokenizer, chat template and generation settings byte for byte, so that they can be verified."""
+    """Copy tokenizer, chat template and generation settings byte for byte, so that they can be verified and read alike."""
+    fields = read_config_file(after / CONFIG)
+    keep_version(read_config_file(before / CONFIG), fields)
+    write_bytes(after / CONFIG, to_bytes(fields))
     (after / "generation_config.json").unlink(missing_ok=True)  # saving a model writes one even where there was none
     for name, path in model_files(before).items():
         if name != CONFIG and not name.endswith((*WEIGHTS, ".index.json")):

@@ -36,6 +36,7 @@ from .tensors import check_tensors, stored_tensors, weight_files
 
 # Fields that are set on saving, and the marker of the cut, which is checked separately; none affects the outputs.
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache", MARKER}
+TOKENIZER = "tokenizer_config.json"
 # Old names of fields, which a loader reads if the new one is absent.
 _OLD_NAMES = {"torch_dtype": "dtype", "rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -166,6 +167,10 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
     hidden = [name for name in _hidden(raw, told, expected.raw_config) if name.partition(".")[0] not in differ]
     hidden += [f"{MARKER}.{name}" for name in sorted(mark.keys() - {"drop_layers", "num_base_layers"})]
     texts += [f"{CONFIG} sets {name[:150]}, which is not in what the cut leaves of the base's" for name in hidden]
+    majors = [str(part.get("transformers_version")).partition(".")[0] for part in (raw, expected.raw_config)]
+    settings = read_object(place.path(TOKENIZER)) if TOKENIZER in place.hashes else {}
+    if settings.get("fix_mistral_regex") and majors[0] != majors[1]:  # fixed only for models of transformers before 5
+        texts.append(f"transformers_version is {majors[0]} and was {majors[1]}, which changes the tokenizer")
     outcome.say_all("config", texts, f"{CONFIG} is what the cut leaves of the base's")
 
 
