@@ -82,9 +82,7 @@ def cause_of(error: BaseException) -> str:
     """The message of an exception on one line of limited length, with the class name if it adds information."""
     for one in (error, error.__cause__):
         if isinstance(one, UnicodeEncodeError) and one.object.startswith("Bearer "):  # the header of a request
-            return (
-                "what is set as the token for the Hub is none; copy it again, and set HF_TOKEN or run `hf auth login`"
-            )
+            return "the Hub token has characters that no token has; copy it again, and set HF_TOKEN or run `hf auth login`"
     text = one_line(str(error))
     if not text or not isinstance(error, _PLAIN):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
