@@ -183,9 +183,9 @@ def test_an_adapter(found: Found) -> None:
 
 @pytest.mark.parametrize(("scenario", "what", "message"), [
     ("words_that_fail", "no token", "there is no token; log in with `hf auth login`, or set HF_TOKEN"),
-    ("words_that_fail", "push without a real token", "what is set as the token for the Hub is none; copy it again"),
-    ("words_that_fail", "inspect without a real token", "what is set as the token for the Hub is none; copy it again"),
-    ("words_that_fail", "verify without a real token", "what is set as the token for the Hub is none; copy it again"),
+    ("words_that_fail", "push without a real token", "the Hub token has characters that no token has; copy it again"),
+    ("words_that_fail", "inspect without a real token", "the Hub token has characters that no token has; copy it again"),
+    ("words_that_fail", "verify without a real token", "the Hub token has characters that no token has; copy it again"),
     ("words_that_fail", "refused", "'a name' is not a valid repository name"),
     ("no_network", "push", "can't reach the Hub"),
     ("no_network", "verify", "can't reach the Hub for org/model"),
