@@ -143,6 +143,8 @@ def test_bytes_are_counted() -> None:
     model.lm_head.weight = model.model.embed_tokens.weight
     assert decode_bytes(model, 1, 0) == everything - table  # a tied table is read as the head
     assert cache_bytes(tiny_model("mamba2")) == 0
+    odd = tiny_model("modernbert-decoder")  # whose `get_decoder` is a part of its head
+    assert decode_bytes(odd, 1, 0) == cost.weight_bytes(odd)
     seeing = tiny_model("gemma3")  # whose tower reads images, not what is written behind them
     text = {id(p): p for p in [*seeing.model.language_model.parameters(), *seeing.lm_head.parameters()]}
     assert decode_bytes(seeing, 1, 0) == sum(p.numel() * 4 for p in text.values()) < cost.weight_bytes(seeing)

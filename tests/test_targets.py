@@ -72,8 +72,8 @@ def test_exact_against_what_is_written(model_type: str, bases: dict[str, Path], 
         assert cache == real_cache(model, tokens, batch)
 
 
-@pytest.mark.parametrize("model_type", ["paligemma", "qwen2_5_vl"])
-def test_towers_are_counted(model_type: str) -> None:
+@pytest.mark.parametrize("model_type", ["paligemma", "qwen2_5_vl", "modernbert-decoder"])
+def test_all_of_a_model_is_counted(model_type: str) -> None:
     model = tiny_model(model_type)
     sizes = Sizes(model.config)
     assert sizes.parameters() == model.num_parameters()

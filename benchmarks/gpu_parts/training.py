@@ -51,7 +51,7 @@ def run(way: str, setting: Setting) -> dict[str, Any]:
             def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
                 synchronise(setting)
                 found["before_the_first_step"] = time.perf_counter() - start
-                files = (path for path in (Path(folder) / "cache").rglob("*") if path.is_file())
+                files = (path for path in (Path(folder) / "_cache").rglob("*") if path.is_file())
                 found["cache_bytes"] = sum(path.stat().st_size for path in files)
 
             def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from .. import families
 from ..errors import CutError, boundary, cause_of
-from ..families.layout import find_decoder_layers, find_layer_prefix
+from ..families.layout import find_decoder_layers, find_layer_prefix, text_model
 from ..runtime.loading import is_hub_id
 from ..runtime.model_class import auto_class_of
 from ..runtime.windows import length_within
@@ -194,8 +194,8 @@ class Sizes:
                 set_experts("batched_mm")  # the kernel whose shapes don't depend on the data
             ids = torch.ones(batch, context, dtype=torch.long, device="meta")
             with torch.no_grad():
-                # The decoder alone, since what looks for the places of images in a text needs one.
-                cache = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+                # Without what looks for the places of images in a text, which needs a text.
+                cache = text_model(model)(input_ids=ids, use_cache=True).past_key_values
         except Exception as error:
             raise CutError(
                 f"the key-value cache of a {families.text_config(self.config).model_type} model is not known without "

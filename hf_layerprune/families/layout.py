@@ -83,6 +83,14 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderStack:
     )
 
 
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """What of a model runs on text: the decoder of a multimodal model, and the whole of any other.
+
+    Of a text model, `get_decoder` may be a layer of its head.
+    """
+    return model if text_config(model.config) is model.config else model.get_decoder()
+
+
 def find_layer_prefix(names: Iterable[str], num_layers: int) -> str:
     """Find what precedes the layer index in a checkpoint's tensor names, such as `model.layers.`.
 

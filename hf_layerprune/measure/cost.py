@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from ..families.layout import text_model
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -55,14 +57,12 @@ def read_prompt(model: PreTrainedModel, ids: torch.Tensor) -> Any:
 def decode_bytes(model: PreTrainedModel, batch: int, tokens: int) -> float:
     """Bytes that are read to decode one token for each of `batch` sequences with `tokens` tokens in the cache.
 
-    That is the size of the cache and of the weights of the decoder and the head, without embeddings that are not tied to
-    the head. All experts of a mixture are counted, although a small batch reads only some.
+    That is the size of the cache and of the weights, without embeddings that are not tied to the head and without what only
+    images or audio pass through. All experts of a mixture are counted, although a small batch reads only some.
     """
     head: Any = model.get_output_embeddings()
     table: Any = model.get_input_embeddings()
-    read = {
-        id(one): one.nbytes for part in (model.get_decoder(), head) if part is not None for one in part.parameters()
-    }
+    read = {id(one): one.nbytes for part in (text_model(model), head) if part is not None for one in part.parameters()}
     if head is None or getattr(head, "weight", None) is not table.weight:
         read.pop(id(table.weight), None)
     return sum(read.values()) + batch * tokens * cache_bytes(model)
