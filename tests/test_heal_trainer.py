@@ -159,7 +159,7 @@ def test_gradient_of_the_head_is_added_up_in_training_alone(llama: Bench) -> Non
         seen.append((trainer.model.training, accumulate))
         return head_loss(*args, accumulate=accumulate, **kwargs)
 
-    with mock.patch("hf_layerprune.heal.trainer.head_loss", spy):
+    with mock.patch("hf_layerprune.heal.loss_inputs.head_loss", spy):
         trainer.train()
     assert set(seen) == {(True, True), (False, False)}
 
@@ -340,18 +340,20 @@ def test_evaluation_with_metrics_has_the_same_loss(llama: Bench) -> None:
     assert found[1]["eval_width"] == VOCAB
 
 
-def test_a_callback_that_generates_is_told_why_it_can_not(llama: Bench) -> None:
-    class Generate(TrainerCallback):
-        def on_step_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
-            model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+@pytest.mark.parametrize("model_type", ["llama", "gemma4_text"])  # the latter's other layers need token ids, too
+def test_a_callback_that_runs_other_rows_is_told_why_it_can_not(model_type: str, llama: Bench, tmp_path: Path) -> None:
+    class Other(TrainerCallback):
+        def on_step_end(self, *args: Any, model: Any, train_dataloader: Any, **kwargs: Any) -> None:
+            model(input_ids=next(iter(train_dataloader))["input_ids"].flip(1))
 
-    trainer = llama.trainer(cache="on", max_steps=1)
-    trainer.add_callback(Generate())
+    bench = llama if model_type == "llama" else Bench(tmp_path, model_type)
+    trainer = bench.trainer(cache="on", max_steps=1)
+    trainer.add_callback(Other())
     with pytest.raises(LayerPruneError, match="cache=off to generate text"):
         trainer.train()
 
 
-def test_a_collator_that_pads_on_the_left(llama: Bench) -> None:
+def test_collators_of_the_user(llama: Bench) -> None:
     """The states of a row are where its tokens are."""
 
     class Left:
@@ -369,6 +371,16 @@ def test_a_collator_that_pads_on_the_left(llama: Bench) -> None:
     right = llama.losses(**settings)
     for cache in ("on", "off"):
         assert llama.losses(cache=cache, data_collator=Left(), **settings) == pytest.approx(right, rel=1e-4)
+    usual = llama.trainer().data_collator.inner
+
+    def hiding(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = usual(examples)
+        batch["attention_mask"][:, :2] = 0  # no padding, but tokens that the others don't see
+        return batch
+
+    found = [llama.losses(cache=cache, data_collator=hiding, **settings) for cache in ("on", "off")]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0] != pytest.approx(right, rel=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "mixtral", "gpt_neox", "granite"])

@@ -66,7 +66,7 @@ class StateCollator:
         if self.padding_free:
             states = [torch.cat(states)]
         batch = states[0].new_zeros(len(states), inputs["input_ids"].shape[1], states[0].shape[1])
-        for target, first, source in zip(batch, _starts(inputs), states, strict=True):
+        for target, first, source in zip(batch, _starts(inputs, list(map(len, states))), states, strict=True):
             target[first : first + len(source)] = source
         return batch
 
@@ -74,14 +74,17 @@ class StateCollator:
         """Split a batch `[batch, seq, width]` into states of rows `[tokens, width]`, the inverse of [`joined`]."""
         if self.padding_free:
             return list(batch[0, : sum(lengths)].split(list(lengths)))
-        places = zip(batch, _starts(inputs), lengths, strict=True)
+        places = zip(batch, _starts(inputs, lengths), lengths, strict=True)
         return [states[first : first + length] for states, first, length in places]
 
 
-def _starts(inputs: dict[str, Any]) -> list[int]:
-    """Where the rows of a batch start: not at 0 if a collator of the user's pads on the left."""
-    mask = inputs.get("attention_mask")
-    return [0] * len(inputs["input_ids"]) if mask is None else (mask != 0).int().argmax(1).tolist()
+def _starts(inputs: dict[str, Any], lengths: Sequence[int]) -> list[int]:
+    """Where the rows of a batch start: at 0, unless a collator of the user's pads on the left."""
+    mask, seq = inputs.get("attention_mask"), inputs["input_ids"].shape[1]
+    if mask is None or mask.dim() != 2:
+        return [0] * len(lengths)
+    left = (mask[:, 0] == 0) & (mask[:, -1] != 0)
+    return [seq - length if at_end else 0 for length, at_end in zip(lengths, left.tolist(), strict=True)]
 
 
 def token_counts(batches: list[dict[str, Any]], args: HealConfig) -> torch.Tensor:

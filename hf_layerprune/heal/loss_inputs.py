@@ -1,16 +1,22 @@
-"""What the trainer passes to the model's forward method for one batch, and what comes back."""
+"""The loss inside the model's forward method: what the trainer passes to it for one batch, and what comes back."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import types
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..runtime.head import Head
-from .losses import Lesson
+from ..errors import LayerPruneError
+from ..runtime.head import Head, OutputHead
+from .losses import Lesson, head_loss
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .config import HealConfig
+    from .trainer import HealTrainer
 
 
 class LossInputs:
@@ -62,3 +68,42 @@ class LossInputs:
             return None
         mask, taught = self.kd_mask[self.keep], self.teacher_states[:, :-1][self.keep]
         return Lesson(taught, head, mask, self.kd_weight, args.kd_temperature, args.kd_direction)
+
+
+def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
+    """Compute the loss inside the model's forward method, where DDP and FSDP expect all computation to happen.
+
+    Args:
+        trainer (`HealTrainer`): The trainer, whose model's forward method then takes [`LossInputs`] as `heal`.
+        output (`OutputHead`): The model's head.
+    """
+    model = trainer.plain_model
+    plain_forward = model.forward
+
+    def forward(self_: PreTrainedModel, *args: Any, heal: LossInputs | None = None, **kwargs: Any) -> Any:
+        precomputed = trainer.data_collator.precomputed
+        if precomputed.prefix is not None and not precomputed.prefix.serves(
+            args[0] if args else kwargs.get("input_ids")
+        ):
+            raise LayerPruneError(
+                "in training, the frozen layers are unloaded, and only rows of train_dataset and eval_dataset can be run; "
+                "use cache=off to generate text or to evaluate other rows meanwhile"
+            )
+        if heal is None:
+            return plain_forward(*args, **kwargs)
+        if trainer.feature_phase is not None and heal.features is not None:
+            total = trainer.feature_phase.loss(plain_forward, kwargs, heal.features, heal.feature_mask)
+            heal.loss, heal.sums = total * heal.feature_weight, {"features": total}
+            return {"loss": heal.loss}
+        states = output.states(*args, run=plain_forward, **kwargs)[:, :-1]
+        lesson = heal.lesson(precomputed.teacher_head, trainer.args)
+        accumulate = trainer.owns_gradients and torch.is_grad_enabled()
+        labels = heal.labels[heal.keep]
+        losses = head_loss(states[heal.keep], output.head(), labels, heal.ce_weight, lesson, accumulate=accumulate)
+        heal.loss, heal.sums = losses.loss, {"ce": losses.ce, "correct": losses.correct}
+        if lesson is not None:
+            heal.sums["kd"] = losses.kd
+        return {"loss": heal.loss}
+
+    # `generate` and the trainer inspect the signature of forward.
+    model.forward = types.MethodType(functools.wraps(type(model).forward)(forward), model)

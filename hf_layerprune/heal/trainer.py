@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import types
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +28,7 @@ from .config import HealConfig
 from .data import has_images
 from .features import FeaturePhase, leave_parameters_out, phased
 from .halving import Halving
-from .loss_inputs import LossInputs
-from .losses import head_loss
+from .loss_inputs import LossInputs, compute_in_forward
 from .methods import parse_method
 from .placement import autocast_where_it_is, hold_in_float32, put_back, runnable_where_it_is, use_one_gpu
 from .precompute import is_split_by_deepspeed, keep_inputs_without_gradients, precompute
@@ -102,7 +100,7 @@ class HealTrainer(SFTTrainer):
         self._split = is_split_by_deepspeed(self.plain_model)
         self._gathered: dict[str, torch.Tensor] | None = None
         if not self._leaves_loss_to_trl:
-            self._patch_forward(self.output_head)
+            compute_in_forward(self, self.output_head)
             # `compute_loss` divides by all tokens of a step, for any model. Below 5.19, transformers reads the other one.
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self.numbered_datasets: list[Dataset] = []
@@ -132,37 +130,6 @@ class HealTrainer(SFTTrainer):
 
     # --- set-up ------------------------------------------------------------------------------------------
 
-    def _patch_forward(self, output: OutputHead) -> None:
-        """Compute the loss inside the model's forward method, where DDP and FSDP expect all computation to happen."""
-        model = self.plain_model
-        plain_forward = model.forward
-
-        def forward(self_: PreTrainedModel, *args: Any, heal: LossInputs | None = None, **kwargs: Any) -> Any:
-            prefix = self.data_collator.precomputed.prefix
-            if prefix is not None and not prefix.needs_ids and (args or kwargs.get("input_ids") is not None):
-                raise LayerPruneError(
-                    "in training, the frozen layers are unloaded, and only rows of train_dataset and eval_dataset can be run; "
-                    "use cache=off to generate text or to evaluate other rows meanwhile"
-                )
-            if heal is None:
-                return plain_forward(*args, **kwargs)
-            if self.feature_phase is not None and heal.features is not None:
-                total = self.feature_phase.loss(plain_forward, kwargs, heal.features, heal.feature_mask)
-                heal.loss, heal.sums = total * heal.feature_weight, {"features": total}
-                return {"loss": heal.loss}
-            states = output.states(*args, run=plain_forward, **kwargs)[:, :-1]
-            lesson = heal.lesson(self.data_collator.precomputed.teacher_head, self.args)
-            accumulate = self._owns_gradients and torch.is_grad_enabled()
-            labels = heal.labels[heal.keep]
-            losses = head_loss(states[heal.keep], output.head(), labels, heal.ce_weight, lesson, accumulate=accumulate)
-            heal.loss, heal.sums = losses.loss, {"ce": losses.ce, "correct": losses.correct}
-            if lesson is not None:
-                heal.sums["kd"] = losses.kd
-            return {"loss": heal.loss}
-
-        # `generate` and the trainer inspect the signature of forward.
-        model.forward = types.MethodType(functools.wraps(type(model).forward)(forward), model)
-
     @property
     def splits_sequences(self) -> bool:
         """Whether the model or its sequences are split over devices."""
@@ -183,7 +150,7 @@ class HealTrainer(SFTTrainer):
         return asked
 
     @property
-    def _owns_gradients(self) -> bool:
+    def owns_gradients(self) -> bool:
         """Whether gradients may be added up before `backward`: a single process without loss scaling or compiling."""
         one = self.accelerator
         plain = one.distributed_type == DistributedType.NO and one.scaler is None

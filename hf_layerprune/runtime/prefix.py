@@ -89,6 +89,7 @@ class Prefix:
         table: Any = model.get_input_embeddings()
         self._device: torch.device = table.weight.device
         self._state: torch.Tensor | None = None
+        self._ids: torch.Tensor | None = None  # those of the state
         self._skipping = ExitStack()
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -158,9 +159,16 @@ class Prefix:
         """Set the prefix's output `[batch, seq, hidden]` for the next forward pass; returns the arguments for it."""
         self._state = state
         if self.needs_ids:
+            self._ids = inputs["input_ids"]
             return inputs
         # The layers ignore it; it only avoids the embeddings and their memory.
         return {name: value for name, value in inputs.items() if name != "input_ids"} | {"inputs_embeds": self._state}
+
+    def serves(self, input_ids: torch.Tensor | None) -> bool:
+        """Whether the last states given to [`put`] are those of a forward pass with these token ids, or with none."""
+        if input_ids is None or self._ids is None:
+            return input_ids is self._ids
+        return input_ids is self._ids or torch.equal(input_ids, self._ids)
 
     def unload(self) -> None:
         """Take weights that the tail does not need out of the model and off its device.
@@ -217,7 +225,7 @@ class Prefix:
                 vars(module).pop(name, None)
             module._parameters, module._buffers = parameters, buffers
         self._hidden.clear()
-        self._state = None
+        self._state = self._ids = None
 
     def _move(self, device: torch.device | str) -> None:
         """Move the weights that were taken out."""
