@@ -293,12 +293,19 @@ def test_only_what_is_allowed_is_published(folder: Path) -> None:
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
+    (folder / "LICENSE.Apache").write_text("Apache License")
     before = snapshot(folder)
     contents = plan(PushRequest(folder, "org/small")).contents
     assert set(names) == set(contents.left_out)
-    assert {"config.json", "tokenizer.json", "LICENSE", "lineage.json", "metrics.json", "README.md"} <= set(
-        contents.files
-    )
+    assert {
+        "config.json",
+        "tokenizer.json",
+        "LICENSE",
+        "LICENSE.Apache",
+        "lineage.json",
+        "metrics.json",
+        "README.md",
+    } <= set(contents.files)
     contents = plan(PushRequest(folder, "org/small", include=("train.py", "assets/photo.png"))).contents
     assert {"train.py", "assets/photo.png"} == set(names) & set(contents.files)
     assert snapshot(folder) == before

@@ -194,7 +194,7 @@ class Sizes:
                 set_experts("batched_mm")  # the kernel whose shapes don't depend on the data
             ids = torch.ones(batch, context, dtype=torch.long, device="meta")
             with torch.no_grad():
-                # Without what looks for the places of images in a text, which needs a text.
+                # Without the code that looks for the places of images in a text, since there are no real tokens.
                 cache = text_model(model)(input_ids=ids, use_cache=True).past_key_values
         except Exception as error:
             raise CutError(

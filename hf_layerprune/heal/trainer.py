@@ -341,7 +341,7 @@ class HealTrainer(SFTTrainer):
             )
         if not self._told:
             logger.warning(
-                "eval_loss is cross-entropy here: the dense model has seen eval_dataset during train() alone"
+                "eval_loss is cross-entropy here: the dense model's states of eval_dataset exist only during train()"
             )
         self._told = True
 

@@ -119,4 +119,6 @@ _IDS = {_key(name): name for name in TABLE}
 
 def is_licence_file(name: str) -> bool:
     """Whether a file of a model folder is a licence, notice or use policy, which every copy must include."""
-    return _FILES.fullmatch(name) is not None and _ENDS.fullmatch(Path(name).suffix) is not None
+    end = Path(name).suffix
+    named = len(end) > 3 and any(known.startswith(end[1:].lower()) for known in TABLE)  # as in LICENSE.MIT
+    return _FILES.fullmatch(name) is not None and (named or _ENDS.fullmatch(end) is not None)
