@@ -100,7 +100,7 @@ def _chat(folder: Path) -> dict[str, Any]:
 
 def _quantized(folder: Path) -> dict[str, Any]:
     config = folder / "config.json"
-    settings = read_object(config).get("quantization_config") if config.is_file() else None
+    settings = read_object(config, non_finite=True).get("quantization_config") if config.is_file() else None
     return {} if settings is None else {"quantized": describe_quantization(settings)}
 
 
