@@ -96,11 +96,12 @@ def test_operations_are_counted() -> None:
     weights = sum(p.numel() for name, p in model.model.layers.named_parameters() if p.ndim == 2)
     attention = layers * 2 * 2 * batch * length * length * width
     expected = 2 * batch * length * weights + attention + 2 * batch * model.lm_head.weight.numel()
-    assert prefill_flops(model, batch, length) == expected
+    # With old versions of transformers, the angles of the positions are a product of matrices too, a tiny one.
+    assert prefill_flops(model, batch, length) == pytest.approx(expected, rel=1e-4)
     cut = tiny_model("llama")
     drop_layers(cut, [1, 2, 5, 6])
     head = 2 * batch * model.lm_head.weight.numel()
-    assert prefill_flops(cut, batch, length) - head == (expected - head) / 2
+    assert prefill_flops(cut, batch, length) - head == pytest.approx((expected - head) / 2, rel=1e-4)
 
 
 def test_the_processors_own_attention_is_counted() -> None:
