@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_layerprune.heal import losses, trainer
+from hf_layerprune.heal import loss_inputs, losses
 from hf_layerprune.measure import distance
 from hf_layerprune.repair import linear, magnitude
 from hf_layerprune.repair.fit import Repair
@@ -126,7 +126,7 @@ def a_scale_in_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def distillation_with_swapped_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "Lesson", lambda *args: losses.Lesson(*args[:-1], "reverse"))
+    monkeypatch.setattr(loss_inputs, "Lesson", lambda *args: losses.Lesson(*args[:-1], "reverse"))
 
 
 def gradients_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
