@@ -12,10 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .docs_blocks import ROOT, blocks
-from .gguf_makers import smollm2
 from .hub_server import HubServer, client_env
 from .measure_datasets import write_datasets
-from .measure_models import byte_tokenizer
+from .measure_models import byte_tokenizer, write_gguf
 from .multimodal_makers import write_llava, write_rows
 from .tiny_models import randomize
 
@@ -61,7 +60,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str |
     base = write_base(root / "base")
     text = root / "my-text.jsonl"
     text.write_text("".join(json.dumps({"text": f"Row {i} of a text of one's own."}) + "\n" for i in range(20)))
-    files = {"my-model": str(base), "model.gguf": str(smollm2()), text.name: str(text)} | write_images(root / "images")
+    files = {
+        "my-model": str(base),
+        "model.gguf": str(write_gguf(root / "tiny.gguf", layers=30)),
+        text.name: str(text),
+    } | write_images(root / "images")
     repos = {MODEL: base} | write_datasets(root / "datasets", questions=2, groups=True)
     with HubServer(repos, writers={TOKEN: None}) as server:
         env = client_env(server, root / "home", TOKEN) | {"DOCS_FILES": json.dumps(files), "PYTHONPATH": str(ROOT)}
