@@ -362,7 +362,8 @@ def test_collators_of_the_user(llama: Bench) -> None:
             names = ("input_ids", "labels", "attention_mask")
             found: dict[str, list[list[int]]] = {name: [] for name in names}
             for example in examples:
-                filled = example | {"attention_mask": [1] * len(example["input_ids"])}
+                ids = example["input_ids"]  # old versions of TRL leave the labels to the collator
+                filled = {"labels": ids} | example | {"attention_mask": [1] * len(ids)}
                 for name, value in zip(names, padding, strict=True):
                     found[name].append([value] * (width - len(filled[name])) + list(filled[name]))
             return {name: torch.tensor(value) for name, value in found.items()}
