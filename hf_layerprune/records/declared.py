@@ -1,4 +1,4 @@
-"""Read the licence, languages, chat support and quantisation that a base declares, from its files or a GGUF file's keys.
+"""Read the licence, languages and chat support that a base declares, from its card or from the keys of a GGUF file.
 
 `prune` records them in `lineage.json`, so that a card can be made later without the base.
 """
@@ -15,7 +15,6 @@ from typing import Any
 from ..errors import CheckpointError, cause_of
 from ..files.json_file import read_object
 from ..files.text_file import read_bytes
-from .quantized import describe_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +70,9 @@ def declared_by(folder: Path, card: Path | None = None, repository: str | None =
 
     Returns:
         `dict[str, Any]`: Those of `license`, `license_name`, `license_link` and `language` that it declares, and
-            `chat` if it has a chat template, and `quantized`, how its weights are quantised, if they are.
+            `chat` if it has a chat template.
     """
-    declared = _of_card(card or folder / CARD) | _chat(folder) | _quantized(folder)
+    declared = _of_card(card or folder / CARD) | _chat(folder)
     link = declared.get("license_link")
     if repository and link and "://" not in link:
         declared["license_link"] = f"https://huggingface.co/{repository}/{link.removeprefix('./')}"
@@ -96,12 +95,6 @@ def _chat(folder: Path) -> dict[str, Any]:
     if isinstance(inside, list):
         inside = any(isinstance(one, dict) and one.get("name") == "default" for one in inside)
     return {"chat": True} if inside or (folder / "chat_template.jinja").is_file() else {}
-
-
-def _quantized(folder: Path) -> dict[str, Any]:
-    config = folder / "config.json"
-    settings = read_object(config, non_finite=True).get("quantization_config") if config.is_file() else None
-    return {} if settings is None else {"quantized": describe_quantization(settings)}
 
 
 def _of_card(path: Path) -> dict[str, Any]:

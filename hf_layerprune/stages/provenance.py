@@ -15,6 +15,7 @@ from ..records.declared import CARD, declared_by, declared_in_gguf
 from ..records.fingerprints import CONFIG, WEIGHTS, companion_names, fingerprint
 from ..records.licences import is_licence_file
 from ..records.lineage import Lineage
+from ..records.quantized import describe_quantization
 from ..runtime.config_file import read_config_file
 from ..runtime.loading import is_hub_id, load_tokenizer
 from ..runtime.model_class import pipeline_tag_of
@@ -56,11 +57,10 @@ def write_lineage(
         # A copy may lack files that the base on the Hub has; an adapter has none of them.
         if not request.adapter and not is_hub_id(request.base) and source.is_dir():
             lineage.base["companions"] = companion_names(source)
+        if source.is_dir():
+            lineage.base |= _configured(read_config_file(source / CONFIG))
     if source.is_dir():
         copy_licence(source, folder)
-        told = read_config_file(source / CONFIG)
-        if tag := pipeline_tag_of(told["model_type"], told.get("architectures")):
-            lineage.base["pipeline_tag"] = tag
     lineage.record(folder, entry)
 
 
@@ -113,6 +113,14 @@ def _declared(source: Path, repo: Repo | None) -> dict[str, Any]:
     if source.is_dir():
         return declared_by(source)
     return declared_in_gguf(gguf_texts(source))
+
+
+def _configured(fields: dict[str, Any]) -> dict[str, str]:
+    """What a card says of the base from its config: its task, if it is multimodal, and how its weights are quantised."""
+    task = pipeline_tag_of(fields["model_type"], fields.get("architectures"))
+    settings = fields.get("quantization_config")
+    found = {"pipeline_tag": task, "quantized": describe_quantization(settings) if settings else None}
+    return {name: text for name, text in found.items() if text is not None}
 
 
 def copy_licence(source: Path, folder: Path) -> None:

@@ -222,7 +222,7 @@ def check_settings(plans: dict[str, dict[str, Any]]) -> None:
     """Refuse training settings, by row, that `recipes/sft_tail.py` does not have, before anything is computed.
 
     Raises:
-        UsageError: There is no such setting.
+        UsageError: A row has a setting that the recipe does not have.
     """
     spec: Any = importlib.util.spec_from_file_location("sft_tail", HERE.parent / "sft_tail.py")
     recipe = importlib.util.module_from_spec(spec)
