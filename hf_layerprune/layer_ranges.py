@@ -62,3 +62,8 @@ def blocks(layers: Collection[int]) -> list[tuple[int, int]]:
 def format_layers(layers: Collection[int]) -> str:
     """Format a set of layers as ranges: `[20, 21, 22, 29]` becomes `20-22,29`."""
     return ",".join(f"{first}-{end - 1}" if end - first > 1 else str(first) for first, end in blocks(layers))
+
+
+def name_layers(layers: Collection[int]) -> str:
+    """Layers in a sentence: `layer 4`, `layers 20-22,29`."""
+    return f"layer{'s' if len(layers) > 1 else ''} {format_layers(layers)}"

@@ -28,5 +28,5 @@ def test_commands_without_posix_modules(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BLOCKED, json.dumps(words)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.splitlines()[-1] == "0 0 0", done.stderr
-    for said in ("dropped layers 1 of 8", "YES", "README.md"):
+    for said in ("dropped layer 1 of 8", "YES", "README.md"):
         assert said in done.stdout

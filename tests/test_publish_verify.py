@@ -304,7 +304,7 @@ def set_drop(data: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (set_drop, "config: config.json says that layers 2,5 of 8 were dropped, and lineage.json says 1,5 of 8: one was edited"),
+    (set_drop, "config: config.json says that the cut dropped layers 2,5 of 8, and lineage.json says 1,5 of 8: one was edited"),
     (set_drop, "tensors: model.layers.1.mlp.down_proj.weight differs from the base's"),
     (lambda data: data["entries"][0].update(weights="0" * 64), "weights: their hash is "),
     (lambda data: data["entries"].clear(), "lineage: lineage.json does not say how many layers the base has"),
@@ -389,7 +389,7 @@ def test_what_was_unpacked_from_gguf(tmp_path: Path) -> None:
     assert main(["prune", str(tmp_path / "small.gguf"), str(tmp_path / "cut"), "--drop-layers", "1"]) == 0
     found = verify(tmp_path / "cut")
     assert found.good, said(found)
-    assert "small.gguf: layers 1 of 4 dropped, 3 left (prune)" in said(found)
+    assert "small.gguf: layer 1 of 4 dropped, 3 left (prune)" in said(found)
     assert "29 are the base's, to the last bit" in said(found)
     assert "unpacks it" not in said(found)
     records = tmp_path / "cut" / "lineage.json"

@@ -26,7 +26,7 @@ from .. import families
 from ..errors import CheckpointError, boundary, cause_of
 from ..families.layout import find_decoder_layers
 from ..files.shards import shard_names
-from ..layer_ranges import format_layers
+from ..layer_ranges import name_layers
 from ..runtime.loading import check_complete, check_config_of, is_hub_id, resolve_base
 from ..runtime.model_class import auto_class_of, model_class_of
 from .base import Base
@@ -115,7 +115,7 @@ def load_pruned(
     model.config._commit_hash = source.repo.commit if source.repo else None
     if saved is not None:
         setattr(model, SAVED, saved)
-        logger.info("loaded %s without layers %s of %d", base, format_layers(cut.drop), n)
+        logger.info("loaded %s without %s of %d", base, name_layers(cut.drop), n)
     if kwargs.get("generation_config") is None and model.can_generate() and hasattr(model, "adjust_generation_fn"):
         unset = dict.fromkeys(_HUB) | {"force_download": False, "local_files_only": False, "subfolder": ""}
         trust = kwargs.get("trust_remote_code", False)

@@ -26,7 +26,7 @@ from .. import families
 from ..errors import CutError, boundary
 from ..families.layout import find_decoder_layers
 from ..families.multimodal import path_to_text
-from ..layer_ranges import format_layers
+from ..layer_ranges import name_layers
 from ..options.kinds import LAYERS, checked
 from ..runtime.model_class import auto_class_of, whole_models
 from .check import CannotCheckError, bypassed_logits, check_logits
@@ -184,7 +184,7 @@ def drop_layers(
         except BaseException:  # a wrong cut, and also memory that ran out or an interrupt: the model stays whole
             made.restore()
             raise
-    logger.info("dropped layers %s of %d from %s", format_layers(cut.drop), cut.num_layers, stack.path)
+    logger.info("dropped %s of %d from %s", name_layers(cut.drop), cut.num_layers, stack.path)
     # The changes reference the old layers and would keep them in memory.
     return made if keep_dropped else LayerCut(cut, [], [])
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..calibration.rows import CalibrationSet
-from ..layer_ranges import format_layers
+from ..layer_ranges import format_layers, name_layers
 from ..repair.registry import find_repair
 from ..runtime.walk import LayerWalk
 from .scores import Choice, Scores
@@ -67,7 +67,7 @@ def choose(
 def _why(ranked: list[Candidate], repair: str | None, rows: int) -> str:
     best = ranked[0]
     state = f"cut and {repair} repair" if repair else "cut"
-    why = f"layers {format_layers(best.drop)} ({best.found_by}): after the {state}, KL to the dense model is "
+    why = f"{name_layers(best.drop)} ({best.found_by}): after the {state}, KL to the dense model is "
     why += f"{best.outcome.kl:.3g} nats on {rows} held-out rows"
     rest = (f"; {format_layers(c.drop)} ({c.found_by}) has {c.outcome.kl:.3g}" for c in ranked[1:])
     return why + "".join(rest)

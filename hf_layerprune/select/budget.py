@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibration.rows import CalibrationSet, held_out_rows
 from ..errors import CutError
-from ..layer_ranges import format_layers
+from ..layer_ranges import format_layers, name_layers
 from ..runtime.walk import LayerWalk
 from .cost import announce
 from .scores import Choice
@@ -104,7 +104,7 @@ def choose(
                 raise
             return False  # no set of that size may be dropped and can be repaired
         loss = Loss.of(budget, candidate.outcome, search.dense)
-        logger.info("without layers %s: %s", format_layers(candidate.drop), spell_loss(budget, loss))
+        logger.info("without %s: %s", name_layers(candidate.drop), spell_loss(budget, loss))
         best = probes.get(count)
         if best is None or loss.mean + loss.error < best[1].mean + best[1].error:
             probes[count] = candidate, loss
@@ -142,7 +142,7 @@ def _chosen(low: int, probes: Probes, search: Search, choice: CutOptions, limit:
             spell_loss(budget, nearly), 4 * nearly.rows_needed(limit - nearly.mean),
         )  # fmt: skip
     why = (
-        f"layers {format_layers(candidate.drop)} ({candidate.found_by}): the deepest cut found within {said}, at "
+        f"{name_layers(candidate.drop)} ({candidate.found_by}): the deepest cut found within {said}, at "
         f"{spell_loss(budget, loss)} on {loss.rows} held-out rows"
         + (f" after the {choice.repair} repair" if choice.repair else "")
     )

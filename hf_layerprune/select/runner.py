@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError
 from ..families.layout import find_decoder_layers
-from ..layer_ranges import format_layers
+from ..layer_ranges import name_layers
 from ..options import CutOptions, find, just, take
 from ..runtime.walk import LayerWalk
 from . import budget
@@ -169,7 +169,7 @@ def _why(criterion: Criterion, variant: str, dropped: Sequence[int], steps: int)
     how = f", in {steps} rounds" if steps > 1 else ""
     computed = f" as {CRITERIA['random'].source} computed it" if criterion.variant(variant) == PAPER else ""
     kind = "block" if criterion.blocks_only else "layers"
-    return f"layers {format_layers(dropped)}: the {kind} with the lowest {criterion.name}{computed}{how}"
+    return f"{name_layers(dropped)}: the {kind} with the lowest {criterion.name}{computed}{how}"
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from ..layer_ranges import blocks, format_layers
+from ..layer_ranges import blocks, name_layers
 from .registry import CRITERIA
 from .sets import block_sums, lowest_block, lowest_layers
 
@@ -46,7 +46,7 @@ class Scores:
         for block, score in self.blocks.items():
             if not math.isfinite(score):
                 raise CheckpointError(
-                    f"{self.criterion} gives layers {format_layers(block)} the score {score}: without them, the model "
+                    f"{self.criterion} gives {name_layers(block)} the score {score}: without them, the model "
                     "overflows this dtype; load the model in bfloat16 or float32"
                 )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError
-from ..layer_ranges import format_layers
+from ..layer_ranges import name_layers
 from ..options import spell_bytes, spell_count
 from .sets import free_layers
 
@@ -158,7 +158,7 @@ class Target:
             count, picked = count - 1, fewer
         layers = _layers(picked)
         left = self.left(layers)
-        logger.info("%s: without layers %s, the model is %s", self, format_layers(layers), self.spell(left))
+        logger.info("%s: without %s, the model is %s", self, name_layers(layers), self.spell(left))
         return picked
 
     def record(self, drop: Sequence[int]) -> dict[str, Any]:

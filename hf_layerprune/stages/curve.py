@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from .. import families
 from ..errors import CheckpointError, CutError, LayerPruneError
 from ..files.copy import write_text
-from ..layer_ranges import parse_layers
+from ..layer_ranges import name_layers, parse_layers
 from ..options import AmountOptions, spell_bytes, spell_count
 from ..records.fingerprints import fingerprint
 from ..runtime.loading import is_hub_id, load_config
@@ -197,7 +197,8 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
         record["points"].append(point)
         record["steps"] = search.steps
         best = point.get("repaired") or point["cut"]
-        logger.info("%d of %d: without layers %s, KL is %.3g", point["dropped"], up_to, point["layers"], best["kl"])
+        gone = name_layers(parse_layers(point["layers"]))
+        logger.info("%d of %d: without %s, KL is %.3g", point["dropped"], up_to, gone, best["kl"])
         if request.output is not None:
             _write(request.output.expanduser(), record)
 

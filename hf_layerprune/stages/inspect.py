@@ -9,7 +9,7 @@ from .. import families
 from ..errors import LayerPruneError, cause_of
 from ..families.engines import WAY_OUT, counted, misread
 from ..families.layout import find_decoder_layers
-from ..layer_ranges import format_layers
+from ..layer_ranges import name_layers
 from ..options import CutOptions
 from ..runtime.loading import load_config
 from ..runtime.model_class import auto_class_of
@@ -152,7 +152,7 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
         f"  parameters       {anatomy.total:>15,}",
     ]
     if anatomy.dropped_before:
-        lines.append(f"  it is a cut model: layers {format_layers(anatomy.dropped_before)} of its base were dropped")
+        lines.append(f"  it is a cut model, without {name_layers(anatomy.dropped_before)} of its base")
     if anatomy.counted:
         lines.append(f"  {anatomy.counted}; {WAY_OUT}")
     lines += [f"  layer {i} must stay: {reason}" for i, reason in sorted(anatomy.protected.items())]

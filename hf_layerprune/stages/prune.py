@@ -19,7 +19,7 @@ from ..errors import CheckpointError, CutError
 from ..families.engines import WAY_OUT, misread
 from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
-from ..layer_ranges import format_layers
+from ..layer_ranges import name_layers
 from ..options import AMOUNTS, COUNTED_BY, spell_bytes, take
 from ..records.fingerprints import passing_weights_hash
 from ..records.lineage import Lineage, stage
@@ -57,7 +57,7 @@ class Pruned:
     def __str__(self) -> str:
         kind = "adapter that drops" if self.form == "adapter" else "dropped"
         left = self.layers - len(self.dropped)
-        return f"{kind} layers {format_layers(self.dropped)} of {self.layers}: {left} left, in {self.output}"
+        return f"{kind} {name_layers(self.dropped)} of {self.layers}: {left} left, in {self.output}"
 
 
 def looks_at_model(request: PruneRequest) -> bool:

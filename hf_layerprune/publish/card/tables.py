@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ...layer_ranges import format_layers
+from ...layer_ranges import name_layers
 from ...records.figures import numbers
 from ...records.figures.results import ResultColumn, Results, Row, run_words
 from ...records.figures.stages import training_settings
@@ -124,7 +124,7 @@ def stage_line(stage: Stage) -> Markup:
     chosen = entry["selection"] if isinstance(entry.get("selection"), dict) else {}
     line = f"**{prose(stage.name)}**"
     if stage.name == "prune":
-        line += f": layers {format_layers(settings.get('drop_layers') or ())} dropped"
+        line += f": {name_layers(settings.get('drop_layers') or ())} dropped"
         if chosen.get("why"):
             why = str(chosen["why"])
             line += f" ({prose(why.partition(': ')[2] if why.startswith('layers ') else why)})"

@@ -18,7 +18,7 @@ from ...cut.folder import INDEX
 from ...errors import CheckpointError, LayerPruneError
 from ...families import MARKER
 from ...files.json_file import read_object
-from ...layer_ranges import format_layers
+from ...layer_ranges import format_layers, name_layers
 from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, weights_hash
 from ...records.history import History, Stage, read_history
 from ...records.lineage import FILE_NAME as LINEAGE
@@ -58,10 +58,10 @@ def verify(request: VerifyRequest) -> Verified:
         outcome.say(False, "lineage", f"{error}{_hint(place, None)}")
         return outcome
     done = ", ".join(stage.name for stage in history.stages)
-    dropped = format_layers(history.dropped) or "none"
+    dropped = name_layers(history.dropped) if history.dropped else "no layers"
     outcome.say(
         True, "lineage",
-        f"{history.base_id}: layers {dropped} of {history.num_base_layers} dropped, {len(history.kept)} left ({done})",
+        f"{history.base_id}: {dropped} of {history.num_base_layers} dropped, {len(history.kept)} left ({done})",
     )  # fmt: skip
     if quantized is not None:
         told = quantized.settings["quantization_config"]
@@ -137,10 +137,12 @@ def _check_cut(told: dict[str, Any], name: str, history: History, outcome: Verif
     if (dropped, told.get("num_base_layers")) == (wanted, of):
         outcome.say(True, "config", f"{name} and {LINEAGE} agree on the cut")
         return
-    what = "nothing was"
+    what = "nothing"
     if isinstance(dropped, list) and all(isinstance(layer, int) for layer in dropped):
-        what = f"layers {format_layers(dropped)} of {told.get('num_base_layers')} were"
-    text = f"{name} says that {what} dropped, and {LINEAGE} says {format_layers(wanted)} of {of}: one was edited"
+        what = f"{name_layers(dropped)} of {told.get('num_base_layers')}"
+    text = (
+        f"{name} says that the cut dropped {what}, and {LINEAGE} says {format_layers(wanted)} of {of}: one was edited"
+    )
     outcome.say(False, "config", text)
 
 
