@@ -122,7 +122,7 @@ def key_of(name: str, arm: Arm, seed: int, args: argparse.Namespace, **more: Any
 def prepare(args: argparse.Namespace) -> tuple[Any, Yardstick]:
     """Load the dense model and measure it."""
     import torch
-    from heal_parts.train import Setting
+    from heal_parts.setting import Setting
 
     from hf_layerprune.layer_ranges import parse_layers
     from hf_layerprune.runtime.loading import load_base, load_tokenizer

@@ -22,7 +22,7 @@ def parse_layers(text: str) -> list[int]:
         `list[int]`: The indices in ascending order.
 
     Raises:
-        CutError: The text is malformed, a range runs backwards, or a layer is named twice.
+        CutError: The text is malformed, a range runs backwards, or a layer occurs twice.
     """
     layers: list[int] = []
     for part in text.split(","):

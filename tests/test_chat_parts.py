@@ -64,7 +64,7 @@ HOT = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 24, "seed": 7}
 
 
 def final(models: Any, roles: list[str], ids: list[int], **changed: Any) -> list[dict[str, Any]]:
-    return list(answers.answer(models, roles, ids, HOT | changed))[-1]
+    return list(answers.answer([models.sides[role] for role in roles], models.source, ids, HOT | changed))[-1]
 
 
 # --- conversations --------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_who_stops_listening_frees_the_model_within_a_prompt(models: Any, monkey
     hook = second.register_forward_pre_hook(slow)
     third = side.model.model.layers[2].register_forward_pre_hook(lambda *_: seen.append(2), prepend=False)
     try:
-        under_way = answers.answer(models, ["pruned"], models.source.encode(talk("ba")), HOT)
+        under_way = answers.answer([side], models.source, models.source.encode(talk("ba")), HOT)
         next(under_way)
         assert going.wait(60)
         under_way.close()

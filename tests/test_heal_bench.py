@@ -22,7 +22,8 @@ import heal_frontier
 import heal_quality
 from heal_parts import texts
 from heal_parts.arms import ARMS
-from heal_parts.train import Setting, heal, pruned
+from heal_parts.setting import Setting
+from heal_parts.train import heal, pruned
 from heal_parts.yardstick import Yardstick, mean_and_error, summary
 
 from .heal_makers import word_tokenizer

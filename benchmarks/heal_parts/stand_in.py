@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .train import Clock, Setting
+from .setting import Clock, Setting
 
 _HIGHEST, _LOWEST = 2e-4, 5e-5
 _ROWS_AT_ONCE = 16

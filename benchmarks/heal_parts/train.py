@@ -6,69 +6,18 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .arms import STAND_IN, Arm
 from .names import data_hash, short
+from .setting import Clock, Setting
+from .stand_in import train_stand_in
 from .texts import answers_only, instructions, training_rows
 
 _WRITING = 0.4  # of the time, in which the dense model answers instructions
 _ANSWERS_AT_ONCE = 32
 _ANSWER_TOKENS = 200  # of a row of instructions, on average
-
-
-@dataclass
-class Setting:
-    """What all arms have in common.
-
-    Args:
-        data: The folder of texts.
-        work: Where cuts are kept; they are made once, and charged to each arm that uses them.
-        base: The dense model's folder.
-        dense: The dense model.
-        tokenizer: Its tokenizer.
-        drop: Layers by the words `middle` and `last`.
-        length: Tokens per row.
-        batch: Rows per step.
-        calibration: Rows for the repair.
-        bf16: Whether to multiply in bfloat16.
-    """
-
-    data: Path
-    work: Path
-    base: Path
-    dense: Any
-    tokenizer: Any
-    drop: dict[str, list[int]]
-    length: int
-    batch: int
-    calibration: int
-    bf16: bool
-
-
-class Clock:
-    """Core-seconds of an arm: the process's own, and those that an earlier arm spent on the same thing.
-
-    Args:
-        minutes: The budget.
-        charged: Seconds that are spent already.
-    """
-
-    def __init__(self, minutes: float, charged: float) -> None:
-        self.start = time.process_time() - charged
-        self.end = self.start + 60 * minutes
-
-    @property
-    def spent(self) -> float:
-        """Seconds so far."""
-        return time.process_time() - self.start
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left."""
-        return self.end - time.process_time()
 
 
 def heal(arm: Arm, setting: Setting, seed: int, minutes: float, tokens: int | None = None) -> tuple[Any, dict]:
@@ -89,8 +38,6 @@ def heal(arm: Arm, setting: Setting, seed: int, minutes: float, tokens: int | No
     clock = Clock(minutes, charged)
     record: dict[str, Any] = {"dropped": dropped, "repair_seconds": round(charged, 1)}
     if arm.method == STAND_IN:
-        from .stand_in import train_stand_in
-
         rows = training_rows(
             setting.data, setting.tokenizer, arm.rows, _count(arm, setting, clock), setting.length, seed
         )

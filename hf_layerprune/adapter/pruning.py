@@ -45,7 +45,7 @@ def prune_with(
     Raises:
         CheckpointError: The base can't be loaded.
         CutError: These layers can't be dropped from this model, or it has adapters.
-        LayerPruneError: Neither a model nor a base is named, or the config is of another method.
+        LayerPruneError: Neither a model nor a base is given, or the config is of another method.
         TypeError: Arguments for loading a base are passed together with a model.
         UnsupportedModelError: The architecture is not proven to survive a cut.
     """

@@ -177,7 +177,7 @@ def check_teacher(
     revision: str | None,
     config: PreTrainedConfig,
 ) -> None:
-    """Check the dense model, if one is named, or teaches or writes rows.
+    """Check the dense model, if one is specified, or teaches or writes rows.
 
     Args:
         args ([`HealConfig`]): The settings of the training.
@@ -188,7 +188,7 @@ def check_teacher(
         config (`PreTrainedConfig`): The config of the model to train, or of its base.
 
     Raises:
-        CutError: It is needed, and not named, or is to write rows that are longer than its context.
+        CutError: It is needed, and not specified, or is to write rows that are longer than its context.
         CheckpointError: It does not exist, or has another number of layers, vocabulary or width.
     """
     if script_args.dataset_name == SELF:

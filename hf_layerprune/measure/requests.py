@@ -51,7 +51,7 @@ class MeasureOptions(Options):
     force: bool = option(False, "Replace numbers that belong to other weights")
 
     def settle(self) -> None:
-        """Refuse the revision of a base that is not named."""
+        """Refuse the revision of a base that is not specified."""
         if self.base_revision is not None and getattr(self, "base", None) is None:
             raise CutError("--base-revision needs --base; add it, or leave the revision out")
 

@@ -8,7 +8,7 @@ A line of a `.jsonl` file is one question: `{"query": "...", "choices": ["...", 
 file of the same name may set the harness's `doc_to_text`, `target_delimiter`, `description` and `metadata`, and nothing
 else. The first three are Jinja templates, which run in Jinja's sandbox: a folder of tasks can't run code. Questions about
 images, whose answers the model writes, have the form that [`.image_tasks`] describes. A `.txt` file
-is a text, on which perplexity and distance are measured; if it is named in `tasks`, it also becomes a task of the
+is a text, on which perplexity and distance are measured; if it is listed in `tasks`, it also becomes a task of the
 harness, which measures its per-word and per-byte perplexity.
 """
 

@@ -102,7 +102,7 @@ class CutOptions(CalibrationOptions, ChoiceOptions):
 
     @property
     def default_criterion(self) -> str:
-        """The criterion, if none is named."""
+        """The criterion, if none is specified."""
         return "auto" if self.budget else "reverse_order"
 
 

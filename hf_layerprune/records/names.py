@@ -44,7 +44,7 @@ def hub_base(base: dict[str, Any]) -> str | None:
 
 
 def is_local(base: dict[str, Any]) -> bool:
-    """Whether a base is named by a local path with more than one part."""
+    """Whether a base is given by a local path with more than one part."""
     name = str(base.get("id") or "")
     return not base.get("commit") and not is_hub_name(name) and last_part(name) != name
 

@@ -1,4 +1,4 @@
-"""Devices: find the one that is named, and move what is on the CPU there for a while."""
+"""Devices: find the specified one, and move what is on the CPU there for a while."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def synchronise(device: torch.device) -> None:
 
 @contextmanager
 def moved_to(device: torch.device | None, *modules: nn.Module) -> Iterator[None]:
-    """Move modules to a device, if one is named, inside a `with` block; after it, they have their own tensors again."""
+    """Move modules to a device, if one is specified, inside a `with` block; after it, they have their own tensors again."""
     if device is None:
         yield
         return

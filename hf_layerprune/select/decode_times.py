@@ -72,7 +72,7 @@ def time_decoding(
 ) -> DecodeTimes:
     """Time the layers of a model while it decodes behind a cache of `context` tokens in each of `batch` sequences.
 
-    It is moved to the device for that, if one is named and it fits there; otherwise it is timed where it is.
+    It is moved to the device for that, if one is specified and it fits there; otherwise it is timed where it is.
     """
     try:
         with moved_to(device, model):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from source import Source
@@ -26,9 +26,6 @@ from transformers import (
     TextStreamer,
     TopPLogitsWarper,
 )
-
-if TYPE_CHECKING:
-    from weights import Models
 
 TICK = 0.05  # seconds between two updates of an answer
 # What an answer takes from its model's generation config: where it ends, and which tokens it may contain. The rest is
@@ -232,21 +229,21 @@ def _cache_bytes(cache: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors if torch.is_tensor(tensor))
 
 
-def answer(models: Models, roles: list[str], ids: list[int], settings: dict[str, Any]) -> Iterator[list[dict]]:
+def answer(sides: Sequence[Side], source: Source, ids: list[int], settings: dict[str, Any]) -> Iterator[list[dict]]:
     """Let one or both models answer, and yield the answers while they grow.
 
     When the caller stops listening, the models stop within one layer.
 
     Args:
-        models (`Models`): The models.
-        roles (`list[str]`): `"pruned"`, `"dense"` or both.
+        sides (`Sequence[Side]`): The models that answer.
+        source (`Source`): What they were loaded from.
         ids (`list[int]`): The prompt.
         settings (`dict`): `temperature`, `top_p`, `max_tokens`, `seed`.
 
     Yields:
         `list[dict]`: The state of each answer, see `Answer.state`.
     """
-    answers = [Answer(models.sides[role], models.source, ids, settings) for role in roles]
+    answers = [Answer(side, source, ids, settings) for side in sides]
     try:
         for one in answers:
             one.thread.start()

@@ -30,7 +30,7 @@ models: Models | None = None  # set once at the start; ZeroGPU needs a module va
 @GPU
 def run(roles: list[str], ids: list[int], settings: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
     """The part that needs the GPU."""
-    yield from answers.answer(models, roles, ids, settings)
+    yield from answers.answer([models.sides[role] for role in roles], models.source, ids, settings)
 
 
 # --- on the page ----------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class Models:
         self.source = source
         self.sides: dict[str, Side] = {}
         self.error: str | None = None
-        self.no_dense: str | None = None if source.base else "no dense model was named"
+        self.no_dense: str | None = None if source.base else "no dense model was specified"
         self.done = threading.Event()
 
     def load(self) -> None:

@@ -43,7 +43,7 @@ class LlamaCpp:
         """Refuse what llama-bench is not told: a type, which is that of the file, and one of several GPUs.
 
         Raises:
-            CutError: One of them is named.
+            CutError: One of them is specified.
         """
         refuse_unused(request, ("dtype",), "in llama.cpp, which runs a GGUF file in the types that it has")
         if ":" in request.device:

@@ -44,7 +44,7 @@ class Vllm:
         """Refuse a device that vLLM would not use: it runs on the first GPU, or on the CPU if there is none.
 
         Raises:
-            CutError: Another device is named.
+            CutError: Another device is specified.
         """
         import torch
 
