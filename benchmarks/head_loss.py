@@ -16,7 +16,7 @@ import time
 import torch
 from torch.nn import functional as F
 
-from hf_layerprune.heal.losses import Lesson, head_loss
+from hf_layerprune.heal.losses import Distillation, head_loss
 from hf_layerprune.runtime.head import Head
 
 
@@ -35,7 +35,7 @@ def ours(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, taught:
     if taught is None:
         return head_loss(hidden, Head(head), labels, one).loss
     everywhere = torch.ones(len(hidden), dtype=torch.bool)
-    return head_loss(hidden, Head(head), labels, None, Lesson(taught, Head(head.detach()), everywhere, one)).loss
+    return head_loss(hidden, Head(head), labels, None, Distillation(taught, Head(head.detach()), everywhere, one)).loss
 
 
 def main() -> None:

@@ -137,14 +137,14 @@ def test_a_model_without_logits_is_refused() -> None:
 
 
 def test_states_that_are_logits_are_not_changed_in_place() -> None:
-    from hf_layerprune.heal.losses import Lesson, head_loss
+    from hf_layerprune.heal.losses import Distillation, head_loss
 
     torch.manual_seed(0)
     own, taught = torch.randn(5, 11).requires_grad_(), torch.randn(5, 11)
     before = own.detach().clone(), taught.clone()
     labels = torch.randint(0, 11, (5,))
-    lesson = Lesson(taught, Head(), torch.ones(5, dtype=torch.bool), torch.tensor(0.3))
-    found = head_loss(own, Head(), labels, torch.tensor(0.7), lesson)
+    distillation = Distillation(taught, Head(), torch.ones(5, dtype=torch.bool), torch.tensor(0.3))
+    found = head_loss(own, Head(), labels, torch.tensor(0.7), distillation)
     found.loss.backward()
     gradient = own.grad.clone()
     own.grad = None

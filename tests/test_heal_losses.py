@@ -11,13 +11,17 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from hf_layerprune.heal import losses
-from hf_layerprune.heal.losses import Head, Lesson, LogitTransform, head_loss
+from hf_layerprune.heal.losses import Distillation, Head, LogitTransform, head_loss
 
 VOCABULARY, WIDTH = 11, 6
 
 
 def plain(
-    hidden: torch.Tensor, head: Head, labels: torch.Tensor, ce_weight: torch.Tensor | None, lesson: Lesson | None
+    hidden: torch.Tensor,
+    head: Head,
+    labels: torch.Tensor,
+    ce_weight: torch.Tensor | None,
+    distillation: Distillation | None,
 ) -> torch.Tensor:
     def logits(states: torch.Tensor, head: Head) -> torch.Tensor:
         z = F.linear(states, head.weight, head.bias) * head.transform.scale
@@ -27,12 +31,12 @@ def plain(
     loss = torch.zeros((), dtype=hidden.dtype)
     if ce_weight is not None:
         loss = loss + ce_weight * F.cross_entropy(z, labels, reduction="sum", ignore_index=-100)
-    if lesson is not None:
-        t = lesson.temperature
-        q, p = F.log_softmax(z / t, -1), F.log_softmax(logits(lesson.hidden, lesson.head) / t, -1)
-        first, second = (p, q) if lesson.direction == "forward" else (q, p)
+    if distillation is not None:
+        t = distillation.temperature
+        q, p = F.log_softmax(z / t, -1), F.log_softmax(logits(distillation.hidden, distillation.head) / t, -1)
+        first, second = (p, q) if distillation.direction == "forward" else (q, p)
         kl = (first.exp() * (first - second)).sum(-1)
-        loss = loss + lesson.weight * t * t * (kl * lesson.mask).sum()
+        loss = loss + distillation.weight * t * t * (kl * distillation.mask).sum()
     return loss
 
 
@@ -71,9 +75,9 @@ def test_loss_and_gradients_are_those_of_autograd(
     offset = some(VOCABULARY).requires_grad_() if bias else None
     labels = torch.randint(-3, VOCABULARY, (tokens,))
     labels[labels < 0] = -100
-    lesson = None
+    distillation = None
     if "kd" in kind:
-        lesson = Lesson(
+        distillation = Distillation(
             some(tokens, WIDTH + 2),
             Head(some(VOCABULARY, WIDTH + 2), None, transform),
             torch.rand(tokens) < 0.7,
@@ -83,9 +87,9 @@ def test_loss_and_gradients_are_those_of_autograd(
         )
     ce_weight = torch.tensor(0.7) if "ce" in kind else None
     head = Head(weight, offset, transform)
-    with mock.patch.multiple(losses, _WORDS=words, CHUNK_BYTES=4 * VOCABULARY * chunk):
-        found = head_loss(hidden, head, labels, ce_weight, lesson)
-    wanted = plain(hidden, head, labels, ce_weight, lesson)
+    with mock.patch.multiple(losses, _WEIGHT_ROWS=words, CHUNK_BYTES=4 * VOCABULARY * chunk):
+        found = head_loss(hidden, head, labels, ce_weight, distillation)
+    wanted = plain(hidden, head, labels, ce_weight, distillation)
     assert torch.allclose(found.loss, wanted, rtol=1e-4, atol=1e-5)
     trained = [tensor for tensor in (hidden, weight, offset) if tensor is not None]
     # The loss is scaled on its way back, as gradient accumulation and loss scaling do.
@@ -100,8 +104,8 @@ def test_parts_are_sums_over_what_counts() -> None:
     labels = (hidden @ weight.T).argmax(-1)
     labels[1] = -100
     labels[2] = (labels[2] + 1) % VOCABULARY
-    lesson = Lesson(hidden, Head(weight), torch.tensor([True] * 5), torch.tensor(1.0), temperature=2.0)
-    found = head_loss(hidden, Head(weight), labels, torch.tensor(1.0), lesson)
+    distillation = Distillation(hidden, Head(weight), torch.tensor([True] * 5), torch.tensor(1.0), temperature=2.0)
+    found = head_loss(hidden, Head(weight), labels, torch.tensor(1.0), distillation)
     assert found.correct == 3
     assert found.kd.abs() < 1e-5  # the same distribution
     assert torch.allclose(found.ce, F.cross_entropy(hidden @ weight.T, labels, reduction="sum"), rtol=1e-5)
@@ -112,7 +116,7 @@ def test_bfloat16_compute_with_float32_weights(words: int) -> None:
     hidden = torch.randn(40, 32).bfloat16().requires_grad_()
     weight = (torch.randn(VOCABULARY, 32) / 6).requires_grad_()
     labels = torch.randint(0, VOCABULARY, (40,))
-    with torch.autocast("cpu", torch.bfloat16), mock.patch.object(losses, "_WORDS", words):
+    with torch.autocast("cpu", torch.bfloat16), mock.patch.object(losses, "_WEIGHT_ROWS", words):
         found = head_loss(hidden, Head(weight), labels, torch.tensor(1 / 40))
     found.loss.backward()
     assert hidden.grad.dtype == torch.bfloat16
@@ -142,8 +146,8 @@ def test_float16_gradients_with_tiny_weights_and_a_large_loss_scale(kind: str, d
         trained = [tensor.half().to(torch.float32 if mixed and not exact else own) for tensor in (weight, offset)]
         matrix, bias = (tensor.requires_grad_() for tensor in trained)
         frozen = Head(matrix.detach().to(own), bias.detach().to(own))
-        lesson = Lesson(teacher, frozen, everywhere, share, 2.0, direction) if "kd" in kind else None
-        given = states, Head(matrix, bias), labels, share if "ce" in kind else None, lesson
+        distillation = Distillation(teacher, frozen, everywhere, share, 2.0, direction) if "kd" in kind else None
+        given = states, Head(matrix, bias), labels, share if "ce" in kind else None, distillation
         with torch.autocast("cpu", torch.float16, enabled=mixed and not exact):
             loss = plain(*given) if exact else head_loss(*given, accumulate=True).loss
         gradients.append(torch.autograd.grad(loss * scale, [states, matrix, bias]))

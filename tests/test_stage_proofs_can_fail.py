@@ -126,11 +126,11 @@ def a_scale_in_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def distillation_with_swapped_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_inputs, "Lesson", lambda *args: losses.Lesson(*args[:-1], "reverse"))
+    monkeypatch.setattr(loss_inputs, "Distillation", lambda *args: losses.Distillation(*args[:-1], "reverse"))
 
 
 def gradients_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    scaled(monkeypatch, losses, "_gradient")
+    scaled(monkeypatch, losses._TokenLosses, "gradient")
 
 
 def kl_of_a_measurement_with_swapped_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,6 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
         return "kd" in self.loss or self.features > 0
 
     @property
-    def lesson(self) -> str:
-        """The setting that needs the dense model, as a message names it."""
+    def teacher_setting(self) -> str:
+        """The setting that needs the dense model, as errors spell it."""
         return f"loss={self.loss}" if "kd" in self.loss else f"features={self.features:g}"

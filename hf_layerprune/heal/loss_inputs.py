@@ -10,7 +10,7 @@ import torch
 
 from ..errors import LayerPruneError
 from ..runtime.head import Head, OutputHead
-from .losses import Lesson, head_loss
+from .losses import Distillation, head_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,12 +62,12 @@ class LossInputs:
         self.kd_mask, self.kd_weight, self.teacher_states = kd_mask, kd_weight, teacher_states
         self.features, self.feature_mask, self.feature_weight = features, feature_mask, feature_weight
 
-    def lesson(self, head: Head | None, args: HealConfig) -> Lesson | None:
+    def distillation(self, head: Head | None, args: HealConfig) -> Distillation | None:
         """The dense model's side of the loss, with its head; `None` without its states."""
         if self.teacher_states is None or head is None:
             return None
         mask, taught = self.kd_mask[self.keep], self.teacher_states[:, :-1][self.keep]
-        return Lesson(taught, head, mask, self.kd_weight, args.kd_temperature, args.kd_direction)
+        return Distillation(taught, head, mask, self.kd_weight, args.kd_temperature, args.kd_direction)
 
 
 def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
@@ -96,12 +96,14 @@ def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
             heal.loss, heal.sums = total * heal.feature_weight, {"features": total}
             return {"loss": heal.loss}
         states = output.states(*args, run=plain_forward, **kwargs)[:, :-1]
-        lesson = heal.lesson(precomputed.teacher_head, trainer.args)
+        distillation = heal.distillation(precomputed.teacher_head, trainer.args)
         accumulate = trainer.owns_gradients and torch.is_grad_enabled()
         labels = heal.labels[heal.keep]
-        losses = head_loss(states[heal.keep], output.head(), labels, heal.ce_weight, lesson, accumulate=accumulate)
+        losses = head_loss(
+            states[heal.keep], output.head(), labels, heal.ce_weight, distillation, accumulate=accumulate
+        )
         heal.loss, heal.sums = losses.loss, {"ce": losses.ce, "correct": losses.correct}
-        if lesson is not None:
+        if distillation is not None:
             heal.sums["kd"] = losses.kd
         return {"loss": heal.loss}
 

@@ -10,6 +10,7 @@ So they are computed with the weights divided by their sum, which multiplies the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ CHUNK_BYTES, DEVICE_CHUNK_BYTES = 32 * 2**20, 256 * 2**20
 _CACHED_BYTES = 2**20
 # On a CPU, the rows of the head's gradient that are computed at a time: the whole product takes twice as long as its
 # parts, and memory for a transposed copy.
-_WORDS = 8192
+_WEIGHT_ROWS = 8192
 
 
 class HeadLoss(NamedTuple):
@@ -44,7 +45,7 @@ class HeadLoss(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Distillation:
     """The teacher's side of the loss for some tokens: how far its distribution p is from the student's q.
 
     Args:
@@ -71,7 +72,7 @@ def head_loss(
     head: Head,
     labels: torch.Tensor,
     ce_weight: torch.Tensor | None,
-    lesson: Lesson | None = None,
+    distillation: Distillation | None = None,
     *,
     accumulate: bool = False,
 ) -> HeadLoss:
@@ -83,10 +84,10 @@ def head_loss(
         labels (`torch.Tensor`): The next tokens `[tokens]`, -100 for tokens without a label.
         ce_weight (`torch.Tensor`, *optional*): Weight of a labelled token's cross-entropy, a scalar. Without one,
             cross-entropy is only reported.
-        lesson (`Lesson`, *optional*): The teacher's side.
+        distillation (`Distillation`, *optional*): The teacher's side.
         accumulate (`bool`, defaults to `False`): Add the gradient of the head's weights to their `grad` directly,
-            which saves a second matrix of their size; ignored in float16. Use it only if `backward` is called on this loss without scaling
-            it: otherwise `backward` raises a `RuntimeError`.
+            which saves a second matrix of their size; ignored in float16. Use it only if `backward` is called on this
+            loss without scaling it: otherwise `backward` raises a `RuntimeError`.
 
     Returns:
         `HeadLoss`: The loss and its parts.
@@ -98,7 +99,7 @@ def head_loss(
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
             into = weight.grad
-    return HeadLoss(*_HeadLoss.apply(hidden, weight, head.bias, head.transform, labels, ce_weight, lesson, into))
+    return HeadLoss(*_HeadLoss.apply(hidden, weight, head.bias, head.transform, labels, ce_weight, distillation, into))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -113,7 +114,7 @@ class _HeadLoss(torch.autograd.Function):
         transform: LogitTransform,
         labels: torch.Tensor,
         ce_weight: torch.Tensor | None,
-        lesson: Lesson | None,
+        distillation: Distillation | None,
         into: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         device = hidden.device
@@ -122,55 +123,37 @@ class _HeadLoss(torch.autograd.Function):
         half = dtype == torch.float16
         if half:
             into = None  # what is added to it could not be multiplied later
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        sums = HeadLoss(*torch.zeros(4, device=device).unbind())
-        unit = _weight_of_a_token(ce_weight, lesson, device) if half else None
-        d_hidden: Any = torch.empty_like(hidden, dtype=torch.float32 if half else None) if wants_hidden else None
-        d_weight: Any = into
-        if weight is not None and wants_weight and into is None:
-            d_weight = torch.zeros(weight.shape, device=device, dtype=torch.float32)
-        d_bias: Any = None
-        if bias is not None and wants_bias:
-            d_bias = torch.zeros(bias.shape, device=device, dtype=torch.float32)
-        vocabulary = hidden.shape[1] if weight is None else weight.shape[0]
-        on_cpu = device.type == "cpu"
-        size = max(1, (CHUNK_BYTES if on_cpu else DEVICE_CHUNK_BYTES) // (dtype.itemsize * vocabulary))
-        rows = max(1, _CACHED_BYTES // (4 * vocabulary)) if on_cpu else size
-        words = _WORDS if on_cpu else vocabulary
+        losses = _TokenLosses(labels, ce_weight, distillation, half=half)
+        sizes = _chunk_sizes(dtype, hidden.shape[1] if weight is None else weight.shape[0], device)
         # In float16, sums over a chunk's tokens could overflow, so they are divided by a power of two.
-        shrink = 2.0 ** -min(size, len(hidden)).bit_length() if half else 1.0
+        shrink = 2.0 ** -min(sizes.tokens, len(hidden)).bit_length() if half else 1.0
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        d_hidden: Any = torch.empty_like(hidden, dtype=torch.float32 if half else None) if wants_hidden else None
+        d_weight: Any = _zeros_like(weight) if wants_weight and into is None else into
+        d_bias: Any = _zeros_like(bias) if wants_bias else None
         with torch.autocast(device.type, enabled=False):
             # Casting the weights for each chunk would take as long as the products, so they are cast once.
             matrix = None if weight is None else weight.detach().to(dtype)
-            offset = None if bias is None else bias.to(dtype)
-            for start in range(0, hidden.shape[0], size):
-                part = slice(start, min(start + size, hidden.shape[0]))
-                states = hidden[part].to(dtype)
-                raw = Head(matrix, offset).raw(states)
-                taught = None if lesson is None else lesson.head.raw(lesson.hidden[part])
-                for first in range(0, len(raw), rows):  # the gradient overwrites the logits
-                    piece = slice(first, min(first + rows, len(raw)))
-                    few = slice(start + piece.start, start + piece.stop)
-                    logits = transform.forward(raw[piece])
-                    capped = logits.clone() if transform.cap is not None else None
-                    wanted = None if taught is None else taught[piece]
-                    gradient = _gradient(logits, labels[few], ce_weight, lesson, wanted, few, sums, unit)
-                    raw[piece] = transform.backward(gradient, capped)
-                if d_bias is not None:
-                    d_bias += raw.sum(0, dtype=d_bias.dtype)
+            head = Head(matrix, None if bias is None else bias.to(dtype), transform)
+            for chunk in _slices(0, len(hidden), sizes.tokens):
+                states = hidden[chunk].to(dtype)
+                gradient = losses.chunk_gradient(head, states, chunk, sizes.cached_tokens)
+                if wants_bias:
+                    d_bias += gradient.sum(0, dtype=d_bias.dtype)
                 if wants_hidden:
-                    d_hidden[part] = raw if matrix is None else raw @ matrix
+                    d_hidden[chunk] = gradient if matrix is None else gradient @ matrix
                 if wants_weight:
                     if half:
                         states = states * shrink
-                    for tokens, out in zip(raw.split(words, 1), d_weight.split(words), strict=True):
+                    rows = sizes.weight_rows
+                    for tokens, out in zip(gradient.split(rows, 1), d_weight.split(rows), strict=True):
                         out += tokens.T @ states
         ctx.save_for_backward(d_hidden, d_weight if into is None else None, d_bias)
         ctx.accumulated = into is not None
-        ctx.unit, ctx.shrink = unit, shrink
+        ctx.unit, ctx.shrink = losses.unit, shrink
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(sums.ce, sums.kd, sums.correct)
-        return tuple(sums)
+        ctx.mark_non_differentiable(*losses.sums[1:])
+        return tuple(losses.sums)
 
     @staticmethod
     def backward(ctx: Any, d_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
@@ -191,79 +174,142 @@ class _HeadLoss(torch.autograd.Function):
         )
 
 
-def _weight_of_a_token(ce_weight: torch.Tensor | None, lesson: Lesson | None, device: torch.device) -> torch.Tensor:
-    """The sum of the factors of a token's gradients, or a tiny number if that is zero."""
-    total = torch.zeros((), device=device)
-    if ce_weight is not None:
-        total = total + ce_weight
-    if lesson is not None:
-        total = total + lesson.weight * lesson.temperature
-    return total.clamp(min=torch.finfo(total.dtype).tiny)
+class _ChunkSizes(NamedTuple):
+    """How much is computed at a time.
 
-
-def _gradient(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    ce_weight: torch.Tensor | None,
-    lesson: Lesson | None,
-    taught: torch.Tensor | None,
-    part: slice,
-    sums: HeadLoss,
-    unit: torch.Tensor | None,
-) -> torch.Tensor:
-    """Add the losses of some tokens to the sums, and return the gradient of their logits, in the logits' memory.
-
-    The gradient, but not the losses, is divided by `unit`.
-    With z the logits less their maximum and Q the sum of exp(z), log q = z - log Q; likewise y and P of the teacher.
+    Args:
+        tokens (`int`): Tokens whose logits exist at a time.
+        cached_tokens (`int`): Tokens whose logits are turned into gradients at a time.
+        weight_rows (`int`): Rows of the gradient of the head's weights.
     """
-    counted = labels != -100
-    targets = torch.where(counted, labels, 0)[:, None]
-    largest, best = logits.max(-1, keepdim=True)
-    sums.correct.add_(((best == targets)[:, 0] & counted).sum())
-    z = logits.sub_(largest)
-    of_target = z.gather(-1, targets)
-    ce_rows = counted[:, None] * (0.0 if ce_weight is None else ce_weight)
-    if unit is not None:
-        ce_rows = ce_rows / unit
-    if lesson is None or taught is None:
-        q = z.exp_()
-        total = q.sum(-1, keepdim=True)
-        gradient = q.mul_(ce_rows / total)
-    else:
-        t = lesson.temperature
+
+    tokens: int
+    cached_tokens: int
+    weight_rows: int
+
+
+def _chunk_sizes(dtype: torch.dtype, vocabulary: int, device: torch.device) -> _ChunkSizes:
+    if device.type != "cpu":
+        tokens = max(1, DEVICE_CHUNK_BYTES // (dtype.itemsize * vocabulary))
+        return _ChunkSizes(tokens, tokens, vocabulary)
+    tokens = max(1, CHUNK_BYTES // (dtype.itemsize * vocabulary))
+    return _ChunkSizes(tokens, max(1, _CACHED_BYTES // (4 * vocabulary)), _WEIGHT_ROWS)
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
+
+
+def _zeros_like(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    return None if parameter is None else torch.zeros_like(parameter, dtype=torch.float32)
+
+
+class _TokenLosses:
+    """Adds up the losses of tokens, and computes the gradients of their logits.
+
+    Args:
+        labels (`torch.Tensor`): See [`head_loss`], as the next two.
+        ce_weight (`torch.Tensor`, *optional*): Weight of a labelled token's cross-entropy, a scalar.
+        distillation (`Distillation`, *optional*): The teacher's side.
+        half (`bool`): Whether gradients, but not losses, are divided by `unit`, as they are in float16.
+
+    Attributes:
+        sums (`HeadLoss`): The losses of the tokens so far.
+        unit (`torch.Tensor`, *optional*): The sum of the factors of a token's gradients, or a tiny number if that is
+            zero; without `half`, `None`.
+    """
+
+    def __init__(
+        self, labels: torch.Tensor, ce_weight: torch.Tensor | None, distillation: Distillation | None, *, half: bool
+    ) -> None:
+        self.labels, self.ce_weight, self.distillation = labels, ce_weight, distillation
+        self.sums = HeadLoss(*torch.zeros(4, device=labels.device).unbind())
+        self.unit: torch.Tensor | None = None
+        if half:
+            total = torch.zeros((), device=labels.device)
+            if ce_weight is not None:
+                total = total + ce_weight
+            if distillation is not None:
+                total = total + distillation.weight * distillation.temperature
+            self.unit = total.clamp(min=torch.finfo(total.dtype).tiny)
+
+    def chunk_gradient(self, head: Head, states: torch.Tensor, chunk: slice, size: int) -> torch.Tensor:
+        """The gradient of the head's product `[tokens, vocabulary]` for a chunk of tokens, `size` of them at a time."""
+        raw, distillation = head.raw(states), self.distillation
+        taught = None if distillation is None else distillation.head.raw(distillation.hidden[chunk])
+        for part in _slices(chunk.start, chunk.stop, size):
+            inside = slice(part.start - chunk.start, part.stop - chunk.start)
+            logits = head.transform.forward(raw[inside])
+            capped = logits.clone() if head.transform.cap is not None else None
+            gradient = self.gradient(logits, None if taught is None else taught[inside], part)
+            raw[inside] = head.transform.backward(gradient, capped)  # the gradient overwrites the logits
+        return raw
+
+    def gradient(self, logits: torch.Tensor, taught: torch.Tensor | None, part: slice) -> torch.Tensor:
+        """Add the losses of some tokens to the sums, and return the gradient of their logits, in the logits' memory.
+
+        With z the logits less their maximum and Q the sum of exp(z), log q = z - log Q; likewise y and P of the teacher.
+        """
+        labels = self.labels[part]
+        counted = labels != -100
+        targets = torch.where(counted, labels, 0)[:, None]
+        largest, best = logits.max(-1, keepdim=True)
+        self.sums.correct.add_(((best == targets)[:, 0] & counted).sum())
+        z = logits.sub_(largest)
+        of_target = z.gather(-1, targets)
+        ce_rows = self._in_units(counted[:, None] * (0.0 if self.ce_weight is None else self.ce_weight))
+        if self.distillation is None or taught is None:
+            q = z.exp_()
+            total = q.sum(-1, keepdim=True)
+            gradient = q.mul_(ce_rows / total)
+        else:
+            gradient, total = self._distilled(self.distillation, z, taught, ce_rows, part)
+        ce = ((total.log() - of_target) * counted[:, None]).sum()
+        self.sums.ce.add_(ce)
+        if self.ce_weight is not None:
+            self.sums.loss.add_(ce * self.ce_weight)
+            gradient.scatter_add_(-1, targets, -ce_rows.to(gradient.dtype))
+        return gradient
+
+    def _distilled(
+        self, distillation: Distillation, z: torch.Tensor, taught: torch.Tensor, ce_rows: torch.Tensor, part: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the divergence from the teacher to the sums.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: The gradient of the divergence and of the part of cross-entropy that
+                every logit has, `[tokens, vocabulary]`; and the sum of exp(z) at temperature 1, `[tokens, 1]`.
+        """
+        t = distillation.temperature
         own = None
         if t != 1.0:
             own = z.exp()
             total = own.sum(-1, keepdim=True)
             z.div_(t)
-        y = lesson.head.transform.forward(taught)
+        y = distillation.head.transform.forward(taught)
         y = y.sub_(y.amax(-1, keepdim=True)).div_(t)
         gap = y - z
         p, q = y.exp_(), z.exp_()
         p_total, q_total = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
         norms = (q_total.log() - p_total.log())[:, 0]
-        mask = lesson.mask[part]
-        kd_rows = (mask * (lesson.weight * t))[:, None]
-        if unit is not None:
-            kd_rows = kd_rows / unit
+        mask = distillation.mask[part]
+        kd_rows = self._in_units((mask * (distillation.weight * t))[:, None])
         shared: torch.Tensor | float = 0.0
         if t == 1.0:
             total, shared = q_total, ce_rows
-        if lesson.direction == "forward":  # d KL(p || q) / dz = (q - p) / t
+        if distillation.direction == "forward":  # d KL(p || q) / dz = (q - p) / t
             kl = torch.linalg.vecdot(p, gap) / p_total[:, 0] + norms
             gradient = q.mul_((kd_rows + shared) / q_total).addcmul_(p, kd_rows / p_total, value=-1)
         else:  # d KL(q || p) / dz = q * (log q - log p - KL) / t, in which the norms cancel
             mean = (torch.linalg.vecdot(q, gap) / q_total[:, 0])[:, None]
             kl = -mean[:, 0] - norms
             gradient = gap.neg_().add_(mean).mul_(kd_rows).add_(shared).mul_(q.div_(q_total))
-        if own is not None and ce_weight is not None:
+        if own is not None and self.ce_weight is not None:
             gradient.add_(own.mul_(ce_rows / total))
         kl = kl.mul_(mask).sum() * t**2
-        sums.kd.add_(kl)
-        sums.loss.add_(kl * lesson.weight)
-    ce = ((total.log() - of_target) * counted[:, None]).sum()
-    sums.ce.add_(ce)
-    if ce_weight is not None:
-        sums.loss.add_(ce * ce_weight)
-        gradient.scatter_add_(-1, targets, -ce_rows.to(gradient.dtype))
-    return gradient
+        self.sums.kd.add_(kl)
+        self.sums.loss.add_(kl * distillation.weight)
+        return gradient, total
+
+    def _in_units(self, factors: torch.Tensor) -> torch.Tensor:
+        return factors if self.unit is None else factors / self.unit

@@ -80,12 +80,12 @@ class _Run:
             return Precomputed()
         if is_split_by_deepspeed(self.model):
             raise LayerPruneError(
-                f"{args.lesson} needs the dense model whole, but DeepSpeed ZeRO-3 splits every model; use ZeRO-2, "
+                f"{args.teacher_setting} needs the dense model whole, but DeepSpeed ZeRO-3 splits every model; use ZeRO-2, "
                 "FSDP or DDP, or loss=ce without features"
             )
         if not self.datasets:
             raise LayerPruneError(
-                f"{args.lesson} does not work with streamed data; use loss=ce without features, or do not stream"
+                f"{args.teacher_setting} does not work with streamed data; use loss=ce without features, or do not stream"
             )
         if prefix is not None:
             caches["prefix"] = self._cache("prefix", self.state_bytes, hash_tensors(prefix.parameters(), prefix.depth))
@@ -93,7 +93,7 @@ class _Run:
         if args.distils:
             source = model if model is not None else args.teacher
             if source is None:
-                raise LayerPruneError(f"{args.lesson} needs the dense model; specify it with --teacher")
+                raise LayerPruneError(f"{args.teacher_setting} needs the dense model; specify it with --teacher")
             depths = self.trainer.feature_phase.wanted if self.trainer.feature_phase else ()
             teacher = Teacher(source, self.model, prefix, args.teacher_revision, depths)
             features = len(depths) * teacher.layer_width

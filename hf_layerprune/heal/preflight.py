@@ -71,7 +71,7 @@ def check_data(
             )
     if script_args.dataset_streaming or dataset_args.streaming:
         if args.distils or row_args.rewrite_answers:
-            what = args.lesson if args.distils else "--rewrite_answers"
+            what = args.teacher_setting if args.distils else "--rewrite_answers"
             raise CutError(f"{what} needs all rows at once; leave out --dataset_streaming (`streaming` in a file)")
         if args.max_steps <= 0:
             raise CutError("streamed rows have no known number, so say when training ends: --max_steps N")
@@ -143,7 +143,7 @@ def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions
     check_trainable(config)
     if args.distils and is_deepspeed_zero3_enabled():
         raise CutError(
-            f"{args.lesson} needs the dense and the pruned model whole, and DeepSpeed ZeRO-3 splits them; train with "
+            f"{args.teacher_setting} needs the dense and the pruned model whole, and DeepSpeed ZeRO-3 splits them; train with "
             "ZeRO-2 (recipes/accelerate/deepspeed_zero2.yaml), or use loss=ce without features"
         )
     method = None if args.method == "auto" else parse_method(args.method)

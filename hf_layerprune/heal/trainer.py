@@ -144,7 +144,7 @@ class HealTrainer(SFTTrainer):
         asked = self.splits_sequences or smoothed or other or self._split
         if asked and self.args.distils:
             raise LayerPruneError(
-                f"{self.args.lesson} can't be combined with loss_type, label smoothing, a router loss, images, or a "
+                f"{self.args.teacher_setting} can't be combined with loss_type, label smoothing, a router loss, images, or a "
                 "model split over devices; use loss=ce without features, or do without these"
             )
         return asked
@@ -337,7 +337,7 @@ class HealTrainer(SFTTrainer):
         """Distillation without the dense model's states can't go on, but an evaluation can measure cross-entropy."""
         if self.model.training:
             raise LayerPruneError(
-                f"{self.args.lesson} takes the rows as train_dataset when the trainer is made; pass them"
+                f"{self.args.teacher_setting} takes the rows as train_dataset when the trainer is made; pass them"
             )
         if not self._told:
             logger.warning(
