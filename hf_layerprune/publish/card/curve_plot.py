@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...records.curve import quality_of
 from ...records.figures import numbers
 from .style import FAINT, INK, ROLE_COLOURS, ROLE_MARKERS, draw, grid
 
@@ -16,7 +17,7 @@ def table_of(points: Sequence[dict[str, Any]], chosen: int) -> list[list[str]]:
     """The rows of the table, the chosen one in bold."""
     rows = []
     for point in points:
-        best = point.get("repaired") or point["cut"]
+        best = quality_of(point)
         row = [
             str(point["dropped"]),
             ", ".join(point["layers"].split(",")),
@@ -45,40 +46,26 @@ def curve(
         digest (`str`, *optional*): See [`~style.draw`].
         chosen (`int`, *optional*): How many layers are dropped, to mark that point.
         knee (`int`, *optional*): The number behind which quality falls off.
-        remark (`str`): What is said at the chosen point.
+        remark (`str`, *optional*): The label of the chosen point; by default, its number of layers.
     """
     series = {
         name: [(0, 0.0, 0.0)]
         + [(p["dropped"], p[name]["kl"], p[name].get("kl_stderr", 0.0)) for p in points if name in p]
         for name in _NAMES
     }
-    series = {name: found for name, found in series.items() if len(found) > 1}
+    series = {name: line for name, line in series.items() if len(line) > 1}
     best = series.get("repaired") or series["cut"]
     top = 1.25 * max(kl + error for _, kl, error in best)
+    heights = {count: kl for count, kl, _ in best}
     with draw(path, height=3.9, digest=digest) as (_, axes):
         axes.axhline(0, color=ROLE_COLOURS["dense"], lw=1.2, ls=(0, (4, 3)), zorder=1)
-        for name, found in series.items():
-            x, y, errors = zip(*found, strict=True)
-            axes.errorbar(
-                x[1:], y[1:], yerr=errors[1:], color=ROLE_COLOURS[name], marker=ROLE_MARKERS[name], ms=5.5, ls="",
-                elinewidth=1.2, zorder=3,
-            )  # fmt: skip
-            axes.plot(x, y, color=ROLE_COLOURS[name], lw=1.8, zorder=2)
-            # A line that leaves the picture is named where it does.
-            seen = [(a, b) for a, b, _ in found if b <= top]
-            at = seen[-1]
-            inside = len(seen) == len(found)
-            axes.annotate(
-                _NAMES[name], at, xytext=(8, 0) if inside else (-6, 10), textcoords="offset points", fontsize=9.5,
-                ha="left" if inside else "right", va="center", color=ROLE_COLOURS[name], annotation_clip=False,
-            )  # fmt: skip
+        for name, line in series.items():
+            _draw_line(axes, name, line, top)
         axes.plot(0, 0, color=ROLE_COLOURS["dense"], marker=ROLE_MARKERS["dense"], ms=7, zorder=4, clip_on=False)
-        last = max(point["dropped"] for point in points)
         axes.annotate(
             "dense", (1, 0), xytext=(5, 0), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9.5, va="center",
             color=ROLE_COLOURS["dense"], annotation_clip=False,
         )  # fmt: skip
-        heights = {count: kl for count, kl, _ in best}
         if knee in heights:
             axes.axvline(knee, color=FAINT, lw=1.2, ls=(0, (1, 1.5)), zorder=0)
             axes.annotate(
@@ -86,17 +73,37 @@ def curve(
                 annotation_clip=False,
             )  # fmt: skip
         if chosen in heights:
-            colour = ROLE_COLOURS["healed"]
-            axes.plot(chosen, heights[chosen], marker="o", ms=15, mfc="none", mec=colour, mew=2, zorder=5)
-            axes.annotate(  # below the curve, where it is empty
-                remark or f"chosen: {chosen} layers", (chosen, heights[chosen]), xytext=(0.985, 0.06),
-                textcoords="axes fraction", fontsize=9.5, ha="right", va="bottom", color=colour, fontweight="bold",
-                arrowprops={"arrowstyle": "-", "color": colour, "shrinkB": 8, "relpos": (0.3, 1)},
-            )  # fmt: skip
-        step = 1 if last <= 16 else 2 if last <= 32 else 5
-        axes.set_xticks(range(0, last + 1, step))
+            _mark_chosen(axes, (chosen, heights[chosen]), remark or f"chosen: {chosen} layers")
+        last = max(point["dropped"] for point in points)
+        axes.set_xticks(range(0, last + 1, 1 if last <= 16 else 2 if last <= 32 else 5))
         axes.set_xlim(-0.3, last + 0.4)
         axes.set_ylim(-0.02 * top, top)
         axes.set_xlabel("layers dropped")
         axes.set_ylabel("KL from the dense model, nats per token")
         grid(axes, "y")
+
+
+def _draw_line(axes: Any, name: str, line: Sequence[tuple[int, float, float]], top: float) -> None:
+    """Draw the points `(layers dropped, KL, standard error)` of the cut or the repaired model, and the line's name."""
+    colour = ROLE_COLOURS[name]
+    x, y, errors = zip(*line, strict=True)
+    axes.errorbar(
+        x[1:], y[1:], yerr=errors[1:], color=colour, marker=ROLE_MARKERS[name], ms=5.5, ls="", elinewidth=1.2, zorder=3
+    )
+    axes.plot(x, y, color=colour, lw=1.8, zorder=2)
+    # A line that leaves the picture is named where it does.
+    seen = [(count, kl) for count, kl, _ in line if kl <= top]
+    inside = len(seen) == len(line)
+    axes.annotate(
+        _NAMES[name], seen[-1], xytext=(8, 0) if inside else (-6, 10), textcoords="offset points", fontsize=9.5,
+        ha="left" if inside else "right", va="center", color=colour, annotation_clip=False,
+    )  # fmt: skip
+
+
+def _mark_chosen(axes: Any, point: tuple[int, float], remark: str) -> None:
+    colour = ROLE_COLOURS["healed"]
+    axes.plot(*point, marker="o", ms=15, mfc="none", mec=colour, mew=2, zorder=5)
+    axes.annotate(  # below the curve, where it is empty
+        remark, point, xytext=(0.985, 0.06), textcoords="axes fraction", fontsize=9.5, ha="right", va="bottom", color=colour,
+        fontweight="bold", arrowprops={"arrowstyle": "-", "color": colour, "shrinkB": 8, "relpos": (0.3, 1)},
+    )  # fmt: skip
