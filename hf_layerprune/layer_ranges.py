@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from .errors import CutError
 
-_MOST = 100_000
+MOST_LAYERS = 100_000
 _PART = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 
 
@@ -34,8 +34,8 @@ def parse_layers(text: str) -> list[int]:
         if last < first:
             raise CutError(f"the range {part.strip()} in {text!r} runs backwards; write {last}-{first}")
         layers.extend(range(first, last + 1))
-        if len(layers) > _MOST:
-            raise CutError(f"{text[:50]}... lists more than {_MOST} layers; list only layers of the model")
+        if len(layers) > MOST_LAYERS:
+            raise CutError(f"{text[:50]}... lists more than {MOST_LAYERS} layers; list only layers of the model")
     ordered = sorted(layers)
     for one, next_one in pairwise(ordered):
         if one == next_one:

@@ -64,7 +64,7 @@ def without(layers: tuple[int, ...]) -> Any:
 def test_any_cuts_in_any_memory(
     model: Any, text: CalibrationSet, memory: int | None, head_tokens: int, cached_logits: int, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(trials, "_HEAD_TOKENS", head_tokens)
+    monkeypatch.setattr(trials, "HEAD_TOKENS", head_tokens)
     monkeypatch.setattr(divergence, "_CACHED_LOGITS", cached_logits)
     if memory is not None:
         monkeypatch.setattr(trials, "memory_for", lambda walk: memory)

@@ -13,10 +13,8 @@ from transformers.utils.hub import cached_file
 
 from ..errors import CheckpointError, boundary
 from ..files.json_file import read_object
+from ..records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
 from ..runtime.loading import WHERE, as_path, check_complete
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:
@@ -32,7 +30,7 @@ def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:
     where = {name: kwargs[name] for name in WHERE if kwargs.get(name) is not None}
     path = as_path(base)
     name = str(path) if path.exists() else str(base)
-    if path.is_file() or _find(name, "config.json", where) is not None:
+    if path.is_file() or _find(name, CONFIG, where) is not None:
         return None
     config_path = _find(name, ADAPTER_CONFIG, where)
     if config_path is None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SELF = "self"
 # How many times the required number of tokens is read, so that rows don't all come from the first documents.
 _POOL = 4
+_PROBE_TOKENS = 32
 
 Media = dict[str, torch.Tensor]
 # Token ids `[batch, seq]` of some rows, and the model's other inputs, such as `pixel_values`.
@@ -94,9 +95,9 @@ class CalibrationSet:
         for ids, media, length in zip(self.input_ids, self.media, self.lengths, strict=False):
             yield ids[None, :length], media
 
-    def probe(self, tokens: int) -> Rows:
-        """The first tokens of the first row; all of them if it has an image, which can't be cut in two."""
-        return next(self.batches(1)) if self.media else (self.input_ids[:1, :tokens], {})
+    def probe(self) -> Rows:
+        """A few tokens for trial runs of a layer: the first of the first row; all if it has an image, which can't be cut in two."""
+        return next(self.batches(1)) if self.media else (self.input_ids[:1, :_PROBE_TOKENS], {})
 
     def first(self, rows: int) -> CalibrationSet:
         """A set of the first rows."""

@@ -14,8 +14,9 @@ from ..errors import CheckpointError
 from ..files.copy import FileState
 from ..files.hub import Repo, hub_errors
 from ..files.shards import INDEX, shard_names
+from ..records.fingerprints import CONFIG, TEMPLATES
 from ..runtime.loading import CHECKPOINT_FILES, is_hub_id
-from .folder import CONFIG, SINGLE, SUBFOLDERS, check_index, find_weights, is_companion, read_json
+from .folder import SINGLE, check_index, find_weights, is_companion, read_json
 from .header import Header, Tensor, read_header
 
 logger = logging.getLogger(__name__)
@@ -65,8 +66,8 @@ class Base:
             raise CheckpointError(
                 f"{folder} is not a folder; specify a model folder with a {CONFIG} and safetensors weights"
             )
-        # Below the top level, only folders that may hold companion files are listed.
-        paths = sorted([*folder.iterdir(), *(path for name in SUBFOLDERS for path in folder.glob(f"{name}/*"))])
+        # Below the top level, only the folder that may hold companion files is listed.
+        paths = sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")])
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size if path.is_file() else 0 for path in paths}
         return cls(str(folder), folder, sizes)
 

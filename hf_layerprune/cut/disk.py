@@ -13,10 +13,12 @@ from pathlib import Path
 
 from .. import families
 from ..errors import CheckpointError
+from ..files.shards import INDEX
+from ..records.fingerprints import CONFIG
 from ..runtime.loading import load_config
 from .base import Base, read_weights
 from .complete import check_tensors
-from .folder import CONFIG, INDEX, find_weights, read_json
+from .folder import find_weights, read_json
 from .plan import CheckpointPlan, new_names, plan_weights
 from .settings import config_fields, quantiser_files, to_bytes
 

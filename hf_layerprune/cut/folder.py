@@ -9,9 +9,9 @@ from typing import Any
 from ..errors import CheckpointError
 from ..files.json_file import read_object
 from ..files.shards import INDEX, MAX_INDEX
+from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, TEMPLATES
 from .header import Header
 
-CONFIG = "config.json"
 SINGLE = "model.safetensors"
 # Other files of a model folder are copied unless they are weights, training state, or describe the base alone:
 # its card, its measurements, and the settings of a weight format that is not copied.
@@ -21,7 +21,6 @@ _WEIGHTS = (
     ".tflite", ".npz", ".npy", ".pkl", ".pickle", ".mlmodel", ".distcp", ".index.json",
 )  # fmt: skip
 _TRAINING = ("optimizer", "scheduler", "rng_state", "training_args", "events.out.tfevents")
-SUBFOLDERS = ("additional_chat_templates",)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def find_weights(names: Collection[str], where: str, variant: str | None = None)
             f"{where} holds only pickled weights ({others[0]}), which can run code when loaded and are never "
             "opened here; convert them to safetensors first (load the model and save_pretrained it)"
         )
-    if "adapter_config.json" in names:
+    if ADAPTER_CONFIG in names:
         raise CheckpointError(f"{where} holds an adapter, not a model; merge it into its base first")
     stray = sorted(name for name in names if name.endswith(".safetensors"))
     hint = f" ({stray[0]} is not named by an index)" if stray else ""
@@ -102,6 +101,6 @@ def check_index(weight_map: Mapping[str, str], headers: Mapping[str, Header], wh
 def is_companion(name: str) -> bool:
     """Whether the file at a path relative to the model folder should be copied along with the weights."""
     folder, _, name = name.lower().rpartition("/")
-    if folder not in ("", *SUBFOLDERS):
+    if folder not in ("", TEMPLATES):
         return False
     return not (name.startswith((".", "consolidated", *_TRAINING)) or name in _NEVER or name.endswith(_WEIGHTS))

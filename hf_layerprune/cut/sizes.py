@@ -21,7 +21,7 @@ import torch
 
 from .. import families
 from ..errors import CutError, boundary, cause_of
-from ..families.layout import find_decoder_layers, find_layer_prefix, text_model
+from ..families.layout import count_parameters, find_decoder_layers, find_layer_prefix, text_model, ties_head
 from ..runtime.loading import is_hub_id
 from ..runtime.model_class import auto_class_of
 from ..runtime.windows import length_within
@@ -68,7 +68,7 @@ class Sizes:
             CutError: These layers can't be dropped from this model.
         """
         model = self._model(drop)
-        return _count(model) + self._head_elements
+        return count_parameters(model) + self._head_elements
 
     def file_bytes(self, drop: Sequence[int] = ()) -> int:
         """Bytes of the safetensors files that are left, as `cut.disk` writes them: headers and tensors.
@@ -105,7 +105,7 @@ class Sizes:
 
     def of_layers(self, what: str, *, context: int | None = None, batch: int = 1) -> list[float]:
         """What each layer adds to a size (`"params"`, `"size"` or `"memory"`), without what it shares with others."""
-        layers = [_count(layer) for layer in find_decoder_layers(self._model(())).layers]
+        layers = [count_parameters(layer) for layer in find_decoder_layers(self._model(())).layers]
         if what == "params":
             return [float(count) for count in layers]
         sizes = [float(count * self.dtype.itemsize) for count in layers]
@@ -175,7 +175,7 @@ class Sizes:
         """Elements that untying the head adds."""
         model = self._model(())
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
-        return _count(table) if self._untie and _is_tied(model) and head is not None else 0
+        return count_parameters(table) if self._untie and ties_head(model.config) and head is not None else 0
 
     def _model(self, drop: Sequence[int]) -> PreTrainedModel:
         """The model without weights."""
@@ -213,14 +213,6 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     part = config if type(config) in auto_class._model_mapping else families.text_config(config)
     with boundary("no model can be built from the config"), torch.device("meta"):
         return auto_class.from_config(part, dtype=dtype, attn_implementation="eager", trust_remote_code=False).eval()
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    return bool(getattr(families.text_config(model.config), "tie_word_embeddings", False))
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _tensor_bytes(value: Any, seen: set[int]) -> int:

@@ -12,7 +12,7 @@ from .fields import LIST_NAMES, NOT_TEXT
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _NORM_NAMES = (
     "norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm", "output_layernorm", "embedding_norm",
@@ -127,6 +127,16 @@ def find_final_norm(model: PreTrainedModel, stack: DecoderStack) -> str | None:
         if hasattr(parent, name) and next(getattr(parent, name).parameters(), None) is not None:
             return f"{stack.parent_path}.{name}".lstrip(".")
     return None
+
+
+def ties_head(config: PreTrainedConfig) -> bool:
+    """Whether the output head and the input embeddings are one matrix, as the config says."""
+    return bool(getattr(text_config(config), "tie_word_embeddings", False))
+
+
+def count_parameters(module: nn.Module) -> int:
+    """How many parameters a module has, a shared one counted once."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def find_output_head(model: PreTrainedModel) -> str | None:

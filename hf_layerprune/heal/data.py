@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..calibration.documents import IMAGE_COLUMNS
 from ..errors import CheckpointError, CutError, boundary
 from ..files.data_sets import SUFFIXES, json_files, read_json_files
 from ..runtime.loading import chats
@@ -31,8 +32,7 @@ FILES = (*SUFFIXES, ".parquet", ".csv")
 # Columns of an instruction, of its context, and of its answer.
 _INSTRUCTIONS = (("instruction", "input", "output"), ("instruction", "context", "response"))
 TEXT = "text"
-# Columns in which data sets hold what is not text.
-IMAGES = ("image", "images")
+# Columns in which data sets hold what is neither text nor images.
 OTHER_MEDIA = ("audio", "audios", "video", "videos")
 # Columns that TRL passes on to the chat template.
 FOR_TEMPLATES = ("tools", "chat_template_kwargs")
@@ -159,7 +159,7 @@ def shape_rows(
         columns = rows.column_names or list(next(iter(rows)))
     if media := [column for column in OTHER_MEDIA if column in columns]:
         raise CutError(f"{name} has {', '.join(media)}, and healing trains on text and images; leave it out")
-    images = [column for column in IMAGES if column in columns]
+    images = [column for column in IMAGE_COLUMNS if column in columns]
     if images and load_processor is None:
         raise CutError(f"{name} has {', '.join(images)}, and the model reads text alone; leave that column out")
     chatting = chats(load_processor() if images and load_processor else tokenizer)
@@ -198,7 +198,7 @@ def shape_rows(
 
 def has_images(rows: Any) -> bool:
     """Whether shaped rows have images, which TRL's own path for them trains on."""
-    return any(column in IMAGES for column in getattr(rows, "column_names", None) or ())
+    return any(column in IMAGE_COLUMNS for column in getattr(rows, "column_names", None) or ())
 
 
 def _opened(rows: Dataset, columns: list[str], folder: Path) -> Dataset:

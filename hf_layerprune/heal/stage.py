@@ -16,7 +16,7 @@ from ..cut.settings import keep_version, to_bytes
 from ..errors import LayerPruneError
 from ..files.copy import write_bytes
 from ..files.folders import new_folder
-from ..records.fingerprints import CONFIG, WEIGHTS, fingerprint, model_files
+from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, GENERATION, WEIGHTS, fingerprint, model_files
 from ..records.lineage import Lineage
 from ..runtime.config_file import read_config_file
 from ..runtime.loading import load_base, load_config, load_tokenizer
@@ -68,7 +68,7 @@ def write_healed(
 
 def _merged(student: Student, trained: Path, adapter: Path | None, folders: ExitStack) -> PreTrainedModel:
     """The merged model; writes its adapter too, if there is one."""
-    if not (trained / "adapter_config.json").is_file():
+    if not (trained / ADAPTER_CONFIG).is_file():
         model, before = load_base(trained, dtype=weights_dtype(student)), load_config(student.folder)
         for name in _SET_BY_TRAINERS:
             setattr(model.config, name, getattr(before, name, None))
@@ -125,7 +125,7 @@ def copy_beside_weights(before: Path, after: Path) -> None:
     fields = read_config_file(after / CONFIG)
     keep_version(read_config_file(before / CONFIG), fields)
     write_bytes(after / CONFIG, to_bytes(fields))
-    (after / "generation_config.json").unlink(missing_ok=True)  # saving a model writes one even where there was none
+    (after / GENERATION).unlink(missing_ok=True)  # saving a model writes one even where there was none
     for name, path in model_files(before).items():
         if name != CONFIG and not name.endswith((*WEIGHTS, ".index.json")):
             (after / name).parent.mkdir(exist_ok=True)

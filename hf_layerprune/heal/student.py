@@ -13,6 +13,7 @@ from .. import families
 from ..errors import CheckpointError
 from ..families import Cut
 from ..families.fields import cut_without
+from ..families.layout import ties_head
 from ..files.hub import Repo
 from ..records.fingerprints import CONFIG
 from ..records.lineage import Lineage
@@ -76,9 +77,8 @@ class Student:
         """The method of that name; `"auto"` chooses the one that suits this model, and logs why."""
         if name != "auto":
             return parse_method(name)
-        config = load_config(self.folder).get_text_config()
-        tied = bool(getattr(config, "tie_word_embeddings", False))
-        method, why = choose_method(self.cut, tied, config.hidden_size)
+        config = load_config(self.folder)
+        method, why = choose_method(self.cut, ties_head(config), config.get_text_config().hidden_size)
         logger.info("method=auto is %s: %s", method.name, why)
         return method
 

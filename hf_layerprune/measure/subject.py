@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter.loading import load_model, load_tokenizer
-from ..adapter.reading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_adapter
+from ..adapter.reading import find_adapter
 from ..errors import CheckpointError
 from ..files.hub import Repo
 from ..records.fingerprints import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     CONFIG,
     WEIGHTS,
     Identity,

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CutError
-from ..layer_ranges import parse_layers
+from ..layer_ranges import MOST_LAYERS, parse_layers
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 MODEL_HELP = "A Hub id, a model folder, or a .gguf file"
 MODEL_OR_ADAPTER_HELP = "A Hub id, a model folder, a .gguf file, or an adapter"
-MOST_LAYERS = 100_000
 _MOST_CHARACTERS = 4096
 
 

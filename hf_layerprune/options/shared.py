@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import CutError
+from ..layer_ranges import MOST_LAYERS
 from .amount import AmountOptions
 from .declare import check, option
-from .kinds import FLAG, LAYERS, MOST_LAYERS, TUNE_LAYERS, whole
+from .kinds import FLAG, LAYERS, TUNE_LAYERS, whole
 
 
 @dataclass(kw_only=True)

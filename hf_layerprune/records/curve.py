@@ -21,6 +21,11 @@ def curve_of(history: History) -> list[dict[str, Any]]:
     return []
 
 
+def quality_of(point: dict[str, Any]) -> dict[str, Any]:
+    """What a point says of quality: after the repair if there is one, otherwise of the plain cut."""
+    return point.get("repaired") or point["cut"]
+
+
 def is_point(point: Any, num_layers: int) -> bool:
     """Whether what a file has is a point of a curve."""
     if not isinstance(point, dict) or not any(name in point for name in STATES):

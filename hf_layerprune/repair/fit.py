@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PROBE_TOKENS = 32
 _BATCH_ROWS = 8
 HELD_OUT = 5  # every fifth batch is held out
 
@@ -156,7 +155,7 @@ class Fitter:
         walk = self.walk
         size = max(1, min(_BATCH_ROWS, len(calibration) // HELD_OUT))
         batches = [walk.begin(*given) for given in calibration.batches(size)]
-        probe = walk.begin(*calibration.probe(_PROBE_TOKENS))
+        probe = walk.begin(*calibration.probe())
         for i in progress_bar(range(self.last), desc="fitting the repair", unit="layer"):
             if i in self.first_of:
                 self.enter(i, batches)

@@ -12,14 +12,13 @@ import torch
 from ..calibration.rows import CalibrationSet
 from ..runtime.devices import synchronise
 from ..runtime.walk import LayerWalk
-from .passes import batch_rows
+from .passes import HEAD_TOKENS, batch_rows
 from .registry import find_criterion
 from .sets import neighbours
 from .trials import Trial, layer_runs, rows_per_pass
 
 logger = logging.getLogger(__name__)
 
-_HEAD_TOKENS = 256
 # The backward pass runs a layer again, then computes the gradients of its input and its weights.
 _BACKWARD = 3
 
@@ -115,7 +114,7 @@ def _of_a_row(walk: LayerWalk, text: CalibrationSet) -> tuple[float, float]:
     with walk.layer(0) as run:
         run(batch.hidden, batch)
         layer = _timed(lambda: run(batch.hidden, batch), walk.device)
-    piece = batch.hidden[:1, : min(_HEAD_TOKENS, length)]
+    piece = batch.hidden[:1, : min(HEAD_TOKENS, length)]
     walk.logits(piece)
     head = _timed(lambda: walk.logits(piece).float().logsumexp(-1), walk.device)
     return layer / rows, head * length / piece.shape[1]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..layer_ranges import format_layers
+from ..records.curve import quality_of
 from .budget import quality
 from .search import Search, changes_of
 from .trials import Trial, try_out
@@ -39,7 +40,7 @@ def curve_points(search: Search, up_to: int, done: int = 0) -> Iterator[dict[str
 
 def knee(points: list[dict[str, Any]]) -> int | None:
     """The number of layers behind which quality falls off: the point that is farthest below the chord of the curve."""
-    kls = [0.0, *((point.get("repaired") or point["cut"])["kl"] for point in points)]
+    kls = [0.0, *(quality_of(point)["kl"] for point in points)]
     if len(kls) < 4 or kls[-1] <= 0:
         return None
     last = len(kls) - 1

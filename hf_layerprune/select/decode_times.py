@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..families import text_config
-from ..families.layout import find_decoder_layers
+from ..families.layout import count_parameters, find_decoder_layers
 from ..runtime.devices import moved_to, synchronise
 from ..runtime.memory import free_memory
 from ..runtime.parts import evaluating, hooked
@@ -139,4 +139,4 @@ def _timed(model: PreTrainedModel, context: int, batch: int) -> DecodeTimes:
 def _kind(model: PreTrainedModel, index: int, layer: torch.nn.Module) -> tuple[Any, ...]:
     """What layers that do the same work have in common."""
     types = getattr(text_config(model.config), "layer_types", None)
-    return type(layer), sum(p.numel() for p in layer.parameters()), types[index] if types else None
+    return type(layer), count_parameters(layer), types[index] if types else None

@@ -21,7 +21,8 @@ from .scores import Scores
 
 # Tokens per batch: enough to keep the processor busy, few enough to keep a layer's activations small.
 BATCH_TOKENS = 4096
-_PROBE_TOKENS = 32
+# Positions of a row for which logits exist at a time.
+HEAD_TOKENS = 256
 
 
 class Observer:
@@ -81,7 +82,7 @@ def run_pass(
     """
     alive = range(walk.num_layers) if alive is None else alive
     batches = [walk.begin(*given) for given in calibration.batches(rows or batch_rows(calibration))]
-    probe = walk.begin(*calibration.probe(_PROBE_TOKENS))
+    probe = walk.begin(*calibration.probe())
     for observer in observers:
         observer.begin(alive, batches)
     for i in progress_bar(alive, desc="running the dense model", unit="layer"):

@@ -27,11 +27,10 @@ from ..runtime.memory import free_bytes
 from ..runtime.walk import Batch, LayerWalk
 from ..screen import progress_bar
 from .magnitude import weight_matrices
-from .passes import Observer, batch_rows, run_pass
+from .passes import HEAD_TOKENS, Observer, batch_rows, run_pass
 from .registry import ORIGINAL, PAPER
 from .scores import Scores
 
-_HEAD_TOKENS = 256
 _WEIGHT_ROWS = 256
 _PAPER_BATCH = 10
 
@@ -129,8 +128,8 @@ def _loss_gradient(walk: LayerWalk, batch: Batch, tokens: int) -> torch.Tensor:
     """The gradient of the summed loss divided by `tokens`, with respect to the output of the last layer."""
     gradient = torch.zeros_like(batch.hidden)
     for row, ids in enumerate(batch.input_ids):
-        for start in range(0, len(ids) - 1, _HEAD_TOKENS):
-            targets = ids[start + 1 : start + 1 + _HEAD_TOKENS]
+        for start in range(0, len(ids) - 1, HEAD_TOKENS):
+            targets = ids[start + 1 : start + 1 + HEAD_TOKENS]
             asked = batch.asked[row, start : start + len(targets)]
             piece = batch.hidden[row : row + 1, start : start + len(targets)].detach().requires_grad_(True)
             with torch.enable_grad():

@@ -23,14 +23,13 @@ from ..runtime.divergence import Reference, diverge
 from ..runtime.memory import free_bytes
 from ..runtime.walk import Batch, LayerWalk
 from ..screen import progress_bar
-from .passes import batch_rows, not_finite
+from .passes import HEAD_TOKENS, batch_rows, not_finite
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 Change = Callable[[nn.Module], AbstractContextManager]
 Key = tuple[object, ...]
-_HEAD_TOKENS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,8 +180,8 @@ def _compare(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor]) -> t
     sums = sums.to(walk.device)
     asked = batch.asked
     for row, ids in enumerate(batch.input_ids):
-        for start in range(0, length, _HEAD_TOKENS):
-            end = min(start + _HEAD_TOKENS, length)
+        for start in range(0, length, HEAD_TOKENS):
+            end = min(start + HEAD_TOKENS, length)
             targets, counts = ids[start + 1 : end + 1], asked[row, start:end]
             reference = Reference(walk.logits(dense[row : row + 1, start:end])[0])
             for state, sums_of in zip(cuts, sums[:, row], strict=True):

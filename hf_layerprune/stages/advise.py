@@ -19,6 +19,7 @@ from ..files.copy import check_file_target, write_text
 from ..heal.frontier import Expected, Frontier
 from ..layer_ranges import parse_layers
 from ..options import COUNTED_BY, CutOptions, declared, just, refuse_unused, spell_count, take, words_of
+from ..records.curve import quality_of
 from ..repair.fit import check_repair
 from ..runtime.loading import load_config
 from ..runtime.windows import context_of
@@ -214,7 +215,7 @@ def _expected(frontier: Frontier, curve: list[dict[str, Any]] | None, count: int
     found = frontier.expected(count / n, tokens)
     if not curve or count > len(curve):
         return found
-    best = curve[count - 1].get("repaired") or curve[count - 1]["cut"]
+    best = quality_of(curve[count - 1])
     before = frontier.expected(count / n, 0)
     return replace(
         found,

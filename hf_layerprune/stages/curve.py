@@ -24,6 +24,7 @@ from ..errors import CheckpointError, CutError, LayerPruneError
 from ..files.copy import write_text
 from ..layer_ranges import name_layers, parse_layers
 from ..options import AmountOptions, spell_bytes, spell_count
+from ..records.curve import quality_of
 from ..records.fingerprints import fingerprint
 from ..runtime.loading import is_hub_id, load_config
 from ..select.registry import find_criterion
@@ -80,7 +81,7 @@ class Curve:
         ]  # fmt: skip
         rows = [heads, ["0", *_sizes(self.record["dense"]), "1x", "0", "0", "x1", "100 %", "dense"]]
         for point in self.points:
-            best = point.get("repaired") or point["cut"]
+            best = quality_of(point)
             marks = {"chosen": self.chosen, "knee": self.knee}
             here = ", ".join(word for word, count in marks.items() if count == point["dropped"])
             kls = [f"{point[name]['kl']:.3g}" if name in point else "-" for name in ("cut", "repaired")]
@@ -196,9 +197,8 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
         }
         record["points"].append(point)
         record["steps"] = search.steps
-        best = point.get("repaired") or point["cut"]
-        gone = name_layers(parse_layers(point["layers"]))
-        logger.info("%d of %d: without %s, KL is %.3g", point["dropped"], up_to, gone, best["kl"])
+        kl = quality_of(point)["kl"]
+        logger.info("%d of %d: without %s, KL is %.3g", point["dropped"], up_to, name_layers(drop), kl)
         if request.output is not None:
             _write(request.output.expanduser(), record)
 
@@ -325,7 +325,7 @@ def _check_known(request: AmountOptions) -> None:
 
 def _is_inside(point: dict[str, Any], name: str, value: float) -> bool:
     """Whether a point meets a target or, with one standard error, a budget."""
-    best = point.get("repaired") or point["cut"]
+    best = quality_of(point)
     if name in ("target_params", "target_size"):
         return point["parameters" if name == "target_params" else "bytes"] <= value
     if name == "target_speedup":
@@ -345,7 +345,7 @@ def _draw(curve: Curve, folder: Path) -> None:
     remark = ""
     if curve.chosen is not None:
         point = curve.points[curve.chosen - 1]
-        best = point.get("repaired") or point["cut"]
+        best = quality_of(point)
         remark = (
             f"{point['dropped']} of {curve.record['num_layers']} layers dropped: {spell_count(point['parameters'])} parameters,\n"
             f"{point['speedup']:.2f} times as fast, perplexity \N{MULTIPLICATION SIGN} {best['perplexity_ratio']:.2f}"

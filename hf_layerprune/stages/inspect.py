@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .. import families
 from ..errors import LayerPruneError, cause_of
 from ..families.engines import WAY_OUT, counted, misread
-from ..families.layout import find_decoder_layers
+from ..families.layout import count_parameters, find_decoder_layers, ties_head
 from ..layer_ranges import name_layers
 from ..options import CutOptions
 from ..runtime.loading import load_config
@@ -17,7 +17,6 @@ from ..select import select_layers
 from .requests import InspectRequest
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedConfig
 
 
@@ -109,9 +108,9 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
         except LayerPruneError as error:
             refused_at[stage] = str(error)
     stack = find_decoder_layers(model)
-    layers = [_count(layer) for layer in stack.layers]
+    layers = [count_parameters(layer) for layer in stack.layers]
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and bool(getattr(families.text_config(model.config), "tie_word_embeddings", False))
+    tied = head is not None and ties_head(model.config)
     # On the meta device a tied matrix may be counted twice; the parts are counted one by one instead.
     known = {id(p) for m in (embeddings, head, *stack.layers) if m is not None for p in m.parameters()}
     other = sum(p.numel() for p in model.parameters() if id(p) not in known)
@@ -119,8 +118,8 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
         model_type=families.text_config(config).model_type,
         architecture=type(model).__name__,
         layers=layers,
-        embeddings=_count(embeddings),
-        head=0 if tied or head is None else _count(head),
+        embeddings=count_parameters(embeddings),
+        head=0 if tied or head is None else count_parameters(head),
         other=other,
         tied=tied,
         layers_path=stack.path,
@@ -131,10 +130,6 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
         repairs=list(families.proven_stages().get(families.text_config(config).model_type, {}).get("repair", ())),
         counted=misread(config) or counted(config),
     )
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:

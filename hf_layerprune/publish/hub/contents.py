@@ -138,7 +138,7 @@ def _why_not(name: str, path: Path, adapter_only: bool, named: bool) -> str | No
         return "may hold a pickle, which can run code when it is loaded"
     if rest:
         return None if named or _is_part(top, rest, path) else "in a folder that is not part of the model"
-    if adapter_only and (name.endswith(WEIGHTS) or name in (INDEX, "config.json")) and name != ADAPTER_WEIGHTS:
+    if adapter_only and (name.endswith(WEIGHTS) or name in (INDEX, CONFIG)) and name != ADAPTER_WEIGHTS:
         return "belongs to the whole model, and only the adapter is published"
     if named or name in _ALLOWED or name.endswith(WEIGHTS) or is_licence_file(name):
         return None
