@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from hf_layerprune.publish.card import metadata, regions, render
+from hf_layerprune.layer_ranges import name_layers
+from hf_layerprune.publish.card import metadata, regions, render, tables
 from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.declared import front_matter
 from hf_layerprune.records.figures.metric_names import METRICS, Metric
 from hf_layerprune.records.figures.numbers import MINUS, TIMES
-from hf_layerprune.records.history import read_history
+from hf_layerprune.records.history import Stage, read_history
 from hf_layerprune.records.known_data import KNOWN
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
@@ -427,3 +428,11 @@ def test_choosing_and_repairing_have_times_of_their_own() -> None:
     text = Card.of(lineage).render()
     assert "6 min 24 s to choose the layers, 15.8 s to cut" in text
     assert re.search(r"\*\*repair.*<sub>2 min 05 s</sub>", text)
+
+
+@pytest.mark.parametrize("dropped", [[2], [2, 3]])
+def test_the_reason_of_a_choice_does_not_repeat_its_layers(dropped: list[int]) -> None:
+    named = name_layers(dropped)
+    entry = {"settings": {"drop_layers": dropped}, "selection": {"why": f"{named} (best block): the lowest KL"}}
+    line = tables.stage_line(Stage("prune", entry, frozenset()))
+    assert f"{named} dropped (the lowest KL)" in line

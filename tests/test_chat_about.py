@@ -110,6 +110,14 @@ def test_a_glance_at_a_model(tmp_path: Path) -> None:
     assert about.at_a_glance(about.Records("m")) == ""
 
 
+def test_one_layer_is_not_layers(tmp_path: Path) -> None:
+    found = records(tmp_path)
+    prune = found.lineage["entries"][0]
+    prune["settings"]["drop_layers"] = [12]
+    assert "<p>Dropped: layer 12 of" in about.layer_map(found)
+    assert about.told(prune).startswith("Layer 12 dropped")
+
+
 def test_a_second_cut_counts_the_layers_that_the_first_left() -> None:
     cuts = [
         {"stage": "prune", "settings": {"drop_layers": [0, 1]}, "layers": {"base": 6, "left": 4}},

@@ -98,7 +98,7 @@ def layer_map(records: Records) -> str:
     return (
         f'<h2>{remain}</h2><div class="layers" role="img" aria-label="{remain} remain; dropped: {gone}">'
         f"{tiles(layers, numbered=True)}</div>"
-        f"<p>Dropped: layers {gone} of {escape(str(records.base or 'the base'))}, counted from 0.</p>"
+        f"<p>Dropped: {word(total - len(left))} {gone} of {escape(str(records.base or 'the base'))}, counted from 0.</p>"
     )
 
 
@@ -108,8 +108,8 @@ def at_a_glance(records: Records) -> str:
         return ""
     total, left = layers
     base = escape(str(records.base or "the base").rsplit("/", 1)[-1])
-    word = "layers" if total - len(left) > 1 else "layer"
-    return f'<div class="layers glance">{tiles(layers)}<p>{base} without {word} {dropped(layers)}</p></div>'
+    gone = f"{word(total - len(left))} {dropped(layers)}"
+    return f'<div class="layers glance">{tiles(layers)}<p>{base} without {gone}</p></div>'
 
 
 def tiles(layers: tuple[int, list[int]], *, numbered: bool = False) -> str:
@@ -206,7 +206,8 @@ def told(entry: dict[str, Any]) -> str:
     if entry["stage"] != "prune":
         text = "; ".join(f"{words}: {value}" for words, value in stages.training_settings(settings).items())
         return f"{text[:1].upper()}{text[1:]}." if text else ""
-    said = [f"Layers {ranges(sorted(settings['drop_layers']))} dropped"]
+    drop = sorted(settings["drop_layers"])
+    said = [f"{word(len(drop)).capitalize()} {ranges(drop)} dropped"]
     if settings.get("criterion"):
         said.append(f"chosen by {settings['criterion']}")
     if settings.get("repair"):
@@ -231,6 +232,11 @@ def link(model: str) -> str:
     if model.count("/") != 1 or model.startswith((".", "~", "/")):
         return name
     return f'<a href="{escape(constants.ENDPOINT)}/{name}" target="_blank" rel="noopener">{name}</a>'
+
+
+def word(count: int) -> str:
+    """`layer` for one layer, `layers` for several."""
+    return "layer" if count == 1 else "layers"
 
 
 def ranges(layers: list[int]) -> str:

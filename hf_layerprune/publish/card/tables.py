@@ -127,7 +127,7 @@ def stage_line(stage: Stage) -> Markup:
         line += f": {name_layers(settings.get('drop_layers') or ())} dropped"
         if chosen.get("why"):
             why = str(chosen["why"])
-            line += f" ({prose(why.partition(': ')[2] if why.startswith('layers ') else why)})"
+            line += f" ({prose(why.partition(': ')[2] if why.startswith(('layer ', 'layers ')) else why)})"
         elif settings.get("criterion"):
             line += f", chosen by {code(settings['criterion'])}"
     elif stage.name == QUANTIZE:
