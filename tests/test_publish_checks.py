@@ -387,7 +387,7 @@ def test_adapters(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("repo_id", ["small", "a/b/c", "org/..", "org/a b", "-/x", ""])
 def test_names_that_are_none(folder: Path, repo_id: str) -> None:
-    assert "is not a valid repository name" in refusals(folder, repo_id)
+    assert "is not a Hub id" in refusals(folder, repo_id)
 
 
 def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -186,7 +186,7 @@ def test_an_adapter(found: Found) -> None:
     ("words_that_fail", "push without a real token", "the Hub token has characters that no token has; copy it again"),
     ("words_that_fail", "inspect without a real token", "the Hub token has characters that no token has; copy it again"),
     ("words_that_fail", "verify without a real token", "the Hub token has characters that no token has; copy it again"),
-    ("words_that_fail", "refused", "'a name' is not a valid repository name"),
+    ("words_that_fail", "refused", "'a name' is not a Hub id"),
     ("no_network", "push", "can't reach the Hub"),
     ("no_network", "verify", "can't reach the Hub for org/model"),
     ("verify_fails_clearly", "absent", "org/absent is not on the Hub, or it is private"),

@@ -28,7 +28,7 @@ from ..families.layout import find_decoder_layers
 from ..families.multimodal import path_to_text
 from ..layer_ranges import name_layers
 from ..options.kinds import LAYERS, checked
-from ..runtime.model_class import auto_class_of, whole_models
+from ..runtime.model_class import model_without_weights, whole_models
 from .check import CannotCheckError, bypassed_logits, check_logits
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class LayerCut:
         cut (`families.Cut`): The kept and dropped layers.
         dropped (`list[nn.Module]`): The dropped layers, if they were kept in memory; otherwise empty.
         changes (`list[_Change]`): The changes in order, if the dropped layers were kept in memory; otherwise empty.
+        active (`bool`): Whether the model is cut now; `False` after `restore`.
     """
 
     cut: families.Cut
@@ -304,8 +305,8 @@ def rehearse(
 
 def rehearse_config(config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut) -> None:
     """Make the checks of `rehearse`, for the class that a config is loaded as."""
-    with boundary("no model can be built from the config"), torch.device("meta"), whole_models():
-        model = auto_class_of(config).from_config(config, trust_remote_code=False)
+    with boundary("no model can be built from the config"), whole_models():
+        model = model_without_weights(config)
         part = families.text_config(new_config) if type(model.config) is not type(config) else new_config
     rehearse(type(model), model.config, part, cut)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..files.copy import LocalFile, NewFile, check_space
+from ..files.shards import INDEX
 from ..screen import progress_bar
-from .folder import INDEX, SINGLE, check_index, read_json
+from .folder import SINGLE, check_index, read_json
 from .header import read_header
 from .plan import CheckpointPlan, ShardPlan
 

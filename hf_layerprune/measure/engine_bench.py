@@ -12,7 +12,7 @@ from ..cut.gguf.header import read_header
 from ..errors import CutError, LayerPruneError
 from ..families import layer_count
 from ..runtime.loading import load_config
-from ..runtime.model_class import auto_class_of
+from ..runtime.model_class import model_without_weights
 from .cost import decode_bytes, prefill_flops
 from .engines import EngineError, Timed
 from .engines.llama_cpp import LlamaCpp
@@ -137,8 +137,7 @@ class _Counted:
 
         config = load_config(path)
         dtype = getattr(torch, str(config.dtype).removeprefix("torch."), torch.float32)
-        with torch.device("meta"):
-            self._model = auto_class_of(config).from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        self._model = model_without_weights(config, dtype=dtype).eval()
         self.layers, self.parameters = layer_count(config), self._model.num_parameters()
 
     def of(self, kind: str, work: Workload) -> float:

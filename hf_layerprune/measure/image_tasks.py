@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..calibration.documents import IMAGE_COLUMNS
 from ..errors import LayerPruneError, boundary
 from ..families.types import ENCODER_DECODER
 from ..runtime.model_class import auto_class_of
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 # Where an image stands in a prompt; the harness puts the model's own token there.
 PLACE = "<image>"
-_COLUMNS = ("image", "images")
 _TEXTS_ALONE = "lm-evaluation-harness only runs tasks about images whose answers the model writes"
 
 
@@ -87,7 +87,7 @@ def image_token(config: Any) -> int | None:
 
 def has_images(row: Any) -> bool:
     """Whether a line of a file of questions has a place for images."""
-    return isinstance(row, dict) and any(name in row for name in _COLUMNS)
+    return isinstance(row, dict) and any(name in row for name in IMAGE_COLUMNS)
 
 
 def problem_of(row: Any) -> str | None:

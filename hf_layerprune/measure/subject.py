@@ -26,7 +26,7 @@ from ..records.fingerprints import (
 )
 from ..records.lineage import Lineage
 from ..runtime.devices import pick_device
-from ..runtime.loading import is_hub_id, load_config, load_processor, resolve_base
+from ..runtime.loading import UNPACKED, is_hub_id, load_config, load_processor, resolve_base
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -91,7 +91,7 @@ class Subject:
 
         from ..runtime.precision import warn_if_slow
 
-        name = "bfloat16" if dtype == "auto" and self.source.endswith(".gguf") else dtype
+        name = UNPACKED if dtype == "auto" and self.source.endswith(".gguf") else dtype
         kwargs: dict[str, Any] = self._at | {"dtype": name if name == "auto" else getattr(torch, name)}
         device = pick_device(device, spread=True)
         if device != "cpu":

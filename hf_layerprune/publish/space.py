@@ -21,6 +21,8 @@ from huggingface_hub.repocard import metadata_load, metadata_save
 from ..errors import CheckpointError, CutError
 from ..files.folders import new_folder
 from ..records import figures
+from ..records.declared import CARD
+from ..records.fingerprints import ADAPTER_CONFIG, CONFIG
 from ..records.lineage import Lineage
 from ..records.names import check_repository, hub_base, last_part
 from ..records.quantized import method_of, package_of
@@ -75,9 +77,9 @@ def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, 
             if path.suffix in (".py", ".css", ".txt", ".md"):
                 shutil.copyfile(path, made / path.name)
         shutil.copytree(Path(figures.__file__).parent, made / "figures", ignore=shutil.ignore_patterns("__pycache__"))
-        fields = metadata_load(made / "README.md") or {}
+        fields = metadata_load(made / CARD) or {}
         fields |= {"title": last_part(model_repo_id), "models": [one for one in (model_repo_id, base_repo_id) if one]}
-        metadata_save(made / "README.md", fields)
+        metadata_save(made / CARD, fields)
         with (made / "requirements.txt").open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in _requirements_of(model, adapter))
     return folder
@@ -128,7 +130,7 @@ def local_run(request: ChatRequest) -> tuple[list[str], dict[str, str]]:
 
 def _existing_model(model: str) -> str:
     """Refuse a path that does not exist, which the page would take for a Hub id."""
-    if not Path(model, "adapter_config.json").expanduser().is_file():
+    if not Path(model, ADAPTER_CONFIG).expanduser().is_file():
         resolve_base(model)
     return str(Path(model).expanduser()) if not is_hub_id(model) else model
 
@@ -152,14 +154,14 @@ def _local_base_of(model: Path) -> str | None:
     """The dense base of a model, if it is on this machine."""
     lineage = Lineage.of(model) if model.is_dir() else None
     base = (lineage.base.get("id") if lineage else None) or ""
-    return base if base and Path(base, "config.json").is_file() else None
+    return base if base and Path(base, CONFIG).is_file() else None
 
 
 def _requirements_of(model: Path | None, adapter: bool) -> list[str]:
     """The packages that a Space needs for this model in addition to its usual ones."""
     if adapter:
         return [f"hf-layerprune=={__version__}"]
-    config = read_config_file(model / "config.json") if model else {}
+    config = read_config_file(model / CONFIG) if model else {}
     sees = ["torchvision"] if isinstance(config.get("vision_config"), dict) else []  # which most processors need
     settings = config.get("quantization_config")
     if not isinstance(settings, dict):

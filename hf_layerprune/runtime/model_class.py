@@ -85,16 +85,22 @@ def model_class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], Pre
     return model_class, part
 
 
+def model_without_weights(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """The model that a config describes, on the meta device; further arguments are those of `from_config`."""
+    import torch
+
+    with torch.device("meta"):
+        return auto_class_of(config).from_config(config, trust_remote_code=False, **kwargs)
+
+
 def stored_names(config: PreTrainedConfig, names: Collection[str]) -> dict[str, str]:
     """How a checkpoint names tensors that an adapter names by their modules; they differ in multimodal models.
 
     Names that the model doesn't have, or does not store under one name, are left out.
     """
-    import torch
     from transformers.core_model_loading import revert_weight_conversion
 
-    with torch.device("meta"):
-        model = auto_class_of(config).from_config(config, trust_remote_code=False)
+    model = model_without_weights(config)
     state, stored = model.state_dict(), {}
     for name in names:
         if name in state:

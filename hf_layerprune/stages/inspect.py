@@ -12,7 +12,7 @@ from ..families.layout import count_parameters, find_decoder_layers, ties_head
 from ..layer_ranges import name_layers
 from ..options import CutOptions
 from ..runtime.loading import load_config
-from ..runtime.model_class import auto_class_of
+from ..runtime.model_class import auto_class_of, model_without_weights
 from ..select import select_layers
 from .requests import InspectRequest
 
@@ -78,14 +78,10 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
     Raises:
         LayerPruneError: The config is of a model without a language decoder.
     """
-    import torch
-
-    auto = auto_class_of(config)
     try:
-        with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=False)
+        model = model_without_weights(config)
     except Exception as error:  # each model's class raises what it likes
-        if type(config) in auto._model_mapping:
+        if type(config) in auto_class_of(config)._model_mapping:
             raise LayerPruneError(
                 f"no model can be built from the config: {cause_of(error)}; check that it belongs to this checkpoint"
             ) from error
@@ -99,14 +95,6 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
         protected = families.protected_layers(model.config)
     except LayerPruneError as error:
         refusal = str(error)
-    refused_at = {}
-    for stage in families.STAGES:
-        try:
-            families.check_stage(config, stage)
-            if stage == "heal":
-                families.check_trainable(config)
-        except LayerPruneError as error:
-            refused_at[stage] = str(error)
     stack = find_decoder_layers(model)
     layers = [count_parameters(layer) for layer in stack.layers]
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -126,10 +114,23 @@ def inspect_config(config: PreTrainedConfig) -> Anatomy:
         refusal=refusal,
         protected=protected,
         dropped_before=list((getattr(config, families.MARKER, None) or {}).get("drop_layers", [])),
-        refused_at=refused_at,
+        refused_at=_refused_at(config),
         repairs=list(families.proven_stages().get(families.text_config(config).model_type, {}).get("repair", ())),
         counted=misread(config) or counted(config),
     )
+
+
+def _refused_at(config: PreTrainedConfig) -> dict[str, str]:
+    """The stages that a model type can't go through, each with the reason."""
+    refused_at = {}
+    for stage in families.STAGES:
+        try:
+            families.check_stage(config, stage)
+            if stage == "heal":
+                families.check_trainable(config)
+        except LayerPruneError as error:
+            refused_at[stage] = str(error)
+    return refused_at
 
 
 def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:

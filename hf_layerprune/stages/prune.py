@@ -31,6 +31,8 @@ from .provenance import is_base, is_text, write_lineage
 from .requests import PruneRequest
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from ..adapter.config import LayerDropConfig
     from ..adapter.prepare import Prepared
     from ..cut.plan import CheckpointPlan
@@ -132,22 +134,8 @@ def prune_to(request: PruneRequest) -> Pruned:
     source = hub.folder if hub else Path(request.base).expanduser()
     check_target(output.expanduser(), source, request.force)  # before minutes are spent on choosing layers
     config = load_config(hub.folder) if hub else load_config(request.base, revision=request.revision)
-    families.check_supported(config)
-    if request.repair is not None:
-        families.check_stage(config, "repair")
-    by_text = request.budget is not None or find_criterion(request.criterion).needs == "text"
-    if request.drop_layers is None and by_text:
-        families.check_stage(config, "rank")
-    prepared = target = None
-    if looks_at_model(request):
-        # The repair looks at the same model and the same text, so it is fitted here as well.
-        prepared = _prepare(request, None)
-        dropped = prepared.drop_layers
-    elif request.drop_layers is not None:
-        dropped = request.drop_layers
-    else:
-        target = Target.of(_config(request, None), config, request.base, revision=request.revision)
-        dropped = select_layers(families.layer_count(config), request, families.protected_layers(config), target)
+    _check_family(request, config)
+    dropped, prepared, target = _choose(request, config)
     cut = families.make_cut(config, dropped)
     if warning := misread(config, cut.keep):
         logger.warning("%s; %s", warning, WAY_OUT)
@@ -176,6 +164,29 @@ def prune_to(request: PruneRequest) -> Pruned:
         entry["layers"] = {"base": cut.num_layers, "left": len(cut.keep)}
         write_lineage(request, entry, commit, folder, hub)
     return Pruned(str(output), list(cut.drop), cut.num_layers, "adapter" if request.adapter else "model")
+
+
+def _check_family(request: PruneRequest, config: PreTrainedConfig) -> None:
+    """Refuse a model type that is not proven to survive what the request asks for."""
+    families.check_supported(config)
+    if request.repair is not None:
+        families.check_stage(config, "repair")
+    by_text = request.budget is not None or find_criterion(request.criterion).needs == "text"
+    if request.drop_layers is None and by_text:
+        families.check_stage(config, "rank")
+
+
+def _choose(request: PruneRequest, config: PreTrainedConfig) -> tuple[list[int], Prepared | None, Target | None]:
+    """The layers to drop, with what a dense model was walked for, or with the target that decided their number."""
+    if looks_at_model(request):
+        # The repair looks at the same model and the same text, so it is fitted here as well.
+        prepared = _prepare(request, None)
+        return prepared.drop_layers, prepared, None
+    if request.drop_layers is not None:
+        return request.drop_layers, None, None
+    target = Target.of(_config(request, None), config, request.base, revision=request.revision)
+    protected = families.protected_layers(config)
+    return select_layers(families.layer_count(config), request, protected, target), None, target
 
 
 def _refuse_what_has_no_effect(request: PruneRequest) -> None:

@@ -72,7 +72,7 @@ def curve(
                 "knee", (knee, top), xytext=(0, 3), textcoords="offset points", fontsize=9, color=INK, ha="center",
                 annotation_clip=False,
             )  # fmt: skip
-        if chosen in heights:
+        if chosen is not None and chosen in heights:
             _mark_chosen(axes, (chosen, heights[chosen]), remark or f"chosen: {chosen} layers")
         last = max(point["dropped"] for point in points)
         axes.set_xticks(range(0, last + 1, 1 if last <= 16 else 2 if last <= 32 else 5))

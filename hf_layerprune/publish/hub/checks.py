@@ -10,14 +10,14 @@ from pathlib import Path
 from ...cut.folder import read_json
 from ...errors import CheckpointError, LayerPruneError
 from ...records.figures import numbers
-from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fingerprint, weights_hash
+from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, fingerprint, weights_hash
 from ...records.history import read_history
 from ...records.licences import NOTICE, LicenceFound, is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
 from ...records.metrics import Metrics
-from ...records.names import is_hub_name, is_local
+from ...records.names import check_repository, is_hub_name, is_local
 from ...runtime.config_file import read_config_file
 from ..requests import PushRequest
 from . import leaks
@@ -56,10 +56,8 @@ def run_checks(contents: Contents, request: PushRequest) -> list[Check]:
 
 
 def _repository(contents: Contents, request: PushRequest) -> Outcome:
-    name = request.repo_id
-    if "/" not in name or not is_hub_name(name):
-        raise CheckpointError(f"{name!r} is not a valid repository name; write it as NAMESPACE/NAME")
-    yield OK, name
+    check_repository(request.repo_id)
+    yield OK, request.repo_id
 
 
 def _weights(contents: Contents, request: PushRequest) -> Outcome:
@@ -186,7 +184,7 @@ def _loading(contents: Contents, request: PushRequest) -> Outcome:
         yield WARNING, "there is no tokenizer, so the model needs that of its base"
     if code := [name for name in contents.files if name.endswith(".py")]:
         yield WARNING, f"{code[0]} is code, which runs only with trust_remote_code"
-    config = read_config_file(contents.folder / "config.json")
+    config = read_config_file(contents.folder / CONFIG)
     yield OK, f"{config['model_type']}, {', '.join(config.get('architectures') or ['no class named'])}"
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...cut.folder import INDEX
 from ...errors import CheckpointError
+from ...files.shards import INDEX
 from ...records.declared import CARD
 from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, TEMPLATES, WEIGHTS
 from ...records.licences import is_licence_file

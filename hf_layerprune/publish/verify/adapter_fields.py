@@ -11,7 +11,7 @@ from ...families.layout import find_decoder_layers
 from ...options import CutOptions
 from ...records.history import History
 from ...records.names import last_part
-from ...runtime.model_class import auto_class_of
+from ...runtime.model_class import model_without_weights
 
 # They don't affect the outputs: layers that are named are not chosen again.
 _HARMLESS = {one.name for one in fields(CutOptions)} - {"repair"} | {
@@ -73,7 +73,6 @@ def adapter_differences(
 
 def _tuned(adapter: Any, config: dict[str, Any]) -> list[str] | None:
     """The modules that an adapter of this config saves, of the cut model with the other config."""
-    import torch
     from transformers import CONFIG_MAPPING
 
     from ...adapter.resolve import cut_of
@@ -81,7 +80,7 @@ def _tuned(adapter: Any, config: dict[str, Any]) -> list[str] | None:
 
     told = {name: value for name, value in config.items() if name != "quantization_config"}
     made = CONFIG_MAPPING[config["model_type"]].from_dict(told)
-    with boundary("no model can be built from the base's config"), torch.device("meta"):
-        model = auto_class_of(made).from_config(made, trust_remote_code=False)
+    with boundary("no model can be built from the base's config"):
+        model = model_without_weights(made)
     tuned = tuned_modules(model, replace(adapter, modules_to_save=None), cut_of(adapter), find_decoder_layers(model))
     return saved_modules(tuned, adapter.repaired_modules)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ...errors import shown
 from ...records.lineage import FILE_NAME as LINEAGE
 
-BASE = "base"  # what a line is about that says where the base is
+BASE = "base"  # the part that a line about the base names
 _MAX_LINES = 20
 
 
@@ -34,8 +34,8 @@ class Verified:
     Args:
         name (`str`): The model.
         lines (`list[Line]`): The findings.
-        recorded (`Counter[str]`): Number of tensors that can only be checked against the records, by the stages that changed
-            them.
+        recorded (`Counter[str]`): Number of tensors that can only be checked against the records, by the stages that
+            changed them.
         accept_trained (`bool`): Whether to accept such tensors.
         complete (`bool`): Whether all checks were made.
         without_weights (`bool`): Whether there are only records, and no model that they could prove.
@@ -64,7 +64,10 @@ class Verified:
     def verdict(self) -> str:
         """One line: yes, no, or in part, with the unproven part; or that there are only records, or no base."""
         if self.without_base and all(line.good for line in self.lines if line.what != BASE):
-            return f"NOT CHECKED: the base of {self.name} was not found, and its records have no other fault; specify it with --base"
+            return (
+                f"NOT CHECKED: the base of {self.name} was not found, and its records have no other fault; specify it "
+                "with --base"
+            )
         if self.without_weights:
             agree = "agree" if self.consistent else "do NOT agree"
             return (

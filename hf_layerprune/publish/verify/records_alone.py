@@ -50,11 +50,11 @@ def _check_base(source: Base, lineage: Lineage, outcome: Verified) -> None:
     """Check that a base is the one that a lineage names."""
     told = lineage.base.get("files") or {}
     if not any(name.endswith(WEIGHTS) for name in told):
-        outcome.say(False, "base", f"{LINEAGE} has no hashes of the base's weights")
+        outcome.say(False, BASE, f"{LINEAGE} has no hashes of the base's weights")
     elif differ := source.differences(told):
-        outcome.say(False, "base", f"{source} is not the base that {LINEAGE} names: {', '.join(differ[:3])} differ")
+        outcome.say(False, BASE, f"{source} is not the base that {LINEAGE} names: {', '.join(differ[:3])} differ")
     else:
-        outcome.say(True, "base", f"{source} is the one that {LINEAGE} names, by the hashes of its files")
+        outcome.say(True, BASE, f"{source} is the one that {LINEAGE} names, by the hashes of its files")
 
 
 def recorded_identity(lineage: Lineage, metrics: Metrics) -> Identity:
@@ -86,7 +86,7 @@ def check_records_alone(place: Place, history: History, request: VerifyRequest, 
             _check_files(history, expected, outcome)
         outcome.complete = True
     except LayerPruneError as error:
-        outcome.say(False, "base", str(error))
+        outcome.say(False, BASE, str(error))
 
 
 def check_metrics(place: Place, lineage: Lineage, outcome: Verified) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...cut.folder import INDEX, SINGLE
+from ...cut.folder import SINGLE
 from ...errors import CheckpointError, boundary
 from ...files.json_file import read_object
+from ...files.shards import INDEX, MAX_INDEX
 from ...records.fingerprints import ADAPTER_WEIGHTS
 from ...records.history import QUANTIZE, History
 from ...records.lineage import FILE_NAME as LINEAGE
@@ -36,7 +37,7 @@ def weight_files(place: Place) -> list[str]:
 
 
 def _read_index(place: Place) -> Any:
-    return read_object(place.path(INDEX), max_bytes=200_000_000).get("weight_map")
+    return read_object(place.path(INDEX), max_bytes=MAX_INDEX).get("weight_map")
 
 
 def check_tensors(place: Place, history: History, expected: Expected, outcome: Verified) -> None:

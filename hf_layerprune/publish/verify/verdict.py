@@ -14,10 +14,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ...cut.folder import INDEX
 from ...errors import CheckpointError, LayerPruneError
 from ...families import MARKER
 from ...files.json_file import read_object
+from ...files.shards import INDEX
 from ...layer_ranges import format_layers, name_layers
 from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, weights_hash
 from ...records.history import History, Stage, read_history
@@ -28,7 +28,7 @@ from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_config
 from ..requests import VerifyRequest
 from .adapter_fields import adapter_differences
-from .outcome import Verified
+from .outcome import BASE, Verified
 from .places import Place
 from .rebuild import Expected, rebuild
 from .records_alone import check_chain, check_metrics, check_records_alone, find_base
@@ -82,7 +82,7 @@ def verify(request: VerifyRequest) -> Verified:
         else:
             _check_config(place, history, expected, outcome)
     except LayerPruneError as error:
-        outcome.say(False, "base", str(error))
+        outcome.say(False, BASE, str(error))
         return outcome
     try:
         _check_files(place, expected, outcome)
