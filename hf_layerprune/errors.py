@@ -22,8 +22,6 @@ _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
 _MOST = 300  # characters to keep of a library's message
 # Exceptions whose message is clear without the class name.
 _PLAIN = (OSError, ValueError, RuntimeError, ImportError)
-
-
 # What torch says of a package whose compiled part is another torch's; transformers imports torchaudio where it finds it.
 _MISBUILT = re.compile(r"Could not load this library: .*site-packages[/\\](\w+)[/\\]")
 DEBUG = "HF_LAYERPRUNE_DEBUG"

@@ -24,11 +24,12 @@ class LayerDropPeftType(StrEnum):
 class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
     """Configuration of a [`LayerDropModel`]: drop whole decoder layers, then tune some of what is left.
 
-    The defaults are the recipe of arXiv:2411.15558: drop the last 25 % of the layers, then tune `lm_head`, the norm before
-    it and the last three layers that remain. An `lm_head` that is tied to the embeddings stays tied and is not tuned unless
-    `tune_lm_head=True`, because untying it adds its parameters. Once a model is pruned, `drop_layers` always contains the
-    layers that were dropped, so a saved config makes the same cut again. What else is recorded is in the model's own copy,
-    `model.peft_config["default"]`, so a config can be used for several models. Sizes such as `target_size` may be numbers or texts (`"12GB"`).
+    The defaults are the recipe of arXiv:2411.15558: drop the last 25 % of the layers, then tune `lm_head`, the norm
+    before it and the last three layers that remain. An `lm_head` that is tied to the embeddings stays tied and is not
+    tuned unless `tune_lm_head=True`, because untying it adds its parameters. Once a model is pruned, `drop_layers`
+    always contains the layers that were dropped, so a saved config makes the same cut again. What else is recorded is
+    in the model's own copy, `model.peft_config["default"]`, so a config can be used for several models. Sizes such as
+    `target_size` may be numbers or texts (`"12GB"`).
     """
 
     tune_final_norm: bool = option(

@@ -8,11 +8,11 @@ from . import Answer, hint
 
 HELP = "recommend what to drop and how to heal it in the time available"
 DESCRIPTION = """Say how many layers of BASE to drop, and how to repair and heal it within --minutes on this machine, with
-the loss to expect. The advice is based on the speed of a layer on this machine and on the measured gain of healing; with
---from-curve, also on the losses of BASE itself. All
-measurements were made on one small model, SmolLM2-135M. --target-speedup is refused for models with fewer than 5 billion
-parameters; for larger ones, nothing was measured at all, and the advice is the paper's recipe, whatever the time and the
-machine. With OUTPUT, write the settings for recipes/sft_tail.py there."""
+the loss to expect. The advice is based on the speed of a layer on this machine and on the measured gain of healing;
+with --from-curve, also on the losses of BASE itself. All measurements were made on one small model, SmolLM2-135M.
+--target-speedup is refused for models with fewer than 5 billion parameters; for larger ones, nothing was measured at
+all, and the advice is the paper's recipe, whatever the time and the machine. With OUTPUT, write the settings for
+recipes/sft_tail.py there."""
 EXCLUSIVE = AMOUNTS
 
 

@@ -12,8 +12,6 @@ from . import Answer
 HELP = "chat with a pruned model, next to its dense base"
 DESCRIPTION = """Serve a chat with MODEL on this machine and, with --base, the same chat with the dense model next to it: the
 page that push --space publishes. Its address is printed."""
-
-
 Screen = ScreenOptions  # a page, not a result
 
 

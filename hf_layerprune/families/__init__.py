@@ -51,7 +51,11 @@ def _family(config: PreTrainedConfig) -> Family:
 
 
 def count_field(config: PreTrainedConfig) -> str:
-    """The field that holds the layer count of a text config; empty if the count is the length of a list."""
+    """The field that holds the layer count of a text config; empty if the count is the length of a list.
+
+    Raises:
+        UnsupportedModelError: The config has none.
+    """
     declared = _family(config).count_field
     if declared is not None:
         return declared

@@ -49,8 +49,8 @@ class Frontier:
     """Losses by share of dropped layers and tokens of healing.
 
     Args:
-        points (`Sequence[dict[str, Any]]`): Each with `dropped`, `layers`, `tokens` (of the rows, each counted once), `ln_ratio`,
-            `kl` and `seconds`.
+        points (`Sequence[dict[str, Any]]`): Each with `dropped`, `layers`, `tokens` (of the rows, each counted once),
+            `ln_ratio`, `kl` and `seconds`.
         source (`dict[str, Any]`): The model and the settings they were measured with.
     """
 

@@ -92,7 +92,7 @@ def check_training(args: HealConfig) -> None:
         if getattr(args, name) is not None:
             raise CutError(
                 f"--{name} changes the tokenizer in training alone: the finished model has the one of its base, with which "
-                "verify compares it; change it in a copy of the base, and name that copy with --model_name_or_path"
+                "verify compares it; change it in a copy of the base, and specify that copy with --model_name_or_path"
             )
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         name = "max_steps" if args.max_steps == 0 else "num_train_epochs"

@@ -51,7 +51,8 @@ class HealTrainer(SFTTrainer):
         model (`PreTrainedModel` or `PeftModel`): The pruned model. Parameters with `requires_grad` are trained.
         args ([`HealConfig`]): The settings. Of `method`, only the default learning rate is used.
         teacher (`PreTrainedModel`, *optional*): The dense model, if it is loaded already. Its values do not change,
-            but parts of it may end up on another device, and on some CPUs in float32. By default, `args.teacher` is loaded.
+            but parts of it may end up on another device, and on some CPUs in float32. By default, `args.teacher` is
+            loaded.
         kwargs: For [`~trl.SFTTrainer`]: `train_dataset`, `eval_dataset`, `processing_class`, `peft_config`, ...
 
     Raises:

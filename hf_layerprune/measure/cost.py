@@ -57,8 +57,8 @@ def read_prompt(model: PreTrainedModel, ids: torch.Tensor) -> Any:
 def decode_bytes(model: PreTrainedModel, batch: int, tokens: int) -> float:
     """Bytes that are read to decode one token for each of `batch` sequences with `tokens` tokens in the cache.
 
-    That is the size of the cache and of the weights, without embeddings that are not tied to the head and without what only
-    images or audio pass through. All experts of a mixture are counted, although a small batch reads only some.
+    That is the size of the cache and of the weights, without embeddings that are not tied to the head and without what
+    only images or audio pass through. All experts of a mixture are counted, although a small batch reads only some.
     """
     head: Any = model.get_output_embeddings()
     table: Any = model.get_input_embeddings()

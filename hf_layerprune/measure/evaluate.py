@@ -108,7 +108,7 @@ class _Evaluation(Measurement):
         self.texts = [(text, *self._rows(text)) for text in _texts_of(request)]
         self.tasks = _tasks_of(request)
         if not self.tasks.tasks and not self.texts:
-            raise CutError("there is nothing to measure: name tasks, or texts")
+            raise CutError("there is nothing to measure; specify tasks or texts")
         check_media_tasks(self.tasks.tasks, self.subjects[::-1], request.num_fewshot)
         if request.require is not None:
             texts = [text.name for text, *_ in self.texts]

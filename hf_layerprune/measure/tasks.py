@@ -6,10 +6,10 @@ r"""The tasks of an evaluation: the harness's own by name, and files in a folder
 A line of a `.jsonl` file is one question: `{"query": "...", "choices": ["...", "..."], "gold": 0}`. The model scores
 `query + " " + choice`; if every query of a file begins with "Question: ", "\nAnswer:" is appended to the query. A YAML
 file of the same name may set the harness's `doc_to_text`, `target_delimiter`, `description` and `metadata`, and nothing
-else. The first three are Jinja templates, which run in Jinja's sandbox: a folder of tasks can't run code. Questions about
-images, whose answers the model writes, have the form that [`.image_tasks`] describes. A `.txt` file
-is a text, on which perplexity and distance are measured; if it is listed in `tasks`, it also becomes a task of the
-harness, which measures its per-word and per-byte perplexity.
+else. The first three are Jinja templates, which run in Jinja's sandbox: a folder of tasks can't run code. Questions
+about images, whose answers the model writes, have the form that [`.image_tasks`] describes. A `.txt` file is a text, on
+which perplexity and distance are measured; if it is listed in `tasks`, it also becomes a task of the harness, which
+measures its per-word and per-byte perplexity.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ cut. The ridge strength is chosen on held-out rows.
 `M` itself is a product `A W` of the projection's input and its weight, and `A` is wider than `M`. `refit` solves the
 same problem for a change of `W`: `A D = X - (Y + M)`. A map applied to `M` is a special case of it.
 
-Where an RMS norm with scale `g` follows the projection, `M = A W g / r`, where `r` is what the norm divides a token by. Then
-`A / r` takes the place of `A`, and `W g` that of `W`.
+Where an RMS norm with scale `g` follows the projection, `M = A W g / r`, where `r` is what the norm divides a token by.
+Then `A / r` takes the place of `A`, and `W g` that of `W`.
 """
 
 from __future__ import annotations

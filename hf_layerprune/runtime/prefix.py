@@ -216,7 +216,8 @@ class Prefix:
         """Restore the full model; trained weights keep their new values.
 
         Args:
-            device (`torch.device` or `str`, *optional*): Where the weights that were taken out go; by default, where they were.
+            device (`torch.device` or `str`, *optional*): Where the weights that were taken out go; by default, where
+                they were.
         """
         self._skipping.close()
         self._move(device or self._device)

@@ -1,8 +1,9 @@
 """Auto: build a short list cheaply, evaluate the best few candidates, and explain the choice.
 
 Candidates are judged by the KL divergence of the cut model's next-token distribution from the dense model's, after the
-repair if one will follow (or the one that its registry entry names for this, if it is slow), on held-out text. The short list, of the best blocks and a set of layers that go one after
-the other, uses the same measure on fewer rows, see `search.py`.
+repair if one will follow (or the one that its registry entry names for this, if it is slow), on held-out text. The
+short list, of the best blocks and a set of layers that go one after the other, uses the same measure on fewer rows, see
+`search.py`.
 
 Neither the KL of the unrepaired cut nor the share that a map leaves unexplained is enough to find the best repaired
 block; docs/experiments.md has the comparison.

@@ -128,8 +128,8 @@ def cut_gguf(
         `GGUFCutPlan`: The plan that was carried out.
 
     Raises:
-        CheckpointError: If the cut is refused, the target exists, the disk is too full, or writing fails.
-        CutError: If an index is out of range or named twice, or if no layer or every layer would be dropped.
+        CheckpointError: The file can't be cut, the target exists, the disk is too full, or writing fails.
+        CutError: An index is out of range or given twice, or no layer or every layer would be dropped.
     """
     source, target = Path(source), Path(target)
     with LocalFile(source) as file:
