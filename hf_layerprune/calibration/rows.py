@@ -96,7 +96,7 @@ class CalibrationSet:
             yield ids[None, :length], media
 
     def probe(self) -> Rows:
-        """A few tokens for trial runs of a layer: the first of the first row; all if it has an image, which can't be cut in two."""
+        """A few tokens for trial runs of a layer: the first of the first row; all of a row with an image."""
         return next(self.batches(1)) if self.media else (self.input_ids[:1, :_PROBE_TOKENS], {})
 
     def first(self, rows: int) -> CalibrationSet:

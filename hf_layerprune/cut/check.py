@@ -1,4 +1,4 @@
-"""Check a cut by running it: a few tokens through the pruned model and through the dense one with its dropped layers bypassed.
+"""Check a cut by running it: on a few tokens, the pruned model and the dense one with its dropped layers bypassed.
 
 The tables in `families` say how a cut is made, and the test matrix proves them for some versions of transformers. This
 check covers the installed version: it detects a release in which layers use their position differently.

@@ -219,7 +219,7 @@ def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig) -> list[
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values of a config are equal; a quantiser's settings are so whatever they hold, but not as dictionaries."""
+    """Whether two values of a config are equal; a quantiser's settings are compared as dictionaries."""
     one, other = (value.to_dict() if hasattr(value, "to_dict") else value for value in (one, other))
     return one == other
 

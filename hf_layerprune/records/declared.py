@@ -87,7 +87,7 @@ def declared_in_gguf(keys: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _chat(folder: Path) -> dict[str, Any]:
-    """Whether a folder has a chat template, in a separate file or in the tokenizer config, where one of several is the default."""
+    """Whether a folder has a chat template: a file, or an entry of the tokenizer config, of several the default one."""
     settings, inside = folder / "tokenizer_config.json", None
     if settings.is_file():
         with suppress(CheckpointError):

@@ -29,7 +29,7 @@ def package_of(settings: Any) -> str | None:
 
 
 def describe_quantization(settings: Any) -> str:
-    """A `quantization_config` in a few words: its method, and its type of numbers if it has one, as `bitsandbytes, nf4`."""
+    """A `quantization_config` in a few words: its method and, if it has one, its number type: `bitsandbytes, nf4`."""
     told = settings if isinstance(settings, dict) else {}
     kind: Any = told.get("quant_type") or told.get("format")
     if isinstance(kind, dict):  # of torchao
