@@ -32,7 +32,10 @@ _WORKERS = ["-n", "auto", "--dist", "loadfile"]
 FAST = [*_WORKERS, "-m", "not matrix and not browser and not processes and not space and not fuzz", "tests"]
 SMOKE = [f"tests/test_{name}.py" for name in ("names", "registration", "check", "prune_with")]
 _PEFT = [f"tests/test_{name}.py" for name in ("adapter", "prune_with", "registration", "push_adapter")]
-_TRL = [f"tests/test_heal_{name}.py" for name in ("data", "losses", "methods", "store", "trainer")]
+_TRL = [
+    f"tests/test_heal_{name}.py"
+    for name in ("checkpoints", "data", "losses", "methods", "precompute", "store", "trainer")
+]
 _HUB = ["-m", "not browser and not space", *(f"tests/test_{name}.py" for name in ("hub_server", "hub_writing"))]
 _FLOORS = [
     f"tests/test_{name}.py"

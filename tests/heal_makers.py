@@ -7,11 +7,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
 
 from hf_layerprune import drop_layers
+from hf_layerprune.families import Cut
+from hf_layerprune.heal.config import HealConfig
+from hf_layerprune.heal.methods import parse_method
+from hf_layerprune.heal.trainer import HealTrainer
 
-from .tiny_models import VOCAB, tiny_model
+from .tiny_models import EAGER, VOCAB, tiny_model
+
+DROP = [5, 6]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -43,3 +50,58 @@ def dense_and_pruned(model_type: str, folder: Path, drop: list[int]) -> tuple[An
     drop_layers(pruned, drop)
     pruned.save_pretrained(folder / "pruned")
     return dense, folder / "pruned"
+
+
+class Bench:
+    """Makes trainers for one pruned model."""
+
+    def __init__(self, folder: Path, model_type: str = "llama", drop: list[int] = DROP) -> None:
+        self.folder = folder
+        self.cut = Cut(tuple(i for i in range(8) if i not in drop), 8)
+        self.dense, self.pruned = dense_and_pruned(model_type, folder, drop)
+
+    def trainer(
+        self,
+        method: str = "last2",
+        trl: bool = False,
+        rows_: Any = None,
+        eval_rows: Any = None,
+        peft_config: Any = None,
+        compute_loss_func: Any = None,
+        compute_metrics: Any = None,
+        data_collator: Any = None,
+        **settings: Any,
+    ) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(self.pruned, dtype=torch.float32, **EAGER)
+        arguments = {
+            "output_dir": str(self.folder / "out"), "max_steps": 6, "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2, "bf16": False, "report_to": [], "save_strategy": "no", "logging_steps": 1,
+            "max_length": 32, "use_cpu": True, "disable_tqdm": True, "warmup_steps": 0,
+            "gradient_checkpointing": False,
+        } | settings  # fmt: skip
+        common = {
+            "train_dataset": rows() if rows_ is None else rows_,
+            "eval_dataset": eval_rows,
+            "processing_class": word_tokenizer(),
+            "compute_loss_func": compute_loss_func,
+            "compute_metrics": compute_metrics,
+            "data_collator": data_collator,
+            "peft_config": peft_config or parse_method(method).tail_config(self.cut, str(self.folder / "dense")),
+        }
+        if trl:
+            return SFTTrainer(model, SFTConfig(**arguments), **common)
+        args = HealConfig(method=method, **arguments)
+        return HealTrainer(model, args, teacher=self.dense if args.distils else None, **common)
+
+    def losses(self, **settings: Any) -> list[float]:
+        trainer = self.trainer(**settings)
+        trainer.train()
+        return losses(trainer)
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def tuned(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}

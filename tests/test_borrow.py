@@ -14,7 +14,7 @@ from hf_layerprune.repair.linear import NormalEquations
 from hf_layerprune.repair.writers import find_writers
 from hf_layerprune.runtime.walk import LayerWalk
 
-from .stages import fitted_as_written
+from .repair_proofs import fitted_as_written
 from .test_repair import calibration
 from .tiny_models import tiny_input, tiny_model
 

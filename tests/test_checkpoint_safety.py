@@ -9,25 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 
 from benchmarks.checkpoint import make_llama
-from hf_layerprune import LayerDropConfig, prune_with
-from hf_layerprune.cli import main
 from hf_layerprune.cut import write
 from hf_layerprune.cut.disk import plan_cut
-from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.files import copy as files
 from hf_layerprune.files import folders as replace
 
 from .cutting import cut_checkpoint, write_checkpoint
 from .limits import largest_file
-from .matrix import cuts
-from .test_checkpoint import EMBED, LLAMA, NORM, assert_same, layer, make, sharded, tensors
-from .tiny_models import tiny_model
+from .test_checkpoint import assert_same, layer, sharded, tensors
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
@@ -396,71 +388,3 @@ def test_a_file_that_may_be_somebodys_own_is_named_and_never_replaced(base, tmp_
     with pytest.raises(CheckpointError, match=f"holds files that may be yours: {name}; move them away"):
         cut(base, target, force=True)
     assert digest(target) == before
-
-
-@pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "model.norm.weight"])
-def test_a_checkpoint_that_lacks_a_kept_tensor_is_refused_by_name(tmp_path, name):
-    tiny_model("llama").save_pretrained(tmp_path / "base")
-    path = tmp_path / "base" / "model.safetensors"
-    weights = load_file(path)
-    save_file({key: value for key, value in weights.items() if key != name}, path)
-    lost = name.replace("layers.3.", "layers.2.")
-    with pytest.raises(CheckpointError, match=f"lacks {lost} .*the checkpoint is incomplete"):
-        cut_checkpoint(tmp_path / "base", tmp_path / "cut", [1])
-    assert beside(tmp_path / "base") == ["base"]
-
-
-@pytest.mark.parametrize("lost", ["mlp.up_proj", "input_layernorm"])
-def test_a_weight_that_every_layer_lacks_is_noticed(tmp_path, lost):
-    tiny_model("llama").save_pretrained(tmp_path / "base")
-    path = tmp_path / "base" / "model.safetensors"
-    save_file({key: value for key, value in load_file(path).items() if lost not in key}, path)
-    with pytest.raises(CheckpointError, match=f"lacks model.layers.0.{lost}.weight, .*the checkpoint is incomplete"):
-        cut_checkpoint(tmp_path / "base", tmp_path / "cut", [1])
-
-
-def test_an_expert_weight_that_every_layer_lacks_is_noticed(tmp_path):
-    tiny_model("mixtral").save_pretrained(tmp_path / "base")
-    path = tmp_path / "base" / "model.safetensors"
-    save_file({key: value for key, value in load_file(path).items() if ".w1." not in key}, path)
-    with pytest.raises(CheckpointError, match=r"does not hold the weights .*the checkpoint is incomplete"):
-        cut_checkpoint(tmp_path / "base", tmp_path / "cut", [1])
-
-
-def test_a_model_whose_loader_reads_content_is_checked_by_name(tmp_path):
-    tiny_model("qwen4_exp_text").save_pretrained(tmp_path / "base")
-    drop = cuts("qwen4_exp_text", AutoConfig.from_pretrained(tmp_path / "base"))["middle"]
-    plan_cut(tmp_path / "base", drop)
-    path = tmp_path / "base" / "model.safetensors"
-    save_file(
-        {key: value for key, value in load_file(path).items() if "layers.2.mlp.shared_expert_gate" not in key}, path
-    )
-    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.shared_expert_gate\.weight "):
-        plan_cut(tmp_path / "base", drop)
-
-
-def test_a_norm_that_every_layer_of_a_quantised_checkpoint_lacks_is_noticed(tmp_path):
-    shard = EMBED | NORM | layer(0) | layer(1) | layer(2) | layer(3)
-    weights = {name: tensor for name, tensor in shard.items() if "input_layernorm" not in name}
-    quantised = LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    base = make(tmp_path / "base", [weights], quantised)
-    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.0\.input_layernorm\.weight, "):
-        cut(base, tmp_path / "cut")
-
-
-def test_a_tensor_of_a_layer_that_the_config_does_not_have_is_refused_by_name(tmp_path, capsys):
-    base = tmp_path / "base"
-    tiny_model("llama").save_pretrained(base)
-    path, stray = base / "model.safetensors", "model.layers.9.mlp.up_proj.weight"
-    save_file(load_file(path) | {stray: torch.ones(2, 2)}, path)
-    refusal = f"tensor '{stray}' belongs to layer 9, but the config describes only the layers 0..7"
-    with pytest.raises(CheckpointError, match=refusal):
-        cut_checkpoint(base, tmp_path / "cut", [1])
-    with pytest.raises(CheckpointError, match=refusal):
-        load_pruned(base, [1])
-    with pytest.raises(CheckpointError, match=refusal):
-        prune_with(LayerDropConfig(base_model_name_or_path=str(base), drop_layers=[1]))
-    for words in ([], ["--adapter"]):
-        assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "1", *words]) == 1
-        assert refusal in capsys.readouterr().err
-    assert [item.name for item in tmp_path.iterdir()] == ["base"]

@@ -27,8 +27,7 @@ from hf_layerprune.heal.trainer import HealTrainer
 from hf_layerprune.runtime.head import Head
 from hf_layerprune.runtime.prefix import Prefix
 
-from .heal_makers import rows, word_tokenizer
-from .test_heal_trainer import Bench, tuned
+from .heal_makers import Bench, rows, tuned, word_tokenizer
 from .test_out_of_memory import MESSAGE
 from .tiny_models import EAGER, tiny_input, tiny_model
 

@@ -37,8 +37,7 @@ from hf_layerprune.stages.rank import rank
 from hf_layerprune.stages.requests import PruneRequest, RankRequest
 
 from .chat_models import pruned_model, tiny_chat_model
-from .heal_makers import rows, word_tokenizer
-from .test_heal_trainer import Bench, losses, tuned
+from .heal_makers import Bench, losses, rows, tuned, word_tokenizer
 from .tiny_models import EAGER, tiny_input, tiny_model
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,7 @@ from hf_layerprune.families import Cut
 from hf_layerprune.heal.features import RATE, boundaries, feature_loss, phased
 from hf_layerprune.heal.methods import parse_method
 
-from .heal_makers import rows
-from .test_heal_trainer import Bench, losses, tuned
+from .heal_makers import Bench, losses, rows, tuned
 
 FEATURES: dict[str, Any] = {"method": "behind1", "loss": "kd", "features": 0.99, "learning_rate": 1e-3}
 

@@ -16,7 +16,7 @@ from hf_layerprune import UnsupportedModelError
 from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.runtime.head import Head, OutputHead
 
-from .test_heal_trainer import Bench, losses
+from .heal_makers import Bench, losses
 from .tiny_models import EAGER, randomize, tiny_config, tiny_input, tiny_model
 
 # Fields that decide what a model does to its logits, by the names that configs give them, and values that show.

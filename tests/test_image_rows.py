@@ -17,14 +17,16 @@ from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.families.multimodal import placeholders
 from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.repair.writers import swapped
+from hf_layerprune.runtime.parts import hooked
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import taylor
 from hf_layerprune.select.trials import Trial, try_out
 
+from .comparing import divergence, same
 from .matrix import cuts, identities
 from .multimodal_inputs import AUDIO, IMAGES
 from .multimodal_makers import media_rows
-from .stages import _hooked, added_by_fit, divergence, same
+from .repair_proofs import added_by_fit
 from .test_matrix import REPRESENTATIVE
 from .tiny_models import tiny_model
 from .tiny_multimodal import WHOLE, whole_model
@@ -152,10 +154,10 @@ def test_repaired(model_type: str, method: str) -> None:
     module = layer.get_submodule(name)
     wanted = states(model, drop[-1] + 1, fitted)
     seen: list[torch.Tensor] = []
-    with _hooked([module], lambda m, args, output: seen.extend((args[0], output.clone()))):
+    with hooked(module.register_forward_hook(lambda m, args, output: seen.extend((args[0], output.clone())))):
         plain = states(model, drop[0], fitted)
     features, output = (torch.cat([x.flatten(0, -2) for x in seen[start::2]]).double() for start in (0, 1))
-    with _hooked([module], lambda m, args, output: torch.zeros_like(output)):
+    with hooked(module.register_forward_hook(lambda m, args, output: torch.zeros_like(output))):
         written = plain - states(model, drop[0], fitted)
     added = added_by_fit(method, cut, layer, features, output, written, wanted - plain)
     with swapped(layer, repair.by_layer()[before]):

@@ -23,8 +23,7 @@ from hf_layerprune.runtime.head import OutputHead
 from hf_layerprune.runtime.memory import free_bytes, is_out_of_memory
 from hf_layerprune.runtime.walk import LayerWalk
 
-from .heal_makers import word_tokenizer
-from .test_heal_trainer import Bench, losses, tuned
+from .heal_makers import Bench, losses, tuned, word_tokenizer
 from .tiny_models import tiny_input, tiny_model
 
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB"

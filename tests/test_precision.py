@@ -25,9 +25,8 @@ from hf_layerprune.runtime.precision import in_fast_precision
 from hf_layerprune.stages.prune import PruneRequest, prune_to
 from hf_layerprune.stages.rank import RankRequest, rank
 
-from .heal_makers import rows, word_tokenizer
+from .heal_makers import Bench, losses, rows, tuned, word_tokenizer
 from .measure_models import write_model, write_tasks
-from .test_heal_trainer import Bench, losses, tuned
 from .tiny_models import tiny_input, tiny_model
 
 TYPES = (torch.bfloat16, torch.float16)

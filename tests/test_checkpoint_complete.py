@@ -1,0 +1,85 @@
+"""A checkpoint whose tensors are not those of its model is refused, with the name of one."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from hf_layerprune import LayerDropConfig, prune_with
+from hf_layerprune.cli import main
+from hf_layerprune.cut.disk import plan_cut
+from hf_layerprune.cut.lazy import load_pruned
+from hf_layerprune.errors import CheckpointError
+
+from .cutting import cut_checkpoint
+from .matrix import cuts
+from .test_checkpoint import EMBED, LLAMA, NORM, layer, make
+from .tiny_models import tiny_model
+
+
+@pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_checkpoint_that_lacks_a_kept_tensor_is_refused_by_name(tmp_path, name):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    weights = load_file(path)
+    save_file({key: value for key, value in weights.items() if key != name}, path)
+    lost = name.replace("layers.3.", "layers.2.")
+    with pytest.raises(CheckpointError, match=f"lacks {lost} .*the checkpoint is incomplete"):
+        cut_checkpoint(tmp_path / "base", tmp_path / "cut", [1])
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("lost", ["mlp.up_proj", "input_layernorm"])
+def test_a_weight_that_every_layer_lacks_is_noticed(tmp_path, lost):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    save_file({key: value for key, value in load_file(path).items() if lost not in key}, path)
+    with pytest.raises(CheckpointError, match=f"lacks model.layers.0.{lost}.weight, .*the checkpoint is incomplete"):
+        cut_checkpoint(tmp_path / "base", tmp_path / "cut", [1])
+
+
+def test_an_expert_weight_that_every_layer_lacks_is_noticed(tmp_path):
+    tiny_model("mixtral").save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    save_file({key: value for key, value in load_file(path).items() if ".w1." not in key}, path)
+    with pytest.raises(CheckpointError, match=r"does not hold the weights .*the checkpoint is incomplete"):
+        cut_checkpoint(tmp_path / "base", tmp_path / "cut", [1])
+
+
+def test_a_model_whose_loader_reads_content_is_checked_by_name(tmp_path):
+    tiny_model("qwen4_exp_text").save_pretrained(tmp_path / "base")
+    drop = cuts("qwen4_exp_text", AutoConfig.from_pretrained(tmp_path / "base"))["middle"]
+    plan_cut(tmp_path / "base", drop)
+    path = tmp_path / "base" / "model.safetensors"
+    save_file(
+        {key: value for key, value in load_file(path).items() if "layers.2.mlp.shared_expert_gate" not in key}, path
+    )
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.shared_expert_gate\.weight "):
+        plan_cut(tmp_path / "base", drop)
+
+
+def test_a_norm_that_every_layer_of_a_quantised_checkpoint_lacks_is_noticed(tmp_path):
+    shard = EMBED | NORM | layer(0) | layer(1) | layer(2) | layer(3)
+    weights = {name: tensor for name, tensor in shard.items() if "input_layernorm" not in name}
+    quantised = LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    base = make(tmp_path / "base", [weights], quantised)
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.0\.input_layernorm\.weight, "):
+        cut_checkpoint(base, tmp_path / "cut", [1])
+
+
+def test_a_tensor_of_a_layer_that_the_config_does_not_have_is_refused_by_name(tmp_path, capsys):
+    base = tmp_path / "base"
+    tiny_model("llama").save_pretrained(base)
+    path, stray = base / "model.safetensors", "model.layers.9.mlp.up_proj.weight"
+    save_file(load_file(path) | {stray: torch.ones(2, 2)}, path)
+    refusal = f"tensor '{stray}' belongs to layer 9, but the config describes only the layers 0..7"
+    with pytest.raises(CheckpointError, match=refusal):
+        cut_checkpoint(base, tmp_path / "cut", [1])
+    with pytest.raises(CheckpointError, match=refusal):
+        load_pruned(base, [1])
+    with pytest.raises(CheckpointError, match=refusal):
+        prune_with(LayerDropConfig(base_model_name_or_path=str(base), drop_layers=[1]))
+    for words in ([], ["--adapter"]):
+        assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "1", *words]) == 1
+        assert refusal in capsys.readouterr().err
+    assert [item.name for item in tmp_path.iterdir()] == ["base"]

@@ -1,0 +1,136 @@
+"""Checkpoints: what they hold, training that goes on from one, and values that are not finite, which none may hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from hf_layerprune.heal.checkpoints import TrainingStopped, last_checkpoint
+from hf_layerprune.heal.config import HealConfig
+from hf_layerprune.heal.trainer import HealTrainer
+
+from .heal_makers import DROP, Bench, losses, rows, tuned, word_tokenizer
+from .tiny_models import EAGER
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.mark.parametrize("cache", ["off", "on"])
+def test_resumed_equals_uninterrupted(llama: Bench, tmp_path: Path, cache: str) -> None:
+    settings = {
+        "cache": cache,
+        "loss": "ce+kd",
+        "kd_alone": 0.6,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": -1,
+        "num_train_epochs": 2,
+    }
+    whole = llama.trainer(output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+    broken = llama.trainer(output_dir=str(tmp_path / "broken"), **settings)
+    broken.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = llama.trainer(output_dir=str(tmp_path / "broken"), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    for name, parameter in tuned(whole).items():
+        assert torch.equal(parameter, tuned(resumed)[name]), name
+
+
+def test_resuming_without_a_checkpoint_starts(llama: Bench, tmp_path: Path) -> None:
+    trainer = llama.trainer(output_dir=str(tmp_path))
+    trainer.train(resume_from_checkpoint=True)
+    assert len(losses(trainer)) == 6
+
+
+def test_checkpoint_of_a_whole_model_is_whole(llama: Bench, tmp_path: Path) -> None:
+    """A model without an adapter, whose first layers were frozen by hand."""
+    model = AutoModelForCausalLM.from_pretrained(llama.pruned, dtype=torch.float32, **EAGER)
+    model.requires_grad_(False).model.layers[-2:].requires_grad_(True)
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_length": 32, "learning_rate": 1e-2}
+    args = HealConfig(str(tmp_path), cache="on", use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, **settings)
+    HealTrainer(model, args, train_dataset=rows(), processing_class=word_tokenizer()).train()
+    saved = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    assert saved.keys() == load_file(llama.pruned / "model.safetensors").keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert last_checkpoint(tmp_path / "nothing") is None
+    for name, state in (("8", "{}"), ("12", None), ("16", '{"global_'), ("9-old", "{}"), ("x1", "{}")):
+        (tmp_path / f"checkpoint-{name}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+    assert [record.message.partition(" ")[0][-3:] for record in caplog.records] == ["-16", "-12"]
+
+
+def test_checkpoint_is_an_adapter_of_the_base(llama: Bench, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    trainer = llama.trainer(output_dir=str(tmp_path), save_strategy="steps", save_steps=6)
+    trainer.model.name_or_path = str(llama.folder / "dense")
+    trainer.model.peft_config["default"].base_model_name_or_path = str(llama.folder / "dense")
+    trainer.train()
+    settings = json.loads((tmp_path / "checkpoint-6" / "adapter_config.json").read_text())
+    assert settings["drop_layers"] == DROP
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6", dtype=torch.float32, **EAGER).eval()
+    ids = torch.randint(3, 100, (2, 9))
+    with torch.no_grad():
+        assert torch.allclose(again(ids).logits, trainer.model.eval()(ids).logits, atol=1e-5)
+
+
+# --- values that are not finite -----------------------------------------------------------------------
+
+
+def test_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(llama: Bench, tmp_path: Path) -> None:
+    trainer = llama.trainer(output_dir=str(tmp_path), save_strategy="steps", save_steps=2)
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+    trainer.add_callback(Break())
+    with pytest.raises(
+        TrainingStopped,
+        match=r"the loss is nan at step 4, in the batch of rows \d+(, \d+){3}; .*checkpoint-2 is the last good",
+    ):
+        trainer.train()
+    weights = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(llama: Bench, tmp_path: Path) -> None:
+    trainer = llama.trainer(output_dir=str(tmp_path), save_strategy="steps", save_steps=2)
+
+    class Break(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                next(p for p in model.parameters() if p.requires_grad).data.fill_(float("inf"))
+
+    trainer.add_callback(Break())
+    with pytest.raises(TrainingStopped, match="not finite after step 4"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    with pytest.raises(TrainingStopped, match="checkpoint-2 is the last good"):
+        trainer.save_model(str(tmp_path / "trained"))
+    assert not (tmp_path / "trained").exists()

@@ -1,0 +1,146 @@
+"""Numbers belong to weights: which are added, replaced, taken over or refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune import CheckpointError, LayerPruneError
+from hf_layerprune.cli import main
+from hf_layerprune.measure.evaluate import EvalRequest, evaluate
+from hf_layerprune.measure.subject import identify
+from hf_layerprune.records.fingerprints import fingerprint, weights_hash
+from hf_layerprune.records.lineage import Lineage, stage
+from hf_layerprune.records.metrics import Metrics
+
+from .measure_models import write_model, write_tasks
+
+NAMES = ("asked", "begun", "mixed")
+SMALL = {"length": 64, "windows": 8}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def cut_once(base: Path) -> Path:
+    folder = base.parent / "cut-once"
+    assert main(["prune", str(base), str(folder), "--drop-layers", "3-4"]) == 0
+    return folder
+
+
+@pytest.fixture
+def cut(cut_once: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(cut_once, tmp_path / "cut"))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def measure(model: Path | str, folder: Path | None, **more: Any) -> Metrics:
+    return evaluate(EvalRequest(str(model), tasks_from=folder, **SMALL | more))
+
+
+def test_numbers_are_added_and_replaced(cut: Path, tasks: Path) -> None:
+    measure(cut, tasks, tasks=("asked",), texts=())
+    first = Metrics.of(cut).results
+    measure(cut, tasks, tasks=("begun",), texts=())
+    assert Metrics.of(cut).results[:2] == first
+    assert len(Metrics.of(cut).results) == 4
+    measure(cut, tasks, tasks=("asked", "begun"), texts=())
+    assert len(Metrics.of(cut).results) == 4
+    measure(cut, tasks, tasks=("asked",), texts=(), limit=5)
+    assert len(Metrics.of(cut).results) == 6  # fewer questions are another number
+
+
+def test_numbers_of_other_weights_are_refused(cut: Path, tasks: Path) -> None:
+    measure(cut, tasks, tasks=("asked",), texts=())
+    before = (cut / "metrics.json").read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(cut)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model.save_pretrained(cut)
+    with pytest.raises(CheckpointError, match=r"holds numbers of other weights .*--force.*--output"):
+        measure(cut, tasks, tasks=("begun",), texts=())
+    assert (cut / "metrics.json").read_bytes() == before
+    found = measure(cut, tasks, tasks=("begun",), texts=(), force=True)
+    assert {one["task"] for one in Metrics.of(cut).results} == {"begun"}
+    assert found.weights == weights_hash(fingerprint(cut))
+
+
+def test_a_base_that_the_history_does_not_know(base: Path, cut: Path, tasks: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", seed=1)
+    with pytest.raises(
+        CheckpointError, match=r"the history of cut does not contain the weights of other .*--output FILE"
+    ):
+        measure(cut, tasks, base=str(other))
+    found = measure(cut, tasks, base=str(other), output=tmp_path / "both.json", tasks=("asked",), texts=())
+    assert len(found.comparisons) == 2
+    (cut / "lineage.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no lineage\.json, so it is unknown whether it was made from base"):
+        measure(cut, tasks, base=str(base))
+    with pytest.raises(LayerPruneError, match="have the same weights"):
+        measure(cut, tasks, base=str(cut))
+    assert not (cut / "metrics.json").exists()
+
+
+def test_numbers_of_earlier_stages_are_taken_over(base: Path, cut: Path, tasks: Path, tmp_path: Path) -> None:
+    measure(cut, tasks, base=str(base), tasks=("asked",), texts=())
+    healed = Path(shutil.copytree(cut, tmp_path / "healed"))
+    (healed / "metrics.json").unlink()
+    model = AutoModelForCausalLM.from_pretrained(healed)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    model.save_pretrained(healed)
+    with stage("heal", {}) as entry:
+        pass
+    Lineage.of(healed).record(healed, entry)
+    found = measure(healed, tasks, tasks=("asked",), texts=(), history=(cut,))
+    assert sorted(one["role"] for one in found.models.values()) == ["cut", "dense", "healed"]
+    assert len([one for one in found.results if one["metric"] == "acc"]) == 3
+    assert {one["weights"] for one in found.comparisons} == {weights_hash(fingerprint(cut))}
+    found.check_belongs(healed, Lineage.of(healed))
+    stranger = write_model(tmp_path / "stranger", seed=3)
+    measure(stranger, tasks, tasks=("asked",), texts=())
+    with pytest.raises(CheckpointError, match=r"is not an earlier stage of healed"):
+        measure(healed, tasks, tasks=("asked",), texts=(), history=(stranger,))
+    with pytest.raises(CheckpointError, match=r"has no metrics\.json; measure it with"):
+        measure(healed, tasks, tasks=("asked",), texts=(), history=(base,))
+
+
+@pytest.mark.parametrize("words", [[], ["--dtype", "bfloat16"]])
+def test_a_cut_stands_beside_its_repair(base: Path, tasks: Path, tmp_path: Path, words: list[str]) -> None:
+    """Both ways to a repaired model note the weights of the plain cut, though nobody ever sees them."""
+    plain, repaired = tmp_path / "plain", tmp_path / "repaired"
+    cut = ["--drop-layers", "3-4", *words]
+    small = ["--calibration-samples", "4", "--calibration-length", "32"]
+    assert main(["prune", str(base), str(plain), *cut]) == 0
+    assert main(["prune", str(base), str(repaired), *cut, "--repair", "linear", *small]) == 0
+    measure(plain, tasks, base=str(base), tasks=("asked",), texts=())
+    found = measure(repaired, tasks, base=str(base), tasks=("asked",), texts=(), history=(plain,))
+    assert sorted(one["role"] for one in found.models.values()) == ["cut", "dense", "repaired"]
+    found.check_belongs(repaired, Lineage.of(repaired))
+
+
+@pytest.mark.parametrize(
+    ("entry", "role"),
+    [
+        ({"stage": "prune"}, "cut"),
+        ({"stage": "prune", "repair": {"kind": "linear"}}, "repaired"),
+        ({"stage": "repair"}, "repaired"),
+        ({"stage": "heal"}, "healed"),
+    ],
+)
+def test_roles(cut: Path, entry: dict[str, Any], role: str) -> None:
+    lineage = Lineage.of(cut)
+    lineage.record(cut, entry)
+    assert identify(cut).role == role
