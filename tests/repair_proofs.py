@@ -88,11 +88,10 @@ def fitted_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: C
             refitted = (name, cut.get("norm", "").partition(".")[2])
             stack.enter_context(swapped(layers[before], _borrowed(layers[before], refitted, folded[before])))
             entering: list[torch.Tensor] = []
-            with hooked(
-                [module], lambda m, args, output, entering=entering: entering.extend((args[0], output.clone()))
-            ):
+            keep = lambda m, args, output, entering=entering: entering.extend((args[0], output.clone()))  # noqa: E731
+            with hooked(module.register_forward_hook(keep)):
                 plain = _leaving(dense, before, ids)
-            with hooked([module], lambda m, args, output: torch.zeros_like(output)):
+            with hooked(module.register_forward_hook(lambda m, args, output: torch.zeros_like(output))):
                 written = plain - _leaving(dense, before, ids)
             with swapped(layers[before], folded[before]):
                 mine = _leaving(dense, before, ids)
@@ -196,7 +195,7 @@ def _leaving(model: Any, index: int, ids: torch.Tensor) -> torch.Tensor:
     """Hidden states that leave a layer in the model's own forward."""
     seen: list[torch.Tensor] = []
     keep = lambda module, args, output: seen.append(output[0] if isinstance(output, tuple | list) else output)  # noqa: E731
-    with hooked([find_decoder_layers(model).layers[index]], keep):
+    with hooked(find_decoder_layers(model).layers[index].register_forward_hook(keep)):
         logits(model, ids)
     return seen[0]
 
