@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -290,6 +291,21 @@ def test_disabling_without_the_layers_says_why(llama: Path) -> None:
     with pytest.raises(CutError, match="keep_dropped=True"), model.disable_adapter():
         pass
     assert model.config.num_hidden_layers == 6
+
+
+@pytest.mark.parametrize(("model_type", "is_cut"), [("llama", True), ("gemma3n_text", False)])
+def test_an_offloaded_model_is_cut_or_refused_whole(model_type: str, is_cut: bool) -> None:
+    """Offloaded tensors come from accelerate's map before each run, so one with a slice for each layer stays uncut."""
+    base = tiny_model(model_type)
+    plain = copy.deepcopy(base)
+    cpu_offload(base, execution_device="cpu")
+    if is_cut:
+        drop_layers(plain, [2, 6])
+        drop_layers(base, [2, 6])
+    else:
+        with pytest.raises(CutError, match=r"embed_tokens_per_layer\.weight .* is offloaded.*let prune_with load it"):
+            drop_layers(base, [2, 6], check=False)
+    assert torch.equal(logits(base), logits(plain))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3n_text"])

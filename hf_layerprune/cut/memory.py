@@ -242,9 +242,14 @@ def _slice_wide_tensors(model: PreTrainedModel, cut: families.Cut) -> list[_Chan
         for name, parameter in list(model.named_parameters()):
             if not f".{name}".endswith(f".{wide.suffix}"):
                 continue
+            owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            if parameter.is_meta and hasattr(owner, "_hf_hook"):  # accelerate would put the uncut tensor back
+                raise CutError(
+                    f"{name} holds a slice for each layer, and it is offloaded, so it can't be cut; load the model without "
+                    "offloading, let prune_with load it, or cut it on disk (hf-layerprune prune)"
+                )
             kept = kept_slices(name, parameter.detach(), parameter.shape, wide.dim, width, cut)
             new = nn.Parameter(kept, requires_grad=parameter.requires_grad)
-            owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             changes.append(_Change(owner, leaf, parameter, new))
             old_size, new_size = parameter.shape[wide.dim], new.shape[wide.dim]
             for size in ("embedding_dim", "out_features"):
