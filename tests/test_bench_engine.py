@@ -219,12 +219,15 @@ def test_the_ratio_that_is_shown_is_that_of_runs_in_turn():
     for weights, role, speed in ((own, "cut", 30.0), (dense, "dense", 10.0)):
         metrics.models[weights] = {"role": role, "name": role, "layers": 4, "parameters": 8}
         same = {"kind": "speed", "metric": "decode_tokens_per_second", "settings": {"batch": 1}, "date": "2026-11-26"}
-        metrics.add(results=[same | {"weights": weights, "value": speed, "versions": {}}])
+        metrics.add(results=[same | {"weights": weights, "value": speed, "spread": [speed, speed], "versions": {}}])
     metrics.add(comparisons=[same | {"weights": own, "base": dense, "difference": 20.0, "share": 1.3}])
     results = results_of(metrics)
     (row,) = results.table(("speed",), every=True)
     assert row.cells[own].change == numbers.ratio(1.3)
     assert numbers.ratio(1.3) in report(metrics, ("speed",))
+    metrics.comparisons.clear()  # as after a later `bench` of the pruned model alone
+    (row,) = results_of(metrics).table(("speed",), every=True)
+    assert row.cells[own].change == ""
 
 
 def test_an_answer_that_is_none_is_an_error(tmp_path, monkeypatch):

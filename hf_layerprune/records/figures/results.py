@@ -130,7 +130,7 @@ class Results:
         """Whether the dense model was measured as a GGUF file, and this one was not."""
         pair = [self.dense.weights if self.dense else "", self.metrics.weights]
         names = [self.metrics.models[weights]["name"] for weights in pair if weights in self.metrics.models]
-        return [name.endswith(".gguf") for name in names] == [True, False]
+        return [name.lower().endswith(".gguf") for name in names] == [True, False]
 
     def table(self, kinds: Iterable[str], *, every: bool = False) -> list[Row]:
         """The rows of the given kinds. Unless `every` is set, redundant rows are omitted: plain accuracy next to the
@@ -276,10 +276,11 @@ def _cell(record: dict[str, Any], base: dict[str, Any] | None, metrics: Metrics)
             change += f" ± {numbers.percent(paired['stderr'])}"
     elif kind == "distance" or not base["value"]:
         change = ""
+    elif paired and paired.get("share") is not None:
+        change = numbers.ratio(paired["share"])  # of runs in turn, in which whatever slowed down both cancels out
     else:
-        # Preferably the ratio of runs in turn, in which whatever slowed down both cancels out.
-        in_turn = paired.get("share") if paired else None
-        change = numbers.ratio(value / base["value"] if in_turn is None else in_turn)
+        # A time at which the dense model did not run in turn says more about the machine than about the model.
+        change = "" if "spread" in record else numbers.ratio(value / base["value"])
     p_value = paired.get("p_value") if paired else None
     return Cell(text, change, p_value is not None and p_value > SIGNIFICANT, record, paired)
 
