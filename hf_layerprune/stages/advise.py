@@ -282,6 +282,7 @@ def _passes(settings: dict[str, Any]) -> str:
 
 def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expected], n: int, record: Any) -> str:
     count, tokens = record["drop"], record["tokens"]
+    minutes = f"{request.minutes:g} minute{'' if request.minutes == 1 else 's'} on this machine"
     lines = ["dropped  perplexity     KL"]
     for each, one in sorted(expected.items()):
         mark = "  <- advised" if each == count else ""
@@ -290,12 +291,12 @@ def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expect
     here = expected[count]
     if tokens:
         lines.append(
-            f"\n{request.minutes:g} minutes on this machine is enough to heal on about {spell_count(tokens)} tokens of text "
+            f"\n{minutes} is enough to heal on about {spell_count(tokens)} tokens of text "
             f"({record['tokens_per_second']:g} tokens a second), {_passes(record['settings'])}."
         )
     else:
         lines.append(
-            f"\n{request.minutes:g} minutes on this machine is too little to run a teacher and train, so only "
+            f"\n{minutes} is too little to run a teacher and train, so only "
             + ("the closed-form repair is advised." if record["repair"] else "the cut is advised.")
         )
     scale = "the curve of this model, and the gain of healing" if record["curve"] else "losses"
