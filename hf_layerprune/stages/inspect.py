@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .. import families
-from ..errors import LayerPruneError, cause_of
+from ..errors import CutError, LayerPruneError, cause_of
 from ..families.engines import WAY_OUT, counted, misread
 from ..families.layout import count_parameters, find_decoder_layers, ties_head
 from ..layer_ranges import name_layers
@@ -157,13 +157,16 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     if anatomy.repairs:
         lines.append(f"  it can be repaired by {', '.join(anatomy.repairs)}")
     lines += [f"  {refused}" for refused in anatomy.refused_at.values()]
-    dropped = select_layers(n, CutOptions(drop=drop), anatomy.protected)
+    try:
+        dropped = select_layers(n, CutOptions(drop=drop), anatomy.protected)
+    except CutError as error:  # a cut that is only tried out must not hide what the model is made of
+        return "\n".join([*lines, f"No cut is shown: {error}"])
     saved = sum(anatomy.layers[i] for i in dropped)
     left = anatomy.total - saved
-    amount = f"{drop:.0%}" if isinstance(drop, float) else f"{drop} layers"
+    layers = f"{len(dropped)} layer{'s' if len(dropped) > 1 else ''}"
+    effect = f"A cut of {drop:.0%} drops {layers} and" if isinstance(drop, float) else f"A cut of {layers}"
     lines.append(
-        f"A cut of {amount} drops {len(dropped)} layer{'s' if len(dropped) > 1 else ''} and leaves {n - len(dropped)} of {n}: {left:,} parameters, "
-        f"{left / anatomy.total:.1%} of the base."
+        f"{effect} leaves {n - len(dropped)} of {n}: {left:,} parameters, {left / anatomy.total:.1%} of the base."
     )
     if anatomy.tied:
         untied = left + anatomy.embeddings
