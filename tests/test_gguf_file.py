@@ -17,8 +17,10 @@ from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 
 import hf_layerprune.cut.gguf as gguf_file
+from hf_layerprune.cli import main
 from hf_layerprune.cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from hf_layerprune.errors import CheckpointError, CutError
+from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from tests.gguf_makers import check_bytes, make_gguf, smollm2, value
 from tests.matrix import identities, logits
 from tests.measure_models import write_gguf
@@ -43,6 +45,15 @@ def cut(source: Path, drop, **options):
 
 def refused(match: str):
     return pytest.raises(CheckpointError, match=match)
+
+
+def test_a_file_whose_suffix_is_in_capitals_is_written_read_and_hashed(tmp_path, capsys):
+    sources = [write_gguf(tmp_path / f"{seed}.GGUF", layers=4, seed=seed) for seed in range(2)]
+    assert main(["prune", str(sources[0]), str(tmp_path / "cut.GGUF"), "--drop-layers", "2"]) == 0
+    assert is_gguf(tmp_path / "cut.GGUF")
+    assert main(["inspect", str(tmp_path / "cut.GGUF")]) == 0
+    assert "No cut is shown: drop=0.25 of 3 layers is less than one layer" in capsys.readouterr().out
+    assert len({weights_hash(fingerprint(source)) for source in sources}) == 2
 
 
 def test_a_cut_file_computes_what_the_model_without_those_layers_computes(tmp_path):

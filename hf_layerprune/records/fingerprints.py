@@ -65,10 +65,10 @@ def hash_hub_files(repo: Repo, names: Sequence[str]) -> tuple[dict[str, str], Pa
         CheckpointError: A file is too large or can't be downloaded.
     """
     # Offline, the listed hashes are only the names of files in the cache, so all files are hashed.
-    listed = {} if repo.offline else {name: repo.files[name].sha256 for name in names if name.endswith(WEIGHTS)}
+    listed = {} if repo.offline else {name: repo.files[name].sha256 for name in names if holds_weights(name)}
     hashes = {name: sha256 for name, sha256 in listed.items() if sha256 is not None}
     small = [name for name in names if name not in hashes]
-    if huge := [name for name in small if repo.files[name].size > _MAX_SMALL and not name.endswith(WEIGHTS)]:
+    if huge := [name for name in small if repo.files[name].size > _MAX_SMALL and not holds_weights(name)]:
         raise CheckpointError(
             f"{repo.name}/{huge[0]} is too large for a companion file; download the model, and specify the folder"
         )
@@ -79,11 +79,19 @@ def hash_hub_files(repo: Repo, names: Sequence[str]) -> tuple[dict[str, str], Pa
 
 def fingerprint(path: Path) -> dict[str, dict[str, Any]]:
     """Size and sha256 of the weight and JSON files of a base, a folder or a single file, by name."""
-    suffixes = (*WEIGHTS, ".json")
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in suffixes and p.is_file())
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if _is_hashed(p.name) and p.is_file())
     named = {file.name: file for file in files if file.name not in RECORDS}
     hashes = hash_files(named)
     return {name: {"size": file.stat().st_size, "sha256": hashes[name]} for name, file in named.items()}
+
+
+def holds_weights(name: str) -> bool:
+    """Whether a file holds weights, judged by its name, in either case: some repositories have `MODEL.GGUF`."""
+    return name.lower().endswith(WEIGHTS)
+
+
+def _is_hashed(name: str) -> bool:
+    return name.endswith(".json") or holds_weights(name)
 
 
 def weights_hash(files: Mapping[str, Mapping[str, Any]]) -> str:
@@ -91,7 +99,7 @@ def weights_hash(files: Mapping[str, Mapping[str, Any]]) -> str:
 
     The same weights in other shards have another hash.
     """
-    return _combined({name: entry["sha256"] for name, entry in files.items() if name.endswith(WEIGHTS)})
+    return _combined({name: entry["sha256"] for name, entry in files.items() if holds_weights(name)})
 
 
 def passing_weights_hash(folder: Path) -> str:
@@ -99,7 +107,7 @@ def passing_weights_hash(folder: Path) -> str:
 
     It is not cached, since the modification time may be too coarse to show the change.
     """
-    paths = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
+    paths = sorted(path for path in folder.iterdir() if holds_weights(path.name))
     return weights_hash({path.name: {"sha256": _read_hash(path)} for path in paths})
 
 
@@ -153,12 +161,12 @@ def model_files(folder: Path) -> dict[str, Path]:
 
 def behaviour_hashes(folder: Path) -> dict[str, str]:
     """The sha256 of every file of a folder, except weights, that may affect the model's behaviour."""
-    return hash_files({name: path for name, path in model_files(folder).items() if not name.endswith(WEIGHTS)})
+    return hash_files({name: path for name, path in model_files(folder).items() if not holds_weights(name)})
 
 
 def companion_names(folder: Path) -> list[str]:
     """The names of the files of a folder, except weights, that may affect the model's behaviour."""
-    return sorted(name for name in model_files(folder) if not name.endswith(WEIGHTS))
+    return sorted(name for name in model_files(folder) if not holds_weights(name))
 
 
 @dataclass(frozen=True)
@@ -211,7 +219,7 @@ def identity_of(hashes: Mapping[str, str], base: str | None = None) -> Identity:
         if is_inert(name) or name in (CONFIG, GENERATION, ADAPTER_CONFIG):
             continue
         is_template = name.startswith((f"{TEMPLATES}/", "chat_template."))
-        group = weights if name.endswith(WEIGHTS) else template if is_template else others
+        group = weights if holds_weights(name) else template if is_template else others
         group[name] = sha256
     return Identity(
         weights=_combined(weights),

@@ -44,7 +44,7 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
     """
     path = as_path(base)
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{path} is a file; specify a model folder, a Hub id, or a .gguf file")
         return str(path.parent), path.name
     if path.is_dir():
@@ -53,7 +53,7 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
                 f"{path} has no config.json, so it is not a model folder; specify a folder that has one"
             )
         return str(path), gguf_file
-    if _looks_like_a_path(str(base)) or path.suffix == ".gguf":
+    if _looks_like_a_path(str(base)) or path.suffix.lower() == ".gguf":
         raise CheckpointError(
             f"{path} does not exist; specify a model folder, a .gguf file, or a Hub id such as org/name"
         )
@@ -63,7 +63,9 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
 def is_hub_id(base: str | Path) -> bool:
     """Whether a base is on the Hub: no existing file or folder, and not spelled like the path of one."""
     path = as_path(base)
-    return not (isinstance(base, Path) or path.exists() or _looks_like_a_path(str(base)) or path.suffix == ".gguf")
+    return not (
+        isinstance(base, Path) or path.exists() or _looks_like_a_path(str(base)) or path.suffix.lower() == ".gguf"
+    )
 
 
 def as_path(base: str | Path) -> Path:

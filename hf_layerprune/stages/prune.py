@@ -123,7 +123,7 @@ def prune_to(request: PruneRequest) -> Pruned:
         from .curve import point_of
 
         request, curve = point_of(request, request.from_curve.expanduser())
-    if output.suffix == ".gguf":
+    if output.suffix.lower() == ".gguf":
         return _prune_gguf(request, Path(request.base), output)
     _refuse_what_has_no_effect(request)
     hub = None
