@@ -105,6 +105,11 @@ def metrics_of(lineage: Lineage, roles: tuple[str, ...] = ROLES, *, cost: bool =
                 speed = {"kind": "speed", "metric": "decode_tokens_per_second", "value": value, "samples": 5,
                          "settings": run, "spread": [value - 0.9, value + 0.7], "higher_is_better": True}  # fmt: skip
                 results.append(common | speed)
+                if role != "dense":
+                    key = {name: speed[name] for name in ("kind", "metric", "settings", "samples")}
+                    share = round(_SPEED[index] / _SPEED[0], 4)
+                    differences.append(key | {"weights": own, "base": dense, "difference": value - batch * _SPEED[0],
+                                              "share": share, "date": "2026-11-24"})  # fmt: skip
         metrics.add(results=results, comparisons=differences)
     return metrics
 
