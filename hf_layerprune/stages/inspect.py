@@ -159,7 +159,10 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     lines += [f"  {refused}" for refused in anatomy.refused_at.values()]
     try:
         dropped = select_layers(n, CutOptions(drop=drop), anatomy.protected)
-    except CutError as error:  # a cut that is only tried out must not hide what the model is made of
+    except CutError as error:
+        if drop != InspectRequest.drop:
+            raise
+        # The user asked for no cut, and is to see what the model is made of.
         return "\n".join([*lines, f"No cut is shown: {error}"])
     saved = sum(anatomy.layers[i] for i in dropped)
     left = anatomy.total - saved
