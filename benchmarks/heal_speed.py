@@ -264,6 +264,8 @@ def report(results: dict[str, list[dict[str, Any]]], epochs: int) -> None:
         speeds = [f"{n * outcome['tokens'] / seconds:.0f}" for n, seconds in enumerate(outcome["seconds"], 1)]
         memory = f"{outcome['peak_mb']:.0f} | {outcome['peak_mb'] - outcome['imports_mb']:.0f}"
         print(f"| `{way}` | {' | '.join(speeds)} | {memory} | {outcome['loss']:.4f} | {outcome['last_loss']:.4f} |")
+    if "ours" not in best:
+        return
     print("\nSpeed-up over the others: measured (predicted from multiplications; predicted for Llama-3.1-8B):\n")
     print(f"| `ours` against | {' | '.join(f'{n} epochs' for n in range(1, epochs + 1))} | in the limit | peak MB |")
     print("|---" * (epochs + 3) + "|")
