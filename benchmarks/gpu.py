@@ -16,8 +16,9 @@
 | f | `accelerate launch` with the settings in `recipes/accelerate` |
 
 Each step runs in its own process and has a time limit. Its result, with the card, the driver and the versions, becomes
-`RESULTS/STEP.json`; a step that has one is not repeated without `--again`. When a part's minutes are over, no further
-step of it starts, and the same command goes on later. Nothing is downloaded: docs/gpu.md says what to bring.
+`RESULTS/STEP.json`, in a dry run `RESULTS/dry_run/STEP.json`; a step that has one is not repeated without `--again`. When a
+part's minutes are over, no further step of it starts, and the same command goes on later. Nothing is downloaded:
+docs/gpu.md says what to bring.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ MARK = "RESULT "
 def main() -> None:
     """Run steps in processes of their own, or, in such a process, one step."""
     args = parse()
+    if args.tiny:  # apart from a real run's, which would take them for its own
+        args.results, args.work = (folder / "dry_run" for folder in (args.results, args.work))
     setting = Setting(
         tiny=args.tiny,
         work=args.work.resolve(),
@@ -89,7 +92,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="repeat steps that have a result")
     parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="only these steps")
     parser.add_argument("--report", action="store_true", help="run nothing; write the page from the results")
-    parser.add_argument("--page", type=Path, help="the page; by default docs/gpu.md, in a dry run RESULTS/gpu.md")
+    parser.add_argument(
+        "--page", type=Path, help="the page; by default docs/gpu.md, in a dry run RESULTS/dry_run/gpu.md"
+    )
     parser.add_argument("--step", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -34,21 +34,22 @@ def test_two_steps_of_a_dry_run(
 ) -> None:
     done = run(tmp_path, "--tiny", "--part", "c", "e", "--only", "c-cut", "e-tenth-2")
     assert done.returncode == 0, done.stdout + done.stderr
-    path = tmp_path / "results" / "c-cut.json"
+    path = tmp_path / "results" / "dry_run" / "c-cut.json"  # where a real run does not look
     found = json.loads(path.read_text())
     assert found["tiny"]
     assert found["machine"]["torch"] == torch.__version__
-    assert found["result"]["cold_seconds"] > 0
+    assert 0 < found["result"]["cold_seconds"] < 2 * found["result"]["warm_seconds"] + 2, "imports were timed"
     assert 0 < found["result"]["kept_bytes"] < 2e6
     assert 'e-tenth-2: {"not here": "round 1 is not there yet"' in done.stdout
     assert [one.name for one in path.parent.glob("*.json")] == ["c-cut.json"]
-    page = (tmp_path / "results" / "gpu.md").read_text()
+    page = path.with_name("gpu.md").read_text()
     assert "the numbers mean nothing" in page
     assert "| cut, cold |" in page
     assert "Computed, not measured" in page
 
     before = path.stat().st_mtime_ns
-    words = ["--tiny", "--part", "c", "--only", "c-cut", "--results", str(path.parent), "--work", str(tmp_path)]
+    folders = ["--results", str(tmp_path / "results"), "--work", str(tmp_path)]
+    words = ["--tiny", "--part", "c", "--only", "c-cut", *folders]
     monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
     capsys.readouterr()
     gpu.main()
@@ -57,10 +58,11 @@ def test_two_steps_of_a_dry_run(
 
 
 @pytest.mark.parametrize("part", ["b", "c", "d"])
-def test_every_step_of_a_part(part: str, tmp_path: Path) -> None:
+def test_the_steps_of_a_part(part: str, tmp_path: Path) -> None:
     """In this process, as `gpu.py` runs them in processes of their own."""
     setting = Setting(tiny=True, work=tmp_path)
-    for step in gpu.PARTS[part](1):
+    steps = gpu.PARTS[part](1)
+    for step in steps[:2] if part == "d" else steps:  # the others of d differ in the batch alone
         found = step.run(setting)
         assert json.loads(json.dumps(found)) == found, step.name
         assert found.get("peak_bytes", 1) > 0, step.name

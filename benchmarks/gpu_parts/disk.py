@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ def forget(files: Iterable[Path]) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def small(setting: Setting) -> Setting:
+    """The same with a tiny model. It goes first, so that imports and the start of the card are not timed."""
+    return replace(setting, tiny=True, work=setting.work / "warm_up")
+
+
 def weights(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
@@ -79,19 +85,27 @@ def drive(setting: Setting) -> dict[str, float]:
     return {"bytes": size, "write_bytes_per_second": size / written, "read_bytes_per_second": size / read}
 
 
-def cut(setting: Setting) -> dict[str, Any]:
-    """Seconds of `hf-layerprune prune` from a cold cache, and again; with the drive's speed just before."""
+def prune(setting: Setting) -> Path:
+    """Run `hf-layerprune prune`. Returns the folder of the cut checkpoint."""
     from hf_layerprune.cli import main
 
-    dense, target = base(setting), setting.work / "cut"
+    target = setting.work / "cut"
+    shutil.rmtree(target, ignore_errors=True)
+    if main(["prune", str(base(setting)), str(target), "--drop-layers", drop(setting)]):
+        raise RuntimeError("prune failed")
+    return target
+
+
+def cut(setting: Setting) -> dict[str, Any]:
+    """Seconds of `hf-layerprune prune` from a cold cache, and again; with the drive's speed just before."""
+    prune(small(setting))
+    dense = base(setting)
     found: dict[str, Any] = {"drive": drive(setting)}
     for name in ("cold", "warm"):
-        shutil.rmtree(target, ignore_errors=True)
         if name == "cold":
             forget(weights(dense))
         start = time.perf_counter()
-        if main(["prune", str(dense), str(target), "--drop-layers", drop(setting)]):
-            raise RuntimeError("prune failed")
+        target = prune(setting)
         forget(weights(target))  # until it is on the drive
         found[f"{name}_seconds"] = time.perf_counter() - start
     kept = sum(path.stat().st_size for path in weights(target))
@@ -108,32 +122,51 @@ def load(setting: Setting) -> dict[str, Any]:
 
     from hf_layerprune.cut.lazy import load_pruned
 
-    dense, target = base(setting), setting.work / "cut"
-    if not target.exists():
-        cut(setting)
-    found: dict[str, Any] = {"drive": drive(setting)}
     ids = torch.tensor([[1]], device=setting.device)
-    ways = {
-        "cut checkpoint": (target, lambda: AutoModelForCausalLM.from_pretrained(target, **where)),
-        "dense checkpoint": (dense, lambda: load_pruned(dense, middle(setting), **where)),
-    }
     where = {"dtype": "auto", "device_map": setting.device}
-    kept = sum(path.stat().st_size for path in weights(target))
-    for name, (folder, make) in ways.items():
+    ways = {
+        "cut checkpoint": lambda size: AutoModelForCausalLM.from_pretrained(size.work / "cut", **where),
+        "dense checkpoint": lambda size: load_pruned(base(size), middle(size), **where),
+    }
+
+    def token(make: Callable[[Setting], Any], size: Setting) -> None:
+        with torch.no_grad():
+            make(size)(ids)
+        synchronise(setting)
+
+    for size in (small(setting), setting):
+        if not (size.work / "cut").exists():
+            prune(size)
+    found: dict[str, Any] = {"drive": drive(setting)}
+    kept = weights(setting.work / "cut")
+    for name, make in ways.items():
+        token(make, small(setting))
         for state in ("cold", "warm"):
             if state == "cold":
-                forget(weights(folder))
+                forget([*weights(base(setting)), *kept])
             reset_peak(setting)
             start = time.perf_counter()
-            with torch.no_grad():
-                make()(ids)
-            synchronise(setting)
+            token(make, setting)
             found[f"{name}, {state}"] = {"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes(setting)}
-    return found | {"kept_bytes": kept, "drive_seconds": kept / found["drive"]["read_bytes_per_second"]}
+    size_kept = sum(path.stat().st_size for path in kept)
+    seconds = size_kept / found["drive"]["read_bytes_per_second"]
+    return found | {"kept_bytes": size_kept, "drive_seconds": seconds}
 
 
 def rank(criteria: tuple[str, ...], setting: Setting) -> dict[str, Any]:
     """Seconds and peak memory of scoring all layers, with one layer at a time on the card, as `rank` does."""
+    score(criteria, small(setting), setting.device)
+    for path in weights(base(setting)):  # from the system's cache, so that the drive does not decide
+        with open(path, "rb", buffering=0) as file:
+            while file.read(8 << 20):
+                pass
+    reset_peak(setting)
+    found = score(criteria, setting, setting.device)
+    return found | {"peak_bytes": peak_bytes(setting)}
+
+
+def score(criteria: tuple[str, ...], setting: Setting, device: str) -> dict[str, Any]:
+    """Load the dense checkpoint, score its layers on a device, and take the time."""
     import torch
 
     from hf_layerprune.calibration.rows import CalibrationSet
@@ -142,20 +175,14 @@ def rank(criteria: tuple[str, ...], setting: Setting) -> dict[str, Any]:
     from hf_layerprune.runtime.walk import LayerWalk
     from hf_layerprune.select.runner import score_layers
 
-    usual = CalibrationOptions()
+    usual, dense = CalibrationOptions(), base(setting)
     samples, length = (4, 16) if setting.tiny else (usual.calibration_samples, usual.calibration_length)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(3, 100 if setting.tiny else 128_000, (samples, length), generator=generator)
-    dense = base(setting)
-    for path in weights(dense):  # from the system's cache, so that the drive does not decide
-        with open(path, "rb", buffering=0) as file:
-            while file.read(8 << 20):
-                pass
-    reset_peak(setting)
     start = time.perf_counter()
-    walk = LayerWalk(load_base(dense, dtype="auto"), device=setting.device)
+    walk = LayerWalk(load_base(dense, dtype="auto"), device=device)
     loaded = time.perf_counter() - start
     score_layers(walk, CalibrationSet.of(rows, "random"), criteria)
-    synchronise(setting)
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "load_seconds": loaded, "peak_bytes": peak_bytes(setting), "tokens": rows.numel()}
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return {"seconds": time.perf_counter() - start, "load_seconds": loaded, "tokens": rows.numel()}
