@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +190,26 @@ def test_what_does_not_fit_is_left_out(caplog: pytest.LogCaptureFixture) -> None
 def test_loading_fails_in_a_process_of_its_own() -> None:
     with pytest.raises(LayerPruneError, match=r"loading ./nowhere in a separate process failed: .*does not exist"):
         probe("./nowhere", None, "auto", "cpu", Workload(1, 8, 2))
+
+
+WATCHED = """
+import json, sys
+from hf_layerprune.measure import probe, subject
+load = subject.Subject.load
+def watched(self, *words):
+    before = set(sys.modules)
+    model = load(self, *words)
+    print(*set(sys.modules) - before)
+    return model
+subject.Subject.load = watched
+probe._probe(sys.argv[1], None, "auto", "cpu", json.loads(sys.argv[2]))
+"""
+
+
+def test_the_load_time_has_no_imports(base: Path) -> None:
+    words = [sys.executable, "-c", WATCHED, str(base), json.dumps(Workload(1, 8, 2).settings)]
+    imported = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    assert not [name for name in imported if "modeling_" in name or "jsonschema" in name]
 
 
 @pytest.mark.parametrize(
