@@ -326,14 +326,17 @@ def test_a_repaired_module_is_saved_and_not_trained(base):
 
 
 def test_a_config_that_was_used_repairs_again(base, tmp_path):
-    """The object itself, a changed copy, and one that was saved; a copy of the adapter takes over its weights."""
+    """The object itself, a changed copy, a saved one; after a refusal too. A copy of the adapter takes over its weights."""
     ids, settings = tiny_input(), {"drop_layers": [3, 4], "tune_layers": 1, "calibration_samples": 12}
     config = LayerDropConfig(**settings, repair="linear", calibration_length=32)
 
     def load():
         return AutoModelForCausalLM.from_pretrained(base)
 
-    first = get_peft_model(load(), config)
+    model = load()
+    with pytest.raises(CutError, match="only 6 layers remain"):  # what was fitted for it is not for the next
+        get_peft_model(model, replace(config, drop_layers=[1, 2], tune_layers=7))
+    first = get_peft_model(model, config)
     expected = logits(first, ids)
     first.save_pretrained(tmp_path)
     saved = LayerDropConfig.from_pretrained(tmp_path)

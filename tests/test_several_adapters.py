@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, inject_adapter_in_model
 
 from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
 
@@ -57,8 +57,14 @@ def test_two_adapters_share_the_cut(llama: Path, tmp_path: Path) -> None:
     again.set_adapter("second")
     assert torch.equal(logits(again), second)
 
-    with pytest.raises(CutError, match=r"drops layers \[6, 7\], and the new one \[1\]"):
-        model.add_adapter("third", LayerDropConfig(drop_layers=[1]))
+    other = LayerDropConfig(drop_layers=[1])
+    for add in (
+        lambda: model.add_adapter("third", other),
+        lambda: inject_adapter_in_model(other, again.get_base_model(), "third"),  # transformers' load_adapter
+    ):
+        with pytest.raises(CutError, match=r"drops layers \[6, 7\], and the new one \[1\]"):
+            add()
+    assert list(model.peft_config) == list(again.peft_config) == ["default", "second"]
 
 
 @pytest.mark.parametrize(("deleted", "left"), [("second", "default"), ("default", "second")])

@@ -137,7 +137,12 @@ class LayerDropModel(BaseTuner):
         config = self.peft_config[adapter_name] = copy.copy(asked)  # the caller's may make further adapters
         if isinstance(config, LayerDropConfig) and config.is_new:
             config.renew(repair=len(self.peft_config) == 1)  # others are made from the first, such as TRL's reference
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:  # leave nothing that the next adapter on this model would take for its own
+            model.__dict__.pop(PREPARED, None)
+            self.peft_config.pop(adapter_name, None)
+            raise
         config.is_saved = False  # from here on, its weights are in this model, and another adapter of it is a new one
         asked.drop_layers, asked.num_base_layers = config.drop_layers, config.num_base_layers
         if (cut := getattr(model, CUT, None)) is not None:
