@@ -32,6 +32,7 @@ from .tiny_models import EAGER, tiny_input, tiny_model
 # Plain and untied; tied with sliding windows; tied, with another layout; experts; a multimodal composite.
 TYPES = ("llama", "gemma3_text", "gpt2", "qwen3_moe", "gemma3")
 UNTIED = {"tie_word_embeddings": False}
+NOTHING: dict[str, Any] = {"tune_layers": 0, "tune_final_norm": False, "tune_lm_head": False}
 
 
 def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> Any:
@@ -172,7 +173,7 @@ def test_adapter_file_holds_the_tail_in_the_base_dtype(base: Path, dtype: torch.
         ({"tune_layers": "cut"}, ["model.layers.1", "model.layers.2", "model.layers.3", "model.norm", "lm_head"]),
         ({"tune_layers": [0, 4], "tune_lm_head": False}, ["model.layers.0", "model.layers.2", "model.norm"]),
         ({"tune_layers": 0, "tune_final_norm": False}, ["lm_head"]),
-        ({"tune_layers": 0, "tune_final_norm": False, "tune_lm_head": False}, None),
+        (NOTHING, None),
         ({"tune_layers": 0, "tune_lm_head": False, "modules_to_save": ["model.embed_tokens"]}, ["model.norm", "model.embed_tokens"]),
     ],
 )  # fmt: skip
@@ -335,6 +336,7 @@ def test_unlisted_names_stay_out(llama: Path) -> None:
         ({"tune_layers": -1}, "tune_layers=-1"),
         ({"tune_layers": "all"}, "tune_layers='all'"),
         ({"task_type": "SEQ_CLS"}, "only causal language models"),
+        ({**NOTHING, "keep_dropped": True}, r"adapter that tunes nothing.* or use drop_layers\(model, .*keep_dropped"),
     ):
         base = load(llama)
         if message is None:

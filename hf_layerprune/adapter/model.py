@@ -104,6 +104,12 @@ class LayerDropModel(BaseTuner):
         if peft_config.own_modules_to_save is None:
             peft_config.own_modules_to_save = peft_config.modules_to_save or []
         peft_config.modules_to_save = saved_modules(tuned, peft_config.repaired_modules)
+        if peft_config.keep_dropped and peft_config.is_new and not peft_config.modules_to_save:
+            raise CutError(
+                "keep_dropped=True is for disable_adapter(), and PEFT can't disable an adapter that tunes nothing; tune something "
+                "(tune_final_norm=True), or use drop_layers(model, [...], keep_dropped=True), whose restore() and reapply() do "
+                "the same"
+            )
         peft_config.target_modules = DUMMY_TARGET_MODULES
         # A cut in memory takes the name from the model, and all adapters here have the same base.
         configs: Any = [peft_config, *self.peft_config.values()]
