@@ -86,8 +86,6 @@ class Commit:
     id: str
     files: Mapping[str, RepoFile]
     title: str = "initial commit"
-    message: str = ""
-    date: str = EPOCH
     parent: str | None = None
 
 
@@ -95,7 +93,6 @@ class Repo:
     """A folder seen as a repository with one branch, ``main``, and one commit: what the folder holds now."""
 
     sdk: str | None = None
-    tags: Mapping[str, str] = {}
     pulls: Mapping[str, str] = {}
 
     def __init__(self, folder: Path) -> None:
@@ -109,7 +106,7 @@ class Repo:
         return {"main": tree_id(self._files())}
 
     def at(self, revision: str) -> Commit | None:
-        """The commit that a branch, a tag or an id stands for."""
+        """The commit that a branch or an id stands for."""
         files = self._files()
         return Commit(tree_id(files), files) if revision in ("main", tree_id(files)) else None
 

@@ -22,10 +22,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tests.hub_repo import Commit, Refusal, Repo
 from tests.hub_routes import CDN_ROUTES, HUB_ROUTES, Request, Route
@@ -35,17 +35,16 @@ from tests.hub_written import WrittenRepo
 
 @dataclass
 class _Fault:
+    kind: str
     suffix: str
-    prefix: str
-    method: str | None
-    value: int
-    left: int
-    least: int = 0
-    headers: Mapping[str, str] = field(default_factory=dict)
+    times: int
+    value: Any
+    prefix: str = ""
+    method: str | None = None
 
     def hits(self, method: str, path: str) -> bool:
         return (
-            self.left > 0
+            self.times > 0
             and self.method in (None, method)
             and path.startswith(self.prefix)
             and path.endswith(self.suffix)
@@ -64,7 +63,6 @@ class HubServer:
         tokens (`Mapping[str, Collection[str] | None]`): token to the ids that it opens; `None`: all of them.
         writers (`Mapping[str, Collection[str] | None]`): token to the namespaces in which it may read and write
             everything; `None`: in all of them. The other tokens are read-only.
-        redirect_lfs (`bool`): send files of LFS kind through the CDN, as the Hub does, or straight.
     """
 
     user = "somebody"  # whose tokens these all are
@@ -77,12 +75,10 @@ class HubServer:
         gated: Collection[str] = (),
         tokens: Mapping[str, Collection[str] | None] | None = None,
         writers: Mapping[str, Collection[str] | None] | None = None,
-        redirect_lfs: bool = True,
     ) -> None:
         self.repos: dict[str, Repo] = {repo_id: Repo(Path(folder)) for repo_id, folder in (repos or {}).items()}
         self.private, self.gated = set(private), set(gated)
         self.tokens, self.writers = dict(tokens or {}), dict(writers or {})
-        self.redirect_lfs = redirect_lfs
         self.endpoint = self.cdn_endpoint = ""
         self._secret = secrets.token_bytes(16)
         self._lock = threading.Lock()
@@ -120,14 +116,7 @@ class HubServer:
         """Forget the log and every fault."""
         with self._lock:
             self._log: list[Request] = []
-            self._statuses: list[_Fault] = []
-            self._breaks: list[_Fault] = []
-            self._truncated: dict[str, int] = {}
-            self._lies: list[tuple[str, str, _Fault]] = []
-            self._delays: list[_Fault] = []
-            self._hang_ups: list[_Fault] = []
-            self._lost: list[_Fault] = []
-            self._garbled: list[_Fault] = []
+            self._faults: list[_Fault] = []
             self._expiring: dict[str, int] = {}
 
     def record(self, request: Request) -> Callable[[int], None]:
@@ -152,52 +141,49 @@ class HubServer:
         *,
         method: str | None = None,
         prefix: str = "",
-        headers: Mapping[str, str] | None = None,
+        **headers: str,
     ) -> None:
         """Answer `times` requests with an error instead; `prefix="/cdn/"` or `"/api/"` narrows the paths down."""
-        with self._lock:
-            self._statuses.append(_Fault(path_suffix, prefix, method, code, times, headers=headers or {}))
+        refusal = Refusal(code, f"Status {code}, as the test wished", **headers)
+        self._fail(_Fault("status", path_suffix, times, refusal, prefix, method))
 
-    def delay(self, path_suffix: str, seconds: float, times: int = 1, *, prefix: str = "") -> None:
+    def delay(self, path_suffix: str, seconds: float, times: int = 1) -> None:
         """Wait before answering `times` requests."""
-        with self._lock:
-            self._delays.append(_Fault(path_suffix, prefix, None, int(1000 * seconds), times))
+        self._fail(_Fault("delay", path_suffix, times, seconds))
 
     def hang_up(self, path_suffix: str, count: int, times: int = 1, *, method: str = "PUT", prefix: str = "") -> None:
         """Close the connection after `count` bytes of a request's body, `times` times."""
-        with self._lock:
-            self._hang_ups.append(_Fault(path_suffix, prefix, method, count, times))
+        self._fail(_Fault("hang up", path_suffix, times, count, prefix, method))
 
-    def lose(self, path_suffix: str, times: int = 1, *, method: str | None = None, prefix: str = "") -> None:
-        """Do what `times` requests ask for, and close the connection in place of answering."""
-        with self._lock:
-            self._lost.append(_Fault(path_suffix, prefix, method, 0, times))
+    def lose(self, path_suffix: str, *, method: str | None = None, prefix: str = "") -> None:
+        """Do what a request asks for, and close the connection in place of answering."""
+        self._fail(_Fault("lose", path_suffix, 1, True, prefix, method))
 
-    def garble(self, path_suffix: str = "", times: int = 1, *, prefix: str = "/upload/") -> None:
-        """Turn a bit of what `times` uploads bring, on the way."""
-        with self._lock:
-            self._garbled.append(_Fault(path_suffix, prefix, "PUT", 0, times))
+    def garble(self) -> None:
+        """Turn a bit of what an upload brings, on the way."""
+        self._fail(_Fault("garble", "", 1, True, "/upload/", "PUT"))
 
-    def expire(self, token: str, after: int = 0) -> None:
+    def fail_after(self, count: int, path_suffix: str, times: int = 1) -> None:
+        """Close the connection after `count` bytes of a body that has more, `times` times."""
+        self._fail(_Fault("break", path_suffix, times, count))
+
+    def expire(self, token: str, after: int) -> None:
         """Let a token run out after so many more requests that carry it."""
         with self._lock:
             self._expiring[token] = after
 
-    def take_delay(self, method: str, path: str) -> float:
-        """Use up a delay, if one is due: seconds."""
-        return (self._take(self._delays, lambda fault: fault.hits(method, path)) or 0) / 1000
+    def _fail(self, fault: _Fault) -> None:
+        with self._lock:
+            self._faults.append(fault)
 
-    def take_hang_up(self, method: str, path: str) -> int | None:
-        """Use up a connection that ends within its request, if one is due."""
-        return self._take(self._hang_ups, lambda fault: fault.hits(method, path))
-
-    def take_lost(self, method: str, path: str) -> bool:
-        """Use up a lost answer, if one is due."""
-        return self._take(self._lost, lambda fault: fault.hits(method, path)) is not None
-
-    def take_garbled(self, method: str, path: str) -> bool:
-        """Use up a turned bit, if one is due."""
-        return self._take(self._garbled, lambda fault: fault.hits(method, path)) is not None
+    def take(self, kind: str, method: str, path: str, length: int | None = None) -> Any:
+        """Use up a fault of a kind, if one is due (within a body of this length): its value."""
+        with self._lock:
+            for fault in self._faults:
+                if fault.kind == kind and fault.hits(method, path) and (length is None or fault.value < length):
+                    fault.times -= 1
+                    return fault.value
+        return None
 
     def use_token(self, token: str | None) -> None:
         """Count a request with a token, and forget the token when it has run out."""
@@ -208,63 +194,6 @@ class HubServer:
             if self._expiring[token] < 0:
                 self.tokens.pop(token, None)
                 self.writers.pop(token, None)
-
-    def fail_after(self, count: int, path_suffix: str, times: int = 1, *, prefix: str = "", least: int = 0) -> None:
-        """Close the connection after `count` bytes of a body that has more, and more than `least`, `times` times."""
-        with self._lock:
-            self._breaks.append(_Fault(path_suffix, prefix, None, count, times, max(count, least)))
-
-    def truncate(self, path_suffix: str, size: int) -> None:
-        """Serve only a file's first `size` bytes, as if that were the file; what the API says of it stays."""
-        with self._lock:
-            self._truncated[path_suffix] = size
-
-    def lie(self, path_suffix: str, header: str, value: str, *, after: int = 0, prefix: str = "") -> None:
-        """Answer one `GET` request, when `after` others were answered, with another header than is true.
-
-        `"Range"` puts another range in place of the one that was asked for.
-        """
-        with self._lock:
-            self._lies.append((header, value, _Fault(path_suffix, prefix, "GET", after, 1)))
-
-    def take_lies(self, method: str, path: str, asked: bool = False) -> dict[str, str]:
-        """Use up the lies that are due about an answer's headers, or about those that were asked."""
-        found = {}
-        with self._lock:
-            for header, value, fault in self._lies:
-                if (header == "Range") != asked or not fault.hits(method, path):
-                    continue
-                if fault.value == 0:
-                    fault.left -= 1
-                    found[header] = value
-                fault.value -= 1
-        return found
-
-    def take_status(self, method: str, path: str) -> tuple[int, Mapping[str, str]] | None:
-        """Use up a status fault, if one is due: the status, and headers that go with it."""
-        with self._lock:
-            fault = next((fault for fault in self._statuses if fault.hits(method, path)), None)
-            if fault is None:
-                return None
-            fault.left -= 1
-            return fault.value, fault.headers
-
-    def take_break(self, method: str, path: str, length: int) -> int | None:
-        """Use up a broken connection, if one is due in a body of this length."""
-        return self._take(self._breaks, lambda fault: fault.least < length and fault.hits(method, path))
-
-    def _take(self, faults: list[_Fault], due: Callable[[_Fault], bool]) -> int | None:
-        with self._lock:
-            fault = next(filter(due, faults), None)
-            if fault is None:
-                return None
-            fault.left -= 1
-            return fault.value
-
-    def size_served(self, path: str, size: int) -> int:
-        """Size of a file as its body shows it."""
-        with self._lock:
-            return min([size, *(cut for suffix, cut in self._truncated.items() if path.endswith(suffix))])
 
     # Access
 
@@ -285,21 +214,13 @@ class HubServer:
             raise Refusal(404, "Invalid rev id", "RevisionNotFound")
         return commit
 
-    def writable(self, repo_id: str, token: str | None) -> WrittenRepo:
-        """Look up a repository for who may write to it."""
+    def writable(self, repo_id: str, token: str | None, propose: bool = False) -> WrittenRepo:
+        """Look up a repository for who may write to it; or `propose` a change: whoever is logged in and may read it."""
         # The client takes the Hub's plain 401 for a missing repository, but only over HTTPS; the code says it here.
         self._log_in(token, "RepoNotFound")
         found = self.repo(repo_id, token)
-        if not self._may_write(repo_id, token):
+        if not propose and not self._may_write(repo_id, token):
             raise Refusal(403, "Forbidden: you must use a write token to upload to a repository.")
-        if not isinstance(found, WrittenRepo):
-            raise Refusal(403, f"{repo_id} is a folder that is only served; create a repository to write to it")
-        return found
-
-    def proposable(self, repo_id: str, token: str | None) -> WrittenRepo:
-        """Look up a repository for who may propose a change to it: whoever is logged in and may read it."""
-        self._log_in(token, "RepoNotFound")
-        found = self.repo(repo_id, token)
         if not isinstance(found, WrittenRepo):
             raise Refusal(403, f"{repo_id} is a folder that is only served; create a repository to write to it")
         return found
@@ -308,25 +229,22 @@ class HubServer:
         self, token: str | None, kind: str, namespace: str | None, name: str, private: bool, sdk: str | None
     ) -> str:
         """Create a repository; returns its id."""
-        repo_id = self._address(token, kind, namespace, name)
+        self._log_in(token)
+        repo_id = {"dataset": "datasets/", "space": "spaces/"}.get(kind, "") + f"{namespace or self.user}/{name}"
+        if not self._may_write(repo_id, token):
+            where = f'the namespace "{namespace or self.user}"'
+            raise Refusal(403, f"You don't have the rights to create a {kind} under {where}")
         with self._lock:
             if repo_id in self.repos:
                 url = f"{self.endpoint}/{repo_id}"
                 raise Refusal(409, f"You already created this {kind} repo: {repo_id}", body={"url": url})
-            self._created += 1  # an id may come again after it was deleted, while somebody still reads the old one
+            self._created += (
+                1  # a test may take a repository away and create it again while somebody still reads the old one
+            )
             self.repos[repo_id] = WrittenRepo(Path(self._root.name, str(self._created)), sdk)
             if private:
                 self.private.add(repo_id)
         return repo_id
-
-    def delete(self, token: str | None, kind: str, namespace: str | None, name: str) -> None:
-        """Delete a repository."""
-        repo_id = self._address(token, kind, namespace, name)
-        with self._lock:
-            if self.repos.pop(repo_id, None) is None:
-                raise Refusal(404, "Repository not found", "RepoNotFound")
-            self.private.discard(repo_id)
-            self.gated.discard(repo_id)
 
     def whoami(self, token: str | None) -> dict:
         """Say whose a token is, and what it may do."""
@@ -335,15 +253,6 @@ class HubServer:
         orgs = [{"type": "org", "name": one, "roleInOrg": "write"} for one in self.writers.get(token) or ()]
         auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": role}}
         return {"type": "user", "name": self.user, "fullname": self.user, "orgs": orgs, "auth": auth}
-
-    def _address(self, token: str | None, kind: str, namespace: str | None, name: str) -> str:
-        """Id of a repository that a token is about to create or delete."""
-        self._log_in(token)
-        repo_id = {"dataset": "datasets/", "space": "spaces/"}.get(kind, "") + f"{namespace or self.user}/{name}"
-        if not self._may_write(repo_id, token):
-            where = f'the namespace "{namespace or self.user}"'
-            raise Refusal(403, f"You don't have the rights to create a {kind} under {where}")
-        return repo_id
 
     def _log_in(self, token: str | None, code: str | None = None) -> None:
         if token is None:

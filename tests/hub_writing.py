@@ -1,6 +1,5 @@
 """The routes of `hub_server` that change something, and those that a client asks on the way there."""
 
-import codecs
 import hmac
 import json
 import re
@@ -11,9 +10,7 @@ import yaml
 
 from tests.hub_repo import EPOCH, Refusal, tracked_by_lfs
 from tests.hub_routes import API, PAGE, Handler, Route
-from tests.hub_written import WrittenRepo
 
-_TEXT = re.compile(r"[^\x00-\x07\x0e-\x1a\x1c-\x1f]*")
 _COLORS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
 
 
@@ -38,11 +35,6 @@ class WritingHandler(Handler):
         )
         self.send_json({"url": f"{self.server.hub.endpoint}/{repo}", "name": repo, "private": bool(private)})
 
-    def delete_repo(self) -> None:
-        asked = self.read_json()
-        self.server.hub.delete(self.token, asked.get("type") or "model", asked.get("organization"), asked["name"])
-        self.send_json({})
-
     def validate_yaml(self) -> None:
         asked = self.read_json()
         errors, warnings = check_card(asked["content"], asked.get("repoType") or "model")
@@ -61,32 +53,23 @@ class WritingHandler(Handler):
         written.secrets[asked["key"]] = asked["value"]  # nobody reads it back, as on the Hub
         self.send_json({})
 
-    # Branches and tags
+    # Branches
 
     def create_branch(self, repo: str, name: str) -> None:
         start = self.read_json().get("startingPoint") or "main"
-        self.server.hub.writable(repo, self.token).create_ref("branches", name, start)
-        self.send_json({})
-
-    def create_tag(self, repo: str, revision: str) -> None:
-        name = self.read_json()["tag"]
-        self.server.hub.writable(repo, self.token).create_ref("tags", name, revision)
-        self.send_json({})
-
-    def delete_ref(self, repo: str, kind: str, name: str) -> None:
-        self.server.hub.writable(repo, self.token).delete_ref({"branch": "branches", "tag": "tags"}[kind], name)
+        self.server.hub.writable(repo, self.token).create_branch(name, start)
         self.send_json({})
 
     # Commits
 
     def preupload(self, repo: str, revision: str) -> None:
-        commit = self._writes_to(repo).at(revision)
+        commit = self.server.hub.writable(repo, self.token, self.flag("create_pr")).at(revision)
         if commit is None:
             raise Refusal(404, "Invalid rev id", "RevisionNotFound")
         answers = []
         for asked in self.read_json()["files"]:
             path, size, known = asked["path"], asked["size"], commit.files.get(asked["path"])
-            lfs = tracked_by_lfs(path, size) or not is_text(b64decode(asked["sample"]))
+            lfs = tracked_by_lfs(path, size) or b"\0" in b64decode(asked["sample"])
             answers.append({"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False})
             if known:
                 # With it the client leaves out of the commit what did not change.
@@ -96,7 +79,7 @@ class WritingHandler(Handler):
     def lfs_batch(self, repo: str) -> None:
         hub, asked = self.server.hub, self.read_json()
         # Who may propose a change may also bring what it names; nobody sees it before a commit does.
-        written = hub.proposable(repo, self.token)
+        written = hub.writable(repo, self.token, propose=True)
         if asked.get("operation") != "upload" or "basic" not in asked.get("transfers", ["basic"]):
             raise Refusal(422, "Only uploads by the basic transfer are served")
         objects = []
@@ -118,14 +101,14 @@ class WritingHandler(Handler):
         if (found := self.server.hub.repos.get(repo)) is None:
             raise Refusal(404, "NoSuchKey")
         body = self.body()
-        if self.server.hub.take_garbled(self.command, self.decoded):
+        if self.server.hub.take("garble", self.command, self.decoded):
             body = (bytes([chunk[0] ^ 1]) + chunk[1:] for chunk in body)
         found.receive(body, sha256, int(size))
         self.send(200, {"ETag": f'"{sha256}"'}, 0, iter(()))
 
     def verify(self, repo: str) -> None:
         asked = self.read_json()
-        file = self.server.hub.proposable(repo, self.token).large(asked["oid"])
+        file = self.server.hub.writable(repo, self.token, propose=True).large(asked["oid"])
         if file is None:
             raise Refusal(404, f"There is no object {asked['oid']}")
         if file.size != asked["size"]:
@@ -133,23 +116,15 @@ class WritingHandler(Handler):
         self.send_json({})
 
     def commit(self, repo: str, revision: str) -> None:
-        written = self._writes_to(repo)
-        try:
-            lines = [json.loads(line) for line in b"".join(self.body()).splitlines() if line]
-        except ValueError as error:
-            raise Refusal(400, f"The body is not newline-delimited JSON: {error}") from error
         propose = self.flag("create_pr")
+        written = self.server.hub.writable(repo, self.token, propose)
+        lines = [json.loads(line) for line in b"".join(self.body()).splitlines() if line]
         made = written.commit(revision, lines, propose=propose)
         page = f"{self.server.hub.endpoint}/{repo}"
         answer = {"success": True, "commitOid": made.id, "commitUrl": f"{page}/commit/{made.id}", "hookOutput": ""}
         if propose:
             answer["pullRequestUrl"] = f"{page}/discussions/{len(written.titles)}"
         self.send_json(answer)
-
-    def _writes_to(self, repo: str) -> WrittenRepo:
-        """The repository that a request changes, or proposes to."""
-        hub = self.server.hub
-        return (hub.proposable if self.flag("create_pr") else hub.writable)(repo, self.token)
 
     def discussions(self, repo: str) -> None:
         found = self.server.hub.repo(repo, self.token)
@@ -167,14 +142,6 @@ class WritingHandler(Handler):
             for number, title in enumerate(getattr(found, "titles", []), 1)
         ]
         self.send_json({"discussions": listed, "count": len(listed), "start": 0})
-
-
-def is_text(sample: bytes) -> bool:
-    """Whether the start of a file looks like UTF-8 text; its last character may be cut."""
-    try:
-        return bool(_TEXT.fullmatch(codecs.getincrementaldecoder("utf-8")().decode(sample)))
-    except UnicodeDecodeError:
-        return False
 
 
 def check_card(content: str, kind: str) -> tuple[list[str], list[str]]:
@@ -203,13 +170,10 @@ def check_card(content: str, kind: str) -> tuple[list[str], list[str]]:
 WRITING_ROUTES: list[Route] = [
     ("GET", re.compile("/api/whoami-v2"), WritingHandler.whoami),
     ("POST", re.compile("/api/repos/create"), WritingHandler.create_repo),
-    ("DELETE", re.compile("/api/repos/delete"), WritingHandler.delete_repo),
     ("POST", re.compile("/api/validate-yaml"), WritingHandler.validate_yaml),
     ("POST", re.compile(f"{API}/secrets"), WritingHandler.add_secret),
     ("GET", re.compile(f"{API}/discussions"), WritingHandler.discussions),
     ("POST", re.compile(f"{API}/branch/(?P<name>[^/]+)"), WritingHandler.create_branch),
-    ("POST", re.compile(f"{API}/tag/(?P<revision>[^/]+)"), WritingHandler.create_tag),
-    ("DELETE", re.compile(f"{API}/(?P<kind>branch|tag)/(?P<name>[^/]+)"), WritingHandler.delete_ref),
     ("POST", re.compile(f"{API}/preupload/(?P<revision>[^/]+)"), WritingHandler.preupload),
     ("POST", re.compile(f"{API}/commit/(?P<revision>[^/]+)"), WritingHandler.commit),
     ("POST", re.compile(rf"{PAGE}\.git/info/lfs/objects/batch"), WritingHandler.lfs_batch),

@@ -1,6 +1,5 @@
 """A repository that `hub_server`'s clients write: contents by their hash on disk, and a history of commits."""
 
-import binascii
 import hashlib
 import os
 import tempfile
@@ -8,14 +7,13 @@ import threading
 from base64 import b64decode
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tests.hub_repo import LFS_SIZE, LFS_SUFFIXES, Commit, Refusal, Repo, RepoFile, git_blob_id, tree_id
 
 
 class WrittenRepo(Repo):
-    """A repository with commits, branches and tags.
+    """A repository with commits and branches.
 
     A content is written once, under its hash, and never changed, so that every commit stays readable. Contents come
     before the commit that names them. A commit is one assignment at the end of `commit`, so a refused one, or one
@@ -32,14 +30,13 @@ class WrittenRepo(Repo):
         self._large: dict[str, RepoFile] = {}
         self._commits: dict[str, Commit] = {}
         self._branches: dict[str, str] = {}
-        self._tags: dict[str, str] = {}
         self.secrets: dict[str, str] = {}  # of a Space
         self._pulls: dict[str, str] = {}
         self.titles: list[str] = []  # of the pull requests
         folder.mkdir(parents=True)
         # A new repository on the Hub has one commit, with this file.
         rules = [f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES)]
-        self._record("main", {".gitattributes": self._keep("".join(rules).encode())}, "initial commit", "", None)
+        self._record("main", {".gitattributes": self._keep("".join(rules).encode())}, "initial commit", None)
 
     # Reading
 
@@ -49,12 +46,6 @@ class WrittenRepo(Repo):
             return dict(self._branches)
 
     @property
-    def tags(self) -> Mapping[str, str]:  # type: ignore[override]
-        """Tag to the id of its commit."""
-        with self._lock:
-            return dict(self._tags)
-
-    @property
     def pulls(self) -> Mapping[str, str]:  # type: ignore[override]
         """`refs/pr/N` to the id of its last commit."""
         with self._lock:
@@ -62,7 +53,7 @@ class WrittenRepo(Repo):
 
     def at(self, revision: str) -> Commit | None:
         with self._lock:
-            refs = self._branches.get(revision) or self._tags.get(revision) or self._pulls.get(revision)
+            refs = self._branches.get(revision) or self._pulls.get(revision)
             return self._commits.get(refs or revision)
 
     def large(self, sha256: str, name: str = "") -> RepoFile | None:
@@ -102,62 +93,40 @@ class WrittenRepo(Repo):
             head = self.at(branch) if branch in self._branches or branch in self._pulls else None
             if head is None:
                 raise Refusal(404, "Invalid rev id", "RevisionNotFound")
-            try:
-                header, *operations = ((line["key"], line["value"]) for line in lines)
-                if header[0] != "header" or not header[1]["summary"]:
-                    raise Refusal(400, "The first line must be a header with a summary")
-                if header[1].get("parentCommit", head.id) != head.id:
-                    raise Refusal(412, "A commit has happened since. Please refresh and try again.")
-                files = dict(head.files)
-                for key, value in operations:
-                    self._apply(files, key, value)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise Refusal(400, f"Malformed commit: {error!r}") from error
-            if clash := next((str(up) for path in files for up in PurePosixPath(path).parents if str(up) in files), 0):
-                raise Refusal(400, f"{clash} is a file and can't be a folder as well")
+            header, *operations = lines
+            title = header["value"]["summary"]
+            if header["value"].get("parentCommit", head.id) != head.id:
+                raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+            files = dict(head.files)
+            for operation in operations:
+                self._apply(files, operation["key"], operation["value"])
             if propose:
-                self.titles.append(header[1]["summary"])
+                self.titles.append(title)
                 branch = f"refs/pr/{len(self.titles)}"
-            return self._record(branch, files, header[1]["summary"], header[1].get("description", ""), head.id)
+            return self._record(branch, files, title, head.id)
 
     def merge(self, number: int) -> None:
         """Accept a pull request."""
         with self._lock:
             self._branches["main"] = self._pulls[f"refs/pr/{number}"]
 
-    def create_ref(self, refs: str, name: str, start: str) -> None:
-        """Add to the `branches` or the `tags`."""
+    def create_branch(self, name: str, start: str) -> None:
+        """Add a branch."""
         with self._lock:
-            known = {"branches": self._branches, "tags": self._tags}[refs]
-            if name in known:
+            if name in self._branches:
                 raise Refusal(409, f"Reference already exists: {name}")
             if (commit := self.at(start)) is None:
                 raise Refusal(404, "Invalid rev id", "RevisionNotFound")
-            known[name] = commit.id
-
-    def delete_ref(self, refs: str, name: str) -> None:
-        """Remove from the `branches` or the `tags`; the commits stay."""
-        with self._lock:
-            if (refs, name) == ("branches", "main"):
-                raise Refusal(403, "The main branch can't be deleted")
-            if {"branches": self._branches, "tags": self._tags}[refs].pop(name, None) is None:
-                raise Refusal(404, "Invalid rev id", "RevisionNotFound")
+            self._branches[name] = commit.id
 
     def _apply(self, files: dict[str, RepoFile], key: str, value: Mapping) -> None:
         path = value["path"]
-        if key == "deletedFolder":
-            path = path.rstrip("/")
         # Nothing here makes a file's path of it, but a client that downloads the repository will.
         if not path or any(part in ("", ".", "..", ".git") for part in path.split("/")):
             raise Refusal(400, f"Invalid path in repo: {path!r}")
         match key:
             case "file":
-                if value.get("encoding") != "base64":
-                    raise Refusal(400, f"Unknown encoding of {path}")
-                try:
-                    content = b64decode(value["content"], validate=True)
-                except binascii.Error as error:
-                    raise Refusal(400, f"{path} is not in base64: {error}") from error
+                content = b64decode(value["content"], validate=True)
                 if len(content) > LFS_SIZE:
                     raise Refusal(400, f"{path} is larger than 10 MiB and must be uploaded through LFS")
                 files[path] = self._keep(content)
@@ -169,12 +138,6 @@ class WrittenRepo(Repo):
             case "deletedFile":
                 if files.pop(path, None) is None:
                     raise Refusal(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-            case "deletedFolder":
-                inside = [name for name in files if name.startswith(path + "/")]
-                if not inside:
-                    raise Refusal(404, f"A folder with this name doesn't exist: {path}", "EntryNotFound")
-                for name in inside:
-                    del files[name]
             case _:
                 raise Refusal(400, f"Unknown operation: {key}")
 
@@ -186,13 +149,9 @@ class WrittenRepo(Repo):
             path.with_suffix(".new").replace(path)
         return RepoFile(path, len(content), name)
 
-    def _record(
-        self, branch: str, files: Mapping[str, RepoFile], title: str, message: str, parent: str | None
-    ) -> Commit:
+    def _record(self, branch: str, files: Mapping[str, RepoFile], title: str, parent: str | None) -> Commit:
         files = dict(sorted(files.items()))
-        # The date stays out of the id, so that a test that does the same gets the same ids.
-        commit_id = hashlib.sha1("\0".join([tree_id(files), str(parent), title, message]).encode()).hexdigest()
-        date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
-        self._commits[commit_id] = Commit(commit_id, files, title, message, date, parent)
+        commit_id = hashlib.sha1("\0".join([tree_id(files), str(parent), title]).encode()).hexdigest()
+        self._commits[commit_id] = Commit(commit_id, files, title, parent)
         (self._pulls if branch.startswith("refs/pr/") else self._branches)[branch] = commit_id
         return self._commits[commit_id]

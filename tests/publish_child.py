@@ -13,7 +13,9 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tests.hub_server import HubServer, client_env
@@ -38,6 +40,17 @@ def start(**options: Any) -> tuple[HubServer, Path]:
     # Everything that anybody says, so that the test can look for the token in it.
     logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
     return hub, place
+
+
+def hurry() -> None:
+    """Wait hardly at all where a push would wait for seconds between its attempts."""
+    from huggingface_hub.utils import _http
+
+    from hf_layerprune.publish.hub import upload
+
+    real = time.sleep
+    _http.time = SimpleNamespace(sleep=lambda seconds: real(min(seconds, 0.02)), time=time.time)
+    upload.FIRST_WAIT = 0.02
 
 
 def finish(found: Any) -> None:

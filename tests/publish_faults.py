@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tests.hub_server import HubServer
-from tests.publish_child import TOKEN, finish, start
+from tests.publish_child import TOKEN, finish, hurry, start
 
 if TYPE_CHECKING:
     from hf_layerprune.publish.requests import PushRequest
@@ -39,9 +39,7 @@ class Case:
 
 
 def _commit(hub: HubServer, code: int, times: int = 1, **headers: str) -> None:
-    hub.status(
-        "/commit/main", code, times, method="POST", headers={k.replace("_", "-"): v for k, v in headers.items()}
-    )
+    hub.status("/commit/main", code, times, method="POST", **headers)
 
 
 UNREACHABLE = "run the same command again"
@@ -52,9 +50,9 @@ CASES = [
     Case("making it: 500", lambda hub: hub.status("/repos/create", 500)),
     Case("making it: the answer is lost", lambda hub: hub.lose("/repos/create")),
     Case("listing it: 502", lambda hub: hub.status("/tree/", 502, prefix="/api/models/org/model/tree/")),
-    Case("checking the card: 429", lambda hub: hub.status("/validate-yaml", 429, headers={"Retry-After": "0"})),
+    Case("checking the card: 429", lambda hub: hub.status("/validate-yaml", 429, Retry_After="0")),
     Case("asking how to send: 500", lambda hub: hub.status("/preupload/main", 500)),
-    Case("asking how to send: 429", lambda hub: hub.status("/preupload/main", 429, headers={"Retry-After": "0"})),
+    Case("asking how to send: 429", lambda hub: hub.status("/preupload/main", 429, Retry_After="0")),
     Case("asking where to store: 503", lambda hub: hub.status("/objects/batch", 503)),
     Case("storing: 500", lambda hub: hub.status("", 500, prefix="/upload/")),
     Case("storing: 503 twice", lambda hub: hub.status("", 503, 2, prefix="/upload/")),
@@ -155,26 +153,15 @@ def main() -> None:
     hub, place = start()
     from dataclasses import replace
 
-    from hf_layerprune.publish.hub import upload
     from hf_layerprune.publish.requests import PushRequest
     from tests.publish_models import pruned_from_hub
 
-    upload.FIRST_WAIT = 0.02
-    _impatient()
+    hurry()
     folder = pruned_from_hub(hub, place, "model", drop=2)
     other = pruned_from_hub(hub, place, "older", drop=3)
     request = PushRequest(folder, "org/model")
     older = replace(request, model=other)
     finish({case.name: run(case, hub, request, older) for case in CASES})
-
-
-def _impatient() -> None:
-    """The client waits for seconds between its attempts; how long changes nothing here."""
-    from huggingface_hub.utils import _http
-
-    real = time.sleep
-    _http.time = type("time", (), {"sleep": staticmethod(lambda seconds: real(min(seconds, 0.02))),
-                                   "time": staticmethod(time.time)})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.hub_server import HubServer
-from tests.publish_child import TOKEN, finish, start
+from tests.publish_child import TOKEN, finish, hurry, start
 
 READER = "hf_reads_only_and_may_propose_0000"
 FOUND: dict[str, dict[str, Any]] = {}
@@ -351,25 +351,13 @@ def no_network(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
 def main() -> None:
     """All scenarios, in order."""
     hub, place = start()
-    import time
-
-    from huggingface_hub.utils import _http
-
-    from hf_layerprune.publish.hub import upload
     from tests.publish_models import pruned_from_hub
 
-    real = time.sleep
-    _http.time = type(
-        "time", (), {"sleep": staticmethod(lambda s: real(min(s, 0.02))), "time": staticmethod(time.time)}
-    )
-    upload.FIRST_WAIT = 0.02
+    hurry()
     pruned_from_hub(hub, place, "model", drop=2)
     pruned_from_hub(hub, place, "older", drop=6)
     for run in SCENARIOS:
-        out = FOUND.setdefault(run.__name__, {})
-        begun = time.monotonic()
-        run(hub, place, out)
-        out["seconds"] = round(time.monotonic() - begun, 2)
+        run(hub, place, FOUND.setdefault(run.__name__, {}))
     finish(FOUND)
 
 
