@@ -58,6 +58,14 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*words: object) -> str:
+        raise AssertionError(f"the terminal was asked: {words}")
+
+    monkeypatch.setattr("builtins.input", refuse)
+
+
+@pytest.fixture(autouse=True)
 def _quiet_ends_with_the_test() -> Iterator[None]:
     logger = logging.getLogger("hf_layerprune")
     level = logger.level

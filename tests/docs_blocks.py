@@ -11,7 +11,6 @@ below `<!-- not run: REASON -->`, as every `console` block must be, is only pars
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -139,12 +138,9 @@ def _recipe(words: list[str]) -> None:
     assert words[0] == "recipes/sft_tail.py"
     if words[1:] == ["..."]:
         return
-    spec = importlib.util.spec_from_file_location("sft_tail", ROOT / words[0])
-    assert spec
-    assert spec.loader
-    recipe: Any = importlib.util.module_from_spec(spec)
-    sys.modules["sft_tail"] = recipe
-    spec.loader.exec_module(recipe)
+    from tests.heal_makers import load_recipe
+
+    recipe = load_recipe()
     words = [str(ROOT / word) if word.startswith("recipes/") else word for word in words[1:]]
     large = any("configs/paper_" in word for word in words)  # models of 8 billion parameters
     settings = recipe.make_parser().parse_args_and_config([*words, *(ON_A_CPU if large else RECIPE)])

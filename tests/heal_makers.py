@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,17 @@ from hf_layerprune.heal.trainer import HealTrainer
 from .tiny_models import EAGER, VOCAB, tiny_model
 
 DROP = [5, 6]
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def load_recipe(name: str = "sft_tail") -> Any:
+    """A script of `recipes/`, as a module."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,14 @@ from hypothesis import strategies as st
 from hf_layerprune import CutError
 from hf_layerprune.cli import build_parser, main
 from hf_layerprune.heal.frontier import Frontier
+from hf_layerprune.layer_ranges import parse_layers
 from hf_layerprune.options import gather
 from hf_layerprune.repair.fit import check_repair
 from hf_layerprune.runtime.loading import load_config
 from hf_layerprune.stages.advise import advise
 from hf_layerprune.stages.requests import AdviseRequest, PruneRequest
 
+from .heal_makers import load_recipe
 from .measure_models import write_model
 from .tiny_models import tiny_model
 
@@ -79,8 +80,7 @@ def test_the_settings_are_those_of_the_recipe(base: Path, tmp_path: Path) -> Non
     assert main(["advise", str(base), str(file), "--minutes", "100000", "--drop", "2"]) == 0
     settings = yaml.safe_load(file.read_text())
     assert settings["drop"] == 2
-    recipe = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "sft_tail.py"))
-    _, training, model, data, cut, *_ = recipe["make_parser"]().parse_args_and_config(["--config", str(file)])
+    _, training, model, data, cut, *_ = load_recipe().make_parser().parse_args_and_config(["--config", str(file)])
     assert (model.model_name_or_path, cut.drop, cut.repair) == (str(base), 2, "borrow")
     assert (training.method, training.loss) == ("behind2", "kd")
     assert data.datasets[0].path == "allenai/c4"
@@ -95,7 +95,9 @@ def test_a_curve_of_the_model_sets_the_scale(base: Path, tmp_path: Path, capsys:
     told = said(capsys, base, "--from-curve", tmp_path / "curve", "--drop", "2", "--minutes", "0.001")
     assert told["kl"] == pytest.approx((point.get("repaired") or point["cut"])["kl"], rel=1e-3)
     assert told["settings"] == {}
-    assert point["layers"] in told["command"]
+    request = gather(build_parser().parse_args(told["command"][1:]), PruneRequest)
+    request.refuse_unused()  # words that prune takes
+    assert request.drop_layers == parse_layers(point["layers"])
 
 
 def test_a_target_and_a_budget(base: Path) -> None:
@@ -119,19 +121,6 @@ def test_a_target_is_advised_as_it_was_counted(base: Path, capsys: pytest.Captur
         request = gather(build_parser().parse_args(told["command"][1:]), PruneRequest)
         assert (request.target_memory, request.context, request.batch) == (1_200_000, 256, 8)
         assert request.target_dtype == "float32"
-
-
-def test_a_point_of_a_curve_is_advised_in_words_that_prune_takes(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    few = ["--calibration-samples", "12", "--calibration-length", "16", "--context", "16"]
-    assert main(["rank", str(base), str(tmp_path / "curve"), "--curve", "--curve-up-to", "1", *few]) == 0
-    capsys.readouterr()
-    command = said(capsys, base, "--from-curve", tmp_path / "curve", "--drop", "1", "--minutes", "0.001")["command"]
-    request = gather(build_parser().parse_args(command[1:]), PruneRequest)
-    request.refuse_unused()
-    assert request.drop_layers is not None
-    assert len(request.drop_layers) == 1
 
 
 @pytest.mark.parametrize(("model_type", "repair"), [("mixtral", None), ("mamba", "refit"), ("gemma", "borrow")])

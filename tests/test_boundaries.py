@@ -83,14 +83,6 @@ def copy(model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model, tmp_path / "copy"))
 
 
-@pytest.fixture(autouse=True)
-def _nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*words: object) -> str:
-        raise AssertionError(f"the terminal was asked: {words}")
-
-    monkeypatch.setattr("builtins.input", refuse)
-
-
 def edit(path: Path, **fields: Any) -> None:
     content = json.loads(path.read_text()) | fields
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))

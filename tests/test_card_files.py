@@ -188,11 +188,6 @@ def test_what_people_write_inside_is_not_lost(tmp_path: Path, capsys: pytest.Cap
     assert card.read_text() == edited
     write_card(folder, weights=False, force=True)
     assert "It bites." not in card.read_text()
-    broken = card.read_text().replace("<!-- hf-layerprune:end limits -->\n", "")
-    card.write_text(broken)
-    with pytest.raises(CheckpointError, match="has an unmatched or repeated mark"):
-        write_card(folder, weights=False)
-    assert card.read_text() == broken
 
 
 @pytest.mark.parametrize("mark", [r"begin summary \w+", "end citation", "end speed"])
@@ -213,7 +208,7 @@ def test_one_broken_mark_loses_no_words(tmp_path: Path, mark: str) -> None:
     ):
         assert broken != whole
         card.write_text(broken)
-        with pytest.raises(CheckpointError, match=r"README\.md"):
+        with pytest.raises(CheckpointError, match=r"README\.md has an unmatched or repeated mark"):
             write_card(folder, weights=False)
         assert card.read_text() == broken
         write_card(folder, weights=False, force=True)

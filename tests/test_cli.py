@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -239,32 +237,6 @@ def test_a_write_that_fails_leaves_nothing(base: Path, tmp_path: Path, capsys: p
         assert "could not write" in error
         assert "Traceback" not in error
         assert os.listdir(tmp_path) == []
-
-
-def test_killed_at_any_moment(base: Path, tmp_path: Path) -> None:
-    """After SIGKILL the output is absent or whole, and the next run clears up."""
-    out, seen = tmp_path / "out", set()
-    for delay in (0.02, 0.1, 0.4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", "import sys; from hf_layerprune.cli import main; sys.exit(main(sys.argv[1:]))",
-             "prune", str(base), str(out), "--dtype", "float32"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        deadline = time.monotonic() + 60
-        # The interesting moments come after the imports: from the first file on.
-        while not list(tmp_path.glob(".out*")) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        seen.add(out.exists())
-        if out.exists():
-            assert torch.equal(logits(out), expected(base, [6, 7]))
-            for path in sorted(out.iterdir()):
-                path.unlink()
-            out.rmdir()
-    assert main(["prune", str(base), str(out), "--dtype", "float32"]) == 0
-    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_inspect(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

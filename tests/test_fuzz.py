@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -90,14 +89,6 @@ def _memory_ends() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-@pytest.fixture(autouse=True)
-def _nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*words: Any) -> str:
-        raise AssertionError("the terminal was asked")
-
-    monkeypatch.setattr("builtins.input", refuse)
 
 
 # Training takes a second, so fewer of what only the recipe reads run with the other tests.

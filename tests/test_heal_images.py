@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import logging
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,11 +22,11 @@ from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.loading import load_processor, load_tokenizer
 
+from .heal_makers import load_recipe
 from .multimodal_makers import noise, words, write_llava
 from .tiny_models import EAGER
 
 pytestmark = pytest.mark.processes
-RECIPE = Path(__file__).parents[1] / "recipes" / "sft_tail.py"
 SETTINGS = {
     "drop_layers": "3,4", "method": "last2", "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.01,
     "max_length": 64, "attn_implementation": "eager", "use_cpu": "true", "bf16": "false", "report_to": "none",
@@ -39,13 +37,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
     gc.freeze()
-    spec = importlib.util.spec_from_file_location("sft_tail_images", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sft_tail_images"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe()
 
 
 @pytest.fixture(scope="module")

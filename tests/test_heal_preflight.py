@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,26 +24,15 @@ from hf_layerprune.measure.requests import EvalRequest
 from hf_layerprune.runtime.loading import load_config
 from hf_layerprune.runtime.model_class import whole_models
 
-from .heal_makers import rows, word_tokenizer
+from .heal_makers import load_recipe, rows, word_tokenizer
 from .tiny_models import tiny_model
 
-ROOT = Path(__file__).parents[1]
 SETTINGS = {"method": "last2", "use_cpu": "true", "bf16": "false", "report_to": "none"}
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"preflight_{name}", ROOT / "recipes" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    return load("sft_tail")
+    return load_recipe()
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +289,7 @@ def test_whatever_ends_it_is_one_line(
 
 
 def test_the_demo_removes_nothing_of_others(tmp_path: Path) -> None:
-    demo = load("demo")
+    demo = load_recipe("demo")
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine").touch()
     for other in ("models", "models/mine"):

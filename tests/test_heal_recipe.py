@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.lineage import Lineage
 
-from .heal_makers import rows, word_tokenizer
+from .heal_makers import load_recipe, rows, word_tokenizer
 from .measure_models import write_tasks
 from .tiny_models import EAGER, tiny_model
 
@@ -89,11 +88,7 @@ def healed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sft_tail", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sft_tail"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe()
 
 
 def run(recipe: ModuleType, arguments: list[str]) -> None:

@@ -2,14 +2,13 @@
 
 import copy
 import json
-import logging
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_layerprune import CheckpointError, CutError, LayerDropConfig, LayerPruneError, drop_layers, prune_with
 from hf_layerprune.adapter.loading import load_model
@@ -176,18 +175,3 @@ def test_an_adapter_whose_base_is_an_adapter_says_how_it_is_used(tmp_path):
             load()
     base = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "first").merge_and_unload()
     assert PeftModel.from_pretrained(base, tmp_path / "second").config.num_hidden_layers == 5
-
-
-def test_the_price_of_untying_is_known_without_the_dropped_weights(tmp_path, caplog):
-    config = LlamaConfig(
-        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
-        vocab_size=49152, tie_word_embeddings=True, dtype=torch.bfloat16,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    model.save_pretrained(tmp_path)
-    with caplog.at_level(logging.WARNING, logger="hf_layerprune"):
-        prune_with(config_of(tmp_path, tune_lm_head=True))
-    assert "adds 28,311,552 parameters, more than the 24,780,672 that the dropped layers save" in caplog.text

@@ -187,7 +187,7 @@ def test_help_and_list_import_no_torch() -> None:
     code = (
         "import runpy, sys\n"
         "sys.argv = ['run.py', *sys.argv[1:]]\n"
-        f"try:\n    runpy.run_path(sys.argv[0] if False else {str(RUN)!r}, run_name='__main__')\n"
+        f"try:\n    runpy.run_path({str(RUN)!r}, run_name='__main__')\n"
         "except SystemExit as end:\n    assert not end.code, end.code\n"
         "assert 'torch' not in sys.modules\n"
     )

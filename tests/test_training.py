@@ -8,25 +8,16 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from hf_layerprune import LayerDropConfig
 
+from .heal_makers import word_tokenizer
 from .tiny_models import EAGER, VOCAB, tiny_model
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {f"w{i}": i for i in range(VOCAB - 1)} | {"<unk>": VOCAB - 1}
-    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="w0", eos_token="w2", unk_token="<unk>")
-
-
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_sft_trainer_takes_the_config(model_type: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_sft_trainer_takes_the_config(model_type: str, tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
     tiny_model(model_type).save_pretrained(tmp_path / "base")
@@ -48,7 +39,7 @@ def test_sft_trainer_takes_the_config(model_type: str, tokenizer: PreTrainedToke
             use_cpu=True,
         ),
         train_dataset=rows,
-        processing_class=tokenizer,
+        processing_class=word_tokenizer(),
         peft_config=LayerDropConfig(drop=0.25),
     )
     model = trainer.model
