@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..runtime.devices import synchronise
+from ..runtime.devices import synchronise, token_times
 from ..runtime.memory import free_memory, is_out_of_memory
 from ..runtime.parts import evaluating
 from ..screen import progress_bar
@@ -23,20 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-
-class _Clock:
-    """A streamer that records the time of each token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, tokens: torch.Tensor) -> None:
-        """Called with the prompt, then with each token once it is in host memory."""
-        self.times.append(perf_counter())
-
-    def end(self) -> None:
-        """Called at the end."""
 
 
 def time_models(
@@ -94,24 +80,12 @@ def time_once(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> dict
     read_prompt(model, ids)
     synchronise(model.device)
     prefill = perf_counter() - start
-    clock = _Clock()
     start = perf_counter()
-    generate: Any = model.generate
-    generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=work.new_tokens,
-        min_new_tokens=work.new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-        streamer=clock,
-    )
-    synchronise(model.device)
-    _, first, *_ = clock.times  # the first call has the prompt
+    first, *later = token_times(model, ids, work.new_tokens)
     metrics = {
         "prefill_tokens_per_second": work.batch * work.prompt_tokens / prefill,
         "time_to_first_token": first - start,
     }
-    if work.new_tokens > 1:
-        metrics["decode_tokens_per_second"] = work.batch * (work.new_tokens - 1) / (clock.times[-1] - first)
+    if later:
+        metrics["decode_tokens_per_second"] = work.batch * len(later) / (later[-1] - first)
     return metrics

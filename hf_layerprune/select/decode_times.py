@@ -20,7 +20,7 @@ import torch
 
 from ..families import text_config
 from ..families.layout import count_parameters, find_decoder_layers
-from ..runtime.devices import moved_to, synchronise
+from ..runtime.devices import moved_to, synchronise, token_times
 from ..runtime.memory import free_memory
 from ..runtime.parts import evaluating, hooked
 
@@ -91,7 +91,6 @@ def _timed(model: PreTrainedModel, context: int, batch: int) -> DecodeTimes:
     device = model.device
     starts: list[float] = []
     spans: list[list[float]] = [[] for _ in layers]
-    steps: list[float] = []
 
     def now() -> float:
         synchronise(device)
@@ -111,28 +110,15 @@ def _timed(model: PreTrainedModel, context: int, batch: int) -> DecodeTimes:
     prompt = max(1, context - _TOKENS)
     vocabulary = text_config(model.config).vocab_size
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
-    generate: Any = model.generate
-
-    class Clock:
-        """A streamer that notes the time of each token."""
-
-        def put(self, tokens: torch.Tensor) -> None:
-            steps.append(now())
-
-        def end(self) -> None: ...
-
     with hooked(*hooks), evaluating(model):
-        generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=_TOKENS, min_new_tokens=_TOKENS, do_sample=False,
-            pad_token_id=0, streamer=Clock(),
-        )  # fmt: skip
+        steps = token_times(model, ids, _TOKENS)
     by_kind: dict[Any, list[float]] = defaultdict(list)
     kinds = [_kind(model, index, layer) for index, layer in enumerate(layers)]
     for kind, span in zip(kinds, spans, strict=True):
         by_kind[kind] += span[1 + _WARM_UP :]  # the first one is the prompt
     means = {kind: statistics.fmean(times) for kind, times in by_kind.items()}
     each = [means[kind] for kind in kinds]
-    gaps = [after - before for before, after in pairwise(steps[1:])][_WARM_UP:]
+    gaps = [after - before for before, after in pairwise(steps)][_WARM_UP:]
     return DecodeTimes(each, max(0.0, statistics.fmean(gaps) - sum(each)), device.type)
 
 
