@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -320,6 +321,10 @@ def test_the_command(hub: HubServer, bases: dict[str, Path], tmp_path: Path) -> 
     assert codes == [0, 1], error
     assert said.startswith(f"dropped layers 6-7 of 8: 6 left, in {out}; next: hf-layerprune eval {out} --base ")
     assert "org/gated is gated; ask for access" in error
+    assert re.search(
+        r"^org/llama: downloading \d+ weight files? with tensors to keep \([0-9.]+KB\)$", error, re.MULTILINE
+    )
+    assert re.search(r"^org/llama: keeping 6 of 8 layers; copying [0-9.]+KB of [0-9.]+KB$", error, re.MULTILINE)
     assert "Traceback" not in error
     assert not (tmp_path / "no").exists()
     cut_checkpoint(bases["llama"], tmp_path / "near", [6, 7])
@@ -338,5 +343,6 @@ def test_the_command(hub: HubServer, bases: dict[str, Path], tmp_path: Path) -> 
     assert not hub.log
     assert content(tmp_path / "again").keys() == content(out).keys()
     assert "is not in the cache" in error
+    assert "downloading" not in error
     assert "Traceback" not in error
     assert not (tmp_path / "no").exists()

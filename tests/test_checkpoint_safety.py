@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from hf_layerprune.cut.disk import plan_cut
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.files import copy as files
 from hf_layerprune.files import folders as replace
+from hf_layerprune.options import spell_bytes
 
 from .cutting import cut_checkpoint, write_checkpoint
 from .test_checkpoint import assert_same, layer, sharded, tensors
@@ -134,16 +136,17 @@ def test_missing_folders_above_the_target_are_made(base, tmp_path):
 
 def test_a_full_disk_is_foreseen(base, tmp_path, monkeypatch, caplog):
     needed = plan_cut(base, [1]).target_bytes
+    total = spell_bytes(needed)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 1}))
     with pytest.raises(
-        CheckpointError, match=rf"needs {needed} bytes, but its disk has only {needed - 1} free; free some space"
+        CheckpointError, match=f"needs {total}, but its disk has only {spell_bytes(needed - 1)} free; free some space"
     ):
         cut(base, tmp_path / "cut")
     assert beside(base) == ["base"]
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed}))
     with caplog.at_level("INFO"):
         cut(base, tmp_path / "cut")
-    assert f"keeping 3 of 4 layers; copying {needed} of " in caplog.text
+    assert re.search(rf"{base}: keeping 3 of 4 layers; copying {total} of [0-9.]+KB$", caplog.text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

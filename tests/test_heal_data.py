@@ -165,7 +165,7 @@ def test_conversations_without_an_answer_are_counted(caplog: pytest.LogCaptureFi
     turns = [{"from": "human", "value": "a"}]
     kept = shaped([{"conversations": [*turns, {"from": role, "value": "b"}]} for role in ("gpt", "bot")], chat=True)
     assert len(kept) == 1
-    assert "1 of 2 rows are left out, since not each has an assistant's answer" in caplog.text
+    assert "left out: 1 of 2 rows, since not each has an assistant's answer" in caplog.text
 
 
 def test_files(tmp_path: Path) -> None:

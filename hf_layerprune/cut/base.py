@@ -14,6 +14,7 @@ from ..errors import CheckpointError
 from ..files.copy import FileState
 from ..files.hub import Repo, hub_errors
 from ..files.shards import INDEX, shard_names
+from ..options import counted, spell_bytes
 from ..records.fingerprints import CONFIG, TEMPLATES
 from ..runtime.loading import CHECKPOINT_FILES, is_hub_id
 from .folder import SINGLE, check_index, find_weights, is_companion, read_json
@@ -101,7 +102,7 @@ class Base:
                 continue
             if size > _LARGE:
                 logger.warning(
-                    "%s/%s is not copied: at %d bytes it is too large for a companion file", self.name, name, size
+                    "%s/%s is not copied: %s is too large for a companion file", self.name, name, spell_bytes(size)
                 )
                 continue
             found.append((name, size))
@@ -165,10 +166,9 @@ def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] 
         skipped = {name: base.sizes.get(name, 0) for name in names if name not in needed}
         names = sorted(needed)
     if base.repo:
-        wanted = sum(base.sizes.get(name, 0) for name in names)
-        logger.info(
-            "%s: downloading the %d weight files (%d bytes) that hold tensors to keep", base.name, len(names), wanted
-        )
+        if missing := [base.sizes.get(name, 0) for name in names if not (base.folder / name).exists()]:
+            files, size = counted(len(missing), "weight file"), spell_bytes(sum(missing))
+            logger.info("%s: downloading %s with tensors to keep (%s)", base.name, files, size)
         base.fetch(names)
     headers = {name: read_header(base.folder / name) for name in names}
     if index is not None:

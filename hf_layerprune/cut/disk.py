@@ -59,6 +59,7 @@ def plan_cut(source: Path | Base, drop_layers: Sequence[int]) -> CheckpointPlan:
         raise CheckpointError(f"could not read {folder}: {error.strerror or error}") from error
     return CheckpointPlan(
         **vars(planned),
+        name=base.name,
         source=folder,
         cut=cut,
         config=new_config,

@@ -123,6 +123,7 @@ class CheckpointPlan(WeightsPlan):
     """Everything that a cut will do, known before the first byte is written.
 
     Args:
+        name (`str`): The base's name, for messages.
         source (`Path`): The base's folder; for a base on the Hub, its folder in the cache.
         cut (`families.Cut`): The kept and dropped layers.
         config (`PreTrainedConfig`): The config of the pruned model.
@@ -131,6 +132,7 @@ class CheckpointPlan(WeightsPlan):
         source_bytes (`int`): Size of the base's weight files in bytes.
     """
 
+    name: str
     source: Path
     cut: families.Cut
     config: PreTrainedConfig = field(repr=False)

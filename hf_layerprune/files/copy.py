@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
+from ..options import spell_bytes
 
 # Copying through a buffer is fastest if the buffer fits into the processor's cache.
 CHUNK = 1 << 20
@@ -147,7 +148,8 @@ def check_space(target: Path, needed: int, free: int) -> None:
     """
     if free < needed:
         raise CheckpointError(
-            f"{target} needs {needed} bytes, but its disk has only {free} free; free some space or write elsewhere"
+            f"{target} needs {spell_bytes(needed)}, but its disk has only {spell_bytes(free)} free; free some space or "
+            "write elsewhere"
         )
 
 

@@ -267,5 +267,5 @@ def _split_conversations(rows: Dataset, column: str, columns: list[str], whole: 
         why = "has an assistant's answer after another message (roles: assistant, or gpt after human)"
         if not len(shaped):
             raise CutError(f"no row of {column} {why}; specify a set with such rows")
-        logger.warning("%d of %d rows are left out, since not each %s", len(rows) - len(shaped), len(rows), why)
+        logger.warning("left out: %d of %d rows, since not each %s", len(rows) - len(shaped), len(rows), why)
     return shaped

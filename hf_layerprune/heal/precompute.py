@@ -75,7 +75,7 @@ class _Run:
         if prefix is None and args.cache == "on":
             raise LayerPruneError(f"the frozen layers can't be precomputed: {self.why_not}; use cache=auto or off")
         if prefix is None and args.cache == "auto":
-            logger.warning("the frozen layers run in every step: %s", self.why_not)
+            logger.warning("all layers run in every step: %s", self.why_not)
         if prefix is None and not args.distils:
             return Precomputed()
         if is_split_by_deepspeed(self.model):
@@ -115,7 +115,7 @@ class _Run:
             return None
         depth = first_trained_layer(self.model)
         if depth == 0:
-            self.why_not = "there are none below the first trained parameter"
+            self.why_not = "no layer lies below the first trained parameter"
             return None
         self.model.to(self.device)
         for needs_ids in (False, True):

@@ -55,8 +55,8 @@ def labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "training
         cut = sum(len(ids) >= limit for ids in rows["input_ids"])
         if cut or len(rows) < count:
             logger.info(
-                "of %d %s rows, %d reach max_length=%d and may be cut; %d are left out, as their prompts reach it",
-                count, what, cut, limit, count - len(rows),
+                "of %d %s rows, %d reach max_length=%d and may have been cut%s", count, what, cut, limit,
+                f"; left out, as their prompts reach it: {count - len(rows)}" if len(rows) < count else "",
             )  # fmt: skip
     return rows
 

@@ -149,7 +149,7 @@ class Writer:
         if len(shaped) < len(rows):
             left_out = len(rows) - len(shaped)
             logger.warning(
-                "%d of %d rows are left out: their answers are longer than %d tokens, or their prompts leave no room for that",
+                "left out: %d of %d rows, whose answers are longer than %d tokens, or whose prompts leave no room for that",
                 left_out, len(rows), max_tokens,
             )  # fmt: skip
         return Dataset.from_list(shaped)

@@ -16,6 +16,7 @@ from ..cut.settings import keep_version, to_bytes
 from ..errors import LayerPruneError
 from ..files.copy import write_bytes
 from ..files.folders import new_folder
+from ..options import counted
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, GENERATION, WEIGHTS, fingerprint, model_files
 from ..records.lineage import Lineage
 from ..runtime.config_file import read_config_file
@@ -63,7 +64,8 @@ def write_healed(
             )
         entry["layers"] = {"base": student.cut.num_layers, "left": len(student.cut.keep)}
         lineage.record(folder, entry)
-    logger.info("training changed %d tensors; the model is in %s", len(entry["changed_tensors"]), output)
+    changed = counted(len(entry["changed_tensors"]), "tensor")
+    logger.info("training changed %s; the model is in %s", changed, output)
 
 
 def _merged(student: Student, trained: Path, adapter: Path | None, folders: ExitStack) -> PreTrainedModel:

@@ -121,7 +121,7 @@ class _Evaluation(Measurement):
         """A text as windows, and the settings to record with their results."""
         asked = self.request.length
         length = min(length_within(one.config(), asked, DEFAULT_LENGTH, "length") for one in self.subjects)
-        rows, begun = windows(text.text, self.tokenizer, length, self.request.windows)
+        rows, begun = windows(text.text, self.tokenizer, length, self.request.windows, text.name)
         if self.vocabulary is not None and (highest := int(rows.max())) >= self.vocabulary:
             raise LayerPruneError(
                 f"the tokenizer produces token {highest}, but the model has a vocabulary of {self.vocabulary}; use the "
@@ -171,7 +171,7 @@ class _Evaluation(Measurement):
             if run is None:
                 if (images := asks_about_media(task)) not in harnesses:
                     harnesses[images] = self._harness(subject, model, images)
-                logger.info("%s: %s", subject.name, name)
+                logger.info("%s: running the task %s", subject.name, name)
                 run = harnesses[images].run(name, task, limit=self.request.limit, shots=self.request.num_fewshot)
                 if file:
                     keep_answers(file, key, run)
@@ -262,6 +262,7 @@ class _Evaluation(Measurement):
     ) -> None:
         from .distance import Distance, distance, perplexity
 
+        logger.info("%s: measuring the text %s", self.model.name, text.name)
         start = perf_counter()
         with boundary(f"{text.name} can't be measured", kind=LayerPruneError):
             found = perplexity(model, rows) if base is None else distance(model, base, rows)

@@ -69,7 +69,7 @@ def find_text(name: str) -> Text:
 
 
 def windows(
-    text: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None = None
+    text: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None = None, name: str = "the text"
 ) -> tuple[torch.Tensor, bool]:
     """Cut a text into consecutive windows of tokens.
 
@@ -79,6 +79,7 @@ def windows(
             because a model that was trained with them predicts badly without.
         length (`int`): Tokens per window.
         most (`int`, *optional*): The most windows to return, from the start of the text; by default all.
+        name (`str`, *optional*, defaults to `"the text"`): The text's name, for messages.
 
     Returns:
         `tuple[torch.Tensor, bool]`: Token ids `[windows, length]`, and whether each window begins with a special token.
@@ -100,7 +101,7 @@ def windows(
     rows = windows_of(ids, length, begin)[:most]
     if not len(rows):
         raise LayerPruneError(
-            f"the text has {len(ids)} tokens, but a window has {length}; specify a longer text, or give --length {len(ids)}"
+            f"{name} has {len(ids)} tokens, but a window has {length}; specify a longer text, or give --length {len(ids)}"
         )
     return rows, bool(begin)
 

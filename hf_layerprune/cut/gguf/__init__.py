@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...files.copy import LocalFile, NewFile, check_space, new_file
+from ...options import spell_bytes
 from ...screen import progress_bar
 from .header import Tensor, padded, read_header, write_header
 from .layers import GGUFCut, block_count_of, rewrite_metadata
@@ -135,7 +136,8 @@ def cut_gguf(
     with LocalFile(source) as file:
         plan = plan_gguf_cut(source, drop_layers)
         kept = len(plan.kept_layers)
-        logger.info("%s: keeping %d of %d layers, %d bytes", source, kept, plan.block_count, plan.target_bytes)
+        size = spell_bytes(plan.target_bytes)
+        logger.info("%s: keeping %d of %d layers; copying %s", source, kept, plan.block_count, size)
         total, name = plan.target_bytes, target.name
         with (
             new_file(target, force=force, apart_from=source) as partial,
