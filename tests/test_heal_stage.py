@@ -27,6 +27,7 @@ from .measure_models import write_model
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_only_a_model_that_was_cut_once_is_an_adapter_of_its_base(tmp_path: Path, rounds: int) -> None:
     write_model(tmp_path / "0")
+    (tmp_path / "0" / "LICENSE").write_text("Pass this on.\n")
     ids = torch.arange(3, 43)[None]
     for number in range(rounds):
         prune_to(PruneRequest(str(tmp_path / f"{number}"), str(tmp_path / f"{number + 1}"), drop_layers=[2]))
@@ -47,6 +48,8 @@ def test_only_a_model_that_was_cut_once_is_an_adapter_of_its_base(tmp_path: Path
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")(ids).logits
     torch.testing.assert_close(found, wanted)
     assert (tmp_path / "adapter").exists() == (rounds == 1)
+    assert (tmp_path / "healed" / "LICENSE").read_text() == "Pass this on.\n"
+    assert (tmp_path / "adapter" / "LICENSE").exists() == (rounds == 1)
     outcome = verify(VerifyRequest(str(tmp_path / "healed")))
     assert outcome.consistent, outcome.lines
     assert set(outcome.recorded) == {"heal"}

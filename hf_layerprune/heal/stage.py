@@ -18,6 +18,7 @@ from ..files.copy import write_bytes
 from ..files.folders import new_folder
 from ..options import counted
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, GENERATION, WEIGHTS, fingerprint, model_files
+from ..records.licences import copy_licence
 from ..records.lineage import Lineage
 from ..runtime.config_file import read_config_file
 from ..runtime.loading import load_base, load_config, load_tokenizer
@@ -90,6 +91,7 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
         folder = folders.enter_context(new_folder(adapter, apart_from=student.folder))
         adapted.save_pretrained(folder)
         load_tokenizer(student.folder).save_pretrained(folder)
+        copy_licence(student.folder, folder)
     return adapted.merge_and_unload()
 
 
@@ -123,7 +125,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def copy_beside_weights(before: Path, after: Path) -> None:
-    """Copy tokenizer, chat template and generation settings byte for byte, so that they can be verified and read alike."""
+    """Copy tokenizer, chat template, generation settings and licence byte for byte, as verification expects them."""
     fields = read_config_file(after / CONFIG)
     keep_version(read_config_file(before / CONFIG), fields)
     write_bytes(after / CONFIG, to_bytes(fields))
@@ -132,3 +134,4 @@ def copy_beside_weights(before: Path, after: Path) -> None:
         if name != CONFIG and not name.endswith((*WEIGHTS, ".index.json")):
             (after / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, after / name)
+    copy_licence(before, after)

@@ -9,6 +9,7 @@ card and `push` say that its conditions are not known here. A missing licence is
 from __future__ import annotations
 
 import re
+import shutil
 import tomllib
 from dataclasses import dataclass
 from importlib.resources import files
@@ -122,3 +123,10 @@ def is_licence_file(name: str) -> bool:
     end = Path(name).suffix
     named = len(end) > 3 and any(known.startswith(end[1:].lower()) for known in TABLE)  # as in LICENSE.MIT
     return _FILES.fullmatch(name) is not None and (named or _ENDS.fullmatch(end) is not None)
+
+
+def copy_licence(source: Path, folder: Path) -> None:
+    """Copy the licence and its notices from one folder to another that lacks them."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and is_licence_file(path.name) and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from ..errors import CheckpointError
 from ..files.hub import Repo
 from ..records.declared import CARD, declared_by, declared_in_gguf
 from ..records.fingerprints import CONFIG, WEIGHTS, companion_names, fingerprint
-from ..records.licences import is_licence_file
+from ..records.licences import copy_licence
 from ..records.lineage import Lineage
 from ..records.quantized import describe_quantization
 from ..runtime.config_file import read_config_file
@@ -121,10 +120,3 @@ def _configured(fields: dict[str, Any]) -> dict[str, str]:
     settings = fields.get("quantization_config")
     found = {"pipeline_tag": task, "quantized": describe_quantization(settings) if settings else None}
     return {name: text for name, text in found.items() if text is not None}
-
-
-def copy_licence(source: Path, folder: Path) -> None:
-    """Copy the licence and its notices from one folder to another that lacks them."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and is_licence_file(path.name) and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)

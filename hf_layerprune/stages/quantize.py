@@ -16,7 +16,6 @@ from ..records.fingerprints import CONFIG, fingerprint, weights_hash
 from ..records.lineage import FILE_NAME, Lineage, stage
 from ..records.quantized import is_repeatable_method, method_of
 from ..runtime.config_file import read_config_file
-from .provenance import copy_licence
 
 
 def record_quantized(source: str | Path, folder: str | Path) -> None:
@@ -59,7 +58,6 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
         told["from"] = name
     with stage("quantize", told) as entry:
         copy_beside_weights(before, after)
-        copy_licence(before, after)
         if not is_repeatable_method(settings):
             entry["changed_tensors"] = changed_tensors(before, after)
     with suppress(PackageNotFoundError):  # a method whose package has another name
