@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -82,6 +83,8 @@ def cause_of(error: BaseException) -> str:
         if isinstance(one, UnicodeEncodeError) and one.object.startswith("Bearer "):  # the header of a request
             return "the Hub token has characters that no token has; copy it again, and set HF_TOKEN or run `hf auth login`"
     text = one_line(str(error))
+    if not text and isinstance(error, AssertionError) and (frames := traceback.extract_tb(error.__traceback__)):
+        text = one_line(frames[-1].line or "")  # what was asserted
     if not text or not isinstance(error, _PLAIN):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= _MOST else text[: _MOST - 3] + "..."

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import CodeLlamaTokenizer
 from hf_layerprune import LayerDropConfig, prune_with
 from hf_layerprune.adapter.loading import load_model
 from hf_layerprune.cli import main
-from hf_layerprune.errors import CheckpointError
+from hf_layerprune.errors import CheckpointError, boundary
 from hf_layerprune.files.json_file import read_object
 from hf_layerprune.files.text_file import read_text
 from hf_layerprune.measure.answers import answers_file, find_answers, keep_answers
@@ -377,3 +378,11 @@ def test_stored_answers_with_a_text_for_a_number_are_not_used(tmp_path: Path) ->
     assert find_answers(path, key) == run
     path.write_text(path.read_text().replace('"seconds": 2.0', '"seconds": "long"'))
     assert find_answers(path, key) is None
+
+
+def test_an_assertion_without_words_says_what_was_asserted(tmp_path: Path) -> None:
+    (tmp_path / "library.py").write_text("def answer(tokens):\n    assert len(tokens) > 0\n")
+    answer = runpy.run_path(str(tmp_path / "library.py"))["answer"]
+    said = r"the task fails: AssertionError: assert len\(tokens\) > 0; omit it"
+    with pytest.raises(CheckpointError, match=said), boundary("the task fails", "omit it"):
+        answer([])
