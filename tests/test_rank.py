@@ -73,6 +73,7 @@ def test_all_criteria(
     assert (found["num_layers"], found["count"], found["seed"]) == (LAYERS, 2, 42)
     assert found["protect"]["taylor"] == [0, 1, 2, 3, 6, 7]
     assert found["protect"]["kl"] == []
+    assert "\nmagnitude_l1, magnitude_l2, taylor: layers 0-3,6-7 may not be dropped (--protect-first, " in out
     assert all(math.isfinite(number) for number in numbers(found))
     for name, entry in found["criteria"].items():
         assert len(entry["drop_layers"]) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..layer_ranges import format_layers
+from ..layer_ranges import format_layers, name_layers
 from .registry import CRITERIA
 from .scores import Scores
 
@@ -12,7 +12,10 @@ _BEST_BLOCKS = 3
 
 
 def report(
-    scores: Mapping[str, Scores], drops: Mapping[str, Sequence[int]], why: Mapping[str, str] | None = None
+    scores: Mapping[str, Scores],
+    drops: Mapping[str, Sequence[int]],
+    why: Mapping[str, str] | None = None,
+    protect: Mapping[str, Sequence[int]] | None = None,
 ) -> str:
     """Format a ranking as tables for a terminal.
 
@@ -20,6 +23,7 @@ def report(
         scores (`Mapping[str, Scores]`): By criterion.
         drops (`Mapping[str, Sequence[int]]`): The layers each criterion would drop; criteria without scores included.
         why (`Mapping[str, str]`, *optional*): The reason for the choice, for criteria that give one.
+        protect (`Mapping[str, Sequence[int]]`, *optional*): The layers that each criterion may not drop.
     """
     lines = _columns(
         [["criterion", "would drop", "by"]]
@@ -38,6 +42,9 @@ def report(
             "",
             "layers with lower scores are dropped first; * would be dropped",
         ]
+    for layers in dict.fromkeys(tuple(kept) for kept in (protect or {}).values() if kept):
+        names = ", ".join(name for name, kept in (protect or {}).items() if tuple(kept) == layers)
+        lines.append(f"{names}: {name_layers(layers)} may not be dropped (--protect-first, --protect-last)")
     for name, criterion_scores in scores.items():
         if CRITERIA[name].blocks_only:
             length = len(drops[name])

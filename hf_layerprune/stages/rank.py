@@ -58,7 +58,7 @@ class Ranking:
     def __str__(self) -> str:
         from ..select.report import report
 
-        return report(self.scores, self.drops, self.why)
+        return report(self.scores, self.drops, self.why, self.record["protect"])
 
 
 def rank(request: RankRequest) -> Ranking:
