@@ -290,6 +290,7 @@ def test_what_a_curve_says_is_what_prune_makes(
     assert f"{chosen['layers']}  <- chosen" in out
     kls = [(point["repaired"]["kl"], point["repaired"]["kl_stderr"]) for point in curve["points"]]
     assert curve["chosen"] == max(i + 1 for i, (kl, error) in enumerate(kls) if kl + error <= 0.3)
+    assert f"--from-curve {tmp_path / 'curve'} --drop {curve['chosen']} --calibration {notes} --calibration-" in out
     prune = ["prune", str(base), str(tmp_path / "cut"), "--from-curve", str(tmp_path / "curve"), "--max-kl", "0.3"]
     assert main([*prune, "--calibration", notes, *WORDS]) == 0
     lineage = Lineage.of(tmp_path / "cut")
@@ -301,7 +302,7 @@ def test_what_a_curve_says_is_what_prune_makes(
     assert size == chosen["bytes"]
     assert "## How deep to cut" in Card.of(lineage).body()
     for more, code, message in (
-        (["--drop", "5"], 2, "from 1 to 3 layers"),
+        (["--drop", "5"], 2, "it drops up to 3 layers"),
         (["--target-memory", "1GB"], 2, "has no figures for memory"),
     ):
         assert main(["prune", str(base), str(tmp_path / "x"), "--from-curve", str(tmp_path / "curve"), *more]) == code

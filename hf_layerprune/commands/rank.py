@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..layer_ranges import format_layers
-from ..options import AMOUNTS
+from ..options import AMOUNTS, CalibrationOptions, take, words_of
 from ..stages.requests import RankRequest as Request
 from . import Answer, hint
 
@@ -16,6 +16,7 @@ EXCLUSIVE = AMOUNTS
 
 def run(request: Request) -> Answer:
     of = ("--revision", request.revision)
+    rows = words_of(take(CalibrationOptions, request))  # those that the repair is to be fitted to
     if request.curve:
         from ..stages.curve import make_curve
 
@@ -29,7 +30,8 @@ def run(request: Request) -> Answer:
         choice = ("--drop-layers", point["layers"], "--repair", repair)
         if request.output is not None:
             choice = ("--from-curve", request.output, "--drop", count)
-        return Answer(made, str(curve), curve.record, hint("prune", request.base, "pruned", *choice, *of))
+        then = hint("prune", request.base, "pruned", *choice, *(rows if repair else ()), *of)
+        return Answer(made, str(curve), curve.record, then)
     from ..stages.rank import rank
 
     ranking = rank(request)
@@ -37,5 +39,6 @@ def run(request: Request) -> Answer:
     then = hint("rank", request.base, "curve", "--curve", *of)
     if "auto" in ranking.drops or len(ranking.drops) == 1:
         layers = format_layers(ranking.drops.get("auto") or next(iter(ranking.drops.values())))
-        then = hint("prune", request.base, "pruned", "--drop-layers", layers, "--repair", request.repair, *of)
+        choice = ("--drop-layers", layers, "--repair", request.repair)
+        then = hint("prune", request.base, "pruned", *choice, *(rows if request.repair else ()), *of)
     return Answer(made, str(ranking), ranking.record, then)
