@@ -136,8 +136,8 @@ def cut_gguf(
     with LocalFile(source) as file:
         plan = plan_gguf_cut(source, drop_layers)
         kept = len(plan.kept_layers)
-        size = spell_bytes(plan.target_bytes)
-        logger.info("%s: keeping %d of %d layers; copying %s", source, kept, plan.block_count, size)
+        spelled = spell_bytes(plan.target_bytes)
+        logger.info("%s: keeping %d of %d layers; copying %s", source, kept, plan.block_count, spelled)
         total, name = plan.target_bytes, target.name
         with (
             new_file(target, force=force, apart_from=source) as partial,
