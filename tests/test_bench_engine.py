@@ -226,8 +226,11 @@ def test_the_ratio_that_is_shown_is_that_of_runs_in_turn():
     assert row.cells[own].change == numbers.ratio(1.3)
     assert numbers.ratio(1.3) in report(metrics, ("speed",))
     metrics.comparisons.clear()  # as after a later `bench` of the pruned model alone
-    (row,) = results_of(metrics).table(("speed",), every=True)
-    assert row.cells[own].change == ""
+    for weights, size in ((own, 6e9), (dense, 8e9)):
+        of_memory = {"kind": "memory", "metric": "peak_rss_bytes", "value": size, "spread": [size, size]}
+        metrics.add(results=[same | of_memory | {"weights": weights, "versions": {}}])
+    rows = results_of(metrics).table(("speed", "memory"), every=True)
+    assert {row.key[0]: row.cells[own].change for row in rows} == {"speed": "", "memory": numbers.ratio(0.75)}
 
 
 def test_an_answer_that_is_none_is_an_error(tmp_path, monkeypatch):

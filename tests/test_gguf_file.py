@@ -16,6 +16,7 @@ import hf_layerprune.cut.gguf as gguf_file
 from hf_layerprune.cli import main
 from hf_layerprune.cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from hf_layerprune.errors import CheckpointError, CutError
+from hf_layerprune.measure.subject import identify
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from tests.gguf_makers import check_bytes, make_gguf, smollm2, value
 from tests.matrix import identities, logits
@@ -50,6 +51,7 @@ def test_a_file_whose_suffix_is_in_capitals_is_written_read_and_hashed(tmp_path,
     assert main(["inspect", str(tmp_path / "cut.GGUF")]) == 0
     assert "No cut is shown: drop=0.25 of 3 layers is less than one layer" in capsys.readouterr().out
     assert len({weights_hash(fingerprint(source)) for source in sources}) == 2
+    assert identify(sources[0]).bytes_on_disk == sources[0].stat().st_size
 
 
 def test_a_cut_file_computes_what_the_model_without_those_layers_computes(tmp_path):

@@ -17,7 +17,7 @@ from ..errors import LayerPruneError
 from ..files.copy import write_bytes
 from ..files.folders import new_folder
 from ..options import counted
-from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, GENERATION, WEIGHTS, fingerprint, model_files
+from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, GENERATION, fingerprint, holds_weights, model_files
 from ..records.licences import copy_licence
 from ..records.lineage import Lineage
 from ..runtime.config_file import read_config_file
@@ -131,7 +131,7 @@ def copy_beside_weights(before: Path, after: Path) -> None:
     write_bytes(after / CONFIG, to_bytes(fields))
     (after / GENERATION).unlink(missing_ok=True)  # saving a model writes one even where there was none
     for name, path in model_files(before).items():
-        if name != CONFIG and not name.endswith((*WEIGHTS, ".index.json")):
+        if name != CONFIG and not (holds_weights(name) or name.endswith(".index.json")):
             (after / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, after / name)
     copy_licence(before, after)

@@ -60,14 +60,14 @@ def _probe(source: str, revision: str | None, dtype: str, device: str, work: dic
     from transformers import AutoModelForCausalLM, GenerationMixin  # noqa: F401
 
     from ..runtime.devices import synchronise
-    from ..runtime.model_class import model_class_of
+    from ..runtime.model_class import model_without_weights
     from .cost import read_prompt
     from .requests import Workload
     from .speed import time_once
     from .subject import Subject
 
     subject = Subject(source, source, Identity(""), revision=revision)
-    model_class_of(subject.config())  # imports the model's code
+    model_without_weights(subject.config())  # imports the model's code
     found: dict[str, Any] = {"idle_rss_bytes": peak_rss()}
     _start_accelerators(device)
     start = perf_counter()

@@ -15,10 +15,10 @@ from ..records.fingerprints import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG,
-    WEIGHTS,
     Identity,
     base_of_adapter,
     hash_hub_files,
+    holds_weights,
     identity,
     identity_of,
     is_model_file,
@@ -162,7 +162,7 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
     files = {path.name: path} if path.is_file() else model_files(path)
     if adapter:
         _check_adapter(find_adapter(path), path, files)
-    sizes = [file.stat().st_size for name, file in files.items() if name.endswith(WEIGHTS)]
+    sizes = [file.stat().st_size for name, file in files.items() if holds_weights(name)]
     if not sizes:
         raise CheckpointError(f"{path} has no safetensors weights; save it with save_pretrained")
     lineage, folder = (Lineage.of(path), path) if path.is_dir() else (None, None)
@@ -177,7 +177,7 @@ def _on_hub(repo: str, revision: str | None) -> Subject:
     names = [name for name in hub.files if is_model_file(name)]
     hashes, folder = hash_hub_files(hub, names)
     model = identity_of(hashes, base_of_adapter(folder) if adapter is not None else None)
-    size = sum(hub.files[name].size for name in names if name.endswith(WEIGHTS))
+    size = sum(hub.files[name].size for name in names if holds_weights(name))
     return Subject(repo, repo, model, Lineage.of(folder), None, hub.commit, size)
 
 

@@ -11,7 +11,7 @@ from ..cut.gguf import gguf_texts
 from ..errors import CheckpointError
 from ..files.hub import Repo
 from ..records.declared import CARD, declared_by, declared_in_gguf
-from ..records.fingerprints import CONFIG, WEIGHTS, companion_names, fingerprint
+from ..records.fingerprints import CONFIG, companion_names, fingerprint, holds_weights
 from ..records.licences import copy_licence
 from ..records.lineage import Lineage
 from ..records.quantized import describe_quantization
@@ -78,7 +78,7 @@ def is_base(recorded: dict[str, Any], request: PruneRequest) -> bool:
         return True
     repo.get(CONFIG)  # small files have a hash once they are in the cache
     files = repo.fingerprint()
-    decisive = [name for name in {*before, *files} if name == CONFIG or name.endswith(WEIGHTS)]
+    decisive = [name for name in {*before, *files} if name == CONFIG or holds_weights(name)]
     return all(before.get(name) == files.get(name) for name in decisive)
 
 

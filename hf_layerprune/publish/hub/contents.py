@@ -13,7 +13,7 @@ from pathlib import Path
 from ...errors import CheckpointError
 from ...files.shards import INDEX
 from ...records.declared import CARD
-from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, TEMPLATES, WEIGHTS
+from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, TEMPLATES, holds_weights
 from ...records.licences import is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.metrics import FILE_NAME as METRICS
@@ -55,7 +55,7 @@ class Contents:
     @property
     def weights(self) -> list[str]:
         """The paths of the weight files."""
-        return [name for name in self.files if name.endswith(WEIGHTS)]
+        return [name for name in self.files if holds_weights(name)]
 
     @property
     def is_adapter(self) -> bool:
@@ -138,9 +138,9 @@ def _why_not(name: str, path: Path, adapter_only: bool, named: bool) -> str | No
         return "may hold a pickle, which can run code when it is loaded"
     if rest:
         return None if named or _is_part(top, rest, path) else "in a folder that is not part of the model"
-    if adapter_only and (name.endswith(WEIGHTS) or name in (INDEX, CONFIG)) and name != ADAPTER_WEIGHTS:
+    if adapter_only and (holds_weights(name) or name in (INDEX, CONFIG)) and name != ADAPTER_WEIGHTS:
         return "belongs to the whole model, and only the adapter is published"
-    if named or name in _ALLOWED or name.endswith(WEIGHTS) or is_licence_file(name):
+    if named or name in _ALLOWED or holds_weights(name) or is_licence_file(name):
         return None
     return "not part of the model; publish it with --include"
 
@@ -169,7 +169,7 @@ def is_ours(name: str) -> bool:
     """
     top, _, rest = name.partition("/")
     if not rest:
-        return name.endswith(WEIGHTS) or name in _ALLOWED
+        return holds_weights(name) or name in _ALLOWED
     if top == EVAL_RESULTS:
         return rest.endswith(".yaml")
     return (top == ASSETS and rest in _PICTURES) or (top == TEMPLATES and rest.endswith(".jinja"))

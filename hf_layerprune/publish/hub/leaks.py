@@ -135,9 +135,10 @@ def _raw(path: Path) -> Iterator[str]:
     """A file as text, in chunks. Zero bytes are removed, so that ASCII in UTF-16 and UTF-32 can be read too."""
     with path.open("rb") as file:
         left = path.stat().st_size
-        if path.suffix == ".safetensors":
+        suffix = path.suffix.lower()
+        if suffix == ".safetensors":
             left = min(_MAX_HEADER, int.from_bytes(file.read(8), "little"))
-        elif path.suffix in (*WEIGHTS, ".png"):
+        elif suffix in (*WEIGHTS, ".png"):
             return
         while data := file.read(min(_CHUNK, left)):
             left -= len(data)

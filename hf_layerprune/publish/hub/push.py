@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from ...errors import CheckpointError
 from ...files.copy import write_bytes, write_text
 from ...records.declared import CARD, front_matter
-from ...records.fingerprints import WEIGHTS
+from ...records.fingerprints import holds_weights
 from ...records.metrics import Metrics
 from ...records.requirements import check_measurable, strictest
 from ..card import metadata, regions
@@ -164,7 +164,7 @@ def _require(request: PushRequest, staging: Path) -> None:
 def _stage(path: Path, target: Path) -> None:
     """Copy a file; link to weights, which are only read."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if path.name.endswith(WEIGHTS):
+    if holds_weights(path.name):
         with suppress(OSError):  # symbolic links may not be allowed
             target.symlink_to(path.resolve())
             return

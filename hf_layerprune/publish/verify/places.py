@@ -9,7 +9,15 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...files.hub import Repo
-from ...records.fingerprints import ADAPTER_CONFIG, CONFIG, WEIGHTS, fingerprint, hash_hub_files, is_inert, sha256_of
+from ...records.fingerprints import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    fingerprint,
+    hash_hub_files,
+    holds_weights,
+    is_inert,
+    sha256_of,
+)
 from ...records.history import History
 from ...records.names import base_name
 from ...runtime.loading import is_hub_id
@@ -58,7 +66,7 @@ class Place:
     @classmethod
     def _on_hub(cls, repo: Repo) -> Place:
         names = [name for name in repo.files if not is_inert(name)]
-        if repo.offline and not any(name.endswith(WEIGHTS) for name in names):
+        if repo.offline and not any(holds_weights(name) for name in names):
             raise CheckpointError(f"the weights of {repo.name} are not in the cache ({repo.offline}); go online")
         hashes, folder = hash_hub_files(repo, names)
         return cls(repo.name, folder, hashes, repo)
@@ -120,7 +128,7 @@ class Base:
 
     def differences(self, told: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """Names of the files that differ from those in a lineage, including missing weight files and a missing config."""
-        decisive = [name for name in told if name.endswith(WEIGHTS) or name == CONFIG]
+        decisive = [name for name in told if holds_weights(name) or name == CONFIG]
         return [name for name in told if (name in decisive or name in self.files)
                 and _bytes(self.files.get(name)) != _bytes(told[name])]  # fmt: skip
 

@@ -20,7 +20,7 @@ from ...cut.write import fill
 from ...errors import CheckpointError, boundary
 from ...files.copy import LocalFile
 from ...files.json_file import parse_json
-from ...records.fingerprints import CONFIG, WEIGHTS, hash_files, is_inert, model_files, sha256_of
+from ...records.fingerprints import CONFIG, hash_files, holds_weights, is_inert, model_files, sha256_of
 from ...records.history import History, Stage
 from ...records.quantized import is_repeatable_method, method_of
 from ...runtime.config_file import read_config_file
@@ -122,9 +122,9 @@ def _quantized(history: History, folder: Path, cut: Expected) -> Expected:
         return replace(cut, config=cut.config | {"quantization_config": told, "dtype": stage.settings.get("dtype")})
     target = folder.with_name("quantized")
     quantizer = _quantize_again(stage, folder, target)
-    paths = {name: path for name, path in model_files(target).items() if name.endswith(WEIGHTS)}
+    paths = {name: path for name, path in model_files(target).items() if holds_weights(name)}
     inside = {name: digest_file(path) for name, path in paths.items()}
-    files = {name: sha256 for name, sha256 in cut.files.items() if not name.endswith(WEIGHTS)} | hash_files(paths)
+    files = {name: sha256 for name, sha256 in cut.files.items() if not holds_weights(name)} | hash_files(paths)
     told = load_config(target).to_dict(), read_config_file(target / CONFIG)
     notes = notes_in(paths.values())
     return Expected(files, inside, *told, cut.tensors, quantizer, notes, cut.lacked)
@@ -202,7 +202,7 @@ def _converted(history: History, base: Base) -> Expected:
         with suppress(CheckpointError):  # a base may have no tokenizer
             load_tokenizer(base.source, revision=base.commit).save_pretrained(folder)
         paths = model_files(folder)
-        inside = {name: digest_file(path) for name, path in paths.items() if name.endswith(WEIGHTS)}
+        inside = {name: digest_file(path) for name, path in paths.items() if holds_weights(name)}
         told = load_config(folder).to_dict(), read_config_file(folder / CONFIG)
         return _quantized(history, folder, Expected(hash_files(paths), inside, *told))
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...errors import CheckpointError, LayerPruneError
-from ...records.fingerprints import CONFIG, WEIGHTS, Identity, base_of_adapter, identity_of, weights_hash
+from ...records.fingerprints import (
+    CONFIG,
+    Identity,
+    base_of_adapter,
+    holds_weights,
+    identity_of,
+    weights_hash,
+)
 from ...records.history import History
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
@@ -49,7 +56,7 @@ def find_base(history: History, request: VerifyRequest, outcome: Verified) -> Ba
 def _check_base(source: Base, lineage: Lineage, outcome: Verified) -> None:
     """Check that a base is the one that a lineage names."""
     told = lineage.base.get("files") or {}
-    if not any(name.endswith(WEIGHTS) for name in told):
+    if not any(holds_weights(name) for name in told):
         outcome.say(False, BASE, f"{LINEAGE} has no hashes of the base's weights")
     elif differ := source.differences(told):
         outcome.say(False, BASE, f"{source} is not the base that {LINEAGE} names: {', '.join(differ[:3])} differ")
@@ -125,7 +132,7 @@ def _check_cut(history: History, expected: Expected, outcome: Verified) -> None:
 def _check_files(history: History, expected: Expected, outcome: Verified) -> None:
     """Check the recorded hashes of the tokenizer, the chat template, ...; later stages write another config."""
     told = history.lineage.entries[-1]["files"]
-    names = {name for name in told.keys() | expected.files.keys() if not name.endswith(WEIGHTS)} - {CONFIG}
+    names = {name for name in told.keys() | expected.files.keys() if not holds_weights(name)} - {CONFIG}
     texts = [
         f"{LINEAGE} records another {name} than the cut leaves of the base's"
         for name in sorted(names)

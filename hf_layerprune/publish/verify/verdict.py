@@ -19,7 +19,7 @@ from ...families import MARKER
 from ...files.json_file import read_object
 from ...files.shards import INDEX
 from ...layer_ranges import format_layers, name_layers
-from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, weights_hash
+from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, holds_weights, weights_hash
 from ...records.history import History, Stage, read_history
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
@@ -119,7 +119,7 @@ def _check_records(place: Place, lineage: Lineage, outcome: Verified, hint: str)
             False, "files", f"{LINEAGE} does not record the config, the tokenizer and other files; prune again"
         )
         return
-    here = {name: sha256 for name, sha256 in place.hashes.items() if not name.endswith(WEIGHTS)}
+    here = {name: sha256 for name, sha256 in place.hashes.items() if not holds_weights(name)}
     changed = sorted(name for name in recorded.keys() | here.keys() if recorded.get(name) != here.get(name))
     texts = [
         f"{name} {'is missing' if name not in here else 'was added' if name not in recorded else 'was changed'} since "
@@ -232,7 +232,7 @@ def _check_files(place: Place, expected: Expected, outcome: Verified) -> None:
     for name, sha256 in sorted(place.hashes.items()):
         if name in loaded or (name == INDEX and not place.is_adapter):
             continue
-        if name not in expected.files or name.endswith(WEIGHTS):
+        if name not in expected.files or holds_weights(name):
             texts.append(f"{name} is not a file that the cut leaves, and may change how the model behaves; remove it")
         elif expected.files[name] != sha256:
             texts.append(f"{name} is not what the cut leaves of the base's")
@@ -240,7 +240,7 @@ def _check_files(place: Place, expected: Expected, outcome: Verified) -> None:
         texts += [
             f"{name} is missing"
             for name in sorted(expected.files.keys() - place.hashes.keys())
-            if not name.endswith(WEIGHTS) and name != INDEX
+            if not holds_weights(name) and name != INDEX
         ]
     if expected.lacked:
         text = f"{LINEAGE} says that the copy of the base that was cut lacked {', '.join(expected.lacked)}"

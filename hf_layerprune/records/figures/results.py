@@ -280,7 +280,7 @@ def _cell(record: dict[str, Any], base: dict[str, Any] | None, metrics: Metrics)
         change = numbers.ratio(paired["share"])  # of runs in turn, in which whatever slowed down both cancels out
     else:
         # A time at which the dense model did not run in turn says more about the machine than about the model.
-        change = "" if "spread" in record else numbers.ratio(value / base["value"])
+        change = "" if kind == "speed" else numbers.ratio(value / base["value"])
     p_value = paired.get("p_value") if paired else None
     return Cell(text, change, p_value is not None and p_value > SIGNIFICANT, record, paired)
 
