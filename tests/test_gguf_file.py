@@ -21,7 +21,7 @@ from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from tests.gguf_makers import check_bytes, make_gguf, smollm2, value
 from tests.matrix import identities, logits
 from tests.measure_models import write_gguf
-from tests.tiny_models import tiny_input
+from tests.tiny_models import tiny_input, tiny_model
 
 MIDDLE = (3, 5, 12, 13, 20)
 
@@ -52,6 +52,8 @@ def test_a_file_whose_suffix_is_in_capitals_is_written_read_and_hashed(tmp_path,
     assert "No cut is shown: drop=0.25 of 3 layers is less than one layer" in capsys.readouterr().out
     assert len({weights_hash(fingerprint(source)) for source in sources}) == 2
     assert identify(sources[0]).bytes_on_disk == sources[0].stat().st_size
+    tiny_model("llama").save_pretrained(tmp_path / "folder.GGUF")  # a folder is none
+    assert identify(tmp_path / "folder.GGUF").load(device="cpu").dtype == torch.float32
 
 
 def test_a_cut_file_computes_what_the_model_without_those_layers_computes(tmp_path):

@@ -246,7 +246,7 @@ def _slice_wide_tensors(model: PreTrainedModel, cut: families.Cut) -> list[_Chan
             if parameter.is_meta and hasattr(owner, "_hf_hook"):  # accelerate would put the uncut tensor back
                 raise CutError(
                     f"{name} holds a slice for each layer, and it is offloaded, so it can't be cut; load the model without "
-                    "offloading, let prune_with load it, or cut it on disk (hf-layerprune prune)"
+                    "offloading, let prune_with load it (without keep_dropped), or cut it on disk (hf-layerprune prune)"
                 )
             kept = kept_slices(name, parameter.detach(), parameter.shape, wide.dim, width, cut)
             new = nn.Parameter(kept, requires_grad=parameter.requires_grad)

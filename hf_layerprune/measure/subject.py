@@ -91,7 +91,7 @@ class Subject:
 
         from ..runtime.precision import warn_if_slow
 
-        name = UNPACKED if dtype == "auto" and self.source.lower().endswith(".gguf") else dtype
+        name = UNPACKED if dtype == "auto" and Path(self.source).is_file() else dtype
         kwargs: dict[str, Any] = self._at | {"dtype": name if name == "auto" else getattr(torch, name)}
         device = pick_device(device, spread=True)
         if device != "cpu":

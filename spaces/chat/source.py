@@ -53,7 +53,7 @@ class Source:
             self.tokenizer = tokenizer_of(model, whole)
             config = AutoConfig.from_pretrained(**named(whole), trust_remote_code=False)
             self.config = config.get_text_config()
-            self.processor = None if model.lower().endswith(".gguf") else processor_of([model, whole], config)
+            self.processor = None if os.path.isfile(model) else processor_of([model, whole], config)
             self.records = Records.of(named(model)["pretrained_model_name_or_path"])
             self.size = weights_size(model)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -145,7 +145,7 @@ class Source:
 
 def named(model: str) -> dict[str, str]:
     """The arguments of `from_pretrained` that name a model."""
-    if not model.lower().endswith(".gguf"):
+    if not os.path.isfile(model):
         return {"pretrained_model_name_or_path": model}
     path = Path(model)
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -171,7 +171,7 @@ def find_adapter(model: str) -> Any:
     def has(name: str) -> bool:
         return cached_file(model, name, _raise_exceptions_for_missing_entries=False) is not None
 
-    if model.lower().endswith(".gguf") or has("config.json") or not has("adapter_config.json"):
+    if os.path.isfile(model) or has("config.json") or not has("adapter_config.json"):
         return None
     from peft import PeftConfig
 
@@ -183,7 +183,7 @@ def find_adapter(model: str) -> Any:
 def tokenizer_of(model: str, whole: str) -> Any:
     """The tokenizer of a model, or that of its base if it has none."""
     try:
-        if model.lower().endswith(".gguf"):  # a file on this machine, and so is the package
+        if os.path.isfile(model):  # a file on this machine, and so is the package
             from hf_layerprune.runtime.loading import load_tokenizer
 
             return load_tokenizer(model)
@@ -196,7 +196,7 @@ def tokenizer_of(model: str, whole: str) -> Any:
 
 def weights_size(model: str) -> int:
     """The size of a model's weights in bytes."""
-    if model.lower().endswith(".gguf"):
+    if os.path.isfile(model):
         return 4 * Path(model).stat().st_size  # unpacked: 16 bits for what can be as little as 4
     folder = Path(model)
     if not folder.is_dir():

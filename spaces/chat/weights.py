@@ -109,7 +109,7 @@ def load(model: str) -> PreTrainedModel:
         settings["dtype"] = torch.bfloat16  # faster on CPUs
     if DEVICE != "cpu":
         settings["device_map"] = DEVICE
-    if model.lower().endswith(".gguf"):  # a file on this machine, and so is the package
+    if os.path.isfile(model):  # a file on this machine, and so is the package
         from hf_layerprune.versions import gguf_options
 
         settings |= gguf_options() | {"dtype": torch.bfloat16}
