@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from html import escape
 from types import SimpleNamespace
@@ -59,7 +60,7 @@ class Records:
             return folder
         index = self.card.get("model-index")
         named = index[0].get("name") if isinstance(index, list) and index and isinstance(index[0], dict) else None
-        base = str(self.base or folder).removesuffix(".gguf").rstrip("/").rsplit("/", 1)[-1]
+        base = re.sub(r"\.gguf$", "", str(self.base or folder), flags=re.IGNORECASE).rstrip("/").rsplit("/", 1)[-1]
         named = self.lineage.get("published", {}).get("name") or named
         return str(named or f"{base}-{len(layers[1])}L")
 

@@ -85,7 +85,7 @@ class Card:
         history = read_history(lineage)
         published = {key: value for key, value in lineage.published.items() if is_hub_name(str(value))}
         repo_id = published.get("repo_id")
-        base = history.base_on_hub or history.base_id.removesuffix(".gguf")
+        base = history.base_on_hub or re.sub(r"\.gguf$", "", history.base_id, flags=re.IGNORECASE)
         method = f"-{method_of(how.settings['quantization_config'])}" if (how := history.quantized) else ""
         name = repo_id or published.get("name") or f"{base.rpartition('/')[2]}-{len(history.kept)}L{method}"
         return cls(
