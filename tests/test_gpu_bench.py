@@ -91,7 +91,9 @@ def test_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--work", str(tmp_path)])
     start = time.monotonic()
-    found = gpu.in_a_process(gpu.Step("c-drive", lambda setting: {}, 1, "it goes on later"), 0.2)
+    found = gpu.in_a_process(
+        gpu.Step("c-drive", lambda setting: {}, 1, "it goes on later"), 0.02
+    )  # before Python is up
     assert found["unfinished"] == "not done after 0 s; it goes on later"
     assert time.monotonic() - start < 20
     assert not [child for child in psutil.Process().children(recursive=True) if "c-drive" in child.cmdline()]
