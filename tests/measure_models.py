@@ -13,11 +13,19 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.records.metrics import Metrics
 
 from .tiny_models import randomize
 
 LAYERS, WIDTH = 8, 32
+NAMES = ("asked", "begun", "mixed")  # the tasks of `write_tasks`
+SMALL = {"length": 64, "windows": 8}
+
+
+def measure(model: Path | str, folder: Path | None, **more: Any) -> Metrics:
+    """What `eval` measures with the tasks of a folder."""
+    return evaluate(EvalRequest(str(model), tasks_from=folder, **SMALL | more))
 
 
 def byte_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:

@@ -22,17 +22,14 @@ from benchmarks.measure import write_task
 from hf_layerprune import CheckpointError, CutError, LayerPruneError
 from hf_layerprune.adapter.loading import load_model, load_tokenizer
 from hf_layerprune.cli import main
-from hf_layerprune.measure.evaluate import EvalRequest, check_request, evaluate
+from hf_layerprune.measure.evaluate import EvalRequest, check_request
 from hf_layerprune.measure.harness import Harness
 from hf_layerprune.measure.subject import identify
 from hf_layerprune.measure.tasks import read_tasks, task_set
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from hf_layerprune.records.metrics import Metrics
 
-from .measure_models import find, write_gguf, write_model, write_tasks
-
-NAMES = ("asked", "begun", "mixed")
-SMALL = {"length": 64, "windows": 8}
+from .measure_models import NAMES, find, measure, write_gguf, write_model, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +52,6 @@ def cut(cut_once: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"))
-
-
-def measure(model: Path | str, folder: Path | None, **more: Any) -> Metrics:
-    return evaluate(EvalRequest(str(model), tasks_from=folder, **SMALL | more))
 
 
 # --- the numbers are right ----------------------------------------------------------------------------------

@@ -12,16 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.cli import main
-from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.subject import identify
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage, stage
 from hf_layerprune.records.metrics import Metrics
 
-from .measure_models import write_model, write_tasks
-
-NAMES = ("asked", "begun", "mixed")
-SMALL = {"length": 64, "windows": 8}
+from .measure_models import measure, write_model, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +40,6 @@ def cut(cut_once: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"))
-
-
-def measure(model: Path | str, folder: Path | None, **more: Any) -> Metrics:
-    return evaluate(EvalRequest(str(model), tasks_from=folder, **SMALL | more))
 
 
 def test_numbers_are_added_and_replaced(cut: Path, tasks: Path) -> None:

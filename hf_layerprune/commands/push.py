@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..options import words_of
+from ..options import plural, words_of
 from ..publish.requests import PushRequest as Request
 from . import Answer, hint
 
@@ -45,8 +45,7 @@ def run(request: Request) -> Answer:
         said = f"nothing has changed: {done.pull_request or done.url} is already at {done.commit[:12]}"
     else:
         gone = f", removed {', '.join(done.removed)}" if done.removed else ""
-        count = f"{len(done.added)} file{'s' * (len(done.added) != 1)}"
-        said = f"pushed {count}{gone}: {done.pull_request or done.url} ({done.commit[:12]})"
+        said = f"pushed {plural(len(done.added), 'file')}{gone}: {done.pull_request or done.url} ({done.commit[:12]})"
     if request.space:
         space = publish_space(request, adapter=made.contents.is_adapter, secret=secret)
         data["space"] = asdict(space)

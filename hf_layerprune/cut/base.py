@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..files.copy import FileState
 from ..files.hub import Repo, hub_errors
 from ..files.shards import INDEX, shard_names
-from ..options import counted, spell_bytes
+from ..options import plural, spell_bytes
 from ..records.fingerprints import CONFIG, TEMPLATES
 from ..runtime.loading import CHECKPOINT_FILES, is_hub_id
 from .folder import SINGLE, check_index, find_weights, is_companion, read_json
@@ -167,7 +167,7 @@ def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] 
         names = sorted(needed)
     if base.repo:
         if missing := [base.sizes.get(name, 0) for name in names if not (base.folder / name).exists()]:
-            files, size = counted(len(missing), "weight file"), spell_bytes(sum(missing))
+            files, size = plural(len(missing), "weight file"), spell_bytes(sum(missing))
             logger.info("%s: downloading %s with tensors to keep (%s)", base.name, files, size)
         base.fetch(names)
     headers = {name: read_header(base.folder / name) for name in names}

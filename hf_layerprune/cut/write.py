@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..files.copy import LocalFile, NewFile, check_space
 from ..files.shards import INDEX
-from ..options import counted, spell_bytes
+from ..options import plural, spell_bytes
 from ..screen import progress_bar
 from .folder import SINGLE, check_index, read_json
 from .header import read_header
@@ -31,8 +31,8 @@ def fill(plan: CheckpointPlan, folder: Path, *, link: bool = False, name: str | 
     linked = _linkable(plan, folder) if link else frozenset()
     total = plan.target_bytes - sum(shard.size for shard in plan.shards if shard.target in linked)
     logger.info(
-        "%s: keeping %d of %s; copying %s of %s%s", plan.name, len(plan.cut.keep), counted(plan.cut.num_layers, "layer"),
-        spell_bytes(total), spell_bytes(plan.source_bytes), f", linking {counted(len(linked), 'file')}" if linked else "",
+        "%s: keeping %d of %s; copying %s of %s%s", plan.name, len(plan.cut.keep), plural(plan.cut.num_layers, "layer"),
+        spell_bytes(total), spell_bytes(plan.source_bytes), f", linking {plural(len(linked), 'file')}" if linked else "",
     )  # fmt: skip
     check_space(folder.with_name(name), total, shutil.disk_usage(folder).free)
     with progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar:

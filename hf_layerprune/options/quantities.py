@@ -75,7 +75,7 @@ def spell_bytes(size: float) -> str:
     return _spell(size, {unit: size for unit, size in _BYTES.items() if "I" not in unit and size > 1}, "B")
 
 
-def counted(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
     """A number of things for people: `1 layer`, `1,024 rows`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 

@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from ..layer_ranges import format_layers
 from ..options import BUDGETS
 from .lineage import Lineage
-from .names import base_name, hub_base, is_hub_name, last_part
+from .names import base_name, hub_base, is_gguf_name, is_hub_name, last_part
 
 _LAYER = re.compile(r"(?P<before>.*?\b(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
 _MAX_LAYERS = 10_000
@@ -88,7 +88,7 @@ class History:
     @property
     def from_gguf(self) -> bool:
         """Whether the base is a GGUF file whose weights were dequantised."""
-        return str(self.lineage.base.get("id") or "").lower().endswith(".gguf")
+        return is_gguf_name(str(self.lineage.base.get("id")))
 
     @property
     def dtype(self) -> str | None:

@@ -16,6 +16,11 @@ def is_hub_name(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None and not text.endswith((".git", ".", "-"))
 
 
+def is_gguf_name(name: str | PurePath) -> bool:
+    """Whether a name is that of a GGUF file; the suffix counts in either case."""
+    return str(name).lower().endswith(".gguf")
+
+
 def check_repository(text: str) -> None:
     """Refuse a name that is not `NAMESPACE/NAME`.
 

@@ -13,6 +13,7 @@ from ..families.layout import find_decoder_layers
 from ..files.hub import resolve_commit
 from ..files.json_file import read_object
 from ..files.shards import INDEX, MAX_INDEX, shard_names
+from ..records.names import is_gguf_name
 from ..versions import GGUF_TOKENIZERS, gguf_options
 from .config_file import check_no_code, read_config_file
 from .model_class import auto_class_for, check_has_decoder
@@ -44,7 +45,7 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
     """
     path = as_path(base)
     if path.is_file():
-        if path.suffix.lower() != ".gguf":
+        if not is_gguf_name(path):
             raise CheckpointError(f"{path} is a file; specify a model folder, a Hub id, or a .gguf file")
         return str(path.parent), path.name
     if path.is_dir():
@@ -53,7 +54,7 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
                 f"{path} has no config.json, so it is not a model folder; specify a folder that has one"
             )
         return str(path), gguf_file
-    if _looks_like_a_path(str(base)) or path.suffix.lower() == ".gguf":
+    if _looks_like_a_path(str(base)) or is_gguf_name(path):
         raise CheckpointError(
             f"{path} does not exist; specify a model folder, a .gguf file, or a Hub id such as org/name"
         )
@@ -63,9 +64,7 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
 def is_hub_id(base: str | Path) -> bool:
     """Whether a base is on the Hub: no existing file or folder, and not spelled like the path of one."""
     path = as_path(base)
-    return not (
-        isinstance(base, Path) or path.exists() or _looks_like_a_path(str(base)) or path.suffix.lower() == ".gguf"
-    )
+    return not (isinstance(base, Path) or path.exists() or _looks_like_a_path(str(base)) or is_gguf_name(path))
 
 
 def as_path(base: str | Path) -> Path:

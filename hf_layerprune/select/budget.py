@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..calibration.rows import CalibrationSet, held_out_rows
 from ..errors import CutError
 from ..layer_ranges import format_layers, name_layers
-from ..options import counted
+from ..options import plural
 from ..runtime.walk import LayerWalk
 from .cost import announce
 from .scores import Choice
@@ -139,7 +139,7 @@ def _chosen(low: int, probes: Probes, search: Search, choice: CutOptions, limit:
     if high in probes and probes[high][1].mean <= limit:
         nearly = probes[high][1]
         logger.warning(
-            "%s may be within %s as well (%s); calibration_samples=%d would tell", counted(high, "layer"), said,
+            "%s may be within %s as well (%s); calibration_samples=%d would tell", plural(high, "layer"), said,
             spell_loss(budget, nearly), 4 * nearly.rows_needed(limit - nearly.mean),
         )  # fmt: skip
     why = (

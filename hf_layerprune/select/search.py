@@ -25,7 +25,7 @@ from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError
 from ..families import check_stage, text_config
 from ..layer_ranges import format_layers
-from ..options import counted
+from ..options import plural
 from ..repair.fit import Repair, blocks, fit_repair
 from ..repair.registry import find_repair
 from ..repair.writers import swapped
@@ -245,7 +245,7 @@ class Search:
             left = [i for i in left if i in (min(gone) - 1, max(gone) + 1)]
         if not left or len(gone) + 1 >= self.walk.num_layers:
             raise CutError(
-                f"no more than {counted(len(gone), 'layer')} may be dropped from this model; drop fewer, or protect fewer"
+                f"no more than {plural(len(gone), 'layer')} may be dropped from this model; drop fewer, or protect fewer"
             )
         dense, *outcomes = self._tried([(), *(tuple(sorted((*gone, i))) for i in left)], _STEP_ROWS)
         known = dict(zip(left, outcomes, strict=True))

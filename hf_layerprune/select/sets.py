@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
 from ..errors import CutError
-from ..options import DROP, checked, counted
+from ..options import DROP, checked, plural
 
 
 def drop_count(drop: float | int | None, num_layers: int) -> int:
@@ -70,7 +70,7 @@ def lowest_layers(scores: Sequence[float | None], count: int, free: Collection[i
     ranked = sorted((score, i) for i, score in enumerate(scores) if score is not None and i in free)
     if len(ranked) < count:
         raise CutError(
-            f"can't drop {counted(count, 'layer')}: only {len(ranked)} of the layers that may be dropped have a score; drop fewer"
+            f"can't drop {plural(count, 'layer')}: only {len(ranked)} of the layers that may be dropped have a score; drop fewer"
         )
     return sorted(i for _, i in ranked[:count])
 
@@ -86,7 +86,7 @@ def lowest_block(scores: Mapping[tuple[int, ...], float], count: int, free: Coll
     )
     if not ranked:
         raise CutError(
-            f"no block of {counted(count, 'layer')} may be dropped; drop fewer layers, or protect fewer (those that may be "
+            f"no block of {plural(count, 'layer')} may be dropped; drop fewer layers, or protect fewer (those that may be "
             f"dropped are {sorted(free)})"
         )
     return list(ranked[0][1])

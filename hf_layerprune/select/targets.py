@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError
 from ..layer_ranges import name_layers
-from ..options import counted, spell_bytes, spell_count
+from ..options import plural, spell_bytes, spell_count
 from .sets import free_layers
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class Target:
     def _out_of_reach(self, drop: Sequence[int], protects: bool) -> CutError:
         """The error that even the deepest cut does not meet it."""
         left = self.left(sorted(drop))
-        which = f"all {len(drop)} of the layers that may go" if protects else counted(len(drop), "layer")
+        which = f"all {len(drop)} of the layers that may go" if protects else plural(len(drop), "layer")
         way_out = " or protect fewer layers" if protects else ""
         if self.option == "target_speedup":
             return CutError(

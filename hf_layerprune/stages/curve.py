@@ -23,7 +23,7 @@ from .. import families
 from ..errors import CheckpointError, CutError, LayerPruneError
 from ..files.copy import write_text
 from ..layer_ranges import name_layers, parse_layers
-from ..options import AmountOptions, counted, spell_bytes, spell_count
+from ..options import AmountOptions, plural, spell_bytes, spell_count
 from ..records.curve import quality_of
 from ..records.fingerprints import fingerprint
 from ..runtime.loading import is_hub_id, load_config
@@ -187,7 +187,7 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
         raise _on_other_rows(request)
     search = _search(request, record, walk, calibration, free)
     left = up_to - len(record["points"])
-    announce(walk, search.judging, search.layer_runs(left, left, left), f"a curve up to {counted(up_to, 'layer')}")
+    announce(walk, search.judging, search.layer_runs(left, left, left), f"a curve up to {plural(up_to, 'layer')}")
     for point in curve_points(search, up_to, len(record["points"])):
         drop = parse_layers(point["layers"])
         point |= {
@@ -255,7 +255,7 @@ def _earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, A
             f"{folder} holds a curve of another base or with other options; choose another folder, or begin again with "
             "--force"
         )
-    logger.info("continuing %s, which has %s", folder / FILE, counted(len(record["points"]), "point"))
+    logger.info("continuing %s, which has %s", folder / FILE, plural(len(record["points"]), "point"))
     return record
 
 
@@ -281,7 +281,7 @@ def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[st
     count = _chosen(request, curve, record["num_layers"])
     if count is None:
         raise CutError(
-            f"no point of {folder} meets the request: it drops up to {counted(len(curve.points), 'layer')}; ask for less, "
+            f"no point of {folder} meets the request: it drops up to {plural(len(curve.points), 'layer')}; ask for less, "
             "or extend the curve with rank --curve-up-to"
         )
     point = curve.points[count - 1]

@@ -10,7 +10,7 @@ from ..errors import CutError, LayerPruneError, cause_of
 from ..families.engines import WAY_OUT, counted, misread
 from ..families.layout import count_parameters, find_decoder_layers, ties_head
 from ..layer_ranges import name_layers
-from ..options import CutOptions
+from ..options import CutOptions, plural
 from ..runtime.loading import load_config
 from ..runtime.model_class import auto_class_of, model_without_weights
 from ..select import select_layers
@@ -166,7 +166,7 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
         return "\n".join([*lines, f"No cut is shown: {error}"])
     saved = sum(anatomy.layers[i] for i in dropped)
     left = anatomy.total - saved
-    layers = f"{len(dropped)} layer{'s' if len(dropped) > 1 else ''}"
+    layers = plural(len(dropped), "layer")
     effect = f"A cut of {drop:.0%} drops {layers} and" if isinstance(drop, float) else f"A cut of {layers}"
     lines.append(
         f"{effect} leaves {n - len(dropped)} of {n}: {left:,} parameters, {left / anatomy.total:.1%} of the base."

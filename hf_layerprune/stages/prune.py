@@ -23,7 +23,7 @@ from ..layer_ranges import name_layers
 from ..options import AMOUNTS, COUNTED_BY, spell_bytes, take
 from ..records.fingerprints import passing_weights_hash
 from ..records.lineage import Lineage, stage
-from ..records.names import public
+from ..records.names import is_gguf_name, public
 from ..runtime.loading import UNPACKED, is_hub_id, load_base, load_config, load_tokenizer, resolve_base
 from ..select import find_criterion, needs_model, select_layers
 from ..select.targets import Target
@@ -123,7 +123,7 @@ def prune_to(request: PruneRequest) -> Pruned:
         from .curve import point_of
 
         request, curve = point_of(request, request.from_curve.expanduser())
-    if output.suffix.lower() == ".gguf":
+    if is_gguf_name(output):
         return _prune_gguf(request, Path(request.base), output)
     _refuse_what_has_no_effect(request)
     hub = None

@@ -33,7 +33,7 @@ from results import NOT_RUN, Results, describe, lines_of, markdown, mistakes_tex
 
 from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.files.copy import write_text
-from hf_layerprune.options import counted
+from hf_layerprune.options import plural
 
 if os.name == "posix":
     import fcntl
@@ -191,7 +191,7 @@ def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan])
     with _locked(args.output) as hold:
         results = Results.read(args.output / "results.json")
         left = {name: plan for name, plan in plans.items() if not results.has(rows[name], plan)}
-        logger.info("%s: %d done, %d left", counted(len(rows), "row"), len(rows) - len(left), len(left))
+        logger.info("%s: %d done, %d left", plural(len(rows), "row"), len(rows) - len(left), len(left))
         if left:
             from stages import Runner
 
@@ -279,7 +279,7 @@ def _list(rows: dict[str, Row], plans: dict[str, Plan], results: Results, output
             + (f"  [{', '.join(concerning(row))}]" if concerning(row) else "")
         )
     return "\n".join(
-        [*lines, "", f"{counted(len(rows), 'row')}; mistakes of the paper's code that concern a row are in brackets"]
+        [*lines, "", f"{plural(len(rows), 'row')}; mistakes of the paper's code that concern a row are in brackets"]
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ...layer_ranges import name_layers
+from ...options import plural
 from ...records.figures import numbers
 from ...records.figures.results import ResultColumn, Results, Row, run_words
 from ...records.figures.stages import training_settings
@@ -135,7 +136,7 @@ def stage_line(stage: Stage) -> Markup:
     elif settings.get("method"):
         line += f": {code(settings['method'])}"
     if stage.changed:
-        line += f"; {len(stage.changed)} tensor{'s' * (len(stage.changed) > 1)} changed"
+        line += f"; {plural(len(stage.changed), 'tensor')} changed"
     facts = []
     if isinstance(chosen.get("seconds"), int | float):
         facts.append(f"{numbers.seconds(chosen['seconds'])} to choose the layers")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...cut.folder import read_json
 from ...errors import CheckpointError, LayerPruneError
+from ...options import plural
 from ...records.figures import numbers
 from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, fingerprint, weights_hash
 from ...records.history import read_history
@@ -89,8 +90,10 @@ def _weights(contents: Contents, request: PushRequest) -> Outcome:
     if not contents.is_adapter and layer_count(load_config(folder)) != len(read_history(lineage).kept):
         raise CheckpointError(f"config.json and {LINEAGE} disagree on the number of layers; one of them was edited")
     size = numbers.size(sum(contents.files[name] for name in contents.weights))
-    files = f"{len(contents.weights)} file{'s' * (len(contents.weights) > 1)}"
-    yield OK, f"{size} in {files}, as the stage {last.get('stage')} wrote them ({own[:12]})"
+    yield (
+        OK,
+        f"{size} in {plural(len(contents.weights), 'file')}, as the stage {last.get('stage')} wrote them ({own[:12]})",
+    )
 
 
 def _metrics(contents: Contents, request: PushRequest) -> Outcome:
