@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,19 @@ def test_bad_words(words: list[str], code: int, message: str, base: Path, capsys
     err = capsys.readouterr().err.strip().splitlines()
     assert message in err[-1]
     assert "Traceback" not in "".join(err)
+
+
+@pytest.mark.parametrize(
+    "words", [["rank", "--criterion", "kl"], ["rank", "--curve"], ["prune", "--repair", "linear"]]
+)
+def test_a_missing_text_is_refused_before_a_weight_is_read(
+    words: list[str], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = shutil.copytree(base, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    command, *more = words
+    assert main([command, str(bare), str(tmp_path / "out"), *more, "--calibration", "no.txt"]) == 1
+    assert "no.txt does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_prune_by_a_criterion(base: Path, text: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from .. import families
+from ..calibration.documents import check_source
 from ..cut.lazy import SAVED, load_pruned
 from ..cut.memory import LayerCut, check_plain
 from ..errors import CheckpointError, LayerPruneError, boundary
@@ -132,6 +133,8 @@ def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     Raises:
         CutError: The base is cut already, or the repair is impossible.
     """
+    if needs_text(config):
+        check_source(config.calibration)
     base = config.base_model_name_or_path or ""
     others = {name: value for name, value in kwargs.items() if name not in ("device_map", "dtype", "torch_dtype")}
     packed = resolve_base(base, kwargs.get("gguf_file"))[1] is not None

@@ -41,6 +41,21 @@ class Document:
     folder: Path = Path()
 
 
+def check_source(source: str) -> None:
+    """Refuse a file that does not exist; called before a model is loaded.
+
+    Raises:
+        CheckpointError: There is no such file.
+    """
+    name = source.partition(":")[0]
+    path = Path(name).expanduser()
+    named = path.suffix in (".txt", ".json", ".jsonl") or (name.startswith((".", "/", "~")) and not path.is_dir())
+    if named and not path.is_file():
+        raise CheckpointError(
+            f"calibration file {path} does not exist; specify a .txt or .jsonl file, a data set on the Hub, or self"
+        )
+
+
 def documents_of(source: str, seed: int) -> Iterator[Document]:
     """Read a file or a data set by row, or a text by piece, in an order that the seed decides.
 
@@ -48,17 +63,13 @@ def documents_of(source: str, seed: int) -> Iterator[Document]:
         CheckpointError: It can't be read, or a row has no text.
         LayerPruneError: A data set needs a package that is missing.
     """
+    check_source(source)
     name, _, column = source.partition(":")
     path = Path(name).expanduser()
-    named = path.suffix in (".txt", ".json", ".jsonl") or (name.startswith((".", "/", "~")) and not path.is_dir())
     if path.is_file() and path.suffix != ".parquet":
         documents = _rows(path, column or "text") if path.suffix in (".json", ".jsonl") else _text(path)
         Random(seed).shuffle(documents)
         yield from documents
-    elif named and not path.is_file():
-        raise CheckpointError(
-            f"calibration file {path} does not exist; specify a .txt or .jsonl file, a data set on the Hub, or self"
-        )
     else:
         yield from _data_set(source, seed)
 

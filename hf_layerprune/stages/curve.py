@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import families
+from ..calibration.documents import check_source
 from ..errors import CheckpointError, CutError, LayerPruneError
 from ..files.copy import write_text
 from ..layer_ranges import name_layers, parse_layers
@@ -130,6 +131,7 @@ def make_curve(request: RankRequest) -> Curve:
 
     _check_known(request)
     check_rows(request, request.calibration_samples)
+    check_source(request.calibration)
     config = load_config(request.base, revision=request.revision)
     families.check_supported(config)
     families.check_stage(config, "rank")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import families
+from ..calibration.documents import check_source
 from ..errors import CheckpointError, CutError, LayerPruneError
 from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
@@ -78,6 +79,7 @@ def rank(request: RankRequest) -> Ranking:
     if any(criterion.needs == "text" for criterion in criteria):
         families.check_stage(config, "rank")
         check_context(config, request.calibration_length, "calibration_length")
+        check_source(request.calibration)
     n = families.layer_count(config)
     if request.budget is not None and any(criterion.name != "auto" for criterion in criteria):
         raise CutError(
