@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ..names import is_gguf_name
 from . import numbers
 from .metric_names import SHARE, TASKS, metric_named
 
@@ -131,7 +130,7 @@ class Results:
         """Whether the dense model was measured as a GGUF file, and this one was not."""
         pair = [self.dense.weights if self.dense else "", self.metrics.weights]
         names = [self.metrics.models[weights]["name"] for weights in pair if weights in self.metrics.models]
-        return [is_gguf_name(name) for name in names] == [True, False]
+        return [name.lower().endswith(".gguf") for name in names] == [True, False]
 
     def table(self, kinds: Iterable[str], *, every: bool = False) -> list[Row]:
         """The rows of the given kinds. Unless `every` is set, redundant rows are omitted: plain accuracy next to the
