@@ -170,16 +170,10 @@ def dense_folder(args: argparse.Namespace) -> Path:
 
 
 def margin(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Accuracy of a model by task, and `margin`, the share of the dense model's margin over guessing that is left."""
-    from heal_parts.questions import accuracy, margin_left
+    """Accuracy of a model by task, and the share of the dense model's margin over guessing that is left."""
+    from heal_parts.questions import accuracy
 
-    dense = dense_folder(args)
-    known = short(str(dense.resolve()), data_hash(args.data))
-    stored = args.work / f"dense-{args.questions}-questions-{known}.json"
-    if not stored.exists():
-        stored.write_text(json.dumps(accuracy(dense, args.data, args.questions)))
-    found = accuracy(folder, args.data, args.questions)
-    return found | {"margin": margin_left(found, json.loads(stored.read_text()))}
+    return accuracy(folder, dense_folder(args), args.data, args.questions, args.work / "answers")
 
 
 def margin_of(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, float]:
@@ -215,8 +209,8 @@ def report(runs: list[dict[str, Any]], names: Iterable[str], budget: dict[str, A
     print(
         f"\n{', '.join(f'{name}: {value:,}' for name, value in budget.items())} for each arm; mean ± standard error\n"
     )
-    print(f"| arm | seeds | tokens | steps | s | {titles} | accuracy margin |")
-    print("|---" * (6 + 2 * (len(DOMAINS) + 1)) + "|")
+    print(f"| arm | seeds | tokens | steps | s | {titles} | accuracy margin | pooled margin |")
+    print("|---" * (7 + 2 * (len(DOMAINS) + 1)) + "|")
     groups: dict[str, list[dict[str, Any]]] = {}
     for name in names:
         for run in runs:
@@ -231,10 +225,18 @@ def report(runs: list[dict[str, Any]], names: Iterable[str], budget: dict[str, A
         numbers = [
             f"{sum(run.get(word, 0) for run in group) / len(group):,.0f}" for word in ("tokens", "steps", "seconds")
         ]
-        margins = [run["questions"]["margin"] for run in group if "questions" in run]
-        cells.append(f"{100 * sum(margins) / len(margins):.0f} %" if margins else "")
+        asked = [run["questions"] for run in group if "questions" in run]
+        cells += [margin_cell(asked, kind) for kind in ("margin", "pooled_margin")]
         label = ", ".join([ARMS[name].what, *changes]) + (" (same domain)" if ARMS[name].same_domain else "")
         print(f"| {label} | {len(group)} | {' | '.join(numbers)} | {' | '.join(cells)} |")
+
+
+def margin_cell(asked: list[dict[str, float]], kind: str) -> str:
+    """The mean share of the margin over the runs of a row. Their questions are the same, so their errors don't average out."""
+    if not asked:
+        return ""
+    share, error = (sum(one[name] for one in asked) / len(asked) for name in (kind, f"{kind}_stderr"))
+    return f"{100 * share:.0f} ± {100 * error:.0f} %"
 
 
 def main() -> None:
