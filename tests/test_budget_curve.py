@@ -301,6 +301,17 @@ def test_what_a_curve_says_is_what_prune_makes(
     size = sum(path.stat().st_size for path in (tmp_path / "cut").glob("*.safetensors"))
     assert size == chosen["bytes"]
     assert "## How deep to cut" in Card.of(lineage).body()
+    # The next command, where nothing is chosen and there is no knee: the deepest point, or the one that misses the least.
+    options = [*words[1:4], *words[6:], *WORDS, "--context", "16"]
+    for more, said, drop in (
+        (["--curve-up-to", "1"], "curve; next", 1),
+        (["--max-kl", "1e-9"], "no point of it meets --max-kl", 1),
+        (["--target-speedup", "900"], "no point of it meets --target-speedup", 3),
+    ):
+        assert main(["rank", *options, "--curve-up-to", "3", *more]) == 0
+        out = capsys.readouterr().out
+        assert said in out
+        assert f"--from-curve {tmp_path / 'curve'} --drop {drop} " in out
     for more, code, message in (
         (["--drop", "5"], 2, "it drops up to 3 layers"),
         (["--target-memory", "1GB"], 2, "has no figures for memory"),

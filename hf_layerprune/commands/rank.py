@@ -22,10 +22,12 @@ def run(request: Request) -> Answer:
 
         curve = make_curve(request)
         made = f"the curve is in {request.output}" if request.output else ""
-        count = curve.chosen or curve.knee
-        point = curve.points[count - 1] if count else None
-        if point is None:
-            return Answer(made, str(curve), curve.record)
+        count = curve.chosen or curve.knee or len(curve.points)
+        if (asked := request.budget or request.target) and curve.chosen is None:
+            missed = f"no point of it meets --{asked.replace('_', '-')}, and this is the nearest"
+            made = f"{made or 'a curve was measured'}; {missed}"
+            count = 1 if request.budget else len(curve.points)
+        point = curve.points[count - 1]
         repair = curve.record["repair"] if "repaired" in point else None
         choice = ("--drop-layers", point["layers"], "--repair", repair)
         if request.output is not None:
