@@ -385,7 +385,7 @@ def test_a_model_without_a_template_gets_a_box_to_complete(visit: Callable[..., 
         here.button("Clear").click()
         expect(here.box).to_have_value("")
         here.tab("Side by side")
-        expect(page.get_by_text("no dense model was specified")).to_be_visible()
+        expect(page.get_by_text("pass it with --base; in a Space, set the variable BASE_ID")).to_be_visible()
         expect(here.prompt).to_be_disabled()
 
 

@@ -22,6 +22,7 @@ ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONTAINER = Path("/sys/fs/cgroup")
 NUMBER = re.compile(r"\.\d+\.")  # of a layer, within the name of a tensor
+NO_BASE = "No dense model was specified. In a terminal, pass it with --base; in a Space, set the variable BASE_ID."
 HEADROOM = 1.2  # memory relative to the weights: also the key-value cache and activations
 
 
@@ -36,7 +37,7 @@ class Models:
         self.source = source
         self.sides: dict[str, Side] = {}
         self.error: str | None = None
-        self.no_dense: str | None = None if source.base else "no dense model was specified"
+        self.no_dense: str | None = None if source.base else NO_BASE
         self.done = threading.Event()
 
     def load(self) -> None:
