@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, LayerPruneError
 from .copy import sync_folder, write_failed
 
 # What transformers, PEFT, TRL and this package write into a model folder. Only a folder that holds nothing else may be
@@ -63,7 +63,11 @@ def new_folder(
     try:
         target = check_target(target.expanduser(), apart_from, force, replaces)
         with NewFolder(target, force, replaces) as folder:
-            yield folder.path
+            try:
+                yield folder.path
+            except LayerPruneError as error:  # name the target, not what stands in for it
+                error.args = (str(error).replace(str(folder.path), str(target)),)
+                raise
             folder.publish()
     except OSError as error:
         raise write_failed(target, error) from error
