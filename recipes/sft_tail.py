@@ -170,7 +170,7 @@ def main(
     if trainer.resumed:
         del entry["seconds"]  # of the last part alone
     entry |= {"data": describe_rows(trainer.numbered_datasets, data.parts, row_args.rewrite_answers)}
-    entry |= {"command": describe_command(["accelerate", "launch", "recipes/sft_tail.py"], sys.argv[1:])}
+    entry |= {"command": describe_command(Path(__file__), sys.argv[1:])}
     folder = save(trainer, student, entry)
 
     accelerator = trainer.accelerator

@@ -129,12 +129,17 @@ def test_sources_are_named_one_by_one_and_without_their_folders(tmp_path: Path) 
 def test_the_recorded_command_has_neither_tokens_nor_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     token = "hf_" + "a" * 30
+    recipes = Path(__file__).parents[1] / "recipes"
     words = [
-        "--config", f"{tmp_path}/recipes/heal.yaml", "--hub_token", token, f"--hub-token={token}", "--pad_token", "<pad>",
+        "--config", f"{tmp_path}/mine/heal.yaml", "--hub_token", token, f"--hub-token={token}", "--pad_token", "<pad>",
         "--output_dir=/home/alice/x", "--eval-texts", "/home/alice/a.txt,b/c.txt", "--run_name", f"of {token}",
         "--dataset_name", "mine/rows.jsonl",
     ]  # fmt: skip
-    assert describe_command(["run"], words) == (
-        "run --config recipes/heal.yaml --pad_token '<pad>' --output_dir x --eval_texts a.txt,b/c.txt "
+    assert describe_command(recipes / "sft_tail.py", words) == (
+        "accelerate launch recipes/sft_tail.py --config mine/heal.yaml --pad_token '<pad>' --output_dir x --eval_texts a.txt,b/c.txt "
         "--run_name 'of hf_***' --dataset_name mine/rows.jsonl"
     )
+    expected = "accelerate launch recipes/sft_tail.py --config recipes/configs/heal.yaml"
+    assert describe_command(recipes / "sft_tail.py", ["--config", f"{recipes}/configs/heal.yaml"]) == expected
+    monkeypatch.chdir(recipes)
+    assert describe_command(Path("sft_tail.py"), ["--config=configs/heal.yaml"]) == expected

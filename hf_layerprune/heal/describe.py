@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -127,11 +128,13 @@ _HOW = ("split", "columns", "fraction")
 _SECRETS = ("hub_token", "push_to_hub_token")
 
 
-def describe_command(launcher: Sequence[str], words: Sequence[str]) -> str:
+def describe_command(script: Path, words: Sequence[str]) -> str:
     """The command of a run on one line, without tokens, and without the folders of absolute paths outside this one.
 
+    Files of the recipes are named as in a checkout, which a reader has, wherever the command was run.
+
     Args:
-        launcher (`Sequence[str]`): The words before the options.
+        script (`Path`): The recipe.
         words (`Sequence[str]`): The options, as `--name value` or `--name=value`, none of them abbreviated.
 
     Returns:
@@ -145,4 +148,12 @@ def describe_command(launcher: Sequence[str], words: Sequence[str]) -> str:
         else:
             options[-1].append(word)
     kept = [word for name, *values in options[1:] if name not in _SECRETS for word in (f"--{name}", *values)]
-    return shown(shlex.join([*launcher, *(",".join(map(public, word.split(","))) for word in (*options[0], *kept))]))
+    recipes = script.resolve().parent
+
+    def named(word: str) -> str:
+        path = Path(word).resolve()
+        inside = recipes.name == "recipes" and path.is_relative_to(recipes) and os.path.isfile(path)
+        return path.relative_to(recipes.parent).as_posix() if inside else public(word)
+
+    told = [",".join(map(named, word.split(","))) for word in (*options[0], *kept)]
+    return shown(shlex.join(["accelerate", "launch", f"recipes/{script.name}", *told]))
