@@ -254,6 +254,13 @@ class HealTrainer(SFTTrainer):
             state_dict = (state_dict or self.model.state_dict()) | prefix.state_dict()
         super()._save(output_dir, state_dict)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        prefix = self.data_collator.precomputed.prefix
+        if prefix is not None:  # a checkpoint of a whole model has its weights, which are not in the model now
+            away = prefix.state_dict().keys()
+            load_result.unexpected_keys[:] = [name for name in load_result.unexpected_keys if name not in away]
+        super()._issue_warnings_after_load(load_result)
+
     def _way_back(self) -> str:
         last = last_checkpoint(str(self.args.output_dir))
         kept = f"{last} is the last good checkpoint" if last else "no checkpoint was saved before"
