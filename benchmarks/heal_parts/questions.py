@@ -47,8 +47,11 @@ def margins_left(differences: list[dict[str, Any]], dense_margins: dict[str, flo
 
     Returns:
         `margin`: the mean of the tasks' shares. `pooled_margin`: the share of the sum over tasks, on which a task that
-        the dense model hardly solves has little influence. Each with its `_stderr`.
+        the dense model hardly solves has little influence. Each with its `_stderr`. Nothing if the dense model is no
+        better than guessing on a task, as it may be on a few questions: there is no margin to keep.
     """
+    if min(dense_margins.values()) <= 0:
+        return {}
     tasks, total = len(dense_margins), sum(dense_margins.values())
     lost = {one["task"]: one["difference"] for one in differences}
     errors = {one["task"]: one["stderr"] for one in differences}
