@@ -69,7 +69,7 @@ def test_long_rows_end_behind_their_image(base: Path, model: Any, tmp_path: Path
     assert all(ids.shape[1] == media["attention_mask"].shape[1] == IMAGE_TOKENS + 3 for ids, media in found.batches(1))
     with pytest.raises(CheckpointError, match=r"has 0 rows .* 8 whose images take up to 16 tokens, .* a larger"):
         loaded(base, model, str(path), samples=8, length=10)
-    with pytest.raises(CheckpointError, match=r"has 8 rows that fit .* calibration_samples=8, or more rows"):
+    with pytest.raises(CheckpointError, match=r"has 8 rows within .* calibration_samples=8, or more rows"):
         loaded(base, model, str(path), samples=9)
 
 
@@ -106,7 +106,7 @@ def test_chats(base: Path, model: Any, tmp_path: Path) -> None:
     assert first[0, :IMAGE_TOKENS].eq(place).all()
     assert third[0, 4 : 4 + IMAGE_TOKENS].eq(place).all()
     path.write_text(json.dumps({"messages": [placed], "images": ["0.png", "0.png"]}) + "\n")
-    with pytest.raises(CheckpointError, match=r"chats.jsonl, line 1 has 2 images for 1 places in its messages"):
+    with pytest.raises(CheckpointError, match=r"chats.jsonl, line 1 has 2 images for 1 place in its messages"):
         loaded(base, model, f"{path}:messages", samples=1)
 
 

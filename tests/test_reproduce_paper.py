@@ -406,7 +406,7 @@ def test_a_row_from_end_to_end(done: Path) -> None:
         r"\| `llama-block_influence-05` \| [\d,-]+ \| mean \| 0\.4300 \| 0\.\d{4} ± 0\.\d{4} \| [+-]0\.\d{4} \| not the same run \|",
         table,
     )
-    assert "1 of 135 rows were run" in table
+    assert "Rows run: 1 of 135." in table
 
 
 def test_what_is_done_is_not_done_again(done: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

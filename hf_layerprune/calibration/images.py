@@ -15,6 +15,7 @@ import torch
 
 from ..errors import CheckpointError, CutError, boundary
 from ..families.multimodal import placeholders
+from ..options import plural
 from ..runtime.loading import chats
 from .documents import Document, is_image, parts_of
 
@@ -81,7 +82,7 @@ def image_rows(
         fit = f", and {left_out} whose images take up to {longest} tokens" if left_out else ""
         ways = [f"calibration_samples={len(rows)}"] * bool(rows) + ["a larger calibration_length"] * bool(left_out)
         raise CheckpointError(
-            f"calibration {source} has {len(rows)} rows that fit into calibration_length={length}{fit}, not {samples}; "
+            f"calibration {source} has {plural(len(rows), 'row')} within calibration_length={length}{fit}, not {samples}; "
             f"use {', '.join([*ways, 'or more rows'] if ways else ['more rows'])}"
         )
     return rows
@@ -122,7 +123,7 @@ def _filled(chat: list[dict[str, Any]], images: list[Any], document: Document) -
     empty = [part for part in places if not _held(part)]
     if len(empty) != len(images):
         raise CheckpointError(
-            f"{document.where} has {len(images)} images for {len(empty)} places in its messages; give each image one place"
+            f"{document.where} has {plural(len(images), 'image')} for {plural(len(empty), 'place')} in its messages; give each image one place"
         )
     for part, image in zip(empty, images, strict=True):
         part["image"] = image

@@ -23,6 +23,7 @@ import torch
 
 from ..errors import CheckpointError, CutError, boundary
 from ..families.multimodal import placeholders
+from ..options import plural
 from ..records.names import public
 from ..runtime.loading import chats
 from ..runtime.windows import begins_with, check_context, windows_of
@@ -194,7 +195,7 @@ def load_calibration(
     if rows < samples:
         fewer = f"calibration_samples={rows}, " if rows else ""
         raise CheckpointError(
-            f"calibration {source} is too short: {len(ids):,} tokens make {rows} rows of {length}, not {samples}; use "
+            f"calibration {source} is too short: {len(ids):,} tokens make {plural(rows, 'row')} of {length}, not {samples}; use "
             f"{fewer}a smaller calibration_length, or more text"
         )
     chosen = sorted(Random(seed).sample(range(rows), samples))

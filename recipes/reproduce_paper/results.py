@@ -191,7 +191,7 @@ def markdown(rows: dict[str, Row], results: Results) -> str:
     text = [
         "# The paper's tables, and ours",
         "",
-        f"Reassessing Layer Pruning in LLMs (arXiv:2411.15558). {done} of {len(rows)} rows were run. The difference is "
+        f"Reassessing Layer Pruning in LLMs (arXiv:2411.15558). Rows run: {done} of {len(rows)}. The difference is "
         "ours less the paper's; it is within the standard error where it is no larger than that of ours.",
     ]
     ways = dict.fromkeys(tuple(one["differences"]) for one in outcome.values() if one and one["differences"])

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...options import plural
 from ...records.curve import curve_of
 from ...records.figures.results import Results, Row
 from ...records.history import History
@@ -106,7 +107,7 @@ def tradeoff(results: Results, speed: Row, path: Path, digest: str | None = None
             x, y = record["value"], 100 * mean
             axes.errorbar(
                 x, y, xerr=[[max(0, x - low)], [max(0, high - x)]], yerr=100 * (stderr or 0),
-                label=f"{column.role}, {column.layers} layers", **_mark(column.role),
+                label=f"{column.role}, {plural(column.layers, 'layer')}", **_mark(column.role),
             )  # fmt: skip
         axes.set_xlabel("decode throughput, tokens/s")
         axes.set_ylabel("mean accuracy in %")

@@ -174,7 +174,7 @@ def _secrets(contents: Contents, request: PushRequest) -> Outcome:
         what = f"contains what looks like a secret ({leak.what}); remove it, and revoke it if it is real"
         yield REFUSAL, f"{leak.file} line {leak.line} {what}"
     if not secrets:
-        yield OK, f"no secrets in {len(contents.files)} files"
+        yield OK, f"no secrets in {plural(len(contents.files), 'file')}"
     for leak in leaks.find_paths(contents.folder, contents.files):
         yield WARNING, f"{leak.file} line {leak.line} reveals {leak.what}"
 

@@ -9,6 +9,7 @@ from ...cut.folder import SINGLE
 from ...errors import CheckpointError, boundary
 from ...files.json_file import read_object
 from ...files.shards import INDEX, MAX_INDEX
+from ...options import plural
 from ...records.fingerprints import ADAPTER_WEIGHTS
 from ...records.history import QUANTIZE, History
 from ...records.lineage import FILE_NAME as LINEAGE
@@ -89,7 +90,9 @@ def _check_notes(place: Place, expected: Expected, outcome: Verified) -> None:
     notes = notes_in(place.path(file) for file in weight_files(place))
     differ = sorted(n for n in notes.keys() | expected.notes.keys() if notes.get(n) != expected.notes.get(n))
     texts = [f"what the weight files note on {name} is not what {expected.quantizer} notes" for name in differ]
-    outcome.say_all("tensors", texts, f"{len(notes)} notes in the weight files are {expected.quantizer}'s")
+    outcome.say_all(
+        "tensors", texts, f"{plural(len(notes), 'note')} in the weight files, as {expected.quantizer} writes them"
+    )
 
 
 def _owner(name: str, owners: set[str]) -> str | None:

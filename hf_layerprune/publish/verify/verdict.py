@@ -19,6 +19,7 @@ from ...families import MARKER
 from ...files.json_file import read_object
 from ...files.shards import INDEX
 from ...layer_ranges import format_layers, name_layers
+from ...options import plural
 from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, holds_weights, weights_hash
 from ...records.history import History, Stage, read_history
 from ...records.lineage import FILE_NAME as LINEAGE
@@ -126,7 +127,7 @@ def _check_records(place: Place, lineage: Lineage, outcome: Verified, hint: str)
         f"{last['stage']} wrote the model"
         for name in changed
     ]
-    outcome.say_all("files", texts, f"{len(here)} files besides the weights are as {last['stage']} wrote them")
+    outcome.say_all("files", texts, f"besides the weights, {plural(len(here), 'file')} as {last['stage']} wrote them")
 
 
 def _check_cut(told: dict[str, Any], name: str, history: History, outcome: Verified) -> None:
