@@ -1,4 +1,4 @@
-# make test   build .venv from nothing and run everything
+# make test   build .venv, and run lint and all tests but those that need a GPU, hours or another environment
 # make demo   prune a real model, repair, heal and measure it, write its card, and ask it a question
 PYTHON ?= python3
 VENV := .venv

@@ -147,7 +147,7 @@ def test_a_text_model_takes_no_images(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["rank", str(folder), "--criterion", "kl", "--calibration", str(rows)]) != 0
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith(f"hf-layerprune: {rows} has images, but ")
-    assert "is a llama model that reads text alone; specify a set without images" in said[-1]
+    assert "is a llama model that reads only text; specify a data set without images" in said[-1]
 
 
 def test_a_folder_without_a_processor(base: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_a_prompt_with_images(folder: Path) -> None:
 def test_a_text_model_takes_no_image(tmp_path: Path) -> None:
     chat.models = weights.Models(source.Source(str(tiny_chat_model(tmp_path / "text"))))
     assert chat.models.source.processor is None
-    with pytest.raises(source.Refused, match=r"This model reads text alone: leave the image out\."):
+    with pytest.raises(source.Refused, match=r"This model reads only text: leave the image out\."):
         chat.plain([{"role": "user", "content": [{"path": "a.png"}, "ba"]}])
 
 

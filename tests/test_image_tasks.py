@@ -108,7 +108,7 @@ def test_a_text_model_is_not_asked(
     assert "task seen asks about images, and text is a llama model that reads none; omit the task" in line
     with pytest.raises(LayerPruneError, match="text is a llama model that reads none"):
         evaluate(EvalRequest(str(base), base=str(text), tasks_from=folder, output=tmp_path / "numbers.json"))
-    with pytest.raises(LayerPruneError, match="of which its examples have none; omit num_fewshot"):
+    with pytest.raises(LayerPruneError, match="but its few-shot examples have none; omit num_fewshot"):
         evaluate(EvalRequest(str(base), tasks_from=folder, num_fewshot=2))
 
 

@@ -218,7 +218,7 @@ def test_pushed_verified_and_read_back(tmp_path: Path) -> None:
 
 def test_media_that_healing_can_not_take() -> None:
     rows = Dataset.from_list([{"prompt": "w5", "completion": "w6", "images": ["a.png"]}])
-    with pytest.raises(LayerPruneError, match=r"rows.jsonl has images, and the model reads text alone; leave that"):
+    with pytest.raises(LayerPruneError, match=r"rows.jsonl has images, and the model reads only text; leave that"):
         shape_rows(rows, word_tokenizer(), name="rows.jsonl")
     rows = Dataset.from_list([{"prompt": "w5", "completion": "w6", "audio": "a.wav"}])
     with pytest.raises(

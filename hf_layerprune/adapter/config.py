@@ -22,14 +22,14 @@ class LayerDropPeftType(StrEnum):
 @documented
 @dataclass
 class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
-    """Configuration of a [`LayerDropModel`]: drop whole decoder layers, then tune some of what is left.
+    """Configuration of a [`LayerDropModel`]: drop whole decoder layers, then tune some of the rest.
 
     The defaults are the recipe of arXiv:2411.15558: drop the last 25 % of the layers, then tune `lm_head`, the norm
-    before it and the last three layers that remain. An `lm_head` that is tied to the embeddings stays tied and is not
-    tuned unless `tune_lm_head=True`, because untying it adds its parameters. Once a model is pruned, `drop_layers`
-    always contains the layers that were dropped, so a saved config makes the same cut again. What else is recorded is
-    in the model's own copy, `model.peft_config["default"]`, so a config can be used for several models. Sizes such as
-    `target_size` may be numbers or texts (`"12GB"`).
+    before it and the last three remaining layers. An `lm_head` tied to the embeddings stays tied and is not tuned
+    unless `tune_lm_head=True`, because untying it adds its parameters. Once a model is pruned, `drop_layers` holds the
+    dropped layers, so a saved config makes the same cut again. Everything else is recorded in the model's own copy,
+    `model.peft_config["default"]`, so one config can prune several models. Sizes such as `target_size` may be numbers
+    or strings (`"12GB"`).
     """
 
     tune_final_norm: bool = option(
@@ -54,7 +54,7 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
     num_base_layers: int | None = field(default=None, metadata={"help": "Recorded: the base's number of layers."})
     base_commit: str | None = field(default=None, metadata={"help": "Recorded: the base's commit on the Hub."})
     own_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Recorded: what `modules_to_save` contained before it was completed."}
+        default=None, metadata={"help": "Recorded: `modules_to_save` as the user set it."}
     )
     untied_lm_head: bool = field(
         default=False, metadata={"help": "Recorded: whether lm_head was tied in the base and no longer is."}
@@ -69,7 +69,7 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
         self.peft_type = LayerDropPeftType.LAYER_DROP
         self.task_type = self.task_type or TaskType.CAUSAL_LM
         if self.task_type != TaskType.CAUSAL_LM:
-            raise CutError(f"task_type={self.task_type!r}: only causal language models are pruned, so leave it out")
+            raise CutError(f"task_type={self.task_type!r}: only causal language models can be pruned; leave it out")
         # A saved config says that it is for inference. PEFT sets this again only where it loads the weights as well.
         self.is_saved = self.inference_mode is not False
         if self.is_saved:

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class LayerDropModel(BaseTuner):
-    """Drops decoder layers of a causal language model, then tunes some of what is left.
+    """Drops decoder layers of a causal language model, then tunes some of the rest.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The dense model. It is pruned in place.
@@ -44,8 +44,7 @@ class LayerDropModel(BaseTuner):
         adapter_name (`str`, defaults to `"default"`): The name of the adapter.
 
     Attributes:
-        prepared (`Prepared`, *optional*): What was computed from the dense model (which layers and why, the repair),
-            for the record.
+        prepared (`Prepared`, *optional*): The choice of layers and the repair, as computed from the dense model.
 
     Example:
         ```py

@@ -38,7 +38,7 @@ def prune_with(
             `keep_dropped`, a repair or a criterion needs them or the base is a GGUF file. A base that is an adapter of
             this method is merged with its own base first.
         from_pretrained_kwargs: For loading the base: `dtype`, `device_map`, `attn_implementation`, ...; `subfolder` and
-            `gguf_file` only for a folder, as a saved adapter could not name a part of a repository as its base.
+            `gguf_file` only for a folder, since a saved adapter can't name a part of a repository as its base.
 
     Returns:
         [`~peft.PeftModel`]: The pruned model.
@@ -46,7 +46,7 @@ def prune_with(
     Raises:
         CheckpointError: The base can't be loaded.
         CutError: These layers can't be dropped from this model, or it has adapters.
-        LayerPruneError: Neither a model nor a base is given, or the config is of another method.
+        LayerPruneError: Neither a model nor a base is given, or the config is not a `LayerDropConfig`.
         TypeError: Arguments for loading a base are passed together with a model.
         UnsupportedModelError: The architecture is not proven to survive a cut.
     """

@@ -1,8 +1,8 @@
 """Calibration rows with images: each is one example, as the model's own processor puts it.
 
-A chat goes through the processor's chat template, with its images in front of the first message of the user, unless
+A chat goes through the processor's chat template, with its images before the first message of the user, unless
 the messages have places for them. Plain text is what the user says about its images; without a template, the images'
-placeholders stand in front of it. A row ends after `length` tokens, and a row whose images don't fit is left out.
+placeholders stand before it. A row ends after `length` tokens, and a row whose images don't fit is left out.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def image_rows(
     if not tokens:
         raise CutError(
             f"{source} has images, but {model.name_or_path or 'the model'} is a {model.config.model_type} model that "
-            "reads text alone; specify a set without images"
+            "reads only text; specify a data set without images"
         )
     processor = load_processor()
     rows: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []

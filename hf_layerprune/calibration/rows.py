@@ -234,7 +234,7 @@ def _tokens(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, e
                 ids += tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids + between
         elif not chats(tokenizer):
             raise CheckpointError(
-                "the calibration set has chats, but the tokenizer has no chat template; specify a set with plain text"
+                "the calibration set has conversations, but the tokenizer has no chat template; specify a set with plain text"
             )
         else:
             with boundary("the tokenizer's chat template can't render the calibration set", "name plain text instead"):

@@ -98,7 +98,7 @@ class Base:
                     continue
             elif not (self.folder / name).is_file():
                 if (self.folder / name).is_symlink() and not (self.folder / name).exists():
-                    raise CheckpointError(f"{self.folder / name} is a link to nothing; is the download complete?")
+                    raise CheckpointError(f"{self.folder / name} is a broken link; is the download complete?")
                 continue
             if size > _LARGE:
                 logger.warning(

@@ -110,7 +110,7 @@ class LayerCut:
 
 
 def check_plain(model: Any) -> None:
-    """Refuse what is not a model of transformers without adapters.
+    """Refuse anything but a transformers model without adapters.
 
     Raises:
         CutError: It is something else.
@@ -122,7 +122,7 @@ def check_plain(model: Any) -> None:
         )
     if not isinstance(model, transformers.PreTrainedModel):
         raise CutError(
-            f"the model is a {type(model).__name__}, not one of transformers; load it with from_pretrained first, or let "
+            f"a {type(model).__name__} is not a transformers model; load one with from_pretrained first, or let "
             "prune_with load it: LayerDropConfig(base_model_name_or_path=...)"
         )
 
@@ -133,8 +133,8 @@ def drop_layers(
     """Drop decoder layers of a model in memory, in place.
 
     Args:
-        model (`PreTrainedModel`): A causal language model. Its modules, its config and the indices of its layers change,
-            its weights do not.
+        model (`PreTrainedModel`): A causal language model. Its modules, config and layer indices change; its weights do
+            not.
         layers (`Sequence[int]`): Indices of the layers to drop.
         keep_dropped (`bool`, defaults to `False`): Keep the dropped layers in memory, outside of the module tree,
             so that `LayerCut.restore` can put them back.

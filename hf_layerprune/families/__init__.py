@@ -132,9 +132,9 @@ def check_trainable(config: PreTrainedConfig) -> None:
     for part in path_to_text(config):
         if (settings := getattr(part, "quantization_config", None)) is not None:
             raise UnsupportedModelError(
-                f"the weights are quantised ({describe_quantization(settings)}), and can't be healed; heal the model that they "
-                "were made from, or, where transformers can unpack them (FP8 and MXFP4, without a GPU), a cut that is: "
-                "hf-layerprune prune BASE FOLDER --dtype bfloat16"
+                f"the weights are quantised ({describe_quantization(settings)}), and can't be healed; heal the unquantised "
+                "model, or a cut with unpacked weights (FP8 and MXFP4, on a machine without a GPU): hf-layerprune prune BASE "
+                "FOLDER --dtype bfloat16"
             )
 
 

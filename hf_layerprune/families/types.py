@@ -22,7 +22,7 @@ class Stage(NamedTuple):
 
 # What to do about a model, or a layer, that can't be repaired.
 UNREPAIRABLE = (
-    "leave out --repair (repair=None), and to recover quality train the layers next to the cut (--method cut2 in the recipe, or "
+    "leave out --repair (repair=None); to recover quality, train the layers next to the cut (--method cut2 in the recipe, or "
     'tune_layers="cut")'
 )
 
@@ -37,11 +37,9 @@ STAGES: dict[str, Stage] = {
     "evaluate": Stage("evaluated on text", "run lm-eval's own command on the model's folder"),
 }
 
-ENCODER_DECODER = "it is an encoder-decoder: every layer of its decoder reads what an encoder made of the input"
+ENCODER_DECODER = "it is an encoder-decoder: every layer of its decoder reads the encoder's output"
 _TIMM = "its vision tower needs timm, so it was not proven"
-_IMAGE_ALWAYS = (
-    "its forward pass needs an image with every text, so nothing of it can be ranked, checked or healed on text"
-)
+_IMAGE_ALWAYS = "its forward pass needs an image with every text, so it can't be ranked, checked or healed on text"
 _REFUSED_MULTIMODAL: dict[str, str] = {
     **dict.fromkeys(
         ("blip", "evolla", "florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"),
@@ -50,7 +48,7 @@ _REFUSED_MULTIMODAL: dict[str, str] = {
     **dict.fromkeys(("fast_vlm", "perception_lm"), _TIMM),
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo", "kosmos-2"), _IMAGE_ALWAYS),
     "diffusion_gemma": "it fills blocks of tokens by diffusion, not one token after another",
-    "idefics": "its cross-attention layers stand at a fixed interval of its decoder layers, and it can't run without an image",
+    "idefics": "its cross-attention layers come at a fixed interval, and it can't run without an image",
     "inkling2": "the residuals of its text decoder span blocks of layers that are defined by index",
     "inkling2_loop": "its text decoder runs some layers in a loop, and its residuals span blocks that are defined by index",
     "kyutai_speech_to_text": "each position of its input is a token and a row of audio codes, so it can't run on text alone",
@@ -58,15 +56,15 @@ _REFUSED_MULTIMODAL: dict[str, str] = {
     "pi0": "it is a robot's policy: its language decoder feeds a second decoder of actions layer by layer",
     "qwen2_5_omni": "it has no forward pass of its own; its language model, qwen2_5_omni_thinker, is proven",
     "qwen3_omni_moe": "it has no forward pass of its own; its language model, qwen3_omni_moe_thinker, is proven",
-    "shieldgemma2": "saved and loaded again by transformers, uncut as well, it loses the weights of its text decoder",
-    "unlimited_ocr": "its cache keeps the prompt and a window of what it wrote, so it differs from the model without a cache",
-    "voxtral_realtime": "it adds a stretch of audio to every token, also to each that it writes, so it can't run on text alone",
+    "shieldgemma2": "saved and reloaded by transformers, even uncut, it loses the weights of its text decoder",
+    "unlimited_ocr": "its cache keeps only the prompt and a window of its output, so results with and without a cache differ",
+    "voxtral_realtime": "it adds a stretch of audio to every token, generated ones included, so it can't run on text alone",
 }
 
 REFUSED: dict[str, str] = {
     "beam": "each layer scales its residual by its own index, so every layer above a cut would change on reload",
     "blt": "it is four stacks of layers (patcher, encoder, global, decoder) that depend on one another",
-    "cpmant": "its generation with a cache differs from the one without, uncut as well, so a cut can't be proven",
+    "cpmant": "it generates other tokens with a cache than without, even uncut, so a cut can't be proven",
     "diffllama": "each layer derives its attention's lambda from its own index, so layers above a cut would change",
     "dory": "its config counts input, recurrent and output layers separately; a cut would have to update all three",
     "gemma3n": "its vision tower needs timm, so it was not proven; its text decoder, gemma3n_text, is proven",
@@ -78,7 +76,7 @@ REFUSED: dict[str, str] = {
     "minimax": "its linear attention decays at a rate computed from the layer's index and the number of layers",
     "musicgen": "it generates audio codes for a text encoder; it can't be loaded as a causal language model alone",
     "musicgen_melody": "it generates audio codes for a text encoder; it can't be loaded as a causal language model alone",
-    "prophetnet": "its generation with a cache differs from the one without, uncut as well, so a cut can't be proven",
+    "prophetnet": "it generates other tokens with a cache than without, even uncut, so a cut can't be proven",
     "reformer": "its reversible layers run forward and backward in one stack with hashed attention",
     "rwkv": "it halves the hidden states and rescales weights every few layers, by layer index",
     "xlm": "it keeps attentions, norms and feed-forwards in parallel lists, not in layers",
@@ -126,11 +124,11 @@ REFUSED_AT: dict[str, dict[str, str]] = {
         "git": "its output embedding shares its name with modules inside its layers, so PEFT can't train it alone",
         **dict.fromkeys(
             ("mistral_large4", "mistral_large4_text"),
-            "its layers read keys and values of earlier ones, so they can't be trained behind cached layers",
+            "its layers read keys and values of earlier ones, so they can't be trained on top of cached layers",
         ),
-        **dict.fromkeys(("molmo2", "molmo2_text"), "training it takes rows that say which of their tokens are images"),
+        **dict.fromkeys(("molmo2", "molmo2_text"), "training it needs rows that mark their image tokens"),
         "nemotron_h_omni": "transformers does not say which module is its output head, so PEFT can't train it",
-        "mpt": "with PEFT it accepts no input embeddings, which training behind cached layers needs",
+        "mpt": "with PEFT it accepts no input embeddings, which training on top of cached layers needs",
         **dict.fromkeys(("mllama", "mllama_text_model"), _NO_IMAGE),
     },
     "evaluate": {},

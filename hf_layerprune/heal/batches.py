@@ -25,7 +25,7 @@ class Precomputed:
         prefix (`Prefix`, *optional*): The frozen layers, if they were taken out of the model.
         teacher_head (`Head`, *optional*): The dense model's head, in distillation.
         feature_width (`int`, defaults to 0): How many of the teacher's values for a token, the first ones, are hidden
-            states behind the cut; the rest are the input of its head.
+            states after the cut; the rest are the input of its head.
     """
 
     caches: dict[str, StateCache] = field(default_factory=dict)

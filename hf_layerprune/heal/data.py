@@ -161,7 +161,7 @@ def shape_rows(
         raise CutError(f"{name} has {', '.join(media)}, and healing trains on text and images; leave it out")
     images = [column for column in IMAGE_COLUMNS if column in columns]
     if images and load_processor is None:
-        raise CutError(f"{name} has {', '.join(images)}, and the model reads text alone; leave that column out")
+        raise CutError(f"{name} has {', '.join(images)}, and the model reads only text; leave that column out")
     chatting = chats(load_processor() if images and load_processor else tokenizer)
     if images:
         with _rows_of(name):

@@ -1,6 +1,6 @@
-"""Feature reconstruction: the layers in front of a cut learn to produce the dense model's hidden states behind it.
+"""Feature reconstruction: the layers before a cut learn to produce the dense model's hidden states after it.
 
-Neither the layers behind the cut nor the head run, so a step costs a fraction of one of distillation. LLM-Streamline
+Neither the layers after the cut nor the head run, so a step costs a fraction of one of distillation. LLM-Streamline
 (arXiv:2403.19135) trains one layer that way; here it is a first phase, and training on the loss follows.
 """
 
@@ -29,13 +29,13 @@ _SMALLEST = 1e-12
 
 
 def boundaries(cut: Cut) -> dict[int, int]:
-    """Where hidden states are compared: behind each block of dropped layers with a layer in front of it.
+    """Where hidden states are compared: after each block of dropped layers with a layer before it.
 
     Args:
         cut (`Cut`): The cut.
 
     Returns:
-        `dict[int, int]`: For each block, how many layers of the pruned model and of the dense model are in front of
+        `dict[int, int]`: For each block, how many layers of the pruned model and of the dense model are before
         the place, ascending.
     """
     kept, found = set(cut.keep), {}
@@ -47,7 +47,7 @@ def boundaries(cut: Cut) -> dict[int, int]:
 
 
 def trained_places(cut: Cut | None, layers: Collection[int]) -> dict[int, int]:
-    """The [`boundaries`] with a trained layer in front of them.
+    """The [`boundaries`] with a trained layer before them.
 
     Args:
         cut (`Cut`, *optional*): The cut; `None` for a model that was not pruned.
@@ -64,12 +64,10 @@ def trained_places(cut: Cut | None, layers: Collection[int]) -> dict[int, int]:
     places = boundaries(cut)
     found = {front: dense for front, dense in places.items() if any(layer < front for layer in layers)}
     if not places:
-        raise CutError(
-            "features trains the layers in front of the cut, but the first layers were dropped; use features=0"
-        )
+        raise CutError("features trains the layers before the cut, but the first layers were dropped; use features=0")
     if not found:
         raise CutError(
-            "features trains the layers in front of the cut, and none of them is trained; use --method behind2 or cut2 "
+            "features trains the layers before the cut, and none of them is trained; use --method behind2 or cut2 "
             '(tune_layers="cut"), or features=0'
         )
     return found
@@ -118,7 +116,7 @@ class FeaturePhase:
         model (`PreTrainedModel`): The pruned model, without PEFT's wrapper.
 
     Raises:
-        CutError: No layer in front of the cut is trained.
+        CutError: No layer before the cut is trained.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -133,12 +131,12 @@ class FeaturePhase:
     def loss(
         self, run: Callable[..., Any], inputs: dict[str, Any], wanted: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Run the layers in front of the last cut, and compare.
+        """Run the layers before the last cut, and compare.
 
         Args:
             run (`Callable`): The model's forward method.
             inputs (`dict[str, Any]`): Its arguments.
-            wanted (`torch.Tensor`): The dense model's states behind each block, joined, `[batch, seq, blocks * hidden]`.
+            wanted (`torch.Tensor`): The dense model's states after each block, joined, `[batch, seq, blocks * hidden]`.
             mask (`torch.Tensor`): The tokens that count, boolean `[batch, seq]`.
 
         Returns:

@@ -99,7 +99,7 @@ class Halving:
             ) from error
         self._most = size // 2
         logger.warning(
-            "out of memory at step %d; continuing with batches of %d, as many of them as make up the same step",
+            "out of memory at step %d; continuing with batches of %d, and the same rows in each step",
             trainer.state.global_step + 1,
             self._most,
         )

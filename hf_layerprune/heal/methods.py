@@ -235,7 +235,7 @@ def parse_method(name: str) -> Method:
     return Method(name, tuple(parts.values()))
 
 
-# Up to this width, weights and optimizer states of everything behind a cut are a few GB.
+# Up to this width, weights and optimizer states of everything after a cut are a few GB.
 _NARROW = 2048
 
 

@@ -82,7 +82,7 @@ def put_back(prefix: Prefix, model: PreTrainedModel) -> None:
     else:
         return
     logger.warning(
-        "%s has no room for the frozen layers beside what training holds: the model is on the CPU now, where it can be saved",
+        "%s has no room for the frozen layers during training: the model was moved to the CPU, where it can be saved",
         model.device,
     )
     prefix.restore("cpu")

@@ -74,7 +74,7 @@ def check_data(
             what = args.teacher_setting if args.distils else "--rewrite_answers"
             raise CutError(f"{what} needs all rows at once; leave out --dataset_streaming (`streaming` in a file)")
         if args.max_steps <= 0:
-            raise CutError("streamed rows have no known number, so say when training ends: --max_steps N")
+            raise CutError("the number of streamed rows is not known; set --max_steps N")
 
 
 def check_training(args: HealConfig) -> None:
@@ -91,7 +91,7 @@ def check_training(args: HealConfig) -> None:
     for name in ("chat_template_path", "eos_token"):
         if getattr(args, name) is not None:
             raise CutError(
-                f"--{name} changes the tokenizer in training alone: the finished model has the one of its base, with which "
+                f"--{name} changes the tokenizer only during training: the finished model has the one of its base, with which "
                 "verify compares it; change it in a copy of the base, and specify that copy with --model_name_or_path"
             )
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):

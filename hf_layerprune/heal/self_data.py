@@ -207,6 +207,6 @@ class Writer:
         for part in progress_bar(mine, desc="the dense model writes", unit="part", disable=True if rank else None):
             write_text(paths[part], json.dumps(make(part)))
         self.wait()
-        logger.info("what the dense model wrote is in %s", folder)
+        logger.info("the rows that the dense model wrote are in %s", folder)
         with boundary(f"can't use the rows in {folder}", "remove it, and they are written again"):
             return use([row for path in paths for row in parse_json(read_text(path), str(path))])

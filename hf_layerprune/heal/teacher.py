@@ -1,7 +1,7 @@
 """The dense model as teacher: its last hidden states for each training row, computed once.
 
 If the student's frozen layers are the same in the teacher, its pass starts from their output. Only the last hidden
-states are kept, one vector per token, and those behind the cut for feature reconstruction; the loss computes logits
+states are kept, one vector per token, and those after the cut for feature reconstruction; the loss computes logits
 from them with the dense model's head, chunk by chunk.
 """
 

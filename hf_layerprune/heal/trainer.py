@@ -51,13 +51,13 @@ class HealTrainer(SFTTrainer):
         model (`PreTrainedModel` or `PeftModel`): The pruned model. Parameters with `requires_grad` are trained.
         args ([`HealConfig`]): The settings. Of `method`, only the default learning rate is used.
         teacher (`PreTrainedModel`, *optional*): The dense model, if it is loaded already. Its values do not change,
-            but parts of it may end up on another device, and on some CPUs in float32. By default, `args.teacher` is
-            loaded.
+            but parts of it may be moved to another device or, on some CPUs, cast to float32. By default,
+            `args.teacher` is loaded.
         kwargs: For [`~trl.SFTTrainer`]: `train_dataset`, `eval_dataset`, `processing_class`, `peft_config`, ...
 
     Raises:
         CutError: A row is longer than the model's context.
-        LayerPruneError: No row of a set has a token to learn within `max_length`, or the settings exclude each other.
+        LayerPruneError: No row has a token to learn within `max_length`, or the settings exclude each other.
         UnsupportedModelError: This model type can't be healed.
     """
 
@@ -204,7 +204,9 @@ class HealTrainer(SFTTrainer):
         usual = super().create_scheduler(num_training_steps, torch.optim.SGD([torch.zeros(1)], lr=rate))
         self.lr_scheduler = None
         if not isinstance(usual, LambdaLR):
-            logger.warning("%s knows no phases: features are trained at its rate", type(usual).__name__)
+            logger.warning(
+                "%s has no separate phases: features are trained at its learning rate", type(usual).__name__
+            )
             return super().create_scheduler(num_training_steps, optimizer)
         first = math.ceil(self.args.features * num_training_steps - _SAME)
         warmup = self.args.get_warmup_steps(num_training_steps)
@@ -318,7 +320,7 @@ class HealTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _parted(self, taught: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The dense model's hidden states behind the cut, if this step is to reproduce them, and its last ones."""
+        """The dense model's hidden states after the cut, if this step is to reproduce them, and its last ones."""
         width = self.data_collator.precomputed.feature_width
         if taught is None or not width:
             return None, taught
@@ -345,7 +347,7 @@ class HealTrainer(SFTTrainer):
         """Distillation without the dense model's states can't go on, but an evaluation can measure cross-entropy."""
         if self.model.training:
             raise LayerPruneError(
-                f"{self.args.teacher_setting} takes the rows as train_dataset when the trainer is made; pass them"
+                f"{self.args.teacher_setting} needs train_dataset when the trainer is created; pass it"
             )
         if not self._told:
             logger.warning(

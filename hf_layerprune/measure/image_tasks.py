@@ -56,7 +56,9 @@ def check_media_tasks(tasks: Mapping[str, Task | Group], subjects: Sequence[Subj
             if leaf.OUTPUT_TYPE != "generate_until":
                 raise LayerPruneError(f"task {name} scores given answers: {_TEXTS_ALONE}; omit it")
         if shots:
-            raise LayerPruneError(f"task {name} asks about images, of which its examples have none; omit num_fewshot")
+            raise LayerPruneError(
+                f"task {name} asks about images, but its few-shot examples have none; omit num_fewshot"
+            )
     if not about:
         return
     (first, *_) = about
@@ -68,7 +70,7 @@ def check_media_tasks(tasks: Mapping[str, Task | Group], subjects: Sequence[Subj
                 "the task, or specify a model that reads images"
             )
         if getattr(config, "is_encoder_decoder", False):
-            raise LayerPruneError(f"task {first} can't be asked of {subject.name}: {ENCODER_DECODER}")
+            raise LayerPruneError(f"task {first} can't be run on {subject.name}: {ENCODER_DECODER}")
         subject.processor()
 
 

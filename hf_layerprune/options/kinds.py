@@ -71,7 +71,7 @@ def many(kind: Kind, check: Callable[[Any], Any] | None = None, separator: str |
 
 def _check_text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value or len(value) > _MOST_CHARACTERS:
-        raise ValueError(f"must be a text of 1 to {_MOST_CHARACTERS} characters")
+        raise ValueError(f"must be a string of 1 to {_MOST_CHARACTERS} characters")
     return value
 
 

@@ -5,7 +5,7 @@
         print(outcome.met, outcome.text)
 
 A bound names a metric of `metrics.json` (every text or workload that it was measured on must meet the bound), a task or a
-text (its main metric, the one that a card shows), or one of both as `TASK:METRIC`. With `_ratio` behind it, it is about
+text (its main metric, the one that a card shows), or one of both as `TASK:METRIC`. With the suffix `_ratio`, it is about
 the model's number divided by the dense model's. This module does not import torch.
 """
 

@@ -2,9 +2,9 @@
 
 An MLP is a sum of neurons: each has rows of its own in the projections that read the hidden states (`gate` and `up`,
 say) and a column in the projection that writes them back. A dropped layer's neurons could do some of their work in
-the layer in front, were it not that they read other hidden states. So their rows are changed to read what a linear
-map, fitted to the calibration rows, predicts of those states. Then the layer in front keeps the neurons, its own and
-borrowed ones, that together explain the states after the block best, as many as it had. No shape changes.
+the layer before it, but they read other hidden states. So their rows are changed to read what a linear map, fitted to
+the calibration rows, predicts of those states. From its own and the borrowed neurons, the layer then keeps as many as
+it had: those that together best explain the states after the block. No shape changes.
 
 1. Of all neurons of the block, as many as the layer has are taken into the pool with its own: those that, one at a
    time, explain most of what `refit` leaves.
@@ -13,7 +13,7 @@ borrowed ones, that together explain the states after the block best, as many as
    activations (optimal brain surgeon).
 3. Borrowed neurons take the places of those that went, and the projection is fitted as by `refit`.
 
-No family is known here: that a neuron is made of rows, and where they are, is found out by trying.
+Nothing here knows model families: which rows make up a neuron is found by trying.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ stubbed to pass its input through, so no family's code is reimplemented here. Th
 model whose layers pass more than hidden states to each other is refused.
 
 Rows may have images or audio: the model's own forward then puts the features of its towers in their places, and
-whatever it does with them (positions, masks, features that are added in front of later layers) is recorded with the
+whatever it does with them (positions, masks, features that are added before later layers) is recorded with the
 layers' arguments. The first such row is tried as well.
 
 Weights that are mapped from a file, as `from_pretrained` leaves them on a CPU, are read when a layer runs, and the system
@@ -204,7 +204,7 @@ class LayerWalk:
             batch.before[index] = added
         else:
             raise self._refusal(
-                f"features are added between layers {index - 1} and {index}, of which neither has to stay"
+                f"features are added between layers {index - 1} and {index}, neither of which has to stay"
             )
 
     def _placed(self, value: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """How long each layer takes to decode a token on this machine, and how long everything else does.
 
-The model generates a few tokens behind a full cache, and hooks note when each layer starts and ends. Layers of the same
+The model generates a few tokens after a full cache, and hooks note when each layer starts and ends. Layers of the same
 kind are the same work, so each gets the mean of its kind. Means, because they add up to the whole also on a machine that
 does other work, which interrupts long spans more often than short ones.
 """
@@ -70,7 +70,7 @@ class DecodeTimes:
 def time_decoding(
     model: PreTrainedModel, context: int, batch: int = 1, device: torch.device | None = None
 ) -> DecodeTimes:
-    """Time the layers of a model while it decodes behind a cache of `context` tokens in each of `batch` sequences.
+    """Time the layers of a model while it decodes after a cache of `context` tokens in each of `batch` sequences.
 
     It is moved to the device for that, if one is specified and it fits there; otherwise it is timed where it is.
     """

@@ -1,9 +1,9 @@
 """Repairability: the share of a block's effect that a linear map can't reproduce.
 
 For each block of layers, the map of `repair/linear.py` is fitted to what the block adds to the hidden states, from the
-output of the last module in front of it that writes into the residual stream. The score is the share that the map
+output of the last module before it that writes into the residual stream. The score is the share that the map
 leaves unexplained on held-out tokens. All blocks are fitted in one pass. A block that starts at layer 0 has no module
-in front of it, and so no score.
+before it, and so no score.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class BlockFit:
     """The map for one block.
 
     Args:
-        before (`int`): The layer in front of the block, whose output the map changes.
+        before (`int`): The layer before the block, whose output the map changes.
         writer (`Writer`): The module of that layer that the map is applied to.
         fit (`Fit`): The map, in float32.
     """
@@ -69,7 +69,7 @@ class Repairability(Observer):
     def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
         self.alive = tuple(alive)
         self.position = {layer: position for position, layer in enumerate(alive)}
-        # By the position where a block may start: the module in front of it, its outputs, and the hidden states.
+        # By the position where a block may start: the module before it, its outputs, and the hidden states.
         self.starts: dict[int, tuple[Writer, list[torch.Tensor], list[torch.Tensor]]] = {}
 
     @contextmanager
@@ -86,7 +86,7 @@ class Repairability(Observer):
             yield
 
     def end(self, index: int, batches: Sequence[Batch]) -> None:
-        """Fit the blocks that end at this layer, and keep the states for blocks that start behind it."""
+        """Fit the blocks that end at this layer, and keep the states for blocks that start after it."""
         last = self.position[index]
         for length in self.lengths:
             start = last + 1 - length

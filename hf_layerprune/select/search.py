@@ -200,7 +200,7 @@ class Search:
         """The repair that a set would get; `None` where none will follow, or none can be fitted."""
         try:
             return fit_repair(self.walk, drop, self.fitting, self.repair) if self.repair else None
-        except CutError:  # no projection to fold a map into in front of one of its blocks
+        except CutError:  # no projection to fold a map into before one of its blocks
             return None
 
     def layer_runs(self, depth: int, rounds: int, judged: int) -> int:

@@ -173,7 +173,7 @@ def _advance(
 def _compare(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor]) -> torch.Tensor:
     """Mean loss, KL and agreement of each row `[trials, rows, 3]`; the last `states` are the dense model's.
 
-    Positions in front of the placeholder of an image don't count: nobody asks the model for one.
+    Positions before the placeholder of an image don't count: nobody asks the model for one.
     """
     *cuts, dense = states
     rows, length = batch.input_ids.shape

@@ -262,8 +262,7 @@ def _for_target(request: AdviseRequest, config: Any) -> int:
 
     if request.target == "target_speedup":
         raise CutError(
-            "target_speedup is not available here; find the number of layers with hf-layerprune rank --curve, and specify it with "
-            "drop"
+            "target_speedup is not available here; find the number of layers with hf-layerprune rank --curve, and pass it as drop"
         )
     target = Target.of(take(CutOptions, request), config, request.base, revision=request.revision)
     assert target is not None, "there is a target"

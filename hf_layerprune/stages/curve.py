@@ -53,12 +53,12 @@ _OPTIONS = (
 
 @dataclass
 class Curve:
-    """Quality against the number of layers that are dropped.
+    """Quality against the number of dropped layers.
 
     Args:
         points (`list[dict[str, Any]]`): One for each number of layers, from 1: `dropped`, `layers`, `found_by`,
-            `parameters`, `bytes`, `speedup` (expected), and the quality of the `cut` and of what is `repaired`.
-        record (`dict[str, Any]`): All of it, as in `curve.json`.
+            `parameters`, `bytes`, `speedup` (expected), and the quality before (`cut`) and after repair (`repaired`).
+        record (`dict[str, Any]`): The whole content of `curve.json`.
     """
 
     points: list[dict[str, Any]]
@@ -71,7 +71,7 @@ class Curve:
 
     @property
     def knee(self) -> int | None:
-        """The number of layers behind which quality falls off."""
+        """The number of layers beyond which quality falls off."""
         from ..select.curve import knee
 
         return knee(self.points)
@@ -207,7 +207,7 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
 
 def _on_other_rows(request: RankRequest) -> CheckpointError:
     return CheckpointError(
-        f"{request.output} holds a curve on other calibration rows; choose another folder, or begin again with --force"
+        f"{request.output} holds a curve on other calibration rows; choose another folder, or start again with --force"
     )
 
 
@@ -248,13 +248,13 @@ def _earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, A
         return None
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
     if names - {FILE, *_PLOTS}:
-        raise CheckpointError(f"{folder} is not empty, and not a curve; choose another folder")
+        raise CheckpointError(f"{folder} is not empty and holds no curve; choose another folder")
     if FILE not in names or force:
         return None
     record = read_curve(folder / FILE)
     if record["identity"] != json.loads(json.dumps(identity)):
         raise CheckpointError(
-            f"{folder} holds a curve of another base or with other options; choose another folder, or begin again with "
+            f"{folder} holds a curve of another base or with other options; choose another folder, or start again with "
             "--force"
         )
     logger.info("continuing %s, which has %s", folder / FILE, plural(len(record["points"]), "point"))
@@ -305,7 +305,7 @@ def curve_in(folder: Path, request: PruneRequest | AdviseRequest) -> Curve:
     record = read_curve(folder / FILE)
     if record["identity"].get("base") != _identity(request):
         raise CheckpointError(
-            f"{folder} holds the curve of another base than {request.base}; specify that base, or make a curve of this one"
+            f"{folder} holds the curve of a base other than {request.base}; specify that base, or make a curve of this one"
         )
     return Curve(record["points"], record)
 

@@ -1,4 +1,4 @@
-"""The quantize stage: other libraries quantise a model; this adds what they did to its history.
+"""The quantize stage: record what another library did when it quantised a model.
 
 model = AutoModelForCausalLM.from_pretrained("pruned", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
 model.save_pretrained("pruned-nf4")
@@ -22,8 +22,8 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
     """Record that a folder holds a quantised model, so that `verify`, the card and `push` understand it.
 
     The model must have been quantised by transformers (`quantization_config=`) or a tool that writes such a folder, and
-    saved. Tokenizer, chat template, generation settings and licence are copied from the source, over those that saving
-    wrote, so that they are the base's to the last byte.
+    saved. Tokenizer, chat template, generation settings and licence are copied from the source, byte for byte, over
+    those that saving wrote.
 
     Args:
         source (`str` or `Path`): The folder of the model before it was quantised, with its `lineage.json`.
@@ -31,7 +31,7 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
             its config.
 
     Raises:
-        CheckpointError: A folder is not what it should be, or the quantised model has a history already.
+        CheckpointError: A folder is not such a model folder, or the quantised model has a history already.
     """
     before, after = Path(source).expanduser(), Path(folder).expanduser()
     for place in (before, after):

@@ -126,7 +126,7 @@ def plain(talk: list[dict[str, Any]]) -> list[Message]:
     for message in talk:
         images = paths_of(message)
         if images and models.source.processor is None:
-            raise Refused("This model reads text alone: leave the image out.")
+            raise Refused("This model reads only text: leave the image out.")
         turn = {"role": message["role"], "content": text_of(message)} | ({"images": images} if images else {})
         if turns and turns[-1]["role"] == turn["role"]:  # the answer in between was stopped before its first word
             before = turns.pop()

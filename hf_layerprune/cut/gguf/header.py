@@ -127,7 +127,7 @@ class _Reader:
 
     def take(self, length: int) -> bytes:
         if length > min(self._size - self.position, MAX_VALUE):
-            raise ValueError(f"{length} bytes from byte {self.position} are claimed, and the file has {self._size}")
+            raise ValueError(f"it claims {length} bytes from byte {self.position}, but the file has {self._size}")
         self.position += length
         return self._file.read(length)
 
@@ -205,9 +205,9 @@ def read_header(path: Path) -> GGUFHeader:
             raise ValueError(f"general.alignment is {alignment}")
         data_start = padded(reader.position, alignment)
         if len(keys) < key_count or len({tensor.name for tensor in tensors}) < tensor_count:
-            raise ValueError("a key or a tensor is in it twice")
+            raise ValueError("it has a key or a tensor twice")
         if tensors and data_start + max(tensor.offset + tensor.size for tensor in tensors) > size:
-            raise ValueError(f"its tensors go on beyond byte {size}, where the file ends")
+            raise ValueError(f"its tensors extend beyond byte {size}, where the file ends")
     except (ValueError, KeyError, struct.error, OSError) as error:
         raise _refused(
             path, f"it can't be read ({error}); it is truncated or damaged, so download it again"

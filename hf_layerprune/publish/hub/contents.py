@@ -107,7 +107,7 @@ def list_contents(folder: Path, request: PushRequest) -> Contents:
         elif kind == "a file":
             files[name] = path.stat().st_size
         else:
-            raise CheckpointError(f"{path} is {kind}, and only files are published; replace it by the file itself")
+            raise CheckpointError(f"{path} is {kind}, and only files are published; replace it with the file itself")
     for name in sorted(named - files.keys()):
         reason = left_out.get(name, f"there is no such file in {folder}")
         raise CheckpointError(f"--include {name}: {reason}")
