@@ -309,6 +309,34 @@ def test_an_offloaded_model_is_cut_or_refused_whole(model_type: str, is_cut: boo
     assert torch.equal(logits(base), logits(plain))
 
 
+def test_offloaded_weights_are_neither_tuned_nor_repaired_nor_read(llama: Path, tmp_path: Path) -> None:
+    """They would stay as they are without a word: accelerate loads them from its map before each run."""
+    places = {f"model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")} | {"lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i == 4 else "cpu" for i in range(7)}
+    on_disk: dict[str, Any] = {"device_map": places, "offload_folder": tmp_path / "off"} | EAGER
+    repaired = {"repair": "magnitude", "calibration_samples": 8, "calibration_length": 8} | NOTHING
+    prune_with(LayerDropConfig(drop_layers=[3]), load(llama)).save_pretrained(tmp_path / "adapter")
+    base = load(llama)
+    cpu_offload(base, execution_device="cpu")
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"drop_layers": [3]}, {"model": base}, "layers.4 is offloaded, so it can't be tuned"),
+        ({"drop_layers": [3]}, on_disk, "layers.4 is offloaded, so it can't be tuned"),
+        ({"drop_layers": [3]} | repaired, on_disk, r"layers.4.* is offloaded, so it can't be .* repaired"),
+        ({"drop_layers": [3]} | repaired, {"model": base}, "choosing layers or fitting a repair reads them"),
+        ({"drop": 1, "criterion": "magnitude_l1"} | NOTHING, {"model": base}, "choosing layers or"),
+    ]
+    for options, source, why in cases:
+        config = LayerDropConfig(base_model_name_or_path=str(llama), **options)
+        with pytest.raises(CutError, match=why):
+            prune_with(config, **source)
+    with pytest.raises(CutError, match="is offloaded"):
+        PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert base.config.num_hidden_layers == load(llama).config.num_hidden_layers
+
+    plain = prune_with(LayerDropConfig(drop_layers=[3], **NOTHING), load(llama))
+    assert torch.equal(logits(prune_with(LayerDropConfig(drop_layers=[3], **NOTHING), base)), logits(plain))
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gemma3n_text"])
 def test_what_is_put_aside_follows(model_type: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Casts and modes reach the dropped layers, and where these are back, the tuned ones; dropped ones stay frozen."""

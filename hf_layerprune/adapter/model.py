@@ -26,6 +26,7 @@ from ..families.layout import find_decoder_layers, find_output_head
 from ..options import check
 from ..options.kinds import quoted
 from ..repair.frozen import freeze, module_names, put, thaw
+from ..runtime.devices import is_offloaded
 from .config import LayerDropConfig
 from .prepare import CUT, PREPARED, needs_dense, prepare
 from .resolve import cut_of, is_made, resolve_drop
@@ -103,6 +104,13 @@ class LayerDropModel(BaseTuner):
         if peft_config.own_modules_to_save is None:
             peft_config.own_modules_to_save = peft_config.modules_to_save or []
         peft_config.modules_to_save = saved_modules(tuned, peft_config.repaired_modules)
+        for name in peft_config.modules_to_save or ():
+            if is_offloaded(model.get_submodule(name)):  # its copy would stay as it is, and nothing would say so
+                raise CutError(
+                    f"{name} is offloaded, so it can't be tuned or repaired: what an adapter changes must stay in memory; load "
+                    "the base without device_map, with one that offloads other modules, or prune it to a folder (hf-layerprune "
+                    "prune)"
+                )
         if peft_config.keep_dropped and peft_config.is_new and not peft_config.modules_to_save:
             raise CutError(
                 "keep_dropped=True is for disable_adapter(), and PEFT can't disable an adapter that tunes nothing; tune something "

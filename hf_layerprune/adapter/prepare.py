@@ -12,6 +12,7 @@ from .. import families
 from ..calibration.rows import SELF, load_calibration
 from ..errors import CheckpointError, CutError
 from ..repair.fit import check_repair, fit_repair
+from ..runtime.devices import is_offloaded
 from ..runtime.loading import load_processor, load_tokenizer
 from ..runtime.walk import LayerWalk
 from ..select import find_criterion, needs_model
@@ -90,6 +91,11 @@ def prepare(
         CutError: The model is cut already, the layers can't be chosen, or the repair can't be fitted.
     """
     families.check_supported(model.config)
+    if is_offloaded(model):
+        raise CutError(
+            "weights of this model are offloaded, and choosing layers or fitting a repair reads them; pass no model, so that "
+            "prune_with loads the base a layer at a time, or load it without offloading"
+        )
     chooses = _chooses(config)
     if not chooses:
         resolve_drop(config, model.config, cut, target)

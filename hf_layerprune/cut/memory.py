@@ -28,6 +28,7 @@ from ..families.layout import find_decoder_layers
 from ..families.multimodal import path_to_text
 from ..layer_ranges import name_layers
 from ..options.kinds import LAYERS, checked
+from ..runtime.devices import is_offloaded
 from ..runtime.model_class import model_without_weights, whole_models
 from .check import CannotCheckError, bypassed_logits, check_logits
 
@@ -243,7 +244,7 @@ def _slice_wide_tensors(model: PreTrainedModel, cut: families.Cut) -> list[_Chan
             if not f".{name}".endswith(f".{wide.suffix}"):
                 continue
             owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            if parameter.is_meta and hasattr(owner, "_hf_hook"):  # accelerate would put the uncut tensor back
+            if is_offloaded(owner):  # accelerate would put the uncut tensor back
                 raise CutError(
                     f"{name} holds a slice for each layer, and it is offloaded, so it can't be cut; load the model without "
                     "offloading, let prune_with load it (without keep_dropped), or cut it on disk (hf-layerprune prune)"

@@ -33,6 +33,12 @@ def pick_device(name: str, *, spread: bool = False) -> str:
     return name
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate puts weights of a module in place only while it runs; otherwise they can't be read or changed."""
+    hooked = (part for part in module.modules() if hasattr(part, "_hf_hook"))
+    return any(parameter.is_meta for part in hooked for parameter in part.parameters())
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until an accelerator has finished its work."""
     if device.type != "cpu":
