@@ -9,9 +9,10 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .commands import COMMANDS, Answer
 from .errors import explain, one_line, shown, wants_traceback
@@ -21,10 +22,19 @@ from .versions import __version__
 
 
 class _Parser(argparse.ArgumentParser):
-    """Repeats no token that was given where something else belongs."""
+    """Says in one line what is wrong, and repeats no token that was given where something else belongs."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        values, unknown = super().parse_known_args(args, namespace)
+        if flag := next((word.partition("=")[0] for word in unknown if word.startswith("-")), None):
+            flags = self._option_string_actions
+            meant = flag.replace("_", "-")
+            near = [meant] if meant in flags else get_close_matches(meant, flags, n=2)
+            self.error(f"there is no option {flag}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        return values, unknown
 
     def error(self, message: str) -> NoReturn:
-        super().error(shown(message))
+        self.exit(2, f"hf-layerprune: {one_line(shown(message))} (see {self.prog} --help)\n")
 
 
 def _command(name: str) -> ModuleType:

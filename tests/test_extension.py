@@ -96,7 +96,7 @@ def test_help_errors_and_docs_know_them(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.usefixtures("extended")
-def test_they_prune_and_are_recorded(tmp_path: Path) -> None:
+def test_they_prune_and_are_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         for i, layer in enumerate(model.model.layers):
@@ -105,6 +105,9 @@ def test_they_prune_and_are_recorded(tmp_path: Path) -> None:
     before = model.model.layers[1].post_attention_layernorm.weight.clone()
     words = ["prune", str(tmp_path / "base"), str(tmp_path / "out"), "--drop", "2", "--criterion", "spread", *FEW]
     assert main([*words, "--repair", "doubling", "--calibration", "self"]) == 0
+    said = caplog.messages
+    assert said[0].startswith("the dense model writes ")
+    assert "fitting the repair doubling to the calibration rows" in said
     (entry,) = Lineage.of(tmp_path / "out").entries
     assert entry["settings"]["drop_layers"] == [2, 5]
     assert (entry["settings"]["criterion"], entry["settings"]["repair"]) == ("spread", "doubling")

@@ -128,6 +128,7 @@ def prepare(
         took = {}
         if repair is None:  # a search within a budget has fitted it already
             start = time.perf_counter()
+            logger.info("fitting the repair %s to the calibration rows", config.repair)
             repair = fit_repair(walk, config.drop_layers, calibration, config.repair)
             took = {"seconds": round(time.perf_counter() - start, 3)}
         record["repair"] = {"method": repair.method, "cuts": repair.cuts} | took

@@ -13,6 +13,7 @@ is one example, see [`.images`].
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -32,6 +33,8 @@ from .images import image_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+logger = logging.getLogger(__name__)
 
 SELF = "self"
 # How many times the required number of tokens is read, so that rows don't all come from the first documents.
@@ -175,6 +178,7 @@ def load_calibration(
             raise CutError('calibration="self" is text written by the dense model; pass the model')
         from .self_text import write_text_with
 
+        logger.info("the dense model writes %s of %d tokens to calibrate on", plural(samples, "row"), length)
         return CalibrationSet.of(write_text_with(model, tokenizer, samples, length, seed), source, seed)
     if tokenizer is None:
         raise CutError(f"calibration={source!r} needs the model's tokenizer")
