@@ -96,20 +96,27 @@ def accuracy(results: Results, rows: Sequence[Row], path: Path, digest: str | No
 
 
 def tradeoff(results: Results, speed: Row, path: Path, digest: str | None = None) -> None:
-    """Draw quality against speed: the mean accuracy of every stage against its decode throughput."""
+    """Draw quality against speed: the mean accuracy of every stage against its decode throughput, as a multiple of that
+    of the dense model in the same runs. Throughputs of different runs say more about the machine than about the models.
+    """
     means = results.mean_accuracy()
     with draw(path, height=2.9, digest=digest) as (_, axes):
         for column in results.columns:
             if column.weights not in speed.cells or column.weights not in means:
                 continue
-            record, (mean, stderr) = speed.cells[column.weights].record, means[column.weights]
-            low, high = record.get("spread", (record["value"],) * 2)
-            x, y = record["value"], 100 * mean
+            cell, (mean, stderr) = speed.cells[column.weights], means[column.weights]
+            times, error = 1.0, 0.0
+            if column.role != "dense":
+                paired, value = cell.paired or {}, cell.record["value"]
+                if not (value and paired.get("share")):  # not measured in turn with the dense model
+                    continue
+                times = paired["share"]
+                error = times * (paired.get("stderr") or 0) / value
             axes.errorbar(
-                x, y, xerr=[[max(0, x - low)], [max(0, high - x)]], yerr=100 * (stderr or 0),
+                times, 100 * mean, xerr=error, yerr=100 * (stderr or 0),
                 label=f"{column.role}, {plural(column.layers, 'layer')}", **_mark(column.role),
             )  # fmt: skip
-        axes.set_xlabel("decode throughput, tokens/s")
+        axes.set_xlabel("decode throughput, as a multiple of the dense model's")
         axes.set_ylabel("mean accuracy in %")
         axes.margins(x=0.2, y=0.2)
         axes.legend(loc="best")  # stages are often too close for labels beside them
@@ -149,7 +156,9 @@ def pictures(history: History, results: Results | None = None) -> dict[str, Call
     speed = next(
         (row for row in results.table(["speed"]) if row.key[2] == "decode_tokens_per_second" and not row.engine), None
     )
-    if speed is not None and len(speed.cells.keys() & results.mean_accuracy().keys()) > 1:
+    if speed is not None and any(
+        speed.cells[one].paired for one in speed.cells.keys() & results.mean_accuracy().keys()
+    ):
         drawings["tradeoff"] = partial(tradeoff, results, speed)
     return drawings
 
