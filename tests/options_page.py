@@ -17,9 +17,12 @@ from hf_layerprune.options import CutOptions, declared
 from hf_layerprune.records.requirements import RequireOptions
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
-_HEAD = """# Options
+_HEAD = """<!-- Made by `python -m tests.options_page --write`, which `make docs` runs; don't edit. -->
 
-Generated from the declarations in the code by `python -m tests.options_page --write`, which `make docs` runs; don't edit.
+# Options
+
+All options of the commands, of the healing recipe and of the two configs in Python. [Commands](commands.md) says what the
+commands do.
 """
 
 

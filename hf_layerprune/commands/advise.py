@@ -20,7 +20,11 @@ def run(request: Request) -> Answer:
     from ..stages.advise import advise
 
     advice = advise(request)
-    made = f"the settings are in {request.output}" if request.output and advice.settings else ""
+    made = (
+        f"the settings are in {request.output}, for recipes/sft_tail.py in a checkout"
+        if request.output and advice.settings
+        else ""
+    )
     then = advice.command
     if advice.settings and request.output is None:  # the command needs the file
         then = hint("advise", request.base, "advice.yaml", *words_of(request, "force"))
