@@ -94,7 +94,7 @@ USAGE = [
     ({"use_dora": "true", "lora_r": 4}, "lora_r and use_dora have no effect with --method last2"),
     ({"dataset_streaming": "true", "loss": "kd", "max_steps": 1}, "loss=kd needs all rows at once"),
     ({"dataset_streaming": "true", "rewrite_answers": "true", "max_steps": 1}, "--rewrite_answers needs all rows"),
-    ({"dataset_streaming": "true"}, "say when training ends: --max_steps N"),
+    ({"dataset_streaming": "true"}, "the number of streamed rows is not known; set --max_steps N"),
     (PRUNED | {"loss": "kd"}, "distilling and writing rows need the dense model; specify it with --teacher"),
     ({"push_to_hub": "true"}, "--push_to_hub needs the name of a repository: --hub_model_id NAMESPACE/NAME"),
     ({"push_to_hub": "true", "hub_model_id": "small"}, "'small' is not a Hub id; write it as NAMESPACE/NAME"),
