@@ -219,13 +219,13 @@ def prove_evaluate(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
     rows = tiny_input(seed=5, batch=3, length=12)
     pruned = cut_of(dense, proven_cuts["middle"])
     own, whole = (torch.cat([logits(model, row[None]) for row in rows]) for model in (pruned, dense))
-    measured = distance(pruned, dense, rows, batch_size=2)
+    measured = distance(pruned, dense, rows)
     same("KL", measured.kl, divergence(whole, own)[:, :-1].mean())
     agreement = (own.argmax(-1) == whole.argmax(-1))[:, :-1].double().mean()
     same("top-1 agreement", measured.top1_agreement, agreement, 1e-6)
     for name, nll, model in (("model", measured.nll, own), ("base", measured.base.nll, whole)):
         same(f"log-likelihood of the {name}", nll, next_token_loss(model, rows))
-    alone = perplexity(pruned, rows, batch_size=2)
+    alone = perplexity(pruned, rows)
     same("perplexity", alone.perplexity, next_token_loss(own, rows).exp())
     output = OutputHead(pruned)
     with torch.no_grad():

@@ -33,9 +33,9 @@ def log_probs(model: Any, rows: torch.Tensor) -> torch.Tensor:
     return model(input_ids=rows, use_cache=False).logits.double().log_softmax(-1)[:, :-1]
 
 
-def check(model: Any, base: Any, rows: torch.Tensor, **kwargs: Any) -> Any:
+def check(model: Any, base: Any, rows: torch.Tensor) -> Any:
     """Hold a distance against its definition, computed from whole logits."""
-    found = distance(model, base, rows, **kwargs)
+    found = distance(model, base, rows)
     p, q = log_probs(base, rows), log_probs(model, rows)
     kl = (p.exp() * (p - q)).sum(-1)
     nll = -q.gather(-1, rows[:, 1:, None]).squeeze(-1)
@@ -70,7 +70,7 @@ def test_perplexity_is_the_textbooks() -> None:
 )
 def test_distance_is_its_definition(model_type: str) -> None:
     base = tiny_model(model_type)
-    check(pruned(base, [3, 4]), base, ROWS, batch_size=2)
+    check(pruned(base, [3, 4]), base, ROWS)
 
 
 @pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
@@ -115,7 +115,7 @@ def test_chunks_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> No
     base = tiny_model("gemma2")
     model = pruned(base, [3, 4])
     monkeypatch.setattr(module, "positions_at_once", lambda *_: size)
-    check(model, base, ROWS, batch_size=3)
+    check(model, base, ROWS)
     assert perplexity(model, ROWS).nll == pytest.approx(-log_probs(model, ROWS).gather(-1, ROWS[:, 1:, None]).mean())
 
 

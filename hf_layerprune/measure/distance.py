@@ -78,14 +78,13 @@ class Distance(Perplexity):
         return {"kl": (self.kl, self.kl_stderr), "top1_agreement": agreement}
 
 
-def perplexity(model: PreTrainedModel, rows: torch.Tensor, *, batch_size: int = 1) -> Perplexity:
+def perplexity(model: PreTrainedModel, rows: torch.Tensor) -> Perplexity:
     """Perplexity of a model on windows of a text.
 
     Args:
         model (`PreTrainedModel`): A causal language model; its mode (training or evaluation) is restored.
         rows (`torch.Tensor`): Token ids `[windows, length]`, without padding. Each window is read on its own, and its
             first token is not predicted.
-        batch_size (`int`, defaults to 1): Windows per batch, halved when memory runs out.
 
     Returns:
         `Perplexity`: The mean over all predicted tokens.
@@ -93,11 +92,11 @@ def perplexity(model: PreTrainedModel, rows: torch.Tensor, *, batch_size: int = 
     Raises:
         LayerPruneError: A window does not fit into memory.
     """
-    (nll,) = _means_of_windows(model, None, rows, batch_size)
+    (nll,) = _means_of_windows(model, None, rows)
     return Perplexity(**_fields(nll, rows))
 
 
-def distance(model: PreTrainedModel, base: PreTrainedModel, rows: torch.Tensor, *, batch_size: int = 1) -> Distance:
+def distance(model: PreTrainedModel, base: PreTrainedModel, rows: torch.Tensor) -> Distance:
     """Distance of a model from its base on windows of a text.
 
     Args:
@@ -105,7 +104,6 @@ def distance(model: PreTrainedModel, base: PreTrainedModel, rows: torch.Tensor, 
         base (`PreTrainedModel`): The model it was pruned from.
         rows (`torch.Tensor`): Token ids `[windows, length]`, without padding. Each window is read on its own, and its
             first token is not predicted.
-        batch_size (`int`, defaults to 1): Windows per batch, halved when memory runs out.
 
     Returns:
         `Distance`: Means over all predicted tokens.
@@ -113,7 +111,7 @@ def distance(model: PreTrainedModel, base: PreTrainedModel, rows: torch.Tensor, 
     Raises:
         LayerPruneError: A window does not fit into memory.
     """
-    nll, base_nll, agreement, kl = _means_of_windows(model, base, rows, batch_size)
+    nll, base_nll, agreement, kl = _means_of_windows(model, base, rows)
     return Distance(
         **_fields(nll, rows),
         base=Perplexity(**_fields(base_nll, rows)),
@@ -124,9 +122,7 @@ def distance(model: PreTrainedModel, base: PreTrainedModel, rows: torch.Tensor, 
     )
 
 
-def _means_of_windows(
-    model: PreTrainedModel, base: PreTrainedModel | None, rows: torch.Tensor, batch_size: int
-) -> torch.Tensor:
+def _means_of_windows(model: PreTrainedModel, base: PreTrainedModel | None, rows: torch.Tensor) -> torch.Tensor:
     """The mean of each window: `nll`, and with a base, also the base's `nll`, agreement and `kl`."""
     check_stage(model.config, "evaluate")
     output, base_output = OutputHead(model), OutputHead(base) if base is not None else None
@@ -157,7 +153,7 @@ def _means_of_windows(
 
     models = [model] if base is None else [model, base]
     with evaluating(*models), progress_bar(total=len(rows), desc="text", unit="window") as bar:
-        for done in in_batches(rows, batch_size, run, "use shorter windows"):
+        for done in in_batches(rows, 1, run, "use shorter windows"):
             bar.update(done)
     return torch.cat(sums_of_batches, dim=1) / (rows.shape[1] - 1)
 
