@@ -7,14 +7,10 @@ the tokenizer has no chat template. An end-of-text token does not end a row; sam
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, LogitsProcessor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import LogitsProcessor
 
 from ..errors import UnsupportedModelError, boundary
 from ..runtime.loading import chats
@@ -67,7 +63,7 @@ def write_text_with(
         model.eval()
         # None of the model's own settings: no repetition penalty, no end-of-text token.
         model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=start[0])
-        with fast_decoding(model), progress_bar(total=draws.numel(), unit="token", desc="writing text") as bar:
+        with progress_bar(total=draws.numel(), unit="token", desc="writing text") as bar:
 
             def write(part: torch.Tensor) -> None:
                 prompt = torch.tensor([start] * len(part), device=model.device)
@@ -135,46 +131,3 @@ def _rows_at_once(model: PreTrainedModel, length: int) -> int:
     row = cache + 4 * 4 * config.vocab_size
     most = _AT_ONCE if model.device.type == "cpu" else _AT_ONCE_ON_DEVICE
     return int(max(1, min(most, free_bytes(model.device) // 2 // row)))
-
-
-# --- decoding on a CPU ----------------------------------------------------------------------------------
-
-_GROUPED = "layerprune_grouped"
-
-
-@contextmanager
-def fast_decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Use matrix products for attention on a CPU: for one token per row, torch's kernel takes ten times as long."""
-    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
-        yield
-        return
-    AttentionInterface.register(_GROUPED, _grouped_attention)
-    AttentionMaskInterface.register(_GROUPED, sdpa_mask)
-    model.set_attn_implementation(_GROUPED)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("sdpa")
-
-
-def _grouped_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of one new token to all previous ones; other cases fall back to transformers' implementation."""
-    batch, heads, length, width = query.shape
-    if length > 1 or heads % key.shape[1] or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    # Query heads that share a key form the rows of one product.
-    grouped = query.view(batch, key.shape[1], heads // key.shape[1], width)
-    scores = (grouped @ key.transpose(2, 3)).float() * (width**-0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        mask = attention_mask[..., : key.shape[2]]
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    output = scores.softmax(-1).to(value.dtype) @ value
-    return output.view(batch, heads, 1, value.shape[-1]).transpose(1, 2).contiguous(), None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..calibration.self_text import fast_decoding, write_text_with
+from ..calibration.self_text import write_text_with
 from ..errors import CheckpointError, CutError, boundary
 from ..files.copy import write_text
 from ..files.json_file import parse_json
@@ -182,8 +182,7 @@ class Writer:
             generate: Any = model.generate
             written.extend(generate(part[:, 0], attention_mask=part[:, 1], **settings)[:, longest:].tolist())
 
-        with fast_decoding(model):
-            deque(in_batches(torch.stack([ids, mask], 1), len(ids), answer, "leave out the longest rows"), maxlen=0)
+        deque(in_batches(torch.stack([ids, mask], 1), len(ids), answer, "leave out the longest rows"), maxlen=0)
         ends = model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or [tokenizer.eos_token_id])
         answers = []
