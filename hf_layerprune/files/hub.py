@@ -302,18 +302,3 @@ def _cached(repo: str, revision: str | None, cache_dir: str | None) -> tuple[str
             sha256 = blob if _SHA256.fullmatch(blob) else None
             files[one.relative_to(folder).as_posix()] = HubFile(one.stat().st_size, sha256, blob)
     return folder.name, files
-
-
-def retry_after(value: str | None) -> float | None:
-    """Seconds to wait, from a `Retry-After` header that holds seconds or a date."""
-    from email.utils import parsedate_to_datetime
-    from time import time
-
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time())
-    except ValueError:
-        return None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Options that decide nothing about the trained weights, or that the history records elsewhere: their names, and how the
 # names of others begin.
 _NOT_DECIDING = (
-    "teacher", "teacher_revision", "cache", "cache_dir", "cache_batch_tokens", "keep_cache",
+    "teacher", "teacher_revision", "cache", "cache_dir", "keep_cache",
     "output_dir", "run_name", "project", "debug", "use_cpu", "use_cache", "local_rank", "resume_from_checkpoint",
     "accelerator_config", "parallelism_config", "deepspeed", "fsdp", "fsdp_config", "pad_to_multiple_of",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "activation_offloading",

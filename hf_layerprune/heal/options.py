@@ -66,10 +66,6 @@ class HealOptions(Options):
     cache_dir: str | None = option(
         None, "Folder of the cache, by default in the output folder; processes on several machines must share it"
     )
-    cache_batch_tokens: int | None = option(
-        None, "Number of tokens to run through the frozen layers at a time; by default 4096 on a CPU and 32768 elsewhere",
-        whole(),
-    )  # fmt: skip
     keep_cache: bool = option(False, "Keep the cache after training")
     float32_weights: bool = option(
         True,

@@ -189,7 +189,7 @@ class _Run:
     def _fill(
         self, cache: StateCache, run: Callable[[dict[str, Any], list[int]], torch.Tensor], description: str
     ) -> None:
-        tokens = self.args.cache_batch_tokens or (_CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS)
+        tokens = _CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS
         if self.collator.padding_free:  # all rows form one sequence, so attention spans all of them
             tokens = min(tokens, self.args.per_device_train_batch_size * (self.args.max_length or tokens))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import CheckpointError, cause_of
-from ...files.hub import UnreachableError, retry_after
+from ...files.hub import UnreachableError
 from ...records.fingerprints import sha256_of
 from ...versions import transport_error
 
@@ -242,7 +242,8 @@ def _with_retries(call: Callable[[], _Answer]) -> _Answer:
             return call()
         except Exception as raised:
             error, attempt = _cause(raised), attempt + 1
-            pause = max(FIRST_WAIT * 2 ** (attempt - 1), retry_after(_header(error)) or 0)
+            asked = _header(error) or ""
+            pause = max(FIRST_WAIT * 2 ** (attempt - 1), float(asked) if asked.isdecimal() else 0)
             temporary = isinstance(error, transport_error()) or _status(error) in _TRY_AGAIN
             if not temporary or attempt == ATTEMPTS or pause > MAX_RETRY_AFTER:
                 raise
@@ -261,7 +262,7 @@ def _status(error: Any) -> int | None:
 
 
 def _header(error: Any) -> str | None:
-    """The pause that the Hub asks for."""
+    """The pause that the Hub asks for, in seconds."""
     response = getattr(error, "response", None)
     return response.headers.get("Retry-After") if response is not None else None
 
