@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ...records.figures import numbers
 from ...records.figures.results import Results, Row
-from ...records.known_data import known_data
 from ...records.names import is_hub_name
 from .escape import plain
 
@@ -87,14 +86,13 @@ def eval_results(results: Results) -> list[Any]:
     entries = []
     for row, record in _own(results, results.rows):
         kind, task, metric = row.key
-        dataset = known_data(str(record.get("dataset", "")))
         optional = ("stderr", "samples", "device", "dtype")
         settings: dict[str, Any] = {name: record[name] for name in optional if name in record}
         entries.append(
             EvalResult(
                 task_type="text-generation",
                 task_name=plain(row.task) if row.task else "Text generation",
-                dataset_type=plain(dataset if is_hub_name(dataset) else task or kind),
+                dataset_type=plain(_data_set(record) or task or kind),
                 dataset_name=plain(row.task or (f"{kind} on {record['device']}" if record.get("device") else kind)),
                 dataset_args={"num_few_shot": record["shots"]} if "shots" in record else dict(row.run) or None,
                 metric_type=plain(metric),
@@ -131,7 +129,7 @@ def eval_files(results: Results) -> dict[str, str]:
             f"{row.metric}, {record.get('shots', 0)}-shot, {numbers.measured('samples', record['samples'])} questions"
         )
         entry = EvalResultEntry(
-            dataset_id=known_data(record["dataset"]),
+            dataset_id=record["dataset"],
             task_id=task,
             value=round(100 * record["value"], 4),
             date=str(record["date"])[:10],
@@ -143,6 +141,11 @@ def eval_files(results: Results) -> dict[str, str]:
 
 
 def _is_benchmark(row: Row, record: dict[str, Any]) -> bool:
-    dataset, limit = known_data(record.get("dataset", "")), record.get("settings", {}).get("limit")
-    named = "/" in dataset and is_hub_name(dataset) and _HASH.fullmatch(dataset) is None
-    return bool(named and limit is None and record.get("samples") and row.key[1])
+    limit = record.get("settings", {}).get("limit")
+    return bool("/" in _data_set(record) and limit is None and record.get("samples") and row.key[1])
+
+
+def _data_set(record: dict[str, Any]) -> str:
+    """The name of a record's data set on the Hub; empty for a file, which is recorded by the hash of its content."""
+    name = str(record.get("dataset", ""))
+    return name if is_hub_name(name) and _HASH.fullmatch(name) is None else ""
