@@ -251,7 +251,7 @@ def test_a_curve_goes_on_where_it_stopped(
         with pytest.raises(CheckpointError, match="with other options"):
             quality_curve(str(base), tmp_path / "curve", **options | other)
     (tmp_path / "curve" / "notes").write_text("mine")
-    with pytest.raises(CheckpointError, match="not a curve"):
+    with pytest.raises(CheckpointError, match="holds no curve"):
         quality_curve(str(base), tmp_path / "curve", force=True, **options)
 
 
