@@ -319,8 +319,8 @@ def test_offloaded_weights_are_neither_tuned_nor_repaired_nor_read(llama: Path, 
     base = load(llama)
     cpu_offload(base, execution_device="cpu")
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        ({"drop_layers": [3]}, {"model": base}, "layers.4 is offloaded, so it can't be tuned"),
-        ({"drop_layers": [3]}, on_disk, "layers.4 is offloaded, so it can't be tuned"),
+        ({"drop_layers": [3]}, {"model": base}, "layers.4 of the pruned model is offloaded, so it can't be tuned"),
+        ({"drop_layers": [3]}, on_disk, "layers.4 of the pruned model is offloaded, so it can't be tuned"),
         ({"drop_layers": [3]} | repaired, on_disk, r"layers.4.* is offloaded, so it can't be .* repaired"),
         ({"drop_layers": [3]} | repaired, {"model": base}, "choosing layers or fitting a repair reads them"),
         ({"drop": 1, "criterion": "magnitude_l1"} | NOTHING, {"model": base}, "choosing layers or"),
@@ -332,6 +332,11 @@ def test_offloaded_weights_are_neither_tuned_nor_repaired_nor_read(llama: Path, 
     with pytest.raises(CutError, match="is offloaded"):
         PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert base.config.num_hidden_layers == load(llama).config.num_hidden_layers
+    places |= {f"model.layers.{i}": "disk" if i in (4, 7) else "cpu" for i in range(8)}
+    whole = AutoModelForCausalLM.from_pretrained(llama, **on_disk)  # a layer's name changes with the cut
+    with pytest.raises(CutError, match=r"layers\.6 of the pruned model is offloaded"):
+        prune_with(LayerDropConfig(drop_layers=[3], tune_layers=[7]), whole)
+    prune_with(LayerDropConfig(drop_layers=[3], tune_layers=[5, 6]), whole)
 
     plain = prune_with(LayerDropConfig(drop_layers=[3], **NOTHING), load(llama))
     assert torch.equal(logits(prune_with(LayerDropConfig(drop_layers=[3], **NOTHING), base)), logits(plain))

@@ -30,7 +30,7 @@ from ..runtime.devices import is_offloaded
 from .config import LayerDropConfig
 from .prepare import CUT, PREPARED, needs_dense, prepare
 from .resolve import cut_of, is_made, resolve_drop
-from .tail import saved_modules, tuned_modules
+from .tail import modules_that_stay, saved_modules, tuned_modules
 from .tied import TIED, is_tied, tie_again, untie, warn_of_untying
 
 logger = logging.getLogger(__name__)
@@ -98,18 +98,21 @@ class LayerDropModel(BaseTuner):
         if peft_config.tune_lm_head is None:
             tied = is_tied(model) or hasattr(model, TIED)  # in the base, whatever other adapters tune
             peft_config.tune_lm_head = find_output_head(model) is not None and not tied
-        tuned = tuned_modules(model, peft_config, cut_of(peft_config), stack)
+        cut = cut_of(peft_config)
+        tuned = tuned_modules(model, peft_config, cut, stack)
         if needs_dense(peft_config):
-            peft_config.repaired_modules = module_names(getattr(model, PREPARED).repair, stack, cut_of(peft_config))
+            peft_config.repaired_modules = module_names(getattr(model, PREPARED).repair, stack, cut)
         if peft_config.own_modules_to_save is None:
             peft_config.own_modules_to_save = peft_config.modules_to_save or []
         peft_config.modules_to_save = saved_modules(tuned, peft_config.repaired_modules)
+        modules = modules_that_stay(model, cut, stack)
         for name in peft_config.modules_to_save or ():
-            if is_offloaded(model.get_submodule(name)):  # its copy would stay as it is, and nothing would say so
+            # Its copy would stay as it is, and nothing would say so. Inside another adapter's module, it was checked before.
+            if name in modules and is_offloaded(modules[name]):
                 raise CutError(
-                    f"{name} is offloaded, so it can't be tuned or repaired: what an adapter changes must stay in memory; load "
-                    "the base without device_map, with one that offloads other modules, or prune it to a folder (hf-layerprune "
-                    "prune)"
+                    f"{name} of the pruned model is offloaded, so it can't be tuned or repaired: what an adapter changes must "
+                    "stay in memory; load the base without device_map, with one that offloads other modules, or prune it to a "
+                    "folder (hf-layerprune prune)"
                 )
         if peft_config.keep_dropped and peft_config.is_new and not peft_config.modules_to_save:
             raise CutError(

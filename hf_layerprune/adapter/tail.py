@@ -10,6 +10,7 @@ from ..errors import CutError
 from ..families.layout import DecoderStack, find_final_norm, find_output_head
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
     from .config import LayerDropConfig
@@ -56,7 +57,7 @@ def tuned_modules(
         if head is None:
             raise CutError(f"{type(model).__name__} has no output head to tune; use tune_lm_head=False")
         names.append(head)
-    modules = dict(model.named_modules())
+    modules = modules_that_stay(model, cut, stack)
     for asked in config.modules_to_save or []:
         matches = [name for name in modules if name == asked or name.endswith(f".{asked}")]
         if not matches:
@@ -64,7 +65,8 @@ def tuned_modules(
                 f"modules_to_save has {asked!r}, but {type(model).__name__} has no such module; specify one of its modules"
             )
         names += [name for name in matches if name not in names]
-    _check_trainable(model, names)
+    if getattr(model, "is_quantized", False):
+        _check_trainable({name: modules[name] for name in names if name in modules})
     for name in names:
         # PEFT matches by the end of the name alone.
         others = [other for other in modules if other.endswith(name) and other != name and name in modules]
@@ -75,18 +77,30 @@ def tuned_modules(
     return names
 
 
+def modules_that_stay(model: PreTrainedModel, cut: families.Cut, stack: DecoderStack) -> dict[str, nn.Module]:
+    """The modules of a model, which may be whole or already cut, by their full names in the pruned model."""
+    if len(stack.layers) != cut.num_layers:
+        return dict(model.named_modules())
+    modules, start = {}, f"{stack.path}."
+    for name, module in model.named_modules():
+        if name.startswith(start):
+            index, dot, inside = name.removeprefix(start).partition(".")
+            if int(index) not in cut.new_index:
+                continue
+            name = f"{start}{cut.new_index[int(index)]}{dot}{inside}"
+        modules[name] = module
+    return modules
+
+
 def saved_modules(tuned: Collection[str], repaired: Collection[str] | None) -> list[str] | None:
     """What an adapter saves: what it tunes, and what a repair changed, unless that is inside a module that is tuned."""
     inside = tuple(f"{name}." for name in tuned)
     return [*tuned, *(name for name in repaired or () if not f"{name}.".startswith(inside))] or None
 
 
-def _check_trainable(model: PreTrainedModel, names: list[str]) -> None:
+def _check_trainable(modules: dict[str, nn.Module]) -> None:
     """Refuse to tune packed weights: they have no gradient, and their copies would not be theirs to change."""
-    if not getattr(model, "is_quantized", False):
-        return
-    for name in names:
-        module = model.get_submodule(name)
+    for name, module in modules.items():
         for tensor_name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
                 raise CutError(
