@@ -23,9 +23,11 @@ from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.losses import HeadLoss, head_loss
 from hf_layerprune.heal.precompute import precompute
 from hf_layerprune.heal.prepared import labelled_rows
+from hf_layerprune.heal.trainer import HealTrainer
 from hf_layerprune.versions import trl_drops_rows_without_labels
 
-from .heal_makers import Bench, losses, rows, tuned
+from .heal_makers import Bench, losses, rows, tuned, word_tokenizer
+from .tiny_models import EAGER
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +219,24 @@ def test_answers_that_are_all_too_late() -> None:
     with pytest.raises(LayerPruneError, match="none of the 3 training rows"):
         labelled_rows(late, HealConfig(output_dir="none", max_length=4, use_cpu=True), late)
     assert len(labelled_rows(late, HealConfig(output_dir="none", max_length=7, use_cpu=True), late)) == 3
+
+
+def test_offloaded_weights_are_not_trained(llama: Bench, tmp_path: Path) -> None:
+    """Without a word, they would stay as they were."""
+    args = HealConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, max_length=32)
+    data: dict[str, Any] = {"train_dataset": rows(), "processing_class": word_tokenizer()}
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    for offloaded in (0, 5):
+        places |= {f"model.layers.{i}": "disk" if i == offloaded else "cpu" for i in range(6)}
+        model = AutoModelForCausalLM.from_pretrained(
+            llama.pruned, dtype=torch.float32, device_map=places, offload_folder=tmp_path / "off", **EAGER
+        )
+        model.requires_grad_(False).model.layers[-1:].requires_grad_(True)
+        if offloaded:
+            with pytest.raises(CutError, match=r"layers\.5\..* is offloaded, so it can't be trained"):
+                HealTrainer(model, args, **data)
+        else:
+            HealTrainer(model, args, **data)
 
 
 def test_rows_that_are_all_too_long(llama: Bench) -> None:

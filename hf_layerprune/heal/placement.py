@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import CutError
+from ..runtime.devices import is_offloaded
 from ..runtime.memory import free_memory, is_out_of_memory
 from ..runtime.prefix import Prefix
 
@@ -41,6 +43,21 @@ def use_one_gpu(model: Any, args: HealConfig) -> None:
 def is_spread(model: Any) -> bool:
     """Whether a model was loaded onto several devices."""
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
+def check_in_memory(model: Any) -> None:
+    """Refuse to train offloaded weights: accelerate loads them again before each run, so what is learnt is lost.
+
+    Raises:
+        CutError: A trained weight is offloaded.
+    """
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if parameter.requires_grad and parameter.is_meta and is_offloaded(owner):
+            raise CutError(
+                f"{name} is offloaded, so it can't be trained; load the model without device_map, or with one that offloads "
+                "only frozen layers"
+            )
 
 
 def hold_in_float32(model: Any) -> None:

@@ -30,7 +30,14 @@ from .features import FeaturePhase, leave_parameters_out, phased
 from .halving import Halving
 from .loss_inputs import LossInputs, compute_in_forward
 from .methods import parse_method
-from .placement import autocast_where_it_is, hold_in_float32, put_back, runnable_where_it_is, use_one_gpu
+from .placement import (
+    autocast_where_it_is,
+    check_in_memory,
+    hold_in_float32,
+    put_back,
+    runnable_where_it_is,
+    use_one_gpu,
+)
 from .precompute import is_split_by_deepspeed, keep_inputs_without_gradients, precompute
 from .prepared import check_lengths, labelled_rows, numbered, seen_rows
 
@@ -56,7 +63,7 @@ class HealTrainer(SFTTrainer):
         kwargs: For [`~trl.SFTTrainer`]: `train_dataset`, `eval_dataset`, `processing_class`, `peft_config`, ...
 
     Raises:
-        CutError: A row is longer than the model's context.
+        CutError: A row is longer than the model's context, or a trained weight is offloaded.
         LayerPruneError: No row has a token to learn within `max_length`, or the settings exclude each other.
         UnsupportedModelError: This model type can't be healed.
     """
@@ -87,6 +94,7 @@ class HealTrainer(SFTTrainer):
         if args.features:
             leave_parameters_out(args)
         super().__init__(model, args, **kwargs)
+        check_in_memory(self.model)
         self._teacher_model, self._told, self.resumed = teacher, False, False
         self.feature_phase: FeaturePhase | None = None
         if args.features:
