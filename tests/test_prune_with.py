@@ -108,8 +108,11 @@ def test_other_kinds_of_arguments_are_refused(tmp_path):
     prompt.save_pretrained(tmp_path / "prompt")
     for wrong, message in (
         (lambda: load_model(tmp_path / "prompt"), rf"adds virtual tokens .*specify its base instead: {tmp_path}"),
-        (lambda: prune_with(LayerDropConfig(drop=1), str(tmp_path)), "the model is a str.*let prune_with load it"),
-        (lambda: drop_layers(str(tmp_path), [2]), "the model is a str"),
+        (
+            lambda: prune_with(LayerDropConfig(drop=1), str(tmp_path)),
+            "a str is not a transformers model.*let prune_with load it",
+        ),
+        (lambda: drop_layers(str(tmp_path), [2]), "a str is not a transformers model"),
         (lambda: prune_with(str(tmp_path)), "a LayerDropConfig is needed, not a str"),
         (lambda: prune_with(LoraConfig(), model), "a LayerDropConfig is needed, not a LoraConfig"),
         (lambda: drop_layers(model, 2), r"drop_layers=2 must be a list of layer indices such as \[6, 7\]"),
