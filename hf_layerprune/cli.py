@@ -31,6 +31,8 @@ class _Parser(argparse.ArgumentParser):
             meant = flag.replace("_", "-")
             near = [meant] if meant in flags else get_close_matches(meant, flags, n=2)
             self.error(f"there is no option {flag}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return values, unknown
 
     def error(self, message: str) -> NoReturn:
