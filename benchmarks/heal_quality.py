@@ -233,7 +233,7 @@ def report(runs: list[dict[str, Any]], names: Iterable[str], budget: dict[str, A
 
 def margin_cell(asked: list[dict[str, float]], kind: str) -> str:
     """The mean share of the margin over the runs of a row. Their questions are the same, so their errors don't average out."""
-    asked = [one for one in asked if kind in one]
+    asked = [one for one in asked if f"{kind}_stderr" in one]  # which runs of earlier versions don't have
     if not asked:
         return ""
     share, error = (sum(one[name] for one in asked) / len(asked) for name in (kind, f"{kind}_stderr"))

@@ -22,6 +22,7 @@ import heal_frontier
 import heal_quality
 from heal_parts import texts
 from heal_parts.arms import ARMS
+from heal_parts.questions import margins_left
 from heal_parts.setting import Setting
 from heal_parts.train import heal, pruned
 from heal_parts.yardstick import Yardstick, mean_and_error, summary
@@ -98,6 +99,25 @@ def test_errors_of_means() -> None:
     kl = summary(runs)["kl"]
     assert kl["a"] == (3.0, pytest.approx(math.sqrt(2)))  # windows 2 and 4, runs 2 and 4: one each, in squares
     assert kl["mean"] == (3.0, pytest.approx(1.0))
+
+
+def test_the_margin_that_is_left() -> None:
+    lost = [
+        {"task": "easy", "difference": -0.1, "stderr": 0.03},
+        {"task": "hard", "difference": 0.01, "stderr": 0.04},
+    ]
+    found = margins_left(lost, {"easy": 0.4, "hard": 0.1})
+    assert found == pytest.approx(
+        {
+            "margin": (0.75 + 1.1) / 2,
+            "margin_stderr": math.hypot(0.03 / 0.4, 0.04 / 0.1) / 2,
+            "pooled_margin": 0.41 / 0.5,
+            "pooled_margin_stderr": 0.05 / 0.5,
+        }
+    )
+    assert margins_left(lost, {"easy": 0.4, "hard": 0.0}) == {}
+    assert heal_quality.margin_cell([found, {"margin": 0.8}, {}], "pooled_margin") == "82 ± 10 %"
+    assert heal_quality.margin_cell([{"margin": 0.8}], "margin") == ""
 
 
 def test_the_dense_model_is_at_zero(setting: Setting) -> None:
