@@ -29,7 +29,9 @@ class _Parser(argparse.ArgumentParser):
         if flag := next((word.partition("=")[0] for word in unknown if word.startswith("-")), None):
             flags = self._option_string_actions
             meant = flag.replace("_", "-")
-            near = [meant] if meant in flags else get_close_matches(meant, flags, n=2)
+            names = {name.lstrip("-"): name for name in flags}  # the dashes would make any two look alike
+            close = get_close_matches(meant.lstrip("-"), names, n=2)
+            near = [meant] if meant in flags else [names[name] for name in close]
             self.error(f"there is no option {flag}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")

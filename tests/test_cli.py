@@ -213,6 +213,7 @@ def test_no_network_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--dtype", "float16", "--link"], "leave --link out"),
         (["--drop_layers", "1"], "there is no option --drop_layers; did you mean --drop-layers? (see "),
         (["--layers=1"], "did you mean --tune-layers or --drop-layers?"),
+        (["--bogus"], "there is no option --bogus (see "),
         (["another"], "unrecognized arguments: another (see hf-layerprune prune --help)"),
     ],
 )
