@@ -45,7 +45,8 @@ def prune_with(
 
     Raises:
         CheckpointError: The base can't be loaded.
-        CutError: These layers can't be dropped from this model, or it has adapters.
+        CutError: These layers can't be dropped from this model, it has adapters, or what would be read, tuned or repaired
+            is offloaded.
         LayerPruneError: Neither a model nor a base is given, or the config is not a `LayerDropConfig`.
         TypeError: Arguments for loading a base are passed together with a model.
         UnsupportedModelError: The architecture is not proven to survive a cut.
