@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
             names = {name.lstrip("-"): name for name in flags}  # the dashes would make any two look alike
             close = get_close_matches(meant.lstrip("-"), names, n=2)
             near = [meant] if meant in flags else [names[name] for name in close]
-            self.error(f"there is no option {flag}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+            self.error(f"unknown option {flag}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return values, unknown

@@ -301,12 +301,12 @@ def test_what_a_curve_says_is_what_prune_makes(
     size = sum(path.stat().st_size for path in (tmp_path / "cut").glob("*.safetensors"))
     assert size == chosen["bytes"]
     assert "## How deep to cut" in Card.of(lineage).body()
-    # The next command, where nothing is chosen and there is no knee: the deepest point, or the one that misses the least.
+    # The next command if nothing was chosen and there is no knee: for the deepest cut, or the shallowest for a budget.
     options = [*words[1:4], *words[6:], *WORDS, "--context", "16"]
     for more, said, drop in (
         (["--curve-up-to", "1"], "curve; next", 1),
-        (["--max-kl", "1e-9"], "no point of it meets --max-kl", 1),
-        (["--target-speedup", "900"], "no point of it meets --target-speedup", 3),
+        (["--max-kl", "1e-9"], "no cut on it meets --max-kl, and the command is for the shallowest", 1),
+        (["--target-speedup", "900"], "no cut on it meets --target-speedup, and the command is for the deepest", 3),
     ):
         assert main(["rank", *options, "--curve-up-to", "3", *more]) == 0
         out = capsys.readouterr().out

@@ -211,9 +211,9 @@ def test_no_network_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--no-tune-lm-head"], "add --adapter"),
         (["--adapter", "--link"], "leave --link out"),
         (["--dtype", "float16", "--link"], "leave --link out"),
-        (["--drop_layers", "1"], "there is no option --drop_layers; did you mean --drop-layers? (see "),
+        (["--drop_layers", "1"], "unknown option --drop_layers; did you mean --drop-layers? (see "),
         (["--layers=1"], "did you mean --tune-layers or --drop-layers?"),
-        (["--bogus"], "there is no option --bogus (see "),
+        (["--bogus"], "unknown option --bogus (see "),
         (["another"], "unrecognized arguments: another (see hf-layerprune prune --help)"),
     ],
 )

@@ -47,8 +47,8 @@ def margins_left(differences: list[dict[str, Any]], dense_margins: dict[str, flo
 
     Returns:
         `margin`: the mean of the tasks' shares. `pooled_margin`: the share of the sum over tasks, on which a task that
-        the dense model hardly solves has little influence. Each with its `_stderr`. Nothing if the dense model is no
-        better than guessing on a task, as it may be on a few questions: there is no margin to keep.
+        the dense model hardly solves has little influence. Each with its `_stderr`, which takes the dense model's margin
+        as exact. Empty if the dense model is no better than guessing on some task: then it has no margin.
     """
     if min(dense_margins.values()) <= 0:
         return {}

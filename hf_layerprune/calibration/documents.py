@@ -45,7 +45,7 @@ def check_source(source: str) -> None:
     """Refuse a file that does not exist; called before a model is loaded.
 
     Raises:
-        CheckpointError: There is no such file.
+        CheckpointError: The file does not exist.
     """
     name = source.partition(":")[0]
     path = Path(name).expanduser()

@@ -24,9 +24,10 @@ def run(request: Request) -> Answer:
         made = f"the curve is in {request.output}" if request.output else ""
         count = curve.chosen or curve.knee or len(curve.points)
         if (asked := request.budget or request.target) and curve.chosen is None:
-            missed = f"no point of it meets --{asked.replace('_', '-')}, and this is the nearest"
+            # Without a point that meets it, the end of the curve on which a budget or a target would be met.
+            count, end = (1, "shallowest") if request.budget else (len(curve.points), "deepest")
+            missed = f"no cut on it meets --{asked.replace('_', '-')}, and the command is for the {end}"
             made = f"{made or 'a curve was measured'}; {missed}"
-            count = 1 if request.budget else len(curve.points)
         point = curve.points[count - 1]
         repair = curve.record["repair"] if "repaired" in point else None
         choice = ("--drop-layers", point["layers"], "--repair", repair)

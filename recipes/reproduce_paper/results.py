@@ -191,8 +191,8 @@ def markdown(rows: dict[str, Row], results: Results) -> str:
     text = [
         "# The paper's tables, and ours",
         "",
-        f"Reassessing Layer Pruning in LLMs (arXiv:2411.15558). Rows run: {done} of {len(rows)}. The difference is "
-        "ours less the paper's; it is within the standard error where it is no larger than that of ours.",
+        f"Reassessing Layer Pruning in LLMs (arXiv:2411.15558). Rows run: {done} of {len(rows)}. Differences "
+        "are our value minus the paper's; within the standard error means no larger than the standard error of our value.",
     ]
     ways = dict.fromkeys(tuple(one["differences"]) for one in outcome.values() if one and one["differences"])
     for way in ways:
