@@ -55,6 +55,8 @@ class Source:
             self.config = config.get_text_config()
             self.processor = None if os.path.isfile(model) else processor_of([model, whole], config)
             self.records = Records.of(named(model)["pretrained_model_name_or_path"])
+            if os.path.isfile(model):  # its records are those of its folder, its name is its own
+                self.records.model = model
             self.size = weights_size(model)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise CannotLoad(explain(model, error)) from error
