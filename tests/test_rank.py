@@ -11,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
+from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
+from hf_layerprune.errors import UnsupportedModelError
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.select import ALL
 from hf_layerprune.select.report import report
+from hf_layerprune.select.runner import score_layers
 from hf_layerprune.select.scores import Scores
 from hf_layerprune.stages.rank import draw_ranking
 
 from .limits import largest_file
 from .measure_models import LAYERS, write_model
+from .tiny_models import tiny_model
 
 FEW = ["--calibration-samples", "8", "--calibration-length", "16"]
 
@@ -95,6 +100,36 @@ def test_all_criteria(
     again = ["rank", str(base), str(tmp_path / "out"), "--criterion", "block_influence", "--force", *FEW]
     assert main([*again, "--calibration", str(text)]) == 0
     assert set(json.loads((tmp_path / "out" / "scores.json").read_text())["criteria"]) == {"block_influence"}
+
+
+def test_criteria_without_scores_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """OLMo 2 has a norm after each projection, and Taylor and magnitude may drop only two of eight layers."""
+    tiny_model("olmo2").save_pretrained(tmp_path / "base")
+    words = [str(tmp_path / "base"), str(tmp_path / "out"), *FEW, "--drop", "3", "--force"]
+    assert main(["rank", *words]) == 0
+    found = set(json.loads((tmp_path / "out" / "scores.json").read_text())["criteria"])
+    assert found == set(ALL) - {"magnitude_l1", "magnitude_l2", "taylor", "repairability"}
+    out, said = capsys.readouterr().out, [record.message for record in caplog.records]
+    assert "repairability" not in out
+    assert [message.split(" is left out: ")[0] for message in said if " is left out: " in message] == [
+        "magnitude_l1", "magnitude_l2", "taylor", "repairability",
+    ]  # fmt: skip
+    assert any("protect_first=4, protect_last=2); drop fewer" in message for message in said)
+    assert main(["rank", *words, "--criterion", "repairability"]) == 1
+    assert "so repairability has no scores" in capsys.readouterr().err
+
+
+def test_packed_weights_leave_the_criteria_that_need_none() -> None:
+    model, ids = tiny_model("llama"), torch.arange(40).view(4, 10)
+    rows = CalibrationSet.of(ids, "rows")
+    weight: Any = model.model.layers[1].mlp.up_proj.weight
+    packed = model.model.layers[1].mlp.up_proj
+    packed.register_parameter("packed", torch.nn.Parameter(weight.data.to(torch.uint8), requires_grad=False))
+    assert set(score_layers(model, rows, ["magnitude_l2", "taylor", "kl"], drop=1)) == {"kl"}
+    with pytest.raises(UnsupportedModelError, match="layer 1 has packed weights"):
+        score_layers(model, rows, ["taylor"], drop=1)
 
 
 def test_without_output_or_text(base: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -30,15 +30,23 @@ class Magnitude(Observer):
     def __init__(self, name: str, variant: str, num_layers: int) -> None:
         self.name, self.variant, self.power = name, variant, int(name[-1])
         self.sums: list[float | None] = [None] * num_layers
+        self.refused: UnsupportedModelError | None = None
 
     def weights(self, index: int, layer: nn.Module) -> None:
         total = 0.0
-        for _, parameter in weight_matrices(layer, index):
+        try:
+            matrices = weight_matrices(layer, index)
+        except UnsupportedModelError as error:  # raised by `scores`: other criteria may share this pass
+            self.refused = self.refused or error
+            return
+        for _, parameter in matrices:
             size = parameter.detach().float().abs().pow(self.power).sum(dtype=torch.float64).item()
             total += size ** (1 / self.power) if self.variant == ORIGINAL else size
         self.sums[index] = total
 
     def scores(self) -> Scores:
+        if self.refused:
+            raise self.refused
         alive = tuple(i for i, score in enumerate(self.sums) if score is not None)
         return Scores(self.name, self.variant, alive, layers=self.sums)
 

@@ -6,13 +6,15 @@ from the same trials.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..calibration.rows import CalibrationSet, check_vocabulary
-from ..errors import CutError
+from ..errors import CutError, UnsupportedModelError
 from ..families.layout import find_decoder_layers
 from ..layer_ranges import name_layers
 from ..options import CutOptions, find, just, take
@@ -28,6 +30,8 @@ from .trials import Trial, try_out
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def score_layers(
@@ -57,12 +61,13 @@ def score_layers(
         seed (`int`, defaults to 42): For criteria that draw random numbers.
 
     Returns:
-        `dict[str, Scores]`: The scores, by criterion.
+        `dict[str, Scores]`: The scores, by criterion. Of several criteria, those that the model has no scores for are
+            left out, with a warning.
 
     Raises:
         CutError: A criterion or variant does not exist, or a block length leaves no layer.
         CheckpointError: The calibration set belongs to another model, or a score is not finite.
-        UnsupportedModelError: The model's layers can't be run one at a time.
+        UnsupportedModelError: The model's layers can't be run one at a time, or it has no scores at all.
     """
     find("variant", variant, VARIANTS)
     wanted = [find_criterion(name) for name in dict.fromkeys(criteria)]
@@ -85,10 +90,16 @@ def score_layers(
     scores |= work.observed([c for c in wanted if c.kind in ("weights", "states")], count)
     for criterion in wanted:
         if criterion.kind == "passes":
-            own = criterion.variant(variant)
-            scores[criterion.name] = criterion.load().score(work.walk, work.text(criterion), own, alive)
+            with work.may_refuse(criterion.name):
+                own = criterion.variant(variant)
+                scores[criterion.name] = criterion.load().score(work.walk, work.text(criterion), own, alive)
     scores |= work.tried([criterion for criterion in wanted if criterion.kind == "trial"])
-    return {criterion.name: scores[criterion.name] for criterion in wanted}
+    for criterion in wanted:
+        if criterion.name not in scores:
+            logger.warning("%s is left out: %s", criterion.name, work.without_scores[criterion.name])
+    if wanted and not scores:
+        raise next(iter(work.without_scores.values()))
+    return {criterion.name: scores[criterion.name] for criterion in wanted if criterion.name in scores}
 
 
 def choose_layers(
@@ -181,6 +192,15 @@ class _Work:
     variant: str
     alive: list[int]
     lengths: list[int]
+    without_scores: dict[str, UnsupportedModelError] = field(default_factory=dict)
+
+    @contextmanager
+    def may_refuse(self, name: str) -> Iterator[None]:
+        """Note that a criterion has no scores for the model, and go on with the others."""
+        try:
+            yield
+        except UnsupportedModelError as error:
+            self.without_scores[name] = error
 
     @cached_property
     def walk(self) -> LayerWalk:
@@ -205,7 +225,11 @@ class _Work:
             run_pass(self.walk, self.text(of_states[0]), list(observers.values()), self.alive)
         elif observers:
             read_weights(list(_layers(self.model)), list(observers.values()), self.alive)
-        return {name: observer.scores() for name, observer in observers.items()}
+        scores = {}
+        for name, observer in observers.items():
+            with self.may_refuse(name):
+                scores[name] = observer.scores()
+        return scores
 
     def tried(self, criteria: Sequence[Criterion]) -> dict[str, Scores]:
         """Scores by criteria that run the model without a layer or a block."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
 from ..errors import CutError
+from ..layer_ranges import name_layers
 from ..options import DROP, checked, plural
 
 
@@ -48,10 +49,10 @@ def free_layers(
     """
     free = {i for i in range(protect_first, num_layers - protect_last) if i not in protected}
     if count > len(free):
+        needed = f", and the architecture needs {name_layers(sorted(protected))}" if protected else ""
         raise CutError(
             f"can't drop {count} of {num_layers} layers: only {len(free)} may be dropped "
-            f"(protect_first={protect_first}, protect_last={protect_last}, by architecture {sorted(protected)}); drop "
-            "fewer layers, or protect fewer"
+            f"(protect_first={protect_first}, protect_last={protect_last}{needed}); drop fewer layers, or protect fewer"
         )
     return free
 

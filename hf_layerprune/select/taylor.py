@@ -1,9 +1,9 @@
 """Taylor: the first-order change of the loss if a layer's weights were set to zero.
 
 Original (Shortened LLaMA, arXiv:2402.02834, and arXiv:2411.15558, section 3): `sum_k sum |W_k * dL/dW_k|`, where `L`
-is the mean loss per token over the whole calibration set. Paper (the code of arXiv:2411.15558): the signed `W * dL/dW`
-is summed over batches of ten rows, each with its own mean loss, and the absolute value is taken afterwards. Biases are
-left out.
+is the mean loss per token over the whole calibration set. Paper (the code of arXiv:2411.15558): `L` is the sum of the
+mean losses of batches of ten rows, so `n` full batches give `n` times the score and the same order. The weights of
+norms are included; biases are not.
 
 A forward pass keeps the input of each layer. A backward pass then goes through the layers from the last to the first:
 it runs a layer again on all batches, sums the gradients of its weights, and passes the gradient of its input on to the

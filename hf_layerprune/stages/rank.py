@@ -31,6 +31,7 @@ Opened = tuple[Any, "CalibrationSet | None", Target | None]
 if TYPE_CHECKING:
     from ..calibration.rows import CalibrationSet
     from ..runtime.walk import LayerWalk
+    from ..select.registry import Criterion
     from ..select.scores import Scores
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def rank(request: RankRequest) -> Ranking:
     protected = families.protected_layers(config)
     count = 1 if request.drop is None else drop_count(request.drop, n)
     # What is refused is refused before a weight is read.
-    free = {criterion.name: free_layers(n, count, *criterion.protection(request), protected) for criterion in criteria}
+    free = _free(request, criteria, n, count, protected)
     source = Path(request.base).expanduser()
     if request.output is not None:
         check_target(request.output.expanduser(), source, request.force, replaces=_OURS)
@@ -130,6 +131,23 @@ def rank(request: RankRequest) -> Ranking:
     return ranking
 
 
+def _free(
+    request: RankRequest, criteria: Sequence[Criterion], n: int, count: int, protected: Collection[int]
+) -> dict[str, set[int]]:
+    """The layers that each criterion may drop. Of several criteria, those that may not drop enough are left out."""
+    free, refused = dict[str, set[int]](), dict[str, CutError]()
+    for criterion in criteria:
+        try:
+            free[criterion.name] = free_layers(n, count, *criterion.protection(request), protected)
+        except CutError as error:
+            refused[criterion.name] = error
+    if not free:
+        raise next(iter(refused.values()))
+    for name, why in refused.items():
+        logger.warning("%s is left out: %s", name, why)
+    return free
+
+
 def _scored(
     request: RankRequest, opened: Opened, n: int, count: int, free: Mapping[str, set[int]], protected: Collection[int]
 ) -> tuple[dict[str, Scores], dict[str, list[int]]]:
@@ -152,9 +170,9 @@ def _scored(
         return score.pick(count, free[name], request.contiguous)
 
     if target is None:
-        return scores, {name: pick(name, count) for name in names}
+        return scores, {name: pick(name, count) for name in scores}
     return scores, {
-        name: target.choose(n, find_criterion(name), request, protected, partial(pick, name)) for name in names
+        name: target.choose(n, find_criterion(name), request, protected, partial(pick, name)) for name in scores
     }
 
 

@@ -120,7 +120,7 @@ class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
     output: Path | None = option(None, "Folder for scores.json and the plots", PATH, positional=True)
     criteria: list[str] | tuple[str, ...] = option(
         ("all",),
-        "Criteria to compute, separated by commas; all means every one but auto",
+        "Criteria to compute, separated by commas; all means every one but auto, without those that the model has no scores for",
         Kind(_parse_criteria, _check_criteria, "C"),
         choices="criterion",
         flag="criterion",
