@@ -147,6 +147,10 @@ def test_bytes_are_counted() -> None:
     model.lm_head.weight = model.model.embed_tokens.weight
     assert decode_bytes(model, 1, 0) == everything - table  # a tied table is read as the head
     assert cache_bytes(tiny_model("mamba2")) == 0
+    sliding = tiny_model("gemma2")  # half of its layers keep no more than their window
+    held = sliding(input_ids=torch.ones(3, 40, dtype=torch.long), use_cache=True).past_key_values.layers
+    read = decode_bytes(sliding, 3, 40) - decode_bytes(sliding, 3, 0)
+    assert read == sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
     odd = tiny_model("modernbert-decoder")  # whose `get_decoder` is a part of its head
     assert decode_bytes(odd, 1, 0) == cost.weight_bytes(odd)
     seeing = tiny_model("gemma3")  # whose tower reads images, not what is written behind them

@@ -65,7 +65,7 @@ def decode_bytes(model: PreTrainedModel, batch: int, tokens: int) -> float:
     read = {id(one): one.nbytes for part in (text_model(model), head) if part is not None for one in part.parameters()}
     if head is None or getattr(head, "weight", None) is not table.weight:
         read.pop(id(table.weight), None)
-    return sum(read.values()) + batch * tokens * cache_bytes(model)
+    return sum(read.values()) + (batch * tokens * cache_bytes(model, tokens) if tokens else 0)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -74,9 +74,12 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def cache_bytes(model: PreTrainedModel) -> float:
-    """Size of the key-value cache in bytes per token, measured on a short text; 0 for a model without such a cache."""
-    output = model(input_ids=torch.ones(1, _TOKENS, dtype=torch.long, device=model.device), use_cache=True)
+def cache_bytes(model: PreTrainedModel, tokens: int = _TOKENS) -> float:
+    """Size of the key-value cache in bytes per token, measured on so many tokens; 0 for a model without such a cache.
+
+    Layers with a sliding window stop growing, so a long text takes less per token than a short one.
+    """
+    output = read_prompt(model, torch.ones(1, tokens, dtype=torch.long, device=model.device))
     layers = getattr(getattr(output, "past_key_values", None), "layers", ())
     tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)) / _TOKENS
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)) / tokens
