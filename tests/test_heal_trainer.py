@@ -123,13 +123,13 @@ def test_an_engine_that_rounds_what_passes_it(llama: Bench) -> None:
         loss = trainer.compute_loss(model, batch)
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-        found.append((loss.item(), gradients))
+        found.append((loss.item(), gradients, trainer._metrics["train"].pop("kd")))
         trainer.model.zero_grad()
     assert found[0][0] == found[1][0]
     assert found[0][0] != torch.tensor(found[0][0]).bfloat16().item()
     assert found[0][1].keys() == found[1][1].keys() == tuned(trainer).keys()
     assert all(torch.equal(gradient, found[1][1][name]) for name, gradient in found[0][1].items())
-    assert trainer._metrics["train"]["kd"][0] == trainer._metrics["train"]["kd"][1]
+    assert found[0][2] == found[1][2]
 
 
 @pytest.mark.skipif(not hasattr(base_trainer, "Version"), reason="this TRL asks for no version")
@@ -172,6 +172,21 @@ def test_teacher_on_completions_or_on_all_tokens(llama: Bench) -> None:
     # Where all tokens are completion, there is no difference.
     settings = {"loss": "kd", "completion_only_loss": False}
     assert llama.losses(**settings) == pytest.approx(llama.losses(kd_tokens="completion", **settings))
+
+
+@pytest.mark.parametrize("loss", ["kd", "ce+kd"])
+def test_logged_parts_are_means_over_tokens(llama: Bench, loss: str) -> None:
+    """However the rows of a step, which differ in length, are divided into batches."""
+    logs = []
+    for size, steps in ((4, 1), (1, 4)):
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 2}
+        trainer = llama.trainer(loss=loss, **settings)
+        trainer.train()
+        logs.append([[log[name] for name in ("ce", "kd")] for log in trainer.state.log_history[:2]])
+        for log in trainer.state.log_history[:2]:
+            parts = {"kd": log["kd"], "ce+kd": (log["ce"] + log["kd"]) / 2}
+            assert log["loss"] == pytest.approx(parts[loss], rel=1e-4)
+    assert logs[1] == [pytest.approx(one, rel=1e-3) for one in logs[0]]
 
 
 # --- rows and steps -----------------------------------------------------------------------------------

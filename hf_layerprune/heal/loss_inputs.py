@@ -109,3 +109,19 @@ def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
 
     # `generate` and the trainer inspect the signature of forward.
     model.forward = types.MethodType(functools.wraps(type(model).forward)(forward), model)
+
+
+class _TokenMean(float):
+    """A mean over tokens, to which others can be added: batches differ in how many they have."""
+
+    total: float
+    tokens: float
+
+
+def add_to_mean(means: list[Any], total: float, tokens: float) -> None:
+    """Make the mean in a list of TRL's, which logs the mean of the list, that of these tokens and all before."""
+    before = [mean for mean in means if isinstance(mean, _TokenMean)]
+    total, tokens = total + sum(mean.total for mean in before), tokens + sum(mean.tokens for mean in before)
+    mean = _TokenMean(total / max(tokens, 1))
+    mean.total, mean.tokens = total, tokens
+    means[:] = [mean]

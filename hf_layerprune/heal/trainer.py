@@ -28,7 +28,7 @@ from .config import HealConfig
 from .data import has_images
 from .features import FeaturePhase, leave_parameters_out, phased
 from .halving import Halving
-from .loss_inputs import LossInputs, compute_in_forward
+from .loss_inputs import LossInputs, add_to_mean, compute_in_forward
 from .methods import parse_method
 from .placement import (
     autocast_where_it_is,
@@ -379,12 +379,12 @@ class HealTrainer(SFTTrainer):
         *values, labelled, taught, seen = self.accelerator.gather_for_metrics(sums[None]).sum(0).tolist()
         found, metrics = dict(zip(known, values, strict=True)), self._metrics[mode]
         if "correct" in found:
-            metrics["mean_token_accuracy"].append(found["correct"] / max(labelled, 1))
+            metrics["mean_token_accuracy"].append(found["correct"] / max(labelled, 1))  # a mean of batches, as TRL's
         if "kd" in found:
-            metrics["ce"].append(found["ce"] / max(labelled, 1))
-            metrics["kd"].append(found["kd"] / max(taught, 1))
+            add_to_mean(metrics["ce"], found["ce"], labelled)
+            add_to_mean(metrics["kd"], found["kd"], taught)
         if "features" in found:
-            metrics["features"].append(found["features"] / max(seen, 1))
+            add_to_mean(metrics["features"], found["features"], seen)
         if mode == "train":
             self._total_train_tokens += int(seen)
         metrics["num_tokens"] = [self._total_train_tokens]
