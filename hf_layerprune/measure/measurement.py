@@ -13,7 +13,7 @@ from ..records.figures.metric_names import BYTES, SECONDS, metric_named
 from ..runtime.devices import pick_device
 from .paired import PairedDifference, compare_pairs, require_statistics
 from .requests import BenchRequest, EvalRequest
-from .store import Store
+from .store import Store, check_output
 from .subject import Subject, describe, identify
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class Measurement:
     """
 
     def __init__(self, request: EvalRequest | BenchRequest) -> None:
+        if request.output is not None:  # before weights are hashed
+            check_output(request.output.expanduser())
         if request.base is not None:
             require_statistics()
         self.model = identify(request.model, request.revision)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..errors import CutError
 from ..families import text_config
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
@@ -74,6 +73,8 @@ def windows_of(ids: Sequence[int], length: int, begin: Sequence[int]) -> torch.T
     Raises:
         CutError: The special tokens leave no room for text.
     """
+    import torch
+
     own = length - len(begin)
     if own < 1:
         raise CutError(f"{length} tokens are {len(begin)} special tokens and no text; use {len(begin) + 1} or more")

@@ -20,7 +20,6 @@ from ..heal.frontier import Expected, Frontier
 from ..layer_ranges import parse_layers
 from ..options import COUNTED_BY, CutOptions, declared, just, refuse_unused, spell_count, take, words_of
 from ..records.curve import quality_of
-from ..repair.fit import check_repair
 from ..runtime.loading import load_config
 from ..runtime.windows import context_of
 from ..select.registry import find_criterion
@@ -66,11 +65,11 @@ def advise(request: AdviseRequest) -> Advice:
         CheckpointError: The model or the curve can't be read, or the output exists.
         UnsupportedModelError: The architecture is not proven, or can't be healed, or its layers can't be timed.
     """
+    if request.output is not None:  # at once: before torch is imported
+        check_file_target(request.output.expanduser(), force=request.force)
     from ..cut.sizes import Sizes
     from ..heal.student import cut_of
 
-    if request.output is not None:
-        check_file_target(request.output.expanduser(), force=request.force)
     config = load_config(request.base, revision=request.revision)
     families.check_supported(config)
     families.check_stage(config, "heal")
@@ -193,6 +192,8 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
 
 def _takes(config: Any, repair: str) -> bool:
     """Whether a model type has layers for a repair."""
+    from ..repair.fit import check_repair
+
     try:
         check_repair(config, [], 2, repair)
     except LayerPruneError:

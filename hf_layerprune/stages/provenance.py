@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.rows import load_calibration
 from ..cut.gguf import gguf_texts
 from ..errors import CheckpointError
 from ..files.hub import Repo
@@ -90,6 +89,8 @@ def is_text(recorded: dict[str, Any], request: PruneRequest | RankRequest) -> bo
     file = Path(request.calibration.partition(":")[0]).expanduser()
     if "fingerprint" not in recorded or recorded.get("images") or not file.is_file():
         return True
+    from ..calibration.rows import load_calibration  # imports torch
+
     rows = load_calibration(
         request.calibration,
         load_tokenizer(request.base, revision=request.revision),

@@ -117,7 +117,9 @@ def prune_to(request: PruneRequest) -> Pruned:
         UnsupportedModelError: The architecture is not proven.
         CheckpointError: The base can't be read, or the output can't be written.
     """
-    output = Path(request.output)
+    output, source = Path(request.output), Path(request.base).expanduser()
+    if not is_gguf_name(output):  # at once: before the Hub is asked, torch is imported, and layers are chosen
+        check_target(output.expanduser(), source, request.force)
     curve: dict[str, Any] | None = None
     if request.from_curve is not None and request.drop_layers is None:
         from .curve import point_of
@@ -131,8 +133,7 @@ def prune_to(request: PruneRequest) -> Pruned:
         from ..cut.base import Base
 
         hub = Base.open(request.base, request.revision)
-    source = hub.folder if hub else Path(request.base).expanduser()
-    check_target(output.expanduser(), source, request.force)  # before minutes are spent on choosing layers
+        source = hub.folder
     config = load_config(hub.folder) if hub else load_config(request.base, revision=request.revision)
     _check_family(request, config)
     dropped, prepared, target = _choose(request, config)

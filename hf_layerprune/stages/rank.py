@@ -70,8 +70,12 @@ def rank(request: RankRequest) -> Ranking:
         CheckpointError: The base or the calibration set can't be read, or the output can't be written.
         UnsupportedModelError: The architecture is not proven, or its layers can't be run one at a time.
     """
+    source = Path(request.base).expanduser()
+    if request.output is not None:  # at once: before torch is imported
+        check_target(request.output.expanduser(), source, request.force, replaces=_OURS)
     from ..runtime.walk import LayerWalk
     from ..runtime.windows import check_context
+    from ..select.runner import choose_layers
 
     criteria = [find_criterion(name) for name in request.criteria]
     config = load_config(request.base, revision=request.revision)
@@ -89,11 +93,6 @@ def rank(request: RankRequest) -> Ranking:
     count = 1 if request.drop is None else drop_count(request.drop, n)
     # What is refused is refused before a weight is read.
     free = {criterion.name: free_layers(n, count, *criterion.protection(request), protected) for criterion in criteria}
-    source = Path(request.base).expanduser()
-    if request.output is not None:
-        check_target(request.output.expanduser(), source, request.force, replaces=_OURS)
-    from ..select.runner import choose_layers
-
     start = time.perf_counter()
     model, calibration, target = opened = _open(request, [name for name in free if name != "auto"], count)
     if target is not None:  # what blocks are scored at: the number of layers that go if the last ones do
