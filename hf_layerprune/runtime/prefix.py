@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..families.layout import DecoderStack, find_decoder_layers, find_final_norm, find_output_head
-from .parts import hidden_of, hooked, layer_stub, replaced_forward, returned
+from .parts import hidden_of, hooked, input_device, layer_stub, replaced_forward, returned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,8 +86,7 @@ class Prefix:
         # How many values each layer returns, see [`returned`]; known once the prefix has run.
         self.returns: list[int | None] = [None] * depth
         self._hidden: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
-        table: Any = model.get_input_embeddings()
-        self._device: torch.device = table.weight.device
+        self._device = input_device(model)
         self._state: torch.Tensor | None = None
         self._ids: torch.Tensor | None = None  # those of the state
         self._skipping = ExitStack()
