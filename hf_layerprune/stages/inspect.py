@@ -174,8 +174,8 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     if anatomy.tied:
         untied = left + anatomy.embeddings
         lines.append(
-            f"lm_head stays tied by default. Tuning it (tune_lm_head=True) would untie it and add {anatomy.embeddings:,} "
-            f"parameters: {untied:,}, {untied / anatomy.total:.1%} of the base"
+            "The output head stays tied by default. With tune_lm_head=True, it becomes a matrix of its own: "
+            f"{untied:,} parameters in all, {untied / anatomy.total:.1%} of the base"
             + (", more than the base itself." if untied > anatomy.total else ".")
         )
     return "\n".join(lines)
