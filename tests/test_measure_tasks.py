@@ -232,6 +232,11 @@ def test_bad_texts(tmp_path: Path) -> None:
         windows("short", byte_tokenizer(), 1)
     with pytest.raises(LayerPruneError, match=r"text nowhere\.txt does not exist; specify a file, or wikitext2"):
         find_text("nowhere.txt")
+    with pytest.raises(LayerPruneError, match="is a folder; specify a file"):
+        find_text(str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(LayerPruneError, match="holds rows, and perplexity is measured on plain text"):
+        find_text(str(tmp_path / "rows.jsonl"))
     with pytest.raises(LayerPruneError, match=r"wikitext2 can't be downloaded: .*; specify a file with --text"):
         find_text("wikitext2")
     with pytest.raises(LayerPruneError, match="into different tokens"):

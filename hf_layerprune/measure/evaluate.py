@@ -97,6 +97,8 @@ class _Evaluation(Measurement):
     def __init__(self, request: EvalRequest) -> None:
         super().__init__(request)
         self.request = request
+        if request.answers is not None and request.answers.exists() and not request.answers.is_dir():
+            raise CutError(f"{request.answers} is a file; specify a folder for --answers")
         self.vocabulary = self.model.vocabulary()
         self.tokenizer = self.model.tokenizer()
         self.base_tokenizer, self.base_reads_with = self.tokenizer, self.model

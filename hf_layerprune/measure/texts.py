@@ -57,9 +57,12 @@ def find_text(name: str) -> Text:
     """
     path = Path(name).expanduser()
     if path.is_file():
+        if path.suffix in (".json", ".jsonl"):
+            raise CutError(f"{name} holds rows, and perplexity is measured on plain text; specify a .txt file")
         return read_text(path)
     if name != WIKITEXT2:
-        raise CutError(f"text {name} does not exist; specify a file, or {WIKITEXT2}")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CutError(f"text {name} {what}; specify a file, or {WIKITEXT2}")
     repo, config, split = _WIKITEXT2
     with boundary(f"{WIKITEXT2} can't be downloaded", "specify a file with --text", LayerPruneError):
         from datasets import load_dataset

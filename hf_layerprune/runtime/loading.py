@@ -50,6 +50,11 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
         return str(path.parent), path.name
     if path.is_dir():
         if gguf_file is None and not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise CheckpointError(
+                    f"{path} is an adapter, and not a whole model; merge it into its base first: load it with "
+                    "AutoPeftModelForCausalLM, and save what merge_and_unload() returns"
+                )
             raise CheckpointError(
                 f"{path} has no config.json, so it is not a model folder; specify a folder that has one"
             )

@@ -16,6 +16,7 @@ from ...records.declared import CARD
 from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, TEMPLATES, holds_weights
 from ...records.licences import is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
+from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
 from ..card.writing import ASSETS, EVAL_RESULTS, PICTURES, is_our_result
 from ..requests import PushRequest
@@ -70,10 +71,8 @@ def find_model(request: PushRequest) -> Path:
         CheckpointError: There is no model, or no adapter.
     """
     folder = request.model.expanduser()
-    if folder.is_file():
-        raise CheckpointError(f"{folder} is a file; specify a model folder written by hf-layerprune prune")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist; specify a model folder")
+        Lineage.required(folder)  # which says what it is
     if not request.adapter_only:
         return folder
     for place in (folder, folder / "adapter"):
