@@ -75,7 +75,7 @@ class Lineage:
         """
         lineage = cls.of(folder)
         if lineage is None:
-            if not folder.is_dir():
+            if name is None and not folder.is_dir():
                 what = "is a file" if folder.exists() else "does not exist"
                 raise CheckpointError(f"{folder} {what}; specify a model folder written by hf-layerprune prune")
             raise CheckpointError(
