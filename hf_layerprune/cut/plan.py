@@ -181,12 +181,11 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
         weight_map |= {item.new.name: target for item in items}
     index = None
     if weights.index is not None:
-        index = weights.index | {"weight_map": weight_map}
-        if "metadata" in index:
-            every = [item.new for items in kept.values() for item in items]
-            gone = sum(one.elements for header in weights.headers.values() for one in header.tensors)
-            gone -= sum(one.elements for one in every)
-            index["metadata"] = _index_metadata(index["metadata"], None if weights.skipped else gone, every)
+        every = [item.new for items in kept.values() for item in items]
+        gone = sum(one.elements for header in weights.headers.values() for one in header.tensors)
+        gone -= sum(one.elements for one in every)
+        metadata = _index_metadata(weights.index.get("metadata", {}), None if weights.skipped else gone, every)
+        index = weights.index | {"weight_map": weight_map, "metadata": metadata}
     shapes = {item.new.name: item.new.shape for items in kept.values() for item in items}
     return WeightsPlan(prefix, tuple(shards), index, names, shapes)
 
@@ -326,9 +325,7 @@ _PLAIN = {"F64", "F32", "F16", "BF16"}
 
 def _index_metadata(old: dict[str, Any], gone: int | None, kept: Sequence[Tensor]) -> dict[str, Any]:
     """The index's metadata, less the elements that are gone; `None` if not all files were opened."""
-    new = dict(old)
-    if "total_size" in new:
-        new["total_size"] = sum(tensor.size for tensor in kept)
+    new = dict(old) | {"total_size": sum(tensor.size for tensor in kept)}
     total = new.pop("total_parameters", None)
     # Packed weights have fewer elements than parameters, so the old number is reduced where it can be.
     if gone is not None and type(total) is int and total >= gone:

@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
-# Files of a checkpoint: no pickles, and no second copy of the weights in another format.
-CHECKPOINT_FILES = [
-    "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "LICENSE*", "NOTICE*", "USE_POLICY*",
-]  # fmt: skip
 UNPACKED = "bfloat16"  # the type of a model that is unpacked from a GGUF file
 # Causal masks, which older versions of transformers saved with each layer. Not every class that had them ignores them.
 _OLD_MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
