@@ -232,6 +232,9 @@ def test_bad_texts(tmp_path: Path) -> None:
         windows("short", byte_tokenizer(), 1)
     with pytest.raises(LayerPruneError, match=r"text nowhere\.txt does not exist; specify a file, or wikitext2"):
         find_text("nowhere.txt")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(LayerPruneError, match=r"rows\.jsonl holds rows, and --text takes a plain text"):
+        find_text(str(tmp_path / "rows.jsonl"))
     with pytest.raises(LayerPruneError, match=r"wikitext2 can't be downloaded: .*; specify a file with --text"):
         find_text("wikitext2")
     with pytest.raises(LayerPruneError, match="into different tokens"):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CutError, LayerPruneError, boundary
 from ..files import text_file
+from ..files.data_sets import SUFFIXES
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,10 @@ def read_text(path: Path) -> Text:
     """Read a `.txt` file.
 
     Raises:
-        LayerPruneError: It is empty, or not UTF-8.
+        LayerPruneError: It is empty, not UTF-8, or holds rows of JSON.
     """
+    if path.suffix.lower() in SUFFIXES:  # the perplexity of their JSON says little about a model
+        raise LayerPruneError(f"{path} holds rows, and --text takes a plain text; write their texts into a .txt file")
     text = text_file.read_text(path)
     if not text.strip():
         raise LayerPruneError(f"{path} is empty; put a text into it to measure perplexity on")
