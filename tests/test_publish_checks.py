@@ -145,6 +145,9 @@ def test_licences_that_allow(folder: Path) -> None:
     assert not (folder / "NOTICE").exists()
     (folder / "LICENSE").unlink()
     assert "a copy of it must accompany the model" in refusals(folder, "org/Llama-small")
+    (folder / "LICENSE").write_text("META LLAMA 3 COMMUNITY LICENSE AGREEMENT")
+    edit_base(folder, {"license": "llama3"})
+    assert refusals(folder, "org/Llama-3-small") == ""
     edit_base(folder, {"license": "other", "license_name": "qwen-research"})
     (folder / "LICENSE").write_text("Qwen RESEARCH LICENSE AGREEMENT")
     assert refusals(folder) == ""

@@ -155,7 +155,7 @@ def _licence(contents: Contents, request: PushRequest) -> Outcome:
         return
     if row.forbidden:
         raise CheckpointError(f"{row.title}: {row.forbidden}{at}")
-    if row.prefix and not name.startswith(row.prefix):
+    if row.prefix and not name.replace("-", " ").startswith(row.prefix):  # a name on the Hub has no spaces
         text = (
             f"{row.title}: the model's name must begin with “{row.prefix}”, and {name!r} does not; push it to "
             f"{namespace}/{row.prefix.replace(' ', '-')}-..."
