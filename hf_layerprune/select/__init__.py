@@ -27,13 +27,15 @@ __all__ = ["ALL", "CRITERIA", "drop_count", "find_criterion", "needs_model", "se
 
 
 def needs_model(choice: CutOptions) -> bool:
-    """Whether the choice needs the model itself, and not just its number of layers and their sizes.
+    """Whether choosing the layers takes the model itself, and not just their number and sizes.
 
     Raises:
         CutError: The criterion does not exist.
     """
-    looks = choice.budget is not None or choice.target == "target_speedup"
-    return looks or find_criterion(choice.criterion).needs != "count"
+    if choice.drop_layers is not None:
+        return False
+    measured = choice.budget is not None or choice.target == "target_speedup"
+    return measured or find_criterion(choice.criterion).needs != "count"
 
 
 def select_layers(

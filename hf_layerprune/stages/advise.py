@@ -143,7 +143,7 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     families.check_stage(config, "rank")  # for the criterion, and to be timed layer by layer
     n, length = families.layer_count(config), min(_LENGTH, context_of(config) or _LENGTH)
     curve = curve_in(request.from_curve.expanduser(), request).points if request.from_curve is not None else None
-    seconds = forward_seconds(open_walk(request, open_base(request)), length)  # to read a token on this machine
+    seconds = forward_seconds(open_walk(request, *open_base(request)), length)  # to read a token on this machine
     counts = _counts(config, curve)
     repairable = [frontier for frontier in Frontier.every() if _takes(config, frontier.source["heal"]["repair"])]
     frontier, tokens = _best(repairable or Frontier.every(), request.minutes * 60, seconds, counts[-1] / n)

@@ -63,21 +63,13 @@ class Anatomy:
 
 
 def inspect_model(request: InspectRequest) -> Anatomy:
-    """Count the parameters of a model by part.
+    """Count the parameters of a model by part, from its config alone.
 
     Raises:
         CheckpointError: There is no such model.
         LayerPruneError: It has no language decoder.
     """
-    return inspect_config(load_config(request.model, revision=request.revision))
-
-
-def inspect_config(config: PreTrainedConfig) -> Anatomy:
-    """Count the parameters of a model by part, from its config alone.
-
-    Raises:
-        LayerPruneError: The config is of a model without a language decoder.
-    """
+    config = load_config(request.model, revision=request.revision)
     try:
         model = model_without_weights(config)
     except Exception as error:  # each model's class raises what it likes

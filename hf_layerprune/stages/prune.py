@@ -62,11 +62,6 @@ class Pruned:
         return f"{kind} {name_layers(self.dropped)} of {self.layers}: {left} left, in {self.output}"
 
 
-def looks_at_model(request: PruneRequest) -> bool:
-    """Whether the layers are chosen by a criterion that looks at the dense model."""
-    return request.drop_layers is None and needs_model(request)
-
-
 def settings_of(request: PruneRequest, dropped: list[int]) -> dict[str, Any]:
     """What decides the outcome, for the lineage."""
     settings: dict[str, Any] = {"drop_layers": dropped}
@@ -178,7 +173,7 @@ def _check_family(request: PruneRequest, config: PreTrainedConfig) -> None:
 
 def _choose(request: PruneRequest, config: PreTrainedConfig) -> tuple[list[int], Prepared | None, Target | None]:
     """The layers to drop, with what a dense model was walked for, or with the target that decided their number."""
-    if looks_at_model(request):
+    if needs_model(request):
         # The repair looks at the same model and the same text, so it is fitted here as well.
         prepared = _prepare(request, None)
         return prepared.drop_layers, prepared, None
@@ -229,7 +224,7 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
         )
     if os.path.lexists(output) and not request.force:
         raise CheckpointError(f"{output} exists; replace it with --force, or choose another file")
-    if looks_at_model(request):
+    if needs_model(request):
         dropped = _prepare(request, None).drop_layers  # looks at the dequantised model
     elif request.drop_layers is not None:
         dropped = request.drop_layers
@@ -267,10 +262,12 @@ def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target |
     return Target("target_size", request.target_size, left, each, spell_bytes)
 
 
-def _dtype(request: PruneRequest, gguf: bool) -> Any:
+def _dtype(request: PruneRequest) -> Any:
+    """The type in which the base is loaded, as `from_pretrained` takes it."""
     import torch
 
-    name = UNPACKED if request.dtype == "auto" and gguf else request.dtype
+    unpacks = request.dtype == "auto" and resolve_base(request.base)[1] is not None
+    name = UNPACKED if unpacks else request.dtype
     return name if name == "auto" else getattr(torch, name)
 
 
@@ -294,8 +291,7 @@ def _prepare(request: PruneRequest, dropped: list[int] | None) -> Prepared:
     """Choose the layers, where none are given, and fit the repair, from a dense model walked layer by layer."""
     from ..adapter.pruning import look_at_dense
 
-    dtype = _dtype(request, resolve_base(request.base)[1] is not None)
-    return look_at_dense(_config(request, dropped), {"revision": request.revision, "dtype": dtype})
+    return look_at_dense(_config(request, dropped), {"revision": request.revision, "dtype": _dtype(request)})
 
 
 def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> str | None:
@@ -303,8 +299,7 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
     from ..cut.memory import drop_layers
     from ..families.layout import find_decoder_layers
 
-    _, gguf_file = resolve_base(request.base)
-    model = load_base(request.base, revision=request.revision, dtype=_dtype(request, gguf_file is not None))
+    model = load_base(request.base, revision=request.revision, dtype=_dtype(request))
     if getattr(model, "is_quantized", False):
         raise CutError(
             f"the weights of {request.base} are quantised and stay so when they are loaded, so --dtype can't convert them; "
@@ -354,10 +349,7 @@ def _adapter(request: PruneRequest, dropped: list[int], folder: Path, prepared: 
     """Save the plan, the tail that will be tuned, and what the repair changed. Returns the base's commit."""
     from ..adapter.pruning import prune_prepared
 
-    config = _config(request, dropped)
-    _, gguf_file = resolve_base(request.base)
-    dtype = _dtype(request, gguf_file is not None)
-    model = prune_prepared(config, prepared, whole=request.check, dtype=dtype)
+    model = prune_prepared(_config(request, dropped), prepared, whole=request.check, dtype=_dtype(request))
     model.save_pretrained(str(folder))
     made: Any = model.peft_config["default"]
     if prepared is not None and prepared.repair is not None:

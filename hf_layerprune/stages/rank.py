@@ -29,6 +29,8 @@ WalkRequest = RankRequest | AdviseRequest
 Opened = tuple[Any, "CalibrationSet | None", Target | None]
 
 if TYPE_CHECKING:
+    import torch
+
     from ..calibration.rows import CalibrationSet
     from ..runtime.walk import LayerWalk
     from ..select.scores import Scores
@@ -163,18 +165,15 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> Opened:
 
     Says what it will cost.
     """
-    import torch
-
     from ..adapter.prepare import calibration_of
-    from ..runtime.devices import pick_device
     from ..select.cost import estimate
 
-    model, device = open_base(request), torch.device(pick_device(request.device))
+    model, device = open_base(request)
     # Sizes and times are those of the type in which the base is.
     target = Target.of(request, model.config, request.base, revision=request.revision, model=model, device=device)
     if not any(CRITERIA[name].needs == "text" for name in (*names, *request.criteria)):
         return model, None, target
-    walk = open_walk(request, model)
+    walk = open_walk(request, model, device)
     cost = estimate(
         walk, request.calibration_samples, request.calibration_length, names, count=count, lengths=request.lengths
     )
@@ -183,33 +182,29 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> Opened:
     return walk, calibration_of(request, walk, request.revision), target
 
 
-def open_base(request: WalkRequest) -> Any:
-    """The base that a request names, in the type that it asks for; its device is looked for first."""
-    import torch
-
-    from ..runtime.devices import pick_device
-
-    pick_device(request.device)
-    dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
-    return load_base(request.base, revision=request.revision, dtype=dtype)
-
-
-def open_walk(request: WalkRequest, model: Any) -> LayerWalk:
-    """A model on the device that a request names, to be run layer by layer.
+def open_base(request: WalkRequest) -> tuple[Any, torch.device]:
+    """Load a request's base in the requested type, and return it with the device that will run its layers.
 
     Raises:
-        CutError: The device can't be used.
+        CutError: The device can't be used. Nothing was loaded.
     """
     import torch
 
     from ..runtime.devices import pick_device
+
+    device = torch.device(pick_device(request.device))
+    dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
+    return load_base(request.base, revision=request.revision, dtype=dtype), device
+
+
+def open_walk(request: WalkRequest, model: Any, device: torch.device) -> LayerWalk:
+    """Prepare the model from [`open_base`] to be run layer by layer on that device."""
     from ..runtime.precision import in_fast_precision
     from ..runtime.walk import LayerWalk
 
-    place = torch.device(pick_device(request.device))
-    if request.dtype == "auto" and place.type == "cpu":
+    if request.dtype == "auto" and device.type == "cpu":
         in_fast_precision(model)
-    return LayerWalk(model, device=None if place.type == "cpu" else place)
+    return LayerWalk(model, device=None if device.type == "cpu" else device)
 
 
 def _write(ranking: Ranking, folder: Path, num_layers: int) -> None:
