@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError
 from ..families.layout import find_decoder_layers
@@ -18,7 +20,7 @@ from ..layer_ranges import name_layers
 from ..options import CutOptions, find, just, take
 from ..runtime.walk import LayerWalk
 from . import budget
-from .passes import Observer, read_weights, run_pass
+from .passes import Observer, run_pass
 from .registry import ALL, CRITERIA, ORIGINAL, PAPER, VARIANTS, Criterion, find_criterion
 from .scores import Choice, Scores
 from .sets import drop_count, free_layers, neighbours, rounds
@@ -193,18 +195,21 @@ class _Work:
 
     def observed(self, criteria: Sequence[Criterion], count: int) -> dict[str, Scores]:
         """Scores by criteria that observe the dense model, all in one pass."""
-        num_layers = len(_layers(self.model))
+        layers = _layers(self.model)
         observers: dict[str, Observer] = {
             criterion.name: criterion.load().observer(
-                criterion, criterion.variant(self.variant), num_layers, self.lengths or [count]
+                criterion, criterion.variant(self.variant), len(layers), self.lengths or [count]
             )
             for criterion in criteria
         }
         of_states = [criterion for criterion in criteria if criterion.kind == "states"]
         if of_states:
             run_pass(self.walk, self.text(of_states[0]), list(observers.values()), self.alive)
-        elif observers:
-            read_weights(list(_layers(self.model)), list(observers.values()), self.alive)
+        else:  # weights can also be read from a model whose layers can't be run one at a time
+            with torch.no_grad():
+                for i in self.alive:
+                    for observer in observers.values():
+                        observer.weights(i, layers[i])
         return {name: observer.scores() for name, observer in observers.items()}
 
     def tried(self, criteria: Sequence[Criterion]) -> dict[str, Scores]:
