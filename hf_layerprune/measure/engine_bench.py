@@ -50,9 +50,8 @@ class EngineBench(Recorder):
         cost = {one.weights: _cost(self.paths[one.weights]) for one in self.subjects}
         for subject in self.subjects:
             found = cost[subject.weights]
-            self.where[subject.weights] = {"dtype": timed.dtype, "device": timed.device}
-            role = "dense" if subject is self.base and subject.role == "model" else subject.role
-            self.store.add_model(subject, role=role, layers=found.layers, parameters=found.parameters)
+            where = {"dtype": timed.dtype, "device": timed.device}
+            self.add_model(subject, found.layers, found.parameters, where)
         self.store.versions[self.engine.name] = timed.version
         self.machine = {"engine": self.engine.name, "weights": timed.dtype, **timed.settings}
         for work, runs in timed.runs.items():

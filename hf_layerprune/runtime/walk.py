@@ -106,7 +106,7 @@ class LayerWalk:
     @property
     def reloads_weights(self) -> bool:
         """Whether each pass over the layers has to load their weights again."""
-        size = sum(parameter.nbytes for parameter in self.model.parameters())
+        size = self.model.get_memory_footprint(return_buffers=False)
         return self._streams or size > psutil.virtual_memory().available // 2
 
     def begin(self, input_ids: torch.Tensor, media: Mapping[str, torch.Tensor] | None = None) -> Batch:
