@@ -59,13 +59,11 @@ def select_layers(
     if choice.target is not None:
         if target is None:
             raise CutError(f"{choice.target} needs the sizes of the layers; use choose_layers, or pass the target")
-        return target.choose(
-            num_layers,
-            criterion,
-            choice,
-            protected,
-            lambda count: select_layers(num_layers, take(CutOptions, choice, **just(count)), protected),
-        )
+
+        def pick(count: int) -> list[int]:
+            return select_layers(num_layers, take(CutOptions, choice, **just(count)), protected)
+
+        return pick(target.choose(num_layers, criterion, choice, protected, pick))
     count = drop_count(choice.drop, num_layers)
     free = free_layers(num_layers, count, *criterion.protection(choice), protected)
     order = criterion.load().order(num_layers, count, choice.seed, choice.variant)

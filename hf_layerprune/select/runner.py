@@ -130,14 +130,20 @@ def choose_layers(
         target = target or Target.of(choice, dense.config, dense.name_or_path, model=dense, device=device)
         assert target is not None, "there is one"
         model = _walk(model) if criterion.needs == "text" else model
-        chosen: Choice = target.choose(num_layers, criterion, choice, protected, of)
+        made: dict[int, Choice] = {}
+
+        def pick(count: int) -> list[int]:
+            made[count] = of(count)
+            return made[count].drop_layers
+
+        chosen = made[target.choose(num_layers, criterion, choice, protected, pick)]
         chosen.details["target"] = target.record(chosen.drop_layers)
         return chosen
     if choice.budget is not None:
         free = free_layers(num_layers, 1, *criterion.protection(choice), protected)
-        pick = None if criterion.kind == "choice" else lambda text, count: tuple(of(count, text).drop_layers)
+        by_criterion = None if criterion.kind == "choice" else lambda text, count: tuple(of(count, text).drop_layers)
         walk = model = _walk(model)
-        return budget.choose(walk, _text(calibration, criterion), free, choice, pick)
+        return budget.choose(walk, _text(calibration, criterion), free, choice, by_criterion)
     count = drop_count(choice.drop, num_layers)
     free = free_layers(num_layers, count, *criterion.protection(choice), protected)
     if criterion.needs == "text":

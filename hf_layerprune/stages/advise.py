@@ -268,8 +268,7 @@ def _for_target(request: AdviseRequest, config: Any) -> int:
     assert target is not None, "there is a target"
     n, options = families.layer_count(config), take(CutOptions, request, **just(1))
     criterion = find_criterion("reverse_order")
-    chosen = target.choose(n, criterion, options, families.protected_layers(config), lambda k: list(range(n - k, n)))
-    return len(chosen)
+    return target.choose(n, criterion, options, families.protected_layers(config), lambda k: range(n - k, n))
 
 
 def _passes(settings: dict[str, Any]) -> str:

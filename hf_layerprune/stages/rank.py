@@ -100,7 +100,7 @@ def rank(request: RankRequest) -> Ranking:
     model, calibration, target = opened = _open(request, [name for name in free if name != "auto"], count)
     if target is not None:  # what blocks are scored at: the number of layers that go if the last ones do
         order = sorted(free_layers(n, 1, 0, 0, protected))
-        count = len(target.choose(n, find_criterion("reverse_order"), request, protected, lambda k: order[-k:]))
+        count = target.choose(n, find_criterion("reverse_order"), request, protected, lambda k: order[-k:])
     scores, drops = _scored(request, opened, n, count, free, protected)
     why: dict[str, str] = {}
     found = {name: score.record() for name, score in scores.items()}
@@ -153,11 +153,11 @@ def _scored(
             score.blocks |= more[name].blocks
         return score.pick(count, free[name], request.contiguous)
 
-    if target is None:
-        return scores, {name: pick(name, count) for name in names}
-    return scores, {
-        name: target.choose(n, find_criterion(name), request, protected, partial(pick, name)) for name in names
+    counts = {
+        name: target.choose(n, find_criterion(name), request, protected, partial(pick, name)) if target else count
+        for name in names
     }
+    return scores, {name: pick(name, number) for name, number in counts.items()}
 
 
 def _open(request: RankRequest, names: Sequence[str], count: int) -> Opened:
