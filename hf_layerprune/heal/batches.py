@@ -34,18 +34,19 @@ class Precomputed:
     feature_width: int = 0
 
 
+@dataclass
 class StateCollator:
-    """TRL's collator, which adds the precomputed states of the rows to each batch.
+    """TRL's collator, with the precomputed states of the rows added to each batch.
 
     Args:
         inner (`Callable`): TRL's collator.
         padding_free (`bool`): Whether TRL's collator concatenates the rows instead of padding them.
+        precomputed (`Precomputed`): The states.
     """
 
-    def __init__(self, inner: Callable[[list[dict]], dict[str, Any]], padding_free: bool) -> None:
-        self.inner = inner
-        self.padding_free = padding_free
-        self.precomputed = Precomputed()
+    inner: Callable[[list[dict]], dict[str, Any]]
+    padding_free: bool
+    precomputed: Precomputed = field(default_factory=Precomputed)
 
     def __getstate__(self) -> dict[str, Any]:
         # Where data loader workers are not forked (Python 3.14, macOS, Windows), they get a copy, without the model.

@@ -7,7 +7,6 @@ from them with the dense model's head, chunk by chunk.
 
 from __future__ import annotations
 
-import gc
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +112,6 @@ class Teacher:
         if self._borrowed:
             self._go_home()
         self.model = self._prefix = self._middle = self._output = self.head = None  # type: ignore[assignment]
-        gc.collect()
         free_memory()
         return head
 

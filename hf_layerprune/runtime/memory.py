@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import psutil
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..errors import LayerPruneError
 
@@ -104,6 +103,4 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def free_memory() -> None:
     """Return memory that nothing uses: models in reference cycles, and what the GPU's allocator holds."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    clear_device_cache(garbage_collection=True)

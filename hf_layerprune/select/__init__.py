@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from ..errors import CutError
 from ..options import CutOptions, just, take
 from .registry import ALL, CRITERIA, find_criterion
-from .sets import drop_count, free_layers, lowest_block, neighbours
+from .scores import Scores
+from .sets import drop_count, free_layers
 
 if TYPE_CHECKING:
     from .targets import Target
@@ -67,8 +68,4 @@ def select_layers(
     count = drop_count(choice.drop, num_layers)
     free = free_layers(num_layers, count, *criterion.protection(choice), protected)
     order = criterion.load().order(num_layers, count, choice.seed, choice.variant)
-    if not choice.contiguous:
-        return sorted([i for i in order if i in free][:count])
-    rank = {layer: position for position, layer in enumerate(order)}
-    blocks = neighbours(range(num_layers), count)
-    return lowest_block({block: sum(rank[i] for i in block) for block in blocks}, count, free)
+    return Scores.of_order(criterion.name, choice.variant, order, num_layers).pick(count, free, choice.contiguous)

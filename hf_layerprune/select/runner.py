@@ -83,7 +83,8 @@ def score_layers(
     for criterion in wanted:
         if criterion.kind == "count":
             order = criterion.load().order(num_layers, count, seed, variant)
-            scores[criterion.name] = _ranks(criterion, variant, num_layers, [i for i in order if i in alive])
+            order = [i for i in order if i in alive]
+            scores[criterion.name] = Scores.of_order(criterion.name, criterion.variant(variant), order, num_layers)
     scores |= work.observed([c for c in wanted if c.kind in ("weights", "states")], count)
     for criterion in wanted:
         if criterion.kind == "passes":
@@ -238,13 +239,6 @@ class _Work:
             variant = criterion.variant(self.variant)
             scores[criterion.name] = Scores(criterion.name, variant, tuple(self.alive), by_layer, blocks)
         return scores
-
-
-def _ranks(criterion: Criterion, variant: str, num_layers: int, order: Sequence[int]) -> Scores:
-    ranks: list[float | None] = [None] * num_layers
-    for rank, layer in enumerate(order):
-        ranks[layer] = float(rank)
-    return Scores(criterion.name, criterion.variant(variant), tuple(sorted(order)), layers=ranks)
 
 
 def _text(calibration: CalibrationSet | None, criterion: Criterion) -> CalibrationSet:

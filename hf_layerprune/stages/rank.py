@@ -238,13 +238,9 @@ def draw_ranking(
         for score in scores.values():
             if score.blocks:
                 written.append(folder / f"blocks-{score.criterion}.{kind}")
-                block = drops[score.criterion] if CRITERIA[score.criterion].blocks_only else best_block(score, drops)
-                score_plots.block_scores(score, block, written[-1])
+                drop = drops[score.criterion]
+                # A criterion that also scores single layers may drop no block; the best one of that length is shown.
+                of_length = (block for block in score.blocks if len(block) == len(drop))
+                best = min(of_length, key=score.blocks.__getitem__, default=())
+                score_plots.block_scores(score, drop if CRITERIA[score.criterion].blocks_only else best, written[-1])
     return written
-
-
-def best_block(scores: Scores, drops: Mapping[str, Sequence[int]]) -> Sequence[int]:
-    """The best block of as many layers as would be dropped, for a criterion that also scores single layers."""
-    count = len(drops[scores.criterion])
-    ranked = sorted((score, block) for block, score in scores.blocks.items() if len(block) == count)
-    return ranked[0][1] if ranked else ()
