@@ -127,7 +127,7 @@ def quality_curve(base: str, output: str | os.PathLike[str] | None = None, **opt
 def make_curve(request: RankRequest) -> Curve:
     """Do as `quality_curve` does, for a request."""
     from ..select.budget import check_rows
-    from .provenance import is_text
+    from .provenance import has_same_rows
 
     _check_known(request)
     check_rows(request, request.calibration_samples)
@@ -151,7 +151,7 @@ def make_curve(request: RankRequest) -> Curve:
         record = old
     if len(record["points"]) < up_to:
         _continue(request, record, free, up_to)
-    elif not is_text(record.get("calibration", {}), request):
+    elif not has_same_rows(record.get("calibration", {}), request):
         raise _on_other_rows(request)
     points = record["points"][:up_to]
     curve = Curve(points, record)

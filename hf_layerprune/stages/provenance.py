@@ -63,7 +63,7 @@ def write_lineage(
     lineage.record(folder, entry)
 
 
-def is_base(recorded: dict[str, Any], request: PruneRequest) -> bool:
+def is_same_base(recorded: dict[str, Any], request: PruneRequest) -> bool:
     """Whether the base that a lineage records is the one that a request names, with the same files as now.
 
     A base on the Hub is the same at another commit too, if its config and its weights are.
@@ -82,7 +82,7 @@ def is_base(recorded: dict[str, Any], request: PruneRequest) -> bool:
     return all(before.get(name) == files.get(name) for name in decisive)
 
 
-def is_text(recorded: dict[str, Any], request: PruneRequest | RankRequest) -> bool:
+def has_same_rows(recorded: dict[str, Any], request: PruneRequest | RankRequest) -> bool:
     """Whether the calibration file that a request names still holds the rows that were recorded.
 
     Only files of text are read again: a data set on the Hub is known by its name, and text by the model by its seed.

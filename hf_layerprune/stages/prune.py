@@ -27,7 +27,7 @@ from ..records.names import is_gguf_name, public
 from ..runtime.loading import UNPACKED, is_hub_id, load_base, load_config, load_tokenizer, resolve_base
 from ..select import find_criterion, needs_model, select_layers
 from ..select.targets import Target
-from .provenance import is_base, is_text, write_lineage
+from .provenance import has_same_rows, is_same_base, write_lineage
 from .requests import PruneRequest
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def was_made(request: PruneRequest, folder: Path) -> bool:
     same = settings_of(request, dropped) == recorded and all(
         calibration.get(name, value) == value for name, value in asked.items()
     )
-    if not (same and is_base(lineage.base, request) and is_text(calibration, request)):
+    if not (same and is_same_base(lineage.base, request) and has_same_rows(calibration, request)):
         raise CheckpointError(
             f"{folder} holds a different cut, or one of another base or calibration text; choose another output folder, or "
             "remove it"
@@ -324,7 +324,7 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
 
 def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: Prepared | None) -> None:
     """Write the same bytes of what stays: nothing is loaded, and of a base on the Hub nothing else is fetched."""
-    from ..cut.check import CannotCheckError, check_cut, tell_if_presumed
+    from ..cut.check import CannotCheckError, check_cut, warn_if_unproven
 
     fill(plan, folder, link=request.link, name=Path(request.output).name)
     if request.check:  # before any repair; a cut in memory has been checked already
@@ -333,7 +333,7 @@ def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: 
         except CannotCheckError as error:
             raise CutError(f"--check can't compare the logits: {error}; leave it out") from error
     else:
-        tell_if_presumed(plan.config)
+        warn_if_unproven(plan.config)
     if prepared is not None and prepared.repair is not None:
         _note_plain_cut(prepared, folder)
         values = {(plan.cut.new_index[i], name): v for (i, name), v in prepared.repair.tensors.items()}
