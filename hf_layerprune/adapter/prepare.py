@@ -75,7 +75,7 @@ def prepare(
 
     Args:
         config (`LayerDropConfig`): What to do. Its `drop_layers` is filled in.
-        model (`PreTrainedModel`): The dense model. It is left as it is.
+        model (`PreTrainedModel`): The dense model; left unchanged.
         cut (`LayerCut`, *optional*): The cut that was made in the model already, if any.
         target (`Target`, *optional*): What must be left, if that says how many layers go and is worked out already.
         device (`torch.device`, *optional*): Where layers run, see [`~runtime.walk.LayerWalk`].

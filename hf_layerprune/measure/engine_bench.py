@@ -114,7 +114,7 @@ def _check_same(path: Path, subject: Subject) -> None:
 
 
 class _Weighed:
-    """What theory says a GGUF file takes: each parameter of a layer once a token, and all bytes for each token written."""
+    """The theoretical cost of a GGUF file: all layer parameters per prompt token, and all bytes per generated token."""
 
     def __init__(self, path: Path) -> None:
         header = read_header(path)
@@ -129,7 +129,7 @@ class _Weighed:
 
 
 class _Counted:
-    """What theory says a folder takes: the operations and bytes of a model without weights."""
+    """The theoretical cost of a model folder: operations and bytes, counted on a model without weights."""
 
     def __init__(self, path: Path) -> None:
         import torch

@@ -251,7 +251,7 @@ class Search:
             raise CutError(
                 f"repair={self.repair!r} works for none of the layers that are left; leave it out (repair=None)"
             )
-        # Blocks that can't come up any more leave memory.
+        # Free the maps of blocks that can't be needed again.
         step = min(scored, key=scored.__getitem__)
         gone.add(step)
         cut = known[step]
@@ -295,7 +295,7 @@ class Loss:
     """A loss of quality on the rows for judging, with its standard error over rows.
 
     Args:
-        mean (`float`): Zero for the dense model; grows as quality goes.
+        mean (`float`): Zero for the dense model; larger is worse.
         error (`float`): Its standard error; infinite for a single row.
         rows (`int`): The rows that it was measured on.
     """

@@ -1,7 +1,7 @@
 """Drop just enough layers to meet a target: parameters, bytes of the weight files, memory, or speed.
 
-A target says how many layers go; which ones, the criterion says. Layers may be of unequal size, so what is left is
-measured for the very set that the criterion chooses.
+The target decides how many layers are dropped, and the criterion which ones. Layers may differ in size, so what is left
+is computed for the very set that the criterion chooses.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Target:
         limit (`float`): The most that may be left, in the unit that `left` counts in.
         left (`Callable[[Sequence[int]], float]`): What a cut leaves, by the layers that it drops.
         of_layers (`list[float]`): What each layer takes.
-        spell (`Callable[[float], str]`): An amount for people.
+        spell (`Callable[[float], str]`): Formats an amount for messages.
         device (`str`, *optional*): Where the model was timed, if it was.
     """
 
@@ -120,7 +120,7 @@ class Target:
         Args:
             num_layers (`int`): How many layers the model has.
             criterion (`Criterion`): How they are chosen.
-            options (`ChoiceOptions`): Which of them may go.
+            options (`ChoiceOptions`): Which of them may be dropped.
             protected (`Collection[int]`): Layers that the architecture requires to stay.
             pick (`Callable[[int], Sequence[int]]`): The layers that the criterion drops, by their number. It is called
                 once for each number that is tried.

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def write_lineage(
     request: PruneRequest, entry: dict[str, Any], commit: str | None, folder: Path, hub: Base | None
 ) -> None:
-    """Record a cut: its base, with what that declares, and what was done.
+    """Record a cut: its base, what the base declares about itself, and what was done.
 
     Args:
         request (`PruneRequest`): What was asked for.

@@ -172,7 +172,7 @@ def _check_family(request: PruneRequest, config: PreTrainedConfig) -> None:
 
 
 def _choose(request: PruneRequest, config: PreTrainedConfig) -> tuple[list[int], Prepared | None, Target | None]:
-    """The layers to drop, with what a dense model was walked for, or with the target that decided their number."""
+    """The layers to drop; what was computed from the dense model, if it was needed; the target that set their number."""
     if needs_model(request):
         # The repair looks at the same model and the same text, so it is fitted here as well.
         prepared = _prepare(request, None)
@@ -288,7 +288,7 @@ def _config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig
 
 
 def _prepare(request: PruneRequest, dropped: list[int] | None) -> Prepared:
-    """Choose the layers, where none are given, and fit the repair, from a dense model walked layer by layer."""
+    """Run the dense model layer by layer to choose the layers, unless they are given, and to fit the repair."""
     from ..adapter.pruning import look_at_dense
 
     return look_at_dense(_config(request, dropped), {"revision": request.revision, "dtype": _dtype(request)})
@@ -323,7 +323,7 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
 
 
 def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: Prepared | None) -> None:
-    """Write the same bytes of what stays: nothing is loaded, and of a base on the Hub nothing else is fetched."""
+    """Copy the bytes of the tensors that stay. No model is loaded, and no more is downloaded of a base on the Hub."""
     from ..cut.check import CannotCheckError, check_cut, warn_if_unproven
 
     fill(plan, folder, link=request.link, name=Path(request.output).name)
@@ -341,7 +341,7 @@ def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: 
 
 
 def _note_plain_cut(prepared: Prepared, folder: Path) -> None:
-    """Note what the weights were before their repair, so that the numbers of that cut can stand beside."""
+    """Record the hash of the weights before the repair, by which the card finds the numbers of the plain cut."""
     prepared.record["repair"]["input_weights"] = passing_weights_hash(folder)
 
 

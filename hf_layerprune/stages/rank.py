@@ -161,10 +161,7 @@ def _scored(
 
 
 def _open(request: RankRequest, names: Sequence[str], count: int) -> Opened:
-    """The model, walked where a criterion looks at its states, the calibration set, and what must be left.
-
-    Says what it will cost.
-    """
+    """Open the model (as a `LayerWalk` if a criterion needs text), the calibration set and the target; log the cost."""
     from ..adapter.prepare import calibration_of
     from ..select.cost import estimate
 
