@@ -94,11 +94,10 @@ def put_back(prefix: Prefix, model: PreTrainedModel) -> None:
     """Restore the frozen layers; where the device has no room for them, move the whole model to the CPU."""
     try:
         prefix.restore()
+        return
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    else:
-        return
     logger.warning(
         "%s has no room for the frozen layers during training: the model was moved to the CPU, where it can be saved",
         model.device,
