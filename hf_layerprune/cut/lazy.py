@@ -116,6 +116,7 @@ def load_pruned(
     if saved is not None:
         setattr(model, SAVED, saved)
         logger.info("loaded %s without %s of %d", base, name_layers(cut.drop), n)
+    # Without a name, `from_pretrained` has loaded no generation settings.
     if kwargs.get("generation_config") is None and model.can_generate() and hasattr(model, "adjust_generation_fn"):
         unset = dict.fromkeys(_HUB) | {"force_download": False, "local_files_only": False, "subfolder": ""}
         trust = kwargs.get("trust_remote_code", False)

@@ -30,9 +30,11 @@ Opened = tuple[Any, "CalibrationSet | None", Target | None]
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
     from ..calibration.rows import CalibrationSet
     from ..runtime.walk import LayerWalk
+    from ..select.registry import Criterion
     from ..select.scores import Scores
 
 logger = logging.getLogger(__name__)
@@ -73,23 +75,14 @@ def rank(request: RankRequest) -> Ranking:
         UnsupportedModelError: The architecture is not proven, or its layers can't be run one at a time.
     """
     from ..runtime.walk import LayerWalk
-    from ..runtime.windows import check_context
 
+    # What is refused is refused before a weight is read.
     criteria = [find_criterion(name) for name in request.criteria]
     config = load_config(request.base, revision=request.revision)
-    families.check_supported(config)
-    if any(criterion.needs == "text" for criterion in criteria):
-        families.check_stage(config, "rank")
-        check_context(config, request.calibration_length, "calibration_length")
-        check_source(request.calibration)
+    _check(request, config, criteria)
     n = families.layer_count(config)
-    if request.budget is not None and any(criterion.name != "auto" for criterion in criteria):
-        raise CutError(
-            f"{request.budget} is for --curve or --criterion auto; specify one of them, or a drop or target"
-        )
     protected = families.protected_layers(config)
     count = 1 if request.drop is None else drop_count(request.drop, n)
-    # What is refused is refused before a weight is read.
     free = {criterion.name: free_layers(n, count, *criterion.protection(request), protected) for criterion in criteria}
     source = Path(request.base).expanduser()
     if request.output is not None:
@@ -130,6 +123,21 @@ def rank(request: RankRequest) -> Ranking:
         with new_folder(request.output, force=request.force, apart_from=source, replaces=_OURS) as folder:
             _write(ranking, folder, n)
     return ranking
+
+
+def _check(request: RankRequest, config: PreTrainedConfig, criteria: Sequence[Criterion]) -> None:
+    """Refuse a model, a text or options that the criteria can't use."""
+    from ..runtime.windows import check_context
+
+    families.check_supported(config)
+    if any(criterion.needs == "text" for criterion in criteria):
+        families.check_stage(config, "rank")
+        check_context(config, request.calibration_length, "calibration_length")
+        check_source(request.calibration)
+    if request.budget is not None and any(criterion.name != "auto" for criterion in criteria):
+        raise CutError(
+            f"{request.budget} is for --curve or --criterion auto; specify one of them, or a drop or target"
+        )
 
 
 def _scored(
