@@ -195,7 +195,13 @@ class Prefix:
             tensors = (module._parameters | module._buffers).items()
             module._parameters, module._buffers = {name: None for name, tensor in tensors if tensor is None}, {}
             # Optimizers read `weight`. Unlike empty parameters, these are neither saved nor split over devices.
-            vars(module).update({name: tensor.new_empty(0) for name, tensor in tensors if tensor is not None})
+            vars(module).update(
+                {
+                    name: torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                    for name, tensor in tensors
+                    if tensor is not None
+                }
+            )
         self._move("cpu")
 
     def state_dict(self) -> dict[str, torch.Tensor]:
