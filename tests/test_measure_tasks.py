@@ -17,7 +17,7 @@ from hf_layerprune import CutError, LayerPruneError
 from hf_layerprune.measure import harness, tasks
 from hf_layerprune.measure.tasks import PAPER, LocalTask, read_task, read_tasks, task_set
 from hf_layerprune.measure.texts import Text, check_same_tokens, find_text, windows
-from hf_layerprune.runtime.windows import begins_with
+from hf_layerprune.runtime.windows import special_prefix
 
 from .measure_models import byte_tokenizer, write_tasks
 
@@ -204,7 +204,7 @@ def test_windows_follow_each_other(tmp_path: Path) -> None:
 
 def test_windows_begin_as_the_tokenizer_does() -> None:
     tokenizer = byte_tokenizer(bos=True)
-    assert begins_with(tokenizer) == (1,)
+    assert special_prefix(tokenizer) == (1,)
     rows, begun = windows("abcdefgh" * 10, tokenizer, 9)
     assert begun
     assert rows.shape == (10, 9)

@@ -68,15 +68,12 @@ def check_tensors(name: str, config: PreTrainedConfig, shapes: Mapping[str, Coll
             )
         raise CheckpointError(f"{name} {problem}") from error
     model, info = loaded
-    missing = info["missing_keys"]
-    if packed:
-        missing = _missing_though_packed(missing, shapes, model)
-    known = info | {"missing_keys": missing}
     if packed:  # packed weights have other names and shapes
-        known |= {"unexpected_keys": [], "mismatched_keys": []}
+        _check(name, _missing_though_packed(info["missing_keys"], shapes, model))
+        return
     # If only the text part of a larger model is built, the weights of the other parts are not used.
     within = "" if type(part) is type(config) else find_decoder_layers(model).path + "."
-    check_complete(name, known, within=within, remark="names in the pruned model")
+    _check(name, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"], within)
 
 
 def _check_names(
@@ -90,12 +87,14 @@ def _check_names(
     if find_decoder_layers(model).path + "." != prefix:
         return
     missing = [key for key in model.state_dict() if key not in names and key not in model.all_tied_weights_keys]
-    lost = {
-        "missing_keys": _missing_though_packed(missing, names, model),
-        "unexpected_keys": [],
-        "mismatched_keys": [],
-    }
-    check_complete(name, lost, remark="names in the pruned model")
+    _check(name, _missing_though_packed(missing, names, model))
+
+
+def _check(
+    name: str, missing: Collection[str], unexpected: Collection[str] = (), mismatched: Any = (), within: str = ""
+) -> None:
+    info = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
+    check_complete(name, info, within=within, remark="names in the pruned model")
 
 
 def _missing_though_packed(missing: Collection[str], names: Collection[str], model: PreTrainedModel) -> list[str]:

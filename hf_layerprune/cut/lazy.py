@@ -30,7 +30,7 @@ from ..layer_ranges import name_layers
 from ..runtime.loading import check_complete, check_config_of, is_hub_id, resolve_base
 from ..runtime.model_class import auto_class_of, model_class_of
 from .base import Base
-from .check import tell_if_presumed
+from .check import warn_if_unproven
 from .folder import check_index, find_weights, read_json
 from .memory import kept_slices, rehearse
 from .plan import new_names
@@ -94,7 +94,7 @@ def load_pruned(
             kwargs["quantization_config"] = families.cut_quantization(settings, config, cut)
         # Makes the checks of a cut in memory, before any weight is read.
         saved, _ = rehearse(model_class, config, pruned, cut)
-        tell_if_presumed(config)
+        warn_if_unproven(config)
 
     with ExitStack() as stack:
         state = _open_slices(source, config, cut, variant, stack, disable_mmap)
@@ -116,6 +116,7 @@ def load_pruned(
     if saved is not None:
         setattr(model, SAVED, saved)
         logger.info("loaded %s without %s of %d", base, name_layers(cut.drop), n)
+    # Without a name, `from_pretrained` has loaded no generation settings.
     if kwargs.get("generation_config") is None and model.can_generate() and hasattr(model, "adjust_generation_fn"):
         unset = dict.fromkeys(_HUB) | {"force_download": False, "local_files_only": False, "subfolder": ""}
         trust = kwargs.get("trust_remote_code", False)

@@ -92,9 +92,9 @@ def windows(
         CutError: Windows are too short to predict anything in.
         LayerPruneError: The text is too short for one window.
     """
-    from ..runtime.windows import begins_with, windows_of
+    from ..runtime.windows import special_prefix, windows_of
 
-    begin = begins_with(tokenizer)
+    begin = special_prefix(tokenizer)
     if length < 2:
         raise CutError(f"a window of {length} tokens is too short; give --length 2 or more")
     if most is not None:  # tokens average far fewer than 64 characters, so this part is enough

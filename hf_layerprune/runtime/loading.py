@@ -246,7 +246,7 @@ def load_processor(model: str | Path, **kwargs: Any) -> ProcessorMixin:
 
 
 def chats(talker: PreTrainedTokenizerBase | ProcessorMixin) -> bool:
-    """Whether a tokenizer or a processor has a chat template that needs no name; several may have none of them."""
+    """Whether a tokenizer or a processor has a default chat template; one with several named ones may have none."""
     template = talker.chat_template
     return "default" in template if isinstance(template, dict) else template is not None
 

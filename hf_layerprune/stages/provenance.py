@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def write_lineage(
     request: PruneRequest, entry: dict[str, Any], commit: str | None, folder: Path, hub: Base | None
 ) -> None:
-    """Record a cut: its base, with what that declares, and what was done.
+    """Record a cut: its base, what the base declares about itself, and what was done.
 
     Args:
         request (`PruneRequest`): What was asked for.
@@ -69,7 +69,7 @@ def _recorded_name(base: str) -> str:
     return str(Path(base).resolve()) if last_part(base) in ("", "..") else base
 
 
-def is_base(recorded: dict[str, Any], request: PruneRequest) -> bool:
+def is_same_base(recorded: dict[str, Any], request: PruneRequest) -> bool:
     """Whether the base that a lineage records is the one that a request names, with the same files as now.
 
     A base on the Hub is the same at another commit too, if its config and its weights are.
@@ -88,7 +88,7 @@ def is_base(recorded: dict[str, Any], request: PruneRequest) -> bool:
     return all(before.get(name) == files.get(name) for name in decisive)
 
 
-def is_text(recorded: dict[str, Any], request: PruneRequest | RankRequest) -> bool:
+def has_same_rows(recorded: dict[str, Any], request: PruneRequest | RankRequest) -> bool:
     """Whether the calibration file that a request names still holds the rows that were recorded.
 
     Only files of text are read again: a data set on the Hub is known by its name, and text by the model by its seed.
