@@ -28,8 +28,8 @@ QUANTISERS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json
 # Beside config and weights, a model consists of its settings and what its tokenizer reads; other files that lie in a
 # folder, such as notes, code and logs, are neither copied nor published.
 _PARTS = {
-    GENERATION, *QUANTISERS, "image_processor_config.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "added_tokens.json", "bpe.codes", "byte_maps.json", "chat_template.jinja",
+    GENERATION, *QUANTISERS, "audio_tokenizer_config.json", "image_processor_config.json", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "added_tokens.json", "bpe.codes", "byte_maps.json", "chat_template.jinja",
     "chat_template.json", "dict.txt", "emoji.json", "entity_vocab.json", "merges.txt", "normalizer.json",
     "prophetnet.tokenizer", "special_tokens_map.json", "target_vocab.json", "tekken.json", "tokenizer.json",
     "tokenizer_config.json", "vocab-src.json", "vocab-tgt.json", "vocab.bpe", "vocab.json", "vocab.txt",
