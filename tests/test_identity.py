@@ -180,5 +180,5 @@ def test_all_that_a_tokenizer_of_transformers_reads_is_part_of_a_model() -> None
     sources = "".join(path.read_text() for path in Path(transformers.__file__).parent.rglob("*token*.py"))
     tables = re.findall(r"VOCAB_FILES_NAMES = {(.*?)}", sources, re.DOTALL)
     names = {name for table in tables for name in re.findall(r': "([^"]+)"', table)}
-    assert {"tokenizer.json", "spiece.model", "tekken.json"} <= names
+    assert {"tokenizer.json", "spiece.model"} <= names
     assert not [name for name in names if not is_part(name)]
