@@ -90,6 +90,14 @@ def test_pruning_twice_keeps_the_history(base: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(tmp_path / "b"), expected(base, [0, 6, 7]))
 
 
+def test_the_working_folder_as_the_base(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(base)
+    assert main(["prune", ".", str(tmp_path / "out"), "--drop", "2"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert json.loads((tmp_path / "out" / "lineage.json").read_text())["base"]["id"] == str(base)
+    assert main(["verify", "out"]) == 0
+
+
 def test_dtype(base: Path, tmp_path: Path) -> None:
     assert main(["prune", str(base), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16

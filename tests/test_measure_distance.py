@@ -192,10 +192,11 @@ def test_batches_halve_where_memory_ends() -> None:
     """The allocator is asked for what no machine has, so the errors are its own."""
     tried = []
 
-    def run(batch: torch.Tensor) -> None:
+    def run(batch: torch.Tensor) -> int:
         tried.append(len(batch))
         if len(batch) > 3:
             torch.empty(1 << 60, dtype=torch.uint8)
+        return len(batch)
 
     assert list(in_batches(torch.zeros(10, 4), 8, run)) == [2, 2, 2, 2, 2]
     assert tried == [8, 4, 2, 2, 2, 2, 2]

@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
-# Files of a checkpoint: no pickles, and no second copy of the weights in another format.
-CHECKPOINT_FILES = [
-    "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "LICENSE*", "NOTICE*", "USE_POLICY*",
-]  # fmt: skip
 UNPACKED = "bfloat16"  # the type of a model that is unpacked from a GGUF file
 # Causal masks, which older versions of transformers saved with each layer. Not every class that had them ignores them.
 _OLD_MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
@@ -255,7 +251,7 @@ def load_processor(model: str | Path, **kwargs: Any) -> ProcessorMixin:
 
 
 def chats(talker: PreTrainedTokenizerBase | ProcessorMixin) -> bool:
-    """Whether a tokenizer or a processor has a chat template that needs no name; several may have none of them."""
+    """Whether a tokenizer or a processor has a default chat template; one with several named ones may have none."""
     template = talker.chat_template
     return "default" in template if isinstance(template, dict) else template is not None
 

@@ -194,7 +194,13 @@ class Prefix:
             tensors = (module._parameters | module._buffers).items()
             module._parameters, module._buffers = {name: None for name, tensor in tensors if tensor is None}, {}
             # Optimizers read `weight`. Unlike empty parameters, these are neither saved nor split over devices.
-            vars(module).update({name: _empty_like(tensor) for name, tensor in tensors if tensor is not None})
+            vars(module).update(
+                {
+                    name: torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                    for name, tensor in tensors
+                    if tensor is not None
+                }
+            )
         self._move("cpu")
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -234,10 +240,6 @@ class Prefix:
                 if parameter is not None:
                     parameter.data = parameter.data.to(device)
             buffers.update({name: buffer.to(device) for name, buffer in buffers.items() if buffer is not None})
-
-
-def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 # --- whether two models are the same at the start ---------------------------------------------------------

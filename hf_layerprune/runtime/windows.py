@@ -47,7 +47,7 @@ def length_within(config: PreTrainedConfig, asked: int | None, default: int, wha
     return asked
 
 
-def begins_with(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def special_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The special tokens that a tokenizer puts before every text: mostly none or one; two in GLM."""
     with_them = tokenizer("a").input_ids
     without = tokenizer("a", add_special_tokens=False).input_ids

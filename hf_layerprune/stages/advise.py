@@ -142,7 +142,7 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     families.check_stage(config, "rank")  # for the criterion, and to be timed layer by layer
     n, length = families.layer_count(config), min(_LENGTH, context_of(config) or _LENGTH)
     curve = curve_in(request.from_curve.expanduser(), request).points if request.from_curve is not None else None
-    seconds = forward_seconds(open_walk(request, open_base(request)), length)  # to read a token on this machine
+    seconds = forward_seconds(open_walk(request, *open_base(request)), length)  # to read a token on this machine
     counts = _counts(config, curve)
     repairable = [frontier for frontier in Frontier.every() if _takes(config, frontier.source["heal"]["repair"])]
     frontier, tokens = _best(repairable or Frontier.every(), request.minutes * 60, seconds, counts[-1] / n)
@@ -269,8 +269,7 @@ def _for_target(request: AdviseRequest, config: Any) -> int:
     assert target is not None, "there is a target"
     n, options = families.layer_count(config), take(CutOptions, request, **just(1))
     criterion = find_criterion("reverse_order")
-    chosen = target.choose(n, criterion, options, families.protected_layers(config), lambda k: list(range(n - k, n)))
-    return len(chosen)
+    return target.choose(n, criterion, options, families.protected_layers(config), lambda k: range(n - k, n))
 
 
 def _passes(settings: dict[str, Any]) -> str:

@@ -133,7 +133,7 @@ def make_curve(request: RankRequest) -> Curve:
         source = Path(request.base).expanduser()
         check_target(request.output.expanduser(), source, force=True, replaces=_OURS)  # an earlier curve goes on
     from ..select.budget import check_rows
-    from .provenance import is_text
+    from .provenance import has_same_rows
 
     _check_known(request)
     check_rows(request, request.calibration_samples)
@@ -157,7 +157,7 @@ def make_curve(request: RankRequest) -> Curve:
         record = old
     if len(record["points"]) < up_to:
         _continue(request, record, free, up_to)
-    elif not is_text(record.get("calibration", {}), request):
+    elif not has_same_rows(record.get("calibration", {}), request):
         raise _on_other_rows(request)
     points = record["points"][:up_to]
     curve = Curve(points, record)
@@ -187,24 +187,21 @@ def _last_point(request: RankRequest, num_layers: int, most: int) -> int:
 
 def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_to: int) -> None:
     """Find and measure the points that are missing."""
-    import torch
-
     from ..adapter.prepare import calibration_of
     from ..cut.sizes import Sizes
-    from ..runtime.devices import pick_device
     from ..select.cost import announce
     from ..select.curve import curve_points
     from ..select.decode_times import DecodeTimes, time_decoding
     from .rank import open_base, open_walk
 
-    model, device = open_base(request), torch.device(pick_device(request.device))
+    model, device = open_base(request)
     sizes = Sizes(model.config, request.base, revision=request.revision)
     if "decode" not in record:
         times = time_decoding(model, sizes.context(request.context, 512), request.batch, device)
         record["decode"] = {"layers": times.layers, "rest": times.rest, "device": times.device}
         record["dense"] = {"parameters": sizes.parameters(), "bytes": sizes.file_bytes()}
     times = DecodeTimes(record["decode"]["layers"], record["decode"]["rest"])
-    walk = open_walk(request, model)
+    walk = open_walk(request, model, device)
     calibration = calibration_of(request, walk, request.revision)
     if record.setdefault("calibration", calibration.record()) != calibration.record():
         raise _on_other_rows(request)
