@@ -87,6 +87,8 @@ def cause_of(error: BaseException) -> str:
         text = one_line(frames[-1].line or "")  # what was asserted
     if not text or not isinstance(error, _PLAIN):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if "above report" in text and os.environ.get("TRANSFORMERS_VERBOSITY") == "error":  # transformers' own, silenced
+        text = f"{text.rstrip('!')}, which TRANSFORMERS_VERBOSITY=warning shows"
     return text if len(text) <= _MOST else text[: _MOST - 3] + "..."
 
 

@@ -386,3 +386,14 @@ def test_an_assertion_without_words_says_what_was_asserted(tmp_path: Path) -> No
     said = r"the task fails: AssertionError: assert len\(tokens\) > 0; omit it"
     with pytest.raises(CheckpointError, match=said), boundary("the task fails", "omit it"):
         answer([])
+
+
+def test_a_report_that_is_silenced_can_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "some issues; look at the above report!"
+    for verbosity, shown in (
+        ("error", "the above report, which TRANSFORMERS_VERBOSITY=warning shows"),
+        ("warning", said),
+    ):
+        monkeypatch.setenv("TRANSFORMERS_VERBOSITY", verbosity)
+        with pytest.raises(CheckpointError, match=f"{shown}$"), boundary("can't load it"):
+            raise RuntimeError(said)

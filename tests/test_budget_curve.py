@@ -251,7 +251,7 @@ def test_a_curve_goes_on_where_it_stopped(
         with pytest.raises(CheckpointError, match="with other options"):
             quality_curve(str(base), tmp_path / "curve", **options | other)
     (tmp_path / "curve" / "notes").write_text("mine")
-    with pytest.raises(CheckpointError, match="holds no curve"):
+    with pytest.raises(CheckpointError, match="holds files that may be yours: notes"):
         quality_curve(str(base), tmp_path / "curve", force=True, **options)
 
 
@@ -260,6 +260,8 @@ def test_a_curve_goes_on_where_it_stopped(
     [
         ({"target_memory": "8GB"}, "has no figures for memory"),
         ({"max_kl": 0.3, "calibration_samples": 5}, "max_kl=0.3 needs a standard error"),
+        ({"drop": 4, "curve_up_to": 2}, "drop=4 is not on the curve, which ends at 2 layers; use curve_up_to=4"),
+        ({"curve_up_to": 40}, r"curve_up_to=40, but only \d of \d layers can be dropped"),
     ],
 )
 def test_what_a_curve_can_not_answer_is_refused_before_it_is_made(

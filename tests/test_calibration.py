@@ -68,7 +68,15 @@ def test_rows_begin_as_the_tokenizer_does(tmp_path: Path) -> None:
     assert found[:, 1:].equal(without)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_a_byte_order_mark_is_no_text(tokenizer: Any, tmp_path: Path) -> None:
+    text = "".join(f"line {i}\n" for i in range(200))
+    for name, encoding in (("a.txt", "utf-8"), ("b.txt", "utf-8-sig")):
+        (tmp_path / name).write_text(text, encoding=encoding)
+    one, two = (load_calibration(str(tmp_path / name), tokenizer, samples=9, length=64) for name in ("a.txt", "b.txt"))
+    assert one.fingerprint == two.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "ndjson", "JSONL"])
 def test_documents_are_joined(kind: str, tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / f"rows.{kind}"
     rows = [{"text": "no", "output": f"answer number {i}"} for i in range(100)]
@@ -134,11 +142,13 @@ def test_fingerprint_is_of_tokens_and_shape() -> None:
         ("a.json", b'{"text": "a"}\n{"text": "b"}', "too short"),
         ("a.json", b"", "is empty"),
         ("a.jsonl", b'{"text": " "}\n' * 900, "too short: 0 tokens"),
+        ("a.jsonl", b'{"text": null}\n', "has no text in 'text', but a NoneType"),
+        ("a.md:text", b"text", "is read as one text, without columns; omit :text"),
         ("a.json", b'[{"text": "a"}, 3]', "row 2 has no text in 'text', only a int"),
     ],
 )
 def test_bad_files(name: str, content: bytes, message: str, tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
+    (tmp_path / name.partition(":")[0]).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         load_calibration(str(tmp_path / name), tokenizer, samples=5, length=64)
 
@@ -262,7 +272,7 @@ def test_a_data_set_on_the_hub(tmp_path: Path) -> None:
     assert "validation" not in lines[0]
     assert "alidation other" in lines[1]
     assert "don't evaluate on it" in done.stderr
-    assert "no text in 'number', only text, other, number" in lines[2]
+    assert "no text in 'number', only text, other;" in lines[2]
     assert lines[3].startswith("error can't read calibration org/rows:nosuch")
     assert lines[4].startswith("error can't read calibration org/none")
 

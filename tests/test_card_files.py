@@ -136,6 +136,13 @@ def test_records_that_say_nothing(
     assert not (tmp_path / "README.md").exists()
 
 
+def test_what_is_no_folder_has_no_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes").write_text("mine")
+    for name, what in (("absent", "does not exist"), ("notes", "is a file")):
+        assert main(["card", str(tmp_path / name)]) == 1
+        assert f"{name} {what}; specify a model folder written by hf-layerprune prune" in capsys.readouterr().err
+
+
 # Two authors.
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from hf_layerprune.cut.disk import plan_cut
+from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.cut.memory import drop_layers
 from hf_layerprune.errors import CheckpointError, CutError, UnsupportedModelError
 
@@ -105,7 +106,7 @@ def layer(i: int, **extra: torch.Tensor) -> dict[str, torch.Tensor]:
         "mlp.gate_proj.weight": torch.randn(24, 16, generator=generator).bfloat16(),
         "mlp.up_proj.weight": torch.randn(24, 16, generator=generator).bfloat16(),
         "mlp.down_proj.weight": torch.randn(16, 24, generator=generator).to(torch.float8_e4m3fn),
-        "mlp.down_proj.weight_scale_inv": torch.randn(1, generator=generator),
+        "self_attn.rotary_emb.inv_freq": torch.randn(1, generator=generator),  # as old checkpoints have it
         "input_layernorm.weight": torch.randn(16, generator=generator),
         "post_attention_layernorm.weight": torch.randn(16, generator=generator),
         **extra,
@@ -193,7 +194,7 @@ def test_a_stale_layer_count_under_another_name_does_not_survive(tmp_path):
 
 
 def test_tensors_stay_aligned_when_odd_ones_before_them_go(tmp_path):
-    odd = [layer(i, odd=torch.full((3,), i, dtype=torch.uint8)) for i in range(4)]
+    odd = [layer(i, **{"self_attn.rotary_emb.inv_freq": torch.full((3,), i, dtype=torch.uint8)}) for i in range(4)]
     base = tmp_path / "base"
     make(base, [EMBED | NORM | odd[0] | odd[1] | odd[2] | odd[3]])
     # The safetensors library sorts by width; another writer may not.
@@ -202,7 +203,7 @@ def test_tensors_stay_aligned_when_odd_ones_before_them_go(tmp_path):
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
     notes = header.pop("__metadata__")
-    order = sorted(header, key=lambda name: (not name.endswith(("0.odd", "1.odd", "2.odd", "3.odd")), name))
+    order = sorted(header, key=lambda name: (not name.endswith("inv_freq"), name))
     order.insert(4, order.pop())
     data, entries = b"", {}
     for name in order:
@@ -239,11 +240,13 @@ def test_layers_for_multi_token_prediction_are_dropped_too(tmp_path, caplog):
 def test_the_other_files_of_a_model_go_along(tmp_path):
     base = sharded(tmp_path / "base")
     goes = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE",
-            "NOTICE", "USE_POLICY.md", "merges.txt", "tokenizer.model", "additional_chat_templates/rag.jinja"]  # fmt: skip
+            "NOTICE", "USE_POLICY.md", "merges.txt", "tokenizer.model", "additional_chat_templates/rag.jinja",
+            "MODEL_LICENSE", "third_party_notices.txt", "spm.model", "own.tiktoken"]  # fmt: skip
     stays = ["README.md", "pytorch_model.bin", "pytorch_model.bin.index.json", "a.pt", "a.pth", "a.gguf", "metrics.json",
              "consolidated.00.pth", "consolidated.safetensors", "original/params.json", ".git/config", ".gitattributes",
              "optimizer.pt", "training_args.bin", "trainer_state.json", "rng_state.pth", "params.json",
-             "model.fp16.safetensors", "onnx/model.onnx"]  # fmt: skip
+             "model.fp16.safetensors", "onnx/model.onnx", "model.safetensors.index.fp16.json", "modeling_mine.py",
+             "notes.txt", "all_results.json", "SECURITY.md"]  # fmt: skip
     for name in goes + stays:
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(name)
@@ -257,6 +260,37 @@ def test_the_other_files_of_a_model_go_along(tmp_path):
     assert (target / "vocab.txt").read_text() == "from a cache"
     assert not (target / "vocab.txt").is_symlink()
     assert (target / "LICENSE").read_text() == "LICENSE"
+
+
+def test_an_index_without_metadata_gets_it_as_transformers_does_not_load_it_otherwise(tmp_path):
+    index = sharded(tmp_path / "base") / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    cut_checkpoint(tmp_path / "base", tmp_path / "cut", [1])
+    assert len(tensors(tmp_path / "cut")) == 2 + 3 * len(layer(0))  # also checks the metadata
+
+
+def test_what_a_config_says_about_the_files_of_the_base_does_not_survive(tmp_path):
+    """Which of them are its weights is heeded, on disk and while loading."""
+    dense, base = tiny_model("llama"), tmp_path / "base"
+    dense.save_pretrained(base)
+    (base / "model.safetensors").rename(base / "own.safetensors")
+    tiny_model("llama", 1).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other/model.safetensors", base)
+    code = {"AutoModelForCausalLM": "modeling_mine.Mine"}
+    about = {"_name_or_path": "/home/me/base", "auto_map": code, "transformers_weights": "own.safetensors"}
+    config = json.loads((base / "config.json").read_text()) | about
+    (base / "config.json").write_text(json.dumps(config))
+    cut_checkpoint(base, tmp_path / "cut", [1])
+    assert not about.keys() & json.loads((tmp_path / "cut/config.json").read_text()).keys()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", **EAGER)
+    lazy = load_pruned(base, [1], **EAGER)
+    drop_layers(dense, [1])
+    for model in (again, lazy):
+        assert_same(dict(model.state_dict()), dict(dense.state_dict()))
+    (base / "own.safetensors").unlink()
+    for read in (plan_cut, load_pruned):
+        with pytest.raises(CheckpointError, match=r"has no 'own\.safetensors', which its config names as its weights"):
+            read(base, [1])
 
 
 def test_a_folder_of_links_as_the_hub_cache_has_is_read_and_never_written_to(tmp_path):

@@ -38,6 +38,17 @@ def test_a_weight_that_every_layer_lacks_is_noticed(tmp_path, lost):
         cut_checkpoint(tmp_path / "base", tmp_path / "cut", [1])
 
 
+def test_a_weight_that_the_model_has_no_place_for_is_refused_even_in_every_layer(tmp_path):
+    """As it is when the whole model is loaded: what `prune` makes, `eval` must take."""
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    odd = {f"model.layers.{i}.self_attn.odd": torch.ones(1) for i in range(8)}
+    save_file(load_file(path) | odd, path)
+    for cut in (plan_cut, load_pruned):
+        with pytest.raises(CheckpointError, match=r"no place for: model\.layers\.0\.self_attn\.odd, "):
+            cut(tmp_path / "base", [1])
+
+
 def test_an_expert_weight_that_every_layer_lacks_is_noticed(tmp_path):
     tiny_model("mixtral").save_pretrained(tmp_path / "base")
     path = tmp_path / "base" / "model.safetensors"

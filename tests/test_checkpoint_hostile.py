@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, load_file, save_file
 
 from hf_layerprune.cut.disk import plan_cut
 from hf_layerprune.cut.header import DTYPE_BITS, Tensor, read_header, write_header
+from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.errors import CheckpointError
 
 from .cutting import cut_checkpoint
@@ -270,6 +271,25 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
         index["weight_map"].pop(name) for name in (*EMBED, *layer(0))] and None))  # fmt: skip
     with_index(base, lambda index: index["weight_map"].update({"x": second.name}))
     refused(base, "is in both model-00001.* and model-00002")
+
+
+def test_another_value_of_a_tensor_in_a_second_shard_is_not_passed_over(tmp_path):
+    """transformers takes the last of them, the index names one."""
+    base = sharded(tmp_path / "base")
+    last = base / "model-00004-of-00004.safetensors"
+    save_file(load_file(last) | {name: -tensor for name, tensor in EMBED.items()}, last)
+    for read in (plan_cut, load_pruned):
+        with pytest.raises(
+            CheckpointError, match=r"embed_tokens.* is in (both|model-00004.*places it in) model-00001"
+        ):
+            read(base, [1])
+
+
+def test_an_adapter_beside_a_model_is_refused(tmp_path):
+    """transformers would load the base that the adapter names, and not the weights of this folder."""
+    base = sharded(tmp_path / "base")
+    (base / "adapter_config.json").write_text('{"base_model_name_or_path": "org/other"}')
+    refused(base, "holds adapter_config.json beside config.json, and loaders would apply the adapter")
 
 
 def test_two_sets_of_weights_are_refused(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_layerprune import drop_layers
+from hf_layerprune import LayerDropConfig, drop_layers
 from hf_layerprune.cli import main
 
 from .limits import largest_file
@@ -90,6 +90,14 @@ def test_pruning_twice_keeps_the_history(base: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(tmp_path / "b"), expected(base, [0, 6, 7]))
 
 
+def test_the_working_folder_as_the_base(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(base)
+    assert main(["prune", ".", str(tmp_path / "out"), "--drop", "2"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert json.loads((tmp_path / "out" / "lineage.json").read_text())["base"]["id"] == str(base)
+    assert main(["verify", "out"]) == 0
+
+
 def test_dtype(base: Path, tmp_path: Path) -> None:
     assert main(["prune", str(base), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
@@ -120,6 +128,21 @@ def test_force_replaces_and_nothing_else_does(base: Path, tmp_path: Path, capsys
     assert main(["prune", str(base), str(out), "--drop", "3", "--force"]) == 0
     assert AutoConfig.from_pretrained(out).num_hidden_layers == 5
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "words", [["prune"], ["prune", "--repair", "borrow"], ["rank"], ["rank", "--curve"], ["advise"]], ids=" ".join
+)
+def test_an_output_that_is_taken_is_told_before_torch_is_imported(
+    base: Path, tmp_path: Path, words: list[str]
+) -> None:
+    (tmp_path / "notes").write_text("mine")
+    command = [words[0], str(base), str(tmp_path), *words[1:]]
+    script = f"import sys; from hf_layerprune.cli import main; print(main({command}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "1 False\n", done.stderr
+    assert str(tmp_path) in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("target", ["same", "inside", "link", "file"])
@@ -154,9 +177,11 @@ def bad_bases(tmp_path: Path) -> dict[str, Path]:
     tiny_config("diffllama").save_pretrained(refused)
     weightless = tmp_path / "weightless"
     tiny_config("llama").save_pretrained(weightless)
+    adapter = tmp_path / "adapter"
+    LayerDropConfig(drop_layers=[1]).save_pretrained(adapter)
     return {
         "empty": empty, "encoder": encoder, "vision": vision, "broken": broken, "text": text, "refused": refused,
-        "weightless": weightless, "absent": tmp_path / "absent",
+        "weightless": weightless, "absent": tmp_path / "absent", "adapter": adapter,
     }  # fmt: skip
 
 
@@ -164,6 +189,7 @@ def bad_bases(tmp_path: Path) -> dict[str, Path]:
     ("which", "message"),
     [
         ("empty", "has no config.json"),
+        ("adapter", "is an adapter, and not a whole model; merge it"),
         ("encoder", "it is an encoder"),
         ("vision", "not among the"),
         ("broken", "config.json is not JSON"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from safetensors.torch import load_file, save_file
 
 from hf_layerprune.cli import main
@@ -17,7 +19,7 @@ from hf_layerprune.errors import CheckpointError
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.store import Store
 from hf_layerprune.measure.subject import identify
-from hf_layerprune.records.fingerprints import identity
+from hf_layerprune.records.fingerprints import identity, is_part
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.locked import locked
 from hf_layerprune.records.metrics import Metrics
@@ -172,3 +174,11 @@ def test_a_lock_that_is_held(cut: Path) -> None:
         pass
     done.set()
     worker.join(60)
+
+
+def test_all_that_a_tokenizer_of_transformers_reads_is_part_of_a_model() -> None:
+    sources = "".join(path.read_text() for path in Path(transformers.__file__).parent.rglob("*token*.py"))
+    tables = re.findall(r"VOCAB_FILES_NAMES = {(.*?)}", sources, re.DOTALL)
+    names = {name for table in tables for name in re.findall(r': "([^"]+)"', table)}
+    assert {"tokenizer.json", "spiece.model"} <= names
+    assert not [name for name in names if not is_part(name)]

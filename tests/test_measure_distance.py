@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from hf_layerprune import LayerDropConfig, LayerPruneError, drop_layers, prune_with
 from hf_layerprune.families.layout import find_decoder_layers
@@ -140,6 +142,18 @@ def test_a_peft_model() -> None:
         assert shared_layers(base, model) == shared
 
 
+@pytest.mark.parametrize("offloaded", [("model.layers",), ("model.embed_tokens", "lm_head")])
+def test_weights_that_accelerate_offloads_make_no_difference(offloaded: tuple[str, ...], tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    parts = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
+    places = {part: "disk" if part in offloaded else "cpu" for part in parts}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert perplexity(model, ROWS).nll == pytest.approx(perplexity(whole, ROWS).nll)
+
+
 def test_models_are_left_as_they_were() -> None:
     base = tiny_model("llama")
     model = pruned(base, [3, 4]).train()
@@ -178,10 +192,11 @@ def test_batches_halve_where_memory_ends() -> None:
     """The allocator is asked for what no machine has, so the errors are its own."""
     tried = []
 
-    def run(batch: torch.Tensor) -> None:
+    def run(batch: torch.Tensor) -> int:
         tried.append(len(batch))
         if len(batch) > 3:
             torch.empty(1 << 60, dtype=torch.uint8)
+        return len(batch)
 
     assert list(in_batches(torch.zeros(10, 4), 8, run)) == [2, 2, 2, 2, 2]
     assert tried == [8, 4, 2, 2, 2, 2, 2]

@@ -213,6 +213,10 @@ def test_a_gguf_file(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_no_question_is_asked_twice(base: Path, cut: Path, tasks: Path, tmp_path: Path) -> None:
     answers = tmp_path / "answers"
+    answers.write_text("a file")
+    with pytest.raises(CutError, match="answers is a file; specify a folder"):
+        measure(cut, tasks, base=str(base), texts=(), answers=answers)
+    answers.unlink()
     first = measure(cut, tasks, base=str(base), texts=(), answers=answers)
     files = sorted(answers.iterdir())
     assert len(files) == 6

@@ -17,7 +17,7 @@ from hf_layerprune import CutError, LayerPruneError
 from hf_layerprune.measure import harness, tasks
 from hf_layerprune.measure.tasks import PAPER, LocalTask, read_task, read_tasks, task_set
 from hf_layerprune.measure.texts import Text, check_same_tokens, find_text, windows
-from hf_layerprune.runtime.windows import begins_with
+from hf_layerprune.runtime.windows import special_prefix
 
 from .measure_models import byte_tokenizer, write_tasks
 
@@ -204,7 +204,7 @@ def test_windows_follow_each_other(tmp_path: Path) -> None:
 
 def test_windows_begin_as_the_tokenizer_does() -> None:
     tokenizer = byte_tokenizer(bos=True)
-    assert begins_with(tokenizer) == (1,)
+    assert special_prefix(tokenizer) == (1,)
     rows, begun = windows("abcdefgh" * 10, tokenizer, 9)
     assert begun
     assert rows.shape == (10, 9)
@@ -232,6 +232,11 @@ def test_bad_texts(tmp_path: Path) -> None:
         windows("short", byte_tokenizer(), 1)
     with pytest.raises(LayerPruneError, match=r"text nowhere\.txt does not exist; specify a file, or wikitext2"):
         find_text("nowhere.txt")
+    with pytest.raises(LayerPruneError, match="is a folder; specify a file"):
+        find_text(str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(LayerPruneError, match=r"rows\.jsonl holds rows, and --text takes a plain text"):
+        find_text(str(tmp_path / "rows.jsonl"))
     with pytest.raises(LayerPruneError, match=r"wikitext2 can't be downloaded: .*; specify a file with --text"):
         find_text("wikitext2")
     with pytest.raises(LayerPruneError, match="into different tokens"):

@@ -100,4 +100,4 @@ def test_another_commit_of_a_base_on_the_hub(
     repo = SimpleNamespace(commit=commit, get=lambda name: None, fingerprint=lambda: files(weights))
     monkeypatch.setattr(provenance.Repo, "open", lambda name, revision: repo)
     recorded = {"id": "org/base", "commit": "a" * 40, "files": files("1")}
-    assert provenance.is_base(recorded, PruneRequest("org/base", "pruned", revision="v2")) is same
+    assert provenance.is_same_base(recorded, PruneRequest("org/base", "pruned", revision="v2")) is same

@@ -145,6 +145,9 @@ def test_licences_that_allow(folder: Path) -> None:
     assert not (folder / "NOTICE").exists()
     (folder / "LICENSE").unlink()
     assert "a copy of it must accompany the model" in refusals(folder, "org/Llama-small")
+    (folder / "LICENSE").write_text("META LLAMA 3 COMMUNITY LICENSE AGREEMENT")
+    edit_base(folder, {"license": "llama3"})
+    assert refusals(folder, "org/Llama-3-small") == ""
     edit_base(folder, {"license": "other", "license_name": "qwen-research"})
     (folder / "LICENSE").write_text("Qwen RESEARCH LICENSE AGREEMENT")
     assert refusals(folder) == ""
@@ -358,7 +361,7 @@ def test_a_folder_in_place_of_a_file(folder: Path, capsys: pytest.CaptureFixture
 
 def test_an_adapter_beside_a_model(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
-    assert "is in the folder of a whole model" in refusals(folder)
+    assert "adapter_config.json beside config.json" in refusals(folder)
 
 
 def test_paths_of_somebodys_disk(folder: Path) -> None:
@@ -404,6 +407,17 @@ def test_without_measurements_it_can_be_pushed_and_says_so(folder: Path) -> None
     (folder / "metrics.json").unlink()
     assert refusals(folder) == ""
     assert "the card will say that nothing was measured" in warnings(folder)
+
+
+def test_a_file_that_was_there_when_it_was_measured_but_is_not_published(folder: Path) -> None:
+    """Measuring again alone would not help."""
+    (folder / "notes.txt").write_text("mine")
+    (folder / "metrics.json").unlink()
+    measure_by_hand(folder)
+    assert "which lacks notes.txt: remove that file and measure again, or publish it with --include" in refusals(
+        folder
+    )
+    assert refusals(folder, include=("notes.txt",)) == ""
 
 
 @pytest.mark.parametrize("words", [

@@ -414,9 +414,11 @@ def test_records_without_a_model_are_only_that(
     )
     assert not verify(card, accept_trained=True).good
 
-    found = verify(card, base=str(tmp_path / "typo"))
-    assert not found.good
-    assert found.verdict.startswith(f"NOT CHECKED: the base of {card} was not found")
+    (tmp_path / "notes").write_text("no model")
+    for name in ("typo", "notes"):
+        found = verify(card, base=str(tmp_path / name))
+        assert not found.good
+        assert found.verdict.startswith(f"NOT CHECKED: the base of {card} was not found")
 
     def broken(change: Callable[[dict[str, Any]], None]) -> str:
         lineage = Lineage.of(tmp_path / "model")

@@ -245,3 +245,21 @@ def test_a_cut_of_a_quantised_base(place, tmp_path, capsys):
     card = Card.of(Lineage.of(cut)).body()
     assert "a quantised transformers checkpoint, like its base (`bitsandbytes, nf4`)" in card
     assert "pip install transformers accelerate 'bitsandbytes>=0.50'" in card
+
+
+def test_an_adapter_whose_base_was_dequantised_in_loading_is_told_why_it_is_not_proven(tmp_path: Path) -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    for name in [name for name in tensors if "proj" in name]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop", "1", "--adapter"]) == 0
+    found = verify(VerifyRequest(str(tmp_path / "cut")))
+    assert not found.good
+    lines = [line.text for line in found.lines if not line.good]
+    assert any("and the base's is F8_E4M3" in line and "dequantised in loading" in line for line in lines), lines

@@ -62,7 +62,7 @@ ARMS = {
     "none": Arm("the cut alone"),
     "paper": Arm("the paper: last layers, head and last 3", drop="last", method="lm_head+last3", rows="answers", pace=20_000),
     "lora": Arm("LoRA on all layers", method="lora", settings=_LORA),
-    "streamline": Arm("LLM-Streamline: stand-in layer, squared error", method=STAND_IN, pace=25_000),
+    "streamline": Arm("LLM-Streamline: replacement layer, squared error", method=STAND_IN, pace=25_000),
     "replaceme": Arm("ReplaceMe: linear map", repair="linear"),
     "prune&comp": Arm("Prune&Comp: rescaling", repair="magnitude"),
     "self-data": Arm("self-data distillation: LoRA on the dense model's answers", method="lora", rows="rewritten",

@@ -1,4 +1,4 @@
-"""LLM-Streamline's stand-in (arXiv:2403.19135): one layer is trained to do what a block of layers does."""
+"""LLM-Streamline's replacement layer (arXiv:2403.19135): one layer is trained to do what a block of layers does."""
 
 from __future__ import annotations
 

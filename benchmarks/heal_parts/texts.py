@@ -94,9 +94,9 @@ def _pages(data: Path, tokenizer: Any) -> list[list[int]]:
 
 
 def _split(ids: list[int], length: int, tokenizer: Any) -> list[list[int]]:
-    from hf_layerprune.runtime.windows import begins_with, windows_of
+    from hf_layerprune.runtime.windows import special_prefix, windows_of
 
-    begin = begins_with(tokenizer)
+    begin = special_prefix(tokenizer)
     return windows_of(ids[len(begin) :] if tuple(ids[: len(begin)]) == begin else ids, length, begin).tolist()
 
 

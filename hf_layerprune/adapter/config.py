@@ -14,7 +14,7 @@ from ..select import registry  # noqa: F401 (enters the criteria among the choic
 
 
 class LayerDropPeftType(StrEnum):
-    """The name of the method in PEFT's mappings, which are looked up by value. PEFT's own enum takes no newcomers."""
+    """The name of the method in PEFT's mappings, which are looked up by value. PEFT's own enum can't be extended."""
 
     LAYER_DROP = "LAYER_DROP"
 
@@ -83,11 +83,11 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
 
     @property
     def is_new(self) -> bool:
-        """Whether the config is for a new adapter, not for one whose weights are loaded next."""
+        """Whether the config is for a new adapter, and not for one whose weights are about to be loaded."""
         return self.inference_mode is None or not (self.inference_mode or self.is_saved)
 
     def renew(self, *, repair: bool = True) -> None:
-        """Forget what was recorded for another adapter, other than its cut.
+        """Forget what was recorded for another adapter, except its cut.
 
         Args:
             repair (`bool`, defaults to `True`): Whether to forget the repair too, so that it is fitted again.

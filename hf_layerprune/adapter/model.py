@@ -178,7 +178,7 @@ class LayerDropModel(BaseTuner):
             self.set_adapter(name, inference_mode=self.peft_config[name].inference_mode)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
-        """Say nothing: a tied head is untied on purpose, see `tied.untie`."""
+        """Skip PEFT's warning: a tied head is untied on purpose, see `tied.untie`."""
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise LayerPruneError("LayerDropConfig takes no target modules; leave target_modules out")
@@ -251,7 +251,7 @@ class LayerDropModel(BaseTuner):
         self.set_adapter(name, inference_mode=self.peft_config[name].inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Do nothing but make the named adapter active: what is tuned are whole modules, which take the place of others."""
+        """Only make the named adapter active: tuned modules are whole copies, which already replace the originals."""
         self._choose(adapter_names)
 
     def _unload_and_optionally_merge(

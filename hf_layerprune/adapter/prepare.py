@@ -55,16 +55,12 @@ class Prepared:
 
 def needs_dense(config: LayerDropConfig) -> bool:
     """Whether anything has to be computed from the dense model before this config's cut can be made."""
-    return _chooses(config) or (config.repair is not None and config.repaired_modules is None)
+    return needs_model(config) or (config.repair is not None and config.repaired_modules is None)
 
 
 def needs_text(config: LayerDropConfig) -> bool:
     """Whether text has to go through the dense model for that."""
     return config.repair is not None or config.budget is not None or find_criterion(config.criterion).needs == "text"
-
-
-def _chooses(config: LayerDropConfig) -> bool:
-    return config.drop_layers is None and needs_model(config)
 
 
 def prepare(
@@ -79,7 +75,7 @@ def prepare(
 
     Args:
         config (`LayerDropConfig`): What to do. Its `drop_layers` is filled in.
-        model (`PreTrainedModel`): The dense model. It is left as it is.
+        model (`PreTrainedModel`): The dense model; left unchanged.
         cut (`LayerCut`, *optional*): The cut that was made in the model already, if any.
         target (`Target`, *optional*): What must be left, if that says how many layers go and is worked out already.
         device (`torch.device`, *optional*): Where layers run, see [`~runtime.walk.LayerWalk`].
@@ -96,7 +92,7 @@ def prepare(
             "weights of this model are offloaded, and choosing layers or fitting a repair reads them; pass no model, so that "
             "prune_with loads the base a layer at a time, or load it without offloading"
         )
-    chooses = _chooses(config)
+    chooses = needs_model(config)
     if not chooses:
         resolve_drop(config, model.config, cut, target)
     if cut is not None or is_made(config, model.config):

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from ..errors import CheckpointError, LayerPruneError, boundary
-from ..files.data_sets import json_files, read_json_files
+from ..files.data_sets import SUFFIXES, json_files, read_json_files
 from ..files.json_rows import read_rows
 from ..files.text_file import MAX_TEXT, read_text
 
@@ -49,7 +49,7 @@ def check_source(source: str) -> None:
     """
     name = source.partition(":")[0]
     path = Path(name).expanduser()
-    named = path.suffix in (".txt", ".json", ".jsonl") or (name.startswith((".", "/", "~")) and not path.is_dir())
+    named = path.suffix.lower() in (".txt", *SUFFIXES) or (name.startswith((".", "/", "~")) and not path.is_dir())
     if named and not path.is_file():
         raise CheckpointError(
             f"calibration file {path} does not exist; specify a .txt or .jsonl file, a data set on the Hub, or self"
@@ -66,8 +66,11 @@ def documents_of(source: str, seed: int) -> Iterator[Document]:
     check_source(source)
     name, _, column = source.partition(":")
     path = Path(name).expanduser()
-    if path.is_file() and path.suffix != ".parquet":
-        documents = _rows(path, column or "text") if path.suffix in (".json", ".jsonl") else _text(path)
+    kind = path.suffix.lower()
+    if path.is_file() and kind != ".parquet":
+        if column and kind not in SUFFIXES:
+            raise CheckpointError(f"calibration file {path} is read as one text, without columns; omit :{column}")
+        documents = _rows(path, column or "text") if kind in SUFFIXES else _text(path)
         Random(seed).shuffle(documents)
         yield from documents
     else:
@@ -96,8 +99,9 @@ def _document(row: Any, column: str, where: str, source: str, folder: Path = Pat
     value: Any = row.get(column) if isinstance(row, dict) else None
     is_chat = isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
     if not (isinstance(value, str) or is_chat):
-        has = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise CheckpointError(f"{where} has no text in {column!r}, only {has}; specify the column: {source}:COLUMN")
+        others = [name for name in row if name != column] if isinstance(row, dict) else [f"a {type(row).__name__}"]
+        has = f"only {', '.join(others)}" if others else f"but a {type(value).__name__}"
+        raise CheckpointError(f"{where} has no text in {column!r}, {has}; specify the column: {source}:COLUMN")
     images: Any = () if is_chat and any(is_image(part) for said in value for part in parts_of(said)) else None
     if beside := next((name for name in IMAGE_COLUMNS if name in row and name != column), None):
         given = row[beside] if isinstance(row[beside], list | tuple) else [row[beside]]

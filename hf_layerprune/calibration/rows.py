@@ -27,7 +27,7 @@ from ..families.multimodal import placeholders
 from ..options import plural
 from ..records.names import public
 from ..runtime.loading import chats
-from ..runtime.windows import begins_with, check_context, windows_of
+from ..runtime.windows import check_context, special_prefix, windows_of
 from .documents import Document, documents_of
 from .images import image_rows
 
@@ -194,7 +194,7 @@ def load_calibration(
         check_vocabulary(calibration, model)
         return calibration
     ids = _tokens(documents, tokenizer, samples * length * _POOL)
-    windows = windows_of(ids, length, begins_with(tokenizer))
+    windows = windows_of(ids, length, special_prefix(tokenizer))
     rows = len(windows)
     if rows < samples:
         fewer = f"calibration_samples={rows}, " if rows else ""

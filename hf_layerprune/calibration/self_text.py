@@ -6,7 +6,6 @@ the tokenizer has no chat template. An end-of-text token does not end a row; sam
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,26 +57,25 @@ def write_text_with(
     draws = torch.rand(samples, length - len(start), generator=torch.Generator().manual_seed(seed))
     size = model.config.get_text_config().vocab_size
     known = min(size, len(tokenizer)) if tokenizer is not None else size  # the rest is padding of the embeddings
-    rows, was_training, generation_config = [], model.training, model.generation_config
+    was_training, generation_config = model.training, model.generation_config
     try:
         model.eval()
         # None of the model's own settings: no repetition penalty, no end-of-text token.
         model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=start[0])
         with progress_bar(total=draws.numel(), unit="token", desc="writing text") as bar:
 
-            def write(part: torch.Tensor) -> None:
+            def write(part: torch.Tensor) -> torch.Tensor:
                 prompt = torch.tensor([start] * len(part), device=model.device)
                 generate: Any = model.generate
-                written = generate(
+                return generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=part.shape[1],
                     do_sample=False,  # the processor below leaves only the sampled token
                     logits_processor=LogitsProcessorList([_Draw(part.to(model.device), len(start), known, bar)]),
-                )
-                rows.append(written.cpu())
+                ).cpu()
 
-            deque(in_batches(draws, _rows_at_once(model, length), write, "write shorter rows"), maxlen=0)
+            return torch.cat([*in_batches(draws, _rows_at_once(model, length), write, "write shorter rows")])
     except (AttributeError, NotImplementedError, TypeError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} can't write its own calibration text ({str(error)[:120]}); specify a text "
@@ -86,7 +84,6 @@ def write_text_with(
     finally:
         model.generation_config = generation_config
         model.train(was_training)
-    return torch.cat(rows)
 
 
 class _Draw(LogitsProcessor):

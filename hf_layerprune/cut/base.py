@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from ..files.copy import FileState
 from ..files.hub import Repo, hub_errors
 from ..files.shards import INDEX, shard_names
 from ..options import plural, spell_bytes
-from ..records.fingerprints import CONFIG, TEMPLATES
-from ..runtime.loading import CHECKPOINT_FILES, is_hub_id
-from .folder import SINGLE, check_index, find_weights, is_companion, read_json
+from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, TEMPLATES, is_part
+from ..runtime.loading import is_hub_id
+from .folder import check_index, find_weights, read_json
 from .header import Header, Tensor, read_header
 
 logger = logging.getLogger(__name__)
@@ -61,6 +60,7 @@ class Base:
                     f"{source} has no {CONFIG}, so it is not a model that can be cut; choose another folder"
                 )
             sizes = {name: file.size for name, file in repo.files.items()}
+            _check_no_adapter(sizes, source)
             return cls(source, repo.get(CONFIG).parent, sizes, repo)
         folder = Path(source).expanduser()
         if not folder.is_dir():
@@ -70,6 +70,7 @@ class Base:
         # Below the top level, only the folder that may hold companion files is listed.
         paths = sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")])
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size if path.is_file() else 0 for path in paths}
+        _check_no_adapter(sizes, str(folder))
         return cls(str(folder), folder, sizes)
 
     def get(self, name: str) -> Path:
@@ -91,12 +92,9 @@ class Base:
         """
         found: list[tuple[str, int]] = []
         for name, size in sorted(self.sizes.items()):
-            if not is_companion(name):
+            if not is_part(name):
                 continue
-            if self.repo:  # other files in the repository are not downloaded
-                if not any(fnmatch(name, pattern) for pattern in CHECKPOINT_FILES):
-                    continue
-            elif not (self.folder / name).is_file():
+            if self.repo is None and not (self.folder / name).is_file():
                 if (self.folder / name).is_symlink() and not (self.folder / name).exists():
                     raise CheckpointError(f"{self.folder / name} is a broken link; is the download complete?")
                 continue
@@ -110,9 +108,23 @@ class Base:
         return found
 
     @property
+    def weights(self) -> str:
+        """The name of the weight file, or of the index that lists several; raises as `find_weights` does."""
+        chosen = read_json(self.folder / CONFIG).get("transformers_weights")
+        return find_weights(self.names, self.name, chosen=chosen)
+
+    @property
     def names(self) -> Collection[str]:
         """Names of the files at the top level."""
         return [name for name in self.sizes if "/" not in name]
+
+
+def _check_no_adapter(names: Collection[str], where: str) -> None:
+    if CONFIG in names and ADAPTER_CONFIG in names:
+        raise CheckpointError(
+            f"{where} holds {ADAPTER_CONFIG} beside {CONFIG}, and loaders would apply the adapter to the base that it names; "
+            "merge the adapter, or move it to a folder of its own"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +185,7 @@ def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] 
     headers = {name: read_header(base.folder / name) for name in names}
     if index is not None:
         mapped = {name: file for name, file in index["weight_map"].items() if file not in skipped}
-        check_index(mapped, headers, f"{base.name}/{INDEX}")
+        check_index(mapped, {name: header.names for name, header in headers.items()}, f"the index of {base.name}")
     return Weights(headers, index, skipped)
 
 
@@ -191,10 +203,11 @@ def read_headers(base: Base) -> Weights:
 
 def _files_of(base: Base) -> tuple[list[str], dict[str, Any] | None]:
     """The names of the weight files, and the index that lists them if there is one."""
-    if find_weights(base.names, base.name) != INDEX:
-        return [SINGLE], None
-    index = read_json(base.get(INDEX))
-    return shard_names(index, f"{base.name}/{INDEX}"), index
+    name = base.weights
+    if not name.endswith(".json"):
+        return [name], None
+    index = read_json(base.get(name))
+    return shard_names(index, f"{base.name}/{name}"), index
 
 
 def _remote_header(base: Base, repo: Repo, name: str) -> Header:

@@ -110,7 +110,7 @@ def check_cut(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
     check_logits(pruned, bypassed_logits(dense, marker["drop_layers"]))
 
 
-def tell_if_presumed(config: PreTrainedConfig) -> None:
+def warn_if_unproven(config: PreTrainedConfig) -> None:
     """Warn, once for each model type, if a cut is not proven with the installed version of transformers."""
     model_type = families.text_config(config).model_type
     version, proven = str(installed("transformers")), proven_versions(*_types(config))

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .. import families
 from ..errors import CheckpointError, cause_of
 from ..families.layout import find_decoder_layers
 from ..runtime.loading import check_complete
@@ -69,21 +68,12 @@ def check_tensors(name: str, config: PreTrainedConfig, shapes: Mapping[str, Coll
             )
         raise CheckpointError(f"{name} {problem}") from error
     model, info = loaded
-    stem = prefix.rpartition(".")[0]
-    missing = info["missing_keys"]
-    if packed:
-        missing = _missing_though_packed(missing, shapes, model)
-    whole = type(part) is type(config)
-    decoder = find_decoder_layers(model).path + "."
-    unexpected = [
-        key
-        for key in info["unexpected_keys"]
-        if (whole or key.startswith(decoder)) and _is_odd(key, shapes, stem, families.layer_count(config))
-    ]
-    known = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": info["mismatched_keys"]}
     if packed:  # packed weights have other names and shapes
-        known |= {"unexpected_keys": [], "mismatched_keys": []}
-    check_complete(name, known, remark="names in the pruned model")
+        _check(name, _missing_though_packed(info["missing_keys"], shapes, model))
+        return
+    # If only the text part of a larger model is built, the weights of the other parts are not used.
+    within = "" if type(part) is type(config) else find_decoder_layers(model).path + "."
+    _check(name, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"], within)
 
 
 def _check_names(
@@ -97,12 +87,14 @@ def _check_names(
     if find_decoder_layers(model).path + "." != prefix:
         return
     missing = [key for key in model.state_dict() if key not in names and key not in model.all_tied_weights_keys]
-    lost = {
-        "missing_keys": _missing_though_packed(missing, names, model),
-        "unexpected_keys": [],
-        "mismatched_keys": [],
-    }
-    check_complete(name, lost, remark="names in the pruned model")
+    _check(name, _missing_though_packed(missing, names, model))
+
+
+def _check(
+    name: str, missing: Collection[str], unexpected: Collection[str] = (), mismatched: Any = (), within: str = ""
+) -> None:
+    info = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
+    check_complete(name, info, within=within, remark="names in the pruned model")
 
 
 def _missing_though_packed(missing: Collection[str], names: Collection[str], model: PreTrainedModel) -> list[str]:
@@ -126,14 +118,6 @@ def _any_form(key: str, forms: Collection[str]) -> bool:
     """Whether another layer has this tensor. The loader's names may have another prefix than the checkpoint's."""
     form = _LAYER.sub(".#.", key)
     return any(form.endswith(other[other.find("#") :]) for other in forms if "#" in other)
-
-
-def _is_odd(key: str, shapes: Collection[str], stem: str, num_layers: int) -> bool:
-    """Whether a tensor is outside the layers, or present in only some of them."""
-    match = _LAYER.search(key)
-    if match is None or not stem:
-        return True
-    return any(f"{key[: match.start()]}.{index}.{key[match.end() :]}" not in shapes for index in range(num_layers))
 
 
 def _gap(names: Collection[str]) -> str | None:

@@ -18,7 +18,7 @@ from ..records.fingerprints import CONFIG
 from ..runtime.loading import load_config
 from .base import Base, read_weights
 from .complete import check_tensors
-from .folder import find_weights, read_json
+from .folder import read_json
 from .plan import CheckpointPlan, new_names, plan_weights
 from .settings import config_fields, quantiser_files, to_bytes
 
@@ -42,7 +42,7 @@ def plan_cut(source: Path | Base, drop_layers: Sequence[int]) -> CheckpointPlan:
     base = source if isinstance(source, Base) else Base.open(source)
     folder = base.folder
     try:
-        find_weights(base.names, base.name)  # before anything else is downloaded
+        base.weights  # noqa: B018 (refused before anything else is downloaded)
         config_file = read_json(folder / CONFIG)
         config = load_config(folder)
         cut = families.make_cut(config, drop_layers)

@@ -80,6 +80,11 @@ class Header:
     metadata: dict[str, str] | None
 
     @property
+    def names(self) -> list[str]:
+        """The names of the tensors."""
+        return [tensor.name for tensor in self.tensors]
+
+    @property
     def size(self) -> int:
         """Size of the file in bytes."""
         return self.version.size

@@ -30,8 +30,8 @@ from ..layer_ranges import name_layers
 from ..runtime.loading import check_complete, check_config_of, is_hub_id, resolve_base
 from ..runtime.model_class import auto_class_of, model_class_of
 from .base import Base
-from .check import tell_if_presumed
-from .folder import find_weights, read_json
+from .check import warn_if_unproven
+from .folder import check_index, find_weights, read_json
 from .memory import kept_slices, rehearse
 from .plan import new_names
 
@@ -94,7 +94,7 @@ def load_pruned(
             kwargs["quantization_config"] = families.cut_quantization(settings, config, cut)
         # Makes the checks of a cut in memory, before any weight is read.
         saved, _ = rehearse(model_class, config, pruned, cut)
-        tell_if_presumed(config)
+        warn_if_unproven(config)
 
     with ExitStack() as stack:
         state = _open_slices(source, config, cut, variant, stack, disable_mmap)
@@ -116,6 +116,7 @@ def load_pruned(
     if saved is not None:
         setattr(model, SAVED, saved)
         logger.info("loaded %s without %s of %d", base, name_layers(cut.drop), n)
+    # Without a name, `from_pretrained` has loaded no generation settings.
     if kwargs.get("generation_config") is None and model.can_generate() and hasattr(model, "adjust_generation_fn"):
         unset = dict.fromkeys(_HUB) | {"force_download": False, "local_files_only": False, "subfolder": ""}
         trust = kwargs.get("trust_remote_code", False)
@@ -209,18 +210,14 @@ def _open_slices(
 
     files = _tensor_files(source, config, variant, handle)
     names, _ = new_names(files, config, cut)
-    source.fetch({files[name] for name in names})
+    needed = {files[name] for name in names}
+    source.fetch(needed)
+    mapped = {name: file for name, file in files.items() if file in needed}
+    check_index(mapped, {file: handle(file).keys() for file in sorted(needed)}, f"the index of {source.name}")
     wide = families.wide_tensors(config)
     state: dict[str, Any] = {}
     for name, new_name in names.items():
-        try:
-            piece = handle(files[name]).get_slice(name)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{files[name]} of {source.name} has no {name}, though the index says so; "
-                "the checkpoint is incomplete, download it again"
-            ) from error
-        state[new_name] = piece
+        state[new_name] = piece = handle(files[name]).get_slice(name)
         for tensor, width in wide:
             if f".{name}".endswith(f".{tensor.suffix}"):
                 state[new_name] = kept_slices(name, piece, piece.get_shape(), tensor.dim, width, cut)
@@ -231,9 +228,7 @@ def _tensor_files(
     source: Base, config: PreTrainedConfig, variant: str | None, handle: Callable[[str], Any]
 ) -> dict[str, str]:
     """The file of each tensor, from the index or, for a single file, from its header."""
-    name = getattr(config, "transformers_weights", None) or find_weights(source.names, source.name, variant)
-    if name not in source.names:
-        raise CheckpointError(f"{source.name} has no {name}, which its config names as its weights")
+    name = find_weights(source.names, source.name, variant, getattr(config, "transformers_weights", None))
     if not name.endswith(".json"):
         source.fetch([name])
         return dict.fromkeys(handle(name).keys(), name)

@@ -31,6 +31,8 @@ def patch_layers(folder: Path, num_layers: int, values: Mapping[tuple[int, str],
     Raises:
         CheckpointError: A tensor is not in the checkpoint, or has another type or shape. Nothing was written.
     """
+    import torch
+
     stored: dict[str, tuple[Path, int, Tensor]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         header = read_header(path)
@@ -45,7 +47,7 @@ def patch_layers(folder: Path, num_layers: int, values: Mapping[tuple[int, str],
                 "write the model through transformers with --dtype"
             )
         tensor = stored[name][2]
-        data[name] = raw = _bytes(value)
+        data[name] = raw = value.contiguous().view(torch.uint8).numpy().tobytes()
         if tensor.shape != tuple(value.shape) or tensor.size != len(raw):
             raise CheckpointError(
                 f"{name} is {tensor.dtype}{list(tensor.shape)} in the checkpoint, and the repair computed "
@@ -64,9 +66,3 @@ def patch_layers(folder: Path, num_layers: int, values: Mapping[tuple[int, str],
             file.flush()
             os.fsync(file.fileno())
     return sorted(named)
-
-
-def _bytes(value: torch.Tensor) -> bytes:
-    import torch
-
-    return value.contiguous().view(torch.uint8).numpy().tobytes()

@@ -181,12 +181,11 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
         weight_map |= {item.new.name: target for item in items}
     index = None
     if weights.index is not None:
-        index = weights.index | {"weight_map": weight_map}
-        if "metadata" in index:
-            every = [item.new for items in kept.values() for item in items]
-            gone = sum(one.elements for header in weights.headers.values() for one in header.tensors)
-            gone -= sum(one.elements for one in every)
-            index["metadata"] = _index_metadata(index["metadata"], None if weights.skipped else gone, every)
+        every = [item.new for items in kept.values() for item in items]
+        gone = sum(one.elements for header in weights.headers.values() for one in header.tensors)
+        gone -= sum(one.elements for one in every)
+        metadata = _index_metadata(weights.index.get("metadata", {}), None if weights.skipped else gone, every)
+        index = weights.index | {"weight_map": weight_map, "metadata": metadata}
     shapes = {item.new.name: item.new.shape for items in kept.values() for item in items}
     return WeightsPlan(prefix, tuple(shards), index, names, shapes)
 
@@ -283,23 +282,14 @@ def _keep(
     return _Kept(tensor, Tensor(name, tensor.dtype, new_shape, 0, rows.length), (rows,))
 
 
-def _in_order(kept: list[_Kept]) -> list[_Kept]:
-    """The source order, unless a tensor would lose its alignment; then the widest types first."""
-    position = 0
-    for item in kept:
-        wanted = max(1, DTYPE_BITS[item.old.dtype] // 8)
-        if position % wanted and not item.old.start % wanted:
-            return sorted(kept, key=lambda item: -DTYPE_BITS[item.old.dtype])
-        position += item.new.size
-    return kept
-
-
 def _shard(file: str, target: str, header: Header, kept: list[_Kept]) -> ShardPlan:
     if len(kept) == len(header.tensors) and all(item.new == item.old for item in kept):
         return ShardPlan(file, header.version, target, b"", (Span(0, header.size),), whole=True)
+    # The widest types first, as the safetensors library writes them: every tensor is aligned whatever goes before it.
+    ordered = sorted(kept, key=lambda item: -DTYPE_BITS[item.old.dtype])
     placed: list[Tensor] = []
     position = 0
-    for item in (ordered := _in_order(kept)):
+    for item in ordered:
         placed.append(replace(item.new, start=position, end=position + item.new.size))
         position += item.new.size
     pieces = tuple(merged(piece for item in ordered for piece in item.pieces))
@@ -321,18 +311,16 @@ def merged(pieces: Iterable[Any]) -> Iterator[Any]:
 
 
 # Types with one parameter per element.
-_PLAIN = {"F64", "F32", "F16", "BF16"}
+FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def _index_metadata(old: dict[str, Any], gone: int | None, kept: Sequence[Tensor]) -> dict[str, Any]:
     """The index's metadata, less the elements that are gone; `None` if not all files were opened."""
-    new = dict(old)
-    if "total_size" in new:
-        new["total_size"] = sum(tensor.size for tensor in kept)
+    new = dict(old) | {"total_size": sum(tensor.size for tensor in kept)}
     total = new.pop("total_parameters", None)
     # Packed weights have fewer elements than parameters, so the old number is reduced where it can be.
     if gone is not None and type(total) is int and total >= gone:
         new["total_parameters"] = total - gone
-    elif total is not None and all(tensor.dtype in _PLAIN for tensor in kept):
+    elif total is not None and all(tensor.dtype in FLOATS for tensor in kept):
         new["total_parameters"] = sum(tensor.elements for tensor in kept)
     return new

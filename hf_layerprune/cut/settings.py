@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .. import families
 from ..errors import CutError
 from ..families.fields import COUNT_FIELDS, FIELDS, looks_per_layer
+from ..records.fingerprints import QUANTISERS
 from .folder import read_json
 
 if TYPE_CHECKING:
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Settings files that some quantisers write next to the config.
-QUANTISERS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-# Fields that are set on every load.
-_VOLATILE = ("_name_or_path", "transformers_version")
+# Fields about the base's files: where they were loaded from, and which of them hold its code (not copied) and weights.
+_OF_THE_BASE = ("_name_or_path", "auto_map", "transformers_weights")
+# Fields that a reload may change.
+_VOLATILE = (*_OF_THE_BASE, "transformers_version")
 
 
 def config_fields(source: dict[str, Any], config: PreTrainedConfig, num_layers: int) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def config_fields(source: dict[str, Any], config: PreTrainedConfig, num_layers: 
         CutError: A reload would give a different config.
     """
     fields = json.loads(config.to_json_string(use_diff=True))
+    fields = {name: value for name, value in fields.items() if name not in _OF_THE_BASE}
     keep_version(source, fields)
     doubtful: list[tuple[dict[str, Any], str, Any]] = []
     _complete(source, config, fields, num_layers, doubtful)
@@ -80,7 +82,7 @@ def _complete(
             and isinstance(fields.get(name), dict)
         ):
             _complete(value, part, fields[name], num_layers, doubtful)
-        elif name in fields:
+        elif name in fields or name in _OF_THE_BASE:
             continue
         elif name in whole and name not in _VOLATILE:
             fields[name] = whole[name]

@@ -27,13 +27,12 @@ from ..runtime.model_class import auto_class_of
 from ..runtime.windows import length_within
 from .base import Base, Weights, read_headers
 from .header import Tensor
-from .plan import WeightsPlan, plan_weights
+from .plan import FLOATS, WeightsPlan, plan_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _CONTEXT = 4096
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Sizes:
@@ -159,7 +158,7 @@ class Sizes:
     def _bytes(self, tensor: Tensor, elements: int) -> int:
         if self._dtype == "auto":
             return tensor.size * elements // max(1, tensor.elements)
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise CutError(
                 f"the base has {tensor.dtype} tensors, so its size as {self._dtype} can't be computed; leave the data type at "
                 "auto (target_dtype, dtype)"

@@ -87,7 +87,9 @@ def _check_written(plan: CheckpointPlan, folder: Path) -> None:
     headers = {shard.target: read_header(folder / shard.target) for shard in plan.shards}
     index = folder / INDEX
     if index.exists():
-        check_index(read_json(index)["weight_map"], headers, str(index))
+        check_index(
+            read_json(index)["weight_map"], {file: header.names for file, header in headers.items()}, str(index)
+        )
     names = {tensor.name for header in headers.values() for tensor in header.tensors}
     if names != set(plan.tensor_names.values()) or (not index.exists() and set(headers) != {SINGLE}):
         raise CheckpointError(f"{folder} was not written as planned; check the disk")

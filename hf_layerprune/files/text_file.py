@@ -42,13 +42,13 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def read_text(path: Path, max_bytes: int = MAX_TEXT) -> str:
-    """Read a UTF-8 text; all line endings become a line feed.
+    """Read a UTF-8 text, with or without a byte order mark; all line endings become a line feed.
 
     Raises:
         CheckpointError: The file can't be read, is too large, or is not UTF-8.
     """
     try:
-        text = read_bytes(path, max_bytes).decode("utf-8")
+        text = read_bytes(path, max_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not UTF-8: {error.reason} at byte {error.start}; convert it") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")

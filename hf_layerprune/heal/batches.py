@@ -24,8 +24,8 @@ class Precomputed:
         caches (`dict[str, StateCache]`): The states that each batch contains: `"prefix"`, `"teacher"`.
         prefix (`Prefix`, *optional*): The frozen layers, if they were taken out of the model.
         teacher_head (`Head`, *optional*): The dense model's head, in distillation.
-        feature_width (`int`, defaults to 0): How many of the teacher's values for a token, the first ones, are hidden
-            states after the cut; the rest are the input of its head.
+        feature_width (`int`, defaults to 0): Of the teacher's values for a token, how many come first as hidden states
+            after the cut; the rest are the input of its head.
     """
 
     caches: dict[str, StateCache] = field(default_factory=dict)
@@ -34,18 +34,19 @@ class Precomputed:
     feature_width: int = 0
 
 
+@dataclass
 class StateCollator:
-    """TRL's collator, which adds the precomputed states of the rows to each batch.
+    """TRL's collator, with the precomputed states of the rows added to each batch.
 
     Args:
         inner (`Callable`): TRL's collator.
         padding_free (`bool`): Whether TRL's collator concatenates the rows instead of padding them.
+        precomputed (`Precomputed`): The states.
     """
 
-    def __init__(self, inner: Callable[[list[dict]], dict[str, Any]], padding_free: bool) -> None:
-        self.inner = inner
-        self.padding_free = padding_free
-        self.precomputed = Precomputed()
+    inner: Callable[[list[dict]], dict[str, Any]]
+    padding_free: bool
+    precomputed: Precomputed = field(default_factory=Precomputed)
 
     def __getstate__(self) -> dict[str, Any]:
         # Where data loader workers are not forked (Python 3.14, macOS, Windows), they get a copy, without the model.
@@ -98,7 +99,7 @@ def token_counts(batches: list[dict[str, Any]], args: HealConfig) -> torch.Tenso
 
 
 def real_tokens(inputs: dict[str, Any]) -> torch.Tensor:
-    """Which tokens are no padding, boolean `[batch, seq]`."""
+    """Which tokens are not padding, boolean `[batch, seq]`."""
     if "attention_mask" in inputs:
         return inputs["attention_mask"] != 0
     # Where texts share a row, padding has position 0 to the end of the row.

@@ -142,11 +142,11 @@ def shape_rows(
             `"alpaca"` for the paper's template, `"auto"` for the chat template if there is one, otherwise Alpaca's.
             Messages always use the chat template.
         name (`str`, *optional*): The data set's name in error messages.
-        text_field (`str`, *optional*): The column that holds plain text, where there is one. Any other name than
-            `"text"` is taken as a wish, and no other column is used.
+        text_field (`str`, *optional*): The column that holds plain text, where there is one. A name other than `"text"`
+            was chosen by the user, so no other column is used then.
         load_processor (`Callable`, *optional*): Loads the processor of a model that reads images; `None` for one that
             reads text alone.
-        whole (`bool`, defaults to `False`): Leave conversations whole, so that all their answers can be learned.
+        whole (`bool`, defaults to `False`): Leave conversations whole, so that all their answers can be trained on.
 
     Returns:
         `Dataset`: With `prompt` and `completion`, `messages`, `text` or `input_ids`, and the images if there are any.

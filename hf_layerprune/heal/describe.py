@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
     from .config import HealConfig
 
-# Options that decide nothing about the trained weights, or that the history records elsewhere: their names, and how the
-# names of others begin.
+# Options that don't affect the trained weights, or that the history records elsewhere: whole names, then prefixes.
 _NOT_DECIDING = (
     "teacher", "teacher_revision", "cache", "cache_dir", "keep_cache",
     "output_dir", "run_name", "project", "debug", "use_cpu", "use_cache", "local_rank", "resume_from_checkpoint",
@@ -38,7 +37,7 @@ _NOT_DECIDING_BEGINS = (
     "log_", "logging_", "report_", "disable_", "trackio_", "hub_", "push_", "include_", "do_", "ddp_", "bf16_full_",
     "fp16_full_", "per_device_eval_", "per_gpu_", "batch_eval_",
 )  # fmt: skip
-_CHECKPOINTS = ("eval_", "save_")  # these decide which weights are kept, if the best are
+_CHECKPOINTS = ("eval_", "save_")  # these matter only if the best checkpoint is kept
 # The options that are recorded even at their defaults.
 _ALWAYS = (
     *(name for name in declared(HealOptions) if name not in _NOT_DECIDING),
@@ -52,8 +51,8 @@ _LORA = ("lora_r", "lora_alpha", "lora_dropout")
 def settings_of(args: HealConfig, *others: Any) -> dict[str, Any]:
     """All settings that decide the result.
 
-    The most important ones are always there; every other one is if it differs from its default, unless it is named
-    above as one that decides nothing.
+    The most important ones are always recorded; any other one only if it differs from its default and is not listed
+    above as irrelevant.
 
     Args:
         args ([`HealConfig`]): The settings of the training.
@@ -72,7 +71,7 @@ def settings_of(args: HealConfig, *others: Any) -> dict[str, Any]:
                 continue
             if usual is MISSING:
                 usual = field.default_factory() if field.default_factory is not MISSING else None
-            # What is off is off, whether as None, False, 0 or nothing.
+            # None, False, 0 and empty all mean "off".
             if name in always or (getattr(one, name) or None) != (usual or None):
                 found[name] = getattr(one, name)
     return {name: _plain(value) for name, value in found.items()}

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from .config import HealConfig
 
-# The learning rate of this phase over that of the next, and the time of a step; SmolLM2-135M, docs/experiments.md.
+# This phase's learning rate and the time of its steps, relative to the next phase (SmolLM2-135M, docs/experiments.md).
 RATE, _COST = 2.5, 0.1
-# A state with a smaller mean square, such as that of padding, counts as if it had this one.
+# The least mean square of a target to divide by; that of padding can be smaller.
 _SMALLEST = 1e-12
 
 

@@ -28,9 +28,9 @@ class Expected:
     Args:
         ln_ratio (`float`): Logarithm of the ratio of perplexities, pruned to dense.
         kl (`float`): KL divergence from the dense model, in nats per token.
-        beyond (`bool`): Whether fewer tokens, or fewer layers, were tried at the nearest share; the loss is then that
-            of the nearest point that was.
-        at_least (`bool`): Whether more layers go than were tried, so that the loss is larger.
+        beyond (`bool`): Whether this is beyond the tokens or the layers that were measured; the loss is then that of the
+            nearest measured point.
+        at_least (`bool`): Whether more layers are dropped than were measured, so that the real loss is larger.
     """
 
     ln_ratio: float
@@ -70,7 +70,7 @@ class Frontier:
 
     @property
     def tokens_per_token(self) -> float:
-        """Tokens that the whole dense model could read in the time that it takes to heal on one, everything included."""
+        """The cost of healing on a token, everything included: how many tokens the dense model reads in that time."""
         costs = []
         for share in self.shares:
             repaired, *trained = self._at(share)
@@ -80,12 +80,12 @@ class Frontier:
 
     @property
     def tokens_before(self) -> float:
-        """Tokens that the whole dense model could read in the time that the closed-form repair takes."""
+        """The cost of the closed-form repair: how many tokens the dense model reads in that time."""
         seconds = max(self._at(share)[0]["seconds"] for share in self.shares)
         return seconds / self.source["forward_seconds_per_token"]
 
     def expected(self, share: float, tokens: float) -> Expected:
-        """What a cut loses after healing.
+        """The loss of a cut after healing.
 
         Args:
             share (`float`): The share of the layers that is dropped.
@@ -103,7 +103,7 @@ class Frontier:
         return Expected(**values, beyond=beyond, at_least=at_least)
 
     def tokens_in(self, seconds: float, forward_seconds: float) -> int:
-        """How many tokens can be healed on within a time; negative if it does not even suffice for the repair.
+        """How many tokens can be trained on in the given time; negative if there is not even time for the repair.
 
         Args:
             seconds (`float`): The time.

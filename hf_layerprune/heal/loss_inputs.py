@@ -19,11 +19,10 @@ if TYPE_CHECKING:
     from .trainer import HealTrainer
 
 
-class LossInputs:
+class LossInputs(types.SimpleNamespace):
     """What the loss of one batch is computed from, beside the model's own inputs. Weights are scalars, per token.
 
-    A plain class, which the engines pass on as it is: tensors in a dict or a dataclass, and whatever `forward` returns,
-    are rounded to 16 bits by FSDP.
+    Neither a dict nor a dataclass: FSDP rounds the tensors in those, and in whatever `forward` returns, to 16 bits.
 
     Args:
         labels (`torch.Tensor`): The next token at each position, `[batch, seq - 1]`, or -100.
@@ -42,25 +41,17 @@ class LossInputs:
         sums (`dict[str, torch.Tensor]`): By the name of a metric, its sum over tokens.
     """
 
+    labels: torch.Tensor
+    keep: torch.Tensor
+    ce_weight: torch.Tensor | None
+    kd_mask: torch.Tensor
+    kd_weight: torch.Tensor
+    teacher_states: torch.Tensor | None
+    features: torch.Tensor | None
+    feature_mask: torch.Tensor
+    feature_weight: torch.Tensor
     loss: torch.Tensor
     sums: dict[str, torch.Tensor]
-
-    def __init__(
-        self,
-        *,
-        labels: torch.Tensor,
-        keep: torch.Tensor,
-        ce_weight: torch.Tensor | None,
-        kd_mask: torch.Tensor,
-        kd_weight: torch.Tensor,
-        teacher_states: torch.Tensor | None,
-        features: torch.Tensor | None,
-        feature_mask: torch.Tensor,
-        feature_weight: torch.Tensor,
-    ) -> None:
-        self.labels, self.keep, self.ce_weight = labels, keep, ce_weight
-        self.kd_mask, self.kd_weight, self.teacher_states = kd_mask, kd_weight, teacher_states
-        self.features, self.feature_mask, self.feature_weight = features, feature_mask, feature_weight
 
     def distillation(self, head: Head | None, args: HealConfig) -> Distillation | None:
         """The dense model's side of the loss, with its head; `None` without its states."""

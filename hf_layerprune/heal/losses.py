@@ -124,9 +124,10 @@ class _HeadLoss(torch.autograd.Function):
         if half:
             into = None  # what is added to it could not be multiplied later
         losses = _TokenLosses(labels, ce_weight, distillation, half=half)
-        sizes = _chunk_sizes(dtype, hidden.shape[1] if weight is None else weight.shape[0], device)
+        vocabulary = hidden.shape[1] if weight is None else weight.shape[0]
+        tokens, cached_tokens, weight_rows = _chunk_sizes(dtype, vocabulary, device)
         # In float16, sums over a chunk's tokens could overflow, so they are divided by a power of two.
-        shrink = 2.0 ** -min(sizes.tokens, len(hidden)).bit_length() if half else 1.0
+        shrink = 2.0 ** -min(tokens, len(hidden)).bit_length() if half else 1.0
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden: Any = torch.empty_like(hidden, dtype=torch.float32 if half else None) if wants_hidden else None
         d_weight: Any = _zeros_like(weight) if wants_weight and into is None else into
@@ -135,9 +136,9 @@ class _HeadLoss(torch.autograd.Function):
             # Casting the weights for each chunk would take as long as the products, so they are cast once.
             matrix = None if weight is None else weight.detach().to(dtype)
             head = Head(matrix, None if bias is None else bias.to(dtype), transform)
-            for chunk in _slices(0, len(hidden), sizes.tokens):
+            for chunk in _slices(0, len(hidden), tokens):
                 states = hidden[chunk].to(dtype)
-                gradient = losses.chunk_gradient(head, states, chunk, sizes.cached_tokens)
+                gradient = losses.chunk_gradient(head, states, chunk, cached_tokens)
                 if wants_bias:
                     d_bias += gradient.sum(0, dtype=d_bias.dtype)
                 if wants_hidden:
@@ -145,9 +146,8 @@ class _HeadLoss(torch.autograd.Function):
                 if wants_weight:
                     if half:
                         states = states * shrink
-                    rows = sizes.weight_rows
-                    for tokens, out in zip(gradient.split(rows, 1), d_weight.split(rows), strict=True):
-                        out += tokens.T @ states
+                    for part, out in zip(gradient.split(weight_rows, 1), d_weight.split(weight_rows), strict=True):
+                        out += part.T @ states
         ctx.save_for_backward(d_hidden, d_weight if into is None else None, d_bias)
         ctx.accumulated = into is not None
         ctx.unit, ctx.shrink = losses.unit, shrink
@@ -174,26 +174,13 @@ class _HeadLoss(torch.autograd.Function):
         )
 
 
-class _ChunkSizes(NamedTuple):
-    """How much is computed at a time.
-
-    Args:
-        tokens (`int`): Tokens whose logits exist at a time.
-        cached_tokens (`int`): Tokens whose logits are turned into gradients at a time.
-        weight_rows (`int`): Rows of the gradient of the head's weights.
-    """
-
-    tokens: int
-    cached_tokens: int
-    weight_rows: int
-
-
-def _chunk_sizes(dtype: torch.dtype, vocabulary: int, device: torch.device) -> _ChunkSizes:
+def _chunk_sizes(dtype: torch.dtype, vocabulary: int, device: torch.device) -> tuple[int, int, int]:
+    """How many tokens have logits at a time, how many get gradients at a time, and rows of the head's gradient at a time."""
     if device.type != "cpu":
         tokens = max(1, DEVICE_CHUNK_BYTES // (dtype.itemsize * vocabulary))
-        return _ChunkSizes(tokens, tokens, vocabulary)
+        return tokens, tokens, vocabulary
     tokens = max(1, CHUNK_BYTES // (dtype.itemsize * vocabulary))
-    return _ChunkSizes(tokens, max(1, _CACHED_BYTES // (4 * vocabulary)), _WEIGHT_ROWS)
+    return tokens, max(1, _CACHED_BYTES // (4 * vocabulary)), _WEIGHT_ROWS
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -27,9 +27,10 @@ _FOR_GPUS = "flash"
 
 
 def use_one_gpu(model: Any, args: HealConfig) -> None:
-    """Train on the first GPU if one process has several, for which the Trainer would take `nn.DataParallel`.
+    """Train on the first GPU if a single process sees several.
 
-    Its replicas would run the forward method of the original model. A model that is split over the GPUs stays as it is.
+    The Trainer would use `nn.DataParallel`, whose replicas run the original model's forward method. A model that is
+    already split over the GPUs is left as it is.
     """
     if args.n_gpu > 1 and not is_spread(model):
         logger.warning(
@@ -61,7 +62,7 @@ def check_in_memory(model: Any) -> None:
 
 
 def hold_in_float32(model: Any) -> None:
-    """Hold trained weights in float32, those beside quantised ones too, which TRL casts to bfloat16."""
+    """Keep trained weights in float32, including those of a quantised model, which TRL casts to bfloat16."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
@@ -93,11 +94,10 @@ def put_back(prefix: Prefix, model: PreTrainedModel) -> None:
     """Restore the frozen layers; where the device has no room for them, move the whole model to the CPU."""
     try:
         prefix.restore()
+        return
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    else:
-        return
     logger.warning(
         "%s has no room for the frozen layers during training: the model was moved to the CPU, where it can be saved",
         model.device,

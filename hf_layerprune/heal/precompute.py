@@ -67,7 +67,7 @@ class _Run:
         self.packed = any("seq_lengths" in dataset.column_names for dataset in self.datasets)
         self.lengths = [len(ids) for dataset in self.datasets for ids in dataset["input_ids"]]
         self.why_not = _why_not(trainer)
-        self.state_bytes = 0  # of a token, behind the prefix
+        self.state_bytes = 0  # size of the prefix's output for a token
 
     def run(self, model: PreTrainedModel | None) -> Precomputed:
         args, caches, features = self.args, dict[str, StateCache](), 0

@@ -1,4 +1,4 @@
-"""What a healing run is refused for before anything is pruned or written: settings that can't work, or would do nothing."""
+"""Checks before anything is pruned or written: a healing run is refused if a setting can't work or has no effect."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def lora_settings(model_args: ModelConfig) -> dict[str, Any]:
 def check_data(
     script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, row_args: RowOptions, args: HealConfig
 ) -> None:
-    """Check what says which rows are trained on, before any is read.
+    """Check the settings that choose the training rows, before any row is read.
 
     Raises:
-        CutError: There is none, or something would do nothing, or can't be done with such rows.
+        CutError: No data set is named, or a setting has no effect on these rows or does not work with them.
     """
     name = script_args.dataset_name
     refuse_unused(script_args, ["ignore_bias_buffers"], "in this recipe")
@@ -81,7 +81,7 @@ def check_training(args: HealConfig) -> None:
     """Check the settings of the training itself, before anything is read.
 
     Raises:
-        CutError: One of them can't be followed, or would leave the model untrained or other than it was trained.
+        CutError: A setting can't be followed or trains nothing, or it changes a tokenizer that is not kept.
     """
     import torch
     from torch.optim import SGD
@@ -115,10 +115,10 @@ def check_training(args: HealConfig) -> None:
 
 
 def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:
-    """Check what says which layers go.
+    """Check the options that choose the layers to drop.
 
     Raises:
-        CutError: The model is pruned already, or two options say it.
+        CutError: The model is pruned already, or two options choose them.
     """
     if pruned:
         usual = replace(CutOptions(), criterion=cut_args.default_criterion)  # which a budget decides
@@ -162,7 +162,7 @@ def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions
 
 
 def _expected_cut(cut_args: CutOptions, num_layers: int) -> Any:
-    """A cut of as many layers as the options name; of one where a target or a budget decides."""
+    """A cut of as many layers as the options name, or of a single layer if a target or a budget decides the number."""
     if cut_args.drop_layers:
         return cut_without(cut_args.drop_layers, num_layers)
     count = 1 if cut_args.drop is None else drop_count(cut_args.drop, num_layers)
@@ -188,7 +188,7 @@ def check_teacher(
         config (`PreTrainedConfig`): The config of the model to train, or of its base.
 
     Raises:
-        CutError: It is needed, and not specified, or is to write rows that are longer than its context.
+        CutError: It is needed but not specified, or would have to write rows that are longer than its context.
         CheckpointError: It does not exist, or has another number of layers, vocabulary or width.
     """
     if script_args.dataset_name == SELF:

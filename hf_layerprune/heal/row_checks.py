@@ -74,7 +74,7 @@ def _check_ids(rows: Dataset, name: str, columns: Sequence[str], vocab_size: int
 
 
 def _are_ids(table: Any, columns: Sequence[str], vocab_size: int | None) -> bool:
-    """Whether all of a table is right, without a look at single rows."""
+    """Whether a whole table is valid, checked column by column, which is fast."""
     from pyarrow import compute, types
 
     lengths = None

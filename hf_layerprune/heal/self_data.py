@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -175,22 +175,19 @@ class Writer:
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
         settings = {"max_new_tokens": max_tokens, "pad_token_id": padding, "do_sample": False} | sampling
-        written: list[list[int]] = []
 
-        def answer(part: torch.Tensor) -> None:
+        def answer(part: torch.Tensor) -> list[list[int]]:
             part = part.to(model.device)
             generate: Any = model.generate
-            written.extend(generate(part[:, 0], attention_mask=part[:, 1], **settings)[:, longest:].tolist())
+            return generate(part[:, 0], attention_mask=part[:, 1], **settings)[:, longest:].tolist()
 
-        deque(in_batches(torch.stack([ids, mask], 1), len(ids), answer, "leave out the longest rows"), maxlen=0)
+        written = in_batches(torch.stack([ids, mask], 1), len(ids), answer, "leave out the longest rows")
         ends = model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or [tokenizer.eos_token_id])
         answers = []
-        for row in written:
-            ended = next((i for i, token in enumerate(row) if token in ends), None)
-            answers.append(
-                "" if ended is None else str(tokenizer.decode(row[:ended], skip_special_tokens=True)).strip()
-            )
+        for row in chain.from_iterable(written):
+            ended = next((i for i, token in enumerate(row) if token in ends), 0)
+            answers.append(str(tokenizer.decode(row[:ended], skip_special_tokens=True)).strip())
         return answers
 
     def _in_parts(

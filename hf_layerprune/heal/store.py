@@ -22,11 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import CheckpointError, LayerPruneError
+from ..errors import CheckpointError
 from ..files.copy import check_space, write_failed
 from ..files.folders import lock_folder, unlock_folder
 from ..records.figures.numbers import size
-from ..runtime.memory import free_memory, is_out_of_memory
+from ..runtime.memory import free_memory, halved
 from ..screen import progress_bar
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class StateCache:
                     try:
                         parts = [part.to("cpu", copy=True) for part in run(rows)]
                     except (RuntimeError, MemoryError) as error:
-                        max_tokens = _halved(error, rows) * longest
+                        max_tokens = halved(error, len(rows), "row; use a smaller --max_length") * longest
                     else:
                         states |= {str(row): part for row, part in zip(rows, parts, strict=True)}
                         left = left[len(rows) :]
@@ -215,13 +215,3 @@ def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]], *settings: Any) ->
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _halved(error: BaseException, rows: list[int]) -> int:
-    """Half of the rows that did not fit into memory; raises if a single one did not, and any other error."""
-    if not is_out_of_memory(error):
-        raise error
-    if len(rows) == 1:
-        raise LayerPruneError("out of memory with a single row; use a smaller --max_length") from error
-    logger.warning("out of memory; continuing with batches of %d", len(rows) // 2)
-    return len(rows) // 2

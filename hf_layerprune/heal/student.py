@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +13,9 @@ from ..families import Cut
 from ..families.fields import cut_without
 from ..families.layout import ties_head
 from ..files.hub import Repo
-from ..records.fingerprints import CONFIG
+from ..records.fingerprints import CONFIG, is_hashed, is_part
 from ..records.lineage import Lineage
-from ..runtime.loading import CHECKPOINT_FILES, is_hub_id, load_base, load_config
+from ..runtime.loading import is_hub_id, load_base, load_config
 from .methods import Method, choose_method, parse_method
 
 if TYPE_CHECKING:
@@ -58,7 +56,7 @@ class Student:
         folder = Path(name).expanduser()
         if is_hub_id(name):
             repo = Repo.open(str(name), revision)
-            files = [file for file in repo.files if any(map(partial(fnmatch, file), CHECKPOINT_FILES))]
+            files = [file for file in repo.files if is_part(file) or ("/" not in file and is_hashed(file))]
             folder = repo.fetch([*files, CONFIG])[CONFIG].parent
         cut = cut_of(load_config(folder))
         if cut is None:

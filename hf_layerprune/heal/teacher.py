@@ -7,7 +7,6 @@ from them with the dense model's head, chunk by chunk.
 
 from __future__ import annotations
 
-import gc
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +81,7 @@ class Teacher:
         return self._prefix is not None
 
     def states(self, inputs: dict[str, torch.Tensor], shared: torch.Tensor | None) -> torch.Tensor:
-        """The last hidden states of some rows, `[batch, seq, width]`: the input of `head`, behind the features if any.
+        """The last hidden states of some rows, `[batch, seq, width]`: the input of `head`, after the features if any.
 
         Args:
             inputs (`dict[str, torch.Tensor]`): The model's arguments for the rows.
@@ -100,7 +99,7 @@ class Teacher:
         return torch.cat([*(found[depth] for depth in self._features), last], -1).to(self.model.dtype)
 
     def let_go(self, device: torch.device, student: Head) -> Head:
-        """Free the model, or put one that was passed back on its device, and return its head on the given device.
+        """Free the model, or move one that was passed in back to its device, and return its head on the given device.
 
         If the student's head is frozen and has the same weights, both share one copy.
         """
@@ -113,7 +112,6 @@ class Teacher:
         if self._borrowed:
             self._go_home()
         self.model = self._prefix = self._middle = self._output = self.head = None  # type: ignore[assignment]
-        gc.collect()
         free_memory()
         return head
 

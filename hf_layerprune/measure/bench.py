@@ -16,7 +16,7 @@ from ..errors import CutError, LayerPruneError, boundary
 from ..records.metrics import Metrics
 from ..runtime.windows import context_of
 from ..screen import progress_bar
-from .cost import cache_bytes, decode_bytes, prefill_flops, weight_bytes
+from .cost import cache_bytes, decode_bytes, prefill_flops
 from .engine_bench import EngineBench
 from .measurement import Recorder
 from .paired import compare_values
@@ -98,7 +98,7 @@ class _Bench(Recorder):
         return {weights: runs[1:] for weights, runs in probes.items()} if rounds else {}
 
     def _record_probes(self, probes: dict[str, list[dict[str, float]]], live: Mapping[str, PreTrainedModel]) -> None:
-        weights = {w: float(weight_bytes(model)) for w, model in live.items()}
+        weights = {w: float(model.get_memory_footprint(return_buffers=False)) for w, model in live.items()}
         # Python and its libraries take the same memory for every model.
         idle = statistics.median(one["idle_rss_bytes"] for runs in probes.values() for one in runs)
         resident = {w: idle + size for w, size in weights.items()}
@@ -113,17 +113,12 @@ class _Bench(Recorder):
                 self.record(kind, metric, settings, values, cost)
 
     def _record_size(self, live: Mapping[str, PreTrainedModel]) -> None:
-        sizes: dict[tuple[str, str], dict[str, float]] = {}
-        for subject in self.subjects:
-            model = live[subject.weights]
-            for key, value in {
-                ("size", "parameters"): model.num_parameters(),
-                ("size", "bytes_on_disk"): subject.bytes_on_disk,
-                ("memory", "kv_cache_bytes_per_token"): cache_bytes(model),
-            }.items():
-                if value:
-                    sizes.setdefault(key, {})[subject.weights] = value
-        for (kind, metric), values in sizes.items():
+        for kind, metric, sizes in (
+            ("size", "parameters", {w: model.num_parameters() for w, model in live.items()}),
+            ("size", "bytes_on_disk", {subject.weights: subject.bytes_on_disk for subject in self.subjects}),
+            ("memory", "kv_cache_bytes_per_token", {w: cache_bytes(model) for w, model in live.items()}),
+        ):
+            values = {w: size for w, size in sizes.items() if size}
             self.store.add(results=[self.result(w, kind, metric, value, {}) for w, value in values.items()])
             if self.base is not None and len(values) == 2:
                 difference = compare_values(values[self.model.weights], values[self.base.weights])

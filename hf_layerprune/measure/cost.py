@@ -68,11 +68,6 @@ def decode_bytes(model: PreTrainedModel, batch: int, tokens: int) -> float:
     return sum(read.values()) + (batch * tokens * cache_bytes(model, tokens) if tokens else 0)
 
 
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Size of a model's weights in memory."""
-    return sum(parameter.nbytes for parameter in model.parameters())
-
-
 @torch.no_grad()
 def cache_bytes(model: PreTrainedModel, tokens: int = _TOKENS) -> float:
     """Size of the key-value cache in bytes per token, measured on so many tokens; 0 for a model without such a cache.

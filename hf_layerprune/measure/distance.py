@@ -127,9 +127,8 @@ def _means_of_windows(model: PreTrainedModel, base: PreTrainedModel | None, rows
     check_stage(model.config, "evaluate")
     output, base_output = OutputHead(model), OutputHead(base) if base is not None else None
     head, base_head = output.head(), base_output.head() if base_output else None
-    sums_of_batches: list[torch.Tensor] = []
 
-    def run(batch: torch.Tensor) -> None:
+    def run(batch: torch.Tensor) -> torch.Tensor:
         ids = batch.to(output.device)
         states = output.states(input_ids=ids, use_cache=False)
         base_states = (
@@ -149,12 +148,14 @@ def _means_of_windows(model: PreTrainedModel, base: PreTrainedModel | None, rows
             values = (ours.nll, theirs.nll if theirs else None, ours.agrees, ours.kl)
             for row, value in zip(sums, (one for one in values if one is not None), strict=True):
                 row += value.double().view(len(ids), -1).sum(-1).cpu()
-        sums_of_batches.append(sums)
+        return sums
 
     models = [model] if base is None else [model, base]
+    sums_of_batches: list[torch.Tensor] = []
     with evaluating(*models), progress_bar(total=len(rows), desc="text", unit="window") as bar:
-        for done in in_batches(rows, 1, run, "use shorter windows"):
-            bar.update(done)
+        for sums in in_batches(rows, 1, run, "use shorter windows"):
+            sums_of_batches.append(sums)
+            bar.update(sums.shape[1])
     return torch.cat(sums_of_batches, dim=1) / (rows.shape[1] - 1)
 
 

@@ -50,9 +50,8 @@ class EngineBench(Recorder):
         cost = {one.weights: _cost(self.paths[one.weights]) for one in self.subjects}
         for subject in self.subjects:
             found = cost[subject.weights]
-            self.where[subject.weights] = {"dtype": timed.dtype, "device": timed.device}
-            role = "dense" if subject is self.base and subject.role == "model" else subject.role
-            self.store.add_model(subject, role=role, layers=found.layers, parameters=found.parameters)
+            where = {"dtype": timed.dtype, "device": timed.device}
+            self.add_model(subject, found.layers, found.parameters, where)
         self.store.versions[self.engine.name] = timed.version
         self.machine = {"engine": self.engine.name, "weights": timed.dtype, **timed.settings}
         for work, runs in timed.runs.items():
@@ -115,7 +114,7 @@ def _check_same(path: Path, subject: Subject) -> None:
 
 
 class _Weighed:
-    """What theory says a GGUF file takes: each parameter of a layer once a token, and all bytes for each token written."""
+    """The theoretical cost of a GGUF file: all layer parameters per prompt token, and all bytes per generated token."""
 
     def __init__(self, path: Path) -> None:
         header = read_header(path)
@@ -130,7 +129,7 @@ class _Weighed:
 
 
 class _Counted:
-    """What theory says a folder takes: the operations and bytes of a model without weights."""
+    """The theoretical cost of a model folder: operations and bytes, counted on a model without weights."""
 
     def __init__(self, path: Path) -> None:
         import torch

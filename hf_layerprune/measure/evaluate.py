@@ -94,9 +94,12 @@ def _texts_of(request: EvalRequest) -> list[Text]:
 class _Evaluation(Measurement):
     """One run over all tasks and texts."""
 
+    request: EvalRequest
+
     def __init__(self, request: EvalRequest) -> None:
         super().__init__(request)
-        self.request = request
+        if request.answers is not None and request.answers.exists() and not request.answers.is_dir():
+            raise CutError(f"{request.answers} is a file; specify a folder for --answers")
         self.vocabulary = self.model.vocabulary()
         self.tokenizer = self.model.tokenizer()
         self.base_tokenizer, self.base_reads_with = self.tokenizer, self.model
@@ -141,19 +144,16 @@ class _Evaluation(Measurement):
     def run(self) -> None:
         """Measure everything."""
         live: Any = self.load(self.model)
-        ours = self._run_tasks(self.model, live)
-        if self.base is None:
-            for text, rows, settings in self.texts:
-                self._measure_text(text, live, None, rows, settings)
-            return
-        if not self.texts:
-            live = None  # without texts, the two need not be in memory together
-        dense = self.load(self.base)
-        theirs = self._run_tasks(self.base, dense)
-        for name, run in ours.items():
-            for metric in run.scores:
-                if metric in theirs[name].scores:
-                    self._compare_scores(name, metric, run, theirs[name])
+        ours, dense = self._run_tasks(self.model, live), None
+        if self.base is not None:
+            if not self.texts:
+                live = None  # without texts, the two need not be in memory together
+            dense = self.load(self.base)
+            theirs = self._run_tasks(self.base, dense)
+            for name, run in ours.items():
+                for metric in run.scores:
+                    if metric in theirs[name].scores:
+                        self._compare_scores(name, metric, run, theirs[name])
         for text, rows, settings in self.texts:
             self._measure_text(text, live, dense, rows, settings)
 

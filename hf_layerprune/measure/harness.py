@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from ..errors import LayerPruneError, boundary
-from ..runtime.memory import free_memory, is_out_of_memory
+from ..runtime.memory import free_memory, halved
 from .image_tasks import asks_about_media, plain
 from .tasks import quiet, require_harness
 
@@ -36,8 +36,7 @@ logger = logging.getLogger(__name__)
 # The harness's own default.
 SEED = 1234
 # The first batch size of `auto`. A CPU gains nothing from more; on a GPU, memory is the limit.
-_AUTO = {"cpu": 8}
-_AUTO_ELSEWHERE = 64
+_AUTO, _AUTO_ON_DEVICE = 8, 64
 # The metrics of texts; all others are metrics of questions.
 _OF_TEXT = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
@@ -154,15 +153,8 @@ class Harness(Runs, HFLM):
             try:
                 return super()._loglikelihood_tokens(*args, **kwargs)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self.batch_size <= 1:
-                    raise LayerPruneError(
-                        "out of memory with a single question; use a GPU with more memory"
-                    ) from error
-                self.batch_size_per_gpu = self.batch_size // 2
+                self.batch_size_per_gpu = halved(error, self.batch_size, "question; use a GPU with more memory")
             free_memory()
-            logger.warning("out of memory; continuing with batches of %d", self.batch_size)
 
 
 class ImageHarness(Runs, HFMultimodalLM):
@@ -193,7 +185,9 @@ class ImageHarness(Runs, HFMultimodalLM):
 
 def _first_batch(model: PreTrainedModel, batch_size: int | str) -> int:
     """The batch size to begin with, where it may be `"auto"`."""
-    return int(batch_size if batch_size != "auto" else _AUTO.get(model.device.type, _AUTO_ELSEWHERE))
+    if batch_size == "auto":
+        return _AUTO if model.device.type == "cpu" else _AUTO_ON_DEVICE
+    return int(batch_size)
 
 
 def _refusing(name: str, shots: int | None) -> AbstractContextManager[None]:

@@ -98,16 +98,22 @@ def problem_of(row: Any) -> str | None:
         if isinstance(row, dict) and "choices" in row:
             return f"choices can't be scored beside an image: {_TEXTS_ALONE}; give an `answer` instead of choices"
         return 'a question about an image is {"query": "...", "answer": "...", "image": "a.png"}'
-    query, answer = row["query"], row["answer"]
-    if not isinstance(query, str) or not query.strip():
-        return f"query is {query!r}, but must be a non-empty text"
-    if not isinstance(answer, str) or not answer.strip():
-        return f"answer is {answer!r}, but must be a non-empty text"
+    if blank := blank_text(row, "query", "answer"):
+        return blank
+    query = row["query"]
     paths = _named(row)
     if not paths or not all(isinstance(path, str) and path for path in paths):
         return "image must be the path of an image, and images a list of paths"
     if query.count(PLACE) not in (0, len(paths)):
         return f"query has {query.count(PLACE)} places for {len(paths)} images"
+    return None
+
+
+def blank_text(row: dict[str, Any], *names: str) -> str | None:
+    """Which of some fields of a question is not text, or is empty; `None` if none is."""
+    for name in names:
+        if not isinstance(row[name], str) or not row[name].strip():
+            return f"{name} is {row[name]!r}, but must be a non-empty text"
     return None
 
 

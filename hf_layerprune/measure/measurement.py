@@ -13,7 +13,7 @@ from ..records.figures.metric_names import BYTES, SECONDS, metric_named
 from ..runtime.devices import pick_device
 from .paired import PairedDifference, compare_pairs, require_statistics
 from .requests import BenchRequest, EvalRequest
-from .store import Store
+from .store import Store, check_output
 from .subject import Subject, describe, identify
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class Measurement:
     """
 
     def __init__(self, request: EvalRequest | BenchRequest) -> None:
+        if request.output is not None:  # before weights are hashed
+            check_output(request.output.expanduser())
         if request.base is not None:
             require_statistics()
         self.model = identify(request.model, request.revision)
@@ -47,16 +49,20 @@ class Measurement:
                 f"{request.model} and {request.base} have the same weights; specify the dense model as the base"
             )
         self.where: dict[str, dict[str, str]] = {}
-        self._dtype, self.device = request.dtype, pick_device(request.device, spread=True)
+        self.request, self.device = request, pick_device(request.device, spread=True)
 
     def load(self, subject: Subject) -> PreTrainedModel:
         """Load the model or its base, and record that it is measured."""
-        model = subject.load(self._dtype, self.device)
-        self.where[subject.weights] = describe(model)
-        role = "dense" if subject is self.base and subject.role == "model" else subject.role
-        parameters = model.num_parameters()  # also of packed weights
-        self.store.add_model(subject, role=role, layers=layer_count(model.config), parameters=parameters)
+        model = subject.load(self.request.dtype, self.device)
+        # `num_parameters` also counts packed weights.
+        self.add_model(subject, layer_count(model.config), model.num_parameters(), describe(model))
         return model
+
+    def add_model(self, subject: Subject, layers: int, parameters: int, where: dict[str, str]) -> None:
+        """Record the model or its base, which is measured in the data type and on the device that `where` names."""
+        self.where[subject.weights] = where
+        role = "dense" if subject is self.base and subject.role == "model" else subject.role
+        self.store.add_model(subject, role=role, layers=layers, parameters=parameters)
 
     def result(
         self, weights: str, kind: str, metric: str, value: float, settings: dict[str, Any], **more: Any
@@ -86,12 +92,14 @@ class Measurement:
 
 
 class Recorder(Measurement):
-    """A measurement that is repeated, of a model and its base in turns."""
+    """A measurement that is repeated, of a model and its base in turns.
 
-    def __init__(self, request: BenchRequest) -> None:
-        super().__init__(request)
-        self.request = request
-        self.machine: dict[str, Any] = {}
+    Attributes:
+        machine (`dict[str, Any]`): What else decides the numbers; a subclass sets it before it records any.
+    """
+
+    request: BenchRequest
+    machine: dict[str, Any]
 
     def record(
         self,

@@ -70,7 +70,7 @@ class Store:
         path = output or (model.folder / FILE_NAME if model.folder else None)
         path = path and path.expanduser()
         if path is not None and output is not None:
-            _check_output(path, [model, base])
+            check_output(path, [model, base])
         if path is not None and not os.access(path.parent, os.W_OK):
             raise LayerPruneError(f"{path.parent} is not writable; write the numbers elsewhere with --output FILE")
         before = _before(path, model, base, force)
@@ -155,8 +155,13 @@ def _known(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_output(path: Path, subjects: Sequence[Subject | None]) -> None:
-    """Refuse an output that would overwrite something other than numbers."""
+def check_output(path: Path, subjects: Sequence[Subject | None] = ()) -> None:
+    """Refuse an output that would overwrite something other than numbers, or a file of the models.
+
+    Raises:
+        CheckpointError: It is a link, a device, a folder, or a file of a model.
+        LayerPruneError: It is not a .json file.
+    """
     check_file_target(path, force=True)
     for subject in subjects:
         if subject is not None and path.name != FILE_NAME:

@@ -98,7 +98,7 @@ class Subject:
             kwargs["device_map"] = "auto" if device == "all" else {"": device}
         model = load_model(self.source, **kwargs)
         if dtype == "auto":
-            warn_if_slow(model, "--dtype float32 is faster but needs twice the memory")
+            warn_if_slow(model)
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -291,9 +291,9 @@ def _problem_of(row: Any) -> str | None:
         return "this question has an image, and those before it have none; put them into files of their own"
     if not isinstance(row, dict) or not {"query", "choices", "gold"} <= row.keys():
         return 'a question is {"query": "...", "choices": ["...", "..."], "gold": 0}'
-    query, choices, gold = row["query"], row["choices"], row["gold"]
-    if not isinstance(query, str) or not query.strip():
-        return f"query is {query!r}, but must be a non-empty text"
+    if blank := image_tasks.blank_text(row, "query"):
+        return blank
+    choices, gold = row["choices"], row["gold"]
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
         return "choices must be at least two texts, none of them empty"
     if isinstance(gold, bool) or not isinstance(gold, int):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CutError, LayerPruneError, boundary
 from ..files import text_file
+from ..files.data_sets import SUFFIXES
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,10 @@ def read_text(path: Path) -> Text:
     """Read a `.txt` file.
 
     Raises:
-        LayerPruneError: It is empty, or not UTF-8.
+        LayerPruneError: It is empty, not UTF-8, or holds rows of JSON.
     """
+    if path.suffix.lower() in SUFFIXES:  # the perplexity of their JSON says little about a model
+        raise LayerPruneError(f"{path} holds rows, and --text takes a plain text; write their texts into a .txt file")
     text = text_file.read_text(path)
     if not text.strip():
         raise LayerPruneError(f"{path} is empty; put a text into it to measure perplexity on")
@@ -59,7 +62,8 @@ def find_text(name: str) -> Text:
     if path.is_file():
         return read_text(path)
     if name != WIKITEXT2:
-        raise CutError(f"text {name} does not exist; specify a file, or {WIKITEXT2}")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CutError(f"text {name} {what}; specify a file, or {WIKITEXT2}")
     repo, config, split = _WIKITEXT2
     with boundary(f"{WIKITEXT2} can't be downloaded", "specify a file with --text", LayerPruneError):
         from datasets import load_dataset
@@ -89,9 +93,9 @@ def windows(
         CutError: Windows are too short to predict anything in.
         LayerPruneError: The text is too short for one window.
     """
-    from ..runtime.windows import begins_with, windows_of
+    from ..runtime.windows import special_prefix, windows_of
 
-    begin = begins_with(tokenizer)
+    begin = special_prefix(tokenizer)
     if length < 2:
         raise CutError(f"a window of {length} tokens is too short; give --length 2 or more")
     if most is not None:  # tokens average far fewer than 64 characters, so this part is enough

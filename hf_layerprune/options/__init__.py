@@ -12,7 +12,7 @@ A dataclass whose fields are options is all that a config, a request and a comma
 `docs/options.md` is made from the same declarations (`make docs`).
 """
 
-from .amount import AMOUNTS, BUDGETS, COUNTED_BY, AmountOptions, just
+from .amount import AMOUNTS, BUDGETS, COUNTED_BY, DEFAULT_DROP, AmountOptions, just
 from .command_line import add, arguments, gather, words_of
 from .declare import bind, check, declared, documented, find, option, refuse_unused, take
 from .kinds import (
@@ -32,7 +32,7 @@ from .quantities import plural, spell_bytes, spell_count
 from .shared import AnswerOptions, CalibrationOptions, ChoiceOptions, CutOptions, Options, ScreenOptions, TuningOptions
 
 __all__ = [
-    "AMOUNTS", "BUDGETS", "COUNTED_BY", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "MODEL_OR_ADAPTER_HELP",
+    "AMOUNTS", "BUDGETS", "COUNTED_BY", "DEFAULT_DROP", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "MODEL_OR_ADAPTER_HELP",
     "PATH", "AmountOptions", "AnswerOptions", "CalibrationOptions", "ChoiceOptions", "CutOptions", "Kind", "Options",
     "ScreenOptions", "TuningOptions", "add", "arguments", "bind", "check", "checked", "declared", "documented", "find",
     "gather", "just", "many", "option", "plural", "refuse_unused", "spell_bytes", "spell_count", "take", "whole",

@@ -9,7 +9,7 @@ from .declare import option, refuse_unused
 from .kinds import DROP, DTYPES, whole
 from .quantities import BYTES, COUNT, NATS, RATIO, SHARE, number
 
-_DROP = 0.25
+DEFAULT_DROP = 0.25
 TARGETS = ("target_params", "target_size", "target_memory", "target_speedup")
 BUDGETS = ("max_perplexity_ratio", "max_kl", "min_top1_agreement")
 # Only one of these may be given.
@@ -93,7 +93,7 @@ class AmountOptions:
         if len(said) > 1:
             raise CutError(f"{' and '.join(said)} each say how many layers to drop; use only one of them")
         if not said and getattr(self, "drop_layers", None) is None:
-            self.drop = _DROP
+            self.drop = DEFAULT_DROP
 
     def refuse_unused(self) -> None:
         """Refuse what decides how a target is counted, if no target is counted by it.

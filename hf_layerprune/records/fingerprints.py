@@ -23,6 +23,19 @@ WEIGHTS = (".safetensors", ".gguf")
 CONFIG, GENERATION, ADAPTER_CONFIG = "config.json", "generation_config.json", "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TEMPLATES = "additional_chat_templates"
+# Settings files that some quantisers write next to the config.
+QUANTISERS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+# Beside config and weights, a model consists of its settings and what its tokenizer reads; other files that lie in a
+# folder, such as notes, code and logs, are neither copied nor published.
+_PARTS = {
+    GENERATION, *QUANTISERS, "audio_tokenizer_config.json", "image_processor_config.json", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "added_tokens.json", "bpe.codes", "byte_maps.json", "chat_template.jinja",
+    "chat_template.json", "dict.txt", "emoji.json", "entity_vocab.json", "merges.txt", "normalizer.json",
+    "prophetnet.tokenizer", "special_tokens_map.json", "target_vocab.json", "tekken.json", "tokenizer.json",
+    "tokenizer_config.json", "vocab-src.json", "vocab-tgt.json", "vocab.bpe", "vocab.json", "vocab.txt",
+    "word_pronunciation.json", "word_shape.json",
+}  # fmt: skip
+_VOCABULARIES = (".model", ".tiktoken", ".spm")
 # Files that do not affect the model's behaviour: records, the card, pictures, licences, and files of git.
 RECORDS = {"lineage.json", "metrics.json"}
 _RECIPE = "recipe.yaml"  # of llm-compressor, the only one to read it; what loaders need is in config.json
@@ -79,7 +92,7 @@ def hash_hub_files(repo: Repo, names: Sequence[str]) -> tuple[dict[str, str], Pa
 
 def fingerprint(path: Path) -> dict[str, dict[str, Any]]:
     """Size and sha256 of the weight and JSON files of a base, a folder or a single file, by name."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if _is_hashed(p.name) and p.is_file())
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if is_hashed(p.name) and p.is_file())
     named = {file.name: file for file in files if file.name not in RECORDS}
     hashes = hash_files(named)
     return {name: {"size": file.stat().st_size, "sha256": hashes[name]} for name, file in named.items()}
@@ -90,7 +103,7 @@ def holds_weights(name: str) -> bool:
     return name.lower().endswith(WEIGHTS)
 
 
-def _is_hashed(name: str) -> bool:
+def is_hashed(name: str) -> bool:
     return name.endswith(".json") or holds_weights(name)
 
 
@@ -130,6 +143,19 @@ def is_inert(name: str) -> bool:
     if folder:
         return folder == "assets" and base.endswith(_INERT)
     return name in (*RECORDS, _RECIPE) or name.lower().endswith(_INERT) or is_licence_file(name)
+
+
+def is_part(name: str) -> bool:
+    """Whether the file at a path relative to a model folder belongs to the model, beside its config and weights.
+
+    These are its settings, what its tokenizer reads, its chat templates, and its licence.
+    """
+    folder, _, base = name.rpartition("/")
+    if base.startswith("."):
+        return False
+    if folder:
+        return folder == TEMPLATES and base.endswith(".jinja")
+    return base in _PARTS or base.endswith(_VOCABULARIES) or is_licence_file(base)
 
 
 def is_model_file(name: str) -> bool:

@@ -16,7 +16,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-_FILES = re.compile(r"(LICENSE|LICENCE|NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
+_FILES = re.compile(
+    r"((MODEL|THIRD[_-]?PARTY|ACCEPTABLE)[_-])?(LICEN[CS]ES?|NOTICES?|USE[_-]POLICY|COPYING|COPYRIGHT)([._-].*)?",
+    re.IGNORECASE,
+)
 # The text of a licence, as opposed to a licence key, or to weights, which some engines load whatever their name.
 _ENDS = re.compile(r"|\.(md|txt|rst|pdf|html|\d+)", re.IGNORECASE)
 NOTICE = "NOTICE"

@@ -75,6 +75,9 @@ class Lineage:
         """
         lineage = cls.of(folder)
         if lineage is None:
+            if name is None and not folder.is_dir():
+                what = "is a file" if folder.exists() else "does not exist"
+                raise CheckpointError(f"{folder} {what}; specify a model folder written by hf-layerprune prune")
             raise CheckpointError(
                 f"{name or folder} has no {FILE_NAME}, so its origin is unknown; make the model with hf-layerprune prune"
             )

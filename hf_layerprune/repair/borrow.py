@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CutError
 from ..runtime.parts import close
 from ..runtime.walk import Batch, LayerWalk
-from .linear import STRENGTHS, Fit, LinearFitter, NormalEquations, fit_map, solve_ridge, sums_of
+from .linear import STRENGTHS, Fit, LinearFitter, NormalEquations, Tensors, fit_map, solve_ridge, sums_of
 from .writers import Run, Writer, inputs, swapped
 
 _ROUNDS = 6
@@ -121,19 +121,6 @@ def find_readers(layer: nn.Module, writer: Writer, run: Run, batch: Batch) -> Re
     return readers if before.any() and close(after, before[..., drawn.to(before.device)]) else None
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """Neurons that a layer is to have.
-
-    Args:
-        values (`dict[str, torch.Tensor]`): Its parameters before the fit; borrowed neurons write nothing yet.
-        borrowed (`int`): How many there are.
-    """
-
-    values: dict[str, torch.Tensor]
-    borrowed: int
-
-
 class BorrowFitter(LinearFitter):
     """Chooses neurons for the layer before each block, then refits its projection."""
 
@@ -184,15 +171,16 @@ class BorrowFitter(LinearFitter):
         self.records[-1]["borrowed_neurons"] = 0
         if choice is None:
             return
+        values, borrowed = choice
         self.student = entering
-        with swapped(layer, choice.values):
+        with swapped(layer, values):
             super().leave(first, end, batches)
         record = self.records.pop()
         # Relative to the plain cut, as for the other repairs.
         left = self.fit.unexplained * self.fit.total / refit.total
         if left < refit.unexplained:
-            self.records[-1] = record | {"unexplained_share": round(left, 4), "borrowed_neurons": choice.borrowed}
-            self.tensors = {(first - 1, name): value.cpu() for name, value in choice.values.items()} | self.tensors
+            self.records[-1] = record | {"unexplained_share": round(left, 4), "borrowed_neurons": borrowed}
+            self.tensors = {(first - 1, name): value.cpu() for name, value in values.items()} | self.tensors
         else:
             self.tensors, self.student = tensors, student
 
@@ -202,8 +190,11 @@ class BorrowFitter(LinearFitter):
         """The layer before the block that a dropped layer belongs to."""
         return self.walk.layers[max(first for first in self.first_of if first <= i) - 1]
 
-    def _chosen(self, layer: nn.Module, first: int, batches: list[Batch]) -> _Choice | None:
-        """The neurons; `None` where a fit explains nothing."""
+    def _chosen(self, layer: nn.Module, first: int, batches: list[Batch]) -> tuple[Tensors, int] | None:
+        """The layer's parameters with the chosen neurons, and how many are borrowed; `None` if a fit explains nothing.
+
+        The parameters are those before the fit: borrowed neurons write nothing yet.
+        """
         readers, neurons = self.readers, self.readers.neurons
         own = readers.of(layer)
         offers = [_mapped(readers.of(self.walk.layers[j]), change, own) for j, change in self.maps.items()]
@@ -224,7 +215,7 @@ class BorrowFitter(LinearFitter):
         for name, value in rows.items():
             value[:, gone.to(value.device)] = offered[name][:, come.to(value.device)]
         values = readers.values(layer, rows) | {f"{self.writer.name}.weight": self.writer.without(gone)}
-        return _Choice(values, len(come))
+        return values, len(come)
 
     def _runs(
         self, layer: nn.Module, first: int, batches: list[Batch], offers: list[Rows]

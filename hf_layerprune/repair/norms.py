@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from ..runtime.parts import close, hooked
 
-# Channels that a norm all but silences are taken to have this share of its mean scale, as they are divided by it.
+# The least scale of a channel, relative to the mean. Values are divided by it, and a norm may all but silence a channel.
 _LEAST = 1e-2
 
 

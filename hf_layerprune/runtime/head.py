@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
-from .parts import TrialError, close, evaluating, probe_ids, replaced_forward, trial
+from .parts import TrialError, close, evaluating, input_device, probe_ids, replaced_forward, trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,8 +102,7 @@ class OutputHead:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        table: Any = model.get_input_embeddings()
-        self.device: torch.device = table.weight.device
+        self.device = input_device(model)
         self._module = model.get_output_embeddings()
         self._transform: LogitTransform | None = None
         ids = probe_ids(model, _PROBE_TOKENS)

@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
-# Files of a checkpoint: no pickles, and no second copy of the weights in another format.
-CHECKPOINT_FILES = [
-    "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "LICENSE*", "NOTICE*", "USE_POLICY*",
-]  # fmt: skip
 UNPACKED = "bfloat16"  # the type of a model that is unpacked from a GGUF file
 # Causal masks, which older versions of transformers saved with each layer. Not every class that had them ignores them.
 _OLD_MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
@@ -50,6 +46,11 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
         return str(path.parent), path.name
     if path.is_dir():
         if gguf_file is None and not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise CheckpointError(
+                    f"{path} is an adapter, and not a whole model; merge it into its base first: load it with "
+                    "AutoPeftModelForCausalLM, and save what merge_and_unload() returns"
+                )
             raise CheckpointError(
                 f"{path} has no config.json, so it is not a model folder; specify a folder that has one"
             )
@@ -250,7 +251,7 @@ def load_processor(model: str | Path, **kwargs: Any) -> ProcessorMixin:
 
 
 def chats(talker: PreTrainedTokenizerBase | ProcessorMixin) -> bool:
-    """Whether a tokenizer or a processor has a chat template that needs no name; several may have none of them."""
+    """Whether a tokenizer or a processor has a default chat template; one with several named ones may have none."""
     template = talker.chat_template
     return "default" in template if isinstance(template, dict) else template is not None
 

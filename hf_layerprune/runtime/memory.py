@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import psutil
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..errors import LayerPruneError
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 # The most bytes of float32 logits that one model holds at a time; 2,048 tokens and a vocabulary of 256,000 would take
 # 2 GB.
@@ -33,8 +35,8 @@ def positions_at_once(length: int, batch: int, vocabulary: int, budget: int = LO
 
 
 def in_batches(
-    rows: torch.Tensor, size: int, run: Callable[[torch.Tensor], None], advice: str = "use shorter texts"
-) -> Iterator[int]:
+    rows: torch.Tensor, size: int, run: Callable[[torch.Tensor], Result], advice: str = "use shorter texts"
+) -> Iterator[Result]:
     """Run a function on batches of rows, halving the batch size each time memory runs out.
 
     Args:
@@ -44,7 +46,7 @@ def in_batches(
         advice (`str`): What the error suggests when a single row does not fit.
 
     Yields:
-        `int`: How many rows were done.
+        What the function returns for each batch.
 
     Raises:
         LayerPruneError: A single row does not fit into memory.
@@ -53,21 +55,33 @@ def in_batches(
     while start < len(rows):
         batch = rows[start : start + size]
         try:
-            run(batch)
+            result = run(batch)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(batch) == 1:
-                raise LayerPruneError(
-                    f"out of memory with a single text of {batch.shape[-1]} tokens; {advice}"
-                ) from error
-            size = len(batch) // 2
+            size = halved(error, len(batch), f"text of {batch.shape[-1]} tokens; {advice}")
         else:
             start += len(batch)
-            yield len(batch)
+            yield result
             continue
         free_memory()
-        logger.warning("out of memory; continuing with batches of %d", size)
+
+
+def halved(error: BaseException, size: int, single: str) -> int:
+    """The batch size to continue with after an error, once [`free_memory`] has run.
+
+    Args:
+        error (`BaseException`): The error. It is raised again if memory did not run out.
+        size (`int`): The batch size that failed.
+        single (`str`): What a batch of one is, and what to do if even that does not fit.
+
+    Raises:
+        LayerPruneError: A batch of one does not fit into memory.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    if size <= 1:
+        raise LayerPruneError(f"out of memory with a single {single}") from error
+    logger.warning("out of memory; continuing with batches of %d", size // 2)
+    return size // 2
 
 
 def free_bytes(device: torch.device) -> int:
@@ -89,6 +103,4 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def free_memory() -> None:
     """Return memory that nothing uses: models in reference cycles, and what the GPU's allocator holds."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    clear_device_cache(garbage_collection=True)

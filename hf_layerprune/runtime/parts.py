@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import cause_of
 from ..families import text_config
+from .devices import is_offloaded
 from .memory import is_out_of_memory
 
 
@@ -107,10 +108,15 @@ def layer_stub(
     return forward
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its input. Where its embeddings are offloaded, accelerate moves it there from the CPU."""
+    table = model.get_input_embeddings()
+    return torch.device("cpu") if is_offloaded(table) else next(table.parameters()).device
+
+
 def probe_ids(model: Any, tokens: int) -> torch.Tensor:
     """Token ids for trying a model, `[1, tokens]`, without the special tokens at the start of vocabularies."""
-    device = next(model.get_input_embeddings().parameters()).device
-    return torch.arange(3, 3 + tokens, device=device)[None] % text_config(model.config).vocab_size
+    return torch.arange(3, 3 + tokens, device=input_device(model))[None] % text_config(model.config).vocab_size
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -26,10 +26,11 @@ def slow_in_16_bits() -> bool:
         return True
 
 
-def warn_if_slow(model: PreTrainedModel, instead: str) -> None:
-    """Warn once about a 16-bit model on a CPU without fast 16-bit multiplication; `instead` is the advice."""
+def warn_if_slow(model: PreTrainedModel) -> None:
+    """Warn once about a 16-bit model on a CPU without fast 16-bit multiplication."""
     if model.dtype in (torch.bfloat16, torch.float16) and model.device.type == "cpu" and slow_in_16_bits():
-        _warn_once(f"this CPU has no fast {_name(model.dtype)} multiplication, so this is slow; {instead}")
+        what = f"this CPU has no fast {_name(model.dtype)} multiplication, so this is slow"
+        _warn_once(f"{what}; --dtype float32 is faster but needs twice the memory")
 
 
 @functools.cache

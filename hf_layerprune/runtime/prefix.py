@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..families.layout import DecoderStack, find_decoder_layers, find_final_norm, find_output_head
-from .parts import hidden_of, hooked, layer_stub, replaced_forward, returned
+from .parts import hidden_of, hooked, input_device, layer_stub, replaced_forward, returned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,8 +86,7 @@ class Prefix:
         # How many values each layer returns, see [`returned`]; known once the prefix has run.
         self.returns: list[int | None] = [None] * depth
         self._hidden: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
-        table: Any = model.get_input_embeddings()
-        self._device: torch.device = table.weight.device
+        self._device = input_device(model)
         self._state: torch.Tensor | None = None
         self._ids: torch.Tensor | None = None  # those of the state
         self._skipping = ExitStack()
@@ -195,7 +194,13 @@ class Prefix:
             tensors = (module._parameters | module._buffers).items()
             module._parameters, module._buffers = {name: None for name, tensor in tensors if tensor is None}, {}
             # Optimizers read `weight`. Unlike empty parameters, these are neither saved nor split over devices.
-            vars(module).update({name: _empty_like(tensor) for name, tensor in tensors if tensor is not None})
+            vars(module).update(
+                {
+                    name: torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                    for name, tensor in tensors
+                    if tensor is not None
+                }
+            )
         self._move("cpu")
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -235,10 +240,6 @@ class Prefix:
                 if parameter is not None:
                     parameter.data = parameter.data.to(device)
             buffers.update({name: buffer.to(device) for name, buffer in buffers.items() if buffer is not None})
-
-
-def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 # --- whether two models are the same at the start ---------------------------------------------------------

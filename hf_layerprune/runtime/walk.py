@@ -106,7 +106,7 @@ class LayerWalk:
     @property
     def reloads_weights(self) -> bool:
         """Whether each pass over the layers has to load their weights again."""
-        size = sum(parameter.nbytes for parameter in self.model.parameters())
+        size = self.model.get_memory_footprint(return_buffers=False)
         return self._streams or size > psutil.virtual_memory().available // 2
 
     def begin(self, input_ids: torch.Tensor, media: Mapping[str, torch.Tensor] | None = None) -> Batch:
@@ -155,9 +155,9 @@ class LayerWalk:
             return self._forward(torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device))
 
     def with_whole_model(self, work: Callable[[], Result]) -> Result:
-        """Do what runs the whole model, such as generating, while all of its weights are on one device.
+        """Do work that runs the whole model, such as generating text, with all of its weights on one device.
 
-        It is the device of the walk or, for a model that does not fit there, the one where its layers are otherwise.
+        That is the device of the walk or, if the model does not fit there, the one where its layers are kept.
         """
         try:
             with self._moved(self.model):
@@ -179,7 +179,7 @@ class LayerWalk:
 
         def hand_on(index: int, before: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
             calls[index], entering[index] = (args, kwargs), before
-            # Behind zeros, all that enters the next layer is what the model adds on the way.
+            # After zeros, whatever enters the next layer was added by the model in between.
             return torch.zeros_like(before) if media else before
 
         with torch.no_grad(), self._replaced(hand_on), self._headless():

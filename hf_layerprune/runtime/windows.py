@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..errors import CutError
 from ..families import text_config
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
@@ -48,7 +47,7 @@ def length_within(config: PreTrainedConfig, asked: int | None, default: int, wha
     return asked
 
 
-def begins_with(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def special_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The special tokens that a tokenizer puts before every text: mostly none or one; two in GLM."""
     with_them = tokenizer("a").input_ids
     without = tokenizer("a", add_special_tokens=False).input_ids
@@ -74,6 +73,8 @@ def windows_of(ids: Sequence[int], length: int, begin: Sequence[int]) -> torch.T
     Raises:
         CutError: The special tokens leave no room for text.
     """
+    import torch
+
     own = length - len(begin)
     if own < 1:
         raise CutError(f"{length} tokens are {len(begin)} special tokens and no text; use {len(begin) + 1} or more")

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from ..errors import CutError
 from ..options import CutOptions, just, take
 from .registry import ALL, CRITERIA, find_criterion
-from .sets import drop_count, free_layers, lowest_block, neighbours
+from .scores import Scores
+from .sets import drop_count, free_layers
 
 if TYPE_CHECKING:
     from .targets import Target
@@ -27,13 +28,15 @@ __all__ = ["ALL", "CRITERIA", "drop_count", "find_criterion", "needs_model", "se
 
 
 def needs_model(choice: CutOptions) -> bool:
-    """Whether the choice needs the model itself, and not just its number of layers and their sizes.
+    """Whether choosing the layers takes the model itself, and not just their number and sizes.
 
     Raises:
         CutError: The criterion does not exist.
     """
-    looks = choice.budget is not None or choice.target == "target_speedup"
-    return looks or find_criterion(choice.criterion).needs != "count"
+    if choice.drop_layers is not None:
+        return False
+    measured = choice.budget is not None or choice.target == "target_speedup"
+    return measured or find_criterion(choice.criterion).needs != "count"
 
 
 def select_layers(
@@ -57,18 +60,12 @@ def select_layers(
     if choice.target is not None:
         if target is None:
             raise CutError(f"{choice.target} needs the sizes of the layers; use choose_layers, or pass the target")
-        return target.choose(
-            num_layers,
-            criterion,
-            choice,
-            protected,
-            lambda count: select_layers(num_layers, take(CutOptions, choice, **just(count)), protected),
-        )
+
+        def pick(count: int) -> list[int]:
+            return select_layers(num_layers, take(CutOptions, choice, **just(count)), protected)
+
+        return pick(target.choose(num_layers, criterion, choice, protected, pick))
     count = drop_count(choice.drop, num_layers)
     free = free_layers(num_layers, count, *criterion.protection(choice), protected)
     order = criterion.load().order(num_layers, count, choice.seed, choice.variant)
-    if not choice.contiguous:
-        return sorted([i for i in order if i in free][:count])
-    rank = {layer: position for position, layer in enumerate(order)}
-    blocks = neighbours(range(num_layers), count)
-    return lowest_block({block: sum(rank[i] for i in block) for block in blocks}, count, free)
+    return Scores.of_order(criterion.name, choice.variant, order, num_layers).pick(count, free, choice.contiguous)

@@ -24,6 +24,7 @@ from .search import BLOCK, GREEDY, HELD_OUT, Candidate, Loss, Search
 
 if TYPE_CHECKING:
     from ..options import ChoiceOptions, CutOptions
+    from .trials import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +51,17 @@ def limit_of(budget: str, value: float) -> float:
     return 1 - value if budget == "min_top1_agreement" else value
 
 
+def _in_unit_of(budget: str, loss: Loss) -> tuple[float, float]:
+    """A loss as its budget counts it, and its standard error."""
+    if budget == "max_perplexity_ratio":
+        ratio = math.exp(min(loss.mean, 700))
+        return ratio, ratio * loss.error
+    return (1 - loss.mean if budget == "min_top1_agreement" else loss.mean), loss.error
+
+
 def spell_loss(budget: str, loss: Loss) -> str:
     """A loss as its budget counts it, with its standard error."""
-    value, error = loss.mean, loss.error
-    if budget == "max_perplexity_ratio":
-        value, error = math.exp(min(value, 700)), math.exp(min(value, 700)) * error
-    elif budget == "min_top1_agreement":
-        value = 1 - value
+    value, error = _in_unit_of(budget, loss)
     return f"{value:.3g} ± {error:.2g}"
 
 
@@ -182,19 +187,12 @@ def point(candidate: Candidate, loss: Loss, search: Search) -> dict[str, Any]:
     }
 
 
-def quality(outcome: Any, dense: Any) -> dict[str, float]:
+def quality(outcome: Outcome, dense: Outcome) -> dict[str, float]:
     """What a cut does to the model, with standard errors over rows."""
-    kl, ratio, agreement = (
-        Loss.of(name, outcome, dense) for name in ("max_kl", "max_perplexity_ratio", "min_top1_agreement")
-    )
-    found = {
-        "kl": kl.mean,
-        "kl_stderr": kl.error,
-        "perplexity_ratio": math.exp(min(ratio.mean, 700)),
-        "perplexity_ratio_stderr": math.exp(min(ratio.mean, 700)) * ratio.error,
-        "top1_agreement": 1 - agreement.mean,
-        "top1_agreement_stderr": agreement.error,
-    }
+    found: dict[str, float] = {}
+    for budget in ("max_kl", "max_perplexity_ratio", "min_top1_agreement"):
+        name = budget.partition("_")[2]
+        found[name], found[f"{name}_stderr"] = _in_unit_of(budget, Loss.of(budget, outcome, dense))
     return {name: round(value, 6) for name, value in found.items() if math.isfinite(value)}
 
 

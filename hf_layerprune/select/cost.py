@@ -92,14 +92,14 @@ def estimate(
 
 
 def announce(walk: LayerWalk, text: CalibrationSet, layer_runs: int, what: str) -> None:
-    """Say how long a search takes, by its number of runs of a layer over a row of this text."""
+    """Log how long a search will take, given the number of times that it runs a layer on a row of this text."""
     layer, _ = _of_a_row(walk, text)
     logger.info("%s takes about %s", what, _readable(1.3 * layer_runs * layer))  # the head takes its share
 
 
 @torch.no_grad()
 def forward_seconds(walk: LayerWalk, length: int) -> float:
-    """Seconds that the whole model takes to read a token, by the best of a few runs of a layer and the head."""
+    """Seconds that the whole model takes to read a token, from the fastest of a few runs of a layer and the head."""
     text = CalibrationSet.of(torch.arange(8 * length).view(8, length) % 100 + 3, "an estimate")
     layer, head = map(min, zip(*(_of_a_row(walk, text) for _ in range(3)), strict=True))
     return (walk.num_layers * layer + head) / length

@@ -104,14 +104,6 @@ def run_pass(
             observer.end(i, batches)
 
 
-@torch.no_grad()
-def read_weights(layers: Sequence[nn.Module], observers: Sequence[Observer], alive: Sequence[int]) -> None:
-    """Pass only the weights to observers that need no states; also for models that can't run layer by layer."""
-    for i in alive:
-        for observer in observers:
-            observer.weights(i, layers[i])
-
-
 def not_finite(index: int, layer: nn.Module, dtype: torch.dtype) -> CheckpointError:
     """The error for a layer that returns non-finite hidden states, with the cause."""
     for name, parameter in layer.named_parameters():

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError, UnsupportedModelError
 from ..families.layout import find_decoder_layers
@@ -20,7 +22,7 @@ from ..layer_ranges import name_layers
 from ..options import CutOptions, find, just, take
 from ..runtime.walk import LayerWalk
 from . import budget
-from .passes import Observer, read_weights, run_pass
+from .passes import Observer, run_pass
 from .registry import ALL, CRITERIA, ORIGINAL, PAPER, VARIANTS, Criterion, find_criterion
 from .scores import Choice, Scores
 from .sets import drop_count, free_layers, neighbours, rounds
@@ -86,7 +88,8 @@ def score_layers(
     for criterion in wanted:
         if criterion.kind == "count":
             order = criterion.load().order(num_layers, count, seed, variant)
-            scores[criterion.name] = _ranks(criterion, variant, num_layers, [i for i in order if i in alive])
+            order = [i for i in order if i in alive]
+            scores[criterion.name] = Scores.of_order(criterion.name, criterion.variant(variant), order, num_layers)
     scores |= work.observed([c for c in wanted if c.kind in ("weights", "states")], count)
     for criterion in wanted:
         if criterion.kind == "passes":
@@ -139,14 +142,20 @@ def choose_layers(
         target = target or Target.of(choice, dense.config, dense.name_or_path, model=dense, device=device)
         assert target is not None, "there is one"
         model = _walk(model) if criterion.needs == "text" else model
-        chosen: Choice = target.choose(num_layers, criterion, choice, protected, of)
+        made: dict[int, Choice] = {}
+
+        def pick(count: int) -> list[int]:
+            made[count] = of(count)
+            return made[count].drop_layers
+
+        chosen = made[target.choose(num_layers, criterion, choice, protected, pick)]
         chosen.details["target"] = target.record(chosen.drop_layers)
         return chosen
     if choice.budget is not None:
         free = free_layers(num_layers, 1, *criterion.protection(choice), protected)
-        pick = None if criterion.kind == "choice" else lambda text, count: tuple(of(count, text).drop_layers)
+        by_criterion = None if criterion.kind == "choice" else lambda text, count: tuple(of(count, text).drop_layers)
         walk = model = _walk(model)
-        return budget.choose(walk, _text(calibration, criterion), free, choice, pick)
+        return budget.choose(walk, _text(calibration, criterion), free, choice, by_criterion)
     count = drop_count(choice.drop, num_layers)
     free = free_layers(num_layers, count, *criterion.protection(choice), protected)
     if criterion.needs == "text":
@@ -213,18 +222,21 @@ class _Work:
 
     def observed(self, criteria: Sequence[Criterion], count: int) -> dict[str, Scores]:
         """Scores by criteria that observe the dense model, all in one pass."""
-        num_layers = len(_layers(self.model))
+        layers = _layers(self.model)
         observers: dict[str, Observer] = {
             criterion.name: criterion.load().observer(
-                criterion, criterion.variant(self.variant), num_layers, self.lengths or [count]
+                criterion, criterion.variant(self.variant), len(layers), self.lengths or [count]
             )
             for criterion in criteria
         }
         of_states = [criterion for criterion in criteria if criterion.kind == "states"]
         if of_states:
             run_pass(self.walk, self.text(of_states[0]), list(observers.values()), self.alive)
-        elif observers:
-            read_weights(list(_layers(self.model)), list(observers.values()), self.alive)
+        else:  # weights can also be read from a model whose layers can't be run one at a time
+            with torch.no_grad():
+                for i in self.alive:
+                    for observer in observers.values():
+                        observer.weights(i, layers[i])
         scores = {}
         for name, observer in observers.items():
             with self.may_refuse(name):
@@ -251,13 +263,6 @@ class _Work:
             variant = criterion.variant(self.variant)
             scores[criterion.name] = Scores(criterion.name, variant, tuple(self.alive), by_layer, blocks)
         return scores
-
-
-def _ranks(criterion: Criterion, variant: str, num_layers: int, order: Sequence[int]) -> Scores:
-    ranks: list[float | None] = [None] * num_layers
-    for rank, layer in enumerate(order):
-        ranks[layer] = float(rank)
-    return Scores(criterion.name, criterion.variant(variant), tuple(sorted(order)), layers=ranks)
 
 
 def _text(calibration: CalibrationSet | None, criterion: Criterion) -> CalibrationSet:

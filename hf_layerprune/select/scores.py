@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,12 @@ class Scores:
                     f"{self.criterion} gives {name_layers(block)} the score {score}: without them, the model "
                     "overflows this dtype; load the model in bfloat16 or float32"
                 )
+
+    @classmethod
+    def of_order(cls, criterion: str, variant: str, order: Sequence[int], num_layers: int) -> Scores:
+        """The ranks of layers, of which the first are dropped first, as scores."""
+        ranks = {layer: float(rank) for rank, layer in enumerate(order)}
+        return cls(criterion, variant, tuple(sorted(order)), layers=[ranks.get(i) for i in range(num_layers)])
 
     def pick(self, count: int, free: Collection[int], contiguous: bool = False) -> list[int]:
         """The `count` free layers to drop; always contiguous for criteria that only score blocks."""

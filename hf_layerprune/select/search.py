@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -114,15 +114,12 @@ class Search:
         self._warn_of_few_tokens()
         self.steps = list(found)
         self._fits: dict[tuple[int, ...], BlockFit | None] = {}
-        self._dense: Outcome | None = None
         self._estimates: dict[int, tuple[Outcome, Outcome]] = {}  # by size: a step and the dense model on a few rows
 
-    @property
+    @cached_property
     def dense(self) -> Outcome:
         """The dense model on the rows for judging."""
-        if self._dense is None:
-            (self._dense,) = try_out(self.walk, self.judging, [Trial(())])
-        return self._dense
+        return try_out(self.walk, self.judging, [Trial(())])[0]
 
     def nested(self, count: int) -> tuple[int, ...]:
         """The set of a size among sets each of which contains the one before.
@@ -254,7 +251,7 @@ class Search:
             raise CutError(
                 f"repair={self.repair!r} works for none of the layers that are left; leave it out (repair=None)"
             )
-        # Blocks that can't come up any more leave memory.
+        # Free the maps of blocks that can't be needed again.
         step = min(scored, key=scored.__getitem__)
         gone.add(step)
         cut = known[step]
@@ -298,7 +295,7 @@ class Loss:
     """A loss of quality on the rows for judging, with its standard error over rows.
 
     Args:
-        mean (`float`): Zero for the dense model; grows as quality goes.
+        mean (`float`): Zero for the dense model; larger is worse.
         error (`float`): Its standard error; infinite for a single row.
         rows (`int`): The rows that it was measured on.
     """

@@ -1,7 +1,7 @@
 """Drop just enough layers to meet a target: parameters, bytes of the weight files, memory, or speed.
 
-A target says how many layers go; which ones, the criterion says. Layers may be of unequal size, so what is left is
-measured for the very set that the criterion chooses.
+The target decides how many layers are dropped, and the criterion which ones. Layers may differ in size, so what is left
+is computed for the very set that the criterion chooses.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Pick = Callable[[int], Any]  # the layers, or a choice that has them as `drop_layers`, of that many
 # How far a size may be off when it is summed layer by layer: headers, and each layer's slices of shared tensors.
 _SLACK = 0.02
 # Tokens in the cache while decoding is timed: a short chat.
@@ -41,7 +41,7 @@ class Target:
         limit (`float`): The most that may be left, in the unit that `left` counts in.
         left (`Callable[[Sequence[int]], float]`): What a cut leaves, by the layers that it drops.
         of_layers (`list[float]`): What each layer takes.
-        spell (`Callable[[float], str]`): An amount for people.
+        spell (`Callable[[float], str]`): Formats an amount for messages.
         device (`str`, *optional*): Where the model was timed, if it was.
     """
 
@@ -113,17 +113,17 @@ class Target:
         criterion: Criterion,
         options: ChoiceOptions,
         protected: Collection[int],
-        pick: Callable[[int], Any],
-    ) -> Any:
-        """Drop just enough layers to meet the target.
+        pick: Callable[[int], Sequence[int]],
+    ) -> int:
+        """How many layers to drop: just enough to meet the target.
 
         Args:
             num_layers (`int`): How many layers the model has.
             criterion (`Criterion`): How they are chosen.
-            options (`ChoiceOptions`): Which of them may go.
+            options (`ChoiceOptions`): Which of them may be dropped.
             protected (`Collection[int]`): Layers that the architecture requires to stay.
-            pick (`Callable[[int], Any]`): What the criterion drops, if it drops that many: layers, or something that
-                has them as `drop_layers`. What it returned for the smallest number that meets the target is returned.
+            pick (`Callable[[int], Sequence[int]]`): The layers that the criterion drops, by their number. It is called
+                once for each number that is tried.
 
         Raises:
             CutError: The model meets it as it is, or no cut does.
@@ -143,23 +143,17 @@ class Target:
                 raise self._out_of_reach(by_size, len(free) < num_layers)
             left -= self.of_layers[by_size[count]]
             count += 1
-        count = max(1, count)
-        picked = pick(count)
-        while not self.met_by(_layers(picked)):
+        count, picked = max(1, count), cache(pick)
+        while not self.met_by(picked(count)):
             if count == most:
-                raise self._out_of_reach(_layers(picked), len(free) < num_layers)
+                raise self._out_of_reach(picked(count), len(free) < num_layers)
             count += 1
-            picked = pick(count)
         smallest = min(self.of_layers[i] for i in free)
-        while count > 1 and self.left(_layers(picked)) + smallest <= self.limit:
-            fewer = pick(count - 1)
-            if not self.met_by(_layers(fewer)):
-                break
-            count, picked = count - 1, fewer
-        layers = _layers(picked)
-        left = self.left(layers)
-        logger.info("%s: without %s, the model is %s", self, name_layers(layers), self.spell(left))
-        return picked
+        while count > 1 and self.left(picked(count)) + smallest <= self.limit and self.met_by(picked(count - 1)):
+            count -= 1
+        drop = picked(count)
+        logger.info("%s: without %s, the model is %s", self, name_layers(drop), self.spell(self.left(drop)))
+        return count
 
     def record(self, drop: Sequence[int]) -> dict[str, Any]:
         """The entry for `lineage.json`: what was asked for, what the dense model has, and what is predicted."""
@@ -183,7 +177,3 @@ class Target:
             f"{self} can't be met: dropping {which} leaves {self.spell(left)}, {self.spell(left - self.limit)} too "
             f"much; raise the target to at least that" + way_out
         )
-
-
-def _layers(picked: Any) -> list[int]:
-    return list(getattr(picked, "drop_layers", picked))

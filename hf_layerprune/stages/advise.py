@@ -20,7 +20,6 @@ from ..heal.frontier import Expected, Frontier
 from ..layer_ranges import parse_layers
 from ..options import COUNTED_BY, CutOptions, declared, just, refuse_unused, spell_count, take, words_of
 from ..records.curve import quality_of
-from ..repair.fit import check_repair
 from ..runtime.loading import load_config
 from ..runtime.windows import context_of
 from ..select.registry import find_criterion
@@ -66,11 +65,11 @@ def advise(request: AdviseRequest) -> Advice:
         CheckpointError: The model or the curve can't be read, or the output exists.
         UnsupportedModelError: The architecture is not proven, or can't be healed, or its layers can't be timed.
     """
+    if request.output is not None:  # at once: before torch is imported
+        check_file_target(request.output.expanduser(), force=request.force)
     from ..cut.sizes import Sizes
     from ..heal.student import cut_of
 
-    if request.output is not None:
-        check_file_target(request.output.expanduser(), force=request.force)
     config = load_config(request.base, revision=request.revision)
     families.check_supported(config)
     families.check_stage(config, "heal")
@@ -143,7 +142,7 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     families.check_stage(config, "rank")  # for the criterion, and to be timed layer by layer
     n, length = families.layer_count(config), min(_LENGTH, context_of(config) or _LENGTH)
     curve = curve_in(request.from_curve.expanduser(), request).points if request.from_curve is not None else None
-    seconds = forward_seconds(open_walk(request, open_base(request)), length)  # to read a token on this machine
+    seconds = forward_seconds(open_walk(request, *open_base(request)), length)  # to read a token on this machine
     counts = _counts(config, curve)
     repairable = [frontier for frontier in Frontier.every() if _takes(config, frontier.source["heal"]["repair"])]
     frontier, tokens = _best(repairable or Frontier.every(), request.minutes * 60, seconds, counts[-1] / n)
@@ -193,6 +192,8 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
 
 def _takes(config: Any, repair: str) -> bool:
     """Whether a model type has layers for a repair."""
+    from ..repair.fit import check_repair
+
     try:
         check_repair(config, [], 2, repair)
     except LayerPruneError:
@@ -268,8 +269,7 @@ def _for_target(request: AdviseRequest, config: Any) -> int:
     assert target is not None, "there is a target"
     n, options = families.layer_count(config), take(CutOptions, request, **just(1))
     criterion = find_criterion("reverse_order")
-    chosen = target.choose(n, criterion, options, families.protected_layers(config), lambda k: list(range(n - k, n)))
-    return len(chosen)
+    return target.choose(n, criterion, options, families.protected_layers(config), lambda k: range(n - k, n))
 
 
 def _passes(settings: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,9 @@ from .. import families
 from ..calibration.documents import check_source
 from ..errors import CheckpointError, CutError, LayerPruneError
 from ..files.copy import write_text
+from ..files.folders import check_target
 from ..layer_ranges import name_layers, parse_layers
-from ..options import AmountOptions, plural, spell_bytes, spell_count
+from ..options import DEFAULT_DROP, AmountOptions, plural, spell_bytes, spell_count
 from ..records.curve import quality_of
 from ..records.fingerprints import fingerprint
 from ..runtime.loading import is_hub_id, load_config
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PLOTS = ("curve.png", "curve.svg")
+_OURS = re.compile(r"curve\.(json|png|svg)")
 _SCHEMA_VERSION = 1
 _BEST_REPAIR = "refit"
 # The options that decide the points.
@@ -126,8 +129,11 @@ def quality_curve(base: str, output: str | os.PathLike[str] | None = None, **opt
 
 def make_curve(request: RankRequest) -> Curve:
     """Do as `quality_curve` does, for a request."""
+    if request.output is not None:  # at once: before torch is imported
+        source = Path(request.base).expanduser()
+        check_target(request.output.expanduser(), source, force=True, replaces=_OURS)  # an earlier curve goes on
     from ..select.budget import check_rows
-    from .provenance import is_text
+    from .provenance import has_same_rows
 
     _check_known(request)
     check_rows(request, request.calibration_samples)
@@ -138,7 +144,7 @@ def make_curve(request: RankRequest) -> Curve:
     n = families.layer_count(config)
     protected = families.protected_layers(config)
     free = free_layers(n, 1, *find_criterion("auto").protection(request), protected)
-    up_to = min(request.curve_up_to or n // 2, len(free), n - 1)
+    up_to = _last_point(request, n, min(len(free), n - 1))
     identity = {
         "base": _identity(request),
         "repair": request.repair,
@@ -151,7 +157,7 @@ def make_curve(request: RankRequest) -> Curve:
         record = old
     if len(record["points"]) < up_to:
         _continue(request, record, free, up_to)
-    elif not is_text(record.get("calibration", {}), request):
+    elif not has_same_rows(record.get("calibration", {}), request):
         raise _on_other_rows(request)
     points = record["points"][:up_to]
     curve = Curve(points, record)
@@ -164,26 +170,38 @@ def make_curve(request: RankRequest) -> Curve:
     return curve
 
 
+def _last_point(request: RankRequest, num_layers: int, most: int) -> int:
+    """How many layers the curve drops in the end; refuses a number that can't be reached, or that it does not reach."""
+    if request.curve_up_to is not None and request.curve_up_to > most:
+        raise CutError(
+            f"curve_up_to={request.curve_up_to}, but only {most} of {num_layers} layers can be dropped; use {most} or less"
+        )
+    up_to = request.curve_up_to or min(num_layers // 2, most)
+    if request.drop not in (None, DEFAULT_DROP) and (count := drop_count(request.drop, num_layers)) > up_to:
+        raise CutError(
+            f"drop={request.drop} is not on the curve, which ends at {plural(up_to, 'layer')}; use curve_up_to={count}, or "
+            "leave drop out"
+        )
+    return up_to
+
+
 def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_to: int) -> None:
     """Find and measure the points that are missing."""
-    import torch
-
     from ..adapter.prepare import calibration_of
     from ..cut.sizes import Sizes
-    from ..runtime.devices import pick_device
     from ..select.cost import announce
     from ..select.curve import curve_points
     from ..select.decode_times import DecodeTimes, time_decoding
     from .rank import open_base, open_walk
 
-    model, device = open_base(request), torch.device(pick_device(request.device))
+    model, device = open_base(request)
     sizes = Sizes(model.config, request.base, revision=request.revision)
     if "decode" not in record:
         times = time_decoding(model, sizes.context(request.context, 512), request.batch, device)
         record["decode"] = {"layers": times.layers, "rest": times.rest, "device": times.device}
         record["dense"] = {"parameters": sizes.parameters(), "bytes": sizes.file_bytes()}
     times = DecodeTimes(record["decode"]["layers"], record["decode"]["rest"])
-    walk = open_walk(request, model)
+    walk = open_walk(request, model, device)
     calibration = calibration_of(request, walk, request.revision)
     if record.setdefault("calibration", calibration.record()) != calibration.record():
         raise _on_other_rows(request)
@@ -243,13 +261,8 @@ def _identity(request: RankRequest | PruneRequest | AdviseRequest) -> str:
 
 
 def _earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, Any] | None:
-    """What an earlier run has found; raises if the folder holds something else."""
-    if not folder.exists():
-        return None
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
-    if names - {FILE, *_PLOTS}:
-        raise CheckpointError(f"{folder} is not empty and holds no curve; choose another folder")
-    if FILE not in names or force:
+    """What an earlier run has found; raises if it was about something else."""
+    if force or not (folder / FILE).exists():
         return None
     record = read_curve(folder / FILE)
     if record["identity"] != json.loads(json.dumps(identity)):

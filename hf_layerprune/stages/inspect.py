@@ -33,12 +33,12 @@ class Anatomy:
         other (`int`): All other parameters: norms, other towers.
         tied (`bool`): Whether the head is the embedding matrix.
         layers_path (`str`): Where the layers are in the model.
-        refusal (`str`, *optional*): Why this model can't be pruned, if so.
-        protected (`dict[int, str]`): Layers that can't go, with the reason.
+        refusal (`str`, *optional*): Why this model can't be pruned; `None` if it can.
+        protected (`dict[int, str]`): Layers that can't be dropped, with the reason.
         dropped_before (`list[int]`): Layers of its base that an earlier cut dropped, if it is the result of one.
         refused_at (`dict[str, str]`): Why it can't be ranked, repaired, healed or evaluated, by stage.
         repairs (`list[str]`): The repairs that its type is proven for.
-        counted (`str`, *optional*): Which engines would run it as another model, or would do so if it is cut anyhow.
+        counted (`str`, *optional*): Which engines go by layer numbers, and so misread this model or some cuts of it.
     """
 
     model_type: str
@@ -63,21 +63,13 @@ class Anatomy:
 
 
 def inspect_model(request: InspectRequest) -> Anatomy:
-    """Count the parameters of a model by part.
+    """Count the parameters of a model by part, from its config alone.
 
     Raises:
         CheckpointError: There is no such model.
         LayerPruneError: It has no language decoder.
     """
-    return inspect_config(load_config(request.model, revision=request.revision))
-
-
-def inspect_config(config: PreTrainedConfig) -> Anatomy:
-    """Count the parameters of a model by part, from its config alone.
-
-    Raises:
-        LayerPruneError: The config is of a model without a language decoder.
-    """
+    config = load_config(request.model, revision=request.revision)
     try:
         model = model_without_weights(config)
     except Exception as error:  # each model's class raises what it likes
@@ -162,7 +154,7 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     except CutError as error:
         if drop != InspectRequest.drop:
             raise
-        # The user asked for no cut, and is to see what the model is made of.
+        # The user did not ask for this cut, and still wants to see the parts of the model.
         return "\n".join([*lines, f"No cut is shown: {error}"])
     saved = sum(anatomy.layers[i] for i in dropped)
     left = anatomy.total - saved
@@ -174,8 +166,8 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     if anatomy.tied:
         untied = left + anatomy.embeddings
         lines.append(
-            f"lm_head stays tied by default. Tuning it (tune_lm_head=True) would untie it and add {anatomy.embeddings:,} "
-            f"parameters: {untied:,}, {untied / anatomy.total:.1%} of the base"
+            "The output head stays tied by default. With tune_lm_head=True, it becomes a matrix of its own: "
+            f"{untied:,} parameters in all, {untied / anatomy.total:.1%} of the base"
             + (", more than the base itself." if untied > anatomy.total else ".")
         )
     return "\n".join(lines)

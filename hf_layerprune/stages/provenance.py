@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.rows import load_calibration
 from ..cut.gguf import gguf_texts
 from ..errors import CheckpointError
 from ..files.hub import Repo
@@ -14,6 +13,7 @@ from ..records.declared import CARD, declared_by, declared_in_gguf
 from ..records.fingerprints import CONFIG, companion_names, fingerprint, holds_weights
 from ..records.licences import copy_licence
 from ..records.lineage import Lineage
+from ..records.names import last_part
 from ..records.quantized import describe_quantization
 from ..runtime.config_file import read_config_file
 from ..runtime.loading import is_hub_id, load_tokenizer
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def write_lineage(
     request: PruneRequest, entry: dict[str, Any], commit: str | None, folder: Path, hub: Base | None
 ) -> None:
-    """Record a cut: its base, with what that declares, and what was done.
+    """Record a cut: its base, what the base declares about itself, and what was done.
 
     Args:
         request (`PruneRequest`): What was asked for.
@@ -49,7 +49,7 @@ def write_lineage(
     lineage = (Lineage.of(source) if source.is_dir() else None) or Lineage({})
     if not lineage.base:
         lineage.base = {
-            "id": request.base,
+            "id": _recorded_name(request.base),
             "commit": commit,
             "files": hub.repo.fingerprint() if hub and hub.repo else fingerprint(source),
         } | _declared(source, hub.repo if hub else None)
@@ -63,12 +63,17 @@ def write_lineage(
     lineage.record(folder, entry)
 
 
-def is_base(recorded: dict[str, Any], request: PruneRequest) -> bool:
+def _recorded_name(base: str) -> str:
+    """A base as the lineage names it; `.` and `..` would say nothing in another folder."""
+    return str(Path(base).resolve()) if last_part(base) in ("", "..") else base
+
+
+def is_same_base(recorded: dict[str, Any], request: PruneRequest) -> bool:
     """Whether the base that a lineage records is the one that a request names, with the same files as now.
 
     A base on the Hub is the same at another commit too, if its config and its weights are.
     """
-    if recorded.get("id") != request.base:
+    if recorded.get("id") != _recorded_name(request.base):
         return False
     before = recorded.get("files", {})
     if not is_hub_id(request.base):
@@ -82,7 +87,7 @@ def is_base(recorded: dict[str, Any], request: PruneRequest) -> bool:
     return all(before.get(name) == files.get(name) for name in decisive)
 
 
-def is_text(recorded: dict[str, Any], request: PruneRequest | RankRequest) -> bool:
+def has_same_rows(recorded: dict[str, Any], request: PruneRequest | RankRequest) -> bool:
     """Whether the calibration file that a request names still holds the rows that were recorded.
 
     Only files of text are read again: a data set on the Hub is known by its name, and text by the model by its seed.
@@ -90,6 +95,8 @@ def is_text(recorded: dict[str, Any], request: PruneRequest | RankRequest) -> bo
     file = Path(request.calibration.partition(":")[0]).expanduser()
     if "fingerprint" not in recorded or recorded.get("images") or not file.is_file():
         return True
+    from ..calibration.rows import load_calibration  # imports torch
+
     rows = load_calibration(
         request.calibration,
         load_tokenizer(request.base, revision=request.revision),

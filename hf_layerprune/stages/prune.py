@@ -27,7 +27,7 @@ from ..records.names import is_gguf_name, public
 from ..runtime.loading import UNPACKED, is_hub_id, load_base, load_config, load_tokenizer, resolve_base
 from ..select import find_criterion, needs_model, select_layers
 from ..select.targets import Target
-from .provenance import is_base, is_text, write_lineage
+from .provenance import has_same_rows, is_same_base, write_lineage
 from .requests import PruneRequest
 
 if TYPE_CHECKING:
@@ -60,11 +60,6 @@ class Pruned:
         kind = "adapter that drops" if self.form == "adapter" else "dropped"
         left = self.layers - len(self.dropped)
         return f"{kind} {name_layers(self.dropped)} of {self.layers}: {left} left, in {self.output}"
-
-
-def looks_at_model(request: PruneRequest) -> bool:
-    """Whether the layers are chosen by a criterion that looks at the dense model."""
-    return request.drop_layers is None and needs_model(request)
 
 
 def settings_of(request: PruneRequest, dropped: list[int]) -> dict[str, Any]:
@@ -101,7 +96,7 @@ def was_made(request: PruneRequest, folder: Path) -> bool:
     same = settings_of(request, dropped) == recorded and all(
         calibration.get(name, value) == value for name, value in asked.items()
     )
-    if not (same and is_base(lineage.base, request) and is_text(calibration, request)):
+    if not (same and is_same_base(lineage.base, request) and has_same_rows(calibration, request)):
         raise CheckpointError(
             f"{folder} holds a different cut, or one of another base or calibration text; choose another output folder, or "
             "remove it"
@@ -117,7 +112,9 @@ def prune_to(request: PruneRequest) -> Pruned:
         UnsupportedModelError: The architecture is not proven.
         CheckpointError: The base can't be read, or the output can't be written.
     """
-    output = Path(request.output)
+    output, source = Path(request.output), Path(request.base).expanduser()
+    if not is_gguf_name(output):  # at once: before the Hub is asked, torch is imported, and layers are chosen
+        check_target(output.expanduser(), source, request.force)
     curve: dict[str, Any] | None = None
     if request.from_curve is not None and request.drop_layers is None:
         from .curve import point_of
@@ -131,8 +128,7 @@ def prune_to(request: PruneRequest) -> Pruned:
         from ..cut.base import Base
 
         hub = Base.open(request.base, request.revision)
-    source = hub.folder if hub else Path(request.base).expanduser()
-    check_target(output.expanduser(), source, request.force)  # before minutes are spent on choosing layers
+        source = hub.folder
     config = load_config(hub.folder) if hub else load_config(request.base, revision=request.revision)
     _check_family(request, config)
     dropped, prepared, target = _choose(request, config)
@@ -177,8 +173,8 @@ def _check_family(request: PruneRequest, config: PreTrainedConfig) -> None:
 
 
 def _choose(request: PruneRequest, config: PreTrainedConfig) -> tuple[list[int], Prepared | None, Target | None]:
-    """The layers to drop, with what a dense model was walked for, or with the target that decided their number."""
-    if looks_at_model(request):
+    """The layers to drop; what was computed from the dense model, if it was needed; the target that set their number."""
+    if needs_model(request):
         # The repair looks at the same model and the same text, so it is fitted here as well.
         prepared = _prepare(request, None)
         return prepared.drop_layers, prepared, None
@@ -229,7 +225,7 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
         )
     if os.path.lexists(output) and not request.force:
         raise CheckpointError(f"{output} exists; replace it with --force, or choose another file")
-    if looks_at_model(request):
+    if needs_model(request):
         dropped = _prepare(request, None).drop_layers  # looks at the dequantised model
     elif request.drop_layers is not None:
         dropped = request.drop_layers
@@ -267,10 +263,12 @@ def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target |
     return Target("target_size", request.target_size, left, each, spell_bytes)
 
 
-def _dtype(request: PruneRequest, gguf: bool) -> Any:
+def _dtype(request: PruneRequest) -> Any:
+    """The type in which the base is loaded, as `from_pretrained` takes it."""
     import torch
 
-    name = UNPACKED if request.dtype == "auto" and gguf else request.dtype
+    unpacks = request.dtype == "auto" and resolve_base(request.base)[1] is not None
+    name = UNPACKED if unpacks else request.dtype
     return name if name == "auto" else getattr(torch, name)
 
 
@@ -291,11 +289,10 @@ def _config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig
 
 
 def _prepare(request: PruneRequest, dropped: list[int] | None) -> Prepared:
-    """Choose the layers, where none are given, and fit the repair, from a dense model walked layer by layer."""
+    """Run the dense model layer by layer to choose the layers, unless they are given, and to fit the repair."""
     from ..adapter.pruning import look_at_dense
 
-    dtype = _dtype(request, resolve_base(request.base)[1] is not None)
-    return look_at_dense(_config(request, dropped), {"revision": request.revision, "dtype": dtype})
+    return look_at_dense(_config(request, dropped), {"revision": request.revision, "dtype": _dtype(request)})
 
 
 def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> str | None:
@@ -303,8 +300,7 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
     from ..cut.memory import drop_layers
     from ..families.layout import find_decoder_layers
 
-    _, gguf_file = resolve_base(request.base)
-    model = load_base(request.base, revision=request.revision, dtype=_dtype(request, gguf_file is not None))
+    model = load_base(request.base, revision=request.revision, dtype=_dtype(request))
     if getattr(model, "is_quantized", False):
         raise CutError(
             f"the weights of {request.base} are quantised and stay so when they are loaded, so --dtype can't convert them; "
@@ -328,8 +324,8 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
 
 
 def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: Prepared | None) -> None:
-    """Write the same bytes of what stays: nothing is loaded, and of a base on the Hub nothing else is fetched."""
-    from ..cut.check import CannotCheckError, check_cut, tell_if_presumed
+    """Copy the bytes of the tensors that stay. No model is loaded, and no more is downloaded of a base on the Hub."""
+    from ..cut.check import CannotCheckError, check_cut, warn_if_unproven
 
     fill(plan, folder, link=request.link, name=Path(request.output).name)
     if request.check:  # before any repair; a cut in memory has been checked already
@@ -338,7 +334,7 @@ def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: 
         except CannotCheckError as error:
             raise CutError(f"--check can't compare the logits: {error}; leave it out") from error
     else:
-        tell_if_presumed(plan.config)
+        warn_if_unproven(plan.config)
     if prepared is not None and prepared.repair is not None:
         _note_plain_cut(prepared, folder)
         values = {(plan.cut.new_index[i], name): v for (i, name), v in prepared.repair.tensors.items()}
@@ -346,7 +342,7 @@ def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: 
 
 
 def _note_plain_cut(prepared: Prepared, folder: Path) -> None:
-    """Note what the weights were before their repair, so that the numbers of that cut can stand beside."""
+    """Record the hash of the weights before the repair, by which the card finds the numbers of the plain cut."""
     prepared.record["repair"]["input_weights"] = passing_weights_hash(folder)
 
 
@@ -354,10 +350,7 @@ def _adapter(request: PruneRequest, dropped: list[int], folder: Path, prepared: 
     """Save the plan, the tail that will be tuned, and what the repair changed. Returns the base's commit."""
     from ..adapter.pruning import prune_prepared
 
-    config = _config(request, dropped)
-    _, gguf_file = resolve_base(request.base)
-    dtype = _dtype(request, gguf_file is not None)
-    model = prune_prepared(config, prepared, whole=request.check, dtype=dtype)
+    model = prune_prepared(_config(request, dropped), prepared, whole=request.check, dtype=_dtype(request))
     model.save_pretrained(str(folder))
     made: Any = model.peft_config["default"]
     if prepared is not None and prepared.repair is not None:

@@ -53,10 +53,10 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
     from ..heal.stage import changed_tensors, copy_beside_weights
 
     method = method_of(settings)
-    told = {"method": method, "quantization_config": settings, "dtype": new.get("dtype")}
+    details = {"method": method, "quantization_config": settings, "dtype": new.get("dtype")}
     if name := lineage.published.get("repo_id"):
-        told["from"] = name
-    with stage("quantize", told) as entry:
+        details["from"] = name
+    with stage("quantize", details) as entry:
         copy_beside_weights(before, after)
         if not is_repeatable_method(settings):
             entry["changed_tensors"] = changed_tensors(before, after)

@@ -29,6 +29,9 @@ WalkRequest = RankRequest | AdviseRequest
 Opened = tuple[Any, "CalibrationSet | None", Target | None]
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
     from ..calibration.rows import CalibrationSet
     from ..runtime.walk import LayerWalk
     from ..select.registry import Criterion
@@ -71,35 +74,25 @@ def rank(request: RankRequest) -> Ranking:
         CheckpointError: The base or the calibration set can't be read, or the output can't be written.
         UnsupportedModelError: The architecture is not proven, or its layers can't be run one at a time.
     """
-    from ..runtime.walk import LayerWalk
-    from ..runtime.windows import check_context
-
-    criteria = [find_criterion(name) for name in request.criteria]
-    config = load_config(request.base, revision=request.revision)
-    families.check_supported(config)
-    if any(criterion.needs == "text" for criterion in criteria):
-        families.check_stage(config, "rank")
-        check_context(config, request.calibration_length, "calibration_length")
-        check_source(request.calibration)
-    n = families.layer_count(config)
-    if request.budget is not None and any(criterion.name != "auto" for criterion in criteria):
-        raise CutError(
-            f"{request.budget} is for --curve or --criterion auto; specify one of them, or a drop or target"
-        )
-    protected = families.protected_layers(config)
-    count = 1 if request.drop is None else drop_count(request.drop, n)
-    # What is refused is refused before a weight is read.
-    free = _free(request, criteria, n, count, protected)
     source = Path(request.base).expanduser()
-    if request.output is not None:
+    if request.output is not None:  # at once: before torch is imported
         check_target(request.output.expanduser(), source, request.force, replaces=_OURS)
+    from ..runtime.walk import LayerWalk
     from ..select.runner import choose_layers
 
+    # What is refused is refused before a weight is read.
+    criteria = [find_criterion(name) for name in request.criteria]
+    config = load_config(request.base, revision=request.revision)
+    _check(request, config, criteria)
+    n = families.layer_count(config)
+    protected = families.protected_layers(config)
+    count = 1 if request.drop is None else drop_count(request.drop, n)
+    free = _free(request, criteria, n, count, protected)
     start = time.perf_counter()
     model, calibration, target = opened = _open(request, [name for name in free if name != "auto"], count)
     if target is not None:  # what blocks are scored at: the number of layers that go if the last ones do
         order = sorted(free_layers(n, 1, 0, 0, protected))
-        count = len(target.choose(n, find_criterion("reverse_order"), request, protected, lambda k: order[-k:]))
+        count = target.choose(n, find_criterion("reverse_order"), request, protected, lambda k: order[-k:])
     scores, drops = _scored(request, opened, n, count, free, protected)
     why: dict[str, str] = {}
     found = {name: score.record() for name, score in scores.items()}
@@ -148,6 +141,21 @@ def _free(
     return free
 
 
+def _check(request: RankRequest, config: PreTrainedConfig, criteria: Sequence[Criterion]) -> None:
+    """Refuse a model, a text or options that the criteria can't use."""
+    from ..runtime.windows import check_context
+
+    families.check_supported(config)
+    if any(criterion.needs == "text" for criterion in criteria):
+        families.check_stage(config, "rank")
+        check_context(config, request.calibration_length, "calibration_length")
+        check_source(request.calibration)
+    if request.budget is not None and any(criterion.name != "auto" for criterion in criteria):
+        raise CutError(
+            f"{request.budget} is for --curve or --criterion auto; specify one of them, or a drop or target"
+        )
+
+
 def _scored(
     request: RankRequest, opened: Opened, n: int, count: int, free: Mapping[str, set[int]], protected: Collection[int]
 ) -> tuple[dict[str, Scores], dict[str, list[int]]]:
@@ -169,30 +177,24 @@ def _scored(
             score.blocks |= more[name].blocks
         return score.pick(count, free[name], request.contiguous)
 
-    if target is None:
-        return scores, {name: pick(name, count) for name in scores}
-    return scores, {
-        name: target.choose(n, find_criterion(name), request, protected, partial(pick, name)) for name in scores
+    counts = {
+        name: target.choose(n, find_criterion(name), request, protected, partial(pick, name)) if target else count
+        for name in scores
     }
+    return scores, {name: pick(name, number) for name, number in counts.items()}
 
 
 def _open(request: RankRequest, names: Sequence[str], count: int) -> Opened:
-    """The model, walked where a criterion looks at its states, the calibration set, and what must be left.
-
-    Says what it will cost.
-    """
-    import torch
-
+    """Open the model (as a `LayerWalk` if a criterion needs text), the calibration set and the target; log the cost."""
     from ..adapter.prepare import calibration_of
-    from ..runtime.devices import pick_device
     from ..select.cost import estimate
 
-    model, device = open_base(request), torch.device(pick_device(request.device))
+    model, device = open_base(request)
     # Sizes and times are those of the type in which the base is.
     target = Target.of(request, model.config, request.base, revision=request.revision, model=model, device=device)
     if not any(CRITERIA[name].needs == "text" for name in (*names, *request.criteria)):
         return model, None, target
-    walk = open_walk(request, model)
+    walk = open_walk(request, model, device)
     cost = estimate(
         walk, request.calibration_samples, request.calibration_length, names, count=count, lengths=request.lengths
     )
@@ -201,33 +203,29 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> Opened:
     return walk, calibration_of(request, walk, request.revision), target
 
 
-def open_base(request: WalkRequest) -> Any:
-    """The base that a request names, in the type that it asks for; its device is looked for first."""
-    import torch
-
-    from ..runtime.devices import pick_device
-
-    pick_device(request.device)
-    dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
-    return load_base(request.base, revision=request.revision, dtype=dtype)
-
-
-def open_walk(request: WalkRequest, model: Any) -> LayerWalk:
-    """A model on the device that a request names, to be run layer by layer.
+def open_base(request: WalkRequest) -> tuple[Any, torch.device]:
+    """Load a request's base in the requested type, and return it with the device that will run its layers.
 
     Raises:
-        CutError: The device can't be used.
+        CutError: The device can't be used. Nothing was loaded.
     """
     import torch
 
     from ..runtime.devices import pick_device
+
+    device = torch.device(pick_device(request.device))
+    dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
+    return load_base(request.base, revision=request.revision, dtype=dtype), device
+
+
+def open_walk(request: WalkRequest, model: Any, device: torch.device) -> LayerWalk:
+    """Prepare the model from [`open_base`] to be run layer by layer on that device."""
     from ..runtime.precision import in_fast_precision
     from ..runtime.walk import LayerWalk
 
-    place = torch.device(pick_device(request.device))
-    if request.dtype == "auto" and place.type == "cpu":
+    if request.dtype == "auto" and device.type == "cpu":
         in_fast_precision(model)
-    return LayerWalk(model, device=None if place.type == "cpu" else place)
+    return LayerWalk(model, device=None if device.type == "cpu" else device)
 
 
 def _write(ranking: Ranking, folder: Path, num_layers: int) -> None:
@@ -261,13 +259,9 @@ def draw_ranking(
         for score in scores.values():
             if score.blocks:
                 written.append(folder / f"blocks-{score.criterion}.{kind}")
-                block = drops[score.criterion] if CRITERIA[score.criterion].blocks_only else best_block(score, drops)
-                score_plots.block_scores(score, block, written[-1])
+                drop = drops[score.criterion]
+                # A criterion that also scores single layers may drop no block; the best one of that length is shown.
+                of_length = (block for block in score.blocks if len(block) == len(drop))
+                best = min(of_length, key=score.blocks.__getitem__, default=())
+                score_plots.block_scores(score, drop if CRITERIA[score.criterion].blocks_only else best, written[-1])
     return written
-
-
-def best_block(scores: Scores, drops: Mapping[str, Sequence[int]]) -> Sequence[int]:
-    """The best block of as many layers as would be dropped, for a criterion that also scores single layers."""
-    count = len(drops[scores.criterion])
-    ranked = sorted((score, block) for block, score in scores.blocks.items() if len(block) == count)
-    return ranked[0][1] if ranked else ()

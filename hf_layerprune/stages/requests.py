@@ -73,7 +73,7 @@ class PruneRequest(TuningOptions, CutOptions):
     force: bool = option(False, "Replace OUTPUT if it exists")
 
     def refuse_unused(self) -> None:
-        """Refuse options that nothing would use. A recipe does not call it: its file may hold more than one run uses.
+        """Refuse options that would have no effect. Recipes don't: their files may hold options for several kinds of run.
 
         Raises:
             CutError: One of them is set.
@@ -196,7 +196,7 @@ class AdviseRequest(WalkOptions, AmountOptions):
     force: bool = option(False, "Replace OUTPUT if it exists")
 
     def settle(self) -> None:
-        """Leave the number of layers open unless an option says it."""
+        """Leave the number of layers open unless an option sets it."""
         said = any(getattr(self, name) is not None for name in AMOUNTS)
         super().settle()
         if not said:

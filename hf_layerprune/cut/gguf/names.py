@@ -10,9 +10,9 @@ from .header import GGUFHeader, Tensor
 
 
 def renamed(header: GGUFHeader, architecture: str, kept: Sequence[Tensor]) -> dict[str, tuple[str, str]]:
-    """The old and the new text, by key, of what names the size of a model that gets smaller.
+    """The metadata texts that name the model's size, before and after the cut, by key.
 
-    Nothing is added that the file doesn't have. A name without the old size in it gets the new one at its end.
+    No key is added to the file. A name without the old size in it gets the new one at its end.
     """
     texts = {key: header.keys[key].text for key in ("general.size_label", "general.name") if key in header.keys}
     entry = header.keys.get(f"{architecture}.expert_count")

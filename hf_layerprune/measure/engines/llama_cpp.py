@@ -40,7 +40,7 @@ class LlamaCpp:
             )
 
     def refuse_unused(self, request: BenchRequest) -> None:
-        """Refuse what llama-bench is not told: a type, which is that of the file, and one of several GPUs.
+        """Refuse options that llama-bench does not get: a data type, since the file has its own, and one of several GPUs.
 
         Raises:
             CutError: One of them is specified.

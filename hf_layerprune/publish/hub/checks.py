@@ -11,7 +11,7 @@ from ...cut.folder import read_json
 from ...errors import CheckpointError, LayerPruneError
 from ...options import plural
 from ...records.figures import numbers
-from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, fingerprint, weights_hash
+from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, fingerprint, is_model_file, weights_hash
 from ...records.history import read_history
 from ...records.licences import NOTICE, LicenceFound, is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
@@ -76,8 +76,6 @@ def _weights(contents: Contents, request: PushRequest) -> Outcome:
         read_header(folder / ADAPTER_WEIGHTS)
     else:
         used = set(read_weights(Base.open(folder)).headers)
-        if ADAPTER_CONFIG in contents.files:
-            yield REFUSAL, f"{ADAPTER_CONFIG} is in the folder of a whole model, and loaders would apply it; remove it"
     if stray := sorted(set(contents.weights) - used):
         yield REFUSAL, f"{stray[0]} is a weight file that the model does not use; remove it"
     lineage = Lineage.required(folder)
@@ -101,7 +99,15 @@ def _metrics(contents: Contents, request: PushRequest) -> Outcome:
     if metrics is None:
         yield WARNING, f"there is no {METRICS}: the card will say that nothing was measured (hf-layerprune eval)"
         return
-    metrics.check_belongs(contents.folder, Lineage.required(contents.folder))
+    try:
+        metrics.check_belongs(contents.folder, Lineage.required(contents.folder))
+    except CheckpointError as error:
+        if stray := next(filter(is_model_file, contents.left_out), None):
+            raise CheckpointError(
+                f"{METRICS} does not belong to the model that would be published, which lacks {stray}: remove that file and "
+                "measure again, or publish it with --include"
+            ) from error
+        raise
     yield OK, f"{len(metrics.results)} numbers, measured on these weights and earlier stages"
 
 
@@ -149,7 +155,7 @@ def _licence(contents: Contents, request: PushRequest) -> Outcome:
         return
     if row.forbidden:
         raise CheckpointError(f"{row.title}: {row.forbidden}{at}")
-    if row.prefix and not name.startswith(row.prefix):
+    if row.prefix and not name.replace("-", " ").startswith(row.prefix):  # a name on the Hub has no spaces
         text = (
             f"{row.title}: the model's name must begin with “{row.prefix}”, and {name!r} does not; push it to "
             f"{namespace}/{row.prefix.replace(' ', '-')}-..."
@@ -160,7 +166,7 @@ def _licence(contents: Contents, request: PushRequest) -> Outcome:
     if row.notice and not any(row.notice in path.read_text(errors="replace") for path in notices):
         text = f"a {NOTICE} file with the required sentence is missing; write it with hf-layerprune card MODEL"
         yield REFUSAL, f"{row.title}: {text}"
-    if not any(path.upper().startswith(("LICENSE", "LICENCE")) for path in files):
+    if not any("LICEN" in path.upper() for path in files):
         text = f"a copy of it must accompany the model, and there is none; put it into the folder as LICENSE{at}"
         yield REFUSAL if row.needs_text and not request.private else WARNING, f"{row.title}: {text}"
     if row.non_commercial:

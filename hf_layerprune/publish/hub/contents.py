@@ -13,24 +13,15 @@ from pathlib import Path
 from ...errors import CheckpointError
 from ...files.shards import INDEX
 from ...records.declared import CARD
-from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, TEMPLATES, holds_weights
+from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, TEMPLATES, holds_weights, is_part
 from ...records.licences import is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
+from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
 from ..card.writing import ASSETS, EVAL_RESULTS, PICTURES, is_our_result
 from ..requests import PushRequest
 
-# Files that tokenizers write.
-_TOKENIZER = {
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "sentencepiece.bpe.model",
-    "source.spm", "special_tokens_map.json", "spiece.model", "target.spm", "tekken.json", "tokenizer.json",
-    "tokenizer.model", "tokenizer.tiktoken", "tokenizer_config.json", "vocab.bpe", "vocab.json", "vocab.txt",
-}  # fmt: skip
-_SETTINGS = {
-    CONFIG, "generation_config.json", "image_processor_config.json", "preprocessor_config.json",
-    "processor_config.json", "quantize_config.json", "video_preprocessor_config.json", ADAPTER_CONFIG,
-}  # fmt: skip
-_ALLOWED = {CARD, LINEAGE, METRICS, INDEX} | _SETTINGS | _TOKENIZER
+_RECORDS = {CARD, CONFIG, INDEX, ADAPTER_CONFIG, LINEAGE, METRICS}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 _MOST_FILES = 10_000
 _PICTURES = {f"{name}.png" for name in PICTURES}
@@ -70,10 +61,8 @@ def find_model(request: PushRequest) -> Path:
         CheckpointError: There is no model, or no adapter.
     """
     folder = request.model.expanduser()
-    if folder.is_file():
-        raise CheckpointError(f"{folder} is a file; specify a model folder written by hf-layerprune prune")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist; specify a model folder")
+        Lineage.required(folder)  # which says what it is
     if not request.adapter_only:
         return folder
     for place in (folder, folder / "adapter"):
@@ -137,10 +126,14 @@ def _why_not(name: str, path: Path, adapter_only: bool, named: bool) -> str | No
     if name.endswith(_PICKLES):
         return "may hold a pickle, which can run code when it is loaded"
     if rest:
-        return None if named or _is_part(top, rest, path) else "in a folder that is not part of the model"
+        return (
+            None
+            if named or is_part(name) or _is_picture_or_result(top, rest, path)
+            else "in a folder that is not part of the model"
+        )
     if adapter_only and (holds_weights(name) or name in (INDEX, CONFIG)) and name != ADAPTER_WEIGHTS:
         return "belongs to the whole model, and only the adapter is published"
-    if named or name in _ALLOWED or holds_weights(name) or is_licence_file(name):
+    if named or name in _RECORDS or holds_weights(name) or is_part(name):
         return None
     return "not part of the model; publish it with --include"
 
@@ -151,11 +144,9 @@ def _kind(path: Path) -> str:
     return "a folder" if path.is_dir() else "a file" if path.is_file() else "a device or a pipe"
 
 
-def _is_part(top: str, name: str, path: Path) -> bool:
+def _is_picture_or_result(top: str, name: str, path: Path) -> bool:
     if top == ASSETS:
         return name in _PICTURES
-    if top == TEMPLATES:
-        return name.endswith(".jinja") and "/" not in name and not name.startswith(".")
     if top == EVAL_RESULTS and name.endswith(".yaml") and "/" not in name:
         return _kind(path) != "a file" or is_our_result(path)
     return False
@@ -169,7 +160,7 @@ def is_ours(name: str) -> bool:
     """
     top, _, rest = name.partition("/")
     if not rest:
-        return holds_weights(name) or name in _ALLOWED
+        return holds_weights(name) or name in _RECORDS or (is_part(name) and not is_licence_file(name))
     if top == EVAL_RESULTS:
         return rest.endswith(".yaml")
     return (top == ASSETS and rest in _PICTURES) or (top == TEMPLATES and rest.endswith(".jinja"))

@@ -20,7 +20,7 @@ from ...records.fingerprints import (
 )
 from ...records.history import History
 from ...records.names import base_name
-from ...runtime.loading import is_hub_id
+from ...runtime.loading import is_hub_id, resolve_base
 from ..requests import VerifyRequest
 
 
@@ -108,6 +108,7 @@ class Base:
         place = named or str(told.get("id") or "")
         path = Path(place).expanduser()
         if place and path.exists() and (named or not told.get("commit")):
+            resolve_base(path)  # raises if it is no model
             return cls(path, None, fingerprint(path))
         name = place if named else history.base_on_hub
         if not name or not is_hub_id(name):

@@ -149,7 +149,8 @@ def _difference(name: str, tensor: TensorHash, wanted: TensorHash | None, quanti
     whose = "the base's" if quantizer is None else f"what {quantizer} makes of the base's"
     if (tensor.dtype, tensor.shape) != (wanted.dtype, wanted.shape):
         has, was = (f"{one.dtype}{list(one.shape)}" for one in (tensor, wanted))
-        return f"{name} is {has}, and {whose} is {was}"
+        lost = "; a weight that was dequantised in loading, as on a CPU, can't be checked"
+        return f"{name} is {has}, and {whose} is {was}{lost if wanted.dtype.startswith('F8_') else ''}"
     return f"{name} differs from {whose}"
 
 
