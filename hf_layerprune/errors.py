@@ -110,7 +110,10 @@ def explain(error: BaseException, debug: str = f"{DEBUG}=1") -> tuple[str, int]:
     if isinstance(error, LayerPruneError | OSError):
         return one_line(str(error)), 2 if isinstance(error, CutError) else 1
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without torch
-        return "out of memory; use a machine with more memory, or reduce the batch size or the length", 1
+        return (
+            "out of memory; use smaller batches or fewer or shorter texts, or run on the CPU or on a machine with more memory",
+            1,
+        )
     return f"internal error: {cause_of(error)}; {debug} shows where it came from", 1
 
 

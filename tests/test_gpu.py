@@ -29,7 +29,7 @@ from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.repair.registry import REPAIRS
 from hf_layerprune.runtime.memory import free_memory
 from hf_layerprune.runtime.walk import LayerWalk
-from hf_layerprune.select import ALL
+from hf_layerprune.select import ALL, taylor
 from hf_layerprune.select.runner import score_layers
 from hf_layerprune.stages.curve import quality_curve
 from hf_layerprune.stages.prune import prune_to
@@ -91,6 +91,16 @@ def test_ranking_is_that_of_the_cpu(model_type: str, streamed: bool, text: Calib
             near(found[name].layers, scores.layers)
         if scores.blocks:
             near([found[name].blocks[block] for block in scores.blocks], scores.blocks.values())
+
+
+def test_states_that_the_card_has_no_room_for_are_kept_by_the_cpu(
+    text: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = score_layers(tiny_model("llama"), text, ["taylor"])["taylor"].layers
+    monkeypatch.setattr(taylor, "free_bytes", lambda device: 1e9 if device.type == "cpu" else 0)
+    model = tiny_model("llama").to(DEVICE)
+    assert wanted is not None
+    near(score_layers(LayerWalk(model), text, ["taylor"])["taylor"].layers, wanted)
 
 
 @pytest.mark.parametrize("method", list(REPAIRS))

@@ -262,7 +262,7 @@ def test_a_type_that_can_not_be_healed_is_refused_before_the_cut(
         (CutError("a"), "a", 2),
         (
             torch.OutOfMemoryError("CUDA out of memory."),
-            "out of memory; use a machine with more memory, or reduce the batch size or the length",
+            "out of memory; use smaller batches or fewer or shorter texts, or run on the CPU or on a machine with more memory",
             1,
         ),
         (TypeError("b"), "internal error: TypeError: b; HF_LAYERPRUNE_DEBUG=1 shows where it came from", 1),

@@ -19,7 +19,7 @@ from hf_layerprune.options import CutOptions
 from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.runtime import divergence
 from hf_layerprune.runtime.walk import LayerWalk
-from hf_layerprune.select import ALL, trials
+from hf_layerprune.select import ALL, taylor, trials
 from hf_layerprune.select.cost import estimate
 from hf_layerprune.select.runner import choose_layers, score_layers
 from hf_layerprune.select.scores import Scores
@@ -399,3 +399,13 @@ def test_a_cost_is_said(model: Any) -> None:
     assert estimate(walk, 8, 16, ["reverse_order", "magnitude_l1"], count=3).layers == 0
     more = estimate(walk, 8, 16, ALL, count=3, lengths=[2, 3])
     assert more.layers > cost.layers + LAYERS * 5
+
+
+def test_a_criterion_that_needs_too_much_memory_is_left_out(
+    model: Any, text: CalibrationSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(taylor, "free_bytes", lambda device: 1000)
+    assert list(score_layers(model, text, ["taylor", "magnitude_l1"])) == ["magnitude_l1"]
+    assert "taylor is left out: taylor keeps the input of every layer" in caplog.text
+    with pytest.raises(CutError, match="use calibration_samples=1"):
+        score_layers(model, text, ["taylor"])

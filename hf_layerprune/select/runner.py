@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..calibration.rows import CalibrationSet, check_vocabulary
-from ..errors import CutError, UnsupportedModelError
+from ..errors import CutError, LayerPruneError, UnsupportedModelError
 from ..families.layout import find_decoder_layers
 from ..layer_ranges import name_layers
 from ..options import CutOptions, find, just, take
@@ -201,14 +201,14 @@ class _Work:
     variant: str
     alive: list[int]
     lengths: list[int]
-    without_scores: dict[str, UnsupportedModelError] = field(default_factory=dict)
+    without_scores: dict[str, LayerPruneError] = field(default_factory=dict)
 
     @contextmanager
     def may_refuse(self, name: str) -> Iterator[None]:
-        """Note that a criterion has no scores for the model, and go on with the others."""
+        """Note that a criterion has no scores for the model or needs too much memory, and go on with the others."""
         try:
             yield
-        except UnsupportedModelError as error:
+        except (UnsupportedModelError, CutError) as error:
             self.without_scores[name] = error
 
     @cached_property

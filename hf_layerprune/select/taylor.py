@@ -44,12 +44,12 @@ def score(
         CutError: The hidden states that enter the layers don't fit into memory.
     """
     alive = list(range(walk.num_layers) if alive is None else alive)
-    _check_memory(walk, calibration, len(alive))
+    place = _place_for_states(walk, calibration, len(alive))
     for i in alive:
         weight_matrices(walk.layers[i], i)  # refuses packed weights before any work is done
     rows = _PAPER_BATCH if variant == PAPER else batch_rows(calibration)
     with _frozen(walk.model):
-        seen = _Entering()
+        seen = _Entering(place)
         run_pass(walk, calibration, [seen], alive, rows)
         batches, entering = seen.batches, seen.entering
         asked = [int(batch.asked[:, :-1].sum()) for batch in batches]
@@ -62,14 +62,17 @@ def score(
 
 
 class _Entering(Observer):
-    """Keeps the hidden states that enter each layer."""
+    """Keeps the hidden states that enter each layer, on the given device."""
+
+    def __init__(self, place: torch.device) -> None:
+        self.place = place
 
     def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
         self.batches = batches
         self.entering: list[list[Any]] = []
 
     def weights(self, index: int, layer: nn.Module) -> None:
-        self.entering.append([batch.hidden for batch in self.batches])
+        self.entering.append([batch.hidden.to(self.place) for batch in self.batches])
 
 
 def _backward(
@@ -91,7 +94,7 @@ def _backward(
             weight.requires_grad_(True)
         try:
             for number, batch in enumerate(batches):
-                hidden = entering[number].detach().requires_grad_(True)
+                hidden = entering[number].to(walk.device).detach().requires_grad_(True)
                 entering[number] = None
                 output = run(hidden, batch)
                 gradients: list[Any] = list(
@@ -157,11 +160,15 @@ def state_bytes(walk: LayerWalk, calibration: CalibrationSet, layers: int) -> in
     return calibration.tokens * width * walk.model.dtype.itemsize * layers
 
 
-def _check_memory(walk: LayerWalk, calibration: CalibrationSet, layers: int) -> None:
-    needed, free = state_bytes(walk, calibration, layers), free_bytes(walk.device)
-    if needed > free:
-        samples = len(calibration)
-        raise CutError(
-            f"taylor keeps the input of every layer, {needed / 1e9:.1f} GB for {samples} rows, but only "
-            f"{free / 1e9:.1f} GB are free; use calibration_samples={max(1, int(samples * free / needed / 2))}"
-        )
+def _place_for_states(walk: LayerWalk, calibration: CalibrationSet, layers: int) -> torch.device:
+    """The device that keeps the hidden states: that of the walk, or the CPU if they would fill half of a GPU."""
+    needed, free = state_bytes(walk, calibration, layers), 0
+    for place in dict.fromkeys((walk.device, torch.device("cpu"))):
+        free = free_bytes(place) // (1 if place.type == "cpu" else 2)
+        if needed <= free:
+            return place
+    samples = len(calibration)
+    raise CutError(
+        f"taylor keeps the input of every layer, {needed / 1e9:.1f} GB for {samples} rows, but only "
+        f"{free / 1e9:.1f} GB are free; use calibration_samples={max(1, int(samples * free / needed / 2))}"
+    )
