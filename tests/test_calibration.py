@@ -198,6 +198,11 @@ def test_a_model_writes(model: Any, tokenizer: Any) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("model_type", ["pegasus", "roc_bert"])
+def test_a_config_without_special_tokens(model_type: str) -> None:
+    assert write_text_with(tiny_model(model_type), None, 2, 8, 0).shape == (2, 8)
+
+
 def test_batch_size_does_not_matter(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = write_text_with(model, tokenizer, 5, 20, 0)
     monkeypatch.setattr("hf_layerprune.calibration.self_text._AT_ONCE", 2)

@@ -111,7 +111,7 @@ def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         if mark and before:
             return tokenizer(before, add_special_tokens=False).input_ids
     config = model.config.get_text_config()
-    for token in (config.bos_token_id, config.eos_token_id):
+    for token in (getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")):  # some types have neither
         if isinstance(token, int | list):
             return [token if isinstance(token, int) else token[0]]
     return [0]
