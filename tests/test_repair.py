@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import CutError, LayerDropConfig, LayerPruneError, drop_layers, prune_with
@@ -297,6 +298,20 @@ def test_the_lineage_says_what_a_repair_did(base, tmp_path):
     assert entry["repair"]["seconds"] > 0
     assert entry["settings"]["repair"] == "linear"
     assert len(entry["calibration"]["fingerprint"]) == 64
+
+
+@pytest.mark.parametrize("more", [[], ["--dtype", "bfloat16"]])
+@pytest.mark.parametrize("model_type", ["hy_v3", "minimax_m3_vl"])
+def test_a_repaired_tensor_that_the_checkpoint_names_otherwise(model_type, more, tmp_path):
+    import json
+
+    tiny_model(model_type).save_pretrained(tmp_path / "base")
+    words = ["--drop-layers", "3-4", "--repair", "refit", "--calibration-samples", "4", "--calibration-length", "16"]
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "out"), *words, *more]) == 0
+    entry = json.loads((tmp_path / "out" / "lineage.json").read_text())["entries"][0]
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert set(entry["repair"]["changed_tensors"]) <= set(file.keys())
+    assert main(["verify", str(tmp_path / "out"), "--accept-trained"]) == 0
 
 
 def test_linked_files_are_never_patched(base, tmp_path, capsys):

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
-from ..families.layout import find_layer_prefix
+from ..families import layer_count
+from ..families.layout import find_decoder_layers, find_layer_prefix
+from ..runtime.model_class import model_without_weights, stored_names
 from .header import Tensor, read_header
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
 
-def patch_layers(folder: Path, num_layers: int, values: Mapping[tuple[int, str], torch.Tensor]) -> list[str]:
+def patch_layers(
+    folder: Path, config: PreTrainedConfig, values: Mapping[tuple[int, str], torch.Tensor], what: str
+) -> list[str]:
     """Overwrite tensors of decoder layers.
 
     Args:
         folder (`Path`): A folder of safetensors files that only this run uses: not linked, and not yet under their
             final name.
-        num_layers (`int`): Number of layers in the checkpoint.
+        config (`PreTrainedConfig`): That of the checkpoint.
         values (`Mapping[tuple[int, str], torch.Tensor]`): The new values, by layer index in this checkpoint and name of
-            the tensor within the layer.
+            the parameter within the layer.
+        what (`str`): What the checkpoint is called in errors.
 
     Returns:
         `list[str]`: The names of the tensors in the checkpoint.
@@ -37,13 +43,12 @@ def patch_layers(folder: Path, num_layers: int, values: Mapping[tuple[int, str],
     for path in sorted(folder.glob("*.safetensors")):
         header = read_header(path)
         stored |= {tensor.name: (path, header.data_start, tensor) for tensor in header.tensors}
-    prefix = find_layer_prefix(stored, num_layers)
-    named = {f"{prefix}{index}.{name}": value for (index, name), value in values.items()}
+    named = {_stored_as(key, stored, config): value for key, value in values.items()}
     data = {}
     for name, value in named.items():
         if name not in stored:
             raise CheckpointError(
-                f"{folder.name} has no tensor {name} to repair: the checkpoint stores that weight in another form; "
+                f"{what} has no tensor {name} to repair: the checkpoint stores that weight in another form; "
                 "write the model through transformers with --dtype"
             )
         tensor = stored[name][2]
@@ -66,3 +71,15 @@ def patch_layers(folder: Path, num_layers: int, values: Mapping[tuple[int, str],
             file.flush()
             os.fsync(file.fileno())
     return sorted(named)
+
+
+def _stored_as(key: tuple[int, str], stored: Collection[str], config: PreTrainedConfig) -> str:
+    """How the checkpoint names a parameter of a layer: as the model does, or as transformers names it on disk."""
+    index, name = key
+    prefix = find_layer_prefix(stored, layer_count(config))
+    own = f"{prefix}{index}.{name}"
+    if own in stored:
+        return own
+    path = f"{find_decoder_layers(model_without_weights(config)).path}.{index}.{name}"
+    renamed = stored_names(config, [path]).get(path, path)
+    return f"{prefix}{index}.{renamed.partition(f'.{index}.')[2]}"

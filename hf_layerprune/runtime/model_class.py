@@ -94,7 +94,7 @@ def model_without_weights(config: PreTrainedConfig, **kwargs: Any) -> PreTrained
 
 
 def stored_names(config: PreTrainedConfig, names: Collection[str]) -> dict[str, str]:
-    """How a checkpoint names tensors that an adapter names by their modules; they differ in multimodal models.
+    """How a checkpoint names tensors that are known by their modules; transformers renames some types' while loading.
 
     Names that the model doesn't have, or does not store under one name, are left out.
     """

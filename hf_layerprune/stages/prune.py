@@ -299,6 +299,7 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
     """Load the whole model, cut it, and save it. Returns the commit that it was loaded from."""
     from ..cut.memory import drop_layers
     from ..families.layout import find_decoder_layers
+    from ..runtime.model_class import stored_names
 
     model = load_base(request.base, revision=request.revision, dtype=_dtype(request))
     if getattr(model, "is_quantized", False):
@@ -312,9 +313,9 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
         _note_plain_cut(prepared, folder)
         stack = find_decoder_layers(model)
         prepared.repair.apply(list(stack.layers), cut.new_index)
-        prepared.record["repair"]["changed_tensors"] = [
-            f"{stack.path}.{cut.new_index[i]}.{name}" for i, name in sorted(prepared.repair.tensors)
-        ]
+        names = [f"{stack.path}.{cut.new_index[i]}.{name}" for i, name in sorted(prepared.repair.tensors)]
+        stored = stored_names(model.config, names)
+        prepared.record["repair"]["changed_tensors"] = sorted(stored.get(name, name) for name in names)
     model.save_pretrained(folder)
     try:
         load_tokenizer(request.base, revision=request.revision).save_pretrained(folder)
@@ -338,7 +339,7 @@ def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: 
     if prepared is not None and prepared.repair is not None:
         _note_plain_cut(prepared, folder)
         values = {(plan.cut.new_index[i], name): v for (i, name), v in prepared.repair.tensors.items()}
-        prepared.record["repair"]["changed_tensors"] = patch_layers(folder, len(plan.cut.keep), values)
+        prepared.record["repair"]["changed_tensors"] = patch_layers(folder, plan.config, values, request.output)
 
 
 def _note_plain_cut(prepared: Prepared, folder: Path) -> None:
