@@ -102,6 +102,20 @@ def test_all_criteria(
     assert set(json.loads((tmp_path / "out" / "scores.json").read_text())["criteria"]) == {"block_influence"}
 
 
+def test_a_model_that_cannot_be_ranked_on_text_has_scores_of_its_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_model("gemma3n_text").save_pretrained(tmp_path / "base")
+    words = ["rank", str(tmp_path / "base"), str(tmp_path / "out"), "--protect-first", "0"]
+    assert main(words) == 0
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert set(found["criteria"]) == {"reverse_order", "random", "magnitude_l1", "magnitude_l2"}
+    (said,) = [record.message for record in caplog.records if "left out" in record.message]
+    assert "repairability are left out: model type 'gemma3n_text' can't be ranked on text" in said
+    assert main([*words, "--force", "--criterion", "kl,auto"]) == 1
+    assert "can't be ranked on text" in capsys.readouterr().err
+
+
 def test_criteria_without_scores_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import families
 from ..calibration.documents import check_source
-from ..errors import CheckpointError, CutError, LayerPruneError
+from ..errors import CheckpointError, CutError, LayerPruneError, UnsupportedModelError
 from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
 from ..options import AMOUNTS, CutOptions, take
@@ -81,15 +81,14 @@ def rank(request: RankRequest) -> Ranking:
     from ..select.runner import choose_layers
 
     # What is refused is refused before a weight is read.
-    criteria = [find_criterion(name) for name in request.criteria]
     config = load_config(request.base, revision=request.revision)
-    _check(request, config, criteria)
+    criteria = _checked(request, config)
     n = families.layer_count(config)
     protected = families.protected_layers(config)
     count = 1 if request.drop is None else drop_count(request.drop, n)
     free = _free(request, criteria, n, count, protected)
     start = time.perf_counter()
-    model, calibration, target = opened = _open(request, [name for name in free if name != "auto"], count)
+    model, calibration, target = opened = _open(request, list(free), count)
     if target is not None:  # what blocks are scored at: the number of layers that go if the last ones do
         order = sorted(free_layers(n, 1, 0, 0, protected))
         count = target.choose(n, find_criterion("reverse_order"), request, protected, lambda k: order[-k:])
@@ -141,19 +140,31 @@ def _free(
     return free
 
 
-def _check(request: RankRequest, config: PreTrainedConfig, criteria: Sequence[Criterion]) -> None:
-    """Refuse a model, a text or options that the criteria can't use."""
+def _checked(request: RankRequest, config: PreTrainedConfig) -> list[Criterion]:
+    """The criteria, without those that need text if the model can't be run on it a layer at a time.
+
+    Refuses a model, a text or options that they can't use.
+    """
     from ..runtime.windows import check_context
 
+    criteria = [find_criterion(name) for name in request.criteria]
     families.check_supported(config)
-    if any(criterion.needs == "text" for criterion in criteria):
-        families.check_stage(config, "rank")
-        check_context(config, request.calibration_length, "calibration_length")
-        check_source(request.calibration)
+    if by_text := [criterion for criterion in criteria if criterion.needs == "text"]:
+        try:
+            families.check_stage(config, "rank")
+        except UnsupportedModelError as error:
+            if len(by_text) == len(criteria):
+                raise
+            logger.warning("%s are left out: %s", ", ".join(criterion.name for criterion in by_text), error)
+            criteria = [criterion for criterion in criteria if criterion not in by_text]
+        else:
+            check_context(config, request.calibration_length, "calibration_length")
+            check_source(request.calibration)
     if request.budget is not None and any(criterion.name != "auto" for criterion in criteria):
         raise CutError(
             f"{request.budget} is for --curve or --criterion auto; specify one of them, or a drop or target"
         )
+    return criteria
 
 
 def _scored(
@@ -192,11 +203,12 @@ def _open(request: RankRequest, names: Sequence[str], count: int) -> Opened:
     model, device = open_base(request)
     # Sizes and times are those of the type in which the base is.
     target = Target.of(request, model.config, request.base, revision=request.revision, model=model, device=device)
-    if not any(CRITERIA[name].needs == "text" for name in (*names, *request.criteria)):
+    if not any(CRITERIA[name].needs == "text" for name in names):
         return model, None, target
     walk = open_walk(request, model, device)
+    scored = [name for name in names if name != "auto"]
     cost = estimate(
-        walk, request.calibration_samples, request.calibration_length, names, count=count, lengths=request.lengths
+        walk, request.calibration_samples, request.calibration_length, scored, count=count, lengths=request.lengths
     )
     if cost.layers:
         logger.info("scoring takes %s", cost)
