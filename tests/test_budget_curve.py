@@ -81,10 +81,10 @@ def test_nested_sets_are_the_greedy_ones(model: Any, text: CalibrationSet) -> No
     assert again.nested(4) == search.nested(4)
 
 
-@pytest.mark.parametrize("repair", ["linear", "refit"])
-def test_nested_sets_are_tried_with_their_repair(repair: str, text: CalibrationSet) -> None:
+@pytest.mark.parametrize(("model_type", "repair"), [("llama", "linear"), ("llama", "refit"), ("gemma2", "refit"), ("olmo2", "linear")])  # fmt: skip
+def test_nested_sets_are_tried_with_their_repair(model_type: str, repair: str, text: CalibrationSet) -> None:
     """A layer whose whole effect is a linear map of what its neighbour writes is free to go, however large it is."""
-    model = tiny_model("llama")
+    model = tiny_model(model_type)
     with torch.no_grad():
         for i in range(8):
             model.model.layers[i].self_attn.o_proj.weight.mul_(0.05)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from hf_layerprune import CheckpointError, CutError, LayerDropConfig, UnsupportedModelError, prune_with
 from hf_layerprune.calibration.rows import CalibrationSet
@@ -27,7 +28,7 @@ from hf_layerprune.select.search import HELD_OUT
 from hf_layerprune.select.sets import block_sums, lowest_block, lowest_layers, neighbours, rounds
 from hf_layerprune.select.trials import Trial, layer_runs, try_out
 
-from .tiny_models import LAYERS, VOCAB, tiny_model
+from .tiny_models import LAYERS, VOCAB, randomize, tiny_config, tiny_input, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +317,28 @@ def test_experts_and_norms_have_no_repairability(text: CalibrationSet) -> None:
             choose_layers(tiny_model(model_type), text, CutOptions(drop=3, criterion="repairability"))
     with pytest.raises(UnsupportedModelError, match=r"'mixtral' can't be repaired: .*leave out --repair"):
         choose_layers(tiny_model("mixtral"), text, CutOptions(drop=3, repair="linear", criterion="auto"))
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2", "glm4"])
+def test_auto_finds_what_is_repaired_through_a_norm(model_type: str) -> None:
+    model, text = tiny_model(model_type), CalibrationSet.of(tiny_input(batch=32, length=32), "random")
+    choices = [
+        choose_layers(model, text, CutOptions(drop=2, contiguous=True, repair=repair, criterion="auto"))
+        for repair in ("borrow", None)
+    ]
+    repaired, cut = ({one["layers"]: one["kl"] for one in choice.details["short_list"]} for choice in choices)
+    assert any(kl < cut.get(layers, 0) for layers, kl in repaired.items())
+
+
+def test_experts_in_every_layer_leave_nothing_to_repair(text: CalibrationSet) -> None:
+    """The type can be repaired, but not a model of it without dense layers."""
+    config = tiny_config("qwen3_moe")
+    config.decoder_sparse_step, config.mlp_only_layers = 1, []
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomize(model)
+    for contiguous in (True, False):
+        with pytest.raises(CutError, match=r"can be repaired: no layer in front|works for none.*leave"):
+            choose_layers(model, text, CutOptions(drop=2, contiguous=contiguous, repair="linear", criterion="auto"))
 
 
 def test_layers_that_cannot_be_walked_still_have_weights(text: CalibrationSet) -> None:

@@ -64,6 +64,11 @@ class Writer:
         (weight if isinstance(self.module, Conv1D) else weight.T)[indices] = 0
         return weight
 
+    @property
+    def last(self) -> nn.Module:
+        """The module whose output is added to the residual stream: itself, or the norm after it."""
+        return self.module if self.norm is None else self.norm.module
+
     @contextmanager
     def watch(self, output: bool) -> Iterator[list[torch.Tensor]]:
         """Collect the features of a fit in each run of the layer inside a `with` block.
@@ -74,8 +79,7 @@ class Writer:
         """
         seen: list[torch.Tensor] = []
         if output:
-            module = self.module if self.norm is None else self.norm.module
-            with outputs(module, lambda x: seen.append(x.clone().float() * self.gain)):
+            with outputs(self.last, lambda x: seen.append(x.clone().float() * self.gain)):
                 yield seen
             return
 

@@ -22,7 +22,6 @@ from ..repair.registry import find_repair
 from ..runtime.walk import LayerWalk
 from .scores import Choice, Scores
 from .search import BLOCK, GREEDY, Candidate, Search
-from .sets import lowest_block
 
 if TYPE_CHECKING:
     from ..options import ChoiceOptions
@@ -52,7 +51,7 @@ def choose(
     if not choice.contiguous and count > 1:
         sets.setdefault(search.nested(count), GREEDY)
     elif not ranked:
-        lowest_block({}, count, free)  # raises the error that no block may be dropped
+        search.lowest({}, count)  # raises the error that no block may be dropped
     logger.info("short list: %s", "; ".join(map(format_layers, sets)))
     judged = search.judge(sets.items())
     details = {

@@ -46,7 +46,7 @@ class BlockFit:
         def correct(output: torch.Tensor) -> torch.Tensor:
             return (output.float() + output.float() @ change.to(output.device)).to(output.dtype)
 
-        with outputs(self.writer.module, correct):
+        with outputs(self.writer.last, correct):
             yield
 
 
@@ -75,14 +75,14 @@ class Repairability(Observer):
     @contextmanager
     def watch(self, index: int, layer: nn.Module, run: Run, probe: Batch) -> Iterator[None]:
         """Record the outputs of the module that a map would be folded into."""
-        # A map of what a norm divides again would not be linear.
-        writers = [writer for writer in find_writers(layer, run, probe) if writer.norm is None]
+        # A map of what a norm divides again is not linear: it estimates what a repair gains, but has no score.
+        writers = [writer for writer in find_writers(layer, run, probe) if writer.norm is None or self.keep]
         self.writer = writers[0] if writers else None
         self.features: list[torch.Tensor] = []
         if self.writer is None:
             yield
             return
-        with outputs(self.writer.module, lambda output: self.features.append(output.clone())):
+        with outputs(self.writer.last, lambda output: self.features.append(output.clone())):
             yield
 
     def end(self, index: int, batches: Sequence[Batch]) -> None:

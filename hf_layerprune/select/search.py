@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -23,7 +23,7 @@ from torch import nn
 
 from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError
-from ..families import check_stage, text_config
+from ..families import UNREPAIRABLE, check_stage, text_config
 from ..layer_ranges import format_layers
 from ..options import plural
 from ..repair.fit import Repair, blocks, fit_repair
@@ -148,9 +148,9 @@ class Search:
         """
         scored = self.blocks(count).blocks
         if self.contiguous or count == 1:
-            return tuple(lowest_block(scored, count, self.free)), BLOCK
+            return self.lowest(scored, count), BLOCK
         nested = self.nested(count)
-        block = tuple(lowest_block(scored, count, self.free)) if scored else nested
+        block = self.lowest(scored, count) if scored else nested
         if block == nested:
             return nested, GREEDY
         (one,) = self._tried([nested], _TRY_ROWS)
@@ -162,7 +162,20 @@ class Search:
         Raises:
             CutError: There is none.
         """
-        return tuple(lowest_block(self.blocks(count).blocks, count, self.free))
+        return self.lowest(self.blocks(count).blocks, count)
+
+    def lowest(self, scores: Mapping[tuple[int, ...], float], count: int) -> tuple[int, ...]:
+        """The block of a length with the lowest score, of those that [`blocks`] gave one.
+
+        Raises:
+            CutError: There is none.
+        """
+        if not scores and self._in_front and any(end - start >= count for start, end in blocks(self.free)):
+            raise CutError(
+                f"no block of {plural(count, 'layer')} can be repaired: no layer in front of one has an output projection that "
+                f"repair={self.repair!r} could change; {UNREPAIRABLE}"
+            )
+        return tuple(lowest_block(scores, count, self.free))
 
     def seems_inside(self, budget: str, limit: float, count: int) -> bool:
         """Whether the nested set of a size loses less than half of a budget on the few rows that found it."""
