@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from hf_layerprune import CheckpointError, CutError
 from hf_layerprune.calibration.rows import CalibrationSet, check_vocabulary, load_calibration
 from hf_layerprune.calibration.self_text import write_text_with
+from hf_layerprune.runtime.windows import context_of
 
 from .hub_server import HubServer, client_env
 from .measure_models import byte_tokenizer, write_model
@@ -201,6 +202,20 @@ def test_a_model_writes(model: Any, tokenizer: Any) -> None:
 @pytest.mark.parametrize("model_type", ["pegasus", "roc_bert"])
 def test_a_config_without_special_tokens(model_type: str) -> None:
     assert write_text_with(tiny_model(model_type), None, 2, 8, 0).shape == (2, 8)
+
+
+@pytest.mark.parametrize("model_type", ["whisper", "roberta", "xmod", "gpt2"])
+def test_rows_as_long_as_the_context(model_type: str) -> None:
+    """Whisper names the field otherwise, and RoBERTa counts positions from behind the padding token's id."""
+    model = tiny_model(model_type)
+    most = context_of(model.config)
+    assert most is not None
+    model(torch.full((1, most), 5), use_cache=False)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, most + 1), 5), use_cache=False)
+    assert write_text_with(model, None, 1, most, 0).shape == (1, most)
+    with pytest.raises(CutError, match=f"more than the {most} positions"):
+        write_text_with(model, None, 1, most + 1, 0)
 
 
 def test_batch_size_does_not_matter(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from .fields import COUNT_FIELDS, Cut, cut_without, rewrite_fields
 from .multimodal import path_to_text, protected_by_towers, rewrite_outside
 from .special import SPECIAL, Family, WideTensor
 from .types import (
+    AFTER_PADDING,
     ENCODER_DECODER,
     REFUSED,
     REFUSED_AT,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = [
-    "MARKER", "REFUSED", "REFUSED_AT", "STAGES", "UNREPAIRABLE", "Cut", "check_stage", "check_supported", "check_trainable",
+    "AFTER_PADDING", "MARKER", "REFUSED", "REFUSED_AT", "STAGES", "UNREPAIRABLE", "Cut", "check_stage", "check_supported", "check_trainable",
     "cut_config", "cut_quantization", "layer_count", "make_cut", "protected_layers", "proven", "proven_stages", "text_config",
     "wide_tensors",
 ]  # fmt: skip

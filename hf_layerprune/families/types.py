@@ -85,6 +85,11 @@ REFUSED: dict[str, str] = {
     **_REFUSED_MULTIMODAL,
 }
 
+# Types that count positions from the one after the padding token's id, and so have fewer than their configs say.
+AFTER_PADDING = (
+    "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+
 # Types whose layers can't be run one at a time, as ranking on text and repairs require.
 _STREAMS = "its layers pass on several streams of hidden states"
 _SHARED = "its last layers read keys and values of earlier layers, so they can't run alone"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import CutError
-from ..families import text_config
+from ..families import AFTER_PADDING, text_config
 
 if TYPE_CHECKING:
     import torch
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 def context_of(config: PreTrainedConfig) -> int | None:
     """How many tokens a model has positions for; `None` if its config does not say."""
-    most = getattr(text_config(config), "max_position_embeddings", None)
-    return most if isinstance(most, int) and most > 0 else None
+    part = text_config(config)
+    most = getattr(part, "max_position_embeddings", None) or getattr(part, "max_target_positions", None)
+    if not isinstance(most, int) or most <= 0:
+        return None
+    return most - part.pad_token_id - 1 if part.model_type in AFTER_PADDING else most
 
 
 def check_context(config: PreTrainedConfig, length: int, what: str) -> None:
