@@ -187,6 +187,24 @@ def test_a_tied_head_that_the_base_stores_twice(tmp_path: Path) -> None:
     assert found.good, said(found)
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "hy_v3"])
+def test_an_adapter_with_experts(model_type: str, tmp_path: Path) -> None:
+    """Modules hold all experts of a layer in one tensor, checkpoints each in one of its own."""
+    tiny_model(model_type).save_pretrained(tmp_path / "base")
+    words = ["--drop-layers", "6-7", "--adapter", "--tune-layers", "2"]
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "small"), *words]) == 0
+    found = verify(tmp_path / "small")
+    assert found.good, said(found)
+    path = tmp_path / "small" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    (name,) = (name for name in tensors if "layers.5" in name and name.endswith("experts.down_proj"))
+    tensors[name][1] += 1
+    save_file(tensors, path)
+    claim(tmp_path / "small")
+    found = verify(tmp_path / "small", accept_trained=True)
+    assert re.search(r"layers\.5\.\S*\.1\.\S+ differs from the base's", said(found)), said(found)
+
+
 def test_an_adapter(place: Path, tmp_path: Path) -> None:
     words = ["--drop-layers", "2,5", "--adapter", "--tune-layers", "1"]
     assert main(["prune", str(place / "base"), str(tmp_path / "small"), *words]) == 0

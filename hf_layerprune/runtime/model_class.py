@@ -11,6 +11,7 @@ from ..families.multimodal import TEXT_ALONE
 from ..families.types import ENCODER_DECODER
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -98,16 +99,32 @@ def stored_names(config: PreTrainedConfig, names: Collection[str]) -> dict[str, 
 
     Names that the model doesn't have, or does not store under one name, are left out.
     """
+    made = stored_parts(config, dict.fromkeys(names))
+    return {name: next(iter(parts)) for name, parts in made.items() if len(parts) == 1}
+
+
+def stored_parts(
+    config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor | None]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What a checkpoint stores for tensors that are known by their modules, such as one for each expert of a layer.
+
+    Args:
+        config (`PreTrainedConfig`): That of the checkpoint.
+        tensors (`Mapping[str, torch.Tensor]`): By name; `None` where only the names matter.
+
+    Returns:
+        `dict[str, dict[str, torch.Tensor]]`: By name, the tensors as they are stored. Names that the model doesn't have
+            are left out.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     model = model_without_weights(config)
-    state, stored = model.state_dict(), {}
-    for name in names:
-        if name in state:
-            made = list(revert_weight_conversion(model, {name: state[name]}))
-            if len(made) == 1:
-                stored[name] = made[0]
-    return stored
+    state = model.state_dict()
+    return {
+        name: revert_weight_conversion(model, {name: state[name] if tensor is None else tensor})
+        for name, tensor in tensors.items()
+        if name in state
+    }
 
 
 @contextmanager

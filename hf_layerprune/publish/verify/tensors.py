@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...cut.folder import SINGLE
 from ...errors import CheckpointError, boundary
@@ -13,10 +14,13 @@ from ...options import plural
 from ...records.fingerprints import ADAPTER_WEIGHTS
 from ...records.history import QUANTIZE, History
 from ...records.lineage import FILE_NAME as LINEAGE
-from ...runtime.model_class import stored_names
+from ...runtime.model_class import stored_names, stored_parts
 from .outcome import Verified
 from .places import Place
 from .rebuild import Expected, TensorHash, digest_file, notes_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _ADAPTER_PREFIX = "base_model.model."
 
@@ -54,7 +58,12 @@ def check_tensors(place: Place, history: History, expected: Expected, outcome: V
     wrong, same, again, seen = [], 0, 0, set()
     recorded: dict[str, str] = {}  # by tensor, the stages that changed it
     found = list(stored_tensors(place, expected))
-    stored = _stored_names(expected, [name for name, _ in found if name not in tensors]) if place.is_adapter else {}
+    stored = {}
+    if place.is_adapter:
+        unknown = {name: tensor for name, tensor in found if name not in tensors and name not in changed}
+        parts = _stored_parts(place, expected, unknown)
+        found = [one for name, tensor in found for one in parts.get(name, {name: tensor}).items()]
+        stored = _stored_names(expected, [name for name, _ in found if name not in tensors])
     for name, tensor in found:
         key = stored.get(name, name)
         wanted = tensors.get(key)
@@ -112,11 +121,40 @@ def _stored_names(expected: Expected, names: list[str]) -> dict[str, str]:
     """How the base's checkpoint names tensors that the adapter names by their modules."""
     if not names:
         return {}
+    with boundary("no model can be built from the base's config"):
+        return stored_names(_config(expected), names)
+
+
+def _stored_parts(
+    place: Place, expected: Expected, tensors: Mapping[str, TensorHash]
+) -> dict[str, dict[str, TensorHash]]:
+    """The parts of those tensors of an adapter that its base's checkpoint stores in several, such as one for each expert."""
+    if not tensors:
+        return {}
+    import torch
+    from safetensors import safe_open
+
+    found = {}
+    with (
+        boundary("no model can be built from the base's config"),
+        safe_open(place.path(ADAPTER_WEIGHTS), "pt") as file,
+    ):
+        here = {name: f"{_ADAPTER_PREFIX}{name}" for name in tensors}
+        values = {name: file.get_tensor(key) for name, key in here.items() if key in set(file.keys())}
+        for name, parts in stored_parts(_config(expected), values).items():
+            if len(parts) > 1:
+                data = {part: value.contiguous().view(torch.uint8).numpy().tobytes() for part, value in parts.items()}
+                found[name] = {
+                    part: TensorHash(tensors[name].dtype, tuple(parts[part].shape), hashlib.sha256(own).hexdigest())
+                    for part, own in data.items()
+                }
+    return found
+
+
+def _config(expected: Expected) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[expected.config["model_type"]].from_dict(expected.config)
-    with boundary("no model can be built from the base's config"):
-        return stored_names(config, names)
+    return CONFIG_MAPPING[expected.config["model_type"]].from_dict(expected.config)
 
 
 def _repaired_modules(history: History) -> list[str]:
