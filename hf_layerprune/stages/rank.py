@@ -53,12 +53,14 @@ class Ranking:
         drops (`dict[str, list[int]]`): What each would drop, by criterion.
         why (`dict[str, str]`): For criteria that explain themselves.
         record (`dict[str, Any]`): All of it, as in `scores.json`.
+        on_text (`bool`): Whether a criterion or a curve could run the model on text.
     """
 
     scores: dict[str, Scores]
     drops: dict[str, list[int]]
     why: dict[str, str]
     record: dict[str, Any]
+    on_text: bool = True
 
     def __str__(self) -> str:
         from ..select.report import report
@@ -116,7 +118,7 @@ def rank(request: RankRequest) -> Ranking:
         "seconds": round(time.perf_counter() - start, 3),
         "peak_memory_bytes": peak_rss(),
     }
-    ranking = Ranking(scores, drops, why, record)
+    ranking = Ranking(scores, drops, why, record, len(criteria) == len(request.criteria))
     if request.output is not None:
         with new_folder(request.output, force=request.force, apart_from=source, replaces=_OURS) as folder:
             _write(ranking, folder, n)
