@@ -119,6 +119,7 @@ def test_experts_are_counted_whatever_runs_them() -> None:
     one_by_one = prefill_flops(model, 2, 24)
     model.set_experts_implementation("grouped_mm")  # the default of `from_pretrained`
     assert prefill_flops(model, 2, 24) == one_by_one
+    assert prefill_flops(tiny_model("dbrx"), 2, 24) > 0  # its experts get slices of their weights
 
 
 def test_shared_heads_are_counted_as_if_each_query_head_had_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
