@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
@@ -29,6 +30,7 @@ from hf_layerprune.heal.preflight import check_data
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.runtime.loading import load_base
 
 from .heal_makers import load_recipe, rows, word_tokenizer
 from .measure_models import write_tasks
@@ -321,6 +323,24 @@ def test_repaired_first(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", **EAGER).eval()
     with torch.no_grad():
         assert torch.allclose(adapter(ids).logits, model(ids).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "exaone"])
+def test_repaired_modules_that_the_checkpoint_names_otherwise(
+    recipe: ModuleType, base: Path, model_type: str, tmp_path: Path
+) -> None:
+    for made in (tiny_model(model_type), word_tokenizer()):
+        made.save_pretrained(tmp_path / "base")
+    shutil.copy(base.parent / "rows.jsonl", tmp_path)
+    settings = {"repair": "refit", "calibration_samples": 8, "calibration_length": 16, "max_steps": 2, "features": 0}
+    run(recipe, words(tmp_path / "base", tmp_path / "run", **settings))
+    found = verify(VerifyRequest(str(tmp_path / "run" / "model"), accept_trained=True))
+    assert found.good, [line.text for line in found.lines if not line.good]
+    ids = torch.randint(3, 100, (1, 9))
+    adapted = PeftModel.from_pretrained(load_base(tmp_path / "base"), tmp_path / "run" / "adapter").eval()
+    with torch.no_grad():
+        merged = load_base(tmp_path / "run" / "model").eval()(ids).logits
+        assert torch.allclose(adapted(input_ids=ids).logits, merged, atol=1e-5)
 
 
 def test_a_miss_of_what_is_required(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,12 @@ from .. import families
 from ..errors import CheckpointError
 from ..families import Cut
 from ..families.fields import cut_without
-from ..families.layout import ties_head
+from ..families.layout import find_decoder_layers, ties_head
 from ..files.hub import Repo
 from ..records.fingerprints import CONFIG, is_hashed, is_part
 from ..records.lineage import Lineage
 from ..runtime.loading import is_hub_id, load_base, load_config
+from ..runtime.model_class import model_without_weights, stored_names, whole_models
 from .methods import Method, choose_method, parse_method
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+# In the name of a tensor of a decoder layer, the layer's index and what follows.
+_LAYER = re.compile(r"(?<![^.])\d+\..+")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Student:
         cut (`Cut`): Which layers were dropped.
         base (`str`, *optional*): The model that it was pruned from, if its history says so.
         revision (`str`, *optional*): The commit of the base.
-        repaired (`tuple[str, ...]`): Full names of the modules that a repair changed.
+        repaired (`tuple[str, ...]`): The tensors that a repair changed, as the checkpoint names them.
         whole_only (`bool`, defaults to `False`): Whether the model was pruned more than once or healed before. An
             adapter of the base would lack what was done first, so only the whole model is written.
     """
@@ -65,8 +70,7 @@ class Student:
             )
         lineage = Lineage.of(folder) or Lineage({})
         entries = lineage.entries
-        tensors = [name for e in entries for name in (e.get("repair") or {}).get("changed_tensors") or ()]
-        repaired = tuple(sorted({name.rpartition(".")[0] for name in tensors}))
+        repaired = tuple(name for e in entries for name in (e.get("repair") or {}).get("changed_tensors") or ())
         stages = [entry["stage"] for entry in entries]
         again = stages.count("prune") > 1 or "heal" in stages
         return cls(folder, cut, lineage.base.get("id"), lineage.base.get("commit"), repaired, again)
@@ -144,5 +148,22 @@ def adapter_config(student: Student, method: Method, **lora: Any) -> PeftConfig 
     base = None if student.whole_only else student.base
     config = method.tail_config(student.cut, base or str(student.folder))
     config.revision = student.revision if base else None
-    config.repaired_modules = list(student.repaired) or None
+    config.repaired_modules = _repaired_modules(student) if base else None
     return config
+
+
+@whole_models()
+def _repaired_modules(student: Student) -> list[str] | None:
+    """Full names of the modules that a repair changed."""
+    if not student.repaired:
+        return None
+    config = load_config(student.folder)
+    model = model_without_weights(config)
+    path = find_decoder_layers(model).path
+    indices = {_LAYER.findall(name)[0].partition(".")[0] for name in student.repaired}
+    names = [name for name in model.state_dict() if name.startswith(tuple(f"{path}.{index}." for index in indices))]
+    modules = {_LAYER.findall(name)[0]: name.rpartition(".")[0] for name in names}
+    modules |= {
+        _LAYER.findall(stored)[0]: name.rpartition(".")[0] for name, stored in stored_names(config, names).items()
+    }
+    return sorted({modules[_LAYER.findall(name)[0]] for name in student.repaired})
