@@ -110,7 +110,7 @@ def test_a_model_that_cannot_be_ranked_on_text_has_scores_of_its_weights(
     assert main(words) == 0
     found = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert set(found["criteria"]) == {"reverse_order", "random", "magnitude_l1", "magnitude_l2"}
-    assert f"next: hf-layerprune prune {tmp_path / 'base'} pruned --drop 2\n" in capsys.readouterr().out
+    assert "next: " not in capsys.readouterr().out  # no curve, and not every cut is possible
     (said,) = [record.message for record in caplog.records if "left out" in record.message]
     assert "repairability are left out: model type 'gemma3n_text' can't be ranked on text" in said
     assert main([*words, "--force", "--criterion", "kl,auto"]) == 1
