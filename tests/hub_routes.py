@@ -152,6 +152,19 @@ class Handler(BaseHTTPRequestHandler):
             entries = {path: entry for path, entry in entries.items() if "/" not in path.removeprefix(top)}
         self.send_json(list(entries.values()))
 
+    def refs(self, repo: str) -> None:
+        branches = self.server.hub.repo(repo, self.token).branches
+        told = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": head} for name, head in branches.items()]
+        self.send_json({"branches": told, "converts": [], "tags": []})
+
+    def commits(self, repo: str, revision: str) -> None:
+        hub, history = self.server.hub, []
+        commit = hub.at(repo, self.token, revision)
+        while commit is not None:
+            history.append({"id": commit.id, "title": commit.title, "message": "", "date": EPOCH, "authors": []})
+            commit = hub.repo(repo, self.token).at(commit.parent) if commit.parent else None
+        self.send_json(history)
+
     def resolve(self, repo: str, revision: str, name: str) -> None:
         hub = self.server.hub
         commit = hub.at(repo, self.token, revision, content=True)
@@ -259,6 +272,8 @@ PAGE = f"(?:/(?P<section>datasets|spaces))?/{_REPO}"
 # The method (GET answers HEAD too), the path as it arrives, still encoded, and the method of the handler.
 HUB_ROUTES: list[Route] = [
     ("GET", re.compile(f"{API}(?:/revision/(?P<revision>[^/]+))?"), Handler.info),
+    ("GET", re.compile(f"{API}/refs"), Handler.refs),
+    ("GET", re.compile(f"{API}/commits/(?P<revision>[^/]+)"), Handler.commits),
     ("GET", re.compile(f"{API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.*))?"), Handler.tree),
     ("GET", re.compile(f"{PAGE}/resolve/(?P<revision>[^/]+)/(?P<name>.+)"), Handler.resolve),
 ]

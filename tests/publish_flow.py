@@ -323,6 +323,48 @@ def verify_fails_clearly(hub: HubServer, place: Path, out: dict[str, Any]) -> No
 
 
 @scenario
+def bases_that_mislead(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    """A commit that only a pull request has, and adapters that are put on another base than the one that is compared."""
+    from huggingface_hub import HfApi
+
+    from hf_layerprune.records.lineage import Lineage
+    from tests.test_verify_attacks import edit_json, forge, train, write_base
+
+    api, base = HfApi(), write_base(place / "dense")
+    for repo in ("org/dense", "evil/dense"):
+        api.create_repo(repo)
+        api.upload_folder(repo_id=repo, folder_path=base)
+        train(base, "model.layers.0.mlp.up_proj.weight")  # evil's is another
+    first = head(hub, "org/dense")
+    api.upload_folder(repo_id="org/dense", folder_path=base, create_pr=True)
+    proposed = hub.repos["org/dense"].pulls["refs/pr/1"]
+    for name, revision in ("first", first), ("proposed", proposed):
+        cli("prune", "org/dense", place / name, "--drop-layers", "2,5", "--revision", revision)
+        out[name] = cli("verify", place / name)
+
+    def adapter(name: str, told: dict[str, Any], base: dict[str, Any] | None = None) -> None:
+        folder = shutil.copytree(place / "small", place / name)
+        edit_json("adapter_config.json", **told)(folder)
+        lineage = Lineage.of(folder)
+        lineage.base |= base or {}
+        lineage.write(folder)
+        forge(folder)
+        out[name] = cli("verify", folder)
+
+    cli("prune", "org/dense", place / "small", "--drop-layers", "2,5", "--adapter")
+    adapter("untouched", {})
+    adapter("a revision of its own", {"revision": "refs/pr/1"})
+    adapter("a second name", {"base_model_name_or_path": "evil/dense"}, {"hub_id": "evil/dense"})
+    evil = {"base_model_name_or_path": "evil/dense", "base_commit": None}
+    adapter("a name for a copy", evil, {"id": "evil/dense", "commit": None, "hub_id": "org/dense"})
+    api.upload_file(repo_id="org/dense", path_in_repo="README.md", path_or_fileobj=b"# Dense\n")
+    out["a new card"] = cli("verify", place / "small")
+    out["not the newest"] = cli("verify", place / "first")
+    hub.repos["org/dense"].merge(1)
+    out["a new main branch"] = cli("verify", place / "small")
+
+
+@scenario
 def words_that_fail(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     import os
 

@@ -207,6 +207,24 @@ class Repo:
         """The token that it was opened with."""
         return self._where.get("token")
 
+    def is_released(self) -> bool:
+        """Whether its commit is in the history of a branch or a tag. The Hub also serves commits of pull requests, which
+        anybody can open.
+
+        Raises:
+            CheckpointError: The Hub can't be asked.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=self.token)
+        with hub_errors(self.name, self.commit):
+            found = api.list_repo_refs(self.name)
+            refs = [*found.branches, *found.tags]
+            if any(ref.target_commit == self.commit for ref in refs):
+                return True
+            histories = (api.list_repo_commits(self.name, revision=ref.name) for ref in refs)
+            return any(one.commit_id == self.commit for history in histories for one in history)
+
     def get(self, name: str) -> Path:
         """Download a file into the cache, unless it is there, by its path in the repository.
 

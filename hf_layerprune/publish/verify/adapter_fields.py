@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from ...errors import CutError, boundary
 from ...families.layout import find_decoder_layers
+from ...files.hub import Repo
 from ...options import CutOptions
+from ...records.fingerprints import CONFIG, fingerprint, is_inert
 from ...records.history import History
+from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.names import last_part
+from ...runtime.loading import is_hub_id
 from ...runtime.model_class import model_without_weights
+from .places import Base
 
 # They don't affect the outputs: layers that are named are not chosen again.
 _HARMLESS = {one.name for one in fields(CutOptions)} - {"repair"} | {
@@ -69,6 +75,41 @@ def adapter_differences(
     lacking = [prefix[:-1] for prefix in prefixes if not any(name.startswith(prefix) for name in names)]
     texts += [f"would not load {name}, which is in the weights" for name in stray[:5]]
     return texts + [f"tunes {name}, which is not in the weights" for name in lacking[:5]]
+
+
+def base_difference(told: dict[str, Any], history: History, token: str | bool | None) -> str | None:
+    """How the base that an adapter is put on differs from the one of its lineage, to follow the name of the file.
+
+    Raises:
+        CheckpointError: That base is on the Hub and can't be read.
+    """
+    recorded, name = history.lineage.base, str(told.get("base_model_name_or_path"))
+    files = recorded.get("files") or {}
+    if Path(name).expanduser().exists():
+        path = Path(name).expanduser()
+        differ = Base(path, None, fingerprint(path)).differences(files)
+        return f"names the base {name}, where {differ[0]} is not as {LINEAGE} says" if differ else None
+    if name != (history.base_on_hub if is_hub_id(name) else recorded.get("id")):
+        return f"names the base {name!r}, and {LINEAGE} says {history.base_on_hub or recorded.get('id')!r}"
+    if not is_hub_id(name):
+        return None
+    repo = Repo.open(name, told.get("revision"), token=token)
+    if repo.commit == recorded.get("commit"):
+        return None
+    if recorded.get("commit"):
+        now, then = (_decisive(one) for one in (repo, Repo.open(name, recorded["commit"], token=token)))
+        differ = sorted(file for file in now.keys() | then.keys() if now.get(file) != then.get(file))
+    else:
+        repo.get(CONFIG)
+        differ = Base(name, repo.commit, repo.fingerprint()).differences(files)
+    if not differ:
+        return None
+    which = told.get("revision") or "the main branch"
+    return f"names the base {name} at {which}, where {differ[0]} is not as at {recorded.get('commit')}; set that as revision"
+
+
+def _decisive(repo: Repo) -> dict[str, str | None]:
+    return {name: file.sha256 or file.blob_id for name, file in repo.files.items() if not is_inert(name)}
 
 
 def _tuned(adapter: Any, config: dict[str, Any]) -> list[str] | None:
