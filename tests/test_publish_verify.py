@@ -354,6 +354,23 @@ def test_changes_that_no_stage_tells_of(cut: Path) -> None:
     assert Q4 not in said(found, False)
 
 
+def test_a_card_that_was_edited(cut: Path) -> None:
+    """It changes no behaviour, but whoever reads it and then a yes must know that nothing in it was checked."""
+    measure_by_hand(cut)
+    assert main(["card", str(cut)]) == 0
+    path = cut / "README.md"
+    path.write_text(path.read_text() + "\nA text of my own.\n")
+    found = verify(cut)
+    assert found.good
+    assert "card: README.md shows what the records say" in said(found, True)
+    assert "they are not measured again" in said(found, True)
+    path.write_text(path.read_text().replace("0.4", "0.9"))
+    found = verify(cut)
+    assert found.good
+    assert "README.md is not what this version of hf-layerprune makes of the records; nothing" in said(found)
+    assert "card" not in said(found, True)
+
+
 def test_a_base_that_was_changed_since(place: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(place / "single", tmp_path / "base"))
     assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "2,5"]) == 0

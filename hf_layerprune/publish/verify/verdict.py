@@ -20,13 +20,17 @@ from ...files.json_file import read_object
 from ...files.shards import INDEX
 from ...layer_ranges import format_layers, name_layers
 from ...options import plural
+from ...records.declared import CARD
 from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, holds_weights, weights_hash
 from ...records.history import History, Stage, read_history
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
+from ...records.metrics import Metrics
 from ...records.quantized import describe_quantization, is_repeatable_method
 from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_config
+from ..card.render import Card
+from ..card.writing import compose, read_text
 from ..requests import VerifyRequest
 from .adapter_fields import adapter_differences, base_difference
 from .outcome import BASE, Verified
@@ -75,6 +79,7 @@ def verify(request: VerifyRequest) -> Verified:
         return outcome
     _check_records(place, lineage, outcome, _hint(place, quantized))
     check_metrics(place, lineage, outcome)
+    _check_card(place, lineage, outcome)
     source = find_base(place, history, request, outcome)
     if source is None:
         return outcome
@@ -130,6 +135,26 @@ def _check_records(place: Place, lineage: Lineage, outcome: Verified, hint: str)
         for name in changed
     ]
     outcome.say_all("files", texts, f"besides the weights, {plural(len(here), 'file')} as {last['stage']} wrote them")
+
+
+def _check_card(place: Place, lineage: Lineage, outcome: Verified) -> None:
+    """Say whether the card is the one that the records give; other versions of this package word it differently."""
+    if not (place.folder / CARD).is_file() and (place.repo is None or CARD not in place.repo.files):
+        return
+    try:
+        text = read_text(place.path(CARD))
+        same = text == compose(Card.of(lineage, Metrics.of(place.folder)), text)
+    except LayerPruneError:
+        same = False
+    if same:
+        outcome.say(
+            True, "card", f"{CARD} shows what the records say; text outside its generated sections was not checked"
+        )
+    else:
+        text = (
+            f"{CARD} is not what this version of hf-layerprune makes of the records; nothing that it says was checked"
+        )
+        outcome.say(None, "card", text)
 
 
 def _check_cut(told: dict[str, Any], name: str, history: History, outcome: Verified) -> None:
