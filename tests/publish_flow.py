@@ -342,6 +342,11 @@ def bases_that_mislead(hub: HubServer, place: Path, out: dict[str, Any]) -> None
         cli("prune", "org/dense", place / name, "--drop-layers", "2,5", "--revision", revision)
         out[name] = cli("verify", place / name)
 
+    lineage = Lineage.of(place / "proposed")
+    lineage.base["commit"] = "refs/pr/1"
+    lineage.write(place / "proposed")
+    out["proposed by name"] = cli("verify", place / "proposed")
+
     def adapter(name: str, told: dict[str, Any], base: dict[str, Any] | None = None) -> None:
         folder = shutil.copytree(place / "small", place / name)
         edit_json("adapter_config.json", **told)(folder)
@@ -353,6 +358,9 @@ def bases_that_mislead(hub: HubServer, place: Path, out: dict[str, Any]) -> None
 
     cli("prune", "org/dense", place / "small", "--drop-layers", "2,5", "--adapter")
     adapter("untouched", {})
+    adapter("hashes of another base", {"base_model_name_or_path": "evil/dense", "base_commit": head(hub, "evil/dense")},
+            {"id": "evil/dense", "commit": head(hub, "evil/dense")})  # fmt: skip
+    out["hashes of another base"] = cli("verify", place / "hashes of another base", "--base", "org/dense")
     adapter("a revision of its own", {"revision": "refs/pr/1"})
     adapter("a second name", {"base_model_name_or_path": "evil/dense"}, {"hub_id": "evil/dense"})
     evil = {"base_model_name_or_path": "evil/dense", "base_commit": None}

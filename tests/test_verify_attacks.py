@@ -427,6 +427,23 @@ def test_files_that_the_base_is_said_to_have_lacked(cut: Path, capsys: pytest.Ca
     assert "lacked chat_template.jinja, generation_config.json" in said.splitlines()[-1]
 
 
+def test_an_adapter_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Loading joins them, so that their tensors in an adapter are not those of the base's files."""
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
+    adapter, words = tmp_path / "adapter", ["--drop-layers", "2", "--adapter", "--tune-layers", "1"]
+    assert main(["prune", str(tmp_path / "base"), str(adapter), *words]) == 0
+    code, said = says(adapter, capsys)
+    assert (code, "YES: " in said) == (0, True), said
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    (joined,) = (name for name in tensors if name.endswith("experts.down_proj"))
+    tensors[joined][0, 0, 0] += 1
+    save_file(tensors, path)
+    forge(adapter)
+    code, said = says(adapter, capsys)
+    assert (code, "experts.down_proj differs from the base's" in said) == (1, True), said
+
+
 def test_an_adapter_whose_weights_peft_does_not_find(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = adapter / "adapter_model.safetensors"
     save_file({name.removeprefix("base_model.model."): one for name, one in load_file(path).items()}, path)

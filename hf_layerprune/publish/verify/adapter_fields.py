@@ -77,35 +77,31 @@ def adapter_differences(
     return texts + [f"tunes {name}, which is not in the weights" for name in lacking[:5]]
 
 
-def base_difference(told: dict[str, Any], history: History, token: str | bool | None) -> str | None:
-    """How the base that an adapter is put on differs from the one of its lineage, to follow the name of the file.
+def base_difference(told: dict[str, Any], history: History, compared: Base) -> str | None:
+    """How the base that an adapter is put on differs from the one that it was compared with, to follow the file's name.
 
     Raises:
         CheckpointError: That base is on the Hub and can't be read.
     """
     recorded, name = history.lineage.base, str(told.get("base_model_name_or_path"))
-    files = recorded.get("files") or {}
-    if Path(name).expanduser().exists():
-        path = Path(name).expanduser()
-        differ = Base(path, None, fingerprint(path)).differences(files)
-        return f"names the base {name}, where {differ[0]} is not as {LINEAGE} says" if differ else None
-    if name != (history.base_on_hub if is_hub_id(name) else recorded.get("id")):
+    path, revision = Path(name).expanduser(), told.get("revision")
+    if path.exists():
+        loaded, where = Base(path, None, fingerprint(path)), name
+    elif name != (history.base_on_hub if is_hub_id(name) else recorded.get("id")):
         return f"names the base {name!r}, and {LINEAGE} says {history.base_on_hub or recorded.get('id')!r}"
-    if not is_hub_id(name):
+    elif not is_hub_id(name):
         return None
-    repo = Repo.open(name, told.get("revision"), token=token)
-    if repo.commit == recorded.get("commit"):
-        return None
-    if recorded.get("commit"):
-        now, then = (_decisive(one) for one in (repo, Repo.open(name, recorded["commit"], token=token)))
-        differ = sorted(file for file in now.keys() | then.keys() if now.get(file) != then.get(file))
     else:
+        repo, where = Repo.open(name, revision, token=compared.token), f"{name} at {revision or 'the main branch'}"
+        if name == compared.source:
+            now, then = (_decisive(one) for one in (repo, Repo.open(name, compared.commit, token=compared.token)))
+            differ = sorted(file for file in now.keys() | then.keys() if now.get(file) != then.get(file))
+            text = f"names the base {where}, where {', '.join(differ[:1])} is not as at {compared.commit}; set that as revision"
+            return text if differ and repo.commit != compared.commit else None
         repo.get(CONFIG)
-        differ = Base(name, repo.commit, repo.fingerprint()).differences(files)
-    if not differ:
-        return None
-    which = told.get("revision") or "the main branch"
-    return f"names the base {name} at {which}, where {differ[0]} is not as at {recorded.get('commit')}; set that as revision"
+        loaded = Base(name, repo.commit, repo.fingerprint())
+    differ = loaded.differences(recorded.get("files") or {})
+    return f"names the base {where}, where {differ[0]} is not as {LINEAGE} says" if differ else None
 
 
 def _decisive(repo: Repo) -> dict[str, str | None]:

@@ -123,8 +123,9 @@ class Base:
             raise CheckpointError(
                 f"the base, {named or base_name(told)}, is not available here; give its location with --base"
             )
-        repo = Repo.open(name, told.get("commit") if name == told.get("id") else None, token=token)
-        if repo.commit == told.get("commit") and not repo.offline and not repo.is_released():
+        commit = told.get("commit") if name == told.get("id") else None
+        repo = Repo.open(name, commit, token=token)
+        if commit and not repo.offline and not repo.is_released():
             raise CheckpointError(
                 f"{repo.name} has the commit {repo.commit[:12]} in none of its branches and tags: it may be from a pull "
                 "request, which anybody can open; if you trust it, download it and give its folder with --base"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ...cut.base import Base as Checkpoint
 from ...cut.disk import plan_cut
 from ...cut.header import read_header
+from ...cut.lazy import load_pruned
 from ...cut.plan import CheckpointPlan
 from ...cut.write import fill
 from ...errors import CheckpointError, boundary
@@ -175,6 +176,21 @@ def _check_bytes(plan: CheckpointPlan, files: Mapping[str, Mapping[str, Any]]) -
                 f"{plan.source / name} does not match its hash ({listed[:12]}); remove it from the cache to "
                 "download it again"
             )
+
+
+def loaded_tensors(history: History, base: Base, names: Collection[str]) -> dict[str, TensorHash]:
+    """Tensors of the cut that its files hold otherwise, such as experts that loading joins, by their names in the model.
+
+    Raises:
+        CheckpointError: The cut can't be loaded.
+    """
+    from safetensors.torch import save_file
+
+    model = load_pruned(base.source, history.dropped, revision=base.commit, token=base.token)
+    found = {name: one.contiguous() for name, one in model.state_dict().items() if name in names}
+    with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
+        save_file(found, path := Path(place, "joined.safetensors"))
+        return digest_file(path)
 
 
 def _converted(history: History, base: Base) -> Expected:

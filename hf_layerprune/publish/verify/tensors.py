@@ -16,8 +16,8 @@ from ...records.lineage import FILE_NAME as LINEAGE
 from ...runtime.loading import load_config
 from ...runtime.model_class import stored_names
 from .outcome import Verified
-from .places import Place
-from .rebuild import Expected, TensorHash, digest_file, notes_in
+from .places import Base, Place
+from .rebuild import Expected, TensorHash, digest_file, loaded_tensors, notes_in
 
 _ADAPTER_PREFIX = "base_model.model."
 _FLOATS = {"F16", "BF16", "F32", "F64"}
@@ -43,7 +43,7 @@ def _read_index(place: Place) -> Any:
     return read_object(place.path(INDEX), max_bytes=MAX_INDEX).get("weight_map")
 
 
-def check_tensors(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
+def check_tensors(place: Place, history: History, source: Base, expected: Expected, outcome: Verified) -> None:
     """Check that every tensor is the base's or was changed by a recorded stage, and that none is missing or extra.
 
     Raises:
@@ -57,6 +57,9 @@ def check_tensors(place: Place, history: History, expected: Expected, outcome: V
     recorded: dict[str, str] = {}  # by tensor, the stages that changed it
     found = list(stored_tensors(place, expected))
     stored = _stored_names(expected, [name for name, _ in found if name not in tensors]) if place.is_adapter else {}
+    lost = {name for name, _ in found if not {name, stored.get(name)} & tensors.keys()} - changed.keys()
+    if place.is_adapter and lost:
+        tensors |= loaded_tensors(history, source, lost)
     for name, tensor in found:
         key = stored.get(name, name)
         wanted = tensors.get(key)

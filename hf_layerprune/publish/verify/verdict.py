@@ -34,7 +34,7 @@ from ..card.writing import compose, read_text
 from ..requests import VerifyRequest
 from .adapter_fields import adapter_differences, base_difference
 from .outcome import BASE, Verified
-from .places import Place
+from .places import Base, Place
 from .rebuild import Expected, rebuild
 from .records_alone import check_chain, check_metrics, check_records_alone, find_base
 from .tensors import check_tensors, stored_tensors, weight_files
@@ -86,7 +86,7 @@ def verify(request: VerifyRequest) -> Verified:
     try:
         expected = rebuild(history, source)
         if place.is_adapter:
-            _check_adapter(place, history, request, expected, outcome)
+            _check_adapter(place, history, source, expected, outcome)
         else:
             _check_config(place, history, expected, outcome)
     except LayerPruneError as error:
@@ -94,7 +94,7 @@ def verify(request: VerifyRequest) -> Verified:
         return outcome
     try:
         _check_files(place, expected, outcome)
-        check_tensors(place, history, expected, outcome)
+        check_tensors(place, history, source, expected, outcome)
         outcome.complete = True
     except LayerPruneError as error:
         outcome.say(False, "tensors", str(error))
@@ -241,9 +241,7 @@ def _hidden(raw: dict[str, Any], told: Any, expected: Any) -> list[str]:
     return names
 
 
-def _check_adapter(
-    place: Place, history: History, request: VerifyRequest, expected: Expected, outcome: Verified
-) -> None:
+def _check_adapter(place: Place, history: History, source: Base, expected: Expected, outcome: Verified) -> None:
     """Check that an adapter names this base, cut and method, and loads what the cut wrote."""
     fields = read_object(place.path(ADAPTER_CONFIG))
     _check_cut(fields, ADAPTER_CONFIG, history, outcome)
@@ -252,7 +250,7 @@ def _check_adapter(
     wrong = []
     if fields.get("peft_type") != "LAYER_DROP":
         wrong.append(f"is an adapter of the method {fields.get('peft_type')!r}, and not of LAYER_DROP")
-    if text := base_difference(fields, history, request.token):
+    if text := base_difference(fields, history, source):
         wrong.append(text)
     if commit != told.get("commit"):
         wrong.append(f"names the base's commit {commit!r}, and {LINEAGE} says {told.get('commit')!r}")
