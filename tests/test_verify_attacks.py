@@ -120,6 +120,14 @@ def name_twice(folder: Path) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + raw[end:])
 
 
+def move_weights(folder: Path, name: str) -> None:
+    """Where transformers finds them by the index, and others don't."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / name).parent.mkdir()
+    (folder / "model.safetensors").rename(folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
+
+
 BEHAVIOUR: dict[str, tuple[Callable[[Path], object], str]] = {
     "chat template edited": (write("chat_template.jinja", "{{ 'evil' }}"), "chat_template.jinja"),
     "chat template removed": (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja"),
@@ -176,6 +184,7 @@ PLANTED: dict[str, Callable[[Path], object]] = {
     "an index": write("model.safetensors.index.json", '{"weight_map": {"x": "stray.safetensors"}}'),
     "a hidden template": write("additional_chat_templates/.tool_use.jinja", "{{ 'evil' }}"),
     "a GGUF file": write("model.gguf", b"GGUF"),
+    "weights in a folder": lambda folder: move_weights(folder, "sub/w.safetensors"),
     "a tensor named twice": name_twice,
     "a pickle": write("pytorch_model.bin", b"\x80\x04."),
     "another pickle": write("adapter_model.bin", b"\x80\x04."),

@@ -8,7 +8,7 @@ from typing import Any
 from ...cut.folder import SINGLE
 from ...errors import CheckpointError, boundary
 from ...files.json_file import read_object
-from ...files.shards import INDEX, MAX_INDEX
+from ...files.shards import INDEX, MAX_INDEX, shard_names
 from ...options import plural
 from ...records.fingerprints import ADAPTER_WEIGHTS, CONFIG
 from ...records.history import QUANTIZE, History
@@ -35,12 +35,11 @@ def weight_files(place: Place) -> list[str]:
         return [SINGLE]
     if SINGLE in place.hashes:
         raise CheckpointError(f"{place.name} holds both {SINGLE} and {INDEX}, and loaders differ in which they read")
-    weight_map = _read_index(place)
-    return sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    return shard_names(_read_index(place), f"{place.name}/{INDEX}")
 
 
-def _read_index(place: Place) -> Any:
-    return read_object(place.path(INDEX), max_bytes=MAX_INDEX).get("weight_map")
+def _read_index(place: Place) -> dict[str, Any]:
+    return read_object(place.path(INDEX), max_bytes=MAX_INDEX)
 
 
 def check_tensors(place: Place, history: History, source: Base, expected: Expected, outcome: Verified) -> None:
@@ -153,7 +152,7 @@ def stored_tensors(place: Place, expected: Expected) -> Iterator[tuple[str, Tens
             if place.is_adapter and not name.startswith(_ADAPTER_PREFIX):
                 raise CheckpointError(f"{name} does not begin with {_ADAPTER_PREFIX}, so PEFT would not load it")
             yield name.removeprefix(_ADAPTER_PREFIX) if place.is_adapter else name, tensor
-    if INDEX in place.hashes and _read_index(place) != weight_map:
+    if INDEX in place.hashes and _read_index(place)["weight_map"] != weight_map:
         raise CheckpointError(f"{INDEX} and the weight files do not agree on which tensor is where")
 
 
