@@ -259,6 +259,9 @@ def test_rows_that_are_all_too_long(llama: Bench) -> None:
         LayerPruneError, match=r"none of the 24 training rows has a labelled token within max_length=3"
     ):
         llama.trainer(max_length=3)
+    empty = Dataset.from_list([{"text": ""}] * 2)  # an end token alone, which nothing predicts
+    with pytest.raises(LayerPruneError, match=r"none of the 2 training rows .* they are empty"):
+        llama.trainer(rows_=empty)
     long = Dataset.from_list([{"prompt": "w5 " * 40, "completion": "w6"}] * 2)
     none = r"none of the 2 evaluation rows has a labelled token within max_length=32"
     for evaluated in (long, {"short": rows(4), "long": long}):

@@ -5,13 +5,15 @@ Columns are read as Arrow tables, so that a million rows take seconds. Rows that
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CutError
+from ..errors import CutError, boundary
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 _AT_A_TIME = 1000
 _UNLABELLED = -100
@@ -38,6 +40,38 @@ def check_rows(rows: Dataset, name: str, text_field: str, vocab_size: int | None
         check_text(rows, name, ("prompt", "completion"), messages=True)
     elif text_field in columns:
         check_text(rows, name, (text_field,))
+
+
+def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = False) -> None:
+    """Check that the chat template takes all conversations, if the rows are such.
+
+    Args:
+        rows (`Dataset`): The rows, in a shape that TRL takes.
+        name (`str`): The data set's name in errors.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer with the template.
+        assistant_only (`bool`, defaults to `False`): Whether the template must mark what the assistant says.
+
+    Raises:
+        CutError: It does not take one, or can't mark answers.
+    """
+    from datasets import Dataset
+    from trl import is_conversational
+    from trl.chat_template_utils import get_training_chat_template
+
+    chats = "input_ids" not in (rows.column_names or ()) and is_conversational(next(iter(rows)))
+    if assistant_only and not chats:
+        raise CutError(f"--assistant_only_loss needs conversations, and {name} has none; leave it out")
+    if assistant_only and "{% generation" not in str(tokenizer.chat_template):
+        with boundary("--assistant_only_loss can't be followed", "leave it out, to learn only last answers", CutError):
+            get_training_chat_template(tokenizer)
+    if not chats or not isinstance(rows, Dataset):
+        return
+    for index, row in enumerate(rows):
+        tools, more = row.get("tools"), row.get("chat_template_kwargs", {})
+        with boundary(f"the chat template can't take row {index} of {name}", "correct it, or leave it out", CutError):
+            said = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            tokenizer.apply_chat_template(said, tools=tools, tokenize=False, **more)
 
 
 def check_text(rows: Dataset, name: str, columns: Sequence[str], *, messages: bool = False) -> None:
