@@ -61,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}]
     talks = [{"messages": said}, {"messages": [said[0], {"role": "assistant", "content": None}]}]
     (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    (folder / "mixed.jsonl").write_text(json.dumps({"prompt": "w4", "completion": said[1:]}) + "\n")
     (folder / "rows.txt").write_text("w4")
     talker = word_tokenizer()
     talker.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] }}{% endfor %}"
@@ -136,6 +137,7 @@ USAGE = [
     ({"dataset_name": "FOLDER/text.jsonl", "completion_only_loss": "true"}, "text.jsonl has only text; leave it out"),
     ({"dataset_name": "FOLDER/text.jsonl", "assistant_only_loss": "true"}, "--assistant_only_loss needs conversations"),
     (TALKS | {"assistant_only_loss": "true"}, "--assistant_only_loss can't be followed: The chat template is not"),
+    ({"dataset_name": "FOLDER/mixed.jsonl"}, "FOLDER/mixed.jsonl has text and messages side by side"),
     (TALKS, "the chat template can't take row 1 of FOLDER/talks.jsonl: "),
     ({"eval_tasks": "piqaa"}, "piqaa"),
     ({"eval_texts": "/nowhere.txt"}, "/nowhere.txt"),
@@ -143,6 +145,7 @@ USAGE = [
 ]  # fmt: skip
 FAILURES = [
     ({"model_name_or_path": "FOLDER/quantised"}, "the weights are quantised (fp8), and can't be healed"),
+    ({"output_dir": "FOLDER/rows.txt"}, "--output_dir FOLDER/rows.txt is a file; choose a folder"),
     ({"dataset_name": "FOLDER/rows.txt"}, "FOLDER/rows.txt is not a .json, .jsonl, .ndjson, .parquet, .csv file"),
     ({"dataset_name": "/nowhere.jsonl"}, "data file /nowhere.jsonl does not exist"),
     ({"loss": "kd", "teacher": "/nowhere"}, "/nowhere"),

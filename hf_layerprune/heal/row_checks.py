@@ -58,7 +58,13 @@ def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, as
     from trl import is_conversational
     from trl.chat_template_utils import get_training_chat_template
 
-    chats = "input_ids" not in (rows.column_names or ()) and is_conversational(next(iter(rows)))
+    first = next(iter(rows))
+    pair = [isinstance(first[part], list) for part in ("prompt", "completion") if part in first]
+    if "input_ids" not in first and len(set(pair)) == 2:
+        raise CutError(
+            f"{name} has text and messages side by side; make prompt and completion both text, or both messages"
+        )
+    chats = "input_ids" not in first and is_conversational(first)
     if assistant_only and not chats:
         raise CutError(f"--assistant_only_loss needs conversations, and {name} has none; leave it out")
     if assistant_only and "{% generation" not in str(tokenizer.chat_template):
