@@ -26,6 +26,8 @@ config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_si
 transformers.LlamaForCausalLM(config).save_pretrained("base")
 command = str(pathlib.Path(sys.executable).with_name("hf-layerprune"))
 subprocess.run([command, "prune", "base", "pruned", "--drop-layers", "2,3"], check=True)
+subprocess.run([command, "recipes"], check=True)
+assert pathlib.Path("recipes/configs/heal.yaml").is_file()
 subprocess.run([command, "verify", "pruned", "--base", "base"], check=True)
 model = prune_with(LayerDropConfig(base_model_name_or_path="base", drop_layers=[2, 3]))
 ids = torch.arange(10)[None]
@@ -53,7 +55,7 @@ def check_contents(wheel: Path, sdist: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())
     wanted = {name for name in tracked if name.startswith("hf_layerprune/")}
-    wanted |= {f"hf_layerprune/{name}" for name in tracked if name.startswith("spaces/chat/")}
+    wanted |= {f"hf_layerprune/{name}" for name in tracked if name.startswith(("spaces/chat/", "recipes/"))}
     if missing := sorted(wanted - packed):
         raise SystemExit(f"the wheel lacks {', '.join(missing)}")
     stray = sorted(name for name in packed - wanted if ".dist-info/" not in name)

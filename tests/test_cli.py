@@ -359,3 +359,16 @@ def test_a_package_of_another_torch_is_named_with_the_way_out(monkeypatch, capsy
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "torchaudio was built for another torch" in line
     assert line.endswith("uninstall it: pip uninstall torchaudio")
+
+
+def test_recipes_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    source = Path(__file__).parents[1] / "recipes"
+    wanted = {path.relative_to(source) for path in source.rglob("*.*") if "__pycache__" not in path.parts}
+    assert {path.relative_to("recipes") for path in Path("recipes").rglob("*.*")} == wanted
+    assert "next: accelerate launch recipes/sft_tail.py --config recipes/configs/heal.yaml" in capsys.readouterr().out
+    assert main(["recipes"]) == 1
+    assert "recipes exists and is not empty" in capsys.readouterr().err

@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 from hf_layerprune import CutError, __version__
 from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
-from hf_layerprune.publish.space import build_space, secret_from, space_source
+from hf_layerprune.files.shipped import shipped
+from hf_layerprune.publish.space import build_space, secret_from
 from tests.chat_models import pruned_model, tiny_chat_model
 from tests.hub_server import HubServer, client_env
 from tests.publish_records import lineage_of, metrics_of
@@ -246,4 +247,4 @@ def test_words_that_make_no_sense_push_nothing(
 
 
 def test_the_source_is_found() -> None:
-    assert {path.name for path in space_source().iterdir() if path.suffix} >= FILES
+    assert {path.name for path in shipped("spaces/chat").iterdir() if path.suffix} >= FILES

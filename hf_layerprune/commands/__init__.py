@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..measure.requests import BenchRequest, EvalRequest
     from ..records.metrics import Metrics
 
-COMMANDS = ("prune", "inspect", "rank", "advise", "eval", "bench", "card", "push", "verify", "chat")
+COMMANDS = ("prune", "inspect", "rank", "advise", "recipes", "eval", "bench", "card", "push", "verify", "chat")
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ def _add(parser: Any, name: str, known: Option) -> None:
     elif known.kind is not TEXT:
         words["type"] = word_of(known)
     if known.positional or known.default is dataclasses.MISSING:
-        if known.default is None:
-            words |= {"nargs": "?", "default": None}
+        if known.default is not dataclasses.MISSING:
+            words |= {"nargs": "?", "default": known.default}
         parser.add_argument(name, metavar=name.upper(), **words)
         return
     if "choices" not in words:
