@@ -56,7 +56,7 @@ def rows(count: int = 24, seed: int = 0) -> Dataset:
 
 
 def dense_and_pruned(model_type: str, folder: Path, drop: list[int]) -> tuple[Any, Path]:
-    """A dense model, and the folder of what is left of it."""
+    """A dense model, and the folder of the pruned one."""
     dense = tiny_model(model_type)
     dense.save_pretrained(folder / "dense")
     pruned = tiny_model(model_type)

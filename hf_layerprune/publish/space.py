@@ -117,7 +117,7 @@ def local_run(request: ChatRequest) -> tuple[list[str], dict[str, str]]:
 
 
 def _existing_model(model: str) -> str:
-    """Refuse a path that does not exist, which the page would take for a Hub id."""
+    """A model's name or path; refuses a path that does not exist, which the page would take for a Hub id."""
     if not Path(model, ADAPTER_CONFIG).expanduser().is_file():
         resolve_base(model)
     return str(Path(model).expanduser()) if not is_hub_id(model) else model
