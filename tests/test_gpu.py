@@ -1,7 +1,7 @@
 """What the CPU's tests hold, on a CUDA GPU: `make gpu`, or `pytest -m gpu`. None of it needs a network.
 
 Without a GPU every test here is skipped. With `HF_LAYERPRUNE_GPU_TESTS_ON=cpu` they run on the CPU, which proves
-the tests and not the GPU.
+the tests and not the GPU; with `python -m tests.emulated_gpu`, on an emulated one.
 """
 
 from __future__ import annotations
@@ -244,7 +244,8 @@ def command(base: Path, output: Path, **settings: Any) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
 def run(words: list[str]) -> str:
@@ -302,7 +303,7 @@ print(json.dumps({"tokens": [state["tokens"] for state in states], "places": sor
 def test_chat(tmp_path: Path) -> None:
     base = tiny_chat_model(tmp_path / "base")
     pruned = pruned_model(base, tmp_path / "pruned")
-    path = os.pathsep.join([str(ROOT / "spaces" / "chat"), str(ROOT)])
+    path = os.pathsep.join([str(ROOT / "spaces" / "chat"), environment()["PYTHONPATH"]])
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if DEVICE == "cpu" else {}
     env = environment() | {"PYTHONPATH": path, "GRADIO_ANALYTICS_ENABLED": "False"} | hidden
     words = [sys.executable, "-c", CHAT, str(pruned), str(base)]
