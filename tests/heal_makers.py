@@ -25,7 +25,8 @@ from .tiny_models import EAGER, VOCAB, tiny_model
 DROP = [5, 6]
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "sft_tail.py"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+PATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": PATH}
 
 
 def load_recipe(name: str = "sft_tail") -> Any:

@@ -1,7 +1,7 @@
 """What the CPU's tests hold, on a CUDA GPU: `make gpu`, or `pytest -m gpu`. None of it needs a network.
 
 Without a GPU every test here is skipped. With `HF_LAYERPRUNE_GPU_TESTS_ON=cpu` they run on the CPU, which proves
-the tests and not the GPU.
+the tests and not the GPU; with `python -m tests.emulated_gpu`, on an emulated one.
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ print(json.dumps({"tokens": [state["tokens"] for state in states], "places": sor
 def test_chat(tmp_path: Path) -> None:
     base = tiny_chat_model(tmp_path / "base")
     pruned = pruned_model(base, tmp_path / "pruned")
-    path = os.pathsep.join([str(ROOT / "spaces" / "chat"), str(ROOT)])
+    path = os.pathsep.join([str(ROOT / "spaces" / "chat"), ENVIRONMENT["PYTHONPATH"]])
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if DEVICE == "cpu" else {}
     env = ENVIRONMENT | {"PYTHONPATH": path, "GRADIO_ANALYTICS_ENABLED": "False"} | hidden
     command = [sys.executable, "-c", CHAT, str(pruned), str(base)]
