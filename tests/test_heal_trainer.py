@@ -29,12 +29,6 @@ from hf_layerprune.versions import trl_drops_rows_without_labels
 from .heal_makers import Bench, losses, rows, tuned, word_tokenizer
 from .tiny_models import EAGER
 
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("llama"))
-
-
 trl_computes_losses = pytest.mark.skipif(
     getattr(trl.trainer.utils, "_ChunkedLogProbFunction", True) is None,
     reason="TRL 1.11 to 1.15 compute no loss of their own without Triton",
