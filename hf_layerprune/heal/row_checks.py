@@ -1,7 +1,7 @@
 """Whether rows hold what training can use: text, or ids of tokens that the model knows, with a label for each.
 
-Columns are read as Arrow tables, so that a million rows take seconds; the chat template is filled in row by row, some
-thousand a second. Rows that are streamed are not checked.
+Columns are read as Arrow tables, so that a million rows take seconds. The chat template, which takes longer, is tried on
+the first rows. Rows that are streamed are not checked.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _AT_A_TIME = 1000
+_CHATS = 10_000  # conversations that are tried, which takes some 2 seconds
 _UNLABELLED = -100
 # Columns with a value for each token.
 _BESIDE_IDS = ("labels", "completion_mask", "assistant_masks")
@@ -44,7 +45,7 @@ def check_rows(rows: Dataset, name: str, text_field: str, vocab_size: int | None
 
 
 def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = False) -> None:
-    """Check that the chat template takes all conversations, if the rows are such.
+    """Check that the chat template takes the first 10,000 conversations, if the rows are such.
 
     Args:
         rows (`Dataset`): The rows, in a shape that TRL takes.
@@ -73,7 +74,7 @@ def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, as
             get_training_chat_template(tokenizer)
     if not chats or not isinstance(rows, Dataset):
         return
-    for index, row in enumerate(rows):
+    for index, row in enumerate(rows.select(range(min(len(rows), _CHATS)))):
         tools, more = row.get("tools"), row.get("chat_template_kwargs", {})
         with boundary(f"the chat template can't take row {index} of {name}", "correct it, or leave it out", CutError):
             said = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
