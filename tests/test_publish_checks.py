@@ -20,6 +20,7 @@ from hf_layerprune.publish.hub.push import plan
 from hf_layerprune.publish.requests import CardRequest, PushRequest
 from hf_layerprune.records.licences import TABLE, LicenceFound
 
+from .folders import snapshot
 from .publish_records import measure_by_hand
 from .test_verify_attacks import forge
 from .tiny_models import tiny_model
@@ -43,10 +44,6 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(pruned: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pruned, tmp_path / "out"))
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def refusals(folder: Path, repo_id: str = "org/small", **request: Any) -> str:
@@ -198,9 +195,8 @@ SECRETS = {
 TOKEN = SECRETS["Hugging Face Token"]
 
 
-def secrets_in(path: Path, *, named: bool = False) -> list[tuple[int, str]]:
-    leaks_ = leaks.find_secrets(path.parent, [path.name], frozenset({path.name}) if named else frozenset())
-    return [(leak.line, leak.what) for leak in leaks_]
+def secrets_in(path: Path) -> list[tuple[int, str]]:
+    return [(leak.line, leak.what) for leak in leaks.find_secrets(path.parent, [path.name])]
 
 
 def test_secrets_stay_home(folder: Path) -> None:

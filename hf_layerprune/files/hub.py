@@ -281,7 +281,7 @@ class Repo:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return dict(zip(names, pool.map(self.get, names), strict=True))
 
-    def fingerprint(self, suffixes: tuple[str, ...] = (".safetensors", ".json")) -> dict[str, dict[str, Any]]:
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
         """Size and sha256, by name, of the files at the top level that define a model, as the Hub lists them.
 
         For files that are not stored in LFS, the hash is computed if the file is in the cache; otherwise a weight file
@@ -291,7 +291,7 @@ class Repo:
 
         known: dict[str, dict[str, Any]] = {}
         for name, file in sorted(self.files.items()):
-            if "/" in name or not name.endswith(suffixes):
+            if "/" in name or not name.endswith((".safetensors", ".json")):
                 continue
             path = try_to_load_from_cache(self.name, name, self._where["cache_dir"], self.commit)
             if file.sha256 is not None:

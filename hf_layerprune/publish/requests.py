@@ -22,7 +22,7 @@ def _named(metavar: str) -> Kind:
 @documented
 @dataclass
 class CardRequest(Options):
-    """What to write on a card that only its author knows."""
+    """What only the author knows, for the card."""
 
     model: Path = option(MISSING, _FOLDER_HELP, PATH)
     name: str | None = option(
