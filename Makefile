@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # compile torch and transformers again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: install test suite fast space fuzz gpu matrix compat engines docs site dist-check cards lint style types format demo clean
+.PHONY: install test suite fast space fuzz gpu emulated-gpu matrix compat engines docs site dist-check cards lint style types format demo clean
 
 install: $(STAMP)
 
@@ -47,6 +47,10 @@ fuzz: $(STAMP)
 # Everything on a CUDA GPU, in parts of less than 8 minutes; start it again where it stopped. docs/gpu.md has the results.
 gpu: $(STAMP)
 	$(BIN)/python benchmarks/gpu.py
+
+# The tests that need a GPU, on one that is emulated on the CPU; needs a C++ compiler.
+emulated-gpu: $(STAMP)
+	$(BIN)/python -m tests.emulated_gpu
 
 # Every type at every stage; in make test, most go through the cut and one other stage.
 matrix: $(STAMP)

@@ -4,11 +4,11 @@
     python benchmarks/checkpoint.py --gb 8 --repeats 5 --mergekit /path/to/python
 
 Makes a bf16 Llama of random bytes (32 layers, shards of about 1 GB), drops 8 layers from it in several ways, in turn
-in each round, and prints a Markdown table. Each way runs in its own process; the CPU seconds, of user and system, depend
-less than the others on what else runs. Three peaks are reported: the resident set, which includes every page of a mapped
-file that was accessed; its anonymous part, which is the process's own memory; and its part in mapped files. They
-are read from the child's `/proc/PID/status` while it runs, because on Linux the `ru_maxrss` of a child starts at its
-parent's value. Everything is removed at the end.
+in each round, and prints a Markdown table. Each way runs in its own process. CPU seconds (user and system) depend less on
+other load than the elapsed time. There are three memory peaks: the resident set, which includes every accessed page of a
+mapped file; its anonymous part, which is the process's own memory; and its part in mapped files. They are read from the
+child's `/proc/PID/status` while it runs, because on Linux the `ru_maxrss` of a child starts at its parent's value.
+Everything is removed at the end.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def mergekit_recipe(source: Path) -> str:
 
 
 class Peaks:
-    """Watches the memory of a process, in MB: its peak resident set, and the peaks of the two parts of it."""
+    """Records the peak resident set of a process, and the peaks of its two parts, in MB."""
 
     def __init__(self, pid: int) -> None:
         self.resident = self.anonymous = self.mapped = 0.0
@@ -171,7 +171,7 @@ class Peaks:
 
 
 class Run(NamedTuple):
-    """What a command took."""
+    """The time and memory of a command, and its output."""
 
     seconds: float
     cpu: float

@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct, whole and without layers 12-18, in turns in each engine, beside the ratio that theory allows.
+"""Speed of SmolLM2-135M-Instruct, dense and without layers 12-18, in several engines, next to the theoretical ratio.
 
     python benchmarks/engines.py                                 transformers, vLLM, and llama.cpp in f32, Q4_0 and Q4_K_M
     python benchmarks/engines.py llama.cpp --prompt-lengths 256 --new-tokens 64 --repeats 7
 
-Engines and models are those of `make engines`, in `.engines`; what is not there yet is installed and made. Each row is what
-`hf-layerprune bench --engine` records. Set `OMP_NUM_THREADS=1` on a busy machine: llama.cpp's threads wait actively.
+Engines and models are those of `make engines`, in `.engines`; missing ones are installed or made. Each row is recorded by
+`hf-layerprune bench --engine`. Set `OMP_NUM_THREADS=1` on a busy machine, since llama.cpp's threads wait actively.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tests.engines import environments, gguf_files, models  # noqa: E402
 
 
 def runs(engine: str, files: list[str]) -> Iterator[tuple[str, str, list[str], list[str]]]:
-    """How `bench` is asked.
+    """The runs of `bench` for an engine.
 
     Args:
-        engine (`str`): One of those that `bench` knows.
+        engine (`str`): An engine of `bench`.
         files (`list[str]`): For llama.cpp, the kinds of GGUF files.
 
     Yields:
@@ -79,7 +79,7 @@ def main() -> int:
 
 
 def print_rows(title: str, metrics: dict) -> None:
-    """A line for each phase: medians, and the median of the ratios of runs that follow each other."""
+    """Print a line for each phase: medians, and the median ratio of consecutive runs."""
     for one in metrics["comparisons"]:
         name = one["metric"].removesuffix("_tokens_per_second")
         if name == one["metric"]:

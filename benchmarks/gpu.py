@@ -1,6 +1,6 @@
-"""Everything that only a GPU can show, in parts of less than 8 minutes; each finished step is a small file.
+"""Everything that needs a GPU, in parts of less than 8 minutes; the result of each step is a small file.
 
-    python benchmarks/gpu.py                              # all parts, on the first CUDA GPU; again to go on
+    python benchmarks/gpu.py                              # all parts, on the first CUDA GPU; run it again to continue
     python benchmarks/gpu.py --part b                     # one part
     python benchmarks/gpu.py --part e --data DATA         # DATA has task files and texts, see `eval --tasks-from`
     python benchmarks/gpu.py --tiny --part b c            # a dry run on the CPU; its numbers mean nothing
@@ -15,10 +15,10 @@
 | e | healing SmolLM2-135M with millions of tokens that the dense model writes |
 | f | `accelerate launch` with the settings in `recipes/accelerate` |
 
-Each step runs in its own process and has a time limit. Its result, with the card, the driver and the versions, becomes
-`RESULTS/STEP.json`, in a dry run `RESULTS/dry_run/STEP.json`; a step that has one is not repeated without `--again`. When a
-part's minutes are over, no further step of it starts, and the same command goes on later. Nothing is downloaded:
-docs/gpu.md says what to bring.
+Each step runs in its own process and has a time limit. Its result, with the card, the driver and the versions, is written to
+`RESULTS/STEP.json`, in a dry run to `RESULTS/dry_run/STEP.json`; a step that has one is not repeated without `--again`. When
+the minutes of a part are over, no further step of it starts; run the same command again to continue. Nothing is downloaded:
+docs/gpu.md lists what you need.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MARK = "RESULT "
 def main() -> None:
     """Run steps in processes of their own, or, in such a process, one step."""
     args = parse()
-    if args.tiny:  # apart from a real run's, which would take them for its own
+    if args.tiny:  # in other folders, or else a real run would take these results for its own
         args.results, args.work = (folder / "dry_run" for folder in (args.results, args.work))
     setting = Setting(
         tiny=args.tiny,
@@ -100,7 +100,7 @@ def parse() -> argparse.Namespace:
 
 
 def need_a_gpu() -> None:
-    """Stop where there is no CUDA GPU."""
+    """Exit if there is no CUDA GPU."""
     code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     if subprocess.run([sys.executable, "-c", code]).returncode:
         sys.exit("torch finds no CUDA GPU here; --tiny is a dry run on the CPU")
@@ -135,10 +135,10 @@ def run_part(part: str, args: argparse.Namespace) -> list[str]:
 
 
 def in_a_process(step: Step, seconds: float) -> dict:
-    """Run a step in its own process, and end it and all that it started when its time is over."""
+    """Run a step in its own process, and kill it with all its children when its time is over."""
     words = [sys.executable, __file__, *sys.argv[1:], "--step", step.name]
     env = dict(os.environ)
-    if step.cards == 1:  # transformers would spread a process over all that it sees
+    if step.cards == 1:  # transformers would use all visible cards
         env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     begun = time.monotonic()
     process = subprocess.Popen(
@@ -158,7 +158,7 @@ def in_a_process(step: Step, seconds: float) -> dict:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Kill a process and all that it started, also in sessions of their own, as torch's launcher starts its workers."""
+    """Kill a process and all its children, also those in their own sessions, as torch's launcher starts its workers."""
     for one in [*psutil.Process(process.pid).children(recursive=True), process]:
         with suppress(psutil.NoSuchProcess):
             one.kill()

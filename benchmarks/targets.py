@@ -1,12 +1,12 @@
-"""Targets and budgets on a real model: what is predicted against what is made, and how good the budget's choice is.
+"""Targets and budgets on a real model: predictions against the result, and the quality of the choice within a budget.
 
     python benchmarks/targets.py predict --model MODEL
     python benchmarks/targets.py budget --model MODEL --rows 32 --length 256 --max-kl 0.3
 
-`predict` prunes to four targets and compares parameters, bytes, memory (weights and a cache that is really filled) and
-the speed of decoding (in seconds of the process: run it on one thread, OMP_NUM_THREADS=1). `budget` compares the choice within a budget with all contiguous blocks of that length, each
-repaired and judged, and with layers that go one after the other without a repair in the loop. Seconds are those of the
-process.
+`predict` prunes to four targets, and compares parameters, bytes, memory (of the weights and a filled cache) and decoding
+speed (in CPU seconds, so run it on one thread, OMP_NUM_THREADS=1). `budget` compares the choice within a budget with all
+contiguous blocks of that length, each repaired and evaluated, and with layers that are dropped one at a time without a
+repair in the loop. Seconds are CPU seconds.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def predict(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def filled(model: Any, context: int) -> int:
-    """Bytes of the weights and of a cache that was filled."""
+    """Bytes of the weights and of a filled cache."""
     cache = model(input_ids=torch.ones(1, context, dtype=torch.long), use_cache=True).past_key_values
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     weights = {id(p): p for p in model.parameters()}.values()
@@ -78,7 +78,7 @@ def filled(model: Any, context: int) -> int:
 
 
 def budget(args: argparse.Namespace) -> None:
-    """The budget's choice against others of its size."""
+    """Compare the choice within a budget with others of the same size."""
     model = in_fast_precision(load_base(args.model, dtype="auto"))
     tokenizer = load_tokenizer(args.model)
     text = load_calibration(args.calibration, tokenizer, samples=args.rows, length=args.length, model=model)
@@ -109,7 +109,7 @@ def budget(args: argparse.Namespace) -> None:
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What it returns, and the seconds of this process."""
+    """The result of a function, and its CPU seconds."""
     start = time.process_time()
     found = work()
     return found, time.process_time() - start

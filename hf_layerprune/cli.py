@@ -1,4 +1,4 @@
-"""The `hf-layerprune` command: words to calls. Everything heavy is imported by the command that needs it."""
+"""The `hf-layerprune` command. Everything heavy is imported by the command that needs it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .versions import __version__
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, and repeats no token that was given where something else belongs."""
+    """Reports an error in one line, and masks a token that was given in place of something else."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         values, unknown = super().parse_known_args(args, namespace)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv (`Sequence[str]`, *optional*): The words after the program's name; those of the process by default.
+        argv (`Sequence[str]`, *optional*): The arguments; by default `sys.argv[1:]`.
 
     Returns:
         `int`: 0 for success; 1 for a failure; 2 for wrong usage; 130 for an interrupt. One line on stderr says what
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(answer: Answer, screen: ScreenOptions) -> int:
-    """Print what a command answers; a file's text can't act on the terminal, and a token is masked."""
+    """Print the result of a command, with control characters escaped and tokens masked."""
     for line in answer.errors:
         _fail(line, answer.code)
     if isinstance(screen, AnswerOptions) and screen.json:

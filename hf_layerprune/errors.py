@@ -25,6 +25,8 @@ _MOST = 300  # characters to keep of a library's message
 _PLAIN = (OSError, ValueError, RuntimeError, ImportError)
 # What torch says of a package whose compiled part is another torch's; transformers imports torchaudio where it finds it.
 _MISBUILT = re.compile(r"Could not load this library: .*site-packages[/\\](\w+)[/\\]")
+# What torch says of a file that it could not write, as on a full disk: the system's error is lost in its writer.
+_CUT_OFF = re.compile(r"inline_container\S* \. unexpected pos|PytorchStreamWriter failed writing|basic_ios::clear")
 DEBUG = "HF_LAYERPRUNE_DEBUG"
 
 
@@ -83,6 +85,8 @@ def cause_of(error: BaseException) -> str:
         if isinstance(one, UnicodeEncodeError) and one.object.startswith("Bearer "):  # the header of a request
             return "the Hub token has characters that no token has; copy it again, and set HF_TOKEN or run `hf auth login`"
     text = one_line(str(error))
+    if _CUT_OFF.search(text):
+        return "a checkpoint could not be written whole; free some space on its disk, or write elsewhere"
     if not text and isinstance(error, AssertionError) and (frames := traceback.extract_tb(error.__traceback__)):
         text = one_line(frames[-1].line or "")  # what was asserted
     if not text or not isinstance(error, _PLAIN):

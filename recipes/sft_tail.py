@@ -195,6 +195,8 @@ def check(
     from hf_layerprune.heal.student import Student, cut_of
     from hf_layerprune.runtime.loading import load_config
 
+    if os.path.isfile(training_args.output_dir):
+        raise CheckpointError(f"--output_dir {training_args.output_dir} is a file; choose a folder")
     for folder in (Path(str(training_args.output_dir)) / name for name in ("model", "adapter")):
         if os.path.lexists(folder):
             raise CheckpointError(f"{folder} exists already; choose another --output_dir, or remove it")

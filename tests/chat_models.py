@@ -1,4 +1,4 @@
-"""Tiny models that talk, for the chat: random words out of a vocabulary that has HTML among them."""
+"""Tiny random models for the chat, whose vocabulary contains HTML."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_layerprune.cli import main
 from tests.tiny_models import VOCAB, tiny_model
 
-# The first three are what `tiny_models` has for padding, start and end.
+# The first three are the padding, start and end tokens of `tiny_models`.
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 NASTY = ["<script>window.ran=1</script>", "<img/src=x/onerror=window.ran=1>", "<b>bold</b>", "&lt;", "a&b", "`<i>`"]
 ROLES = ["system", "user", "assistant", ":"]
@@ -24,14 +24,13 @@ def words() -> list[str]:
     return known + plain[: VOCAB - len(known)]
 
 
-def tiny_chat_model(folder: Path, *, template: bool = True, context: int = 4096, endless: bool = True) -> Path:
-    """Save a random model with a tokenizer.
+def tiny_chat_model(folder: Path, *, template: bool = True, context: int = 4096) -> Path:
+    """Save a random model with a tokenizer. It has no end-of-text token, so it writes until it is stopped.
 
     Args:
-        folder (`Path`): Where to.
+        folder (`Path`): The folder to write.
         template (`bool`): Whether it has a chat template.
-        context (`int`): How many tokens it reads.
-        endless (`bool`): Whether it goes on until it is stopped.
+        context (`int`): The length of its context in tokens.
 
     Returns:
         `Path`: The folder.
@@ -46,13 +45,12 @@ def tiny_chat_model(folder: Path, *, template: bool = True, context: int = 4096,
     tokenizer.save_pretrained(folder)
     model = tiny_model("llama")
     model.config.max_position_embeddings = context
-    if endless:
-        model.config.eos_token_id = model.generation_config.eos_token_id = None
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     return folder
 
 
 def pruned_model(base: Path, folder: Path, *words: str) -> Path:
-    """Prune a model by the command line, so that it has its history."""
+    """Prune a model with the command, so that it has a lineage."""
     assert main(["prune", str(base), str(folder), "--drop-layers", "3-4", *words]) == 0
     return folder

@@ -1,4 +1,4 @@
-"""The chat, served in this process on a port of its own."""
+"""The chat, served from this process on a free port."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import chat  # noqa: E402
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
@@ -49,5 +49,5 @@ def served(model: Path | str, base: Path | str | None = None, *, loaded: bool = 
 
 
 def answers_under_way() -> int:
-    """How many models are busy with an answer right now."""
+    """The number of answers that are being generated."""
     return sum(thread.name == "answer" for thread in threading.enumerate())

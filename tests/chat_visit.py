@@ -1,21 +1,25 @@
-"""A page of the chat that is open in a browser, and what people do there."""
+"""A page of the chat in a browser, and what users do on it."""
 
 from __future__ import annotations
 
+import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
-WAIT = 60_000  # milliseconds; only a page that is broken, or a machine that is, makes anybody wait so long
+WAIT = 60_000  # milliseconds; long enough for a busy machine
 expect.set_options(timeout=WAIT)
-# What another page, an extension or a half-closed stream may do; nothing of it is an error of this page.
+# Messages of the browser that are no errors of this page.
 HARMLESS = re.compile(r"Autofocus processing was blocked")
 
 
 class Visit:
-    """A page that is open, and what went wrong on it."""
+    """An open page, and the errors that it reported."""
 
     def __init__(self, page: Page, url: str) -> None:
         self.page, self.wrong = page, []
@@ -23,7 +27,7 @@ class Visit:
         page.on("console", lambda message: self._note(message.type, message.text))
         page.on("pageerror", lambda error: self._note("error", str(error)))
         page.on("dialog", lambda dialog: (self._note("error", f"a dialog: {dialog.message}"), dialog.dismiss()))
-        # Nothing is fetched from anywhere else.
+        # A request to any other host is an error.
         page.on(
             "request",
             lambda request: request.url.startswith((url, "data:", "blob:")) or self._note("error", request.url),
@@ -59,7 +63,7 @@ class Visit:
             number.press("Tab")
             return slider.input_value() == str(tokens)
 
-        self.until(heeded)  # a panel that has only just opened takes nothing in
+        self.until(heeded)  # a panel that has just opened may ignore input
         for label, value in values.items():
             name = {"temperature": "number input for Temperature", "system": "System prompt"}.get(label, label)
             field = self.page.get_by_label(re.compile(name, re.IGNORECASE)).first
@@ -88,3 +92,22 @@ class Visit:
         while not condition():
             assert time.monotonic() < end
             self.page.wait_for_timeout(20)
+
+
+@contextmanager
+def visiting(browser: Browser, url: str) -> Iterator[Callable[..., Visit]]:
+    """Yields a function that opens a page; at the end, each page is closed, and must have reported no error."""
+    visits: list[Visit] = []
+
+    def opened(address: str = url, **settings: Any) -> Visit:
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | settings))
+        visits.append(Visit(context.new_page(), address))
+        return visits[-1]
+
+    yield opened
+    for one in visits:
+        if shots := os.environ.get("HF_LAYERPRUNE_SCREENSHOTS"):
+            name = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split()[0]
+            one.page.screenshot(path=Path(shots, f"{name}.png"))
+        one.page.context.close()
+        assert not one.wrong

@@ -1,4 +1,4 @@
-"""What the proofs of the stages share: naive losses, and comparisons that name what is off."""
+"""Shared by the proofs of the stages: naive losses, and comparisons that name what differs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOLERANCE = 1e-4
 
 
 def same(name: str, mine: Any, wanted: Any, tolerance: float = TOLERANCE) -> None:
-    """Raise unless two results are the same up to `tolerance`, relative to the norm of what is wanted."""
+    """Raise unless two results agree up to `tolerance`, relative to the norm of the expected one."""
     mine, wanted = torch.as_tensor(mine).double(), torch.as_tensor(wanted).double()
     if mine.shape != wanted.shape:
         raise ProofError(f"{name}: shape {list(mine.shape)}, should be {list(wanted.shape)}")
@@ -27,19 +27,19 @@ def same(name: str, mine: Any, wanted: Any, tolerance: float = TOLERANCE) -> Non
 
 
 def next_token_loss(own: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of the next token: of logits `[batch, seq, vocab]`."""
+    """Mean negative log-likelihood of the next token, from logits `[batch, seq, vocab]`."""
     return F.cross_entropy(own[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
 
 
 @lru_cache(maxsize=1)
 def cut_of(dense: Any, drop: tuple[int, ...]) -> Any:
-    """A model without some layers, which the proofs of a type share. Nobody changes it."""
+    """A model without some layers, shared by the proofs of a type, which must not change it."""
     pruned = copy.deepcopy(dense)
     drop_layers(pruned, drop)
     return pruned
 
 
 def divergence(dense: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """KL(dense || own) by position, of logits `[..., vocab]`."""
+    """KL(dense || own) at each position, from logits `[..., vocab]`."""
     p, q = dense.double().log_softmax(-1), own.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)

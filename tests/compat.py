@@ -5,9 +5,9 @@ python -m tests.compat torch-2.8          torch's floor, which pip downloads wit
 python -m tests.compat floor newest       some stacks
 python -m tests.compat --smoke            a few test files at the floor and at the newest
 
-Each stack is an overlay: its packages, without their dependencies, in a folder under `.compat/` that stands in front of
-the environment on the path. With transformers 5.4, tests skip the model types that it doesn't have or breaks itself. What the matrix proves goes to hf_layerprune/families/versions.json, what the tests gave to
-`.compat/results.json`.
+Each stack is an overlay: its packages, without their dependencies, in a folder under `.compat/` that precedes the
+environment on the path. With transformers 5.4, tests skip the model types that it lacks or that are broken in it. The
+results of the matrix go to hf_layerprune/families/versions.json, those of the tests to `.compat/results.json`.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Stack:
     """Versions that are tested together.
 
     Args:
-        packages (`list[str]`): Pins, as pip takes them.
-        tests (`list[str]`): What pytest runs.
-        matrix (`bool`): Whether every architecture is proven as well.
-        only_by_name (`bool`): Installed with its dependencies (gigabytes), and therefore run only when named.
+        packages (`list[str]`): Pinned requirements for pip.
+        tests (`list[str]`): The arguments of pytest.
+        matrix (`bool`): Whether to prove every architecture as well.
+        only_by_name (`bool`): Whether its dependencies (gigabytes) are installed too; it then runs only when named.
     """
 
     packages: list[str]
@@ -81,7 +81,7 @@ STACKS = {
 
 
 def overlay(name: str) -> Path:
-    """The folder of a stack's packages, made by pip where it is not there yet or holds other pins."""
+    """The folder with a stack's packages, installed by pip if it is missing or has other versions."""
     folder, pins = OVERLAYS / name, "\n".join(STACKS[name].packages)
     stamp = folder / "pins.txt"
     if not stamp.is_file() or stamp.read_text() != pins:
@@ -101,7 +101,7 @@ def run(name: str, command: list[str]) -> int:
 
 
 def test(name: str, tests: list[str]) -> dict[str, object]:
-    """Run tests in a stack, and count what came out."""
+    """Run tests in a stack, and count the outcomes."""
     report = OVERLAYS / f"{name}.xml"
     start = time.perf_counter()
     run(name, ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", *tests])
@@ -117,11 +117,11 @@ def test(name: str, tests: list[str]) -> dict[str, object]:
 
 
 def prove_all(output: Path, types: list[str]) -> None:
-    """Prove the listed model types that this transformers has; a line of JSON for each, so that it can be taken up again.
+    """Prove the model types that this version of transformers has. Each writes a line of JSON, so a run can be resumed.
 
     Args:
-        output (`Path`): The lines.
-        types (`list[str]`): Only these; all if empty.
+        output (`Path`): The file for the lines.
+        types (`list[str]`): The model types; all if empty.
     """
     import torch
     import transformers
@@ -132,7 +132,7 @@ def prove_all(output: Path, types: list[str]) -> None:
     from .stages import outcomes
     from .tiny_models import ALL_TYPES, tiny_config
 
-    families.is_wrong_with = lambda *_: False  # what went wrong before is tried again
+    families.is_wrong_with = lambda *_: False  # retry what failed before
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -155,7 +155,7 @@ def prove_all(output: Path, types: list[str]) -> None:
 
 
 def _fails_uncut(model_type: str) -> bool:
-    """Whether the whole model can't be made, doesn't survive a reload, or generates otherwise with a cache."""
+    """Whether the uncut model can't be built, changes on reload, or generates other tokens with a cache."""
     import tempfile
 
     import torch
@@ -176,14 +176,14 @@ def _fails_uncut(model_type: str) -> bool:
 
 
 def record(output: Path, add: bool = False) -> str:
-    """Enter what a run of the matrix proved into versions.json.
+    """Record the results of the matrix in versions.json.
 
     Args:
         output (`Path`): The lines that [`prove_all`] wrote.
-        add (`bool`): Keep what is known of other types with this version.
+        add (`bool`): Keep the results of other types with this version.
 
     Returns:
-        `str`: A line that says how much.
+        `str`: A one-line summary.
     """
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     version = rows[0]["version"]
@@ -205,7 +205,7 @@ def rendered(without_row: int) -> str:
     """The section of docs/architectures.md about other versions, from versions.json.
 
     Args:
-        without_row (`int`): How many proven types have no row of their own in the tables above it.
+        without_row (`int`): Number of proven types without a row of their own in the tables above it.
     """
     table = json.loads(PROVEN_AT.read_text())
     lines = [
@@ -229,7 +229,7 @@ def rendered(without_row: int) -> str:
 
 
 def main() -> int:
-    """Build overlays, run, write what came out."""
+    """Build the overlays, run the tests and the matrix in them, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stacks", nargs="*", help=f"of {', '.join(STACKS)}; all by default")
     parser.add_argument("--smoke", action="store_true", help="a few test files at the floor and at the newest")
@@ -247,7 +247,7 @@ def main() -> int:
         parser.error(f"no stack {unknown[0]}; there are {', '.join(STACKS)}")
     OVERLAYS.mkdir(exist_ok=True)
     results, failed = {}, False
-    if args.smoke:  # a process each, all at once: they are short
+    if args.smoke:  # these are short, so all stacks run at once
         with ThreadPoolExecutor(len(names)) as pool:
             results = dict(zip(names, pool.map(lambda name: test(name, SMOKE), names), strict=True))
     for name in names:
@@ -259,7 +259,7 @@ def main() -> int:
         if stack.matrix and not args.smoke and args.only != "tests":
             output = OVERLAYS / f"{name}.{'-'.join(['matrix', *args.types])}.jsonl"
             if run(name, ["-m", "tests.compat", "--prove", str(output), "--types", *args.types]):
-                failed = True  # what is done so far is taken up again by the next run
+                failed = True  # the next run continues from here
                 continue
             print(f"{name}: {record(output, add=bool(args.types))}", flush=True)
             output.unlink()

@@ -3,15 +3,17 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports transformers: no network, no progress bars, no telemetry.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tests run one process a core, and so do the processes that they start.
+# Tests run in one process per core, so neither they nor their subprocesses need more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -25,10 +27,10 @@ from . import tiny_models
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-# A busy machine is no failure.
+# A test must not fail because the machine is busy.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
-# With the version that the matrix was made with, a type that is missing or broken is a failure.
+# A type that is missing or broken is a failure only with the version of transformers that the matrix was made with.
 if not tiny_models.is_current():
     tiny_models.on_unusable = pytest.skip
 
@@ -76,9 +78,9 @@ def _quiet_ends_with_the_test() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as it is published, a bfloat16 checkpoint with its tokenizer. Nobody writes to it.
+    """SmolLM2-135M-Instruct as published, a bfloat16 checkpoint with its tokenizer. Tests must not write to it.
 
-    Unpacking it takes a while, so the workers of a run share one.
+    Unpacking takes a while, so the workers of a run share the folder.
     """
     from .gguf_makers import unpack_smollm2
 
@@ -91,7 +93,47 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama with its tokenizer. Tests that need another base define their own."""
+    from .measure_models import write_model
+
+    return write_model(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def cut_once(base: Path) -> Path:
+    """`base` without layers 3 and 4. Tests must not write to it."""
+    from hf_layerprune.cli import main
+
+    folder = base.with_name("cut-once")
+    assert main(["prune", str(base), str(folder), "--drop-layers", "3-4"]) == 0
+    return folder
+
+
+@pytest.fixture
+def cut(cut_once: Path, tmp_path: Path) -> Path:
+    """A copy of `cut_once` to write to."""
+    return Path(shutil.copytree(cut_once, tmp_path / "cut"))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small tasks and a text."""
+    from .measure_models import write_tasks
+
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes trainers for a pruned tiny Llama: a `Bench`."""
+    from .heal_makers import Bench
+
+    return Bench(tmp_path_factory.mktemp("llama"))
+
+
 def pytest_collection_finish() -> None:
-    # What was imported so far stays: garbage collections, of which training runs ask for many, need not look at it.
+    # Training runs collect garbage often, which is faster if the modules imported so far are left out.
     gc.collect()
     gc.freeze()

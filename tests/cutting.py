@@ -1,4 +1,4 @@
-"""A cut on disk as `prune` makes it, without what the command checks and records besides."""
+"""A cut on disk as `prune` makes it, without the command's other checks and records."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
-"""Build the wheel and the sdist, install each into an empty environment, and use it as a stranger would.
+"""Build the wheel and the sdist, install the wheel into an empty environment, and use it there.
 
-python -m tests.dist          build, check what is inside, install the wheel with all it needs, run it (minutes)
+python -m tests.dist          build, check the contents, install the wheel with its dependencies, run it (minutes)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
-# A model of nobody's, small enough to be made where it is tried.
+# Run in the new environment, on a tiny random model that it makes there.
 USE = """
 import pathlib, subprocess, sys
 import torch, transformers
@@ -26,6 +26,8 @@ config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_si
 transformers.LlamaForCausalLM(config).save_pretrained("base")
 command = str(pathlib.Path(sys.executable).with_name("hf-layerprune"))
 subprocess.run([command, "prune", "base", "pruned", "--drop-layers", "2,3"], check=True)
+subprocess.run([command, "recipes"], check=True)
+assert pathlib.Path("recipes/configs/heal.yaml").is_file()
 subprocess.run([command, "verify", "pruned", "--base", "base"], check=True)
 model = prune_with(LayerDropConfig(base_model_name_or_path="base", drop_layers=[2, 3]))
 ids = torch.arange(10)[None]
@@ -40,7 +42,7 @@ def _run(*words: object, cwd: Path = ROOT) -> None:
 
 
 def build() -> tuple[Path, Path]:
-    """The wheel and the sdist, in `dist/`; the wheel is built from the sdist, as on a stranger's machine."""
+    """Build the wheel and the sdist in `dist/`; the wheel is built from the sdist, as pip does it."""
     shutil.rmtree(DIST, ignore_errors=True)
     _run(sys.executable, "-m", "build", "--outdir", DIST)
     (wheel,), (sdist,) = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
@@ -48,12 +50,12 @@ def build() -> tuple[Path, Path]:
 
 
 def check_contents(wheel: Path, sdist: Path) -> None:
-    """Every module and every data file of the package is in the wheel, and what a developer needs is in the sdist."""
+    """Check that the wheel has every module and data file of the package, and the sdist what a developer needs."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())
     wanted = {name for name in tracked if name.startswith("hf_layerprune/")}
-    wanted |= {f"hf_layerprune/{name}" for name in tracked if name.startswith("spaces/chat/")}
+    wanted |= {f"hf_layerprune/{name}" for name in tracked if name.startswith(("spaces/chat/", "recipes/"))}
     if missing := sorted(wanted - packed):
         raise SystemExit(f"the wheel lacks {', '.join(missing)}")
     stray = sorted(name for name in packed - wanted if ".dist-info/" not in name)
@@ -67,7 +69,7 @@ def check_contents(wheel: Path, sdist: Path) -> None:
 
 
 def use(wheel: Path) -> None:
-    """Install the wheel into an empty environment, and cut a model there with the command and in Python."""
+    """Install the wheel into an empty environment, and prune a model there with the command and in Python."""
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         venv.create(here / "venv", with_pip=True)

@@ -2,10 +2,10 @@
 
     HF_ENDPOINT=... python -m tests.docs_blocks README.md docs/index.md
 
-Each page is a folder of its own, with `./my-model` and `model.gguf` in it. Commands run in this process: starting one for
-each line would cost minutes. What is long by nature is made short by further options (`SHORT`), what serves until it is
-stopped (`chat`) is only parsed, and what builds environments (`pip`, `make`) is checked against what it names. A block
-below `<!-- not run: REASON -->`, as every `console` block must be, is only parsed. Prints a line of JSON for each block.
+Each page runs in a folder of its own, with `./my-model` and `model.gguf` in it. Commands run in this process, since a
+process for each line would take minutes. Long commands are shortened by extra options (`SHORT`), `chat`, which serves until
+it is stopped, is only parsed, and for `pip` and `make`, the names of extras and targets are checked. A block below
+`<!-- not run: REASON -->`, which every `console` block needs, is only parsed. Prints a line of JSON for each block.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RECIPE = [
 
 @dataclass
 class Block:
-    """A fenced block: its page, its first line there, its language, its text, and the reason if it is not run."""
+    """A fenced block: its page, line number, language and text, and the reason if it is not run."""
 
     page: str
     line: int
@@ -55,7 +55,7 @@ class Block:
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The Python and shell blocks of a page; above those that can't run here stands `<!-- not run: REASON -->`."""
+    """The Python and shell blocks of a page; those that can't run here follow `<!-- not run: REASON -->`."""
     above = ""
     for token in MarkdownIt().parse(page.read_text(encoding="utf-8")):
         language = token.info.split()[0] if token.type == "fence" and token.info else ""
@@ -79,7 +79,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def parse_only(block: Block) -> None:
-    """Parse a block that is not run: Python, or words for `hf-layerprune`; raises for what does not parse."""
+    """Parse a block that is not run; raises if its Python, or a `hf-layerprune` command, does not parse."""
     from hf_layerprune.cli import build_parser
 
     if block.language == "python":
@@ -91,7 +91,7 @@ def parse_only(block: Block) -> None:
 
 
 def run_command(words: list[str]) -> None:
-    """Run one command of a shell block; raises `AssertionError` where it fails."""
+    """Run one command of a shell block; raises `AssertionError` if it fails."""
     program, *rest = words
     if program == "hf-layerprune":
         _hf_layerprune(rest)

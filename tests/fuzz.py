@@ -10,7 +10,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-# What a field may hold that nobody expects there.
+# Unexpected values for a field.
 ODD = (
     None, True, False, 0, 1, -1, 2, 7, 3.7, -0.5, 1e308, 10**6, 10**9, 10**30, -(10**19), "", " ", "x", "34", "true", "auto",
     "x" * 5000, "\x1b[31m", "\u202eabc", "a\x00b", "\ud800", "../../etc/passwd", "/dev/zero", "é", "{{ 1 }}", "float32",
@@ -22,7 +22,7 @@ _HERE = "\x01here\x01"
 
 
 def paths(content: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value of a JSON document."""
+    """The path to every value of a JSON document."""
     yield here
     inside = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in list(inside)[:40]:
@@ -41,7 +41,7 @@ def _put(content: Any, path: tuple[Any, ...], change: Any) -> Any:
 
 @st.composite
 def damaged_json(draw: st.DrawFn, sound: str) -> bytes:
-    """A JSON file that is not quite the sound one."""
+    """A damaged version of a JSON file."""
     if draw(st.integers(0, 5)) == 0:
         return draw(damaged_bytes(sound.encode()))
     content = json.loads(sound)
@@ -81,7 +81,7 @@ def damaged_json(draw: st.DrawFn, sound: str) -> bytes:
 
 @st.composite
 def damaged_bytes(draw: st.DrawFn, sound: bytes) -> bytes:
-    """A file of which bytes are gone, other ones, or too many."""
+    """A file with bytes removed, changed or added."""
     data = bytearray(sound)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
@@ -119,7 +119,7 @@ def damaged_safetensors(draw: st.DrawFn, sound: bytes) -> bytes:
 
 @st.composite
 def damaged_gguf(draw: st.DrawFn, sound: bytes, header: int) -> bytes:
-    """A GGUF file of which the header is damaged, or one of its numbers is another."""
+    """A GGUF file with a damaged header, or another number in it."""
     if draw(st.booleans()):
         return draw(damaged_bytes(sound[:header])) + sound[header:]
     data = bytearray(sound)
@@ -169,7 +169,7 @@ def damaged_yaml(draw: st.DrawFn, sound: str) -> bytes:
 
 @st.composite
 def damaged_template(draw: st.DrawFn, sound: str) -> bytes:
-    """A chat template that raises, escapes, or says nothing."""
+    """A chat template that raises, tries to escape the sandbox, or renders nothing."""
     odd = [
         "{{ raise_exception('no') }}", "{{ messages[99].content }}", "{{ cycler.__init__.__globals__ }}", "{{ 1 / 0 }}",
         "{% for m in messages %}", "{{ x }}", "{% include 'a' %}", "{{ messages|tojson }}", "{{ 'a' * 3 }}", "{{", "",

@@ -99,7 +99,7 @@ class Sound:
         ask = ["eval", str(self.base), *self.asked, "--answers", str(root / "answers")]
         assert main([*ask, "--output", str(root / "numbers.json")]) == 0
         (root / "settings.yaml").write_text(yaml.safe_dump(_settings(self), sort_keys=False))
-        # What the command line says overrides the file: a run stays short and inside its folder.
+        # Arguments override the file, so a run stays short and inside its folder.
         self.recipe = ["recipe", "--output_dir", "{out}", "--max_steps", "1", "--config"]
         self.sharded = root / "sharded"
         load_base(self.base).save_pretrained(self.sharded, max_shard_size="60KB")
@@ -110,7 +110,8 @@ class Sound:
 
 
 Words = list[str]
-# By kind of file: where it lies, how it is damaged, and the commands that read it, of `{}` and `{out}`.
+# For each kind of file: where it is, how it is damaged, and the commands that read it, in which `{}` is a copy of its folder
+# with the damaged file, and `{out}` the output.
 Kind = tuple[Callable[[Sound], Path], Callable[[bytes], st.SearchStrategy[bytes]], Callable[[Sound], list[Words]]]
 
 

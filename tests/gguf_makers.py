@@ -40,7 +40,7 @@ def unpack_smollm2(folder: Path) -> Path:
     packed = smollm2()
     load_base(packed, dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name)
-    if misreads_gguf_tokenizers():  # the tokens are right; the class, and the token that it puts in front, are not
+    if misreads_gguf_tokenizers():  # the tokens are right, but the class and the token that it prepends are wrong
         rules = tokenizer.backend_tokenizer
         rules.post_processor = TemplateProcessing(single="$A", pair="$A $B")
         special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
@@ -51,7 +51,7 @@ def unpack_smollm2(folder: Path) -> Path:
 
 
 def misreads_gguf_tokenizers() -> bool:
-    """Whether the installed transformers is one of those that the package refuses to load this tokenizer with."""
+    """Whether the package refuses to load this tokenizer with the installed transformers."""
     import transformers
     from packaging.version import Version
 
@@ -110,7 +110,7 @@ def all_of(*steps: Callable[[GGUFWriter], None]) -> Callable[[GGUFWriter], None]
 
 
 def read(path: Path) -> GGUFReader:
-    """A file in the gguf library, which takes seconds for a large vocabulary: the last two are kept."""
+    """Read a file with the gguf library, which takes seconds for a large vocabulary; the last two are cached."""
     state = path.stat()
     return _read(path, state.st_ino, state.st_mtime_ns, state.st_size)
 
@@ -167,7 +167,7 @@ def raw_gguf(
     tensor_count: int | None = None,
     key_count: int | None = None,
 ) -> bytes:
-    """Put a GGUF file together by hand, to be able to lie."""
+    """Assemble a GGUF file by hand, so that its header can be wrong."""
     head = struct.pack(
         "<4sIQQ",
         b"GGUF",

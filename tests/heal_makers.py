@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,42 @@ from hf_layerprune.heal.trainer import HealTrainer
 from .tiny_models import EAGER, VOCAB, tiny_model
 
 DROP = [5, 6]
-RECIPES = Path(__file__).parents[1] / "recipes"
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "sft_tail.py"
+PATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": PATH}
 
 
 def load_recipe(name: str = "sft_tail") -> Any:
     """A script of `recipes/`, as a module."""
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPE.with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def recipe_words(base: Path, output: Path, **settings: Any) -> list[str]:
+    """What to say to the recipe so that it heals on `rows.jsonl`, which is beside the base."""
+    named = {"model_name_or_path": base, "dataset_name": base.parent / "rows.jsonl", "output_dir": output}
+    return [part for name, value in (named | settings).items() for part in (f"--{name}", str(value))]
+
+
+def launch_recipe(words: list[str], *launcher: str) -> str:
+    """Run the recipe in a process of its own; return what it printed."""
+    command = [sys.executable, *launcher, str(RECIPE), *words]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def write_base_and_rows(folder: Path) -> Path:
+    """A tiny Llama with its tokenizer, and `rows.jsonl` beside it."""
+    tiny_model("llama").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    rows(32).to_json(folder.parent / "rows.jsonl")
+    return folder
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -56,7 +83,7 @@ def rows(count: int = 24, seed: int = 0) -> Dataset:
 
 
 def dense_and_pruned(model_type: str, folder: Path, drop: list[int]) -> tuple[Any, Path]:
-    """A dense model, and the folder of what is left of it."""
+    """A dense model, and the folder of the pruned one."""
     dense = tiny_model(model_type)
     dense.save_pretrained(folder / "dense")
     pruned = tiny_model(model_type)

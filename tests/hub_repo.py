@@ -1,4 +1,4 @@
-"""Repositories as `hub_server` serves them: files, commits, and a plain folder seen as a repository."""
+"""Repositories for `hub_server`: files, commits, and a plain folder as a repository."""
 
 import hashlib
 import os
@@ -14,14 +14,14 @@ LFS_SIZE = 10 * 1024 * 1024
 
 
 class Refusal(Exception):
-    """An error answer, raised from anywhere below a route.
+    """An error response, raised anywhere below a route.
 
     Args:
-        status (`int`): the status of the answer.
-        message (`str`): what is wrong.
-        code (`str`, *optional*): the `X-Error-Code`, by which the client tells errors apart.
-        body (`Mapping`, *optional*): what the body says beside the message.
-        headers (`str`): more headers, with `_` for `-`.
+        status (`int`): The status code.
+        message (`str`): What is wrong.
+        code (`str`, *optional*): The `X-Error-Code`, by which the client distinguishes errors.
+        body (`Mapping`, *optional*): Fields of the body besides the message.
+        headers (`str`): More headers, with `_` for `-`.
     """
 
     def __init__(
@@ -35,23 +35,23 @@ class Refusal(Exception):
 
 
 def tracked_by_lfs(name: str, size: int) -> bool:
-    """Whether a file is of LFS kind by its name or size."""
+    """Whether a file is stored in LFS, by its name or size."""
     return Path(name).suffix in LFS_SUFFIXES or size >= LFS_SIZE
 
 
 def git_blob_id(content: bytes) -> str:
-    """What git calls a content."""
+    """The git object id of a content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @dataclass(frozen=True)
 class RepoFile:
-    """One file of a repository, named the way git and git-lfs name it."""
+    """One file of a repository, with its ids in git and git-lfs."""
 
     path: Path
     size: int
     blob_id: str
-    sha256: str | None = None  # only of a file of LFS kind
+    sha256: str | None = None  # only for LFS files
     pointer_size: int = 0
 
     @property
@@ -61,8 +61,8 @@ class RepoFile:
 
     @classmethod
     def large(cls, path: Path, size: int, sha256: str) -> Self:
-        """Make a file of LFS kind."""
-        # What git stores of it is a pointer, so the blob id is the pointer's.
+        """Make an LFS file."""
+        # Git stores only a pointer, so the blob id is that of the pointer.
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
         return cls(path, size, git_blob_id(pointer), sha256, len(pointer))
 
@@ -81,7 +81,7 @@ class RepoFile:
 
 @dataclass(frozen=True)
 class Commit:
-    """What a repository held at one time."""
+    """The files of a repository at one commit."""
 
     id: str
     files: Mapping[str, RepoFile]
@@ -90,7 +90,7 @@ class Commit:
 
 
 class Repo:
-    """A folder seen as a repository with one branch, ``main``, and one commit: what the folder holds now."""
+    """A folder as a repository with one branch, `main`, and one commit: the current content."""
 
     sdk: str | None = None
     pulls: Mapping[str, str] = {}
@@ -102,25 +102,25 @@ class Repo:
 
     @property
     def branches(self) -> Mapping[str, str]:
-        """Branch to the id of its last commit."""
+        """The id of the last commit of each branch."""
         return {"main": tree_id(self._files())}
 
     def at(self, revision: str) -> Commit | None:
-        """The commit that a branch or an id stands for."""
+        """The commit of a branch, or with an id."""
         files = self._files()
         return Commit(tree_id(files), files) if revision in ("main", tree_id(files)) else None
 
     def large(self, sha256: str, name: str) -> RepoFile | None:
-        """A file of LFS kind by its content."""
+        """Find an LFS file by its hash."""
         file = self._files().get(name)
         return file if file and file.sha256 == sha256 else None
 
     def _files(self) -> dict[str, RepoFile]:
-        """List the files by their repository path; a file is only hashed again after it changed."""
+        """List the files by repository path; a file is hashed again only if it has changed."""
         found = {}
         with self._lock:
             for root, folders, names in os.walk(self.folder):
-                # What a clone or a download leaves beside the files, and the Hub's client never uploads.
+                # Folders of git and of the Hub client, which never uploads them.
                 folders[:] = [name for name in folders if name not in {".git", ".cache"}]
                 for path in (Path(root, name) for name in names):
                     name, stat = path.relative_to(self.folder).as_posix(), path.stat()
@@ -132,6 +132,6 @@ class Repo:
 
 
 def tree_id(files: Mapping[str, RepoFile]) -> str:
-    """40 hex digits that change with any name or content: a folder's, or a served folder's only commit's."""
+    """40 hex digits that change with any name or content, as the id of a folder or a commit."""
     lines = (f"{name}\0{file.blob_id}\n" for name, file in files.items())
     return hashlib.sha1("".join(lines).encode()).hexdigest()

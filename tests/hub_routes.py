@@ -1,7 +1,7 @@
-"""What `hub_server` answers who reads: the Hub's and its CDN's routes, and how a request is read and a body sent.
+"""The read routes of `hub_server`, for the Hub and its CDN, and how it reads requests and sends responses.
 
-A route is a line in a table at the end of this file and a method of the handler, which either sends an answer or
-raises `Refusal`.
+A route is a line in a table at the end of this file, and a method of the handler that sends a response or raises
+`Refusal`.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ class Request:
 
     Args:
         method (`str`): `GET`, `HEAD`, ...
-        path (`str`): the decoded path. A CDN path starts with `/cdn/` and, as a Hub path, ends with the file's name.
-        query (`str`): what followed the `?`.
-        range (`str`, *optional*): the `Range` header.
-        status (`int`): the status of the answer.
-        sent (`int`): bytes of the body that were written, errors' bodies included; 0 for `HEAD`.
-        authorized (`bool`): whether the request carried an `Authorization` header, good or not.
+        path (`str`): The decoded path. CDN paths start with `/cdn/`; they end with the file's name, as Hub paths do.
+        query (`str`): The part after `?`.
+        range (`str`, *optional*): The `Range` header.
+        status (`int`): The status code of the response.
+        sent (`int`): Bytes of the body that were sent, also of errors; 0 for `HEAD`.
+        authorized (`bool`): Whether the request had an `Authorization` header, valid or not.
     """
 
     method: str
@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
     """One client's connection; `server` is the listener, which knows its `routes` and the `hub`."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # headers and body are two writes: do not let the second wait for an ACK
+    disable_nagle_algorithm = True  # otherwise the body, a second write, would wait for an ACK of the headers
 
     def log_message(self, *_: object) -> None:
         """Print nothing."""
@@ -75,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
-    # What is asked
+    # The request
 
     @property
     def token(self) -> str | None:
@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         while self.unread:
             if left is not None and (left := left - CHUNK) < 0:
                 self.close_connection = True
-                raise ConnectionResetError("hung up within a request, as the test wished")
+                raise ConnectionResetError("hung up within a request, as the test asked")
             if not (chunk := self.rfile.read(min(CHUNK, self.unread))):
                 raise ConnectionResetError("the client left within its request")
             self.unread -= len(chunk)
@@ -152,6 +152,19 @@ class Handler(BaseHTTPRequestHandler):
             entries = {path: entry for path, entry in entries.items() if "/" not in path.removeprefix(top)}
         self.send_json(list(entries.values()))
 
+    def refs(self, repo: str) -> None:
+        branches = self.server.hub.repo(repo, self.token).branches
+        told = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": head} for name, head in branches.items()]
+        self.send_json({"branches": told, "converts": [], "tags": []})
+
+    def commits(self, repo: str, revision: str) -> None:
+        hub, history = self.server.hub, []
+        commit = hub.at(repo, self.token, revision)
+        while commit is not None:
+            history.append({"id": commit.id, "title": commit.title, "message": "", "date": EPOCH, "authors": []})
+            commit = hub.repo(repo, self.token).at(commit.parent) if commit.parent else None
+        self.send_json(history)
+
     def resolve(self, repo: str, revision: str, name: str) -> None:
         hub = self.server.hub
         commit = hub.at(repo, self.token, revision, content=True)
@@ -168,7 +181,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def cdn(self, repo: str, sha256: str, name: str) -> None:
         if self.headers.get("Authorization"):
-            # As a presigned storage URL does: the token was for the Hub, and the client has just given it away.
+            # As a presigned URL does: the client has just leaked a token that was meant for the Hub.
             raise Refusal(400, "Only one auth mechanism allowed")
         given = parse_qs(self.query).get("signature", [""])[0]
         if not hmac.compare_digest(given.encode(), self.server.hub.signature(self.decoded).encode()):
@@ -178,7 +191,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "NoSuchKey")
         self.send_file(file, {})
 
-    # Answers
+    # The response
 
     def send_json(self, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         body = json.dumps(value).encode()
@@ -205,13 +218,13 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, status: int, headers: Mapping[str, str], length: int, chunks: Iterator[bytes]) -> None:
         hub, asked = self.server.hub, self.headers
         for _ in self.body():
-            pass  # what an answer leaves unread would be taken for the next request
+            pass  # unread bytes would be taken for the next request
         request = Request(self.command, self.decoded, self.query, asked["Range"], status, 0, "Authorization" in asked)
         if hub.take("lose", self.command, self.decoded):
             self.close_connection = True
-            raise ConnectionResetError("the answer is lost, as the test wished")
-        # Logged before a byte leaves, and each chunk counted before it is written, so that whoever has read an
-        # answer to its end finds it in the log.
+            raise ConnectionResetError("the response is lost, as the test asked")
+        # Logged before any byte is sent, and each chunk counted before it is written, so that a client that has read the
+        # whole response finds it in the log.
         add = hub.record(request)
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(length)}.items():
@@ -234,9 +247,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def parse_range(header: str | None, size: int) -> range | None:
-    """Positions that a `Range` header asks for: empty if there are none, `None` to send everything.
+    """The positions in a `Range` header: empty if none can be satisfied, `None` to send everything.
 
-    As RFC 9110 allows, other headers than the client's `bytes=FIRST-` and `bytes=FIRST-LAST` are ignored.
+    As RFC 9110 allows, forms other than the client's `bytes=FIRST-` and `bytes=FIRST-LAST` are ignored.
     """
     match = re.fullmatch(r"bytes=(\d+)-(\d*)", header or "")
     if match is None:
@@ -245,7 +258,7 @@ def parse_range(header: str | None, size: int) -> range | None:
 
 
 def read_chunks(file: BinaryIO, length: int) -> Iterator[bytes]:
-    """Read `length` bytes in pieces."""
+    """Read `length` bytes in chunks."""
     while length and (chunk := file.read(min(CHUNK, length))):
         length -= len(chunk)
         yield chunk
@@ -253,12 +266,14 @@ def read_chunks(file: BinaryIO, length: int) -> Iterator[bytes]:
 
 Route = tuple[str, re.Pattern[str], Callable[..., None]]
 _REPO = "(?P<repo>[^/]+(?:/[^/]+)?)"
-# How the API and the other pages name a repository; what kind it is goes into the `section`.
+# How paths of the API and of pages name a repository; its type is the `section`.
 API = f"/api/(?P<section>models|datasets|spaces)/{_REPO}"
 PAGE = f"(?:/(?P<section>datasets|spaces))?/{_REPO}"
-# The method (GET answers HEAD too), the path as it arrives, still encoded, and the method of the handler.
+# The HTTP method (GET also matches HEAD), the path, still encoded, and the method of the handler.
 HUB_ROUTES: list[Route] = [
     ("GET", re.compile(f"{API}(?:/revision/(?P<revision>[^/]+))?"), Handler.info),
+    ("GET", re.compile(f"{API}/refs"), Handler.refs),
+    ("GET", re.compile(f"{API}/commits/(?P<revision>[^/]+)"), Handler.commits),
     ("GET", re.compile(f"{API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.*))?"), Handler.tree),
     ("GET", re.compile(f"{PAGE}/resolve/(?P<revision>[^/]+)/(?P<name>.+)"), Handler.resolve),
 ]

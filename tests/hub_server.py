@@ -4,11 +4,12 @@
         subprocess.run([sys.executable, "-c", script], env=client_env(server, home), check=True)
         assert server.bytes_served("model.safetensors") == size
 
-The unmodified ``huggingface_hub`` client, and everything built on it, reads repositories from plain folders through
-it; with a token from `writers` it also creates repositories and commits to them, in a folder that the server owns and
-removes. Models go by their id, others by ``datasets/org/name`` and ``spaces/org/name``. Like the real Hub it is two web servers. The Hub itself answers the API and small files. Files of LFS kind
-are redirected, with a signed URL, to a CDN on another port: another origin, so a client has to keep its token to
-itself. (On the same origin the client would follow a redirected ``HEAD`` and lose the ``X-Repo-Commit`` it needs.)
+The unmodified `huggingface_hub` client, and everything built on it, reads repositories from plain folders through it. With
+a token from `writers`, it also creates repositories and commits to them, in a folder that the server creates and removes.
+Models are named by their id, others `datasets/org/name` and `spaces/org/name`. Like the real Hub, it is two web servers.
+The Hub serves the API and small files, and redirects LFS files, with a signed URL, to a CDN on another port. That is another
+origin, to which the client must not send its token. (On the same origin, the client would follow a redirected `HEAD` and
+lose the `X-Repo-Commit` that it needs.)
 """
 
 import hashlib
@@ -52,20 +53,19 @@ class _Fault:
 
 
 class HubServer:
-    """Serve repositories out of folders, and those that clients make.
+    """Serves repositories from folders, and those that clients create.
 
     Args:
-        repos (`Mapping[str, Path]`): repository id to folder. The folder is read again at each request, and never
+        repos (`Mapping[str, Path]`): The folder of each repository, by id. It is read again for each request, and never
             written.
-        private (`Collection[str]`): ids that do not exist for who has no token for them.
-        gated (`Collection[str]`): ids whose files are refused to who has no token for them; as on the Hub, anybody
-            may read what the API says about them.
-        tokens (`Mapping[str, Collection[str] | None]`): token to the ids that it opens; `None`: all of them.
-        writers (`Mapping[str, Collection[str] | None]`): token to the namespaces in which it may read and write
-            everything; `None`: in all of them. The other tokens are read-only.
+        private (`Collection[str]`): Ids that look missing without a token for them.
+        gated (`Collection[str]`): Ids whose files need a token; as on the Hub, the API describes them to everybody.
+        tokens (`Mapping[str, Collection[str] | None]`): The ids that each token may read; `None` for all.
+        writers (`Mapping[str, Collection[str] | None]`): The namespaces in which each token may read and write; `None`
+            for all. Other tokens are read-only.
     """
 
-    user = "somebody"  # whose tokens these all are
+    user = "somebody"  # the owner of all tokens
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class HubServer:
     def __enter__(self) -> Self:
         self._root = tempfile.TemporaryDirectory(prefix="hub-")
         self._listeners = [_Listener(self, HUB_ROUTES + WRITING_ROUTES), _Listener(self, CDN_ROUTES + STORAGE_ROUTES)]
-        # The CDN is another host: some clients send the token on to another port of the same one.
+        # The CDN has another host name, since some clients send the token to any port of the same host.
         self.endpoint, self.cdn_endpoint = (
             f"http://{host}:{one.server_port}"
             for host, one in zip(("127.0.0.1", "localhost"), self._listeners, strict=True)
@@ -100,16 +100,16 @@ class HubServer:
             listener.stop()
         self._root.cleanup()
 
-    # What was asked
+    # The log
 
     @property
     def log(self) -> list[Request]:
-        """The requests so far, in the order in which their answers began."""
+        """The requests so far, in the order of their responses."""
         with self._lock:
             return list(self._log)
 
     def bytes_served(self, path_suffix: str | None = None) -> int:
-        """Count the body bytes sent, in all or for the paths that end so (a file's Hub and CDN path both do)."""
+        """The number of body bytes sent, in total or for paths with a suffix (a file's Hub and CDN paths have the same)."""
         return sum(request.sent for request in self.log if request.path.endswith(path_suffix or ""))
 
     def reset(self) -> None:
@@ -120,7 +120,7 @@ class HubServer:
             self._expiring: dict[str, int] = {}
 
     def record(self, request: Request) -> Callable[[int], None]:
-        """Log a request; the answer adds to its sent bytes."""
+        """Log a request; the returned function adds to its sent bytes."""
         with self._lock:
             log, index = self._log, len(self._log)
             log.append(request)
@@ -143,8 +143,8 @@ class HubServer:
         prefix: str = "",
         **headers: str,
     ) -> None:
-        """Answer `times` requests with an error instead; `prefix="/cdn/"` or `"/api/"` narrows the paths down."""
-        refusal = Refusal(code, f"Status {code}, as the test wished", **headers)
+        """Answer `times` requests with an error instead; `prefix="/cdn/"` or `"/api/"` restricts the paths."""
+        refusal = Refusal(code, f"Status {code}, as the test asked", **headers)
         self._fail(_Fault("status", path_suffix, times, refusal, prefix, method))
 
     def delay(self, path_suffix: str, seconds: float, times: int = 1) -> None:
@@ -156,19 +156,19 @@ class HubServer:
         self._fail(_Fault("hang up", path_suffix, times, count, prefix, method))
 
     def lose(self, path_suffix: str, *, method: str | None = None, prefix: str = "") -> None:
-        """Do what a request asks for, and close the connection in place of answering."""
+        """Execute a request, but close the connection instead of answering."""
         self._fail(_Fault("lose", path_suffix, 1, True, prefix, method))
 
     def garble(self) -> None:
-        """Turn a bit of what an upload brings, on the way."""
+        """Flip a bit of an upload on its way."""
         self._fail(_Fault("garble", "", 1, True, "/upload/", "PUT"))
 
     def fail_after(self, count: int, path_suffix: str, times: int = 1) -> None:
-        """Close the connection after `count` bytes of a body that has more, `times` times."""
+        """Close the connection after `count` bytes of a longer response body, `times` times."""
         self._fail(_Fault("break", path_suffix, times, count))
 
     def expire(self, token: str, after: int) -> None:
-        """Let a token run out after so many more requests that carry it."""
+        """Let a token expire after this many more requests with it."""
         with self._lock:
             self._expiring[token] = after
 
@@ -177,7 +177,7 @@ class HubServer:
             self._faults.append(fault)
 
     def take(self, kind: str, method: str, path: str, length: int | None = None) -> Any:
-        """Use up a fault of a kind, if one is due (within a body of this length): its value."""
+        """The value of a fault of this kind that is due (within a body of this length), which is used up."""
         with self._lock:
             for fault in self._faults:
                 if fault.kind == kind and fault.hits(method, path) and (length is None or fault.value < length):
@@ -186,7 +186,7 @@ class HubServer:
         return None
 
     def use_token(self, token: str | None) -> None:
-        """Count a request with a token, and forget the token when it has run out."""
+        """Count a request with a token, and remove the token when it expires."""
         with self._lock:
             if token not in self._expiring:
                 return
@@ -198,15 +198,15 @@ class HubServer:
     # Access
 
     def repo(self, repo_id: str, token: str | None) -> Repo:
-        """Look up a repository for who may know of it."""
+        """Look up a repository, if the token may know of it."""
         found = self.repos.get(repo_id)
         if found is None or (repo_id in self.private and not self._may_read(repo_id, token)):
-            # A private repository and a missing one look the same, and both look different to who is logged in.
+            # A private repository looks like a missing one; the status depends on whether the user is logged in.
             raise Refusal(404 if self._knows(token) else 401, "Repository not found", "RepoNotFound")
         return found
 
     def at(self, repo_id: str, token: str | None, revision: str, content: bool = False) -> Commit:
-        """Look up a repository at a revision; `content` says that more than its files' names is wanted."""
+        """Look up a repository at a revision; `content` if the content of files is requested too."""
         found = self.repo(repo_id, token)
         if content and repo_id in self.gated and not self._may_read(repo_id, token):
             raise Refusal(403, f"Access to model {repo_id} is restricted and you are not in its list.", "GatedRepo")
@@ -215,7 +215,7 @@ class HubServer:
         return commit
 
     def writable(self, repo_id: str, token: str | None, propose: bool = False) -> WrittenRepo:
-        """Look up a repository for who may write to it; or `propose` a change: whoever is logged in and may read it."""
+        """Look up a repository, if the token may write to it, or with `propose`, if it may read it."""
         # The client takes the Hub's plain 401 for a missing repository, but only over HTTPS; the code says it here.
         self._log_in(token, "RepoNotFound")
         found = self.repo(repo_id, token)
@@ -238,16 +238,15 @@ class HubServer:
             if repo_id in self.repos:
                 url = f"{self.endpoint}/{repo_id}"
                 raise Refusal(409, f"You already created this {kind} repo: {repo_id}", body={"url": url})
-            self._created += (
-                1  # a test may take a repository away and create it again while somebody still reads the old one
-            )
+            # A new folder, since a test may remove and recreate a repository while the old one is still being read.
+            self._created += 1
             self.repos[repo_id] = WrittenRepo(Path(self._root.name, str(self._created)), sdk)
             if private:
                 self.private.add(repo_id)
         return repo_id
 
     def whoami(self, token: str | None) -> dict:
-        """Say whose a token is, and what it may do."""
+        """Describe the owner of a token, and its permissions."""
         self._log_in(token)
         role = "write" if token in self.writers else "read"
         orgs = [{"type": "org", "name": one, "roleInOrg": "write"} for one in self.writers.get(token) or ()]
@@ -274,7 +273,7 @@ class HubServer:
         return namespaces is None or repo_id.split("/")[-2] in (self.user, *namespaces)
 
     def signature(self, path: str) -> str:
-        """What opens a CDN path without a token."""
+        """The signature that allows a CDN path without a token."""
         return hmac.new(self._secret, path.encode(), hashlib.sha256).hexdigest()
 
 
@@ -299,7 +298,7 @@ class _Listener(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: socket.socket, client_address: tuple) -> None:
-        # A client that hung up is a test's business, not ours; anything else is a bug here and stays loud.
+        # Tests expect clients that hang up; anything else is a bug in this server.
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -307,16 +306,16 @@ class _Listener(ThreadingHTTPServer):
         self.shutdown()
         self._thread.join()
         self.server_close()
-        # Kept-alive connections have threads of their own, which would go on answering.
+        # Kept-alive connections have their own threads, which would continue to answer.
         for connection in list(self._connections):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
 
 def client_env(server: HubServer, home: Path, token: str | None = None) -> dict[str, str]:
-    """Environment of a process whose Hub is `server` and whose cache is under `home`, and nothing else's.
+    """The environment of a process that uses only `server` as the Hub, and only the cache in `home`.
 
-    The client reads these when it is imported, so they only work on a fresh process.
+    The client reads it when it is imported, so it works only in a new process.
     """
     ours = re.compile(r"(HF|HUGGING_?FACE|TRANSFORMERS|XDG_CACHE)_.*|.*_PROXY|DISABLE_TELEMETRY", re.IGNORECASE)
     env = {name: value for name, value in os.environ.items() if not ours.fullmatch(name)}
@@ -326,6 +325,6 @@ def client_env(server: HubServer, home: Path, token: str | None = None) -> dict[
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "*",  # or else an operating system's own proxy settings apply
+        "NO_PROXY": "*",  # otherwise the operating system's proxy settings apply
         **({"HF_TOKEN": token} if token else {}),
     }

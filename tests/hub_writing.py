@@ -1,4 +1,4 @@
-"""The routes of `hub_server` that change something, and those that a client asks on the way there."""
+"""The write routes of `hub_server`, and those that a client calls on the way."""
 
 import hmac
 import json
@@ -50,7 +50,7 @@ class WritingHandler(Handler):
         written = self.server.hub.writable(repo, self.token)
         if not repo.startswith("spaces/"):
             raise Refusal(404, "Only a Space has secrets")
-        written.secrets[asked["key"]] = asked["value"]  # nobody reads it back, as on the Hub
+        written.secrets[asked["key"]] = asked["value"]  # as on the Hub, it can't be read back
         self.send_json({})
 
     # Branches
@@ -72,13 +72,13 @@ class WritingHandler(Handler):
             lfs = tracked_by_lfs(path, size) or b"\0" in b64decode(asked["sample"])
             answers.append({"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False})
             if known:
-                # With it the client leaves out of the commit what did not change.
+                # With it, the client leaves unchanged files out of the commit.
                 answers[-1]["oid"] = known.etag
         self.send_json({"files": answers})
 
     def lfs_batch(self, repo: str) -> None:
         hub, asked = self.server.hub, self.read_json()
-        # Who may propose a change may also bring what it names; nobody sees it before a commit does.
+        # Uploading needs only the right to propose a change; the content is invisible until a commit refers to it.
         written = hub.writable(repo, self.token, propose=True)
         if asked.get("operation") != "upload" or "basic" not in asked.get("transfers", ["basic"]):
             raise Refusal(422, "Only uploads by the basic transfer are served")
@@ -145,7 +145,7 @@ class WritingHandler(Handler):
 
 
 def check_card(content: str, kind: str) -> tuple[list[str], list[str]]:
-    """Errors and warnings about the metadata of a README, of the sort that the Hub gives."""
+    """Errors and warnings about the metadata of a README, similar to those of the Hub."""
     block = re.match(r"\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", content, re.DOTALL | re.MULTILINE)
     try:
         data = yaml.safe_load(block[1]) if block else None

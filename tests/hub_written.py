@@ -1,4 +1,4 @@
-"""A repository that `hub_server`'s clients write: contents by their hash on disk, and a history of commits."""
+"""A repository that clients of `hub_server` write to: contents on disk by hash, and a history of commits."""
 
 import hashlib
 import os
@@ -15,13 +15,13 @@ from tests.hub_repo import LFS_SIZE, LFS_SUFFIXES, Commit, Refusal, Repo, RepoFi
 class WrittenRepo(Repo):
     """A repository with commits and branches.
 
-    A content is written once, under its hash, and never changed, so that every commit stays readable. Contents come
-    before the commit that names them. A commit is one assignment at the end of `commit`, so a refused one, or one
-    whose client hung up, leaves no trace that a reader could see.
+    A content is written once, under its hash, and never changed, so every commit stays readable. Contents are uploaded
+    before the commit that refers to them. A commit is one assignment at the end of `commit`, so one that is refused, or
+    whose client hung up, leaves nothing that a reader could see.
 
     Args:
-        folder (`Path`): an empty folder, owned by the repository.
-        sdk (`str`, *optional*): of a Space.
+        folder (`Path`): The folder to use; it is created.
+        sdk (`str`, *optional*): The SDK of a Space.
     """
 
     def __init__(self, folder: Path, sdk: str | None = None) -> None:
@@ -47,7 +47,7 @@ class WrittenRepo(Repo):
 
     @property
     def pulls(self) -> Mapping[str, str]:  # type: ignore[override]
-        """`refs/pr/N` to the id of its last commit."""
+        """The id of the last commit of each pull request, by `refs/pr/N`."""
         with self._lock:
             return dict(self._pulls)
 
@@ -63,7 +63,7 @@ class WrittenRepo(Repo):
     # Writing
 
     def receive(self, chunks: Iterable[bytes], sha256: str, size: int) -> None:
-        """Take in a large content, or nothing of it if it is not what was announced."""
+        """Store a large content, unless its size or hash differs from the announced one."""
         descriptor, name = tempfile.mkstemp(dir=self.folder)
         try:
             digest, length = hashlib.sha256(), 0
@@ -85,9 +85,9 @@ class WrittenRepo(Repo):
         """Commit to a branch, all or nothing.
 
         Args:
-            branch (`str`): an existing branch, or the `refs/pr/N` of a pull request.
-            lines (`list[dict]`): as in the body of the request: a header, then the operations in their order.
-            propose (`bool`): open a pull request instead.
+            branch (`str`): An existing branch, or the `refs/pr/N` of a pull request.
+            lines (`list[dict]`): The lines of the request body: a header, then the operations in order.
+            propose (`bool`): Open a pull request instead.
         """
         with self._lock:
             head = self.at(branch) if branch in self._branches or branch in self._pulls else None
@@ -106,7 +106,7 @@ class WrittenRepo(Repo):
             return self._record(branch, files, title, head.id)
 
     def merge(self, number: int) -> None:
-        """Accept a pull request."""
+        """Merge a pull request."""
         with self._lock:
             self._branches["main"] = self._pulls[f"refs/pr/{number}"]
 
@@ -121,7 +121,7 @@ class WrittenRepo(Repo):
 
     def _apply(self, files: dict[str, RepoFile], key: str, value: Mapping) -> None:
         path = value["path"]
-        # Nothing here makes a file's path of it, but a client that downloads the repository will.
+        # The server never uses it as a path, but a client that downloads the repository does.
         if not path or any(part in ("", ".", "..", ".git") for part in path.split("/")):
             raise Refusal(400, f"Invalid path in repo: {path!r}")
         match key:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Writing more bytes to a file fails in the kernel; Python ignores the signal that tells of it."""
+    """Make writes beyond this size fail in the kernel; Python ignores the signal that goes with it."""
     import resource  # not on Windows
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

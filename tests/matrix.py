@@ -1,9 +1,9 @@
 """The proof that a model type survives a cut: five checks, for a cut at the tail and one in the middle.
 
-(a) the cut model in memory and the same model saved and reloaded give the same logits, to the last bit;
-(b) both equal the dense model in which each dropped layer hands its input on unchanged;
-(c) greedy generation with the key-value cache, of both, and without it give the same tokens;
-(d) the saved config is valid to its own class, and says what was dropped;
+(a) the cut model in memory, and the same model saved and reloaded, give bit-identical logits;
+(b) both give the logits of the dense model with each dropped layer replaced by the identity;
+(c) greedy generation with both gives the same tokens with and without the key-value cache;
+(d) the saved config is valid, and names the dropped layers;
 (e) the same cut made on disk, and the model loaded without the dropped layers, have the same tensors and logits.
 """
 
@@ -30,19 +30,19 @@ from .tiny_models import EAGER, VOCAB, tiny_input
 CUT = "cut"
 _SHARED_KV = ("gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 
-# How many of a layer's arguments it hands on to the next; the hidden states alone in most families.
+# How many of its arguments a layer passes on to the next one; in most families, only the hidden states.
 CARRIED = {"zaya": 2}
 
-# A cut that leaves the base's own pattern readable, where the config can say nothing else.
+# Cuts that keep the base's own pattern, where the config can't describe another one.
 MIDDLE: dict[str, tuple[int, ...]] = {
     "jamba": (2, 6, 10),  # one layer of each period of four
     **dict.fromkeys(_SHARED_KV, (1, 2, 6)),  # 3 and 4 feed later layers
-    "recurrent_gemma": (1, 3, 5),  # attention stands at 2 and 5, and one must stay
+    "recurrent_gemma": (1, 3, 5),  # 2 and 5 are the attention layers, and one must stay
     **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), (0, 3, 6)),  # 1 and 4 hold n-gram tables
 }
 DEFAULT_MIDDLE = (2, 3, 5)
 TAIL_LENGTH = 2
-# Another seed where the default one makes two tokens equally likely, to four digits, at some step of (c).
+# Another seed, where the default one makes two tokens almost equally likely at some step of (c).
 SEED = {"nemotron_h": 1}
 
 
@@ -51,7 +51,7 @@ class ProofError(AssertionError):
 
 
 def cuts(model_type: str, config: Any) -> dict[str, tuple[int, ...]]:
-    """The two cuts that a type is proven on: the last layers that may go, and an odd number from the middle."""
+    """The two cuts that a type is proven on: the last layers that may be dropped, and an odd number from the middle."""
     n, protected = families.layer_count(config), families.protected_layers(config)
     free = [i for i in range(n) if i not in protected]
     middle = MIDDLE.get(model_type, DEFAULT_MIDDLE)
@@ -62,8 +62,7 @@ def cuts(model_type: str, config: Any) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def identities(model: Any, layers: Sequence[int]) -> Iterator[None]:
-    """Turn layers into identities: they run, and what they did to the hidden states is thrown away."""
-
+    """Turn layers into identities: they run, but their effect on the hidden states is discarded."""
     carried = CARRIED.get(families.text_config(model.config).model_type, 1)
 
     def undo(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -108,10 +107,10 @@ def prove_cut(
 
     Args:
         dense (`Any`): The model.
-        dropped (`Sequence[int]`): The layers that go.
+        dropped (`Sequence[int]`): The layers to drop.
         saved (`str`, *optional*): The folder of the model. With it, the cut is also made on disk, and loaded without
             the dropped layers.
-        inputs (`dict[str, Inputs]`, *optional*): What the model is run on, by kind; text alone by default.
+        inputs (`dict[str, Inputs]`, *optional*): The inputs of the model, by kind; text alone by default.
 
     Raises:
         ProofError: One of the checks does not hold.
@@ -183,7 +182,7 @@ def _prove_forms(saved: str, dropped: Sequence[int], model: Any, inputs: dict[st
 
 
 def load(folder: str, like: Any) -> tuple[Any, dict[str, Any]]:
-    """Load a model with plain transformers, in the class of another; and what the loader has to say."""
+    """Load a model with plain transformers, in the class of another; also return what the loader reports."""
     # A text decoder of a multimodal model may have no auto class of its own.
     config = AutoConfig.from_pretrained(folder)
     auto = auto_class_of(config)
@@ -197,7 +196,7 @@ def load(folder: str, like: Any) -> tuple[Any, dict[str, Any]]:
 def realign(model: Any) -> Any:
     """Copy all weights to fresh memory.
 
-    Weights in a mapped file are not aligned as fresh ones are, and some kernels round by alignment.
+    Weights in a mapped file are aligned differently, and the rounding of some kernels depends on alignment.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()

@@ -1,4 +1,4 @@
-"""The paper's eight benchmarks in miniature: repositories that look like theirs on the Hub, with made-up questions."""
+"""The paper's eight benchmarks in miniature: repositories in the format of those on the Hub, with made-up questions."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def write_datasets(root: Path, *, questions: int = 4, groups: bool = False) -> d
     """Write the data sets, and WikiText-2.
 
     Returns:
-        `dict[str, Path]`: Folder by what `HubServer` calls the repository.
+        `dict[str, Path]`: The folder of each repository, by its name in `HubServer`.
     """
     four = ("train", "validation", "test")
     _write(root / "piqa", "piqa", questions, ("train", "validation"))

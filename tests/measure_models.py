@@ -1,4 +1,4 @@
-"""Small models that can be measured: they have a tokenizer, and a history."""
+"""Small models with a tokenizer, and tasks to measure them on."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ SMALL = {"length": 64, "windows": 8}
 
 
 def measure(model: Path | str, folder: Path | None, **more: Any) -> Metrics:
-    """What `eval` measures with the tasks of a folder."""
+    """Measure a model as `eval` does, with the tasks of a folder."""
     return evaluate(EvalRequest(str(model), tasks_from=folder, **SMALL | more))
 
 
 def byte_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
-    """One token a byte, and three of its own."""
+    """One token per byte, and three special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: i + 3 for i, letter in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -79,7 +79,7 @@ def write_tasks(folder: Path, questions: int = 24) -> Path:
 
 
 def write_gguf(path: Path, *, layers: int = 4, seed: int = 0, packed: GGMLQuantizationType | None = None) -> Path:
-    """A random Llama as a GGUF file, with a tokenizer of one token a byte; its matrices in float32, or packed."""
+    """A random Llama as a GGUF file, with a byte-level tokenizer; its matrices in float32, or quantised to `packed`."""
     random_ = np.random.default_rng(seed)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<pad>", "<s>", "</s>", *alphabet, "th"]

@@ -1,8 +1,8 @@
-"""Inputs with images or audio for the tiny multimodal models, as the type's own processor would lay them out.
+"""Inputs with images or audio for the tiny multimodal models, in the layout of the type's own processor.
 
     inputs = media_inputs("qwen2_vl", model)     # {"image": {"input_ids": ..., "pixel_values": ..., ...}}
 
-The number of placeholder tokens is the number of features that the model's own tower makes of the media.
+There are as many placeholder tokens as the model's own tower produces features.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _tower(config: Any) -> Any:
 
 
 def _pixels(config: Any) -> Media:
-    """An image a row: `[batch, 3, size, size]`."""
+    """One image per row: `[batch, 3, size, size]`."""
     size = getattr(_tower(config), "image_size", 16) if hasattr(config, "vision_config") else 16
     high, wide = (size, size) if isinstance(size, int) else size
     return {"pixel_values": _noise(BATCH, 3, high, wide)}
@@ -40,26 +40,26 @@ def _of_size(size: int) -> Callable[[Any], Media]:
 
 
 def _sized(config: Any) -> Media:
-    """An image a row, and its size."""
+    """One image per row, and its size."""
     pixels = _pixels(config)["pixel_values"]
     return {"pixel_values": pixels, "image_sizes": torch.tensor([pixels.shape[-2:]] * BATCH)}
 
 
 def _tiled(config: Any) -> Media:
-    """The whole image and one tile of it, a row: `[batch, 2, 3, size, size]`, and the image's size."""
+    """The whole image and one tile of it per row: `[batch, 2, 3, size, size]`, and the image's size."""
     pixels = _pixels(config)["pixel_values"]
     size = pixels.shape[-1]
     return {"pixel_values": _noise(BATCH, 2, 3, size, size), "image_sizes": torch.tensor([[size, size]] * BATCH)}
 
 
 def _nested(config: Any) -> Media:
-    """A list of one image a row, and which of its pixels are not padding: `[batch, 1, 3, size, size]`."""
+    """A list of one image per row, `[batch, 1, 3, size, size]`, and which of its pixels are not padding."""
     pixels = _pixels(config)["pixel_values"][:, None]
     return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(BATCH, 1, *pixels.shape[-2:], dtype=torch.bool)}
 
 
 def _tiles(config: Any) -> Media:
-    """A list of one tile a row, and which tiles are not padding."""
+    """A list of one tile per row, and which tiles are not padding."""
     return {
         "pixel_values": _pixels(config)["pixel_values"][:, None],
         "pixel_attention_mask": torch.ones(BATCH, 1).bool(),
@@ -98,7 +98,7 @@ def _packed(config: Any) -> Media:
 
 
 def _tiles_beside_text(config: Any) -> Media:
-    """Two tiles of an image a row, which cross-attention layers read."""
+    """Two tiles of an image per row, for cross-attention layers."""
     size = config.vision_config.image_size
     return {
         "pixel_values": _noise(BATCH, 1, 2, 3, size, size),
@@ -118,7 +118,7 @@ def _strips(config: Any) -> Media:
 
 
 def _mel(mask: str | None, frames: int = FRAMES, stacked: bool = False) -> Callable[[Any], Media]:
-    """A spectrogram a row: `[batch, bins, frames]`, or stacks of frames `[batch, frames, bins]`; and a mask of its frames."""
+    """A spectrogram per row, `[batch, bins, frames]` or stacked frames `[batch, frames, bins]`, and a mask of its frames."""
 
     def make(config: Any) -> Media:
         tower = config.audio_config
@@ -134,7 +134,7 @@ def _wave(config: Any) -> Media:
     return {"input_values": _noise(BATCH, 1, 400)}
 
 
-# How each type takes its images or audio; a type that is not here is proven with text alone.
+# The format of images or audio for each type; a type that is not listed is proven with text alone.
 IMAGES: dict[str, Callable[[Any], Media]] = {
     **dict.fromkeys(
         (
@@ -175,7 +175,7 @@ AUDIO: dict[str, Callable[[Any], Media]] = {
 
 
 def media_inputs(model_type: str, model: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """Inputs of a model by kind, `image` or `audio`; empty where only text is tried."""
+    """Inputs of a model by kind, `image` or `audio`; empty for a type that is proven with text alone."""
     made = {}
     for kind, makers in (("image", IMAGES), ("audio", AUDIO)):
         if model_type in makers:
@@ -200,7 +200,7 @@ def _with_placeholders(model: Any, media: Media, kind: str) -> Media:
 
 @torch.no_grad()
 def _features(model: Any, media: Media, kind: str) -> int:
-    """How many feature vectors the tower makes of a row's media."""
+    """The number of feature vectors that the tower produces for a row."""
     if model.config.model_type == "mllama":
         return 1
     if model.config.model_type == "qwen2_audio":
@@ -219,7 +219,7 @@ def _features(model: Any, media: Media, kind: str) -> int:
 
 @torch.no_grad()
 def _check_media_matter(model: Any, inputs: Media, media: Media) -> None:
-    """Other media must give other logits, or nothing would be proven with them."""
+    """Check that other media give other logits; otherwise they would prove nothing."""
     name = next(name for name, value in media.items() if value.is_floating_point())
     own, other = (
         model(**{k: v for k, v in given.items() if k != "use_cache"}, use_cache=False).logits

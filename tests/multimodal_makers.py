@@ -1,4 +1,4 @@
-"""A tiny model that reads images, with a processor as its own code makes it, and rows of questions about images."""
+"""A tiny model that reads images, with its processor, and rows with images."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ TEMPLATE = (
 
 
 def write_llava(folder: Path) -> Path:
-    """A tiny llava, whose images take 16 tokens."""
+    """A tiny LLaVA, whose images take 16 tokens."""
     from transformers import LlavaProcessor
 
-    # Image processors that need no torchvision; of the versions that are tested, 5.4 has none.
+    # An image processor that does not need torchvision; transformers 5.4 has none.
     clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     tiny_model("llava").save_pretrained(folder)
     tokenizer = word_tokenizer()
@@ -62,7 +62,7 @@ def write_rows(folder: Path, count: int = 8) -> Path:
 
 
 def media_rows(model_type: str, model: Any, count: int) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Single rows `[1, seq]` of a type, with the kind of media that it takes."""
+    """Single rows `[1, seq]` for a type, with images or audio."""
     made = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multimodal_inputs, "BATCH", 1)

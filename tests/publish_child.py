@@ -1,9 +1,9 @@
-"""A process that is both the Hub and its client, so that one start serves many cases.
+"""A process that is both the Hub and its client, so that many cases need to start only one.
 
     found = run_child("tests.publish_faults", tmp_path)
 
-The module is run with `-m`. It calls `start` first, before anything imports the Hub's client, which reads its settings
-when it is imported; and `finish` last, with what it found.
+The module is run with `-m`. It must call `start` before anything imports the Hub client, which reads its settings when it
+is imported, and at the end `finish` with its findings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def start(**options: Any) -> tuple[HubServer, Path]:
     """Start the Hub, and point this process at it.
 
     Args:
-        options: For `HubServer`; `TOKEN` may write everywhere unless they say otherwise.
+        options: For `HubServer`; by default, `TOKEN` may write everywhere.
 
     Returns:
         `tuple[HubServer, Path]`: The Hub, and a folder to work in.
@@ -37,13 +37,13 @@ def start(**options: Any) -> tuple[HubServer, Path]:
     env = client_env(hub, place / "home", TOKEN)
     os.environ.clear()
     os.environ.update(env)
-    # Everything that anybody says, so that the test can look for the token in it.
+    # Log everything, so that the test can search it for the token.
     logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
     return hub, place
 
 
 def hurry() -> None:
-    """Wait hardly at all where a push would wait for seconds between its attempts."""
+    """Shorten the pauses between attempts from seconds to milliseconds."""
     from huggingface_hub.utils import _http
 
     from hf_layerprune.publish.hub import upload
@@ -54,25 +54,24 @@ def hurry() -> None:
 
 
 def finish(found: Any) -> None:
-    """Hand over what was found."""
+    """Pass the findings to the test."""
     Path(sys.argv[1], "found.json").write_text(json.dumps(found))
 
 
-def run_child(module: str, place: Path, timeout: float = 600) -> Any:
-    """Run a module in a process of its own.
+def run_child(module: str, place: Path) -> Any:
+    """Run a module in its own process, and check that its output contains no token.
 
     Args:
-        module (`str`): Its name.
-        place (`Path`): A folder for it to work in.
-        timeout (`float`): Seconds.
+        module (`str`): The module.
+        place (`Path`): Its working folder.
 
     Returns:
-        What it hands over. That its output holds no token is checked.
+        Its findings.
     """
     command = [sys.executable, "-m", module, str(place)]
     root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stderr) > 1000  # or else the next line proves nothing
+    assert len(done.stderr) > 1000  # otherwise the next line would prove nothing
     assert TOKEN not in done.stdout + done.stderr
     return json.loads((place / "found.json").read_text())

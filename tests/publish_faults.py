@@ -1,6 +1,6 @@
-"""Pushing a model while the Hub fails in every way: run by `test_publish_faults.py` in a process of its own.
+"""Push a model while the Hub fails in many ways; `test_publish_faults.py` runs this in its own process.
 
-Each case breaks something, pushes, mends it, and pushes again. What readers could see in between is noted.
+Each case causes a fault, pushes, removes the fault, and pushes again. It records what readers could see in between.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tests.folders import snapshot
 from tests.hub_server import HubServer
 from tests.publish_child import TOKEN, finish, hurry, start
+from tests.publish_flow import files
 
 if TYPE_CHECKING:
     from hf_layerprune.publish.requests import PushRequest
@@ -25,16 +27,14 @@ class Case:
 
     Args:
         name (`str`): What fails.
-        fail (`Callable[[HubServer], object]`): Makes it fail.
-        error (`str`): What the push says; empty where it succeeds all the same.
-        again (`bool`): Whether a second push, with nothing failing any more, is expected to succeed.
-        known (`bool`): Whether the repository is there beforehand, with an older version of the model.
+        fail (`Callable[[HubServer], object]`): Causes the fault.
+        error (`str`): Part of the expected error; empty if the push should succeed in spite of the fault.
+        known (`bool`): Whether the repository already has an older version of the model.
     """
 
     name: str
     fail: Callable[[HubServer], object]
     error: str = ""
-    again: bool = True
     known: bool = False
 
 
@@ -44,7 +44,7 @@ def _commit(hub: HubServer, code: int, times: int = 1, **headers: str) -> None:
 
 UNREACHABLE = "run the same command again"
 CASES = [
-    # The Hub stumbles, and nobody notices.
+    # A temporary fault, which the push survives.
     Case("asking who: 500", lambda hub: hub.status("whoami-v2", 500)),
     Case("looking for the repository: 503", lambda hub: hub.status("/api/models/org/model", 503)),
     Case("making it: 500", lambda hub: hub.status("/repos/create", 500)),
@@ -65,14 +65,14 @@ CASES = [
     Case("committing again: done, but the answer is lost", lambda hub: hub.lose("/commit/main", method="POST"), known=True),
     Case("everything is slow", lambda hub: hub.delay("", 0.05, MANY)),
     Case("reading the card that is there: 500", lambda hub: hub.status("/README.md", 500), known=True),
-    # It stays broken: the push says so, and the next one goes on.
+    # A lasting fault: the push reports it, and the next push continues.
     Case("asking who: 500 all the time", lambda hub: hub.status("whoami-v2", 500, MANY), UNREACHABLE),
     Case("looking for the repository: 500 all the time",
          lambda hub: hub.status("/api/models/org/model", 500, MANY), UNREACHABLE),
     Case("asking how to send: 503 all the time", lambda hub: hub.status("/preupload/main", 503, MANY), UNREACHABLE),
     Case("storing: 500 all the time", lambda hub: hub.status("", 500, MANY, prefix="/upload/"), UNREACHABLE),
     Case("storing: cut off all the time", lambda hub: hub.hang_up("", 20_000, MANY, prefix="/upload/"), UNREACHABLE),
-    Case("storing: a bit is turned on the way", lambda hub: hub.garble(), "refused org/model"),
+    Case("storing: a bit is flipped on the way", lambda hub: hub.garble(), "refused org/model"),
     Case("storing: the address has run out", lambda hub: hub.status("", 403, MANY, prefix="/upload/"), "may not write"),
     Case("committing: 503 all the time", lambda hub: _commit(hub, 503, MANY), UNREACHABLE),
     Case("committing: 429 for an hour", lambda hub: _commit(hub, 429, MANY, Retry_After="3600"), "again in 3600 s"),
@@ -82,7 +82,7 @@ CASES = [
     Case("committing: 400", lambda hub: _commit(hub, 400), "refused org/model"),
     Case("committing: 500 all the time, to what is there", lambda hub: _commit(hub, 500, MANY), UNREACHABLE, known=True),
     Case("the card's YAML is refused", lambda hub: hub.status("/validate-yaml", 400, MANY), "README.md"),
-    # Who is allowed.
+    # Permissions.
     Case("the token is not known", lambda hub: hub.writers.clear(), "not valid, or has expired"),
     Case("the token runs out after the first answer", lambda hub: hub.expire(TOKEN, 1), "not valid"),
     Case("the token runs out while storing", lambda hub: hub.expire(TOKEN, 8), "not valid"),
@@ -96,15 +96,12 @@ CASES = [
 
 
 def contents(hub: HubServer) -> dict[str, bytes] | None:
-    """What readers of main see, or `None` where there is no repository."""
-    repo = hub.repos.get("org/model")
-    if repo is None:
-        return None
-    return {name: file.path.read_bytes() for name, file in repo.at("main").files.items() if name != ".gitattributes"}
+    """The files on main, or `None` if there is no repository."""
+    return files(hub, "org/model") if "org/model" in hub.repos else None
 
 
 def commits(hub: HubServer) -> int:
-    """How many commits main has, after the one that every repository begins with."""
+    """The number of commits on main, without the initial one."""
     repo, count = hub.repos.get("org/model"), -1
     commit = repo.at("main") if repo else None
     while commit:
@@ -113,7 +110,7 @@ def commits(hub: HubServer) -> int:
 
 
 def run(case: Case, hub: HubServer, request: PushRequest, older: PushRequest) -> dict[str, Any]:
-    """One case, from an empty Hub."""
+    """Run one case, starting from an empty Hub."""
     from hf_layerprune.errors import LayerPruneError
     from hf_layerprune.publish.hub.push import push
 
@@ -142,14 +139,12 @@ def run(case: Case, hub: HubServer, request: PushRequest, older: PushRequest) ->
     sent = [one.path for one in hub.log if one.method == "PUT" and one.status == 200]
     found["sent twice"] = len(set(stored) & set(sent)) + len(sent) - len(set(sent))
     found["commits in all"] = commits(hub) - case.known
-    here = {path.relative_to(request.model).as_posix(): path.read_bytes()
-            for path in request.model.rglob("*") if path.is_file()}  # fmt: skip
-    found["the same"] = contents(hub) == here
+    found["the same"] = contents(hub) == snapshot(request.model)
     return found
 
 
 def main() -> None:
-    """All cases."""
+    """Run all cases."""
     hub, place = start()
     from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Models go over the Hub and come back: run by `test_publish_hub.py` in a process of its own."""
+"""Push models to the Hub and load them from there; `test_publish_hub.py` runs this in its own process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.folders import snapshot
 from tests.hub_server import HubServer
 from tests.publish_child import TOKEN, finish, hurry, start
 
@@ -19,13 +20,13 @@ SCENARIOS: list[Callable[[HubServer, Path, dict[str, Any]], None]] = []
 
 
 def scenario(run: Callable[[HubServer, Path, dict[str, Any]], None]) -> Callable:
-    """Note a function that fills in what it found."""
+    """Register a function that stores its findings in `out`."""
     SCENARIOS.append(run)
     return run
 
 
 def cli(*words: object) -> tuple[int, str]:
-    """The command line: exit code, and what it printed."""
+    """Run the command line; returns the exit code and the output."""
     from hf_layerprune.cli import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -35,14 +36,9 @@ def cli(*words: object) -> tuple[int, str]:
 
 
 def files(hub: HubServer, repo: str, revision: str = "main") -> dict[str, bytes]:
-    """What a repository holds."""
+    """The files of a repository."""
     found = hub.repos[repo].at(revision).files
     return {name: file.path.read_bytes() for name, file in found.items() if name != ".gitattributes"}
-
-
-def local(folder: Path) -> dict[str, bytes]:
-    """What a folder holds."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def head(hub: HubServer, repo: str) -> str:
@@ -51,7 +47,7 @@ def head(hub: HubServer, repo: str) -> str:
 
 
 def stored(hub: HubServer) -> int:
-    """How many files went to storage."""
+    """The number of files that were uploaded to storage."""
     return sum(one.method == "PUT" and one.status == 200 for one in hub.log)
 
 
@@ -62,7 +58,7 @@ def push_and_load(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
 
     folder = place / "model"
     out["first"] = cli("push", folder, "org/model")
-    out["same"] = files(hub, "org/model") == local(folder)
+    out["same"] = files(hub, "org/model") == snapshot(folder)
     out["names"] = sorted(files(hub, "org/model"))
     out["parent"] = hub.repos["org/model"].at(hub.repos["org/model"].at("main").parent).title
     out["card"] = files(hub, "org/model")["README.md"].decode()
@@ -70,7 +66,7 @@ def push_and_load(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     hub.reset()
     out["second"] = cli("push", folder, "org/model")
     out["again"] = [head(hub, "org/model") == before, stored(hub)]
-    # What was pushed, through transformers.
+    # Load it with transformers.
     model, here = (AutoModelForCausalLM.from_pretrained(name).eval() for name in ("org/model", folder))
     ids = torch.tensor([[1, 5, 9, 17, 33, 60]])
     out["logits"] = bool(torch.equal(model(ids).logits, here(ids).logits))
@@ -80,10 +76,10 @@ def push_and_load(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
 @scenario
 def push_what_misses(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     folder = Path(shutil.copytree(place / "model", place / "gated"))
-    before = local(folder)
+    before = snapshot(folder)
     out["unknown"] = cli("push", folder, "org/gated", "--require", "piqua>=0.5")
     out["missed"] = cli("push", folder, "org/gated", "--require", "piqa>=0.6,acc>=0.5,piqa:acc>=0.3")
-    out["untouched"] = [local(folder) == before, "org/gated" in hub.repos]
+    out["untouched"] = [snapshot(folder) == before, "org/gated" in hub.repos]
     out["not measured"] = cli("push", folder, "org/gated", "--require", "kl<=1", "--allow-miss")
     out["allowed"] = cli("push", folder, "org/gated", "--require", "piqa>=0.6", "--allow-miss")
     out["card"] = files(hub, "org/gated")["README.md"].decode()
@@ -108,7 +104,7 @@ def train_what_was_pushed(hub: HubServer, place: Path, out: dict[str, Any]) -> N
 
 @scenario
 def verify_what_was_pushed(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
-    # Another machine: its cache is empty, and it has no folder.
+    # As on another machine, with an empty cache and without the folder.
     shutil.rmtree(place / "home", ignore_errors=True)
     hub.reset()
     out["yes"] = cli("verify", "org/model")
@@ -125,7 +121,7 @@ def verify_what_was_pushed(hub: HubServer, place: Path, out: dict[str, Any]) -> 
 
 
 def _tamper(hub: HubServer, place: Path) -> None:
-    """Turn a bit of a weight file on the Hub, behind the records' back."""
+    """Flip a bit of a weight file on the Hub, and make the records match."""
     from huggingface_hub import HfApi
 
     from hf_layerprune.records.fingerprints import fingerprint, weights_hash
@@ -144,12 +140,12 @@ def _tamper(hub: HubServer, place: Path) -> None:
 
 @scenario
 def a_newer_model(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
-    """Other weights in fewer files, and new numbers alone."""
+    """Push other weights in fewer files, then only new numbers."""
     older, folder = place / "older", place / "model"
     cli("push", folder, "org/next")
     hub.reset()
     out["first"] = cli("push", older, "org/next")
-    out["same"] = files(hub, "org/next") == local(older)
+    out["same"] = files(hub, "org/next") == snapshot(older)
     metrics = json.loads((older / "metrics.json").read_text())
     metrics["results"][1]["value"] = 0.42
     (older / "metrics.json").write_text(json.dumps(metrics))
@@ -171,7 +167,7 @@ def branches_and_proposals(hub: HubServer, place: Path, out: dict[str, Any]) -> 
     folder = place / "model"
     out["branch"] = cli("push", folder, "org/side", "--revision", "try/1")
     out["main"] = sorted(files(hub, "org/side"))
-    out["side"] = files(hub, "org/side", "try/1") == local(folder)
+    out["side"] = files(hub, "org/side", "try/1") == snapshot(folder)
     out["branch again"] = cli("push", folder, "org/side", "--revision", "try/1")
 
     cli("push", place / "older", "org/open")
@@ -181,7 +177,7 @@ def branches_and_proposals(hub: HubServer, place: Path, out: dict[str, Any]) -> 
 
     from hf_layerprune.publish.hub import upload
 
-    # Somebody without rights proposes.
+    # A user without write permission opens a pull request.
     api = HfApi(token=READER)
     job = upload.Upload("org/open", {"config.json": folder / "config.json"}, create_pr=True, message="Mine")
     out["reader"] = upload.upload(job, api, {"name": "somebody"}).pull_request
@@ -190,7 +186,7 @@ def branches_and_proposals(hub: HubServer, place: Path, out: dict[str, Any]) -> 
     out["untouched"] = head(hub, "org/open") == before
     out["pulls"] = sorted(hub.repos["org/open"].pulls)
     hub.repos["org/open"].merge(2)
-    out["merged"] = files(hub, "org/open") == local(folder)
+    out["merged"] = files(hub, "org/open") == snapshot(folder)
     out["nothing to do"] = cli("push", folder, "org/open")
     out["of nothing"] = cli("push", folder, "org/absent", "--create-pr")
     out["no branch"] = cli("push", folder, "org/open", "--revision", "refs/pr/9")
@@ -239,7 +235,7 @@ def two_authors(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
 
 @scenario
 def their_own_card(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
-    """A repository with a card before us, and one with the template that nobody filled in."""
+    """A repository with a card of its own, and one with an unfilled template."""
     from huggingface_hub import HfApi, ModelCard, ModelCardData
 
     from hf_layerprune.publish.card.writing import EVAL_MARK
@@ -323,6 +319,56 @@ def verify_fails_clearly(hub: HubServer, place: Path, out: dict[str, Any]) -> No
 
 
 @scenario
+def bases_that_mislead(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    """A commit that only a pull request has, and adapters that are put on another base than the one that is compared."""
+    from huggingface_hub import HfApi
+
+    from hf_layerprune.records.lineage import Lineage
+    from tests.test_verify_attacks import edit_json, forge, train, write_base
+
+    api, base = HfApi(), write_base(place / "dense")
+    for repo in ("org/dense", "evil/dense"):
+        api.create_repo(repo)
+        api.upload_folder(repo_id=repo, folder_path=base)
+        train(base, "model.layers.0.mlp.up_proj.weight")  # evil's is another
+    first = head(hub, "org/dense")
+    api.upload_folder(repo_id="org/dense", folder_path=base, create_pr=True)
+    proposed = hub.repos["org/dense"].pulls["refs/pr/1"]
+    for name, revision in ("first", first), ("proposed", proposed):
+        cli("prune", "org/dense", place / name, "--drop-layers", "2,5", "--revision", revision)
+        out[name] = cli("verify", place / name)
+
+    lineage = Lineage.of(place / "proposed")
+    lineage.base["commit"] = "refs/pr/1"
+    lineage.write(place / "proposed")
+    out["proposed by name"] = cli("verify", place / "proposed")
+
+    def adapter(name: str, told: dict[str, Any], base: dict[str, Any] | None = None) -> None:
+        folder = shutil.copytree(place / "small", place / name)
+        edit_json("adapter_config.json", **told)(folder)
+        lineage = Lineage.of(folder)
+        lineage.base |= base or {}
+        lineage.write(folder)
+        forge(folder)
+        out[name] = cli("verify", folder)
+
+    cli("prune", "org/dense", place / "small", "--drop-layers", "2,5", "--adapter")
+    adapter("untouched", {})
+    adapter("hashes of another base", {"base_model_name_or_path": "evil/dense", "base_commit": head(hub, "evil/dense")},
+            {"id": "evil/dense", "commit": head(hub, "evil/dense")})  # fmt: skip
+    out["hashes of another base"] = cli("verify", place / "hashes of another base", "--base", "org/dense")
+    adapter("a revision of its own", {"revision": "refs/pr/1"})
+    adapter("a second name", {"base_model_name_or_path": "evil/dense"}, {"hub_id": "evil/dense"})
+    evil = {"base_model_name_or_path": "evil/dense", "base_commit": None}
+    adapter("a name for a copy", evil, {"id": "evil/dense", "commit": None, "hub_id": "org/dense"})
+    api.upload_file(repo_id="org/dense", path_in_repo="README.md", path_or_fileobj=b"# Dense\n")
+    out["a new card"] = cli("verify", place / "small")
+    out["not the newest"] = cli("verify", place / "first")
+    hub.repos["org/dense"].merge(1)
+    out["a new main branch"] = cli("verify", place / "small")
+
+
+@scenario
 def words_that_fail(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     import os
 
@@ -340,16 +386,16 @@ def words_that_fail(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
 
 @scenario
 def no_network(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
-    """Last, since the Hub does not come back."""
+    """The last scenario, since the Hub stays down."""
     hub.__exit__()
-    before = local(place / "model")
+    before = snapshot(place / "model")
     out["push"] = cli("push", place / "model", "org/model")
-    out["folder"] = local(place / "model") == before
+    out["folder"] = snapshot(place / "model") == before
     out["verify"] = cli("verify", "org/model")
 
 
 def main() -> None:
-    """All scenarios, in order."""
+    """Run all scenarios, in order."""
     hub, place = start()
     from tests.publish_models import pruned_from_hub
 

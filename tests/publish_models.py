@@ -1,4 +1,4 @@
-"""Small models to publish, pruned from a base that is on the stand-in Hub."""
+"""Small models to publish, pruned from a base on the stand-in Hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.hub_server import HubServer
 CARD = "---\nlicense: mit\nlanguage: en\n---\n# The base\n"
 
 
-def base_on_hub(hub: HubServer, place: Path, name: str = "org/base", card: str = CARD) -> Path:
+def base_on_hub(hub: HubServer, place: Path, name: str = "org/base") -> Path:
     """Serve a tiny llama with a tokenizer, in several weight files."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -23,7 +23,7 @@ def base_on_hub(hub: HubServer, place: Path, name: str = "org/base", card: str =
         words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(128)}, unk_token="w0"))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2", pad_token="w0")
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(CARD)
         (folder / "LICENSE").write_text("The MIT License\n")
     hub.repos[name] = Repo(folder)
     return folder

@@ -1,4 +1,4 @@
-"""A multimodal model's way over the Hub: cut from there, pushed, verified, and read back with its processor."""
+"""A multimodal model on the Hub: pruned from there, pushed, verified, and loaded again with its processor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.publish_flow import cli, files
 
 
 def run_card(folder: Path) -> tuple[str, bool]:
-    """The task that a card names, and whether its code writes something."""
+    """The task that a card names, and whether its code example prints something."""
     from hf_layerprune.records.declared import front_matter
 
     fields, body = front_matter((folder / "README.md").read_text())
@@ -26,7 +26,7 @@ def run_card(folder: Path) -> tuple[str, bool]:
 
 
 def main() -> None:
-    """Push it, and read it back."""
+    """Push the model, and load it again."""
     hub, place = start()
     import torch
     from transformers import AutoModelForMultimodalLM, AutoProcessor

@@ -1,4 +1,4 @@
-"""Records to publish from: a lineage and metrics that a real run could have written, and a small model that has them.
+"""Records for the tests of publishing: a lineage and metrics as a real run could have written them.
 
 python -m tests.publish_records --write    rewrites tests/card_expected.md
 """
@@ -29,7 +29,7 @@ _SPEED = (25.4, 31.5, 31.4, 31.6)
 
 
 def lineage_of(roles: tuple[str, ...] = ROLES, **base: Any) -> Lineage:
-    """The history of a model whose layers 12 to 18 of 30 were dropped, and of what was done after."""
+    """The history of a model without layers 12 to 18 of 30, and of the later stages."""
     files = {"model.safetensors": {"size": 269_060_552, "sha256": "1" * 64}}
     told = {"id": BASE, "commit": COMMIT, "files": files, "license": "apache-2.0", "language": ["en"], "chat": True}
     drop = list(range(12, 19))
@@ -115,14 +115,14 @@ def metrics_of(lineage: Lineage, roles: tuple[str, ...] = ROLES, *, cost: bool =
 
 
 def example_card() -> Card:
-    """The card that `EXPECTED` holds."""
+    """The card whose text is `EXPECTED`."""
     lineage = lineage_of()
     lineage.published = {"repo_id": "someone/SmolLM2-135M-Instruct-23L"}
     return Card.of(lineage, metrics_of(lineage))
 
 
 def measure_by_hand(folder: Path) -> None:
-    """Give a folder with a lineage a `metrics.json` of its own weights and of its base's."""
+    """Write a `metrics.json` with made-up numbers of a folder with a lineage, and of its base."""
     lineage = Lineage.of(folder)
     own, base = weights_hash(fingerprint(folder)), weights_hash(lineage.base["files"])
     layers = lineage.entries[-1]["layers"]

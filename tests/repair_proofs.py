@@ -1,4 +1,4 @@
-"""The proof of a repair: its new weights are fitted as its definition says, and are in the model that is saved."""
+"""The proof of a repair: its new weights fit its definition, and the saved model has them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .tiny_models import tiny_input
 
 
 def prove_repair(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> list[str]:
-    """Every repair that the type does not refuse; their names."""
+    """Prove every repair that the type accepts; returns their names."""
     refusals = {method: _prove_method(dense, method, proven_cuts["middle"], repair_rows(method)) for method in REPAIRS}
     proven = [method for method, refusal in refusals.items() if refusal is None]
     if not proven:
@@ -36,13 +36,13 @@ def prove_repair(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> list[st
 
 
 def repair_rows(method: str) -> CalibrationSet:
-    """Rows to fit a repair to; of a few tokens, a layer's own neurons explain all, so that it borrows none."""
+    """Rows to fit a repair to. For `borrow`, they must be many: a layer's own neurons explain a few tokens completely."""
     length = 120 if method == "borrow" else 16
     return CalibrationSet.of(tiny_input(seed=2, batch=5, length=length), "random tokens")
 
 
 def _prove_method(dense: Any, method: str, middle: tuple[int, ...], rows: CalibrationSet) -> LayerPruneError | None:
-    """Prove a repair at the first of some cuts that it accepts; why not, where it accepts none."""
+    """Prove a repair at the first cut that it accepts; returns the refusal if it accepts none."""
     refusal = None
     for drop in chain((middle,), _single_layers(dense)):
         try:
@@ -57,7 +57,7 @@ def _prove_method(dense: Any, method: str, middle: tuple[int, ...], rows: Calibr
 
 
 def _single_layers(dense: Any) -> Iterator[tuple[int, ...]]:
-    """Cuts of one layer each: where experts stand in front of one, a plain layer may stand in front of another."""
+    """Cuts of single layers: if one follows a layer of experts, another may follow a plain layer."""
     n, protected = families.layer_count(dense.config), families.protected_layers(dense.config)
     for i in range(1, n - 1):
         try:
@@ -114,15 +114,15 @@ def added_by_fit(
     missing: torch.Tensor,
     fitted: slice = slice(None),
 ) -> torch.Tensor:
-    """What a fit adds to the states behind a layer, by its definition.
+    """What a fit adds to the hidden states after a layer, by its definition.
 
     Args:
         method (`str`): `linear`, or one that fits from the input of the projection.
         cut (`dict`): The record of the fit.
-        layer (`nn.Module`): The layer, as it is in front of the fit.
+        layer (`nn.Module`): The layer before the fit.
         features (`torch.Tensor`): The projection's input `[..., in]`.
         output (`torch.Tensor`): Its output `[..., hidden]`.
-        written (`torch.Tensor`): What of it arrives behind the layer.
+        written (`torch.Tensor`): Its contribution to the hidden states after the layer.
         missing (`torch.Tensor`): What the dropped layers added.
         fitted (`slice`): The rows that were fitted.
     """
@@ -140,7 +140,7 @@ def added_by_fit(
 
 
 class _Norm:
-    """An RMS norm behind a projection, by its definition: what it makes of the projection's output."""
+    """The definition of an RMS norm, applied to the output of a projection."""
 
     def __init__(self, module: Any, x: torch.Tensor) -> None:
         self.epsilon = getattr(module, "variance_epsilon", None) or module.eps
@@ -149,13 +149,13 @@ class _Norm:
         self.scale = (self.output * self.divisor).flatten(0, -2).norm(dim=0) / x.flatten(0, -2).norm(dim=0)
 
     def again(self, y: torch.Tensor) -> torch.Tensor:
-        """What it makes of an input to which it would give `y`, if it divided by what it divided by before."""
+        """The output for the input that would give `y` with the divisor of before."""
         wide = y * self.divisor
         return wide / ((wide / self.scale).square().mean(-1, keepdim=True) + self.epsilon).sqrt()
 
 
 def _borrowed(layer: Any, refitted: tuple[str, str], values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What a fit starts from: neurons that are new in front of the projection write nothing yet."""
+    """The weights that a fit starts from: new neurons before the projection write nothing yet."""
     start = {name: value for name, value in values.items() if name.rpartition(".")[0] not in refitted}
     if not start:
         return {}
@@ -192,7 +192,7 @@ def _ridge(x: torch.Tensor, y: torch.Tensor, strength: float | None) -> torch.Te
 
 
 def _leaving(model: Any, index: int, ids: torch.Tensor) -> torch.Tensor:
-    """Hidden states that leave a layer in the model's own forward."""
+    """The output of a layer in the model's own forward pass."""
     seen: list[torch.Tensor] = []
     keep = lambda module, args, output: seen.append(output[0] if isinstance(output, tuple | list) else output)  # noqa: E731
     with hooked(find_decoder_layers(model).layers[index].register_forward_hook(keep)):
@@ -201,7 +201,7 @@ def _leaving(model: Any, index: int, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _scaled_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: CalibrationSet) -> None:
-    """What the layers behind a cut write is divided by how much larger the dropped block made the states."""
+    """What the layers after a cut write is divided by the factor by which the dropped block enlarged the states."""
     layers, factor = find_decoder_layers(dense).layers, 1.0
     factors = [1.0] * len(layers)
     for cut in repair.cuts:
@@ -219,7 +219,7 @@ def _scaled_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: 
 
 
 def _multiplied_at_the_cuts(dense: Any, repair: Repair, drop: tuple[int, ...], ids: torch.Tensor) -> None:
-    """The same as Prune&Comp's own way: what reaches the place of a dropped block is multiplied by the ratio."""
+    """The result equals that of Prune&Comp's own procedure, which multiplies the states at the cut by the ratio."""
     layers = find_decoder_layers(dense).layers
     with identities(dense, drop), ExitStack() as stack:
         for cut in repair.cuts:

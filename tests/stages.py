@@ -1,8 +1,7 @@
-"""The proof that a model type can be ranked, repaired, healed and measured, each against the model's own forward.
+"""The proof that a model type can be ranked, repaired, healed and measured, each against the model's own forward pass.
 
-Every proof computes a stage's result a second time, as naively as it can be done: whole logits of the model's own
-`forward`, one row at a time, with dropped layers turned into identities. What a stage refuses is no failure, as long
-as it says so in an error of ours.
+Every proof computes the result of a stage a second time, in the simplest way: from whole logits of the model's own
+`forward`, one row at a time, with dropped layers turned into identities. A refusal with one of our errors is no failure.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ from .tiny_multimodal import WHOLE, whole_model
 
 
 def prove_rank(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
-    """Hidden states behind every layer, perplexity and KL of cuts, and the gradients of Taylor scores."""
+    """Hidden states after every layer, perplexity and KL of cuts, and the gradients of Taylor scores."""
     ids = tiny_input(seed=1, batch=3, length=12)
-    dense = copy.deepcopy(dense)  # some layers keep their last states, and with them what gradients need
+    dense = copy.deepcopy(dense)  # some layers keep their last states, and with them the graph for gradients
     walk = LayerWalk(dense)
     _states_are_those_of_the_model(walk, dense, ids)
     middle = proven_cuts["middle"]
@@ -100,14 +99,14 @@ def _taylor(dense: Any, ids: torch.Tensor, index: int) -> float:
 # --- heal -----------------------------------------------------------------------------------------------
 
 KD_SHARE, KD_TEMPERATURE = 0.3, 2.0
-# Attention so sharp that padding moves gradients by more than that, in float32.
+# With attention this sharp, padding changes gradients by more than `TOLERANCE` in float32.
 ROUGH = dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), 5 * TOLERANCE)
 # Loss, and what is trained.
 HEALED = (("ce", "lm_head+last1"), ("kd", "full"), ("ce+kd", "lm_head+last1"))
 
 
 class RecordingTrainer(HealTrainer):
-    """Keeps the loss and the gradients of its steps."""
+    """Keeps the loss and the gradients of its last step."""
 
     seen: tuple[float, dict[str, torch.Tensor]]
 
@@ -140,7 +139,7 @@ def prove_heal(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
     drop = proven_cuts["middle"]
     pruned = cut_of(dense, drop)
     teacher = copy.deepcopy(dense)
-    gc.freeze()  # each training run collects garbage, which takes long among all that was imported
+    gc.freeze()  # each training run collects garbage, which is slow with everything that was imported
     for loss, method in HEALED:
         mine, gradients = _trained(copy.deepcopy(pruned), teacher, loss, method, drop)
         own = copy.deepcopy(pruned)
@@ -149,7 +148,7 @@ def prove_heal(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
         same(f"{name}: loss", mine, wanted)
         if not gradients:
             raise ProofError(f"{name}: nothing was trained")
-        # Some are nothing but rounding: a bias of keys moves no attention.
+        # Some gradients are only rounding errors: a bias of keys has no effect on attention.
         tolerance = ROUGH.get(dense.config.model_type, TOLERANCE)
         noise = 1e-6 * sum(gradient.square().sum() for gradient in naive.values()) ** 0.5
         for parameter, gradient in naive.items():
@@ -233,7 +232,7 @@ def prove_evaluate(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
     same("logits of some positions", part, own[:, 3:7])
 
 
-# A stage, to its proof; what a proof returns are the variants that it holds for.
+# The proof of each stage, which returns the variants that it holds for.
 PROOFS: dict[str, Callable[[Any, dict[str, tuple[int, ...]]], Sequence[str] | None]] = {
     "rank": prove_rank,
     "repair": prove_repair,
@@ -247,8 +246,8 @@ def outcomes(model_type: str, stages: Sequence[str] = (CUT, *PROOFS), only: str 
 
     Args:
         model_type (`str`): A type that is not refused.
-        stages (`Sequence[str]`, *optional*): Which ones; all by default.
-        only (`str`, *optional*): Make this cut alone of those that [`cuts`] names.
+        stages (`Sequence[str]`, *optional*): The stages; all by default.
+        only (`str`, *optional*): Try only this one of the cuts that [`cuts`] names.
 
     Returns:
         `dict[str, str]`: By stage, `"proven"` (or `"proven="` and the variants that are), `"refused: "` and why, or

@@ -27,11 +27,6 @@ from .measure_models import write_model
 from .tiny_models import tiny_model
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("base") / "model")
-
-
 def said(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
     assert main(["advise", *map(str, words), "--json"]) == 0
     return json.loads(capsys.readouterr().out)

@@ -388,6 +388,13 @@ def test_an_assertion_without_words_says_what_was_asserted(tmp_path: Path) -> No
         answer([])
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file here is always full")
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_what_torch_says_of_a_full_disk_is_understood(size: int) -> None:
+    with pytest.raises(CheckpointError, match="could not be written whole; free some space"), boundary("can't train"):
+        torch.save(torch.zeros(size), "/dev/full")
+
+
 def test_a_report_that_is_silenced_can_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "some issues; look at the above report!"
     for verbosity, shown in (

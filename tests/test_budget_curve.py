@@ -28,7 +28,7 @@ from hf_layerprune.select.trials import Trial, try_out
 from hf_layerprune.stages import curve as stage
 from hf_layerprune.stages.curve_file import read_curve
 
-from .measure_models import LAYERS, write_model
+from .measure_models import LAYERS
 from .tiny_models import VOCAB, tiny_model
 
 FEW: dict[str, Any] = {"calibration_samples": 12, "calibration_length": 16, "context": 16}
@@ -43,11 +43,6 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def text() -> CalibrationSet:
     return CalibrationSet.of(torch.randint(3, VOCAB, (16, 16), generator=torch.Generator().manual_seed(3)), "random")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture(scope="module")

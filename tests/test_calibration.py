@@ -33,11 +33,6 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("base") / "model")
-
-
-@pytest.fixture(scope="module")
 def model(base: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base).eval()
 

@@ -36,6 +36,15 @@ def make(tmp_path: Path, **base: Any) -> Path:
     return folder
 
 
+def measure_all_of_piqa(folder: Path) -> None:
+    """Turn the number from a part of PIQA into one from all of its questions."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for record in metrics["results"]:
+        if record.get("task") == "piqa":
+            record |= {"settings": {}, "dataset": "ybisk/piqa"}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
 def test_card_of_a_pruned_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     tiny_model("llama").save_pretrained(base)
@@ -132,7 +141,6 @@ def test_records_that_say_nothing(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert main(["card", str(tmp_path / "absent")]) == 1
     assert not (tmp_path / "README.md").exists()
 
 
@@ -151,7 +159,7 @@ def test_what_people_write_stays(tmp_path: Path) -> None:
     write_card(folder, weights=False)
     card = folder / "README.md"
     text = card.read_text()
-    text = text.replace("tags:\n", "widget:\n- text: Hello\ntags:\n- mine\n").replace("# SmolLM2", "# SmolLM2", 1)
+    text = text.replace("tags:\n", "widget:\n- text: Hello\ntags:\n- mine\n")
     first = "<!-- hf-layerprune:begin summary"
     text = text.replace(first, f"Before all.\n\n{first}")
     text = text.replace("end results -->\n", "end results -->\n\n## What I think\n\nIt *sings*.\n")
@@ -287,11 +295,7 @@ def test_a_folder_in_place_of_the_card(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
     folder = make(tmp_path)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    for record in metrics["results"]:
-        if record.get("task") == "piqa":
-            record |= {"settings": {}, "dataset": "ybisk/piqa"}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    measure_all_of_piqa(folder)
     (folder / ".eval_results").mkdir()
     (folder / ".eval_results" / "piqa.yaml").write_text("- mine\n")
     write_card(folder, weights=False)
@@ -382,11 +386,7 @@ def test_a_licence_that_asks_for_a_notice(tmp_path: Path) -> None:
 
 def test_results_of_whole_benchmarks(tmp_path: Path) -> None:
     folder = make(tmp_path)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    for record in metrics["results"]:
-        if record.get("task") == "piqa":
-            record |= {"settings": {}, "dataset": "ybisk/piqa"}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    measure_all_of_piqa(folder)
     assert ".eval_results/piqa.yaml" in write_card(folder, weights=False)
     (folder / ".eval_results" / "mine.yaml").write_text("- dataset: {id: a/b, task_id: c}\n  value: 1\n")
     metrics_of(Lineage.of(folder)).write(folder)  # of 200 questions again

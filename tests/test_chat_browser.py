@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, expect, sync_playwright
 
 from tests.chat_models import NASTY, pruned_model, tiny_chat_model, words
 from tests.chat_server import answers_under_way, served
-from tests.chat_visit import Visit
+from tests.chat_visit import Visit, visiting
 
 import chat  # isort: skip
 
@@ -67,21 +67,8 @@ def unhurried() -> None:
 
 @pytest.fixture
 def visit(browser: Browser, url: str) -> Iterator[Callable[..., Visit]]:
-    visits: list[Visit] = []
-
-    def opened(address: str = url, **settings: Any) -> Visit:
-        context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | settings))
-        visits.append(Visit(context.new_page(), address))
-        return visits[-1]
-
-    yield opened
-    for one in visits:
-        shots = os.environ.get("HF_LAYERPRUNE_SCREENSHOTS")
-        if shots:
-            name = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split()[0]
-            one.page.screenshot(path=Path(shots, f"{name}.png"))
-        one.page.context.close()
-        assert not one.wrong
+    with visiting(browser, url) as opened:
+        yield opened
 
 
 def test_send_stream_stop_retry_edit_undo_clear(visit: Callable[..., Visit]) -> None:

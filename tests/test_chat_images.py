@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from tests.chat_models import pruned_model, tiny_chat_model
 from tests.chat_server import served
-from tests.chat_visit import Visit
+from tests.chat_visit import Visit, visiting
 from tests.multimodal_makers import noise, write_llava
 from tests.test_chat_browser import browser  # noqa: F401 (a fixture)
 
@@ -102,19 +101,8 @@ def url(folder: Path) -> Iterator[str]:
 
 @pytest.fixture
 def visit(browser: Browser, url: str) -> Iterator[Callable[..., Visit]]:  # noqa: F811
-    visits: list[Visit] = []
-
-    def opened() -> Visit:
-        visits.append(Visit(browser.new_context(viewport={"width": 1280, "height": 800}).new_page(), url))
-        return visits[-1]
-
-    yield opened
-    for one in visits:
-        if shots := os.environ.get("HF_LAYERPRUNE_SCREENSHOTS"):
-            name = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split()[0]
-            one.page.screenshot(path=Path(shots, f"{name}.png"))
-        one.page.context.close()
-        assert not one.wrong
+    with visiting(browser, url) as opened:
+        yield opened
 
 
 @pytest.fixture

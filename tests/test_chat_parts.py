@@ -45,8 +45,7 @@ def adapter(base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def models(base: Path, pruned: Path) -> Any:
-    found = weights.Models(source.Source(str(pruned), str(base)))
-    found.load()
+    found = load(pruned, base)
     assert found.error is None
     return found
 
@@ -400,18 +399,14 @@ def test_weights_that_are_missing_or_too_many_are_an_error(pruned: Path, tmp_pat
     fewer = {name: tensor for name, tensor in tensors.items() if name != gone}
     for changed, message in ((fewer, f"lacks {gone}"), (more, "has model.layers.9.mlp.up_proj.weight")):
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-        loaded = weights.Models(source.Source(str(folder)))
-        loaded.load()
-        assert loaded.error is not None
+        loaded = load(folder)
         assert message in loaded.error
         assert not loaded.sides
     # What another part of a checkpoint brings is not the language model's.
     save_file(
         tensors | {"vision.blocks.0.weight": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"}
     )
-    loaded = weights.Models(source.Source(str(folder)))
-    loaded.load()
-    assert loaded.error is None
+    assert load(folder).error is None
 
 
 def test_a_gguf_file_has_its_own_name() -> None:

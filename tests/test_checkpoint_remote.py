@@ -20,6 +20,7 @@ from benchmarks.checkpoint import make_llama
 from hf_layerprune.records.fingerprints import fingerprint
 
 from .cutting import cut_checkpoint
+from .folders import snapshot
 from .hub_server import HubServer, client_env
 from .tiny_models import EAGER, tiny_input, tiny_model
 
@@ -125,10 +126,6 @@ def client(shared: tuple[HubServer, Client]) -> Client:
     return shared[1]
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def leftovers(target: Path) -> list[str]:
     return sorted(path.name for path in target.parent.iterdir() if path.name.startswith(f".{target.name}"))
 
@@ -145,8 +142,8 @@ def test_the_same_files_as_a_local_cut(
     drop = TYPES.get(name, [3])
     assert "error" not in client.cut(f"org/{name}", tmp_path / "far", drop)
     cut_checkpoint(bases[name], tmp_path / "near", drop)
-    far = content(tmp_path / "far")
-    assert far == content(tmp_path / "near")
+    far = snapshot(tmp_path / "far")
+    assert far == snapshot(tmp_path / "near")
     assert leftovers(tmp_path / "far") == []
     assert not any(one.path.endswith((".bin", "README.md")) for one in hub.log)
     if name != "single":
@@ -184,7 +181,7 @@ def test_only_files_with_something_that_stays_are_fetched_and_once(
     # The files are where the Hub client, and so the teacher, finds them later.
     hub.reset()
     client.cut("org/big", tmp_path / "again", BIG_DROP)
-    assert content(tmp_path / "again") == content(tmp_path / "cut")
+    assert snapshot(tmp_path / "again") == snapshot(tmp_path / "cut")
     assert not fetched(hub)
     assert not any(one.authorized for one in hub.log)
 
@@ -192,7 +189,7 @@ def test_only_files_with_something_that_stays_are_fetched_and_once(
     offline = Client(hub, tmp_path / "other home", HF_HUB_OFFLINE="1")
     hub.reset()
     assert "error" not in offline.cut("org/big", tmp_path / "offline", BIG_DROP, tmp_path / "cache")
-    assert content(tmp_path / "offline") == content(tmp_path / "cut")
+    assert snapshot(tmp_path / "offline") == snapshot(tmp_path / "cut")
     error = offline.cut("org/big", tmp_path / "more", [3], tmp_path / "cache")["error"]
     assert "is not in the cache, and the Hub can't be reached (HF_HUB_OFFLINE is set)" in error
     assert "is not in the cache" in offline.cut("org/single", tmp_path / "more", [3], tmp_path / "cache")["error"]
@@ -328,9 +325,9 @@ def test_the_command(hub: HubServer, bases: dict[str, Path], tmp_path: Path) -> 
     assert "Traceback" not in error
     assert not (tmp_path / "no").exists()
     cut_checkpoint(bases["llama"], tmp_path / "near", [6, 7])
-    written = content(out)
+    written = snapshot(out)
     base = json.loads(written.pop("lineage.json"))["base"]
-    assert written == content(tmp_path / "near")
+    assert written == snapshot(tmp_path / "near")
     assert base["id"] == "org/llama"
     assert base["commit"] == hub.repos["org/llama"].branches["main"]
     assert base["files"] == fingerprint(bases["llama"])
@@ -341,7 +338,7 @@ def test_the_command(hub: HubServer, bases: dict[str, Path], tmp_path: Path) -> 
     codes, said, error = run(hub, home, again, unknown, HF_HUB_OFFLINE="1")
     assert codes == [0, 1], error
     assert not hub.log
-    assert content(tmp_path / "again").keys() == content(out).keys()
+    assert snapshot(tmp_path / "again").keys() == snapshot(out).keys()
     assert "is not in the cache" in error
     assert "downloading" not in error
     assert "Traceback" not in error

@@ -1,7 +1,6 @@
 """Whatever happens on the way, the target is absent, the old one or complete, and the base stays as it is."""
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -20,17 +19,10 @@ from hf_layerprune.files import folders as replace
 from hf_layerprune.options import spell_bytes
 
 from .cutting import cut_checkpoint, write_checkpoint
+from .folders import snapshot
 from .test_checkpoint import assert_same, layer, sharded, tensors
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-
-
-def digest(folder: Path) -> str:
-    found = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            found.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    return found.hexdigest()
 
 
 @pytest.fixture
@@ -47,7 +39,7 @@ def beside(target: Path) -> list[str]:
 
 
 def test_the_source_and_what_overlaps_with_it_is_no_target(base, tmp_path):
-    before = digest(base)
+    before = snapshot(base)
     (tmp_path / "alias").symlink_to(base)
     (tmp_path / "inside").symlink_to(base / "sub")
     (base / "sub").mkdir()
@@ -73,7 +65,7 @@ def test_the_source_and_what_overlaps_with_it_is_no_target(base, tmp_path):
         assert "\n" not in str(caught.value)
     (base / "sub/linked").unlink()
     (base / "sub").rmdir()
-    assert digest(base) == before
+    assert snapshot(base) == before
     assert beside(base) == ["alias", "base", "file", "inside"]
 
 
@@ -82,27 +74,10 @@ def test_a_target_whose_files_the_source_links_to_is_not_replaced(base, tmp_path
     links.mkdir()
     for path in base.iterdir():
         (links / path.name).symlink_to(path)
-    before = digest(base)
+    before = snapshot(base)
     with pytest.raises(CheckpointError, match="is a link into"):
         cut(links, base, force=True)
-    assert digest(base) == before
-
-
-def test_a_target_is_replaced_on_demand_only(base, tmp_path):
-    target = tmp_path / "cut"
-    target.mkdir()
-    cut(base, target)  # an empty folder is no loss
-    new = digest(target)
-    (target / "config.json").write_text("old")
-    (target / "further").mkdir()
-    old = digest(target)
-    with pytest.raises(CheckpointError, match=r"exists and is not empty; replace it with --force"):
-        cut(base, target)
-    assert digest(target) == old
-    cut(base, target, force=True)
-    assert digest(target) == new
-    assert not (target / "further").exists()
-    assert beside(target) == ["base", "cut"]
+    assert snapshot(base) == before
 
 
 def test_a_folder_that_is_no_model_is_never_replaced(base, tmp_path):
@@ -166,7 +141,7 @@ def test_a_full_disk_is_foreseen(base, tmp_path, monkeypatch, caplog):
 def test_a_failure_on_the_way_leaves_nothing_behind(base, tmp_path, monkeypatch, raised, expected, match, where):
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut/config.json").write_text("old")
-    before = digest(base), digest(tmp_path / "cut")
+    before = snapshot(base), snapshot(tmp_path / "cut")
 
     def fail(*args, **kwargs):
         assert any(name.startswith(".cut.partial-") for name in beside(base))
@@ -177,7 +152,7 @@ def test_a_failure_on_the_way_leaves_nothing_behind(base, tmp_path, monkeypatch,
     with pytest.raises(expected, match=match):
         cut(base, tmp_path / "cut", force=True)
     monkeypatch.undo()
-    assert (digest(base), digest(tmp_path / "cut")) == before
+    assert (snapshot(base), snapshot(tmp_path / "cut")) == before
     assert beside(base) == ["base", "cut"]
 
 
@@ -189,7 +164,7 @@ def test_bytes_do_not_depend_on_how_early_they_reach_the_disk(base, tmp_path, mo
     if not asks:  # Windows and macOS have no such call
         monkeypatch.delattr(os, "posix_fadvise")
     cut(base, tmp_path / "again")
-    assert digest(tmp_path / "cut") == digest(tmp_path / "again")
+    assert snapshot(tmp_path / "cut") == snapshot(tmp_path / "again")
 
 
 def test_a_source_that_changes_meanwhile_is_noticed(base, tmp_path, monkeypatch):
@@ -255,7 +230,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from hf_layerprune.files import copy as files
 from tests.cutting import cut_checkpoint
-from tests.test_checkpoint_safety import digest
+from tests.folders import snapshot
 
 base, target, rounds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 copy, sync = files.LocalFile.copy_into, os.fsync
@@ -280,7 +255,7 @@ def is_done():
 
 started = time.monotonic()
 once()
-seconds, new, source = time.monotonic() - started, digest(target), digest(base)
+seconds, new, source = time.monotonic() - started, snapshot(target), snapshot(base)
 chance, seen = random.Random(int(time.time())), {"none": 0, "old": 0, "new": 0, "partial": 0}
 for number in range(rounds):
     # What the last round left aside would be put back, which is tested apart from this.
@@ -289,7 +264,7 @@ for number in range(rounds):
     if number % 3:
         target.mkdir()
         (target / "config.json").write_text(f"old {number}")
-    old = digest(target) if target.exists() else None
+    old = snapshot(target) if target.exists() else None
     began, child = time.monotonic(), os.fork()
     if not child:
         # tqdm's own lock is a semaphore that forks share: a child killed with it would stop all later ones.
@@ -306,15 +281,15 @@ for number in range(rounds):
     os.waitpid(child, 0)
     seen["partial"] += any(target.parent.glob(".cut.partial-*"))
     if not target.exists() and (aside := list(target.parent.glob(".cut.old-*"))):
-        assert digest(aside[0]) == old  # the next run puts it back
+        assert snapshot(aside[0]) == old  # the next run puts it back
         state = old
     else:
-        state = digest(target) if target.exists() else None
+        state = snapshot(target) if target.exists() else None
     assert state in (old, new), f"round {number}: half a model"
     seen["none" if state is None else "new" if state == new else "old"] += 1
-    assert digest(base) == source, f"round {number}: the base was written to"
+    assert snapshot(base) == source, f"round {number}: the base was written to"
 once()
-assert digest(target) == new
+assert snapshot(target) == new
 print(seen)
 """
 
@@ -378,7 +353,7 @@ def test_a_file_that_may_be_somebodys_own_is_named_and_never_replaced(base, tmp_
     fields = json.loads((target / "config.json").read_text())
     fields.pop("layer_drop", None)  # a folder that anybody may have made
     (target / "config.json").write_text(json.dumps(fields))
-    before = digest(target)
+    before = snapshot(target)
     with pytest.raises(CheckpointError, match=f"holds files that may be yours: {name}; move them away"):
         cut(base, target, force=True)
-    assert digest(target) == before
+    assert snapshot(target) == before

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_layerprune import LayerDropConfig, drop_layers
 from hf_layerprune.cli import main
 
+from .folders import snapshot
 from .limits import largest_file
 from .matrix import logits as logits_of
 from .matrix import realign
@@ -27,10 +28,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     tiny_model("qwen3_moe").save_pretrained(folder)
     return folder
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def read(folder: Path, loader: Any = AutoModelForCausalLM) -> Any:
@@ -120,6 +117,7 @@ def test_force_replaces_and_nothing_else_does(base: Path, tmp_path: Path, capsys
     out = tmp_path / "out"
     out.mkdir()
     assert main(["prune", str(base), str(out)]) == 0  # an empty folder is no obstacle
+    (out / "further").mkdir()
     first = snapshot(out)
     assert main(["prune", str(base), str(out), "--drop", "3"]) == 1
     error = capsys.readouterr().err
@@ -127,6 +125,7 @@ def test_force_replaces_and_nothing_else_does(base: Path, tmp_path: Path, capsys
     assert snapshot(out) == first
     assert main(["prune", str(base), str(out), "--drop", "3", "--force"]) == 0
     assert AutoConfig.from_pretrained(out).num_hidden_layers == 5
+    assert not (out / "further").exists()
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -145,19 +144,13 @@ def test_an_output_that_is_taken_is_told_before_torch_is_imported(
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("target", ["same", "inside", "link", "file"])
-def test_the_base_is_never_written(
-    base: Path, tmp_path: Path, target: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_base_is_never_written(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`test_checkpoint_safety.py` has all the ways in which a target can overlap with its source."""
     before = snapshot(base)
-    link = tmp_path / "link"
-    link.symlink_to(base)
-    (tmp_path / "file").write_text("precious")
-    output = {"same": base, "inside": base / "pruned", "link": link, "file": tmp_path / "file"}[target]
-    assert main(["prune", str(base), str(output), "--force"]) == 1
-    assert capsys.readouterr().err.count("\n") <= 2
+    for output in (base, base / "pruned"):
+        assert main(["prune", str(base), str(output), "--force"]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
     assert snapshot(base) == before
-    assert (tmp_path / "file").read_text() == "precious"
 
 
 def bad_bases(tmp_path: Path) -> dict[str, Path]:
@@ -359,3 +352,16 @@ def test_a_package_of_another_torch_is_named_with_the_way_out(monkeypatch, capsy
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "torchaudio was built for another torch" in line
     assert line.endswith("uninstall it: pip uninstall torchaudio")
+
+
+def test_recipes_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    source = Path(__file__).parents[1] / "recipes"
+    wanted = {path.relative_to(source) for path in source.rglob("*.*") if "__pycache__" not in path.parts}
+    assert {path.relative_to("recipes") for path in Path("recipes").rglob("*.*")} == wanted
+    assert "next: accelerate launch recipes/sft_tail.py --config recipes/configs/heal.yaml" in capsys.readouterr().out
+    assert main(["recipes"]) == 1
+    assert "recipes exists and is not empty" in capsys.readouterr().err

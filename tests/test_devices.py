@@ -32,11 +32,6 @@ from .test_out_of_memory import MESSAGE
 from .tiny_models import EAGER, tiny_input, tiny_model
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("llama"))
-
-
 def test_a_teacher_that_was_passed_goes_back_in_one_piece(tmp_path: Path) -> None:
     """To the meta device in place of the CPU, and from the CPU in place of a card."""
     bench = Bench(tmp_path)

@@ -1,7 +1,7 @@
 """What the CPU's tests hold, on a CUDA GPU: `make gpu`, or `pytest -m gpu`. None of it needs a network.
 
 Without a GPU every test here is skipped. With `HF_LAYERPRUNE_GPU_TESTS_ON=cpu` they run on the CPU, which proves
-the tests and not the GPU.
+the tests and not the GPU; with `python -m tests.emulated_gpu`, on an emulated one.
 """
 
 from __future__ import annotations
@@ -37,11 +37,19 @@ from hf_layerprune.stages.rank import rank
 from hf_layerprune.stages.requests import PruneRequest, RankRequest
 
 from .chat_models import pruned_model, tiny_chat_model
-from .heal_makers import Bench, losses, rows, tuned, word_tokenizer
+from .heal_makers import (
+    ENVIRONMENT,
+    RECIPE,
+    ROOT,
+    Bench,
+    launch_recipe,
+    losses,
+    recipe_words,
+    tuned,
+    write_base_and_rows,
+)
 from .tiny_models import EAGER, tiny_input, tiny_model
 
-ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "recipes" / "sft_tail.py"
 DEVICE = os.environ.get("HF_LAYERPRUNE_GPU_TESTS_ON", "cuda")
 MISSING = DEVICE == "cuda" and not torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING, reason="torch finds no CUDA GPU here")]
@@ -68,11 +76,7 @@ def text() -> CalibrationSet:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpu") / "base"
-    tiny_model("llama").save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    rows(32).to_json(folder.parent / "rows.jsonl")
-    return folder
+    return write_base_and_rows(tmp_path_factory.mktemp("gpu") / "base")
 
 
 # --- choosing, repairing, cutting ------------------------------------------------------------------------
@@ -232,31 +236,19 @@ def test_a_teacher_that_was_passed_can_be_used_again(cache: str, tmp_path: Path)
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
-def command(base: Path, output: Path, **settings: Any) -> list[str]:
+def words(base: Path, output: Path, **settings: Any) -> list[str]:
     common = {
-        "model_name_or_path": base, "dataset_name": base.parent / "rows.jsonl", "output_dir": output,
         "drop_layers": "3,4", "method": "last2", "loss": "ce+kd", "num_train_epochs": 2, "learning_rate": 0.01,
         "per_device_train_batch_size": 4, "max_length": 32, "logging_steps": 1, "report_to": "none",
         "disable_tqdm": "true", "use_cpu": str(DEVICE == "cpu").lower(), "bf16": "false",
     }  # fmt: skip
-    words = [part for name, value in (common | settings).items() for part in (f"--{name}", str(value))]
-    return [sys.executable, str(RECIPE), *words]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-
-
-def run(words: list[str]) -> str:
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
+    return recipe_words(base, output, **common | settings)
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=only_cuda)])
 def test_qlora(precision: str, base: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    run(command(base, tmp_path / "run", method="qlora", loss="ce", **{precision: "true"}))
+    launch_recipe(words(base, tmp_path / "run", method="qlora", loss="ce", **{precision: "true"}))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert model.config.num_hidden_layers == 6
     assert not getattr(model, "is_quantized", False)
@@ -267,8 +259,9 @@ def test_qlora(precision: str, base: Path, tmp_path: Path) -> None:
 def test_killed_and_resumed(base: Path, tmp_path: Path) -> None:
     whole, half = tmp_path / "whole", tmp_path / "half"
     saving = {"save_steps": 4, "save_strategy": "steps"}
-    run(command(base, whole, **saving))
-    running = subprocess.Popen(command(base, half, **saving), env=environment(), stderr=subprocess.DEVNULL)
+    launch_recipe(words(base, whole, **saving))
+    command = [sys.executable, str(RECIPE), *words(base, half, **saving)]
+    running = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not (half / "checkpoint-8" / "trainer_state.json").exists():
         assert running.poll() is None
@@ -277,7 +270,7 @@ def test_killed_and_resumed(base: Path, tmp_path: Path) -> None:
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert not (half / "model").exists()
-    run(command(base, half, **saving, resume_from_checkpoint="true"))
+    launch_recipe(words(base, half, **saving, resume_from_checkpoint="true"))
     wanted, found = (load_file(folder / "model" / "model.safetensors") for folder in (whole, half))
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -302,11 +295,11 @@ print(json.dumps({"tokens": [state["tokens"] for state in states], "places": sor
 def test_chat(tmp_path: Path) -> None:
     base = tiny_chat_model(tmp_path / "base")
     pruned = pruned_model(base, tmp_path / "pruned")
-    path = os.pathsep.join([str(ROOT / "spaces" / "chat"), str(ROOT)])
+    path = os.pathsep.join([str(ROOT / "spaces" / "chat"), ENVIRONMENT["PYTHONPATH"]])
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if DEVICE == "cpu" else {}
-    env = environment() | {"PYTHONPATH": path, "GRADIO_ANALYTICS_ENABLED": "False"} | hidden
-    words = [sys.executable, "-c", CHAT, str(pruned), str(base)]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
+    env = ENVIRONMENT | {"PYTHONPATH": path, "GRADIO_ANALYTICS_ENABLED": "False"} | hidden
+    command = [sys.executable, "-c", CHAT, str(pruned), str(base)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"tokens": [5, 5], "places": [DEVICE]}
 

@@ -19,11 +19,6 @@ from .heal_makers import DROP, Bench, losses, rows, tuned, word_tokenizer
 from .tiny_models import EAGER
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("llama"))
-
-
 @pytest.mark.parametrize("cache", ["off", "on"])
 def test_resumed_equals_uninterrupted(llama: Bench, tmp_path: Path, cache: str) -> None:
     settings = {

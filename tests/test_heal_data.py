@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from hf_layerprune.errors import CheckpointError, CutError
 from hf_layerprune.heal.data import load_mixture, load_rows, pick_split, shape_rows
@@ -159,6 +159,32 @@ def test_values_that_can_be_trained_on() -> None:
 def test_rows_that_can_not_be_used(rows: list[dict[str, Any]], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError if "can't use" in message else CutError, match=message):
         shaped(rows, name="my rows", **settings)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (ALPACA[0] | {"text": "all of it"}, "used columns: instruction, input, output; not used: text"),
+        ({"system": "s", "prompt": "a", "completion": "b"}, "used columns: prompt, completion; not used: system"),
+        ({"text": "a", "id": 1}, "used columns: text; not used: id"),
+        ({"text": "a"}, ""),
+    ],
+)
+def test_columns_that_are_not_used_are_named(row: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "hf_layerprune"):
+        shaped([row], chat=True)
+    assert [record.message for record in caplog.records] == ([said] if said else [])
+
+
+def test_what_datasets_saved_itself(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"text": "a"}, {"text": "b"}])
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict(train=rows, test=rows.select([0])).save_to_disk(tmp_path / "two")
+    load_from_disk(tmp_path / "two")["train"].map(lambda row: {"text": row["text"] * 2})  # is cached beside the rows
+    for streaming in (False, True):
+        assert list(load_rows(str(tmp_path / "one"), streaming=streaming)["train"]) == list(rows)
+        found = load_rows(str(tmp_path / "two"), streaming=streaming)
+        assert {name: list(part) for name, part in found.items()} == {"train": list(rows), "test": [{"text": "a"}]}
 
 
 def test_conversations_without_an_answer_are_counted(caplog: pytest.LogCaptureFixture) -> None:

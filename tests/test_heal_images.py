@@ -22,7 +22,7 @@ from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.loading import load_processor, load_tokenizer
 
-from .heal_makers import load_recipe
+from .heal_makers import load_recipe, recipe_words
 from .multimodal_makers import noise, words, write_llava
 from .tiny_models import EAGER
 
@@ -54,8 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(recipe: ModuleType, base: Path, output: Path, **settings: Any) -> None:
-    named = {"model_name_or_path": base, "dataset_name": base.parent / "rows.jsonl", "output_dir": output}
-    options = [part for name, value in (named | SETTINGS | settings).items() for part in (f"--{name}", str(value))]
+    options = recipe_words(base, output, **SETTINGS | settings)
     recipe.main(*recipe.make_parser().parse_args_and_config(options))
 
 

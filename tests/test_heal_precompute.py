@@ -23,11 +23,6 @@ from .heal_makers import Bench, losses, rows, tuned
 from .tiny_models import EAGER, VOCAB
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("llama"))
-
-
 @pytest.mark.parametrize("method", ["last2", "lm_head", "lm_head+last1", "cut", "lm_head+cut2"])
 @pytest.mark.parametrize("loss", ["ce", "kd"])
 def test_computed_once_is_exactly_the_same(llama: Bench, method: str, loss: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +57,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config.update(change)
         config.save_pretrained(folder / name)
     rows(8).to_json(folder / "rows.jsonl")
+    (folder / "text.jsonl").write_text('{"text": "w4"}\n')
+    said = [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}]
+    talks = [{"messages": said}, {"messages": [said[0], {"role": "assistant", "content": None}]}]
+    (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    (folder / "mixed.jsonl").write_text(json.dumps({"prompt": "w4", "completion": said[1:]}) + "\n")
+    (folder / "rows.txt").write_text("w4")
+    talker = word_tokenizer()
+    talker.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] }}{% endfor %}"
+    shutil.copytree(folder / "base", folder / "talker")
+    talker.save_pretrained(folder / "talker")
+    (folder / "named.yaml").write_text(yaml.safe_dump({"datasets": ["rows.jsonl"]}))
     (folder / "odd.jsonl").write_text('{"question": "a"}\n')
     part = {"datasets": [{"path": str(folder / "rows.jsonl")}]}
     (folder / "mixture.yaml").write_text(yaml.safe_dump(part))
@@ -69,6 +82,7 @@ def words(folder: Path, output: Path, **settings: Any) -> list[str]:
 
 
 PRUNED = {"model_name_or_path": "FOLDER/pruned"}
+TALKS = {"model_name_or_path": "FOLDER/talker", "dataset_name": "FOLDER/talks.jsonl"}
 USAGE = [
     ({"method": "head"}, "method='head' is unknown"),
     ({"method": "last9"}, "trains the last 9 layers, but only 6 remain"),
@@ -112,12 +126,27 @@ USAGE = [
     ({"lr_scheduler_type": "warmup_stable_decay"}, "missing 1 required positional argument: 'num_decay_steps'; see --lr_scheduler_kwargs"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
     ({"eos_token": "w3"}, "--eos_token changes the tokenizer only during training"),
+    ({"packing": "true", "max_length": "none"}, "--packing fills rows of --max_length tokens, and that is none"),
+    ({"padding_free": "true"}, "--padding_free without --packing cuts no row; add --max_length none"),
+    ({"activation_offloading": "true"}, "--activation_offloading frees memory of a GPU"),
+    ({"optim": "schedule_free_adamw"}, "--optim can't be followed: You need to install `schedulefree`"),
+    ({"model_init_kwargs": '{"dtype": "float32"}'}, "model_init_kwargs has no effect in this recipe"),
+    ({"dataset_config": "en"}, "--dataset_config has no effect on FOLDER/rows.jsonl, which has no configurations"),
+    ({"dataset_train_split": "train[:1]"}, "it has train; a part of a split is named under `datasets`"),
+    ({"config": "FOLDER/named.yaml", "dataset_name": None}, "each entry of `datasets` is a mapping with a path"),
+    ({"dataset_name": "FOLDER/text.jsonl", "completion_only_loss": "true"}, "text.jsonl has only text; leave it out"),
+    ({"dataset_name": "FOLDER/text.jsonl", "assistant_only_loss": "true"}, "--assistant_only_loss needs conversations"),
+    (TALKS | {"assistant_only_loss": "true"}, "--assistant_only_loss can't be followed: The chat template is not"),
+    ({"dataset_name": "FOLDER/mixed.jsonl"}, "FOLDER/mixed.jsonl has text and messages side by side"),
+    (TALKS, "the chat template can't take row 1 of FOLDER/talks.jsonl: "),
     ({"eval_tasks": "piqaa"}, "piqaa"),
     ({"eval_texts": "/nowhere.txt"}, "/nowhere.txt"),
     ({"hub_tok": "hf_" + "a" * 30}, "'--hub_tok', 'hf_***'"),
 ]  # fmt: skip
 FAILURES = [
     ({"model_name_or_path": "FOLDER/quantised"}, "the weights are quantised (fp8), and can't be healed"),
+    ({"output_dir": "FOLDER/rows.txt"}, "--output_dir FOLDER/rows.txt is a file; choose a folder"),
+    ({"dataset_name": "FOLDER/rows.txt"}, "FOLDER/rows.txt is not a .json, .jsonl, .ndjson, .parquet, .csv file"),
     ({"dataset_name": "/nowhere.jsonl"}, "data file /nowhere.jsonl does not exist"),
     ({"loss": "kd", "teacher": "/nowhere"}, "/nowhere"),
     ({"loss": "kd", "teacher": "FOLDER/pruned"}, "has 6 layers, but this model is cut from one with 8"),

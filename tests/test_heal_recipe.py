@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import runpy
 import shutil
@@ -32,13 +31,20 @@ from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.loading import load_base
 
-from .heal_makers import load_recipe, rows, word_tokenizer
+from .heal_makers import (
+    ENVIRONMENT,
+    RECIPE,
+    ROOT,
+    launch_recipe,
+    load_recipe,
+    recipe_words,
+    word_tokenizer,
+    write_base_and_rows,
+)
 from .measure_models import write_tasks
 from .tiny_models import EAGER, tiny_model
 
 pytestmark = pytest.mark.processes
-ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "recipes" / "sft_tail.py"
 SETTINGS = {
     "drop_layers": "3,4", "method": "behind1", "features": 0.25, "loss": "ce+kd", "num_train_epochs": 2,
     "per_device_train_batch_size": 4, "learning_rate": 0.01, "max_length": 32, "logging_steps": 1,
@@ -54,27 +60,11 @@ def _collect_quickly() -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recipe") / "base"
-    tiny_model("llama").save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    rows(32).to_json(folder.parent / "rows.jsonl")
-    return folder
+    return write_base_and_rows(tmp_path_factory.mktemp("recipe") / "base")
 
 
 def words(base: Path, output: Path, **settings: Any) -> list[str]:
-    named = {"model_name_or_path": base, "dataset_name": base.parent / "rows.jsonl", "output_dir": output}
-    return [part for name, value in (named | SETTINGS | settings).items() for part in (f"--{name}", str(value))]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-
-
-def launch(base: Path, output: Path, *launcher: str, **settings: Any) -> str:
-    command = [sys.executable, *launcher, str(RECIPE), *words(base, output, **settings)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
+    return recipe_words(base, output, **SETTINGS | settings)
 
 
 def losses(log: str) -> list[float]:
@@ -85,7 +75,7 @@ def losses(log: str) -> list[float]:
 def healed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A whole run of one process, and what it said."""
     output = tmp_path_factory.mktemp("healed") / "run"
-    return output, launch(base, output, save_steps=4, save_strategy="steps")
+    return output, launch_recipe(words(base, output, save_steps=4, save_strategy="steps"))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +132,7 @@ def test_history_says_what_was_done(healed: tuple[Path, str]) -> None:
 
 def test_two_processes_learn_what_one_does(base: Path, healed: tuple[Path, str], tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")  # on a port that is free
-    log = launch(base, tmp_path / "run", *launcher, per_device_train_batch_size=2)
+    log = launch_recipe(words(base, tmp_path / "run", per_device_train_batch_size=2), *launcher)
     assert losses(log) == pytest.approx(losses(healed[1]), rel=1e-3)  # as printed, in four digits
     mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "run", healed[0]))
     for name, tensor in theirs.items():
@@ -159,7 +149,7 @@ def test_fsdp_learns_what_one_process_does(base: Path, healed: tuple[Path, str],
         str(ROOT / "benchmarks" / "gpu_parts" / "fsdp_on_cpu.py"),
     )  # fmt: skip
     saving = {"save_steps": 8, "save_strategy": "steps"}
-    log = launch(base, tmp_path / "run", *launcher, per_device_train_batch_size=2, **saving)
+    log = launch_recipe(words(base, tmp_path / "run", per_device_train_batch_size=2, **saving), *launcher)
     assert log.count("trained by FSDP") == 2
     assert losses(log) == pytest.approx(losses(healed[1]), rel=1e-3)
     mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "run", healed[0]))
@@ -186,7 +176,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
     """Killed while it writes a checkpoint: it goes on from the one before."""
     output, half = tmp_path / "run", tmp_path / "run" / "checkpoint-8"
     command = [sys.executable, str(RECIPE), *words(base, output, save_steps=4, save_strategy="steps")]
-    running = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    running = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 800
     while not half.exists():
         assert running.poll() is None, running.stdout.read().decode()[-3000:]

@@ -29,12 +29,6 @@ from hf_layerprune.versions import trl_drops_rows_without_labels
 from .heal_makers import Bench, losses, rows, tuned, word_tokenizer
 from .tiny_models import EAGER
 
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("llama"))
-
-
 trl_computes_losses = pytest.mark.skipif(
     getattr(trl.trainer.utils, "_ChunkedLogProbFunction", True) is None,
     reason="TRL 1.11 to 1.15 compute no loss of their own without Triton",
@@ -259,12 +253,22 @@ def test_rows_that_are_all_too_long(llama: Bench) -> None:
         LayerPruneError, match=r"none of the 24 training rows has a labelled token within max_length=3"
     ):
         llama.trainer(max_length=3)
+    empty = Dataset.from_list([{"text": ""}] * 2)  # an end token alone, which nothing predicts
+    with pytest.raises(LayerPruneError, match=r"none of the 2 training rows .* they are empty"):
+        llama.trainer(rows_=empty)
     long = Dataset.from_list([{"prompt": "w5 " * 40, "completion": "w6"}] * 2)
     none = r"none of the 2 evaluation rows has a labelled token within max_length=32"
     for evaluated in (long, {"short": rows(4), "long": long}):
         with pytest.raises(LayerPruneError, match=none):
             llama.trainer(eval_rows=evaluated, eval_strategy="steps", eval_steps=2)
     assert len(llama.trainer(eval_rows=concatenate_datasets([rows(4), long]), eval_strategy="steps").eval_dataset) == 4
+
+
+def test_what_is_no_config_or_no_model(llama: Bench, tmp_path: Path) -> None:
+    with pytest.raises(LayerPruneError, match="args is SFTConfig; use HealConfig"):
+        HealTrainer(llama.dense, trl.SFTConfig(str(tmp_path), use_cpu=True), train_dataset=rows())  # type: ignore[arg-type]
+    with pytest.raises(LayerPruneError, match="model is str; pass a model"):
+        HealTrainer("org/model", HealConfig(str(tmp_path), use_cpu=True), train_dataset=rows())
 
 
 def test_rows_that_fill_no_batch(llama: Bench) -> None:

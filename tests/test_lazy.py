@@ -71,11 +71,11 @@ def edit_tensors(folder: Path, edit) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def shard_by_layers(folder: Path, layers, prefix="model.layers.") -> tuple[str, str]:
+def shard_by_layers(folder: Path, layers) -> tuple[str, str]:
     """Split a checkpoint in two: what belongs to these layers, and the rest."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    inside = tuple(f"{prefix}{i}." for i in layers)
+    inside = tuple(f"model.layers.{i}." for i in layers)
     names = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     weight_map = {name: names[name.startswith(inside)] for name in tensors}
     for shard in names:

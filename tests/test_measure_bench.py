@@ -24,17 +24,12 @@ from hf_layerprune.measure.requests import Workload
 from hf_layerprune.measure.speed import time_models
 from hf_layerprune.records.metrics import Metrics
 
-from .measure_models import find, write_model
+from .measure_models import find
 from .tiny_models import tiny_model
 
 pytestmark = pytest.mark.processes
 SMALL = {"batch_sizes": (1, 2), "prompt_lengths": (8, 32), "new_tokens": 4, "repeats": 3}
 TIMED = ("prefill_tokens_per_second", "time_to_first_token", "decode_tokens_per_second")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture

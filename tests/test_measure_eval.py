@@ -29,30 +29,7 @@ from hf_layerprune.measure.tasks import read_tasks, task_set
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from hf_layerprune.records.metrics import Metrics
 
-from .measure_models import NAMES, find, measure, write_gguf, write_model, write_tasks
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture(scope="module")
-def cut_once(base: Path) -> Path:
-    folder = base.parent / "cut-once"
-    assert main(["prune", str(base), str(folder), "--drop-layers", "3-4"]) == 0
-    return folder
-
-
-@pytest.fixture
-def cut(cut_once: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(cut_once, tmp_path / "cut"))
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
-
+from .measure_models import NAMES, find, measure, write_gguf, write_model
 
 # --- the numbers are right ----------------------------------------------------------------------------------
 

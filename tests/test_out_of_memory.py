@@ -29,11 +29,6 @@ from .tiny_models import tiny_input, tiny_model
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB"
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("llama"))
-
-
 @contextmanager
 def full(layer: torch.nn.Module, most: int, backward: bool = False) -> Any:
     """Let a layer run out of memory with more than a few rows, on its way forward or back."""

@@ -20,7 +20,9 @@ from hf_layerprune.publish.hub.push import plan
 from hf_layerprune.publish.requests import CardRequest, PushRequest
 from hf_layerprune.records.licences import TABLE, LicenceFound
 
+from .folders import snapshot
 from .publish_records import measure_by_hand
+from .test_verify_attacks import forge
 from .tiny_models import tiny_model
 
 
@@ -42,10 +44,6 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(pruned: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pruned, tmp_path / "out"))
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def refusals(folder: Path, repo_id: str = "org/small", **request: Any) -> str:
@@ -197,9 +195,8 @@ SECRETS = {
 TOKEN = SECRETS["Hugging Face Token"]
 
 
-def secrets_in(path: Path, *, named: bool = False) -> list[tuple[int, str]]:
-    leaks_ = leaks.find_secrets(path.parent, [path.name], frozenset({path.name}) if named else frozenset())
-    return [(leak.line, leak.what) for leak in leaks_]
+def secrets_in(path: Path) -> list[tuple[int, str]]:
+    return [(leak.line, leak.what) for leak in leaks.find_secrets(path.parent, [path.name])]
 
 
 def test_secrets_stay_home(folder: Path) -> None:
@@ -270,6 +267,16 @@ def test_a_secret_is_found_wherever_it_is(
         assert "Hugging Face Token" in [what for _, what in secrets_in(path)]
 
 
+@pytest.mark.parametrize(("name", "content", "what"), [
+    ("tokenizer.json", '{"x": 1}', "was changed"), ("chat_template.jinja", "{{ 1 }}", "was added"),
+    ("generation_config.json", None, "is missing"),
+])  # fmt: skip
+def test_what_verify_would_say_no_to(folder: Path, name: str, content: str | None, what: str) -> None:
+    (folder / "metrics.json").unlink()
+    (folder / name).unlink() if content is None else (folder / name).write_text(content)
+    assert f"{name} {what} since prune wrote the model" in refusals(folder)
+
+
 def test_what_is_no_secret(folder: Path) -> None:
     """Hashes of the records, tensor names, and words of a vocabulary, among them those of code."""
     words = ["hf_hub", "hf_transfer", "sk-learn", "APIClientFactory", "://", "password", "secret_key", "AKIA", "eyJ"]
@@ -277,7 +284,8 @@ def test_what_is_no_secret(folder: Path) -> None:
     vocabulary = {word: index for index, word in enumerate([*words, *(f"{index:064x}" for index in range(2000))])}
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}, indent=1))
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    measure_by_hand(folder)  # numbers of the model with this tokenizer
+    forge(folder)  # a model with this tokenizer
+    measure_by_hand(folder)
     text = (folder / "metrics.json").read_text()
     assert len(json.loads(text)["weights"]) == 64
     assert refusals(folder) == ""
@@ -381,6 +389,8 @@ def test_adapters(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "which nobody else can load" in refusals(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
+    assert "adapter_config.json was changed since prune wrote the model" in refusals(adapter)
+    forge(adapter)
     assert refusals(adapter) == ""
     files = plan(PushRequest(tmp_path / "whole", "org/small", adapter_only=True)).contents.files
     assert {"adapter_model.safetensors", "adapter_config.json", "lineage.json", "README.md"} <= set(files)

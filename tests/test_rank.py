@@ -25,15 +25,10 @@ from hf_layerprune.select.scores import Scores
 from hf_layerprune.stages.rank import draw_ranking
 
 from .limits import largest_file
-from .measure_models import LAYERS, write_model
+from .measure_models import LAYERS
 from .tiny_models import tiny_model
 
 FEW = ["--calibration-samples", "8", "--calibration-length", "16"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from hf_layerprune import CutError, __version__
 from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
-from hf_layerprune.publish.space import build_space, secret_from, space_source
+from hf_layerprune.publish.space import build_space, secret_from
 from tests.chat_models import pruned_model, tiny_chat_model
 from tests.hub_server import HubServer, client_env
 from tests.publish_records import lineage_of, metrics_of
@@ -131,7 +131,7 @@ def test_a_model_that_reads_images_needs_torchvision(folder: Path, tmp_path: Pat
 
 def test_the_published_table_needs_nothing_of_this_package(folder: Path, tmp_path: Path) -> None:
     space = build_space(tmp_path / "space", model_repo_id="org/pruned")
-    write_metrics(tmp_path)
+    metrics_of(lineage_of()).write(tmp_path)
     script = """
 import json, sys
 sys.modules["hf_layerprune"] = None
@@ -145,21 +145,11 @@ print(about.table(json.load(open(sys.argv[1]))))
     assert "length-normalised accuracy" in done.stdout
 
 
-def write_metrics(folder: Path) -> None:
-    metrics_of(lineage_of()).write(folder)
-
-
-def test_the_base_is_the_one_that_the_history_names(folder: Path, tmp_path: Path) -> None:
-    """If it is on the Hub; a folder of this machine is nothing to a Space."""
-    space = build_space(tmp_path / "space", model_repo_id="org/pruned", model=folder / "pruned")
-    assert front_matter(space)["models"] == ["org/pruned", "org/base"]
-    space = build_space(tmp_path / "other", model_repo_id="org/adapter", model=folder / "adapter", adapter=True)
-    assert front_matter(space)["models"] == ["org/adapter"]
-
-
-def test_an_adapter_needs_this_package(folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_a_local_base(folder: Path, tmp_path: Path) -> None:
+    """It needs this package. Its base is not named, since a Space can't read a folder of this machine."""
     space = build_space(tmp_path / "space", model_repo_id="org/adapter", model=folder / "adapter", adapter=True)
     assert str(requirements(space)["hf-layerprune"].specifier) == f"=={__version__}"
+    assert front_matter(space)["models"] == ["org/adapter"]
 
 
 def test_packed_weights_need_what_unpacks_them(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -243,7 +233,3 @@ def test_words_that_make_no_sense_push_nothing(
     assert done.returncode == 2
     assert message in done.stderr
     assert set(hub.repos) == before
-
-
-def test_the_source_is_found() -> None:
-    assert {path.name for path in space_source().iterdir() if path.suffix} >= FILES

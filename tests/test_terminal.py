@@ -14,16 +14,9 @@ import pytest
 
 from hf_layerprune.cli import main
 
-from .measure_models import write_model
-
 pytestmark = pytest.mark.processes
 COMMAND = [sys.executable, "-c", "import sys; from hf_layerprune.cli import main; sys.exit(main())"]
 COLOUR = re.compile(r"\x1b\[[0-9;]*[1-9][0-9;]*m")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("base") / "model")
 
 
 def on_a_terminal(*words: str, **env: str) -> tuple[int, str]:

@@ -120,6 +120,14 @@ def name_twice(folder: Path) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + raw[end:])
 
 
+def move_weights(folder: Path, name: str) -> None:
+    """Where transformers finds them by the index, and others don't."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / name).parent.mkdir()
+    (folder / "model.safetensors").rename(folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
+
+
 BEHAVIOUR: dict[str, tuple[Callable[[Path], object], str]] = {
     "chat template edited": (write("chat_template.jinja", "{{ 'evil' }}"), "chat_template.jinja"),
     "chat template removed": (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja"),
@@ -151,6 +159,7 @@ CONFIG: dict[str, Callable[[Path], object]] = {
     "attention": edit_json("config.json", _attn_implementation="paged|eager"),
     "attention from a repository": edit_json("config.json", attn_implementation="kernels-community/evil"),
     "experts": edit_json("config.json", _experts_implementation="eager"),
+    "an old name for another value": lambda folder: rename_rope(folder, rope_theta=17.0),
     "an old name beside the new one": edit_json("config.json", torch_dtype="float16"),
     "generation": edit_json("config.json", temperature=7.0, do_sample=True),
     "a plan of devices": edit_json("config.json", base_model_tp_plan={"lm_head": "rowwise"}),
@@ -175,6 +184,7 @@ PLANTED: dict[str, Callable[[Path], object]] = {
     "an index": write("model.safetensors.index.json", '{"weight_map": {"x": "stray.safetensors"}}'),
     "a hidden template": write("additional_chat_templates/.tool_use.jinja", "{{ 'evil' }}"),
     "a GGUF file": write("model.gguf", b"GGUF"),
+    "weights in a folder": lambda folder: move_weights(folder, "sub/w.safetensors"),
     "a tensor named twice": name_twice,
     "a pickle": write("pytorch_model.bin", b"\x80\x04."),
     "another pickle": write("adapter_model.bin", b"\x80\x04."),
@@ -186,6 +196,13 @@ PLANTED: dict[str, Callable[[Path], object]] = {
     "a link to nothing": lambda folder: (folder / "extra.json").symlink_to(folder / "absent"),
     "a file without a kind": write("evil", b"x"),
 }
+
+
+def rename_rope(folder: Path, **fields: Any) -> None:
+    """Give a config the old names of the rotary settings, of which some loaders read one and others the other."""
+    path = folder / "config.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {"rope_scaling": told.pop("rope_parameters")} | fields))
 
 
 @pytest.mark.parametrize("forged", [False, True])
@@ -330,6 +347,101 @@ def test_a_stage_that_was_invented(cut: Path, entry: dict[str, Any], capsys: pyt
     assert "YES" not in said
     if "IN PART" in said:
         assert f"1 tensor ({entry['stage']}: 1) can't be derived again and is taken as lineage.json records" in said
+
+
+def store(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Change tensors of a model, and record that a training did so."""
+    path, names = folder / "model.safetensors", {name.replace("__", "."): one for name, one in tensors.items()}
+    changed = {name: one for name, one in (load_file(path) | names).items() if one is not None}
+    save_file(changed, path, metadata={"format": "pt"})
+    Lineage.of(folder).record(folder, invent(changed_tensors=list(names)))
+
+
+@pytest.mark.parametrize(("tensors", "message"), [
+    ({"model__norm__weight": torch.ones(7)}, f"{NORM} is F32[7], and the base's is F32[32]"),
+    ({"model__norm__weight": torch.ones(32, dtype=torch.int32)}, f"{NORM} is I32[32], and the base's is F32[32]"),
+    ({"model__norm__bias": torch.ones(32)}, "model.norm.bias is not a tensor of the base"),
+    ({"model__norm__weight": None}, f"{NORM} is missing"),
+])  # fmt: skip
+def test_what_no_training_makes(
+    cut: Path, tensors: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store(cut, **tensors)
+    code, said = says(cut, capsys, "--accept-trained")
+    assert (code, message in said) == (1, True), said
+
+
+def test_a_training_of_everything(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store(cut, **{name.replace(".", "__"): one + 1 for name, one in load_file(cut / "model.safetensors").items()})
+    code, said = says(cut, capsys)
+    assert code == 1
+    assert "IN PART: none of the weights of " in said
+    assert "57 tensors (heal: 57), all that it has, can't be derived again" in said
+
+
+@pytest.mark.parametrize("claimed", [["lm_head.weight"], []])
+def test_an_untied_head_that_is_not_there(
+    tmp_path: Path, claimed: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loader would make one up."""
+    base, cut = write_base(tmp_path / "base"), tmp_path / "cut"
+    model = tiny_model("llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(base)
+    assert main(["prune", str(base), str(cut), "--drop-layers", "2"]) == 0
+    assert says(cut, capsys)[0] == 0
+    edit_json("config.json", tie_word_embeddings=False)(cut)
+    Lineage.of(cut).record(cut, invent(changed_tensors=claimed))
+    code, said = says(cut, capsys, "--accept-trained")
+    assert (code, "lm_head.weight is missing" in said) == (1, True), said
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "compressed-tensors", "of its own"])
+def test_a_quantising_that_changed_nothing(cut: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    told = {"quant_method": method}
+    edit_json("config.json", quantization_config=told)(cut)
+    settings = {"quantization_config": told, "dtype": "float32"}
+    Lineage.of(cut).record(cut, invent(stage="quantize", settings=settings))
+    code, said = says(cut, capsys, "--accept-trained")
+    assert code == 1
+    assert "none was changed by the quantising that lineage.json names" in said
+
+
+def test_a_base_inside_the_model(place: Path, cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = Path(shutil.copytree(place / "base", cut / ".cache" / "SmolLM2-135M"))
+    train(base)
+    train(cut)
+    lineage = Lineage.of(cut)
+    lineage.base |= {"id": str(base), "files": fingerprint(base)}
+    lineage.write(cut)
+    forge(cut)
+    code, said = says(cut, capsys)
+    assert code == 1
+    assert "is part of the model; give a base with --base" in said
+    assert "model.norm.weight differs from the base's" in says(cut, capsys, "--base", str(place / "base"))[1]
+
+
+def test_files_that_the_base_is_said_to_have_lacked(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = ("chat_template.jinja", "generation_config.json")
+    lineage = Lineage.of(cut)
+    lineage.base["companions"] = [name for name in lineage.base["companions"] if name not in gone]
+    lineage.write(cut)
+    for name in gone:
+        (cut / name).unlink()
+    forge(cut)
+    code, said = says(cut, capsys)
+    assert code == 1
+    assert "IN PART: " in said
+    assert "lacked chat_template.jinja, generation_config.json" in said.splitlines()[-1]
+
+
+def test_an_adapter_whose_weights_peft_does_not_find(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = adapter / "adapter_model.safetensors"
+    save_file({name.removeprefix("base_model.model."): one for name, one in load_file(path).items()}, path)
+    forge(adapter)
+    code, said = says(adapter, capsys)
+    assert (code, "PEFT would not load it" in said) == (1, True), said
 
 
 def test_a_stage_that_does_not_follow(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,9 @@ def edit(folder: Path, name: str, change: Any = None, **notes: str) -> None:
 def test_a_cut_that_was_quantised_is_repeated_to_the_last_bit(place, tmp_path, name):
     record_quantized(place / "cut", quantise(place / "cut", tmp_path / "q", METHODS[name]()))
     found = check(tmp_path / "q")
-    assert found.verdict == f"YES: {tmp_path / 'q'} matches its records", said(found, False)
+    assert found.verdict == f"YES: {tmp_path / 'q'} matches its records and its base, {place / 'base'}", said(
+        found, False
+    )
     assert "15 are the base's, to the last bit" in said(found, True)  # embeddings, head and norms
     assert f"are what {name.partition(',')[0]} " in said(found, True)
     assert f"quantised: `{name}`" in Card.of(Lineage.of(tmp_path / "q")).body()

@@ -2,9 +2,9 @@
 
     model = tiny_model("llama")
 
-`SHRINK` gives small values to every size-like field that a config class has; `OVERRIDES` adds what a family
-needs on top: to be valid at that size, and to differ from layer to layer (sliding windows, dense and expert
-layers, shared keys and values) within `LAYERS` layers.
+`SHRINK` has a small value for every field of a config class that is a size. `OVERRIDES` adds what a family needs to be valid
+at that size, and to have all of its kinds of layers (sliding windows, dense and expert layers, shared keys and values)
+among `LAYERS` layers.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .compat import PROVEN_AT, UNCUT
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
 LAYERS = 8
 VOCAB = 128
-# Plain kernels: the fused ones round differently with the alignment of a tensor in memory, which a reload changes.
+# The rounding of fused kernels depends on the alignment of a tensor in memory, which a reload changes.
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-# Those that no `AutoModelForCausalLM` loads; tiny_multimodal.py makes them.
+# The types that `AutoModelForCausalLM` can't load; tiny_multimodal.py makes them.
 MULTIMODAL_TYPES = tuple(sorted(set(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES) - set(MODEL_TYPES)))
 ALL_TYPES = (*MODEL_TYPES, *MULTIMODAL_TYPES)
-# What is done about a type that the installed transformers doesn't have, or breaks itself: a test is skipped
-# (tests/conftest.py), and the matrix tries.
+# Called for a type that is missing or broken in the installed transformers. tests/conftest.py sets it to skip the test; the
+# matrix tries the type.
 on_unusable: Callable[[str], Any] | None = None
 
 _LAYER_COUNTS = dict.fromkeys(
@@ -64,7 +64,7 @@ SHRINK: dict[str, Any] = _LAYER_COUNTS | {
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
     "qk_head_dim": 16,
     "index_head_dim": 8,
-    # More than the tests' texts are long: sparse attention picks other tokens with a cache than without one.
+    # Longer than the texts of the tests, since sparse attention picks other tokens with a cache than without one.
     "index_topk": 64,
     "index_n_heads": 2,
     # other stacks
@@ -99,7 +99,7 @@ SHRINK: dict[str, Any] = _LAYER_COUNTS | {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCAB,
 }
-# What is done to embeddings, residuals and logits: never by 1, so that a factor can't be mistaken for a divisor.
+# Scales of embeddings, residuals and logits: never 1, so that ignoring or inverting one changes the result.
 SCALES: dict[str, float] = {
     **dict.fromkeys(("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"), 1.5),
     "attn_logit_softcapping": 3.0,
@@ -116,7 +116,7 @@ SCALES: dict[str, float] = {
     **dict.fromkeys(("attention_out_multiplier", "ssm_out_multiplier", "key_multiplier"), 0.9),
     "mup_enabled": True,
 }
-# Random in training, by a part of the field's name.
+# Parts of the names of fields that make training random.
 _RANDOM = ("drop", "jitter")
 
 
@@ -127,8 +127,8 @@ def _cycle(*kinds: str, n: int = LAYERS) -> list[str]:
 _MLA = {"num_key_value_heads": 4}
 _DECODER = {"is_decoder": True}
 _ENCODER_AS_DEEP = {"encoder_layers": LAYERS}  # the cache of these decoders is sized by the encoder
-# Not periodic: of a cycle, the layers that the middle cut keeps can look like the first ones, and a list that was cut
-# short in place of selected from would go unnoticed (tests/test_matrix.py holds every list against that).
+# Not periodic: in a periodic list, the entries that the middle cut keeps can equal the first ones, so that truncating the list
+# instead of selecting from it would go unnoticed (tests/test_matrix.py checks every list for that).
 _ONE_OF_TWO = "01010111"
 
 
@@ -264,7 +264,7 @@ def is_current() -> bool:
 
 @cache
 def unusable(model_type: str, version: str = transformers.__version__) -> str | None:
-    """Why no test can use a type, or None: transformers doesn't have it, or its uncut model fails with the version."""
+    """Why no test can use a type, or `None`: transformers lacks it, or its uncut model fails in that version."""
     if model_type not in CONFIG_MAPPING:
         return f"there is no model type {model_type} with transformers {version}"
     row = json.loads(PROVEN_AT.read_text()).get(version, {})
@@ -287,7 +287,7 @@ def tiny_config(model_type: str):
     config_class = CONFIG_MAPPING[model_type]
     overrides = dict(OVERRIDES.get(model_type, {}))
     for name, part in config_class.sub_configs.items():
-        if part.__name__ == "AutoConfig":  # any class at all: that of the default
+        if part.__name__ == "AutoConfig":  # any class is possible; take that of the default
             part = type(getattr(config_class(), name))
         if part is not type(None) and not hasattr(overrides.get(name), "model_type"):
             base = _SMALL_VISION if name in ("vision_config", "audio_config") else {}
@@ -298,7 +298,7 @@ def tiny_config(model_type: str):
 
 
 def tiny_model(model_type: str, seed: int = 0):
-    """A small random model of the type, in float32 and evaluation mode, every layer of which matters."""
+    """A small random model of the type, in float32 and evaluation mode, in which every layer matters."""
     torch.manual_seed(seed)
     config = tiny_config(model_type)
     model = auto_class_of(config).from_config(config, dtype=torch.float32, **EAGER).eval()
@@ -308,7 +308,7 @@ def tiny_model(model_type: str, seed: int = 0):
 
 @torch.no_grad()
 def randomize(model, seed: int = 0) -> None:
-    """Give every parameter a value of its own, so that two layers, or two biases, can't be mistaken for each other."""
+    """Give every parameter a different value, so that mixing up two layers, or two biases, changes the result."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if not parameter.is_floating_point():

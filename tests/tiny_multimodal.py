@@ -1,9 +1,9 @@
-"""Small configs of every multimodal type: a language decoder of `LAYERS` layers behind towers of one or two.
+"""Small configs of every multimodal type: a language decoder of `LAYERS` layers, and towers of one or two.
 
     config = multimodal_config("qwen2_vl")
 
-The decoder's section is made as in `tiny_models`; the others get small values for every size-like field (`TOWER`),
-and `SECTIONS` adds what a type needs on top. Special tokens have ids from `VOCAB` up, so that random text has none.
+The decoder's section is made as in `tiny_models`. The others get small values for every field that is a size (`TOWER`), and
+`SECTIONS` adds what a type needs. Special tokens have ids from `VOCAB` up, so that random text has none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hf_layerprune.runtime.model_class import auto_class_of
 
 from .tiny_models import EAGER, LAYERS, MODEL_TYPES, OVERRIDES, VOCAB, mixed, randomize, small
 
-# The multimodal class of each type that has a text class too, which `architectures` in a config can name.
+# The multimodal class of each type that also has a text class, as `architectures` in a config can name it.
 WHOLE = {
     model_type: name
     for model_type, name in names.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.items()
@@ -48,7 +48,7 @@ _MLA_EVEN = {"num_key_value_heads": 4}
 _SLIDING = {"layer_types": mixed("sliding_attention", "full_attention")}
 _INDEXERS = {"indexer_types": ["full", "shared"] * 3 + ["full", "full"]}
 _SPARSE = {"mlp_layer_types": mixed("dense", "sparse")}
-# What a decoder's type needs as part of a multimodal model, besides what `tiny_models` gives it.
+# What a decoder needs in a multimodal model, besides what `tiny_models` gives it.
 TEXT: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
@@ -91,10 +91,10 @@ _GLM_TOWER = {"vision_config": {"patch_size": 4, "out_hidden_size": 32}}
 _CONFORMER = {"encoder_config": {"num_layers": 2, "hidden_dim": 32, "input_dim": 16, "num_heads": 4, "dim_head": 8,
                                  "output_dim": 8, "context_size": 8, "max_pos_emb": 16},
               "projector_config": _QFORMER, "": {"downsample_rate": 2, "window_size": 4}}  # fmt: skip
-# A tower with as many layers as have their features added to the decoder.
+# A tower in which the features of all layers are added to the decoder.
 _DEEPSTACK = {"vision_config": {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]}}
 _VOCAB_TOO = {"": {"vocab_size": VOCAB + SPECIAL_TOKENS}}
-# By type: its sections' fields, and its own under "".
+# For each type: the fields of its sections, and its own under "".
 SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "apertus1p5": {"audio_config": {"codebook_dim": 32, "codebook_size": 16},
                    "vision_config": {"codebook_size": 16, "embed_dim": 8, "latent_channels": 32, "base_channels": 32,
@@ -193,13 +193,13 @@ def multimodal_config(model_type: str) -> Any:
     return config_class(**own | made)
 
 
-def whole_model(model_type: str, seed: int = 0) -> Any:
-    """A small random model of the multimodal class of a type that has a text class too."""
+def whole_model(model_type: str) -> Any:
+    """A small random model of the multimodal class of a type that also has a text class."""
     config = multimodal_config(model_type)
     config.architectures = [WHOLE[model_type]]
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = auto_class_of(config).from_config(config, dtype=torch.float32, **EAGER).eval()
-    randomize(model, seed)
+    randomize(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Part d: decoding and prefill of a dense and a cut 8B shape, held against the bytes and the operations that are left."""
+"""Part d: decoding and prefill of a dense and a cut 8B shape, compared with the remaining bytes and operations."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .steps import Setting, Step, last, peak_bytes, random_model, reset_peak, sy
 
 
 def steps(rounds: int) -> list[Step]:
-    """Eager as most people run it; then with a static cache and compiled, a step for each batch size."""
+    """Eager mode; then compiled with a static cache, one step for each batch size."""
     compiled = [Step(f"d-compiled-{batch}", partial(run, True, (batch,)), 5) for batch in (1, 8, 64)]
     return [Step("d-eager", partial(run, False, (1, 8, 64)), 5), *compiled]
 
 
 def run(compiled: bool, batches: tuple[int, ...], setting: Setting) -> dict[str, Any]:
-    """Time both models in turns; for each batch size the cut model's speed over the dense one's, and what is ideal."""
+    """Time both models in alternation; for each batch size, the ratio of their speeds, and the ideal ratio."""
     from hf_layerprune.measure.cost import decode_bytes, prefill_flops
     from hf_layerprune.measure.requests import Workload
     from hf_layerprune.measure.speed import time_models

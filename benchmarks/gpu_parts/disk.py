@@ -1,4 +1,4 @@
-"""Part c: cutting an 8B shape from disk to disk, loading the cut one onto the card, ranking the layers."""
+"""Part c: cutting an 8B shape on disk, loading the cut model onto the card, ranking the layers."""
 
 from __future__ import annotations
 
@@ -39,14 +39,8 @@ def base(setting: Setting) -> Path:
     return folder
 
 
-def drop(setting: Setting) -> str:
-    """The layers that go, as the command line wants them."""
-    layers = middle(setting)
-    return f"{layers[0]}-{layers[-1]}"
-
-
 def forget(files: Iterable[Path]) -> None:
-    """Write files to the drive, and take them out of the system's cache."""
+    """Flush files to the drive, and drop them from the page cache."""
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -54,8 +48,14 @@ def forget(files: Iterable[Path]) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def read_through(path: Path) -> None:
+    with open(path, "rb", buffering=0) as file:
+        while file.read(8 << 20):
+            pass
+
+
 def small(setting: Setting) -> Setting:
-    """The same with a tiny model. It goes first, so that imports and the start of the card are not timed."""
+    """The same setting with a tiny model, for a warm-up, so that imports and the start of the card are not timed."""
     return replace(setting, tiny=True, work=setting.work / "warm_up")
 
 
@@ -64,7 +64,7 @@ def weights(folder: Path) -> list[Path]:
 
 
 def drive(setting: Setting) -> dict[str, float]:
-    """Bytes per second that a plain loop writes, with a sync at the end, and reads, not from the cache."""
+    """Bytes per second of a plain loop that writes, with a sync at the end, and that reads without the page cache."""
     block, count = os.urandom(8 << 20), 1 if setting.tiny else 512
     path = setting.work / "drive"
     start = time.perf_counter()
@@ -76,9 +76,7 @@ def drive(setting: Setting) -> dict[str, float]:
     written = time.perf_counter() - start
     forget([path])
     start = time.perf_counter()
-    with open(path, "rb", buffering=0) as file:
-        while file.read(8 << 20):
-            pass
+    read_through(path)
     read = time.perf_counter() - start
     path.unlink()
     size = count * len(block)
@@ -89,9 +87,9 @@ def prune(setting: Setting) -> Path:
     """Run `hf-layerprune prune`. Returns the folder of the cut checkpoint."""
     from hf_layerprune.cli import main
 
-    target = setting.work / "cut"
+    target, layers = setting.work / "cut", middle(setting)
     shutil.rmtree(target, ignore_errors=True)
-    if main(["prune", str(base(setting)), str(target), "--drop-layers", drop(setting)]):
+    if main(["prune", str(base(setting)), str(target), "--drop-layers", f"{layers[0]}-{layers[-1]}"]):
         raise RuntimeError("prune failed")
     return target
 
@@ -156,10 +154,8 @@ def load(setting: Setting) -> dict[str, Any]:
 def rank(criteria: tuple[str, ...], setting: Setting) -> dict[str, Any]:
     """Seconds and peak memory of scoring all layers, with one layer at a time on the card, as `rank` does."""
     score(criteria, small(setting), setting.device)
-    for path in weights(base(setting)):  # from the system's cache, so that the drive does not decide
-        with open(path, "rb", buffering=0) as file:
-            while file.read(8 << 20):
-                pass
+    for path in weights(base(setting)):  # into the page cache, so that the drive's speed does not matter
+        read_through(path)
     reset_peak(setting)
     found = score(criteria, setting, setting.device)
     return found | {"peak_bytes": peak_bytes(setting)}

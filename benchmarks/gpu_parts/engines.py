@@ -1,7 +1,7 @@
-"""Part f: `accelerate launch` with the settings of `recipes/accelerate`, on a tiny model: is what it writes right?
+"""Part f: `accelerate launch` with the settings of `recipes/accelerate`, on a tiny model, whose output is checked.
 
-A dry run takes the same settings for the CPU; see `fsdp_on_cpu.py` for FSDP. DeepSpeed compiles its communication between
-processes on a CPU when it starts, which takes minutes, so the dry run leaves it out unless `DS_ACCELERATOR=cpu` is set.
+A dry run adapts the settings to the CPU; see `fsdp_on_cpu.py` for FSDP. On a CPU, DeepSpeed compiles its communication at the
+start, which takes minutes, so the dry run omits it unless `DS_ACCELERATOR=cpu` is set.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .steps import ROOT, NotHere, Setting, Step, tokenizer
 
 
 def steps(rounds: int) -> list[Step]:
-    """One process with each; two where there are two cards."""
+    """Each engine with one process, and with two if there are two cards."""
     names = ("single_gpu", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")
     one = [Step(f"f-{name}", partial(run, name, 1), 3) for name in names]
     return [*one, *(Step(f"f-{name}-2", partial(run, name, 2), 3, cards=2) for name in ("ddp", *names[1:]))]
@@ -50,7 +50,7 @@ def base(setting: Setting) -> Path:
 
 
 def on_the_cpu(file: Path, folder: Path) -> Path:
-    """The same settings for the CPU, in another file."""
+    """Write the same settings for the CPU into another file."""
     import yaml
 
     settings = yaml.safe_load(file.read_text()) | {"mixed_precision": "no"}

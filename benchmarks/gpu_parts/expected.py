@@ -1,4 +1,4 @@
-"""What a row of `recipes/reproduce_paper` should need on a card, computed from operations and bytes; nothing is measured.
+"""The time and memory that a row of `recipes/reproduce_paper` should need on a card, computed and not measured.
 
 Frozen layers run forward once, the trained ones three times (forward, gradients of inputs and of weights) in each epoch;
 LoRA trains all layers, which costs two more passes through frozen weights. Memory is weights in 16 bits, trained weights

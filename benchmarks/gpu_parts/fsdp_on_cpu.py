@@ -1,8 +1,8 @@
 """Run a script with FSDP on the CPU: `accelerate launch --config_file FSDP.yaml fsdp_on_cpu.py SCRIPT ...`.
 
-accelerate (1.15) ignores an FSDP config where it finds no accelerator: its state knows processes on CPUs as MULTI_CPU,
-from which it never goes on to FSDP, and trains with DDP without saying so. torch itself has FSDP2 for the CPU, with gloo.
-So the state is told that these are GPUs; everything behind that is accelerate's and torch's own.
+accelerate (1.15) silently ignores an FSDP config if there is no accelerator: its state has the type MULTI_CPU, for which it
+trains with DDP. torch itself supports FSDP2 on the CPU, with gloo. So the state is told that the processes have GPUs;
+everything else is accelerate's and torch's own code.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Part e: healing SmolLM2-135M with millions of tokens that the dense model writes on the card.
 
-A quarter and a tenth of the layers are dropped and repaired. Then come rounds of 10 million tokens: rows that the dense
-model writes, each round its own, and distillation on them. Each round is one run of `recipes/sft_tail.py`, which goes
-on where a time limit ended it, and its model is the next round's student; the learning rate falls to zero in each.
+A quarter and a tenth of the layers are dropped and repaired. Then come rounds of distillation on 10 million tokens, for which
+the dense model writes new rows in each round. A round is one run of `recipes/sft_tail.py`, which resumes after a time limit;
+its model is the next round's student. The learning rate falls to zero in each round.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .steps import ROOT, NotHere, Setting, Step
 
 CUTS = {"quarter": ("--drop_layers", "12-18"), "tenth": ("--drop", "0.1", "--criterion", "auto")}
 ROWS, LENGTH = 19_532, 512
-_RESUMES = "the next call goes on where it was"
+_RESUMES = "the next call resumes it"
 
 
 def steps(rounds: int) -> list[Step]:
-    """For each cut its rounds, with a measurement after the first and the last."""
+    """The rounds for each cut, with a measurement after the first and the last one."""
     made = [Step("e-dense", lambda setting: {"folder": dense(setting).name}, 3)]
     for cut in CUTS:
         for number in range(1, rounds + 1):

@@ -1,4 +1,4 @@
-"""Write docs/gpu.md: the text around the marks is by hand, what is between them is made from the results."""
+"""Write docs/gpu.md: the text between the marks is generated from the results, the rest is written by hand."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from .steps import ROOT
 
 PAGE = ROOT / "docs" / "gpu.md"
 RESULTS, EXPECTED = "results", "expected"
-NOT_RUN = "Not run on a GPU yet. Every part has passed a dry run on a CPU (`--tiny`)."
+NOT_RUN = (
+    "Not run on a GPU yet. Every part has passed a dry run on a CPU (`--tiny`), and the tests of part a pass on an emulated "
+    "card (`make emulated-gpu`)."
+)
 
 Found = dict[str, dict[str, Any]]
 
 
 def write(results: Path, page: Path) -> None:
-    """Replace what is between the marks of a page.
+    """Replace the text between the marks of a page.
 
     Args:
         results (`Path`): The folder of results.
-        page (`Path`): The page; a new one is made from docs/gpu.md.
+        page (`Path`): The page; if it does not exist, it is made from docs/gpu.md.
     """
     found = read(results)
     text = (page if page.exists() else PAGE).read_text(encoding="utf-8")
@@ -39,7 +42,7 @@ def read(results: Path) -> Found:
 
 
 def between(text: str, mark: str, new: str) -> str:
-    """Replace what is between two marks."""
+    """Replace the text between two marks."""
     start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
     before, _, rest = text.partition(start)
     _, found, after = rest.partition(end)

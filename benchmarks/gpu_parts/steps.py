@@ -1,4 +1,4 @@
-"""What every part has: steps, the settings of a run, the machine, the shapes of the models and the card's limits."""
+"""Shared by all parts: steps, the settings of a run, the machine, the shapes of the models and the card's limits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TINY = {
 
 
 class NotHere(Exception):
-    """A step can't run on this machine, and that is no failure."""
+    """A step can't run on this machine, which does not count as a failure."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Step:
         name (`str`): Its name; the first letter is the part.
         run (`Callable`): Returns the numbers.
         minutes (`float`): Its time limit.
-        resumes (`str`): What happens if the limit ends it.
-        cards (`int`): How many cards it may see.
+        resumes (`str`): What the next call does if the limit ended it.
+        cards (`int`): Number of visible cards.
     """
 
     name: str
@@ -93,30 +93,25 @@ def machine(setting: Setting) -> dict[str, Any]:
     return found
 
 
-def config(setting: Setting) -> Any:
-    from transformers import LlamaConfig
-
-    numbers = TINY if setting.tiny else LARGE
-    return LlamaConfig(**numbers, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-
-
 def random_model(setting: Setting, drop: list[int] | None = None) -> Any:
-    """A dense model of random bfloat16 numbers, made on the card, and cut if layers are named."""
+    """A model of random bfloat16 numbers, made on the card, without the layers in `drop`."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     from hf_layerprune import drop_layers
 
+    numbers = TINY if setting.tiny else LARGE
+    config = LlamaConfig(**numbers, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
     with torch.device(setting.device):
-        model = AutoModelForCausalLM.from_config(config(setting), dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     if drop:
         drop_layers(model, drop)
     return model
 
 
 def middle(setting: Setting) -> list[int]:
-    """A quarter of the layers, behind the middle, where whole blocks can go."""
+    """A quarter of the layers, after the middle, where whole blocks can be dropped."""
     n = setting.layers
     first = n * 5 // 8
     return list(range(first, first + n // 4))
@@ -149,7 +144,7 @@ def synchronise(setting: Setting) -> None:
 
 
 def reset_peak(setting: Setting) -> None:
-    """Forget the peak so far."""
+    """Reset the peak."""
     import torch
 
     if setting.device == "cuda":
@@ -158,7 +153,7 @@ def reset_peak(setting: Setting) -> None:
 
 
 def peak_bytes(setting: Setting) -> int:
-    """The most memory that tensors had on the card; on the CPU, the peak of the process."""
+    """The peak memory of tensors on the card; on the CPU, that of the process."""
     import torch
 
     from hf_layerprune.records.lineage import peak_rss

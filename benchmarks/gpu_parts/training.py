@@ -97,7 +97,7 @@ def run(way: str, setting: Setting) -> dict[str, Any]:
 
 
 def distilled(setting: Setting, model: Any, arguments: dict[str, Any], common: dict[str, Any]) -> Any:
-    """Distillation from the dense model, whose states are computed once, into the layers around the cut."""
+    """A trainer that distils the dense model, whose states are computed once, into the layers around the cut."""
     from hf_layerprune.heal.config import HealConfig
     from hf_layerprune.heal.methods import parse_method
     from hf_layerprune.heal.student import cut_of
@@ -111,13 +111,13 @@ def distilled(setting: Setting, model: Any, arguments: dict[str, Any], common: d
 
 
 def utilisation(found: dict[str, Any], head: int, trained_head: bool) -> dict[str, float]:
-    """How much of the card's product speed the last epoch reached, and the most that it can reach.
+    """The fraction of the card's matrix-product speed that the last epoch reached, and the highest that it can reach.
 
-    Counted are the products of trained weights (attention's own, below 1 %, are not): forward, and gradients of inputs
-    and of weights. A trained head sees the labelled tokens; in distillation, a frozen one sees all, forward and back,
-    and so does the teacher's, forward. The limit adds the bytes that have to move apart from products: AdamW in float32
-    with clipping (44 a weight and step), and for each batch the cast of the weights (6) and adding up their gradients
-    (18).
+    Counted are the products of trained weights: forward, and gradients of inputs and of weights. Those of attention, below
+    1 %, are not. A trained head processes the labelled tokens; in distillation, a frozen head processes all tokens, forward
+    and backward, and the teacher's head, forward. The limit includes the bytes that move outside of products: AdamW in
+    float32 with clipping (44 per weight and step), and for each batch the cast of the weights (6) and the accumulation of
+    their gradients (18).
     """
     seconds = found["seconds"][-1] - found["seconds"][-2]
     layers = found["trained_parameters"] - (head if trained_head else 0)

@@ -1,4 +1,4 @@
-"""Short names for what a result depends on, and the model."""
+"""Short hashes of what a result depends on, and the model."""
 
 from __future__ import annotations
 

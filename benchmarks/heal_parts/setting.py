@@ -1,4 +1,4 @@
-"""What the arms have in common, and the time of each."""
+"""The settings that the arms share, and the clock of each."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 @dataclass
 class Setting:
-    """What all arms have in common.
+    """The settings that all arms share.
 
     Args:
         data: The folder of texts.
-        work: Where cuts are kept; they are made once, and charged to each arm that uses them.
+        work: The folder for cuts; each is made once, and its time is charged to every arm that uses it.
         base: The dense model's folder.
         dense: The dense model.
         tokenizer: Its tokenizer.
-        drop: Layers by the words `middle` and `last`.
+        drop: The layers for `middle` and for `last`.
         length: Tokens per row.
         batch: Rows per step.
         calibration: Rows for the repair.
@@ -38,11 +38,11 @@ class Setting:
 
 
 class Clock:
-    """Core-seconds of an arm: the process's own, and those that an earlier arm spent on the same thing.
+    """CPU seconds of an arm: its own, and those that an earlier arm spent on the same cut.
 
     Args:
         minutes: The budget.
-        charged: Seconds that are spent already.
+        charged: Seconds already spent.
     """
 
     def __init__(self, minutes: float, charged: float) -> None:

@@ -23,9 +23,9 @@ def train_stand_in(
         first: The layer that stands in, which has the same index in the cut.
         last: The last layer that it stands in for.
         rows: Tokens to train on.
-        setting: What all arms have in common.
+        setting: The settings that all arms share.
         clock: The arm's time.
-        seed: Decides the order of the rows.
+        seed: Determines the order of the rows.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Texts of three domains: windows that are measured, and other documents to train on.
+"""Texts of three domains: windows to measure on, and other documents to train on.
 
 | domain | file | measured | to train on |
 |---|---|---|---|
@@ -16,6 +16,8 @@ import json
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from heal_speed import prepared  # in the folder of `heal_quality.py`
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +53,7 @@ def training_rows(data: Path, tokenizer: Any, rows: str, count: int, length: int
         rows: `broad` (web and instructions in turn), `web`, `instructions` or `encyclopedia`.
         count: The most rows; there may be fewer.
         length: Tokens per row.
-        seed: Decides the order of the documents.
+        seed: Determines the order of the documents.
     """
     if rows == "broad":
         both = [training_rows(data, tokenizer, part, count, length, seed) for part in ("web", "instructions")]
@@ -77,15 +79,8 @@ def instructions(data: Path, seed: int) -> list[dict[str, str]]:
     return rows
 
 
-def answers_only(tokenizer: Any, rows: list[dict[str, str]], length: int) -> list[dict[str, list[int]]]:
-    """Instructions as chats, a row each; only answers have labels."""
-    from heal_speed import prepared  # in the folder of `heal_quality.py`
-
-    return prepared(tokenizer, rows, length)
-
-
 def _chats(data: Path, tokenizer: Any) -> list[dict[str, list[int]]]:
-    return answers_only(tokenizer, json.loads((data / ALPACA).read_text()), _LONGEST)
+    return prepared(tokenizer, json.loads((data / ALPACA).read_text()), _LONGEST)
 
 
 def _pages(data: Path, tokenizer: Any) -> list[list[int]]:

@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from heal_speed import prepared  # in the folder of `heal_quality.py`
+
 from .arms import STAND_IN, Arm
 from .names import data_hash, short
 from .setting import Clock, Setting
 from .stand_in import train_stand_in
-from .texts import answers_only, instructions, training_rows
+from .texts import instructions, training_rows
 
 _WRITING = 0.4  # of the time, in which the dense model answers instructions
 _ANSWERS_AT_ONCE = 32
@@ -25,10 +27,10 @@ def heal(arm: Arm, setting: Setting, seed: int, minutes: float, tokens: int | No
 
     Args:
         arm: The arm.
-        setting: What all arms have in common.
-        seed: Decides rows, their order, and what is drawn in training.
-        minutes: The budget, in minutes of one core.
-        tokens: Train on that many tokens once, however long it takes, in place of the time.
+        setting: The settings that all arms share.
+        seed: Determines the rows, their order, and all random choices in training.
+        minutes: The budget, in CPU minutes.
+        tokens: Train on this many tokens once, however long it takes, instead of the minutes.
 
     Returns:
         The model, and a record of what was done.
@@ -54,7 +56,7 @@ def heal(arm: Arm, setting: Setting, seed: int, minutes: float, tokens: int | No
 
 
 def pruned(dropped: list[int], repair: str, setting: Setting) -> tuple[Path, float]:
-    """The folder of a cut and the core-seconds that it took."""
+    """The folder of a cut, and the CPU seconds that it took."""
     from hf_layerprune.layer_ranges import format_layers
     from hf_layerprune.stages.prune import PruneRequest, prune_to
 
@@ -87,13 +89,13 @@ def _rows(arm: Arm, setting: Setting, clock: Clock, seed: int, tokens: int | Non
     count = tokens // setting.length if tokens else _count(arm, setting, clock)
     if arm.rows == "answers":
         some = instructions(setting.data, seed)[: max(8, count * setting.length // _ANSWER_TOKENS)]
-        return answers_only(setting.tokenizer, some, 2 * setting.length)
+        return prepared(setting.tokenizer, some, 2 * setting.length)
     if arm.rows == "rewritten":
         rows, end, written = instructions(setting.data, seed), clock.left * (1 - _WRITING), list[dict]()
         while clock.left > end and rows:
             some, rows = rows[:_ANSWERS_AT_ONCE], rows[_ANSWERS_AT_ONCE:]
             written += _rewritten(some, setting, seed)
-        return answers_only(setting.tokenizer, written, 2 * setting.length)
+        return prepared(setting.tokenizer, written, 2 * setting.length)
     if arm.rows == "self":
         return _self_written(count, setting, seed)
     rows = "broad" if arm.rows == "broad and self" else arm.rows
@@ -134,7 +136,7 @@ def _rewritten(rows: list[dict[str, str]], setting: Setting, seed: int) -> list[
 def _train(
     arm: Arm, folder: Path, setting: Setting, clock: Clock, seed: int, tokens: int | None
 ) -> tuple[Any, dict[str, Any]]:
-    """Train until the time is up, or once over the rows where their number is given."""
+    """Train until the time is up, or with `tokens`, for one epoch."""
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback

@@ -1,4 +1,4 @@
-"""How far a model is from the dense one on each domain: logarithm of the perplexity ratio, and KL, window by window."""
+"""The distance of a model from the dense one on each domain: logarithm of the perplexity ratio, and KL, by window."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Windows = dict[str, dict[str, list[float]]]
 
 
 class Yardstick:
-    """Windows of text with the dense model's states, which are computed once.
+    """Windows of text, and the dense model's states on them, which are computed once.
 
     Args:
         dense: The dense model.

@@ -30,9 +30,9 @@ class Document:
 
     Args:
         text (`str` or `list[dict]`): Text, or a chat as a list of messages.
-        images (`tuple`, *optional*): Its images, as the data set has them; `None` if it has no place for any.
-        where (`str`): What it is called in messages.
-        folder (`Path`): What paths of images are relative to.
+        images (`tuple`, *optional*): Its images, as the data set stores them; `None` if the data set has no images at all.
+        where (`str`): Its name in messages.
+        folder (`Path`): The folder that image paths are relative to.
     """
 
     text: str | list[dict[str, Any]]
@@ -57,7 +57,7 @@ def check_source(source: str) -> None:
 
 
 def documents_of(source: str, seed: int) -> Iterator[Document]:
-    """Read a file or a data set by row, or a text by piece, in an order that the seed decides.
+    """Read the rows of a file or data set, or the pieces of a text, in an order that the seed determines.
 
     Raises:
         CheckpointError: It can't be read, or a row has no text.
@@ -78,7 +78,7 @@ def documents_of(source: str, seed: int) -> Iterator[Document]:
 
 
 def _text(path: Path) -> list[Document]:
-    """The text in large pieces, so that their boundaries matter little."""
+    """Large pieces of a text, so that their boundaries matter little."""
     text = read_text(path)
     if "\0" in text:
         raise CheckpointError(f"calibration file {path} is binary; specify a text file")
@@ -116,7 +116,7 @@ def parts_of(message: dict[str, Any]) -> list[Any]:
 
 
 def is_image(part: Any) -> bool:
-    """Whether a part of a message stands for an image."""
+    """Whether a part of a message is an image or its placeholder."""
     return isinstance(part, dict) and part.get("type") == "image"
 
 

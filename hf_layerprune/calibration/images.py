@@ -1,8 +1,8 @@
-"""Calibration rows with images: each is one example, as the model's own processor puts it.
+"""Calibration rows with images: each is one example, as the model's own processor encodes it.
 
-A chat goes through the processor's chat template, with its images before the first message of the user, unless
-the messages have places for them. Plain text is what the user says about its images; without a template, the images'
-placeholders stand before it. A row ends after `length` tokens, and a row whose images don't fit is left out.
+A chat goes through the processor's chat template. Its images come before the first user message, unless the messages
+have placeholders for them. Plain text becomes a user message; without a template, the images' placeholders are put before
+it. A row is truncated to `length` tokens, and a row whose images don't fit is left out.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .documents import Document, is_image, parts_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
-# What a processor makes for each token, besides the tokens themselves.
+# The outputs of a processor that have one entry per token.
 _FOR_EACH_TOKEN = ("attention_mask", "token_type_ids", "mm_token_type_ids")
-_LEAST = 2  # the fewest tokens of a row: one, and the next
+_LEAST = 2  # tokens in a row: one, and the one to predict
 
 
 def image_rows(
@@ -39,15 +39,15 @@ def image_rows(
 
     Args:
         documents (`Iterator[Document]`): The examples.
-        source (`str`): Their name.
-        samples (`int`): How many rows.
-        length (`int`): The most tokens of a row.
-        model (`PreTrainedModel`, *optional*): The dense model, which says what its placeholders are.
+        source (`str`): Where they come from, for messages.
+        samples (`int`): Number of rows.
+        length (`int`): Maximum number of tokens in a row.
+        model (`PreTrainedModel`, *optional*): The dense model, whose config names its placeholders.
         load_processor (`Callable`, *optional*): Loads the model's processor.
 
     Returns:
-        `list[tuple[torch.Tensor, dict[str, torch.Tensor]]]`: For each row its token ids `[1, seq]`, and what the model
-            takes besides them.
+        `list[tuple[torch.Tensor, dict[str, torch.Tensor]]]`: For each row its token ids `[1, seq]`, and the model's other
+            inputs.
 
     Raises:
         CheckpointError: An image can't be read, the processor refuses a row, or there are too few rows.
@@ -111,7 +111,7 @@ def _holds_places(processor: Any, text: str) -> bool:
 
 
 def _filled(chat: list[dict[str, Any]], images: list[Any], document: Document) -> list[dict[str, Any]]:
-    """A chat whose messages are lists of parts, with the images in their places."""
+    """A chat whose messages are lists of parts, with the images in place of their placeholders."""
     messages = [
         said | {"content": [dict(part) for part in parts_of(said)] or [{"type": "text", "text": said["content"]}]}
         for said in chat
@@ -139,7 +139,7 @@ def _held(part: dict[str, Any]) -> Any:
 
 
 def _opened(image: Any, document: Document) -> Any:
-    """An image of a data set, in whatever form the data set has it."""
+    """Open an image, in whatever form the data set stores it."""
     from PIL import Image
 
     if isinstance(image, dict):  # of a data set whose images are not decoded

@@ -89,7 +89,7 @@ class CalibrationSet:
 
     @property
     def tokens(self) -> int:
-        """How many tokens all rows have."""
+        """The number of tokens in all rows."""
         return sum(self.lengths) if self.media else self.input_ids.numel()
 
     def batches(self, size: int) -> Iterator[Rows]:
@@ -131,7 +131,7 @@ class CalibrationSet:
 
 
 def held_out_rows(held_out: float, rows: int) -> int:
-    """How many of some rows are held out: a share of them, and at least one on each side."""
+    """The number of rows to hold out: the given share, and at least one on each side."""
     return min(rows - 1, max(1, round(held_out * rows)))
 
 
@@ -154,8 +154,8 @@ def load_calibration(
             images, or paths of images, relative to the file.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The model's tokenizer. Optional for `"self"`, where text
             then starts from the beginning-of-text token instead of an empty chat turn.
-        samples (`int`, defaults to 128): How many rows.
-        length (`int`, defaults to 512): How many tokens per row.
+        samples (`int`, defaults to 128): Number of rows.
+        length (`int`, defaults to 512): Number of tokens per row.
         seed (`int`, defaults to 42): For sampling the rows, or the text.
         model (`PreTrainedModel`, *optional*): The dense model. It writes the text for `"self"`; otherwise every token
             is checked against its vocabulary.
@@ -187,12 +187,25 @@ def load_calibration(
     documents = chain([] if start is None else [start], documents)
     reads_images = model is not None and bool(placeholders(model.config))
     if start is not None and (start.images or (reads_images and start.images is not None)):
-        rows_of = image_rows(documents, source, samples, length, model, processor)
-        lengths = [ids.shape[1] for ids, _ in rows_of]
-        padded = torch.cat([torch.nn.functional.pad(ids, (0, length - ids.shape[1])) for ids, _ in rows_of])
-        calibration = CalibrationSet.of(padded, source, seed, [media for _, media in rows_of], lengths)
-        check_vocabulary(calibration, model)
-        return calibration
+        rows = image_rows(documents, source, samples, length, model, processor)
+        lengths = [ids.shape[1] for ids, _ in rows]
+        padded = torch.cat([torch.nn.functional.pad(ids, (0, length - ids.shape[1])) for ids, _ in rows])
+        calibration = CalibrationSet.of(padded, source, seed, [media for _, media in rows], lengths)
+    else:
+        calibration = CalibrationSet.of(_windows(documents, tokenizer, source, samples, length, seed), source, seed)
+    check_vocabulary(calibration, model)
+    return calibration
+
+
+def _windows(
+    documents: Iterator[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    samples: int,
+    length: int,
+    seed: int,
+) -> torch.Tensor:
+    """A random sample of the windows of text, `[samples, length]`, in their order."""
     ids = _tokens(documents, tokenizer, samples * length * _POOL)
     windows = windows_of(ids, length, special_prefix(tokenizer))
     rows = len(windows)
@@ -202,10 +215,7 @@ def load_calibration(
             f"calibration {source} is too short: {len(ids):,} tokens make {plural(rows, 'row')} of {length}, not {samples}; use "
             f"{fewer}a smaller calibration_length, or more text"
         )
-    chosen = sorted(Random(seed).sample(range(rows), samples))
-    calibration = CalibrationSet.of(windows[chosen], source, seed)
-    check_vocabulary(calibration, model)
-    return calibration
+    return windows[sorted(Random(seed).sample(range(rows), samples))]
 
 
 def check_vocabulary(calibration: CalibrationSet, model: PreTrainedModel | None) -> None:
@@ -232,7 +242,7 @@ def _tokens(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, e
         if document.images:
             raise CheckpointError(f"{document.where} has images, and the first row has none; use rows of one kind")
         if isinstance(document.text, str):
-            if not document.text.strip():  # as between the paragraphs of a corpus in rows; no end of a text
+            if not document.text.strip():  # as between the paragraphs of some corpora; not the end of a document
                 continue
             with boundary("the tokenizer can't read the calibration set"):
                 ids += tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids + between

@@ -37,8 +37,8 @@ def write_text_with(
         model (`PreTrainedModel`): The model that writes; left unchanged.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Provides the prompt, and limits the tokens to its
             vocabulary.
-        samples (`int`): How many rows.
-        length (`int`): How many tokens per row, including the prompt.
+        samples (`int`): Number of rows.
+        length (`int`): Number of tokens per row, including the prompt.
         seed (`int`): Determines every token, whatever the batch size.
 
     Returns:

@@ -1,7 +1,7 @@
-"""The commands, a module each: `HELP`, `DESCRIPTION`, `Request` (a dataclass of options), and `run(request) -> Answer`.
+"""The commands, one module each: `HELP`, `DESCRIPTION`, `Request` (a dataclass of options), and `run(request) -> Answer`.
 
-A module here turns a request into one call of the room that does the work; it imports that room inside `run`, so that
-`--help` stays instant. To add a command, add its module and its name below, in the order in which people meet them.
+A module turns a request into one call of the package that does the work, which it imports inside `run`, so that `--help`
+stays instant. To add a command, add its module, and its name in the list below, which is the order in `--help`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from ..measure.requests import BenchRequest, EvalRequest
     from ..records.metrics import Metrics
 
-COMMANDS = ("prune", "inspect", "rank", "advise", "eval", "bench", "card", "push", "verify", "chat")
+COMMANDS = ("prune", "inspect", "rank", "advise", "recipes", "eval", "bench", "card", "push", "verify", "chat")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command says at its end.
+    """The result of a command.
 
     Args:
         made (`str`): One line: what was made, and where.
-        text (`str`): What was found, for people.
-        data (`dict[str, Any]`): All of it for machines, as `--json` prints it.
-        then (`tuple[str, ...]`): The words of the command to type next.
-        errors (`tuple[str, ...]`): What failed, a line each.
+        text (`str`): What was found, as text.
+        data (`dict[str, Any]`): All of it as data, which `--json` prints.
+        then (`tuple[str, ...]`): The command to run next, split into words.
+        errors (`tuple[str, ...]`): What failed, one line each.
         code (`int`): The exit code.
     """
 
@@ -40,7 +40,7 @@ class Answer:
 
 
 def hint(command: str, *words: object) -> tuple[str, ...]:
-    """The words of a command to type next; those that are `None` are left out, with the option before them."""
+    """The command to run next, split into words; a word that is `None` is left out, with the option before it."""
     kept: list[str] = []
     for word in map(str, words):
         if word != "None":
@@ -51,7 +51,7 @@ def hint(command: str, *words: object) -> tuple[str, ...]:
 
 
 def measured(request: EvalRequest | BenchRequest, metrics: Metrics, text: str, missed: Sequence[str] = ()) -> Answer:
-    """What a command says that measured a model, and which requirements the model misses."""
+    """The result of a command that measured a model, with the requirements that the model misses."""
     folder = Path(request.model).expanduser()
     place = request.output or (folder / "metrics.json" if folder.is_dir() else None)
     made = f"the numbers are in {place}" if place else ""

@@ -21,7 +21,7 @@ def run(request: Request) -> Answer:
 
     advice = advise(request)
     made = (
-        f"the settings are in {request.output}, for recipes/sft_tail.py in a checkout"
+        f"the settings are in {request.output}, for recipes/sft_tail.py (hf-layerprune recipes)"
         if request.output and advice.settings
         else ""
     )

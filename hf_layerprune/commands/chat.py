@@ -19,6 +19,6 @@ def run(request: Request) -> Answer:
     from ..publish.space import local_run
 
     words, environment = local_run(request)
-    if os.name == "posix":  # no process between the terminal and the page: what ends this one ends the page
+    if os.name == "posix":  # replace this process, so that a signal to it ends the server
         os.execve(words[0], words, environment)
     return Answer(code=subprocess.call(words, env=environment))

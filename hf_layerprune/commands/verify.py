@@ -17,6 +17,7 @@ def run(request: Request) -> Answer:
     from ..publish.verify.verdict import verify
 
     outcome = verify(request)
-    lines = [f"{'ok' if line.good else 'NO':<4} {line.what:<8}  {line.text}" for line in outcome.lines]
+    marks = {True: "ok", False: "NO", None: "?"}
+    lines = [f"{marks[line.good]:<4} {line.what:<8}  {line.text}" for line in outcome.lines]
     data = {"good": outcome.good, "verdict": outcome.verdict, "checks": [asdict(line) for line in outcome.lines]}
     return Answer(outcome.verdict, "\n".join(lines), data, code=0 if outcome.good else 1)

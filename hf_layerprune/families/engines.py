@@ -1,4 +1,4 @@
-"""Engines that tell a layer's kind by its number, where transformers reads the config. `make engines` tries them."""
+"""Engines that infer a layer's kind from its index, where transformers reads the config. `make engines` tests them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Counted(NamedTuple):
-    """Every `period`-th layer has `value` in the field, as these engines count."""
+    """These engines assume that every `period`-th layer has `value` in the field."""
 
     field: str
     value: Any
@@ -30,7 +30,7 @@ WAY_OUT = "to serve the model there, drop whole groups (docs/engines.md)"
 
 
 def counted(config: PreTrainedConfig) -> str | None:
-    """Which engines go by the layers' numbers in models of this type, as half a sentence; `None` if none does."""
+    """Which engines infer the kinds of layers in models of this type, as a clause; `None` if none does."""
     text = config.get_text_config(decoder=True)
     rule = COUNTED.get(text.model_type)
     if rule is None or not getattr(text, rule.field, None):
@@ -42,7 +42,7 @@ def counted(config: PreTrainedConfig) -> str | None:
 
 
 def misread(config: PreTrainedConfig, keep: Sequence[int] | None = None) -> str | None:
-    """What would go wrong, in one line, in an engine that runs a pruned model with other kinds of layers than it has.
+    """Describe, in one line, how an engine would run a pruned model with the wrong kinds of layers; `None` if none would.
 
     Args:
         config (`PreTrainedConfig`): The base's, or that of its text decoder.

@@ -84,9 +84,9 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderStack:
 
 
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
-    """What of a model runs on text: the decoder of a multimodal model, and the whole of any other.
+    """The part of a model that runs on text: the decoder of a multimodal model, or else the whole model.
 
-    Of a text model, `get_decoder` may be a layer of its head.
+    In a text model, `get_decoder` may return a layer of the head.
     """
     return model if text_config(model.config) is model.config else model.get_decoder()
 
@@ -135,7 +135,7 @@ def ties_head(config: PreTrainedConfig) -> bool:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """How many parameters a module has, a shared one counted once."""
+    """The number of parameters of a module; a shared one counts once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -37,7 +37,7 @@ def path_to_text(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 
 def placeholders(config: PreTrainedConfig) -> list[int]:
-    """The tokens in whose places the features of images, video and audio stand; none for a text model."""
+    """The placeholder tokens for the features of images, video and audio; none for a text model."""
     names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
     found = [getattr(part, name, None) for part in path_to_text(config)[:-1] for name in names]
     return sorted({token for token in found if isinstance(token, int)})
@@ -80,7 +80,7 @@ def protected_by_towers(config: PreTrainedConfig) -> dict[int, str]:
 
 
 def rewrite_outside(config: PreTrainedConfig, cut: Cut) -> None:
-    """Rewrite, in place, what a composite config says of the decoder's layers outside the decoder's section.
+    """Rewrite, in place, the fields of a composite config that refer to decoder layers outside the decoder's section.
 
     Raises:
         CutError: An unknown field may be per layer.
@@ -101,7 +101,7 @@ def rewrite_outside(config: PreTrainedConfig, cut: Cut) -> None:
                 )
 
 
-# What every config has, whatever its model.
+# Fields that any config may have.
 _COMMON = ("id2label", "label2id", "architectures", "layer_drop", "quantization_config", "transformers_version")
 
 

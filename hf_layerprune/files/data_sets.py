@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
-_VERSION = "1"  # of what this file makes of the same bytes; names the cache
+_VERSION = "1"  # part of the cache key; to be changed when the same bytes are read differently
 
 
 def json_files(path: str, **where: Any) -> dict[str, list[Path]] | None:

@@ -207,6 +207,24 @@ class Repo:
         """The token that it was opened with."""
         return self._where.get("token")
 
+    def is_released(self) -> bool:
+        """Whether its commit is in the history of a branch or a tag. The Hub also serves commits of pull requests, which
+        anybody can open.
+
+        Raises:
+            CheckpointError: The Hub can't be asked.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=self.token)
+        with hub_errors(self.name, self.commit):
+            found = api.list_repo_refs(self.name)
+            refs = [*found.branches, *found.tags]
+            if any(ref.target_commit == self.commit for ref in refs):
+                return True
+            histories = (api.list_repo_commits(self.name, revision=ref.name) for ref in refs)
+            return any(one.commit_id == self.commit for history in histories for one in history)
+
     def get(self, name: str) -> Path:
         """Download a file into the cache, unless it is there, by its path in the repository.
 
@@ -263,7 +281,7 @@ class Repo:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return dict(zip(names, pool.map(self.get, names), strict=True))
 
-    def fingerprint(self, suffixes: tuple[str, ...] = (".safetensors", ".json")) -> dict[str, dict[str, Any]]:
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
         """Size and sha256, by name, of the files at the top level that define a model, as the Hub lists them.
 
         For files that are not stored in LFS, the hash is computed if the file is in the cache; otherwise a weight file
@@ -273,7 +291,7 @@ class Repo:
 
         known: dict[str, dict[str, Any]] = {}
         for name, file in sorted(self.files.items()):
-            if "/" in name or not name.endswith(suffixes):
+            if "/" in name or not name.endswith((".safetensors", ".json")):
                 continue
             path = try_to_load_from_cache(self.name, name, self._where["cache_dir"], self.commit)
             if file.sha256 is not None:

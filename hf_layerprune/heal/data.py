@@ -47,8 +47,8 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
     """Read a data set.
 
     Args:
-        name (`str`): A Hub id; a folder; or a `.json`, `.jsonl`, `.parquet` or `.csv` file, which becomes the split
-            `train`.
+        name (`str`): A Hub id; a folder, such as one that `save_to_disk` wrote; or a `.json`, `.jsonl`, `.parquet` or
+            `.csv` file, which becomes the split `train`.
         config (`str`, *optional*): The configuration of a data set on the Hub.
         streaming (`bool`, defaults to `False`): Whether to read rows only when they are needed.
 
@@ -57,14 +57,28 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
 
     Raises:
         CheckpointError: There is no such data set, or it can't be read.
+        CutError: It has no configurations.
     """
-    from datasets import load_dataset
+    from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 
     path = Path(name).expanduser()
     with _reading(f"data set {name}"):
         if path.suffix in FILES and not path.is_file():
             raise CheckpointError(
                 f"data file {path} does not exist; specify a file, a folder, or a data set on the Hub"
+            )
+        if path.is_file() and path.suffix not in FILES:
+            raise CheckpointError(f"{path} is not a {', '.join(FILES)} file; convert or unpack it")
+        saved = any((path / record).is_file() for record in ("dataset_dict.json", "state.json"))
+        if config is not None and (saved or path.is_file()):
+            raise CutError(f"--dataset_config has no effect on {path}, which has no configurations; leave it out")
+        if saved:  # by `save_to_disk`; `load_dataset` would also read what `map` has cached there
+            stored = load_from_disk(path)
+            splits = stored if isinstance(stored, DatasetDict) else {"train": stored}
+            return (
+                DatasetDict(splits)
+                if not streaming
+                else IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
             )
         if files := json_files(str(path), name=config):
             return read_json_files(files, streaming=streaming)
@@ -120,7 +134,8 @@ def pick_split(rows: DatasetDict, split: str, name: str) -> Dataset:
         CutError: The data set does not have this split.
     """
     if split not in rows:
-        raise CutError(f"data set {name} has no split {split!r}; it has {', '.join(rows)}")
+        part = "; a part of a split is named under `datasets` in a settings file" if "[" in split else ""
+        raise CutError(f"data set {name} has no split {split!r}; it has {', '.join(rows)}{part}")
     return rows[split]
 
 
@@ -173,7 +188,10 @@ def shape_rows(
                 f"{name} has no column {text_field}, which --dataset_text_field names; it has {', '.join(columns)}"
             )
         return rows.select_columns([text_field])
-    if "input_ids" in columns or {"prompt", "completion"} <= set(columns):
+    if "input_ids" in columns:
+        return rows
+    if {"prompt", "completion"} <= set(columns):
+        _tell_unused(columns, "prompt", "completion")
         return rows
     conversation = next((name for name in ("messages", "conversations") if name in columns), None)
     if conversation is not None:
@@ -181,6 +199,7 @@ def shape_rows(
             raise CutError(
                 f"{name} has {conversation}, but the tokenizer has no chat template for them; specify a set with plain text"
             )
+        _tell_unused(columns, conversation)
         with _rows_of(name):
             return _split_conversations(rows, conversation, columns, whole)
     names = next((names for names in _INSTRUCTIONS if {names[0], names[2]} <= set(columns)), None)
@@ -189,11 +208,20 @@ def shape_rows(
             raise CutError("template=chat, but the tokenizer has no chat template; use template=alpaca")
         make = _chat_row if template != "alpaca" and chatting else alpaca_row
         check_text(rows, name, (names[0], names[2]))
+        _tell_unused(columns, *names)
         with _rows_of(name):
             return rows.map(lambda row: make(*(row.get(key) or "" for key in names)), remove_columns=columns)
     if text_field in columns and not images:
+        _tell_unused(columns, text_field)
         return rows
     raise CutError(f"{name} has the columns {', '.join(columns)}, but training needs {_SHAPES}")
+
+
+def _tell_unused(columns: list[str], *used: str) -> None:
+    """Say which columns are not trained on, such as one of system prompts, or the text of an instruction."""
+    read = [column for column in columns if column in (*used, *FOR_TEMPLATES)]
+    if len(read) < len(columns):
+        logger.info("used columns: %s; not used: %s", ", ".join(read), ", ".join(c for c in columns if c not in read))
 
 
 def has_images(rows: Any) -> bool:

@@ -130,7 +130,7 @@ _SECRETS = ("hub_token", "push_to_hub_token")
 def describe_command(script: Path, words: Sequence[str]) -> str:
     """The command of a run on one line, without tokens, and without the folders of absolute paths outside this one.
 
-    Files of the recipes are named as in a checkout, which a reader has, wherever the command was run.
+    Files of the recipes are named as `hf-layerprune recipes` copies them, wherever the command was run.
 
     Args:
         script (`Path`): The recipe.

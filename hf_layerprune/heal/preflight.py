@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,8 @@ def check_data(
         CutError: No data set is named, or a setting has no effect on these rows or does not work with them.
     """
     name = script_args.dataset_name
+    if not all(is_dataclass(part) for part in dataset_args.datasets):
+        raise CutError("each entry of `datasets` is a mapping with a path, such as `- path: rows.jsonl`")
     refuse_unused(script_args, ["ignore_bias_buffers"], "in this recipe")
     if dataset_args.datasets:
         refuse_unused(script_args, ["dataset_name", *_DATA], "beside `datasets`, which the settings file names")
@@ -85,9 +88,10 @@ def check_training(args: HealConfig) -> None:
     """
     import torch
     from torch.optim import SGD
-    from transformers import get_scheduler
+    from transformers import Trainer, get_scheduler
     from transformers.integrations import get_reporting_integration_callbacks
 
+    refuse_unused(args, ["model_init_kwargs"], "in this recipe, which has --dtype and --attn_implementation")
     for name in ("chat_template_path", "eos_token"):
         if getattr(args, name) is not None:
             raise CutError(
@@ -103,6 +107,16 @@ def check_training(args: HealConfig) -> None:
         count = getattr(args, name)
         if count is not None and count < 1:
             raise CutError(f"--{name} {count} must be at least 1")
+    if args.packing and args.max_length is None:
+        raise CutError("--packing fills rows of --max_length tokens, and that is none; set it to a number")
+    if args.padding_free and not args.packing and args.max_length is not None:
+        raise CutError("--padding_free without --packing cuts no row; add --max_length none, or --packing true")
+    if args.activation_offloading and args.device.type == "cpu":
+        raise CutError(
+            "--activation_offloading frees memory of a GPU, and training would run on the CPU; leave it out"
+        )
+    with boundary("--optim can't be followed", kind=CutError), suppress(ValueError):  # of those that need a model
+        Trainer.get_optimizer_cls_and_kwargs(args)
     if args.eval_strategy == "no":
         refuse_unused(args, ["do_eval", "eval_on_start", "load_best_model_at_end"], "without --eval_strategy")
     with boundary("--report_to can't be followed", "leave it out, or use --report_to none", CutError):

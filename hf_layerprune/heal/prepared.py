@@ -45,10 +45,13 @@ def labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "training
     masks = [name for name in ("completion_mask", "assistant_masks") if name in rows.column_names]
     if limit is not None and masks and not trl_drops_rows_without_labels():
         rows = rows.filter(lambda row: any(map(all, zip(*(row[name][:limit] for name in masks), strict=True))))
-    if len(rows) == 0:
+    taught = "labels" if "labels" in rows.column_names else "input_ids"
+    if not any(
+        token != -100 for tokens in rows[taught] for token in tokens[1:]
+    ):  # nothing predicts a row's first token
         raise LayerPruneError(
-            f"none of the {count} {what} rows has a labelled token within max_length={limit}: all prompts are "
-            "longer; raise --max_length"
+            f"none of the {count} {what} rows has a labelled token within max_length={limit}, after its first token: they "
+            "are empty, or their prompts are longer; raise --max_length, or check the rows"
         )
     packed = args.packing if what == "training" or args.eval_packing is None else args.eval_packing
     if limit is not None and not packed:

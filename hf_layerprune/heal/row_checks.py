@@ -1,19 +1,23 @@
 """Whether rows hold what training can use: text, or ids of tokens that the model knows, with a label for each.
 
-Columns are read as Arrow tables, so that a million rows take seconds. Rows that are streamed are not checked.
+Columns are read as Arrow tables, so that a million rows take seconds. The chat template, which takes longer, is tried on
+the first rows. Rows that are streamed are not checked.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CutError
+from ..errors import CutError, boundary
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 _AT_A_TIME = 1000
+_CHATS = 10_000  # conversations that are tried, which takes some 2 seconds
 _UNLABELLED = -100
 # Columns with a value for each token.
 _BESIDE_IDS = ("labels", "completion_mask", "assistant_masks")
@@ -38,6 +42,44 @@ def check_rows(rows: Dataset, name: str, text_field: str, vocab_size: int | None
         check_text(rows, name, ("prompt", "completion"), messages=True)
     elif text_field in columns:
         check_text(rows, name, (text_field,))
+
+
+def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = False) -> None:
+    """Check that the chat template takes the first 10,000 conversations, if the rows are such.
+
+    Args:
+        rows (`Dataset`): The rows, in a shape that TRL takes.
+        name (`str`): The data set's name in errors.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer with the template.
+        assistant_only (`bool`, defaults to `False`): Whether the template must mark what the assistant says.
+
+    Raises:
+        CutError: It does not take one, or can't mark answers.
+    """
+    from datasets import Dataset
+    from trl import is_conversational
+    from trl.chat_template_utils import get_training_chat_template
+
+    first = next(iter(rows))
+    pair = [isinstance(first[part], list) for part in ("prompt", "completion") if part in first]
+    if "input_ids" not in first and len(set(pair)) == 2:
+        raise CutError(
+            f"{name} has text and messages side by side; make prompt and completion both text, or both messages"
+        )
+    chats = "input_ids" not in first and is_conversational(first)
+    if assistant_only and not chats:
+        raise CutError(f"--assistant_only_loss needs conversations, and {name} has none; leave it out")
+    if assistant_only and "{% generation" not in str(tokenizer.chat_template):
+        with boundary("--assistant_only_loss can't be followed", "leave it out, to learn only last answers", CutError):
+            get_training_chat_template(tokenizer)
+    if not chats or not isinstance(rows, Dataset):
+        return
+    for index, row in enumerate(rows.select(range(min(len(rows), _CHATS)))):
+        tools, more = row.get("tools"), row.get("chat_template_kwargs", {})
+        with boundary(f"the chat template can't take row {index} of {name}", "correct it, or leave it out", CutError):
+            said = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            tokenizer.apply_chat_template(said, tools=tools, tokenize=False, **more)
 
 
 def check_text(rows: Dataset, name: str, columns: Sequence[str], *, messages: bool = False) -> None:

@@ -10,7 +10,7 @@ from ..errors import CutError
 from ..families.multimodal import placeholders
 from ..runtime.loading import load_config, load_processor
 from .data import has_images, load_mixture, load_rows, pick_split, shape_rows
-from .row_checks import check_rows
+from .row_checks import check_chats, check_rows
 from .self_data import SELF
 
 if TYPE_CHECKING:
@@ -86,6 +86,13 @@ class Sources:
             field, whole = args.dataset_text_field, args.assistant_only_loss and not row_args.rewrite_answers
             shaped = shape_rows(rows, tokenizer, row_args.template, self.name, field, processor, whole)
             check_rows(shaped, self.name, field, vocabulary)
+            if not has_images(shaped):
+                check_chats(shaped, self.name, tokenizer, args.assistant_only_loss)
+                columns = set(shaped.column_names or ("completion",))  # unknown of some that are streamed
+                if args.completion_only_loss and not columns & {"completion", "completion_mask", "labels"}:
+                    raise CutError(
+                        f"--completion_only_loss needs completions, and {self.name} has only text; leave it out"
+                    )
             return shaped
 
         train, evaluated = shape(self.train), shape(self.test)

@@ -64,7 +64,8 @@ class HealTrainer(SFTTrainer):
 
     Raises:
         CutError: A row is longer than the model's context, or a trained weight is offloaded.
-        LayerPruneError: No row has a token to learn within `max_length`, or the settings exclude each other.
+        LayerPruneError: No row has a token to learn within `max_length`, the settings exclude each other, or `args` or
+            `model` is something else.
         UnsupportedModelError: This model type can't be healed.
     """
 
@@ -74,6 +75,12 @@ class HealTrainer(SFTTrainer):
     data_collator: StateCollator
 
     def __init__(self, model: Any, args: HealConfig, *, teacher: PreTrainedModel | None = None, **kwargs: Any) -> None:
+        if not isinstance(args, HealConfig):
+            raise LayerPruneError(
+                f"args is {type(args).__name__}; use HealConfig, which takes the same arguments and more"
+            )
+        if not hasattr(model, "config"):
+            raise LayerPruneError(f"model is {type(model).__name__}; pass a model, such as prune_with returns")
         check_stage(model.config, "heal")
         if args.router_aux_loss_coef is None:
             args.router_aux_loss_coef = 0.0  # the routers of the frozen layers do not run in training

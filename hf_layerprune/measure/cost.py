@@ -42,9 +42,8 @@ _KERNELS = {
 def prefill_flops(model: PreTrainedModel, batch: int, length: int) -> int:
     """Floating-point operations of a prefill, counted during one: matrix products and attention, as in [`read_prompt`]."""
     ids = torch.ones(batch, length, dtype=torch.long, device=model.device)
-    model.requires_grad_(
-        False
-    )  # the counter looks for gradients of weights that are passed to modules, as DBRX's experts
+    # The counter looks for gradients of weights that are passed to modules, as to DBRX's experts.
+    model.requires_grad_(False)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_KERNELS) as counter:
         read_prompt(model, ids)
     return counter.get_total_flops()

@@ -45,7 +45,8 @@ def probe(source: str, revision: str | None, dtype: str, device: str, work: Work
     command = [sys.executable, "-m", "hf_layerprune.measure.probe", json.dumps(what)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        reason = (done.stderr.strip() or "it was killed; is there enough memory?").splitlines()[-1]
+        lines = (done.stderr.strip() or "it was killed; is there enough memory?").splitlines()
+        reason = next((line for line in reversed(lines) if "Error" in line), lines[-1])  # C++ puts its frames after it
         raise LayerPruneError(
             f"loading {source} in a separate process failed: {reason[:300]}; --load-repeats 0 leaves these runs out"
         )

@@ -1,4 +1,4 @@
-"""Options as words: for argparse, and for the parser that transformers makes of a dataclass."""
+"""Options on the command line: for argparse, and for transformers' `HfArgumentParser`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def add(parser: argparse.ArgumentParser, cls: type, exclusive: Collection[str] =
 
 
 def _add(parser: Any, name: str, known: Option) -> None:
-    listed = not isinstance(known.choices, str) and bool(known.choices)  # by argparse itself
+    listed = not isinstance(known.choices, str) and bool(known.choices)  # then argparse lists them
     text = (known.help if listed else known.text).replace("%", "%%")
     text = text if text[1:2].isupper() else text[0].lower() + text[1:]
     words: dict[str, Any] = {"help": text}
     flag = _flag(name, known)
     if known.kind is FLAG:
         action = "store_true" if known.default is False else argparse.BooleanOptionalAction
-        # No default: an option that stands before the command keeps its value there.
+        # No default, which would overwrite the value of the same option before the command.
         default = known.default or argparse.SUPPRESS
         parser.add_argument(flag, action=action, dest=name, default=default, **words)
         return
@@ -45,8 +45,8 @@ def _add(parser: Any, name: str, known: Option) -> None:
     elif known.kind is not TEXT:
         words["type"] = word_of(known)
     if known.positional or known.default is dataclasses.MISSING:
-        if known.default is None:
-            words |= {"nargs": "?", "default": None}
+        if known.default is not dataclasses.MISSING:
+            words |= {"nargs": "?", "default": known.default}
         parser.add_argument(name, metavar=name.upper(), **words)
         return
     if "choices" not in words:
@@ -59,7 +59,7 @@ def _flag(name: str, known: Option) -> str:
 
 
 def word_of(known: Option) -> Callable[[str], Any]:
-    """The function with which argparse reads an option's value."""
+    """The function that argparse calls to parse an option's value."""
 
     def parse(text: str) -> Any:
         try:
@@ -72,17 +72,17 @@ def word_of(known: Option) -> Callable[[str], Any]:
 
 
 def gather(args: argparse.Namespace, cls: type[T], **others: Any) -> T:
-    """Make a dataclass from a command line's words, and from others that it doesn't have."""
+    """Make a dataclass from parsed arguments, and from values that are not on the command line."""
     said = {name: getattr(args, name) for name in declared(cls) if hasattr(args, name)}
     said = {name: value for name, value in said.items() if value is not None}
     return cls(**said | others)
 
 
 def words_of(values: Any, *without: str) -> list[str]:
-    """The words with which a command line gives the options of a dataclass that differ from their defaults.
+    """The command-line arguments for the options of a dataclass that differ from their defaults.
 
     Args:
-        values: The dataclass; `gather` makes an equal one of the words and its positional arguments.
+        values: The dataclass. `gather` makes an equal one from these arguments and the positional ones.
         without (`str`): Options to leave out.
     """
     words: list[str] = []
@@ -111,7 +111,7 @@ def arguments(name: str, cls: type[T], skip: Collection[str] = ()) -> type[T]:
     Args:
         name (`str`): The name of the subclass.
         cls (`type`): A dataclass, all of whose fields are options with defaults.
-        skip (`Collection[str]`): Options that are not read; they keep their defaults.
+        skip (`Collection[str]`): Options to leave out; they keep their defaults.
     """
     fields = []
     for option_name, known in declared(cls).items():

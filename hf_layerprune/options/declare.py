@@ -14,7 +14,7 @@ from .kinds import FLAG, TEXT, Kind, checked, quoted
 
 T = TypeVar("T")
 
-# The names that options may have, by table; registries add theirs with `bind`.
+# The allowed names, by table; registries set theirs with `bind`.
 _TABLES: dict[str, Collection[str]] = {}
 
 
@@ -23,12 +23,12 @@ class Option:
     """The declaration of an option; its name and its type are those of the dataclass field.
 
     Args:
-        default (`Any`): `dataclasses.MISSING` for what has to be given.
+        default (`Any`): The default; `dataclasses.MISSING` for a required option.
         help (`str`): One sentence without a full stop, and without its choices.
         kind (`Kind`): What values are accepted.
-        choices (`Collection[str]` or `str`): The names it may have; or the name of the table that a room has bound.
-        flag (`str`, *optional*): The name on the command line, where it is not the field's.
-        positional (`bool`): Whether it stands on the command line without a name.
+        choices (`Collection[str]` or `str`): The allowed names, or the name of a table that is set with [`bind`].
+        flag (`str`, *optional*): The name on the command line, if it differs from the field's.
+        positional (`bool`): Whether it is a positional argument on the command line.
     """
 
     default: Any
@@ -40,7 +40,7 @@ class Option:
 
     @property
     def names(self) -> Collection[str]:
-        """The names it may have; none where any value of its kind will do, or no room has entered any."""
+        """The allowed names; empty if any value of the kind is accepted, or the table is not set yet."""
         return _TABLES.get(self.choices, ()) if isinstance(self.choices, str) else self.choices
 
     @property
@@ -49,7 +49,7 @@ class Option:
         return f"{self.help}: {', '.join(self.names)}" if self.names else self.help
 
     def check(self, name: str, value: Any) -> Any:
-        """The value as it is kept.
+        """Validate and normalise a value.
 
         Raises:
             CutError: It is not accepted.
@@ -85,15 +85,15 @@ def option(
 
 
 def bind(table: str, names: Collection[str]) -> None:
-    """Set the names that the options of a table may have. A registry is bound itself, so later entries count too."""
+    """Set the allowed names of a table. The collection is not copied, so entries that are added later count too."""
     _TABLES[table] = names
 
 
 def find(what: str, name: Any, names: Collection[str]) -> str:
-    """Look a name up.
+    """Look up a name.
 
     Raises:
-        CutError: There is none of that name; the message lists what there is.
+        CutError: It is unknown; the message lists the known names.
     """
     if isinstance(name, str) and name in names:
         return name
@@ -109,9 +109,7 @@ def declared(cls: Any) -> dict[str, Option]:
 
 
 def check(values: Any) -> None:
-    """Check all options of a dataclass, and bring them to the form in which they are kept.
-
-    What concerns several of them is the dataclass's own method `settle`.
+    """Validate and normalise all options of a dataclass, then call its method `settle`, which checks them together.
 
     Raises:
         CutError: One of them is not accepted.
@@ -127,8 +125,8 @@ def refuse_unused(values: Any, names: Iterable[str], why: str) -> None:
 
     Args:
         values: A dataclass of options, or of another library's settings.
-        names (`Iterable[str]`): Settings that nothing uses; those that are `None` or that it does not have are not set.
-        why (`str`): When that is so, such as `"without --curve"`.
+        names (`Iterable[str]`): Settings that have no effect here. Those that are `None` or do not exist count as unset.
+        why (`str`): When they have none, such as `"without --curve"`.
 
     Raises:
         CutError: One of them is set.
@@ -149,7 +147,7 @@ def refuse_unused(values: Any, names: Iterable[str], why: str) -> None:
 
 
 def take(cls: type[T], values: Any, **changes: Any) -> T:
-    """Make a dataclass from those fields of another one that have the same names, with some changes."""
+    """Make a dataclass from the fields of another one that it shares, with some changes."""
     names = {f.name for f in dataclasses.fields(values)} & {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     return cls(**{name: getattr(values, name) for name in names} | changes)
 

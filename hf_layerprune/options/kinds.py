@@ -1,4 +1,4 @@
-"""Kinds of values: how an option's word is read, and what a value must be."""
+"""Kinds of option values: how they are parsed from the command line, and how they are validated."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Kind:
     """A kind of value.
 
     Args:
-        parse (`Callable[[str], Any]`): The value of a word on a command line; raises `ValueError`.
-        check (`Callable[[Any], Any]`): The value as it is kept; raises `ValueError` with what it must be.
-        metavar (`str`, *optional*): What stands for it in `--help`.
-        repeated (`bool`): Whether its option may be given several times, for a value each.
+        parse (`Callable[[str], Any]`): Parses a command-line argument; raises `ValueError`.
+        check (`Callable[[Any], Any]`): Validates and normalises a value; raises `ValueError`, saying what it must be.
+        metavar (`str`, *optional*): Its placeholder in `--help`.
+        repeated (`bool`): Whether the option can be repeated, with one value each time.
     """
 
     parse: Callable[[str], Any]
@@ -55,7 +55,7 @@ def whole(least: int = 1, most: int = 1_000_000, metavar: str = "N") -> Kind:
 
 
 def many(kind: Kind, check: Callable[[Any], Any] | None = None, separator: str | None = None) -> Kind:
-    """Several values of a kind, as a tuple: an option for each, or with a `separator` all in one word."""
+    """Several values of a kind, as a tuple: from a repeated option, or with a `separator` from a single argument."""
 
     def check_each(values: Any) -> tuple[Any, ...]:
         if isinstance(values, str) or not isinstance(values, Iterable):
@@ -151,14 +151,14 @@ TUNE_LAYERS = Kind(_parse_tune_layers, _check_tune_layers, "T")
 
 
 def checked(name: str, value: Any, kind: Kind) -> Any:
-    """A value as it is kept.
+    """Validate and normalise the value of an option.
 
     Raises:
         CutError: It is not of that kind.
     """
     try:
         return kind.check(value)
-    except CutError:  # says what it is about itself
+    except CutError:  # its message already names the option
         raise
     except ValueError as error:
         raise CutError(f"{name}={quoted(value)} {error}") from None

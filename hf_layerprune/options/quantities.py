@@ -44,7 +44,7 @@ BYTES = _kind(_BYTES | {"": 1}, "a number of bytes such as 12GB (12 * 1000^3) or
 
 
 def number(least: float, most: float, wanted: str, metavar: str) -> Kind:
-    """A number between two others, both excluded."""
+    """A number between two bounds, both exclusive."""
 
     def check(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not least < value < most:
@@ -66,17 +66,17 @@ SHARE = number(0, 1, "a share between 0 and 1, such as 0.8", "SHARE")
 
 
 def spell_count(count: float) -> str:
-    """A number of parameters for people: `6.3B`."""
+    """Format a number of parameters: `6.3B`."""
     return _spell(count, {unit: size for unit, size in _COUNTS.items() if size > 1})
 
 
 def spell_bytes(size: float) -> str:
-    """A number of bytes for people: `12.6GB`."""
+    """Format a number of bytes: `12.6GB`."""
     return _spell(size, {unit: size for unit, size in _BYTES.items() if "I" not in unit and size > 1}, "B")
 
 
 def plural(count: int, noun: str) -> str:
-    """A number of things for people: `1 layer`, `1,024 rows`."""
+    """A count and its noun, in the plural if needed: `1 layer`, `1,024 rows`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 

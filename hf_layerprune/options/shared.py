@@ -13,7 +13,7 @@ from .kinds import FLAG, LAYERS, TUNE_LAYERS, whole
 
 @dataclass(kw_only=True)
 class Options:
-    """Options that are checked when they are made."""
+    """Options that are validated when an instance is created."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -29,7 +29,7 @@ class ScreenOptions(Options):
 
 @dataclass(kw_only=True)
 class AnswerOptions(ScreenOptions):
-    """What a command shows that ends with a result."""
+    """What a command with a result shows."""
 
     json: bool = option(False, "Print the result as one JSON object")
 
@@ -74,7 +74,7 @@ class ChoiceOptions(AmountOptions, Options):
 
 @dataclass(kw_only=True)
 class CutOptions(CalibrationOptions, ChoiceOptions):
-    """Which layers are dropped, and what makes up for them before training."""
+    """Which layers are dropped, and how the model is repaired before training."""
 
     drop_layers: list[int] | None = option(
         None,

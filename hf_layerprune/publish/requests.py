@@ -22,7 +22,7 @@ def _named(metavar: str) -> Kind:
 @documented
 @dataclass
 class CardRequest(Options):
-    """What to write on a card that only its author knows."""
+    """What only the author knows, for the card."""
 
     model: Path = option(MISSING, _FOLDER_HELP, PATH)
     name: str | None = option(
@@ -83,7 +83,10 @@ class VerifyRequest(Options):
         None, f"Base, if it is not where lineage.json says: {MODEL_HELP[0].lower()}{MODEL_HELP[1:]}", MODEL
     )
     revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub")
-    accept_trained: bool = option(False, "Trust the records for the tensors that a repair or training changed")
+    accept_trained: bool = option(
+        False,
+        "Trust the records for what can't be derived again: tensors that a repair or training changed, files that the base lacked",
+    )
     token: str | bool | None = field(default=None, repr=False)
 
 

@@ -20,6 +20,7 @@ from huggingface_hub.repocard import metadata_load, metadata_save
 
 from ..errors import CheckpointError, CutError
 from ..files.folders import new_folder
+from ..files.shipped import shipped
 from ..records import figures
 from ..records.declared import CARD
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG
@@ -36,19 +37,6 @@ from .requests import ChatRequest, PushRequest
 logger = logging.getLogger(__name__)
 
 MESSAGE = "Upload a chat with hf-layerprune"
-
-
-def space_source() -> Path:
-    """Find the folder with the Space's files, in a checkout or an installed package.
-
-    Raises:
-        CheckpointError: This installation lacks them.
-    """
-    package = Path(__file__).parents[1]
-    for folder in (package / "spaces" / "chat", package.parent / "spaces" / "chat"):
-        if (folder / "app.py").is_file():
-            return folder
-    raise CheckpointError("this installation of hf-layerprune has no spaces/chat; install it again, from PyPI or git")
 
 
 def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, adapter: bool = False) -> Path:
@@ -71,7 +59,7 @@ def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, 
     check_repository(model_repo_id)
     lineage = Lineage.of(model) if model else None
     base_repo_id = hub_base(lineage.base) if lineage else None
-    source = space_source()
+    source = shipped("spaces/chat")
     with new_folder(folder, apart_from=source) as made:
         for path in sorted(source.iterdir()):
             if path.suffix in (".py", ".css", ".txt", ".md"):
@@ -125,11 +113,11 @@ def local_run(request: ChatRequest) -> tuple[list[str], dict[str, str]]:
     environment = os.environ | {"MODEL_ID": _existing_model(request.model), "BASE_ID": base or ""}
     environment |= {"GRADIO_SERVER_PORT": str(request.port)} if request.port else {}
     environment |= {"GRADIO_SERVER_NAME": request.host} if request.host else {}
-    return [sys.executable, str(space_source() / "app.py")], environment
+    return [sys.executable, str(shipped("spaces/chat") / "app.py")], environment
 
 
 def _existing_model(model: str) -> str:
-    """Refuse a path that does not exist, which the page would take for a Hub id."""
+    """A model's name or path; refuses a path that does not exist, which the page would take for a Hub id."""
     if not Path(model, ADAPTER_CONFIG).expanduser().is_file():
         resolve_base(model)
     return str(Path(model).expanduser()) if not is_hub_id(model) else model

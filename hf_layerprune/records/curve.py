@@ -12,7 +12,7 @@ _FIGURES = ("kl", "perplexity_ratio", "top1_agreement")
 
 
 def curve_of(history: History) -> list[dict[str, Any]]:
-    """The points that the records have, of the search for a budget or of `rank --curve`; none that is malformed."""
+    """The points of the search for a budget, or of `rank --curve`, in the records; empty if any of them is malformed."""
     for stage in history.stages:
         selection = stage.entry.get("selection")
         points = selection.get("curve") if isinstance(selection, dict) else None
@@ -22,12 +22,12 @@ def curve_of(history: History) -> list[dict[str, Any]]:
 
 
 def quality_of(point: dict[str, Any]) -> dict[str, Any]:
-    """What a point says of quality: after the repair if there is one, otherwise of the plain cut."""
+    """The quality at a point: after the repair if there is one, otherwise of the plain cut."""
     return point.get("repaired") or point["cut"]
 
 
 def is_point(point: Any, num_layers: int) -> bool:
-    """Whether what a file has is a point of a curve."""
+    """Whether a value read from a file is a valid point of a curve."""
     if not isinstance(point, dict) or not any(name in point for name in STATES):
         return False
     try:

@@ -24,7 +24,6 @@ from .locked import locked
 
 FILE_NAME = "lineage.json"
 SCHEMA_VERSION = 1
-_MAX_BYTES = 32 << 20
 _MAX_DEPTH = 16
 _PACKAGES = ("hf-layerprune", "torch", "transformers", "peft", "trl", "safetensors", "gguf", "lm-eval", "datasets")
 
@@ -56,7 +55,7 @@ class Lineage:
         path = folder / FILE_NAME
         if not path.is_file():
             return None
-        data = read_object(path, max_bytes=_MAX_BYTES, max_depth=_MAX_DEPTH)
+        data = read_object(path, max_depth=_MAX_DEPTH)
         version = data.get("schema_version")
         if isinstance(version, int) and SCHEMA_VERSION < version < 1000:
             raise CheckpointError(

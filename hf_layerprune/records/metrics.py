@@ -25,7 +25,6 @@ from .requirements import Bound, Outcome, judge, parse_bounds
 
 FILE_NAME = "metrics.json"
 SCHEMA_VERSION = 1
-_MAX_BYTES = 32 << 20
 _MAX_DEPTH = 16
 # The fields that identify a number; a new number replaces an old one with the same key.
 _KEY = ("weights", "base", "kind", "task", "metric", "settings")
@@ -75,7 +74,7 @@ class Metrics:
         if not path.is_file():
             return None
         try:
-            data = read_object(path, max_bytes=_MAX_BYTES, max_depth=_MAX_DEPTH)
+            data = read_object(path, max_depth=_MAX_DEPTH)
             _validate(data, path)
             required = [one["require"] for one in data.get("requirements", [])]
             with boundary(f"{path} has invalid requirements"):

@@ -1,4 +1,4 @@
-"""The options of `prune`, `rank`, `advise` and `inspect`. This module does not import torch."""
+"""The options of `prune`, `rank`, `advise`, `inspect` and `recipes`. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -217,3 +217,11 @@ class InspectRequest(Options):
     model: str = option(MISSING, MODEL_HELP, MODEL)
     drop: float | int = option(0.25, "Cut to try out: a fraction or a number of layers", DROP)
     revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub")
+
+
+@documented
+@dataclass
+class RecipesRequest(Options):
+    """Where to copy the recipes."""
+
+    output: Path = option(Path("recipes"), "Folder to write", PATH, positional=True)

@@ -53,7 +53,7 @@ class Records:
 
     @property
     def name(self) -> str:
-        """The model's name: on the Hub its own, and of a folder the one on its card, or its base and its layers."""
+        """The model's name: on the Hub its own; for a folder the one on its card, or its base's and the number of layers."""
         folder = self.model.rstrip("/").rsplit("/", 1)[-1]
         layers = self.layers()
         if not os.path.isdir(self.model) or layers is None:

@@ -97,7 +97,7 @@ def most_tokens() -> int:
 
 
 def text_of(message: dict[str, Any]) -> str:
-    """The text of a message, whose content Gradio may split into parts; a program's may be null, beside calls of tools."""
+    """The text of a message. Gradio may split the content into parts; over the API, a message with tool calls may have none."""
     content = message["content"] or ""
     parts = content if isinstance(content, list) else [content]
     return "\n".join(part if isinstance(part, str) else part["text"] for part in parts if is_text(part))
@@ -109,7 +109,7 @@ def is_text(part: Any) -> bool:
 
 
 def question(asked: str | dict[str, Any]) -> dict[str, Any]:
-    """The message in a box: its text, or its text behind its images."""
+    """The message from a text box: its text alone, or its images followed by its text."""
     if isinstance(asked, str):
         return {"role": "user", "content": asked}
     words = [asked["text"]] if (asked.get("text") or "").strip() else []

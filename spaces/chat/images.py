@@ -1,4 +1,4 @@
-"""Images in a conversation: found in the page's messages, opened, and turned into inputs by the model's own processor."""
+"""Images in a conversation: find them in messages, open them, and encode them with the model's own processor."""
 
 from __future__ import annotations
 

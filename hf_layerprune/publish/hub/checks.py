@@ -6,12 +6,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ...cut.folder import read_json
 from ...errors import CheckpointError, LayerPruneError
 from ...options import plural
 from ...records.figures import numbers
-from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, fingerprint, is_model_file, weights_hash
+from ...records.fingerprints import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    behaviour_hashes,
+    fingerprint,
+    is_model_file,
+    weights_hash,
+)
 from ...records.history import read_history
 from ...records.licences import NOTICE, LicenceFound, is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
@@ -87,11 +96,29 @@ def _weights(contents: Contents, request: PushRequest) -> Outcome:
         )
     if not contents.is_adapter and layer_count(load_config(folder)) != len(read_history(lineage).kept):
         raise CheckpointError(f"config.json and {LINEAGE} disagree on the number of layers; one of them was edited")
+    yield from _other_files(contents, last)
     size = numbers.size(sum(contents.files[name] for name in contents.weights))
     yield (
         OK,
         f"{size} in {plural(len(contents.weights), 'file')}, as the stage {last.get('stage')} wrote them ({own[:12]})",
     )
+
+
+def _other_files(contents: Contents, last: dict[str, Any]) -> Outcome:
+    """Check that the config, the tokenizer and so on are as the last stage wrote them."""
+    here: dict[str, str] = behaviour_hashes(contents.folder)
+    told: dict[str, str] = last.get("files", here)
+    for name in sorted(here.keys() | told.keys()):
+        if here.get(name) == told.get(name):
+            continue
+        if name in contents.named and name not in told:
+            yield WARNING, f"{name} is not a file of the model that {last.get('stage')} wrote, so verify will say no"
+        else:
+            what = "is missing" if name not in here else "was added" if name not in told else "was changed"
+            yield (
+                REFUSAL,
+                f"{name} {what} since {last.get('stage')} wrote the model, which verify says no to; restore it",
+            )
 
 
 def _metrics(contents: Contents, request: PushRequest) -> Outcome:

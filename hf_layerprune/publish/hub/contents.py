@@ -34,7 +34,7 @@ class Contents:
     Args:
         folder (`Path`): The folder.
         files (`dict[str, int]`): The size of each file that is published, by its path in the repository.
-        left_out (`dict[str, str]`): The reason why each other file is left out.
+        left_out (`dict[str, str]`): Why each of the other files is left out.
         named (`frozenset[str]`): Those in `files` that are published because the user named them.
     """
 

@@ -9,7 +9,6 @@ interrupted upload resumes where it stopped.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -226,12 +225,13 @@ def _tree(job: Upload, api: HfApi, revision: str | None) -> tuple[str, dict[str,
 
 
 def _same(path: Path, entry: Any) -> bool:
+    from huggingface_hub.utils.sha import git_hash
+
     if entry is None or entry.size != path.stat().st_size:
         return False
     if entry.lfs is not None:
         return entry.lfs.sha256 == sha256_of(path)
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == entry.blob_id
+    return git_hash(path.read_bytes()) == entry.blob_id
 
 
 def _with_retries(call: Callable[[], _Answer]) -> _Answer:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from ...errors import CutError, boundary
 from ...families.layout import find_decoder_layers
+from ...files.hub import Repo
 from ...options import CutOptions
+from ...records.fingerprints import CONFIG, fingerprint, is_inert
 from ...records.history import History
+from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.names import last_part
+from ...runtime.loading import is_hub_id
 from ...runtime.model_class import model_without_weights
+from .places import Base
 
 # They don't affect the outputs: layers that are named are not chosen again.
 _HARMLESS = {one.name for one in fields(CutOptions)} - {"repair"} | {
@@ -69,6 +75,37 @@ def adapter_differences(
     lacking = [prefix[:-1] for prefix in prefixes if not any(name.startswith(prefix) for name in names)]
     texts += [f"would not load {name}, which is in the weights" for name in stray[:5]]
     return texts + [f"tunes {name}, which is not in the weights" for name in lacking[:5]]
+
+
+def base_difference(told: dict[str, Any], history: History, compared: Base) -> str | None:
+    """How the base that an adapter is put on differs from the one that it was compared with, to follow the file's name.
+
+    Raises:
+        CheckpointError: That base is on the Hub and can't be read.
+    """
+    recorded, name = history.lineage.base, str(told.get("base_model_name_or_path"))
+    path, revision = Path(name).expanduser(), told.get("revision")
+    if path.exists():
+        loaded, where = Base(path, None, fingerprint(path)), name
+    elif name != (history.base_on_hub if is_hub_id(name) else recorded.get("id")):
+        return f"names the base {name!r}, and {LINEAGE} says {history.base_on_hub or recorded.get('id')!r}"
+    elif not is_hub_id(name):
+        return None
+    else:
+        repo, where = Repo.open(name, revision, token=compared.token), f"{name} at {revision or 'the main branch'}"
+        if name == compared.source:
+            now, then = (_decisive(one) for one in (repo, Repo.open(name, compared.commit, token=compared.token)))
+            differ = sorted(file for file in now.keys() | then.keys() if now.get(file) != then.get(file))
+            text = f"names the base {where}, where {', '.join(differ[:1])} is not as at {compared.commit}; set that as revision"
+            return text if differ and repo.commit != compared.commit else None
+        repo.get(CONFIG)
+        loaded = Base(name, repo.commit, repo.fingerprint())
+    differ = loaded.differences(recorded.get("files") or {})
+    return f"names the base {where}, where {differ[0]} is not as {LINEAGE} says" if differ else None
+
+
+def _decisive(repo: Repo) -> dict[str, str | None]:
+    return {name: file.sha256 or file.blob_id for name, file in repo.files.items() if not is_inert(name)}
 
 
 def _tuned(adapter: Any, config: dict[str, Any]) -> list[str] | None:

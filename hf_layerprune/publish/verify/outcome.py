@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ...errors import shown
@@ -17,12 +18,12 @@ class Line:
     """One finding.
 
     Args:
-        good (`bool`): Whether the check passed.
+        good (`bool`, *optional*): Whether the check passed; `None` of what can't be checked.
         what (`str`): The part that was checked.
         text (`str`): The result.
     """
 
-    good: bool
+    good: bool | None
     what: str
     text: str
 
@@ -40,6 +41,10 @@ class Verified:
         complete (`bool`): Whether all checks were made.
         without_weights (`bool`): Whether there are only records, and no model that they could prove.
         without_base (`bool`): Whether the base was not found, so that nothing could be compared with it.
+        base (`str`): The base that it was compared with.
+        same (`int`): Number of tensors that are the base's.
+        lacked (`tuple[str, ...]`): Files of the base that the model lacks because, according to the records, the copy
+            of the base that was cut lacked them.
     """
 
     name: str
@@ -49,21 +54,25 @@ class Verified:
     complete: bool = False
     without_weights: bool = False
     without_base: bool = False
+    base: str = ""
+    same: int = 0
+    lacked: tuple[str, ...] = ()
 
     @property
     def consistent(self) -> bool:
         """Whether nothing contradicts the records."""
-        return self.complete and all(line.good for line in self.lines)
+        return self.complete and all(line.good is not False for line in self.lines)
 
     @property
     def good(self) -> bool:
         """Whether everything that affects the model's behaviour is accounted for."""
-        return self.consistent and not self.without_weights and (not self.recorded or self.accept_trained)
+        proven = not self.recorded and not self.lacked
+        return self.consistent and not self.without_weights and (proven or self.accept_trained)
 
     @property
     def verdict(self) -> str:
         """One line: yes, no, or in part, with the unproven part; or that there are only records, or no base."""
-        if self.without_base and all(line.good for line in self.lines if line.what != BASE):
+        if self.without_base and all(line.good is not False for line in self.lines if line.what != BASE):
             return (
                 f"NOT CHECKED: the base of {self.name} was not found, and its records have no other fault; specify it "
                 "with --base"
@@ -76,17 +85,28 @@ class Verified:
             )
         if not self.consistent:
             return f"NO: {self.name} is not proven to match its records"
-        if not self.recorded:
-            return f"YES: {self.name} matches its records"
-        stages = ", ".join(f"{name}: {count}" for name, count in sorted(self.recorded.items()))
-        count = self.recorded.total()
-        tensors, be = (f"{count} tensors", "are") if count > 1 else ("1 tensor", "is")
-        told = f"{tensors} ({stages}) can't be derived again and {be} taken as {LINEAGE} records"
+        follows = f"{self.name} matches its records and its base, {self.base}"
+        if not self.recorded and not self.lacked:
+            return f"YES: {follows}"
+        told = "; ".join(self._unproven())
         if self.accept_trained:
-            return f"YES, as recorded: {self.name} matches its records; {told}"
-        return f"IN PART: the rest of {self.name} is proven; {told} (--accept-trained trusts the records)"
+            return f"YES, as recorded: {follows}; {told}"
+        rest = "none of the weights" if self.recorded and not self.same else "the rest"
+        return (
+            f"IN PART: {rest} of {self.name} is proven to follow from its base, {self.base}; {told} "
+            "(--accept-trained trusts the records)"
+        )
 
-    def say(self, good: bool, what: str, text: str) -> None:
+    def _unproven(self) -> Iterator[str]:
+        if count := self.recorded.total():
+            stages = ", ".join(f"{name}: {count}" for name, count in sorted(self.recorded.items()))
+            tensors, be = (f"{count} tensors", "are") if count > 1 else ("1 tensor", "is")
+            of = "" if self.same else ", all that it has,"
+            yield f"{tensors} ({stages}){of} can't be derived again and {be} taken as {LINEAGE} records"
+        if self.lacked:
+            yield f"{LINEAGE} says that the copy of the base that was cut lacked {', '.join(self.lacked)}"[:300]
+
+    def say(self, good: bool | None, what: str, text: str) -> None:
         """Add a finding."""
         self.lines.append(Line(good, what, shown(text)))
 

@@ -76,6 +76,10 @@ class Place:
         """Whether this is an adapter rather than a complete model."""
         return ADAPTER_CONFIG in self.hashes and CONFIG not in self.hashes
 
+    def holds(self, path: Path) -> bool:
+        """Whether a path is inside the folder."""
+        return path.resolve().is_relative_to(self.folder.resolve())
+
     def path(self, name: str) -> Path:
         """The path of a file, downloaded first if the model is on the Hub."""
         return self.repo.get(name) if self.repo is not None else self.folder / name
@@ -98,24 +102,34 @@ class Base:
     token: str | bool | None = None
 
     @classmethod
-    def find(cls, history: History, request: VerifyRequest) -> Base:
-        """Locate the base that a lineage names, or the user.
+    def find(cls, history: History, request: VerifyRequest, place: Place) -> Base:
+        """Locate the base that the lineage of a model names, or the user.
 
         Raises:
             CheckpointError: The base can't be found or read.
         """
         told, named, token = history.lineage.base, request.base, request.token
-        place = named or str(told.get("id") or "")
-        path = Path(place).expanduser()
-        if place and path.exists() and (named or not told.get("commit")):
+        where = named or str(told.get("id") or "")
+        path = Path(where).expanduser()
+        if where and path.exists() and (named or not told.get("commit")):
+            if not named and place.holds(path):  # whoever made the model made that too
+                raise CheckpointError(
+                    f"{path}, which the lineage names, is part of the model; give a base with --base"
+                )
             resolve_base(path)  # raises if it is no model
             return cls(path, None, fingerprint(path))
-        name = place if named else history.base_on_hub
+        name = where if named else history.base_on_hub
         if not name or not is_hub_id(name):
             raise CheckpointError(
                 f"the base, {named or base_name(told)}, is not available here; give its location with --base"
             )
-        repo = Repo.open(name, told.get("commit") if name == told.get("id") else None, token=token)
+        commit = told.get("commit") if name == told.get("id") else None
+        repo = Repo.open(name, commit, token=token)
+        if commit and not repo.offline and not repo.is_released():
+            raise CheckpointError(
+                f"{repo.name} has the commit {repo.commit[:12]} in none of its branches and tags: it may be from a pull "
+                "request, which anybody can open; if you trust it, download it and give its folder with --base"
+            )
         repo.fetch(file for file in told.get("files") or () if file in repo.files and file.endswith(".json"))
         return cls(name, repo.commit, repo.fingerprint(), token)
 

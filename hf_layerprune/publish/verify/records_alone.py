@@ -33,18 +33,19 @@ def check_chain(lineage: Lineage, outcome: Verified) -> None:
             outcome.say(False, "lineage", text)
 
 
-def find_base(history: History, request: VerifyRequest, outcome: Verified) -> Base | None:
+def find_base(place: Place, history: History, request: VerifyRequest, outcome: Verified) -> Base | None:
     """Find the base, and check that it is the one that a lineage names.
 
     Returns:
         `Base`, *optional*: `None` if it can't be found, which alone does not contradict the records.
     """
     try:
-        source = Base.find(history, request)
+        source = Base.find(history, request, place)
     except LayerPruneError as error:
         outcome.say(False, BASE, str(error))
         outcome.without_base = True
         return None
+    outcome.base = str(source)
     _check_base(source, history.lineage, outcome)
     here, then = str(installed("transformers")), (history.stages[0].entry.get("versions") or {}).get("transformers")
     if source.packed and then not in (None, here):
@@ -83,7 +84,7 @@ def check_records_alone(place: Place, history: History, request: VerifyRequest, 
         outcome.say(False, "files", f"{LINEAGE} does not record the weights, the config and other files; prune again")
         return
     check_metrics(place, history.lineage, outcome)
-    source = find_base(history, request, outcome)
+    source = find_base(place, history, request, outcome)
     if source is None:
         return
     try:
@@ -108,7 +109,11 @@ def check_metrics(place: Place, lineage: Lineage, outcome: Verified) -> None:
         else:
             model = recorded_identity(lineage, metrics)
         texts = [f"{METRICS} {text}"] if (text := metrics.mismatch(model, lineage)) else []
-        outcome.say_all("metrics", texts, f"{len(metrics.results)} numbers, of this model and its history")
+        outcome.say_all(
+            "metrics",
+            texts,
+            f"{len(metrics.results)} numbers, of this model and its history; they are not measured again",
+        )
     except CheckpointError as error:
         outcome.say(False, "metrics", str(error))
 

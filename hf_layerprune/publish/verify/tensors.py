@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ...cut.folder import SINGLE
 from ...errors import CheckpointError, boundary
 from ...files.json_file import read_object
-from ...files.shards import INDEX, MAX_INDEX
+from ...files.shards import INDEX, MAX_INDEX, shard_names
 from ...options import plural
-from ...records.fingerprints import ADAPTER_WEIGHTS
+from ...records.fingerprints import ADAPTER_WEIGHTS, CONFIG
 from ...records.history import QUANTIZE, History
 from ...records.lineage import FILE_NAME as LINEAGE
+from ...runtime.loading import load_config
 from ...runtime.model_class import stored_names, stored_parts
 from .outcome import Verified
 from .places import Place
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _ADAPTER_PREFIX = "base_model.model."
+_FLOATS = {"F16", "BF16", "F32", "F64"}
 
 
 def weight_files(place: Place) -> list[str]:
@@ -37,12 +39,11 @@ def weight_files(place: Place) -> list[str]:
         return [SINGLE]
     if SINGLE in place.hashes:
         raise CheckpointError(f"{place.name} holds both {SINGLE} and {INDEX}, and loaders differ in which they read")
-    weight_map = _read_index(place)
-    return sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    return shard_names(_read_index(place), f"{place.name}/{INDEX}")
 
 
-def _read_index(place: Place) -> Any:
-    return read_object(place.path(INDEX), max_bytes=MAX_INDEX).get("weight_map")
+def _read_index(place: Place) -> dict[str, Any]:
+    return read_object(place.path(INDEX), max_bytes=MAX_INDEX)
 
 
 def check_tensors(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
@@ -73,8 +74,9 @@ def check_tensors(place: Place, history: History, expected: Expected, outcome: V
             again += plain.get(key) != tensor
             continue
         whole = name if name in changed or key not in tensors or key in plain else _whole(name, owners, changed)
-        if whole in changed or (modules and name.startswith(modules)):
-            recorded[whole] = " and ".join(dict.fromkeys(changed.get(whole, ["repair"])))
+        by = changed.get(whole, ["repair"] if modules and name.startswith(modules) else [])
+        if by and (place.is_adapter or QUANTIZE in by or _may_be_trained(name, tensor, wanted)):
+            recorded[whole] = " and ".join(dict.fromkeys(by))
         else:
             wrong.append(_difference(name, tensor, wanted, expected.quantizer if name not in plain else None))
     if not place.is_adapter:
@@ -83,7 +85,12 @@ def check_tensors(place: Place, history: History, expected: Expected, outcome: V
         wrong += [f"{name} is missing" for name in lacking if name.rpartition(".")[0] not in packed]
     else:
         wrong += [f"{name} is missing" for name in changed.keys() - seen - set(stored.values())]
+    if _is_untied(place, expected) and not any("lm_head" in name.split(".") for name in seen):
+        wrong.append(f"lm_head.weight is missing, and {CONFIG} no longer ties it to the embeddings")
+    if history.quantized and not any(QUANTIZE in by for by in map(changed.get, recorded) if by) and not again:
+        wrong.append(f"none was changed by the quantising that {LINEAGE} names")
     outcome.recorded.update(recorded.values())
+    outcome.same = same + again
     outcome.say_all("tensors", sorted(wrong), f"{same} are the base's, to the last bit")
     if expected.quantizer:
         _check_notes(place, expected, outcome)
@@ -91,7 +98,8 @@ def check_tensors(place: Place, history: History, expected: Expected, outcome: V
         outcome.say(True, "tensors", f"{again} are what {expected.quantizer} makes of the base's, to the last bit")
     for stages, count in sorted(outcome.recorded.items()):
         names = [name for name, by in recorded.items() if by == stages]
-        outcome.say(True, "recorded", f"{count} were changed by {stages}, as {LINEAGE} says, such as {names[0]}")
+        text = f"{LINEAGE} says that {stages} changed {plural(count, 'tensor')}, such as {names[0]}; what they should be is unknown"
+        outcome.say(None, "recorded", text)
 
 
 def _check_notes(place: Place, expected: Expected, outcome: Verified) -> None:
@@ -176,8 +184,10 @@ def stored_tensors(place: Place, expected: Expected) -> Iterator[tuple[str, Tens
         for name, tensor in tensors.items():
             if weight_map.setdefault(name, file) != file:
                 raise CheckpointError(f"{name} is in both {weight_map[name]} and {file}")
+            if place.is_adapter and not name.startswith(_ADAPTER_PREFIX):
+                raise CheckpointError(f"{name} does not begin with {_ADAPTER_PREFIX}, so PEFT would not load it")
             yield name.removeprefix(_ADAPTER_PREFIX) if place.is_adapter else name, tensor
-    if INDEX in place.hashes and _read_index(place) != weight_map:
+    if INDEX in place.hashes and _read_index(place)["weight_map"] != weight_map:
         raise CheckpointError(f"{INDEX} and the weight files do not agree on which tensor is where")
 
 
@@ -192,8 +202,25 @@ def _difference(name: str, tensor: TensorHash, wanted: TensorHash | None, quanti
     return f"{name} differs from {whose}"
 
 
+def _may_be_trained(name: str, tensor: TensorHash, wanted: TensorHash | None) -> bool:
+    """Whether a repair or training can have made a tensor: neither adds one, but an untied head, or changes a shape."""
+    if wanted is None:
+        return _is_head(name)
+    floats = {tensor.dtype, wanted.dtype} <= _FLOATS
+    return tensor.shape == wanted.shape and (floats or tensor.dtype == wanted.dtype)
+
+
+def _is_untied(place: Place, expected: Expected) -> bool:
+    if place.is_adapter or not expected.config.get("tie_word_embeddings"):
+        return False
+    return load_config(place.folder).to_dict().get("tie_word_embeddings") is False
+
+
+def _is_head(name: str) -> bool:
+    return name.endswith("lm_head.weight")
+
+
 def _is_tied(name: str, expected: Expected, seen: set[str]) -> bool:
     """Whether a tensor is an LM head that need not be stored because it is tied to the stored embeddings."""
-    is_head = name.endswith("lm_head.weight") and bool(expected.config.get("tie_word_embeddings"))
-    tensors = expected.tensors
-    return is_head and any(tensors.get(other) == tensors[name] for other in seen)
+    tied, tensors = bool(expected.config.get("tie_word_embeddings")), expected.tensors
+    return _is_head(name) and tied and any(tensors.get(other) == tensors[name] for other in seen)

@@ -20,17 +20,21 @@ from ...files.json_file import read_object
 from ...files.shards import INDEX
 from ...layer_ranges import format_layers, name_layers
 from ...options import plural
+from ...records.declared import CARD
 from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, holds_weights, weights_hash
 from ...records.history import History, Stage, read_history
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
+from ...records.metrics import Metrics
 from ...records.quantized import describe_quantization, is_repeatable_method
 from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_config
+from ..card.render import Card
+from ..card.writing import compose, read_text
 from ..requests import VerifyRequest
-from .adapter_fields import adapter_differences
+from .adapter_fields import adapter_differences, base_difference
 from .outcome import BASE, Verified
-from .places import Place
+from .places import Base, Place
 from .rebuild import Expected, rebuild
 from .records_alone import check_chain, check_metrics, check_records_alone, find_base
 from .tensors import check_tensors, stored_tensors, weight_files
@@ -59,6 +63,8 @@ def verify(request: VerifyRequest) -> Verified:
         outcome.say(False, "lineage", f"{error}{_hint(place, None)}")
         return outcome
     done = ", ".join(stage.name for stage in history.stages)
+    if history.dtype is not None:
+        done += f", converted to {history.dtype}"
     dropped = name_layers(history.dropped) if history.dropped else "no layers"
     outcome.say(
         True, "lineage",
@@ -73,13 +79,14 @@ def verify(request: VerifyRequest) -> Verified:
         return outcome
     _check_records(place, lineage, outcome, _hint(place, quantized))
     check_metrics(place, lineage, outcome)
-    source = find_base(history, request, outcome)
+    _check_card(place, lineage, outcome)
+    source = find_base(place, history, request, outcome)
     if source is None:
         return outcome
     try:
         expected = rebuild(history, source)
         if place.is_adapter:
-            _check_adapter(place, history, expected, outcome)
+            _check_adapter(place, history, source, expected, outcome)
         else:
             _check_config(place, history, expected, outcome)
     except LayerPruneError as error:
@@ -128,6 +135,26 @@ def _check_records(place: Place, lineage: Lineage, outcome: Verified, hint: str)
         for name in changed
     ]
     outcome.say_all("files", texts, f"besides the weights, {plural(len(here), 'file')} as {last['stage']} wrote them")
+
+
+def _check_card(place: Place, lineage: Lineage, outcome: Verified) -> None:
+    """Say whether the card is the one that the records give; other versions of this package word it differently."""
+    if not (place.folder / CARD).is_file() and (place.repo is None or CARD not in place.repo.files):
+        return
+    try:
+        text = read_text(place.path(CARD))
+        same = text == compose(Card.of(lineage, Metrics.of(place.folder)), text)
+    except LayerPruneError:
+        same = False
+    if same:
+        outcome.say(
+            True, "card", f"{CARD} shows what the records say; text outside its generated sections was not checked"
+        )
+    else:
+        text = (
+            f"{CARD} is not what this version of hf-layerprune makes of the records; nothing that it says was checked"
+        )
+        outcome.say(None, "card", text)
 
 
 def _check_cut(told: dict[str, Any], name: str, history: History, outcome: Verified) -> None:
@@ -182,6 +209,17 @@ def _alike(one: Any, other: Any) -> bool:
     return one == other or repr(one) == repr(other)
 
 
+def _says_the_same(old: str, value: Any, told: dict[str, Any]) -> bool:
+    """Whether a field with an old name says what the loaded config says: some loaders read only the old one."""
+    new = told[_OLD_NAMES[old]]
+    if value is None or not isinstance(new, dict):
+        return value in (None, new)
+    items = value if isinstance(value, dict) else {old: value}
+    items = {"rope_type" if name == "type" else name: one for name, one in items.items()}
+    parts = [new, *(part for part in new.values() if isinstance(part, dict))]  # one for each type of layers
+    return any(items.items() <= part.items() for part in parts)
+
+
 def _hidden(raw: dict[str, Any], told: Any, expected: Any) -> list[str]:
     """The fields of a config's file, by dotted path, that are not in the file of the repeated cut, and that the loaded
     config does not hold with the same value: a loader may act on them, but a comparison of loaded configs misses them.
@@ -190,7 +228,11 @@ def _hidden(raw: dict[str, Any], told: Any, expected: Any) -> list[str]:
     names = []
     for name, value in sorted(raw.items()):
         alike = any(name in part and _alike(part[name], value) for part in (told, expected))
-        if alike or name in _VOLATILE or _OLD_NAMES.get(name, name) in told.keys() - raw.keys():
+        if (
+            alike
+            or name in _VOLATILE
+            or (_OLD_NAMES.get(name) in told.keys() - raw.keys() and _says_the_same(name, value, told))
+        ):
             continue
         if isinstance(value, dict) and isinstance(told.get(name), dict):
             names += [f"{name}.{inner}" for inner in _hidden(value, told[name], expected.get(name))]
@@ -199,7 +241,7 @@ def _hidden(raw: dict[str, Any], told: Any, expected: Any) -> list[str]:
     return names
 
 
-def _check_adapter(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
+def _check_adapter(place: Place, history: History, source: Base, expected: Expected, outcome: Verified) -> None:
     """Check that an adapter names this base, cut and method, and loads what the cut wrote."""
     fields = read_object(place.path(ADAPTER_CONFIG))
     _check_cut(fields, ADAPTER_CONFIG, history, outcome)
@@ -208,10 +250,8 @@ def _check_adapter(place: Place, history: History, expected: Expected, outcome: 
     wrong = []
     if fields.get("peft_type") != "LAYER_DROP":
         wrong.append(f"is an adapter of the method {fields.get('peft_type')!r}, and not of LAYER_DROP")
-    if fields.get("base_model_name_or_path") not in (told.get("id"), told.get("hub_id")):
-        wrong.append(
-            f"names the base {fields.get('base_model_name_or_path')!r}, and {LINEAGE} says {told.get('id')!r}"
-        )
+    if text := base_difference(fields, history, source):
+        wrong.append(text)
     if commit != told.get("commit"):
         wrong.append(f"names the base's commit {commit!r}, and {LINEAGE} says {told.get('commit')!r}")
     if fields.get("auto_mapping"):
@@ -245,7 +285,8 @@ def _check_files(place: Place, expected: Expected, outcome: Verified) -> None:
         ]
     if expected.lacked:
         text = f"{LINEAGE} says that the copy of the base that was cut lacked {', '.join(expected.lacked)}"
-        outcome.say(True, "files", text[:300])
+        outcome.say(None, "files", text[:300])
+        outcome.lacked = expected.lacked
     others = len(place.hashes.keys() - loaded - {INDEX})
     outcome.say_all(
         "files",
