@@ -36,6 +36,8 @@ _PARTS = {
     "word_pronunciation.json", "word_shape.json",
 }  # fmt: skip
 _VOCABULARIES = (".model", ".tiktoken", ".spm")
+# Vocabularies with a version: tokenizer.model.v3, which mistral-common reads, and tokenizer.4.0.json.
+_VERSIONED = re.compile(r"tokenizer((\.mm)?\.model\.v\w+|\.\d[\d.]*\.json)")
 # Files that do not affect the model's behaviour: records, the card, pictures, licences, and files of git.
 RECORDS = {"lineage.json", "metrics.json"}
 _RECIPE = "recipe.yaml"  # of llm-compressor, the only one to read it; what loaders need is in config.json
@@ -155,7 +157,8 @@ def is_part(name: str) -> bool:
         return False
     if folder:
         return folder == TEMPLATES and base.endswith(".jinja")
-    return base in _PARTS or base.endswith(_VOCABULARIES) or is_licence_file(base)
+    is_vocabulary = base.endswith(_VOCABULARIES) or _VERSIONED.fullmatch(base)
+    return base in _PARTS or bool(is_vocabulary) or is_licence_file(base)
 
 
 def is_model_file(name: str) -> bool:
