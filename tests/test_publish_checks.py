@@ -381,6 +381,36 @@ def test_paths_of_somebodys_disk(folder: Path) -> None:
     assert "LICENSE line 1 reveals the path /home/alice" in warnings(folder)
 
 
+def test_a_file_that_was_changed_is_published_only_by_name(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"changed": 1}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "notes.txt").write_text("Not published.\n")
+    (folder / "LICENSE").rename(folder / "COPYING")
+    (folder / "metrics.json").unlink()
+    found = refusals(folder)
+    assert "tokenizer.json was changed since prune wrote the model, so verify would say NO; restore it, or" in found
+    assert "was added since prune wrote the model, so verify would say NO; remove it, or publish it as it is" in found
+    assert "with --include chat_template.jinja" in found
+    assert "notes.txt" not in found
+    named = ("tokenizer.json", "chat_template.jinja", "notes.txt")
+    assert refusals(folder, include=named) == ""
+    found = warnings(folder, include=named)
+    assert all(f"{name} was" in found for name in named)
+    assert "must accompany" not in found
+    (folder / "tokenizer.json").unlink()
+    assert "tokenizer.json is missing since prune wrote the model, so verify would say NO; restore it" in refusals(
+        folder
+    )
+
+
+def test_a_file_of_the_last_stage_that_only_its_name_publishes(folder: Path) -> None:
+    (folder / "quantization_config.json").write_text("{}")
+    (folder / "metrics.json").unlink()
+    forge(folder)
+    assert "publish it with --include quantization_config.json" in refusals(folder)
+    assert refusals(folder, include=("quantization_config.json",)) == ""
+
+
 def test_adapters(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = pruned.parent / "base"
     assert main(["prune", str(base), str(tmp_path / "whole" / "adapter"), "--drop", "2", "--adapter"]) == 0

@@ -53,7 +53,9 @@ class PushRequest(RequireOptions):
     repo_id: str = option(MISSING, "NAMESPACE/NAME on the Hub", _NAME)
     private: bool = option(False, "Create a private repository; refuse to push to a public one")
     adapter_only: bool = option(False, "Push only the adapter, from MODEL or MODEL/adapter")
-    include: tuple[str, ...] = option((), "Also publish this file of MODEL; can be repeated", many(_NAME))
+    include: tuple[str, ...] = option(
+        (), "Publish this file of MODEL too, or although it was changed; can be repeated", many(_NAME)
+    )
     revision: str | None = option(None, "Push to this branch, created if missing, or to refs/pr/N")
     create_pr: bool = option(False, "Open a pull request instead of committing")
     overwrite_card: bool = option(False, "Overwrite changes that were made to the card on the Hub")

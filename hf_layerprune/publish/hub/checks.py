@@ -111,14 +111,20 @@ def _other_files(contents: Contents, last: dict[str, Any]) -> Outcome:
     for name in sorted(here.keys() | told.keys()):
         if here.get(name) == told.get(name):
             continue
-        if name in contents.named and name not in told:
-            yield WARNING, f"{name} is not a file of the model that {last.get('stage')} wrote, so verify will say no"
-        else:
-            what = "is missing" if name not in here else "was added" if name not in told else "was changed"
+        what = "is missing" if name not in here else "was added" if name not in told else "was changed"
+        text = f"{name} {what} since {last.get('stage')} wrote the model, so verify would say NO"
+        if name in contents.left_out:
             yield (
                 REFUSAL,
-                f"{name} {what} since {last.get('stage')} wrote the model, which verify says no to; restore it",
+                f"{name} is a file of the model that {last.get('stage')} wrote; publish it with --include {name}",
             )
+        elif name in contents.named:
+            yield WARNING, text
+        elif name in here:
+            undo = "restore it" if name in told else "remove it"
+            yield REFUSAL, f"{text}; {undo}, or publish it as it is with --include {name}"
+        else:
+            yield REFUSAL, f"{text}; restore it"
 
 
 def _metrics(contents: Contents, request: PushRequest) -> Outcome:
@@ -193,7 +199,7 @@ def _licence(contents: Contents, request: PushRequest) -> Outcome:
     if row.notice and not any(row.notice in path.read_text(errors="replace") for path in notices):
         text = f"a {NOTICE} file with the required sentence is missing; write it with hf-layerprune card MODEL"
         yield REFUSAL, f"{row.title}: {text}"
-    if not any("LICEN" in path.upper() for path in files):
+    if not any("COPYING" in path.upper() or "LICEN" in path.upper() for path in files):
         text = f"a copy of it must accompany the model, and there is none; put it into the folder as LICENSE{at}"
         yield REFUSAL if row.needs_text and not request.private else WARNING, f"{row.title}: {text}"
     if row.non_commercial:
