@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
@@ -21,7 +22,10 @@ from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.lineage import stage
 from hf_layerprune.stages.prune import PruneRequest, prune_to
 
+from .heal_makers import word_tokenizer
 from .measure_models import write_model
+from .test_verify_attacks import forge
+from .tiny_models import tiny_model
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -53,6 +57,40 @@ def test_only_a_model_that_was_cut_once_is_an_adapter_of_its_base(tmp_path: Path
     outcome = verify(VerifyRequest(str(tmp_path / "healed")))
     assert outcome.consistent, outcome.lines
     assert set(outcome.recorded) == {"heal"}
+
+
+def test_a_base_with_names_and_masks_of_an_old_transformers(tmp_path: Path) -> None:
+    """As gpt2 is on the Hub: saved without its head, whose prefix transformers adds, and with the masks of its layers."""
+    base, cut, healed = (tmp_path / name for name in ("base", "cut", "healed"))
+    tiny_model("gpt2").save_pretrained(base)
+    word_tokenizer().save_pretrained(base)
+    path = base / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    tensors |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 4, 4) for layer in range(8)}
+    save_file(tensors, path, metadata={"format": "pt"})
+    prune_to(PruneRequest(str(base), str(tmp_path / "adapter"), drop_layers=[2], adapter=True, tune_layers="1"))
+    outcome = verify(VerifyRequest(str(tmp_path / "adapter")))
+    assert outcome.good, outcome.lines
+
+    prune_to(PruneRequest(str(base), str(cut), drop_layers=[2]))
+    model = AutoModelForCausalLM.from_pretrained(cut)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.add_(0.01)
+    model.save_pretrained(tmp_path / "trained")
+    with stage("heal", {}) as entry:
+        pass
+    write_healed(Student.at(cut), tmp_path / "trained", healed, entry)
+    assert entry["changed_tensors"] == ["transformer.ln_f.weight"]
+    outcome = verify(VerifyRequest(str(healed)))
+    assert outcome.consistent, outcome.lines
+    assert outcome.recorded == {"heal": 1}
+    assert outcome.same == 7 * 12 + 3  # of seven layers, and outside them
+
+    path = healed / "model.safetensors"
+    save_file({name: one for name, one in load_file(path).items() if "h.3.ln_1.weight" not in name}, path)
+    forge(healed)
+    outcome = verify(VerifyRequest(str(healed)))
+    assert [line.text for line in outcome.lines if line.good is False] == ["h.3.ln_1.weight is missing"]
 
 
 def test_what_training_left_as_it_was_is_not_healed(tmp_path: Path) -> None:

@@ -105,13 +105,17 @@ def weights_dtype(student: Student) -> torch.dtype:
 
 
 def changed_tensors(before: Path, after: Path) -> list[str]:
-    """Names, ascending, of the tensors of one model folder that are new or different from those of another."""
+    """Names, ascending, of the tensors of one model folder that are new or different from those of another.
+
+    If the other was saved without its head, as gpt2 was, its names lack their first part.
+    """
     with ExitStack() as files:
         opened = [files.enter_context(safe_open(path, framework="pt")) for path in before.glob("*.safetensors")]
         where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
         def same(name: str, tensor: torch.Tensor) -> bool:
-            other = where[name].get_tensor(name) if name in where else None
+            old = name if name in where else name.partition(".")[2]
+            other = where[old].get_tensor(old) if old in where else None
             return other is not None and other.dtype == tensor.dtype and torch.equal(other, tensor)
 
         return sorted(name for name, tensor in _tensors(after) if not same(name, tensor))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from ..files.shards import INDEX, MAX_INDEX, shard_names
 from ..records.names import is_gguf_name
 from ..versions import GGUF_TOKENIZERS, gguf_options
 from .config_file import check_no_code, read_config_file
-from .model_class import auto_class_for, check_has_decoder
+from .model_class import auto_class_for, check_has_decoder, model_without_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -202,6 +202,16 @@ def check_complete(name: str, info: dict[str, Any], *, within: str = "", remark:
                 f"{name} {what} {', '.join(names[:3])}{more}{f' ({remark})' if remark else ''}; the checkpoint is "
                 "incomplete, or its config belongs to another one"
             )
+
+
+def ignored_names(config: PreTrainedConfig, names: Collection[str]) -> set[str]:
+    """Those of a checkpoint's tensors that loading skips, and saving the model leaves out, such as masks."""
+    if not names:
+        return set()
+    model = model_without_weights(config)
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", _OLD_MASKS.pattern]
+    skipped = {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+    return {name for name in skipped if not any(own.endswith(name) for own in model.state_dict())}
 
 
 def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:

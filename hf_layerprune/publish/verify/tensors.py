@@ -14,8 +14,8 @@ from ...options import plural
 from ...records.fingerprints import ADAPTER_WEIGHTS, CONFIG
 from ...records.history import QUANTIZE, History
 from ...records.lineage import FILE_NAME as LINEAGE
-from ...runtime.loading import load_config
-from ...runtime.model_class import stored_names, stored_parts
+from ...runtime.loading import ignored_names, load_config
+from ...runtime.model_class import model_class_of, stored_names, stored_parts
 from .outcome import Verified
 from .places import Place
 from .rebuild import Expected, TensorHash, digest_file, notes_in
@@ -65,16 +65,18 @@ def check_tensors(place: Place, history: History, expected: Expected, outcome: V
         parts = _stored_parts(place, expected, unknown)
         found = [one for name, tensor in found for one in parts.get(name, {name: tensor}).items()]
         stored = _stored_names(expected, [name for name, _ in found if name not in tensors])
+    prefix = _lacking_prefix(expected)
     for name, tensor in found:
         key = stored.get(name, name)
+        key = key if key in tensors else key.removeprefix(prefix)
         wanted = tensors.get(key)
-        seen.add(name)
+        seen |= {name, key}
         if wanted == tensor:
             same += plain.get(key) == tensor
             again += plain.get(key) != tensor
             continue
         whole = name if name in changed or key not in tensors or key in plain else _whole(name, owners, changed)
-        by = changed.get(whole, ["repair"] if modules and name.startswith(modules) else [])
+        by = changed.get(whole) or changed.get(key, ["repair"] if modules and name.startswith(modules) else [])
         if by and (place.is_adapter or QUANTIZE in by or _may_be_trained(name, tensor, wanted)):
             recorded[whole] = " and ".join(dict.fromkeys(by))
         else:
@@ -82,9 +84,10 @@ def check_tensors(place: Place, history: History, expected: Expected, outcome: V
     if not place.is_adapter:
         packed = {_owner(name, owners) for name, by in changed.items() if QUANTIZE in by and name in seen}
         lacking = [name for name in tensors.keys() - seen if not _is_tied(name, expected, seen)]
+        lacking = sorted(set(lacking) - ignored_names(_config(expected), lacking))
         wrong += [f"{name} is missing" for name in lacking if name.rpartition(".")[0] not in packed]
     else:
-        wrong += [f"{name} is missing" for name in changed.keys() - seen - set(stored.values())]
+        wrong += [f"{name} is missing" for name in changed.keys() - seen]
     if _is_untied(place, expected) and not any("lm_head" in name.split(".") for name in seen):
         wrong.append(f"lm_head.weight is missing, and {CONFIG} no longer ties it to the embeddings")
     if history.quantized and not any(QUANTIZE in by for by in map(changed.get, recorded) if by) and not again:
@@ -123,6 +126,13 @@ def _whole(name: str, owners: set[str], changed: Mapping[str, Any]) -> str:
     """The parameter that a part of a quantised one belongs to, if a stage changed that; or else the part itself."""
     owner = _owner(name, owners)
     return next((whole for whole in changed if whole.rpartition(".")[0] == owner), name)
+
+
+def _lacking_prefix(expected: Expected) -> str:
+    """What transformers adds to the names of a checkpoint that was saved without its head, such as gpt2's."""
+    picked = model_class_of(_config(expected))
+    prefix = f"{picked[0].base_model_prefix}." if picked else ""
+    return "" if any(name.startswith(prefix) for name in expected.tensors) else prefix
 
 
 def _stored_names(expected: Expected, names: list[str]) -> dict[str, str]:
