@@ -354,8 +354,9 @@ def bases_that_mislead(hub: HubServer, place: Path, out: dict[str, Any]) -> None
 
     cli("prune", "org/dense", place / "small", "--drop-layers", "2,5", "--adapter")
     adapter("untouched", {})
-    adapter("hashes of another base", {"base_model_name_or_path": "evil/dense", "base_commit": head(hub, "evil/dense")},
-            {"id": "evil/dense", "commit": head(hub, "evil/dense")})  # fmt: skip
+    adapter("no revision", {"revision": None})
+    evil = {"base_model_name_or_path": "evil/dense", "base_commit": head(hub, "evil/dense"), "revision": None}
+    adapter("hashes of another base", evil, {"id": "evil/dense", "commit": head(hub, "evil/dense")})
     out["hashes of another base"] = cli("verify", place / "hashes of another base", "--base", "org/dense")
     adapter("a revision of its own", {"revision": "refs/pr/1"})
     adapter("a second name", {"base_model_name_or_path": "evil/dense"}, {"hub_id": "evil/dense"})
@@ -366,6 +367,7 @@ def bases_that_mislead(hub: HubServer, place: Path, out: dict[str, Any]) -> None
     out["not the newest"] = cli("verify", place / "first")
     hub.repos["org/dense"].merge(1)
     out["a new main branch"] = cli("verify", place / "small")
+    out["no revision, and a new main branch"] = cli("verify", place / "no revision")
 
 
 @scenario

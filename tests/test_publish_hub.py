@@ -90,13 +90,14 @@ def test_verify_is_not_misled_about_the_base(found: Found) -> None:
     for name in ("proposed", "proposed by name"):
         assert out[name][0] == 1
         assert "in none of its branches and tags: it may be from a pull request" in out[name][1]
-    assert out["untouched"][0] == out["a new card"][0] == 0
+    for name in ("untouched", "no revision", "a new card", "a new main branch"):
+        assert out[name][0] == 0, out[name]
     for name, message in {
         "a revision of its own": "at refs/pr/1, where model.safetensors is not as at ",
         "hashes of another base": "names the base evil/dense at the main branch, where model.safetensors is not as ",
         "a second name": "names the base 'evil/dense', and lineage.json says 'org/dense'",
         "a name for a copy": "names the base 'evil/dense', and lineage.json says 'org/dense'",
-        "a new main branch": "at the main branch, where model.safetensors is not as at ",
+        "no revision, and a new main branch": "at the main branch, where model.safetensors is not as at ",
     }.items():
         code, said = out[name]
         assert (code, message in said) == (1, True), said

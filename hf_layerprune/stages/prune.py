@@ -352,8 +352,9 @@ def _adapter(request: PruneRequest, dropped: list[int], folder: Path, prepared: 
     from ..adapter.pruning import prune_prepared
 
     model = prune_prepared(_config(request, dropped), prepared, whole=request.check, dtype=_dtype(request))
-    model.save_pretrained(str(folder))
     made: Any = model.peft_config["default"]
+    made.revision = made.base_commit  # loading would otherwise put it on whatever the base's main branch is then
+    model.save_pretrained(str(folder))
     if prepared is not None and prepared.repair is not None:
         prepared.record["repair"]["changed_modules"] = made.repaired_modules
     return made.base_commit

@@ -96,8 +96,10 @@ def base_difference(told: dict[str, Any], history: History, compared: Base) -> s
         if name == compared.source:
             now, then = (_decisive(one) for one in (repo, Repo.open(name, compared.commit, token=compared.token)))
             differ = sorted(file for file in now.keys() | then.keys() if now.get(file) != then.get(file))
-            text = f"names the base {where}, where {', '.join(differ[:1])} is not as at {compared.commit}; set that as revision"
-            return text if differ and repo.commit != compared.commit else None
+            if not differ or repo.commit == compared.commit:
+                return None
+            changed = f"where {differ[0]} is not as at {compared.commit}"
+            return f"names the base {where}, {changed}; make the adapter again with that as --revision"
         repo.get(CONFIG)
         loaded = Base(name, repo.commit, repo.fingerprint())
     differ = loaded.differences(recorded.get("files") or {})
