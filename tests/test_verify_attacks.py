@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_layerprune.cli import main
 from hf_layerprune.heal.stage import copy_beside_weights
+from hf_layerprune.publish.verify.verdict import _says_the_same
 from hf_layerprune.records.fingerprints import behaviour_hashes, fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage
 
@@ -268,6 +269,16 @@ def test_a_config_in_the_words_of_an_older_transformers(cut: Path, capsys: pytes
     forge(cut)
     code, said = says(cut, capsys)
     assert (code, "YES:" in said) == (0, True), said
+
+
+@pytest.mark.parametrize(("told", "same"), [
+    ({"type": "mrope"}, True), ({"type": "default"}, False), ({"rope_type": "default", "type": "mrope"}, True),
+    ({"type": "linear"}, False), ({"rope_type": "mrope"}, False), ({"type": "mrope", "factor": 2.0}, False),
+])  # fmt: skip
+def test_rotary_settings_of_qwen2_vl_whose_type_has_a_new_name(told: dict[str, Any], same: bool) -> None:
+    now = {"rope_parameters": {"rope_type": "default", "type": "mrope", "rope_theta": 1e6}}
+    assert _says_the_same("rope_scaling", told, now) == same
+    assert _says_the_same("rope_scaling", {"type": "linear"}, {"rope_parameters": {"rope_type": "linear"}})
 
 
 @pytest.mark.parametrize("forged", [False, True])

@@ -215,8 +215,8 @@ def _says_the_same(old: str, value: Any, told: dict[str, Any]) -> bool:
     if value is None or not isinstance(new, dict):
         return value in (None, new)
     items = value if isinstance(value, dict) else {old: value}
-    items = {"rope_type" if name == "type" else name: one for name, one in items.items()}
     parts = [new, *(part for part in new.values() if isinstance(part, dict))]  # one for each type of layers
+    parts = [{"type": part.get("rope_type")} | part for part in parts]
     return any(items.items() <= part.items() for part in parts)
 
 
