@@ -16,6 +16,7 @@ from hf_layerprune.cut.disk import plan_cut
 from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.cut.memory import drop_layers
 from hf_layerprune.errors import CheckpointError, CutError, UnsupportedModelError
+from hf_layerprune.runtime.loading import load_base
 
 from .cutting import cut_checkpoint
 from .matrix import cuts, logits
@@ -285,8 +286,12 @@ def test_what_a_config_says_about_the_files_of_the_base_does_not_survive(tmp_pat
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", **EAGER)
     lazy = load_pruned(base, [1], **EAGER)
     drop_layers(dense, [1])
-    for model in (again, lazy):
+    whole = load_base(base, **EAGER)
+    drop_layers(whole, [1])
+    for number, model in enumerate((again, lazy, whole)):
         assert_same(dict(model.state_dict()), dict(dense.state_dict()))
+        model.save_pretrained(tmp_path / f"{number}")
+        assert not about.keys() & json.loads((tmp_path / f"{number}/config.json").read_text()).keys()
     (base / "own.safetensors").unlink()
     for read in (plan_cut, load_pruned):
         with pytest.raises(CheckpointError, match=r"has no 'own\.safetensors', which its config names as its weights"):

@@ -110,6 +110,8 @@ def load_pruned(
     # If only the text part of a larger model is loaded, the weights of the other parts are not used.
     within = find_decoder_layers(model).path + "." if config is not whole else ""
     check_complete(source.name, info, within=within, remark="names in the pruned model")
+    if not kwargs.get("trust_remote_code"):  # the base's own code is neither used nor saved with the model
+        vars(model.config).pop("auto_map", None)
 
     model.name_or_path = model.config.name_or_path = source.name
     model.config._commit_hash = source.repo.commit if source.repo else None

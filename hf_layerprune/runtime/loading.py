@@ -168,6 +168,8 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     # When only the text part of a larger model is built, the other parts' weights are unexpected but harmless.
     part = bool(model_type) and model.config.model_type != model_type
     check_complete(str(base), info, within=find_decoder_layers(model).path + "." if part else "")
+    if not trust:  # the base's own code is neither used nor saved with the model
+        vars(model.config).pop("auto_map", None)
     if commit is not None:
         model.config._commit_hash = commit
     if gguf_file is not None:
