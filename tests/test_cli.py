@@ -364,4 +364,4 @@ def test_recipes_are_copied(
     assert {path.relative_to("recipes") for path in Path("recipes").rglob("*.*")} == wanted
     assert "next: accelerate launch recipes/sft_tail.py --config recipes/configs/heal.yaml" in capsys.readouterr().out
     assert main(["recipes"]) == 1
-    assert "recipes exists and is not empty" in capsys.readouterr().err
+    assert "recipes exists; choose another folder: hf-layerprune recipes OUTPUT" in capsys.readouterr().err
