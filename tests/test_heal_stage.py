@@ -93,6 +93,28 @@ def test_a_base_with_names_and_masks_of_an_old_transformers(tmp_path: Path) -> N
     assert [line.text for line in outcome.lines if line.good is False] == ["h.3.ln_1.weight is missing"]
 
 
+def test_a_trained_head_of_a_multimodal_model_is_untied_in_each_section_of_the_config(tmp_path: Path) -> None:
+    tiny_model("gemma3").save_pretrained(tmp_path / "base")
+    prune_to(PruneRequest(str(tmp_path / "base"), str(tmp_path / "cut"), drop_layers=[2]))
+    student, method = Student.at(tmp_path / "cut"), parse_method("lm_head")
+    model = get_peft_model(load_student(student, method), adapter_config(student, method))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    model.save_pretrained(tmp_path / "trained")
+    with stage("heal", {}) as entry:
+        pass
+    write_healed(student, tmp_path / "trained", tmp_path / "healed", entry)
+    outcome = verify(VerifyRequest(str(tmp_path / "healed")))
+    assert outcome.consistent, outcome.lines
+    path = tmp_path / "healed" / "model.safetensors"
+    save_file({name: one for name, one in load_file(path).items() if "lm_head" not in name}, path)
+    forge(tmp_path / "healed")
+    outcome = verify(VerifyRequest(str(tmp_path / "healed")))
+    assert any("lm_head.weight is missing" in line.text for line in outcome.lines if line.good is False)
+
+
 def test_what_training_left_as_it_was_is_not_healed(tmp_path: Path) -> None:
     write_model(tmp_path / "base")
     prune_to(PruneRequest(str(tmp_path / "base"), str(tmp_path / "cut"), drop_layers=[2]))

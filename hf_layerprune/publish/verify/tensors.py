@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...cut.folder import SINGLE
 from ...errors import CheckpointError, boundary
+from ...families import text_config
 from ...files.json_file import read_object
 from ...files.shards import INDEX, MAX_INDEX, shard_names
 from ...options import plural
@@ -221,9 +222,11 @@ def _may_be_trained(name: str, tensor: TensorHash, wanted: TensorHash | None) ->
 
 
 def _is_untied(place: Place, expected: Expected) -> bool:
-    if place.is_adapter or not expected.config.get("tie_word_embeddings"):
+    if place.is_adapter:
         return False
-    return load_config(place.folder).to_dict().get("tie_word_embeddings") is False
+    was, now = ((config, text_config(config)) for config in (_config(expected), load_config(place.folder)))
+    untied = [getattr(part, "tie_word_embeddings", None) is False for part in now]
+    return any(left and getattr(part, "tie_word_embeddings", False) for left, part in zip(untied, was, strict=True))
 
 
 def _is_head(name: str) -> bool:

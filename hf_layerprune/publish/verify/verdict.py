@@ -40,6 +40,7 @@ from .records_alone import check_chain, check_metrics, check_records_alone, find
 from .tensors import check_tensors, stored_tensors, weight_files
 
 # Fields that are set on saving, and the marker of the cut, which is checked separately; none affects the outputs.
+_TIED = "tie_word_embeddings"
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache", MARKER}
 TOKENIZER = "tokenizer_config.json"
 # Old names of fields, which a loader reads if the new one is absent.
@@ -184,11 +185,10 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
     raw, loaded = read_config_file(place.path(CONFIG)), load_config(place.folder)
     mark = raw.get(MARKER) or {}
     _check_cut(mark, CONFIG, history, outcome)
-    has, changed = loaded.to_dict(), history.changed()
-    fields = (expected.config.keys() | has.keys()) - _VOLATILE
-    differ = {name for name in fields if not _alike(expected.config.get(name), has.get(name))}
-    if any(name.endswith("lm_head.weight") for name in changed) and has.get("tie_word_embeddings") is False:
-        differ.discard("tie_word_embeddings")  # the head was untied and trained
+    has, was = loaded.to_dict(), expected.config
+    if any(name.endswith("lm_head.weight") for name in history.changed()):
+        was = _untied_where(was, has)  # the head was untied and trained
+    differ = {name for name in (was.keys() | has.keys()) - _VOLATILE if not _alike(was.get(name), has.get(name))}
     types = {_DTYPES.get(tensor.dtype) for tensor in expected.tensors.values()}
     if expected.config.get("dtype") is None and types == {has.get("dtype")}:
         differ.discard("dtype")  # saving a model records the dtype of its weights
@@ -202,6 +202,14 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
     if settings.get("fix_mistral_regex") and majors[0] != majors[1]:  # fixed only for models of transformers before 5
         texts.append(f"transformers_version is {majors[0]} and was {majors[1]}, which changes the tokenizer")
     outcome.say_all("config", texts, f"{CONFIG} is what the cut leaves of the base's")
+
+
+def _untied_where(fields: dict[str, Any], has: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config, with the head untied in each section in which another config unties it."""
+    sections = {name: _untied_where(value, has[name]) for name, value in fields.items()
+                if isinstance(value, dict) and isinstance(has.get(name), dict)}  # fmt: skip
+    untied = {_TIED: False} if has.get(_TIED) is False and fields.get(_TIED) else {}
+    return fields | sections | untied
 
 
 def _alike(one: Any, other: Any) -> bool:
