@@ -171,7 +171,9 @@ def shape_rows(
         CheckpointError: They can't be read.
     """
     with boundary(f"can't read data set {name}"):
-        columns = rows.column_names or list(next(iter(rows)))
+        columns = rows.column_names or list(next(iter(rows), ()))
+    if not columns:
+        raise CutError(f"{name} has no rows; specify a set with rows to train on")
     if media := [column for column in OTHER_MEDIA if column in columns]:
         raise CutError(f"{name} has {', '.join(media)}, and healing trains on text and images; leave it out")
     images = [column for column in IMAGE_COLUMNS if column in columns]
