@@ -22,4 +22,4 @@ def copy_recipes(request: RecipesRequest) -> Path:
     source = shipped("recipes")
     with new_folder(request.output, apart_from=source) as folder:
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-    return request.output
+    return request.output.expanduser()
