@@ -202,6 +202,23 @@ def test_a_template_that_trims_around_its_marks_can_mark_answers() -> None:
     check_chats(Dataset.from_list([{"messages": said}]), "rows", tokenizer, assistant_only=True)
 
 
+def test_of_a_student_on_the_hub_no_second_copy_of_the_weights_is_fetched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {path.name for path in (folder / "pruned").iterdir()}
+    fetched = set[str]()
+
+    def fetch(names: list[str]) -> dict[str, Path]:
+        fetched.update(names)
+        return {name: folder / "pruned" / name for name in names}
+
+    files = {*own, "model-Q4_K_M.gguf", "onnx/model.safetensors", "pytorch_model.bin"}
+    repo = SimpleNamespace(files=dict.fromkeys(files), fetch=fetch)
+    monkeypatch.setattr("hf_layerprune.heal.student.Repo.open", lambda *args: repo)
+    assert Student.at("org/pruned").cut.drop == (3, 4)
+    assert fetched == own
+
+
 class _ZeRO3:
     """What transformers asks DeepSpeed's settings."""
 
