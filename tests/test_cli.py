@@ -364,4 +364,7 @@ def test_recipes_are_copied(
     assert {path.relative_to("recipes") for path in Path("recipes").rglob("*.*")} == wanted
     assert "next: accelerate launch recipes/sft_tail.py --config recipes/configs/heal.yaml" in capsys.readouterr().out
     assert main(["recipes"]) == 1
-    assert "recipes exists; choose another folder: hf-layerprune recipes OUTPUT" in capsys.readouterr().err
+    assert "recipes exists and is not empty; choose another folder" in capsys.readouterr().err  # there is no --force
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["recipes", "~/copied", "--json"]) == 0
+    assert "sft_tail.py" in json.loads(capsys.readouterr().out)["files"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
+from hf_layerprune.calibration.documents import documents_of
 from hf_layerprune.errors import CheckpointError, CutError
 from hf_layerprune.heal.data import load_mixture, load_rows, pick_split, shape_rows
 from hf_layerprune.heal.row_checks import check_rows
@@ -84,6 +85,16 @@ def test_what_a_chat_template_reads_beside_the_messages_stays() -> None:
 @pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}, {"input_ids": [1, 2]}])
 def test_what_trl_takes_is_left_alone(row: dict[str, Any]) -> None:
     assert shaped([row]) == [row]
+
+
+@pytest.mark.parametrize("kind", ["JSONL", "PARQUET", "CSV"])
+def test_the_case_of_a_suffix_does_not_matter(kind: str, tmp_path: Path) -> None:
+    path, rows = tmp_path / f"rows.{kind}", Dataset.from_list([{"text": "a"}])
+    write = {"JSONL": rows.to_json, "PARQUET": rows.to_parquet, "CSV": rows.to_csv}
+    write[kind](str(path))
+    assert load_rows(str(path))["train"].to_list() == rows.to_list()
+    if kind != "CSV":
+        assert [document.text for document in documents_of(str(path), 0)] == ["a"]
 
 
 def test_another_name_for_text() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from peft import get_peft_model
 from transformers.integrations import deepspeed
 
@@ -21,6 +22,7 @@ from hf_layerprune.cut.memory import rehearse_config
 from hf_layerprune.errors import CutError, LayerPruneError, explain
 from hf_layerprune.families import cut_config, make_cut
 from hf_layerprune.heal.methods import parse_method
+from hf_layerprune.heal.row_checks import check_chats
 from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.measure.requests import EvalRequest
 from hf_layerprune.runtime.loading import load_config
@@ -57,6 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config.update(change)
         config.save_pretrained(folder / name)
     rows(8).to_json(folder / "rows.jsonl")
+    (folder / "empty.csv").write_text("text\n")
     (folder / "text.jsonl").write_text('{"text": "w4"}\n')
     said = [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}]
     talks = [{"messages": said}, {"messages": [said[0], {"role": "assistant", "content": None}]}]
@@ -130,13 +133,15 @@ USAGE = [
     ({"padding_free": "true"}, "--padding_free without --packing cuts no row; add --max_length none"),
     ({"activation_offloading": "true"}, "--activation_offloading frees memory of a GPU"),
     ({"optim": "schedule_free_adamw"}, "--optim can't be followed: You need to install `schedulefree`"),
+    ({"optim": "grokadamw"}, "--optim can't be followed: Please install grokadamw"),
     ({"model_init_kwargs": '{"dtype": "float32"}'}, "model_init_kwargs has no effect in this recipe"),
     ({"dataset_config": "en"}, "--dataset_config has no effect on FOLDER/rows.jsonl, which has no configurations"),
     ({"dataset_train_split": "train[:1]"}, "it has train; a part of a split is named under `datasets`"),
     ({"config": "FOLDER/named.yaml", "dataset_name": None}, "each entry of `datasets` is a mapping with a path"),
     ({"dataset_name": "FOLDER/text.jsonl", "completion_only_loss": "true"}, "text.jsonl has only text; leave it out"),
     ({"dataset_name": "FOLDER/text.jsonl", "assistant_only_loss": "true"}, "--assistant_only_loss needs conversations"),
-    (TALKS | {"assistant_only_loss": "true"}, "--assistant_only_loss can't be followed: The chat template is not"),
+    (TALKS | {"assistant_only_loss": "true"}, "--assistant_only_loss can't be followed: The "),
+    ({"dataset_name": "FOLDER/empty.csv", "dataset_streaming": "true", "max_steps": 1}, "empty.csv has no rows; specify"),
     ({"dataset_name": "FOLDER/mixed.jsonl"}, "FOLDER/mixed.jsonl has text and messages side by side"),
     (TALKS, "the chat template can't take row 1 of FOLDER/talks.jsonl: "),
     ({"eval_tasks": "piqaa"}, "piqaa"),
@@ -184,6 +189,34 @@ def test_refused_before_the_cut(
     assert said.splitlines()[-1].startswith("error: ")
     assert message.replace("FOLDER", str(folder)) in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_template_that_trims_around_its_marks_can_mark_answers() -> None:
+    """Also one that TRL could not make ready for training, as what it writes depends on the number of messages."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}w{{ loop.revindex }} {{ m['role'] }} {%- generation -%}{{ m['content'] }}"
+        "{% for call in m.tool_calls or [] %}{{ call }}{% endfor %}{%- endgeneration -%}{% endfor %}"
+    )
+    said = [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}]
+    check_chats(Dataset.from_list([{"messages": said}]), "rows", tokenizer, assistant_only=True)
+
+
+def test_of_a_student_on_the_hub_no_second_copy_of_the_weights_is_fetched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {path.name for path in (folder / "pruned").iterdir()}
+    fetched = set[str]()
+
+    def fetch(names: list[str]) -> dict[str, Path]:
+        fetched.update(names)
+        return {name: folder / "pruned" / name for name in names}
+
+    files = {*own, "model-Q4_K_M.gguf", "onnx/model.safetensors", "pytorch_model.bin"}
+    repo = SimpleNamespace(files=dict.fromkeys(files), fetch=fetch)
+    monkeypatch.setattr("hf_layerprune.heal.student.Repo.open", lambda *args: repo)
+    assert Student.at("org/pruned").cut.drop == (3, 4)
+    assert fetched == own
 
 
 class _ZeRO3:

@@ -134,7 +134,7 @@ def _data_set(source: str, seed: int) -> Iterator[Document]:
         logger.warning("calibration uses the %s split of %s; don't evaluate on it afterwards", split, name)
     streamed: dict[str, Any] = {"split": split, "streaming": True}  # only the rows that are used are downloaded
     with boundary(f"can't read calibration {source}"):
-        if name.endswith(".parquet"):
+        if name.lower().endswith(".parquet"):
             file = str(Path(name).expanduser())
             rows = load_dataset("parquet", data_files=file, trust_remote_code=False, **streamed)
         elif files := json_files(name, name=config or None):

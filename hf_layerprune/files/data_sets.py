@@ -39,7 +39,7 @@ def json_files(path: str, **where: Any) -> dict[str, list[Path]] | None:
     from datasets import load_dataset_builder
     from datasets.packaged_modules.json.json import Json
 
-    if Path(path).suffix in SUFFIXES and Path(path).is_file():
+    if Path(path).suffix.lower() in SUFFIXES and Path(path).is_file():
         return {"train": [Path(path)]}
     if path != "json" and not Path(path).is_dir():
         return None
@@ -49,7 +49,7 @@ def json_files(path: str, **where: Any) -> dict[str, list[Path]] | None:
     if not isinstance(builder, Json) or not all(path.is_file() for paths in files.values() for path in paths):
         return None
     for path_of_rows in (path for paths in files.values() for path in paths):
-        if path_of_rows.suffix not in SUFFIXES:
+        if path_of_rows.suffix.lower() not in SUFFIXES:
             raise CheckpointError(f"{path_of_rows} is not a .json or .jsonl file; unpack or rename it")
     if builder.config.field is not None:
         raise CheckpointError(f"the field {builder.config.field!r} of a JSON file can't be read; make it a file")

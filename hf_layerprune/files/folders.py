@@ -40,14 +40,14 @@ _MODEL_SIGNS = {"config.json", "adapter_config.json"}
 
 @contextmanager
 def new_folder(
-    target: Path, *, force: bool = False, apart_from: Path | None = None, replaces: re.Pattern[str] | None = None
+    target: Path, *, force: bool | None = None, apart_from: Path | None = None, replaces: re.Pattern[str] | None = None
 ) -> Iterator[Path]:
     """Create a folder under a temporary name, and rename it when the block succeeds.
 
     Args:
         target (`Path`): The folder to create.
-        force (`bool`, defaults to `False`): Replace an existing model folder. It stays until the new one is complete
-            and on disk.
+        force (`bool`, *optional*): Replace an existing model folder. It stays until the new one is complete and on
+            disk. `None` where the user has no such option.
         apart_from (`Path`, *optional*): A file or folder that must not be written to.
         replaces (`re.Pattern`, *optional*): For folders other than model folders, a pattern of the files that they may
             hold; a folder with other files is not replaced.
@@ -75,13 +75,15 @@ def new_folder(
         raise CheckpointError(f"could not write {target}: {error}") from error
 
 
-def check_target(target: Path, source: Path | None, force: bool, replaces: re.Pattern[str] | None = None) -> Path:
+def check_target(
+    target: Path, source: Path | None, force: bool | None, replaces: re.Pattern[str] | None = None
+) -> Path:
     """Check that a folder can be created without affecting any other file.
 
     Args:
         target (`Path`): The folder to create.
         source (`Path`, *optional*): The file or folder that is read, if any.
-        force (`bool`): Whether the target may be replaced.
+        force (`bool`, *optional*): Whether the target may be replaced. `None` where the user has no such option.
         replaces (`re.Pattern`, *optional*): See `new_folder`.
 
     Returns:
@@ -105,9 +107,7 @@ def check_target(target: Path, source: Path | None, force: bool, replaces: re.Pa
             raise CheckpointError(f"{named} is a file; specify a folder to create")
         if next(os.scandir(target), None) is not None:
             if not force:
-                raise CheckpointError(
-                    f"{named} exists and is not empty; replace it with --force (force=True), or choose another folder"
-                )
+                raise CheckpointError(f"{named} exists and is not empty; {_way_out(force)}")
             _check_replaceable(named, target, replaces)
     for parent in target.parents:
         if os.path.lexists(parent):
@@ -115,6 +115,12 @@ def check_target(target: Path, source: Path | None, force: bool, replaces: re.Pa
                 raise CheckpointError(f"{parent} is a file, so {named} can't be created in it; choose another folder")
             break
     return target
+
+
+def _way_out(force: bool | None) -> str:
+    return (
+        "choose another folder" if force is None else "replace it with --force (force=True), or choose another folder"
+    )
 
 
 def _check_replaceable(named: Path, folder: Path, replaces: re.Pattern[str] | None) -> None:
@@ -171,11 +177,11 @@ class NewFolder:
 
     Args:
         target (`Path`): The final path of the folder.
-        force (`bool`): Whether it may replace an existing folder.
+        force (`bool`, *optional*): Whether it may replace an existing folder. `None` where the user has no such option.
         replaces (`re.Pattern`, *optional*): See `new_folder`.
     """
 
-    def __init__(self, target: Path, force: bool, replaces: re.Pattern[str] | None = None) -> None:
+    def __init__(self, target: Path, force: bool | None, replaces: re.Pattern[str] | None = None) -> None:
         self._target = target
         self._replaces = replaces
         self._force = force
@@ -212,9 +218,7 @@ class NewFolder:
             if not os.path.lexists(self._target):
                 old.rename(self._target)
                 if not self._force:
-                    raise CheckpointError(
-                        f"{self._target} was restored after a killed run; replace it with --force (force=True)"
-                    )
+                    raise CheckpointError(f"{self._target} was restored after a killed run; {_way_out(self._force)}")
             else:
                 shutil.rmtree(old)
         for partial in self._siblings("partial"):
@@ -246,9 +250,7 @@ class NewFolder:
             if error.errno not in in_the_way or not self._target.is_dir():
                 raise
             if not self._force:
-                raise CheckpointError(
-                    f"{self._target} was created in the meantime; replace it with --force (force=True)"
-                ) from None
+                raise CheckpointError(f"{self._target} was created in the meantime; {_way_out(self._force)}") from None
             self._replace()
         sync_folder(self._target.parent)
 

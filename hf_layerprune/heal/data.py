@@ -62,12 +62,13 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
     from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 
     path = Path(name).expanduser()
+    kind = path.suffix.lower()
     with _reading(f"data set {name}"):
-        if path.suffix in FILES and not path.is_file():
+        if kind in FILES and not path.is_file():
             raise CheckpointError(
                 f"data file {path} does not exist; specify a file, a folder, or a data set on the Hub"
             )
-        if path.is_file() and path.suffix not in FILES:
+        if path.is_file() and kind not in FILES:
             raise CheckpointError(f"{path} is not a {', '.join(FILES)} file; convert or unpack it")
         saved = any((path / record).is_file() for record in ("dataset_dict.json", "state.json"))
         if config is not None and (saved or path.is_file()):
@@ -82,9 +83,9 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
             )
         if files := json_files(str(path), name=config):
             return read_json_files(files, streaming=streaming)
-        if path.suffix in FILES:
+        if kind in FILES:
             rows = {"train": str(path)}
-            return load_dataset(path.suffix[1:], data_files=rows, streaming=streaming, trust_remote_code=False)
+            return load_dataset(kind[1:], data_files=rows, streaming=streaming, trust_remote_code=False)
         source = str(path) if path.is_dir() else name
         return load_dataset(source, name=config, streaming=streaming, trust_remote_code=False)
 
@@ -171,7 +172,9 @@ def shape_rows(
         CheckpointError: They can't be read.
     """
     with boundary(f"can't read data set {name}"):
-        columns = rows.column_names or list(next(iter(rows)))
+        columns = rows.column_names or list(next(iter(rows), ()))
+    if not columns:
+        raise CutError(f"{name} has no rows; specify a set with rows to train on")
     if media := [column for column in OTHER_MEDIA if column in columns]:
         raise CutError(f"{name} has {', '.join(media)}, and healing trains on text and images; leave it out")
     images = [column for column in IMAGE_COLUMNS if column in columns]

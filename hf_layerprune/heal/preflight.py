@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,8 +114,12 @@ def check_training(args: HealConfig) -> None:
         raise CutError(
             "--activation_offloading frees memory of a GPU, and training would run on the CPU; leave it out"
         )
-    with boundary("--optim can't be followed", kind=CutError), suppress(ValueError):  # of those that need a model
-        Trainer.get_optimizer_cls_and_kwargs(args)
+    with boundary("--optim can't be followed", kind=CutError):
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(args)
+        except ValueError as error:
+            if "pass a" not in str(error):  # some optimizers need the model, which is not there yet
+                raise
     if args.eval_strategy == "no":
         refuse_unused(args, ["do_eval", "eval_on_start", "load_best_model_at_end"], "without --eval_strategy")
     with boundary("--report_to can't be followed", "leave it out, or use --report_to none", CutError):

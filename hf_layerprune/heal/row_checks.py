@@ -7,6 +7,7 @@ the first rows. Rows that are streamed are not checked.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _AT_A_TIME = 1000
 _CHATS = 10_000  # conversations that are tried, which takes some 2 seconds
 _UNLABELLED = -100
+_MARKED = re.compile(r"{%-?\s*generation\b")  # what a template puts around answers
 # Columns with a value for each token.
 _BESIDE_IDS = ("labels", "completion_mask", "assistant_masks")
 
@@ -54,13 +56,15 @@ def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, as
         assistant_only (`bool`, defaults to `False`): Whether the template must mark what the assistant says.
 
     Raises:
-        CutError: It does not take one, or can't mark answers.
+        CutError: It does not take one, or can't mark answers, or there are no rows.
     """
     from datasets import Dataset
     from trl import is_conversational
     from trl.chat_template_utils import get_training_chat_template
 
-    first = next(iter(rows))
+    first = next(iter(rows), None)
+    if first is None:
+        raise CutError(f"{name} has no rows; specify a set with rows to train on")
     pair = [isinstance(first[part], list) for part in ("prompt", "completion") if part in first]
     if "input_ids" not in first and len(set(pair)) == 2:
         raise CutError(
@@ -69,9 +73,11 @@ def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, as
     chats = "input_ids" not in first and is_conversational(first)
     if assistant_only and not chats:
         raise CutError(f"--assistant_only_loss needs conversations, and {name} has none; leave it out")
-    if assistant_only and "{% generation" not in str(tokenizer.chat_template):
+    if assistant_only and not _MARKED.search(str(tokenizer.chat_template)):
         with boundary("--assistant_only_loss can't be followed", "leave it out, to learn only last answers", CutError):
-            get_training_chat_template(tokenizer)
+            # Some versions of TRL return templates without the marks, or none.
+            if not _MARKED.search(get_training_chat_template(tokenizer) or ""):
+                raise ValueError("The chat template has no {% generation %} around answers")
     if not chats or not isinstance(rows, Dataset):
         return
     for index, row in enumerate(rows.select(range(min(len(rows), _CHATS)))):

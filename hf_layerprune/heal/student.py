@@ -16,6 +16,7 @@ from ..families.layout import find_decoder_layers, ties_head
 from ..files.hub import Repo
 from ..records.fingerprints import CONFIG, is_hashed, is_part
 from ..records.lineage import Lineage
+from ..records.names import is_gguf_name
 from ..runtime.loading import is_hub_id, load_base, load_config
 from ..runtime.model_class import model_without_weights, stored_names, whole_models
 from .methods import Method, choose_method, parse_method
@@ -61,7 +62,8 @@ class Student:
         folder = Path(name).expanduser()
         if is_hub_id(name):
             repo = Repo.open(str(name), revision)
-            files = [file for file in repo.files if is_part(file) or ("/" not in file and is_hashed(file))]
+            own = [file for file in repo.files if "/" not in file and is_hashed(file) and not is_gguf_name(file)]
+            files = [*own, *filter(is_part, repo.files)]
             folder = repo.fetch([*files, CONFIG])[CONFIG].parent
         cut = cut_of(load_config(folder))
         if cut is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..errors import CheckpointError
 from ..files.folders import new_folder
 from ..files.shipped import shipped
 from .requests import RecipesRequest
@@ -21,8 +20,6 @@ def copy_recipes(request: RecipesRequest) -> Path:
         CheckpointError: The folder exists or can't be written.
     """
     source = shipped("recipes")
-    if request.output.expanduser().exists():
-        raise CheckpointError(f"{request.output} exists; choose another folder: hf-layerprune recipes OUTPUT")
     with new_folder(request.output, apart_from=source) as folder:
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-    return request.output
+    return request.output.expanduser()

@@ -199,7 +199,7 @@ def _licence(contents: Contents, request: PushRequest) -> Outcome:
     if row.notice and not any(row.notice in path.read_text(errors="replace") for path in notices):
         text = f"a {NOTICE} file with the required sentence is missing; write it with hf-layerprune card MODEL"
         yield REFUSAL, f"{row.title}: {text}"
-    if not any("COPYING" in path.upper() or "LICEN" in path.upper() for path in files):
+    if not any(path.upper().startswith(("LICEN", "MODEL_LICEN", "MODEL-LICEN", "COPYING")) for path in files):
         text = f"a copy of it must accompany the model, and there is none; put it into the folder as LICENSE{at}"
         yield REFUSAL if row.needs_text and not request.private else WARNING, f"{row.title}: {text}"
     if row.non_commercial:

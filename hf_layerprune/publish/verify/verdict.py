@@ -39,8 +39,8 @@ from .rebuild import Expected, rebuild
 from .records_alone import check_chain, check_metrics, check_records_alone, find_base
 from .tensors import check_tensors, stored_tensors, weight_files
 
-# Fields that are set on saving, and the marker of the cut, which is checked separately; none affects the outputs.
 _TIED = "tie_word_embeddings"
+# Fields that are set on saving, and the marker of the cut, which is checked separately; none affects the outputs.
 _VOLATILE = {"_name_or_path", "transformers_version", "use_cache", MARKER}
 TOKENIZER = "tokenizer_config.json"
 # Old names of fields, which a loader reads if the new one is absent.
