@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 
 import tests.chat_server  # noqa: F401 (makes the Space's files importable)
 from tests.chat_models import TEMPLATE, pruned_model, tiny_chat_model
-from tests.gguf_makers import smollm2
+from tests.gguf_makers import misreads_gguf_tokenizers, smollm2
 from tests.measure_models import byte_tokenizer
 
 import answers  # isort: skip
@@ -409,5 +409,6 @@ def test_weights_that_are_missing_or_too_many_are_an_error(pruned: Path, tmp_pat
     assert load(folder).error is None
 
 
+@pytest.mark.skipif(misreads_gguf_tokenizers(), reason="this transformers misreads the tokenizer in a GGUF file")
 def test_a_gguf_file_has_its_own_name() -> None:
     assert source.Source(str(smollm2())).records.name == smollm2().name

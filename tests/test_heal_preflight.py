@@ -21,7 +21,9 @@ from hf_layerprune import drop_layers
 from hf_layerprune.cut.memory import rehearse_config
 from hf_layerprune.errors import CutError, LayerPruneError, explain
 from hf_layerprune.families import cut_config, make_cut
+from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.methods import parse_method
+from hf_layerprune.heal.preflight import check_training
 from hf_layerprune.heal.row_checks import check_chats
 from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.measure.requests import EvalRequest
@@ -129,8 +131,7 @@ USAGE = [
     ({"lr_scheduler_type": "warmup_stable_decay"}, "missing 1 required positional argument: 'num_decay_steps'; see --lr_scheduler_kwargs"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
     ({"eos_token": "w3"}, "--eos_token changes the tokenizer only during training"),
-    ({"packing": "true", "max_length": "none"}, "--packing fills rows of --max_length tokens, and that is none"),
-    ({"padding_free": "true"}, "--padding_free without --packing cuts no row; add --max_length none"),
+    ({"padding_free": "true"}, "--padding_free without --packing cuts no row; add --packing true"),
     ({"activation_offloading": "true"}, "--activation_offloading frees memory of a GPU"),
     ({"optim": "schedule_free_adamw"}, "--optim can't be followed: You need to install `schedulefree`"),
     ({"optim": "grokadamw"}, "--optim can't be followed: Please install grokadamw"),
@@ -189,6 +190,12 @@ def test_refused_before_the_cut(
     assert said.splitlines()[-1].startswith("error: ")
     assert message.replace("FOLDER", str(folder)) in said
     assert not (tmp_path / "run").exists()
+
+
+def test_packing_without_a_length(tmp_path: Path) -> None:
+    args = HealConfig(str(tmp_path), packing=True, max_length=None, use_cpu=True, bf16=False)
+    with pytest.raises(CutError, match="--packing fills rows of --max_length tokens, and that is none"):
+        check_training(args)
 
 
 def test_a_template_that_trims_around_its_marks_can_mark_answers() -> None:

@@ -109,7 +109,9 @@ def check_training(args: HealConfig) -> None:
     if args.packing and args.max_length is None:
         raise CutError("--packing fills rows of --max_length tokens, and that is none; set it to a number")
     if args.padding_free and not args.packing and args.max_length is not None:
-        raise CutError("--padding_free without --packing cuts no row; add --max_length none, or --packing true")
+        raise CutError(
+            "--padding_free without --packing cuts no row; add --packing true, or `max_length: null` in a settings file"
+        )
     if args.activation_offloading and args.device.type == "cpu":
         raise CutError(
             "--activation_offloading frees memory of a GPU, and training would run on the CPU; leave it out"
