@@ -102,7 +102,8 @@ def check_tensors(place: Place, history: History, expected: Expected, outcome: V
         outcome.say(True, "tensors", f"{again} are what {expected.quantizer} makes of the base's, to the last bit")
     for stages, count in sorted(outcome.recorded.items()):
         names = [name for name, by in recorded.items() if by == stages]
-        text = f"{LINEAGE} says that {stages} changed {plural(count, 'tensor')}, such as {names[0]}; what they should be is unknown"
+        which = f"{plural(count, 'tensor')}, such as {names[0]}" if count > 1 else names[0]
+        text = f"{LINEAGE} says that {stages} changed {which}; the new values can't be derived again"
         outcome.say(None, "recorded", text)
 
 
