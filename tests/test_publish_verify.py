@@ -153,7 +153,7 @@ def test_names_follow_a_later_cut(cut: Path, tmp_path: Path) -> None:
     assert main(["prune", str(cut), str(tmp_path / "later"), "--drop-layers", "1"]) == 0
     found = verify(tmp_path / "later", accept_trained=True)
     assert found.good, said(found)
-    assert "such as model.layers.2.self_attn.q_proj.weight" in said(found)
+    assert "heal changed model.layers.2.self_attn.q_proj.weight" in said(found)
 
 
 def test_a_head_that_came_apart_from_the_embeddings(tmp_path: Path) -> None:
