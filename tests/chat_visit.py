@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 WAIT = 60_000  # milliseconds; long enough for a busy machine
 expect.set_options(timeout=WAIT)
-# Messages of the browser that are no errors of this page.
+# Messages of the browser that do not come from errors of this page.
 HARMLESS = re.compile(r"Autofocus processing was blocked")
 
 

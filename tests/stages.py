@@ -1,7 +1,8 @@
 """The proof that a model type can be ranked, repaired, healed and measured, each against the model's own forward pass.
 
 Every proof computes the result of a stage a second time, in the simplest way: from whole logits of the model's own
-`forward`, one row at a time, with dropped layers turned into identities. A refusal with one of our errors is no failure.
+`forward`, one row at a time, with dropped layers turned into identities. One of our own errors is a refusal,
+not a failure.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from hf_layerprune.measure.distance import distance, perplexity
 from hf_layerprune.runtime.head import OutputHead
 from hf_layerprune.runtime.parts import hooked
 from hf_layerprune.runtime.walk import LayerWalk
-from hf_layerprune.select import taylor
+from hf_layerprune.select import ALL, taylor
+from hf_layerprune.select.runner import score_layers
 from hf_layerprune.select.trials import Trial, try_out
 
 from .comparing import TOLERANCE, cut_of, divergence, next_token_loss, same
@@ -42,7 +44,9 @@ from .tiny_multimodal import WHOLE, whole_model
 
 
 def prove_rank(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
-    """Hidden states after every layer, perplexity and KL of cuts, and the gradients of Taylor scores."""
+    """Hidden states after every layer, perplexity and KL of cuts, the gradients of Taylor scores, and a choice by each
+    criterion that has scores.
+    """
     ids = tiny_input(seed=1, batch=3, length=12)
     dense = copy.deepcopy(dense)  # some layers keep their last states, and with them the graph for gradients
     walk = LayerWalk(dense)
@@ -61,6 +65,9 @@ def prove_rank(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
     scores = taylor.score(walk, text).layers
     for i in (0, middle[0], walk.num_layers - 1):
         same(f"Taylor score of layer {i}", scores[i], _taylor(dense, ids, i))
+    for name, found in score_layers(walk, text, ALL, drop=len(middle)).items():  # as `rank` does by default
+        if len(found.pick(len(middle), set(range(walk.num_layers)), False)) != len(middle):
+            raise ProofError(f"{name} can't choose {len(middle)} layers")
 
 
 def _states_are_those_of_the_model(walk: LayerWalk, model: Any, ids: torch.Tensor) -> None:

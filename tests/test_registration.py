@@ -67,7 +67,7 @@ def test_import_is_light(code: str) -> None:
 
 def test_help_is_quick() -> None:
     def seconds() -> float:
-        """Of the processor, so that a busy machine is no failure."""
+        """Processor time, so that a busy machine does not fail the test."""
         start = os.times()
         assert run("from hf_layerprune.cli import main; main(['prune', '--help'])").returncode == 0
         end = os.times()

@@ -110,7 +110,7 @@ class _Bitsandbytes(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if not module.__name__.endswith(".ops"):
             return
         library = torch.library.Library("bitsandbytes", "IMPL")
-        _kept.append(library)  # it is unregistered when it goes
+        _kept.append(library)  # its kernels are unregistered when it is collected
         for name in torch._C._dispatch_get_all_op_names():
             space, _, own = name.partition("::")
             if space == "bitsandbytes" and not own.endswith(".out"):

@@ -116,7 +116,7 @@ class Base:
                 raise CheckpointError(
                     f"{path}, which the lineage names, is part of the model; give a base with --base"
                 )
-            resolve_base(path)  # raises if it is no model
+            resolve_base(path)  # raises if it is not a model
             return cls(path, None, fingerprint(path))
         name = where if named else history.base_on_hub
         if not name or not is_hub_id(name):
