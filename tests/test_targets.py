@@ -20,8 +20,9 @@ from hf_layerprune.runtime.loading import load_config
 from hf_layerprune.select import CRITERIA, select_layers
 from hf_layerprune.select.decode_times import DecodeTimes
 from hf_layerprune.select.targets import Target
+from hf_layerprune.stages.inspect import inspect_model
 from hf_layerprune.stages.rank import rank
-from hf_layerprune.stages.requests import RankRequest
+from hf_layerprune.stages.requests import InspectRequest, RankRequest
 
 from .cutting import cut_checkpoint
 from .gguf_makers import smollm2
@@ -72,15 +73,37 @@ def test_exact_against_what_is_written(model_type: str, bases: dict[str, Path], 
         assert cache == real_cache(model, tokens, batch)
 
 
-@pytest.mark.parametrize("model_type", ["paligemma", "qwen2_5_vl", "modernbert-decoder"])
-def test_all_of_a_model_is_counted(model_type: str) -> None:
+# Towers; a tied head with a bias of its own; a head that only the outer config ties; blocks that layers share; a slice
+# for each layer.
+@pytest.mark.parametrize(
+    "model_type", ["paligemma", "qwen2_5_vl", "modernbert-decoder", "mistral3", "zamba", "gemma3n_text"]
+)
+def test_all_of_a_model_is_counted(model_type: str, tmp_path: Path) -> None:
     model = tiny_model(model_type)
+    model.config.save_pretrained(tmp_path)
+    anatomy = inspect_model(InspectRequest(str(tmp_path), drop=2))
+    assert anatomy.total == model.num_parameters()
+    assert anatomy.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
     sizes = Sizes(model.config)
     assert sizes.parameters() == model.num_parameters()
     assert sizes.memory_bytes(context=16) == sizes.weight_bytes() + real_cache(model, 16, 1)
-    left = sizes.parameters([1, 3])
-    drop_layers(model, [1, 3])
-    assert left == model.num_parameters()
+    added = Sizes(model.config, untie=True).parameters() - sizes.parameters()
+    assert added == (model.get_input_embeddings().weight.numel() if anatomy.tied else 0)
+    if anatomy.refusal:
+        return
+    assert anatomy.left == sizes.parameters(anatomy.dropped)
+    drop_layers(model, anatomy.dropped)
+    assert anatomy.left == model.num_parameters()
+
+
+def test_integers_stay_what_they_are_in_another_data_type(tmp_path: Path) -> None:
+    base = tiny_model("deepseek_v4")
+    base.save_pretrained(tmp_path / "base")
+    integers = sum(t.numel() * t.element_size() for t in base.state_dict().values() if not t.is_floating_point())
+    whole, half = (
+        Sizes(base.config, str(tmp_path / "base"), dtype=dtype).weight_bytes() for dtype in ("auto", "bfloat16")
+    )
+    assert half == integers + (whole - integers) // 2
 
 
 @pytest.mark.parametrize(

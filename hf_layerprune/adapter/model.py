@@ -22,7 +22,7 @@ from torch import nn
 from ..cut.lazy import SAVED
 from ..cut.memory import LayerCut, drop_layers
 from ..errors import CutError, LayerPruneError
-from ..families.layout import find_decoder_layers, find_output_head
+from ..families.layout import find_decoder_layers, find_output_head, ties_head
 from ..options import check
 from ..options.kinds import quoted
 from ..repair.frozen import freeze, module_names, put, thaw
@@ -31,7 +31,7 @@ from .config import LayerDropConfig
 from .prepare import CUT, PREPARED, needs_dense, prepare
 from .resolve import cut_of, is_made, resolve_drop
 from .tail import modules_that_stay, saved_modules, tuned_modules
-from .tied import TIED, is_tied, tie_again, untie, warn_of_untying
+from .tied import TIED, tie_again, untie, warn_of_untying
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class LayerDropModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
         model, stack = self.model, find_decoder_layers(self.model)
         if peft_config.tune_lm_head is None:
-            tied = is_tied(model) or hasattr(model, TIED)  # in the base, whatever other adapters tune
+            tied = ties_head(model) or hasattr(model, TIED)  # in the base, whatever other adapters tune
             peft_config.tune_lm_head = find_output_head(model) is not None and not tied
         cut = cut_of(peft_config)
         tuned = tuned_modules(model, peft_config, cut, stack)
@@ -137,7 +137,7 @@ class LayerDropModel(BaseTuner):
             setattr(model, CUT, drop_layers(model, peft_config.drop_layers, **how))
             saved = before - model.num_parameters()
             logger.info("%d of %d parameters remain", before - saved, before)
-        if peft_config.tune_lm_head and is_tied(model) and not hasattr(model, TIED):
+        if peft_config.tune_lm_head and ties_head(model) and not hasattr(model, TIED):
             added = untie(model)
             if not peft_config.untied_lm_head:  # for a saved config, the warning was given when it was made
                 warn_of_untying(added, saved)
@@ -267,7 +267,7 @@ class LayerDropModel(BaseTuner):
             if isinstance(module, ModulesToSaveWrapper) and not (merge and module.active_adapters):
                 self.model.set_submodule(name, module.original_module)
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[func-returns-value]
-        if hasattr(model, TIED) and is_tied(model):  # what was merged, if anything, is not what untied it
+        if hasattr(model, TIED) and ties_head(model):  # what was merged, if anything, is not what untied it
             tie_again(model)
         for name in (CUT, TIED, SAVED):
             if hasattr(model, name):

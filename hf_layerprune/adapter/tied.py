@@ -17,12 +17,6 @@ logger = logging.getLogger(__name__)
 TIED = "_layer_drop_tied"
 
 
-def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output head and the embeddings share one tensor."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", None) is not None
-
-
 def untie(model: PreTrainedModel) -> int:
     """Stop transformers from tying the head again; returns how many parameters that adds.
 

@@ -21,7 +21,14 @@ import torch
 
 from .. import families
 from ..errors import CutError, boundary, cause_of
-from ..families.layout import count_parameters, find_decoder_layers, find_layer_prefix, text_model, ties_head
+from ..families.layout import (
+    count_by_layer,
+    count_parameters,
+    find_decoder_layers,
+    find_layer_prefix,
+    text_model,
+    ties_head,
+)
 from ..runtime.loading import is_hub_id
 from ..runtime.model_class import auto_class_of
 from ..runtime.windows import length_within
@@ -104,7 +111,7 @@ class Sizes:
 
     def of_layers(self, what: str, *, context: int | None = None, batch: int = 1) -> list[float]:
         """What each layer adds to a size (`"params"`, `"size"` or `"memory"`), without what it shares with others."""
-        layers = [count_parameters(layer) for layer in find_decoder_layers(self._model(())).layers]
+        layers = count_by_layer(find_decoder_layers(self._model(())).layers)
         if what == "params":
             return [float(count) for count in layers]
         sizes = [float(count * self.dtype.itemsize) for count in layers]
@@ -156,14 +163,14 @@ class Sizes:
         return [(tensor, math.prod(plan.shapes[names[tensor.name]])) for tensor in tensors if tensor.name in names]
 
     def _bytes(self, tensor: Tensor, elements: int) -> int:
-        if self._dtype == "auto":
-            return tensor.size * elements // max(1, tensor.elements)
-        if tensor.dtype not in FLOATS:
+        if self._dtype != "auto" and tensor.dtype in FLOATS:
+            return elements * self.dtype.itemsize
+        if self._dtype != "auto" and getattr(self.config, "quantization_config", None) is not None:
             raise CutError(
-                f"the base has {tensor.dtype} tensors, so its size as {self._dtype} can't be computed; leave the data type at "
-                "auto (target_dtype, dtype)"
+                f"the base is quantised (it has {tensor.dtype} tensors), so its size as {self._dtype} can't be computed; leave "
+                "the data type at auto (target_dtype, dtype)"
             )
-        return elements * self.dtype.itemsize
+        return tensor.size * elements // max(1, tensor.elements)
 
     def _plan(self, drop: Sequence[int]) -> WeightsPlan:
         assert self._weights is not None
@@ -173,8 +180,7 @@ class Sizes:
     def _head_elements(self) -> int:
         """Elements that untying the head adds."""
         model = self._model(())
-        head, table = model.get_output_embeddings(), model.get_input_embeddings()
-        return count_parameters(table) if self._untie and ties_head(model.config) and head is not None else 0
+        return count_parameters(model.get_input_embeddings()) if self._untie and ties_head(model) else 0
 
     def _model(self, drop: Sequence[int]) -> PreTrainedModel:
         """The model without weights."""

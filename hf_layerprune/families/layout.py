@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from .fields import LIST_NAMES, NOT_TEXT
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 _NORM_NAMES = (
     "norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm", "output_layernorm", "embedding_norm",
@@ -129,14 +130,22 @@ def find_final_norm(model: PreTrainedModel, stack: DecoderStack) -> str | None:
     return None
 
 
-def ties_head(config: PreTrainedConfig) -> bool:
-    """Whether the output head and the input embeddings are one matrix, as the config says."""
-    return bool(getattr(text_config(config), "tie_word_embeddings", False))
+def ties_head(model: PreTrainedModel) -> bool:
+    """Whether the output head and the input embeddings share one matrix. A config may say so of its part or as a whole."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", None) is not None
 
 
 def count_parameters(module: nn.Module) -> int:
     """The number of parameters of a module; a shared one counts once."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_by_layer(layers: Iterable[nn.Module]) -> list[int]:
+    """The number of parameters of each layer, without those that layers share."""
+    parts = [list(layer.parameters()) for layer in layers]
+    uses = Counter(id(parameter) for part in parts for parameter in part)
+    return [sum(parameter.numel() for parameter in part if uses[id(parameter)] == 1) for part in parts]
 
 
 def find_output_head(model: PreTrainedModel) -> str | None:

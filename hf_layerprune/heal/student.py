@@ -82,7 +82,9 @@ class Student:
         if name != "auto":
             return parse_method(name)
         config = load_config(self.folder)
-        method, why = choose_method(self.cut, ties_head(config), config.get_text_config().hidden_size)
+        method, why = choose_method(
+            self.cut, ties_head(model_without_weights(config)), config.get_text_config().hidden_size
+        )
         logger.info("method=auto is %s: %s", method.name, why)
         return method
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .. import families
+from ..cut.sizes import Sizes
 from ..errors import CutError, LayerPruneError, cause_of
 from ..families.engines import WAY_OUT, counted, misread
-from ..families.layout import count_parameters, find_decoder_layers, ties_head
+from ..families.layout import count_by_layer, count_parameters, find_decoder_layers, ties_head
 from ..layer_ranges import name_layers
 from ..options import CutOptions, plural
 from ..runtime.loading import load_config
@@ -30,7 +31,7 @@ class Anatomy:
         layers (`list[int]`): Parameters of each decoder layer.
         embeddings (`int`): Parameters of the input embeddings.
         head (`int`): Parameters of the output head; 0 where it is tied to the embeddings.
-        other (`int`): All other parameters: norms, other towers.
+        other (`int`): All other parameters: norms, other towers, what layers share.
         tied (`bool`): Whether the head is the embedding matrix.
         layers_path (`str`): Where the layers are in the model.
         refusal (`str`, *optional*): Why this model can't be pruned; `None` if it can.
@@ -39,6 +40,9 @@ class Anatomy:
         refused_at (`dict[str, str]`): Why it can't be ranked, repaired, healed or evaluated, by stage.
         repairs (`list[str]`): The repairs that its type is proven for.
         counted (`str`, *optional*): Which engines go by layer numbers, and so misread this model or some cuts of it.
+        dropped (`list[int]`): The layers that the cut tried out drops, the last ones that may go; empty without one.
+        left (`int`, *optional*): The parameters that it leaves.
+        no_cut (`str`, *optional*): Why no cut was tried out.
     """
 
     model_type: str
@@ -55,6 +59,9 @@ class Anatomy:
     refused_at: dict[str, str]
     repairs: list[str]
     counted: str | None = None
+    dropped: list[int] = field(default_factory=list)
+    left: int | None = None
+    no_cut: str | None = None
 
     @property
     def total(self) -> int:
@@ -63,10 +70,11 @@ class Anatomy:
 
 
 def inspect_model(request: InspectRequest) -> Anatomy:
-    """Count the parameters of a model by part, from its config alone.
+    """Count the parameters of a model by part, and those that a cut would leave, from its config alone.
 
     Raises:
         CheckpointError: There is no such model.
+        CutError: The cut that was asked for can't be made.
         LayerPruneError: It has no language decoder.
     """
     config = load_config(request.model, revision=request.revision)
@@ -88,19 +96,26 @@ def inspect_model(request: InspectRequest) -> Anatomy:
     except LayerPruneError as error:
         refusal = str(error)
     stack = find_decoder_layers(model)
-    layers = [count_parameters(layer) for layer in stack.layers]
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and ties_head(model.config)
-    # On the meta device a tied matrix may be counted twice; the parts are counted one by one instead.
-    known = {id(p) for m in (embeddings, head, *stack.layers) if m is not None for p in m.parameters()}
-    other = sum(p.numel() for p in model.parameters() if id(p) not in known)
+    layers = count_by_layer(stack.layers)
+    embeddings, tied, output = model.get_input_embeddings(), ties_head(model), model.get_output_embeddings()
+    in_table, in_head = count_parameters(embeddings), 0 if tied or output is None else count_parameters(output)
+    dropped: list[int] = []
+    left = no_cut = None
+    try:
+        if refusal is None:
+            dropped = select_layers(len(layers), CutOptions(drop=request.drop), protected)
+            left = Sizes(config).parameters(dropped)
+    except CutError as error:
+        if request.drop != InspectRequest.drop:
+            raise
+        dropped, no_cut = [], str(error)  # the user did not ask for this cut, and still wants to see the parts
     return Anatomy(
         model_type=families.text_config(config).model_type,
         architecture=type(model).__name__,
         layers=layers,
-        embeddings=count_parameters(embeddings),
-        head=0 if tied or head is None else count_parameters(head),
-        other=other,
+        embeddings=in_table,
+        head=in_head,
+        other=count_parameters(model) - sum(layers) - in_table - in_head,
         tied=tied,
         layers_path=stack.path,
         refusal=refusal,
@@ -109,6 +124,9 @@ def inspect_model(request: InspectRequest) -> Anatomy:
         refused_at=_refused_at(config),
         repairs=list(families.proven_stages().get(families.text_config(config).model_type, {}).get("repair", ())),
         counted=misread(config) or counted(config),
+        dropped=dropped,
+        left=left,
+        no_cut=no_cut,
     )
 
 
@@ -149,19 +167,13 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     if anatomy.repairs:
         lines.append(f"  it can be repaired by {', '.join(anatomy.repairs)}")
     lines += [f"  {refused}" for refused in anatomy.refused_at.values()]
-    try:
-        dropped = select_layers(n, CutOptions(drop=drop), anatomy.protected)
-    except CutError as error:
-        if drop != InspectRequest.drop:
-            raise
-        # The user did not ask for this cut, and still wants to see the parts of the model.
-        return "\n".join([*lines, f"No cut is shown: {error}"])
-    saved = sum(anatomy.layers[i] for i in dropped)
-    left = anatomy.total - saved
-    layers = plural(len(dropped), "layer")
+    left = anatomy.left
+    if left is None:
+        return "\n".join([*lines, f"No cut is shown: {anatomy.no_cut}"])
+    layers = plural(len(anatomy.dropped), "layer")
     effect = f"A cut of {drop:.0%} drops {layers} and" if isinstance(drop, float) else f"A cut of {layers}"
     lines.append(
-        f"{effect} leaves {n - len(dropped)} of {n}: {left:,} parameters, {left / anatomy.total:.1%} of the base."
+        f"{effect} leaves {n - len(anatomy.dropped)} of {n}: {left:,} parameters, {left / anatomy.total:.1%} of the base."
     )
     if anatomy.tied:
         untied = left + anatomy.embeddings
