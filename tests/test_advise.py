@@ -118,8 +118,11 @@ def test_a_target_is_advised_as_it_was_counted(base: Path, capsys: pytest.Captur
         assert request.target_dtype == "float32"
 
 
-@pytest.mark.parametrize(("model_type", "repair"), [("mixtral", None), ("mamba", "refit"), ("gemma", "borrow")])
-def test_only_repairs_that_a_type_takes_are_advised(model_type: str, repair: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "repair"), [("mixtral", None), ("qwen3_moe", None), ("mamba", "refit"), ("gemma", "borrow")]
+)
+def test_only_repairs_that_every_cut_takes_are_advised(model_type: str, repair: str | None, tmp_path: Path) -> None:
+    """Some layers of the Qwen have experts, and none of the Mixtral's has a plain MLP."""
     tiny_model(model_type).save_pretrained(tmp_path / "base")
     advice = advise(AdviseRequest(str(tmp_path / "base"), minutes=1e5, drop=1))
     assert advice.settings.get("repair") == advice.record["repair"] == repair

@@ -91,7 +91,7 @@ def test_any_text_is_bounds_or_refused_in_one_line(text: str) -> None:
         ("kl<=1e99", "finite number"),
         ("top1_agreement>=80", "a share from 0 to 1; write 0.8 for 80 %"),
         ("piqa:acc>=60", "piqa:acc is a share"),
-        ("kl<=1,kl<2", "has kl< twice"),
+        ("kl<=1,kl<2", "has two upper bounds on kl"),
         ("kl_ratio<=2", "kl is about the dense model already; leave _ratio out"),
         (3, "must be bounds"),
     ],

@@ -115,7 +115,8 @@ def parse_bounds(text: str) -> tuple[Bound, ...]:
     bounds = [_parse(part) for part in text.split(",", _MOST)]
     for index, bound in enumerate(bounds):
         if any((bound.name, bound.sign[0]) == (one.name, one.sign[0]) for one in bounds[:index]):
-            raise ValueError(f"has {bound.name}{bound.sign[0]} twice; keep one of them")
+            side = "upper" if bound.sign[0] == "<" else "lower"
+            raise ValueError(f"has two {side} bounds on {bound.name}; keep one of them")
     return tuple(bounds)
 
 

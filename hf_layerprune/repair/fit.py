@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BATCH_ROWS = 8
+_BATCH_ROWS, _PROBE_TOKENS = 8, 32
 HELD_OUT = 5  # every fifth batch is held out
 
 
@@ -131,6 +131,24 @@ def fit_repair(
         fitter.run(calibration)
     logger.debug("repaired %s: %s", method, "; ".join(map(str, fitter.records)) or "nothing to do")
     return Repair(method, fitter.tensors, fitter.records)
+
+
+@torch.no_grad()
+def check_layers(walk: LayerWalk, method: str) -> None:
+    """Refuse a repair that would be refused for some cut, since a layer lacks the weights that it changes.
+
+    Raises:
+        CutError: The repair does not exist, or a layer lacks them, such as one with experts.
+        UnsupportedModelError: The model type can't be repaired.
+    """
+    check_repair(walk.model.config, [], HELD_OUT, method)
+    fitter: Fitter = find_repair(method).load().fitter(walk, [], method)
+    fitter.first_of = {i: i + 1 for i in range(1, walk.num_layers)}  # as if a block began behind each of them
+    probe = walk.begin(torch.arange(3, _PROBE_TOKENS + 3)[None])
+    for i in range(walk.num_layers - 1):
+        with walk.layer(i) as run:
+            fitter.step(i, run, [], probe)
+            probe.hidden = run(probe.hidden, probe)
 
 
 class Fitter:

@@ -197,12 +197,15 @@ def quality(outcome: Outcome, dense: Outcome) -> dict[str, float]:
 
 
 def _too_strict(choice: ChoiceOptions, limit: float, candidate: Candidate, loss: Loss) -> CutError:
-    said, cost = _said(choice), spell_loss(str(choice.budget), loss)
-    layer = f"layer {format_layers(candidate.drop)}, the best found, costs {cost} on {loss.rows} held-out rows"
+    said, value = _said(choice), spell_loss(str(choice.budget), loss)
+    layer = (
+        f"without layer {format_layers(candidate.drop)}, the best found, it is {value} on {loss.rows} held-out rows"
+    )
     if loss.mean - loss.error <= limit:
         rows = 4 * loss.rows_needed(abs(limit - loss.mean))
         return CutError(
             f"the calibration set is too small to tell whether any layer can go within {said}: {layer}; about "
             f"{rows} rows are needed (calibration_samples={rows})"
         )
-    return CutError(f"{said} is stricter than what dropping one layer costs: {layer}; allow more, or choose a repair")
+    way_out = "" if choice.repair else ", or choose a repair"
+    return CutError(f"no layer can go within {said}: {layer}; allow a larger loss{way_out}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import families
 from ..errors import CutError, LayerPruneError
@@ -25,6 +25,9 @@ from ..runtime.windows import context_of
 from ..select.registry import find_criterion
 from ..select.sets import drop_count, free_layers
 from .requests import AdviseRequest, PruneRequest
+
+if TYPE_CHECKING:
+    from ..runtime.walk import LayerWalk
 
 _PAPER_SIZE = 5e9  # parameters; the paper's models have 6 to 9 billion
 _GOAL = 1.25  # the perplexity ratio that decides how many layers go unless an option does
@@ -142,9 +145,10 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     families.check_stage(config, "rank")  # for the criterion, and to be timed layer by layer
     n, length = families.layer_count(config), min(_LENGTH, context_of(config) or _LENGTH)
     curve = curve_in(request.from_curve.expanduser(), request).points if request.from_curve is not None else None
-    seconds = forward_seconds(open_walk(request, *open_base(request)), length)  # to read a token on this machine
+    walk = open_walk(request, *open_base(request))
+    seconds = forward_seconds(walk, length)  # to read a token on this machine
     counts = _counts(config, curve)
-    repairable = [frontier for frontier in Frontier.every() if _takes(config, frontier.source["heal"]["repair"])]
+    repairable = [frontier for frontier in Frontier.every() if _takes(walk, frontier.source["heal"]["repair"])]
     frontier, tokens = _best(repairable or Frontier.every(), request.minutes * 60, seconds, counts[-1] / n)
     expected = {count: _expected(frontier, curve, count, n, tokens) for count in counts}
     count = _count(request, config, expected)
@@ -190,12 +194,12 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     return Advice(settings, command, text, record)
 
 
-def _takes(config: Any, repair: str) -> bool:
-    """Whether a model type has layers for a repair."""
-    from ..repair.fit import check_repair
+def _takes(walk: LayerWalk, repair: str) -> bool:
+    """Whether every cut of a model takes a repair."""
+    from ..repair.fit import check_layers
 
     try:
-        check_repair(config, [], 2, repair)
+        check_layers(walk, repair)
     except LayerPruneError:
         return False
     return True
@@ -305,7 +309,7 @@ def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expect
     )
     if record["repair"] is None:
         lines.append(
-            "They were measured with a closed-form repair, which this model type can't have, so expect to lose more."
+            "They were measured with a closed-form repair, which not every cut of this model can have, so expect to lose more."
         )
     if record["criterion"]:
         lines.append(
