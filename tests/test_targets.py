@@ -168,6 +168,18 @@ def test_prune_writes_what_was_predicted(bases: dict[str, Path], tmp_path: Path)
     assert on_disk(tmp_path / "half") <= limit // 2
 
 
+def test_files_that_turn_out_too_large_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The head and more of a HY v4 stay in float32."""
+    tiny_model("hy_v4").save_pretrained(tmp_path / "base")
+    sizes = Sizes(load_config(tmp_path / "base"), str(tmp_path / "base"), dtype="bfloat16")
+    words = ["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--dtype", "bfloat16", "--target-size"]
+    assert main([*words, str(sizes.file_bytes([7]))]) == 2
+    error = capsys.readouterr().err
+    assert "more than target_size allows: some tensors stay in float32" in error
+    assert error.endswith("use drop=2 or more instead\n")
+    assert not (tmp_path / "cut").exists()
+
+
 def test_an_adapter_counts_the_head_that_it_unties(bases: dict[str, Path]) -> None:
     dense = tiny_model("gemma2")
     limit = int(0.8 * dense.num_parameters())

@@ -149,6 +149,8 @@ def prune_to(request: PruneRequest) -> Pruned:
             else:
                 commit = hub.repo.commit if hub and hub.repo else None
                 _files(request, plan_cut(hub or source, cut.drop), folder, prepared)
+        if request.target_size is not None and not request.adapter:
+            _check_size(folder, request.target_size, len(dropped))
         if target is not None:
             entry["selection"] = {"criterion": request.criterion, "target": target.record(cut.drop)}
         if curve is not None:
@@ -160,6 +162,16 @@ def prune_to(request: PruneRequest) -> Pruned:
         entry["layers"] = {"base": cut.num_layers, "left": len(cut.keep)}
         write_lineage(request, entry, commit, folder, hub)
     return Pruned(str(output), list(cut.drop), cut.num_layers, "adapter" if request.adapter else "model")
+
+
+def _check_size(folder: Path, limit: int, count: int) -> None:
+    """Refuse files that are larger than was estimated from those of the base, and than they may be."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if size > limit:
+        raise CutError(
+            f"the weight files take {spell_bytes(size)}, {spell_bytes(size - limit)} more than target_size allows: some tensors "
+            f"stay in float32, or the headers are larger than the base's; use drop={count + 1} or more instead"
+        )
 
 
 def _check_family(request: PruneRequest, config: PreTrainedConfig) -> None:
