@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from hf_layerprune.adapter.loading import load_model
 from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError, boundary
 from hf_layerprune.files.json_file import read_object
-from hf_layerprune.files.text_file import read_text
+from hf_layerprune.files.text_file import read_text, read_yaml
 from hf_layerprune.measure.answers import answers_file, find_answers, keep_answers
 from hf_layerprune.measure.harness import Score, TaskRun
+from hf_layerprune.records.declared import declared_by, front_matter
 from hf_layerprune.runtime.loading import _check_saved, as_path, load_base, load_config
 
 from .measure_models import byte_tokenizer, write_gguf, write_model
@@ -301,6 +303,33 @@ def test_json_that_is_refused(tmp_path: Path, content: bytes, message: str) -> N
     with pytest.raises(CheckpointError, match=message) as caught:
         read_object(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_key_that_is_repeated_among_many_is_found_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    path.write_text("{" + "".join(f'"k{i}": 1, ' for i in range(50_000)) + '"a": 1, "a": 2}')
+    began = time.process_time()
+    with pytest.raises(CheckpointError, match="key 'a' is repeated"):
+        read_object(path)
+    assert time.process_time() - began < 10
+
+
+def test_yaml_that_grows_when_it_is_read_is_refused(tmp_path: Path) -> None:
+    lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    text = "\n".join(["a0: &a0 [x, x]", *lines, "license: [*a9, mit]"])
+    path = tmp_path / "some.yaml"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match="more than 1,000,000 values"):
+        read_yaml(path)
+    (tmp_path / "README.md").write_text(f"---\n{text}\n---\n")
+    with pytest.raises(CheckpointError, match="more than 1,000,000 values"):
+        front_matter((tmp_path / "README.md").read_text())
+    assert declared_by(tmp_path) == {}
+
+
+def test_a_card_with_a_tag_that_fails_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"the YAML block of README\.md can't be read"):
+        front_matter("---\nlicense: !!bool perhaps\n---\n")
 
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..errors import CheckpointError, LayerPruneError, cause_of
 MAX_TEXT = 256 * 1024 * 1024
 MAX_YAML = 1024 * 1024
 MAX_DEPTH = 64
+MAX_VALUES = 1_000_000
 
 
 @contextmanager
@@ -58,8 +60,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping with string keys, of at most 1 MiB. Tags can only create plain values.
 
     Raises:
-        CheckpointError: The file can't be read, is not YAML, is not a mapping with string keys, or holds text that
-            can't be encoded.
+        CheckpointError: The file can't be read, is not YAML, is not a mapping with string keys, or is refused by
+            `check_values`.
     """
     import yaml
 
@@ -70,26 +72,36 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid YAML: {cause_of(error)}") from error
     if not isinstance(fields, Mapping) or not all(isinstance(key, str) for key in fields):
         raise CheckpointError(f"{path} must be a mapping with string keys, but is a {type(fields).__name__}")
-    check_values(fields, str(path))
+    check_values(fields, str(path), max_values=MAX_VALUES)
     return dict(fields)
 
 
-def check_values(content: Any, name: str, max_depth: int = MAX_DEPTH) -> None:
+def check_values(content: Any, name: str, max_depth: int = MAX_DEPTH, max_values: float = math.inf) -> None:
     """Refuse what the file `name` holds if it is nested deeply, or has text that can't be encoded.
 
+    Args:
+        content: The content.
+        name (`str`): The file.
+        max_depth (`int`, *optional*): The deepest allowed nesting.
+        max_values (`float`, *optional*): For YAML, whose aliases can repeat a value very often: the most values, each
+            counted as often as it appears.
+
     Raises:
-        CheckpointError: It is nested more than `max_depth` levels deep, or holds half a surrogate pair.
+        CheckpointError: It is nested more than `max_depth` levels deep, holds more than `max_values` values or half a
+            surrogate pair.
     """
-    seen: set[int] = set()  # an alias may repeat a value very often, or hold itself
-    level, depth = [content], 0
+    level, depth, count = [content], 0, 0
     while level:
         if depth > max_depth:
             raise CheckpointError(f"{name} is nested more than {max_depth} levels deep")
         inside: list[Any] = []
         for value in level:
-            if isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
-                seen.add(id(value))
+            if isinstance(value, Mapping | list | tuple | set):
                 inside += [*value, *value.values()] if isinstance(value, Mapping) else value
+                if (count := count + len(value)) > max_values:
+                    raise CheckpointError(
+                        f"{name} holds more than {max_values:,} values, counting those that it repeats"
+                    )
             elif isinstance(value, str) and not value.isascii():
                 try:
                     value.encode("utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import CheckpointError, cause_of
 from ..files.json_file import read_object
-from ..files.text_file import read_bytes
+from ..files.text_file import MAX_VALUES, check_values, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,6 @@ def front_matter(text: str, where: str = CARD) -> tuple[dict[str, Any], str]:
     Raises:
         CheckpointError: The YAML can't be read, so rewriting it would lose what somebody wrote.
     """
-    import yaml
     from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
 
     if REGEX_YAML_BLOCK.search(text) is None:
@@ -48,9 +47,10 @@ def front_matter(text: str, where: str = CARD) -> tuple[dict[str, Any], str]:
         return {}, text
     try:
         card = RepoCard(text)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except Exception as error:  # dates, numbers and tags raise other exceptions than those of YAML
         raise CheckpointError(f"the YAML block of {where} can't be read ({cause_of(error)}); correct it") from error
     fields, languages = dict(vars(card.data)), card.data.get("language")
+    check_values(fields, where, max_values=MAX_VALUES)
     # A bare `no`, which is Norwegian to the Hub, is false to this reader of YAML.
     if isinstance(languages, list):
         fields["language"] = ["no" if one is False else one for one in languages]

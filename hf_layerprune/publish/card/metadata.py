@@ -86,8 +86,8 @@ def eval_results(results: Results) -> list[Any]:
     entries = []
     for row, record in _own(results, results.rows):
         kind, task, metric = row.key
-        optional = ("stderr", "samples", "device", "dtype")
-        settings: dict[str, Any] = {name: record[name] for name in optional if name in record}
+        settings: dict[str, Any] = {name: record[name] for name in ("stderr", "samples") if name in record}
+        settings |= {name: plain(record[name]) for name in ("device", "dtype") if name in record}
         entries.append(
             EvalResult(
                 task_type="text-generation",
