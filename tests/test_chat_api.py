@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mcp.client.streamable_http import streamablehttp_client
 from tests.chat_models import NASTY, pruned_model, tiny_chat_model
 from tests.chat_server import served
 
+import api  # isort: skip
 import chat  # isort: skip
 
 
@@ -95,12 +97,37 @@ def test_records_are_those_of_the_repository(client: Client) -> None:
     [
         ({"message": "x" * 100_000}, "100,000 characters, but the limit is 40,000"),
         ({"message": "ba", "system_prompt": "x" * 100_000}, "100,002 characters"),
+        ({"message": "ba", "history": [{"role": "system", "content": "x" * 100_000}]}, "100,002 characters"),
+        ({"message": "ba", "history": [{"role": "user", "content": "x" * 100_000}]}, "100,004 characters"),
         ({"message": "ba " * 10_000}, "has 10,004 tokens. The context is 4,096 tokens, of which 256 are reserved"),
     ],
 )
 def test_a_prompt_that_is_too_long_gets_a_clear_limit(client: Client, asked: dict, message: str) -> None:
     with pytest.raises(AppError, match=message.replace(".", r"\.")):
         client.predict(**asked, api_name="/chat")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"message": 5},
+        {"message": "ba", "history": ["x"]},
+        {"message": "ba", "history": {"a": 1}},
+        {"message": "ba", "history": [{"role": "user"}]},
+        {"message": "ba", "history": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+        {"message": "ba", "temperature": "x"},
+    ],
+)
+def test_a_request_of_other_types_is_refused(client: Client, asked: dict) -> None:
+    with pytest.raises(AppError, match="This is not a request that the API documents"):
+        client.predict(**asked, api_name="/chat")
+
+
+def test_a_long_history_takes_no_longer_than_what_fits_of_it(url: str) -> None:
+    turns = [{"role": role, "content": ""} for role in ("user", "assistant")] * 200_000
+    began = time.process_time()
+    list(api.chat("ba", turns, max_tokens=3))
+    assert time.process_time() - began < 10
 
 
 def test_tools_over_mcp(url: str) -> None:

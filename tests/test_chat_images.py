@@ -209,3 +209,11 @@ def test_the_api_takes_text_alone(url: str, folder: Path) -> None:
     history = [{"role": "user", "content": [{"type": "file", "file": {"path": str(folder / "0.png")}}]}]
     with pytest.raises(AppError, match="The API takes text alone: leave the image out, or use the page"):
         client.predict("w5", history, max_tokens=4, api_name="/chat")
+    file = str(folder / "0.png")
+    for name, asked in (
+        ("/chat", {"path": file}),
+        ("/chat", [{"path": file}, "w5"]),
+        ("/compare", {"text": "w5", "files": [file]}),
+    ):
+        with pytest.raises(AppError, match="The API takes text alone"):
+            client.predict(asked, max_tokens=4, api_name=name)

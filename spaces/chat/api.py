@@ -4,11 +4,32 @@ Gradio documents both from the names, signatures and docstrings here. A return t
 streamed piece.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import chat as talk
 
+MOST_MESSAGES = 10_000  # of a history: more than tokens in a context
+
 # No `from __future__ import annotations`: Gradio needs the types themselves.
+
+
+@contextmanager
+def documented() -> Iterator[None]:
+    """Refuse a request that does not have the documented types, which Gradio does not check."""
+    try:
+        yield
+    except talk.Refused:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise talk.Refused(f"This is not a request that the API documents ({error}): see its page.") from error
+
+
+def text_alone(*said: Any) -> None:
+    """Refuse anything but text: a path would name a file of this machine."""
+    if any(talk.paths_of({"content": one}) for one in said):
+        raise talk.Refused("The API takes text alone: leave the image out, or use the page.")
 
 
 def chat(
@@ -32,15 +53,16 @@ def chat(
         max_tokens: Maximum number of new tokens.
         seed: The same seed gives the same answer; -1 for a random one.
     """
-    talk.check(message, system_prompt)
-    if any(talk.paths_of(turn) for turn in history):  # a path would name a file of this machine
-        raise talk.Refused("The API takes text alone: leave the image out, or use the page.")
-    settings = talk.settings_of(temperature, top_p, max_tokens, seed)
-    turns = [*history, {"role": "user", "content": message}]
+    with documented():
+        history = history[-MOST_MESSAGES:]
+        text_alone(message, system_prompt, *(turn["content"] for turn in history))
+        talk.check(message, str(system_prompt or ""))
+        settings = talk.settings_of(temperature, top_p, max_tokens, seed)
+        turns = talk.plain([*history, {"role": "user", "content": message}])
     if talk.models.source.chats:
-        pieces = talk.converse(turns, system_prompt, settings, ["pruned"])
+        pieces = talk.converse(turns, str(system_prompt or ""), settings, ["pruned"])
     else:
-        pieces = talk.go_on("\n".join(turn["content"] for turn in talk.plain(turns)), settings, ["pruned"])
+        pieces = talk.go_on("\n".join(turn["content"] for turn in turns), settings, ["pruned"])
     for [state], _ in pieces:
         yield state["text"]
 
@@ -67,7 +89,11 @@ def compare(
     Returns:
         For "pruned" and "dense": the text, its figures, and the bytes of weights and cache in memory.
     """
-    for states, _ in talk.both(prompt, system_prompt, talk.settings_of(temperature, top_p, max_tokens, seed)):
+    with documented():
+        text_alone(prompt, system_prompt)
+        settings = talk.settings_of(temperature, top_p, max_tokens, seed)
+        text = talk.text_of({"content": prompt})
+    for states, _ in talk.both(text, str(system_prompt or ""), settings):
         yield dict(zip(("pruned", "dense"), states, strict=True))
 
 

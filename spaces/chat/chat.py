@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from html import escape
+from itertools import groupby
 from typing import Any
 
 try:  # ZeroGPU assigns a GPU for the duration of a call
@@ -123,16 +124,14 @@ def plain(talk: list[dict[str, Any]]) -> list[Message]:
         Refused: There is an image, and the model reads text alone.
     """
     turns: list[Message] = []
-    for message in talk:
-        images = paths_of(message)
+    # Of two in a row, the answer in between was stopped before its first word.
+    for role, messages in groupby(talk, key=lambda message: message["role"]):
+        said = list(messages)
+        images = [path for message in said for path in paths_of(message)]
         if images and models.source.processor is None:
             raise Refused("This model reads only text: leave the image out.")
-        turn = {"role": message["role"], "content": text_of(message)} | ({"images": images} if images else {})
-        if turns and turns[-1]["role"] == turn["role"]:  # the answer in between was stopped before its first word
-            before = turns.pop()
-            images = [*before.get("images", ()), *images]
-            turn |= {"content": f"{before['content']}\n\n{turn['content']}"} | ({"images": images} if images else {})
-        turns.append(turn)
+        turn = {"role": role, "content": "\n\n".join(map(text_of, said))}
+        turns.append(turn | ({"images": images} if images else {}))
     return turns
 
 
@@ -145,8 +144,10 @@ def fitted(talk: list[dict[str, Any]], system: str | None, max_tokens: float) ->
     Raises:
         Refused: The last message alone is too long.
     """
-    start = [{"role": "system", "content": system.strip()}] if system and system.strip() else []
-    return models.source.fit(start + plain(talk), int(max_tokens))
+    turns = [{"role": "system", "content": system.strip()}] if system and system.strip() else []
+    turns += plain(talk)
+    check(turns[-1]["content"], *(turn["content"] for turn in turns[:-1] if turn["role"] == "system"))
+    return models.source.fit(turns, int(max_tokens))
 
 
 def converse(talk: list[dict[str, Any]], system: str | None, settings: dict[str, Any], roles: list[str]) -> Pieces:
@@ -158,6 +159,7 @@ def converse(talk: list[dict[str, Any]], system: str | None, settings: dict[str,
 
 def go_on(text: str, settings: dict[str, Any], roles: list[str]) -> Pieces:
     """Continue a text, for models without a chat template."""
+    check(text)
     ids = models.source.fit_text(text, settings["max_tokens"])
     yield from ((states, "") for states in run(roles, ids, settings))
 

@@ -111,10 +111,11 @@ class Source:
         talk = messages[len(system) :]
         starts = [i for i, message in enumerate(talk) if message["role"] == "user"]
         room = self.context - max_tokens
-        # Skip messages that can't fit (more than 16 characters per token), because tokenising a book takes a while.
+        # Skip messages that can't fit (more than 16 characters per token, or more than one message), because tokenising
+        # a book takes a while.
         sizes = [0]
         for message in reversed(talk):
-            sizes.append(sizes[-1] + len(message["content"]))
+            sizes.append(sizes[-1] + max(16, len(message["content"])))
         starts = [i for i in starts[:-1] if sizes[len(talk) - i] <= 16 * room] + starts[-1:]
 
         def fits(start: int) -> bool:
