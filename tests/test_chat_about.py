@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -143,6 +145,50 @@ def test_a_model_without_records_has_a_page(tmp_path: Path) -> None:
     assert "the card names none" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("lineage.json", "[]"),
+        ("lineage.json", "[" * 100_000),
+        ("lineage.json", '{"entries": [1]}'),
+        ("lineage.json", '{"base": ["x"]}'),
+        ("README.md", "---\nlicense: !!bool perhaps\n---\n"),
+        ("README.md", "---\n- x\n---\n"),
+    ],
+)
+def test_damaged_records_are_named(tmp_path: Path, name: str, text: str) -> None:
+    records(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=name):
+        about.Records.of(str(tmp_path))
+
+
+@pytest.mark.parametrize("total", [0, -1, 10**8, 10**15, "<b>", 2.5])
+def test_a_number_of_layers_that_no_model_has(tmp_path: Path, total: object) -> None:
+    lineage = records(tmp_path).lineage
+    lineage["entries"][0]["layers"]["base"] = total
+    (tmp_path / "lineage.json").write_text(json.dumps(lineage))
+    with pytest.raises(ValueError, match=r"lineage\.json"):
+        about.Records.of(str(tmp_path))
+
+
+def test_metadata_that_grows_when_it_is_read(tmp_path: Path) -> None:
+    lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    with pytest.raises(ValueError, match=r"README\.md is damaged .*more than 1,000,000 values"):
+        records(tmp_path, "\n".join(["---", "a0: &a0 [x, x]", *lines, "license: *a9", "---", ""]))
+
+
+def test_many_numbers_are_arranged_at_once() -> None:
+    metrics = metrics_of(lineage_of())
+    one = next(one for one in metrics.results if one["kind"] == "accuracy")
+    pair = next(one for one in metrics.comparisons if one["kind"] == "accuracy")
+    metrics.results[:] = [one | {"task": f"t{i}"} for i in range(3000)]
+    metrics.comparisons[:] = [pair | {"task": f"t{i}", "weights": one["weights"]} for i in range(3000)]
+    began = time.process_time()
+    assert len(results.results_of(metrics).rows) == 3000
+    assert time.process_time() - began < 10
+
+
 def test_records_can_hold_no_html(tmp_path: Path) -> None:
     found = records(tmp_path, "---\nlicense: <script>\n---\n")
     found.lineage["base"]["id"] = "<img src=x>"
@@ -152,3 +198,5 @@ def test_records_can_hold_no_html(tmp_path: Path) -> None:
     text = about.page(found)
     assert "<img" not in text
     assert "<script" not in text
+    found.metrics["models"][found.metrics["weights"]]["layers"] = "<img src=x>"
+    assert "<img" not in about.page(found)

@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,9 @@ except ImportError:  # in a checkout or an installed package
 
 bytes_ = results.numbers.size  # a number of bytes with a unit
 COLUMNS = 16  # the most cells in a row of the layer map, to stay readable on a phone
+MOST_LAYERS = 10_000
+MOST_BYTES = 32 << 20  # of a file of records
+MOST_VALUES = 1_000_000  # in the metadata of a card, whose YAML can repeat a value very often
 
 
 @dataclass
@@ -38,18 +42,31 @@ class Records:
 
     @classmethod
     def of(cls, model: str) -> Records:
-        """Read the records of a folder or a repository on the Hub."""
+        """Read the records of a folder or a repository on the Hub.
 
-        def path(name: str) -> str | None:
-            return cached_file(model, name, _raise_exceptions_for_missing_entries=False)
-
+        Raises:
+            ValueError: They are too large, or can't be shown.
+        """
         records = {}
-        for name in ("lineage", "metrics"):
-            if file := path(f"{name}.json"):
-                with open(file, encoding="utf-8") as opened:
-                    records[name] = json.load(opened)
-        readme = path("README.md")
-        return cls(model, card=(metadata_load(readme) or {}) if readme else {}, **records)
+        for name in ("lineage.json", "metrics.json", "README.md"):
+            if (file := cached_file(model, name, _raise_exceptions_for_missing_entries=False)) is None:
+                continue
+            try:
+                if os.path.getsize(file) > MOST_BYTES:
+                    raise ValueError(f"it is larger than {bytes_(MOST_BYTES)}")
+                if name == "README.md":
+                    records["card"] = metadata_load(file) or {}
+                    check_size(records["card"])
+                else:
+                    records[name.removesuffix(".json")] = json.loads(Path(file).read_bytes())
+            except Exception as error:  # dates, numbers and tags of YAML raise any
+                raise ValueError(f"its {name} is damaged ({' '.join(str(error).split())})") from error
+        found = cls(model, **records)
+        try:  # now, so that no part of the page can fail later
+            page(found), at_a_glance(found), found.name
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError("its lineage.json or the metadata of its README.md is damaged") from error
+        return found
 
     @property
     def name(self) -> str:
@@ -77,11 +94,24 @@ class Records:
         if not cuts:
             return None
         total = cuts[0]["layers"]["base"]
+        if not 0 < total <= MOST_LAYERS:
+            raise ValueError(f"a model has no {total} layers")
         left = list(range(total))
         for cut in cuts:  # each cut counts the layers that were left before it
             gone = set(cut["settings"]["drop_layers"])
             left = [layer for position, layer in enumerate(left) if position not in gone]
         return total, left
+
+
+def check_size(card: dict[str, Any]) -> None:
+    """Refuse the metadata of a card if it holds too many values, each counted as often as it appears."""
+    level, count = [card], 0
+    while level:
+        value = level.pop()
+        inside = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if (count := count + len(inside)) > MOST_VALUES:
+            raise ValueError(f"it has more than {MOST_VALUES:,} values")
+        level += inside
 
 
 def page(records: Records) -> str:
@@ -134,18 +164,18 @@ def dropped(layers: tuple[int, list[int]]) -> str:
 
 def measured(metrics: dict[str, Any]) -> str:
     """A table of all results, with a column for each measured model."""
-    if not metrics.get("results"):
-        return "<h2>Measured</h2><p>Nothing has been measured yet.</p>"
     try:
+        if not metrics.get("results"):
+            return "<h2>Measured</h2><p>Nothing has been measured yet.</p>"
         return f"<h2>Measured</h2>{table(metrics)}"
-    except (KeyError, TypeError, ValueError, AttributeError):  # it doesn't follow its schema
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # it doesn't follow its schema
         return "<h2>Measured</h2><p>The <code>metrics.json</code> of this repository is damaged.</p>"
 
 
 def table(metrics: dict[str, Any]) -> str:
     """The numbers of a `metrics.json`: a column for each model; below each, its difference from the dense model's."""
     arranged = results.results_of(SimpleNamespace(**metrics))
-    heads = [f"{escape(one.role)}<br><small>{one.layers} layers</small>" for one in arranged.columns]
+    heads = [f"{escape(one.role)}<br><small>{one.layers:d} layers</small>" for one in arranged.columns]
     head = "".join(f'<th scope="col">{one}</th>' for one in heads)
     body, noise = "", False
     for kinds in (results.QUALITY, results.COST):

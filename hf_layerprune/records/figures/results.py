@@ -106,11 +106,18 @@ class Results:
         columns (`list[ResultColumn]`): The stages, in order.
         rows (`list[Row]`): All rows.
         metrics (`Metrics`, *optional*): The source of the numbers.
+        pairs (`dict`, *optional*): Its comparisons, by the weights, kind, task and metric that they are about.
     """
 
     columns: list[ResultColumn]
     rows: list[Row]
     metrics: Any = field(repr=False)
+    pairs: dict[tuple[Any, ...], list[dict[str, Any]]] = field(default_factory=dict, repr=False)
+
+    def pairs_of(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        """The paired differences between a number and those of other models, the newest last."""
+        found = self.pairs.get((record["weights"], *_about(record)), [])
+        return [one for one in found if one.get("settings") in (None, record.get("settings"))]
 
     def __bool__(self) -> bool:
         return bool(self.rows)
@@ -141,7 +148,8 @@ class Results:
             return rows
         again = {(row.key[1], metric_named(row.key[2]).instead_of, row.samples) for row in rows}
         rows = [row for row in rows if (row.key[1], row.key[2], row.samples) not in again]
-        return [row for row in rows if row.run in ((), self.usual_run)]
+        usual = self.usual_run
+        return [row for row in rows if row.run in ((), usual)]
 
     @property
     def usual_run(self) -> tuple[tuple[str, int], ...]:
@@ -176,9 +184,15 @@ def results_of(metrics: Metrics | None) -> Results:
     if metrics is None or not metrics.results:
         return Results([], [], metrics)
     results = Results(list(_columns(metrics)), [], metrics)
+    for one in metrics.comparisons:
+        results.pairs.setdefault((one["weights"], *_about(one)), []).append(one)
+    alike: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in metrics.results:
+        alike.setdefault(json.dumps(_key(record), sort_keys=True), {}).setdefault(record["weights"], record)
     grouped: dict[str, dict[str, dict[str, Any]]] = {}
     for record in metrics.results:
-        key = json.dumps([_key(record), _conditions(record, metrics)], sort_keys=True)
+        partners = alike[json.dumps(_key(record), sort_keys=True)]
+        key = json.dumps([_key(record), _conditions(record, partners, results)], sort_keys=True)
         grouped.setdefault(key, {})[record["weights"]] = record
     rows = [_row(by_weights, results) for by_weights in grouped.values()]
     rows = list(_told_apart([row for row in rows if row.cells]))
@@ -191,12 +205,16 @@ def _key(record: dict[str, Any]) -> list[Any]:
     return [record.get(name) for name in ("kind", "task", "metric", "settings")]
 
 
-def _conditions(record: dict[str, Any], metrics: Metrics) -> list[Any]:
+def _about(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record.get(name) for name in ("kind", "task", "metric"))
+
+
+def _conditions(record: dict[str, Any], partners: dict[str, dict[str, Any]], results: Results) -> list[Any]:
     """What was asked, and where. A number that was compared with the base's when both were measured stands beside that,
     even if each model ran in its own type.
     """
-    bases = {one["base"] for one in metrics.comparisons if one["weights"] == record["weights"] and _is_of(one, record)}
-    partner = next((one for one in metrics.results if one["weights"] in bases and _key(one) == _key(record)), record)
+    bases = {one["base"] for one in results.pairs_of(record)}
+    partner = next((one for weights, one in partners.items() if weights in bases), record)
     return [*(record.get(name) for name in _ASKED), *(partner.get(name) for name in _WHERE)]
 
 
@@ -243,7 +261,7 @@ def _row(by_weights: dict[str, dict[str, Any]], results: Results) -> Row:
     if known.of_the_file and results.packed:
         base = None  # quantised and unquantised files can't be compared in this metric
     columns = [column.weights for column in results.columns if column.weights in by_weights]
-    cells = {weights: _cell(by_weights[weights], base, results.metrics) for weights in columns}
+    cells = {weights: _cell(by_weights[weights], base, results) for weights in columns}
     chance, settings = sample.get("chance"), sample.get("settings") or {}
     engine = " ".join(
         str(settings[name]) for name in ("engine", "weights") if "engine" in settings and name in settings
@@ -261,14 +279,15 @@ def _row(by_weights: dict[str, dict[str, Any]], results: Results) -> Row:
     )
 
 
-def _cell(record: dict[str, Any], base: dict[str, Any] | None, metrics: Metrics) -> Cell:
+def _cell(record: dict[str, Any], base: dict[str, Any] | None, results: Results) -> Cell:
     kind, metric, value = record["kind"], record["metric"], record["value"]
     text, share = numbers.measured(metric, value, kind, record.get("unit")), metric_named(metric, kind).unit == SHARE
     if record.get("stderr"):
         text = numbers.with_error(text, value, record["stderr"], share=share)
     if base is None or base is record:
         return Cell(text, "", False, record)
-    paired = _paired(metrics, record, base["weights"])
+    # The newest.
+    paired = next((one for one in reversed(results.pairs_of(record)) if one["base"] == base["weights"]), None)
     if share and metric != "top1_agreement":
         difference = paired["difference"] if paired else value - base["value"]
         change = numbers.signed(numbers.percent(difference), difference)
@@ -283,19 +302,6 @@ def _cell(record: dict[str, Any], base: dict[str, Any] | None, metrics: Metrics)
         change = "" if kind == "speed" else numbers.ratio(value / base["value"])
     p_value = paired.get("p_value") if paired else None
     return Cell(text, change, p_value is not None and p_value > SIGNIFICANT, record, paired)
-
-
-def _paired(metrics: Metrics, record: dict[str, Any], base: str) -> dict[str, Any] | None:
-    """The newest paired difference between a number and the base's."""
-    pair = (record["weights"], base)
-    found = (one for one in reversed(metrics.comparisons) if (one["weights"], one["base"]) == pair)
-    return next((one for one in found if _is_of(one, record)), None)
-
-
-def _is_of(paired: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether a comparison is about this number, given that it is about these weights."""
-    same = all(paired.get(name) == record.get(name) for name in ("kind", "metric", "task"))
-    return same and paired.get("settings") in (None, record.get("settings"))
 
 
 def run_words(run: Iterable[tuple[str, int]]) -> str:
