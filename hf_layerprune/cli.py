@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return answer.code
     except (Exception, KeyboardInterrupt) as error:
         if screen.debug or wants_traceback():
-            traceback.print_exc()
+            print(shown(traceback.format_exc()), file=sys.stderr)
         return _fail(*explain(error, "--debug"))
 
 

@@ -20,6 +20,8 @@ _UNPRINTABLE = re.compile(
 )
 # Hub tokens, which must not appear in any message.
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
+# A password in an address, such as that of a mirror of the Hub (HF_ENDPOINT); a path has one of the two slashes.
+_PASSWORD = re.compile(r"(?<=:/)(/?)[^/\s@]{1,300}@")
 _MOST = 300  # characters to keep of a library's message
 # Exceptions whose message is clear without the class name.
 _PLAIN = (OSError, ValueError, RuntimeError, ImportError)
@@ -132,8 +134,8 @@ def one_line(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Escape control characters other than line ends, and mask Hub tokens."""
-    text = _TOKEN.sub(r"\1_***", text)
+    """Escape control characters other than line ends, and mask Hub tokens and passwords in addresses."""
+    text = _PASSWORD.sub(r"\1***@", _TOKEN.sub(r"\1_***", text))
     return "\n".join(_UNPRINTABLE.sub(_escape, line) for line in text.split("\n"))
 
 

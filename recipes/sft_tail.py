@@ -381,7 +381,7 @@ def run() -> int:
         missed, code = main(*settings), 1
     except (Exception, KeyboardInterrupt) as error:
         if wants_traceback():
-            traceback.print_exc()
+            print(shown(traceback.format_exc()), file=sys.stderr)
         message, code = explain(error)
         missed = [message]
     for line in missed:

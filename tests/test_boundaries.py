@@ -278,6 +278,19 @@ def test_an_error_of_our_own_is_one_line(capsys: pytest.CaptureFixture[str], mon
     assert error == "hf-layerprune: internal error: KeyError: 'no\\x1bsuch'; --debug shows where it came from\n"
 
 
+@pytest.mark.parametrize("words", [[], ["--debug"]])
+@pytest.mark.parametrize("secret", ["hf_" + "a1" * 17, "https://me:secret@mirror/m", "https:/:secret@mirror/m"])
+def test_secrets_are_masked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], secret: str
+) -> None:
+    monkeypatch.setattr("hf_layerprune.commands.inspect.run", lambda args: {}[secret])
+    assert main(["inspect", "model", *words]) == 1
+    error = capsys.readouterr().err
+    assert "***" in error
+    assert "secret@" not in error
+    assert "a1a1" not in error
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 
