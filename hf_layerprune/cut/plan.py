@@ -7,6 +7,7 @@ is made here; `write.py` then carries it out.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 import re
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .. import families
 from ..errors import CheckpointError
 from ..families.layout import find_layer_prefix
+from ..files.json_file import parse_json
 from ..runtime.model_class import model_class_of
 from .base import Weights
 from .folder import SINGLE
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LISTED = "tensor_names"  # a list of all names, among torchao's notes
 _SHARD = "model-{:05d}-of-{:05d}.safetensors"
 
 
@@ -177,7 +180,8 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
     weight_map: dict[str, str] = {}
     for number, (file, items) in enumerate(kept.items(), 1):
         target = SINGLE if weights.index is None else _SHARD.format(number, len(kept))
-        shards.append(_shard(file, target, weights.headers[file], items))
+        header = weights.headers[file]
+        shards.append(_shard(file, target, header, items, _notes(header.metadata, prefix, cut)))
         weight_map |= {item.new.name: target for item in items}
     index = None
     if weights.index is not None:
@@ -282,8 +286,29 @@ def _keep(
     return _Kept(tensor, Tensor(name, tensor.dtype, new_shape, 0, rows.length), (rows,))
 
 
-def _shard(file: str, target: str, header: Header, kept: list[_Kept]) -> ShardPlan:
-    if len(kept) == len(header.tensors) and all(item.new == item.old for item in kept):
+def _notes(metadata: dict[str, str] | None, prefix: str, cut: families.Cut) -> dict[str, str] | None:
+    """What a file notes on its tensors, as torchao does to unpack them, by their names after the cut."""
+    if metadata is None or not any(name.startswith(prefix) for name in metadata):
+        return metadata
+
+    def renamed(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+        for name in names:
+            index, dot, rest = name.removeprefix(prefix).partition(".")
+            if not (name.startswith(prefix) and index.isdecimal()):
+                yield name, name
+            elif (layer := cut.new_index.get(int(index))) is not None:
+                yield name, f"{prefix}{layer}{dot}{rest}"
+
+    notes = {new: metadata[old] for old, new in renamed(metadata)}
+    listed = parse_json(notes.get(_LISTED, "null"), f"{_LISTED} in a safetensors header")
+    if isinstance(listed, list):
+        notes[_LISTED] = json.dumps([new for _, new in renamed(map(str, listed))])
+    return notes
+
+
+def _shard(file: str, target: str, header: Header, kept: list[_Kept], notes: dict[str, str] | None) -> ShardPlan:
+    whole = len(kept) == len(header.tensors) and all(item.new == item.old for item in kept)
+    if whole and notes == header.metadata:
         return ShardPlan(file, header.version, target, b"", (Span(0, header.size),), whole=True)
     # The widest types first, as the safetensors library writes them: every tensor is aligned whatever goes before it.
     ordered = sorted(kept, key=lambda item: -DTYPE_BITS[item.old.dtype])
@@ -293,7 +318,7 @@ def _shard(file: str, target: str, header: Header, kept: list[_Kept]) -> ShardPl
         placed.append(replace(item.new, start=position, end=position + item.new.size))
         position += item.new.size
     pieces = tuple(merged(piece for item in ordered for piece in item.pieces))
-    return ShardPlan(file, header.version, target, write_header(placed, header.metadata), pieces, whole=False)
+    return ShardPlan(file, header.version, target, write_header(placed, notes), pieces, whole=False)
 
 
 def merged(pieces: Iterable[Any]) -> Iterator[Any]:
