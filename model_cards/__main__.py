@@ -19,7 +19,6 @@ from pathlib import Path
 from hf_layerprune.errors import CheckpointError, LayerPruneError
 from hf_layerprune.publish.card.style import drawn_for
 from hf_layerprune.publish.card.writing import ASSETS, compose, read_card, write_card
-from hf_layerprune.publish.verify.records_alone import recorded_identity
 from hf_layerprune.records.declared import CARD
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
@@ -85,7 +84,7 @@ def outdated(folder: Path) -> list[str]:
         found += [name for name in RECORDS if not _same(folder / name, again / name)]
         if any(not entry.get("weights") or not entry.get("files") for entry in lineage.entries):
             found.append(f"{RECORDS[0]}: a stage does not record its weights and its other files")
-        elif metrics is not None and (text := metrics.mismatch(recorded_identity(lineage, metrics), lineage)):
+        elif metrics is not None and (text := metrics.mismatch(metrics.recorded_identity(lineage), lineage)):
             found.append(f"{RECORDS[1]} {text}")
         elif metrics is None or any("identity" not in model for model in metrics.models.values()):
             found.append(f"{RECORDS[1]} does not say on which config and tokenizer its numbers were measured")

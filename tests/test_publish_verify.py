@@ -232,6 +232,39 @@ def test_an_adapter(place: Path, tmp_path: Path) -> None:
     assert "tensors: model.layers.0.mlp.up_proj.weight differs from the base's" in said(found, False)
 
 
+def test_an_adapter_with_a_head_of_its_own(tmp_path: Path) -> None:
+    """Until it is trained, it has the values of the embeddings, to which it was tied."""
+    model = tiny_model("llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "base")
+    words = ["--drop-layers", "2", "--adapter", "--tune-lm-head"]
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "small"), *words]) == 0
+    found = verify(tmp_path / "small")
+    assert found.good, said(found)
+    path = tmp_path / "small" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.lm_head.weight"][0] += 1
+    save_file(tensors, path)
+    claim(tmp_path / "small")
+    assert "lm_head.weight is not a tensor of the base" in said(verify(tmp_path / "small"), False)
+
+
+def test_an_adapter_on_a_pruned_model(cut: Path, tmp_path: Path) -> None:
+    """What it is put on is verified too."""
+    edit(cut, lambda tensors: tensors[Q3].add_(1), record={"changed_tensors": [Q3]})
+    words = ["--drop-layers", "1", "--adapter", "--tune-layers", "1"]
+    assert main(["prune", str(cut), str(tmp_path / "small"), *words]) == 0
+    found = verify(tmp_path / "small")
+    assert found.verdict.startswith("IN PART"), said(found)
+    assert found.recorded == {"heal": 1}
+    change_lineage(cut, lambda data: data["entries"][-1].update(settings={"rate": 1}))
+    assert "is not the model that lineage.json says was cut again" in said(verify(tmp_path / "small"), False)
+    change_lineage(cut, lambda data: data["entries"][-1].update(settings={}))
+    flip(cut, Q4)
+    assert f"names the base {cut}, which is not proven" in said(verify(tmp_path / "small"), False)
+
+
 def test_a_base_that_has_moved(place: Path, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lineage = Lineage.of(cut)
     lineage.base["id"] = str(tmp_path / "gone")

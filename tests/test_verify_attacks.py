@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_layerprune.cli import main
 from hf_layerprune.heal.stage import copy_beside_weights
-from hf_layerprune.publish.verify.verdict import _says_the_same
+from hf_layerprune.publish.verify.fields import reads_another_tokenizer, says_the_same
 from hf_layerprune.records.fingerprints import behaviour_hashes, fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage
 
@@ -126,7 +126,16 @@ def move_weights(folder: Path, name: str) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / name).parent.mkdir()
     (folder / "model.safetensors").rename(folder / name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def list_weights(folder: Path) -> None:
+    """In an index that transformers can't read."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "a.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 BEHAVIOUR: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -164,6 +173,10 @@ CONFIG: dict[str, Callable[[Path], object]] = {
     "an old name beside the new one": edit_json("config.json", torch_dtype="float16"),
     "generation": edit_json("config.json", temperature=7.0, do_sample=True),
     "a plan of devices": edit_json("config.json", base_model_tp_plan={"lm_head": "rowwise"}),
+    "a name that chooses the tokenizer's class": edit_json(
+        "config.json", _name_or_path="deepseek-ai/deepseek-coder-x"
+    ),
+    "a version that stops the tokenizer": edit_json("config.json", transformers_version="none"),
     "a mark of quantisation": edit_json("config.json", _is_quantized=True),
     "more in the mark of the cut": edit_json(
         "config.json", layer_drop={"drop_layers": [2, 5], "num_base_layers": 8, "x": 1}
@@ -186,6 +199,7 @@ PLANTED: dict[str, Callable[[Path], object]] = {
     "a hidden template": write("additional_chat_templates/.tool_use.jinja", "{{ 'evil' }}"),
     "a GGUF file": write("model.gguf", b"GGUF"),
     "weights in a folder": lambda folder: move_weights(folder, "sub/w.safetensors"),
+    "an index without metadata": list_weights,
     "a tensor named twice": name_twice,
     "a pickle": write("pytorch_model.bin", b"\x80\x04."),
     "another pickle": write("adapter_model.bin", b"\x80\x04."),
@@ -258,7 +272,9 @@ def test_the_version_by_which_a_tokenizer_is_read(tmp_path: Path, capsys: pytest
     assert json.loads((healed / "config.json").read_text())["transformers_version"] == "4.57.3"
     edit_json("config.json", transformers_version="5.24.0")(cut)
     forge(cut)
-    assert "transformers_version is 5 and was 4, which changes the tokenizer" in says(cut, capsys)[1]
+    assert "transformers_version is 5.24.0 and was 4.57.3, which changes the tokenizer" in says(cut, capsys)[1]
+    early, release = ({"transformers_version": version} for version in ("5.0.0.dev0", "5.0.0"))
+    assert reads_another_tokenizer(early, release, {"fix_mistral_regex": True})
 
 
 def test_a_config_in_the_words_of_an_older_transformers(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,8 +293,8 @@ def test_a_config_in_the_words_of_an_older_transformers(cut: Path, capsys: pytes
 ])  # fmt: skip
 def test_rotary_settings_of_qwen2_vl_whose_type_has_a_new_name(told: dict[str, Any], same: bool) -> None:
     now = {"rope_parameters": {"rope_type": "default", "type": "mrope", "rope_theta": 1e6}}
-    assert _says_the_same("rope_scaling", told, now) == same
-    assert _says_the_same("rope_scaling", {"type": "linear"}, {"rope_parameters": {"rope_type": "linear"}})
+    assert says_the_same("rope_scaling", told, now) == same
+    assert says_the_same("rope_scaling", {"type": "linear"}, {"rope_parameters": {"rope_type": "linear"}})
 
 
 @pytest.mark.parametrize("forged", [False, True])
@@ -308,6 +324,7 @@ ADAPTER: dict[str, Callable[[Path], object]] = {
     "a file to read": edit_json("adapter_config.json", repair="linear", calibration="/etc/hostname"),
     "another task": edit_json("adapter_config.json", task_type="SEQ_CLS"),
     "other targets": edit_json("adapter_config.json", target_modules=".*", exclude_modules=["lm_head"]),
+    "anew, where it is loaded for training": edit_json("adapter_config.json", inference_mode=False),
     "a field of nobody's": edit_json("adapter_config.json", runtime_config={"x": 1}),
     "a pickle beside it": write("adapter_model.bin", b"\x80\x04."),
     "stray weights beside it": lambda folder: save_file(TENSOR, folder / "model.safetensors"),
@@ -324,6 +341,30 @@ def test_an_adapter(adapter: Path, attack: str, forged: bool, capsys: pytest.Cap
     code, said = says(adapter, capsys)
     assert code == 1
     assert "YES" not in said
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "generation_config.json", "chat_template.jinja"])
+def test_an_adapter_that_is_put_on_another_base(
+    place: Path, adapter: Path, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The records may say little of the base; what counts are its files."""
+    evil = Path(shutil.copytree(place / "base", tmp_path / "evil"))
+    if file == "model.safetensors":
+        train(evil, "model.layers.0.mlp.up_proj.weight")
+    else:
+        (evil / file).write_text("{}")
+    edit_json("adapter_config.json", base_model_name_or_path=str(evil))(adapter)
+    for folder in (place / "base", evil):
+        save_file(TENSOR, folder / "x.safetensors")
+    try:
+        lineage = Lineage.of(adapter)
+        lineage.base["files"] = {"x.safetensors": fingerprint(evil)["x.safetensors"]}
+        lineage.write(adapter)
+        forge(adapter)
+        code, said = says(adapter, capsys, "--base", str(place / "base"))
+    finally:
+        (place / "base" / "x.safetensors").unlink()
+    assert (code, f"where {file} is not as in " in said) == (1, True), said
 
 
 def test_an_adapter_without_what_was_trained(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

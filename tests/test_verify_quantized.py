@@ -133,6 +133,44 @@ def test_what_the_weight_files_note_counts(nf4):
     assert f"note on {DOWN} is not what bitsandbytes" in said(found, False)
 
 
+def test_what_the_weight_files_of_a_quantised_base_note_counts(place, tmp_path):
+    base, cut = quantise(place / "base", tmp_path / "base", torchao_int8()), tmp_path / "cut"
+    assert main(["prune", str(base), str(cut), "--drop-layers", "2,5"]) == 0
+    assert check(cut).good
+    path = cut / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        notes = file.metadata()
+    assert not any(name.startswith("model.layers.6.") for name in notes)
+    assert "model.layers.6." not in notes["tensor_names"]
+    notes[DOWN] = notes[DOWN].replace("[1, 48]", "[1, 24]")
+    save_file(load_file(path), path, metadata=notes)
+    lineage = Lineage.of(cut)
+    lineage.entries[-1]["weights"] = weights_hash(fingerprint(cut))
+    lineage.write(cut)
+    assert f"note on {DOWN} is not what the base's note" in said(check(cut), False)
+
+
+def test_layers_that_are_quantised_in_two_ways_stay_so_when_they_are_renumbered(place, tmp_path):
+    from torchao.quantization import FqnToConfig, Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    ways = {"[0-3]": Int8WeightOnlyConfig(), "[4-7]": Int8DynamicActivationInt8WeightConfig()}
+    how = TorchAoConfig(quant_type=FqnToConfig({f"re:model\\.layers\\.{i}\\..*_proj": way for i, way in ways.items()}))
+    base = quantise(place / "base", tmp_path / "base", how)
+    assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "2"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", device_map="cpu")
+    plain = [layer.mlp.up_proj.weight.act_quant_kwargs is None for layer in model.model.layers]
+    assert plain == [True] * 3 + [False] * 4
+    assert check(tmp_path / "cut").good
+
+
+def test_a_cut_that_was_quantised_and_cut_again(place, tmp_path):
+    record_quantized(place / "cut", quantise(place / "cut", tmp_path / "q", torchao_int8()))
+    assert main(["prune", str(tmp_path / "q"), str(tmp_path / "again"), "--drop-layers", "1"]) == 0
+    found = check(tmp_path / "again")
+    assert found.good, said(found, False)
+
+
 def test_an_extra_tensor_is_a_no(nf4):
     path = nf4 / "model.safetensors"
     save_file(load_file(path) | {f"{DOWN}.extra": torch.ones(1)}, path, metadata={"format": "pt"})
@@ -209,6 +247,30 @@ def test_a_method_that_takes_data_is_only_as_recorded(place, tmp_path, settings,
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
     save_file(tensors, path, metadata={"format": "pt"})
     assert "model.norm.weight differs from the base's" in said(check(tmp_path / "gptq"), False)
+
+
+def test_a_quantiser_that_completes_the_names_of_gpt2_and_writes_its_settings(tmp_path):
+    base, cut, gptq = (tmp_path / name for name in ("base", "cut", "gptq"))
+    tiny_model("gpt2").transformer.save_pretrained(base)  # without the head: names begin with h.
+    edit_config = json.loads((base / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
+    (base / "config.json").write_text(json.dumps(edit_config))
+    assert main(["prune", str(base), str(cut), "--drop-layers", "2,5"]) == 0
+    shutil.copytree(cut, gptq)
+    (gptq / "lineage.json").unlink()
+    tensors = {f"transformer.{name}": tensor for name, tensor in load_file(cut / "model.safetensors").items()}
+    module = "transformer.h.3.mlp.c_fc"
+    del tensors[f"{module}.weight"]
+    tensors |= {f"{module}.qweight": torch.ones(2, 2, dtype=torch.int32), f"{module}.scales": torch.ones(2)}
+    save_file(tensors, gptq / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "gptq", "bits": 4}
+    (gptq / "config.json").write_text(
+        json.dumps(json.loads((cut / "config.json").read_text()) | {"quantization_config": settings})
+    )
+    (gptq / "quantize_config.json").write_text(json.dumps(settings))
+    record_quantized(cut, gptq)
+    found = check(gptq)
+    assert found.verdict.startswith("IN PART"), said(found)
+    assert found.recorded == {"quantize": 2}
 
 
 def test_a_quantised_model_without_its_record_is_told_the_way_out(place, tmp_path):

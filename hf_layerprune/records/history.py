@@ -129,6 +129,12 @@ class History:
                 by_tensor.setdefault(name, []).append(stage.name)
         return by_tensor
 
+    @property
+    def since_last_cut(self) -> tuple[Stage, ...]:
+        """The last cut, and the stages after it."""
+        last = max((number for number, stage in enumerate(self.stages) if stage.name == "prune"), default=0)
+        return self.stages[last:]
+
     def layers_changed(self, stage: str) -> set[int]:
         """Base indices of the layers that stages of this name changed."""
         layers = set()

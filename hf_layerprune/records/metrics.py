@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..errors import CheckpointError, boundary
 from ..files.copy import write_text
 from ..files.json_file import check_schema, load_schema, read_object
 from .figures.results import CONDITIONS
-from .fingerprints import Identity, identity
+from .fingerprints import Identity, identity, identity_of
 from .lineage import Lineage
 from .locked import locked
 from .requirements import Bound, Outcome, judge, parse_bounds
@@ -133,6 +133,15 @@ class Metrics:
             names = ", ".join(f"{self.models[weights]['name']} ({weights[:12]})" for weights in foreign)
             return f"holds numbers of {names}, which are not in the history of this model"
         return None
+
+    def recorded_identity(self, lineage: Lineage) -> Identity:
+        """The identity of a model whose files are elsewhere, as the `weights` and `files` of its last stage record it.
+
+        The base of an adapter is the one that its numbers name.
+        """
+        last = lineage.entries[-1]
+        base = self.models.get(last["weights"], {}).get("identity", {}).get("base")
+        return replace(identity_of(last["files"], base), weights=last["weights"])
 
     def check_belongs(self, folder: Path, lineage: Lineage | None) -> None:
         """Refuse numbers that contradict the model in a folder or its history; see [`mismatch`].

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from ...records.fingerprints import (
     ADAPTER_CONFIG,
     CONFIG,
     fingerprint,
+    hash_files,
     hash_hub_files,
     holds_weights,
     is_inert,
+    is_model_file,
     sha256_of,
 )
 from ...records.history import History
@@ -41,35 +43,36 @@ class Place:
     repo: Repo | None = None
 
     @classmethod
-    def open(cls, request: VerifyRequest) -> Place:
-        """Locate a model and hash its files. For weights on the Hub, the hashes that the Hub lists are used.
+    def open(
+        cls,
+        model: str,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        counts: Callable[[str], bool] = lambda name: not is_inert(name),
+    ) -> Place:
+        """Locate a model and hash the files that count. For weights on the Hub, the hashes that the Hub lists are used.
 
         Raises:
             CheckpointError: The model does not exist or can't be read.
         """
-        if is_hub_id(request.model):
-            return cls._on_hub(Repo.open(request.model, request.revision, token=request.token))
-        folder = Path(request.model).expanduser()
+        if is_hub_id(model):
+            repo = Repo.open(model, revision, token=token)
+            names = [name for name in repo.files if counts(name)]
+            if repo.offline and not any(holds_weights(name) for name in names):
+                raise CheckpointError(f"the weights of {repo.name} are not in the cache ({repo.offline}); go online")
+            hashes, folder = hash_hub_files(repo, names)
+            return cls(repo.name, folder, hashes, repo)
+        folder = Path(model).expanduser()
         if not folder.is_dir():
             what = "is a file" if folder.is_file() else "does not exist"
             raise CheckpointError(f"{folder} {what}; specify a model folder or a Hub id")
-        hashes: dict[str, str] = {}
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(folder).as_posix()
-            if is_inert(name) or (path.is_dir() and not path.is_symlink()):
-                continue
-            if not path.is_file():
-                raise CheckpointError(f"{path} is a broken link or a link to a folder; remove it")
-            hashes[name] = sha256_of(path)
-        return cls(str(folder), folder, hashes)
-
-    @classmethod
-    def _on_hub(cls, repo: Repo) -> Place:
-        names = [name for name in repo.files if not is_inert(name)]
-        if repo.offline and not any(holds_weights(name) for name in names):
-            raise CheckpointError(f"the weights of {repo.name} are not in the cache ({repo.offline}); go online")
-        hashes, folder = hash_hub_files(repo, names)
-        return cls(repo.name, folder, hashes, repo)
+        paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+        paths = {
+            name: path for name, path in paths.items() if counts(name) and (path.is_symlink() or not path.is_dir())
+        }
+        if no_file := next((path for path in paths.values() if not path.is_file()), None):
+            raise CheckpointError(f"{no_file} is a broken link or a link to a folder; remove it")
+        return cls(str(folder), folder, hash_files(paths))
 
     @property
     def is_adapter(self) -> bool:
@@ -146,6 +149,20 @@ class Base:
         decisive = [name for name in told if holds_weights(name) or name == CONFIG]
         return [name for name in told if (name in decisive or name in self.files)
                 and _bytes(self.files.get(name)) != _bytes(told[name])]  # fmt: skip
+
+    def differs_from(self, name: str, revision: str | None) -> str | None:
+        """A file that a loader reads here, and finds to be another one, or absent, in a folder or repository."""
+        same = str(Path(name).expanduser()) == str(self.source)
+        if same and (self.commit is None or self.commit == Repo.open(name, revision, token=self.token).commit):
+            return None
+        there, here = (_loaded(*at, self.token) for at in ((name, revision), (str(self.source), self.commit)))
+        return next((file for file in sorted(here.keys() | there.keys()) if here.get(file) != there.get(file)), None)
+
+
+def _loaded(source: str, revision: str | None, token: str | bool | None) -> dict[str, str]:
+    """The sha256 of each file that a loader reads, by name."""
+    path = Path(source).expanduser()
+    return {"": sha256_of(path)} if path.is_file() else Place.open(source, revision, token, is_model_file).hashes
 
 
 def _bytes(entry: Mapping[str, Any] | None) -> tuple[Any, ...] | None:

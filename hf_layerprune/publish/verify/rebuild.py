@@ -7,10 +7,11 @@ import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...cut.base import Base as Checkpoint
 from ...cut.disk import plan_cut
@@ -27,6 +28,9 @@ from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_base, load_config
 from .places import Base
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,35 +43,116 @@ class TensorHash(NamedTuple):
 
 
 @dataclass(frozen=True)
+class WeightFile:
+    """The content of a safetensors file.
+
+    Args:
+        sha256 (`str`): The hash of the file.
+        tensors (`dict[str, TensorHash]`): Its tensors, by name.
+        notes (`dict[str, str]`): What it says about them, which decides how some quantised ones are unpacked.
+    """
+
+    sha256: str
+    tensors: dict[str, TensorHash]
+    notes: dict[str, str]
+
+    @classmethod
+    def read(cls, path: Path) -> WeightFile:
+        """Hash a file and its tensors.
+
+        Raises:
+            CheckpointError: It is not a valid safetensors file.
+        """
+        header = read_header(path)
+        with LocalFile(path) as file:
+            start = header.data_start
+            return cls.of(file.read(0, start), file.chunks(start, header.size - start))
+
+    @classmethod
+    def of(cls, header: bytes, data: Iterator[memoryview]) -> WeightFile:
+        """Hash a valid file from its header and the parts that follow it."""
+        whole, part = hashlib.sha256(header), memoryview(b"")
+        tensors: dict[str, TensorHash] = {}
+        # Strict: of two equal names, a loader may take the other one.
+        entries = parse_json(header[8:], "a safetensors header")
+        notes = entries.pop("__metadata__", None) or {}
+        for name, told in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            own, left = hashlib.sha256(), told["data_offsets"][1] - told["data_offsets"][0]
+            while left:
+                part = part or next(data)
+                for each in (own, whole):
+                    each.update(part[:left])
+                left, part = left - len(part[:left]), part[left:]
+            tensors[name] = TensorHash(told["dtype"], tuple(told["shape"]), own.hexdigest())
+        return cls(whole.hexdigest(), tensors, notes)
+
+
+def notes_in(files: Iterable[WeightFile]) -> dict[str, str]:
+    """What a model's weight files say about their tensors, by name.
+
+    Raises:
+        CheckpointError: Two files contradict each other.
+    """
+    notes: dict[str, str] = {}
+    for file in files:
+        for name, text in file.notes.items():
+            if name != "format" and notes.setdefault(name, text) != text:
+                raise CheckpointError(f"two weight files contradict each other on {name}")
+    return notes
+
+
+@dataclass(frozen=True)
 class Expected:
     """The expected content of a pruned model.
 
     Args:
         files (`dict[str, str]`): The sha256 of each file that may affect the model's behaviour, by relative path.
-        inside (`dict[str, dict[str, TensorHash]]`): The tensors of each weight file, by name.
+        weights (`dict[str, WeightFile]`): The weight files, by name.
         config (`dict[str, Any]`): The fields of the config, as loaded by its class.
         raw_config (`dict[str, Any]`): The fields in the config's file.
         unquantized (`dict[str, TensorHash]`, *optional*): The tensors before they were quantised, if they were.
         quantizer (`str`, *optional*): What quantised them, with its version.
         lacked (`tuple[str, ...]`): The other files of the base that were not in the copy that was cut, according to the
             lineage.
-        notes (`dict[str, str]`): What the weight files of a quantised model say about their tensors, which decides how
-            some of them are unpacked.
     """
 
     files: dict[str, str]
-    inside: dict[str, dict[str, TensorHash]]
+    weights: dict[str, WeightFile]
     config: dict[str, Any]
     raw_config: dict[str, Any]
     unquantized: dict[str, TensorHash] | None = None
     quantizer: str | None = None
-    notes: dict[str, str] = field(default_factory=dict)
     lacked: tuple[str, ...] = ()
 
-    @property
+    @classmethod
+    def of(
+        cls, folder: Path, weights: dict[str, WeightFile] | None = None, others: dict[str, str] | None = None
+    ) -> Expected:
+        """What is in a folder, except for the weights and the hashes of other files where they are known already."""
+        paths = model_files(folder)
+        if weights is None:
+            weights = {name: WeightFile.read(path) for name, path in paths.items() if holds_weights(name)}
+        if others is None:
+            others = hash_files({name: path for name, path in paths.items() if not holds_weights(name)})
+        files = others | {name: file.sha256 for name, file in weights.items()}
+        return cls(files, weights, load_config(folder).to_dict(), read_config_file(folder / CONFIG))
+
+    @cached_property
     def tensors(self) -> dict[str, TensorHash]:
         """All tensors, by name."""
-        return {name: tensor for tensors in self.inside.values() for name, tensor in tensors.items()}
+        return {name: tensor for file in self.weights.values() for name, tensor in file.tensors.items()}
+
+    @property
+    def plain(self) -> dict[str, TensorHash]:
+        """All tensors as they were before they were quantised."""
+        return self.tensors if self.unquantized is None else self.unquantized
+
+    @cached_property
+    def model_config(self) -> PreTrainedConfig:
+        """The config."""
+        from transformers import CONFIG_MAPPING
+
+        return CONFIG_MAPPING[self.config["model_type"]].from_dict(self.config)
 
 
 def rebuild(history: History, base: Base) -> Expected:
@@ -78,37 +163,75 @@ def rebuild(history: History, base: Base) -> Expected:
     """
     if not history.dropped:
         raise CheckpointError("lineage.json does not drop any layers")
-    if base.packed or history.dtype is not None:
-        return _converted(history, base)
+    with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
+        folder = Path(place, "cut")
+        folder.mkdir()
+        cut = (_converted if base.packed or history.dtype is not None else _copied)(history, base, folder)
+        return _quantized(history, folder, cut)
+
+
+def _copied(history: History, base: Base, folder: Path) -> Expected:
+    """Repeat a cut that copies bytes; the weights are only written if they are to be quantised."""
     plan = plan_cut(Checkpoint.open(base.source, base.commit, token=base.token), history.dropped)
     if plan.cut.num_layers != history.num_base_layers:
         raise CheckpointError(
             f"the base has {plan.cut.num_layers} layers, but lineage.json says {history.num_base_layers}"
         )
     _check_bytes(plan, base.files)
-    files = {name: hashlib.sha256(content).hexdigest() for name, content in plan.files.items()}
     companions = [name for name, _ in plan.companions if not is_inert(name)]
     had = history.lineage.base.get("companions", companions)
-    files |= hash_files({name: plan.source / name for name in companions if name in had})
-    inside: dict[str, dict[str, TensorHash]] = {}
+    others = hash_files({name: plan.source / name for name in companions if name in had})
+    others |= {name: hashlib.sha256(content).hexdigest() for name, content in plan.files.items()}
+    weights = {}
     for shard in plan.shards:
         path = plan.source / shard.source
         if shard.whole:
-            files[shard.target], inside[shard.target] = sha256_of(path), digest_file(path)
+            weights[shard.target] = WeightFile.read(path)
             continue
         with LocalFile(path) as source:
             parts = (part for offset, length in shard.spans() for part in source.chunks(offset, length))
-            files[shard.target], inside[shard.target] = _hash(shard.header, parts)
-    with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
-        folder = Path(place, "cut")
-        folder.mkdir()
-        if history.quantized and is_repeatable_method(history.quantized.settings["quantization_config"]):
-            fill(plan, folder)
-        else:
-            (folder / CONFIG).write_bytes(plan.files[CONFIG])
-        told = load_config(folder).to_dict(), read_config_file(folder / CONFIG)
-        lacked = tuple(name for name in companions if name not in had)
-        return _quantized(history, folder, Expected(files, inside, *told, lacked=lacked))
+            weights[shard.target] = WeightFile.of(shard.header, parts)
+    if history.quantized and is_repeatable_method(history.quantized.settings["quantization_config"]):
+        fill(plan, folder)
+    else:
+        (folder / CONFIG).write_bytes(plan.files[CONFIG])
+    return replace(Expected.of(folder, weights, others), lacked=tuple(name for name in companions if name not in had))
+
+
+def _check_bytes(plan: CheckpointPlan, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check the base's weights against their listed hashes, since file names in a cache prove nothing."""
+    for name in {shard.source for shard in plan.shards}:
+        listed = files.get(name, {}).get("sha256")
+        if listed is not None and sha256_of(plan.source / name) != listed:
+            raise CheckpointError(
+                f"{plan.source / name} does not match its hash ({listed[:12]}); remove it from the cache to "
+                "download it again"
+            )
+
+
+def _converted(history: History, base: Base, folder: Path) -> Expected:
+    """Repeat a cut whose weights are dequantised or converted."""
+    import torch
+
+    from ...cut.memory import drop_layers
+    from ...runtime.loading import load_tokenizer
+
+    conversions = [
+        one for one in history.stages if one.name == "prune" and one.settings.get("dtype", "auto") != "auto"
+    ]
+    if len(conversions) > 1:
+        raise CheckpointError("the weights were converted more than once, which can't be verified")
+    dtype = getattr(torch, history.dtype or "", None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(
+            f"lineage.json says that the weights were converted to {history.dtype!r}, which is not a dtype"
+        )
+    model = load_base(base.source, revision=base.commit, dtype=dtype)
+    drop_layers(model, history.dropped)
+    model.save_pretrained(folder)
+    with suppress(CheckpointError):  # a base may have no tokenizer
+        load_tokenizer(base.source, revision=base.commit).save_pretrained(folder)
+    return Expected.of(folder)
 
 
 def _quantized(history: History, folder: Path, cut: Expected) -> Expected:
@@ -122,12 +245,8 @@ def _quantized(history: History, folder: Path, cut: Expected) -> Expected:
         return replace(cut, config=cut.config | {"quantization_config": told, "dtype": stage.settings.get("dtype")})
     target = folder.with_name("quantized")
     quantizer = _quantize_again(stage, folder, target)
-    paths = {name: path for name, path in model_files(target).items() if holds_weights(name)}
-    inside = {name: digest_file(path) for name, path in paths.items()}
-    files = {name: sha256 for name, sha256 in cut.files.items() if not holds_weights(name)} | hash_files(paths)
-    told = load_config(target).to_dict(), read_config_file(target / CONFIG)
-    notes = notes_in(paths.values())
-    return Expected(files, inside, *told, cut.tensors, quantizer, notes, cut.lacked)
+    others = {name: sha256 for name, sha256 in cut.files.items() if not holds_weights(name)}
+    return replace(Expected.of(target, others=others), unquantized=cut.tensors, quantizer=quantizer, lacked=cut.lacked)
 
 
 def _quantize_again(stage: Stage, cut: Path, target: Path) -> str:
@@ -150,87 +269,3 @@ def _quantize_again(stage: Stage, cut: Path, target: Path) -> str:
         settings: Any = AutoQuantizationConfig.from_dict(dict(told))
         load_base(cut, quantization_config=settings, dtype=dtype, device_map="cpu").save_pretrained(target)
     return f"{method} {here}" + (f" ({then} was used)" if then not in (None, here) else "")
-
-
-def notes_in(paths: Iterable[Path]) -> dict[str, str]:
-    """What a model's safetensors files say about their tensors, by name.
-
-    Raises:
-        CheckpointError: Two files contradict each other, or one is not a safetensors file.
-    """
-    notes: dict[str, str] = {}
-    for path in paths:
-        for name, text in (read_header(path).metadata or {}).items():
-            if notes.setdefault(name, text) != text:
-                raise CheckpointError(f"{path.name} and another weight file contradict each other on {name}")
-    return notes
-
-
-def _check_bytes(plan: CheckpointPlan, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check the base's weights against their listed hashes, since file names in a cache prove nothing."""
-    for name in {shard.source for shard in plan.shards}:
-        listed = files.get(name, {}).get("sha256")
-        if listed is not None and sha256_of(plan.source / name) != listed:
-            raise CheckpointError(
-                f"{plan.source / name} does not match its hash ({listed[:12]}); remove it from the cache to "
-                "download it again"
-            )
-
-
-def _converted(history: History, base: Base) -> Expected:
-    """Repeat a cut whose weights are dequantised or converted, in a temporary folder."""
-    import torch
-
-    from ...cut.memory import drop_layers
-    from ...runtime.loading import load_tokenizer
-
-    conversions = [
-        one for one in history.stages if one.name == "prune" and one.settings.get("dtype", "auto") != "auto"
-    ]
-    if len(conversions) > 1:
-        raise CheckpointError("the weights were converted more than once, which can't be verified")
-    dtype = getattr(torch, history.dtype or "", None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(
-            f"lineage.json says that the weights were converted to {history.dtype!r}, which is not a dtype"
-        )
-    with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
-        folder = Path(place, "cut")
-        model = load_base(base.source, revision=base.commit, dtype=dtype)
-        drop_layers(model, history.dropped)
-        model.save_pretrained(folder)
-        with suppress(CheckpointError):  # a base may have no tokenizer
-            load_tokenizer(base.source, revision=base.commit).save_pretrained(folder)
-        paths = model_files(folder)
-        inside = {name: digest_file(path) for name, path in paths.items() if holds_weights(name)}
-        told = load_config(folder).to_dict(), read_config_file(folder / CONFIG)
-        return _quantized(history, folder, Expected(hash_files(paths), inside, *told))
-
-
-def digest_file(path: Path) -> dict[str, TensorHash]:
-    """Hash the tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: The file is not a valid safetensors file.
-    """
-    header = read_header(path)
-    with LocalFile(path) as file:
-        start = header.data_start
-        return _hash(file.read(0, start), file.chunks(start, header.size - start))[1]
-
-
-def _hash(header: bytes, data: Iterator[memoryview]) -> tuple[str, dict[str, TensorHash]]:
-    """The sha256 of a valid safetensors file and of each of its tensors, from its header and the parts that follow it."""
-    whole, part = hashlib.sha256(header), memoryview(b"")
-    tensors: dict[str, TensorHash] = {}
-    entries = parse_json(header[8:], "a safetensors header")  # strict: a loader may take the other of two equal names
-    entries.pop("__metadata__", None)
-    for name, told in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        own, left = hashlib.sha256(), told["data_offsets"][1] - told["data_offsets"][0]
-        while left:
-            part = part or next(data)
-            for each in (own, whole):
-                each.update(part[:left])
-            left, part = left - len(part[:left]), part[left:]
-        tensors[name] = TensorHash(told["dtype"], tuple(told["shape"]), own.hexdigest())
-    return whole.hexdigest(), tensors

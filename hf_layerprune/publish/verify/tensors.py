@@ -1,14 +1,13 @@
-"""Compare a model's tensors with those of the repeated cut, one by one."""
+"""Account for every tensor of a model: it is the repeated cut's, or a recorded stage changed it."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from ...cut.folder import SINGLE
 from ...errors import CheckpointError, boundary
-from ...families import text_config
 from ...files.json_file import read_object
 from ...files.shards import INDEX, MAX_INDEX, shard_names
 from ...options import plural
@@ -16,16 +15,15 @@ from ...records.fingerprints import ADAPTER_WEIGHTS, CONFIG
 from ...records.history import QUANTIZE, History
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...runtime.loading import ignored_names, load_config
-from ...runtime.model_class import model_class_of, stored_names, stored_parts
+from ...runtime.model_class import model_class_of, model_without_weights, stored_names, stored_parts
+from .fields import differences, unties
 from .outcome import Verified
 from .places import Place
-from .rebuild import Expected, TensorHash, digest_file, notes_in
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from .rebuild import Expected, TensorHash, WeightFile, notes_in
 
 _ADAPTER_PREFIX = "base_model.model."
 _FLOATS = {"F16", "BF16", "F32", "F64"}
+_NO_MODEL = "no model can be built from the base's config"
 
 
 def weight_files(place: Place) -> list[str]:
@@ -47,74 +45,116 @@ def _read_index(place: Place) -> dict[str, Any]:
     return read_object(place.path(INDEX), max_bytes=MAX_INDEX)
 
 
+def read_weights(place: Place, expected: Expected) -> dict[str, WeightFile]:
+    """The files that loaders read, by name. Those with the expected hash are not read.
+
+    Raises:
+        CheckpointError: They are not complete, or contradict each other.
+    """
+    files: dict[str, WeightFile] = {}
+    weight_map: dict[str, str] = {}
+    for file in weight_files(place):
+        if file not in place.hashes:
+            raise CheckpointError(f"{place.name} lacks {file}, so it is not complete")
+        same = place.hashes[file] == expected.files.get(file)
+        files[file] = expected.weights[file] if same else WeightFile.read(place.path(file))
+        for name in files[file].tensors:
+            if weight_map.setdefault(name, file) != file:
+                raise CheckpointError(f"{name} is in both {weight_map[name]} and {file}")
+    index = _read_index(place) if INDEX in place.hashes and not place.is_adapter else None
+    if index and index["weight_map"] != weight_map:
+        raise CheckpointError(f"{INDEX} and the weight files do not agree on which tensor is where")
+    if index and "metadata" not in index:
+        raise CheckpointError(f"{INDEX} has no metadata, without which transformers does not load the model")
+    return files
+
+
+def adapter_tensors(place: Place, expected: Expected) -> dict[str, TensorHash]:
+    """The tensors of an adapter, by their modules' names in the cut model.
+
+    Raises:
+        CheckpointError: There are none, or PEFT would not load one.
+    """
+    tensors = read_weights(place, expected)[ADAPTER_WEIGHTS].tensors
+    if stray := next((name for name in tensors if not name.startswith(_ADAPTER_PREFIX)), None):
+        raise CheckpointError(f"{stray} does not begin with {_ADAPTER_PREFIX}, so PEFT would not load it")
+    return {name.removeprefix(_ADAPTER_PREFIX): tensor for name, tensor in tensors.items()}
+
+
 def check_tensors(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
     """Check that every tensor is the base's or was changed by a recorded stage, and that none is missing or extra.
 
     Raises:
         CheckpointError: The weight files are not complete, or contradict each other.
     """
-    changed, tensors = history.changed(), expected.tensors
-    modules = tuple(f"{name}." for name in _repaired_modules(history)) if place.is_adapter else ()
-    plain = tensors if expected.unquantized is None else expected.unquantized
-    owners = {name.rpartition(".")[0] for name in plain}
-    wrong, same, again, seen = [], 0, 0, set()
-    recorded: dict[str, str] = {}  # by tensor, the stages that changed it
-    found = list(stored_tensors(place, expected))
-    stored = {}
+    tensors, plain, prefix = expected.tensors, expected.plain, _lacking_prefix(expected)
+
+    def own(name: str) -> str:
+        """The repeated cut's name for a tensor, of which transformers may have completed the name."""
+        return name if name in tensors else name.removeprefix(prefix)
+
+    changed = {own(name): by for name, by in history.changed().items()}
     if place.is_adapter:
-        unknown = {name: tensor for name, tensor in found if name not in tensors and name not in changed}
-        parts = _stored_parts(place, expected, unknown)
-        found = [one for name, tensor in found for one in parts.get(name, {name: tensor}).items()]
-        stored = _stored_names(expected, [name for name, _ in found if name not in tensors])
-    prefix = _lacking_prefix(expected)
-    for name, tensor in found:
-        key = stored.get(name, name)
-        key = key if key in tensors else key.removeprefix(prefix)
-        wanted = tensors.get(key)
-        seen |= {name, key}
-        if wanted == tensor:
-            same += plain.get(key) == tensor
-            again += plain.get(key) != tensor
+        repaired = {f"{name}.": ["repair"] for name in _repaired_modules(history)}
+        files, found = {}, adapter_tensors(place, expected)
+        for name in found:
+            if by := next((by for module, by in repaired.items() if name.startswith(module)), None):
+                changed.setdefault(name, by)
+        found = _as_stored(place, expected, {own(name): tensor for name, tensor in found.items()}, changed)
+    else:
+        files = read_weights(place, expected)
+        stored = [(own(name), tensor) for file in files.values() for name, tensor in file.tensors.items()]
+        found = dict(stored)
+        if len(found) < len(stored):
+            raise CheckpointError(f"{place.name} holds a tensor under two names")
+    tied = {own(name): own(other) for name, other in _tied(expected).items()} if found.keys() ^ tensors.keys() else {}
+    owners = {name.rpartition(".")[0] for name in plain}
+    wrong, same, again = [], 0, 0
+    recorded: dict[str, str] = {}  # by tensor, the stages that changed it
+    for name, tensor in found.items():
+        wanted = tensors.get(name, tensors.get(tied.get(name, "")))
+        if tensor == wanted:
+            repeated = expected.quantizer is not None and plain.get(name) != tensor
+            again, same = again + repeated, same + (not repeated)
             continue
-        whole = name if name in changed or key not in tensors or key in plain else _whole(name, owners, changed)
-        by = changed.get(whole) or changed.get(key, ["repair"] if modules and name.startswith(modules) else [])
+        is_part = name in tensors and name not in plain  # of a parameter that was quantised
+        whole = _whole(name, owners, changed) if is_part and name not in changed else name
+        by = changed.get(whole, [])
         if by and (place.is_adapter or QUANTIZE in by or _may_be_trained(name, tensor, wanted)):
             recorded[whole] = " and ".join(dict.fromkeys(by))
         else:
-            wrong.append(_difference(name, tensor, wanted, expected.quantizer if name not in plain else None))
-    if not place.is_adapter:
-        packed = {_owner(name, owners) for name, by in changed.items() if QUANTIZE in by and name in seen}
-        lacking = [name for name in tensors.keys() - seen if not _is_tied(name, expected, seen)]
-        lacking = sorted(set(lacking) - ignored_names(_config(expected), lacking))
-        wrong += [f"{name} is missing" for name in lacking if name.rpartition(".")[0] not in packed]
+            wrong.append(_difference(name, tensor, tensors.get(name), None if name in plain else expected.quantizer))
+    if place.is_adapter:
+        missing = {own(name) for stage in history.since_last_cut for name in stage.changed} - found.keys()
     else:
-        wrong += [f"{name} is missing" for name in changed.keys() - seen]
-    if _is_untied(place, expected) and not any("lm_head" in name.split(".") for name in seen):
-        wrong.append(f"lm_head.weight is missing, and {CONFIG} no longer ties it to the embeddings")
-    if history.quantized and not any(QUANTIZE in by for by in map(changed.get, recorded) if by) and not again:
+        packed = {_owner(name, owners) for name, by in changed.items() if QUANTIZE in by and name in found}
+        missing = _missing(expected, found, tied, packed)
+        if _is_untied(place, expected) and not any("lm_head" in name.split(".") for name in found):
+            wrong.append(f"lm_head.weight is missing, and {CONFIG} no longer ties it to the embeddings")
+    wrong += [f"{name} is missing" for name in missing]
+    if history.quantized and not again and not any(QUANTIZE in changed[name] for name in recorded):
         wrong.append(f"none was changed by the quantising that {LINEAGE} names")
     outcome.recorded.update(recorded.values())
-    outcome.same = same + again
+    outcome.same += same + again
     outcome.say_all("tensors", sorted(wrong), f"{same} are the base's, to the last bit")
-    if expected.quantizer:
-        _check_notes(place, expected, outcome)
     if again:
         outcome.say(True, "tensors", f"{again} are what {expected.quantizer} makes of the base's, to the last bit")
-    for stages, count in sorted(outcome.recorded.items()):
+    if files and expected.config.get("quantization_config") and (expected.quantizer or not history.quantized):
+        _check_notes(files, expected, outcome)
+    for stages in sorted({*recorded.values()}):
         names = [name for name, by in recorded.items() if by == stages]
-        which = f"{plural(count, 'tensor')}, such as {names[0]}" if count > 1 else names[0]
+        which = f"{plural(len(names), 'tensor')}, such as {names[0]}" if len(names) > 1 else names[0]
         text = f"{LINEAGE} says that {stages} changed {which}; the new values can't be derived again"
         outcome.say(None, "recorded", text)
 
 
-def _check_notes(place: Place, expected: Expected, outcome: Verified) -> None:
-    """Check what the weight files say about their tensors: torchao unpacks them by it."""
-    notes = notes_in(place.path(file) for file in weight_files(place))
-    differ = sorted(n for n in notes.keys() | expected.notes.keys() if notes.get(n) != expected.notes.get(n))
-    texts = [f"what the weight files note on {name} is not what {expected.quantizer} notes" for name in differ]
-    outcome.say_all(
-        "tensors", texts, f"{plural(len(notes), 'note')} in the weight files, as {expected.quantizer} writes them"
-    )
+def _check_notes(files: Mapping[str, WeightFile], expected: Expected, outcome: Verified) -> None:
+    """Check what the files of quantised weights say about their tensors: torchao unpacks them by it."""
+    here, there = (notes_in(each.values()) for each in (files, expected.weights))
+    whose = f"what {expected.quantizer} notes" if expected.quantizer else "what the base's note"
+    texts = [f"what the weight files note on {name} is not {whose}" for name in sorted(here.keys() | there.keys())
+             if here.get(name) != there.get(name)]  # fmt: skip
+    outcome.say_all("tensors", texts, f"{plural(len(here), 'note')} in the weight files: {whose}")
 
 
 def _owner(name: str, owners: set[str]) -> str | None:
@@ -130,77 +170,60 @@ def _whole(name: str, owners: set[str], changed: Mapping[str, Any]) -> str:
     return next((whole for whole in changed if whole.rpartition(".")[0] == owner), name)
 
 
+def _missing(
+    expected: Expected, found: Collection[str], tied: Mapping[str, str], packed: Collection[str | None]
+) -> set[str]:
+    """The tensors that a whole model lacks: neither tied, nor ignored by loaders, nor of the modules that were packed."""
+    tensors = expected.tensors
+    lacking = {name for name in tensors.keys() - found
+               if tied.get(name) not in found or tensors.get(tied[name]) != tensors[name]}  # fmt: skip
+    lacking -= ignored_names(expected.model_config, lacking)
+    return {name for name in lacking if name.rpartition(".")[0] not in packed}
+
+
 def _lacking_prefix(expected: Expected) -> str:
     """What transformers adds to the names of a checkpoint that was saved without its head, such as gpt2's."""
-    picked = model_class_of(_config(expected))
+    picked = model_class_of(expected.model_config)
     prefix = f"{picked[0].base_model_prefix}." if picked else ""
     return "" if any(name.startswith(prefix) for name in expected.tensors) else prefix
 
 
-def _stored_names(expected: Expected, names: list[str]) -> dict[str, str]:
-    """How the base's checkpoint names tensors that the adapter names by their modules."""
-    if not names:
-        return {}
-    with boundary("no model can be built from the base's config"):
-        return stored_names(_config(expected), names)
+def _tied(expected: Expected) -> dict[str, str]:
+    """By tensor, the one to which the base ties it: it need not be stored, and has the other's values until it is
+    trained. Most often, these are the head and the embeddings.
+    """
+    with boundary(_NO_MODEL):
+        tied = model_without_weights(expected.model_config).all_tied_weights_keys
+        stored = stored_names(expected.model_config, [*tied, *tied.values()]) if tied else {}
+    return {stored.get(name, name): stored.get(other, other) for name, other in tied.items()}
 
 
-def _stored_parts(
-    place: Place, expected: Expected, tensors: Mapping[str, TensorHash]
-) -> dict[str, dict[str, TensorHash]]:
-    """The parts of those tensors of an adapter that its base's checkpoint stores in several, such as one for each expert."""
-    if not tensors:
-        return {}
+def _as_stored(
+    place: Place, expected: Expected, found: Mapping[str, TensorHash], changed: Mapping[str, Any]
+) -> dict[str, TensorHash]:
+    """An adapter's tensors by the names that its base's checkpoint gives them. Some types have other names there, or
+    several tensors for one, such as one for each expert. What a stage changed has nothing to be compared with.
+    """
+    foreign = [name for name in found if name not in expected.tensors and name not in changed]
+    if not foreign:
+        return dict(found)
     import torch
     from safetensors import safe_open
 
-    found = {}
-    with (
-        boundary("no model can be built from the base's config"),
-        safe_open(place.path(ADAPTER_WEIGHTS), "pt") as file,
-    ):
-        here = {name: f"{_ADAPTER_PREFIX}{name}" for name in tensors}
-        values = {name: file.get_tensor(key) for name, key in here.items() if key in set(file.keys())}
-        for name, parts in stored_parts(_config(expected), values).items():
-            if len(parts) > 1:
-                data = {part: value.contiguous().view(torch.uint8).numpy().tobytes() for part, value in parts.items()}
-                found[name] = {
-                    part: TensorHash(tensors[name].dtype, tuple(parts[part].shape), hashlib.sha256(own).hexdigest())
-                    for part, own in data.items()
-                }
-    return found
-
-
-def _config(expected: Expected) -> PreTrainedConfig:
-    from transformers import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[expected.config["model_type"]].from_dict(expected.config)
+    parts: dict[str, TensorHash] = {}
+    with boundary(_NO_MODEL), safe_open(place.path(ADAPTER_WEIGHTS), "pt") as file:
+        values = {name: file.get_tensor(f"{_ADAPTER_PREFIX}{name}") for name in foreign}
+        made = stored_parts(expected.model_config, values)
+        for name, stored in made.items():
+            for part, value in stored.items():
+                data = value.contiguous().view(torch.uint8).numpy().tobytes()
+                parts[part] = TensorHash(found[name].dtype, tuple(value.shape), hashlib.sha256(data).hexdigest())
+    return {name: tensor for name, tensor in found.items() if name not in made} | parts
 
 
 def _repaired_modules(history: History) -> list[str]:
     repairs = [stage.entry.get("repair") or {} for stage in history.stages if stage.name == "prune"]
     return [name for repair in repairs for name in repair.get("changed_modules") or ()]
-
-
-def stored_tensors(place: Place, expected: Expected) -> Iterator[tuple[str, TensorHash]]:
-    """The tensors of the files that loaders read. Files with the expected hash are not read."""
-    files = weight_files(place)
-    weight_map: dict[str, str] = {}
-    for file in files:
-        if file not in place.hashes:
-            raise CheckpointError(f"{place.name} lacks {file}, so it is not complete")
-        if place.hashes[file] == expected.files.get(file):
-            tensors = expected.inside[file]
-        else:
-            tensors = digest_file(place.path(file))
-        for name, tensor in tensors.items():
-            if weight_map.setdefault(name, file) != file:
-                raise CheckpointError(f"{name} is in both {weight_map[name]} and {file}")
-            if place.is_adapter and not name.startswith(_ADAPTER_PREFIX):
-                raise CheckpointError(f"{name} does not begin with {_ADAPTER_PREFIX}, so PEFT would not load it")
-            yield name.removeprefix(_ADAPTER_PREFIX) if place.is_adapter else name, tensor
-    if INDEX in place.hashes and _read_index(place)["weight_map"] != weight_map:
-        raise CheckpointError(f"{INDEX} and the weight files do not agree on which tensor is where")
 
 
 def _difference(name: str, tensor: TensorHash, wanted: TensorHash | None, quantizer: str | None) -> str:
@@ -223,18 +246,9 @@ def _may_be_trained(name: str, tensor: TensorHash, wanted: TensorHash | None) ->
 
 
 def _is_untied(place: Place, expected: Expected) -> bool:
-    if place.is_adapter:
-        return False
-    was, now = ((config, text_config(config)) for config in (_config(expected), load_config(place.folder)))
-    untied = [getattr(part, "tie_word_embeddings", None) is False for part in now]
-    return any(left and getattr(part, "tie_word_embeddings", False) for left, part in zip(untied, was, strict=True))
+    now = differences(expected.config, load_config(place.folder).to_dict())
+    return any(unties(path, *values) for path, values in now.items())
 
 
 def _is_head(name: str) -> bool:
     return name.endswith("lm_head.weight")
-
-
-def _is_tied(name: str, expected: Expected, seen: set[str]) -> bool:
-    """Whether a tensor is an LM head that need not be stored because it is tied to the stored embeddings."""
-    tied, tensors = bool(expected.config.get("tie_word_embeddings")), expected.tensors
-    return _is_head(name) and tied and any(tensors.get(other) == tensors[name] for other in seen)

@@ -3,15 +3,18 @@
     outcome = verify(VerifyRequest("someone/SmolLM2-135M-Instruct-23L"))
     print(outcome.verdict, [line.text for line in outcome.lines])
 
-The cut is repeated from the base, and the resulting files are hashed. A file with the same hash in the model is proven
-as a whole, and is not downloaded if it is on the Hub. Other weight files are compared tensor by tensor. Tensors that a
-repair or training changed can't be derived again, so they are counted separately and only covered by the hash of the
-weights that their stage recorded. Of records without a model, the verdict says that they are only that.
+The cut is repeated from the base, which says what every file, config field and tensor of the model must be; what differs
+must be what a recorded stage changed. A file with the same hash in the model is proven as a whole, and is not downloaded
+if it is on the Hub. Other weight files are compared tensor by tensor. Tensors that a repair or training changed can't be
+derived again, so they are counted separately and only covered by the hash of the weights that their stage recorded. Of
+records without a model, the verdict says that they are only that.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from ...errors import CheckpointError, LayerPruneError
@@ -21,30 +24,36 @@ from ...files.shards import INDEX
 from ...layer_ranges import format_layers, name_layers
 from ...options import plural
 from ...records.declared import CARD
-from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, holds_weights, weights_hash
-from ...records.history import History, Stage, read_history
+from ...records.fingerprints import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    QUANTISERS,
+    base_of_adapter,
+    holds_weights,
+    identity_of,
+    weights_hash,
+)
+from ...records.history import History, read_history
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
+from ...records.metrics import FILE_NAME as METRICS
 from ...records.metrics import Metrics
 from ...records.quantized import describe_quantization, is_repeatable_method
 from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_config
+from ...versions import installed
 from ..card.render import Card
 from ..card.writing import compose, read_text
 from ..requests import VerifyRequest
-from .adapter_fields import adapter_differences, base_difference
+from .adapters import adapter_differences, base_difference
+from .fields import differences, hidden, reads_another_tokenizer, unties
 from .outcome import BASE, Verified
 from .places import Base, Place
 from .rebuild import Expected, rebuild
-from .records_alone import check_chain, check_metrics, check_records_alone, find_base
-from .tensors import check_tensors, stored_tensors, weight_files
+from .tensors import adapter_tensors, check_tensors, weight_files
 
-_TIED = "tie_word_embeddings"
-# Fields that are set on saving, and the marker of the cut, which is checked separately; none affects the outputs.
-_VOLATILE = {"_name_or_path", "transformers_version", "use_cache", MARKER}
-TOKENIZER = "tokenizer_config.json"
-# Old names of fields, which a loader reads if the new one is absent.
-_OLD_NAMES = {"torch_dtype": "dtype", "rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
+_TOKENIZER = "tokenizer_config.json"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -54,15 +63,40 @@ def verify(request: VerifyRequest) -> Verified:
     Raises:
         CheckpointError: The model does not exist or can't be read.
     """
-    place = Place.open(request)
-    outcome = Verified(place.name, accept_trained=request.accept_trained)
+    place = Place.open(request.model, request.revision, request.token)
+    outcome = Verified(place.name, accept_trained=request.accept_trained, without_weights=not place.hashes)
+    part = "lineage"
     try:
-        lineage = Lineage.required(place.folder, place.name)
-        history = read_history(lineage)
-        quantized = history.quantized
-    except CheckpointError as error:
-        outcome.say(False, "lineage", f"{error}{_hint(place, None)}")
-        return outcome
+        history = read_history(Lineage.required(place.folder, place.name))
+        _tell(history, outcome)
+        _check_records(place, history, outcome)
+        _check_metrics(place, history.lineage, outcome)
+        _check_card(place, history.lineage, outcome)
+        part, outcome.without_base = BASE, True
+        source = Base.find(history, request, place)
+        outcome.without_base, outcome.base = False, str(source)
+        _check_base(source, history, outcome)
+        if place.hashes or history.form == "model":
+            expected = rebuild(history, source)
+            part = "adapter" if place.is_adapter else "config"
+            if not place.hashes:
+                _check_recorded_cut(history, expected, outcome)
+            elif place.is_adapter:
+                _check_adapter(place, history, source, expected, request, outcome)
+            else:
+                _check_config(place, history, expected, outcome)
+            part = "tensors"
+            _check_files(place, history, expected, outcome)
+            if place.hashes:
+                check_tensors(place, history, expected, outcome)
+        outcome.complete = True
+    except LayerPruneError as error:
+        outcome.say(False, part, f"{error}{_hint(place) if part == 'lineage' and not outcome.lines else ''}")
+    return outcome
+
+
+def _tell(history: History, outcome: Verified) -> None:
+    """Say what the lineage tells."""
     done = ", ".join(stage.name for stage in history.stages)
     if history.dtype is not None:
         done += f", converted to {history.dtype}"
@@ -71,96 +105,112 @@ def verify(request: VerifyRequest) -> Verified:
         True, "lineage",
         f"{history.base_id}: {dropped} of {history.num_base_layers} dropped, {len(history.kept)} left ({done})",
     )  # fmt: skip
-    if quantized is not None:
-        told = quantized.settings["quantization_config"]
+    if history.quantized is not None:
+        told = history.quantized.settings["quantization_config"]
         how = "whose bytes can be repeated" if is_repeatable_method(told) else "whose bytes can't be repeated"
         outcome.say(True, "lineage", f"quantised: {describe_quantization(told)}, {how}")
-    if not place.hashes:
-        check_records_alone(place, history, request, outcome)
-        return outcome
-    _check_records(place, lineage, outcome, _hint(place, quantized))
-    check_metrics(place, lineage, outcome)
-    _check_card(place, lineage, outcome)
-    source = find_base(place, history, request, outcome)
-    if source is None:
-        return outcome
-    try:
-        expected = rebuild(history, source)
-        if place.is_adapter:
-            _check_adapter(place, history, source, expected, outcome)
-        else:
-            _check_config(place, history, expected, outcome)
-    except LayerPruneError as error:
-        outcome.say(False, BASE, str(error))
-        return outcome
-    try:
-        _check_files(place, expected, outcome)
-        check_tensors(place, history, expected, outcome)
-        outcome.complete = True
-    except LayerPruneError as error:
-        outcome.say(False, "tensors", str(error))
-    return outcome
 
 
-def _hint(place: Place, quantized: Stage | None) -> str:
+def _hint(place: Place) -> str:
     """The way out where a model was quantised and its history does not say so."""
-    if quantized is not None or CONFIG not in place.hashes:
-        return ""
-    if read_config_file(place.path(CONFIG)).get("quantization_config") is None:
+    if CONFIG not in place.hashes or read_config_file(place.path(CONFIG)).get("quantization_config") is None:
         return ""
     return "; if it was quantised since, say from what: hf_layerprune.record_quantized(BEFORE, QUANTISED)"
 
 
-def _check_records(place: Place, lineage: Lineage, outcome: Verified, hint: str) -> None:
-    """Check that the files are those of the last stage, and that each stage started from the output of the previous one."""
-    top = {name: {"sha256": sha256} for name, sha256 in place.hashes.items() if "/" not in name}
-    own = weights_hash(top)
-    last = lineage.entries[-1] if lineage.entries else {}
-    if last.get("weights") == own:
+def _check_records(place: Place, history: History, outcome: Verified) -> None:
+    """Check that each stage started from the output of the previous one, and that the files are those of the last."""
+    entries = history.lineage.entries
+    for before, after in pairwise(entries):
+        if after.get("input_weights") != before.get("weights"):
+            text = f"{LINEAGE}: {after['stage']} did not start from the weights that {before['stage']} wrote"
+            outcome.say(False, "lineage", text)
+    last = entries[-1]
+    stage, recorded = last["stage"], last.get("files")
+    if not last.get("weights") or recorded is None:
+        raise CheckpointError(f"{LINEAGE} does not record the weights, the config and other files; prune again")
+    if not place.hashes:
+        return
+    own = weights_hash({name: {"sha256": sha256} for name, sha256 in place.hashes.items() if "/" not in name})
+    if last["weights"] == own:
         outcome.say(True, "weights", f"their hash is {own[:12]}, as {LINEAGE} says")
     else:
-        says = f"{LINEAGE} says {str(last.get('weights'))[:12]}: they were changed since, or it was"
+        says = f"{LINEAGE} says {last['weights'][:12]}: they were changed since, or it was"
+        hint = "" if history.quantized else _hint(place)
         outcome.say(False, "weights", f"their hash is {own[:12]}, and {says}{hint}")
-    check_chain(lineage, outcome)
-    recorded = last.get("files")
-    if recorded is None:
-        outcome.say(
-            False, "files", f"{LINEAGE} does not record the config, the tokenizer and other files; prune again"
-        )
-        return
     here = {name: sha256 for name, sha256 in place.hashes.items() if not holds_weights(name)}
-    changed = sorted(name for name in recorded.keys() | here.keys() if recorded.get(name) != here.get(name))
     texts = [
         f"{name} {'is missing' if name not in here else 'was added' if name not in recorded else 'was changed'} since "
-        f"{last['stage']} wrote the model"
-        for name in changed
+        f"{stage} wrote the model"
+        for name in sorted(recorded.keys() | here.keys())
+        if recorded.get(name) != here.get(name)
     ]
-    outcome.say_all("files", texts, f"besides the weights, {plural(len(here), 'file')} as {last['stage']} wrote them")
+    outcome.say_all("files", texts, f"besides the weights, {plural(len(here), 'file')} as {stage} wrote them")
+
+
+def _check_metrics(place: Place, lineage: Lineage, outcome: Verified) -> None:
+    """Check that the numbers belong to the model, or to the one that records without weights describe."""
+    try:
+        metrics = Metrics.of(place.folder)
+        if metrics is None:
+            return
+        if place.hashes:
+            top = {name: hashed for name, hashed in place.hashes.items() if "/" not in name or name.endswith(".jinja")}
+            model = identity_of(top, base_of_adapter(place.folder) if place.is_adapter else None)
+        else:
+            model = metrics.recorded_identity(lineage)
+        texts = [f"{METRICS} {text}"] if (text := metrics.mismatch(model, lineage)) else []
+    except CheckpointError as error:
+        texts, metrics = [str(error)], None
+    number = len(metrics.results) if metrics else 0
+    outcome.say_all("metrics", texts, f"{number} numbers, of this model and its history; they are not measured again")
 
 
 def _check_card(place: Place, lineage: Lineage, outcome: Verified) -> None:
     """Say whether the card is the one that the records give; other versions of this package word it differently."""
-    if not (place.folder / CARD).is_file() and (place.repo is None or CARD not in place.repo.files):
+    exists = place.repo is None and (place.folder / CARD).is_file()
+    if not place.hashes or not (exists or (place.repo is not None and CARD in place.repo.files)):
         return
     try:
         text = read_text(place.path(CARD))
         same = text == compose(Card.of(lineage, Metrics.of(place.folder)), text)
     except LayerPruneError:
         same = False
-    if same:
-        outcome.say(
-            True, "card", f"{CARD} shows what the records say; text outside its generated sections was not checked"
-        )
+    shows = f"{CARD} shows what the records say; text outside its generated sections was not checked"
+    other = f"{CARD} is not what this version of hf-layerprune makes of the records; nothing that it says was checked"
+    outcome.say(True if same else None, "card", shows if same else other)
+
+
+def _check_base(source: Base, history: History, outcome: Verified) -> None:
+    """Check that a base is the one that a lineage names."""
+    told = history.lineage.base.get("files") or {}
+    if not any(holds_weights(name) for name in told):
+        outcome.say(False, BASE, f"{LINEAGE} has no hashes of the base's weights")
+    elif differ := source.differences(told):
+        outcome.say(False, BASE, f"{source} is not the base that {LINEAGE} names: {', '.join(differ[:3])} differ")
     else:
-        text = (
-            f"{CARD} is not what this version of hf-layerprune makes of the records; nothing that it says was checked"
-        )
-        outcome.say(None, "card", text)
+        outcome.say(True, BASE, f"{source} is the one that {LINEAGE} names, by the hashes of its files")
+    here, then = str(installed("transformers")), (history.stages[0].entry.get("versions") or {}).get("transformers")
+    if source.packed and then not in (None, here):
+        text = f"transformers {here} unpacks it; {then} did so for the cut, and may have made another tokenizer of it"
+        outcome.say(True, BASE, text)
 
 
-def _check_cut(told: dict[str, Any], name: str, history: History, outcome: Verified) -> None:
+def _check_recorded_cut(history: History, expected: Expected, outcome: Verified) -> None:
+    """Check the recorded hash of the plain cut's weights, where a single cut in one step leads to it."""
+    cuts = [stage.entry for stage in history.stages if stage.name == "prune"]
+    if len(cuts) != 1 or history.quantized is not None:
+        outcome.say(True, "cut", "was made in several steps, which only the weights can show")
+        return
+    told = (cuts[0].get("repair") or {}).get("input_weights") or cuts[0]["weights"]
+    found = weights_hash({name: {"sha256": sha256} for name, sha256 in expected.files.items()})
+    says = f"as {LINEAGE} says" if told == found else f"and {LINEAGE} says {told[:12]}"
+    outcome.say(told == found, "cut", f"repeated from the base, it has the weights {found[:12]}, {says}")
+
+
+def _check_cut(told: Mapping[str, Any], name: str, history: History, outcome: Verified) -> None:
     """Check that a config records the last cut: the dropped layers, and the number of layers before it."""
-    last = [stage for stage in history.stages if stage.name == "prune"][-1]
+    last = history.since_last_cut[0]
     wanted, of = sorted(last.settings["drop_layers"]), (last.entry.get("layers") or {}).get("base")
     dropped = told.get("drop_layers")
     if (dropped, told.get("num_base_layers")) == (wanted, of):
@@ -178,126 +228,94 @@ def _check_cut(told: dict[str, Any], name: str, history: History, outcome: Verif
 def _check_config(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
     """Check that the config is that of the repeated cut: an edited config makes another model of the same weights."""
     if CONFIG not in place.hashes:
-        outcome.say(
-            False, "config", f"{place.name} has no {CONFIG}, so it is not a whole model; complete the download"
-        )
+        text = f"{place.name} has no {CONFIG}, so it is not a whole model; complete the download"
+        outcome.say(False, "config", text)
         return
     raw, loaded = read_config_file(place.path(CONFIG)), load_config(place.folder)
     mark = raw.get(MARKER) or {}
     _check_cut(mark, CONFIG, history, outcome)
-    has, was = loaded.to_dict(), expected.config
-    if any(name.endswith("lm_head.weight") for name in history.changed()):
-        was = _untied_where(was, has)  # the head was untied and trained
-    differ = {name for name in (was.keys() | has.keys()) - _VOLATILE if not _alike(was.get(name), has.get(name))}
+    differ = differences(expected.config, loaded.to_dict())
+    if any(name.endswith("lm_head.weight") for name in history.changed()):  # the head was untied and trained
+        differ = {path: values for path, values in differ.items() if not unties(path, *values)}
     types = {_DTYPES.get(tensor.dtype) for tensor in expected.tensors.values()}
-    if expected.config.get("dtype") is None and types == {has.get("dtype")}:
-        differ.discard("dtype")  # saving a model records the dtype of its weights
-    texts = [f"{name} is {has.get(name)!r} and was {expected.config.get(name)!r}"[:200] for name in sorted(differ)]
-    told = json.loads(loaded.to_json_string(use_diff=False))
-    hidden = [name for name in _hidden(raw, told, expected.raw_config) if name.partition(".")[0] not in differ]
-    hidden += [f"{MARKER}.{name}" for name in sorted(mark.keys() - {"drop_layers", "num_base_layers"})]
-    texts += [f"{CONFIG} sets {name[:150]}, which is not in what the cut leaves of the base's" for name in hidden]
-    majors = [str(part.get("transformers_version")).partition(".")[0] for part in (raw, expected.raw_config)]
-    settings = read_object(place.path(TOKENIZER)) if TOKENIZER in place.hashes else {}
-    if settings.get("fix_mistral_regex") and majors[0] != majors[1]:  # fixed only for models of transformers before 5
-        texts.append(f"transformers_version is {majors[0]} and was {majors[1]}, which changes the tokenizer")
+    if differ.get(("dtype",), (0, 0))[0] is None and types == {differ["dtype",][1]}:
+        del differ["dtype",]  # saving a model records the dtype of its weights
+    texts = [f"{'.'.join(path)} is {has!r} and was {was!r}"[:200] for path, (was, has) in differ.items()]
+    seen = {path[0] for path in differ}
+    extra = [path for path in hidden(raw, loaded, expected.raw_config) if path[0] not in seen]
+    extra += [(MARKER, name) for name in sorted(mark.keys() - {"drop_layers", "num_base_layers"})]
+    texts += [
+        f"{CONFIG} sets {'.'.join(path)[:150]}, which is not in what the cut leaves of the base's" for path in extra
+    ]
+    settings = read_object(place.path(_TOKENIZER)) if _TOKENIZER in place.hashes else {}
+    if reads_another_tokenizer(raw, expected.raw_config, settings):
+        versions = (fields.get("transformers_version") for fields in (raw, expected.raw_config))
+        texts.append("transformers_version is {} and was {}, which changes the tokenizer".format(*versions))
     outcome.say_all("config", texts, f"{CONFIG} is what the cut leaves of the base's")
 
 
-def _untied_where(fields: dict[str, Any], has: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config, with the head untied in each section in which another config unties it."""
-    sections = {name: _untied_where(value, has[name]) for name, value in fields.items()
-                if isinstance(value, dict) and isinstance(has.get(name), dict)}  # fmt: skip
-    untied = {_TIED: False} if has.get(_TIED) is False and fields.get(_TIED) else {}
-    return fields | sections | untied
+def _check_adapter(
+    place: Place, history: History, source: Base, expected: Expected, request: VerifyRequest, outcome: Verified
+) -> None:
+    """Check that an adapter names its base, this cut and this method, and loads what the cut wrote."""
+    told = read_object(place.path(ADAPTER_CONFIG))
+    _check_cut(told, ADAPTER_CONFIG, history, outcome)
+    if sum(stage.name == "prune" for stage in history.stages) > 1:
+        text = _check_pruned_base(told, history, request, outcome)
+    else:
+        text = base_difference(told, history, source)
+    names = adapter_tensors(place, expected)
+    wrong = [text] if text else adapter_differences(told, history, expected, names.keys())
+    good = f"{ADAPTER_CONFIG} names this base, and loads this cut"
+    outcome.say_all("adapter", [f"{ADAPTER_CONFIG} {text}" for text in wrong], good)
 
 
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two values of a config are the same; a NaN equals itself."""
-    return one == other or repr(one) == repr(other)
+def _check_pruned_base(
+    told: dict[str, Any], history: History, request: VerifyRequest, outcome: Verified
+) -> str | None:
+    """Verify the pruned model that an adapter is put on: it must be what the stages before the adapter's cut made."""
+    name, revision = str(told.get("base_model_name_or_path")), told.get("revision") or told.get("base_commit")
+    before = history.lineage.entries[: history.lineage.entries.index(history.since_last_cut[0].entry)]
+    pruned = Place.open(name, revision, request.token)
+    if Lineage.required(pruned.folder, pruned.name).entries != before:
+        return f"names the base {name}, which is not the model that {LINEAGE} says was cut again"
+    found = verify(replace(request, model=name, revision=revision))
+    if not found.consistent or found.base != outcome.base:
+        return f"names the base {name}, which is not proven; see what is wrong: hf-layerprune verify {name}"
+    outcome.say(True, "adapter", f"is put on {name}, which is verified too")
+    outcome.recorded.update(found.recorded)
+    outcome.lacked, outcome.same = found.lacked, found.same
+    return None
 
 
-def _says_the_same(old: str, value: Any, told: dict[str, Any]) -> bool:
-    """Whether a field with an old name says what the loaded config says: some loaders read only the old one."""
-    new = told[_OLD_NAMES[old]]
-    if value is None or not isinstance(new, dict):
-        return value in (None, new)
-    items = value if isinstance(value, dict) else {old: value}
-    parts = [new, *(part for part in new.values() if isinstance(part, dict))]  # one for each type of layers
-    parts = [{"type": part.get("rope_type")} | part for part in parts]
-    return any(items.items() <= part.items() for part in parts)
-
-
-def _hidden(raw: dict[str, Any], told: Any, expected: Any) -> list[str]:
-    """The fields of a config's file, by dotted path, that are not in the file of the repeated cut, and that the loaded
-    config does not hold with the same value: a loader may act on them, but a comparison of loaded configs misses them.
-    """
-    told, expected = (part if isinstance(part, dict) else {} for part in (told, expected))
-    names = []
-    for name, value in sorted(raw.items()):
-        alike = any(name in part and _alike(part[name], value) for part in (told, expected))
-        if (
-            alike
-            or name in _VOLATILE
-            or (_OLD_NAMES.get(name) in told.keys() - raw.keys() and _says_the_same(name, value, told))
-        ):
-            continue
-        if isinstance(value, dict) and isinstance(told.get(name), dict):
-            names += [f"{name}.{inner}" for inner in _hidden(value, told[name], expected.get(name))]
-        else:
-            names.append(name)
-    return names
-
-
-def _check_adapter(place: Place, history: History, source: Base, expected: Expected, outcome: Verified) -> None:
-    """Check that an adapter names this base, cut and method, and loads what the cut wrote."""
-    fields = read_object(place.path(ADAPTER_CONFIG))
-    _check_cut(fields, ADAPTER_CONFIG, history, outcome)
-    told = history.lineage.base
-    commit = fields.get("base_commit") or fields.get("revision")
-    wrong = []
-    if fields.get("peft_type") != "LAYER_DROP":
-        wrong.append(f"is an adapter of the method {fields.get('peft_type')!r}, and not of LAYER_DROP")
-    if text := base_difference(fields, history, source):
-        wrong.append(text)
-    if commit != told.get("commit"):
-        wrong.append(f"names the base's commit {commit!r}, and {LINEAGE} says {told.get('commit')!r}")
-    if fields.get("auto_mapping"):
-        wrong.append("names custom classes for loading the base (auto_mapping)")
-    if not wrong:
-        names = [name for name, _ in stored_tensors(place, expected)]
-        wrong = adapter_differences(fields, history, expected.config, names)
-    outcome.say_all(
-        "adapter",
-        [f"{ADAPTER_CONFIG} {text}" for text in wrong],
-        f"{ADAPTER_CONFIG} names this base, and loads this cut",
-    )
-
-
-def _check_files(place: Place, expected: Expected, outcome: Verified) -> None:
+def _check_files(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
     """Check all other files against the repeated cut: tokenizer, chat template, generation settings, ..."""
-    loaded = {ADAPTER_WEIGHTS, ADAPTER_CONFIG} if place.is_adapter else {CONFIG, *weight_files(place)}
+    here, checked = place.hashes, {CONFIG, INDEX}
+    if not here:
+        here = history.lineage.entries[-1]["files"]
+    elif place.is_adapter:
+        checked = {ADAPTER_WEIGHTS, ADAPTER_CONFIG}
+    else:
+        checked |= {*weight_files(place)}
+    if expected.quantizer is None and history.quantized:
+        checked |= {*QUANTISERS}  # as recorded, like the tensors that the method made
+    wanted = {
+        name: sha256 for name, sha256 in expected.files.items() if not holds_weights(name) and name not in checked
+    }
     texts = []
-    for name, sha256 in sorted(place.hashes.items()):
-        if name in loaded or (name == INDEX and not place.is_adapter):
-            continue
-        if name not in expected.files or holds_weights(name):
+    for name in sorted(here.keys() - checked):
+        if name not in wanted:
             texts.append(f"{name} is not a file that the cut leaves, and may change how the model behaves; remove it")
-        elif expected.files[name] != sha256:
-            texts.append(f"{name} is not what the cut leaves of the base's")
+        elif wanted[name] != here[name]:
+            texts.append(f"there is another {name} than the cut leaves of the base's")
     if not place.is_adapter:
-        texts += [
-            f"{name} is missing"
-            for name in sorted(expected.files.keys() - place.hashes.keys())
-            if not holds_weights(name) and name != INDEX
-        ]
+        texts += [f"{name} is missing" for name in sorted(wanted.keys() - here.keys())]
     if expected.lacked:
         text = f"{LINEAGE} says that the copy of the base that was cut lacked {', '.join(expected.lacked)}"
         outcome.say(None, "files", text[:300])
         outcome.lacked = expected.lacked
-    others = len(place.hashes.keys() - loaded - {INDEX})
-    outcome.say_all(
-        "files",
-        texts,
-        f"{others} other file{'s are' if others > 1 else ' is'} the base's" if others else "there are no other files",
+    others = len(here.keys() - checked)
+    same = (
+        f"{others} other file{'s are' if others > 1 else ' is'} the base's" if others else "there are no other files"
     )
+    outcome.say_all("files", texts, same)

@@ -1,4 +1,4 @@
-"""Compare the fields of an `adapter_config.json` with those that the last `prune` of its lineage would write."""
+"""Check that an adapter loads what the last cut of its lineage wrote, on the base with which it was compared."""
 
 from __future__ import annotations
 
@@ -9,34 +9,33 @@ from typing import Any
 
 from ...errors import CutError, boundary
 from ...families.layout import find_decoder_layers
-from ...files.hub import Repo
 from ...options import CutOptions
-from ...records.fingerprints import CONFIG, fingerprint, is_inert
 from ...records.history import History
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.names import last_part
 from ...runtime.loading import is_hub_id
 from ...runtime.model_class import model_without_weights
 from .places import Base
+from .rebuild import Expected
 
 # They don't affect the outputs: layers that are named are not chosen again.
 _HARMLESS = {one.name for one in fields(CutOptions)} - {"repair"} | {
-    "check_cut", "inference_mode", "keep_dropped", "own_modules_to_save", "peft_version", "untied_lm_head",
+    "check_cut", "keep_dropped", "own_modules_to_save", "peft_version", "untied_lm_head",
 }  # fmt: skip
 # They are held against the base and the cut of the lineage elsewhere.
-_CHECKED = {"auto_mapping", "base_commit", "base_model_name_or_path", "num_base_layers", "peft_type", "revision"}
+_CHECKED = {"base_commit", "base_model_name_or_path", "num_base_layers", "revision"}
 _TUNED = {"tune_layers", "tune_lm_head", "tune_final_norm"}  # their result is modules_to_save
 
 
 def adapter_differences(
-    told: dict[str, Any], history: History, config: dict[str, Any], names: Collection[str]
+    told: dict[str, Any], history: History, expected: Expected, names: Collection[str]
 ) -> list[str]:
     """What in an adapter's config would load otherwise than what the last cut wrote.
 
     Args:
         told (`dict[str, Any]`): The fields of `adapter_config.json`.
         history (`History`): The stages.
-        config (`dict[str, Any]`): The fields of the config of the repeated cut.
+        expected (`Expected`): The repeated cut.
         names (`Collection[str]`): The tensors in the adapter's file, by their names in the cut model.
 
     Returns:
@@ -45,9 +44,12 @@ def adapter_differences(
     from ...adapter.config import LayerDropConfig
     from ...adapter.model import DUMMY_TARGET_MODULES
 
-    last = [stage.entry for stage in history.stages if stage.name == "prune"][-1]
+    last = history.since_last_cut[0].entry
     repair = last.get("repair") or {}
     wanted: dict[str, Any] = {
+        "auto_mapping": None,  # custom classes for loading the base
+        "inference_mode": True,  # or else it is made anew where it is loaded for training
+        "peft_type": "LAYER_DROP",
         "task_type": "CAUSAL_LM",
         "target_modules": DUMMY_TARGET_MODULES,
         "repair": repair.get("method"),
@@ -56,13 +58,12 @@ def adapter_differences(
     if repair:
         source = last.get("calibration") or {}
         wanted |= {"calibration_samples": source.get("samples"), "calibration_length": source.get("length")}
-        wanted |= {"calibration": source.get("source"), "seed": source.get("seed")}
+        wanted |= {"calibration": last_part(str(source.get("source"))), "seed": source.get("seed")}
         told = told | {"calibration": last_part(str(told.get("calibration")))}
-        wanted["calibration"] = last_part(str(wanted["calibration"]))
     try:
         known = {one.name for one in fields(LayerDropConfig)} - {"peft_type"}
         adapter = LayerDropConfig(**{name: value for name, value in told.items() if name in known})
-        wanted["modules_to_save"] = _tuned(adapter, config)
+        wanted["modules_to_save"] = _tuned(adapter, expected)
     except (CutError, TypeError) as error:
         return [f"can't be loaded: {error}"]
     if set(wanted["modules_to_save"] or ()) <= set(adapter.modules_to_save or ()):  # more may be tuned
@@ -81,44 +82,35 @@ def base_difference(told: dict[str, Any], history: History, compared: Base) -> s
     """How the base that an adapter is put on differs from the one that it was compared with, to follow the file's name.
 
     Raises:
-        CheckpointError: That base is on the Hub and can't be read.
+        CheckpointError: That base can't be read.
     """
-    recorded, name = history.lineage.base, str(told.get("base_model_name_or_path"))
-    path, revision = Path(name).expanduser(), told.get("revision")
-    if path.exists():
-        loaded, where = Base(path, None, fingerprint(path)), name
-    elif name != (history.base_on_hub if is_hub_id(name) else recorded.get("id")):
-        return f"names the base {name!r}, and {LINEAGE} says {history.base_on_hub or recorded.get('id')!r}"
-    elif not is_hub_id(name):
-        return None
-    else:
-        repo, where = Repo.open(name, revision, token=compared.token), f"{name} at {revision or 'the main branch'}"
-        if name == compared.source:
-            now, then = (_decisive(one) for one in (repo, Repo.open(name, compared.commit, token=compared.token)))
-            differ = sorted(file for file in now.keys() | then.keys() if now.get(file) != then.get(file))
-            if not differ or repo.commit == compared.commit:
-                return None
-            changed = f"where {differ[0]} is not as at {compared.commit}"
-            return f"names the base {where}, {changed}; make the adapter again with that as --revision"
-        repo.get(CONFIG)
-        loaded = Base(name, repo.commit, repo.fingerprint())
-    differ = loaded.differences(recorded.get("files") or {})
-    return f"names the base {where}, where {differ[0]} is not as {LINEAGE} says" if differ else None
+    recorded = history.lineage.base
+    name, revision = str(told.get("base_model_name_or_path")), told.get("revision")
+    commit = told.get("base_commit") or revision
+    where = name
+    if not Path(name).expanduser().exists():
+        if name != (history.base_on_hub if is_hub_id(name) else recorded.get("id")):
+            return f"names the base {name!r}, and {LINEAGE} says {history.base_on_hub or recorded.get('id')!r}"
+        if not is_hub_id(name):
+            return None
+        where = f"{name} at {revision or 'the main branch'}"
+    if file := compared.differs_from(name, revision):
+        there = f"at {compared.commit}" if name == compared.source else f"in {compared}"
+        return f"names the base {where}, where {file} is not as {there}; make the adapter again with that as its base"
+    if commit != recorded.get("commit"):
+        return f"names the base's commit {commit!r}, and {LINEAGE} says {recorded.get('commit')!r}"
+    return None
 
 
-def _decisive(repo: Repo) -> dict[str, str | None]:
-    return {name: file.sha256 or file.blob_id for name, file in repo.files.items() if not is_inert(name)}
-
-
-def _tuned(adapter: Any, config: dict[str, Any]) -> list[str] | None:
-    """The modules that an adapter of this config saves, of the cut model with the other config."""
+def _tuned(adapter: Any, expected: Expected) -> list[str] | None:
+    """The modules that an adapter of this config saves, of the cut model."""
     from transformers import CONFIG_MAPPING
 
     from ...adapter.resolve import cut_of
     from ...adapter.tail import saved_modules, tuned_modules
 
-    told = {name: value for name, value in config.items() if name != "quantization_config"}
-    made = CONFIG_MAPPING[config["model_type"]].from_dict(told)
+    told = {name: value for name, value in expected.config.items() if name != "quantization_config"}
+    made = CONFIG_MAPPING[told["model_type"]].from_dict(told)
     with boundary("no model can be built from the base's config"):
         model = model_without_weights(made)
     tuned = tuned_modules(model, replace(adapter, modules_to_save=None), cut_of(adapter), find_decoder_layers(model))

@@ -1,0 +1,95 @@
+"""Compare configs field by field, as a loader reads them and as they are in their files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import InvalidVersion, Version
+
+from ...families import MARKER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+TIED = "tie_word_embeddings"
+# Fields that are set on loading and saving, and the marker of the cut, which is checked separately.
+_VOLATILE = {"_name_or_path", "transformers_version", "use_cache", MARKER}
+# Old names of fields, which a loader reads if the new one is absent.
+_OLD_NAMES = {"torch_dtype": "dtype", "rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
+Path = tuple[str, ...]
+
+
+def flat(fields: dict[str, Any], path: Path = ()) -> dict[Path, Any]:
+    """The values of a config by their paths; sections are not values themselves, unless they are empty."""
+    values: dict[Path, Any] = {}
+    for name, value in fields.items():
+        values |= flat(value, (*path, name)) if isinstance(value, dict) and value else {(*path, name): value}
+    return values
+
+
+def differences(was: dict[str, Any], has: dict[str, Any]) -> dict[Path, tuple[Any, Any]]:
+    """Where two loaded configs differ: both values by path, `None` for one that is absent."""
+    old, new = flat(was), flat(has)
+    paths = {path for path in old.keys() | new.keys() if not _VOLATILE & {path[0], path[-1]}}
+    return {path: (old.get(path), new.get(path)) for path in sorted(paths) if not _alike(old.get(path), new.get(path))}
+
+
+def unties(path: Path, was: Any, has: Any) -> bool:
+    """Whether a difference unties the head from the embeddings."""
+    return path[-1] == TIED and bool(was) and has is False
+
+
+def hidden(raw: dict[str, Any], loaded: PreTrainedConfig, expected: dict[str, Any]) -> Iterator[Path]:
+    """The fields of a config's file that are not in the expected file, and that the loaded config does not hold with
+    the same value: a loader may act on them, but a comparison of loaded configs misses them.
+    """
+    told = json.loads(loaded.to_json_string(use_diff=False))  # without `_name_or_path`, which can choose the tokenizer
+    known = [flat(told), flat(expected)]
+    for path, value in flat(_without_old_names(raw, told)).items():
+        set_on_saving = path[-1] in _VOLATILE - {"_name_or_path"} or path[0] == MARKER
+        if not set_on_saving and not any(path in values and _alike(values[path], value) for values in known):
+            yield path
+
+
+def reads_another_tokenizer(raw: dict[str, Any], expected: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether the version in a config changes the tokenizer: with `fix_mistral_regex`, that of transformers before 5 is
+    fixed, and of a version that can't be read, none is loaded.
+    """
+
+    def before_5(told: Any) -> bool | None:
+        try:
+            return not told or Version(told) < Version("5.0.0")
+        except (InvalidVersion, TypeError):
+            return None
+
+    here, there = (before_5(fields.get("transformers_version")) for fields in (raw, expected))
+    return here is not there and (here is None or bool(settings.get("fix_mistral_regex")))
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two values are the same; a NaN equals itself, and no truth value equals a number."""
+    return (one == other and isinstance(one, bool) == isinstance(other, bool)) or repr(one) == repr(other)
+
+
+def _without_old_names(raw: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a file without those that say the same as a new name in the loaded config."""
+    kept = {}
+    for name, value in raw.items():
+        if (new := _OLD_NAMES.get(name)) in told and new not in raw and says_the_same(name, value, told):
+            continue
+        inner = isinstance(value, dict) and isinstance(told.get(name), dict)
+        kept[name] = _without_old_names(value, told[name]) if inner else value
+    return kept
+
+
+def says_the_same(old: str, value: Any, told: dict[str, Any]) -> bool:
+    """Whether a field with an old name says what the loaded config says: some loaders read only the old one."""
+    new = told[_OLD_NAMES[old]]
+    if value is None or not isinstance(new, dict):
+        return value in (None, new)
+    items = value if isinstance(value, dict) else {old: value}
+    parts = [new, *(part for part in new.values() if isinstance(part, dict))]  # one for each type of layers
+    parts = [{"type": part.get("rope_type")} | part for part in parts]
+    return any(items.items() <= part.items() for part in parts)
