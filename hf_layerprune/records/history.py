@@ -20,7 +20,7 @@ QUANTIZE = "quantize"
 _LINE = 80
 OWN_TEXT = "text that the dense model wrote itself"
 # Fields of a repair's record that are not settings.
-_NO_SETTINGS = ("changed_tensors", "changed_modules", "input_weights", "seconds")
+_NO_SETTINGS = ("changed_tensors", "input_weights", "seconds")
 
 
 @dataclass(frozen=True)

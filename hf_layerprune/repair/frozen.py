@@ -40,8 +40,12 @@ def thaw(model: nn.Module) -> None:
 
 def module_names(repair: Repair, stack: DecoderStack, cut: families.Cut) -> list[str]:
     """Full names in the pruned model of the modules that a repair changes."""
-    modules = sorted({(index, name.rpartition(".")[0]) for index, name in repair.tensors})
-    return [f"{stack.path}.{cut.new_index[index]}.{name}" for index, name in modules]
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in tensor_names(repair, stack.path, cut)))
+
+
+def tensor_names(repair: Repair, stack_path: str, cut: families.Cut) -> list[str]:
+    """Full names in the pruned model of the tensors that a repair changes."""
+    return [f"{stack_path}.{cut.new_index[index]}.{name}" for index, name in sorted(repair.tensors)]
 
 
 def put(repair: Repair, model: nn.Module, stack_path: str, cut: families.Cut, adapter_name: str) -> None:

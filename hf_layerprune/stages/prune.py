@@ -311,6 +311,7 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
     """Load the whole model, cut it, and save it. Returns the commit that it was loaded from."""
     from ..cut.memory import drop_layers
     from ..families.layout import find_decoder_layers
+    from ..repair.frozen import tensor_names
     from ..runtime.model_class import stored_names
 
     model = load_base(request.base, revision=request.revision, dtype=_dtype(request))
@@ -325,7 +326,7 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
         _note_plain_cut(prepared, folder)
         stack = find_decoder_layers(model)
         prepared.repair.apply(list(stack.layers), cut.new_index)
-        names = [f"{stack.path}.{cut.new_index[i]}.{name}" for i, name in sorted(prepared.repair.tensors)]
+        names = tensor_names(prepared.repair, stack.path, cut)
         stored = stored_names(model.config, names)
         prepared.record["repair"]["changed_tensors"] = sorted(stored.get(name, name) for name in names)
     model.save_pretrained(folder)
@@ -362,11 +363,16 @@ def _note_plain_cut(prepared: Prepared, folder: Path) -> None:
 def _adapter(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> str | None:
     """Save the plan, the tail that will be tuned, and what the repair changed. Returns the base's commit."""
     from ..adapter.pruning import prune_prepared
+    from ..adapter.resolve import cut_of
+    from ..families.layout import find_decoder_layers
+    from ..repair.frozen import tensor_names
 
     model = prune_prepared(_config(request, dropped), prepared, whole=request.check, dtype=_dtype(request))
     made: Any = model.peft_config["default"]
     made.revision = made.base_commit  # loading would otherwise put it on whatever the base's main branch is then
     model.save_pretrained(str(folder))
     if prepared is not None and prepared.repair is not None:
-        prepared.record["repair"]["changed_modules"] = made.repaired_modules
+        pruned: Any = model.get_base_model()
+        names = tensor_names(prepared.repair, find_decoder_layers(pruned).path, cut_of(made))
+        prepared.record["repair"]["changed_tensors"] = names
     return made.base_commit

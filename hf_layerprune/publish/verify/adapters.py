@@ -53,7 +53,8 @@ def adapter_differences(
         "task_type": "CAUSAL_LM",
         "target_modules": DUMMY_TARGET_MODULES,
         "repair": repair.get("method"),
-        "repaired_modules": repair.get("changed_modules"),
+        "repaired_modules": [*dict.fromkeys(name.rpartition(".")[0] for name in repair.get("changed_tensors") or ())]
+        or None,
     }
     if repair:
         source = last.get("calibration") or {}

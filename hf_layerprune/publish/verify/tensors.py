@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ...cut.folder import SINGLE
+from ...cut.folder import check_index, find_weights
 from ...errors import CheckpointError, boundary
 from ...files.json_file import read_object
 from ...files.shards import INDEX, MAX_INDEX, shard_names
@@ -26,23 +26,21 @@ _FLOATS = {"F16", "BF16", "F32", "F64"}
 _NO_MODEL = "no model can be built from the base's config"
 
 
-def weight_files(place: Place) -> list[str]:
-    """The names of the weight files that loaders read.
+def weight_files(place: Place) -> tuple[list[str], dict[str, Any] | None]:
+    """The names of the weight files that loaders read, and the index that lists them, if there is one.
 
     Raises:
-        CheckpointError: Loaders differ in which files they read.
+        CheckpointError: There are none, or loaders differ in which files they read.
     """
     if place.is_adapter:
-        return [ADAPTER_WEIGHTS]
-    if INDEX not in place.hashes:
-        return [SINGLE]
-    if SINGLE in place.hashes:
-        raise CheckpointError(f"{place.name} holds both {SINGLE} and {INDEX}, and loaders differ in which they read")
-    return shard_names(_read_index(place), f"{place.name}/{INDEX}")
-
-
-def _read_index(place: Place) -> dict[str, Any]:
-    return read_object(place.path(INDEX), max_bytes=MAX_INDEX)
+        return [ADAPTER_WEIGHTS], None
+    name = find_weights([name for name in place.hashes if "/" not in name], place.name)
+    if name != INDEX:
+        return [name], None
+    index = read_object(place.path(INDEX), max_bytes=MAX_INDEX)
+    if "metadata" not in index:
+        raise CheckpointError(f"{INDEX} has no metadata, without which transformers does not load the model")
+    return shard_names(index, f"{place.name}/{INDEX}"), index
 
 
 def read_weights(place: Place, expected: Expected) -> dict[str, WeightFile]:
@@ -51,21 +49,15 @@ def read_weights(place: Place, expected: Expected) -> dict[str, WeightFile]:
     Raises:
         CheckpointError: They are not complete, or contradict each other.
     """
+    names, index = weight_files(place)
     files: dict[str, WeightFile] = {}
-    weight_map: dict[str, str] = {}
-    for file in weight_files(place):
-        if file not in place.hashes:
-            raise CheckpointError(f"{place.name} lacks {file}, so it is not complete")
-        same = place.hashes[file] == expected.files.get(file)
-        files[file] = expected.weights[file] if same else WeightFile.read(place.path(file))
-        for name in files[file].tensors:
-            if weight_map.setdefault(name, file) != file:
-                raise CheckpointError(f"{name} is in both {weight_map[name]} and {file}")
-    index = _read_index(place) if INDEX in place.hashes and not place.is_adapter else None
-    if index and index["weight_map"] != weight_map:
-        raise CheckpointError(f"{INDEX} and the weight files do not agree on which tensor is where")
-    if index and "metadata" not in index:
-        raise CheckpointError(f"{INDEX} has no metadata, without which transformers does not load the model")
+    for name in names:
+        if name not in place.hashes:
+            raise CheckpointError(f"{place.name} lacks {name}, so it is not complete")
+        same = place.hashes[name] == expected.files.get(name)
+        files[name] = expected.weights[name] if same else WeightFile.read(place.path(name))
+    if index is not None:
+        check_index(index["weight_map"], {name: file.tensors for name, file in files.items()}, f"{place.name}/{INDEX}")
     return files
 
 
@@ -95,18 +87,15 @@ def check_tensors(place: Place, history: History, expected: Expected, outcome: V
 
     changed = {own(name): by for name, by in history.changed().items()}
     if place.is_adapter:
-        repaired = {f"{name}.": ["repair"] for name in _repaired_modules(history)}
-        files, found = {}, adapter_tensors(place, expected)
-        for name in found:
-            if by := next((by for module, by in repaired.items() if name.startswith(module)), None):
-                changed.setdefault(name, by)
-        found = _as_stored(place, expected, {own(name): tensor for name, tensor in found.items()}, changed)
+        files, modules = {}, adapter_tensors(place, expected)
+        unknown = [name for name in modules if own(name) not in tensors and own(name) not in changed]
+        stored = [*_as_stored(place, expected, modules, unknown).items()]
     else:
         files = read_weights(place, expected)
-        stored = [(own(name), tensor) for file in files.values() for name, tensor in file.tensors.items()]
-        found = dict(stored)
-        if len(found) < len(stored):
-            raise CheckpointError(f"{place.name} holds a tensor under two names")
+        stored = [one for file in files.values() for one in file.tensors.items()]
+    found = {own(name): tensor for name, tensor in stored}
+    if len(found) < len(stored):
+        raise CheckpointError(f"{place.name} holds a tensor under two names")
     tied = {own(name): own(other) for name, other in _tied(expected).items()} if found.keys() ^ tensors.keys() else {}
     owners = {name.rpartition(".")[0] for name in plain}
     wrong, same, again = [], 0, 0
@@ -117,8 +106,7 @@ def check_tensors(place: Place, history: History, expected: Expected, outcome: V
             repeated = expected.quantizer is not None and plain.get(name) != tensor
             again, same = again + repeated, same + (not repeated)
             continue
-        is_part = name in tensors and name not in plain  # of a parameter that was quantised
-        whole = _whole(name, owners, changed) if is_part and name not in changed else name
+        whole = name if name in changed or name in plain else _whole(name, owners, changed)
         by = changed.get(whole, [])
         if by and (place.is_adapter or QUANTIZE in by or _may_be_trained(name, tensor, wanted)):
             recorded[whole] = " and ".join(dict.fromkeys(by))
@@ -199,31 +187,25 @@ def _tied(expected: Expected) -> dict[str, str]:
 
 
 def _as_stored(
-    place: Place, expected: Expected, found: Mapping[str, TensorHash], changed: Mapping[str, Any]
+    place: Place, expected: Expected, modules: Mapping[str, TensorHash], unknown: Collection[str]
 ) -> dict[str, TensorHash]:
-    """An adapter's tensors by the names that its base's checkpoint gives them. Some types have other names there, or
-    several tensors for one, such as one for each expert. What a stage changed has nothing to be compared with.
+    """An adapter's tensors, of which the unknown ones get the names that its base's checkpoint gives them: some types
+    have other names there, or several tensors for one, such as one for each expert.
     """
-    foreign = [name for name in found if name not in expected.tensors and name not in changed]
-    if not foreign:
-        return dict(found)
+    if not unknown:
+        return {**modules}
     import torch
     from safetensors import safe_open
 
     parts: dict[str, TensorHash] = {}
     with boundary(_NO_MODEL), safe_open(place.path(ADAPTER_WEIGHTS), "pt") as file:
-        values = {name: file.get_tensor(f"{_ADAPTER_PREFIX}{name}") for name in foreign}
+        values = {name: file.get_tensor(f"{_ADAPTER_PREFIX}{name}") for name in unknown}
         made = stored_parts(expected.model_config, values)
         for name, stored in made.items():
             for part, value in stored.items():
                 data = value.contiguous().view(torch.uint8).numpy().tobytes()
-                parts[part] = TensorHash(found[name].dtype, tuple(value.shape), hashlib.sha256(data).hexdigest())
-    return {name: tensor for name, tensor in found.items() if name not in made} | parts
-
-
-def _repaired_modules(history: History) -> list[str]:
-    repairs = [stage.entry.get("repair") or {} for stage in history.stages if stage.name == "prune"]
-    return [name for repair in repairs for name in repair.get("changed_modules") or ()]
+                parts[part] = TensorHash(modules[name].dtype, tuple(value.shape), hashlib.sha256(data).hexdigest())
+    return {name: tensor for name, tensor in modules.items() if name not in made} | parts
 
 
 def _difference(name: str, tensor: TensorHash, wanted: TensorHash | None, quantizer: str | None) -> str:

@@ -211,7 +211,7 @@ def _check_recorded_cut(history: History, expected: Expected, outcome: Verified)
 def _check_cut(told: Mapping[str, Any], name: str, history: History, outcome: Verified) -> None:
     """Check that a config records the last cut: the dropped layers, and the number of layers before it."""
     last = history.since_last_cut[0]
-    wanted, of = sorted(last.settings["drop_layers"]), (last.entry.get("layers") or {}).get("base")
+    wanted, of = sorted(last.settings.get("drop_layers") or ()), (last.entry.get("layers") or {}).get("base")
     dropped = told.get("drop_layers")
     if (dropped, told.get("num_base_layers")) == (wanted, of):
         outcome.say(True, "config", f"{name} and {LINEAGE} agree on the cut")
@@ -238,7 +238,7 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
     if any(name.endswith("lm_head.weight") for name in history.changed()):  # the head was untied and trained
         differ = {path: values for path, values in differ.items() if not unties(path, *values)}
     types = {_DTYPES.get(tensor.dtype) for tensor in expected.tensors.values()}
-    if differ.get(("dtype",), (0, 0))[0] is None and types == {differ["dtype",][1]}:
+    if [(None, dtype) for dtype in types] == [differ.get(("dtype",))]:
         del differ["dtype",]  # saving a model records the dtype of its weights
     texts = [f"{'.'.join(path)} is {has!r} and was {was!r}"[:200] for path, (was, has) in differ.items()]
     seen = {path[0] for path in differ}
@@ -274,7 +274,7 @@ def _check_pruned_base(
     told: dict[str, Any], history: History, request: VerifyRequest, outcome: Verified
 ) -> str | None:
     """Verify the pruned model that an adapter is put on: it must be what the stages before the adapter's cut made."""
-    name, revision = str(told.get("base_model_name_or_path")), told.get("revision") or told.get("base_commit")
+    name, revision = str(told.get("base_model_name_or_path")), told.get("revision")
     before = history.lineage.entries[: history.lineage.entries.index(history.since_last_cut[0].entry)]
     pruned = Place.open(name, revision, request.token)
     if Lineage.required(pruned.folder, pruned.name).entries != before:
@@ -296,7 +296,7 @@ def _check_files(place: Place, history: History, expected: Expected, outcome: Ve
     elif place.is_adapter:
         checked = {ADAPTER_WEIGHTS, ADAPTER_CONFIG}
     else:
-        checked |= {*weight_files(place)}
+        checked |= {*weight_files(place)[0]}
     if expected.quantizer is None and history.quantized:
         checked |= {*QUANTISERS}  # as recorded, like the tensors that the method made
     wanted = {
