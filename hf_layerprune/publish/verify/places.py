@@ -79,10 +79,6 @@ class Place:
         """Whether this is an adapter rather than a complete model."""
         return ADAPTER_CONFIG in self.hashes and CONFIG not in self.hashes
 
-    def holds(self, path: Path) -> bool:
-        """Whether a path is inside the folder."""
-        return path.resolve().is_relative_to(self.folder.resolve())
-
     def path(self, name: str) -> Path:
         """The path of a file, downloaded first if the model is on the Hub."""
         return self.repo.get(name) if self.repo is not None else self.folder / name
@@ -115,7 +111,8 @@ class Base:
         where = named or str(told.get("id") or "")
         path = Path(where).expanduser()
         if where and path.exists() and (named or not told.get("commit")):
-            if not named and place.holds(path):  # whoever made the model made that too
+            # Whoever made the model made that too.
+            if not named and path.resolve().is_relative_to(place.folder.resolve()):
                 raise CheckpointError(
                     f"{path}, which the lineage names, is part of the model; give a base with --base"
                 )

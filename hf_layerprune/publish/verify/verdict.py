@@ -297,8 +297,9 @@ def _check_files(place: Place, history: History, expected: Expected, outcome: Ve
         checked = {ADAPTER_WEIGHTS, ADAPTER_CONFIG}
     else:
         checked |= {*weight_files(place)[0]}
-    if expected.quantizer is None and history.quantized:
-        checked |= {*QUANTISERS}  # as recorded, like the tensors that the method made
+    if expected.quantizer is None and history.quantized and (settings := here.keys() & {*QUANTISERS}):
+        outcome.say(None, "files", f"{', '.join(sorted(settings))}: of the quantiser, as {LINEAGE} records")
+        checked |= settings
     wanted = {
         name: sha256 for name, sha256 in expected.files.items() if not holds_weights(name) and name not in checked
     }
