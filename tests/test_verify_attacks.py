@@ -311,6 +311,9 @@ def test_files_that_were_planted(cut: Path, attack: str, forged: bool, capsys: p
 
 ADAPTER: dict[str, Callable[[Path], object]] = {
     "another base": edit_json("adapter_config.json", base_model_name_or_path="someone/else"),
+    "a file as its base": lambda folder: edit_json(
+        "adapter_config.json", base_model_name_or_path=str(folder / "README.md")
+    )(folder),
     "another method": edit_json("adapter_config.json", peft_type="LORA"),
     "another commit": edit_json("adapter_config.json", base_commit="0" * 40),
     "another revision": edit_json("adapter_config.json", revision="evil"),

@@ -159,7 +159,9 @@ class Base:
 def _loaded(source: str, revision: str | None, token: str | bool | None) -> dict[str, str]:
     """The sha256 of each file that a loader reads, by name."""
     path = Path(source).expanduser()
-    return {"": sha256_of(path)} if path.is_file() else Place.open(source, revision, token, is_model_file).hashes
+    if path.is_file():  # of whatever name
+        return {"its content": sha256_of(path)}
+    return Place.open(source, revision, token, is_model_file).hashes
 
 
 def _bytes(entry: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
