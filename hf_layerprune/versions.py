@@ -79,6 +79,11 @@ def gguf_options() -> dict[str, Any]:
     return {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
 
 
+def transformers_loads_whole_modules() -> bool:
+    """Whether the `load_adapter` of transformers, which its `from_pretrained` calls, loads `modules_to_save`."""
+    return _is_at_least("transformers", "5.18")
+
+
 # --- the Hub client ---------------------------------------------------------------------------------------
 
 

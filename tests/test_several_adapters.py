@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, inject_adapter_in_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
 from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
+from hf_layerprune.versions import transformers_loads_whole_modules
 
 from .test_adapter import load, logits, save, shake
 from .tiny_models import tiny_input
@@ -65,6 +66,59 @@ def test_two_adapters_share_the_cut(llama: Path, tmp_path: Path) -> None:
         with pytest.raises(CutError, match=r"drops layers \[6, 7\], and the new one \[1\]"):
             add()
     assert list(model.peft_config) == list(again.peft_config) == ["default", "second"]
+
+
+def test_another_adapter_leaves_what_trains_as_it_is(llama: Path, tmp_path: Path) -> None:
+    prune_with(LayerDropConfig(drop_layers=[2, 3]), load(llama)).save_pretrained(tmp_path)
+    for trains in (True, False):
+        model = PeftModel.from_pretrained(load(llama), tmp_path, is_trainable=trains)
+        before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert bool(before) == trains
+        model.load_adapter(tmp_path, "second")
+        model.add_adapter("third", LayerDropConfig(drop_layers=[2, 3]))
+        after = {name for name, p in model.named_parameters() if p.requires_grad and ".third." not in name}
+        assert after == before
+
+
+def test_a_base_takes_an_adapter_of_the_same_name_once(llama: Path, tmp_path: Path) -> None:
+    """The second one would have the first one's weights in all modules that it does not tune itself."""
+    base, config = load(llama), LayerDropConfig(drop_layers=[2, 3], tune_layers=1)
+    model = prune_with(LayerDropConfig(drop_layers=[2, 3]), base)
+    shake(model)
+    expected = logits(model)
+    prune_with(config, load(llama)).save_pretrained(tmp_path)
+    for again in (
+        lambda: get_peft_model(base, config),
+        lambda: get_peft_model(model, config),
+        lambda: PeftModel.from_pretrained(base, tmp_path),
+    ):
+        with pytest.raises(CutError, match=r"has adapters \(default\).*load the base without them"):
+            again()
+    assert model.peft_config["default"].modules_to_save[0] == "model.layers.3"
+    assert torch.equal(logits(model), expected)
+
+
+def test_the_adapters_of_transformers(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its `load_adapter` activates what it loads; its `add_adapter` trains what can't be saved."""
+    model = prune_with(LayerDropConfig(drop_layers=[2, 3]), load(llama))
+    shake(model)
+    model.save_pretrained(tmp_path)
+    plain = load(llama)
+    for name in ("first", "second") if transformers_loads_whole_modules() else ():
+        plain.load_adapter(str(tmp_path), name)
+        assert torch.equal(logits(plain), logits(model))
+    monkeypatch.setattr("hf_layerprune.versions.transformers_loads_whole_modules", lambda: False)
+    with pytest.raises(CutError, match=r"leave out this adapter's weights; use PeftModel\.from_pretrained"):
+        load(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(llama), tmp_path)), logits(model))
+
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.19.0")  # 5.24 asks for one to come
+    base, config = load(llama), LayerDropConfig(drop_layers=[2])
+    with pytest.raises(CutError, match="use model = get_peft_model"):
+        base.add_adapter(config)
+    assert base.config.num_hidden_layers == 8
+    status = get_peft_model(base, config).get_model_status()
+    assert status.peft_types == {"default": "LAYER_DROP"}
 
 
 @pytest.mark.parametrize(("deleted", "left"), [("second", "default"), ("default", "second")])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum
 
 from peft import PeftConfig, TaskType
 
@@ -13,7 +13,7 @@ from ..options.kinds import TEXT, checked, many
 from ..select import registry  # noqa: F401 (enters the criteria among the choices)
 
 
-class LayerDropPeftType(StrEnum):
+class LayerDropPeftType(str, Enum):  # noqa: UP042 (get_model_status() reads what follows the dot in str() of it)
     """The name of the method in PEFT's mappings, which are looked up by value. PEFT's own enum can't be extended."""
 
     LAYER_DROP = "LAYER_DROP"
@@ -46,7 +46,6 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
     target_modules: str | None = field(
         default=None, metadata={"help": "Set by the method for PEFT to read; leave it out."}
     )
-    exclude_modules: list[str] | None = field(default=None, metadata={"help": "Never set; PEFT reads it."})
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "Further modules to tune, by full name; after pruning, the list of all tuned modules."},

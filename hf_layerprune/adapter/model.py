@@ -13,14 +13,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from .. import versions
 from ..cut.lazy import SAVED
-from ..cut.memory import LayerCut, drop_layers
+from ..cut.memory import LayerCut, check_plain, drop_layers
 from ..errors import CutError, LayerPruneError
 from ..families.layout import find_decoder_layers, find_output_head, ties_head
 from ..options import check
@@ -62,6 +63,24 @@ class LayerDropModel(BaseTuner):
     prefix: str = "layerdrop_"
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT declares it so)
+
+    def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        adapters = getattr(model, "peft_config", {})
+        if isinstance(model, PeftModel) or adapter_name in adapters:
+            check_plain(model)  # an adapter of the same name would keep what this one doesn't tune
+        if getattr(model, "_hf_peft_config_loaded", False) and not adapters:
+            model._hf_peft_config_loaded = False  # as it was, for get_peft_model
+            raise CutError(
+                "the add_adapter of transformers is for adapters of another kind: it could neither save nor disable this "
+                "one; use model = get_peft_model(model, config)"
+            )
+        # A PeftModel passes a dictionary.
+        if getattr(peft_config, "is_saved", False) and not versions.transformers_loads_whole_modules():
+            raise CutError(
+                "transformers before 5.18 would leave out this adapter's weights; use PeftModel.from_pretrained or "
+                "AutoPeftModelForCausalLM, or update transformers"
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -153,12 +172,17 @@ class LayerDropModel(BaseTuner):
         config = self.peft_config[adapter_name] = copy.copy(asked)  # the caller's may make further adapters
         if isinstance(config, LayerDropConfig) and config.is_new:
             config.renew(repair=len(self.peft_config) == 1)  # others are made from the first, such as TRL's reference
+        others = [(p, p.requires_grad) for p in model.parameters()] if len(self.peft_config) > 1 else []
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:  # leave nothing that the next adapter on this model would take for its own
             model.__dict__.pop(PREPARED, None)
             self.peft_config.pop(adapter_name, None)
             raise
+        for parameter, requires_grad in others:  # PEFT does so only for layers of its own
+            parameter.requires_grad_(requires_grad)
+        if adapter_name in self.active_adapters:  # PEFT leaves all inactive where another adapter was before
+            self.set_adapter(adapter_name, inference_mode=bool(config.inference_mode))
         config.is_saved = False  # from here on, its weights are in this model, and another adapter of it is a new one
         asked.drop_layers, asked.num_base_layers = config.drop_layers, config.num_base_layers
         if (cut := getattr(model, CUT, None)) is not None:
@@ -179,6 +203,9 @@ class LayerDropModel(BaseTuner):
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
         """Skip PEFT's warning: a tied head is untied on purpose, see `tied.untie`."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise LayerPruneError("LayerDropConfig takes no target modules; leave target_modules out")

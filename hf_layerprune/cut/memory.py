@@ -119,7 +119,7 @@ def check_plain(model: Any) -> None:
     if hasattr(model, "peft_config"):
         raise CutError(
             f"this {type(model).__name__} has adapters ({', '.join(model.peft_config)}), which are for the layers that it has "
-            "now; merge them first: model = model.merge_and_unload()"
+            "now; merge them first, with merge_and_unload() of the PeftModel, or load the base without them"
         )
     if not isinstance(model, transformers.PreTrainedModel):
         raise CutError(
