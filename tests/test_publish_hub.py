@@ -71,6 +71,9 @@ def test_verify_downloads_nothing_of_the_weights(found: Found) -> None:
     out = found["verify_what_was_pushed"]
     assert out["yes"][0] == 0
     assert "57 are the base's, to the last bit" in out["yes"][1]
+    # Both are read from the Hub client's cache, whose files are links.
+    assert "ok   card      README.md shows what the records say" in out["yes"][1]
+    assert "ok   metrics" in out["yes"][1]
     # Of the model the hashes that the Hub lists are enough; of the base, what stays of it is hashed.
     assert out["of the model"] == 0
     assert out["of the base"] >= out["kept"] - 20_000

@@ -21,6 +21,8 @@ from ...records.fingerprints import (
     sha256_of,
 )
 from ...records.history import History
+from ...records.metrics import FILE_NAME as METRICS
+from ...records.metrics import Metrics
 from ...records.names import base_name
 from ...runtime.loading import is_hub_id, resolve_base
 from ..requests import VerifyRequest
@@ -79,9 +81,21 @@ class Place:
         """Whether this is an adapter rather than a complete model."""
         return ADAPTER_CONFIG in self.hashes and CONFIG not in self.hashes
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return (self.folder / name).is_file() or (self.repo is not None and name in self.repo.files)
+
     def path(self, name: str) -> Path:
         """The path of a file, downloaded first if the model is on the Hub."""
         return self.repo.get(name) if self.repo is not None else self.folder / name
+
+    def metrics(self) -> Metrics | None:
+        """The numbers, if there are any.
+
+        Raises:
+            CheckpointError: The file can't be read, or does not follow the schema.
+        """
+        return Metrics.read(self.path(METRICS)) if self.has(METRICS) else None
 
 
 @dataclass(frozen=True)

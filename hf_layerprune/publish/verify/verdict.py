@@ -38,7 +38,6 @@ from ...records.history import History, read_history
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
-from ...records.metrics import Metrics
 from ...records.quantized import describe_quantization, is_repeatable_method
 from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_config
@@ -151,7 +150,7 @@ def _check_records(place: Place, history: History, outcome: Verified) -> None:
 def _check_metrics(place: Place, lineage: Lineage, outcome: Verified) -> None:
     """Check that the numbers belong to the model, or to the one that records without weights describe."""
     try:
-        metrics = Metrics.of(place.folder)
+        metrics = place.metrics()
         if metrics is None:
             return
         if place.hashes:
@@ -168,12 +167,11 @@ def _check_metrics(place: Place, lineage: Lineage, outcome: Verified) -> None:
 
 def _check_card(place: Place, lineage: Lineage, outcome: Verified) -> None:
     """Say whether the card is the one that the records give; other versions of this package word it differently."""
-    exists = place.repo is None and (place.folder / CARD).is_file()
-    if not place.hashes or not (exists or (place.repo is not None and CARD in place.repo.files)):
+    if not place.hashes or not place.has(CARD):
         return
     try:
-        text = read_text(place.path(CARD))
-        same = text == compose(Card.of(lineage, Metrics.of(place.folder)), text)
+        text = read_text(place.path(CARD).resolve())  # the Hub client's cache holds links
+        same = text == compose(Card.of(lineage, place.metrics()), text)
     except LayerPruneError:
         same = False
     shows = f"{CARD} shows what the records say; text outside its generated sections was not checked"
