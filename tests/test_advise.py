@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,15 @@ def test_at_the_papers_size_the_papers_word(tmp_path: Path, capsys: pytest.Captu
     told = said(capsys, tmp_path)
     assert (told["by"], told["measured"]) == ("the paper", False)
     assert told["settings"]["method"] == "lm_head+last3"
-    assert main(["advise", str(tmp_path)]) == 0
-    assert "--minutes, --dtype and --device have no effect" in capsys.readouterr().out.replace("\n", " ")
+    folder = tmp_path / "an 8B model"  # a name that a shell would split
+    folder.mkdir()
+    shutil.copy(tmp_path / "config.json", folder)
+    assert main(["advise", str(folder), "--target-params", "6.3B"]) == 0
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert "--minutes, --dtype and --device have no effect" in out
+    assert f"hf-layerprune rank '{folder}' curve --curve" in out
+    assert "To meet target_params, the last 8 of 32 layers go." in out
+    assert main(["advise", str(folder), "--target-params", "1M"]) == 2
+    assert "target_params=1M can't be met" in capsys.readouterr().err
     assert main(["advise", str(tmp_path), "--from-curve", str(tmp_path)]) == 2
     assert "from_curve has no effect for 5 billion" in capsys.readouterr().err

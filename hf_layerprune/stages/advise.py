@@ -9,6 +9,7 @@ paper's figures.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -39,8 +40,8 @@ _DOCUMENT = 400
 _PAPER = """For models of this size we measured nothing. The paper (arXiv:2411.15558, tables 3 and 8) did, on two A100 GPUs: without
 the last 8 of 32 layers, and with lm_head and the last 3 that remain tuned for 2 epochs on Alpaca, Llama-3.1-8B-Instruct
 has a mean accuracy of 0.581 in 8 tasks (dense: 0.630); tuned on Dolly, 0.598. On small models, a block in the middle does far
-better; to find out which it is here, make a curve: hf-layerprune rank BASE curve --curve. Nothing was timed here, so --minutes,
---dtype and --device have no effect on this advice."""
+better; to find out which it is here, make a curve: COMMAND. Nothing was timed here, so
+--minutes, --dtype and --device have no effect on this advice."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,15 @@ def advise(request: AdviseRequest) -> Advice:
         refuse_unused(
             request, ("from_curve",), "for 5 billion parameters or more, where the advice is the paper's recipe"
         )
-    made = _like_the_paper(request) if by_the_paper else _by_the_frontier(request, config)
+    made = _like_the_paper(request, config) if by_the_paper else _by_the_frontier(request, config)
     made.record["parameters"] = parameters
     if request.output is not None and made.settings:
         import yaml
 
         remarks = "".join(f"# {line}".rstrip() + "\n" for line in made.text.splitlines())
-        write_text(request.output.expanduser(), remarks + yaml.safe_dump(made.settings, sort_keys=False))
+        write_text(
+            request.output.expanduser(), remarks + yaml.safe_dump(made.settings, sort_keys=False, allow_unicode=True)
+        )
     return made
 
 
@@ -111,7 +114,10 @@ def _amount(request: AdviseRequest, otherwise: float) -> dict[str, Any]:
     }
 
 
-def _like_the_paper(request: AdviseRequest) -> Advice:
+def _like_the_paper(request: AdviseRequest, config: Any) -> Advice:
+    text = _PAPER.replace("COMMAND", shlex.join(("hf-layerprune", "rank", request.base, "curve", "--curve")))
+    if request.target not in (None, "target_speedup"):  # whose layers would have to be timed
+        text += f"\n\nTo meet {request.target}, the last {_for_target(request, config)} of {families.layer_count(config)} layers go."
     settings = {
         **_source(request),
         **_amount(request, 0.25 if request.drop is None else request.drop),
@@ -125,7 +131,7 @@ def _like_the_paper(request: AdviseRequest) -> Advice:
         "output_dir": "pruned",
     }
     record = {"by": "the paper", "measured": False, "settings": settings}
-    return Advice(settings, _launch(request), _PAPER.replace("BASE", request.base), record)
+    return Advice(settings, _launch(request), text, record)
 
 
 def _source(request: AdviseRequest) -> dict[str, Any]:
