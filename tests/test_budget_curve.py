@@ -243,7 +243,7 @@ def test_a_curve_goes_on_where_it_stopped(
         quality_curve(str(base), tmp_path / "curve", **options)
     Path(notes).write_text(text)
     for other in ({"repair": "refit"}, {"seed": 7}, {"calibration_samples": 16}):
-        with pytest.raises(CheckpointError, match="with other options"):
+        with pytest.raises(CheckpointError, match=f"with another {next(iter(other))};"):
             quality_curve(str(base), tmp_path / "curve", **options | other)
     (tmp_path / "curve" / "notes").write_text("mine")
     with pytest.raises(CheckpointError, match="holds files that may be yours: notes"):
@@ -311,6 +311,7 @@ def test_what_a_curve_says_is_what_prune_makes(
         assert f"--from-curve {tmp_path / 'curve'} --drop {drop} " in out
     for more, code, message in (
         (["--drop", "5"], 2, "it drops up to 3 layers"),
+        (["--max-kl", "1e-9"], 2, "meets max_kl=1e-09 by one standard error; allow more loss"),
         (["--target-memory", "1GB"], 2, "has no figures for memory"),
     ):
         assert main(["prune", str(base), str(tmp_path / "x"), "--from-curve", str(tmp_path / "curve"), *more]) == code

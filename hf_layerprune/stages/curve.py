@@ -265,10 +265,9 @@ def _earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, A
     if force or not (folder / FILE).exists():
         return None
     record = read_curve(folder / FILE)
-    if record["identity"] != json.loads(json.dumps(identity)):
+    if other := [name for name, value in identity.items() if record["identity"].get(name) != value]:
         raise CheckpointError(
-            f"{folder} holds a curve of another base or with other options; choose another folder, or start again with "
-            "--force"
+            f"{folder} holds a curve with another {' and '.join(other)}; choose another folder, or start again with --force"
         )
     logger.info("continuing %s, which has %s", folder / FILE, plural(len(record["points"]), "point"))
     return record
@@ -294,6 +293,10 @@ def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[st
     curve = curve_in(folder, request)
     record = curve.record
     count = _chosen(request, curve, record["num_layers"])
+    if count is None and request.budget:
+        raise CutError(
+            f"no point of {folder} meets {request.budget}={getattr(request, request.budget):g} by one standard error; allow more loss"
+        )
     if count is None:
         raise CutError(
             f"no point of {folder} meets the request: it drops up to {plural(len(curve.points), 'layer')}; ask for less, "
