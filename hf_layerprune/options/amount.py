@@ -32,16 +32,16 @@ class AmountOptions:
         "budget is given",
         DROP,
     )
-    target_params: int | None = option(
+    target_params: int | str | None = option(
         None, "Drop just enough layers to leave at most this many parameters, such as 6.3B (6.3 * 10^9)", COUNT
     )
-    target_size: int | None = option(
+    target_size: int | str | None = option(
         None,
         "Drop just enough layers for the weight files to fit into this many bytes, such as 12GB (12 * 1000^3) or 8GiB (8 * "
         "1024^3)",
         BYTES,
     )
-    target_memory: int | None = option(
+    target_memory: int | str | None = option(
         None,
         "Drop just enough layers for the weights and the key-value cache (see context and batch) to fit into this many "
         "bytes, such as 8GB",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import CutError
@@ -76,7 +77,7 @@ class ChoiceOptions(AmountOptions, Options):
 class CutOptions(CalibrationOptions, ChoiceOptions):
     """Which layers are dropped, and how the model is repaired before training."""
 
-    drop_layers: list[int] | None = option(
+    drop_layers: Sequence[int] | None = option(
         None,
         "Layers to drop, as indices in the base counted from 0, such as 20-26,29; replaces drop, targets, budgets and "
         "criterion",

@@ -62,7 +62,7 @@ class Pruned:
         return f"{kind} {name_layers(self.dropped)} of {self.layers}: {left} left, in {self.output}"
 
 
-def settings_of(request: PruneRequest, dropped: list[int]) -> dict[str, Any]:
+def settings_of(request: PruneRequest, dropped: Sequence[int]) -> dict[str, Any]:
     """What decides the outcome, for the lineage."""
     settings: dict[str, Any] = {"drop_layers": dropped}
     if request.drop_layers is None:
@@ -191,7 +191,7 @@ def _choose(request: PruneRequest, config: PreTrainedConfig) -> tuple[list[int],
         prepared = _prepare(request, None)
         return prepared.drop_layers, prepared, None
     if request.drop_layers is not None:
-        return request.drop_layers, None, None
+        return list(request.drop_layers), None, None
     target = Target.of(_config(request, None), config, request.base, revision=request.revision)
     protected = families.protected_layers(config)
     return select_layers(families.layer_count(config), request, protected, target), None, target
@@ -240,7 +240,7 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
     if needs_model(request):
         dropped = _prepare(request, None).drop_layers  # looks at the dequantised model
     elif request.drop_layers is not None:
-        dropped = request.drop_layers
+        dropped = list(request.drop_layers)
     else:
         n = gguf_layer_count(base)
         dropped = select_layers(n, request, target=_gguf_target(request, base, n))
@@ -265,14 +265,15 @@ def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target |
     """What must be left of a GGUF file."""
     if request.target is None:
         return None
-    if request.target_size is None:
+    limit: Any = request.target_size  # as a number, since it is checked
+    if limit is None:
         raise CutError(f"{request.target} is not known for a GGUF file that stays one; use target_size or drop")
 
     def left(drop: Sequence[int]) -> float:
         return plan_gguf_cut(base, list(drop)).target_bytes if drop else base.stat().st_size
 
     each = [left(()) - left((i,)) for i in range(num_layers)]
-    return Target("target_size", request.target_size, left, each, spell_bytes)
+    return Target("target_size", limit, left, each, spell_bytes)
 
 
 def _dtype(request: PruneRequest) -> Any:
