@@ -363,7 +363,7 @@ def test_what_is_put_aside_follows(model_type: str, tmp_path_factory: pytest.Tem
 def test_unlisted_names_stay_out(llama: Path) -> None:
     for bad, message in (
         ({"target_modules": "q_proj"}, None),
-        ({"tune_layers": 7}, "only 6 layers remain"),
+        ({"tune_layers": 7}, "the cut leaves 6 layers"),
         ({"tune_layers": [7]}, "layer 7 is dropped"),
         ({"tune_layers": [8]}, r"model's layers are 0\.\.7"),
         ({"tune_layers": -1}, "tune_layers=-1"),

@@ -225,7 +225,7 @@ def test_no_network_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--drop", "2", "--drop-layers", "1"], "not allowed with argument"),
         (["--criterion", "vibes"], "criterion 'vibes' is unknown"),
         (["--protect-first", "7"], "only 1 may"),
-        (["--adapter", "--tune-layers", "7"], "only 6 layers remain"),
+        (["--adapter", "--tune-layers", "7"], "the cut leaves 6 layers"),
         (["--tune-layers", "2"], "add --adapter"),
         (["--no-tune-lm-head"], "add --adapter"),
         (["--adapter", "--link"], "leave --link out"),

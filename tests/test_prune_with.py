@@ -17,7 +17,7 @@ from hf_layerprune.cut.lazy import load_pruned
 from tests.matrix import cuts, logits, realign
 from tests.measure_models import write_gguf
 from tests.test_lazy import DROP, cut_in_memory, save
-from tests.tiny_models import EAGER, tiny_input
+from tests.tiny_models import EAGER, tiny_input, tiny_model
 
 
 def config_of(folder: Path, **kwargs) -> LayerDropConfig:
@@ -113,6 +113,10 @@ def test_other_kinds_of_arguments_are_refused(tmp_path):
             "a str is not a transformers model.*let prune_with load it",
         ),
         (lambda: drop_layers(str(tmp_path), [2]), "a str is not a transformers model"),
+        (
+            lambda: prune_with(LayerDropConfig(criterion="kl", calibration="x.txt"), tiny_model("llama")),
+            "not loaded from anywhere, so there is no tokenizer",
+        ),
         (lambda: prune_with(str(tmp_path)), "a LayerDropConfig is needed, not a str"),
         (lambda: prune_with(LoraConfig(), model), "a LayerDropConfig is needed, not a LoraConfig"),
         (lambda: drop_layers(model, 2), r"drop_layers=2 must be a list of layer indices such as \[6, 7\]"),

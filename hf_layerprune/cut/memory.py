@@ -119,12 +119,12 @@ def check_plain(model: Any) -> None:
     if hasattr(model, "peft_config"):
         raise CutError(
             f"this {type(model).__name__} has adapters ({', '.join(model.peft_config)}), which are for the layers that it has "
-            "now; merge them first, with merge_and_unload() of the PeftModel, or load the base without them"
+            "now; pass what their PeftModel's merge_and_unload() returns, or load the model again"
         )
     if not isinstance(model, transformers.PreTrainedModel):
         raise CutError(
-            f"a {type(model).__name__} is not a transformers model; load one with from_pretrained first, or let "
-            "prune_with load it: LayerDropConfig(base_model_name_or_path=...)"
+            f"a {type(model).__name__} is not a transformers model; load one with from_pretrained, and wrap or compile it only "
+            "after the cut, or let prune_with load it: LayerDropConfig(base_model_name_or_path=...)"
         )
 
 
