@@ -92,7 +92,7 @@ def test_a_base_takes_an_adapter_of_the_same_name_once(llama: Path, tmp_path: Pa
         lambda: get_peft_model(model, config),
         lambda: PeftModel.from_pretrained(base, tmp_path),
     ):
-        with pytest.raises(CutError, match=r"has adapters \(default\).*load the base without them"):
+        with pytest.raises(CutError, match=r"has adapters \(default\).*load the model again"):
             again()
     assert model.peft_config["default"].modules_to_save[0] == "model.layers.3"
     assert torch.equal(logits(model), expected)

@@ -119,7 +119,7 @@ def check_plain(model: Any) -> None:
     if hasattr(model, "peft_config"):
         raise CutError(
             f"this {type(model).__name__} has adapters ({', '.join(model.peft_config)}), which are for the layers that it has "
-            "now; pass what their PeftModel's merge_and_unload() returns, or load the model again"
+            "now; pass the result of their PeftModel's merge_and_unload(), or load the model again"
         )
     if not isinstance(model, transformers.PreTrainedModel):
         raise CutError(

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CutError
 from ..runtime.parts import close
 from ..runtime.walk import Batch, LayerWalk
-from .linear import STRENGTHS, Fit, LinearFitter, NormalEquations, Tensors, fit_map, solve_ridge, sums_of
+from .linear import STRENGTHS, Fit, LinearFitter, NormalEquations, Tensors, fit_map, solve_ridge, sums_of, with_ridge
 from .writers import Run, Writer, inputs, swapped
 
 _ROUNDS = 6
@@ -258,7 +258,7 @@ class BorrowFitter(LinearFitter):
         fit = solve_ridge(fitted, held_out)
         gram = fitted.gram + held_out.gram
         ridge = min(fit.strength, STRENGTHS[-1]) * gram.diagonal().mean()
-        factor = _factor(gram, ridge)
+        factor = torch.linalg.cholesky(with_ridge(gram, ridge))
         change = torch.cholesky_solve(fitted.moment + held_out.moment, factor)
         gains = []
         for cross, moment, square in zip(with_own, with_missing, squares, strict=True):
@@ -277,12 +277,6 @@ def _mapped(rows: Rows, change: torch.Tensor, like: Rows) -> Rows:
     }
 
 
-def _factor(gram: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
-    """The Cholesky factor of a matrix with a ridge, which is added in place: of a wide pool, each copy is several GB."""
-    gram.diagonal().add_(ridge)
-    return torch.linalg.cholesky(gram)
-
-
 def survivors(sums: NormalEquations, weight: torch.Tensor, strength: float, keep: int) -> torch.Tensor:
     """Choose the features to keep, given that the weights of the kept features are refitted.
 
@@ -299,7 +293,7 @@ def survivors(sums: NormalEquations, weight: torch.Tensor, strength: float, keep
     target = sums.moment + sums.gram @ weight + ridge * weight
     alive = torch.arange(len(weight), device=weight.device)
     for left in range(_ROUNDS, 0, -1):
-        factor = _factor(sums.gram[alive][:, alive], ridge)
+        factor = torch.linalg.cholesky(with_ridge(sums.gram[alive][:, alive], ridge))
         columns = torch.cholesky_solve(target[alive], factor)
         cost = columns.square().sum(1) / torch.cholesky_inverse(factor).diagonal()
         count = keep if left == 1 else round(len(alive) * (keep / len(alive)) ** (1 / left))

@@ -18,7 +18,6 @@ from ..errors import CutError
 from ..layer_ranges import format_layers, name_layers
 from ..options import plural
 from ..runtime.walk import LayerWalk
-from .cost import announce
 from .scores import Choice
 from .search import BLOCK, GREEDY, HELD_OUT, Candidate, Loss, Search
 
@@ -94,7 +93,7 @@ def choose(
         raise CutError("no layer of this model may be dropped; protect fewer (protect_first, protect_last)")
     depth = max(1, walk.num_layers // 4)
     rounds = depth.bit_length() if pick else 2
-    announce(walk, search.judging, search.layer_runs(depth, rounds, depth + rounds), "the search within the budget")
+    search.announce("the search within the budget", depth, rounds, depth + rounds)
     probes: Probes = {}
 
     def inside(count: int, found_by: str) -> bool:

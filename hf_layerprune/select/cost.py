@@ -10,6 +10,7 @@ from time import perf_counter
 import torch
 
 from ..calibration.rows import CalibrationSet
+from ..repair.linear import NormalEquations, solve_ridge
 from ..runtime.devices import synchronise
 from ..runtime.walk import LayerWalk
 from .passes import HEAD_TOKENS, batch_rows
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # The backward pass runs a layer again, then computes the gradients of its input and its weights.
 _BACKWARD = 3
+_FIT_WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def estimate(
     Returns:
         `Cost`: The estimate.
     """
-    n, passes, layers, heads = walk.num_layers, 0, 0, 0
+    n, passes, layers, heads, fits = walk.num_layers, 0, 0, 0, 0
     wanted = [find_criterion(name) for name in criteria]
     sizes = sorted(lengths or [count])
     if any(criterion.kind == "states" for criterion in wanted):
@@ -78,7 +80,7 @@ def estimate(
         if criterion.kind == "passes":
             layers, heads, passes = layers + n * (1 + _BACKWARD), heads + _BACKWARD, passes + 2
         elif criterion.kind == "states":
-            layers += getattr(criterion.load(), "layer_runs", lambda *_: 0)(n, sizes)
+            fits += getattr(criterion.load(), "fits", lambda *_: 0)(n, sizes)
     text = CalibrationSet.of(torch.arange(samples * length).view(samples, length) % 100 + 3, "an estimate")
     if any(criterion.kind == "trial" for criterion in wanted):
         sets = [*((i,) for i in range(n)), *(b for size in lengths or () for b in neighbours(range(n), size))]
@@ -88,13 +90,16 @@ def estimate(
     if not layers:
         return Cost(0, 0, 0, 0.0)
     layer, head = _of_a_row(walk, text)
-    return Cost(layers, heads, passes, samples * (layers * layer + heads * head))
+    # Summing the normal equations of a map costs about as much as running a layer.
+    seconds = samples * ((layers + fits) * layer + heads * head) + (fits and fits * _of_a_fit(walk))
+    return Cost(layers + fits, heads, passes, seconds)
 
 
-def announce(walk: LayerWalk, text: CalibrationSet, layer_runs: int, what: str) -> None:
-    """Log how long a search will take, given the number of times that it runs a layer on a row of this text."""
+def announce(walk: LayerWalk, text: CalibrationSet, layer_runs: int, fits: int, what: str) -> None:
+    """Log how long a search will take, given how often it runs a layer on a row of this text, and fits a map."""
     layer, _ = _of_a_row(walk, text)
-    logger.info("%s takes about %s", what, _readable(1.3 * layer_runs * layer))  # the head takes its share
+    seconds = 1.3 * layer_runs * layer + (fits and fits * _of_a_fit(walk))  # the head takes its share
+    logger.info("%s takes about %s", what, _readable(seconds))
 
 
 @torch.no_grad()
@@ -118,6 +123,17 @@ def _of_a_row(walk: LayerWalk, text: CalibrationSet) -> tuple[float, float]:
     walk.logits(piece)
     head = _timed(lambda: walk.logits(piece).float().logsumexp(-1), walk.device)
     return layer / rows, head * length / piece.shape[1]
+
+
+@torch.no_grad()
+def _of_a_fit(walk: LayerWalk) -> float:
+    """Seconds to solve for a map of the hidden states, from one of at most 1,024 dimensions: they grow with the cube."""
+    width = walk.model.config.get_text_config().hidden_size
+    part = min(width, _FIT_WIDTH)
+    sums = NormalEquations(part, part, walk.device)
+    rows = torch.randn(2 * part, part, generator=torch.Generator().manual_seed(0)).to(walk.device)
+    sums.add(rows, rows)
+    return _timed(lambda: solve_ridge(sums, sums), walk.device) * (width / part) ** 3
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

@@ -129,6 +129,6 @@ def observer(criterion: Criterion, variant: str, num_layers: int, lengths: Seque
     return Repairability(lengths)
 
 
-def layer_runs(num_layers: int, lengths: Sequence[int]) -> int:
-    """The cost in layer runs: summing one block costs about as much as running one layer."""
+def fits(num_layers: int, lengths: Sequence[int]) -> int:
+    """How many maps are fitted, for an estimate of the cost."""
     return sum(num_layers - length for length in lengths)

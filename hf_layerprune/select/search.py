@@ -30,6 +30,7 @@ from ..repair.fit import Repair, blocks, fit_repair
 from ..repair.registry import find_repair
 from ..repair.writers import swapped
 from ..runtime.walk import LayerWalk
+from .cost import announce
 from .passes import run_pass
 from .registry import ORIGINAL
 from .repairability import BlockFit, Repairability
@@ -213,20 +214,23 @@ class Search:
         except CutError:  # no projection to fold a map into before one of its blocks
             return None
 
-    def layer_runs(self, depth: int, rounds: int, judged: int) -> int:
-        """About how many runs of a layer over a row a search takes.
+    def announce(self, what: str, depth: int, rounds: int, judged: int) -> None:
+        """Log about how long a search takes.
 
         Args:
+            what (`str`): The search, for the message.
             depth (`int`): The most layers of nested sets.
             rounds (`int`): For how many lengths all blocks are tried.
             judged (`int`): How many sets are judged.
         """
-        n = self.walk.num_layers
+        n, nested = self.walk.num_layers, 0 if self.contiguous else depth
         mapping = min(_MAP_ROWS, len(self._mapping)) * n if self._in_front else 0
-        steps = depth * (mapping + n * n // 2 * min(_STEP_ROWS, len(self._trying)))
+        steps = nested * (mapping + n * n // 2 * min(_STEP_ROWS, len(self._trying)))
         tries = 2 * mapping + n * n // 2 * min(_TRY_ROWS, len(self._trying))
         judging = n * (len(self.fitting) * bool(self.repair) + 2 * len(self.judging))
-        return steps * (not self.contiguous) + rounds * tries + judged * judging
+        # Nested sets start with single layers; each step then needs the blocks beside the layer that went.
+        maps = n * (rounds + bool(nested)) + 2 * nested if self._in_front else 0
+        announce(self.walk, self.judging, steps + rounds * tries + judged * judging, maps, what)
 
     @property
     def most(self) -> int:

@@ -189,7 +189,6 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
     """Find and measure the points that are missing."""
     from ..adapter.prepare import calibration_of
     from ..cut.sizes import Sizes
-    from ..select.cost import announce
     from ..select.curve import curve_points
     from ..select.decode_times import DecodeTimes, time_decoding
     from .rank import open_base, open_walk
@@ -207,7 +206,7 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
         raise _on_other_rows(request)
     search = _search(request, record, walk, calibration, free)
     left = up_to - len(record["points"])
-    announce(walk, search.judging, search.layer_runs(left, left, left), f"a curve up to {plural(up_to, 'layer')}")
+    search.announce(f"a curve up to {plural(up_to, 'layer')}", left, left, left)
     for point in curve_points(search, up_to, len(record["points"])):
         drop = parse_layers(point["layers"])
         point |= {

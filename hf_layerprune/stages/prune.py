@@ -150,7 +150,7 @@ def prune_to(request: PruneRequest) -> Pruned:
                 commit = hub.repo.commit if hub and hub.repo else None
                 _files(request, plan_cut(hub or source, cut.drop), folder, prepared)
         if request.target_size is not None and not request.adapter:
-            _check_size(folder, request.target_size, len(dropped))
+            _check_size(folder, int(request.target_size), len(dropped))
         if target is not None:
             entry["selection"] = {"criterion": request.criterion, "target": target.record(cut.drop)}
         if curve is not None:
