@@ -54,7 +54,7 @@ class StateCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows; states are added as `prefix_states` and `teacher_states`, and row numbers as `rows`."""
-        rows = [example["row"] for example in examples if "row" in example]
+        rows = [int(example["row"]) for example in examples if "row" in example]  # of a set of tensors, one
         batch = self.inner([{name: value for name, value in e.items() if name != "row"} for e in examples])
         if rows:
             batch["rows"] = torch.tensor(rows)
