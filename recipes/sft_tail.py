@@ -108,17 +108,19 @@ def main(
     measure_args: MeasureArguments,
 ) -> list[str]:
     """Prune, repair, train, merge, evaluate, publish. Returns a line for each requirement that the model misses."""
+    from datasets import Dataset
+
+    from hf_layerprune.heal import preflight
     from hf_layerprune.heal.checkpoints import TrainingStopped
     from hf_layerprune.heal.data import has_images
     from hf_layerprune.heal.describe import describe_command, describe_rows, row_settings, settings_of
-    from hf_layerprune.heal.preflight import lora_settings
     from hf_layerprune.heal.progress import show_progress
     from hf_layerprune.heal.sources import Sources
     from hf_layerprune.heal.student import adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
     from hf_layerprune.records.lineage import stage
     from hf_layerprune.records.names import public
-    from hf_layerprune.runtime.loading import load_processor, load_tokenizer
+    from hf_layerprune.runtime.loading import load_config, load_processor, load_tokenizer
     from hf_layerprune.runtime.memory import free_memory
 
     output = Path(str(training_args.output_dir))
@@ -130,6 +132,10 @@ def main(
     tokenizer = load_tokenizer(named, revision=revision)
     data = Sources.read(script_args, dataset_args, training_args)
     data = data.shaped(row_args, training_args, tokenizer, named, revision)
+    processor = load_processor(named, revision=revision) if has_images(data.train) else tokenizer
+    rows = data.train if data.train is not None else Dataset.from_dict({"input_ids": [[0, 0]] * row_args.self_rows})
+    config = load_config(named, revision=revision)
+    preflight.rehearse(training_args, model_args, config, rows, data.test, processor)
 
     student = student or prune(model_args, cut_args, training_args)
     method = student.method(training_args.method)
@@ -145,14 +151,14 @@ def main(
     if model_args.attn_implementation:
         kwargs["attn_implementation"] = model_args.attn_implementation
     model = load_student(student, method, **kwargs)
-    peft_config = adapter_config(student, method, **lora_settings(model_args))
+    peft_config = adapter_config(student, method, **preflight.lora_settings(model_args))
     with boundary("can't train", "HF_LAYERPRUNE_DEBUG=1 shows where it came from", LayerPruneError):
         trainer = HealTrainer(
             model,
             training_args,
             train_dataset=rows,
             eval_dataset=data.test,
-            processing_class=load_processor(student.folder) if has_images(rows) else tokenizer,
+            processing_class=processor,
             peft_config=peft_config,
         )
         show_progress(trainer)

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from datasets import Dataset
 from peft import get_peft_model
 from transformers.integrations import deepspeed
 
@@ -21,10 +20,7 @@ from hf_layerprune import drop_layers
 from hf_layerprune.cut.memory import rehearse_config
 from hf_layerprune.errors import CutError, LayerPruneError, explain
 from hf_layerprune.families import cut_config, make_cut
-from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.methods import parse_method
-from hf_layerprune.heal.preflight import check_training
-from hf_layerprune.heal.row_checks import check_chats
 from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.measure.requests import EvalRequest
 from hf_layerprune.runtime.loading import load_config
@@ -62,9 +58,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config.save_pretrained(folder / name)
     rows(8).to_json(folder / "rows.jsonl")
     (folder / "empty.csv").write_text("text\n")
+    (folder / "long.jsonl").write_text(json.dumps({"text": "w4 " * 199}) + "\n")
+    (folder / "endless.yaml").write_text(yaml.safe_dump({"max_length": None}))
     (folder / "text.jsonl").write_text('{"text": "w4"}\n')
     said = [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}]
     talks = [{"messages": said}, {"messages": [said[0], {"role": "assistant", "content": None}]}]
+    (folder / "talk.jsonl").write_text(json.dumps(talks[0]) + "\n")
     (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     (folder / "mixed.jsonl").write_text(json.dumps({"prompt": "w4", "completion": said[1:]}) + "\n")
     (folder / "rows.txt").write_text("w4")
@@ -127,21 +126,29 @@ USAGE = [
     ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be at least 1"),
     ({"eval_on_start": "true"}, "eval_on_start has no effect without --eval_strategy"),
     ({"load_best_model_at_end": "true", "do_eval": "true", "save_strategy": "no"}, "do_eval and load_best_model_at_end"),
-    ({"report_to": "neptune"}, "--report_to can't be followed: "),
-    ({"lr_scheduler_type": "warmup_stable_decay"}, "missing 1 required positional argument: 'num_decay_steps'; see --lr_scheduler_kwargs"),
+    ({"report_to": "neptune"}, "can't train: "),
+    ({"method": "lora", "lora_target_modules": "nope"}, "Target modules nope not found in the base model"),
+    ({"attn_implementation": "nope"}, "`attn_implementation=\"nope\"` is not supported"),
+    ({"use_liger_kernel": "true"}, "liger-kernel >= 0.3.0 is not available"),
+    ({"dataset_name": "FOLDER/long.jsonl"}, "a row has 200 tokens, and the model 128 positions; use max_length=128"),
+    ({"loss": "kd", "loss_type": "dft"}, "loss=kd can't be combined with loss_type"),
+    ({"adam_beta1": 2}, "Invalid beta parameter at index 0: 2.0"),
+    ({"dataset_name": "self", "self_length": 64, "pad_token": "nope"}, "The specified `pad_token` ('nope') is not found"),
+    ({"packing": "true", "config": "FOLDER/endless.yaml"}, "When packing is enabled, `max_length` can't be `None`"),
+    ({"lr_scheduler_type": "warmup_stable_decay"}, "missing 1 required positional argument: 'num_decay_steps'"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
     ({"eos_token": "w3"}, "--eos_token changes the tokenizer only during training"),
-    ({"padding_free": "true"}, "--padding_free without --packing cuts no row; add --packing true"),
+    ({"padding_free": "true"}, "When `padding_free=True` without packing, `max_length` is not enforced"),
     ({"activation_offloading": "true"}, "--activation_offloading frees memory of a GPU"),
-    ({"optim": "schedule_free_adamw"}, "--optim can't be followed: You need to install `schedulefree`"),
-    ({"optim": "grokadamw"}, "--optim can't be followed: Please install grokadamw"),
+    ({"optim": "schedule_free_adamw"}, "can't train: You need to install `schedulefree`"),
+    ({"optim": "grokadamw"}, "can't train: Please install grokadamw"),
     ({"model_init_kwargs": '{"dtype": "float32"}'}, "model_init_kwargs has no effect in this recipe"),
     ({"dataset_config": "en"}, "--dataset_config has no effect on FOLDER/rows.jsonl, which has no configurations"),
     ({"dataset_train_split": "train[:1]"}, "it has train; a part of a split is named under `datasets`"),
     ({"config": "FOLDER/named.yaml", "dataset_name": None}, "each entry of `datasets` is a mapping with a path"),
     ({"dataset_name": "FOLDER/text.jsonl", "completion_only_loss": "true"}, "text.jsonl has only text; leave it out"),
-    ({"dataset_name": "FOLDER/text.jsonl", "assistant_only_loss": "true"}, "--assistant_only_loss needs conversations"),
-    (TALKS | {"assistant_only_loss": "true"}, "--assistant_only_loss can't be followed: The "),
+    ({"dataset_name": "FOLDER/text.jsonl", "assistant_only_loss": "true"}, "You set `assistant_only_loss=True`, but the dataset is not conversational"),
+    (TALKS | {"dataset_name": "FOLDER/talk.jsonl", "assistant_only_loss": "true"}, "can't train: The "),
     ({"dataset_name": "FOLDER/empty.csv", "dataset_streaming": "true", "max_steps": 1}, "empty.csv has no rows; specify"),
     ({"dataset_name": "FOLDER/mixed.jsonl"}, "FOLDER/mixed.jsonl has text and messages side by side"),
     (TALKS, "the chat template can't take row 1 of FOLDER/talks.jsonl: "),
@@ -190,23 +197,6 @@ def test_refused_before_the_cut(
     assert said.splitlines()[-1].startswith("error: ")
     assert message.replace("FOLDER", str(folder)) in said
     assert not (tmp_path / "run").exists()
-
-
-def test_packing_without_a_length(tmp_path: Path) -> None:
-    args = HealConfig(str(tmp_path), packing=True, max_length=None, use_cpu=True, bf16=False)
-    with pytest.raises(CutError, match="--packing fills rows of --max_length tokens, and that is none"):
-        check_training(args)
-
-
-def test_a_template_that_trims_around_its_marks_can_mark_answers() -> None:
-    """Also one that TRL could not make ready for training, as what it writes depends on the number of messages."""
-    tokenizer = word_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}w{{ loop.revindex }} {{ m['role'] }} {%- generation -%}{{ m['content'] }}"
-        "{% for call in m.tool_calls or [] %}{{ call }}{% endfor %}{%- endgeneration -%}{% endfor %}"
-    )
-    said = [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}]
-    check_chats(Dataset.from_list([{"messages": said}]), "rows", tokenizer, assistant_only=True)
 
 
 def test_of_a_student_on_the_hub_no_second_copy_of_the_weights_is_fetched(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, CutError, boundary
@@ -11,6 +14,7 @@ from ..families import check_stage, check_trainable, layer_count
 from ..families.fields import cut_without
 from ..options import AMOUNTS, CutOptions, declared, refuse_unused
 from ..runtime.loading import load_config
+from ..runtime.model_class import model_without_weights, whole_models
 from ..runtime.windows import check_context
 from ..select.sets import drop_count
 from .features import trained_places
@@ -20,6 +24,7 @@ from .self_data import SELF
 from .student import check_dense, cut_of
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedConfig
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
@@ -85,11 +90,6 @@ def check_training(args: HealConfig) -> None:
     Raises:
         CutError: A setting can't be followed or trains nothing, or it changes a tokenizer that is not kept.
     """
-    import torch
-    from torch.optim import SGD
-    from transformers import Trainer, get_scheduler
-    from transformers.integrations import get_reporting_integration_callbacks
-
     refuse_unused(args, ["model_init_kwargs"], "in this recipe, which has --dtype and --attn_implementation")
     for name in ("chat_template_path", "eos_token"):
         if getattr(args, name) is not None:
@@ -106,31 +106,12 @@ def check_training(args: HealConfig) -> None:
         count = getattr(args, name)
         if count is not None and count < 1:
             raise CutError(f"--{name} {count} must be at least 1")
-    if args.packing and args.max_length is None:
-        raise CutError("--packing fills rows of --max_length tokens, and that is none; set it to a number")
-    if args.padding_free and not args.packing and args.max_length is not None:
-        raise CutError(
-            "--padding_free without --packing cuts no row; add --packing true, or `max_length: null` in a settings file"
-        )
     if args.activation_offloading and args.device.type == "cpu":
         raise CutError(
             "--activation_offloading frees memory of a GPU, and training would run on the CPU; leave it out"
         )
-    with boundary("--optim can't be followed", kind=CutError):
-        try:
-            Trainer.get_optimizer_cls_and_kwargs(args)
-        except ValueError as error:
-            if "pass a" not in str(error):  # some optimizers need the model, which is not there yet
-                raise
     if args.eval_strategy == "no":
         refuse_unused(args, ["do_eval", "eval_on_start", "load_best_model_at_end"], "without --eval_strategy")
-    with boundary("--report_to can't be followed", "leave it out, or use --report_to none", CutError):
-        for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()
-    with boundary("can't make the schedule of the learning rate", "see --lr_scheduler_kwargs", CutError):
-        optimizer, steps = SGD([torch.zeros(1)], lr=args.learning_rate or 1.0), max(args.max_steps, 1000)
-        more: Any = args.lr_scheduler_kwargs
-        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, more)
 
 
 def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:
@@ -220,6 +201,52 @@ def check_teacher(
         raise CutError("distilling and writing rows need the dense model; specify it with --teacher")
     revision = args.teacher_revision or (revision if name == base else None)
     check_dense(load_config(name, revision=revision), config, name, features=args.features > 0)
+
+
+@whole_models()
+def rehearse(
+    args: HealConfig, model_args: ModelConfig, config: PreTrainedConfig, rows: Dataset, evaluated: Any, processor: Any
+) -> None:
+    """Set up the whole training with a model without weights: its rows, adapter, kernels, optimizer and schedule.
+
+    Args:
+        args ([`HealConfig`]): The settings of the training, which are left as they are.
+        model_args (`ModelConfig`): The settings of the model.
+        config (`PreTrainedConfig`): The config of the model to train, or of its base.
+        rows (`Dataset`): The training rows, as the trainer takes them.
+        evaluated (`Dataset`, *optional*): The evaluation rows.
+        processor (`PreTrainedTokenizerBase` or `ProcessorMixin`): The tokenizer, or what also prepares images.
+
+    Raises:
+        LayerPruneError: Something can't be set up.
+    """
+    from transformers.integrations.liger import apply_liger_kernel
+
+    from .trainer import HealTrainer
+
+    class Rehearsal(HealTrainer):
+        output_head: Any = None  # it would be measured
+
+        def _move_model_to_device(self, model: Any, device: Any) -> None:
+            """Do nothing: there are no weights."""
+
+    args = copy.deepcopy(args)
+    args.features = 0.0  # which depends on the cut
+    kernels = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+    lora = None if args.method == "auto" else parse_method(args.method).adapter(**lora_settings(model_args))
+    logging.disable(logging.INFO)  # training says it again
+    try:
+        with TemporaryDirectory() as folder, boundary("can't train", kind=CutError):
+            args.output_dir = folder
+            model = model_without_weights(config, **kernels)
+            data = {"train_dataset": rows, "eval_dataset": evaluated, "processing_class": processor}
+            trainer = Rehearsal(model, args, peft_config=lora, **data)
+            next(iter(trainer.get_train_dataloader()))
+            trainer.create_optimizer_and_scheduler(max(args.max_steps, 1000))
+            if args.use_liger_kernel:
+                apply_liger_kernel(trainer.model, args.liger_kernel_config)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def check_resume(word: Any) -> None:

@@ -7,7 +7,6 @@ the first rows. Rows that are streamed are not checked.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 _AT_A_TIME = 1000
 _CHATS = 10_000  # conversations that are tried, which takes some 2 seconds
 _UNLABELLED = -100
-_MARKED = re.compile(r"{%-?\s*generation\b")  # what a template puts around answers
 # Columns with a value for each token.
 _BESIDE_IDS = ("labels", "completion_mask", "assistant_masks")
 
@@ -46,21 +44,19 @@ def check_rows(rows: Dataset, name: str, text_field: str, vocab_size: int | None
         check_text(rows, name, (text_field,))
 
 
-def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = False) -> None:
+def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that the chat template takes the first 10,000 conversations, if the rows are such.
 
     Args:
         rows (`Dataset`): The rows, in a shape that TRL takes.
         name (`str`): The data set's name in errors.
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer with the template.
-        assistant_only (`bool`, defaults to `False`): Whether the template must mark what the assistant says.
 
     Raises:
-        CutError: It does not take one, or can't mark answers, or there are no rows.
+        CutError: It does not take one, or there are no rows.
     """
     from datasets import Dataset
     from trl import is_conversational
-    from trl.chat_template_utils import get_training_chat_template
 
     first = next(iter(rows), None)
     if first is None:
@@ -70,15 +66,7 @@ def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, as
         raise CutError(
             f"{name} has text and messages side by side; make prompt and completion both text, or both messages"
         )
-    chats = "input_ids" not in first and is_conversational(first)
-    if assistant_only and not chats:
-        raise CutError(f"--assistant_only_loss needs conversations, and {name} has none; leave it out")
-    if assistant_only and not _MARKED.search(str(tokenizer.chat_template)):
-        with boundary("--assistant_only_loss can't be followed", "leave it out, to learn only last answers", CutError):
-            # Some versions of TRL return templates without the marks, or none.
-            if not _MARKED.search(get_training_chat_template(tokenizer) or ""):
-                raise ValueError("The chat template has no {% generation %} around answers")
-    if not chats or not isinstance(rows, Dataset):
+    if "input_ids" in first or not is_conversational(first) or not isinstance(rows, Dataset):
         return
     for index, row in enumerate(rows.select(range(min(len(rows), _CHATS)))):
         tools, more = row.get("tools"), row.get("chat_template_kwargs", {})

@@ -87,7 +87,7 @@ class Sources:
             shaped = shape_rows(rows, tokenizer, row_args.template, self.name, field, processor, whole)
             check_rows(shaped, self.name, field, vocabulary)
             if not has_images(shaped):
-                check_chats(shaped, self.name, tokenizer, args.assistant_only_loss)
+                check_chats(shaped, self.name, tokenizer)
                 columns = set(shaped.column_names or ("completion",))  # unknown of some that are streamed
                 if args.completion_only_loss and not columns & {"completion", "completion_mask", "labels"}:
                     raise CutError(
