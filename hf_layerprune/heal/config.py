@@ -57,7 +57,9 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
             )
         if self.bf16 is None and not self.fp16 and on_cpu and slow_in_16_bits():
             self.bf16 = False
-        left_to_us = self.pad_to_multiple_of == "auto" and not (self.packing or self.padding_free)
+        # NEFTune scales its noise by the length of the batch, padding included.
+        unpadded = self.packing or self.padding_free or self.neftune_noise_alpha is not None
+        left_to_us = self.pad_to_multiple_of == "auto" and not unpadded
         if self.pad_to_multiple_of == "auto" and not trl_pads_by_itself():
             self.pad_to_multiple_of = None
         SFTConfig.__post_init__(self)
