@@ -109,10 +109,35 @@ class _TokenMean(float):
     tokens: float
 
 
-def add_to_mean(means: list[Any], total: float, tokens: float) -> None:
+def _add_to_mean(means: list[Any], total: float, tokens: float) -> None:
     """Make the mean in a list of TRL's, which logs the mean of the list, that of these tokens and all before."""
     before = [mean for mean in means if isinstance(mean, _TokenMean)]
     total, tokens = total + sum(mean.total for mean in before), tokens + sum(mean.tokens for mean in before)
     mean = _TokenMean(total / max(tokens, 1))
     mean.total, mean.tokens = total, tokens
     means[:] = [mean]
+
+
+def note(trainer: HealTrainer, mode: str, known: dict[str, torch.Tensor], counts: torch.Tensor) -> None:
+    """Add a batch to what TRL logs.
+
+    Args:
+        trainer (`HealTrainer`): The trainer.
+        mode (`str`): `"train"` or `"eval"`.
+        known (`dict[str, torch.Tensor]`): Sums over tokens, by the name of the metric.
+        counts (`torch.Tensor`): The labelled, the distilled and all tokens, `[3]`.
+    """
+    sums = torch.stack([value.detach() for value in known.values()])
+    sums = torch.cat([sums, counts.to(sums)])
+    *values, labelled, taught, seen = trainer.accelerator.gather_for_metrics(sums[None]).sum(0).tolist()
+    found, metrics = dict(zip(known, values, strict=True)), trainer._metrics[mode]
+    if "correct" in found:
+        metrics["mean_token_accuracy"].append(found["correct"] / max(labelled, 1))  # a mean of batches, as TRL's
+    if "kd" in found:
+        _add_to_mean(metrics["ce"], found["ce"], labelled)
+        _add_to_mean(metrics["kd"], found["kd"], taught)
+    if "features" in found:
+        _add_to_mean(metrics["features"], found["features"], seen)
+    if mode == "train":
+        trainer._total_train_tokens += int(seen)
+    metrics["num_tokens"] = [trainer._total_train_tokens]

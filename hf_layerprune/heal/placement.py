@@ -41,6 +41,16 @@ def use_one_gpu(model: Any, args: HealConfig) -> None:
         args._n_gpu = 1
 
 
+def leave_packed(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in a pass without gradients, which it does on some CPUs.
+
+    Later passes would give no gradients to the layers below, without an error (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def is_spread(model: Any) -> bool:
     """Whether a model was loaded onto several devices."""
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1

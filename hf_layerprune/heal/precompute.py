@@ -230,6 +230,8 @@ def _why_not(trainer: HealTrainer) -> str:
         return "the data are streamed, so rows can't be numbered"
     if args.neftune_noise_alpha is not None:
         return "neftune_noise_alpha adds noise to their input"
+    if trainer.learns_prompt:
+        return "their input is trained"
     if trainer.splits_sequences or is_spread(model):
         return "the model or its sequences are split over devices"
     if is_split_by_deepspeed(model):

@@ -130,12 +130,6 @@ def load_student(student: Student, method: Method, **from_pretrained_kwargs: Any
         LayerPruneError: The method can't run here, such as `qlora` without bitsandbytes.
     """
     model = load_base(student.folder, **from_pretrained_kwargs, **method.loading())
-    module: Any
-    for module in model.modules():
-        # On a CPU with bfloat16 instructions, bitsandbytes repacks the weights in a pass without gradients, and later
-        # passes give no gradients to the layers below, without an error (bitsandbytes 0.50).
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     if method.trains_layers and student.base and not student.whole_only:
         model.name_or_path = student.base  # PEFT writes this into the adapter, whose base is the dense model
     return model

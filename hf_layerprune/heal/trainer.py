@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..errors import LayerPruneError
+from ..errors import CutError, LayerPruneError
 from ..families import check_stage
 from ..runtime.head import OutputHead
 from ..runtime.precision import in_fast_precision
@@ -28,12 +28,13 @@ from .config import HealConfig
 from .data import has_images
 from .features import FeaturePhase, leave_parameters_out, phased
 from .halving import Halving
-from .loss_inputs import LossInputs, add_to_mean, compute_in_forward
+from .loss_inputs import LossInputs, compute_in_forward, note
 from .methods import parse_method
 from .placement import (
     autocast_where_it_is,
     check_in_memory,
     hold_in_float32,
+    leave_packed,
     put_back,
     runnable_where_it_is,
     use_one_gpu,
@@ -88,6 +89,7 @@ class HealTrainer(SFTTrainer):
             method = parse_method("last1" if args.method == "auto" else args.method)
             args.learning_rate = method.learning_rate(model.config.get_text_config().hidden_size)
         use_one_gpu(model, args)
+        leave_packed(model)
         rows: Any = kwargs.get("train_dataset")
         if has_images(rows):
             args.pad_to_multiple_of = None  # which TRL's collator for images can't do
@@ -153,15 +155,20 @@ class HealTrainer(SFTTrainer):
         return parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled)
 
     @property
+    def learns_prompt(self) -> bool:
+        """Whether what is trained stands before the model's input, as in prompt and prefix tuning."""
+        return any(one.is_prompt_learning for one in getattr(self.model, "peft_config", {}).values())
+
+    @property
     def _leaves_loss_to_trl(self) -> bool:
         """Whether a setting requires a loss that only TRL computes."""
         smoothed = self.label_smoother is not None or self.compute_loss_func is not None
         other = self.args.loss_type not in ("nll", "chunked_nll") or self.aux_loss_enabled or self._is_vision_dataset
-        asked = self.splits_sequences or smoothed or other or self._split
+        asked = self.splits_sequences or smoothed or other or self._split or self.learns_prompt
         if asked and self.args.distils:
-            raise LayerPruneError(
-                f"{self.args.teacher_setting} can't be combined with loss_type, label smoothing, a router loss, images, or a "
-                "model split over devices; use loss=ce without features, or do without these"
+            raise CutError(
+                f"{self.args.teacher_setting} can't be combined with loss_type, label smoothing, a router loss, images, prompt "
+                "tuning, or a model split over devices; use loss=ce without features, or do without these"
             )
         return asked
 
@@ -331,7 +338,7 @@ class HealTrainer(SFTTrainer):
         loss = loss + (heal.loss - loss).detach().nan_to_num(0, 0, 0)  # an infinite loss stays one
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
-        self._note(mode, heal.sums, local)
+        note(self, mode, heal.sums, local)
         return (loss, outputs) if return_outputs else loss
 
     def _parted(self, taught: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -379,22 +386,6 @@ class HealTrainer(SFTTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs), None, None
-
-    def _note(self, mode: str, known: dict[str, torch.Tensor], counts: torch.Tensor) -> None:
-        sums = torch.stack([value.detach() for value in known.values()])
-        sums = torch.cat([sums, counts.to(sums)])
-        *values, labelled, taught, seen = self.accelerator.gather_for_metrics(sums[None]).sum(0).tolist()
-        found, metrics = dict(zip(known, values, strict=True)), self._metrics[mode]
-        if "correct" in found:
-            metrics["mean_token_accuracy"].append(found["correct"] / max(labelled, 1))  # a mean of batches, as TRL's
-        if "kd" in found:
-            add_to_mean(metrics["ce"], found["ce"], labelled)
-            add_to_mean(metrics["kd"], found["kd"], taught)
-        if "features" in found:
-            add_to_mean(metrics["features"], found["features"], seen)
-        if mode == "train":
-            self._total_train_tokens += int(seen)
-        metrics["num_tokens"] = [self._total_train_tokens]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Any:
         """The labelled, the distilled and all tokens in all batches of a step, `[3]`."""
