@@ -230,7 +230,7 @@ def _why_not(trainer: HealTrainer) -> str:
         return "the data are streamed, so rows can't be numbered"
     if args.neftune_noise_alpha is not None:
         return "neftune_noise_alpha adds noise to their input"
-    if trainer.learns_prompt:
+    if learns_prompt(trainer.model):
         return "their input is trained"
     if trainer.splits_sequences or is_spread(model):
         return "the model or its sequences are split over devices"
@@ -242,6 +242,11 @@ def _why_not(trainer: HealTrainer) -> str:
 def is_split_by_deepspeed(model: PreTrainedModel) -> bool:
     """Whether DeepSpeed ZeRO-3 has split the weights, so that the model only runs inside its engine."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def learns_prompt(model: Any) -> bool:
+    """Whether what is trained stands before a model's input, as in prompt and prefix tuning."""
+    return any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values())
 
 
 def keep_inputs_without_gradients(model: Any) -> None:

@@ -39,7 +39,7 @@ from .placement import (
     runnable_where_it_is,
     use_one_gpu,
 )
-from .precompute import is_split_by_deepspeed, keep_inputs_without_gradients, precompute
+from .precompute import is_split_by_deepspeed, keep_inputs_without_gradients, learns_prompt, precompute
 from .prepared import check_lengths, labelled_rows, numbered, seen_rows
 
 from trl import SFTTrainer  # isort: skip (if TRL is missing, `.config` raises an error that says what to install)
@@ -155,16 +155,11 @@ class HealTrainer(SFTTrainer):
         return parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled)
 
     @property
-    def learns_prompt(self) -> bool:
-        """Whether what is trained stands before the model's input, as in prompt and prefix tuning."""
-        return any(one.is_prompt_learning for one in getattr(self.model, "peft_config", {}).values())
-
-    @property
     def _leaves_loss_to_trl(self) -> bool:
         """Whether a setting requires a loss that only TRL computes."""
         smoothed = self.label_smoother is not None or self.compute_loss_func is not None
         other = self.args.loss_type not in ("nll", "chunked_nll") or self.aux_loss_enabled or self._is_vision_dataset
-        asked = self.splits_sequences or smoothed or other or self._split or self.learns_prompt
+        asked = self.splits_sequences or smoothed or other or self._split or learns_prompt(self.model)
         if asked and self.args.distils:
             raise CutError(
                 f"{self.args.teacher_setting} can't be combined with loss_type, label smoothing, a router loss, images, prompt "
