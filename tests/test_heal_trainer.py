@@ -43,6 +43,7 @@ trl_computes_losses = pytest.mark.skipif(
         {},
         {"packing": True},
         {"neftune_noise_alpha": 5.0},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"rows_": Dataset.from_list([{"input_ids": list(range(3, 8 + i))} for i in range(24)]).with_format("torch")},
         {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)},
         pytest.param(

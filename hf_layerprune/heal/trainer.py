@@ -98,7 +98,8 @@ class HealTrainer(SFTTrainer):
                 if one is not None:
                     in_fast_precision(one)
         recompute: Any = args.gradient_checkpointing_kwargs or {}
-        if args.gradient_checkpointing and not recompute.get("use_reentrant"):
+        self._reentrant = bool(args.gradient_checkpointing and recompute.get("use_reentrant"))
+        if args.gradient_checkpointing and not self._reentrant:
             keep_inputs_without_gradients(model)
         if args.features:
             leave_parameters_out(args)
@@ -302,6 +303,7 @@ class HealTrainer(SFTTrainer):
         everywhere = real_tokens(inputs)
         features, taught = self._parted(taught)
         if prefix is not None and self.data_collator.precomputed.prefix is not None:
+            prefix.requires_grad_(self._reentrant)  # such checkpointing gives gradients only where the input has one
             inputs = self.data_collator.precomputed.prefix.put(prefix, inputs)
         outputs = None
         if self._leaves_loss_to_trl or return_outputs:
