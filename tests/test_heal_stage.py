@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,13 @@ from hf_layerprune.heal.describe import describe_command, describe_rows, setting
 from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.stage import write_healed
 from hf_layerprune.heal.student import Student, adapter_config, load_student
+from hf_layerprune.heal.trainer import HealTrainer
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.lineage import stage
 from hf_layerprune.stages.prune import PruneRequest, prune_to
 
-from .heal_makers import word_tokenizer
+from .heal_makers import rows, word_tokenizer
 from .measure_models import write_model
 from .test_verify_attacks import forge
 from .tiny_models import tiny_model
@@ -138,7 +140,11 @@ def test_an_evaluation_leaves_4_bit_weights_trainable(tmp_path: Path) -> None:
     for evaluated in (False, True):
         torch.manual_seed(0)
         config = adapter_config(student, method, r=4, alpha=4, dropout=0.0, target_modules=None)
-        model = get_peft_model(load_student(student, method), config)
+        args = HealConfig(output_dir=str(tmp_path / "heal"), use_cpu=True, report_to="none")
+        model: Any = load_student(student, method)
+        model = HealTrainer(
+            model, args, train_dataset=rows(), processing_class=word_tokenizer(), peft_config=config
+        ).model
         assert model.is_quantized
         if evaluated:
             with torch.no_grad():

@@ -29,7 +29,18 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CutError
 from ..runtime.parts import close
 from ..runtime.walk import Batch, LayerWalk
-from .linear import STRENGTHS, Fit, LinearFitter, NormalEquations, Tensors, fit_map, solve_ridge, sums_of, with_ridge
+from .linear import (
+    STRENGTHS,
+    Fit,
+    LinearFitter,
+    NormalEquations,
+    Tensors,
+    fit_map,
+    parted,
+    solve_ridge,
+    solved,
+    sums_of,
+)
 from .writers import Run, Writer, inputs, swapped
 
 _ROUNDS = 6
@@ -205,7 +216,11 @@ class BorrowFitter(LinearFitter):
         offered = {name: torch.cat([offer[name] for offer in offers], 1)[:, best.to(own[name].device)] for name in own}
         runs = self._runs(layer, first, batches, [offered])
         pool = ((torch.cat([mine, *others], -1), missing) for mine, missing, others in runs)
-        fitted = sums_of(pool, len(batches))[0]  # the other is as large
+        state = batches[0].hidden
+        fitted = NormalEquations(2 * neurons, state.shape[-1], state.device)
+        for held_out, feature, change in parted(pool, len(batches)):
+            if not held_out:
+                fitted.add(feature, change)
         weight = self.writer.weight.to(fitted.gram)
         weight = torch.cat([weight, torch.zeros_like(weight)])
         stay = torch.zeros(2 * neurons, dtype=torch.bool)
@@ -256,10 +271,11 @@ class BorrowFitter(LinearFitter):
 
         fitted, held_out = sums_of(pairs(), len(batches))
         fit = solve_ridge(fitted, held_out)
-        gram = fitted.gram + held_out.gram
+        gram = fitted.gram.add_(held_out.gram)  # in place: each of them may be several GB
         ridge = min(fit.strength, STRENGTHS[-1]) * gram.diagonal().mean()
-        factor = torch.linalg.cholesky(with_ridge(gram, ridge))
-        change = torch.cholesky_solve(fitted.moment + held_out.moment, factor)
+        gram.diagonal().add_(ridge)
+        factor = torch.linalg.cholesky(gram)
+        change = solved(factor, fitted.moment + held_out.moment)
         gains = []
         for cross, moment, square in zip(with_own, with_missing, squares, strict=True):
             cross = cross.to(gram)
@@ -281,7 +297,8 @@ def survivors(sums: NormalEquations, weight: torch.Tensor, strength: float, keep
     """Choose the features to keep, given that the weights of the kept features are refitted.
 
     Args:
-        sums (`NormalEquations`): Of all features, and the change that is wanted of their product with `weight`.
+        sums (`NormalEquations`): Of all features, and the change that is wanted of their product with `weight`. The ridge is
+            added in place, since the matrix may be several GB.
         weight (`torch.Tensor`): `[features, hidden]`: the weights before the fit.
         strength (`float`): The ridge on the weights' change, as a multiple of the mean squared feature.
         keep (`int`): How many.
@@ -289,16 +306,22 @@ def survivors(sums: NormalEquations, weight: torch.Tensor, strength: float, keep
     Returns:
         `torch.Tensor`: Their indices, ascending.
     """
-    ridge = strength * sums.gram.diagonal().mean()
-    target = sums.moment + sums.gram @ weight + ridge * weight
+    gram = sums.gram
+    gram.diagonal().add_(strength * gram.diagonal().mean())
+    target = sums.moment + gram @ weight
     alive = torch.arange(len(weight), device=weight.device)
     for left in range(_ROUNDS, 0, -1):
-        factor = torch.linalg.cholesky(with_ridge(sums.gram[alive][:, alive], ridge))
-        columns = torch.cholesky_solve(target[alive], factor)
-        cost = columns.square().sum(1) / torch.cholesky_inverse(factor).diagonal()
+        cost = _costs(gram if len(alive) == len(gram) else gram[alive[:, None], alive], target[alive])
         count = keep if left == 1 else round(len(alive) * (keep / len(alive)) ** (1 / left))
         alive = alive[cost.topk(count).indices.sort().values]
     return alive
+
+
+def _costs(gram: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """What it costs to leave out each feature."""
+    factor = torch.linalg.cholesky(gram)
+    columns = solved(factor, target)
+    return columns.square().sum(1) / torch.cholesky_inverse(factor, out=factor).diagonal()
 
 
 fitter = BorrowFitter

@@ -96,20 +96,27 @@ def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
         torch.zeros_like(fitted.moment), float("inf"), 1.0, (fitted.tokens, held_out.tokens), held_out.total.item()
     )
     for strength in STRENGTHS:
-        factor, failed = torch.linalg.cholesky_ex(with_ridge(fitted.gram.clone(), strength * (scale or 1.0)))
-        if failed:
-            continue  # too weak a ridge for float32
-        change = torch.cholesky_solve(fitted.moment, factor)
+        change = _with_ridge(fitted, strength * (scale or 1.0))
+        if change is None:
+            continue
         unexplained = held_out.unexplained(change)
         if unexplained < best.unexplained:
             best = replace(best, change=change, strength=strength, unexplained=unexplained)
     return best
 
 
-def with_ridge(gram: torch.Tensor, ridge: torch.Tensor | float) -> torch.Tensor:
-    """A matrix with a ridge, which is added in place: of a wide pool, each copy is several GB."""
+def _with_ridge(sums: NormalEquations, ridge: torch.Tensor | float) -> torch.Tensor | None:
+    """The solution with a ridge; `None` if it is too weak for float32."""
+    gram = sums.gram.clone()
     gram.diagonal().add_(ridge)
-    return gram
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    return None if failed else solved(factor, sums.moment)
+
+
+def solved(factor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Solve with a Cholesky factor, without the copy of it that `torch.cholesky_solve` makes, which may be several GB."""
+    halfway = torch.linalg.solve_triangular(factor, target, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, halfway, upper=True)
 
 
 def fit_map(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int) -> Fit:
@@ -130,20 +137,26 @@ def sums_of(
     Returns:
         `tuple[NormalEquations, NormalEquations]`: Of what is fitted, and of what is held out.
     """
+    sums: dict[bool, NormalEquations] = {}
+    for held_out, feature, change in parted(pairs, batches):
+        if held_out not in sums:
+            sums[held_out] = NormalEquations(feature.shape[-1], change.shape[-1], feature.device)
+        sums[held_out].add(feature, change)
+    return sums[False], sums[True]
+
+
+def parted(
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int
+) -> Iterator[tuple[bool, torch.Tensor, torch.Tensor]]:
+    """The batches of [`sums_of`], or the two parts of a single one, each with whether it is held out."""
     every = max(2, min(HELD_OUT, batches))
-    sums: list[NormalEquations] = []
     for number, (feature, change) in enumerate(pairs):
-        if not sums:
-            sums = [NormalEquations(feature.shape[-1], change.shape[-1], feature.device) for _ in range(2)]
-        fitted, held_out = sums
-        if batches == 1:
-            rows = max(1, len(feature) // HELD_OUT)
-            fitted.add(feature[:-rows], change[:-rows])
-            held_out.add(feature[-rows:], change[-rows:])
-        else:
-            (held_out if number % every == every - 1 else fitted).add(feature, change)
-    fitted, held_out = sums
-    return fitted, held_out
+        if batches > 1:
+            yield number % every == every - 1, feature, change
+            continue
+        rows = max(1, len(feature) // HELD_OUT)
+        yield False, feature[:-rows], change[:-rows]
+        yield True, feature[-rows:], change[-rows:]
 
 
 class LinearFitter(Fitter):
