@@ -110,18 +110,19 @@ def test_missing_folders_above_the_target_are_made(base, tmp_path):
 
 
 def test_a_full_disk_is_foreseen(base, tmp_path, monkeypatch, caplog):
-    needed = plan_cut(base, [1]).target_bytes
-    total = spell_bytes(needed)
+    plan = plan_cut(base, [1])
+    needed, kept = plan.target_bytes, spell_bytes(plan.weight_bytes)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 1}))
     with pytest.raises(
-        CheckpointError, match=f"needs {total}, but its disk has only {spell_bytes(needed - 1)} free; free some space"
+        CheckpointError,
+        match=f"needs {spell_bytes(needed)}, but its disk has only {spell_bytes(needed - 1)} free; free some space",
     ):
         cut(base, tmp_path / "cut")
     assert beside(base) == ["base"]
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed}))
     with caplog.at_level("INFO"):
         cut(base, tmp_path / "cut")
-    assert re.search(rf"{base}: keeping 3 of 4 layers; copying {total} of [0-9.]+KB$", caplog.text, re.MULTILINE)
+    assert re.search(rf"{base}: keeping 3 of 4 layers and {kept} of [0-9.]+KB of weights$", caplog.text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

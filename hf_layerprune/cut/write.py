@@ -31,8 +31,9 @@ def fill(plan: CheckpointPlan, folder: Path, *, link: bool = False, name: str | 
     linked = _linkable(plan, folder) if link else frozenset()
     total = plan.target_bytes - sum(shard.size for shard in plan.shards if shard.target in linked)
     logger.info(
-        "%s: keeping %d of %s; copying %s of %s%s", plan.name, len(plan.cut.keep), plural(plan.cut.num_layers, "layer"),
-        spell_bytes(total), spell_bytes(plan.source_bytes), f", linking {plural(len(linked), 'file')}" if linked else "",
+        "%s: keeping %d of %s and %s of %s of weights%s", plan.name, len(plan.cut.keep), plural(plan.cut.num_layers, "layer"),
+        spell_bytes(plan.weight_bytes), spell_bytes(plan.source_bytes),
+        f"; linking {plural(len(linked), 'file')}" if linked else "",
     )  # fmt: skip
     check_space(folder.with_name(name), total, shutil.disk_usage(folder).free)
     with progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar:
