@@ -56,4 +56,6 @@ def measured(request: EvalRequest | BenchRequest, metrics: Metrics, text: str, m
     place = request.output or (folder / "metrics.json" if folder.is_dir() else None)
     made = f"the numbers are in {place}" if place else ""
     then = hint("card", request.model) if (folder / "lineage.json").is_file() and not missed else ()
-    return Answer(made, text, metrics.record, then, tuple(missed), 1 if missed else 0)
+    return Answer(
+        made, text, metrics.record, then, (f"missed: {', '.join(missed)}",) if missed else (), 1 if missed else 0
+    )

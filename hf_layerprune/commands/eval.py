@@ -17,5 +17,5 @@ def run(request: Request) -> Answer:
     from ..measure.report import report
 
     metrics = evaluate(request)
-    missed = [outcome.text for outcome in metrics.outcomes if not outcome.met] if request.require else []
+    missed = [str(outcome.bound) for outcome in metrics.outcomes if not outcome.met] if request.require else []
     return measured(request, metrics, report(metrics), missed)
