@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_layerprune import LayerDropConfig, drop_layers
 from hf_layerprune.cli import main
+from hf_layerprune.options import spell_bytes
 
 from .folders import snapshot
 from .limits import largest_file
@@ -270,6 +271,15 @@ def test_inspect(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{model.num_parameters():,}" in out
     assert "drops 2 layers and leaves 6 of 8" in out
     assert "model.layers" in out
+    assert main(["inspect", str(base), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["file_bytes"][0] == sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    assert found["memory_bytes"][0] > found["memory_bytes"][1] > found["file_bytes"][1]
+    assert (
+        f"{spell_bytes(found['file_bytes'][1])} of weight files, {spell_bytes(found['memory_bytes'][1])} in memory."
+        in out
+    )
+    assert f"key-value cache of {found['context']:,} tokens" in out
 
 
 def test_a_reader_that_has_read_enough(base: Path) -> None:

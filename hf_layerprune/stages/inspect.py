@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .. import families
+from ..cut.gguf import plan_gguf_cut
 from ..cut.sizes import Sizes
 from ..errors import CutError, LayerPruneError, cause_of
 from ..families.engines import WAY_OUT, counted, misread
 from ..families.layout import count_by_layer, count_parameters, find_decoder_layers, ties_head
 from ..layer_ranges import name_layers
-from ..options import CutOptions, plural
-from ..runtime.loading import load_config
+from ..options import CutOptions, plural, spell_bytes
+from ..runtime.loading import load_config, resolve_base
 from ..runtime.model_class import auto_class_of, model_without_weights
 from ..select import select_layers
 from .requests import InspectRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,10 @@ class Anatomy:
         counted (`str`, *optional*): Which engines go by layer numbers, and so misread this model or some cuts of it.
         dropped (`list[int]`): The layers that the cut tried out drops, the last ones that may go; empty without one.
         left (`int`, *optional*): The parameters that it leaves.
+        file_bytes (`list[int]`): The size of the weight files, and of what the cut leaves of them; empty if there are
+            none to go by.
+        memory_bytes (`list[int]`): The same in memory, with a key-value cache; empty if that is not known, and for GGUF.
+        context (`int`, *optional*): The number of tokens in the cache.
         no_cut (`str`, *optional*): Why no cut was tried out.
     """
 
@@ -62,6 +72,9 @@ class Anatomy:
     dropped: list[int] = field(default_factory=list)
     left: int | None = None
     no_cut: str | None = None
+    file_bytes: list[int] = field(default_factory=list)
+    memory_bytes: list[int] = field(default_factory=list)
+    context: int | None = None
 
     @property
     def total(self) -> int:
@@ -101,10 +114,11 @@ def inspect_model(request: InspectRequest) -> Anatomy:
     in_table, in_head = count_parameters(embeddings), 0 if tied or output is None else count_parameters(output)
     dropped: list[int] = []
     left = no_cut = None
+    sizes = Sizes(config, request.model, revision=request.revision)
     try:
         if refusal is None:
             dropped = select_layers(len(layers), CutOptions(drop=request.drop), protected)
-            left = Sizes(config).parameters(dropped)
+            left = sizes.parameters(dropped)
     except CutError as error:
         if request.drop != InspectRequest.drop:
             raise
@@ -127,7 +141,26 @@ def inspect_model(request: InspectRequest) -> Anatomy:
         dropped=dropped,
         left=left,
         no_cut=no_cut,
+        **({} if left is None else _in_bytes(request.model, sizes, dropped)),
     )
+
+
+def _in_bytes(model: str, sizes: Sizes, dropped: list[int]) -> dict[str, Any]:
+    """What is known of the bytes of a model, and of a cut of it."""
+    known: dict[str, Any] = {}
+    folder, file = resolve_base(model)
+    try:
+        if file is not None:
+            path = Path(folder) / file
+            return {"file_bytes": [path.stat().st_size, plan_gguf_cut(path, dropped).target_bytes]}
+        known["file_bytes"] = [sizes.file_bytes(drop) for drop in ((), dropped)]
+        known["context"] = sizes.context(None)
+        known["memory_bytes"] = [sizes.memory_bytes(drop) for drop in ((), dropped)]
+    except (
+        LayerPruneError
+    ) as error:  # a config without weights, or a cache that is not known without running the model
+        logger.debug("%s", error)
+    return known
 
 
 def _refused_at(config: PreTrainedConfig) -> dict[str, str]:
@@ -157,6 +190,15 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
         f"  other            {anatomy.other:>15,}",
         f"  parameters       {anatomy.total:>15,}",
     ]
+    size = memory = ""
+    if anatomy.file_bytes:
+        whole, size = map(spell_bytes, anatomy.file_bytes)
+        lines.append(f"  weight files     {whole:>15}")
+        size = f"; {size} of weight files"
+    if anatomy.memory_bytes:
+        whole, memory = map(spell_bytes, anatomy.memory_bytes)
+        lines[-1] += f"   {whole} in memory with a key-value cache of {anatomy.context:,} tokens"
+        memory = f", {memory} in memory"
     if anatomy.dropped_before:
         lines.append(f"  it is a cut model, without {name_layers(anatomy.dropped_before)} of its base")
     if anatomy.counted:
@@ -173,7 +215,8 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     layers = plural(len(anatomy.dropped), "layer")
     effect = f"A cut of {drop:.0%} drops {layers} and" if isinstance(drop, float) else f"A cut of {layers}"
     lines.append(
-        f"{effect} leaves {n - len(anatomy.dropped)} of {n}: {left:,} parameters, {left / anatomy.total:.1%} of the base."
+        f"{effect} leaves {n - len(anatomy.dropped)} of {n}: {left:,} parameters, {left / anatomy.total:.1%} of the "
+        f"base{size}{memory}."
     )
     if anatomy.tied:
         untied = left + anatomy.embeddings
