@@ -121,10 +121,13 @@ def check_plain(model: Any) -> None:
             f"this {type(model).__name__} has adapters ({', '.join(model.peft_config)}), which are for the layers that it has "
             "now; pass the result of their PeftModel's merge_and_unload(), or load the model again"
         )
-    if not isinstance(model, transformers.PreTrainedModel):
+    plain = isinstance(model, transformers.PreTrainedModel)
+    compiled = plain and any(part._compiled_call_impl is not None for part in model.modules())
+    if not plain or compiled:
+        found = "has been compiled" if compiled else "is not a transformers model"
         raise CutError(
-            f"a {type(model).__name__} is not a transformers model; load one with from_pretrained, and wrap or compile it only "
-            "after the cut, or let prune_with load it: LayerDropConfig(base_model_name_or_path=...)"
+            f"{'this' if compiled else 'a'} {type(model).__name__} {found}; load one with from_pretrained, and wrap or compile it only after the cut, or let "
+            "prune_with load it: LayerDropConfig(base_model_name_or_path=...)"
         )
 
 
@@ -135,7 +138,7 @@ def drop_layers(
 
     Args:
         model (`PreTrainedModel`): A causal language model. Its modules, config and layer indices change; its weights do
-            not.
+            not. Another model that was built from the same config object would see the config change too.
         layers (`Sequence[int]`): Indices of the layers to drop.
         keep_dropped (`bool`, defaults to `False`): Keep the dropped layers in memory, outside of the module tree,
             so that `LayerCut.restore` can put them back.
